@@ -1,0 +1,92 @@
+"""Shared fixtures: tiny random models of every architecture the package promises to work on. Nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_seed():
+    torch.manual_seed(0)
+
+
+def tiny_llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    ).eval()
+
+
+def tiny_bert(task="SequenceClassification"):
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, num_labels=2,
+    )  # fmt: skip
+    return getattr(transformers, f"BertFor{task}" if task else "BertModel")(config).eval()
+
+
+def tiny_t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+            pad_token_id=0, feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+    ).eval()
+
+
+def tiny_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
+            patch_size=4, num_channels=1, num_labels=3,
+        )  # fmt: skip
+    ).eval()
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5, "vit": tiny_vit}
+
+
+def batches_for(name, n_batches=4, batch_size=4, length=12, seed=0):
+    """Random batches for a model of `MODELS`, with right padding of a different amount in every row."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(n_batches):
+        if name == "vit":
+            batches.append({"pixel_values": torch.randn(batch_size, 1, 16, 16, generator=generator)})
+            continue
+        ids = torch.randint(3, 64, (batch_size, length), generator=generator)
+        lengths = torch.randint(length // 2, length + 1, (batch_size, 1), generator=generator)
+        mask = (torch.arange(length) < lengths).long()
+        batch = {"input_ids": ids * mask, "attention_mask": mask}
+        if name == "t5":
+            batch["labels"] = ids[:, : length // 2].clone()
+        elif name != "bert":
+            batch["labels"] = ids.masked_fill(mask == 0, -100)
+        batches.append(batch)
+    return batches
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model_and_batches(request):
+    return MODELS[request.param](), batches_for(request.param)
