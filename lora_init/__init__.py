@@ -13,7 +13,7 @@ _HOMES = {
     "Spectrum": "spectrum",
     "principal_angles": "spectrum",
     "IncrementalSVD": "svd",
-    "ExactPCA": "svd",
+    "ExactPCA": "exact",
     "Statistics": "statistics",
     "Provenance": "statistics",
     "collect": "collection",

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_init.errors import LoraInitError
 from lora_init.spectrum import Spectrum
 from lora_init.targets import Target
+from lora_init.tensorfile import TensorFile, write_tensors
 
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 1
-_PARTS = ("components", "explained_variance", "mean")
 
 
 @dataclass(frozen=True)
@@ -32,6 +27,7 @@ class Provenance:
         model_id: `config.name_or_path` of the model; empty if it has none.
         model_class: Name of the model's class.
         fingerprint: Hash of the names and shapes of the weights and of a sample of their values, see `fingerprint`.
+        n_parameters: Number of parameters of the model; 0 if unknown.
         target_modules: As given to `collect`.
         exclude_modules: As given to `collect`.
         task_type: PEFT's task type, or None.
@@ -52,6 +48,7 @@ class Provenance:
     model_class: str
     fingerprint: str
     target_modules: str | list[str]
+    n_parameters: int = 0
     exclude_modules: str | list[str] | None = None
     task_type: str | None = None
     data: str = ""
@@ -70,8 +67,8 @@ class Provenance:
 class Statistics(Mapping[str, Spectrum]):
     """One `Spectrum` per layer, in model order, with provenance.
 
-    Layers that read the same tensor (q, k and v) share one stored decomposition; `stats[name]` returns tensors of its own
-    each time, so that nothing a caller does to them reaches another layer. `explained_variance` and its neighbours
+    Layers that read the same tensor (q, k and v) share one stored decomposition; `stats[name]` returns tensors of its
+    own each time, so that nothing a caller does to them reaches another layer. `explained_variance` and its neighbours
     answer without touching the components.
 
     Args:
@@ -80,7 +77,9 @@ class Statistics(Mapping[str, Spectrum]):
         targets: For each layer, its kind and widths.
         held_out: For each group, the share of the variance of the last batches that the components found before them
             captured, in [0, 1]; NaN where fewer than two batches were seen.
-        unsupported: Targeted layers that cannot be initialised from data, name to kind.
+        batch_ratios: For each group, one row for each of its last batches: the share of that batch's variance along
+            each component found before it, float64 [n, k]. Their scatter is the sampling error.
+        unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         provenance: Where all this comes from.
     """
 
@@ -91,20 +90,22 @@ class Statistics(Mapping[str, Spectrum]):
         targets: Mapping[str, Target],
         provenance: Provenance,
         held_out: Mapping[str, float] | None = None,
+        batch_ratios: Mapping[str, Tensor] | None = None,
         unsupported: Mapping[str, str] | None = None,
     ) -> None:
-        self._variances = {name: (s.explained_variance.clone(), s.total_variance) for name, s in groups.items()}
-        self._read: Callable[[str], Spectrum] = dict(groups).__getitem__
+        self._groups = groups
+        self._variances = {name: _variances(groups, name) for name in groups}
         self.group_of = dict(group_of)
         self.targets = dict(targets)
         self.held_out = dict(held_out or {})
+        self.batch_ratios = dict(batch_ratios or {})
         self.unsupported = dict(unsupported or {})
         self.provenance = provenance
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.group_of:
             raise KeyError(name)
-        shared = self._read(self.group_of[name])
+        shared = self._groups[self.group_of[name]]
         return replace(
             shared,
             components=shared.components.clone(),
@@ -131,3 +132,105 @@ class Statistics(Mapping[str, Spectrum]):
         total = self.total_variance(name)
         variance = self.explained_variance(name)
         return variance / total if total > 0.0 else torch.zeros_like(variance)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file; its format is in the README. A crash leaves no half file.
+
+        Raises:
+            LoraInitError: The file cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name in self._groups:
+            spectrum = self._groups[name]
+            tensors[f"{name}/components"] = spectrum.components
+            tensors[f"{name}/explained_variance"] = spectrum.explained_variance
+            tensors[f"{name}/mean"] = spectrum.mean
+            if name in self.batch_ratios:
+                tensors[f"{name}/batch_ratios"] = self.batch_ratios[name]
+        groups = {
+            name: {
+                "total_variance": self._variances[name][1],
+                "n_samples": self._groups[name].n_samples,
+                "held_out": None if math.isnan(share := self.held_out.get(name, math.nan)) else share,
+            }
+            for name in self._groups
+        }
+        header = {
+            "provenance": asdict(self.provenance),
+            "layers": {name: [self.group_of[name], *_plain(target)] for name, target in self.targets.items()},
+            "groups": groups,
+            "unsupported": self.unsupported,
+        }
+        return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a file that `save` wrote. Components are read when a layer is asked for, everything else now.
+
+        Raises:
+            LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
+        """
+        file = TensorFile(path, FORMAT, FORMAT_VERSION)
+        try:
+            header = file.header
+            groups = _StoredGroups(file, header["groups"])
+            layers: dict[str, list[Any]] = header["layers"]
+            shares = {name: group["held_out"] for name, group in header["groups"].items()}
+            statistics = cls(
+                groups=groups,
+                group_of={name: str(layer[0]) for name, layer in layers.items()},
+                targets={
+                    name: Target(name, str(kind), int(d_in), int(d_out))
+                    for name, (_, kind, d_in, d_out) in layers.items()
+                },
+                provenance=Provenance(**header["provenance"]),
+                held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
+                batch_ratios={
+                    name: file.tensor(f"{name}/batch_ratios")
+                    for name in groups
+                    if f"{name}/batch_ratios" in header["digests"]
+                },
+                unsupported=header["unsupported"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise file.changed(f"its header ({error})") from error
+        if not set(statistics.group_of.values()) <= set(groups):
+            raise file.changed("its list of layers")
+        return statistics
+
+
+class _StoredGroups(Mapping[str, Spectrum]):
+    """Spectra in a file, read when they are asked for."""
+
+    def __init__(self, file: TensorFile, groups: Mapping[str, Mapping[str, Any]]) -> None:
+        self._file = file
+        self._groups = groups
+
+    def __getitem__(self, name: str) -> Spectrum:
+        group = self._groups[name]
+        components = self._file.tensor(f"{name}/components")
+        variance, total = self.variances(name)
+        mean = self._file.tensor(f"{name}/mean")
+        if components.shape != (len(variance), len(mean)) or not bool(components.isfinite().all()):
+            raise self._file.changed(f"group {name!r}")
+        return Spectrum(components, variance, total, mean, int(group["n_samples"]))
+
+    def variances(self, name: str) -> tuple[Tensor, float]:
+        """Read the variances alone."""
+        return self._file.tensor(f"{name}/explained_variance"), float(self._groups[name]["total_variance"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+
+def _variances(groups: Mapping[str, Spectrum], name: str) -> tuple[Tensor, float]:
+    if isinstance(groups, _StoredGroups):
+        return groups.variances(name)
+    return groups[name].explained_variance.clone(), groups[name].total_variance
+
+
+def _plain(target: Target) -> tuple[str, int, int]:
+    return target.kind, target.in_features, target.out_features

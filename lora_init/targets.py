@@ -106,7 +106,7 @@ def find_targets(
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D is a linear layer with a transposed weight; by name, so that transformers need not be imported.
+    # transformers' Conv1D is a linear layer with a transposed weight. By name: transformers need not be imported.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -118,7 +118,7 @@ def _target(name: str, module: nn.Module) -> Target:
     kind = type(module).__name__
     if _is_conv1d(module):
         d_in, d_out = module.weight.shape  # type: ignore[misc]
-        return Target(name, kind, int(d_in), int(d_out))  # type: ignore[arg-type]
+        return Target(name, kind, int(d_in), int(d_out))
     # Quantised linear layers of every library keep these two attributes.
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return Target(name, kind, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]

@@ -47,8 +47,15 @@ def tiny_t5():
 
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
-            pad_token_id=0, feed_forward_proj="gated-gelu",
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            feed_forward_proj="gated-gelu",
         )  # fmt: skip
     ).eval()
 
@@ -58,8 +65,14 @@ def tiny_vit():
 
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
-            patch_size=4, num_channels=1, num_labels=3,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=4,
+            num_channels=1,
+            num_labels=3,
         )  # fmt: skip
     ).eval()
 

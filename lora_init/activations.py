@@ -1,0 +1,217 @@
+"""From a model and a batch to the rows that each layer receives. Hooks carry rows; they do no maths."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError
+from lora_init.masks import TokenMasks, encoder_of
+
+# (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
+RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
+Sink = Callable[[str, Tensor], None]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class _EndOfPass(BaseException):
+    """Ends a forward pass in which nothing more is needed. Not an Exception, so that no model catches it."""
+
+
+class ActivationTap:
+    """Hand the input rows of chosen layers to a function, one forward pass at a time.
+
+    A context manager: inside it the model is in evaluation mode and has hooks; after it hooks and the mode of every
+    submodule are as before, also after an exception. Layers that read the same tensor object form a group, named after
+    the first of them to run; a group takes each tensor once. A pass ends at the last layer that is still wanted and
+    never reaches the output embedding (`lm_head`) or the loss, unless that layer is itself tapped.
+
+    Args:
+        model: Any torch model.
+        modules: Layers to tap, by name.
+        token_mask: `"attention"` leaves out padding; `"labels"` also leaves out tokens whose label is -100.
+        forward: Runs the model on a batch; by default a mapping goes in as keywords, a sequence as positions.
+        rows: Takes the place of the masking: gives the rows of one layer from its arguments. Layers are then not
+            grouped, since it may treat each its own way.
+
+    Attributes:
+        group_of: Name of the group of every layer that ran so far.
+        n_calls: Largest number of times that a layer ran in one pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        token_mask: str = "attention",
+        forward: Forward | None = None,
+        rows: RowsFunction | None = None,
+    ) -> None:
+        self.model = model
+        self.modules = modules
+        self.group_of: dict[str, str] = {}
+        self.n_calls: Counter[str] = Counter()
+        self._forward = forward or _default_forward
+        self._own_rows = rows
+        self._masks = TokenMasks(model, token_mask)
+        self._order: list[str] | None = None  # names in the order of their calls in the first complete pass
+        self._handles: list[Any] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._begin(lambda group, rows: None, lambda group: True)
+
+    def __enter__(self) -> ActivationTap:
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        for name, module in self.modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        head = _output_embedding(self.model)
+        if head is not None and all(head is not module for module in self.modules.values()):
+            self._handles.append(head.register_forward_pre_hook(_end_pass, prepend=True))
+        self._handles += self._masks.hooks()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module, mode in self._modes:
+            module.training = mode
+        self._handles, self._modes = [], []
+
+    def _begin(self, sink: Sink, wanted: Callable[[str], bool]) -> None:
+        self._sink, self._wanted = sink, wanted
+        self._calls: Counter[str] = Counter()
+        self._called: list[str] = []
+        # Tensors taken in this pass: id -> (weak reference, version, group). Weak, so that no activation is kept and
+        # an id that Python gave to a second tensor is told from the first.
+        self._taken: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._last: tuple[str, int] | None = None
+        if self._order is not None and len(self.group_of) == len(self.modules):
+            for position, name in enumerate(self._order):
+                if wanted(self.group_of[name]):
+                    self._last = (name, self._order[: position + 1].count(name))
+
+    @torch.no_grad()
+    def run(self, batch: Any, sink: Sink, wanted: Callable[[str], bool] = lambda group: True) -> None:
+        """Run one forward pass and call `sink(group, rows)` for every group that gets rows [n, d_in].
+
+        Args:
+            batch: Mapping, tensor, sequence, or whatever `forward` takes. Not changed.
+            sink: Called inside the pass. The rows are not kept after it returns.
+            wanted: Tells whether a group still needs rows.
+
+        Raises:
+            LoraInitError: The mask keeps no token, labels are missing, or the model does not take the batch.
+        """
+        self._begin(sink, wanted)
+        batch = to_device(batch, _input_device(self.model))
+        self._masks.start(batch)
+        complete = True
+        try:
+            self._forward(self.model, batch)
+        except _EndOfPass:
+            complete = self._last is None
+        finally:
+            self._end()
+        if complete and self._order is None:
+            self._order = self._called
+
+    def _end(self) -> None:
+        for name, count in self._calls.items():
+            self.n_calls[name] = max(self.n_calls[name], count)
+        self._taken = {}
+        self._masks.stop()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def carry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._calls[name] += 1
+            self._called.append(name)
+            self._carry(name, args, kwargs)
+            if self._last == (name, self._calls[name]):
+                raise _EndOfPass
+
+        return carry
+
+    def _carry(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._own_rows is not None:
+            group = self.group_of.setdefault(name, name)
+            if self._wanted(group):
+                self._sink(group, self._own_rows(name, args, kwargs))
+            return
+        x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if not isinstance(x, Tensor):
+            raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Pass rows=.")
+        version = 0 if x.is_inference() else x._version
+        seen, seen_version, other = self._taken.get(id(x), (None, 0, ""))
+        same = seen is not None and seen() is x and seen_version == version
+        if same and self.group_of.setdefault(name, other) == other:
+            return
+        group = self.group_of.setdefault(name, name)
+        self._taken[id(x)] = (weakref.ref(x), version, group)
+        if self._wanted(group):
+            self._sink(group, self._masks.rows(name, x))
+
+
+def to_device(batch: Any, device: torch.device | None) -> Any:
+    """Move the tensors of a batch; containers are made anew, the caller's stay as they are."""
+    if isinstance(batch, Tensor):
+        return batch.to(device) if device is not None else batch
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return moved
+        batch = copy.copy(batch)  # a BatchEncoding stays one, for a forward= that uses its attributes
+        batch.update(moved)
+        return batch
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        parameters = inspect.signature(model.forward).parameters
+        if not _makes_decoder_inputs_from_labels(model, inputs):
+            inputs.pop("labels", None)  # no loss
+        if "use_cache" in parameters:
+            inputs.setdefault("use_cache", False)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        unknown = [] if open_ended else [key for key in inputs if key not in parameters]
+        if unknown:
+            raise LoraInitError(
+                f"the batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does not take. "
+                "Leave them out, or pass forward=."
+            )
+        return model(**inputs)
+    return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)
+
+
+def _makes_decoder_inputs_from_labels(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    given = any(key in inputs for key in ("decoder_input_ids", "decoder_inputs_embeds"))
+    return encoder_of(model) is not None and not given
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _end_pass(module: nn.Module, args: Any) -> None:
+    raise _EndOfPass
+
+
+def _input_device(model: nn.Module) -> torch.device | None:
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), None)

@@ -1,0 +1,207 @@
+"""From a model and batches to `Statistics`."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Collection, Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_init
+from lora_init.activations import Forward
+from lora_init.errors import LoraInitError
+from lora_init.passes import Collected, collect_groups
+from lora_init.statistics import Provenance, Statistics
+from lora_init.targets import ALL_LINEAR, Targets, find_targets
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `collect`, with what was collected so far.
+
+    Attributes:
+        statistics: Statistics of the batches that were complete, or None if there was none.
+    """
+
+    def __init__(self, statistics: Statistics | None) -> None:
+        super().__init__("interrupted")
+        self.statistics = statistics
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target_modules: str | Collection[str] = ALL_LINEAR,
+    *,
+    exclude_modules: str | Collection[str] | None = None,
+    task_type: str | None = None,
+    rank: int = 16,
+    rho: float = 2.0,
+    center: bool = True,
+    token_mask: str = "attention",
+    max_batches: int = 64,
+    tolerance: float = 0.02,
+    seed: int = 0,
+    forward: Forward | None = None,
+    data: str = "",
+    progress: bool | None = None,
+) -> Statistics:
+    """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
+
+    Every batch first measures, on rows not used yet, how much of their variance the components found so far capture.
+    What any directions can capture lies between that held-out share and the share on the rows seen; a layer is done
+    when the two differ by no more than `tolerance` of the latter, and then costs nothing further. The pass stops when
+    all are done (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`).
+
+    Cost: a forward pass of the model's body for each batch, and about a tenth of it on top. Memory: 1.5 * rank * rho
+    float32 rows of width d_in for each distinct input, and as much again within a batch.
+
+    Args:
+        model: Any torch model. Untouched: weights, hooks, training flags are as before afterwards.
+        batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once.
+        target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
+        exclude_modules: As in PEFT: a regular expression, or names or endings.
+        task_type: As in PEFT; goes into the adapter's configuration.
+        rank: Average rank per layer that the statistics must serve.
+        rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
+        center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentred second moment
+            of the paper's theorem.
+        token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label.
+        max_batches: Bound on the number of batches.
+        tolerance: Relative gap between seen and held-out captured variance at which a layer is done.
+        seed: Seed of the decomposition.
+        forward: Function of model and batch, for models that are not called with the batch as it is.
+        data: Description of the data in words, kept with the result.
+        progress: Show a progress bar on stderr; by default only on a terminal.
+
+    Raises:
+        LoraInitError: Targets match nothing; no batch, or none with tokens that count; labels missing; NaN or inf in a
+            layer's input; rows of varying width; out of memory; arguments out of range.
+        Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> stats = collect(model, [torch.randn(32, 8) for _ in range(4)], rank=2)
+        >>> stats["0"].components.shape, stats.provenance.stop_reason
+        (torch.Size([4, 8]), 'exhausted')
+    """
+    if rank < 1 or rho < 1.0 or tolerance < 0.0:
+        raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
+    targets = find_targets(model, target_modules, exclude_modules, task_type)
+    narrow = [target for target in targets.layers.values() if target.in_features < rank]
+    if narrow:
+        raise LoraInitError(
+            f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
+            f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
+        )
+    found = collect_groups(
+        model,
+        {name: model.get_submodule(name) for name in targets.layers},
+        batches,
+        n_components=round(rho * rank),
+        center=center,
+        token_mask=token_mask,
+        max_batches=max_batches,
+        tolerance=tolerance,
+        seed=seed,
+        forward=forward,
+        progress=progress,
+    )
+    if found.n_batches == 0:
+        if found.stop_reason == "interrupted":
+            raise Interrupted(None)
+        raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
+    provenance = Provenance(
+        model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        model_class=type(model).__name__,
+        fingerprint=fingerprint(model),
+        n_parameters=count_parameters(model),
+        target_modules=_listed(target_modules),
+        exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
+        task_type=task_type,
+        data=data,
+        center=center,
+        token_mask=token_mask,
+        seed=seed,
+        rank=rank,
+        n_batches=found.n_batches,
+        n_samples=max(record.svd.n_samples for record in found.groups.values()),
+        stop_reason=found.stop_reason,
+        seconds={part: round(value, 3) for part, value in found.seconds.items()},
+        versions={
+            "lora_init": lora_init.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        notes=_notes(found, targets, round(rho * rank)),
+    )
+    groups = {name: record.svd.spectrum() for name, record in found.groups.items()}
+    statistics = Statistics(
+        groups=groups,
+        group_of=found.group_of,
+        targets={name: targets.layers[name] for name in found.group_of},
+        provenance=provenance,
+        held_out={name: record.held_out() for name, record in found.groups.items()},
+        batch_ratios={
+            name: torch.stack(list(record.ratios))[:, : groups[name].n_components]
+            for name, record in found.groups.items()
+            if record.ratios
+        },
+        unsupported={**targets.unsupported, **{name: targets.layers[name].kind for name in found.never_ran}},
+    )
+    if found.stop_reason == "interrupted":
+        raise Interrupted(statistics)
+    return statistics
+
+
+def _listed(patterns: str | Collection[str]) -> str | list[str]:
+    return patterns if isinstance(patterns, str) else sorted(patterns)
+
+
+def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
+    notes = [f"{name}: a {kind} has no rows to learn from; PEFT's start." for name, kind in targets.unsupported.items()]
+    notes += [f"{name}: never ran; PEFT's own initialisation." for name in found.never_ran]
+    notes += [
+        f"{name}: runs up to {calls} times in a forward pass; all its inputs count."
+        for name, calls in found.n_calls.items()
+        if calls > 1
+    ]
+    for group, record in found.groups.items():
+        spectrum = record.svd.spectrum()
+        expected = min(n_components, spectrum.components.shape[1])
+        if spectrum.n_components < expected:
+            notes.append(
+                f"{group}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
+            )
+    return notes
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count a model's parameters, each shared one once, 4-bit weights by their unpacked size."""
+    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tell models apart: a hash of the names and shapes of the weights and of 16 values of each.
+
+    Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in float32 and in bfloat16.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
+        if parameter.device.type != "meta" and parameter.numel():
+            flat = parameter.detach().reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
+            values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
+            digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,109 @@
+"""Which tokens of a batch count: padding, labels, and the two sides of an encoder-decoder."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError
+
+
+class TokenMasks:
+    """Decide which rows of a layer's input are tokens that count.
+
+    A decoder, an encoder and the encoder of an encoder-decoder take `attention_mask`; the decoder of an encoder-decoder
+    takes `decoder_attention_mask`, else the labels; a layer of the decoder that reads the encoder's output
+    (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole.
+    """
+
+    def __init__(self, model: nn.Module, token_mask: str) -> None:
+        if token_mask not in ("attention", "labels"):
+            raise LoraInitError(f"token_mask={token_mask!r}, expected 'attention' or 'labels'.")
+        self._by_labels = token_mask == "labels"
+        self._encoder = encoder_of(model)
+        name = next((n for n, m in model.named_modules() if m is self._encoder), "") if self._encoder else ""
+        self._encoder_prefix = name + "."
+        self._encoder_output: weakref.ref[Tensor] | None = None
+        self._main: Tensor | None = None
+        self._encoder_rows: Tensor | None = None
+        self._indices: dict[int, Tensor | None] = {}
+
+    def hooks(self) -> list[Any]:
+        """Watch what the encoder returns."""
+        return [self._encoder.register_forward_hook(self._keep_output)] if self._encoder is not None else []
+
+    def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self._encoder_output = weakref.ref(hidden)
+
+    def start(self, batch: Any) -> None:
+        """Take the masks of a batch."""
+        get: Callable[[str], Any] = batch.get if isinstance(batch, Mapping) else lambda key: None
+        labels = get("labels")
+        per_token = isinstance(labels, Tensor) and labels.dim() >= 2
+        if self._by_labels and not per_token:
+            got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
+            raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
+        labelled = labels != -100 if per_token else None
+        attention = _as_mask(get("attention_mask"))
+        if self._encoder is None:
+            self._main = _both(attention, labelled) if self._by_labels else attention
+        else:
+            decoder = _as_mask(get("decoder_attention_mask"))
+            self._encoder_rows = attention
+            self._main = _both(decoder, labelled) if self._by_labels or decoder is None else decoder
+        for mask in (self._main, self._encoder_rows):
+            if mask is not None and not bool(mask.any()):
+                raise LoraInitError(
+                    f"the mask keeps 0 of {mask.numel()} tokens, so no layer received rows. "
+                    "Check attention_mask and labels."
+                )
+
+    def stop(self) -> None:
+        """Forget the batch."""
+        self._main = self._encoder_rows = self._encoder_output = None
+        self._indices = {}
+
+    def rows(self, name: str, x: Tensor) -> Tensor:
+        """Flatten a layer's input [..., d] to the rows [n, d] that count."""
+        x = x[None] if x.dim() == 1 else x
+        flat = x.reshape(-1, x.shape[-1])
+        mask = self._main
+        if self._encoder is not None:
+            from_encoder = self._encoder_output is not None and self._encoder_output() is x
+            if from_encoder or name.startswith(self._encoder_prefix):
+                mask = self._encoder_rows
+            elif mask is None or x.shape[:2] != mask.shape:
+                mask = self._encoder_rows if self._encoder_rows is not None else mask
+        if mask is None:
+            return flat
+        per_token = x.dim() == 3 and x.shape[:2] == mask.shape
+        flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
+        if not (per_token or flattened):
+            return flat
+        if id(mask) not in self._indices:
+            self._indices[id(mask)] = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
+        index = self._indices[id(mask)]
+        return flat if index is None else flat.index_select(0, index.to(flat.device))
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """Find the encoder of an encoder-decoder; None for every other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def _as_mask(mask: Any) -> Tensor | None:
+    # Other than two-dimensional masks say who attends to whom, not which tokens exist.
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b if a.shape == b.shape else b

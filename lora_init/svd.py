@@ -1,0 +1,300 @@
+"""The running decomposition of rows that arrive in batches: k x d of state, a few thin products a batch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_init.errors import LoraInitError
+from lora_init.moments import NEGLIGIBLE, NO_ROWS, Moments, check_alike, check_rows, freeze, raise_if_not_finite
+from lora_init.spectrum import Spectrum
+
+# Ridge on the unit diagonal of the small system: keeps its Cholesky factor when directions are nearly dependent.
+_RIDGE = 1e-6
+# Power iterations on the first batch, which has no basis to start from.
+_POWER_ITERATIONS = 4
+# The mean is taken off the rows themselves, not off their products, where it outweighs the variance by this factor.
+_LARGE_MEAN = 100.0
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class HeldOut(NamedTuple):
+    """What the components found before a batch captured of that batch.
+
+    Attributes:
+        captured: Sum of squares along each component, about the mean known before, float64 [k].
+        total: Sum of squares over all directions, about the same mean.
+        n_samples: Rows of the batch.
+    """
+
+    captured: Tensor
+    total: float
+    n_samples: int
+
+
+class _State(NamedTuple):
+    """What is kept between batches. Replaced as a whole, so that an interrupt never leaves half an update."""
+
+    moments: Moments
+    directions: Tensor  # V, [k, d], rows orthonormal, by falling weight
+    weights: Tensor  # s, [k], float64: scatter along each direction
+
+
+class _Pending(NamedTuple):
+    """One batch, reduced to what the update needs. The rows themselves are gone."""
+
+    n_samples: int
+    row_norms: Tensor  # [n], squared; not finite where a row is not
+    mean: Tensor  # [d], float64
+    scatter: Tensor  # scalar, float64
+    held_out: tuple[Tensor, Tensor] | None
+    factor: Tensor | None  # [m, d]: factor^T factor is the batch's scatter matrix, up to rank k
+    gram: Tensor | None  # [k, k]: T^T T, with T = rows V^T
+    image: Tensor | None  # [k, d]: T^T rows
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.n_samples, self.mean, float(self.scatter))
+
+
+class IncrementalSVD:
+    """Estimate the leading principal components of rows that arrive in batches.
+
+    Keeps C ~ V^T diag(s) V with V of k x d. A batch X updates it by a Nystrom step on the sum of old and new: with the
+    present components as test matrix, Y = C V^T + X^T (X V^T), core M = V Y, and the new C is Y M^-1 Y^T. That is one
+    step of subspace iteration on all rows seen, at two thin products a batch; a Rayleigh-Ritz step would need a third
+    and was measured to be no better. Batches of fewer than k rows, and `merge`, are exact up to the truncation to k.
+
+    The state has half as many directions again as `n_components` (rounded up to a multiple of 16): that is what brings
+    the leading ones close to those of the exact decomposition. The mean's own drift counts (Ross et al. 2008); the
+    total variance is exact. All products are of rows, never of d x d covariances, and the k x k algebra is float64, so
+    that float32 rows keep the components whose singular values are 1e-4 of the largest.
+
+    Cost: 4 d k operations a row. Memory: k x d float32. Deterministic for a given seed and thread count.
+
+    Args:
+        n_components: Components to report.
+        center: Subtract the mean (PCA). False gives the uncentred second moment.
+        seed: Seed of the random start of the first batch.
+
+    Raises:
+        LoraInitError: `n_components` is not positive.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.randn(100, 3) * torch.tensor([9.0, 1.0, 1.0])
+        >>> IncrementalSVD(1).partial_fit(rows).spectrum().components.abs().round().tolist()
+        [[1.0, 0.0, 0.0]]
+    """
+
+    def __init__(self, n_components: int, center: bool = True, seed: int = 0) -> None:
+        if n_components < 1:
+            raise LoraInitError(f"n_components={n_components}, expected at least 1.")
+        self.n_components = n_components
+        self.center = center
+        self.seed = seed
+        self.held_out: HeldOut | None = None
+        self._n_directions = -(-3 * n_components // 32) * 16  # k
+        self._state: _State | None = None
+        self._shift: Tensor | None = None  # [d]
+        self._pending: _Pending | None = None
+
+    @property
+    def n_samples(self) -> int:
+        """Rows taken in so far."""
+        return self._state.moments.n_samples if self._state else 0
+
+    @property
+    def captured(self) -> float:
+        """Share of the variance of the rows seen that the components to report capture, in [0, 1]; NaN without rows."""
+        if self._state is None:
+            return float("nan")
+        scatter = self._state.moments.scatter
+        return float(self._state.weights[: self.n_components].sum()) / scatter if scatter > 0 else 1.0
+
+    def partial_fit(self, rows: Tensor) -> IncrementalSVD:
+        """Take in rows [n, d] of any float type, n from 0 on.
+
+        Raises:
+            LoraInitError: Rows of another width than before, or with NaN or inf; nothing was updated.
+        """
+        self.project(rows)
+        apply_updates([self])
+        return self
+
+    def project(self, rows: Tensor) -> None:
+        """Do the part of `partial_fit` that needs the rows; `apply_updates` does the rest, for many at once.
+
+        Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
+        """
+        state = self._state
+        check_rows(rows, state.moments.mean.shape[0] if state else None)
+        n, d = rows.shape
+        if n == 0:
+            return
+        if self._pending is not None:
+            apply_updates([self])
+            state = self._state
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if state is None and self.center:
+            mean = rows.mean(0)
+            if n * float(mean @ mean) > _LARGE_MEAN * float((rows - mean).square().sum()):
+                self._shift = mean
+        if self._shift is not None:
+            rows = rows - self._shift
+        row_norms = torch.linalg.vector_norm(rows, dim=1).square()  # [n]
+        batch_mean = rows.mean(0) if self.center else torch.zeros_like(rows[0])
+        mean = batch_mean.double()
+        scatter = row_norms.sum(dtype=torch.float64) - n * (mean @ mean)
+        factor = gram = image = held_out = None
+        if state is None:
+            factor = self._compress(rows - batch_mean)
+        else:
+            known = state.moments.mean if self._shift is None else state.moments.mean - self._shift
+            along = rows @ state.directions.T  # T, [n, k]
+            along_mean = along.mean(0) if self.center else torch.zeros_like(along[0])
+            along = along - along_mean if self.center else along
+            # Sums of squares about the mean known so far: about the batch's own mean, plus the distance of the two.
+            gap, along_gap = mean - known, along_mean - state.directions @ known.to(rows.dtype)
+            held_out = (along.square().sum(0).double() + n * along_gap.double().square(), scatter + n * (gap @ gap))
+            if state.directions.shape[0] == min(self._n_directions, d) and n > self._n_directions:
+                gram = along.T @ along
+                image = along.T @ rows  # T has zero column means, so the rows need not be centred here
+            else:
+                factor = self._compress(rows - batch_mean)
+        if self._shift is not None:
+            mean = mean + self._shift
+        self._pending = _Pending(n, row_norms, mean, scatter, held_out, factor, gram, image)
+
+    def _compress(self, rows: Tensor) -> Tensor:
+        """Reduce centred rows [n, d] to at most k rows with nearly the same scatter matrix: a randomised SVD."""
+        size = min(self._n_directions, rows.shape[1])
+        if rows.shape[0] <= size or not bool(rows.isfinite().all()):
+            return rows
+        start = torch.randn(size, rows.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(rows)
+        if self._state is not None:
+            start[: self._state.directions.shape[0]] = self._state.directions
+        basis = torch.linalg.qr(start.T).Q  # [d, k]
+        for _ in range(_POWER_ITERATIONS):
+            basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
+        _, scale, turn = torch.linalg.svd(rows @ basis, full_matrices=False)
+        factor: Tensor = scale[:, None] * (turn @ basis.T)
+        return factor
+
+    def _fold(self, moments: Moments, factor: Tensor) -> _State:
+        """Add rows with these moments and factor^T factor as scatter matrix: exact but for the truncation to k."""
+        state, dtype = self._state, torch.promote_types(factor.dtype, torch.float32)
+        rows = factor.double()  # [m, d]
+        if state is not None:
+            dtype = state.directions.dtype
+            moments, drift = state.moments.plus(moments)
+            rows = torch.cat([state.weights.sqrt()[:, None] * state.directions.double(), rows, drift[None]])
+        weights, turn = torch.linalg.eigh(rows @ rows.T)
+        weights, turn = weights.flip(0), turn.flip(1)
+        kept = int((weights > weights[:1].clamp_min(0.0) * NEGLIGIBLE).sum())
+        kept = min(kept, rows.shape[1], self._n_directions)
+        weights, turn = weights[:kept], turn[:, :kept]
+        # Orthonormal once more: the Gram matrix has cost the directions of the smallest weights some digits.
+        q, r = torch.linalg.qr(((turn.T @ rows) / weights.sqrt()[:, None]).T)
+        return _State(moments, (q * r.diagonal().sign()).T.to(dtype).contiguous(), weights)
+
+    def merge(self, other: IncrementalSVD) -> IncrementalSVD:
+        """Take in what another one has seen, as if its rows had come here. `other` is not changed.
+
+        Exact for counts, means and total variance. For the components exact up to the truncation to k directions: the
+        variance captured is never overstated.
+
+        Raises:
+            LoraInitError: Other width or other `center`.
+        """
+        check_alike(self.center, other.center)
+        if other._state is None:
+            return self
+        moments, directions, weights = other._state
+        if self._state is None:
+            self._shift = other._shift
+        else:
+            check_rows(directions, self._state.moments.mean.shape[0])
+        self._state = self._fold(moments, weights.sqrt().to(directions.dtype)[:, None] * directions)
+        return self
+
+    def spectrum(self) -> Spectrum:
+        """Freeze the present estimate: at most `n_components` components, fewer where the rows span fewer directions.
+
+        Raises:
+            LoraInitError: No rows so far.
+        """
+        if self._state is None:
+            raise LoraInitError(NO_ROWS)
+        moments, directions, weights = self._state
+        return freeze(moments, directions[: self.n_components], weights[: self.n_components])
+
+
+def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
+    """Complete the `project`ed batches of many decompositions, batched over those of one shape.
+
+    Sets `held_out` of each. Nothing is updated if any batch has a NaN or inf.
+
+    Raises:
+        LoraInitError: Rows with NaN or inf. The attribute `decomposition` of the error is the one concerned.
+    """
+    waiting = [(one, one._pending) for one in decompositions if one._pending is not None]
+    for one, _ in waiting:
+        one._pending = None
+    _check_finite(waiting)
+    alike: dict[tuple[torch.Size, torch.device, torch.dtype], list[tuple[IncrementalSVD, _Pending]]] = defaultdict(list)
+    for one, batch in waiting:
+        if batch.held_out is not None:
+            one.held_out = HeldOut(batch.held_out[0], float(batch.held_out[1]), batch.n_samples)
+        if batch.image is not None:
+            alike[batch.image.shape, batch.image.device, batch.image.dtype].append((one, batch))
+        elif batch.factor is not None:
+            one._state = one._fold(batch.moments, batch.factor)
+    for group in alike.values():
+        _nystrom_step(group)
+
+
+def _nystrom_step(alike: list[tuple[IncrementalSVD, _Pending]]) -> None:
+    """Update decompositions of one shape together: g of them, k directions, width d."""
+    states = [one._state for one, _ in alike if one._state is not None]
+    moments, drifts = zip(
+        *(state.moments.plus(batch.moments) for state, (_, batch) in zip(states, alike, strict=True)), strict=True
+    )
+    old = torch.stack([state.directions for state in states])  # V, [g, k, d]
+    weights = torch.stack([state.weights for state in states])  # s, [g, k]
+    image = torch.stack([batch.image for _, batch in alike if batch.image is not None])  # [g, k, d]
+    core = torch.stack([batch.gram for _, batch in alike if batch.gram is not None]).double()  # [g, k, k]
+    drift = torch.stack(drifts).to(old.dtype)[:, :, None]  # [g, d, 1]
+    along = old @ drift  # [g, k, 1]
+    image.addcmul_(old, weights.to(old.dtype)[:, :, None]).baddbmm_(along, drift.mT)  # Y^T = V C
+    core.diagonal(dim1=1, dim2=2).add_(weights)
+    core.baddbmm_(along.double(), along.double().mT)  # M = V C V^T
+    # To a unit diagonal first: the weights span up to eight orders of magnitude.
+    scale = core.diagonal(dim1=1, dim2=2).clamp_min(_TINY).rsqrt()  # [g, k]
+    core = core * scale[:, :, None] * scale[:, None, :]
+    core.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    inverse_root = torch.linalg.solve_triangular(torch.linalg.cholesky(core), torch.diag_embed(scale), upper=False)
+    factor = inverse_root.to(old.dtype) @ image  # M^-1/2 Y^T, [g, k, d]: factor^T factor is the new C
+    weights, turn = torch.linalg.eigh((factor @ factor.mT).double())  # rising
+    weights = weights.clamp_min(_TINY)
+    new = (turn * weights.rsqrt()[:, None, :]).mT.flip(1).to(old.dtype) @ factor
+    for (one, _), moment, directions, weight in zip(alike, moments, new, weights.flip(1), strict=True):
+        one._state = _State(moment, directions, weight)
+
+
+def _check_finite(waiting: list[tuple[IncrementalSVD, _Pending]]) -> None:
+    # One transfer a device, not one a layer.
+    for device in {batch.scatter.device for _, batch in waiting}:
+        here = [(one, batch) for one, batch in waiting if batch.scatter.device == device]
+        if bool(torch.stack([batch.scatter for _, batch in here]).isfinite().all()):
+            continue
+        for one, batch in here:
+            try:
+                raise_if_not_finite(batch.row_norms)
+            except LoraInitError as error:
+                error.decomposition = one  # type: ignore[attr-defined]
+                raise

@@ -1,0 +1,102 @@
+"""`find_targets` selects what `get_peft_model` adapts: the same model, the same argument, the same layers."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_init import LoraInitError, find_targets
+from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
+
+ARGUMENTS = [
+    dict(target_modules="all-linear"),
+    dict(target_modules="ALL-linear", exclude_modules=["q_proj", "query", "q", "c_attn"]),
+    dict(target_modules=["q_proj", "v_proj", "query", "c_attn", "q", "c_proj", "wi_0", "k"]),
+    dict(target_modules=r".*\.(0|1)\..*(q_proj|query|c_fc|\.q|fc1|intermediate\.dense)", exclude_modules=r".*\.1\..*"),
+    dict(target_modules=r".*(down_proj|c_proj|wo|output\.dense|fc2)"),
+]
+
+
+def adapted_by_peft(model, **arguments):
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, **arguments))
+    prefix = "base_model.model."
+    return [name.removeprefix(prefix) for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda a: str(a["target_modules"])[:24])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_same_layers_as_peft(name, arguments):
+    model = MODELS[name]()
+    try:
+        expected = adapted_by_peft(model, **arguments)
+    except ValueError:  # PEFT finds nothing
+        with pytest.raises(LoraInitError):
+            find_targets(model, **arguments)
+        return
+    found = find_targets(model, **arguments)
+    assert list(found.layers) == expected
+    assert not found.unsupported
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_the_classification_head_is_left_out_when_peft_leaves_it_out(task_type):
+    model = tiny_bert()
+    found = list(find_targets(model, task_type=task_type).layers)
+    assert found == adapted_by_peft(model, target_modules="all-linear", task_type=task_type)
+    assert ("classifier" in found) == (task_type is None)
+
+
+def test_widths_and_kinds():
+    for name, build in MODELS.items():
+        for target in find_targets(build()).layers.values():
+            module = build().get_submodule(target.name)
+            weight = module.weight.T if name == "gpt2" else module.weight
+            assert (target.out_features, target.in_features) == tuple(weight.shape)
+            assert target.kind == type(module).__name__
+            assert target.parameters(3) == 3 * sum(weight.shape)
+
+
+def test_layers_without_rows_are_named():
+    model = tiny_llama()
+    found = find_targets(model, ["q_proj", "embed_tokens"])
+    assert dict(found.unsupported) == {"model.embed_tokens": "Embedding"}
+    assert sorted([*found.layers, *found.unsupported]) == sorted(
+        adapted_by_peft(model, target_modules=["q_proj", "embed_tokens"])
+    )
+    assert dict(find_targets(nn.ModuleDict({"c": nn.Conv2d(1, 1, 3)}), ["c"]).unsupported) == {"c": "Conv2d"}
+
+
+def test_quantised_layers_are_told_by_their_interface():
+    class Packed(nn.Module):
+        in_features, out_features = 16, 4
+
+    assert find_targets(nn.ModuleDict({"q": Packed()}), ["q"]).layers["q"].kind == "Packed"
+
+
+def test_mistakes_get_one_clear_line():
+    model = tiny_llama()
+    with pytest.raises(
+        LoraInitError, match=r"\['qproj'\] matches no layer of LlamaForCausalLM. Closest names: 'q_proj' \(2 l"
+    ):
+        find_targets(model, ["qproj"])
+    with pytest.raises(LoraInitError, match=r"matches no layer.*linear layers are named: 'q_proj'"):
+        find_targets(model, r"zzz.*")
+    with pytest.raises(LoraInitError, match="is not a regular expression"):
+        find_targets(model, "(")
+    with pytest.raises(LoraInitError, match="leaves no layer"):
+        find_targets(model, ["q_proj"], exclude_modules=["self_attn.q_proj"])
+    with pytest.raises(LoraInitError, match="a LlamaMLP, and an adapter needs a linear layer"):
+        find_targets(model, ["mlp"])
+    with pytest.raises(LoraInitError, match="linear layers are named: none"):
+        find_targets(nn.ModuleDict({"norm": nn.LayerNorm(3)}), ["q"])
+
+
+def test_the_model_is_not_touched():
+    model = tiny_t5()
+    before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    find_targets(model)
+    assert before == [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    assert torch.is_grad_enabled()
