@@ -62,10 +62,11 @@ class ActivationTap:
         self._forward = forward or _default_forward
         self._own_rows = rows
         self._masks = TokenMasks(model, token_mask)
-        self._order: list[str] | None = None  # names in the order of their calls in the first complete pass
+        # Names in the order of their calls, once a pass has called all: only then is it known where the last one is.
+        self._order: list[str] = []
         self._handles: list[Any] = []
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._begin(lambda group, rows: None, lambda group: True)
+        self._sink: Sink | None = None
 
     def __enter__(self) -> ActivationTap:
         self._modes = [(module, module.training) for module in self.model.modules()]
@@ -91,14 +92,13 @@ class ActivationTap:
         self._sink, self._wanted = sink, wanted
         self._calls: Counter[str] = Counter()
         self._called: list[str] = []
-        # Tensors taken in this pass: id -> (weak reference, version, group). Weak, so that no activation is kept and
+        # Tensors taken in this pass: id -> (weak reference, version, groups). Weak, so that no activation is kept and
         # an id that Python gave to a second tensor is told from the first.
-        self._taken: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._taken: dict[int, tuple[weakref.ref[Tensor], int, list[str]]] = {}
         self._last: tuple[str, int] | None = None
-        if self._order is not None and len(self.group_of) == len(self.modules):
-            for position, name in enumerate(self._order):
-                if wanted(self.group_of[name]):
-                    self._last = (name, self._order[: position + 1].count(name))
+        for position, name in enumerate(self._order):
+            if wanted(self.group_of[name]):
+                self._last = (name, self._order[: position + 1].count(name))
 
     @torch.no_grad()
     def run(self, batch: Any, sink: Sink, wanted: Callable[[str], bool] = lambda group: True) -> None:
@@ -119,46 +119,49 @@ class ActivationTap:
         try:
             self._forward(self.model, batch)
         except _EndOfPass:
-            complete = self._last is None
+            complete = self._last is None  # ended by the output embedding: nothing more could have come
         finally:
             self._end()
-        if complete and self._order is None:
+        if complete and not self._order and len(set(self._called)) == len(self.modules):
             self._order = self._called
 
     def _end(self) -> None:
         for name, count in self._calls.items():
             self.n_calls[name] = max(self.n_calls[name], count)
-        self._taken = {}
+        self._sink, self._last, self._taken = None, None, {}
         self._masks.stop()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def carry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._sink is None:  # somebody else's forward pass
+                return
             self._calls[name] += 1
             self._called.append(name)
-            self._carry(name, args, kwargs)
+            self._carry(name, args, kwargs, self._sink)
             if self._last == (name, self._calls[name]):
                 raise _EndOfPass
 
         return carry
 
-    def _carry(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _carry(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         if self._own_rows is not None:
             group = self.group_of.setdefault(name, name)
             if self._wanted(group):
-                self._sink(group, self._own_rows(name, args, kwargs))
+                sink(group, self._own_rows(name, args, kwargs))
             return
         x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
         if not isinstance(x, Tensor):
             raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Pass rows=.")
         version = 0 if x.is_inference() else x._version
-        seen, seen_version, other = self._taken.get(id(x), (None, 0, ""))
-        same = seen is not None and seen() is x and seen_version == version
-        if same and self.group_of.setdefault(name, other) == other:
-            return
-        group = self.group_of.setdefault(name, name)
-        self._taken[id(x)] = (weakref.ref(x), version, group)
-        if self._wanted(group):
-            self._sink(group, self._masks.rows(name, x))
+        seen, seen_version, groups = self._taken.get(id(x), (None, 0, []))
+        if seen is None or seen() is not x or seen_version != version:
+            groups = []
+            self._taken[id(x)] = (weakref.ref(x), version, groups)
+        group = self.group_of.setdefault(name, groups[0] if groups else name)
+        if group not in groups:
+            groups.append(group)
+            if self._wanted(group):
+                sink(group, self._masks.rows(name, x))
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:

@@ -1,0 +1,48 @@
+# The commands of the project. Each sets up .venv first, if that is not done yet.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test check format demo bench clean
+
+help:
+	@echo 'make demo    fetch a small model and BoolQ, compute an adapter, train it against a random one'
+	@echo 'make test    run the tests'
+	@echo 'make check   ruff, mypy --strict'
+	@echo 'make format  let ruff rewrite the files'
+	@echo 'make bench   measure what the README claims about time and captured variance'
+	@echo 'make venv    only create .venv and install into it (PYTHON=python3.12 picks the interpreter)'
+	@echo 'make clean   remove .venv and caches'
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	@touch $@
+
+# The tests build what they need. The hub is never asked.
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(ARGS)
+
+bench: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.statistics $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lora_init tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+"""What is measured on: a model, its batches, and the figures of the machine."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+@dataclass
+class Setting:
+    """A model, the batches to learn from and the batches never seen.
+
+    Attributes:
+        name: For the report.
+        model: In evaluation mode, on its device.
+        body: The part of it that has to run for the rows to exist.
+        seen: Batches to learn from.
+        unseen: Batches to judge by.
+        task_type: PEFT's.
+    """
+
+    name: str
+    model: nn.Module
+    body: nn.Module
+    seen: list[dict[str, torch.Tensor]]
+    unseen: list[dict[str, torch.Tensor]]
+    task_type: str | None = None
+
+
+def smollm2(n_seen: int, n_unseen: int) -> Setting:
+    """SmolLM2-135M, float32, batches of 4 texts of at most 256 tokens of BoolQ."""
+    import demo_assets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = demo_assets.smollm2()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    batches = _boolq(AutoTokenizer.from_pretrained(directory), n_seen + n_unseen, 4)
+    return Setting("SmolLM2-135M, float32", model, model.model, batches[:n_seen], batches[n_seen:], "CAUSAL_LM")
+
+
+def minilm(n_seen: int, n_unseen: int) -> Setting:
+    """MiniLM-L6, float32, batches of 8 texts of at most 256 tokens of BoolQ."""
+    import demo_assets
+    from transformers import AutoModel, AutoTokenizer
+
+    directory = demo_assets.minilm()
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32, add_pooling_layer=False).eval()
+    batches = _boolq(AutoTokenizer.from_pretrained(directory), n_seen + n_unseen, 8)
+    for batch in batches:
+        del batch["labels"]
+    return Setting("MiniLM-L6 (22M), float32", model, model, batches[:n_seen], batches[n_seen:], "FEATURE_EXTRACTION")
+
+
+def llama_1b(n_seen: int, n_unseen: int, device: str = "cuda") -> Setting:
+    """A Llama of 1B shape with random weights, bfloat16, batches of 8 x 512 random tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForCausalLM(shape).to(torch.bfloat16).eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(n_seen + n_unseen):
+        ids = torch.randint(0, shape.vocab_size, (8, 512), generator=generator)
+        batches.append({"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)})
+    return Setting(
+        "Llama shape 1B, random bfloat16", model, model.model, batches[:n_seen], batches[n_seen:], "CAUSAL_LM"
+    )
+
+
+def _boolq(tokenizer: Any, n_batches: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    import demo_assets
+
+    from lora_init.data import load_batches
+
+    return load_batches(
+        demo_assets.dataset("BoolQ", "combined.jsonl"),
+        tokenizer,
+        template="{passage}\nQuestion: {question}?",
+        samples=n_batches * batch_size,
+        batch_size=batch_size,
+        max_length=256,
+    )[:n_batches]
+
+
+def machine() -> dict[str, str]:
+    """Versions, threads, processor and card."""
+    facts = {package: version(package) for package in ("torch", "transformers", "peft", "numpy", "scikit-learn")}
+    facts |= {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "processor": _processor()}
+    if torch.cuda.is_available():
+        facts["card"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes, until the device is done."""
+    _synchronise()
+    start = time.perf_counter()
+    function()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median(values: list[float]) -> float:
+    """Middle value; NaN of nothing."""
+    return statistics.median(values) if values else float("nan")
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,273 @@
+"""Cost, accuracy and memory of the statistics, next to a bare forward pass and to PEFT's EVA.
+
+    python -m benchmarks.statistics                      # SmolLM2-135M on the CPU; on a GPU, a Llama of 1B
+    python -m benchmarks.statistics --setting minilm     # under two minutes
+    python -m benchmarks.statistics --skip-peft-run      # leaves out PEFT's run to its own stop, the longest part
+
+Each part interleaves what it compares batch by batch, so that a noisy machine hits all alike, and reports medians and
+ratios. Prints Markdown; writes JSON next to this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lora_init
+from benchmarks import memory, peft_eva, scaling, settings
+from benchmarks.settings import Setting, median, table, timed
+from lora_init.activations import ActivationTap
+from lora_init.exact import ExactPCA
+from lora_init.svd import IncrementalSVD, apply_updates
+
+RANK, RHO = 16, 2.0
+N_COMPONENTS = round(RANK * RHO)
+CHECKPOINTS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
+MAX_PEFT_PASSES = 200
+
+
+class Ours:
+    """The inside of `collect`, step by step, with the time of each part."""
+
+    def __init__(self, tap: ActivationTap) -> None:
+        self.tap = tap
+        self.groups: dict[str, IncrementalSVD] = {}
+        self.in_hooks = 0.0
+
+    def _sink(self, group: str, rows: Tensor) -> None:
+        start = time.perf_counter()
+        self.groups.setdefault(group, IncrementalSVD(N_COMPONENTS)).project(rows)
+        self.in_hooks += time.perf_counter() - start
+
+    def step(self, batch: Any) -> dict[str, float]:
+        """Take in one batch; seconds of the whole step and of the decomposition in it."""
+        self.in_hooks = 0.0
+        passed = timed(lambda: self.tap.run(batch, self._sink))
+        updated = timed(lambda: apply_updates(self.groups.values()))
+        return {"step": passed + updated, "decomposition": self.in_hooks + updated}
+
+    def components(self) -> dict[str, Tensor]:
+        """Leading components of each group so far."""
+        return {name: one.spectrum().components[:RANK] for name, one in self.groups.items()}
+
+
+def tapped(setting: Setting) -> ActivationTap:
+    """A tap on all targets of a setting."""
+    names = lora_init.find_targets(setting.model).layers
+    return ActivationTap(setting.model, {name: setting.model.get_submodule(name) for name in names})
+
+
+def costs(setting: Setting, n_batches: int) -> dict[str, Any]:
+    """Time a batch through the body, the whole model, our step and PEFT's step, in turn."""
+    seconds: dict[str, list[float]] = {k: [] for k in ("body", "whole", "step", "decomposition", "peft")}
+    with tapped(setting) as tap, torch.no_grad():
+        ours = Ours(tap)
+        first = ours.step(setting.seen[0])
+        leaders = list(ours.groups)
+        peft_settings = peft_eva.config(RANK, RHO, leaders, setting.task_type)
+        for batch in setting.seen[1 : n_batches + 1]:
+            bare = {key: value for key, value in batch.items() if key != "labels"}
+            seconds["body"].append(timed(lambda bare=bare: setting.body(**bare)))
+            seconds["whole"].append(timed(lambda batch=batch: setting.model(**batch)))
+            for part, value in ours.step(batch).items():
+                seconds[part].append(value)
+            with peft_eva.steps(setting.model, leaders, N_COMPONENTS, peft_settings) as peft_step:
+                peft_step(batch)  # its first step on a fresh decomposition is cheaper than the later ones
+                seconds["peft"].append(timed(lambda batch=batch: peft_step(batch)))
+    found = {part: median(values) for part, values in seconds.items()}
+    found["decomposition / body"] = median(
+        [d / b for d, b in zip(seconds["decomposition"], seconds["body"], strict=True)]
+    )
+    found["step / body"] = median([s / b for s, b in zip(seconds["step"], seconds["body"], strict=True)])
+    found["peft decomposition / body"] = median(
+        [(p - w) / b for p, w, b in zip(seconds["peft"], seconds["whole"], seconds["body"], strict=True)]
+    )
+    found["first batch: decomposition / body"] = first["decomposition"] / found["body"]
+    return found
+
+
+def exact(setting: Setting, batches: list[Any]) -> dict[str, ExactPCA]:
+    """The full covariance of every group, in float64."""
+    groups: dict[str, ExactPCA] = {}
+    with tapped(setting) as tap:
+        for batch in batches:
+            tap.run(batch, lambda group, rows: groups.setdefault(group, ExactPCA()).partial_fit(rows.cpu()) and None)
+    return groups
+
+
+def ratios(components: dict[str, Tensor], truth: dict[str, ExactPCA]) -> np.ndarray:
+    """Variance captured by the leading components over the most that as many can, for every group."""
+    found = []
+    for name, oracle in truth.items():
+        top = components[name][:RANK].double().cpu()
+        scatter = oracle._scatter
+        best = oracle.spectrum().explained_variance[:RANK].sum() * (oracle.n_samples - 1)
+        found.append(float((top @ scatter * top).sum() / best))
+    return np.array(found)
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Minimum, 10th percentile, median and mean over the groups."""
+    return {"min": values.min(), "p10": np.quantile(values, 0.1), "median": np.median(values), "mean": values.mean()}
+
+
+def accuracy(setting: Setting, n_seen: int, truth: dict[str, ExactPCA], peft_run: bool) -> dict[str, Any]:
+    """What the leading components capture, on the rows seen and on rows never seen, and how soon."""
+    seen = exact(setting, setting.seen[:n_seen])
+    found: dict[str, Any] = {"n_seen": n_seen, "n_groups": len(seen)}
+    best = {name: one.spectrum().components[:RANK] for name, one in seen.items()}
+    found["exact"] = {"seen": summary(ratios(best, seen)), "unseen": summary(ratios(best, truth))}
+
+    curve, elapsed = [], 0.0
+    with tapped(setting) as tap:
+        ours = Ours(tap)
+        for count, batch in enumerate(setting.seen, start=1):
+            elapsed += ours.step(batch)["step"]
+            if count == n_seen:
+                mine = ours.components()
+            if count in CHECKPOINTS or count == len(setting.seen):
+                curve.append([count, elapsed, float(ratios(ours.components(), truth).mean())])
+    found["curve"] = curve
+    difference = ratios(mine, truth) - ratios(best, truth)
+    found["ours"] = {"seen": summary(ratios(mine, seen)), "unseen": summary(ratios(mine, truth)),
+                     "unseen - exact": {"mean": difference.mean(), "min": difference.min()}}  # fmt: skip
+
+    start = time.perf_counter()
+    stats = lora_init.collect(setting.model, setting.seen, rank=RANK, rho=RHO, max_batches=len(setting.seen))
+    found["ours to its stop"] = {
+        "seconds": time.perf_counter() - start,
+        "passes": stats.provenance.n_batches,
+        "stop_reason": stats.provenance.stop_reason,
+        "parts": stats.provenance.seconds,
+        "unseen": summary(ratios({name: stats[name].components for name in set(stats.group_of.values())}, truth)),
+    }
+
+    targets = list(lora_init.find_targets(setting.model).layers)
+    peft_settings = peft_eva.config(RANK, RHO, targets, setting.task_type)
+    theirs, *_ = peft_eva.run(setting.model, setting.seen[:n_seen], peft_settings, max_passes=n_seen + 1)
+    found["peft"] = {"seen": summary(ratios(theirs, seen)), "unseen": summary(ratios(theirs, truth))}
+    if peft_run:
+        start = time.perf_counter()
+        theirs, passes, finished = peft_eva.run(setting.model, setting.seen, peft_settings, MAX_PEFT_PASSES)
+        unseen = summary(ratios(theirs, truth))
+        found["peft to its stop"] = {"seconds": time.perf_counter() - start, "passes": passes, "finished": finished,
+                                     "unseen": unseen}  # fmt: skip
+        reached = next(([n, s] for n, s, value in curve if value >= unseen["mean"]), None)
+        found["time to reach peft's"] = {"batches": reached and reached[0], "seconds": reached and reached[1]}
+    return found
+
+
+def alone(setting: Setting, n_batches: int = 8) -> dict[str, float]:
+    """Seconds a batch of each decomposition alone, on recorded rows of every eighth group."""
+    from peft.utils.incremental_pca import IncrementalPCA as PeftPCA
+    from sklearn.decomposition import IncrementalPCA
+
+    recorded: dict[str, list[Tensor]] = {}
+    with tapped(setting) as tap:
+        for batch in setting.seen[:n_batches]:
+            tap.run(batch, lambda group, rows: recorded.setdefault(group, []).append(rows.float().clone()))
+    groups = {name: rows for i, (name, rows) in enumerate(recorded.items()) if i % 8 < 2}  # wide and narrow ones
+    makers = {
+        "lora_init IncrementalSVD": lambda: IncrementalSVD(N_COMPONENTS),
+        "lora_init ExactPCA": lambda: ExactPCA(N_COMPONENTS),
+        "PEFT IncrementalPCA": lambda: PeftPCA(N_COMPONENTS, lowrank=True, lowrank_seed=42),
+        "scikit-learn IncrementalPCA": lambda: IncrementalPCA(N_COMPONENTS),
+    }
+    seconds: dict[str, list[float]] = {maker: [] for maker in makers}
+    for rows in groups.values():
+        fitted = {maker: make() for maker, make in makers.items()}
+        for i, batch in enumerate(rows):
+            for maker, one in fitted.items():
+                part = batch.cpu().numpy() if "scikit" in maker else batch
+                taken = timed(lambda one=one, part=part: one.partial_fit(part))
+                if i > 0:
+                    seconds[maker].append(taken)
+    return {maker: sum(values) / (len(groups) * (n_batches - 1)) for maker, values in seconds.items()}
+
+
+def report(found: dict[str, Any]) -> str:
+    """The figures as Markdown tables."""
+    cost, acc = found["cost"], found["accuracy"]
+    own, peft_stop = acc["ours to its stop"], acc.get("peft to its stop")
+    rows = [
+        ["bare forward pass, body", f"{cost['body']:.3f} s", "1"],
+        ["bare forward pass, whole model", f"{cost['whole']:.3f} s", f"{cost['whole'] / cost['body']:.2f}"],
+        ["lora_init, whole step", f"{cost['step']:.3f} s", f"{cost['step / body']:.3f}"],
+        ["lora_init, decomposition", f"{cost['decomposition']:.4f} s", f"**{cost['decomposition / body']:.3f}**"],
+        ["PEFT, whole step", f"{cost['peft']:.3f} s", f"{cost['peft'] / cost['body']:.2f}"],
+        ["PEFT, decomposition", "", f"{cost['peft decomposition / body']:.2f}"],
+    ]
+    parts = [f"## {found['setting']}", "", table(["per batch", "median", "over the body's pass"], rows), ""]
+
+    def line(name: str, side: str) -> list[str]:
+        return [f"{name}, {side}", *(f"{acc[name][side][key]:.4f}" for key in ("min", "p10", "median", "mean"))]
+
+    rows = [line(name, side) for side in ("seen", "unseen") for name in ("exact", "ours", "peft")]
+    head = [f"captured / optimum, r={RANK}, {acc['n_seen']} batches, {acc['n_groups']} inputs", "min", "p10", "median",
+            "mean"]  # fmt: skip
+    parts += [table(head, rows), ""]
+    rows = [[n, f"{s:.1f} s", f"{value:.4f}"] for n, s, value in acc["curve"]]
+    parts += [table(["lora_init: batches", "time", "captured / optimum, unseen, mean"], rows), ""]
+    rows = [["lora_init", own["passes"], f"{own['seconds']:.0f} s", own["stop_reason"], f"{own['unseen']['mean']:.4f}"]]
+    if peft_stop:
+        reason = "converged" if peft_stop["finished"] else "bound"
+        rows.append(["PEFT", peft_stop["passes"], f"{peft_stop['seconds']:.0f} s", reason,
+                     f"{peft_stop['unseen']['mean']:.4f}"])  # fmt: skip
+    parts += [table(["to its own stop", "passes", "time", "why", "captured / optimum, unseen, mean"], rows), ""]
+    if peft_stop and acc["time to reach peft's"]["seconds"]:
+        reached = acc["time to reach peft's"]
+        parts += [
+            f"lora_init reaches what PEFT's run captures at its stop after {reached['batches']} batches, in "
+            f"**{reached['seconds'] / peft_stop['seconds']:.3f}** of its time.",
+            "",
+        ]
+    rows = [[name, f"{seconds * 1e3:.2f} ms"] for name, seconds in found["alone"].items()]
+    parts += [table(["decomposition alone, per input and batch", "mean"], rows), ""]
+    peak = found["memory"]
+    rows = [[phase, f"{mib:.0f} MiB", f"{mib / peak['forward']:.3f}"] for phase, mib in peak.items()]
+    parts += [table(["peak memory of the process", "", "over forward"], rows), ""]
+    if "scaling" in found:
+        parts += [scaling.report(found["scaling"]), ""]
+    facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    return "\n".join([*parts, f"{facts}."])
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "llama_1b" if torch.cuda.is_available() else "smollm2"
+    parser.add_argument("--setting", choices=("smollm2", "minilm", "llama_1b"), default=default)
+    parser.add_argument("--seen", type=int, default=None, help="batches to learn from")
+    parser.add_argument("--skip-peft-run", action="store_true")
+    parser.add_argument("--skip-scaling", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(2)
+    small = arguments.setting == "minilm"
+    n_seen = arguments.seen or (24 if small else 96)
+    setting = getattr(settings, arguments.setting)(n_seen, 8 if small else 32)
+    found: dict[str, Any] = {"setting": setting.name, "machine": settings.machine()}
+    found["cost"] = costs(setting, 8 if small else 16)
+    found["alone"] = alone(setting, 4 if small else 8)
+    truth = exact(setting, setting.unseen)
+    found["accuracy"] = accuracy(setting, min(n_seen, 16 if small else 32), truth, not (small or arguments.skip_peft_run))
+    found["memory"] = memory.peaks(arguments.setting, RANK, RHO)
+    if not (small or arguments.skip_scaling):
+        found["scaling"] = scaling.measure()
+    text = report(found)
+    print(text)
+    folder = Path(__file__).parent / "results" / "statistics"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{arguments.setting}.json").write_text(json.dumps(found, indent=1, default=float) + "\n")
+    (folder / f"{arguments.setting}.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

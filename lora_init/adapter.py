@@ -1,0 +1,190 @@
+"""From statistics and ranks to an adapter, and from a model and data to a model with an adapter."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lora_init.adapter_init import AdapterInit
+from lora_init.errors import LoraInitError
+from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
+from lora_init.statistics import Statistics
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["AdapterInit", "build_adapter", "initialize"]
+
+
+def build_adapter(
+    stats: Statistics,
+    ranks: Mapping[str, int] | int | None = None,
+    method: str = "eva",
+    whiten: bool = False,
+    lora_alpha: float = 16,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_dropout: float = 0.0,
+    seed: int = 0,
+) -> AdapterInit:
+    """Compute the start of every layer's adapter. No model is needed.
+
+    Args:
+        stats: What `collect` returned.
+        ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
+            that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for.
+            The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
+        method: `"eva"`, `"random"` (PEFT's Kaiming uniform) or `"orthogonal"`, see `initializers`.
+        whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
+        lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
+        use_rslora: Scale by lora_alpha / sqrt(rank) instead.
+        use_dora: Let PEFT add DoRA's magnitude vectors.
+        lora_dropout: Dropout on what A reads, in training.
+        seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
+
+    Warns:
+        UserWarning: The data had fewer directions than ranks in some layer, so random orthogonal ones fill up.
+
+    Raises:
+        LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
+            serve, no layer left, or an impossible lora_alpha or lora_dropout.
+    """
+    if method not in METHODS:
+        raise LoraInitError(f"method={method!r} is unknown. Choose one of {', '.join(map(repr, METHODS))}.")
+    if whiten and method != "eva":
+        raise LoraInitError(f"whiten=True needs method='eva'; method={method!r} has no variances to divide by.")
+    if not (0.0 < lora_alpha < math.inf):
+        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
+    plan, rank = _plan(stats, ranks)
+    options = {"whiten": whiten} if method == "eva" else {}
+    weights, explained, filled = {}, {}, []
+    for name, layer_rank in plan.items():
+        spectrum, target = stats[name], stats.targets[name]
+        if method == "eva":
+            check_rank(spectrum, layer_rank, f"layer {name!r}: ")
+            filled += [name] if missing_components(spectrum, layer_rank) else []
+        a = METHODS[method](spectrum, layer_rank, layer_generator(seed, name), **options)
+        weights[name] = (a, zero_b(target.out_features, layer_rank))
+        explained[name] = float(spectrum.explained_variance_ratio[:layer_rank].sum())
+    if filled:
+        warnings.warn(
+            f"{len(filled)} layers got more rank than their data has directions (first: {filled[0]!r}, "
+            f"{stats[filled[0]].n_components} found for rank {plan[filled[0]]}). Random orthogonal directions fill up; "
+            "more data would give more.",
+            stacklevel=2,
+        )
+    return AdapterInit(
+        weights=weights,
+        targets={name: stats.targets[name] for name in plan},
+        unsupported=dict(stats.unsupported),
+        rank=rank,
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        lora_dropout=lora_dropout,
+        method=method,
+        whiten=whiten,
+        seed=seed,
+        left_out=tuple(name for name in stats if name not in plan),
+        explained=explained,
+        provenance=stats.provenance,
+    )
+
+
+def initialize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rank: int = 16,
+    rho: float = 2.0,
+    method: str = "eva",
+    *,
+    target_modules: str | Collection[str] = "all-linear",
+    whiten: bool = False,
+    lora_alpha: float = 16,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_dropout: float = 0.0,
+    adapter_name: str = "default",
+    seed: int = 0,
+    **collect_options: Any,
+) -> PeftModel:
+    """Do all of it in one call: collect statistics, allocate ranks, build the adapter, put it on the model.
+
+    Args:
+        model: The plain model.
+        batches: What `collect` takes.
+        rank: Average rank of a layer.
+        rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
+        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora` and `lora_dropout`.
+        target_modules: See `collect`.
+        adapter_name: PEFT's name for the adapter.
+        seed: Seed of the decomposition and of random initialisations.
+        **collect_options: Passed on to `collect`: `exclude_modules`, `task_type`, `max_batches` and so on.
+
+    Raises:
+        LoraInitError: As `collect`, `allocate_ranks`, `build_adapter` and `AdapterInit.apply` do.
+    """
+    from lora_init.collection import collect
+    from lora_init.ranks import allocate_ranks
+
+    stats = collect(model, batches, target_modules, rank=rank, rho=rho, seed=seed, **collect_options)
+    init = build_adapter(
+        stats,
+        allocate_ranks(stats, rank=rank, rho=rho),
+        method=method,
+        whiten=whiten,
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        lora_dropout=lora_dropout,
+        seed=seed,
+    )
+    return init.apply(model, adapter_name)
+
+
+def _plan(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dict[str, int], int]:
+    """Return the rank of each layer that gets one, in model order, and the rank that the scaling is relative to."""
+    if ranks is None:
+        from lora_init.ranks import allocate_ranks
+
+        ranks = allocate_ranks(stats, rank=stats.provenance.rank)
+    if not isinstance(ranks, Mapping):
+        ranks = dict.fromkeys(stats, _whole_number(ranks, "ranks="))
+    unknown = next((name for name in ranks if name not in stats), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
+        raise LoraInitError(
+            f"ranks name {unknown!r}, which the statistics don't have. Closest: {close[0]!r}."
+            if close
+            else "the statistics hold no layer. Collect them from a model with linear layers."
+        )
+    asked = {name: _whole_number(ranks[name], f"layer {name!r}: rank ") for name in stats if name in ranks}
+    for name, rank in asked.items():
+        width = stats.targets[name].in_features
+        if rank > width:
+            raise LoraInitError(f"layer {name!r}: rank {rank} is larger than its input width {width}.")
+    plan = {name: rank for name, rank in asked.items() if rank > 0}
+    if not plan:
+        raise LoraInitError(
+            f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for a higher rank."
+        )
+    average = getattr(ranks, "rank", None)
+    return plan, int(average) if average else max(1, round(sum(asked.values()) / len(asked)))
+
+
+def _whole_number(value: Any, where: str) -> int:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise LoraInitError(f"{where}{value!r} must be a whole number, 0 or more.")
+    return number

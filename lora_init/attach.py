@@ -1,0 +1,212 @@
+"""Put adapter weights on a model through PEFT: the only place that changes a model, and it can take the change back."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError
+from lora_init.targets import Target, find_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+Weights = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def exact_pattern(names: Iterable[str]) -> str:
+    """Write a regular expression that matches these full names and nothing else."""
+    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
+
+
+def selects(target_modules: str | Collection[str], name: str) -> bool:
+    """Tell whether PEFT's `target_modules` selects the module of this full name."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return name in target_modules or any(name.endswith(f".{ending}") for ending in target_modules)
+
+
+def check_model(
+    model: nn.Module, targets: Mapping[str, Target], unsupported: Collection[str], origin: str, adapter_name: str
+) -> None:
+    """Check, changing nothing, that the model can take this adapter.
+
+    Args:
+        model: The plain model.
+        targets: Kind and widths of each layer that shall get an adapter.
+        unsupported: Further layers that PEFT shall adapt by itself.
+        origin: Name of the model that the statistics come from, for the messages.
+        adapter_name: PEFT's name for the adapter.
+
+    Raises:
+        LoraInitError: The model has an adapter already, or a layer is missing or of another kind or width. The first
+            difference is named.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not adapter_name or "." in adapter_name or adapter_name in "lora_":
+        raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
+    modules = dict(model.named_modules())
+    if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
+        raise LoraInitError(
+            f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, "
+            "or give apply() the plain model."
+        )
+    for name in [*targets, *unsupported]:
+        if name not in modules:
+            raise LoraInitError(
+                f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
+                "Apply the adapter to the model that the statistics come from."
+            )
+    found = find_targets(model, exact_pattern(targets)).layers
+    for name, expected in targets.items():
+        got = found.get(name)
+        if got is None or _shape(got) != _shape(expected):
+            shown = type(modules[name]).__name__ if got is None else _described(got)
+            raise LoraInitError(
+                f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
+                f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
+            )
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig,
+    weights: Weights,
+    unsupported: Collection[str],
+    scaling: float,
+    adapter_name: str,
+) -> PeftModel:
+    """Wrap the model by `get_peft_model` and copy A and B in. On any failure the model is as it was.
+
+    Args:
+        model: A model that passed `check_model`.
+        config: What to give PEFT. Changed by PEFT.
+        weights: A [r, d_in] and B [d_out, r] of each layer.
+        unsupported: Further layers that PEFT initialises by itself.
+        scaling: What every layer's scaling must come out as.
+        adapter_name: PEFT's name for the adapter.
+
+    Raises:
+        LoraInitError: PEFT adapted other layers, or in another way, than planned.
+    """
+    from peft import get_peft_model
+
+    planned = {*weights, *unsupported}
+    config.base_model_name_or_path = None  # get_peft_model sets the model's own name, and warns if another was there
+    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != planned:
+        config.target_modules = exact_pattern(planned)
+    with _restored_on_failure(model), warnings.catch_warnings():
+        # Linear and Conv1D layers in one model: PEFT adjusts the flag layer by layer, correctly, and warns each time.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        _fill(peft_model, weights, planned, scaling, adapter_name)
+    return peft_model
+
+
+def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:
+    """Read the weights of the heads that PEFT trains whole, under the names they have in an adapter's file.
+
+    Args:
+        model: The plain model, or the same after `attach`.
+        heads: Endings of the modules' names, matched as PEFT matches `modules_to_save`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        inside_wrapper = ".original_module" in name or ".modules_to_save" in name
+        if heads and name.endswith(heads) and not inside_wrapper:
+            state = getattr(module, "original_module", module).state_dict()
+            tensors |= {f"base_model.model.{name}.{key}": value.detach().cpu().clone() for key, value in state.items()}
+    return tensors
+
+
+def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Compute DoRA's magnitude vectors at B = 0, the norm of each output's weights, as they are in an adapter's file.
+
+    Args:
+        model: The plain model, or the same after `attach`.
+        targets: Layers that have an adapter.
+
+    Raises:
+        LoraInitError: A layer is not in the model.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    modules = dict(model.named_modules())
+    tensors = {}
+    for name, target in targets.items():
+        if name not in modules:
+            raise LoraInitError(f"layer {name!r} is not in {type(model).__name__}. Pass the model of the statistics.")
+        layer: nn.Module = getattr(modules[name], "base_layer", modules[name])  # type: ignore[assignment]
+        weight = dequantize_module_weight(layer).detach()
+        weight = weight.T if target.kind == "Conv1D" else weight  # [d_out, d_in]
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.linalg.norm(weight, dim=1).float().cpu()
+    return tensors
+
+
+@torch.no_grad()
+def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: float, adapter_name: str) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    base = peft_model.get_base_model()
+    # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one planned layer, not two.
+    layers: dict[str, Any] = {
+        n: m for n, m in base.named_modules() if isinstance(m, LoraLayer) and ".base_layer." not in n
+    }
+    if set(layers) != planned:
+        differing = sorted(set(layers) ^ planned)
+        raise LoraInitError(
+            f"PEFT adapted other layers of {type(base).__name__} than planned; first of {len(differing)} differences: "
+            f"{differing[0]!r}. PEFT rewrites names of this architecture or keeps layers for this task: collect again "
+            "with exclude_modules naming them."
+        )
+    for name, (a, b) in weights.items():
+        layer = layers[name]
+        if layer.r[adapter_name] != len(a) or not math.isclose(layer.scaling[adapter_name], scaling):
+            raise LoraInitError(
+                f"layer {name!r}: PEFT gave rank {layer.r[adapter_name]} and scaling "
+                f"{layer.scaling[adapter_name]:.4g}, planned {len(a)} and {scaling:.4g}. Give apply() a plain model."
+            )
+        layer.lora_A[adapter_name].weight.copy_(a)
+        layer.lora_B[adapter_name].weight.copy_(b)
+    # PEFT's new modules start in training mode also inside a model in evaluation mode, which would switch dropout on.
+    for layer in layers.values():
+        layer.train(layer.get_base_layer().training)
+    peft_model.training = peft_model.base_model.training = base.training
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put submodules, hooks, `requires_grad` and PEFT's mark on the model back if the block raises."""
+    children = [(module, dict(module._modules), set(module._forward_hooks)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    marked = "peft_config" in vars(model)
+    try:
+        yield
+    except BaseException:
+        for module, submodules, hooks in children:
+            module._modules.clear()
+            module._modules.update(submodules)
+            for key in [key for key in module._forward_hooks if key not in hooks]:
+                del module._forward_hooks[key]
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        if not marked:
+            vars(model).pop("peft_config", None)
+        raise
+
+
+def _shape(target: Target) -> tuple[int, int, bool]:
+    # Conv1D keeps its weight transposed; all other kinds of linear layer, quantised ones too, are alike to PEFT.
+    return target.in_features, target.out_features, target.kind == "Conv1D"
+
+
+def _described(target: Target) -> str:
+    return f"{target.kind} {target.in_features} -> {target.out_features}"

