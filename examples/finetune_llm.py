@@ -35,7 +35,7 @@ held_out = lora_init.load_batches(data, tokenizer, samples=max(args.samples // 8
 print(f"train on {batches.description}")
 
 # What each layer reads decides where its adapter starts and how much rank it gets.
-stats = lora_init.collect(model, batches, rank=16, rho=2.0, data=batches.description)
+stats = lora_init.collect(model, batches, rank=16, rho=2.0, task_type="CAUSAL_LM", data=batches.description)
 ranks = lora_init.allocate_ranks(stats, rank=16, rho=2.0)
 init = lora_init.build_adapter(stats, ranks, method="eva", lora_alpha=16)
 print(f"ranks {min(ranks.values())} to {max(ranks.values())}, {init.n_parameters():,} parameters")

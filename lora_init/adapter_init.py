@@ -16,7 +16,7 @@ from lora_init.attach import attach, check_model, exact_pattern, head_tensors, m
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
 from lora_init.statistics import Provenance
-from lora_init.targets import Target
+from lora_init.targets import HEADS, Target
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -25,12 +25,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
 CARD_FILE = "README.md"
-# PEFT trains these heads whole for these tasks, and expects their weights in the adapter's file.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +175,7 @@ class AdapterInit:
         return _as_number(next((value for value in near if value / divisor == self.scaling), alpha))
 
     def _tensors_of_the_model(self, model: nn.Module | None) -> dict[str, Tensor]:
-        heads = _HEADS.get(self.provenance.task_type or "", ())
+        heads = HEADS.get(self.provenance.task_type or "", ())
         if model is None:
             if heads:
                 raise LoraInitError(

@@ -82,6 +82,7 @@ def parse_count(value: float | str, argument: str) -> int:
 def choose_budget(
     n_layers: int,
     n_parameters: int,
+    default_rank: int,
     *,
     rank: int | None,
     total_rank: int | str | None,
@@ -92,11 +93,12 @@ def choose_budget(
     dtype: str,
     coverage: str,
 ) -> Budget:
-    """Turn the one budget that was given into a limit; `rank=16` if none was.
+    """Turn the one budget that was given into a limit.
 
     Args:
         n_layers: Layers that take part.
         n_parameters: Parameters of the base model; 0 if unknown.
+        default_rank: The budget if none is given: average rank.
 
     Raises:
         LoraInitError: Two budgets at once, one out of range, or `fraction` of an unknown model size.
@@ -112,7 +114,7 @@ def choose_budget(
     if len(given) > 1:
         shown = " and ".join(f"{name}={value!r}" for name, value in given.items())
         raise LoraInitError(f"{shown} are {len(given)} budgets. Give one.")
-    kind, value = next(iter(given.items()), ("rank", 16))
+    kind, value = next(iter(given.items()), ("rank", default_rank))
     if kind in ("rank", "total_rank", "parameters"):
         count = parse_count(value, kind)
         limit = count * n_layers if kind == "rank" else count

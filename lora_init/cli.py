@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_init.console import make_console, one_line_errors, quiet_transformers, say
+from lora_init.console import make_console, one_line_errors, quiet_transformers
 from lora_init.errors import LoraInitError
 from lora_init.rank_command import EXAMPLE, ranks
 
 if TYPE_CHECKING:
     from lora_init.allocation import RankAllocation
-    from lora_init.models import LoadedModel
     from lora_init.statistics import Statistics
 
 app = typer.Typer(
@@ -32,10 +30,26 @@ app = typer.Typer(
 # Printed by a real run on 2 cores. The backspace keeps the lines as they are.
 _EXAMPLE = """\b
 Example:
-$ lora-init init sentence-transformers/all-MiniLM-L6-v2 boolq.jsonl --template '{passage}' -o adapter
+$ lora-init init sentence-transformers/all-MiniLM-L6-v2 data/boolq.jsonl --template '{passage}' -o adapter
                            0  1  2  3  4  5
-query                     14 19 17 15 15 15
+query                     14 19 17 16 15 14
+key                       14 19 17 15 15 14
+value                     14 19 17 15 15 14
+attention.output.dense    24 18 17 17 16 21
+intermediate.dense        17 17 16 14 12  9
+output.dense              18 14 14 14 10 12
 pooler.dense           29
+
+\b
+layers      37 with rank 9 to 29, 0 without an adapter
+parameters  647,040, -4.3% against rank 16 everywhere
+data        data/boolq.jsonl: 256 of 15942 examples, seed 0, at most 512 tokens, template
+            '{passage}'
+pass        31,932 rows in 64 batches, stopped: max_batches
+held out    32 components capture 49.4% of the variance of unseen rows (median), 29.1% at
+            least (pooler.dense)
+time        forward 8.7 s, decomposition 1.0 s, data 0.0 s
+adapter     /home/user/adapter
 """
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
@@ -116,6 +130,7 @@ def init(
             from lora_init.data import load_batches
             from lora_init.models import load_model
             from lora_init.ranks import allocate_ranks
+            from lora_init.reuse import obtain
             from lora_init.summary import show_summary, summarise
 
             quiet_transformers()
@@ -146,7 +161,7 @@ def init(
                 **settings,
             )  # fmt: skip
 
-        stats = _statistics(statistics, loaded, settings, collect_now)
+        stats = obtain(statistics, loaded, settings, collect_now)
         ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
         built = build_adapter(
             stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
@@ -190,58 +205,6 @@ def _plan(file: Path | None) -> RankAllocation | None:
     from lora_init.plan_file import load_plan
 
     return load_plan(file)
-
-
-def _statistics(
-    file: Path | None, loaded: LoadedModel, settings: dict[str, Any], collect_now: Callable[[], Statistics]
-) -> Statistics:
-    """Take the statistics from the file if there is one that fits, else collect them and write the file."""
-    from lora_init.collection import Interrupted
-
-    if file is None:
-        return collect_now()
-    file = file.expanduser()
-    if file.exists():
-        return _reuse(file, loaded, settings)
-    if not file.parent.is_dir():
-        raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
-    try:
-        stats = collect_now()
-    except Interrupted as stop:
-        if stop.statistics is not None:
-            stop.statistics.save(file)
-            say(f"{file}: kept the statistics of {stop.statistics.provenance.n_batches} batches")
-        raise
-    stats.save(file)
-    return stats
-
-
-def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statistics:
-    """Load statistics, and refuse them if they were made for another model or with other settings."""
-    from lora_init.collection import fingerprint
-    from lora_init.statistics import Statistics
-    from lora_init.targets import find_targets
-
-    stats = Statistics.load(file)
-    made = stats.provenance
-    remedy = "Name another file, or delete this one to collect again."
-    if made.fingerprint != fingerprint(loaded.model):
-        origin = f"{made.model_class} {made.model_id}".strip()
-        raise LoraInitError(f"{file} was made from another model ({origin}). {remedy}")
-    found = find_targets(loaded.model, settings["target_modules"], settings["exclude_modules"], settings["task_type"])
-    wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
-    if wanted != there:
-        raise LoraInitError(
-            f"{file} is not about the layers that --target-modules selects: "
-            f"{len(wanted - there)} are missing, {len(there - wanted)} too many. {remedy}"
-        )
-    for option, name in (("--center", "center"), ("--token-mask", "token_mask"), ("--task-type", "task_type")):
-        if getattr(made, name) != settings[name]:
-            raise LoraInitError(
-                f"{file} was made with {option} {getattr(made, name)}, and {settings[name]} is asked for. {remedy}"
-            )
-    say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches, {made.stop_reason})")
-    return stats
 
 
 def _modules(text: str) -> str | list[str]:

@@ -88,8 +88,8 @@ def _whole(value: Any, argument: str, least: int) -> int:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern means a layer: its name, an ending of it after a dot, or a wildcard for all of it."""
-    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+    """Tell whether a pattern means a layer: its name or an ending of it after a dot, either with wildcards."""
+    return name == pattern or any(fnmatchcase(name, wildcard) for wildcard in (pattern, f"*.{pattern}"))
 
 
 def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:

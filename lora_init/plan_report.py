@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_init.allocation import RankAllocation
@@ -21,7 +21,7 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
     used = [rank for rank in plan.values() if rank]
     rows = {
         "plan": plan_text(plan),
-        "layers": f"{len(used)} of {len(plan)} with rank {min(used)} to {max(used)}, average rank {plan.rank}",
+        "layers": f"{len(used)} of {len(plan)} with rank {_range(used)}, average rank {plan.rank}",
         "spent": _spent(plan),
         "parameters": f"{plan.parameters:,}, {plan.parameters / even.parameters - 1:+.1%} against uniform ranks of the "
         f"same sum, {plan.total_rank:,}",
@@ -42,6 +42,11 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
         console.print(f"note: {note}", markup=False)
 
 
+def _range(ranks: Sequence[int]) -> str:
+    least, most = min(ranks), max(ranks)
+    return str(least) if least == most else f"{least}-{most}"
+
+
 def _spent(plan: RankAllocation) -> str:
     budget = plan.budget
     if budget is None:
@@ -58,7 +63,7 @@ def _kind_table(plan: RankAllocation) -> Table:
         table.add_row(
             kind.kind,
             str(kind.n_layers),
-            str(kind.least) if kind.least == kind.most else f"{kind.least}-{kind.most}",
+            _range([kind.least, kind.most]),
             f"{kind.total_rank:,}",
             f"{kind.parameters:,}",
             f"{kind.parameters / max(plan.parameters, 1):.1%}",
@@ -75,7 +80,7 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
         least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
         table.add_row(
             label,
-            f"{min(used)}-{max(used)}",
+            _range(used),
             str(len(used)),
             f"{plan.total_rank:,}",
             f"{plan.parameters:,}",

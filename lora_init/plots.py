@@ -57,7 +57,9 @@ def draw_heat_map(axes: Any, plan: RankAllocation) -> None:
         axes.text(x, y, plan[name] or "·", ha="center", va="center", fontsize=7, color=text_color(color))
     axes.set_xlim(-0.5, len(grid.kinds) - 0.5)
     axes.set_ylim(len(grid.blocks) - 0.5, -0.5)
-    axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=40, ha="left", rotation_mode="anchor", fontsize=8)
+    axes.set_xticks(
+        range(len(grid.kinds)), grid.kinds, rotation=40, ha="left", rotation_mode="anchor", fontsize=8, parse_math=False
+    )
     axes.set_yticks(range(len(grid.blocks)), [str(b) if b >= 0 else "" for b in grid.blocks], fontsize=7)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.set_ylabel("block")
@@ -74,7 +76,7 @@ def draw_spectra(axes: Any, spectra: KindSpectra, n_blocks: int) -> None:
         axes.plot(range(len(reached)), reached, color=color, linewidth=0.7, alpha=0.55)
         axes.plot([rank], [reached[rank]], "o", color=color, markersize=4, markeredgecolor="black", markeredgewidth=0.5)
     average = sum(spectra.ranks) / len(spectra.ranks)
-    axes.set_title(f"{spectra.kind}: average rank {average:.1f}", fontsize=9)
+    axes.set_title(f"{spectra.kind}: average rank {average:.1f}", fontsize=9, parse_math=False)
     axes.set_ylim(0, 1.02)
     axes.set_xlim(0, max(len(reached) for reached in spectra.reached) - 1 or 1)
     axes.yaxis.set_major_formatter(_percent)
@@ -145,7 +147,7 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Any:
     title = "Variance explained for the parameters spent, by policy, under the same limits"
     lower.suptitle(_wrap(title, spectra_width), fontsize=10)
     caption = f"Plan: {plan_text(plan)}. Computed from {source_text(plan)}."
-    figure.supxlabel(_wrap(caption, 1.2 * (map_width + spectra_width)), fontsize=8)
+    figure.supxlabel(_wrap(caption, 1.2 * (map_width + spectra_width)), fontsize=8, parse_math=False)
     return figure
 
 

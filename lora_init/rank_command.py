@@ -25,7 +25,9 @@ cost-aware      1-7     186    909  999,744  4.05     23.63%   0.0%
 
 def ranks(
     statistics: Annotated[Path, typer.Argument(help="Statistics file, from lora-init init.", show_default=False)],
-    rank: Annotated[int | None, typer.Option(help="Budget: average rank. 16 if no budget is given.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Budget: average rank. The default is what the statistics are for.")
+    ] = None,
     total_rank: Annotated[str | None, typer.Option(help="Budget: sum of all ranks.")] = None,
     parameters: Annotated[str | None, typer.Option(help="Budget: trainable parameters, such as 2.5M.")] = None,
     fraction: Annotated[
@@ -93,7 +95,7 @@ def ranks(
         stats = Statistics.load(statistics)
         plan = allocate_ranks(stats, **arguments)
         plans = {
-            _label(arguments): plan,
+            _label(arguments, plan.rank): plan,
             **{name: allocate_ranks(stats, **changed) for name, changed in variants.items()},
         }
         if output is not None:
@@ -123,8 +125,8 @@ def _show(plans: dict[str, Any], stats: Any, as_json: bool) -> None:
         show_plan(make_console(), next(iter(plans.values())), stats)
 
 
-def _label(arguments: dict[str, Any]) -> str:
-    kind, value = next(((k, arguments[k]) for k in BUDGETS if arguments[k] is not None), ("rank", 16))
+def _label(arguments: dict[str, Any], default_rank: int) -> str:
+    kind, value = next(((k, arguments[k]) for k in BUDGETS if arguments[k] is not None), ("rank", default_rank))
     return f"{kind}={value}" + (f",policy={arguments['policy']}" if arguments["policy"] != "eva" else "")
 
 

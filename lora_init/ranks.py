@@ -51,7 +51,8 @@ def allocate_ranks(
 
     Args:
         stats: From `collect`, or loaded. Only variances are read, no components, unless `policy` is a function.
-        rank: Budget: average rank of the layers that take part. 16 if no budget is given.
+        rank: Budget: average rank of the layers that take part. Without any budget: the rank that the statistics were
+            collected for.
         rho: At most round(rho x average rank) in one layer, under every budget but `variance` and every policy but
             `uniform`. 1 gives all layers the same rank.
         total_rank: Budget: sum of all ranks.
@@ -61,6 +62,7 @@ def allocate_ranks(
         dtype: Of the saved adapter, for `megabytes`: `"float32"`, `"float16"` or `"bfloat16"`.
         variance: Budget: the fewest ranks that explain this share of the variance.
         coverage: For `variance`: `"every-layer"` must reach it; or `"total"`, the mean over the layers.
+            With the first, the policy has nothing to decide.
         policy: `"uniform"`, `"eva"`, `"cost-aware"`, `"proportional"` (see `policies`), or a function from a layer's
             name and `Spectrum` to the worth of each of its ranks, [k].
         min_rank: Smallest rank of a layer; 0 lets a layer go without an adapter.
@@ -83,8 +85,9 @@ def allocate_ranks(
     base = dict(min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, allowed_ranks=allowed_ranks)
     limits = layer_limits(names, base, overrides, exclude)
     budget = choose_budget(
-        len(limits), stats.provenance.n_parameters, rank=rank, total_rank=total_rank, parameters=parameters,
-        fraction=fraction, megabytes=megabytes, variance=variance, dtype=dtype, coverage=coverage,
+        len(limits), stats.provenance.n_parameters, stats.provenance.rank,
+        rank=rank, total_rank=total_rank, parameters=parameters, fraction=fraction, megabytes=megabytes,
+        variance=variance, dtype=dtype, coverage=coverage,
     )  # fmt: skip
     spectra = stack_spectra(stats, list(limits))
     plan = make_plan(stats, spectra, budget, policy, rho, list(limits.values()), tie)

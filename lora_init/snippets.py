@@ -78,7 +78,8 @@ def _about(plan: RankAllocation) -> list[str]:
     source += f", from {data}" if data else ""
     return [
         f"Planned by lora_init{source}: policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}.",
-        f"{used} of {len(plan)} layers, total rank {plan.total_rank:,}, {plan.parameters:,} parameters.",
+        f"{used} of {len(plan)} layers, total rank {plan.total_rank:,}"
+        + (f", {plan.parameters:,} parameters." if plan.targets else "."),
     ]
 
 
@@ -97,7 +98,7 @@ def _peft(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: 
     task = plan.provenance.task_type if plan.provenance else None
     arguments = {
         "r": repr(plan.rank),
-        "lora_alpha": repr(lora_alpha),
+        "lora_alpha": repr(int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha),
         **({"use_rslora": "True"} if use_rslora else {}),
         **({"task_type": repr(task)} if task else {}),
         "target_modules": block(target_modules(plan)),

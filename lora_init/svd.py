@@ -40,8 +40,18 @@ class _State(NamedTuple):
     """What is kept between batches. Replaced as a whole, so that an interrupt never leaves half an update."""
 
     moments: Moments
-    directions: Tensor  # V, [k, d], rows orthonormal, by falling weight
-    weights: Tensor  # s, [k], float64: scatter along each direction
+    directions: Tensor  # V, [k, d], rows orthonormal, nearly by falling scatter
+    core: Tensor  # S, [k, k], float64: scatter in these coordinates, nearly diagonal
+
+    def principal(self) -> tuple[Tensor, Tensor]:
+        """Scatter along the principal directions, falling, [k]; and the turn from V to them, in columns, [k, k]."""
+        weights, turn = torch.linalg.eigh(self.core)
+        return weights.flip(0).clamp_min(0.0), turn.flip(1)
+
+    def factor(self) -> Tensor:
+        """Rows [k, d] whose scatter matrix is V^T S V."""
+        weights, turn = self.principal()
+        return (weights.sqrt() * turn).T.to(self.directions.dtype) @ self.directions
 
 
 class _Pending(NamedTuple):
@@ -50,11 +60,11 @@ class _Pending(NamedTuple):
     n_samples: int
     row_norms: Tensor  # [n], squared; not finite where a row is not
     mean: Tensor  # [d], float64
-    scatter: Tensor  # scalar, float64
+    scatter: Tensor  # scalar, float64: about the batch's own mean
     held_out: tuple[Tensor, Tensor] | None
     factor: Tensor | None  # [m, d]: factor^T factor is the batch's scatter matrix, up to rank k
-    gram: Tensor | None  # [k, k]: T^T T, with T = rows V^T
-    image: Tensor | None  # [k, d]: T^T rows
+    gram: Tensor | None  # [k, k]: T^T T, with T = rows V^T, about the mean of all rows so far
+    image: Tensor | None  # [k, d]: T^T rows, likewise
 
     @property
     def moments(self) -> Moments:
@@ -64,10 +74,12 @@ class _Pending(NamedTuple):
 class IncrementalSVD:
     """Estimate the leading principal components of rows that arrive in batches.
 
-    Keeps C ~ V^T diag(s) V with V of k x d. A batch X updates it by a Nystrom step on the sum of old and new: with the
-    present components as test matrix, Y = C V^T + X^T (X V^T), core M = V Y, and the new C is Y M^-1 Y^T. That is one
+    Keeps C ~ V^T S V with V of k x d. A batch X updates it by a Nystrom step on the sum of old and new: with the
+    present directions as test matrix, Y = C V^T + X^T (X V^T), core M = V Y, and the new C is Y M^-1 Y^T. That is one
     step of subspace iteration on all rows seen, at two thin products a batch; a Rayleigh-Ritz step would need a third
-    and was measured to be no better. Batches of fewer than k rows, and `merge`, are exact up to the truncation to k.
+    and was measured to be no better. Two Cholesky factors make the new V orthonormal and turn it towards the principal
+    directions by one step of the LR iteration; the turn is completed when somebody asks for the spectrum. Batches of
+    fewer than k rows, and `merge`, are exact up to the truncation to k.
 
     The state has half as many directions again as `n_components` (rounded up to a multiple of 16): that is what brings
     the leading ones close to those of the exact decomposition. The mean's own drift counts (Ross et al. 2008); the
@@ -114,7 +126,7 @@ class IncrementalSVD:
         if self._state is None:
             return float("nan")
         scatter = self._state.moments.scatter
-        return float(self._state.weights[: self.n_components].sum()) / scatter if scatter > 0 else 1.0
+        return float(self._state.core.diagonal()[: self.n_components].sum()) / scatter if scatter > 0 else 1.0
 
     def partial_fit(self, rows: Tensor) -> IncrementalSVD:
         """Take in rows [n, d] of any float type, n from 0 on.
@@ -147,25 +159,29 @@ class IncrementalSVD:
         if self._shift is not None:
             rows = rows - self._shift
         row_norms = torch.linalg.vector_norm(rows, dim=1).square()  # [n]
-        batch_mean = rows.mean(0) if self.center else torch.zeros_like(rows[0])
+        batch_mean = torch.mv(rows.T, rows.new_full((n,), 1 / n)) if self.center else torch.zeros_like(rows[0])
         mean = batch_mean.double()
         scatter = row_norms.sum(dtype=torch.float64) - n * (mean @ mean)
         factor = gram = image = held_out = None
         if state is None:
             factor = self._compress(rows - batch_mean)
         else:
+            directions, core, n_before = state.directions, state.core, state.moments.n_samples
             known = state.moments.mean if self._shift is None else state.moments.mean - self._shift
-            along = rows @ state.directions.T  # T, [n, k]
-            along_mean = along.mean(0) if self.center else torch.zeros_like(along[0])
-            along = along - along_mean if self.center else along
+            # T about its own mean, [n, k]; the rows need not be centred for that, nor for T^T rows.
+            along = torch.addmm(-(directions @ batch_mean), rows, directions.T)
+            gram = along.T @ along
+            gap = mean - known
+            along_gap = directions @ gap.to(rows.dtype)
             # Sums of squares about the mean known so far: about the batch's own mean, plus the distance of the two.
-            gap, along_gap = mean - known, along_mean - state.directions @ known.to(rows.dtype)
-            held_out = (along.square().sum(0).double() + n * along_gap.double().square(), scatter + n * (gap @ gap))
-            if state.directions.shape[0] == min(self._n_directions, d) and n > self._n_directions:
-                gram = along.T @ along
-                image = along.T @ rows  # T has zero column means, so the rows need not be centred here
+            captured = gram.diagonal().double() + n * along_gap.double().square()
+            held_out = (captured, scatter + n * (gap @ gap))
+            if len(core) == min(self._n_directions, d) and n > self._n_directions:
+                weight = n_before * n / (n_before + n) if self.center else 0.0
+                gram.addr_(along_gap, along_gap, alpha=weight)
+                image = (along.T @ rows).addr_(along_gap, gap.to(rows.dtype), alpha=weight)
             else:
-                factor = self._compress(rows - batch_mean)
+                gram, factor = None, self._compress(rows - batch_mean)
         if self._shift is not None:
             mean = mean + self._shift
         self._pending = _Pending(n, row_norms, mean, scatter, held_out, factor, gram, image)
@@ -192,7 +208,7 @@ class IncrementalSVD:
         if state is not None:
             dtype = state.directions.dtype
             moments, drift = state.moments.plus(moments)
-            rows = torch.cat([state.weights.sqrt()[:, None] * state.directions.double(), rows, drift[None]])
+            rows = torch.cat([state.factor().double(), rows, drift[None]])
         weights, turn = torch.linalg.eigh(rows @ rows.T)
         weights, turn = weights.flip(0), turn.flip(1)
         kept = int((weights > weights[:1].clamp_min(0.0) * NEGLIGIBLE).sum())
@@ -200,7 +216,7 @@ class IncrementalSVD:
         weights, turn = weights[:kept], turn[:, :kept]
         # Orthonormal once more: the Gram matrix has cost the directions of the smallest weights some digits.
         q, r = torch.linalg.qr(((turn.T @ rows) / weights.sqrt()[:, None]).T)
-        return _State(moments, (q * r.diagonal().sign()).T.to(dtype).contiguous(), weights)
+        return _State(moments, (q * r.diagonal().sign()).T.to(dtype).contiguous(), torch.diag(weights))
 
     def merge(self, other: IncrementalSVD) -> IncrementalSVD:
         """Take in what another one has seen, as if its rows had come here. `other` is not changed.
@@ -214,12 +230,11 @@ class IncrementalSVD:
         check_alike(self.center, other.center)
         if other._state is None:
             return self
-        moments, directions, weights = other._state
         if self._state is None:
             self._shift = other._shift
         else:
-            check_rows(directions, self._state.moments.mean.shape[0])
-        self._state = self._fold(moments, weights.sqrt().to(directions.dtype)[:, None] * directions)
+            check_rows(other._state.directions, self._state.moments.mean.shape[0])
+        self._state = self._fold(other._state.moments, other._state.factor())
         return self
 
     def spectrum(self) -> Spectrum:
@@ -230,8 +245,11 @@ class IncrementalSVD:
         """
         if self._state is None:
             raise LoraInitError(NO_ROWS)
-        moments, directions, weights = self._state
-        return freeze(moments, directions[: self.n_components], weights[: self.n_components])
+        weights, turn = self._state.principal()
+        kept = min(self.n_components, int((weights > weights[:1] * NEGLIGIBLE).sum()))
+        directions = turn[:, :kept].T @ self._state.directions.double()
+        q, r = torch.linalg.qr(directions.T)  # updates leave them orthonormal to about 1e-6 only
+        return freeze(self._state.moments, (q * r.diagonal().sign()).T, weights[:kept])
 
 
 def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
@@ -261,29 +279,40 @@ def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
 def _nystrom_step(alike: list[tuple[IncrementalSVD, _Pending]]) -> None:
     """Update decompositions of one shape together: g of them, k directions, width d."""
     states = [one._state for one, _ in alike if one._state is not None]
-    moments, drifts = zip(
-        *(state.moments.plus(batch.moments) for state, (_, batch) in zip(states, alike, strict=True)), strict=True
-    )
-    old = torch.stack([state.directions for state in states])  # V, [g, k, d]
-    weights = torch.stack([state.weights for state in states])  # s, [g, k]
+    directions = torch.stack([state.directions for state in states])  # V, [g, k, d]
+    core = torch.stack([state.core for state in states])  # S, [g, k, k]
     image = torch.stack([batch.image for _, batch in alike if batch.image is not None])  # [g, k, d]
-    core = torch.stack([batch.gram for _, batch in alike if batch.gram is not None]).double()  # [g, k, k]
-    drift = torch.stack(drifts).to(old.dtype)[:, :, None]  # [g, d, 1]
-    along = old @ drift  # [g, k, 1]
-    image.addcmul_(old, weights.to(old.dtype)[:, :, None]).baddbmm_(along, drift.mT)  # Y^T = V C
-    core.diagonal(dim1=1, dim2=2).add_(weights)
-    core.baddbmm_(along.double(), along.double().mT)  # M = V C V^T
-    # To a unit diagonal first: the weights span up to eight orders of magnitude.
-    scale = core.diagonal(dim1=1, dim2=2).clamp_min(_TINY).rsqrt()  # [g, k]
-    core = core * scale[:, :, None] * scale[:, None, :]
-    core.diagonal(dim1=1, dim2=2).add_(_RIDGE)
-    inverse_root = torch.linalg.solve_triangular(torch.linalg.cholesky(core), torch.diag_embed(scale), upper=False)
-    factor = inverse_root.to(old.dtype) @ image  # M^-1/2 Y^T, [g, k, d]: factor^T factor is the new C
-    weights, turn = torch.linalg.eigh((factor @ factor.mT).double())  # rising
-    weights = weights.clamp_min(_TINY)
-    new = (turn * weights.rsqrt()[:, None, :]).mT.flip(1).to(old.dtype) @ factor
-    for (one, _), moment, directions, weight in zip(alike, moments, new, weights.flip(1), strict=True):
-        one._state = _State(moment, directions, weight)
+    image.baddbmm_(core.to(image.dtype), directions)  # Y^T = V C
+    core += torch.stack([batch.gram for _, batch in alike if batch.gram is not None])  # M = V C V^T
+    scale, _, inverse = _scaled_root(core)
+    factor = (inverse * scale.mT).to(image.dtype) @ image  # F = M^-1/2 Y^T: F^T F is the new C
+    scale, root, inverse = _scaled_root((factor @ factor.mT).double())  # F F^T = R R^T
+    directions = (inverse * scale.mT).to(image.dtype) @ factor  # R^-1 F
+    root = root / scale
+    core = root.mT @ root  # F^T F = V^T (R^T R) V
+    for (one, batch), state, new_directions, new_core in zip(alike, states, directions, core, strict=True):
+        one._state = _State(state.moments.plus(batch.moments)[0], new_directions, new_core)
+
+
+def _scaled_root(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor D M D = R R^T for symmetric M [g, k, k], with D scaling to a unit diagonal: M may span eight orders.
+
+    Returns:
+        The scale of the rows [g, k, 1], R and its inverse. R is a Cholesky factor, or, where rounding has left the
+        matrix indefinite (the rows span fewer than k directions), the root of its positive part.
+    """
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    floor = (diagonal.amax(1, keepdim=True) * NEGLIGIBLE).clamp_min(_TINY)
+    scale = diagonal.maximum(floor).rsqrt()[:, :, None]
+    scaled = matrix * scale * scale.mT
+    scaled.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    root, info = torch.linalg.cholesky_ex(scaled)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(root.shape[-1]).to(root), upper=False)
+    if bool(info.any()):
+        weights, turn = torch.linalg.eigh(scaled)
+        half, turn = weights.flip(1).clamp_min(_RIDGE).sqrt()[:, None, :], turn.flip(2)
+        root, inverse = turn * half, (turn / half).mT
+    return scale, root, inverse
 
 
 def _check_finite(waiting: list[tuple[IncrementalSVD, _Pending]]) -> None:

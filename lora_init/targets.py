@@ -16,8 +16,12 @@ ALL_LINEAR = "all-linear"
 
 # PEFT adapts these too, but they do not multiply rows of activations by a matrix: nothing to decompose.
 _WITHOUT_ROWS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-# PEFT leaves these heads out of "all-linear" when the task is sequence classification; it trains them whole.
-_CLASSIFICATION_HEADS = ("score", "classifier")
+# For these tasks PEFT trains the head whole, under one of these names, and adapts nothing in it.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def find_targets(
         target_modules: `"all-linear"`, a regular expression that matches full names, or a collection of names or
             dot-separated name endings.
         exclude_modules: Regular expression or collection of names or endings to leave out.
-        task_type: PEFT's task type. `"SEQ_CLS"` keeps `"all-linear"` away from the classification head, as in PEFT.
+        task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
 
     Raises:
         LoraInitError: Nothing matches, or a matched module is of a kind that PEFT cannot adapt.
@@ -81,12 +85,14 @@ def find_targets(
     modules = {name: module for name, module in model.named_modules() if name}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         selected = [name for name, module in modules.items() if _is_linear(module)]
-        heads = _heads(model, modules, task_type)
-        selected = [name for name in selected if name not in heads]
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        selected = [name for name in selected if modules[name] is not output]
     else:
         selected = [name for name in modules if _matches(target_modules, name, "target_modules")]
         if not selected:
             raise _no_match(model, modules, target_modules)
+    heads = HEADS.get(task_type or "", ())
+    selected = [name for name in selected if not set(heads) & set(name.split("."))]
     if exclude_modules:
         selected = [name for name in selected if not _matches(exclude_modules, name, "exclude_modules")]
     if not selected:
@@ -135,15 +141,6 @@ def _matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
         except re.error as error:
             raise LoraInitError(f"{argument}={patterns!r} is not a regular expression: {error}.") from None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _heads(model: nn.Module, modules: Mapping[str, nn.Module], task_type: str | None) -> set[str]:
-    """Name the output layer that "all-linear" leaves out, by PEFT's rule."""
-    find_output = getattr(model, "get_output_embeddings", None)
-    head = find_output() if find_output is not None else None
-    if head is None and find_output is not None and task_type == "SEQ_CLS":
-        head = next((h for h in (getattr(model, n, None) for n in _CLASSIFICATION_HEADS) if h is not None), None)
-    return {name for name, module in modules.items() if module is head}
 
 
 def _no_match(

@@ -12,6 +12,8 @@ import torch
 @pytest.fixture(autouse=True)
 def _one_seed():
     torch.manual_seed(0)
+    # Tiny matrices: a second thread costs more than it brings, and far more beside other processes.
+    torch.set_num_threads(1)
 
 
 def tiny_llama(**changes):

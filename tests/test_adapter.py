@@ -421,14 +421,15 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch, error):
     assert isinstance(init.apply(model), peft.PeftModel)
 
 
-def test_layers_that_peft_keeps_for_the_task_are_named():
+def test_layers_that_peft_keeps_for_the_task_are_left_alone():
     """PEFT trains everything called `classifier` whole for SEQ_CLS and adapts nothing inside it."""
     model = tiny_bert()
     stats = made_up_statistics(model, ["query", "classifier"], task_type="SEQ_CLS")
-    before = snapshot(model)
-    with pytest.raises(LoraInitError, match=r"other layers .* than planned.*'classifier'.*exclude_modules"):
-        build_adapter(stats, 2).apply(model)
-    assert same(before, snapshot(model))
+    peft_model = build_adapter(stats, 2).apply(model)
+    adapted = {name for name, module in peft_model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {f"base_model.model.{name}" for name in stats}
+    assert not any("classifier" in name for name in adapted)
+    assert all(p.requires_grad for n, p in peft_model.named_parameters() if "modules_to_save" in n)
 
 
 # In training ---------------------------------------------------------------------------------------------------------

@@ -397,17 +397,6 @@ def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
     assert capsys.readouterr().err == "warning: ours is long\n"
 
 
-def test_a_reader_that_leaves_early_is_no_error(home):
-    program = "from lora_init.cli import app; app()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "inspect", str(home / "model")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    process.stdout.close()
-    assert "Traceback" not in process.stderr.read()
-    assert process.wait() == 1
-
-
 # Inspect
 
 
@@ -477,6 +466,17 @@ def test_inspect_an_adapter_that_peft_made(tmp_path):
     }
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_init", "inspect", str(made / "out"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
 def test_inspect_what_is_neither(made, home, tmp_path):
     assert_one_line_error(run("inspect", tmp_path / "nowhere"), "no such file or directory")
     assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")
@@ -527,7 +527,7 @@ def test_the_example_in_the_help_is_a_command_that_parses():
     arguments = shlex.split(example.splitlines()[0].removeprefix("$ lora-init init "))
     command = typer.main.get_command(cli.app).commands["init"]
     assert command.make_context("init", arguments).params["rank"] == 16
-    for part in ("q_proj", "parameters", "held out", "adapter "):
+    for part in ("\n  query ", "\n  parameters ", "\n  held out ", "\n  adapter "):
         assert part in text[text.index("$ lora-init init ") :]
 
 
@@ -549,6 +549,13 @@ def test_modules_are_read_as_names_or_as_a_regular_expression():
     assert cli._modules("q_proj") == ["q_proj"]
     assert cli._modules("q_proj, self_attn.v_proj") == ["q_proj", "self_attn.v_proj"]
     assert cli._modules(r".*\.q_proj") == r".*\.q_proj"
+
+
+def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
+    file = tmp_path / "s.safetensors"
+    result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)
+    assert result.exit_code == 0, result.stderr
+    assert r"'{text}\nthe\tcat'" in lora_init.Statistics.load(file).provenance.data  # repr of a real newline and tab
 
 
 def test_nothing_names_this_machine():

@@ -19,7 +19,7 @@ SHORT = {
     "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=60", "--output=OUTPUT"],
 }
-ELSEWHERE = {"quickstart", "sft_trl"}  # tests/test_adapter.py runs these
+ELSEWHERE = {"quickstart", "sft_trl", "rank_budget"}  # tests/test_adapter.py and tests/test_rank_command.py run these
 
 
 @pytest.fixture

@@ -629,7 +629,9 @@ def test_a_plan_made_by_hand_survives_its_file(tmp_path):
 def test_a_plan_for_another_model_is_refused():
     stats, plan = full_plan()
     other = full_plan(fingerprint="f2", model_id="other/model")[0]
-    with pytest.raises(LoraInitError, match=r"made for some/model \(fingerprint f1\), .* another: .* other/model \(f2\)"):
+    with pytest.raises(
+        LoraInitError, match=r"made for some/model \(fingerprint f1\), .* another: .* other/model \(f2\)"
+    ):
         plan.check(other)
     with pytest.raises(LoraInitError, match=r"names layer 'h.0.q_proj', which the statistics do not have"):
         RankAllocation(dict(plan), 2).check(statistics(WIDE))
@@ -722,6 +724,7 @@ def test_peft_reads_its_snippet_as_exactly_the_plan(use_rslora, scaling):
     assert ranks == expected
     assert list(scalings) == pytest.approx([scaling] * len(scalings))
     assert names["config"].task_type == "CAUSAL_LM"
+    assert "lora_alpha=24,\n" in snippet(plan, "peft", lora_alpha=24.0)
 
 
 def test_axolotl_gets_what_it_forwards_to_peft():

@@ -39,6 +39,13 @@ def test_no_block_escapes():
     assert "@@" not in README
 
 
+def for_the_tiny_model(text):
+    """Budgets and names as they fit the tiny model."""
+    for pattern, smaller in ((r"\b1M\b", "3k"), (r"\b5M\b", "5k"), (r"\bMODEL DATA\b", f"{MODEL} {DATA}")):
+        text = re.sub(pattern, smaller, text)
+    return text
+
+
 @numbered("python")
 def test_python(text, folder, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,7 +56,9 @@ def test_python(text, folder, tmp_path, monkeypatch):
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
     batches = lora_init.load_batches(DATA, tokenizer, template="{passage}\nQuestion: {question}?")
     names = {"lora_init": lora_init, "model": model, "tokenizer": tokenizer, "batches": batches}
-    exec(compile(text, "README.md", "exec"), names)
+    if "stats =" not in text and "stats" in text:
+        names["stats"] = lora_init.collect(model, batches)
+    exec(compile(for_the_tiny_model(text), "README.md", "exec"), names)
     if "peft_model" in names:
         assert any("lora_A" in name for name, _ in names["peft_model"].named_parameters())
 
@@ -57,7 +66,7 @@ def test_python(text, folder, tmp_path, monkeypatch):
 @numbered("bash")
 def test_commands(text, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in for_the_tiny_model(text).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
             continue
@@ -74,6 +83,11 @@ def test_commands(text, folder, monkeypatch):
 def test_the_help_of_every_command_named_here_exists():
     for name in set(re.findall(r"`lora-init (\w+)", README)):
         assert CliRunner().invoke(cli.app, [name, "--help"]).exit_code == 0
+
+
+def test_the_files_named_here_exist():
+    for path in re.findall(r"`((?:examples|tests|benchmarks)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
 
 
 def test_public_names_are_documented():

@@ -41,12 +41,19 @@ def test_the_same_layers_as_peft(name, arguments):
     assert not found.unsupported
 
 
-@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
-def test_the_classification_head_is_left_out_when_peft_leaves_it_out(task_type):
-    model = tiny_bert()
-    found = list(find_targets(model, task_type=task_type).layers)
-    assert found == adapted_by_peft(model, target_modules="all-linear", task_type=task_type)
-    assert ("classifier" in found) == (task_type is None)
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "classifier"], r".*(value|classifier|qa_outputs)"])
+@pytest.mark.parametrize(
+    ("task", "task_type"),
+    [("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", "QUESTION_ANS")],
+)
+def test_a_head_that_peft_trains_whole_is_left_out(task, task_type, targets):
+    model = tiny_bert(task)
+    found = list(find_targets(model, targets, task_type=task_type).layers)
+    if task_type == "SEQ_CLS":  # for the others PEFT adapts the head, then fails to wrap it
+        assert found == adapted_by_peft(model, target_modules=targets, task_type=task_type)
+    head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
+    assert head not in found
+    assert (head in find_targets(model, targets).layers) == (head in str(targets) or targets == "all-linear")
 
 
 def test_widths_and_kinds():

@@ -1,0 +1,60 @@
+"""`--statistics FILE` of the command line: used if the file is there and fits, else written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_init.collection import Interrupted, fingerprint
+from lora_init.console import say
+from lora_init.errors import LoraInitError
+from lora_init.models import LoadedModel
+from lora_init.statistics import Statistics
+from lora_init.targets import find_targets
+
+
+def obtain(
+    file: Path | None, loaded: LoadedModel, settings: dict[str, Any], collect_now: Callable[[], Statistics]
+) -> Statistics:
+    """Take the statistics from the file if there is one that fits, else collect them and write the file."""
+    if file is None:
+        return collect_now()
+    file = file.expanduser()
+    if file.exists():
+        return _reuse(file, loaded, settings)
+    if not file.parent.is_dir():
+        raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
+    try:
+        stats = collect_now()
+    except Interrupted as stop:
+        if stop.statistics is not None:
+            stop.statistics.save(file)
+            say(f"{file}: kept the statistics of {stop.statistics.provenance.n_batches} batches")
+        raise
+    stats.save(file)
+    return stats
+
+
+def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statistics:
+    """Load statistics, and refuse them if they were made for another model or with other settings."""
+    stats = Statistics.load(file)
+    made = stats.provenance
+    remedy = "Name another file, or delete this one to collect again."
+    if made.fingerprint != fingerprint(loaded.model):
+        origin = f"{made.model_class} {made.model_id}".strip()
+        raise LoraInitError(f"{file} was made from another model ({origin}). {remedy}")
+    found = find_targets(loaded.model, settings["target_modules"], settings["exclude_modules"], settings["task_type"])
+    wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
+    if wanted != there:
+        raise LoraInitError(
+            f"{file} is not about the layers that --target-modules selects: "
+            f"{len(wanted - there)} are missing, {len(there - wanted)} too many. {remedy}"
+        )
+    for option, name in (("--center", "center"), ("--token-mask", "token_mask"), ("--task-type", "task_type")):
+        if getattr(made, name) != settings[name]:
+            raise LoraInitError(
+                f"{file} was made with {option} {getattr(made, name)}, and {settings[name]} is asked for. {remedy}"
+            )
+    say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches, {made.stop_reason})")
+    return stats
