@@ -58,7 +58,7 @@ def tiny_t5():
             decoder_start_token_id=0,
             pad_token_id=0,
             feed_forward_proj="gated-gelu",
-        )  # fmt: skip
+        )
     ).eval()
 
 
@@ -75,7 +75,7 @@ def tiny_vit():
             patch_size=4,
             num_channels=1,
             num_labels=3,
-        )  # fmt: skip
+        )
     ).eval()
 
 

@@ -232,7 +232,7 @@ def test_mistakes_in_a_batch_get_one_clear_line():
         rows_of(model, {"input_ids": batch["input_ids"]}, token_mask="labels")
     with pytest.raises(LoraInitError, match=r"got labels of shape \(4,\)"):
         rows_of(model, {**batch, "labels": torch.zeros(4)}, token_mask="labels")
-    with pytest.raises(LoraInitError, match="'idx', which OneLinear.forward does not take"):
+    with pytest.raises(LoraInitError, match=r"'idx', which OneLinear\.forward does not take"):
         rows_of(OneLinear(), {"x": torch.randn(2, 4), "idx": torch.arange(4)})
     with pytest.raises(LoraInitError, match="token_mask='all'"):
         rows_of(model, batch, token_mask="all")

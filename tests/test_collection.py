@@ -229,7 +229,7 @@ def test_mistakes_get_one_clear_line():
     def exhausted(model, batch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    with pytest.raises(LoraInitError, match="out of memory. Use a smaller batch"):
+    with pytest.raises(LoraInitError, match=r"out of memory\. Use a smaller batch"):
         collect(model, low_rank_inputs(2), rank=2, forward=exhausted)
 
 
