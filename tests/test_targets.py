@@ -49,10 +49,6 @@ def test_the_same_layers_as_peft(name, arguments):
         ("TokenClassification", "TOKEN_CLS"),
         ("QuestionAnswering", "QUESTION_ANS"),
     ],
-        ("SequenceClassification", "SEQ_CLS"),
-        ("TokenClassification", "TOKEN_CLS"),
-        ("QuestionAnswering", "QUESTION_ANS"),
-    ],
 )
 def test_a_head_that_peft_trains_whole_is_left_out(task, task_type, targets):
     model = tiny_bert(task)
