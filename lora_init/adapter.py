@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_init.adapter_init import AdapterInit
+from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
 from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
 from lora_init.statistics import Statistics
@@ -156,6 +157,8 @@ def _plan(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dic
         from lora_init.ranks import allocate_ranks
 
         ranks = allocate_ranks(stats, rank=stats.provenance.rank)
+    if isinstance(ranks, RankAllocation):
+        ranks.check(stats)
     if not isinstance(ranks, Mapping):
         ranks = dict.fromkeys(stats, _whole_number(ranks, "ranks="))
     unknown = next((name for name in ranks if name not in stats), None)

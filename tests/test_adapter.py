@@ -11,8 +11,9 @@ from torch import nn
 
 import lora_init
 from lora_init.adapter import build_adapter
+from lora_init.collection import collect
 from lora_init.errors import LoraInitError
-from lora_init.ranks import RankAllocation
+from lora_init.ranks import RankAllocation, allocate_ranks
 from lora_init.spectrum import Spectrum
 from lora_init.statistics import Provenance, Statistics
 from lora_init.targets import find_targets
@@ -430,6 +431,15 @@ def test_layers_that_peft_keeps_for_the_task_are_left_alone():
     assert adapted == {f"base_model.model.{name}" for name in stats}
     assert not any("classifier" in name for name in adapted)
     assert all(p.requires_grad for n, p in peft_model.named_parameters() if "modules_to_save" in n)
+
+
+def test_a_plan_for_another_model_is_refused():
+    stats, others = (collect(tiny_llama(), batches_for("llama"), rank=2) for _ in range(2))  # same names, other weights
+    assert stats.provenance.fingerprint != others.provenance.fingerprint
+    plan = allocate_ranks(stats, rank=2)
+    with pytest.raises(LoraInitError, match="and this is another"):
+        build_adapter(others, plan)
+    build_adapter(stats, plan)
 
 
 # In training ---------------------------------------------------------------------------------------------------------
