@@ -75,7 +75,7 @@ class ActivationTap:
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         head = _output_embedding(self.model)
         if head is not None and all(head is not module for module in self.modules.values()):
-            self._handles.append(head.register_forward_pre_hook(_end_pass, prepend=True))
+            self._handles.append(head.register_forward_pre_hook(self._end_pass, prepend=True))
         self._handles += self._masks.hooks()
         return self
 
@@ -142,6 +142,10 @@ class ActivationTap:
                 raise _EndOfPass
 
         return carry
+
+    def _end_pass(self, module: nn.Module, args: Any) -> None:
+        if self._sink is not None:
+            raise _EndOfPass
 
     def _carry(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         if self._own_rows is not None:
@@ -210,10 +214,6 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     return head if isinstance(head, nn.Module) else None
-
-
-def _end_pass(module: nn.Module, args: Any) -> None:
-    raise _EndOfPass
 
 
 def _input_device(model: nn.Module) -> torch.device | None:

@@ -53,8 +53,8 @@ def collect(
 
     Every batch first measures, on rows not used yet, how much of their variance the components found so far capture.
     What any directions can capture lies between that held-out share and the share on the rows seen; a layer is done
-    when the two differ by no more than `tolerance` of the latter, and then costs nothing further. The pass stops when
-    all are done (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`).
+    when the first, less its standard error, is within `tolerance` of the second, and then costs nothing further. The
+    pass stops when all are done (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`).
 
     Cost: a forward pass of the model's body for each batch, and about a tenth of it on top. Memory: 1.5 * rank * rho
     float32 rows of width d_in for each distinct input, and as much again within a batch.

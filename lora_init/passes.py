@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections import deque
@@ -42,8 +43,22 @@ class GroupRecord:
 
     def held_out(self) -> float:
         """Mean share captured over the later half of the batches; NaN before the second batch."""
-        later = self.shares[len(self.shares) // 2 :]
-        return sum(later) / len(later) if later else float("nan")
+        return statistics.fmean(self._later()) if self.shares else float("nan")
+
+    def _later(self) -> list[float]:
+        return self.shares[len(self.shares) // 2 :]
+
+    def _is_settled(self, tolerance: float) -> bool:
+        """Tell whether more data has nothing left to improve.
+
+        What any k directions can capture lies between the held-out share and the share on the rows seen, which the
+        components were chosen to fit. They are done when the two meet, the held-out share less its standard error: by
+        luck of a few easy batches they meet too early.
+        """
+        later = self._later()
+        error = statistics.stdev(later) / len(later) ** 0.5
+        gap = self.svd.captured - (statistics.fmean(later) - error)
+        return bool(gap <= tolerance * self.svd.captured)
 
     def after_batch(self, tolerance: float, n_batches: int) -> None:
         """Record the batch that was just taken in, and decide whether more are needed."""
@@ -56,9 +71,7 @@ class GroupRecord:
             ratios[: len(captured)] = captured[: self.svd.n_components].cpu() / total
         self.ratios.append(ratios)
         self.shares.append(float(ratios.sum()) if total > 0 else 1.0)
-        # What any k directions can capture lies between the held-out share and the share on the rows seen, which were
-        # chosen to fit them. When the two meet, more data has nothing left to improve.
-        if n_batches >= _MIN_BATCHES and self.svd.captured - self.held_out() <= tolerance * self.svd.captured:
+        if n_batches >= _MIN_BATCHES and len(self.shares) > 2 and self._is_settled(tolerance):
             self.converged_at = n_batches
 
 

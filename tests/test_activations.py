@@ -215,6 +215,16 @@ def test_half_precision_models(dtype):
     assert {r.dtype for r in rows.values()} == {dtype}
 
 
+def test_somebody_elses_forward_pass_is_not_touched():
+    model, batch = tiny_llama(), batches_for("llama")[0]
+    seen = []
+    with ActivationTap(model, tapped(model)) as tap, torch.no_grad():
+        tap.run(batch, lambda group, rows: seen.append(group))
+        n_seen = len(seen)
+        assert model(**batch).logits.shape == (4, 12, 64)
+    assert len(seen) == n_seen == 8
+
+
 class OneLinear(nn.Module):
     def __init__(self):
         super().__init__()
