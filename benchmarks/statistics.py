@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +127,9 @@ def summary(values: np.ndarray) -> dict[str, float]:
     return {"min": values.min(), "p10": np.quantile(values, 0.1), "median": np.median(values), "mean": values.mean()}
 
 
-def accuracy(setting: Setting, n_seen: int, truth: dict[str, Oracle], peft_run: bool) -> dict[str, Any]:
+def accuracy(setting: Setting, n_seen: int, peft_run: bool) -> dict[str, Any]:
     """What the leading components capture, on the rows seen and on rows never seen, and how soon."""
+    truth = exact(setting, setting.unseen)
     seen = exact(setting, setting.seen[:n_seen])
     found: dict[str, Any] = {"n_seen": n_seen, "n_groups": len(seen)}
     best = {name: one.components for name, one in seen.items()}
@@ -187,16 +190,18 @@ def alone(setting: Setting, n_batches: int = 8) -> dict[str, float]:
         "PEFT IncrementalPCA": lambda: PeftPCA(N_COMPONENTS, lowrank=True, lowrank_seed=42),
         "scikit-learn IncrementalPCA": lambda: IncrementalPCA(N_COMPONENTS),
     }
-    seconds: dict[str, list[float]] = {maker: [] for maker in makers}
+    seconds: dict[str, float] = dict.fromkeys(makers, 0.0)
     for rows in groups.values():
-        fitted = {maker: make() for maker, make in makers.items()}
-        for i, batch in enumerate(rows):
-            for maker, one in fitted.items():
+        for (
+            maker,
+            make,
+        ) in makers.items():  # one after the other: another library's idle threads would slow the next call
+            one = make()
+            for i, batch in enumerate(rows):
                 part = batch.cpu().numpy() if "scikit" in maker else batch
                 taken = timed(lambda one=one, part=part: one.partial_fit(part))
-                if i > 0:
-                    seconds[maker].append(taken)
-    return {maker: sum(values) / (len(groups) * (n_batches - 1)) for maker, values in seconds.items()}
+                seconds[maker] += taken if i > 0 else 0.0
+    return {maker: value / (len(groups) * (n_batches - 1)) for maker, value in seconds.items()}
 
 
 def report(found: dict[str, Any]) -> str:
@@ -253,29 +258,32 @@ def main() -> None:
     parser.add_argument("--setting", choices=("smollm2", "minilm", "llama_1b"), default=default)
     parser.add_argument("--seen", type=int, default=None, help="batches to learn from")
     parser.add_argument("--skip-peft-run", action="store_true")
-    parser.add_argument("--skip-scaling", action="store_true")
+    parser.add_argument("--only", choices=("cost", "alone", "memory", "scaling"), help="renew one part of the results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(2)
     small = arguments.setting == "minilm"
     n_seen = arguments.seen or (24 if small else 96)
     setting = getattr(settings, arguments.setting)(n_seen, 8 if small else 32)
-    found: dict[str, Any] = {"setting": setting.name, "machine": settings.machine()}
-    found["cost"] = costs(setting, 8 if small else 16)
-    found["alone"] = alone(setting, 4 if small else 8)
-    truth = exact(setting, setting.unseen)
-    found["accuracy"] = accuracy(
-        setting, min(n_seen, 16 if small else 32), truth, not (small or arguments.skip_peft_run)
-    )
-    found["memory"] = memory.peaks(arguments.setting, RANK, RHO)
-    if not (small or arguments.skip_scaling):
-        found["scaling"] = scaling.measure()
+    file = Path(__file__).parent / "results" / "statistics" / f"{arguments.setting}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if arguments.only else {}
+    found |= {"setting": setting.name, "machine": settings.machine()}
+    parts: dict[str, Callable[[], Any]] = {
+        "cost": lambda: costs(setting, 8 if small else 16),
+        "alone": lambda: alone(setting, 4 if small else 8),
+        "accuracy": lambda: accuracy(setting, min(n_seen, 16 if small else 32), not (small or arguments.skip_peft_run)),
+        "memory": lambda: memory.peaks(arguments.setting, RANK, RHO),
+        "scaling": scaling.measure,
+    }
+    for part, measure in parts.items():
+        if arguments.only in (None, part) and not (small and part == "scaling"):
+            print(f"measuring: {part}", file=sys.stderr)
+            found[part] = measure()
     text = report(found)
     print(text)
-    folder = Path(__file__).parent / "results" / "statistics"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{arguments.setting}.json").write_text(json.dumps(found, indent=1, default=float) + "\n")
-    (folder / f"{arguments.setting}.md").write_text(text + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1, default=float) + "\n")
+    file.with_suffix(".md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

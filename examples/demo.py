@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="build/demo-adapter", help="directory for the adapter")
     parser.add_argument("--samples", type=int, default=256, help="examples that the adapter is computed from")
-    parser.add_argument("--steps", type=int, default=16, help="training steps of each adapter")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of each adapter")
     parser.add_argument("--held-out", type=int, default=16, help="held-out examples")
     args = parser.parse_args()
     start = time.perf_counter()
