@@ -33,22 +33,22 @@ Example:
 $ lora-init init sentence-transformers/all-MiniLM-L6-v2 data/boolq.jsonl --template '{passage}' -o adapter
                            0  1  2  3  4  5
 query                     14 19 17 16 15 14
-key                       14 19 17 15 15 14
-value                     14 19 17 15 15 14
-attention.output.dense    24 18 17 17 16 21
-intermediate.dense        17 17 16 14 12  9
-output.dense              18 14 14 14 10 12
+key                       14 19 17 16 15 14
+value                     14 19 17 16 15 14
+attention.output.dense    24 17 17 17 16 21
+intermediate.dense        18 18 16 14 11  8
+output.dense              18 14 14 13 10 12
 pooler.dense           29
 
 \b
-layers      37 with rank 9 to 29, 0 without an adapter
-parameters  647,040, -4.3% against rank 16 everywhere
+layers      37 with rank 8 to 29, 0 without an adapter
+parameters  645,888, -4.4% against rank 16 everywhere
 data        data/boolq.jsonl: 256 of 15942 examples, seed 0, at most 512 tokens, template
             '{passage}'
 pass        31,932 rows in 64 batches, stopped: max_batches
-held out    32 components capture 49.4% of the variance of unseen rows (median), 29.1% at
+held out    32 components capture 49.0% of the variance of unseen rows (median), 29.1% at
             least (pooler.dense)
-time        forward 8.7 s, decomposition 1.0 s, data 0.0 s
+time        forward 9.1 s, decomposition 1.4 s, data 0.0 s
 adapter     /home/user/adapter
 """
 
