@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from lora_init.budgets import Budget
 from lora_init.errors import LoraInitError
 from lora_init.statistics import Provenance
 from lora_init.targets import Target
+from lora_init.tensorfile import write_whole
 
 FORMAT = "lora_init.plan"
 FORMAT_VERSION = 1
@@ -70,12 +70,10 @@ def save_plan(plan: RankAllocation, path: str | Path) -> Path:
         LoraInitError: The directory does not exist, or cannot be written to.
     """
     path = Path(path).expanduser()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n"
     try:
-        part.write_text(json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise LoraInitError(f"{path}: the plan could not be written: {error.strerror or error}.") from error
     return path
 

@@ -214,9 +214,9 @@ class IncrementalSVD:
         kept = int((weights > weights[:1].clamp_min(0.0) * NEGLIGIBLE).sum())
         kept = min(kept, rows.shape[1], self._n_directions)
         weights, turn = weights[:kept], turn[:, :kept]
-        # Orthonormal once more: the Gram matrix has cost the directions of the smallest weights some digits.
-        q, r = torch.linalg.qr(((turn.T @ rows) / weights.sqrt()[:, None]).T)
-        return _State(moments, (q * r.diagonal().sign()).T.to(dtype).contiguous(), torch.diag(weights))
+        # The Gram matrix has cost the directions of the smallest weights some digits.
+        directions = _orthonormal((turn.T @ rows) / weights.sqrt()[:, None])
+        return _State(moments, directions.to(dtype).contiguous(), torch.diag(weights))
 
     def merge(self, other: IncrementalSVD) -> IncrementalSVD:
         """Take in what another one has seen, as if its rows had come here. `other` is not changed.
@@ -247,9 +247,9 @@ class IncrementalSVD:
             raise LoraInitError(NO_ROWS)
         weights, turn = self._state.principal()
         kept = min(self.n_components, int((weights > weights[:1] * NEGLIGIBLE).sum()))
-        directions = turn[:, :kept].T @ self._state.directions.double()
-        q, r = torch.linalg.qr(directions.T)  # updates leave them orthonormal to about 1e-6 only
-        return freeze(self._state.moments, (q * r.diagonal().sign()).T, weights[:kept])
+        # Updates leave the directions orthonormal to about 1e-6 only.
+        directions = _orthonormal(turn[:, :kept].T @ self._state.directions.double())
+        return freeze(self._state.moments, directions, weights[:kept])
 
 
 def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
@@ -292,6 +292,13 @@ def _nystrom_step(alike: list[tuple[IncrementalSVD, _Pending]]) -> None:
     core = root.mT @ root  # F^T F = V^T (R^T R) V
     for (one, batch), state, new_directions, new_core in zip(alike, states, directions, core, strict=True):
         one._state = _State(state.moments.plus(batch.moments)[0], new_directions, new_core)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Make nearly orthonormal rows [k, d] orthonormal, each staying where it points."""
+    q, r = torch.linalg.qr(rows.T)
+    turned: Tensor = (q * r.diagonal().sign()).T
+    return turned
 
 
 def _scaled_root(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

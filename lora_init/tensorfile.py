@@ -39,22 +39,32 @@ def write_tensors(
     path = Path(path).expanduser()
     text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
     metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
     except OSError as error:
         raise LoraInitError(
             f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another place."
         ) from error
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it. A crash or Ctrl-C leaves the old file or the new one.
+
+    Raises:
+        OSError: The file cannot be written; no temporary file is left.
+    """
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
     finally:
         with suppress(OSError):
             fresh.unlink()
-    return path
 
 
 class TensorFile:
