@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lora_init.adapter_init import AdapterInit
 from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
-from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
+from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components
 from lora_init.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def build_adapter(
             check_rank(spectrum, layer_rank, f"layer {name!r}: ")
             filled += [name] if missing_components(spectrum, layer_rank) else []
         a = METHODS[method](spectrum, layer_rank, layer_generator(seed, name), **options)
-        weights[name] = (a, zero_b(target.out_features, layer_rank))
+        shape_a, shape_b = target.shapes(layer_rank)
+        weights[name] = (a.reshape(shape_a), torch.zeros(shape_b))
         explained[name] = float(spectrum.explained_variance_ratio[:layer_rank].sum())
     if filled:
         warnings.warn(
@@ -174,6 +176,12 @@ def _plan(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dic
         width = stats.targets[name].in_features
         if rank > width:
             raise LoraInitError(f"layer {name!r}: rank {rank} is larger than its input width {width}.")
+        groups = stats.targets[name].groups
+        if rank % groups:
+            raise LoraInitError(
+                f"layer {name!r}: rank {rank} is no multiple of its {groups} groups, which PEFT needs. "
+                f"Give it {rank - rank % groups or groups}, or exclude it."
+            )
     plan = {name: rank for name, rank in asked.items() if rank > 0}
     if not plan:
         raise LoraInitError(

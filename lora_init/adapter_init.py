@@ -32,8 +32,8 @@ class AdapterInit:
     """Everything about an adapter before its first step of training. Made by `build_adapter`.
 
     Attributes:
-        weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r].
-            B is zero.
+        weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r];
+            of a convolution in the shapes of `Target.shapes`. B is zero.
         targets: Kind and widths of those layers.
         unsupported: Targeted layers that keep PEFT's own initialisation, name to kind. They get rank `rank`.
         rank: `r` of the config: the rank of layers that `rank_pattern` doesn't name, and the base of the scaling.

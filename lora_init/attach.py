@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +90,7 @@ def attach(
     Args:
         model: A model that passed `check_model`.
         config: What to give PEFT. Changed by PEFT.
-        weights: A [r, d_in] and B [d_out, r] of each layer.
+        weights: A and B of each layer, in the shapes of `Target.shapes`.
         unsupported: Further layers that PEFT initialises by itself.
         scaling: What every layer's scaling must come out as.
         adapter_name: PEFT's name for the adapter.
@@ -146,8 +147,11 @@ def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[s
             raise LoraInitError(f"layer {name!r} is not in {type(model).__name__}. Pass the model of the statistics.")
         layer: nn.Module = getattr(modules[name], "base_layer", modules[name])  # type: ignore[assignment]
         weight = dequantize_module_weight(layer).detach()
-        weight = weight.T if target.kind == "Conv1D" else weight  # [d_out, d_in]
-        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.linalg.norm(weight, dim=1).float().cpu()
+        weight = (weight.T if target.kind == "Conv1D" else weight).flatten(1)  # [d_out, d_in]
+        norm = torch.linalg.norm(weight, dim=1).float().cpu()
+        if target.kernel:
+            norm = norm.reshape(1, -1, *(1 for _ in target.kernel))
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = norm
     return tensors
 
 
@@ -203,10 +207,13 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _shape(target: Target) -> tuple[int, int, bool]:
+def _shape(target: Target) -> Target:
     # Conv1D keeps its weight transposed; all other kinds of linear layer, quantised ones too, are alike to PEFT.
-    return target.in_features, target.out_features, target.kind == "Conv1D"
+    return replace(target, kind=target.kind if target.kind == "Conv1D" else "")
 
 
 def _described(target: Target) -> str:
-    return f"{target.kind} {target.in_features} -> {target.out_features}"
+    if not target.kernel:
+        return f"{target.kind} {target.in_features} -> {target.out_features}"
+    channels, kernel = target.shapes(1)[0][1], "x".join(map(str, target.kernel))
+    return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"

@@ -161,7 +161,7 @@ def adapter_bytes(ranks: Mapping[str, int], targets: Mapping[str, Target], dtype
     for key, shape in sorted(
         (key, shape) for name, rank in ranks.items() if rank for key, shape in _tensors(targets[name], rank).items()
     ):
-        size = shape[0] * shape[1] * BYTES_PER_PARAMETER[dtype]
+        size = math.prod(shape) * BYTES_PER_PARAMETER[dtype]
         entries[key] = _entry(dtype, shape, offset, offset + size)
         offset += size
     header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
@@ -175,21 +175,19 @@ def entry_bytes(target: Target, dtype: str, limit: int) -> int:
     return len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def _tensors(target: Target, rank: int) -> dict[str, tuple[int, int]]:
+def _tensors(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
     prefix = f"base_model.model.{target.name}"
-    return {
-        f"{prefix}.lora_A.weight": (rank, target.in_features),
-        f"{prefix}.lora_B.weight": (target.out_features, rank),
-    }
+    a, b = target.shapes(rank)
+    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
-def _entry(dtype: str, shape: tuple[int, int], start: int, end: int) -> dict[str, object]:
+def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:
     return {"dtype": _SAFETENSORS_NAME[dtype], "shape": shape, "data_offsets": [start, end]}
 
 
 def costs(budget: Budget, targets: list[Target]) -> tuple[IntArray, IntArray]:
     """Say what each layer costs in the unit of the budget: [n] per rank, and [n] once if it has any rank."""
-    widths = np.array([target.in_features + target.out_features for target in targets], dtype=np.int64)
+    widths = np.array([target.cost for target in targets], dtype=np.int64)
     once = np.zeros_like(widths)
     if budget.unit == "parameters":
         return widths, once

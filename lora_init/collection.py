@@ -165,7 +165,7 @@ def _listed(patterns: str | Collection[str]) -> str | list[str]:
 
 
 def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
-    notes = [f"{name}: a {kind} has no rows to learn from; PEFT's start." for name, kind in targets.unsupported.items()]
+    notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in targets.reasons.items()]
     notes += [f"{name}: never ran; PEFT's own initialisation." for name in found.never_ran]
     notes += [
         f"{name}: runs up to {calls} times in a forward pass; all its inputs count."

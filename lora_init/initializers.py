@@ -87,11 +87,6 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
 METHODS: dict[str, Callable[..., Tensor]] = {"eva": eva, "random": random, "orthogonal": orthogonal}
 
 
-def zero_b(out_features: int, rank: int) -> Tensor:
-    """Start B at zero, float32 [out_features, rank], so that the model's output does not change."""
-    return torch.zeros(out_features, rank)
-
-
 def layer_generator(seed: int, name: str) -> torch.Generator:
     """Seed a generator by the layer's name, so that a layer's numbers don't depend on which other layers there are."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

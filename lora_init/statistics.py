@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_init.spectrum import Spectrum
-from lora_init.targets import Target
+from lora_init.targets import Target, read_target
 from lora_init.tensorfile import TensorFile, write_tensors
 
 FORMAT = "lora_init.statistics"
@@ -180,8 +180,8 @@ class Statistics(Mapping[str, Spectrum]):
                 groups=groups,
                 group_of={name: str(layer[0]) for name, layer in layers.items()},
                 targets={
-                    name: Target(name, str(kind), int(d_in), int(d_out))
-                    for name, (_, kind, d_in, d_out) in layers.items()
+                    name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
+                    for name, (_, kind, d_in, d_out, *extras) in layers.items()
                 },
                 provenance=Provenance(**header["provenance"]),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
@@ -192,7 +192,7 @@ class Statistics(Mapping[str, Spectrum]):
                 },
                 unsupported=header["unsupported"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise file.changed(f"its header ({error})") from error
         if not set(statistics.group_of.values()) <= set(groups):
             raise file.changed("its list of layers")
@@ -232,5 +232,6 @@ def _variances(groups: Mapping[str, Spectrum], name: str) -> tuple[Tensor, float
     return groups[name].explained_variance.clone(), groups[name].total_variance
 
 
-def _plain(target: Target) -> tuple[str, int, int]:
-    return target.kind, target.in_features, target.out_features
+def _plain(target: Target) -> tuple[Any, ...]:
+    extras = target.extras()
+    return target.kind, target.in_features, target.out_features, *([extras] if extras else [])

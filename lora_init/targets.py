@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from lora_init.errors import LoraInitError
+from lora_init.patches import CONVOLUTIONS, patches_of
 
 ALL_LINEAR = "all-linear"
 
-# PEFT adapts these too, but they do not multiply rows of activations by a matrix: nothing to decompose.
-_WITHOUT_ROWS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+# PEFT adapts these too, but A cannot start from what they read.
+_WITHOUT_ROWS = {
+    nn.Embedding: "an embedding reads token ids, whose principal directions are no more than the most frequent tokens",
+    nn.MultiheadAttention: "a MultiheadAttention reads several inputs, and its adapter has one A for each",
+}
 # For these tasks PEFT trains the head whole, under one of these names, and adapts nothing in it.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -30,19 +36,48 @@ class Target:
 
     Attributes:
         name: Full name in the model, as in `model.named_modules()`.
-        kind: Class of the layer: `"Linear"`, `"Conv1D"`, or a quantised linear class.
-        in_features: Width d_in of the rows it receives.
-        out_features: Width d_out of the rows it returns.
+        kind: Class of the layer: `"Linear"`, `"Conv1D"`, `"Conv2d"`, or a quantised linear class.
+        in_features: Width d_in of the rows it receives; of a convolution, input channels times the size of the kernel.
+        out_features: Width d_out of the rows it returns; of a convolution, output channels.
+        kernel: Size of a convolution's kernel; empty for other layers.
+        groups: Groups of a convolution. Its rank must be a multiple of them.
     """
 
     name: str
     kind: str
     in_features: int
     out_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Give the shapes that A and B of this rank have in PEFT."""
+        channels = self.in_features // math.prod(self.kernel)
+        return (rank, channels, *self.kernel), (self.out_features, rank // self.groups, *(1 for _ in self.kernel))
 
     def parameters(self, rank: int) -> int:
         """Count the trainable parameters of a LoRA pair of this rank."""
-        return rank * (self.in_features + self.out_features)
+        a, b = self.shapes(rank)
+        return math.prod(a) + math.prod(b)
+
+    def extras(self) -> dict[str, Any]:
+        """Give the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""
+        return {"kernel": list(self.kernel), "groups": self.groups} if self.kernel else {}
+
+    @property
+    def cost(self) -> int:
+        """Trainable parameters of one rank; those of r ranks are r times as many."""
+        return self.in_features + self.out_features // self.groups
+
+
+def read_target(name: str, kind: str, in_features: int, out_features: int, extras: Mapping[str, Any]) -> Target:
+    """Make a target again from its plain values.
+
+    Raises:
+        TypeError, ValueError: They are none.
+    """
+    kernel = tuple(int(size) for size in extras.get("kernel", ()))
+    return Target(name, str(kind), int(in_features), int(out_features), kernel, int(extras.get("groups", 1)))
 
 
 @dataclass(frozen=True)
@@ -51,12 +86,14 @@ class Targets:
 
     Attributes:
         layers: Layers that can be initialised from their inputs, by name.
-        unsupported: Layers that PEFT adapts but that have no input rows (embedding, convolution), name to kind.
-            They keep PEFT's own initialisation.
+        unsupported: Layers that PEFT adapts but whose A cannot start from data (an embedding), name to kind. They keep
+            PEFT's own initialisation.
+        reasons: Why, for each of these.
     """
 
     layers: Mapping[str, Target]
     unsupported: Mapping[str, str]
+    reasons: Mapping[str, str]
 
 
 def find_targets(
@@ -75,7 +112,7 @@ def find_targets(
         task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
 
     Raises:
-        LoraInitError: Nothing matches, or a matched module is of a kind that PEFT cannot adapt.
+        LoraInitError: Nothing matches, or a matched module is one that PEFT cannot adapt.
 
     Example:
         >>> from torch import nn
@@ -102,13 +139,15 @@ def find_targets(
         )
     layers: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name in selected:
         module = modules[name]
-        if isinstance(module, _WITHOUT_ROWS):
-            unsupported[name] = type(module).__name__
-        else:
+        reason = next((why for kind, why in _WITHOUT_ROWS.items() if isinstance(module, kind)), None)
+        if reason is None:
             layers[name] = _target(name, module)
-    return Targets(layers, unsupported)
+        else:
+            unsupported[name], reasons[name] = type(module).__name__, reason
+    return Targets(layers, unsupported, reasons)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -125,12 +164,16 @@ def _target(name: str, module: nn.Module) -> Target:
     if _is_conv1d(module):
         d_in, d_out = module.weight.shape  # type: ignore[misc]
         return Target(name, kind, int(d_in), int(d_out))
+    if isinstance(module, CONVOLUTIONS):
+        patches_of(name, module)  # refuses those that PEFT cannot adapt
+        width = module.in_channels * math.prod(module.kernel_size)
+        return Target(name, kind, width, module.out_channels, tuple(module.kernel_size), module.groups)
     # Quantised linear layers of every library keep these two attributes.
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return Target(name, kind, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
     raise LoraInitError(
-        f"target_modules selects {name!r}, a {kind}, and an adapter needs a linear layer. "
-        "Name the linear layers inside it, or use a pattern that ends in their names."
+        f"target_modules selects {name!r}, a {kind}, and an adapter needs a linear layer or a convolution. "
+        "Name the layers inside it, or use a pattern that ends in their names."
     )
 
 
