@@ -15,8 +15,10 @@ from torch import nn
 from lora_init.adapter_init import AdapterInit
 from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
+from lora_init.experts import expert_group
 from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components
 from lora_init.statistics import Statistics
+from lora_init.targets import Target
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,6 +68,7 @@ def build_adapter(
     if not 0.0 <= lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
     plan, rank = _plan(stats, ranks)
+    _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     options = {"whiten": whiten} if method == "eva" else {}
     weights, explained, filled = {}, {}, []
     for name, layer_rank in plan.items():
@@ -73,7 +76,9 @@ def build_adapter(
         if method == "eva":
             check_rank(spectrum, layer_rank, f"layer {name!r}: ")
             filled += [name] if missing_components(spectrum, layer_rank) else []
-        a = METHODS[method](spectrum, layer_rank, layer_generator(seed, name), **options)
+        experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
+        spectra = experts or {name: spectrum}
+        a = torch.cat([METHODS[method](s, layer_rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
         shape_a, shape_b = target.shapes(layer_rank)
         weights[name] = (a.reshape(shape_a), torch.zeros(shape_b))
         explained[name] = float(spectrum.explained_variance_ratio[:layer_rank].sum())
@@ -130,7 +135,7 @@ def initialize(
         target_modules: See `collect`.
         adapter_name: PEFT's name for the adapter.
         seed: Seed of the decomposition and of random initialisations.
-        **collect_options: Passed on to `collect`: `exclude_modules`, `task_type`, `max_batches` and so on.
+        **collect_options: Passed on to `collect`: `exclude_modules`, `target_parameters`, `task_type` and so on.
 
     Raises:
         LoraInitError: As `collect`, `allocate_ranks`, `build_adapter` and `AdapterInit.apply` do.
@@ -151,6 +156,17 @@ def initialize(
         seed=seed,
     )
     return init.apply(model, adapter_name)
+
+
+def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
+    experts = next((target.name for target in targets if target.experts), None)
+    for what, is_there in (
+        ("use_dora=True", use_dora),
+        (f"lora_dropout={lora_dropout:g}", lora_dropout > 0.0),
+        ("transformers' Conv1D layers in the same adapter", any(target.kind == "Conv1D" for target in targets)),
+    ):
+        if experts and is_there:
+            raise LoraInitError(f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two.")
 
 
 def _plan(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dict[str, int], int]:

@@ -16,7 +16,7 @@ from lora_init.attach import attach, check_model, exact_pattern, head_tensors, m
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
 from lora_init.statistics import Provenance
-from lora_init.targets import HEADS, Target
+from lora_init.targets import HEADS, Target, file_prefixes
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -33,7 +33,7 @@ class AdapterInit:
 
     Attributes:
         weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r];
-            of a convolution in the shapes of `Target.shapes`. B is zero.
+            of a convolution and of experts in the shapes of `Target.shapes`. B is zero.
         targets: Kind and widths of those layers.
         unsupported: Targeted layers that keep PEFT's own initialisation, name to kind. They get rank `rank`.
         rank: `r` of the config: the rank of layers that `rank_pattern` doesn't name, and the base of the scaling.
@@ -67,7 +67,7 @@ class AdapterInit:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that takes an adapter, in model order."""
-        return {name: a.shape[0] for name, (a, _) in self.weights.items()}
+        return {name: a.shape[0] // max(self.targets[name].experts, 1) for name, (a, _) in self.weights.items()}
 
     @property
     def scaling(self) -> float:
@@ -103,7 +103,8 @@ class AdapterInit:
         """
         origin = self.provenance.model_id or self.provenance.model_class
         check_model(model, self.targets, self.unsupported, origin, adapter_name)
-        return attach(model, self.to_peft_config(), self.weights, self.unsupported, self.scaling, adapter_name)
+        config = self.to_peft_config()
+        return attach(model, config, self.weights, self.ranks, self.unsupported, self.scaling, adapter_name)
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False, model: nn.Module | None = None) -> Path:
         """Write a standard PEFT adapter directory.
@@ -131,9 +132,10 @@ class AdapterInit:
         from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
-        for name, (a, b) in self.weights.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        for name, prefix in file_prefixes(self.targets.values()).items():
+            a, b = self.weights[name]
+            tensors[f"{prefix}.lora_A.weight"] = a.contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = b.contiguous()
         tensors |= self._tensors_of_the_model(model)
         files = {
             WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
@@ -145,7 +147,9 @@ class AdapterInit:
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
         # Old PEFT releases refuse keys they don't know: newer keys only where they say something.
-        names = [*self.weights, *self.unsupported]
+        parameters = [name for name in self.weights if self.targets[name].experts]
+        parameters += [name for name, kind in self.unsupported.items() if kind == "Parameter"]
+        names = [name for name in (*self.weights, *self.unsupported) if name not in parameters]
         others = self.left_out if model is None else {name for name, _ in model.named_modules()} - set(names)
         listed = not any(selects(names, name) for name in others)
         # Without the model, short names are not trusted: in a hand-made nn.Sequential they often end another module's
@@ -159,6 +163,7 @@ class AdapterInit:
             "lora_alpha": _as_number(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "target_modules": names if listed else exact_pattern(names),
+            **({"target_parameters": parameters} if parameters else {}),
             "fan_in_fan_out": any(target.kind == "Conv1D" for target in self.targets.values()),
             "bias": "none",
             "init_lora_weights": True,
@@ -192,6 +197,11 @@ class AdapterInit:
             "whiten": self.whiten,
             "seed": self.seed,
             "left_out": list(self.left_out),
+            "experts": {
+                name: {"tensors": prefix.removeprefix("base_model.model."), "experts": self.targets[name].experts}
+                for name, prefix in file_prefixes(self.targets.values()).items()
+                if self.targets[name].experts
+            },
             "unsupported": dict(self.unsupported),
             "explained": {name: round(share, 4) for name, share in self.explained.items()},
             "provenance": asdict(self.provenance),

@@ -60,17 +60,20 @@ def check_model(
             f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, "
             "or give apply() the plain model."
         )
+    parameters = dict(model.named_parameters())
     for name in [*targets, *unsupported]:
-        if name not in modules:
+        if name not in modules and name not in parameters:
             raise LoraInitError(
                 f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
                 "Apply the adapter to the model that the statistics come from."
             )
-    found = find_targets(model, exact_pattern(targets)).layers
+    fused = [name for name, target in targets.items() if target.experts]
+    plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
+    found = find_targets(model, plain, target_parameters=fused).layers
     for name, expected in targets.items():
         got = found.get(name)
         if got is None or _shape(got) != _shape(expected):
-            shown = type(modules[name]).__name__ if got is None else _described(got)
+            shown = type(modules.get(name, parameters.get(name))).__name__ if got is None else _described(got)
             raise LoraInitError(
                 f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
                 f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
@@ -81,6 +84,7 @@ def attach(
     model: nn.Module,
     config: LoraConfig,
     weights: Weights,
+    ranks: Mapping[str, int],
     unsupported: Collection[str],
     scaling: float,
     adapter_name: str,
@@ -91,6 +95,7 @@ def attach(
         model: A model that passed `check_model`.
         config: What to give PEFT. Changed by PEFT.
         weights: A and B of each layer, in the shapes of `Target.shapes`.
+        ranks: Rank of each of them.
         unsupported: Further layers that PEFT initialises by itself.
         scaling: What every layer's scaling must come out as.
         adapter_name: PEFT's name for the adapter.
@@ -102,13 +107,16 @@ def attach(
 
     planned = {*weights, *unsupported}
     config.base_model_name_or_path = None  # get_peft_model sets the model's own name, and warns if another was there
-    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != planned:
-        config.target_modules = exact_pattern(planned)
+    modules = planned - set(config.target_parameters or ())
+    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != modules:
+        config.target_modules = exact_pattern(modules)
     with _restored_on_failure(model), warnings.catch_warnings():
         # Linear and Conv1D layers in one model: PEFT adjusts the flag layer by layer, correctly, and warns each time.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT finds the ranks of parameters, then warns that their names are those of no module; `_fill` checks them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-        _fill(peft_model, weights, planned, scaling, adapter_name)
+        _fill(peft_model, weights, ranks, planned, scaling, adapter_name)
     return peft_model
 
 
@@ -156,14 +164,16 @@ def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[s
 
 
 @torch.no_grad()
-def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: float, adapter_name: str) -> None:
-    from peft.tuners.lora import LoraLayer
-
+def _fill(
+    peft_model: PeftModel,
+    weights: Weights,
+    ranks: Mapping[str, int],
+    planned: set[str],
+    scaling: float,
+    adapter_name: str,
+) -> None:
     base = peft_model.get_base_model()
-    # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one planned layer, not two.
-    layers: dict[str, Any] = {
-        n: m for n, m in base.named_modules() if isinstance(m, LoraLayer) and ".base_layer." not in n
-    }
+    layers = _adapted_layers(base)
     if set(layers) != planned:
         differing = sorted(set(layers) ^ planned)
         raise LoraInitError(
@@ -173,10 +183,11 @@ def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: f
         )
     for name, (a, b) in weights.items():
         layer = layers[name]
-        if layer.r[adapter_name] != len(a) or not math.isclose(layer.scaling[adapter_name], scaling):
+        if layer.r[adapter_name] != ranks[name] or not math.isclose(layer.scaling[adapter_name], scaling):
             raise LoraInitError(
                 f"layer {name!r}: PEFT gave rank {layer.r[adapter_name]} and scaling "
-                f"{layer.scaling[adapter_name]:.4g}, planned {len(a)} and {scaling:.4g}. Give apply() a plain model."
+                f"{layer.scaling[adapter_name]:.4g}, planned {ranks[name]} and {scaling:.4g}. Give apply() a plain "
+                "model."
             )
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
@@ -184,6 +195,21 @@ def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: f
     for layer in layers.values():
         layer.train(layer.get_base_layer().training)
     peft_model.training = peft_model.base_model.training = base.training
+
+
+def _adapted_layers(base: nn.Module) -> dict[str, Any]:
+    """Find PEFT's layers by the names of the plain model's layers and parameters."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers: dict[str, Any] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
+            layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
+        # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one planned layer, not two.
+        elif isinstance(module, LoraLayer) and ".base_layer." not in name:
+            layers[name] = module
+    return layers
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
-from lora_init.targets import Target
+from lora_init.targets import Target, file_prefixes
 
 IntArray = NDArray[np.int64]
 
@@ -159,7 +159,9 @@ def adapter_bytes(ranks: Mapping[str, int], targets: Mapping[str, Target], dtype
     offset = 0
     # safetensors lays tensors of one dtype out by name.
     for key, shape in sorted(
-        (key, shape) for name, rank in ranks.items() if rank for key, shape in _tensors(targets[name], rank).items()
+        (key, shape)
+        for name, prefix in file_prefixes(targets[name] for name, rank in ranks.items() if rank).items()
+        for key, shape in _tensors(prefix, targets[name], ranks[name]).items()
     ):
         size = math.prod(shape) * BYTES_PER_PARAMETER[dtype]
         entries[key] = _entry(dtype, shape, offset, offset + size)
@@ -170,13 +172,14 @@ def adapter_bytes(ranks: Mapping[str, int], targets: Mapping[str, Target], dtype
 
 def entry_bytes(target: Target, dtype: str, limit: int) -> int:
     """Bound what the two tensors of a layer add to the header of a file of at most `limit` bytes."""
-    entries = {key: _entry(dtype, shape, limit, limit) for key, shape in _tensors(target, target.in_features).items()}
+    prefix = f"base_model.model.{target.module}{'.base_layer' * bool(target.experts)}"
+    shapes = _tensors(prefix, target, target.in_features)
+    entries = {key: _entry(dtype, shape, limit, limit) for key, shape in shapes.items()}
     # A comma before each of the two takes the place of the braces that this counts.
     return len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def _tensors(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
-    prefix = f"base_model.model.{target.name}"
+def _tensors(prefix: str, target: Target, rank: int) -> dict[str, tuple[int, ...]]:
     a, b = target.shapes(rank)
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 

@@ -80,6 +80,9 @@ def init(
     exclude_modules: Annotated[
         str | None, typer.Option(help="Names separated by commas, or a regular expression, to leave out.")
     ] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="Names of fused parameters of experts, separated by commas.")
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
     ] = None,
@@ -143,6 +146,7 @@ def init(
         settings: dict[str, Any] = {
             "target_modules": _modules(target_modules),
             "exclude_modules": _modules(exclude_modules) if exclude_modules else None,
+            "target_parameters": _names(target_parameters) if target_parameters else None,
             "task_type": loaded.task_type,
             "center": center,
             "token_mask": token_mask,
@@ -211,6 +215,10 @@ def _modules(text: str) -> str | list[str]:
     """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
     if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
         return text
+    return _names(text)
+
+
+def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
