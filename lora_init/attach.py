@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import warnings
@@ -80,6 +81,21 @@ def check_model(
             )
 
 
+def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
+
+    Raises:
+        LoraInitError: One is not.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in modules_to_save:
+        if not any(name.endswith(ending) for name in names):
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
+            hint = f" Closest: {', '.join(close)}." if close else ""
+            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
+
+
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -118,22 +134,6 @@ def attach(
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _fill(peft_model, weights, ranks, planned, scaling, adapter_name)
     return peft_model
-
-
-def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the weights of the heads that PEFT trains whole, under the names they have in an adapter's file.
-
-    Args:
-        model: The plain model, or the same after `attach`.
-        heads: Endings of the modules' names, matched as PEFT matches `modules_to_save`.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        inside_wrapper = ".original_module" in name or ".modules_to_save" in name
-        if heads and name.endswith(heads) and not inside_wrapper:
-            state = getattr(module, "original_module", module).state_dict()
-            tensors |= {f"base_model.model.{name}.{key}": value.detach().cpu().clone() for key, value in state.items()}
-    return tensors
 
 
 def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:

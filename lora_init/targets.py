@@ -163,7 +163,7 @@ def find_targets(
         if not selected and (target_modules or not target_parameters):
             raise _no_match(model, modules, target_modules)
     heads = HEADS.get(task_type or "", ())
-    selected = [name for name in selected if not set(heads) & set(name.split("."))]
+    selected = [name for name in selected if not is_in(name, heads)]
     if exclude_modules:
         selected = [name for name in selected if not _matches(exclude_modules, name, "exclude_modules")]
     parameters = find_parameters(model, target_parameters or (), selected)
@@ -192,6 +192,11 @@ def find_targets(
         else:
             unsupported[name], reasons[name] = type(module).__name__, reason
     return Targets(layers, unsupported, reasons)
+
+
+def is_in(name: str, modules: Collection[str]) -> bool:
+    """Tell whether a layer is one of these modules or in one of them, by parts of its name, as PEFT does."""
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _model_order(model: nn.Module) -> Callable[[str], int]:
