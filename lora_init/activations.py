@@ -17,6 +17,7 @@ from lora_init.errors import LoraInitError
 from lora_init.experts import Experts, experts_of, routed
 from lora_init.masks import TokenMasks, encoder_of
 from lora_init.patches import Patches, patches_of
+from lora_init.wrappers import Precision, run_eagerly
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -63,7 +64,7 @@ class ActivationTap:
         self.modules = modules
         self.group_of: dict[str, str] = {}
         self.n_calls: Counter[str] = Counter()
-        self._forward = forward or _default_forward
+        self._forward = forward or call_model
         self._own_rows = rows
         self._masks = TokenMasks(model, token_mask)
         self._experts = {name: experts for name in modules if (experts := experts_of(name, modules[name]))}
@@ -113,18 +114,24 @@ class ActivationTap:
 
         Args:
             batch: Mapping, tensor, sequence, or whatever `forward` takes. Not changed.
-            sink: Called inside the pass. The rows are not kept after it returns.
+            sink: Called inside the pass, without autocast. The rows are not kept after it returns.
             wanted: Tells whether a group still needs rows.
 
         Raises:
             LoraInitError: The mask keeps no token, labels are missing, or the model does not take the batch.
         """
-        self._begin(sink, wanted)
+
+        def at_full_precision(group: str, rows: Tensor) -> None:
+            with torch.no_grad(), Precision().off():
+                sink(group, rows)
+
+        self._begin(at_full_precision, wanted)
         batch = to_device(batch, _input_device(self.model))
         self._masks.start(batch)
         complete = True
         try:
-            self._forward(self.model, batch)
+            with run_eagerly():
+                self._forward(self.model, batch)
         except _EndOfPass:
             complete = self._last is None  # ended by the output embedding: nothing more could have come
         finally:
@@ -140,7 +147,8 @@ class ActivationTap:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def carry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._sink is None:  # somebody else's forward pass
+            # Somebody else's forward pass; or checkpointing runs a layer again in the backward pass of a `forward`.
+            if self._sink is None or torch._C._current_graph_task_id() != -1:
                 return
             self._calls[name] += 1
             self._called.append(name)
@@ -206,7 +214,12 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     return batch
 
 
-def _default_forward(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a mapping goes in as keywords, a sequence as positions.
+
+    Raises:
+        LoraInitError: The model does not take what is in the batch.
+    """
     if isinstance(batch, Mapping):
         inputs = dict(batch)
         parameters = inspect.signature(model.forward).parameters

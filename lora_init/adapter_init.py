@@ -25,6 +25,7 @@ from lora_init.errors import LoraInitError
 from lora_init.model_tensors import head_tensors, own_start_tensors
 from lora_init.statistics import Provenance
 from lora_init.targets import HEADS, Target, file_prefixes
+from lora_init.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -101,7 +102,8 @@ class AdapterInit:
     def apply(self, model: nn.Module, adapter_name: str = "default") -> PeftModel:
         """Put the adapter on the model and return a PeftModel, ready for Trainer.
 
-        The model is wrapped in place, as `get_peft_model` does; its output doesn't change. A and B are float32 also on
+        The model is wrapped in place, as `get_peft_model` does; its output doesn't change. A compiled model comes back
+        as a PeftModel that is not, to compile anew. A and B are float32 also on
         a half-precision or quantised model. If anything fails, the model is as it was.
 
         Args:
@@ -112,6 +114,7 @@ class AdapterInit:
             LoraInitError: The model already has an adapter, or a layer of the plan is missing or has other widths.
         """
         origin = self.provenance.model_id or self.provenance.model_class
+        model = unwrapped(model)
         check_model(model, self.targets, self.unsupported, origin, adapter_name)
         check_modules_to_save(model, self.modules_to_save)
         config = self.to_peft_config()
@@ -143,6 +146,7 @@ class AdapterInit:
         """
         from safetensors.torch import save
 
+        model = None if model is None else unwrapped(model)
         tensors: dict[str, Tensor] = {}
         for name, prefix in file_prefixes(self.targets.values()).items():
             a, b = self.weights[name]

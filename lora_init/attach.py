@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
 from lora_init.targets import Target, find_targets
+from lora_init.wrappers import plain_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -60,6 +61,12 @@ def check_model(
         raise LoraInitError(
             f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, "
             "or give apply() the plain model."
+        )
+    wrapped = next((name for name in modules if plain_name(name) != name), None)
+    if wrapped is not None:
+        raise LoraInitError(
+            f"{type(model).__name__} has parts that are compiled or wrapped, as {wrapped!r} is. Give apply() the plain "
+            "model, and wrap what it returns."
         )
     parameters = dict(model.named_parameters())
     for name in [*targets, *unsupported]:

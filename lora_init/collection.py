@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import lora_init
-from lora_init.activations import Forward
+from lora_init.activations import Forward, call_model
 from lora_init.errors import LoraInitError
 from lora_init.passes import Collected, collect_groups
 from lora_init.statistics import Provenance, Statistics
 from lora_init.targets import ALL_LINEAR, Targets, find_targets
+from lora_init.wrappers import Precision, plain_name, plain_names, unwrapped
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,7 +62,7 @@ def collect(
     float32 rows of width d_in for each distinct input, and as much again within a batch.
 
     Args:
-        model: Any torch model. Untouched: weights, hooks, training flags are as before afterwards.
+        model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
@@ -95,6 +96,7 @@ def collect(
     """
     if rank < 1 or rho < 1.0 or tolerance < 0.0:
         raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
+    model, precision = unwrapped(model), Precision()
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
     if narrow:
@@ -102,19 +104,26 @@ def collect(
             f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
             f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
         )
-    found = collect_groups(
-        model,
-        {name: model.get_submodule(target.module) for name, target in targets.layers.items()},
-        batches,
-        n_components=round(rho * rank),
-        center=center,
-        token_mask=token_mask,
-        max_batches=max_batches,
-        tolerance=tolerance,
-        seed=seed,
-        forward=forward,
-        progress=progress,
-    )
+    modules = plain_names(model)
+
+    def forward_as_called(model: nn.Module, batch: Any) -> Any:
+        with precision.on():
+            return (forward or call_model)(model, batch)
+
+    with precision.off():
+        found = collect_groups(
+            model,
+            {name: modules[target.module] for name, target in targets.layers.items()},
+            batches,
+            n_components=round(rho * rank),
+            center=center,
+            token_mask=token_mask,
+            max_batches=max_batches,
+            tolerance=tolerance,
+            seed=seed,
+            forward=forward_as_called,
+            progress=progress,
+        )
     if found.n_batches == 0:
         if found.stop_reason == "interrupted":
             raise Interrupted(None)
@@ -216,8 +225,8 @@ def fingerprint(model: nn.Module) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
+    for name, parameter in unwrapped(model).named_parameters():
+        digest.update(f"{plain_name(name)}:{tuple(parameter.shape)};".encode())
         if parameter.device.type != "meta" and parameter.numel():
             flat = parameter.detach().reshape(-1)
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()

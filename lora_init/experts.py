@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,13 +107,16 @@ def experts_of(name: str, module: nn.Module) -> Experts | None:
     return Experts(name, module, n_experts, d_in, d_out)
 
 
-def find_parameters(model: nn.Module, wanted: Collection[str], modules: Collection[str]) -> dict[str, Experts | None]:
+def find_parameters(
+    modules: Mapping[str, nn.Module], wanted: Collection[str], adapted: Collection[str], model_class: str
+) -> dict[str, Experts | None]:
     """Find what PEFT's `target_parameters` selects, by full name; None for a parameter that A cannot start from data.
 
     Args:
-        model: Any torch model.
+        modules: All modules of the model by name.
         wanted: Names of parameters, or dot-separated endings of names.
-        modules: Layers that have an adapter of their own.
+        adapted: Modules that have an adapter of their own.
+        model_class: What to call the model.
 
     Raises:
         LoraInitError: A name selects nothing, or something that PEFT cannot adapt.
@@ -122,19 +125,20 @@ def find_parameters(model: nn.Module, wanted: Collection[str], modules: Collecti
         raise LoraInitError(f"target_parameters={wanted!r} must be a list of names, as in PEFT.")
     found: dict[str, Experts | None] = {}
     hit: set[str] = set()
-    for owner, module in model.named_modules():
+    for owner, module in modules.items():
         # PEFT wraps the module of a parameter, and cannot wrap the model itself.
         for ending in module._parameters if owner else ():
             name = f"{owner}.{ending}"
             matching = [key for key in wanted if name == key or name.endswith(f".{key}")]
             if matching and module._parameters[ending] is not None:
                 hit.update(matching)
-                found[name] = _checked(name, module, owner in modules)
+                found[name] = _checked(name, module, owner in adapted)
     missing = [key for key in wanted if key not in hit]
     if missing:
-        fused = sorted({name.rpartition(".")[2] for name, p in model.named_parameters() if p.dim() == 3})
+        parameters = (pair for module in modules.values() for pair in module.named_parameters(recurse=False))
+        fused = sorted({name for name, parameter in parameters if parameter.dim() == 3})
         hint = f"Parameters of three dimensions are named {', '.join(fused)}." if fused else "It has no fused experts."
-        raise LoraInitError(f"target_parameters: {missing[0]!r} matches no parameter of {type(model).__name__}. {hint}")
+        raise LoraInitError(f"target_parameters: {missing[0]!r} matches no parameter of {model_class}. {hint}")
     return found
 
 

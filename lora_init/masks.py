@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
+from lora_init.wrappers import plain_names
 
 
 class TokenMasks:
@@ -16,7 +17,8 @@ class TokenMasks:
 
     A decoder, an encoder and the encoder of an encoder-decoder take `attention_mask`; the decoder of an encoder-decoder
     takes `decoder_attention_mask`, else the labels; a layer of the decoder that reads the encoder's output
-    (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole.
+    (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole, and
+    so do those of the towers for images and sound, and of what joins them to the text model, whatever their shape.
     """
 
     def __init__(self, model: nn.Module, token_mask: str) -> None:
@@ -26,6 +28,7 @@ class TokenMasks:
         self._encoder = encoder_of(model)
         name = next((n for n, m in model.named_modules() if m is self._encoder), "") if self._encoder else ""
         self._encoder_prefix = name + "."
+        self._part_of = _text_parts(model)
         self._encoder_output: weakref.ref[Tensor] | None = None
         self._main: Tensor | None = None
         self._encoder_rows: Tensor | None = None
@@ -83,7 +86,7 @@ class TokenMasks:
                 mask = self._encoder_rows
             elif mask is None or x.shape[:2] != mask.shape:
                 mask = self._encoder_rows if self._encoder_rows is not None else mask
-        if mask is None:
+        if mask is None or not self._is_text(name):
             return None
         per_token = x.dim() == 3 and x.shape[:2] == mask.shape
         flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
@@ -93,6 +96,25 @@ class TokenMasks:
             self._indices[id(mask)] = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
         index = self._indices[id(mask)]
         return None if index is None else index.to(x.device)
+
+    def _is_text(self, name: str) -> bool:
+        while name not in self._part_of:
+            name = name.rpartition(".")[0]
+        return self._part_of[name]
+
+
+def _text_parts(model: nn.Module) -> dict[str, bool]:
+    """Say of each part of a model that has a configuration, by name, whether it works on the tokens of the text."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    text = getattr(getattr(model, "config", None), "text_config", None)
+    if text is None:
+        return {"": True}
+    parts = {"": False}
+    for name, module in plain_names(model).items():
+        config = getattr(module, "config", None)
+        if module is output or (name and hasattr(config, "model_type")):
+            parts[name] = module is output or type(config) is type(text)
+    return parts
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:

@@ -15,6 +15,7 @@ from torch import nn
 from lora_init.errors import LoraInitError
 from lora_init.experts import find_parameters
 from lora_init.patches import CONVOLUTIONS, patches_of
+from lora_init.wrappers import plain_names, unwrapped
 
 ALL_LINEAR = "all-linear"
 
@@ -153,7 +154,9 @@ def find_targets(
         >>> list(find_targets(nn.ModuleDict({"up": nn.Linear(2, 8), "down": nn.Linear(8, 2)}), ["up"]).layers)
         ['up']
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    model = unwrapped(model)
+    named = plain_names(model)
+    modules = {name: module for name, module in named.items() if name}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         selected = [name for name, module in modules.items() if _is_linear(module)]
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -166,7 +169,7 @@ def find_targets(
     selected = [name for name in selected if not is_in(name, heads)]
     if exclude_modules:
         selected = [name for name in selected if not _matches(exclude_modules, name, "exclude_modules")]
-    parameters = find_parameters(model, target_parameters or (), selected)
+    parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(
             f"target_modules={target_modules!r} with exclude_modules={exclude_modules!r} leaves no layer of "
@@ -175,7 +178,7 @@ def find_targets(
     layers: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     reasons: dict[str, str] = {}
-    for name in sorted([*selected, *parameters], key=_model_order(model)):
+    for name in sorted([*selected, *parameters], key=_model_order(named)):
         if name in parameters:
             experts = parameters[name]
             if experts is not None:
@@ -199,9 +202,9 @@ def is_in(name: str, modules: Collection[str]) -> bool:
     return any(f".{module}." in f".{name}." for module in modules)
 
 
-def _model_order(model: nn.Module) -> Callable[[str], int]:
+def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
     order: dict[str, int] = {}
-    for owner, module in model.named_modules():
+    for owner, module in modules.items():
         order.setdefault(owner, len(order))
         for ending, _ in module.named_parameters(recurse=False):
             order.setdefault(f"{owner}.{ending}", len(order))

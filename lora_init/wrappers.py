@@ -1,0 +1,79 @@
+"""The plain model inside what people put around it or around its parts, and the precision it runs in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+# torch.compile, activation checkpointing and FSDP's first version put a module with one of these names around another.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Take a model out of `torch.compile`, `DistributedDataParallel` and the like.
+
+    Example:
+        >>> unwrapped(torch.compile(nn.Linear(2, 2)))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    while True:
+        inner = next((model._modules[name] for name in _INSIDE if model._modules.get(name) is not None), None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Give all modules of a model under the names that they have where no part is wrapped, the plain module each."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        modules.setdefault(plain_name(name), unwrapped(module))
+    return modules
+
+
+def plain_name(name: str) -> str:
+    """Name a module or parameter as it is named where nothing is wrapped.
+
+    Example:
+        >>> plain_name("layers.0._orig_mod.mlp.weight")
+        'layers.0.mlp.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+def run_eagerly() -> AbstractContextManager[Any]:
+    """Run code that was compiled as it was written: a compiled graph does not call hooks that were added after it."""
+    # Importing dynamo takes a second, and where it was not imported nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+class Precision:
+    """What autocast is on for, where this is made: the model shall run in it, and statistics be computed without it."""
+
+    def __init__(self) -> None:
+        accelerator = torch.accelerator.current_accelerator()
+        devices = ["cpu", *([accelerator.type] if accelerator is not None else [])]
+        self._dtypes = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Have autocast on as it was."""
+        with ExitStack() as stack:
+            for device, dtype in self._dtypes.items():
+                stack.enter_context(torch.autocast(device, dtype))
+            yield
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Compute in the precision of the tensors themselves."""
+        with ExitStack() as stack:
+            for device in self._dtypes:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
