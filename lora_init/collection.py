@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_init
 from lora_init.activations import Forward, call_model
@@ -88,7 +88,7 @@ def collect(
 
     Example:
         >>> import torch
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> stats = collect(model, [torch.randn(32, 8) for _ in range(4)], rank=2)
         >>> stats["0"].components.shape, stats.provenance.stop_reason
@@ -104,6 +104,7 @@ def collect(
             f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
             f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
         )
+    print_of_model = fingerprint(model)  # before the pass: bitsandbytes repacks weights when they are first used
     modules = plain_names(model)
 
     def forward_as_called(model: nn.Module, batch: Any) -> Any:
@@ -131,7 +132,7 @@ def collect(
     provenance = Provenance(
         model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         model_class=type(model).__name__,
-        fingerprint=fingerprint(model),
+        fingerprint=print_of_model,
         n_parameters=count_parameters(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
@@ -216,6 +217,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
 
 
+def _flat(weight: Tensor) -> Tensor:
+    try:
+        return weight.reshape(-1)
+    except NotImplementedError:  # a quantised weight in a tensor class of its own, such as torchao's
+        return weight.dequantize().reshape(-1)
+
+
 def fingerprint(model: nn.Module) -> str:
     """Tell models apart: a hash of the names and shapes of the weights and of 16 values of each.
 
@@ -228,7 +236,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in unwrapped(model).named_parameters():
         digest.update(f"{plain_name(name)}:{tuple(parameter.shape)};".encode())
         if parameter.device.type != "meta" and parameter.numel():
-            flat = parameter.detach().reshape(-1)
+            flat = _flat(parameter.detach())
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
             digest.update(values.view(torch.int16).numpy().tobytes())
