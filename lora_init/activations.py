@@ -67,7 +67,7 @@ class ActivationTap:
         self._forward = forward or call_model
         self._own_rows = rows
         self._masks = TokenMasks(model, token_mask)
-        self._experts = {name: experts for name in modules if (experts := experts_of(name, modules[name]))}
+        self._experts = {name: found for name in modules if (found := experts_of(name, modules[name]))}
         self._patches = {name: patches_of(name, module) for name, module in modules.items()}
         # Names in the order of their calls, once a pass has called all: only then is it known where the last one is.
         self._order: list[str] = []
@@ -99,8 +99,8 @@ class ActivationTap:
         self._sink, self._wanted = sink, wanted
         self._calls: Counter[str] = Counter()
         self._called: list[str] = []
-        # Tensors taken in this pass: id and way of reading -> (weak reference, version, groups). Weak, so that no
-        # activation is kept and an id that Python gave to a second tensor is told from the first.
+        # Tensors taken in this pass: id and way of reading -> (weak reference, version, groups). Weak: no activation is
+        # kept, and an id that Python gave to a second tensor is told from the first.
         self._taken: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
         self._last: tuple[str, int] | None = None
         for position, name in enumerate(self._order):

@@ -17,8 +17,9 @@ from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
 from lora_init.experts import expert_group
 from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
+from lora_init.selectors import is_in
 from lora_init.statistics import Statistics
-from lora_init.targets import Target, is_in
+from lora_init.targets import Target
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,17 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lora_init.attach import (
-    attach,
-    check_model,
-    check_modules_to_save,
-    exact_pattern,
-    magnitude_tensors,
-    selects,
-)
+from lora_init.attach import attach, check_model, exact_pattern, magnitude_tensors, selects
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
-from lora_init.model_tensors import head_tensors, own_start_tensors
+from lora_init.model_tensors import check_modules_to_save, head_tensors, own_start_tensors
 from lora_init.statistics import Provenance
 from lora_init.targets import HEADS, Target, file_prefixes
 from lora_init.wrappers import unwrapped

@@ -132,9 +132,9 @@ def init(
             rank, rho = plan.rank, max(1.0, max(plan.values()) / plan.rank)
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.adapter import build_adapter
-            from lora_init.attach import check_modules_to_save
             from lora_init.collection import fingerprint
             from lora_init.data import load_batches
+            from lora_init.model_tensors import check_modules_to_save
             from lora_init.models import load_model
             from lora_init.ranks import allocate_ranks
             from lora_init.reuse import obtain

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.errors import LoraInitError
 from lora_init.initializers import kaiming, layer_generator, zero_b
 from lora_init.targets import find_targets
+
+
+def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
+
+    Raises:
+        LoraInitError: One is not.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in modules_to_save:
+        if not any(name.endswith(ending) for name in names):
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
+            hint = f" Closest: {', '.join(close)}." if close else ""
+            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
 
 
 def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:

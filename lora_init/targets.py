@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +12,7 @@ from torch import nn
 from lora_init.errors import LoraInitError
 from lora_init.experts import find_parameters
 from lora_init.patches import CONVOLUTIONS, patches_of
+from lora_init.selectors import is_conv1d, is_in, is_linear, matches, no_match
 from lora_init.wrappers import plain_names, unwrapped
 
 ALL_LINEAR = "all-linear"
@@ -158,17 +156,17 @@ def find_targets(
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        selected = [name for name, module in modules.items() if _is_linear(module)]
+        selected = [name for name, module in modules.items() if is_linear(module)]
         output = getattr(model, "get_output_embeddings", lambda: None)()
         selected = [name for name in selected if modules[name] is not output]
     else:
-        selected = [name for name in modules if _matches(target_modules, name, "target_modules")]
+        selected = [name for name in modules if matches(target_modules, name, "target_modules")]
         if not selected and (target_modules or not target_parameters):
-            raise _no_match(model, modules, target_modules)
+            raise no_match(model, modules, target_modules)
     heads = HEADS.get(task_type or "", ())
     selected = [name for name in selected if not is_in(name, heads)]
     if exclude_modules:
-        selected = [name for name in selected if not _matches(exclude_modules, name, "exclude_modules")]
+        selected = [name for name in selected if not matches(exclude_modules, name, "exclude_modules")]
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(
@@ -197,11 +195,6 @@ def find_targets(
     return Targets(layers, unsupported, reasons)
 
 
-def is_in(name: str, modules: Collection[str]) -> bool:
-    """Tell whether a layer is one of these modules or in one of them, by parts of its name, as PEFT does."""
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
 def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
     order: dict[str, int] = {}
     for owner, module in modules.items():
@@ -211,18 +204,9 @@ def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
     return lambda name: order[name]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D is a linear layer with a transposed weight. By name: transformers need not be imported.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
 def _target(name: str, module: nn.Module) -> Target:
     kind = type(module).__name__
-    if _is_conv1d(module):
+    if is_conv1d(module):
         d_in, d_out = module.weight.shape  # type: ignore[misc]
         return Target(name, kind, int(d_in), int(d_out))
     if isinstance(module, CONVOLUTIONS):
@@ -236,27 +220,3 @@ def _target(name: str, module: nn.Module) -> Target:
         f"target_modules selects {name!r}, a {kind}, and an adapter needs a linear layer or a convolution. "
         "Name the layers inside it, or use a pattern that ends in their names."
     )
-
-
-def _matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
-    if isinstance(patterns, str):
-        try:
-            return re.fullmatch(patterns, name) is not None
-        except re.error as error:
-            raise LoraInitError(f"{argument}={patterns!r} is not a regular expression: {error}.") from None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _no_match(
-    model: nn.Module, modules: Mapping[str, nn.Module], target_modules: str | Collection[str]
-) -> LoraInitError:
-    endings = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_linear(module))
-    if isinstance(target_modules, str):
-        asked = [re.split(r"[^\w]+", target_modules.rstrip("$)"))[-1]]
-    else:
-        asked = [pattern.rsplit(".", 1)[-1] for pattern in target_modules]
-    close = {match: None for word in asked for match in difflib.get_close_matches(word, list(endings), n=3, cutoff=0.4)}
-    names = list(close) or [ending for ending, _ in endings.most_common(7)]
-    shown = ", ".join(f"{name!r} ({endings[name]} layer{'s' * (endings[name] > 1)})" for name in names)
-    hint = f"Closest names: {shown}." if close else f"Its linear layers are named: {shown or 'none'}."
-    return LoraInitError(f"target_modules={target_modules!r} matches no layer of {type(model).__name__}. {hint}")
