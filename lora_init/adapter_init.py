@@ -41,7 +41,7 @@ class AdapterInit:
         use_rslora: Whether the scaling is lora_alpha / sqrt(rank) instead of lora_alpha / rank.
         use_dora: Whether PEFT adds DoRA's magnitude vectors.
         lora_dropout: Dropout on what A reads, in training.
-        method: `"eva"`, `"random"` or `"orthogonal"`.
+        method: `"eva"`, `"random"`, `"gaussian"` or `"orthogonal"`.
         whiten: Whether A's rows were divided by `initializers.whitening_scale`.
         seed: Seed of the random numbers.
         left_out: Layers that the plan gives rank 0: they have no adapter.

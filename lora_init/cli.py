@@ -83,7 +83,9 @@ def init(
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
     ] = None,
-    method: Annotated[Literal["eva", "random", "orthogonal"], typer.Option(help="How A starts. B is zero.")] = "eva",
+    method: Annotated[
+        Literal["eva", "random", "gaussian", "orthogonal"], typer.Option(help="How A starts. B is zero.")
+    ] = "eva",
     whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
