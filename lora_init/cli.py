@@ -83,7 +83,9 @@ def init(
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
     ] = None,
-    method: Annotated[Literal["eva", "random", "orthogonal"], typer.Option(help="How A starts. B is zero.")] = "eva",
+    method: Annotated[
+        Literal["eva", "random", "gaussian", "orthogonal"], typer.Option(help="How A starts. B is zero.")
+    ] = "eva",
     whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
@@ -178,6 +180,16 @@ def init(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Statistics file or adapter directory.", show_default=False)],
+    intruders: Annotated[
+        bool,
+        typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --intruders: base model. Default: the one that the adapter names.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a statistics file or an adapter directory is: from which model and data, its spectra, its ranks."""
@@ -185,10 +197,18 @@ def inspect(
         from lora_init.inspection import describe, show
 
         description = describe(path)
+        if intruders:
+            from lora_init.intruder_report import describe_intruders, show_intruders
+
+            description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
+        elif model is not None:
+            raise LoraInitError("--model is for --intruders; without it no model is loaded.")
         if as_json:
             _print_json(description)
-        else:
-            show(make_console(), description)
+            return
+        show(make_console(), description)
+        if intruders:
+            show_intruders(make_console(), description["intruders"])
 
 
 app.command(epilog=EXAMPLE)(ranks)
