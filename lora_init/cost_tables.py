@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_init.paired import paired_difference
 from lora_init.run_groups import RANDOM, Group, Record, Variant, final_loss, parameters, random_group
-from lora_init.run_measures import METRICS, RunTable, average
+from lora_init.run_measures import METRICS, RunTable, average, retained
 from lora_init.verdicts import final_losses
 from lora_init.wording import number, rate_text, signed
 
@@ -90,16 +90,16 @@ def forgetting_table(groups: Sequence[Group]) -> RunTable:
     rows = []
     for group in groups:
         runs = group.best_runs.values()
-        retained = [run["retain_loss"] for run in runs if run.get("retain_loss")]
+        kept = [losses for run in runs if (losses := retained(run))]
         intruders = [run["intruders"] for run in runs if run.get("intruders")]
-        if retained or intruders:
+        if kept or intruders:
             number_of = average(i["count"] for i in intruders)
             rows.append(
                 (
                     group.label,
-                    number(average(before for before, _ in retained)),
-                    number(average(after for _, after in retained)),
-                    signed(average(after - before for before, after in retained)),
+                    number(average(before for before, _ in kept)),
+                    number(average(after for _, after in kept)),
+                    signed(average(after - before for before, after in kept)),
                     "–" if number_of is None else f"{number_of:,.1f} of {intruders[0]['of']:,}",
                     "–" if number_of is None else f"{average(i['energy_share'] for i in intruders):.1%}",
                 )
@@ -108,7 +108,7 @@ def forgetting_table(groups: Sequence[Group]) -> RunTable:
         "forgetting",
         "Forgetting, and intruder dimensions",
         "Means of the runs at each start's best rate. Retained: loss on text of another kind. Intruders: of the first "
-        "ten left singular vectors of each trained weight, those with no cosine of 0.5 or more to one of the untrained.",
+        "ten left singular vectors of each trained weight, those with no cosine of 0.5 to one of the untrained.",
         ("start", "retained before", "retained after", "change", "intruders", "share of energy"),
         rows,
     )

@@ -135,10 +135,15 @@ def _cells(records: Iterable[Record]) -> dict[float, Cell]:
     for (rate, seed), run in sorted(latest.items(), key=lambda item: item[0]):
         cell = cells.setdefault(rate, Cell())
         status = run["status"]
-        if status == "finished" and not math.isfinite(final_loss(run)):
+        if status == "finished" and not _finite(run):
             status = "unstable"
         getattr(cell, status)[seed] = run
     return cells
+
+
+def _finite(run: Record) -> bool:
+    losses = run.get("validation_loss") or [None]
+    return all(loss is not None and math.isfinite(loss) for loss in losses)
 
 
 def _best(cells: Mapping[float, Cell]) -> float | None:

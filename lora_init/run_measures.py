@@ -58,3 +58,9 @@ def average(values: Iterable[float | None]) -> float | None:
     """Average what is known; None if nothing is."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def retained(run: Record) -> tuple[float, float] | None:
+    """Give the loss on retained text before and after a run; None if it was not measured."""
+    losses = run.get("retain_loss") or [None]
+    return None if None in losses else (float(losses[0]), float(losses[1]))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_init.run_groups import Group, best_of_all, mean_at, parameters, random_group, table_seeds
+from lora_init.run_groups import Group, Record, best_of_all, mean_at, parameters, random_group, table_seeds
 from lora_init.verdicts import verdicts
 from lora_init.wording import count, join, number, rate_text, seed_list
 
@@ -56,12 +56,19 @@ def _missing(groups: Sequence[Group], settings: Mapping[str, Any]) -> list[str]:
 
 def _unstable(groups: Sequence[Group]) -> list[str]:
     return [
-        f"{group.label} is unstable at {rate_text(rate)} ({seed_list(cell.unstable)}), so this rate is not averaged. "
+        f"{group.label} is unstable at {rate_text(rate)} ({seed_list(cell.unstable)}: {_why(cell.unstable.values())}), "
+        "so this rate is not averaged. "
         f"{_next_lower(group, rate)}"
         for group in groups
         for rate, cell in group.cells.items()
         if cell.unstable
     ]
+
+
+def _why(runs: Iterable[Record]) -> str:
+    """Give the reasons of runs that came to nothing, each once."""
+    said = [" ".join(str(run.get("error") or "no finite loss").split()).rstrip(".") for run in runs]
+    return "; ".join(dict.fromkeys(said))
 
 
 def _next_lower(group: Group, rate: float) -> str:
@@ -83,8 +90,7 @@ def _failed(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         for rate, cell in group.cells.items():
             for seed, run in cell.failed.items():
-                reason = " ".join(str(run.get("error") or "no reason recorded").split()).rstrip(".")
-                by_reason.setdefault(reason, []).append(f"{group.label} at {rate_text(rate)} with seed {seed}")
+                by_reason.setdefault(_why([run]), []).append(f"{group.label} at {rate_text(rate)} with seed {seed}")
     return [
         f"{count(len(runs), 'run')} failed ({reason}): {_first(runs, ' and {} more')}."
         for reason, runs in by_reason.items()
@@ -121,7 +127,7 @@ def _sizes(groups: Sequence[Group]) -> list[str]:
     said = []
     for group in groups:
         ours = parameters(group)
-        if not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL_PARAMETERS:
+        if group.variant.matched_scale or not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL_PARAMETERS:
             continue
         twin = any(g.variant.equal_parameters and g.variant.start == group.variant.start for g in groups if g != group)
         said.append(
@@ -141,7 +147,9 @@ def _untuned(groups: Sequence[Group]) -> list[str]:
         lost = {g.label: loss - best for g in groups if (loss := mean_at(g, rate, seeds)) is not None}
         if random and len(lost) > 1 and random.label in lost:
             least = min(lost, key=lambda label: lost[label])
-            others = "no start ends closer" if least == random.label else f"{least} {number(lost[least])}, the least"
+            others = (
+                "no start ends closer" if least == random.label else f"closest is {least}, {number(lost[least])} above"
+            )
             said.append(
                 f"Untuned, at {rate_text(rate)}, random ends {number(lost[random.label])} above the best of all starts "
                 f"and rates; {others}{f' ({seed_list(seeds)})' if seeds else ''}."

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from textwrap import wrap
 from typing import Any
 
 from lora_init.html_page import inline_svg
 from lora_init.plots import draw_heat_map
 from lora_init.run_groups import Group
+from lora_init.run_measures import retained
 from lora_init.run_plots import (
     DARK,
     INK,
@@ -66,13 +68,16 @@ class Picture:
         rows = math.ceil(len(self.drawings) / columns)
         width, height = self.size
         with _writing():
-            figure = Figure(figsize=(columns * width, rows * height + 0.4), dpi=150, layout="constrained")
-            axes = figure.subplots(rows, columns, squeeze=False).flat
+            figure = Figure(figsize=(columns * width, rows * height + 0.9), dpi=150, layout="constrained")
+            axes = list(figure.subplots(rows, columns, squeeze=False).flat)
             for place, draw in zip(axes, self.drawings, strict=False):
                 draw(place)
-            for place in list(axes)[len(self.drawings) :]:
+            for place in axes[len(self.drawings) :]:
                 place.set_visible(False)
             figure.suptitle(self.title, fontsize=11)
+            if not figure.legends:  # both would stand in the same place
+                words = wrap(self.caption, round(15 * columns * width))
+                figure.supxlabel("\n".join(words), fontsize=7.5, parse_math=False)
             out = io.BytesIO()
             figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
         return out.getvalue()
@@ -124,10 +129,10 @@ def pictures(summary: Summary) -> list[Picture]:
                 "Large markers: mean over seeds, with its 95 % interval, hollow if there is one seed and so no "
                 "interval; an arrow where an interval goes on outside the picture. Dots below: one pair each.",
                 [partial(draw_differences, verdicts=compared, groups=groups)],
-                (4.3, 1.1 + 0.42 * len(compared)),
+                (4.3, 1.1 + 0.36 * len(compared)),
             )
         )
-    if any(run.get("retain_loss") for group in groups for run in group.best_runs.values()):
+    if any(retained(run) for group in groups for run in group.best_runs.values()):
         drawn = len(groups)
         made.append(
             Picture(
@@ -159,12 +164,14 @@ def _line_words(groups: Sequence[Group]) -> str:
 
 
 def rank_maps(groups: Sequence[Group]) -> dict[str, Mapping[str, int]]:
-    """Find the ranks of each variant that moved them, in its run at the best rate with the first seed."""
-    maps = {}
+    """Find the ranks of the variants that moved them, with the first seed at the best rate; equal ones only once."""
+    maps: dict[str, Mapping[str, int]] = {}
     for group in groups:
         runs = group.best_runs.values() or [run for cell in group.cells.values() for run in cell.runs.values()]
         ranks = next((run["ranks"] for run in runs if run.get("ranks")), None)
-        if ranks:
+        if ranks and (same := next((label for label, known in maps.items() if known == ranks), None)):
+            maps = {f"{label}; {group.label}" if label == same else label: known for label, known in maps.items()}
+        elif ranks:
             maps[group.label] = ranks
     return maps
 
@@ -184,6 +191,6 @@ def rank_picture(groups: Sequence[Group]) -> Picture | None:
 
     def draw(axes: Any, label: str) -> None:
         draw_heat_map(axes, maps[label])
-        axes.set_title(label, fontsize=9, parse_math=False)
+        axes.set_title("\n".join(wrap(label, 28)), fontsize=9, parse_math=False)
 
     return Picture("ranks", "Rank of each layer", "", [partial(draw, label=label) for label in maps], size)

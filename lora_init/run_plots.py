@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_init.run_groups import RANDOM, Group, Variant, final_loss, random_group
-from lora_init.run_measures import all_rates, average
+from lora_init.run_measures import all_rates, average, retained
 from lora_init.verdicts import Verdict
 from lora_init.wording import rate_text
 
@@ -59,7 +59,7 @@ def panels(groups: Sequence[Group]) -> list[list[Group]]:
 
 def curve_limits(groups: Iterable[Group]) -> tuple[float, float]:
     """Find the losses to show: all after the first evaluation, and those before training only if they are near."""
-    losses = [[loss for loss in run["validation_loss"] if loss] for g in groups for run in g.best_runs.values()]
+    losses = [run["validation_loss"] for g in groups for run in g.best_runs.values()]
     trained = [loss for curve in losses for loss in curve[1:]] or [loss for curve in losses for loss in curve] or [0, 1]
     low, high = min(trained), max(trained)
     first = max((curve[0] for curve in losses if curve), default=high)
@@ -160,7 +160,7 @@ def draw_differences(axes: Any, verdicts: Sequence[Verdict], groups: Sequence[Gr
     axes.set_ylim(len(shown) - 0.5, -0.6)
     axes.set_yticks(range(len(shown)), [_two_lines(verdict.label) for verdict in shown], parse_math=False)
     axes.locator_params(axis="x", nbins=5)
-    finish(axes, "", "final validation loss, start − random\n← start better      random better →")
+    finish(axes, "", "final validation loss, start − random\n← start better · random better →")
 
 
 def _two_lines(label: str) -> str:
@@ -172,13 +172,14 @@ def draw_forgetting(axes: Any, groups: Sequence[Group]) -> None:
     styles = looks(groups)
     for group in groups:
         color, marker = styles[group.variant.start]
-        points = [(final_loss(run), run["retain_loss"]) for run in group.best_runs.values() if run.get("retain_loss")]
+        points = [(final_loss(run), kept) for run in group.best_runs.values() if (kept := retained(run))]
         if points:
             axes.plot(
                 [learned for learned, _ in points], [after - before for _, (before, after) in points], marker,
                 color=color, markerfacecolor="none" if group.variant.matched_scale else color, markersize=5.5,
                 label=group.label, alpha=0.85, fillstyle="left" if group.variant.equal_parameters else "full",
             )  # fmt: skip
+    axes.locator_params(axis="x", nbins=5)
     finish(axes, "", "final validation loss (less: learned more)")
     axes.set_ylabel("loss on retained text, change\n(less: forgot less)", fontsize=8, color=INK[0])
     for text in axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False).get_texts():

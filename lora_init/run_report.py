@@ -31,6 +31,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--c1a1a1a); background: var(--page); margin: 0 auto;
   padding: 1rem; max-width: 78rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .2rem; }
+h3 { font-size: .95rem; margin: .3rem 0; max-width: 18rem; }
 p { margin: .3rem 0 .8rem; max-width: 50rem; overflow-wrap: anywhere; } .quiet { color: var(--quiet); }
 .headline { font-size: 1.1rem; font-weight: 600; }
 ul { padding: 0; margin: .5rem 0; max-width: 58rem; list-style: none; }
@@ -41,7 +42,8 @@ li.better { border-color: var(--better); } li.worse { border-color: var(--worse)
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 .totals td, .totals th { padding: .2rem 1rem .2rem 0; text-align: right; vertical-align: top; }
 .totals td { white-space: nowrap; border-bottom: 1px solid var(--soft); }
-.totals td:first-child, .totals th:first-child { text-align: left; }
+.totals td:first-child, .totals th:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--page); }
 .totals th { font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 .settings td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--soft);
   overflow-wrap: anywhere; } .settings td:first-child { color: var(--quiet); }
@@ -51,8 +53,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 .map tbody th { font-weight: 400; font-size: .75rem; color: var(--quiet); text-align: right; padding-right: .4rem; }
 .maps { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .maps div { max-width: 100%; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .6rem; }
-@media (max-width: 32rem) { .panels { grid-template-columns: 1fr 1fr; gap: .3rem; } }
-figure { margin: 0; } .single { max-width: 40rem; }
+@media (max-width: 32rem) { .panels { grid-template-columns: 1fr 1fr; gap: .3rem; }
+  .totals td:first-child { white-space: normal; min-width: 6.5rem; } }
+figure { margin: 0; } .single { max-width: 34rem; }
 svg { width: 100%; height: auto; display: block; }
 """
 
@@ -89,7 +92,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         settings = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
         file = directory / "runs.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # the last may have been cut off
         return settings, [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise LoraInitError(
@@ -105,7 +108,7 @@ def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -
         f"<h1>{escape(summary.title)}</h1>",
         f'<p class="headline">{escape(summary.headline)}</p>',
         f"<ul>\n{verdicts}</ul>" if verdicts else "",
-        f'<h2>To know beside this</h2>\n<ul class="notes">\n{notes}</ul>' if notes else "",
+        f'<h2>What else to know</h2>\n<ul class="notes">\n{notes}</ul>' if notes else "",
         *_html_parts({picture.name: picture for picture in drawn}, tables),
         _html_ranks(summary),
         _html_table(tables["runs"]) if "runs" in tables else "",
@@ -114,7 +117,8 @@ def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -
     ]
     colors = [" ".join(f"--c{light[1:]}: {pair[i]};" for light, pair in _pairs()) for i in (0, 1)]
     style = _STYLE.replace("LIGHT", colors[0]).replace("DARK", colors[1])
-    return html_page(summary.title, style, "\n".join(filter(None, body)))
+    # No line break between a number and its sign.
+    return html_page(summary.title, style, "\n".join(filter(None, body)).replace("95 %", "95\u00a0%"))
 
 
 def _pairs() -> Iterator[tuple[str, tuple[str, str]]]:
@@ -143,8 +147,8 @@ def _html_ranks(summary: Summary) -> str:
     if not maps:
         return ""
     return (
-        "<h2>Rank of each layer</h2>\n<p>For the starts that move ranks; blocks from top to bottom, a dot is a layer "
-        f'without an adapter.</p>\n<div class="maps">{"".join(maps)}</div>'
+        "<h2>Rank of each layer</h2>\n<p>For the starts that move ranks, in the run with the first seed; blocks from "
+        f'top to bottom, a dot is a layer without an adapter.</p>\n<div class="maps">{"".join(maps)}</div>'
     )
 
 
@@ -166,7 +170,7 @@ def _markdown(summary: Summary, drawn: list[Picture], ranks: Picture | None, set
     by_name = {picture.name: picture for picture in drawn}
     parts = [f"# {_plain(summary.title)}", f"**{_plain(summary.headline)}**"]
     parts += [_bullets([verdict.sentence for verdict in summary.verdicts])]
-    parts += ["## To know beside this", _bullets(summary.notes)] if summary.notes else []
+    parts += ["## What else to know", _bullets(summary.notes)] if summary.notes else []
     for name in (*_ORDER, "ranks", "runs"):
         picture = ranks if name == "ranks" else by_name.get(name)
         if picture:
@@ -190,4 +194,4 @@ def _markdown_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> s
 
 def _plain(text: str) -> str:
     """Keep Markdown from reading signs in text as its own."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|#$~])", r"\\\1", " ".join(text.split()))

@@ -69,7 +69,7 @@ def summarise(records: Iterable[Record], settings: Mapping[str, Any]) -> Summary
 def _headline(judged: Sequence[Verdict], groups: Sequence[Group]) -> str:
     outcomes = [verdict.outcome for verdict in judged]
     words = {
-        "better": "better than random",
+        "better": "better",
         "worse": "worse",
         "no difference shown": "with no difference shown",
         "no statement": "without a statement",
@@ -78,7 +78,7 @@ def _headline(judged: Sequence[Verdict], groups: Sequence[Group]) -> str:
     ended = [cell.status(seed) for group in groups for cell in group.cells.values() for seed in cell.runs]
     how = [f"{ended.count(status)} {status}" for status in ("finished", "unstable", "failed") if status in ended]
     runs = f"{count(len(ended), 'run')}{': ' if how else ''}{', '.join(how)}."
-    return f"{count(len(judged), 'start')} compared: {', '.join(parts)}. {runs}" if judged else runs
+    return f"{len(judged)} compared with random: {', '.join(parts)}. {runs}" if judged else runs
 
 
 def show_comparison(console: Console, summary: Summary) -> None:

@@ -57,8 +57,11 @@ def _metrics(groups: Sequence[Group]) -> RunTable:
         for metric in known:
             values = metric_values(group, metric)
             pairs = paired_difference(values, metric_values(random, metric), lower_is_better=False)
-            told = group.variant == RANDOM or pairs.low is None
-            cells += [number(average(values.values())), "–" if told else _interval(pairs.low, pairs.high)]
+            mean = average(values.values())
+            interval = "–"
+            if group.variant != RANDOM and pairs.low is not None:
+                interval = f"{pairs.low:+.3f} to {pairs.high:+.3f}".replace("-", "−")
+            cells += ["–" if mean is None else f"{mean:.3f}", interval]
         rows.append((group.label, *cells))
     return RunTable(
         "metrics",
@@ -147,4 +150,4 @@ def _steps_cell(group: Group, target: float | None) -> str:
     steps = [steps_until(run, target) for run in group.best_runs.values()]
     if not any(step is not None for step in steps):
         return "not reached"
-    return ", ".join("not" if step is None else str(step) for step in steps)
+    return ", ".join("never" if step is None else str(step) for step in steps)

@@ -159,6 +159,14 @@ def test_many_starts_keep_looks_of_their_own_and_their_own_always():
     assert looks(group_runs([record("pissa"), record("random")]))["pissa"] == styles["pissa"]
 
 
+def test_half_a_line_at_the_end_is_left_out(tmp_path):
+    folder = write(tmp_path / "run", [record(), record(seed=1)])
+    text = (folder / "runs.jsonl").read_text()
+    (folder / "runs.jsonl").write_text(text[:-50])
+    write_report(folder)
+    assert "1 run: 1 finished." in (folder / "report.html").read_text()
+
+
 def test_without_settings_there_is_one_clear_error(tmp_path):
     with pytest.raises(LoraInitError, match=r"Expected settings\.json"):
         write_report(tmp_path)

@@ -29,7 +29,7 @@ def test_a_planted_winner_a_loser_and_a_tie():
     assert verdict(summary, "pissa").outcome == "worse"
     assert verdict(summary, "orthogonal").sentence.startswith("orthogonal: no difference shown with 3 runs.")
     assert summary.headline.startswith(
-        "3 starts compared: 1 better than random, 1 worse, 1 with no difference shown. 48 runs: 48 finished."
+        "3 compared with random: 1 better, 1 worse, 1 with no difference shown. 48 runs: 48 finished."
     )
 
 
@@ -104,7 +104,9 @@ def test_an_unstable_run_is_named_not_averaged_and_the_next_lower_rate_is_told()
     summary = summarise(runs, settings())
     lower = [run["validation_loss"][-1] for run in runs if run["start"] == "eva" and run["learning_rate"] == 1e-3]
     note = next(note for note in summary.notes if "unstable" in note)
-    assert note.startswith("eva is unstable at 3e-3 (seed 1), so this rate is not averaged.")
+    assert note.startswith(
+        "eva is unstable at 3e-3 (seed 1: loss rose to 9.1 at step 12), so this rate is not averaged."
+    )
     assert f"The next lower rate, 1e-3, ends at {sum(lower) / 3:.4f} (3 runs)." in note
     assert cells(summary, "learning_rates", "eva")["3e-3"] == "unstable, 1 of 3"
     assert cells(summary, "regret", "eva")["3e-3"] == "unstable"
@@ -125,8 +127,8 @@ def test_regret_by_hand():
     assert cells(summary, "regret", "random") == {"start": "random", "1e-4": "0.1100", "1e-3": "0.0100"}
     assert cells(summary, "regret", "eva") == {"start": "eva", "1e-4": "0.0300", "1e-3": "0.0000"}
     assert (
-        "Untuned, at 1e-4, random ends 0.1100 above the best of all starts and rates; eva 0.0300, the least (seed 0)."
-        in summary.notes
+        "Untuned, at 1e-4, random ends 0.1100 above the best of all starts and rates; "
+        "closest is eva, 0.0300 above (seed 0)." in summary.notes
     )
 
 
@@ -146,8 +148,8 @@ def test_steps_until_the_best_random_run_is_reached():
     runs = [record("random", final=0.17), record("eva", final=0.15), record("random", final=0.16, seed=1)]
     summary = summarise([*runs, record("eva", final=0.17, seed=1)], settings(seeds=[0, 1]))
     # Of random the run with seed 1 is the best, 0.16; eva has 0.155 at step 40 with seed 0, never with seed 1.
-    assert cells(summary, "best", "eva")["steps to random's best"] == "40, not"
-    assert cells(summary, "best", "random")["steps to random's best"] == "not, 60"
+    assert cells(summary, "best", "eva")["steps to random's best"] == "40, never"
+    assert cells(summary, "best", "random")["steps to random's best"] == "never, 60"
 
 
 def test_fewer_parameters_are_told_and_so_is_the_run_with_equal_ones():
@@ -165,6 +167,14 @@ def test_forgetting_and_intruders_are_averaged_over_seeds():
             for s in range(3)]  # fmt: skip
     row = cells(summarise(runs, settings()), "forgetting", "random")
     assert (row["change"], row["intruders"], row["share of energy"]) == ("+1.0000", "1.0 of 70", "10.0%")
+
+
+def test_metrics_are_paired_too_and_more_is_better():
+    runs = [record("random", seed=s, metrics={"accuracy": 0.5 + s / 100}) for s in range(3)]
+    runs += [record("eva", seed=s, metrics={"accuracy": 0.6 + s / 100 + s * s / 1000}) for s in range(3)]
+    row = cells(summarise(runs, settings()), "metrics", "eva")
+    # Differences 0.100, 0.101, 0.104: mean 0.10167, standard deviation 0.00208; 4.3027 * 0.00208 / sqrt(3) = 0.0052.
+    assert (row["accuracy"], row["start − random"]) == ("0.612", "+0.096 to +0.107")
 
 
 def test_failed_runs_are_named_by_reason():
