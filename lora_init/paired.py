@@ -20,7 +20,8 @@ class PairedDifference:
         mean: Mean of them; None without a pair.
         low: Lower end of the interval of the mean; None with fewer than two pairs.
         high: Upper end.
-        outcome: "better" or "worse" only if zero lies outside the interval; "no statement" with fewer than two pairs.
+        outcome: For losses, where less is better: "better" or "worse" only if zero lies outside the interval, and
+            "no statement" with fewer than two pairs.
     """
 
     differences: dict[int, float]
@@ -35,9 +36,7 @@ class PairedDifference:
         return len(self.differences)
 
 
-def paired_difference(
-    values: Mapping[int, float], reference: Mapping[int, float], lower_is_better: bool = True
-) -> PairedDifference:
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> PairedDifference:
     """Compare two starts on the seeds that both have.
 
     The interval is that of the paired t-test, at 95 %. It takes the differences as normally distributed; a bootstrap
@@ -46,7 +45,6 @@ def paired_difference(
     Args:
         values: Result by seed.
         reference: Result of the start to compare with, by seed.
-        lower_is_better: Whether a small result is a good one, as for a loss.
 
     Example:
         >>> paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.1}).outcome
@@ -68,5 +66,5 @@ def paired_difference(
     low, high = mean - half, mean + half
     outcome: Outcome = "no difference shown"
     if low > 0 or high < 0:
-        outcome = "better" if (mean < 0) == lower_is_better else "worse"
+        outcome = "better" if mean < 0 else "worse"
     return PairedDifference(differences, mean, low, high, outcome)

@@ -36,10 +36,8 @@ _LINES = {(False, False): "-", (True, False): "--", (False, True): ":", (True, T
 def looks(groups: Iterable[Group]) -> dict[str, tuple[str, str]]:
     """Give each start a colour and a marker."""
     names = list(dict.fromkeys([*_ORDER, *(g.variant.start for g in groups if g.variant.start != RANDOM.start)]))
-    styles = {
-        name: (COLORS[i % len(COLORS)][0], _MARKERS[(i + i // len(COLORS)) % len(_MARKERS)])
-        for i, name in enumerate(names)
-    }
+    # 24 starts before a pair of colour and marker comes again.
+    styles = {name: (COLORS[i % len(COLORS)][0], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
     return styles | {RANDOM.start: (RANDOM_COLOR[0], "s")}
 
 

@@ -56,7 +56,7 @@ def _metrics(groups: Sequence[Group]) -> RunTable:
         cells = []
         for metric in known:
             values = metric_values(group, metric)
-            pairs = paired_difference(values, metric_values(random, metric), lower_is_better=False)
+            pairs = paired_difference(values, metric_values(random, metric))
             mean = average(values.values())
             interval = "–"
             if group.variant != RANDOM and pairs.low is not None:

@@ -52,7 +52,7 @@ def full(tmp_path_factory):
     for run in runs:
         if run["start"] == "eva":
             run["ranks"] = {f"h.{block}.{kind}": 3 * block for block in range(4) for kind in ("up", "down")}
-    folder = write(tmp_path_factory.mktemp("full"), runs, note=HOSTILE)
+    folder = write(tmp_path_factory.mktemp("full"), runs, note=HOSTILE, model=HOSTILE)
     return runs, folder, write_report(folder)
 
 

@@ -64,6 +64,12 @@ def test_without_random_nothing_is_said_of_any_start():
     assert summary.notes[0].startswith("Every start is compared with random")
 
 
+def test_random_with_another_scale_is_not_the_random_to_compare_with():
+    runs = [{**run, "matched_scale": run["start"] == "random"} for run in planted({"eva": -0.01})]
+    summary = summarise(runs, settings())
+    assert [v.outcome for v in summary.verdicts] == ["no statement", "no statement"]
+
+
 def test_seeds_without_a_partner_are_left_out_and_named():
     runs = [run for run in planted({"eva": -0.01}) if (run["start"], run["seed"]) != ("eva", 2)]
     summary = summarise(runs, settings())
@@ -152,6 +158,12 @@ def test_steps_until_the_best_random_run_is_reached():
     assert cells(summary, "best", "random")["steps to random's best"] == "never, 60"
 
 
+def test_an_unstable_rate_sets_no_target_for_the_others():
+    runs = [record("random", 3e-3, 0, 0.10), broken("unstable", "nan", start="random", rate=3e-3, seed=1)]
+    runs += [record("random", 1e-3, s, 0.17) for s in range(2)] + [record("eva", 1e-3, s, 0.16) for s in range(2)]
+    assert cells(summarise(runs, settings()), "best", "eva")["steps to random's best"] == "40, 40"
+
+
 def test_fewer_parameters_are_told_and_so_is_the_run_with_equal_ones():
     runs = planted({"eva": 0.0})
     for run in runs:
@@ -169,7 +181,7 @@ def test_forgetting_and_intruders_are_averaged_over_seeds():
     assert (row["change"], row["intruders"], row["share of energy"]) == ("+1.0000", "1.0 of 70", "10.0%")
 
 
-def test_metrics_are_paired_too_and_more_is_better():
+def test_metrics_are_paired_too():
     runs = [record("random", seed=s, metrics={"accuracy": 0.5 + s / 100}) for s in range(3)]
     runs += [record("eva", seed=s, metrics={"accuracy": 0.6 + s / 100 + s * s / 1000}) for s in range(3)]
     row = cells(summarise(runs, settings()), "metrics", "eva")
