@@ -137,7 +137,7 @@ def _run_row(group: Group, rate: float, seed: int, run: Record, status: str) -> 
         rate_text(rate),
         str(seed),
         status,
-        number(final_loss(run)) if losses else "–",
+        number(final_loss(run)) if status == "finished" else "–",
         " ".join(number(loss) for loss in losses) or "–",
         ", ".join(f"{METRICS.get(k, k)} {number(v)}" for k, v in metrics.items()) or "–",
         " to ".join(number(loss) for loss in run.get("retain_loss") or []) or "–",

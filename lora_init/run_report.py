@@ -46,7 +46,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
   background: var(--page); }
 .totals th { font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 .settings td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--soft);
-  overflow-wrap: anywhere; } .settings td:first-child { color: var(--quiet); }
+  overflow-wrap: anywhere; } .settings td:first-child { color: var(--quiet); white-space: nowrap; }
 .map td { min-width: 1.9rem; height: 1.2rem; text-align: center; font-size: .78rem; border: 1px solid var(--line); }
 .map thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; font-weight: 500;
   font-size: .8rem; padding: .3rem 0; }
