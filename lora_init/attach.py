@@ -157,6 +157,19 @@ def attach(
     return peft_model
 
 
+def match_modes(peft_model: PeftModel) -> None:
+    """Put PEFT's new modules into the mode of the model inside them.
+
+    They start in training mode also inside a model in evaluation mode, which would switch dropout on.
+    """
+    for layer in adapter_layers(peft_model).values():
+        layer.train(layer.get_base_layer().training)
+    for module in peft_model.get_base_model().modules():
+        if hasattr(module, "modules_to_save"):  # a head that is trained whole
+            module.train(module.original_module.training)  # type: ignore[union-attr]
+    peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
+
+
 def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:
     """Read the weights of the heads that PEFT trains whole, under the names they have in an adapter's file.
 
@@ -217,10 +230,7 @@ def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: f
             )
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
-    # PEFT's new modules start in training mode also inside a model in evaluation mode, which would switch dropout on.
-    for layer in layers.values():
-        layer.train(layer.get_base_layer().training)
-    peft_model.training = peft_model.base_model.training = base.training
+    match_modes(peft_model)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from lora_init.adapter import build_adapter
 from lora_init.adapter_init import AdapterInit
 from lora_init.attach import remember
 from lora_init.errors import LoraInitError
+from lora_init.own_starts import OwnStart, apply_own_start
+from lora_init.peft_starts import PEFT_STARTS, apply_peft_start
 from lora_init.prepared import Prepared, a_weights, blank_spectrum, count_trainable, match_scale, ranks_of, row_scale
 from lora_init.ranks import RankAllocation, allocate_ranks
 from lora_init.statistics import Provenance, Statistics
@@ -44,22 +46,26 @@ _FROM_DATA = {
     "eva-ranks": _Recipe(method="random"),
     "eva-frozen-a": _Recipe(frozen_a=True),
 }
-START_NAMES: tuple[str, ...] = (*_WITHOUT_DATA, *_FROM_DATA)
+START_NAMES: tuple[str, ...] = (*_WITHOUT_DATA, *_FROM_DATA, *PEFT_STARTS)
 
 
-def check_start(name: str) -> None:
-    """Make sure that a start of this name exists.
+def check_start(start: str | OwnStart) -> None:
+    """Make sure that a start of this name exists, or that a start of one's own has a name of its own.
 
     Raises:
-        LoraInitError: There is none. The closest name is suggested.
+        LoraInitError: It does not. The closest name is suggested.
     """
-    if name not in START_NAMES:
-        close = difflib.get_close_matches(str(name), START_NAMES, n=1, cutoff=0.0)
-        raise LoraInitError(f"start {name!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
+    if isinstance(start, tuple):
+        name = start[0] if len(start) == 2 else None
+        if not isinstance(name, str) or not name or name in START_NAMES:
+            raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
+    elif start not in START_NAMES:
+        close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
+        raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
 
 
 def prepare(
-    start: str,
+    start: str | OwnStart,
     model: nn.Module,
     *,
     statistics: Callable[[bool], Statistics],
@@ -82,11 +88,13 @@ def prepare(
     - `eva-ranks`: the ranks of `eva` with the A of `random`, which tells redistribution from directions;
     - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others.
 
+    `pissa`, `olora`, `corda` and `loftq` are PEFT's and start with B other than 0, see `apply_peft_start`.
+
     Args:
-        start: One of `START_NAMES`.
+        start: One of `START_NAMES`; or the name of a start of one's own with its source, see `apply_own_start`.
         model: The plain model.
         statistics: Called with `center` if the start needs statistics; collected for `rank` with rho = 2.
-        batches: Data for starts that read some by themselves.
+        batches: Data for `corda`, which reads some by itself. May be any iterable.
         rank: Average rank of a layer.
         lora_alpha: Numerator of the scaling.
         seed: The same seed gives the same adapter.
@@ -100,9 +108,12 @@ def prepare(
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
     """
     check_start(start)
-    restore = remember(model)
+    name = start if isinstance(start, str) else start[0]
+    if equal_parameters and not isinstance(start, str):
+        raise LoraInitError(f"start {name!r} has ranks of its own; equal parameters are for {', '.join(_FROM_DATA)}.")
+    restore = remember(model, weights=name not in _WITHOUT_DATA and name not in _FROM_DATA)
     began = time.perf_counter()
-    waited = 0.0
+    waited, passes = 0.0, 0
 
     def timed_statistics(center: bool) -> Statistics:
         nonlocal waited
@@ -115,7 +126,9 @@ def prepare(
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            if start in _FROM_DATA:
+            if not isinstance(start, str):
+                peft_model = apply_own_start(name, start[1], model, seed)
+            elif start in _FROM_DATA:
                 recipe = _FROM_DATA[start]
                 stats = timed_statistics(recipe.center)
                 plan = _ranks(stats, recipe, rank, equal_parameters)
@@ -124,13 +137,18 @@ def prepare(
                     for a in a_weights(peft_model).values():
                         a.requires_grad_(False)
             else:
-                peft_model = _plain(model, start, rank, lora_alpha, seed, target_modules, task_type).apply(model)
+                method = start if start in _WITHOUT_DATA else "random"
+                adapter = _plain(model, method, rank, lora_alpha, seed, target_modules, task_type)
+                if start in PEFT_STARTS:
+                    peft_model, passes = apply_peft_start(start, model, adapter, batches)
+                else:
+                    peft_model = adapter.apply(model)
             if matched_scale:
                 match_scale(peft_model, seed)
     except BaseException:
         restore()
         raise
-    return _described(peft_model, rank, time.perf_counter() - began - waited, 0, restore)
+    return _described(peft_model, rank, time.perf_counter() - began - waited, passes, restore)
 
 
 def _described(peft_model: PeftModel, rank: int, seconds: float, passes: int, release: Callable[[], None]) -> Prepared:
