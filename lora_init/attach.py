@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,52 @@ def check_model(
             )
 
 
+def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
+    """Note how a model is, and return a function that puts it back: submodules, hooks, modes, attributes, buffers.
+
+    Args:
+        model: Any torch model.
+        weights: Keep a copy of the weights too. It takes as much memory as the model.
+    """
+    wiring = [(module, dict(vars(module)), _dicts(module)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    kept = [*model.buffers(), *(model.parameters() if weights else ())]
+    values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
+
+    def restore() -> None:
+        for module, attributes, contents in wiring:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in contents.items():
+                # The same dict as before, since whoever added a hook holds on to it.
+                attributes[key].clear()
+                attributes[key].update(content)
+        for parameter, requires_grad, grad in trainable:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for tensor, data, value in values:
+            tensor.data = data
+            tensor.data.copy_(value)
+
+    return restore
+
+
+def _dicts(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    return {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
+
+
+def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
+    """Find the layers of a PeftModel that have a LoRA adapter, by their names in the plain model."""
+    from peft.tuners.lora import LoraLayer
+
+    # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
+    return {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and ".base_layer." not in name
+    }
+
+
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -109,6 +155,19 @@ def attach(
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _fill(peft_model, weights, planned, scaling, adapter_name)
     return peft_model
+
+
+def match_modes(peft_model: PeftModel) -> None:
+    """Put PEFT's new modules into the mode of the model inside them.
+
+    They start in training mode also inside a model in evaluation mode, which would switch dropout on.
+    """
+    for layer in adapter_layers(peft_model).values():
+        layer.train(layer.get_base_layer().training)
+    for module in peft_model.get_base_model().modules():
+        if hasattr(module, "modules_to_save"):  # a head that is trained whole
+            module.train(module.original_module.training)  # type: ignore[union-attr]
+    peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
 
 
 def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:
@@ -153,13 +212,8 @@ def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[s
 
 @torch.no_grad()
 def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: float, adapter_name: str) -> None:
-    from peft.tuners.lora import LoraLayer
-
     base = peft_model.get_base_model()
-    # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one planned layer, not two.
-    layers: dict[str, Any] = {
-        n: m for n, m in base.named_modules() if isinstance(m, LoraLayer) and ".base_layer." not in n
-    }
+    layers = adapter_layers(peft_model)
     if set(layers) != planned:
         differing = sorted(set(layers) ^ planned)
         raise LoraInitError(
@@ -176,30 +230,16 @@ def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: f
             )
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
-    # PEFT's new modules start in training mode also inside a model in evaluation mode, which would switch dropout on.
-    for layer in layers.values():
-        layer.train(layer.get_base_layer().training)
-    peft_model.training = peft_model.base_model.training = base.training
+    match_modes(peft_model)
 
 
 @contextmanager
 def _restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put submodules, hooks, `requires_grad` and PEFT's mark on the model back if the block raises."""
-    children = [(module, dict(module._modules), set(module._forward_hooks)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    marked = "peft_config" in vars(model)
+    restore = remember(model)
     try:
         yield
     except BaseException:
-        for module, submodules, hooks in children:
-            module._modules.clear()
-            module._modules.update(submodules)
-            for key in [key for key in module._forward_hooks if key not in hooks]:
-                del module._forward_hooks[key]
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
-        if not marked:
-            vars(model).pop("peft_config", None)
+        restore()
         raise
 
 

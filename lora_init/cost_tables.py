@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_init.paired import paired_difference
-from lora_init.run_groups import RANDOM, Group, Record, Variant, final_loss, parameters, random_group
+from lora_init.run_groups import RANDOM, Group, Variant, final_loss, parameters, random_group
+from lora_init.run_log import Record
 from lora_init.run_measures import METRICS, RunTable, average, retained
 from lora_init.verdicts import final_losses
 from lora_init.wording import number, rate_text, signed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_init.run_groups import Group, Record, best_of_all, mean_at, parameters, random_group, table_seeds
+from lora_init.run_groups import Group, best_of_all, mean_at, parameters, random_group, table_seeds
+from lora_init.run_log import Record
 from lora_init.verdicts import verdicts
 from lora_init.wording import count, join, number, rate_text, seed_list
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_init.errors import LoraInitError
 from lora_init.html_page import html_heat_map, html_page, html_table
+from lora_init.run_log import read_runs, read_settings
 from lora_init.run_measures import RunTable
 from lora_init.run_pictures import Picture, pictures, rank_maps, rank_picture
 from lora_init.run_plots import DARK
@@ -73,8 +74,8 @@ def write_report(directory: str | Path) -> list[Path]:
         LoraInitError: settings.json is missing or damaged, runs of more tasks than one, or a file can't be written.
     """
     directory = Path(directory).expanduser()
-    settings, records = _read(directory)
-    summary = summarise(records, settings)
+    settings = read_settings(directory)
+    summary = summarise(read_runs(directory), settings)
     drawn = pictures(summary)
     ranks = rank_picture(summary.groups)
     files = {f"{picture.name}.png": picture.png() for picture in [*drawn, *([ranks] if ranks else [])]}
@@ -86,18 +87,6 @@ def write_report(directory: str | Path) -> list[Path]:
     except OSError as error:
         raise LoraInitError(f"{directory}: the report can't be written: {error.strerror or error}.") from error
     return [directory / name for name in files]
-
-
-def _read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    try:
-        settings = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
-        file = directory / "runs.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # the last may have been cut off
-        return settings, [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise LoraInitError(
-            f"{directory} is not a comparison that can be read ({error}). Expected settings.json and runs.jsonl there."
-        ) from error
 
 
 def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -> str:
