@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lora_init.arguments import read_modules, unescape
 from lora_init.console import make_console, one_line_errors, quiet_transformers, say
 from lora_init.errors import LoraInitError
+
+if TYPE_CHECKING:
+    from lora_init.comparison import Comparison
 
 EXAMPLE = """\b
 Example:
@@ -101,7 +105,6 @@ def compare(
         }
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.comparison import compare as run_comparison
-            from lora_init.run_progress import duration
 
             quiet_transformers()
         found = run_comparison(
@@ -114,22 +117,39 @@ def compare(
             command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments,
         )  # fmt: skip
         if dry_run:
-            done = {
-                tuple(record[key] for key in ("start", "matched_scale", "equal_parameters", "seed", "learning_rate"))
-                for record in found.records
+            _show_plan(found, as_json)
+        elif as_json:
+            content = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
+            verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
+            typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
+        else:
+            from lora_init.run_summary import show_comparison
+
+            show_comparison(make_console(), found.summary)
+            say(f"{found.directory / 'report.html'}: written")
+
+
+def _show_plan(found: Comparison, as_json: bool) -> None:
+    from lora_init.run_progress import duration
+
+    if as_json:
+        runs = [
+            {
+                "start": run.variant.start,
+                "matched_scale": run.variant.matched_scale,
+                "equal_parameters": run.variant.equal_parameters,
+                "learning_rate": run.learning_rate,
+                "seed": run.seed,
             }
-            if as_json:
-                typer.echo(
-                    json.dumps(
-                        {"runs": [run.title for run in found.planned], "seconds_left": round(found.seconds_left)}
-                    )
-                )
-                return
-            for run in found.planned:
-                typer.echo(run.title)
-            typer.echo(
-                f"{len(found.planned)} runs, {len(done)} ended, the rest takes about {duration(found.seconds_left)}"
-            )
+            for run in found.planned
+        ]
+        content = {"runs": runs, "ended": len(found.records), "seconds_left": round(found.seconds_left)}
+        typer.echo(json.dumps(content, indent=2))
+        return
+    for run in found.planned:
+        typer.echo(run.title)
+    left = f"what is left takes about {duration(found.seconds_left)}"
+    typer.echo(f"{len(found.planned)} runs, {len(found.records)} ended; {left}")
 
 
 def _words(text: str) -> list[str]:

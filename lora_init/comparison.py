@@ -19,6 +19,8 @@ from lora_init.experiment import Run, check_fair, check_plan, plan_runs, variant
 from lora_init.models import load_model, load_tokenizer
 from lora_init.run_log import Record, RunLog
 from lora_init.run_progress import Progress
+from lora_init.run_report import write_report
+from lora_init.run_summary import Summary, summarise
 from lora_init.starts import check_start
 from lora_init.targets import find_targets
 from lora_init.tasks import CLASSIFICATION, load_task
@@ -38,6 +40,7 @@ class Comparison:
         records: One for each run that ended, as in `runs.jsonl`.
         planned: All runs that belong to the comparison, those that ended among them.
         seconds_left: Estimate for the runs that are left; 0 if none is.
+        summary: Verdicts, notes and tables; see `run_summary`.
         files: Files of the report.
     """
 
@@ -46,6 +49,7 @@ class Comparison:
     records: list[Record]
     planned: list[Run]
     seconds_left: float
+    summary: Summary
     files: list[Path]
 
 
@@ -205,18 +209,22 @@ def compare(
         return plan_runs(bench.name, all_variants, learning_rates, chosen_seeds, sweep, records)
 
     if dry_run:
-        there = {} if not directory.exists() else RunLog.peek(directory)
+        there = RunLog.peek(directory)
         planned = plan(there)
         left = sum(run.key(bench.name) not in there for run in planned)
+        seconds = left * bench.seconds_of_a_run() if left else 0.0
         return Comparison(
-            directory, settings, list(there.values()), planned, left * bench.seconds_of_a_run() if left else 0.0, []
+            directory, settings, list(there.values()), planned, seconds, summarise(there.values(), settings), []
         )
     log = RunLog(directory, settings)
+    files: list[Path] = []
     try:
         _run_all(bench, log, plan, Progress(steps, say, progress))
-    finally:
-        files: list[Path] = []
-    return Comparison(directory, log.settings, list(log.records.values()), plan(log.records), 0.0, files)
+    finally:  # Ctrl-C too leaves a report of what ended
+        if log.records:
+            files = write_report(directory)
+    records = list(log.records.values())
+    return Comparison(directory, log.settings, records, plan(log.records), 0.0, summarise(records, log.settings), files)
 
 
 def _run_all(

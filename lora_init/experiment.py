@@ -7,26 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_init.errors import LoraInitError
+from lora_init.run_groups import Variant, best_rate
 
-# Starts whose ranks move between layers and with them the number of parameters.
-MOVES_RANKS = ("eva", "eva-uncentred")
+# Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
+_MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a")
 # Starts whose A has the size of the random one already, or is part of a change to the base weights: nothing to match.
 _UNMATCHED = ("random", "eva-ranks", "pissa", "olora", "corda", "loftq")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A start, and how it is changed to make it comparable in size of A or in parameters."""
-
-    start: str
-    matched_scale: bool = False
-    equal_parameters: bool = False
-
-    @property
-    def title(self) -> str:
-        """Name of it in one word or two."""
-        marks = [" matched"] * self.matched_scale + [" equal-parameters"] * self.equal_parameters
-        return self.start + "".join(marks)
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,7 @@ class Run:
     def title(self) -> str:
         """Describe the run in a few words."""
         rate = "best rate" if self.learning_rate is None else f"{self.learning_rate:g}"
-        return f"{self.variant.title}, {rate}, seed {self.seed}"
+        return f"{self.variant.label}, {rate}, seed {self.seed}"
 
 
 def variants(starts: Iterable[str], match_scale: bool, ranks_cost_the_same: bool) -> list[Variant]:
@@ -56,10 +42,12 @@ def variants(starts: Iterable[str], match_scale: bool, ranks_cost_the_same: bool
         starts: Names of starts.
         match_scale: Also run starts with A scaled to the size of the random one, where that differs.
         ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another; if not, starts that
-            move ranks are also run at the parameter count of the random start.
+            move ranks, or train no A, are also run at the parameter count of the random start.
     """
     plain = [Variant(start) for start in starts]
-    equal = [replace(v, equal_parameters=True) for v in plain if v.start in MOVES_RANKS and not ranks_cost_the_same]
+    moving = [v for v in plain if v.start in _MOVES_RANKS]
+    differing = [v for v in moving if v.start == "eva-frozen-a" or not ranks_cost_the_same]
+    equal = [replace(v, equal_parameters=True) for v in differing]
     matched = [replace(v, matched_scale=True) for v in plain if match_scale and v.start not in _UNMATCHED]
     return [*plain, *equal, *matched]
 
@@ -75,8 +63,8 @@ def plan_runs(
     """List all runs in the order to do them in, those that have ended among them.
 
     `"full"` is every variant at every rate with every seed. `"halving"` is every rate on the first seed, and on the
-    others only the rate whose final loss was lowest there; a variant that never finished on the first seed has no
-    others.
+    others the best of them alone. Should that one be unstable on another seed, the next best takes its place; a variant
+    that has no stable rate has no other seeds.
 
     Args:
         task: Name of the task.
@@ -89,22 +77,20 @@ def plan_runs(
     first = [Run(variant, seeds[0], rate) for rate in learning_rates for variant in variants]
     if sweep == "full":
         return first + [Run(v, seed, rate) for seed in seeds[1:] for rate in learning_rates for v in variants]
-    others: list[Run] = []
-    for seed in seeds[1:]:
-        for variant in variants:
-            sweep_of_it = [records.get(run.key(task)) for run in first if run.variant == variant]
-            if None in sweep_of_it:
-                others.append(Run(variant, seed, None))
-            elif (rate := best_rate([record for record in sweep_of_it if record is not None])) is not None:
-                others.append(Run(variant, seed, rate))
-    return first + others
-
-
-def best_rate(records: Iterable[Mapping[str, Any]]) -> float | None:
-    """Find the rate of the lowest final validation loss among finished runs; None if none finished."""
-    finished = [record for record in records if record["status"] == "finished"]
-    best = min(finished, key=lambda record: (record["validation_loss"][-1], record["learning_rate"]), default=None)
-    return None if best is None else float(best["learning_rate"])
+    others: dict[Variant, list[Run]] = {}
+    for variant in variants:
+        swept = [records.get(run.key(task)) for run in first if run.variant == variant]
+        done = [
+            record
+            for seed in seeds
+            for rate in learning_rates
+            if (record := records.get(Run(variant, seed, rate).key(task))) is not None
+        ]
+        best = None if None in swept else best_rate(done)
+        if None in swept or best is not None:
+            others[variant] = [Run(variant, seed, best) for seed in seeds[1:]]
+    # Seed by seed, so that what is there when it is stopped can be paired.
+    return first + [runs[i] for i in range(len(seeds) - 1) for runs in others.values()]
 
 
 def check_fair(records: Iterable[Mapping[str, Any]]) -> None:

@@ -28,6 +28,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         self._done_steps, self._estimated = 0, False
         self._planned = self._left = 0
+        self._title = ""
 
     def __enter__(self) -> Progress:
         self._bar = tqdm(unit="step", disable=not self._show, dynamic_ncols=True)
@@ -39,7 +40,7 @@ class Progress:
 
     def begin(self, title: str, planned: int, left: int) -> None:
         """Say which run begins, how many there are in all and how many are left with it."""
-        self._planned, self._left, self._done_steps = planned, left, 0
+        self._planned, self._left, self._done_steps, self._title = planned, left, 0, title
         if self._bar is not None:
             self._bar.set_description(f"run {planned - left + 1}/{planned} {title}", refresh=False)
             self._bar.total = self._bar.n + left * self._steps
@@ -59,12 +60,10 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._steps - self._done_steps)
         number = self._planned - self._left + 1
-        marks = [" matched"] * record["matched_scale"] + [" equal-parameters"] * record["equal_parameters"]
         losses = record["validation_loss"] or []
         how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
         self._line(
-            f"run {number}/{self._planned} {record['start']}{''.join(marks)}, {record['learning_rate']:g}, "
-            f"seed {record['seed']}: {record['status']}, {how}, {record['run_seconds']:.0f} s"
+            f"run {number}/{self._planned} {self._title}: {record['status']}, {how}, {record['run_seconds']:.0f} s"
         )
 
     def _line(self, text: str) -> None:

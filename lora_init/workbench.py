@@ -17,10 +17,11 @@ from lora_init.collection import collect
 from lora_init.console import explain, is_out_of_memory
 from lora_init.data import Batches
 from lora_init.errors import LoraInitError
-from lora_init.experiment import Run, Variant
+from lora_init.experiment import Run
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
 from lora_init.prepared import Prepared
+from lora_init.run_groups import Variant
 from lora_init.run_log import Record
 from lora_init.scoring import evaluate, text_loss
 from lora_init.starts import prepare
