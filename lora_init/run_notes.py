@@ -148,8 +148,8 @@ def _untuned(groups: Sequence[Group]) -> list[str]:
     said = []
     if random and not any(rate in group.cells for group in groups for rate in UNTUNED):
         said.append(
-            f"What is lost without a sweep is not known: {join([rate_text(rate) for rate in UNTUNED])}, which people use "
-            "untuned, were not tried."
+            f"What is lost without a sweep is not known: {join([rate_text(rate) for rate in UNTUNED])}, which people "
+            "use untuned, were not tried."
         )
     for rate in UNTUNED:
         lost = {g.label: loss - best for g in groups if (loss := mean_at(g, rate, seeds)) is not None}

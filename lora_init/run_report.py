@@ -38,6 +38,7 @@ p { margin: .3rem 0 .8rem; max-width: 50rem; overflow-wrap: anywhere; } .quiet {
 ul { padding: 0; margin: .5rem 0; max-width: 58rem; list-style: none; }
 li { overflow-wrap: anywhere; padding: .2rem .7rem; margin: .35rem 0; border-left: 4px solid var(--line); }
 li.better { border-color: var(--better); } li.worse { border-color: var(--worse); }
+.number { white-space: nowrap; }
 .notes li { border-left-width: 1px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
@@ -91,8 +92,8 @@ def write_report(directory: str | Path) -> list[Path]:
 
 def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -> str:
     tables = {table.name: table for table in summary.tables}
-    verdicts = "".join(f'<li class="{v.outcome.split()[0]}">{escape(v.sentence)}</li>\n' for v in summary.verdicts)
-    notes = "".join(f"<li>{escape(note)}</li>\n" for note in summary.notes)
+    verdicts = "".join(f'<li class="{v.outcome.split()[0]}">{_unbroken(v.sentence)}</li>\n' for v in summary.verdicts)
+    notes = "".join(f"<li>{_unbroken(note)}</li>\n" for note in summary.notes)
     body = [
         f"<h1>{escape(summary.title)}</h1>",
         f'<p class="headline">{escape(summary.headline)}</p>',
@@ -106,8 +107,12 @@ def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -
     ]
     colors = [" ".join(f"--c{light[1:]}: {pair[i]};" for light, pair in _pairs()) for i in (0, 1)]
     style = _STYLE.replace("LIGHT", colors[0]).replace("DARK", colors[1])
-    # No line break between a number and its sign.
-    return html_page(summary.title, style, "\n".join(filter(None, body)).replace("95 %", "95\u00a0%"))
+    return html_page(summary.title, style, "\n".join(filter(None, body)))
+
+
+def _unbroken(text: str) -> str:
+    """Write text so that no line ends within a number."""
+    return re.sub(r"\b(\d+ %|[\d.]+e-\d+)", r'<span class="number">\1</span>', escape(text))
 
 
 def _pairs() -> Iterator[tuple[str, tuple[str, str]]]:
