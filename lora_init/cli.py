@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lora_init.arguments import read_modules, unescape
+from lora_init.compare_command import EXAMPLE as COMPARE_EXAMPLE
+from lora_init.compare_command import compare
 from lora_init.console import make_console, one_line_errors, quiet_transformers
 from lora_init.errors import LoraInitError
 from lora_init.rank_command import EXAMPLE, ranks
@@ -143,8 +145,8 @@ def init(
         if plan is not None:
             plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
         settings: dict[str, Any] = {
-            "target_modules": _modules(target_modules),
-            "exclude_modules": _modules(exclude_modules) if exclude_modules else None,
+            "target_modules": read_modules(target_modules),
+            "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
             "task_type": loaded.task_type,
             "center": center,
             "token_mask": token_mask,
@@ -155,7 +157,7 @@ def init(
 
             batches = load_batches(
                 data, loaded.tokenizer, subset=subset, split=split, samples=samples, batch_size=batch_size,
-                template=_unescape(template), completion=_unescape(completion), max_length=max_length, seed=seed,
+                template=unescape(template), completion=unescape(completion), max_length=max_length, seed=seed,
                 seq2seq=loaded.seq2seq,
             )  # fmt: skip
             return collect(
@@ -212,6 +214,7 @@ def inspect(
 
 
 app.command(epilog=EXAMPLE)(ranks)
+app.command(epilog=COMPARE_EXAMPLE)(compare)
 
 
 def main() -> None:
@@ -225,18 +228,6 @@ def _plan(file: Path | None) -> RankAllocation | None:
     from lora_init.plan_file import load_plan
 
     return load_plan(file)
-
-
-def _modules(text: str) -> str | list[str]:
-    """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
-    if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _unescape(template: str | None) -> str | None:
-    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
