@@ -81,7 +81,11 @@ def init(
         str | None, typer.Option(help="Names separated by commas, or a regular expression, to leave out.")
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
+        Path | None,
+        typer.Option(
+            help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is. A pass that was killed "
+            "goes on from FILE.partial."
+        ),
     ] = None,
     method: Annotated[Literal["eva", "random", "orthogonal"], typer.Option(help="How A starts. B is zero.")] = "eva",
     whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
@@ -148,7 +152,7 @@ def init(
             "token_mask": token_mask,
         }
 
-        def collect_now() -> Statistics:
+        def collect_now(checkpoint: Path | None) -> Statistics:
             from lora_init.collection import collect
 
             batches = load_batches(
@@ -158,7 +162,7 @@ def init(
             )  # fmt: skip
             return collect(
                 loaded.model, batches, rank=rank, rho=rho, max_batches=max_batches, seed=seed, data=batches.description,
-                **settings,
+                checkpoint=checkpoint, resume=checkpoint is not None, **settings,
             )  # fmt: skip
 
         stats = obtain(statistics, loaded, settings, collect_now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ _RIDGE = 1e-6
 _POWER_ITERATIONS = 4
 # The mean is taken off the rows themselves, not off their products, where it outweighs the variance by this factor.
 _LARGE_MEAN = 100.0
+_ALIGNMENT = 64  # bytes; torch's own for an allocation on the CPU
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -143,6 +144,7 @@ class IncrementalSVD:
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
         """
+        self._to(rows.device)
         state = self._state
         check_rows(rows, state.moments.mean.shape[0] if state else None)
         n, d = rows.shape
@@ -228,7 +230,7 @@ class IncrementalSVD:
             LoraInitError: Other width or other `center`.
         """
         check_alike(self.center, other.center)
-        if other._state is None:
+        if other._state is None or other.n_samples == 0:
             return self
         if self._state is None:
             self._shift = other._shift
@@ -250,6 +252,51 @@ class IncrementalSVD:
         # Updates leave the directions orthonormal to about 1e-6 only.
         directions = _orthonormal(turn[:, :kept].T @ self._state.directions.double())
         return freeze(self._state.moments, directions, weights[:kept])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the decomposition has learned, empty before the first rows: views, not copies.
+
+        Returns:
+            `directions` [k, d], `core` [k, k] and `mean` [d] in float64, `n_samples` int64, `scatter` float64, and
+            `shift` [d] if the rows have a large mean.
+        """
+        if self._state is None:
+            return {}
+        moments, directions, core = self._state
+        found = {"directions": directions, "core": core, "mean": moments.mean}
+        found["n_samples"] = torch.tensor(moments.n_samples)
+        found["scatter"] = torch.tensor(moments.scatter, dtype=torch.float64)
+        return found if self._shift is None else {**found, "shift": self._shift}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], share: int = 0, of: int = 1) -> IncrementalSVD:
+        """Go on from a copy of what `state_dict` returned.
+
+        With `of` parts each part has the same directions and mean, and its share of the rows: all parts merged are the
+        whole again, and each has seen all of it.
+
+        Args:
+            state: From a decomposition with the same arguments. May be on another device than the rows to come.
+            share: Which part to take, from 0.
+            of: Number of parts.
+        """
+        self._pending = self.held_out = None
+        self._state, self._shift = None, state["shift"].clone() if "shift" in state else None
+        if state:
+            whole = int(state["n_samples"])
+            n = whole * (share + 1) // of - whole * share // of
+            part = n / whole if whole else 0.0
+            moments = Moments(n, state["mean"].clone(), float(state["scatter"]) * part)
+            # A copy also lies where every allocation does: products of a mapped file's tensors differ in the last bits.
+            self._state = _State(moments, state["directions"].clone(), state["core"] * part)
+        return self
+
+    def _to(self, device: torch.device) -> None:
+        """Move the state to where the rows are: what was loaded or merged is on the CPU."""
+        if self._state is not None and self._state.directions.device != device:
+            moments, directions, core = self._state
+            moments = Moments(moments.n_samples, moments.mean.to(device), moments.scatter)
+            self._state = _State(moments, directions.to(device), core.to(device))
+            self._shift = None if self._shift is None else self._shift.to(device)
 
 
 def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
@@ -290,8 +337,15 @@ def _nystrom_step(alike: list[tuple[IncrementalSVD, _Pending]]) -> None:
     directions = (inverse * scale.mT).to(image.dtype) @ factor  # R^-1 F
     root = root / scale
     core = root.mT @ root  # F^T F = V^T (R^T R) V
-    for (one, batch), state, new_directions, new_core in zip(alike, states, directions, core, strict=True):
+    for (one, batch), state, new_directions, new_core in zip(
+        alike, states, _aligned(directions), _aligned(core), strict=True
+    ):
         one._state = _State(state.moments.plus(batch.moments)[0], new_directions, new_core)
+
+
+def _aligned(stack: Tensor) -> list[Tensor]:
+    """Take a stack apart into tensors that lie as one of its own would: products depend on it in their last bits."""
+    return [tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for tensor in stack]
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
