@@ -80,6 +80,9 @@ def init(
     exclude_modules: Annotated[
         str | None, typer.Option(help="Names separated by commas, or a regular expression, to leave out.")
     ] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="Names of fused parameters of experts, separated by commas.")
+    ] = None,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -92,6 +95,9 @@ def init(
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Names of modules to train whole, separated by commas, such as lm_head.")
+    ] = None,
     task_type: Annotated[
         str | None, typer.Option(help="PEFT's task type, such as SEQ_CLS. Default: what the checkpoint is for.")
     ] = None,
@@ -130,6 +136,7 @@ def init(
             rank, rho = plan.rank, max(1.0, max(plan.values()) / plan.rank)
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.adapter import build_adapter
+            from lora_init.attach import check_modules_to_save
             from lora_init.collection import fingerprint
             from lora_init.data import load_batches
             from lora_init.models import load_model
@@ -142,11 +149,14 @@ def init(
             loaded = load_model(
                 model, task_type=task_type, dtype=dtype, device=device, trust_remote_code=trust_remote_code, seed=seed
             )
+        saved = _names(modules_to_save or "")
+        check_modules_to_save(loaded.model, saved)
         if plan is not None:
             plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
         settings: dict[str, Any] = {
             "target_modules": _modules(target_modules),
             "exclude_modules": _modules(exclude_modules) if exclude_modules else None,
+            "target_parameters": _names(target_parameters) if target_parameters else None,
             "task_type": loaded.task_type,
             "center": center,
             "token_mask": token_mask,
@@ -169,7 +179,7 @@ def init(
         ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
         built = build_adapter(
             stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
-            seed=seed,
+            modules_to_save=saved, seed=seed,
         )  # fmt: skip
         directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
         summary = summarise(stats, ranks, directory, statistics)
@@ -215,6 +225,10 @@ def _modules(text: str) -> str | list[str]:
     """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
     if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
         return text
+    return _names(text)
+
+
+def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

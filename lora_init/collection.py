@@ -41,6 +41,7 @@ def collect(
     *,
     exclude_modules: str | Collection[str] | None = None,
     task_type: str | None = None,
+    target_parameters: Collection[str] | None = None,
     rank: int = 16,
     rho: float = 2.0,
     center: bool = True,
@@ -70,6 +71,8 @@ def collect(
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
+        target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
+            of the rows that the router sends to it, and there is one of all together, which the ranks go by.
         task_type: As in PEFT; goes into the adapter's configuration.
         rank: Average rank per layer that the statistics must serve.
         rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
@@ -105,7 +108,7 @@ def collect(
         raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
     if resume and checkpoint is None:
         raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
-    targets = find_targets(model, target_modules, exclude_modules, task_type)
+    targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
     if narrow:
         raise LoraInitError(
@@ -133,7 +136,7 @@ def collect(
         )
     found = collect_groups(
         model,
-        {name: model.get_submodule(name) for name in targets.layers},
+        {name: model.get_submodule(target.module) for name, target in targets.layers.items()},
         batches,
         n_components=round(rho * rank),
         center=center,
@@ -157,6 +160,7 @@ def collect(
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
         task_type=task_type,
+        target_parameters=None if target_parameters is None else sorted(target_parameters),
         data=data,
         center=center,
         token_mask=token_mask,
@@ -188,6 +192,7 @@ def collect(
         },
         unsupported={**targets.unsupported, **{name: targets.layers[name].kind for name in found.never_ran}},
     )
+    provenance.notes.extend(_notes_on_experts(statistics))
     if found.stop_reason == "interrupted":
         raise Interrupted(statistics)
     return statistics
@@ -202,19 +207,33 @@ def _hash_of(targets: Targets) -> str:
 
 
 def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
-    notes = [f"{name}: a {kind} has no rows to learn from; PEFT's start." for name, kind in targets.unsupported.items()]
+    notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in targets.reasons.items()]
     notes += [f"{name}: never ran; PEFT's own initialisation." for name in found.never_ran]
     notes += [
         f"{name}: runs up to {calls} times in a forward pass; all its inputs count."
         for name, calls in found.n_calls.items()
         if calls > 1
     ]
-    for group, record in found.groups.items():
+    for group in dict.fromkeys(found.group_of.values()):
+        record = found.groups[group]
         spectrum = record.svd.spectrum()
         expected = min(n_components, spectrum.components.shape[1])
         if spectrum.n_components < expected:
             notes.append(
                 f"{group}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
+            )
+    return notes
+
+
+def _notes_on_experts(stats: Statistics) -> list[str]:
+    notes = []
+    for name, target in stats.targets.items():
+        few = stats.experts_with_few_rows(name)
+        if few:
+            shown = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
+            notes.append(
+                f"{name}: {len(few)} of {target.experts} experts read fewer than "
+                f"{2 * len(stats.explained_variance(name))} rows and start from those of all experts: {shown}."
             )
     return notes
 

@@ -79,6 +79,8 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     origin = _read_json(path / _ORIGIN) if (path / _ORIGIN).is_file() else {}
     layers = [key[len(_PREFIX) : -len(_LORA_A)] for key in shapes if key.endswith(_LORA_A)]
     ranks = {name: shapes[f"{_PREFIX}{name}{_LORA_A}"][0] for name in layers}
+    for name, one in origin.get("experts", {}).items():
+        ranks[name] = ranks.pop(one["tensors"]) // one["experts"]
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
     return {

@@ -52,11 +52,14 @@ def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statist
     if made.fingerprint != fingerprint(loaded.model):
         origin = f"{made.model_class} {made.model_id}".strip()
         raise LoraInitError(f"{file} was made from another model ({origin}). {remedy}")
-    found = find_targets(loaded.model, settings["target_modules"], settings["exclude_modules"], settings["task_type"])
+    found = find_targets(
+        loaded.model, settings["target_modules"], settings["exclude_modules"], settings["task_type"],
+        settings["target_parameters"],
+    )  # fmt: skip
     wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
     if wanted != there:
         raise LoraInitError(
-            f"{file} is not about the layers that --target-modules selects: "
+            f"{file} is not about the layers that --target-modules and --target-parameters select: "
             f"{len(wanted - there)} are missing, {len(there - wanted)} too many. {remedy}"
         )
     for option, name in (("--center", "center"), ("--token-mask", "token_mask"), ("--task-type", "task_type")):
