@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
+from lora_init.experts import Experts, experts_of, routed
 from lora_init.masks import TokenMasks, encoder_of
+from lora_init.patches import Patches, patches_of
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -31,12 +33,14 @@ class ActivationTap:
 
     A context manager: inside it the model is in evaluation mode and has hooks; after it hooks and the mode of every
     submodule are as before, also after an exception. Layers that read the same tensor object form a group, named after
-    the first of them to run; a group takes each tensor once. A pass ends at the last layer that is still wanted and
-    never reaches the output embedding (`lm_head`) or the loss, unless that layer is itself tapped.
+    the first of them to run; a group takes each tensor once. Of a convolution the rows are patches, see `Patches`; a
+    fused parameter of experts, see `Experts`, has a group for each expert and one for all together. A pass ends at the
+    last layer that is still wanted and never reaches the output embedding (`lm_head`) or the loss, unless that layer is
+    itself tapped.
 
     Args:
         model: Any torch model.
-        modules: Layers to tap, by name.
+        modules: Layers to tap, by name; for a fused parameter of experts, its name and its module.
         token_mask: `"attention"` leaves out padding; `"labels"` also leaves out tokens whose label is -100.
         forward: Runs the model on a batch; by default a mapping goes in as keywords, a sequence as positions.
         rows: Takes the place of the masking: gives the rows of one layer from its arguments. Layers are then not
@@ -62,6 +66,8 @@ class ActivationTap:
         self._forward = forward or _default_forward
         self._own_rows = rows
         self._masks = TokenMasks(model, token_mask)
+        self._experts = {name: experts for name in modules if (experts := experts_of(name, modules[name]))}
+        self._patches = {name: patches_of(name, module) for name, module in modules.items()}
         # Names in the order of their calls, once a pass has called all: only then is it known where the last one is.
         self._order: list[str] = []
         self._handles: list[Any] = []
@@ -88,16 +94,22 @@ class ActivationTap:
             module.training = mode
         self._handles, self._modes = [], []
 
+    def resume(self, group_of: Mapping[str, str], n_calls: Mapping[str, int]) -> None:
+        """Go on with the grouping that an earlier pass has found."""
+        self.group_of.update(group_of)
+        self.n_calls.update(n_calls)
+
     def _begin(self, sink: Sink, wanted: Callable[[str], bool]) -> None:
         self._sink, self._wanted = sink, wanted
         self._calls: Counter[str] = Counter()
         self._called: list[str] = []
-        # Tensors taken in this pass: id -> (weak reference, version, groups). Weak, so that no activation is kept and
-        # an id that Python gave to a second tensor is told from the first.
-        self._taken: dict[int, tuple[weakref.ref[Tensor], int, list[str]]] = {}
+        # Tensors taken in this pass: id and way of reading -> (weak reference, version, groups). Weak, so that no
+        # activation is kept and an id that Python gave to a second tensor is told from the first.
+        self._taken: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
         self._last: tuple[str, int] | None = None
         for position, name in enumerate(self._order):
-            if wanted(self.group_of[name]):
+            experts = self._experts.get(name)
+            if any(map(wanted, experts.groups() if experts else [self.group_of[name]])):
                 self._last = (name, self._order[: position + 1].count(name))
 
     @torch.no_grad()
@@ -153,19 +165,32 @@ class ActivationTap:
             if self._wanted(group):
                 sink(group, self._own_rows(name, args, kwargs))
             return
+        if name in self._experts:
+            self._carry_experts(self._experts[name], args, kwargs, sink)
+            return
         x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
         if not isinstance(x, Tensor):
             raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Pass rows=.")
         version = 0 if x.is_inference() else x._version
-        seen, seen_version, groups = self._taken.get(id(x), (None, 0, []))
+        patches = self._patches[name]
+        seen, seen_version, groups = self._taken.get((id(x), patches), (None, 0, []))
         if seen is None or seen() is not x or seen_version != version:
             groups = []
-            self._taken[id(x)] = (weakref.ref(x), version, groups)
+            self._taken[id(x), patches] = (weakref.ref(x), version, groups)
         group = self.group_of.setdefault(name, groups[0] if groups else name)
         if group not in groups:
             groups.append(group)
             if self._wanted(group):
-                sink(group, self._masks.rows(name, x))
+                sink(group, self._masks.rows(name, x) if patches is None else patches.rows(x))
+
+    def _carry_experts(self, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
+        self.group_of.setdefault(experts.name, experts.name)
+        hidden, chosen = routed(experts.name, args, kwargs)
+        index = self._masks.index(experts.name, hidden)
+        if index is not None:
+            hidden, chosen = hidden[index], chosen[index]
+        for group, rows in experts.rows(hidden, chosen, self._wanted):
+            sink(group, rows)
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:

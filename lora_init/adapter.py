@@ -6,16 +6,19 @@ import difflib
 import math
 import operator
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lora_init.adapter_init import AdapterInit
 from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
+from lora_init.experts import expert_group
 from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
 from lora_init.statistics import Statistics
+from lora_init.targets import Target, is_in
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,6 +35,7 @@ def build_adapter(
     use_rslora: bool = False,
     use_dora: bool = False,
     lora_dropout: float = 0.0,
+    modules_to_save: Sequence[str] = (),
     seed: int = 0,
 ) -> AdapterInit:
     """Compute the start of every layer's adapter. No model is needed.
@@ -47,6 +51,8 @@ def build_adapter(
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
         use_dora: Let PEFT add DoRA's magnitude vectors.
         lora_dropout: Dropout on what A reads, in training.
+        modules_to_save: As in PEFT: endings of the names of modules that are trained whole, such as `"lm_head"`. Layers
+            in them get no adapter.
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
 
     Warns:
@@ -64,7 +70,10 @@ def build_adapter(
         raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
     if not 0.0 <= lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
-    plan, rank = _plan(stats, ranks)
+    if isinstance(modules_to_save, str):
+        raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
+    plan, rank = _plan(stats, ranks, modules_to_save)
+    _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     options = {"whiten": whiten} if method == "eva" else {}
     weights, explained, filled = {}, {}, []
     for name, layer_rank in plan.items():
@@ -72,8 +81,11 @@ def build_adapter(
         if method == "eva":
             check_rank(spectrum, layer_rank, f"layer {name!r}: ")
             filled += [name] if missing_components(spectrum, layer_rank) else []
-        a = METHODS[method](spectrum, layer_rank, layer_generator(seed, name), **options)
-        weights[name] = (a, zero_b(target.out_features, layer_rank))
+        experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
+        spectra = experts or {name: spectrum}
+        a = torch.cat([METHODS[method](s, layer_rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
+        shape_a, shape_b = target.shapes(layer_rank)
+        weights[name] = (a.reshape(shape_a), zero_b(*shape_b))
         explained[name] = float(spectrum.explained_variance_ratio[:layer_rank].sum())
     if filled:
         warnings.warn(
@@ -85,7 +97,7 @@ def build_adapter(
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
-        unsupported=dict(stats.unsupported),
+        unsupported={name: kind for name, kind in stats.unsupported.items() if not is_in(name, modules_to_save)},
         rank=rank,
         lora_alpha=lora_alpha,
         use_rslora=use_rslora,
@@ -97,6 +109,7 @@ def build_adapter(
         left_out=tuple(name for name in stats if name not in plan),
         explained=explained,
         provenance=stats.provenance,
+        modules_to_save=tuple(modules_to_save),
     )
 
 
@@ -113,6 +126,7 @@ def initialize(
     use_rslora: bool = False,
     use_dora: bool = False,
     lora_dropout: float = 0.0,
+    modules_to_save: Sequence[str] = (),
     adapter_name: str = "default",
     seed: int = 0,
     **collect_options: Any,
@@ -124,11 +138,12 @@ def initialize(
         batches: What `collect` takes.
         rank: Average rank of a layer.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
-        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora` and `lora_dropout`.
+        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
+            `modules_to_save`.
         target_modules: See `collect`.
         adapter_name: PEFT's name for the adapter.
         seed: Seed of the decomposition and of random initialisations.
-        **collect_options: Passed on to `collect`: `exclude_modules`, `task_type`, `max_batches` and so on.
+        **collect_options: Passed on to `collect`: `exclude_modules`, `target_parameters`, `task_type` and so on.
 
     Raises:
         LoraInitError: As `collect`, `allocate_ranks`, `build_adapter` and `AdapterInit.apply` do.
@@ -146,12 +161,26 @@ def initialize(
         use_rslora=use_rslora,
         use_dora=use_dora,
         lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save,
         seed=seed,
     )
     return init.apply(model, adapter_name)
 
 
-def _plan(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dict[str, int], int]:
+def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
+    experts = next((target.name for target in targets if target.experts), None)
+    for what, is_there in (
+        ("use_dora=True", use_dora),
+        (f"lora_dropout={lora_dropout:g}", lora_dropout > 0.0),
+        ("transformers' Conv1D layers in the same adapter", any(target.kind == "Conv1D" for target in targets)),
+    ):
+        if experts and is_there:
+            raise LoraInitError(f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two.")
+
+
+def _plan(
+    stats: Statistics, ranks: Mapping[str, int] | int | None, modules_to_save: Sequence[str]
+) -> tuple[dict[str, int], int]:
     """Return the rank of each layer that gets one, in model order, and the rank that the scaling is relative to."""
     if ranks is None:
         from lora_init.ranks import allocate_ranks
@@ -174,7 +203,15 @@ def _plan(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dic
         width = stats.targets[name].in_features
         if rank > width:
             raise LoraInitError(f"layer {name!r}: rank {rank} is larger than its input width {width}.")
-    plan = {name: rank for name, rank in asked.items() if rank > 0}
+        groups = stats.targets[name].groups
+        if rank % groups:
+            raise LoraInitError(
+                f"layer {name!r}: rank {rank} is no multiple of its {groups} groups, which PEFT needs. "
+                f"Give it {rank - rank % groups or groups}, or exclude it."
+            )
+    plan = {name: rank for name, rank in asked.items() if rank > 0 and not is_in(name, modules_to_save)}
+    if not plan and any(asked.values()):
+        raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
     if not plan:
         raise LoraInitError(
             f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for a higher rank."

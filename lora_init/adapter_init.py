@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_init.adapter_files import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
-from lora_init.attach import attach, check_model, exact_pattern, head_tensors, magnitude_tensors, selects
+from lora_init.attach import (
+    attach,
+    check_model,
+    check_modules_to_save,
+    exact_pattern,
+    magnitude_tensors,
+    selects,
+)
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
+from lora_init.model_tensors import head_tensors, own_start_tensors
 from lora_init.statistics import Provenance
-from lora_init.targets import HEADS, Target
+from lora_init.targets import HEADS, Target, file_prefixes
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -30,8 +38,8 @@ class AdapterInit:
     """Everything about an adapter before its first step of training. Made by `build_adapter`.
 
     Attributes:
-        weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r].
-            B is zero.
+        weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r];
+            of a convolution and of experts in the shapes of `Target.shapes`. B is zero.
         targets: Kind and widths of those layers.
         unsupported: Targeted layers that keep PEFT's own initialisation, name to kind. They get rank `rank`.
         rank: `r` of the config: the rank of layers that `rank_pattern` doesn't name, and the base of the scaling.
@@ -42,9 +50,10 @@ class AdapterInit:
         method: `"eva"`, `"random"`, `"gaussian"` or `"orthogonal"`.
         whiten: Whether A's rows were divided by `initializers.whitening_scale`.
         seed: Seed of the random numbers.
-        left_out: Layers that the plan gives rank 0: they have no adapter.
+        left_out: Layers that the plan gives rank 0, or that are trained whole: they have no adapter.
         explained: For each layer, the share of the variance of its input that its first r components capture.
         provenance: Where the statistics come from.
+        modules_to_save: As in PEFT: endings of the names of modules that are trained whole.
     """
 
     weights: Mapping[str, tuple[Tensor, Tensor]]
@@ -61,11 +70,12 @@ class AdapterInit:
     left_out: tuple[str, ...]
     explained: Mapping[str, float]
     provenance: Provenance
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that takes an adapter, in model order."""
-        return {name: a.shape[0] for name, (a, _) in self.weights.items()}
+        return {name: a.shape[0] // max(self.targets[name].experts, 1) for name, (a, _) in self.weights.items()}
 
     @property
     def scaling(self) -> float:
@@ -101,7 +111,9 @@ class AdapterInit:
         """
         origin = self.provenance.model_id or self.provenance.model_class
         check_model(model, self.targets, self.unsupported, origin, adapter_name)
-        return attach(model, self.to_peft_config(), self.weights, self.unsupported, self.scaling, adapter_name)
+        check_modules_to_save(model, self.modules_to_save)
+        config = self.to_peft_config()
+        return attach(model, config, self.weights, self.ranks, self.unsupported, self.scaling, adapter_name)
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False, model: nn.Module | None = None) -> Path:
         """Write a standard PEFT adapter directory.
@@ -113,25 +125,27 @@ class AdapterInit:
         Args:
             directory: Where to. An empty directory is used as it is.
             overwrite: Replace an existing adapter directory. One that holds anything else is never replaced.
-            model: The model, plain or as `apply` left it. Needed only if PEFT's task type trains a head whole
-                (`SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`), whose weights then belong in the file. With `use_dora=True`
-                it adds the magnitude vectors; without it PEFT computes them while loading, correctly, but warns of
-                missing keys. It warns too of layers in `unsupported`, which it initialises itself. A list of
-                `target_modules` is checked against the model's other modules; without it short names become a pattern.
+            model: The model, plain or as `apply` left it. Needed only if modules are trained whole, as a head is
+                for some of PEFT's task types (`SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`): their weights belong in the
+                file. With `use_dora=True` it adds the magnitude vectors, and PEFT's own start of layers in
+                `unsupported`; without it PEFT makes both while loading, correctly, but warns of missing keys. A list
+                of `target_modules` is checked against the model's other modules; without it short names become a
+                pattern.
 
         Returns:
             The directory as an absolute path.
 
         Raises:
-            LoraInitError: The directory exists or cannot be written, or a head's weights are needed and no model
+            LoraInitError: The directory exists or cannot be written, or weights of the model are needed and no model
                 was given.
         """
         from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
-        for name, (a, b) in self.weights.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        for name, prefix in file_prefixes(self.targets.values()).items():
+            a, b = self.weights[name]
+            tensors[f"{prefix}.lora_A.weight"] = a.contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = b.contiguous()
         tensors |= self._tensors_of_the_model(model)
         files = {
             WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
@@ -143,7 +157,9 @@ class AdapterInit:
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
         # Old PEFT releases refuse keys they don't know: newer keys only where they say something.
-        names = [*self.weights, *self.unsupported]
+        parameters = [name for name in self.weights if self.targets[name].experts]
+        parameters += [name for name, kind in self.unsupported.items() if kind == "Parameter"]
+        names = [name for name in (*self.weights, *self.unsupported) if name not in parameters]
         others = self.left_out if model is None else {name for name, _ in model.named_modules()} - set(names)
         listed = not any(selects(names, name) for name in others)
         # Without the model, short names are not trusted: in a hand-made nn.Sequential they often end another module's
@@ -157,7 +173,9 @@ class AdapterInit:
             "lora_alpha": _as_number(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "target_modules": names if listed else exact_pattern(names),
+            **({"target_parameters": parameters} if parameters else {}),
             "fan_in_fan_out": any(target.kind == "Conv1D" for target in self.targets.values()),
+            **({"modules_to_save": list(self.modules_to_save)} if self.modules_to_save else {}),
             "bias": "none",
             "init_lora_weights": True,
         }
@@ -175,14 +193,19 @@ class AdapterInit:
     def _tensors_of_the_model(self, model: nn.Module | None) -> dict[str, Tensor]:
         heads = HEADS.get(self.provenance.task_type or "", ())
         if model is None:
-            if heads:
+            if heads or self.modules_to_save:
+                why = [f"task_type={self.provenance.task_type!r}"] if heads else []
+                what = [f"the head ({' or '.join(heads)})"] if heads else []
+                why += [f"modules_to_save={list(self.modules_to_save)}"] if self.modules_to_save else []
                 raise LoraInitError(
-                    f"task_type={self.provenance.task_type!r}: PEFT trains the head ({' or '.join(heads)}) whole and "
+                    f"{' and '.join(why)}: PEFT trains {', '.join((*what, *self.modules_to_save))} whole and "
                     "expects its weights in the directory. Pass model=, or save the PeftModel that apply() returns."
                 )
             return {}
+        check_modules_to_save(model, self.modules_to_save)
         dora = magnitude_tensors(model, self.targets) if self.use_dora else {}
-        return head_tensors(model, heads) | dora
+        own = own_start_tensors(model, self.unsupported, self.rank, self.seed)
+        return own | head_tensors(model, (*heads, *self.modules_to_save)) | dora
 
     def _origin(self) -> dict[str, Any]:
         return {
@@ -190,6 +213,11 @@ class AdapterInit:
             "whiten": self.whiten,
             "seed": self.seed,
             "left_out": list(self.left_out),
+            "experts": {
+                name: {"tensors": prefix.removeprefix("base_model.model."), "experts": self.targets[name].experts}
+                for name, prefix in file_prefixes(self.targets.values()).items()
+                if self.targets[name].experts
+            },
             "unsupported": dict(self.unsupported),
             "explained": {name: round(share, 4) for name, share in self.explained.items()},
             "provenance": asdict(self.provenance),

@@ -9,6 +9,11 @@ def read_modules(text: str) -> str | list[str]:
     """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
     if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
         return text
+    return read_names(text)
+
+
+def read_names(text: str) -> list[str]:
+    """Read names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

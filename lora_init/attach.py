@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,17 +61,20 @@ def check_model(
             f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, "
             "or give apply() the plain model."
         )
+    parameters = dict(model.named_parameters())
     for name in [*targets, *unsupported]:
-        if name not in modules:
+        if name not in modules and name not in parameters:
             raise LoraInitError(
                 f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
                 "Apply the adapter to the model that the statistics come from."
             )
-    found = find_targets(model, exact_pattern(targets)).layers
+    fused = [name for name, target in targets.items() if target.experts]
+    plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
+    found = find_targets(model, plain, target_parameters=fused).layers
     for name, expected in targets.items():
         got = found.get(name)
         if got is None or _shape(got) != _shape(expected):
-            shown = type(modules[name]).__name__ if got is None else _described(got)
+            shown = type(modules.get(name, parameters.get(name))).__name__ if got is None else _described(got)
             raise LoraInitError(
                 f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
                 f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
@@ -111,21 +116,40 @@ def _dicts(module: nn.Module) -> dict[str, dict[Any, Any]]:
 
 
 def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
-    """Find the layers of a PeftModel that have a LoRA adapter, by their names in the plain model."""
+    """Find PEFT's layers by the names of the plain model's layers and parameters."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
-    # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
-    return {
-        name: module
-        for name, module in peft_model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and ".base_layer." not in name
-    }
+    layers: dict[str, Any] = {}
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
+            layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
+        # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
+        elif isinstance(module, LoraLayer) and ".base_layer." not in name:
+            layers[name] = module
+    return layers
+
+
+def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
+
+    Raises:
+        LoraInitError: One is not.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in modules_to_save:
+        if not any(name.endswith(ending) for name in names):
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
+            hint = f" Closest: {', '.join(close)}." if close else ""
+            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
 
 
 def attach(
     model: nn.Module,
     config: LoraConfig,
     weights: Weights,
+    ranks: Mapping[str, int],
     unsupported: Collection[str],
     scaling: float,
     adapter_name: str,
@@ -135,7 +159,8 @@ def attach(
     Args:
         model: A model that passed `check_model`.
         config: What to give PEFT. Changed by PEFT.
-        weights: A [r, d_in] and B [d_out, r] of each layer.
+        weights: A and B of each layer, in the shapes of `Target.shapes`.
+        ranks: Rank of each of them.
         unsupported: Further layers that PEFT initialises by itself.
         scaling: What every layer's scaling must come out as.
         adapter_name: PEFT's name for the adapter.
@@ -147,13 +172,16 @@ def attach(
 
     planned = {*weights, *unsupported}
     config.base_model_name_or_path = None  # get_peft_model sets the model's own name, and warns if another was there
-    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != planned:
-        config.target_modules = exact_pattern(planned)
+    modules = planned - set(config.target_parameters or ())
+    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != modules:
+        config.target_modules = exact_pattern(modules)
     with _restored_on_failure(model), warnings.catch_warnings():
         # Linear and Conv1D layers in one model: PEFT adjusts the flag layer by layer, correctly, and warns each time.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT finds the ranks of parameters, then warns that their names are those of no module; `_fill` checks them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-        _fill(peft_model, weights, planned, scaling, adapter_name)
+        _fill(peft_model, weights, ranks, planned, scaling, adapter_name)
     return peft_model
 
 
@@ -168,22 +196,6 @@ def match_modes(peft_model: PeftModel) -> None:
         if hasattr(module, "modules_to_save"):  # a head that is trained whole
             module.train(module.original_module.training)  # type: ignore[union-attr]
     peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
-
-
-def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the weights of the heads that PEFT trains whole, under the names they have in an adapter's file.
-
-    Args:
-        model: The plain model, or the same after `attach`.
-        heads: Endings of the modules' names, matched as PEFT matches `modules_to_save`.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        inside_wrapper = ".original_module" in name or ".modules_to_save" in name
-        if heads and name.endswith(heads) and not inside_wrapper:
-            state = getattr(module, "original_module", module).state_dict()
-            tensors |= {f"base_model.model.{name}.{key}": value.detach().cpu().clone() for key, value in state.items()}
-    return tensors
 
 
 def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
@@ -205,13 +217,23 @@ def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[s
             raise LoraInitError(f"layer {name!r} is not in {type(model).__name__}. Pass the model of the statistics.")
         layer: nn.Module = getattr(modules[name], "base_layer", modules[name])  # type: ignore[assignment]
         weight = dequantize_module_weight(layer).detach()
-        weight = weight.T if target.kind == "Conv1D" else weight  # [d_out, d_in]
-        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.linalg.norm(weight, dim=1).float().cpu()
+        weight = (weight.T if target.kind == "Conv1D" else weight).flatten(1)  # [d_out, d_in]
+        norm = torch.linalg.norm(weight, dim=1).float().cpu()
+        if target.kernel:
+            norm = norm.reshape(1, -1, *(1 for _ in target.kernel))
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = norm
     return tensors
 
 
 @torch.no_grad()
-def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: float, adapter_name: str) -> None:
+def _fill(
+    peft_model: PeftModel,
+    weights: Weights,
+    ranks: Mapping[str, int],
+    planned: set[str],
+    scaling: float,
+    adapter_name: str,
+) -> None:
     base = peft_model.get_base_model()
     layers = adapter_layers(peft_model)
     if set(layers) != planned:
@@ -223,10 +245,11 @@ def _fill(peft_model: PeftModel, weights: Weights, planned: set[str], scaling: f
         )
     for name, (a, b) in weights.items():
         layer = layers[name]
-        if layer.r[adapter_name] != len(a) or not math.isclose(layer.scaling[adapter_name], scaling):
+        if layer.r[adapter_name] != ranks[name] or not math.isclose(layer.scaling[adapter_name], scaling):
             raise LoraInitError(
                 f"layer {name!r}: PEFT gave rank {layer.r[adapter_name]} and scaling "
-                f"{layer.scaling[adapter_name]:.4g}, planned {len(a)} and {scaling:.4g}. Give apply() a plain model."
+                f"{layer.scaling[adapter_name]:.4g}, planned {ranks[name]} and {scaling:.4g}. Give apply() a plain "
+                "model."
             )
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
@@ -243,10 +266,13 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _shape(target: Target) -> tuple[int, int, bool]:
+def _shape(target: Target) -> Target:
     # Conv1D keeps its weight transposed; all other kinds of linear layer, quantised ones too, are alike to PEFT.
-    return target.in_features, target.out_features, target.kind == "Conv1D"
+    return replace(target, kind=target.kind if target.kind == "Conv1D" else "")
 
 
 def _described(target: Target) -> str:
-    return f"{target.kind} {target.in_features} -> {target.out_features}"
+    if not target.kernel:
+        return f"{target.kind} {target.in_features} -> {target.out_features}"
+    channels, kernel = target.shapes(1)[0][1], "x".join(map(str, target.kernel))
+    return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
-from lora_init.targets import Target
+from lora_init.targets import Target, file_prefixes
 
 IntArray = NDArray[np.int64]
 
@@ -159,9 +159,11 @@ def adapter_bytes(ranks: Mapping[str, int], targets: Mapping[str, Target], dtype
     offset = 0
     # safetensors lays tensors of one dtype out by name.
     for key, shape in sorted(
-        (key, shape) for name, rank in ranks.items() if rank for key, shape in _tensors(targets[name], rank).items()
+        (key, shape)
+        for name, prefix in file_prefixes(targets[name] for name, rank in ranks.items() if rank).items()
+        for key, shape in _tensors(prefix, targets[name], ranks[name]).items()
     ):
-        size = shape[0] * shape[1] * BYTES_PER_PARAMETER[dtype]
+        size = math.prod(shape) * BYTES_PER_PARAMETER[dtype]
         entries[key] = _entry(dtype, shape, offset, offset + size)
         offset += size
     header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
@@ -170,26 +172,25 @@ def adapter_bytes(ranks: Mapping[str, int], targets: Mapping[str, Target], dtype
 
 def entry_bytes(target: Target, dtype: str, limit: int) -> int:
     """Bound what the two tensors of a layer add to the header of a file of at most `limit` bytes."""
-    entries = {key: _entry(dtype, shape, limit, limit) for key, shape in _tensors(target, target.in_features).items()}
+    prefix = f"base_model.model.{target.module}{'.base_layer' * bool(target.experts)}"
+    shapes = _tensors(prefix, target, target.in_features)
+    entries = {key: _entry(dtype, shape, limit, limit) for key, shape in shapes.items()}
     # A comma before each of the two takes the place of the braces that this counts.
     return len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def _tensors(target: Target, rank: int) -> dict[str, tuple[int, int]]:
-    prefix = f"base_model.model.{target.name}"
-    return {
-        f"{prefix}.lora_A.weight": (rank, target.in_features),
-        f"{prefix}.lora_B.weight": (target.out_features, rank),
-    }
+def _tensors(prefix: str, target: Target, rank: int) -> dict[str, tuple[int, ...]]:
+    a, b = target.shapes(rank)
+    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
-def _entry(dtype: str, shape: tuple[int, int], start: int, end: int) -> dict[str, object]:
+def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, object]:
     return {"dtype": _SAFETENSORS_NAME[dtype], "shape": shape, "data_offsets": [start, end]}
 
 
 def costs(budget: Budget, targets: list[Target]) -> tuple[IntArray, IntArray]:
     """Say what each layer costs in the unit of the budget: [n] per rank, and [n] once if it has any rank."""
-    widths = np.array([target.in_features + target.out_features for target in targets], dtype=np.int64)
+    widths = np.array([target.cost for target in targets], dtype=np.int64)
     once = np.zeros_like(widths)
     if budget.unit == "parameters":
         return widths, once

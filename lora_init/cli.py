@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_init.arguments import read_modules, unescape
+from lora_init.arguments import read_modules, read_names, unescape
 from lora_init.compare_command import EXAMPLE as COMPARE_EXAMPLE
 from lora_init.compare_command import compare
 from lora_init.console import make_console, one_line_errors, quiet_transformers
@@ -82,8 +82,15 @@ def init(
     exclude_modules: Annotated[
         str | None, typer.Option(help="Names separated by commas, or a regular expression, to leave out.")
     ] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="Names of fused parameters of experts, separated by commas.")
+    ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
+        Path | None,
+        typer.Option(
+            help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is. A pass that was killed "
+            "goes on from FILE.partial."
+        ),
     ] = None,
     method: Annotated[
         Literal["eva", "random", "gaussian", "orthogonal"], typer.Option(help="How A starts. B is zero.")
@@ -92,6 +99,9 @@ def init(
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Names of modules to train whole, separated by commas, such as lm_head.")
+    ] = None,
     task_type: Annotated[
         str | None, typer.Option(help="PEFT's task type, such as SEQ_CLS. Default: what the checkpoint is for.")
     ] = None,
@@ -130,6 +140,7 @@ def init(
             rank, rho = plan.rank, max(1.0, max(plan.values()) / plan.rank)
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.adapter import build_adapter
+            from lora_init.attach import check_modules_to_save
             from lora_init.collection import fingerprint
             from lora_init.data import load_batches
             from lora_init.models import load_model
@@ -142,17 +153,20 @@ def init(
             loaded = load_model(
                 model, task_type=task_type, dtype=dtype, device=device, trust_remote_code=trust_remote_code, seed=seed
             )
+        saved = read_names(modules_to_save or "")
+        check_modules_to_save(loaded.model, saved)
         if plan is not None:
             plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
         settings: dict[str, Any] = {
             "target_modules": read_modules(target_modules),
             "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
+            "target_parameters": read_names(target_parameters) if target_parameters else None,
             "task_type": loaded.task_type,
             "center": center,
             "token_mask": token_mask,
         }
 
-        def collect_now() -> Statistics:
+        def collect_now(checkpoint: Path | None) -> Statistics:
             from lora_init.collection import collect
 
             batches = load_batches(
@@ -162,14 +176,14 @@ def init(
             )  # fmt: skip
             return collect(
                 loaded.model, batches, rank=rank, rho=rho, max_batches=max_batches, seed=seed, data=batches.description,
-                **settings,
+                checkpoint=checkpoint, resume=checkpoint is not None, **settings,
             )  # fmt: skip
 
         stats = obtain(statistics, loaded, settings, collect_now)
         ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
         built = build_adapter(
             stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
-            seed=seed,
+            modules_to_save=saved, seed=seed,
         )  # fmt: skip
         directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
         summary = summarise(stats, ranks, directory, statistics)

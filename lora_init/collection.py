@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Collection, Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 
 import lora_init
 from lora_init.activations import Forward
+from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
-from lora_init.passes import Collected, collect_groups
+from lora_init.passes import collect_groups
+from lora_init.records import Collected
 from lora_init.statistics import Provenance, Statistics
 from lora_init.targets import ALL_LINEAR, Targets, find_targets
 
@@ -38,6 +41,7 @@ def collect(
     *,
     exclude_modules: str | Collection[str] | None = None,
     task_type: str | None = None,
+    target_parameters: Collection[str] | None = None,
     rank: int = 16,
     rho: float = 2.0,
     center: bool = True,
@@ -48,6 +52,9 @@ def collect(
     forward: Forward | None = None,
     data: str = "",
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 60.0,
+    resume: bool = False,
 ) -> Statistics:
     """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
 
@@ -64,6 +71,8 @@ def collect(
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
+        target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
+            of the rows that the router sends to it, and there is one of all together, which the ranks go by.
         task_type: As in PEFT; goes into the adapter's configuration.
         rank: Average rank per layer that the statistics must serve.
         rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
@@ -76,10 +85,15 @@ def collect(
         forward: Function of model and batch, for models that are not called with the batch as it is.
         data: Description of the data in words, kept with the result.
         progress: Show a progress bar on stderr; by default only on a terminal.
+        checkpoint: File to write the state of the pass to. It stays after the pass, for you to delete.
+        checkpoint_every: Seconds between two writings of it.
+        resume: Go on from `checkpoint` if it is there: read past the batches that were used and end with the result
+            of an uninterrupted pass, bit for bit on the same machine. `max_batches` may have changed, nothing else.
 
     Raises:
         LoraInitError: Targets match nothing; no batch, or none with tokens that count; labels missing; NaN or inf in a
-            layer's input; rows of varying width; out of memory; arguments out of range.
+            layer's input; rows of varying width; out of memory; arguments out of range; a checkpoint that cannot be
+            written, or belongs to another model, other data or other arguments.
         Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
 
     Example:
@@ -92,16 +106,37 @@ def collect(
     """
     if rank < 1 or rho < 1.0 or tolerance < 0.0:
         raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
-    targets = find_targets(model, target_modules, exclude_modules, task_type)
+    if resume and checkpoint is None:
+        raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
+    targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
     if narrow:
         raise LoraInitError(
             f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
             f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
         )
+    print_of_model = fingerprint(model)
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(
+            checkpoint,
+            checkpoint_every,
+            resume,
+            {
+                "model": f"{type(model).__name__} {print_of_model}",
+                "data": data,
+                "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
+                "rank": rank,
+                "rho": rho,
+                "center": center,
+                "token_mask": token_mask,
+                "tolerance": tolerance,
+                "seed": seed,
+            },
+        )
     found = collect_groups(
         model,
-        {name: model.get_submodule(name) for name in targets.layers},
+        {name: model.get_submodule(target.module) for name, target in targets.layers.items()},
         batches,
         n_components=round(rho * rank),
         center=center,
@@ -111,6 +146,7 @@ def collect(
         seed=seed,
         forward=forward,
         progress=progress,
+        checkpoint=kept,
     )
     if found.n_batches == 0:
         if found.stop_reason == "interrupted":
@@ -119,11 +155,12 @@ def collect(
     provenance = Provenance(
         model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         model_class=type(model).__name__,
-        fingerprint=fingerprint(model),
+        fingerprint=print_of_model,
         n_parameters=count_parameters(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
         task_type=task_type,
+        target_parameters=None if target_parameters is None else sorted(target_parameters),
         data=data,
         center=center,
         token_mask=token_mask,
@@ -155,6 +192,7 @@ def collect(
         },
         unsupported={**targets.unsupported, **{name: targets.layers[name].kind for name in found.never_ran}},
     )
+    provenance.notes.extend(_notes_on_experts(statistics))
     if found.stop_reason == "interrupted":
         raise Interrupted(statistics)
     return statistics
@@ -164,20 +202,38 @@ def _listed(patterns: str | Collection[str]) -> str | list[str]:
     return patterns if isinstance(patterns, str) else sorted(patterns)
 
 
+def _hash_of(targets: Targets) -> str:
+    return hashlib.sha256(repr(sorted(targets.layers.values(), key=lambda t: t.name)).encode()).hexdigest()[:8]
+
+
 def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
-    notes = [f"{name}: a {kind} has no rows to learn from; PEFT's start." for name, kind in targets.unsupported.items()]
+    notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in targets.reasons.items()]
     notes += [f"{name}: never ran; PEFT's own initialisation." for name in found.never_ran]
     notes += [
         f"{name}: runs up to {calls} times in a forward pass; all its inputs count."
         for name, calls in found.n_calls.items()
         if calls > 1
     ]
-    for group, record in found.groups.items():
+    for group in dict.fromkeys(found.group_of.values()):
+        record = found.groups[group]
         spectrum = record.svd.spectrum()
         expected = min(n_components, spectrum.components.shape[1])
         if spectrum.n_components < expected:
             notes.append(
                 f"{group}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
+            )
+    return notes
+
+
+def _notes_on_experts(stats: Statistics) -> list[str]:
+    notes = []
+    for name, target in stats.targets.items():
+        few = stats.experts_with_few_rows(name)
+        if few:
+            shown = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
+            notes.append(
+                f"{name}: {len(few)} of {target.experts} experts read fewer than "
+                f"{2 * len(stats.explained_variance(name))} rows and start from those of all experts: {shown}."
             )
     return notes
 

@@ -51,8 +51,7 @@ def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
     Returns:
         A, float32 [rank, d_in].
     """
-    rows = torch.empty(rank, spectrum.components.shape[1])
-    return nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
+    return kaiming(rank, spectrum.components.shape[1], generator)
 
 
 def gaussian(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
@@ -108,9 +107,14 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def zero_b(out_features: int, rank: int) -> Tensor:
-    """Start B at zero, float32 [out_features, rank], so that the model's output does not change."""
-    return torch.zeros(out_features, rank)
+def zero_b(*shape: int) -> Tensor:
+    """Start B at zero, float32 [out_features, rank] or of another shape, so that the model's output does not change."""
+    return torch.zeros(shape)
+
+
+def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draw A [rank, width] as PEFT does."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:

@@ -78,6 +78,8 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     shapes = read_shapes(path)
     origin = read_json(path / ORIGIN_FILE) if (path / ORIGIN_FILE).is_file() else {}
     ranks = {name: shapes[f"{PREFIX}{name}{LORA_A}"][0] for name in adapted_layers(shapes)}
+    for name, one in origin.get("experts", {}).items():
+        ranks[name] = ranks.pop(one["tensors"]) // one["experts"]
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
     return {

@@ -71,6 +71,11 @@ class TokenMasks:
         """Flatten a layer's input [..., d] to the rows [n, d] that count."""
         x = x[None] if x.dim() == 1 else x
         flat = x.reshape(-1, x.shape[-1])
+        index = self.index(name, x)
+        return flat if index is None else flat.index_select(0, index)
+
+    def index(self, name: str, x: Tensor) -> Tensor | None:
+        """Number the rows of a layer's input [..., d] that count; None if all do."""
         mask = self._main
         if self._encoder is not None:
             from_encoder = self._encoder_output is not None and self._encoder_output() is x
@@ -79,15 +84,15 @@ class TokenMasks:
             elif mask is None or x.shape[:2] != mask.shape:
                 mask = self._encoder_rows if self._encoder_rows is not None else mask
         if mask is None:
-            return flat
+            return None
         per_token = x.dim() == 3 and x.shape[:2] == mask.shape
         flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
         if not (per_token or flattened):
-            return flat
+            return None
         if id(mask) not in self._indices:
             self._indices[id(mask)] = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
         index = self._indices[id(mask)]
-        return flat if index is None else flat.index_select(0, index.to(flat.device))
+        return None if index is None else index.to(x.device)
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:

@@ -12,7 +12,7 @@ from lora_init.allocation import RankAllocation
 from lora_init.budgets import Budget
 from lora_init.errors import LoraInitError
 from lora_init.statistics import Provenance
-from lora_init.targets import Target
+from lora_init.targets import read_target
 from lora_init.tensorfile import write_whole
 
 FORMAT = "lora_init.plan"
@@ -41,6 +41,7 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
                 "kind": plan.targets[name].kind,
                 "in_features": plan.targets[name].in_features,
                 "out_features": plan.targets[name].out_features,
+                **plan.targets[name].extras(),
                 "parameters": plan.targets[name].parameters(rank),
                 "explained_variance": plan.explained[name],
                 **({"could_be": list(plan.unsettled[name])} if name in plan.unsettled else {}),
@@ -121,7 +122,7 @@ def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
         ranks={name: layer["rank"] for name, layer in layers.items()},
         rank=content["rank"],
         targets={
-            name: Target(name, str(layer["kind"]), layer["in_features"], layer["out_features"])
+            name: read_target(name, layer["kind"], layer["in_features"], layer["out_features"], layer)
             for name, layer in layers.items()
         },
         explained={name: float(layer["explained_variance"]) for name, layer in layers.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,11 @@ def make_plan(
         LoraInitError: As `allocate_ranks` says.
     """
     names = spectra.names
+    # PEFT takes a grouped convolution only at ranks that its groups divide.
+    limits = [
+        replace(limit, multiple_of=math.lcm(limit.multiple_of, target.groups))
+        for limit, target in zip(limits, spectra.targets, strict=True)
+    ]
     per_rank, once = costs(budget, spectra.targets)
     average = budget.limit / float(per_rank.sum())  # rank that the budget buys if every layer has the same
     _check_collected(budget, average, spectra, limits, per_rank)

@@ -40,13 +40,20 @@ def snippet(
     return FORMATS[tool](plan, lora_alpha, use_rslora, plan_path)
 
 
+def target_parameters(plan: RankAllocation) -> list[str]:
+    """Name the fused parameters of experts of rank above 0."""
+    fused = [name for name, rank in plan.items() if rank and plan.targets[name].experts]
+    return fused + [name for name, kind in plan.unsupported.items() if kind == "Parameter"]
+
+
 def target_modules(plan: RankAllocation) -> list[str] | str:
-    """Name the layers of rank above 0 so that PEFT picks these and no others.
+    """Name the layers of rank above 0, fused parameters aside, so that PEFT picks these and no others.
 
     Full names; but PEFT takes a name in a list for an ending too, so if one is the ending of a layer that gets no
     adapter, a regular expression of the full names.
     """
-    kept = [*(name for name, rank in plan.items() if rank), *plan.unsupported]
+    fused = set(target_parameters(plan))
+    kept = [name for name in (*(name for name, rank in plan.items() if rank), *plan.unsupported) if name not in fused]
     dropped = [name for name, rank in plan.items() if not rank]
     chosen = set(kept)
     if any(".".join(name.split(".")[i:]) in chosen for name in dropped for i in range(1, name.count(".") + 1)):
@@ -102,6 +109,7 @@ def _peft(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: 
         **({"use_rslora": "True"} if use_rslora else {}),
         **({"task_type": repr(task)} if task else {}),
         "target_modules": block(target_modules(plan)),
+        **({"target_parameters": block(target_parameters(plan))} if target_parameters(plan) else {}),
         "rank_pattern": block(rank_pattern(plan)),
         "alpha_pattern": block(alpha_pattern(plan, lora_alpha, use_rslora)),
     }
@@ -119,10 +127,12 @@ def _axolotl(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_pat
             "with `lora-init init --ranks` and name it as lora_model_dir."
         )
     modules = target_modules(plan)
+    parameters = target_parameters(plan)
     text = _comments([*_about(plan), "lora_rank_pattern and lora_alpha_pattern: axolotl 0.18 or newer."])
     text += f"adapter: lora\nlora_r: {plan.rank}\nlora_alpha: {int(lora_alpha)}\n"
     text += "peft_use_rslora: true\n" if use_rslora else ""
     text += f"lora_target_modules:{_yaml_list(modules) if isinstance(modules, list) else f' {json.dumps(modules)}'}"
+    text += f"\nlora_target_parameters:{_yaml_list(parameters)}" if parameters else ""
     for key, pattern in (("lora_rank_pattern", rank_pattern(plan)), ("lora_alpha_pattern", alphas)):
         if pattern:
             text += f"\n{key}:" + "".join(f"\n  {json.dumps(name)}: {int(value)}" for name, value in pattern.items())
@@ -136,7 +146,7 @@ def _yaml_list(values: Sequence[str]) -> str:
 
 def _llama_factory(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: str) -> str:
     modules = target_modules(plan)
-    if not rank_pattern(plan) and isinstance(modules, list):
+    if not rank_pattern(plan) and isinstance(modules, list) and not target_parameters(plan):
         text = f"lora_rank: {plan.rank}\nlora_alpha: {lora_alpha:g}\n"
         text += "use_rslora: true\n" if use_rslora else ""
         return f"{_comments(_about(plan))}finetuning_type: lora\n{text}lora_target: {json.dumps(','.join(modules))}\n"

@@ -40,8 +40,8 @@ class Spectra:
 
     @property
     def widths(self) -> NDArray[np.int64]:
-        """Parameters that one rank of each layer costs, d_in + d_out, [n]."""
-        return np.array([target.in_features + target.out_features for target in self.targets], dtype=np.int64)
+        """Parameters that one rank of each layer costs, d_in + d_out of a linear one, [n]."""
+        return np.array([target.cost for target in self.targets], dtype=np.int64)
 
 
 def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:

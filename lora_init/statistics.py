@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.experts import expert_group
 from lora_init.spectrum import Spectrum
-from lora_init.targets import Target
+from lora_init.targets import Target, read_target
 from lora_init.tensorfile import TensorFile, write_tensors
 
 FORMAT = "lora_init.statistics"
@@ -29,6 +30,7 @@ class Provenance:
         fingerprint: Hash of the names and shapes of the weights and of a sample of their values, see `fingerprint`.
         n_parameters: Number of parameters of the model; 0 if unknown.
         target_modules: As given to `collect`.
+        target_parameters: As given to `collect`.
         exclude_modules: As given to `collect`.
         task_type: PEFT's task type, or None.
         data: Description of the data in words.
@@ -48,6 +50,7 @@ class Provenance:
     model_class: str
     fingerprint: str
     target_modules: str | list[str]
+    target_parameters: list[str] | None = None
     n_parameters: int = 0
     exclude_modules: str | list[str] | None = None
     task_type: str | None = None
@@ -133,6 +136,17 @@ class Statistics(Mapping[str, Spectrum]):
         variance = self.explained_variance(name)
         return variance / total if total > 0.0 else torch.zeros_like(variance)
 
+    def of_experts(self, name: str) -> list[Spectrum]:
+        """Give the spectrum of each expert of a fused parameter; with too few rows of its own, that of all together."""
+        few, pooled, n_experts = set(self.experts_with_few_rows(name)), self[name], self.targets[name].experts
+        return [pooled if i in few else self._groups[expert_group(name, i)] for i in range(n_experts)]
+
+    def experts_with_few_rows(self, name: str) -> list[int]:
+        """Name the experts of a fused parameter that read fewer than two rows for each component to be found."""
+        least = 2 * len(self.explained_variance(name))
+        groups = [expert_group(name, expert) for expert in range(self.targets[name].experts)]
+        return [expert for expert, group in enumerate(groups) if self._variances.get(group, (0, 0, 0))[2] < least]
+
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; its format is in the README. A crash leaves no half file.
 
@@ -180,8 +194,8 @@ class Statistics(Mapping[str, Spectrum]):
                 groups=groups,
                 group_of={name: str(layer[0]) for name, layer in layers.items()},
                 targets={
-                    name: Target(name, str(kind), int(d_in), int(d_out))
-                    for name, (_, kind, d_in, d_out) in layers.items()
+                    name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
+                    for name, (_, kind, d_in, d_out, *extras) in layers.items()
                 },
                 provenance=Provenance(**header["provenance"]),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
@@ -192,7 +206,7 @@ class Statistics(Mapping[str, Spectrum]):
                 },
                 unsupported=header["unsupported"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise file.changed(f"its header ({error})") from error
         if not set(statistics.group_of.values()) <= set(groups):
             raise file.changed("its list of layers")
@@ -207,17 +221,17 @@ class _StoredGroups(Mapping[str, Spectrum]):
         self._groups = groups
 
     def __getitem__(self, name: str) -> Spectrum:
-        group = self._groups[name]
         components = self._file.tensor(f"{name}/components")
-        variance, total = self.variances(name)
+        variance, total, n_samples = self.variances(name)
         mean = self._file.tensor(f"{name}/mean")
         if components.shape != (len(variance), len(mean)) or not bool(components.isfinite().all()):
             raise self._file.changed(f"group {name!r}")
-        return Spectrum(components, variance, total, mean, int(group["n_samples"]))
+        return Spectrum(components, variance, total, mean, n_samples)
 
-    def variances(self, name: str) -> tuple[Tensor, float]:
-        """Read the variances alone."""
-        return self._file.tensor(f"{name}/explained_variance"), float(self._groups[name]["total_variance"])
+    def variances(self, name: str) -> tuple[Tensor, float, int]:
+        """Read the variances and the number of rows alone."""
+        group = self._groups[name]
+        return self._file.tensor(f"{name}/explained_variance"), float(group["total_variance"]), int(group["n_samples"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._groups)
@@ -226,11 +240,12 @@ class _StoredGroups(Mapping[str, Spectrum]):
         return len(self._groups)
 
 
-def _variances(groups: Mapping[str, Spectrum], name: str) -> tuple[Tensor, float]:
+def _variances(groups: Mapping[str, Spectrum], name: str) -> tuple[Tensor, float, int]:
     if isinstance(groups, _StoredGroups):
         return groups.variances(name)
-    return groups[name].explained_variance.clone(), groups[name].total_variance
+    return groups[name].explained_variance.clone(), groups[name].total_variance, groups[name].n_samples
 
 
-def _plain(target: Target) -> tuple[str, int, int]:
-    return target.kind, target.in_features, target.out_features
+def _plain(target: Target) -> tuple[Any, ...]:
+    extras = target.extras()
+    return target.kind, target.in_features, target.out_features, *([extras] if extras else [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -157,6 +157,7 @@ class IncrementalSVD:
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
         """
+        self._to(rows.device)
         state = self._state
         check_rows(rows, state.moments.mean.shape[0] if state else None)
         n, d = rows.shape
@@ -272,7 +273,7 @@ class IncrementalSVD:
         check_alike(self.center, other.center)
         settle([self])
         other = other._settled()
-        if other._state is None:
+        if other._state is None or other.n_samples == 0:
             return self
         if self._state is None:
             self._shift = other._shift
@@ -302,6 +303,68 @@ class IncrementalSVD:
         # Updates leave the directions orthonormal to about 1e-6 only.
         directions = _orthonormal(turn[:, :kept].T @ state.directions.double())
         return freeze(state.moments, directions, weights[:kept])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the decomposition has learned, empty before the first rows: views, not copies.
+
+        Returns:
+            `test` [k + 1, d], the directions and a row of zeros; `bias` [k + 1]; `core` [k, k] and `mean` [d] in
+            float64, `n_samples` int64, `scatter` float64; `shift` [d] if the rows have a large mean; and if rows are
+            gathered, their `gathered.image` [k + 1, d], `gathered.gram` [k + 1, k + 1], `gathered.n_samples` and
+            `gathered.squares`.
+        """
+        if self._state is None:
+            return {}
+        moments, test, bias, core = self._state
+        found = {"test": test, "bias": bias, "core": core, "mean": moments.mean}
+        found["n_samples"] = torch.tensor(moments.n_samples)
+        found["scatter"] = torch.tensor(moments.scatter, dtype=torch.float64)
+        if self._shift is not None:
+            found["shift"] = self._shift
+        rows = self._gathered
+        if rows is not None and rows.image is not None and rows.gram is not None:
+            found |= {"gathered.image": rows.image, "gathered.gram": rows.gram, "gathered.squares": rows.squares}
+            found["gathered.n_samples"] = torch.tensor(rows.n_samples)
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor], share: int = 0, of: int = 1) -> IncrementalSVD:
+        """Go on from a copy of what `state_dict` returned.
+
+        With `of` parts each part has the same directions and mean, and its share of the rows: all parts merged are the
+        whole again, and each has seen all of it. What was gathered must have been settled before.
+
+        Args:
+            state: From a decomposition with the same arguments. May be on another device than the rows to come.
+            share: Which part to take, from 0.
+            of: Number of parts.
+        """
+        self._pending = self._gathered = self.held_out = None
+        self._state, self._shift = None, state["shift"].clone() if "shift" in state else None
+        if state:
+            whole = int(state["n_samples"])
+            n = whole * (share + 1) // of - whole * share // of
+            part = n / whole if whole else 0.0
+            moments = Moments(n, state["mean"].clone(), float(state["scatter"]) * part)
+            # A copy also lies where every allocation does: products of a mapped file's tensors differ in the last bits.
+            self._state = _State(moments, state["test"].clone(), state["bias"].clone(), state["core"] * part)
+        if "gathered.image" in state:
+            image, gram, squares = (state[f"gathered.{part}"].clone() for part in ("image", "gram", "squares"))
+            norms = torch.zeros(0)  # checked before they were gathered
+            self._gathered = _Batch(int(state["gathered.n_samples"]), norms, squares, gram, image)
+        return self
+
+    def _to(self, device: torch.device) -> None:
+        """Move the state to where the rows are: what was loaded or merged is on the CPU."""
+        if self._state is None or self._state.test.device == device:
+            return
+        moments, test, bias, core = self._state
+        moments = Moments(moments.n_samples, moments.mean.to(device), moments.scatter)
+        self._state = _State(moments, test.to(device), bias.to(device), core.to(device))
+        self._shift = None if self._shift is None else self._shift.to(device)
+        rows = self._gathered
+        if rows is not None and rows.image is not None and rows.gram is not None:
+            parts = rows.squares.to(device), rows.gram.to(device), rows.image.to(device)
+            self._gathered = _Batch(rows.n_samples, rows.row_norms, *parts)
 
 
 def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:

@@ -77,7 +77,9 @@ def test_layers_without_rows_are_named():
     assert sorted([*found.layers, *found.unsupported]) == sorted(
         adapted_by_peft(model, target_modules=["q_proj", "embed_tokens"])
     )
-    assert dict(find_targets(nn.ModuleDict({"c": nn.Conv2d(1, 1, 3)}), ["c"]).unsupported) == {"c": "Conv2d"}
+    assert dict(find_targets(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), ["a"]).unsupported) == {
+        "a": "MultiheadAttention"
+    }
 
 
 def test_quantised_layers_are_told_by_their_interface():
