@@ -95,6 +95,11 @@ class ActivationTap:
             module.training = mode
         self._handles, self._modes = [], []
 
+    def resume(self, group_of: Mapping[str, str], n_calls: Mapping[str, int]) -> None:
+        """Go on with the grouping that an earlier pass has found."""
+        self.group_of.update(group_of)
+        self.n_calls.update(n_calls)
+
     def _begin(self, sink: Sink, wanted: Callable[[str], bool]) -> None:
         self._sink, self._wanted = sink, wanted
         self._calls: Counter[str] = Counter()

@@ -46,7 +46,7 @@ def build_adapter(
         ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
             that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for.
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
-        method: `"eva"`, `"random"` (PEFT's Kaiming uniform) or `"orthogonal"`, see `initializers`.
+        method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"gaussian"` or `"orthogonal"`, see `initializers`.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lora_init.adapter_files import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from lora_init.attach import attach, check_model, exact_pattern, magnitude_tensors, selects
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
@@ -23,9 +24,6 @@ from lora_init.wrappers import unwrapped
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-ORIGIN_FILE = "lora_init.json"
 CARD_FILE = "README.md"
 
 
@@ -43,7 +41,7 @@ class AdapterInit:
         use_rslora: Whether the scaling is lora_alpha / sqrt(rank) instead of lora_alpha / rank.
         use_dora: Whether PEFT adds DoRA's magnitude vectors.
         lora_dropout: Dropout on what A reads, in training.
-        method: `"eva"`, `"random"` or `"orthogonal"`.
+        method: `"eva"`, `"random"`, `"gaussian"` or `"orthogonal"`.
         whiten: Whether A's rows were divided by `initializers.whitening_scale`.
         seed: Seed of the random numbers.
         left_out: Layers that the plan gives rank 0, or that are trained whole: they have no adapter.

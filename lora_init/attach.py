@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,55 @@ def check_model(
             )
 
 
+def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
+    """Note how a model is, and return a function that puts it back: submodules, hooks, modes, attributes, buffers.
+
+    Args:
+        model: Any torch model.
+        weights: Keep a copy of the weights too. It takes as much memory as the model.
+    """
+    wiring = [(module, dict(vars(module)), _dicts(module)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    kept = [*model.buffers(), *(model.parameters() if weights else ())]
+    values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
+
+    def restore() -> None:
+        for module, attributes, contents in wiring:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in contents.items():
+                # The same dict as before, since whoever added a hook holds on to it.
+                attributes[key].clear()
+                attributes[key].update(content)
+        for parameter, requires_grad, grad in trainable:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for tensor, data, value in values:
+            tensor.data = data
+            tensor.data.copy_(value)
+
+    return restore
+
+
+def _dicts(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    return {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
+
+
+def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
+    """Find PEFT's layers by the names of the plain model's layers and parameters."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers: dict[str, Any] = {}
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
+            layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
+        # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
+        elif isinstance(module, LoraLayer) and ".base_layer." not in name:
+            layers[name] = module
+    return layers
+
+
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -127,6 +176,19 @@ def attach(
     return peft_model
 
 
+def match_modes(peft_model: PeftModel) -> None:
+    """Put PEFT's new modules into the mode of the model inside them.
+
+    They start in training mode also inside a model in evaluation mode, which would switch dropout on.
+    """
+    for layer in adapter_layers(peft_model).values():
+        layer.train(layer.get_base_layer().training)
+    for module in peft_model.get_base_model().modules():
+        if hasattr(module, "modules_to_save"):  # a head that is trained whole
+            module.train(module.original_module.training)  # type: ignore[union-attr]
+    peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
+
+
 def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
     """Compute DoRA's magnitude vectors at B = 0, the norm of each output's weights, as they are in an adapter's file.
 
@@ -164,7 +226,7 @@ def _fill(
     adapter_name: str,
 ) -> None:
     base = peft_model.get_base_model()
-    layers = _adapted_layers(base)
+    layers = adapter_layers(peft_model)
     if set(layers) != planned:
         differing = sorted(set(layers) ^ planned)
         raise LoraInitError(
@@ -182,45 +244,16 @@ def _fill(
             )
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
-    # PEFT's new modules start in training mode also inside a model in evaluation mode, which would switch dropout on.
-    for layer in layers.values():
-        layer.train(layer.get_base_layer().training)
-    peft_model.training = peft_model.base_model.training = base.training
-
-
-def _adapted_layers(base: nn.Module) -> dict[str, Any]:
-    """Find PEFT's layers by the names of the plain model's layers and parameters."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
-
-    layers: dict[str, Any] = {}
-    for name, module in base.named_modules():
-        if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
-            layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
-        # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one planned layer, not two.
-        elif isinstance(module, LoraLayer) and ".base_layer." not in name:
-            layers[name] = module
-    return layers
+    match_modes(peft_model)
 
 
 @contextmanager
 def _restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put submodules, hooks, `requires_grad` and PEFT's mark on the model back if the block raises."""
-    children = [(module, dict(module._modules), set(module._forward_hooks)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    marked = "peft_config" in vars(model)
+    restore = remember(model)
     try:
         yield
     except BaseException:
-        for module, submodules, hooks in children:
-            module._modules.clear()
-            module._modules.update(submodules)
-            for key in [key for key in module._forward_hooks if key not in hooks]:
-                del module._forward_hooks[key]
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
-        if not marked:
-            vars(model).pop("peft_config", None)
+        restore()
         raise
 
 

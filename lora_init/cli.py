@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lora_init.arguments import read_modules, read_names, unescape
+from lora_init.compare_command import EXAMPLE as COMPARE_EXAMPLE
+from lora_init.compare_command import compare
 from lora_init.console import make_console, one_line_errors, quiet_transformers
 from lora_init.errors import LoraInitError
 from lora_init.rank_command import EXAMPLE, ranks
@@ -84,9 +86,15 @@ def init(
         str | None, typer.Option(help="Names of fused parameters of experts, separated by commas.")
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is.")
+        Path | None,
+        typer.Option(
+            help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is. A pass that was killed "
+            "goes on from FILE.partial."
+        ),
     ] = None,
-    method: Annotated[Literal["eva", "random", "orthogonal"], typer.Option(help="How A starts. B is zero.")] = "eva",
+    method: Annotated[
+        Literal["eva", "random", "gaussian", "orthogonal"], typer.Option(help="How A starts. B is zero.")
+    ] = "eva",
     whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
@@ -145,30 +153,30 @@ def init(
             loaded = load_model(
                 model, task_type=task_type, dtype=dtype, device=device, trust_remote_code=trust_remote_code, seed=seed
             )
-        saved = _names(modules_to_save or "")
+        saved = read_names(modules_to_save or "")
         check_modules_to_save(loaded.model, saved)
         if plan is not None:
             plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
         settings: dict[str, Any] = {
-            "target_modules": _modules(target_modules),
-            "exclude_modules": _modules(exclude_modules) if exclude_modules else None,
-            "target_parameters": _names(target_parameters) if target_parameters else None,
+            "target_modules": read_modules(target_modules),
+            "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
+            "target_parameters": read_names(target_parameters) if target_parameters else None,
             "task_type": loaded.task_type,
             "center": center,
             "token_mask": token_mask,
         }
 
-        def collect_now() -> Statistics:
+        def collect_now(checkpoint: Path | None) -> Statistics:
             from lora_init.collection import collect
 
             batches = load_batches(
                 data, loaded.tokenizer, subset=subset, split=split, samples=samples, batch_size=batch_size,
-                template=_unescape(template), completion=_unescape(completion), max_length=max_length, seed=seed,
+                template=unescape(template), completion=unescape(completion), max_length=max_length, seed=seed,
                 seq2seq=loaded.seq2seq,
             )  # fmt: skip
             return collect(
                 loaded.model, batches, rank=rank, rho=rho, max_batches=max_batches, seed=seed, data=batches.description,
-                **settings,
+                checkpoint=checkpoint, resume=checkpoint is not None, **settings,
             )  # fmt: skip
 
         stats = obtain(statistics, loaded, settings, collect_now)
@@ -188,6 +196,16 @@ def init(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Statistics file or adapter directory.", show_default=False)],
+    intruders: Annotated[
+        bool,
+        typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --intruders: base model. Default: the one that the adapter names.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a statistics file or an adapter directory is: from which model and data, its spectra, its ranks."""
@@ -195,13 +213,22 @@ def inspect(
         from lora_init.inspection import describe, show
 
         description = describe(path)
+        if intruders:
+            from lora_init.intruder_report import describe_intruders, show_intruders
+
+            description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
+        elif model is not None:
+            raise LoraInitError("--model is for --intruders; without it no model is loaded.")
         if as_json:
             _print_json(description)
-        else:
-            show(make_console(), description)
+            return
+        show(make_console(), description)
+        if intruders:
+            show_intruders(make_console(), description["intruders"])
 
 
 app.command(epilog=EXAMPLE)(ranks)
+app.command(epilog=COMPARE_EXAMPLE)(compare)
 
 
 def main() -> None:
@@ -215,22 +242,6 @@ def _plan(file: Path | None) -> RankAllocation | None:
     from lora_init.plan_file import load_plan
 
     return load_plan(file)
-
-
-def _modules(text: str) -> str | list[str]:
-    """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
-    if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
-        return text
-    return _names(text)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _unescape(template: str | None) -> str | None:
-    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

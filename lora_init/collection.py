@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Collection, Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 import lora_init
 from lora_init.activations import Forward, call_model
+from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
-from lora_init.passes import Collected, collect_groups
+from lora_init.passes import collect_groups
+from lora_init.records import Collected
 from lora_init.statistics import Provenance, Statistics
 from lora_init.targets import ALL_LINEAR, Targets, find_targets
 from lora_init.wrappers import Precision, plain_name, plain_names, unwrapped
@@ -50,6 +53,9 @@ def collect(
     forward: Forward | None = None,
     data: str = "",
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 60.0,
+    resume: bool = False,
 ) -> Statistics:
     """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
 
@@ -80,10 +86,15 @@ def collect(
         forward: Function of model and batch, for models that are not called with the batch as it is.
         data: Description of the data in words, kept with the result.
         progress: Show a progress bar on stderr; by default only on a terminal.
+        checkpoint: File to write the state of the pass to. It stays after the pass, for you to delete.
+        checkpoint_every: Seconds between two writings of it.
+        resume: Go on from `checkpoint` if it is there: read past the batches that were used and end with the result
+            of an uninterrupted pass, bit for bit on the same machine. `max_batches` may have changed, nothing else.
 
     Raises:
         LoraInitError: Targets match nothing; no batch, or none with tokens that count; labels missing; NaN or inf in a
-            layer's input; rows of varying width; out of memory; arguments out of range.
+            layer's input; rows of varying width; out of memory; arguments out of range; a checkpoint that cannot be
+            written, or belongs to another model, other data or other arguments.
         Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
 
     Example:
@@ -96,6 +107,8 @@ def collect(
     """
     if rank < 1 or rho < 1.0 or tolerance < 0.0:
         raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
+    if resume and checkpoint is None:
+        raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
     model, precision = unwrapped(model), Precision()
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
@@ -105,6 +118,24 @@ def collect(
             f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
         )
     print_of_model = fingerprint(model)  # before the pass: bitsandbytes repacks weights when they are first used
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(
+            checkpoint,
+            checkpoint_every,
+            resume,
+            {
+                "model": f"{type(model).__name__} {print_of_model}",
+                "data": data,
+                "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
+                "rank": rank,
+                "rho": rho,
+                "center": center,
+                "token_mask": token_mask,
+                "tolerance": tolerance,
+                "seed": seed,
+            },
+        )
     modules = plain_names(model)
 
     def forward_as_called(model: nn.Module, batch: Any) -> Any:
@@ -124,6 +155,7 @@ def collect(
             seed=seed,
             forward=forward_as_called,
             progress=progress,
+            checkpoint=kept,
         )
     if found.n_batches == 0:
         if found.stop_reason == "interrupted":
@@ -177,6 +209,10 @@ def collect(
 
 def _listed(patterns: str | Collection[str]) -> str | list[str]:
     return patterns if isinstance(patterns, str) else sorted(patterns)
+
+
+def _hash_of(targets: Targets) -> str:
+    return hashlib.sha256(repr(sorted(targets.layers.values(), key=lambda t: t.name)).encode()).hexdigest()[:8]
 
 
 def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:

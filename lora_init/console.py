@@ -66,7 +66,7 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, LoraInitError):
         return " ".join(str(error).split())
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16."
     reason = first_line(error)
     if isinstance(error, OSError):
@@ -84,10 +84,12 @@ def first_line(error: BaseException) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out."""
     # By name and by text: torch has a class for CUDA only, and importing torch to look would be slow.
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 @contextmanager

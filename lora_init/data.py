@@ -5,22 +5,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_init.encoding import IGNORED, Encoded, encode, group_by_length, pad_batch, padding_token
 from lora_init.errors import LoraInitError
-from lora_init.formats import Example, Recipe, recipe
+from lora_init.formats import Recipe, recipe
 from lora_init.sources import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
-_POOL = 8
-_IGNORED = -100  # torch's cross entropy skips it, and so does every Hugging Face model
-
-_Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 
 
 class Batches(list["dict[str, Tensor]"]):
@@ -103,8 +98,8 @@ def load_batches(
             + (f" ({skipped})" if skipped else "")
             + ". Check the columns and max_length."
         )
-    pad = next((i for i in (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None)) if i is not None), 0)
-    batches = Batches(_pad(group, pad) for group in _group(examples, batch_size, seed))
+    pad = padding_token(tokenizer)
+    batches = Batches(pad_batch(g, pad) for g in group_by_length(examples, batch_size, seed, lambda e: len(e[0])))
     batches.n_examples = len(examples)
     parts = [f"{label}: {len(examples)} of {len(rows)} examples", f"after the first {offset}" if offset else ""]
     parts += [f"seed {seed}", f"at most {limit} tokens", reading.name, skipped]
@@ -114,85 +109,19 @@ def load_batches(
 
 def _usable(
     rows: Any, label: str, reading: Recipe, tokenizer: Any, limit: int, seed: int, seq2seq: bool, left_out: Counter[str]
-) -> Iterator[_Encoded]:
+) -> Iterator[Encoded]:
     """Yield the rows that have tokens and labels in the seeded order, and count the others in `left_out`."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     for index in order:
         try:
             example = reading.to_example(rows[index])
-            encoded = _encode(example, tokenizer, limit, seq2seq) if example else None
+            encoded = encode(example, tokenizer, limit, seq2seq) if example else None
         except LoraInitError as error:
             raise LoraInitError(f"{label}, row {index + 1}: {error}") from error
         if encoded is None:
             left_out["with an empty field"] += 1
-        elif all(target == _IGNORED for target in encoded[1]):
+        elif all(target == IGNORED for target in encoded[1]):
             left_out[f"without a labelled token among the first {limit}"] += 1
         else:
             yield encoded
-
-
-def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> _Encoded | None:
-    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts."""
-
-    def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
-
-    if seq2seq:
-        before = example.labelled[0][0] if len(example.labelled) == 1 else ""
-        if not before.strip() or not example.text.startswith(before):
-            raise LoraInitError(
-                "an encoder-decoder model needs a prompt and one completion. Use prompt and completion."
-            )
-        return _cut(tokens(before), tokenizer, limit), _cut(tokens(example.text[len(before) :]), tokenizer, limit)
-    ids = tokens(example.text)
-    if not ids:
-        return None
-    labels = [_IGNORED] * len(ids)
-    for before, until in example.labelled:
-        start = _common(tokens(before), ids) if before else 0
-        end = len(ids) if until == example.text else _common(tokens(until), ids)
-        labels[start:end] = ids[start:end]
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is not None and ids[-1] != eos and not example.rendered:  # where the answer ends is a thing to learn
-        ids.append(eos)
-        labels.append(eos)
-    cut = _cut(ids, tokenizer, limit)
-    return cut, labels[:limit] if cut == ids[:limit] else [*labels[: limit - 1], _IGNORED]
-
-
-def _cut(ids: list[int], tokenizer: Any, limit: int) -> list[int]:
-    """Truncate at the end, but keep the separator that encoders such as BERT expect there."""
-    if len(ids) > limit and ids[-1] == getattr(tokenizer, "sep_token_id", None):
-        return [*ids[: limit - 1], ids[-1]]
-    return ids[:limit]
-
-
-def _common(prefix: list[int], ids: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, ids, strict=False)))
-
-
-def _group(examples: list[_Encoded], batch_size: int, seed: int) -> Iterator[list[_Encoded]]:
-    """Cut pools of random examples into batches of similar length, in random order within the pool."""
-    rng = random.Random(seed)
-    size = _POOL * batch_size
-    for start in range(0, len(examples), size):
-        pool = sorted(examples[start : start + size], key=lambda example: len(example[0]))
-        groups = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        rng.shuffle(groups)
-        yield from groups
-
-
-def _pad(examples: list[_Encoded], pad: int) -> dict[str, Tensor]:
-    import torch
-
-    def stack(rows: list[list[int]], filler: int) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([row + [filler] * (width - len(row)) for row in rows])  # [batch, length]
-
-    ids = [ids for ids, _ in examples]
-    return {
-        "input_ids": stack(ids, pad),
-        "attention_mask": stack([[1] * len(row) for row in ids], 0),
-        "labels": stack([labels for _, labels in examples], _IGNORED),
-    }

@@ -54,6 +54,22 @@ def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
     return kaiming(rank, spectrum.components.shape[1], generator)
 
 
+def gaussian(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+    """Start A as PEFT's `init_lora_weights="gaussian"` does: normal with standard deviation 1 / rank.
+
+    Its rows have norm sqrt(d_in) / rank on average, which depends on the rank: 3 at d_in = 576 and rank 8.
+
+    Args:
+        spectrum: Only its width is used.
+        rank: Rows wanted.
+        generator: Source of the numbers.
+
+    Returns:
+        A, float32 [rank, d_in].
+    """
+    return torch.randn(rank, spectrum.components.shape[1], generator=generator) / rank
+
+
 def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
     """Start A from random orthonormal directions, uniformly distributed: `eva` without the data.
 
@@ -83,7 +99,12 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
     return _random_orthonormal(rank, spectrum.components[:0].float(), generator)
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {"eva": eva, "random": random, "orthogonal": orthogonal}
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "eva": eva,
+    "random": random,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+}
 
 
 def zero_b(*shape: int) -> Tensor:

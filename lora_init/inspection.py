@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_init.adapter_files import (
+    LORA_A,
+    LORA_B,
+    ORIGIN_FILE,
+    PREFIX,
+    adapted_layers,
+    read_config,
+    read_json,
+    read_shapes,
+)
 from lora_init.errors import LoraInitError
 from lora_init.report import facts, group_by_kind, rank_table
 from lora_init.summary import finite
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-
-_CONFIG, _WEIGHTS, _ORIGIN = "adapter_config.json", "adapter_model.safetensors", "lora_init.json"
-_PREFIX, _LORA_A, _LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -68,17 +74,10 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    if not (path / _CONFIG).is_file():
-        raise LoraInitError(
-            f"{path} has no {_CONFIG}, so it is not an adapter directory. Expected one, or a statistics file."
-        )
-    config = _read_json(path / _CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise LoraInitError(f"{path} holds an adapter of type {config.get('peft_type')}; only LORA can be described.")
-    shapes = _shapes(path / _WEIGHTS)
-    origin = _read_json(path / _ORIGIN) if (path / _ORIGIN).is_file() else {}
-    layers = [key[len(_PREFIX) : -len(_LORA_A)] for key in shapes if key.endswith(_LORA_A)]
-    ranks = {name: shapes[f"{_PREFIX}{name}{_LORA_A}"][0] for name in layers}
+    config = read_config(path)
+    shapes = read_shapes(path)
+    origin = read_json(path / ORIGIN_FILE) if (path / ORIGIN_FILE).is_file() else {}
+    ranks = {name: shapes[f"{PREFIX}{name}{LORA_A}"][0] for name in adapted_layers(shapes)}
     for name, one in origin.get("experts", {}).items():
         ranks[name] = ranks.pop(one["tensors"]) // one["experts"]
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
@@ -92,32 +91,10 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "lora_alpha": config.get("lora_alpha"),
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "parameters": sum(_product(shape) for key, shape in shapes.items() if key.endswith((_LORA_A, _LORA_B))),
+        "parameters": sum(_product(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
-    if not isinstance(content, dict):
-        raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")
-    return content
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise LoraInitError(f"{path.parent} has no {path.name}. Only adapters in safetensors files are read.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise LoraInitError(f"{path} is damaged: {error}.") from error
 
 
 def _product(shape: list[int]) -> int:

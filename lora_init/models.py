@@ -51,6 +51,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     seed: int = 0,
+    n_labels: int | None = None,
 ) -> LoadedModel:
     """Load a language model and its tokenizer.
 
@@ -64,6 +65,7 @@ def load_model(
         device: A torch device; `"auto"` is the first GPU if there is one.
         trust_remote_code: Allow code that comes with the model to run.
         seed: Seed of weights that the checkpoint lacks.
+        n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced.
 
     Raises:
         LoraInitError: There is no such model, it cannot be read, runs code of its own, or does not read text; or an
@@ -88,6 +90,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if saved_as is None:
         options |= code
+    if n_labels is not None:
+        options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
     if getattr(config, "quantization_config", None) is not None:
         options["device_map"] = {"": place}  # quantised weights cannot move afterwards
     # The tokenizer first: it is quick to fail.
@@ -97,6 +101,18 @@ def load_model(
     if "device_map" not in options:
         model.to(place)
     return LoadedModel(model.eval(), tokenizer, task_type or found_task, bool(config.is_encoder_decoder))
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model alone.
+
+    Raises:
+        LoraInitError: See `load_model`.
+    """
+    _check_source(source)
+    import transformers
+
+    return _guarded(source, transformers.AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
 
 
 def _find_device(device: str) -> Any:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
+from lora_init.html_page import html_heat_map, html_page, html_table, inline_svg
 from lora_init.layer_grid import layer_grid
 from lora_init.plan_numbers import (
     budget_curves,
@@ -21,7 +18,7 @@ from lora_init.plan_numbers import (
     source_text,
     uniform_twin,
 )
-from lora_init.plots import draw_budget_curve, draw_spectra, rank_color, save_figure, text_color, write_picture
+from lora_init.plots import draw_budget_curve, draw_spectra, save_figure, write_picture
 from lora_init.statistics import Statistics
 
 FORMATS = (".png", ".svg", ".html")
@@ -95,30 +92,20 @@ def _page(plan: RankAllocation, stats: Statistics) -> str:
     ]
     n_blocks = len(layer_grid(plan).blocks)
     spectra = "".join(
-        f"<figure>{_svg(partial(draw_spectra, spectra=kind, n_blocks=n_blocks), 3.0, 2.2, f's{i}')}</figure>"
+        f"<figure>{inline_svg(partial(draw_spectra, spectra=kind, n_blocks=n_blocks), 3.0, 2.2, f's{i}')}</figure>"
         for i, kind in enumerate(kind_spectra(plan, stats))
     )
     curves = budget_curves(plan, stats)
-    curve = _svg(partial(draw_budget_curve, plan=plan, curves=curves), 4.4, 3.4, "curve")
+    curve = inline_svg(partial(draw_budget_curve, plan=plan, curves=curves), 4.4, 3.4, "curve")
     notes = "".join(f"<li>{escape(note)}</li>" for note in plan.notes)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
+    body = f"""<h1>{escape(title)}</h1>
 <p>{escape(_sentence(plan_text(plan)))} Computed from {escape(source_text(plan))}.</p>
-{_table(("", "this plan", "uniform, same total rank"), facts)}
+{html_table(("", "this plan", "uniform, same total rank"), facts)}
 <div class="columns">
 <section class="left">
 <h2>Rank of each layer</h2>
 <p>Blocks from top to bottom. A dot: no adapter.</p>
-{_heat_map(plan)}
+{html_heat_map(plan, partial(_about, plan))}
 </section>
 <section class="right">
 <h2>What the ranks explain</h2>
@@ -129,57 +116,19 @@ dark, the last light. The dot is the rank the layer has.</p>
 <p>Mean share of the variance explained, for the parameters spent, under the same limits.</p>
 <figure class="curve">{curve}</figure>
 <h2>By kind of layer</h2>
-{_table(("kind", "layers", "rank", "total rank", "parameters", "explained"), kinds)}
+{html_table(("kind", "layers", "rank", "total rank", "parameters", "explained"), kinds)}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
 </section>
-</div>
-</body>
-</html>
-"""
+</div>"""
+    return html_page(title, _STYLE, body)
 
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="totals"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _heat_map(plan: RankAllocation) -> str:
-    grid = layer_grid(plan)
-    rows = []
-    for block in grid.blocks:
-        cells = [_cell(plan, grid.cells.get((kind, block))) for kind in grid.kinds]
-        rows.append(f"<tr><th>{block if block >= 0 else ''}</th>{''.join(cells)}</tr>\n")
-    top = "".join(f"<th>{escape(kind)}</th>" for kind in grid.kinds)
-    head = f"<thead><tr><th></th>{top}</tr></thead>"
-    return f'<div class="scroll"><table class="map">{head}<tbody>\n{"".join(rows)}</tbody></table></div>'
-
-
-def _cell(plan: RankAllocation, name: str | None) -> str:
-    if name is None:
-        return "<td></td>"
-    rank = plan[name]
-    color = rank_color(rank, plan)
-    about = f"{name}: rank {rank}, explains {plan.explained[name]:.1%} of its variance"
+def _about(plan: RankAllocation, name: str) -> str:
+    about = f"{name}: rank {plan[name]}, explains {plan.explained[name]:.1%} of its variance"
     if name in plan.unsettled:
         about += "; within the sampling error it could be {} to {}".format(*plan.unsettled[name])
-    style = f"background:{color};color:{text_color(color)}"
-    return f'<td style="{style}" title="{escape(about, quote=True)}">{rank or "·"}</td>'
-
-
-def _svg(draw: Callable[[Any], None], width: float, height: float, prefix: str) -> str:
-    """Draw on axes of width x height inches and return the <svg> element, with ids that no other on the page has."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure.add_subplot())
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML declaration, which has no place within HTML
-    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    return svg.strip()
+    return about

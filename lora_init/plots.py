@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +23,13 @@ CHOSEN = "#CC0066"
 _MOST_KINDS = 12
 
 
-def rank_color(rank: int, plan: RankAllocation) -> str:
-    """Pick a cell's colour, #rrggbb: light for the plan's smallest rank, dark for its largest, white for none."""
+def rank_color(rank: int, ranks: Mapping[str, int]) -> str:
+    """Pick a cell's colour, #rrggbb: light for a plan's smallest rank, dark for its largest, white for none."""
     from matplotlib import colormaps, colors
 
     if rank == 0:
         return "#ffffff"
-    given = [rank for rank in plan.values() if rank]
+    given = [rank for rank in ranks.values() if rank]
     height = (rank - min(given)) / max(max(given) - min(given), 1)
     # The lightest tenth is left out, so that white stays for layers without an adapter.
     return str(colors.to_hex(colormaps["YlGnBu"](0.08 + 0.92 * height)))
@@ -43,7 +43,7 @@ def text_color(background: str) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "#ffffff"  # luma
 
 
-def draw_heat_map(axes: Any, plan: RankAllocation) -> None:
+def draw_heat_map(axes: Any, plan: Mapping[str, int]) -> None:
     """Draw a cell for each layer with its rank in it, blocks from top to bottom."""
     from matplotlib.patches import Rectangle
 

@@ -1,4 +1,7 @@
-"""`--statistics FILE` of the command line: used if the file is there and fits, else written."""
+"""`--statistics FILE` of the command line: used if the file is there and fits, else written.
+
+While the pass goes on, FILE.partial holds its state: killed, it goes on from there when the command is given again.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,29 @@ from lora_init.targets import find_targets
 
 
 def obtain(
-    file: Path | None, loaded: LoadedModel, settings: dict[str, Any], collect_now: Callable[[], Statistics]
+    file: Path | None, loaded: LoadedModel, settings: dict[str, Any], collect_now: Callable[[Path | None], Statistics]
 ) -> Statistics:
     """Take the statistics from the file if there is one that fits, else collect them and write the file."""
     if file is None:
-        return collect_now()
+        return collect_now(None)
     file = file.expanduser()
     if file.exists():
         return _reuse(file, loaded, settings)
     if not file.parent.is_dir():
         raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
+    partial = file.with_name(f"{file.name}.partial")
+    if partial.exists():
+        say(f"{partial}: going on with the pass that was interrupted")
     try:
-        stats = collect_now()
+        stats = collect_now(partial)
     except Interrupted as stop:
         if stop.statistics is not None:
             stop.statistics.save(file)
             say(f"{file}: kept the statistics of {stop.statistics.provenance.n_batches} batches")
+            partial.unlink(missing_ok=True)
         raise
     stats.save(file)
+    partial.unlink(missing_ok=True)
     return stats
 
 

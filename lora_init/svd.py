@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
+from lora_init.folding import compress, fold
 from lora_init.moments import NEGLIGIBLE, NO_ROWS, Moments, check_alike, check_rows, freeze, raise_if_not_finite
+from lora_init.nystrom import State, Sums, measure, orthonormal, pieces, turn
+from lora_init.products import times_transposed
 from lora_init.spectrum import Spectrum
 
-# Ridge on the unit diagonal of the small system: keeps its Cholesky factor when directions are nearly dependent.
-_RIDGE = 1e-6
-# Power iterations on the first batch, which has no basis to start from.
-_POWER_ITERATIONS = 4
 # The mean is taken off the rows themselves, not off their products, where it outweighs the variance by this factor.
 _LARGE_MEAN = 100.0
-_TINY = torch.finfo(torch.float64).tiny
 
 
 class HeldOut(NamedTuple):
@@ -36,57 +34,42 @@ class HeldOut(NamedTuple):
     n_samples: int
 
 
-class _State(NamedTuple):
-    """What is kept between batches. Replaced as a whole, so that an interrupt never leaves half an update."""
+class _Small(NamedTuple):
+    """A batch that is taken in exactly: the first, or one of few rows."""
 
-    moments: Moments
-    directions: Tensor  # V, [k, d], rows orthonormal, nearly by falling scatter
-    core: Tensor  # S, [k, k], float64: scatter in these coordinates, nearly diagonal
-
-    def principal(self) -> tuple[Tensor, Tensor]:
-        """Scatter along the principal directions, falling, [k]; and the turn from V to them, in columns, [k, k]."""
-        weights, turn = torch.linalg.eigh(self.core)
-        return weights.flip(0).clamp_min(0.0), turn.flip(1)
-
-    def factor(self) -> Tensor:
-        """Rows [k, d] whose scatter matrix is V^T S V."""
-        weights, turn = self.principal()
-        return (weights.sqrt() * turn).T.to(self.directions.dtype) @ self.directions
+    n_samples: int
+    squares: Tensor  # scalar, float64
+    mean: Tensor  # [d]
+    factor: Tensor  # [m, d]: factor^T factor is the batch's scatter matrix, up to rank k
+    captured: Tensor | None  # [k], by the directions before
+    shift: Tensor | None  # [d], taken off the rows
 
 
 class _Pending(NamedTuple):
-    """One batch, reduced to what the update needs. The rows themselves are gone."""
+    """A batch between `project` and `apply_updates`."""
 
-    n_samples: int
-    row_norms: Tensor  # [n], squared; not finite where a row is not
-    mean: Tensor  # [d], float64
-    scatter: Tensor  # scalar, float64: about the batch's own mean
-    held_out: tuple[Tensor, Tensor] | None
-    factor: Tensor | None  # [m, d]: factor^T factor is the batch's scatter matrix, up to rank k
-    gram: Tensor | None  # [k, k]: T^T T, with T = rows V^T, about the mean of all rows so far
-    image: Tensor | None  # [k, d]: T^T rows, likewise
-
-    @property
-    def moments(self) -> Moments:
-        return Moments(self.n_samples, self.mean, float(self.scatter))
+    row_norms: Tensor  # [n], not finite where a row is not
+    reduced: Sums | _Small
 
 
 class IncrementalSVD:
     """Estimate the leading principal components of rows that arrive in batches.
 
-    Keeps C ~ V^T S V with V of k x d. A batch X updates it by a Nystrom step on the sum of old and new: with the
-    present directions as test matrix, Y = C V^T + X^T (X V^T), core M = V Y, and the new C is Y M^-1 Y^T. That is one
-    step of subspace iteration on all rows seen, at two thin products a batch; a Rayleigh-Ritz step would need a third
-    and was measured to be no better. Two Cholesky factors make the new V orthonormal and turn it towards the principal
-    directions by one step of the LR iteration; the turn is completed when somebody asks for the spectrum. Batches of
-    fewer than k rows, and `merge`, are exact up to the truncation to k.
+    Keeps C ~ V^T S V with V of k x d. Rows X update it by a Nystrom step on the sum of old and new: with the present
+    directions as test matrix, Y = C V^T + X^T (X V^T), core M = V Y, and the new C is Y M^-1 Y^T. That is one step of
+    subspace iteration on all rows seen, at two thin products a batch; a Rayleigh-Ritz step would need a third and was
+    measured to be no better. Two Cholesky factors make the new V orthonormal and turn it towards the principal
+    directions by one step of the LR iteration; the turn is completed when somebody asks for the spectrum. Small batches
+    are gathered, in sums, before V turns. Batches of fewer than k rows, and `merge`, are exact up to the truncation to
+    k.
 
-    The state has half as many directions again as `n_components` (rounded up to a multiple of 16): that is what brings
-    the leading ones close to those of the exact decomposition. The mean's own drift counts (Ross et al. 2008); the
-    total variance is exact. All products are of rows, never of d x d covariances, and the k x k algebra is float64, so
-    that float32 rows keep the components whose singular values are 1e-4 of the largest.
+    The state has half as many directions again as `n_components` (rounded up to a multiple of 16, less one): that is
+    what brings the leading ones close to those of the exact decomposition. The mean's own drift counts (Ross et al.
+    2008); the total variance is exact. All products are of rows, never of d x d covariances, and the k x k algebra is
+    float64, so that float32 rows keep the components whose singular values are 1e-4 of the largest.
 
-    Cost: 4 d k operations a row. Memory: k x d float32. Deterministic for a given seed and thread count.
+    Cost: 4 d k operations a row. Memory: k x d float32, twice that while batches of fewer than 32 k rows are gathered,
+    and as much again within a batch. Deterministic for a given seed and thread count.
 
     Args:
         n_components: Components to report.
@@ -110,15 +93,17 @@ class IncrementalSVD:
         self.center = center
         self.seed = seed
         self.held_out: HeldOut | None = None
-        self._n_directions = -(-3 * n_components // 32) * 16  # k
-        self._state: _State | None = None
-        self._shift: Tensor | None = None  # [d]
+        # With the row of zeros that is a multiple of 16, which products of matrices like.
+        self._n_directions = -(-3 * n_components // 32) * 16 - 1  # k
+        self._state: State | None = None
+        self._gathered: Sums | None = None  # rows that the directions have not turned to yet
         self._pending: _Pending | None = None
 
     @property
     def n_samples(self) -> int:
         """Rows taken in so far."""
-        return self._state.moments.n_samples if self._state else 0
+        gathered = self._gathered.n_samples if self._gathered else 0
+        return self._state.moments.n_samples + gathered if self._state else 0
 
     @property
     def captured(self) -> float:
@@ -143,80 +128,67 @@ class IncrementalSVD:
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
         """
-        state = self._state
-        check_rows(rows, state.moments.mean.shape[0] if state else None)
+        self._to(rows.device)
+        check_rows(rows, self._state.test.shape[1] if self._state else None)
         n, d = rows.shape
         if n == 0:
             return
         if self._pending is not None:
             apply_updates([self])
-            state = self._state
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if state is None and self.center:
-            mean = rows.mean(0)
-            if n * float(mean @ mean) > _LARGE_MEAN * float((rows - mean).square().sum()):
-                self._shift = mean
-        if self._shift is not None:
-            rows = rows - self._shift
-        row_norms = torch.linalg.vector_norm(rows, dim=1).square()  # [n]
-        batch_mean = torch.mv(rows.T, rows.new_full((n,), 1 / n)) if self.center else torch.zeros_like(rows[0])
-        mean = batch_mean.double()
-        scatter = row_norms.sum(dtype=torch.float64) - n * (mean @ mean)
-        factor = gram = image = held_out = None
-        if state is None:
-            factor = self._compress(rows - batch_mean)
-        else:
-            directions, core, n_before = state.directions, state.core, state.moments.n_samples
-            known = state.moments.mean if self._shift is None else state.moments.mean - self._shift
-            # T about its own mean, [n, k]; the rows need not be centred for that, nor for T^T rows.
-            along = torch.addmm(-(directions @ batch_mean), rows, directions.T)
-            gram = along.T @ along
-            gap = mean - known
-            along_gap = directions @ gap.to(rows.dtype)
-            # Sums of squares about the mean known so far: about the batch's own mean, plus the distance of the two.
-            captured = gram.diagonal().double() + n * along_gap.double().square()
-            held_out = (captured, scatter + n * (gap @ gap))
-            if len(core) == min(self._n_directions, d) and n > self._n_directions:
-                weight = n_before * n / (n_before + n) if self.center else 0.0
-                gram.addr_(along_gap, along_gap, alpha=weight)
-                image = (along.T @ rows).addr_(along_gap, gap.to(rows.dtype), alpha=weight)
-            else:
-                gram, factor = None, self._compress(rows - batch_mean)
-        if self._shift is not None:
-            mean = mean + self._shift
-        self._pending = _Pending(n, row_norms, mean, scatter, held_out, factor, gram, image)
-
-    def _compress(self, rows: Tensor) -> Tensor:
-        """Reduce centred rows [n, d] to at most k rows with nearly the same scatter matrix: a randomised SVD."""
-        size = min(self._n_directions, rows.shape[1])
-        if rows.shape[0] <= size or not bool(rows.isfinite().all()):
-            return rows
-        start = torch.randn(size, rows.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(rows)
-        if self._state is not None:
-            start[: self._state.directions.shape[0]] = self._state.directions
-        basis = torch.linalg.qr(start.T).Q  # [d, k]
-        for _ in range(_POWER_ITERATIONS):
-            basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-        _, scale, turn = torch.linalg.svd(rows @ basis, full_matrices=False)
-        factor: Tensor = scale[:, None] * (turn @ basis.T)
-        return factor
-
-    def _fold(self, moments: Moments, factor: Tensor) -> _State:
-        """Add rows with these moments and factor^T factor as scatter matrix: exact but for the truncation to k."""
-        state, dtype = self._state, torch.promote_types(factor.dtype, torch.float32)
-        rows = factor.double()  # [m, d]
+        state = self._state
+        shift = state.shift if state is not None else self._large_mean(rows)
+        rows = rows if shift is None else rows - shift
+        row_norms = torch.linalg.vector_norm(rows, dim=1)
+        squares = torch.linalg.vector_norm(row_norms, dtype=torch.float64).square()
+        captured = None
         if state is not None:
-            dtype = state.directions.dtype
-            moments, drift = state.moments.plus(moments)
-            rows = torch.cat([state.factor().double(), rows, drift[None]])
-        weights, turn = torch.linalg.eigh(rows @ rows.T)
-        weights, turn = weights.flip(0), turn.flip(1)
-        kept = int((weights > weights[:1].clamp_min(0.0) * NEGLIGIBLE).sum())
-        kept = min(kept, rows.shape[1], self._n_directions)
-        weights, turn = weights[:kept], turn[:, :kept]
-        # The Gram matrix has cost the directions of the smallest weights some digits.
-        directions = _orthonormal((turn.T @ rows) / weights.sqrt()[:, None])
-        return _State(moments, directions.to(dtype).contiguous(), torch.diag(weights))
+            along = times_transposed(rows, state.test, state.bias)  # T, [n, k + 1]
+            gram = along.T @ along
+            if len(state.core) == min(self._n_directions, d) and n > self._n_directions:
+                self._pending = _Pending(row_norms, Sums.of(rows, along, gram, squares))
+                return
+            captured = gram.diagonal()[:-1].double()
+        mean = rows.mean(0) if self.center else torch.zeros_like(rows[0])
+        start = torch.randn(self._n_directions, d, generator=torch.Generator().manual_seed(self.seed)).to(rows)
+        if state is not None:
+            start[: len(state.core)] = state.directions
+        self._pending = _Pending(row_norms, _Small(n, squares, mean, compress(rows - mean, start), captured, shift))
+
+    def _large_mean(self, rows: Tensor) -> Tensor | None:
+        if not self.center:
+            return None
+        mean = rows.mean(0)
+        return mean if len(rows) * float(mean @ mean) > _LARGE_MEAN * float((rows - mean).square().sum()) else None
+
+    def _is_due(self) -> bool:
+        """Tell whether to turn the directions: to every batch at first, later to every eighth of all rows.
+
+        That was measured to be as good as to every batch, and turning costs a fifth of what the products with 500 rows
+        do. Large batches are not gathered: it would take as much memory again.
+        """
+        if self._state is None or self._gathered is None:
+            return False
+        rows = self._gathered.n_samples
+        return 8 * rows >= self._state.moments.n_samples or rows >= 32 * self._n_directions
+
+    def _settled(self) -> IncrementalSVD:
+        one = copy.copy(self)
+        settle([one])
+        return one
+
+    def _take_in(self, batch: _Small) -> None:
+        settle([self])
+        mean = batch.mean.double()
+        scatter = float(batch.squares - batch.n_samples * (mean @ mean))
+        mean = mean if batch.shift is None else mean + batch.shift
+        if self._state is not None and batch.captured is not None:
+            gap = mean - self._state.moments.mean
+            self.held_out = HeldOut(batch.captured, scatter + batch.n_samples * float(gap @ gap), batch.n_samples)
+        self._fold(Moments(batch.n_samples, mean, scatter), batch.factor, batch.shift)
+
+    def _fold(self, moments: Moments, factor: Tensor, shift: Tensor | None) -> None:
+        self._state = fold(self._state, moments, factor, shift, self._n_directions)
 
     def merge(self, other: IncrementalSVD) -> IncrementalSVD:
         """Take in what another one has seen, as if its rows had come here. `other` is not changed.
@@ -228,14 +200,20 @@ class IncrementalSVD:
             LoraInitError: Other width or other `center`.
         """
         check_alike(self.center, other.center)
-        if other._state is None:
+        settle([self])
+        other = other._settled()
+        if other._state is None or other.n_samples == 0:
             return self
-        if self._state is None:
-            self._shift = other._shift
-        else:
-            check_rows(other._state.directions, self._state.moments.mean.shape[0])
-        self._state = self._fold(other._state.moments, other._state.factor())
+        if self._state is not None:
+            check_rows(other._state.directions, self._state.test.shape[1])
+        self._fold(other._state.moments, other._state.factor(), other._state.shift)
         return self
+
+    def release(self) -> None:
+        """Take the state out of the memory that it shares with other decompositions, when no more rows will come."""
+        settle([self])
+        if self._state is not None:
+            self._state = self._state.copy()
 
     def spectrum(self) -> Spectrum:
         """Freeze the present estimate: at most `n_components` components, fewer where the rows span fewer directions.
@@ -243,13 +221,68 @@ class IncrementalSVD:
         Raises:
             LoraInitError: No rows so far.
         """
-        if self._state is None:
+        state = self._settled()._state
+        if state is None:
             raise LoraInitError(NO_ROWS)
-        weights, turn = self._state.principal()
+        weights, vectors = state.principal()
         kept = min(self.n_components, int((weights > weights[:1] * NEGLIGIBLE).sum()))
         # Updates leave the directions orthonormal to about 1e-6 only.
-        directions = _orthonormal(turn[:, :kept].T @ self._state.directions.double())
-        return freeze(self._state.moments, directions, weights[:kept])
+        directions = orthonormal(vectors[:, :kept].T @ state.directions.double())
+        return freeze(state.moments, directions, weights[:kept])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the decomposition has learned, empty before the first rows: views, not copies.
+
+        Returns:
+            `test` [k + 1, d], the directions and a row of zeros; `bias` [k + 1]; `core` [k, k] and `mean` [d] in
+            float64, `n_samples` int64, `scatter` float64; `shift` [d] if the rows have a large mean; and if rows are
+            gathered, their `gathered.image` [k + 1, d], `gathered.gram` [k + 1, k + 1], `gathered.n_samples` and
+            `gathered.squares`.
+        """
+        if self._state is None:
+            return {}
+        moments, test, bias, core, shift = self._state
+        found = {"test": test, "bias": bias, "core": core, "mean": moments.mean}
+        found["n_samples"] = torch.tensor(moments.n_samples)
+        found["scatter"] = torch.tensor(moments.scatter, dtype=torch.float64)
+        if shift is not None:
+            found["shift"] = shift
+        if self._gathered is not None:
+            n_samples, squares, gram, image = self._gathered
+            found |= {"gathered.squares": squares, "gathered.gram": gram, "gathered.image": image}
+            found["gathered.n_samples"] = torch.tensor(n_samples)
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor], share: int = 0, of: int = 1) -> IncrementalSVD:
+        """Go on from a copy of what `state_dict` returned.
+
+        With `of` parts each part has the same directions and mean, and its share of the rows: all parts merged are the
+        whole again, and each has seen all of it. What was gathered must have been settled before.
+
+        Args:
+            state: From a decomposition with the same arguments. May be on another device than the rows to come.
+            share: Which part to take, from 0.
+            of: Number of parts.
+        """
+        # A copy also lies where every allocation does: products of a mapped file's tensors differ in the last bits.
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        self._state = self._gathered = self._pending = self.held_out = None
+        if state:
+            whole = int(state["n_samples"])
+            n = whole * (share + 1) // of - whole * share // of
+            part = n / whole if whole else 0.0
+            moments = Moments(n, state["mean"], float(state["scatter"]) * part)
+            self._state = State(moments, state["test"], state["bias"], state["core"] * part, state.get("shift"))
+        if "gathered.image" in state:
+            squares, gram, image = (state[f"gathered.{name}"] for name in ("squares", "gram", "image"))
+            self._gathered = Sums(int(state["gathered.n_samples"]), squares, gram, image)
+        return self
+
+    def _to(self, device: torch.device) -> None:
+        """Move the state to where the rows are: what was loaded or merged is on the CPU."""
+        if self._state is not None and self._state.test.device != device:
+            self._state = self._state.to(device)
+            self._gathered = None if self._gathered is None else self._gathered.to(device)
 
 
 def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
@@ -264,69 +297,44 @@ def apply_updates(decompositions: Iterable[IncrementalSVD]) -> None:
     for one, _ in waiting:
         one._pending = None
     _check_finite(waiting)
-    alike: dict[tuple[torch.Size, torch.device, torch.dtype], list[tuple[IncrementalSVD, _Pending]]] = defaultdict(list)
-    for one, batch in waiting:
-        if batch.held_out is not None:
-            one.held_out = HeldOut(batch.held_out[0], float(batch.held_out[1]), batch.n_samples)
-        if batch.image is not None:
-            alike[batch.image.shape, batch.image.device, batch.image.dtype].append((one, batch))
-        elif batch.factor is not None:
-            one._state = one._fold(batch.moments, batch.factor)
-    for group in alike.values():
-        _nystrom_step(group)
+    projected = []
+    for one, (_, reduced) in waiting:
+        if isinstance(reduced, Sums):
+            projected.append((one, reduced))
+        else:
+            one._take_in(reduced)
+    for alike, states, sums, center in _stacks(projected):
+        for one, batch, (captured, total) in zip(alike, sums, measure(states, sums, center), strict=True):
+            one.held_out = HeldOut(captured, total, batch.n_samples)
+    for one, batch in projected:
+        one._gathered = batch if one._gathered is None else one._gathered.plus(batch)
+    settle(one for one, _ in projected if one._is_due())
 
 
-def _nystrom_step(alike: list[tuple[IncrementalSVD, _Pending]]) -> None:
-    """Update decompositions of one shape together: g of them, k directions, width d."""
-    states = [one._state for one, _ in alike if one._state is not None]
-    directions = torch.stack([state.directions for state in states])  # V, [g, k, d]
-    core = torch.stack([state.core for state in states])  # S, [g, k, k]
-    image = torch.stack([batch.image for _, batch in alike if batch.image is not None])  # [g, k, d]
-    image.baddbmm_(core.to(image.dtype), directions)  # Y^T = V C
-    core += torch.stack([batch.gram for _, batch in alike if batch.gram is not None])  # M = V C V^T
-    scale, _, inverse = _scaled_root(core)
-    factor = (inverse * scale.mT).to(image.dtype) @ image  # F = M^-1/2 Y^T: F^T F is the new C
-    scale, root, inverse = _scaled_root((factor @ factor.mT).double())  # F F^T = R R^T
-    directions = (inverse * scale.mT).to(image.dtype) @ factor  # R^-1 F
-    root = root / scale
-    core = root.mT @ root  # F^T F = V^T (R^T R) V
-    for (one, batch), state, new_directions, new_core in zip(alike, states, directions, core, strict=True):
-        one._state = _State(state.moments.plus(batch.moments)[0], new_directions, new_core)
+def settle(decompositions: Iterable[IncrementalSVD]) -> None:
+    """Turn the directions of many decompositions to what was gathered since they last turned."""
+    gathered = [(one, one._gathered) for one in decompositions if one._gathered is not None]
+    for alike, states, sums, center in _stacks(gathered):
+        for one, state in zip(alike, turn(states, sums, center), strict=True):
+            one._state, one._gathered = state, None
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Make nearly orthonormal rows [k, d] orthonormal, each staying where it points."""
-    q, r = torch.linalg.qr(rows.T)
-    turned: Tensor = (q * r.diagonal().sign()).T
-    return turned
-
-
-def _scaled_root(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factor D M D = R R^T for symmetric M [g, k, k], with D scaling to a unit diagonal: M may span eight orders.
-
-    Returns:
-        The scale of the rows [g, k, 1], R and its inverse. R is a Cholesky factor, or, where rounding has left the
-        matrix indefinite (the rows span fewer than k directions), the root of its positive part.
-    """
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    floor = (diagonal.amax(1, keepdim=True) * NEGLIGIBLE).clamp_min(_TINY)
-    scale = diagonal.maximum(floor).rsqrt()[:, :, None]
-    scaled = matrix * scale * scale.mT
-    scaled.diagonal(dim1=1, dim2=2).add_(_RIDGE)
-    root, info = torch.linalg.cholesky_ex(scaled)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(root.shape[-1]).to(root), upper=False)
-    if bool(info.any()):
-        weights, turn = torch.linalg.eigh(scaled)
-        half, turn = weights.flip(1).clamp_min(_RIDGE).sqrt()[:, None, :], turn.flip(2)
-        root, inverse = turn * half, (turn / half).mT
-    return scale, root, inverse
+def _stacks(
+    batches: list[tuple[IncrementalSVD, Sums]],
+) -> Iterator[tuple[list[IncrementalSVD], list[State], list[Sums], bool]]:
+    """Cut decompositions into pieces of one shape, with the states and rows of each piece."""
+    for center in (True, False):
+        alike = [(one, one._state, sums) for one, sums in batches if one._state is not None and one.center is center]
+        for piece in pieces([sums for *_, sums in alike]):
+            ones, states, sums = zip(*(alike[position] for position in piece), strict=True)
+            yield list(ones), list(states), list(sums), center
 
 
 def _check_finite(waiting: list[tuple[IncrementalSVD, _Pending]]) -> None:
     # One transfer a device, not one a layer.
-    for device in {batch.scatter.device for _, batch in waiting}:
-        here = [(one, batch) for one, batch in waiting if batch.scatter.device == device]
-        if bool(torch.stack([batch.scatter for _, batch in here]).isfinite().all()):
+    for device in {batch.reduced.squares.device for _, batch in waiting}:
+        here = [(one, batch) for one, batch in waiting if batch.reduced.squares.device == device]
+        if bool(torch.stack([batch.reduced.squares for _, batch in here]).isfinite().all()):
             continue
         for one, batch in here:
             try:

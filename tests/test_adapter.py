@@ -85,7 +85,7 @@ def same(before, after):
 # On a model ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["eva", "random", "orthogonal"])
+@pytest.mark.parametrize("method", ["eva", "random", "gaussian", "orthogonal"])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_output_is_unchanged_bit_for_bit(name, method):
     model, batch = MODELS[name](), batches_for(name, 1)[0]
@@ -318,7 +318,7 @@ def test_ranks_default_to_an_allocation_at_the_rank_of_the_statistics():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(method="pissa"), "method='pissa' is unknown.*'eva', 'random', 'orthogonal'"),
+        (dict(method="pissa"), "method='pissa' is unknown.*'eva', 'random', 'gaussian', 'orthogonal'"),
         (dict(method="random", whiten=True), "whiten=True needs method='eva'"),
         (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),

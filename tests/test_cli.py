@@ -253,6 +253,33 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pass_that_was_killed_goes_on_when_the_command_is_given_again(command, tmp_path, monkeypatch):
+    from lora_init.checkpoint import Checkpoint
+
+    file, partial = tmp_path / "s.safetensors", tmp_path / "s.safetensors.partial"
+    assert run(*command, "--statistics", tmp_path / "whole").exit_code == 0
+    expected = lora_init.Statistics.load(tmp_path / "whole")
+
+    def die(self, found, digests):
+        if found.n_batches == 7:
+            self.write(found, digests)
+            raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write_if_due", die)
+        assert run(*command, "--statistics", file, "--overwrite").exit_code == 137
+    assert partial.exists() and not file.exists()
+    result = run(*command, "--statistics", file, "--overwrite", "--seed", "3")
+    assert result.exit_code == 1 and "was begun with" in result.stderr.splitlines()[-1]
+    result = run(*command, "--statistics", file, "--overwrite")
+    assert result.exit_code == 0
+    assert result.stderr == f"{partial}: going on with the pass that was interrupted\n"
+    assert not partial.exists()
+    stats = lora_init.Statistics.load(file)
+    assert stats.provenance.n_batches == expected.provenance.n_batches
+    assert all(torch.equal(stats[name].components, expected[name].components) for name in expected)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch):
     interrupt_at(batch, monkeypatch)

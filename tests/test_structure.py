@@ -10,7 +10,10 @@ ROOT = Path(__file__).parent.parent
 TREE = re.search(r"```text\nlora_init/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
 ORDER = re.findall(r"^  (\w+)\.py ", TREE, re.MULTILINE)
 MODULES = sorted(path.stem for path in (ROOT / "lora_init").glob("*.py"))
-MAY_IMPORT_PEFT = {"attach", "adapter_init", "adapter", "eva_inputs", "eva_weights", "eva_loop", "peft_eva"}
+MAY_IMPORT_PEFT = {
+    "attach", "adapter_init", "adapter", "eva_inputs", "eva_weights", "eva_loop", "peft_eva",
+    "adapter_loading", "prepared", "peft_starts", "own_starts", "starts", "intruders",
+}  # fmt: skip
 
 
 def imports(module):

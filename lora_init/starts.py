@@ -1,0 +1,218 @@
+"""From the name of a start to a model that carries that adapter, everything else equal."""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_init.adapter import build_adapter
+from lora_init.adapter_init import AdapterInit
+from lora_init.attach import remember
+from lora_init.errors import LoraInitError
+from lora_init.own_starts import OwnStart, apply_own_start
+from lora_init.peft_starts import PEFT_STARTS, apply_peft_start
+from lora_init.prepared import Prepared, a_weights, blank_spectrum, count_trainable, match_scale, ranks_of, row_scale
+from lora_init.ranks import RankAllocation, allocate_ranks
+from lora_init.statistics import Provenance, Statistics
+from lora_init.targets import find_targets
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A start made from statistics: method of A, rho of the ranks, whether centred, whether A stays as it is."""
+
+    method: str = "eva"
+    rho: float = 2.0
+    center: bool = True
+    frozen_a: bool = False
+
+
+_WITHOUT_DATA = ("random", "gaussian", "orthogonal")
+_FROM_DATA = {
+    "eva": _Recipe(),
+    "eva-rho1": _Recipe(rho=1.0),
+    "eva-uncentred": _Recipe(center=False),
+    "eva-rho1-uncentred": _Recipe(rho=1.0, center=False),
+    "eva-ranks": _Recipe(method="random"),
+    "eva-frozen-a": _Recipe(frozen_a=True),
+}
+START_NAMES: tuple[str, ...] = (*_WITHOUT_DATA, *_FROM_DATA, *PEFT_STARTS)
+
+
+def check_start(start: str | OwnStart) -> None:
+    """Make sure that a start of this name exists, or that a start of one's own has a name of its own.
+
+    Raises:
+        LoraInitError: It does not. The closest name is suggested.
+    """
+    if isinstance(start, tuple):
+        name = start[0] if len(start) == 2 else None
+        if not isinstance(name, str) or not name or name in START_NAMES:
+            raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
+    elif start not in START_NAMES:
+        close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
+        raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
+
+
+def prepare(
+    start: str | OwnStart,
+    model: nn.Module,
+    *,
+    statistics: Callable[[bool], Statistics],
+    batches: Iterable[Any],
+    rank: int,
+    lora_alpha: float,
+    seed: int,
+    target_modules: str | Collection[str] = "all-linear",
+    task_type: str | None = None,
+    matched_scale: bool = False,
+    equal_parameters: bool = False,
+) -> Prepared:
+    """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
+
+    Starts, with B = 0 in all of these:
+
+    - `random`, `gaussian` (PEFT's two), `orthogonal`: rank `rank` everywhere, no data;
+    - `eva`: principal directions, ranks moved between layers with rho = 2; `eva-rho1`: rank `rank` everywhere;
+      `eva-uncentred`, `eva-rho1-uncentred`: the second moment in place of the variance;
+    - `eva-ranks`: the ranks of `eva` with the A of `random`, which tells redistribution from directions;
+    - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others.
+
+    `pissa`, `olora`, `corda` and `loftq` are PEFT's and start with B other than 0, see `apply_peft_start`.
+
+    Args:
+        start: One of `START_NAMES`; or the name of a start of one's own with its source, see `apply_own_start`.
+        model: The plain model.
+        statistics: Called with `center` if the start needs statistics; collected for `rank` with rho = 2.
+        batches: Data for `corda`, which reads some by itself. May be any iterable.
+        rank: Average rank of a layer.
+        lora_alpha: Numerator of the scaling.
+        seed: The same seed gives the same adapter.
+        target_modules: See `collect`.
+        task_type: PEFT's task type.
+        matched_scale: Scale A as `match_scale` says.
+        equal_parameters: Give starts that move ranks as many trainable parameters as `random` has, as nearly as whole
+            ranks of at most 2 x `rank` allow, and never more.
+
+    Raises:
+        LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
+    """
+    check_start(start)
+    name = start if isinstance(start, str) else start[0]
+    if equal_parameters and not isinstance(start, str):
+        raise LoraInitError(f"start {name!r} has ranks of its own; equal parameters are for {', '.join(_FROM_DATA)}.")
+    restore = remember(model, weights=name not in _WITHOUT_DATA and name not in _FROM_DATA)
+    began = time.perf_counter()
+    waited, passes = 0.0, 0
+
+    def timed_statistics(center: bool) -> Statistics:
+        nonlocal waited
+        asked = time.perf_counter()
+        stats = statistics(center)
+        waited += time.perf_counter() - asked
+        return stats
+
+    try:
+        # Whatever a start draws, training begins with the same random state.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            if not isinstance(start, str):
+                peft_model = apply_own_start(name, start[1], model, seed)
+            elif start in _FROM_DATA:
+                recipe = _FROM_DATA[start]
+                stats = timed_statistics(recipe.center)
+                plan = _ranks(stats, recipe, rank, equal_parameters)
+                peft_model = build_adapter(stats, plan, recipe.method, lora_alpha=lora_alpha, seed=seed).apply(model)
+                if recipe.frozen_a:
+                    for a in a_weights(peft_model).values():
+                        a.requires_grad_(False)
+            else:
+                method = start if start in _WITHOUT_DATA else "random"
+                adapter = _plain(model, method, rank, lora_alpha, seed, target_modules, task_type)
+                if start in PEFT_STARTS:
+                    peft_model, passes = apply_peft_start(start, model, adapter, batches)
+                else:
+                    peft_model = adapter.apply(model)
+            if matched_scale:
+                match_scale(peft_model, seed)
+    except BaseException:
+        restore()
+        raise
+    return _described(peft_model, rank, time.perf_counter() - began - waited, passes, restore)
+
+
+def _described(peft_model: PeftModel, rank: int, seconds: float, passes: int, release: Callable[[], None]) -> Prepared:
+    ranks = ranks_of(peft_model)
+    return Prepared(
+        peft_model=peft_model,
+        trainable_parameters=count_trainable(peft_model),
+        ranks=ranks if any(own != rank for own in ranks.values()) else None,
+        a_scale=row_scale(peft_model),
+        seconds=seconds,
+        passes=passes,
+        release=release,
+    )
+
+
+def _plain(
+    model: nn.Module,
+    method: str,
+    rank: int,
+    lora_alpha: float,
+    seed: int,
+    target_modules: str | Collection[str],
+    task_type: str | None,
+) -> AdapterInit:
+    """Build an adapter that needs no data, from statistics that know nothing but the layers' widths."""
+    targets = find_targets(model, target_modules, task_type=task_type)
+    stats = Statistics(
+        groups={name: blank_spectrum(target.in_features) for name, target in targets.layers.items()},
+        group_of={name: name for name in targets.layers},
+        targets=targets.layers,
+        unsupported=targets.unsupported,
+        provenance=Provenance(
+            model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+            model_class=type(model).__name__,
+            fingerprint="",
+            target_modules=target_modules if isinstance(target_modules, str) else sorted(target_modules),
+            task_type=task_type,
+            rank=rank,
+        ),
+    )
+    return build_adapter(stats, rank, method, lora_alpha=lora_alpha, seed=seed)
+
+
+def _ranks(stats: Statistics, recipe: _Recipe, rank: int, equal_parameters: bool) -> RankAllocation:
+    if not equal_parameters:
+        return allocate_ranks(stats, rank=rank, rho=recipe.rho)
+    budget = sum(target.parameters(rank) for name, target in stats.targets.items() if name in stats)
+    if recipe.frozen_a:
+        plan = _ranks_for_b_alone(stats, recipe.rho, rank, budget)
+    else:
+        plan = allocate_ranks(stats, parameters=budget, rho=recipe.rho)
+    return replace(plan, rank=rank)  # keeps the scaling lora_alpha / rank
+
+
+def _ranks_for_b_alone(stats: Statistics, rho: float, rank: int, budget: int) -> RankAllocation:
+    """Allocate as many ranks as B alone has budget for, at most round(rho * rank) in a layer."""
+    cap = round(rho * rank)
+    most = sum(min(cap, len(stats.explained_variance(name))) for name in stats)
+
+    def plan(total: int) -> RankAllocation:
+        return allocate_ranks(stats, total_rank=total, rho=float(cap * len(stats)), max_rank=cap)
+
+    def cost(total: int) -> int:
+        return sum(layer_rank * stats.targets[name].out_features for name, layer_rank in plan(total).items())
+
+    # With one more place a plan keeps the others, so the cost rises with the total.
+    return plan(max(1, bisect.bisect_right(range(1, most + 1), budget, key=cost)))

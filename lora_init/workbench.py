@@ -1,0 +1,247 @@
+"""What all runs of a comparison share: model, task, statistics. One run on it is one record."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_init.collection import collect
+from lora_init.console import explain, is_out_of_memory
+from lora_init.data import Batches
+from lora_init.errors import LoraInitError
+from lora_init.experiment import Run
+from lora_init.memory import peak_bytes, reset_peak
+from lora_init.models import LoadedModel
+from lora_init.prepared import Prepared
+from lora_init.run_groups import Variant
+from lora_init.run_log import Record
+from lora_init.scoring import evaluate, text_loss
+from lora_init.starts import prepare
+from lora_init.statistics import Statistics
+from lora_init.targets import HEADS
+from lora_init.tasks import Task
+from lora_init.training import TrainingRun, train
+
+# Evaluations and steps that an estimate is made from.
+_TRIAL_STEPS, _TRIAL_ITEMS = 3, 16
+
+
+@dataclass
+class Workbench:
+    """Everything equal between runs.
+
+    Attributes:
+        loaded: The plain model and its tokenizer. Each run leaves it as it was.
+        task: What to learn.
+        retain: Text of another kind, whose loss before and after tells forgetting.
+        name: Name of the task in the records.
+        directory: Where statistics are kept, in a folder of their own.
+        own: Starts that are not ours: name to an adapter directory, or a function of model and seed.
+    """
+
+    loaded: LoadedModel
+    task: Task
+    retain: Batches | None
+    name: str
+    directory: Path
+    rank: int
+    lora_alpha: float
+    target_modules: str | list[str]
+    steps: int
+    batch_size: int
+    warmup: float
+    evaluation_points: Sequence[int]
+    statistics_batches: int
+    own: Mapping[str, Any] = field(default_factory=dict)
+    _statistics: dict[tuple[int, bool], Statistics] = field(default_factory=dict, repr=False)
+    _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
+
+    def carry_out(self, run: Run, on_step: Callable[[TrainingRun], None] = lambda run: None) -> Record:
+        """Prepare the start, train, measure, and put the plain model back.
+
+        Running out of memory, or a start that does not apply to this model, makes a record of status `"failed"`.
+        """
+        if run.learning_rate is None:
+            raise LoraInitError(f"{run.title}: its learning rate is not known yet. Do the runs before it first.")
+        began = time.perf_counter()
+        record = _blank_record(self.name, run)
+        try:
+            self._fill(record, run, on_step)
+        except (LoraInitError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, LoraInitError) and not is_out_of_memory(error):
+                raise
+            record |= {"status": "failed", "error": explain(error)}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        record["run_seconds"] = round(time.perf_counter() - began, 3)
+        record["finished_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return record
+
+    def statistics(self, seed: int, center: bool) -> Statistics:
+        """Collect the statistics of a seed's training data, or take them from the directory."""
+        if (seed, center) not in self._statistics:
+            file = self.directory / "statistics" / f"seed{seed}-{'centred' if center else 'uncentred'}.safetensors"
+            if not file.exists():
+                self._collect(seed, center).save(file)
+            self._statistics = {(seed, center): Statistics.load(file)}
+        return self._statistics[seed, center]
+
+    def seconds_of_a_run(self) -> float:
+        """Estimate the time of one run from a few steps of it, as things are now."""
+        short = replace(self.task, validation=self.task.validation[:_TRIAL_ITEMS])
+        prepared = self._prepare(Run(Variant("random"), 0, 1e-4), lambda center: self._collect(0, center))
+        try:
+            order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
+            trial = train(
+                prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
+                evaluation_points=(0, _TRIAL_STEPS), seed=0,
+            )  # fmt: skip
+        finally:
+            prepared.release()
+        trial.evaluation_seconds *= len(self.task.validation) / len(short.validation)
+        return self.expected_seconds(trial)
+
+    def expected_seconds(self, run: TrainingRun) -> float:
+        """Estimate the time of a whole run from one that has done some steps."""
+        most_choices = max(len(item.choices) for item in self.task.validation)
+        evaluations = len(self.evaluation_points) - 1 + max(1, most_choices)
+        return self.steps * run.seconds / len(run.training_loss) + evaluations * run.evaluation_seconds
+
+    def _fill(self, record: Record, run: Run, on_step: Callable[[TrainingRun], None]) -> None:
+        self._renew_head(run.seed)
+        metrics_before, retain_before = self._measure_before(run.seed)
+        collected: list[Statistics] = []
+
+        def statistics(center: bool) -> Statistics:
+            collected.append(self.statistics(run.seed, center))
+            return collected[-1]
+
+        reset_peak()
+        prepared = self._prepare(run, statistics)
+        try:
+            record |= {
+                "trainable_parameters": prepared.trainable_parameters,
+                "ranks": prepared.ranks,
+                "a_scale": prepared.a_scale,
+                "initialisation_seconds": round(
+                    prepared.seconds + sum(sum(stats.provenance.seconds.values()) for stats in collected), 3
+                ),
+                "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
+            }
+            done = train(
+                prepared.peft_model,
+                self.task,
+                self.task.order(run.seed, self.steps, self.batch_size),
+                learning_rate=run.learning_rate or 0.0,
+                warmup=self.warmup,
+                evaluation_points=self.evaluation_points,
+                seed=run.seed,
+                on_step=on_step,
+            )
+            record |= {
+                "status": done.status,
+                "error": done.reason,
+                "evaluation_points": done.evaluation_points,
+                "validation_loss": done.validation_loss,
+                "training_loss": [round(loss, 6) for loss in done.training_loss],
+                "metrics": done.metrics if done.status == "finished" else None,
+                "metrics_before": metrics_before,
+                "gradient_norm": done.gradient_norm,
+                "data_order": done.data_order,
+                "training_seconds": round(done.seconds, 3),
+                "peak_memory_bytes": peak_bytes(),
+            }
+            if self.retain is not None and retain_before is not None:
+                record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+        finally:
+            prepared.release()
+
+    def _prepare(self, run: Run, statistics: Callable[[bool], Statistics]) -> Prepared:
+        variant = run.variant
+        start: Any = (variant.start, self.own[variant.start]) if variant.start in self.own else variant.start
+        return prepare(
+            start,
+            self.loaded.model,
+            statistics=statistics,
+            batches=self._statistics_data(run.seed),
+            rank=self.rank,
+            lora_alpha=self.lora_alpha,
+            seed=run.seed,
+            target_modules=self.target_modules,
+            task_type=self.loaded.task_type,
+            matched_scale=variant.matched_scale,
+            equal_parameters=variant.equal_parameters,
+        )
+
+    def _collect(self, seed: int, center: bool) -> Statistics:
+        return collect(
+            self.loaded.model,
+            self._statistics_data(seed),
+            self.target_modules,
+            task_type=self.loaded.task_type,
+            rank=self.rank,
+            rho=2.0,
+            center=center,
+            max_batches=self.statistics_batches,
+            seed=seed,
+            data=f"{self.task.data}; training examples in the order of seed {seed}",
+            progress=False,
+        )
+
+    def _statistics_data(self, seed: int) -> list[dict[str, torch.Tensor]]:
+        """Take the first batches of the run's own data; none twice."""
+        count = min(self.statistics_batches, len(self.task.train) // self.batch_size)
+        device = next(self.loaded.model.parameters()).device
+        batches = (self.task.batch(items) for items in self.task.order(seed, count, self.batch_size))
+        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+    def _measure_before(self, seed: int) -> tuple[dict[str, float] | None, float | None]:
+        """Measure the plain model, once for each seed, since a new head depends on it."""
+        if seed not in self._before:
+            model = self.loaded.model
+            scored = evaluate(model, self.task, with_metrics=True).metrics
+            self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
+        return self._before[seed]
+
+    @torch.no_grad()
+    def _renew_head(self, seed: int) -> None:
+        """Draw a head that the checkpoint lacks from the seed, so that it is the same for all starts."""
+        model = self.loaded.model
+        heads = HEADS.get(self.loaded.task_type or "", ())
+        saved_as = (getattr(model.config, "architectures", None) or [""])[0]
+        if not heads or saved_as.endswith("ForSequenceClassification"):
+            return
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and set(heads) & set(name.split(".")):
+                drawn = torch.randn(module.weight.shape, generator=generator)
+                module.weight.copy_(drawn * getattr(model.config, "initializer_range", 0.02))
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
+def _blank_record(task: str, run: Run) -> Record:
+    nothing = (
+        "error trainable_parameters ranks a_scale evaluation_points validation_loss training_loss metrics "
+        "metrics_before gradient_norm data_order initialisation_seconds initialisation_passes training_seconds "
+        "peak_memory_bytes retain_loss intruders"
+    )
+    return {
+        "task": task,
+        "start": run.variant.start,
+        "matched_scale": run.variant.matched_scale,
+        "equal_parameters": run.variant.equal_parameters,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "status": "finished",
+        **dict.fromkeys(nothing.split()),
+    }
