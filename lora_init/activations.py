@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
+from lora_init.execution import Precision, run_eagerly
 from lora_init.experts import Experts, experts_of, routed
 from lora_init.masks import TokenMasks, encoder_of
 from lora_init.patches import Patches, patches_of
-from lora_init.wrappers import Precision, run_eagerly
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]

@@ -16,10 +16,10 @@ from lora_init.adapter_files import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from lora_init.attach import attach, check_model, exact_pattern, magnitude_tensors, selects
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
+from lora_init.execution import unwrapped
 from lora_init.model_tensors import check_modules_to_save, head_tensors, own_start_tensors
 from lora_init.statistics import Provenance
 from lora_init.targets import HEADS, Target, file_prefixes
-from lora_init.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

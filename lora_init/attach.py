@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
+from lora_init.execution import plain_name
 from lora_init.targets import Target, find_targets
-from lora_init.wrappers import plain_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

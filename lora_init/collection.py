@@ -16,11 +16,11 @@ import lora_init
 from lora_init.activations import Forward, call_model
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
+from lora_init.execution import Precision, plain_name, plain_names, unwrapped
 from lora_init.passes import collect_groups
 from lora_init.records import Collected
 from lora_init.statistics import Provenance, Statistics
 from lora_init.targets import ALL_LINEAR, Targets, find_targets
-from lora_init.wrappers import Precision, plain_name, plain_names, unwrapped
 
 
 class Interrupted(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.wrappers import plain_names
+from lora_init.execution import plain_names
 
 
 class TokenMasks:

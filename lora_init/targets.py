@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from lora_init.errors import LoraInitError
+from lora_init.execution import plain_names, unwrapped
 from lora_init.experts import find_parameters
 from lora_init.patches import CONVOLUTIONS, patches_of
 from lora_init.selectors import is_conv1d, is_in, is_linear, matches, no_match
-from lora_init.wrappers import plain_names, unwrapped
 
 ALL_LINEAR = "all-linear"
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init import ExactPCA, LoraInitError, build_adapter, collect, find_targets, principal_angles
 from lora_init.collection import fingerprint
-from lora_init.wrappers import Precision, plain_names, unwrapped
+from lora_init.execution import Precision, plain_names, unwrapped
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5}

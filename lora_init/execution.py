@@ -1,4 +1,4 @@
-"""The plain model inside what people put around it or around its parts, and the precision it runs in."""
+"""How a model is run: the plain model inside a compiled one, and the precision it runs in."""
 
 from __future__ import annotations
 
