@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora_init.data import load_batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run, check_fair, check_plan, plan_runs, variants
 from lora_init.models import load_model, load_tokenizer
-from lora_init.run_log import Record, RunLog
+from lora_init.run_log import Record, RunLog, peek
 from lora_init.run_progress import Progress
 from lora_init.run_report import write_report
 from lora_init.run_summary import Summary, summarise
@@ -162,6 +163,8 @@ def compare(
         )
     if classifies:
         loaded.model.config.pad_token_id = task.padding
+        if loaded.model.dtype != torch.float32:
+            raise LoraInitError(f"dtype={dtype!r}: the head of a classifier is trained whole, and needs float32.")
     directory = Path(output).expanduser()
     bench = Workbench(
         loaded, task, retain, name or task.label, directory, rank, lora_alpha, target_modules, steps, batch_size,
@@ -209,7 +212,7 @@ def compare(
         return plan_runs(bench.name, all_variants, learning_rates, chosen_seeds, sweep, records)
 
     if dry_run:
-        there = RunLog.peek(directory)
+        there = peek(directory, settings)
         planned = plan(there)
         left = sum(run.key(bench.name) not in there for run in planned)
         seconds = left * bench.seconds_of_a_run() if left else 0.0
@@ -217,14 +220,18 @@ def compare(
             directory, settings, list(there.values()), planned, seconds, summarise(there.values(), settings), []
         )
     log = RunLog(directory, settings)
-    files: list[Path] = []
     try:
         _run_all(bench, log, plan, Progress(steps, say, progress))
-    finally:  # Ctrl-C too leaves a report of what ended
+    except BaseException:  # Ctrl-C too leaves a report of what ended; what went wrong matters more than the report
         if log.records:
-            files = write_report(directory)
+            with suppress(LoraInitError):
+                write_report(directory)
+        raise
     records = list(log.records.values())
-    return Comparison(directory, log.settings, records, plan(log.records), 0.0, summarise(records, log.settings), files)
+    return Comparison(
+        directory, log.settings, records, plan(log.records), 0.0, summarise(records, log.settings),
+        write_report(directory),
+    )  # fmt: skip
 
 
 def _run_all(
