@@ -27,6 +27,8 @@ _HOMES = {
     "load_batches": "data",
     "compare": "comparison",
     "Comparison": "comparison",
+    "intruder_dimensions": "intruders",
+    "Intruders": "intruders",
 }
 
 __all__ = sorted(_HOMES)
