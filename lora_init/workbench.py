@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_init.collection import collect
+from lora_init.collection import collect, fingerprint
 from lora_init.console import explain, is_out_of_memory
 from lora_init.data import Batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run
+from lora_init.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
 from lora_init.prepared import Prepared
@@ -26,7 +27,7 @@ from lora_init.run_log import Record
 from lora_init.scoring import evaluate, text_loss
 from lora_init.starts import prepare
 from lora_init.statistics import Statistics
-from lora_init.targets import HEADS
+from lora_init.targets import HEADS, find_targets
 from lora_init.tasks import Task
 from lora_init.training import TrainingRun, train
 
@@ -64,6 +65,8 @@ class Workbench:
     _statistics: dict[tuple[int, bool], Statistics] = field(default_factory=dict, repr=False)
     _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
 
+    _plain_vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+
     def carry_out(self, run: Run, on_step: Callable[[TrainingRun], None] = lambda run: None) -> Record:
         """Prepare the start, train, measure, and put the plain model back.
 
@@ -85,6 +88,36 @@ class Workbench:
         record["run_seconds"] = round(time.perf_counter() - began, 3)
         record["finished_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return record
+
+    def settings(self, model: str) -> dict[str, Any]:
+        """Describe in plain values all that shapes a run, for `settings.json`.
+
+        Args:
+            model: What to call the model.
+        """
+        weight = next(self.loaded.model.parameters())
+        return {
+            "task": self.name,
+            "kind": self.task.kind,
+            "model": model,
+            "model_class": type(self.loaded.model).__name__,
+            "fingerprint": fingerprint(self.loaded.model),
+            "data": self.task.data,
+            "normalize": self.task.normalize,
+            "retain_data": None if self.retain is None else self.retain.description,
+            "rank": self.rank,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": self.target_modules,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": weight.device.type,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "warmup": self.warmup,
+            "schedule": "linear warm-up, cosine to zero",
+            "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
+            "evaluation_points": list(self.evaluation_points),
+            "statistics_batches": self.statistics_batches,
+        }
 
     def statistics(self, seed: int, center: bool) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory."""
@@ -118,6 +151,7 @@ class Workbench:
 
     def _fill(self, record: Record, run: Run, on_step: Callable[[TrainingRun], None]) -> None:
         self._renew_head(run.seed)
+        self._decompose_plain_weights()
         metrics_before, retain_before = self._measure_before(run.seed)
         collected: list[Statistics] = []
 
@@ -162,6 +196,8 @@ class Workbench:
             }
             if self.retain is not None and retain_before is not None:
                 record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+            if done.status == "finished":
+                record["intruders"] = self._count_intruders(prepared.peft_model)
         finally:
             prepared.release()
 
@@ -211,6 +247,20 @@ class Workbench:
             scored = evaluate(model, self.task, with_metrics=True).metrics
             self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
         return self._before[seed]
+
+    def _decompose_plain_weights(self) -> None:
+        if self._plain_vectors is None:
+            targets = find_targets(self.loaded.model, self.target_modules, task_type=self.loaded.task_type)
+            try:
+                self._plain_vectors = left_singular_vectors(self.loaded.model, targets.layers)
+            except LoraInitError:  # quantised weights, which have no intruders to count
+                self._plain_vectors = {}
+
+    def _count_intruders(self, peft_model: nn.Module) -> dict[str, float] | None:
+        if not self._plain_vectors:
+            return None
+        found = intruder_dimensions(peft_model, base=self._plain_vectors)
+        return {"count": found.count, "of": found.of, "energy_share": found.energy_share}
 
     @torch.no_grad()
     def _renew_head(self, seed: int) -> None:
