@@ -12,7 +12,8 @@ from lora_init.run_log import RunLog, peek, read_runs
 
 SETTINGS = {
     "task": "t", "rank": 8, "data": "d", "evaluation_points": (0, 4), "starts": ["random"], "learning_rates": [1e-3],
-    "seeds": [0], "sweep": "halving", "match_scale": False, "threads": 1, "versions": {}, "processor": "", "command": "",
+    "seeds": [0], "sweep": "halving", "match_scale": False, "threads": 1, "versions": {}, "processor": "",
+    "command": "",
 }  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(run_log.os, "fsync", full)
-        with pytest.raises(LoraInitError, match="No space left on device. The runs that ended before are kept"):
+        with pytest.raises(LoraInitError, match=r"No space left on device\. The runs that ended before are kept"):
             log.append(record(1))
     assert (tmp_path / "runs.jsonl").read_bytes() == whole
     log.append(record(1))
