@@ -18,6 +18,7 @@ from lora_init.console import explain, is_out_of_memory
 from lora_init.data import Batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run
+from lora_init.frozen_linear import frozen_layers_by_onednn
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
 from lora_init.prepared import Prepared
@@ -137,16 +138,19 @@ class Workbench:
                 ),
                 "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
             }
-            done = train(
-                prepared.peft_model,
-                self.task,
-                self.task.order(run.seed, self.steps, self.batch_size),
-                learning_rate=run.learning_rate or 0.0,
-                warmup=self.warmup,
-                evaluation_points=self.evaluation_points,
-                seed=run.seed,
-                on_step=on_step,
-            )
+            with frozen_layers_by_onednn(prepared.peft_model):
+                done = train(
+                    prepared.peft_model,
+                    self.task,
+                    self.task.order(run.seed, self.steps, self.batch_size),
+                    learning_rate=run.learning_rate or 0.0,
+                    warmup=self.warmup,
+                    evaluation_points=self.evaluation_points,
+                    seed=run.seed,
+                    on_step=on_step,
+                )
+                if self.retain is not None and retain_before is not None:
+                    record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
             record |= {
                 "status": done.status,
                 "error": done.reason,
@@ -160,8 +164,6 @@ class Workbench:
                 "training_seconds": round(done.seconds, 3),
                 "peak_memory_bytes": peak_bytes(),
             }
-            if self.retain is not None and retain_before is not None:
-                record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
         finally:
             prepared.release()
 
