@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lora_init.errors import LoraInitError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
+PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -61,3 +63,8 @@ def read_shapes(directory: Path) -> dict[str, list[int]]:
             return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise LoraInitError(f"{path} is damaged: {error}.") from error
+
+
+def adapted_layers(shapes: Iterable[str]) -> list[str]:
+    """List the layers that have an A among these tensors, by their names in the plain model."""
+    return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in shapes if key.endswith(LORA_A)]

@@ -182,6 +182,16 @@ def init(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Statistics file or adapter directory.", show_default=False)],
+    intruders: Annotated[
+        bool,
+        typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --intruders: base model. Default: the one that the adapter names.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a statistics file or an adapter directory is: from which model and data, its spectra, its ranks."""
@@ -189,10 +199,18 @@ def inspect(
         from lora_init.inspection import describe, show
 
         description = describe(path)
+        if intruders:
+            from lora_init.intruder_report import describe_intruders, show_intruders
+
+            description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
+        elif model is not None:
+            raise LoraInitError("--model is for --intruders; without it no model is loaded.")
         if as_json:
             _print_json(description)
-        else:
-            show(make_console(), description)
+            return
+        show(make_console(), description)
+        if intruders:
+            show_intruders(make_console(), description["intruders"])
 
 
 app.command(epilog=EXAMPLE)(ranks)

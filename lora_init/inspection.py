@@ -7,15 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_init.adapter_files import ORIGIN_FILE, read_config, read_json, read_shapes
+from lora_init.adapter_files import (
+    LORA_A,
+    LORA_B,
+    ORIGIN_FILE,
+    PREFIX,
+    adapted_layers,
+    read_config,
+    read_json,
+    read_shapes,
+)
 from lora_init.errors import LoraInitError
 from lora_init.report import facts, group_by_kind, rank_table
 from lora_init.summary import finite
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-
-_PREFIX, _LORA_A, _LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -70,8 +77,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     config = read_config(path)
     shapes = read_shapes(path)
     origin = read_json(path / ORIGIN_FILE) if (path / ORIGIN_FILE).is_file() else {}
-    layers = [key[len(_PREFIX) : -len(_LORA_A)] for key in shapes if key.endswith(_LORA_A)]
-    ranks = {name: shapes[f"{_PREFIX}{name}{_LORA_A}"][0] for name in layers}
+    ranks = {name: shapes[f"{PREFIX}{name}{LORA_A}"][0] for name in adapted_layers(shapes)}
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
     return {
@@ -83,7 +89,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "lora_alpha": config.get("lora_alpha"),
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "parameters": sum(_product(shape) for key, shape in shapes.items() if key.endswith((_LORA_A, _LORA_B))),
+        "parameters": sum(_product(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
     }

@@ -125,3 +125,16 @@ def test_the_global_generator_is_left_alone():
 
 def test_b_is_zero():
     assert torch.equal(zero_b(5, 3), torch.zeros(5, 3))
+
+
+def test_gaussian_is_pefts_draw():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="gaussian")
+    peft_model = get_peft_model(nn.Sequential(nn.Linear(2000, 4)), config)
+    theirs = peft_model.base_model.model[0].lora_A["default"].weight.detach()
+    ours = METHODS["gaussian"](spectrum(width=2000), 4, layer_generator(0, "x"))
+    assert ours.shape == theirs.shape
+    # The standard deviation of 8000 draws is off by 0.8 %.
+    assert float(ours.std()) == pytest.approx(1 / 4, rel=0.05)
+    assert float(theirs.std()) == pytest.approx(1 / 4, rel=0.05)

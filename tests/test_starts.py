@@ -223,6 +223,24 @@ def test_a_start_that_fails_leaves_the_model(case):
     assert_same(before, snapshot(case.model))
 
 
+def test_layers_that_peft_starts_by_itself_depend_on_the_seed_too():
+    def embedding(seed):
+        prepared = Case("llama").prepare("random", target_modules=["q_proj", "embed_tokens"], seed=seed)
+        return adapter_layers(prepared.peft_model)["model.embed_tokens"].lora_embedding_B["default"].detach()
+
+    assert torch.equal(embedding(1), embedding(1))
+    assert not torch.equal(embedding(1), embedding(2))
+
+
+def test_a_model_in_training_mode_stays_in_it(case):
+    case.model.train()
+    for start in ("random", "pissa", "corda"):
+        prepared = case.prepare(start)
+        assert all(module.training for module in prepared.peft_model.modules()), start
+        prepared.release()
+    case.model.eval()
+
+
 def interrupted(batches):
     yield batches[0]
     raise KeyboardInterrupt

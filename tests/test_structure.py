@@ -12,7 +12,7 @@ ORDER = re.findall(r"^  (\w+)\.py ", TREE, re.MULTILINE)
 MODULES = sorted(path.stem for path in (ROOT / "lora_init").glob("*.py"))
 MAY_IMPORT_PEFT = {
     "attach", "adapter_init", "adapter", "eva_inputs", "eva_weights", "eva_loop", "peft_eva",
-    "adapter_loading", "prepared", "peft_starts", "own_starts", "starts",
+    "adapter_loading", "prepared", "peft_starts", "own_starts", "starts", "intruders",
 }  # fmt: skip
 
 
