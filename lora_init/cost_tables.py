@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_init.paired import paired_difference
-from lora_init.run_groups import RANDOM, Group, Record, Variant, final_loss, parameters, random_group
+from lora_init.run_groups import RANDOM, Group, Variant, final_loss, parameters, random_group
+from lora_init.run_log import Record
 from lora_init.run_measures import METRICS, RunTable, average, retained
 from lora_init.verdicts import final_losses
 from lora_init.wording import number, rate_text, signed
@@ -137,7 +138,7 @@ def _run_row(group: Group, rate: float, seed: int, run: Record, status: str) -> 
         rate_text(rate),
         str(seed),
         status,
-        number(final_loss(run)) if losses else "–",
+        number(final_loss(run)) if status == "finished" else "–",
         " ".join(number(loss) for loss in losses) or "–",
         ", ".join(f"{METRICS.get(k, k)} {number(v)}" for k, v in metrics.items()) or "–",
         " to ".join(number(loss) for loss in run.get("retain_loss") or []) or "–",

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_init.errors import LoraInitError
 from lora_init.run_groups import Variant, best_rate
+from lora_init.run_log import Record
 
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
 _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a")
@@ -58,7 +59,7 @@ def plan_runs(
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     sweep: str,
-    records: Mapping[tuple[Any, ...], Mapping[str, Any]],
+    records: Mapping[tuple[Any, ...], Record],
 ) -> list[Run]:
     """List all runs in the order to do them in, those that have ended among them.
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-Record = Mapping[str, Any]
+from lora_init.run_log import Record
 
 
 @dataclass(frozen=True)

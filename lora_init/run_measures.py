@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lora_init.run_groups import Group, Record, final_loss, random_group
+from lora_init.run_groups import Group, final_loss, random_group
+from lora_init.run_log import Record
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_init.run_groups import Group, Record, best_of_all, mean_at, parameters, random_group, table_seeds
+from lora_init.run_groups import Group, best_of_all, mean_at, parameters, random_group, table_seeds
+from lora_init.run_log import Record
 from lora_init.verdicts import verdicts
 from lora_init.wording import count, join, number, rate_text, seed_list
 
@@ -129,11 +130,13 @@ def _sizes(groups: Sequence[Group]) -> list[str]:
         ours = parameters(group)
         if group.variant.matched_scale or not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL_PARAMETERS:
             continue
-        twin = any(g.variant.equal_parameters and g.variant.start == group.variant.start for g in groups if g != group)
+        twin = any(g.variant.equal_parameters and g.variant.start == group.variant.start for g in groups)
+        also = f"it was {'also' if twin else 'not'} run with equal parameters"
+        if group.variant.equal_parameters:
+            also = "whole ranks come no closer"
         said.append(
             f"{group.label} trains {ours:,} parameters, {abs(ours / theirs - 1):.1%} "
-            f"{'fewer' if ours < theirs else 'more'} than random; it was {'also' if twin else 'not'} run with equal "
-            "parameters."
+            f"{'fewer' if ours < theirs else 'more'} than random; {also}."
         )
     return said
 
@@ -143,6 +146,11 @@ def _untuned(groups: Sequence[Group]) -> list[str]:
     random, seeds = random_group(groups), table_seeds(groups)
     best = best_of_all(groups, seeds)
     said = []
+    if random and not any(rate in group.cells for group in groups for rate in UNTUNED):
+        said.append(
+            f"What is lost without a sweep is not known: {join([rate_text(rate) for rate in UNTUNED])}, which people "
+            "use untuned, were not tried."
+        )
     for rate in UNTUNED:
         lost = {g.label: loss - best for g in groups if (loss := mean_at(g, rate, seeds)) is not None}
         if random and len(lost) > 1 and random.label in lost:

@@ -58,7 +58,7 @@ class Picture:
         with _writing():
             svgs = [inline_svg(draw, *self.size, f"{self.name}{i}") for i, draw in enumerate(self.drawings)]
         figures = [f"<figure>{re.sub('|'.join(DARK), lambda m: f'var(--c{m[0][1:]})', svg)}</figure>" for svg in svgs]
-        return f'<div class="{"panels" if len(svgs) > 1 else "single"}">{"".join(figures)}</div>'
+        return f'<div class="{"panels" if self.size[0] < 3 else "single"}">{"".join(figures)}</div>'
 
     def png(self) -> bytes:
         """Draw it as PNG."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_init.errors import LoraInitError
 from lora_init.html_page import html_heat_map, html_page, html_table
+from lora_init.run_log import read_runs, read_settings
 from lora_init.run_measures import RunTable
 from lora_init.run_pictures import Picture, pictures, rank_maps, rank_picture
 from lora_init.run_plots import DARK
@@ -37,6 +38,7 @@ p { margin: .3rem 0 .8rem; max-width: 50rem; overflow-wrap: anywhere; } .quiet {
 ul { padding: 0; margin: .5rem 0; max-width: 58rem; list-style: none; }
 li { overflow-wrap: anywhere; padding: .2rem .7rem; margin: .35rem 0; border-left: 4px solid var(--line); }
 li.better { border-color: var(--better); } li.worse { border-color: var(--worse); }
+.number { white-space: nowrap; }
 .notes li { border-left-width: 1px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
@@ -46,7 +48,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
   background: var(--page); }
 .totals th { font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 .settings td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--soft);
-  overflow-wrap: anywhere; } .settings td:first-child { color: var(--quiet); }
+  overflow-wrap: anywhere; } .settings td:first-child { color: var(--quiet); white-space: nowrap; }
 .map td { min-width: 1.9rem; height: 1.2rem; text-align: center; font-size: .78rem; border: 1px solid var(--line); }
 .map thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; font-weight: 500;
   font-size: .8rem; padding: .3rem 0; }
@@ -73,8 +75,8 @@ def write_report(directory: str | Path) -> list[Path]:
         LoraInitError: settings.json is missing or damaged, runs of more tasks than one, or a file can't be written.
     """
     directory = Path(directory).expanduser()
-    settings, records = _read(directory)
-    summary = summarise(records, settings)
+    settings = read_settings(directory)
+    summary = summarise(read_runs(directory), settings)
     drawn = pictures(summary)
     ranks = rank_picture(summary.groups)
     files = {f"{picture.name}.png": picture.png() for picture in [*drawn, *([ranks] if ranks else [])]}
@@ -88,22 +90,10 @@ def write_report(directory: str | Path) -> list[Path]:
     return [directory / name for name in files]
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    try:
-        settings = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
-        file = directory / "runs.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # the last may have been cut off
-        return settings, [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise LoraInitError(
-            f"{directory} is not a comparison that can be read ({error}). Expected settings.json and runs.jsonl there."
-        ) from error
-
-
 def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -> str:
     tables = {table.name: table for table in summary.tables}
-    verdicts = "".join(f'<li class="{v.outcome.split()[0]}">{escape(v.sentence)}</li>\n' for v in summary.verdicts)
-    notes = "".join(f"<li>{escape(note)}</li>\n" for note in summary.notes)
+    verdicts = "".join(f'<li class="{v.outcome.split()[0]}">{_unbroken(v.sentence)}</li>\n' for v in summary.verdicts)
+    notes = "".join(f"<li>{_unbroken(note)}</li>\n" for note in summary.notes)
     body = [
         f"<h1>{escape(summary.title)}</h1>",
         f'<p class="headline">{escape(summary.headline)}</p>',
@@ -117,8 +107,12 @@ def _html(summary: Summary, drawn: list[Picture], settings: Mapping[str, Any]) -
     ]
     colors = [" ".join(f"--c{light[1:]}: {pair[i]};" for light, pair in _pairs()) for i in (0, 1)]
     style = _STYLE.replace("LIGHT", colors[0]).replace("DARK", colors[1])
-    # No line break between a number and its sign.
-    return html_page(summary.title, style, "\n".join(filter(None, body)).replace("95 %", "95\u00a0%"))
+    return html_page(summary.title, style, "\n".join(filter(None, body)))
+
+
+def _unbroken(text: str) -> str:
+    """Write text so that no line ends within a number."""
+    return re.sub(r"\b(\d+ %|[\d.]+e-\d+)", r'<span class="number">\1</span>', escape(text))
 
 
 def _pairs() -> Iterator[tuple[str, tuple[str, str]]]:

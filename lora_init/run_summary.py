@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lora_init.errors import LoraInitError
 from lora_init.paired import Outcome
-from lora_init.run_groups import Group, Record, group_runs
+from lora_init.run_groups import Group, group_runs
+from lora_init.run_log import Record
 from lora_init.run_measures import RunTable
 from lora_init.run_notes import notes, start_names
 from lora_init.run_tables import run_tables

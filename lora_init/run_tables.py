@@ -79,14 +79,16 @@ def _rates(groups: Sequence[Group]) -> RunTable:
     return RunTable(
         "learning_rates",
         "Final validation loss by learning rate",
-        f"{_over(seeds)} A star marks the rate at which a start is compared.",
+        f"{_over(groups)} A star marks the rate at which a start is compared.",
         ("start", *map(rate_text, rates)),
         rows,
     )
 
 
-def _over(seeds: set[int]) -> str:
-    if seeds:
+def _over(groups: Sequence[Group]) -> str:
+    if all(group.best is None for group in groups):
+        return "No rate has a finished run and no unstable one."
+    if seeds := table_seeds(groups):
         return f"Mean over {seed_list(seeds)}, which every start and rate has."
     return "No seed was run with every start and rate, so each cell averages the seeds it has."
 
@@ -111,7 +113,7 @@ def _regret(groups: Sequence[Group]) -> RunTable:
         "regret",
         "Regret by learning rate",
         f"Final validation loss above the best of all starts and rates, {number(best)}: what is lost by staying at a "
-        f"rate untuned. {_over(seeds)}",
+        f"rate untuned. {_over(groups)}",
         ("start", *map(rate_text, rates)),
         rows if not math.isnan(best) else [],
     )

@@ -168,10 +168,10 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path):
 
 
 def test_without_settings_there_is_one_clear_error(tmp_path):
-    with pytest.raises(LoraInitError, match=r"Expected settings\.json"):
+    with pytest.raises(LoraInitError, match=r"settings\.json: cannot be read"):
         write_report(tmp_path)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(LoraInitError, match="not a comparison that can be read"):
+    with pytest.raises(LoraInitError, match="Name the directory of a comparison"):
         write_report(tmp_path)
 
 

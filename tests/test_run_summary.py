@@ -138,6 +138,12 @@ def test_regret_by_hand():
     )
 
 
+def test_it_is_told_when_no_rate_that_people_use_untuned_was_tried():
+    told = "What is lost without a sweep is not known: 1e-4 and 3e-4, which people use untuned, were not tried."
+    assert told in summarise(planted({"eva": 0.0}, rates=(1e-3, 3e-3)), settings()).notes
+    assert told not in summarise(planted({"eva": 0.0}), settings()).notes
+
+
 def test_a_best_rate_at_the_end_of_the_sweep_is_pointed_out():
     runs = [record("random", rate, 0, loss) for rate, loss in ((1e-4, 0.3), (3e-4, 0.2), (1e-3, 0.1))]
     assert any("best rate is the highest that was tried" in note for note in summarise(runs, settings()).notes)
@@ -170,6 +176,9 @@ def test_fewer_parameters_are_told_and_so_is_the_run_with_equal_ones():
         run["trainable_parameters"] = 900 if run["start"] == "eva" else 1000
     told = "eva trains 900 parameters, 10.0% fewer than random; it was not run with equal parameters."
     assert told in summarise(runs, settings()).notes
+    near = [{**run, "equal_parameters": True, "trainable_parameters": 950} for run in runs if run["start"] == "eva"]
+    told_of_twin = "eva, equal parameters trains 950 parameters, 5.0% fewer than random; whole ranks come no closer."
+    assert told_of_twin in summarise([*runs, *near], settings()).notes
     twins = [{**run, "equal_parameters": True, "trainable_parameters": 999} for run in runs if run["start"] == "eva"]
     assert told.replace("was not", "was also") in summarise([*runs, *twins], settings()).notes
 
