@@ -19,6 +19,7 @@ from lora_init.data import Batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run
 from lora_init.frozen_linear import frozen_layers_by_onednn
+from lora_init.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
 from lora_init.prepared import Prepared
@@ -27,7 +28,7 @@ from lora_init.run_log import Record
 from lora_init.scoring import evaluate, text_loss
 from lora_init.starts import prepare
 from lora_init.statistics import Statistics
-from lora_init.targets import HEADS
+from lora_init.targets import HEADS, find_targets
 from lora_init.tasks import Task
 from lora_init.training import TrainingRun, train
 
@@ -63,6 +64,7 @@ class Workbench:
     statistics_batches: int
     own: Mapping[str, Any] = field(default_factory=dict)
     _statistics: dict[tuple[int, bool], Statistics] = field(default_factory=dict, repr=False)
+    _vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[TrainingRun], None] = lambda run: None) -> Record:
@@ -120,6 +122,7 @@ class Workbench:
     def _fill(self, record: Record, run: Run, on_step: Callable[[TrainingRun], None]) -> None:
         self._renew_head(run.seed)
         metrics_before, retain_before = self._measure_before(run.seed)
+        vectors = self._plain_vectors()
         collected: list[Statistics] = []
 
         def statistics(center: bool) -> Statistics:
@@ -151,6 +154,8 @@ class Workbench:
                 )
                 if self.retain is not None and retain_before is not None:
                     record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+            found = intruder_dimensions(prepared.peft_model, base=vectors)
+            record["intruders"] = {"count": found.count, "of": found.of, "energy_share": found.energy_share}
             record |= {
                 "status": done.status,
                 "error": done.reason,
@@ -166,6 +171,13 @@ class Workbench:
             }
         finally:
             prepared.release()
+
+    def _plain_vectors(self) -> dict[str, torch.Tensor]:
+        """Decompose the plain weights, once for all runs."""
+        if self._vectors is None:
+            targets = find_targets(self.loaded.model, self.target_modules, task_type=self.loaded.task_type)
+            self._vectors = left_singular_vectors(self.loaded.model, targets.layers)
+        return self._vectors
 
     def _prepare(self, run: Run, statistics: Callable[[bool], Statistics]) -> Prepared:
         variant = run.variant
