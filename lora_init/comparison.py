@@ -17,7 +17,7 @@ from lora_init.run_log import Record, RunLog, peek
 from lora_init.run_progress import Progress
 from lora_init.run_report import write_report
 from lora_init.run_summary import Summary, summarise
-from lora_init.starts import check_start
+from lora_init.starts import START_NAMES, check_start
 from lora_init.targets import find_targets
 from lora_init.workbench import Workbench
 
@@ -111,11 +111,7 @@ def compare(
         LoraInitError: Anything a user can get wrong: data, starts, rates, or a directory with other settings.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
-    own = {start[0]: start[1] for start in starts if not isinstance(start, str)}
-    names = [start if isinstance(start, str) else start[0] for start in starts]
-    for start in names:
-        if start not in own:
-            check_start(start)
+    names, own = _read_starts(starts)
     chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     sweep = sweep or ("full" if torch.cuda.is_available() else "halving")
@@ -166,6 +162,22 @@ def compare(
     )  # fmt: skip
 
 
+def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """Tell our starts from the user's own, and make sure before the work that they are there."""
+    own = {start[0]: start[1] for start in starts if not isinstance(start, str)}
+    names = [start if isinstance(start, str) else start[0] for start in starts]
+    if not names or len(set(names)) < len(names):
+        raise LoraInitError(f"starts={names}: expected names, each once.")
+    for name in names:
+        if name not in own:
+            check_start(name)
+        elif name in START_NAMES:
+            raise LoraInitError(f"start {name!r} is one of ours. Give your own another name.")
+        elif not callable(own[name]) and not Path(own[name]).expanduser().is_dir():
+            raise LoraInitError(f"start {name!r}: {own[name]} is no adapter directory.")
+    return names, own
+
+
 def _run_all(
     bench: Workbench, log: RunLog, plan: Callable[[dict[tuple[Any, ...], Record]], list[Run]], progress: Progress
 ) -> None:
@@ -180,6 +192,6 @@ def _run_all(
                 return
             progress.begin(left[0].title, len(planned), len(left))
             record = bench.carry_out(left[0], lambda run: progress.step(bench.expected_seconds(run)))
-            check_fair([*log.records.values(), record])
+            check_fair([*log.records.values(), record], bench.own)
             log.append(record)
             progress.end(record)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lora_init.activations import ActivationTap, Forward, RowsFunction
 from lora_init.errors import LoraInitError
-from lora_init.svd import IncrementalSVD, apply_updates
+from lora_init.svd import IncrementalSVD, apply_updates, settle
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
 _MIN_BATCHES = 8
@@ -48,7 +48,7 @@ class GroupRecord:
     def _later(self) -> list[float]:
         return self.shares[len(self.shares) // 2 :]
 
-    def _is_settled(self, tolerance: float) -> bool:
+    def _has_converged(self, tolerance: float) -> bool:
         """Tell whether more data has nothing left to improve.
 
         What any k directions can capture lies between the held-out share and the share on the rows seen, which the
@@ -71,8 +71,9 @@ class GroupRecord:
             ratios[: len(captured)] = captured[: self.svd.n_components].cpu() / total
         self.ratios.append(ratios)
         self.shares.append(float(ratios.sum()) if total > 0 else 1.0)
-        if n_batches >= _MIN_BATCHES and len(self.shares) > 2 and self._is_settled(tolerance):
+        if n_batches >= _MIN_BATCHES and len(self.shares) > 2 and self._has_converged(tolerance):
             self.converged_at = n_batches
+            self.svd.release()
 
 
 @dataclass
@@ -178,6 +179,7 @@ def collect_groups(
                 found.stop_reason = "max_batches" if found.n_batches == max_batches else "exhausted"
         except KeyboardInterrupt:
             found.stop_reason = "interrupted"
+        settle(record.svd for record in found.groups.values())
         found.group_of = {name: tap.group_of[name] for name in modules if name in tap.group_of}
         found.never_ran = [name for name in modules if name not in tap.group_of]
         found.n_calls = dict(tap.n_calls)

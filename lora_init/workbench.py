@@ -18,6 +18,7 @@ from lora_init.console import explain, is_out_of_memory
 from lora_init.data import Batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run
+from lora_init.frozen_linear import frozen_layers_by_onednn
 from lora_init.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
@@ -64,7 +65,6 @@ class Workbench:
     own: Mapping[str, Any] = field(default_factory=dict)
     _statistics: dict[tuple[int, bool], Statistics] = field(default_factory=dict, repr=False)
     _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
-
     _plain_vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[TrainingRun], None] = lambda run: None) -> Record:
@@ -134,10 +134,11 @@ class Workbench:
         prepared = self._prepare(Run(Variant("random"), 0, 1e-4), lambda center: self._collect(0, center))
         try:
             order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
-            trial = train(
-                prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
-                evaluation_points=(0, _TRIAL_STEPS), seed=0,
-            )  # fmt: skip
+            with frozen_layers_by_onednn(prepared.peft_model):
+                trial = train(
+                    prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
+                    evaluation_points=(0, _TRIAL_STEPS), seed=0,
+                )  # fmt: skip
         finally:
             prepared.release()
         trial.evaluation_seconds *= len(self.task.validation) / len(short.validation)
@@ -171,16 +172,17 @@ class Workbench:
                 ),
                 "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
             }
-            done = train(
-                prepared.peft_model,
-                self.task,
-                self.task.order(run.seed, self.steps, self.batch_size),
-                learning_rate=run.learning_rate or 0.0,
-                warmup=self.warmup,
-                evaluation_points=self.evaluation_points,
-                seed=run.seed,
-                on_step=on_step,
-            )
+            with frozen_layers_by_onednn(prepared.peft_model):
+                done = train(
+                    prepared.peft_model,
+                    self.task,
+                    self.task.order(run.seed, self.steps, self.batch_size),
+                    learning_rate=run.learning_rate or 0.0,
+                    warmup=self.warmup,
+                    evaluation_points=self.evaluation_points,
+                    seed=run.seed,
+                    on_step=on_step,
+                )
             record |= {
                 "status": done.status,
                 "error": done.reason,
@@ -194,9 +196,9 @@ class Workbench:
                 "training_seconds": round(done.seconds, 3),
                 "peak_memory_bytes": peak_bytes(),
             }
-            if self.retain is not None and retain_before is not None:
-                record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
             if done.status == "finished":
+                if self.retain is not None and retain_before is not None:
+                    record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
                 record["intruders"] = self._count_intruders(prepared.peft_model)
         finally:
             prepared.release()
@@ -267,12 +269,10 @@ class Workbench:
         """Draw a head that the checkpoint lacks from the seed, so that it is the same for all starts."""
         model = self.loaded.model
         heads = HEADS.get(self.loaded.task_type or "", ())
-        saved_as = (getattr(model.config, "architectures", None) or [""])[0]
-        if not heads or saved_as.endswith("ForSequenceClassification"):
-            return
         generator = torch.Generator().manual_seed(seed)
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and set(heads) & set(name.split(".")):
+            in_head = bool(set(heads) & set(name.split(".")))
+            if in_head and isinstance(module, nn.Linear) and f"{name}.weight" in self.loaded.drawn:
                 drawn = torch.randn(module.weight.shape, generator=generator)
                 module.weight.copy_(drawn * getattr(model.config, "initializer_range", 0.02))
                 if module.bias is not None:

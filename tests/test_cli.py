@@ -544,13 +544,6 @@ def test_it_runs_as_a_module_and_as_a_script():
     assert script.load() is cli.main
 
 
-def test_modules_are_read_as_names_or_as_a_regular_expression():
-    assert cli._modules("all-linear") == "all-linear"
-    assert cli._modules("q_proj") == ["q_proj"]
-    assert cli._modules("q_proj, self_attn.v_proj") == ["q_proj", "self_attn.v_proj"]
-    assert cli._modules(r".*\.q_proj") == r".*\.q_proj"
-
-
 def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
     file = tmp_path / "s.safetensors"
     result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)

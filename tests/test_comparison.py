@@ -75,7 +75,7 @@ def test_every_run_is_there_with_every_key(full):
         assert len(record["training_loss"]) == 6 and record["gradient_norm"] > 0
         assert set(record["metrics"]) == set(record["metrics_before"]) == {"accuracy", "macro_f1", "mcc"}
         assert len(record["retain_loss"]) == 2 and record["intruders"]["of"] == 14 * 10
-    assert {record["start"] for record in records if record["equal_parameters"]} == {"eva-frozen-a"}
+    assert {record["start"] for record in records if record["equal_parameters"]} == {"eva", "eva-frozen-a"}
     assert {r["start"] for r in records if r["matched_scale"]} == {"orthogonal", "eva-rho1", "eva", "eva-frozen-a"}
 
 
@@ -113,7 +113,7 @@ def test_statistics_cost_passes_and_are_made_once_for_each_seed(full):
 def test_the_best_rate_of_the_first_seed_goes_to_the_other(full):
     records = full[0].records
     for start in ("random", "eva"):
-        own = [r for r in records if r["start"] == start and not r["matched_scale"]]
+        own = [r for r in records if r["start"] == start and not r["matched_scale"] and not r["equal_parameters"]]
         first = {r["learning_rate"]: r["validation_loss"][-1] for r in own if r["seed"] == 0}
         assert set(first) == {1e-3, 1e-2}
         assert [r["learning_rate"] for r in own if r["seed"] == 1] == [min(first, key=first.get)]
@@ -321,13 +321,13 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
     assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-3)]
     assert failed[0]["error"].startswith("out of memory") and failed[0]["validation_loss"] is None
     assert failed[0]["trainable_parameters"] > 0
-    assert len(found.records) == len(found.planned) == 6
+    assert len(found.records) == len(found.planned) == 9
     # The next call tries it again, and what came after it is what it would have been.
     monkeypatch.setattr(workbench, "train", real)
     again = compare(home, tmp_path / "out")
     assert {record["status"] for record in again.records} == {"finished"}
     clean = compare(home, tmp_path / "clean")
-    key = lambda r: (r["start"], r["learning_rate"], r["seed"])  # noqa: E731
+    key = lambda r: (r["start"], r["equal_parameters"], r["learning_rate"], r["seed"])  # noqa: E731
     assert sorted(without_clock(again.records), key=key) == sorted(without_clock(clean.records), key=key)
 
 
@@ -350,7 +350,7 @@ def test_other_data_for_one_start_is_noticed(home, tmp_path, monkeypatch):
 
     tampered.calls = []
     monkeypatch.setattr(workbench, "train", tampered)
-    with pytest.raises(LoraInitError, match="seed 0: eva at 0.001 saw other data than random at 0.001"):
+    with pytest.raises(LoraInitError, match=r"seed 0: eva at 0\.001 saw other data than random at 0\.001"):
         compare(home, tmp_path / "out")
 
 
@@ -412,7 +412,7 @@ def test_a_start_that_has_learned_already_wins(home, tmp_path):
 def test_a_dry_run_writes_nothing_and_estimates(home, tmp_path):
     found = compare(home, tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out").exists()
-    assert [run.learning_rate for run in found.planned] == [1e-3, 1e-3, 1e-2, 1e-2, None, None]
+    assert [run.learning_rate for run in found.planned] == [1e-3] * 3 + [1e-2] * 3 + [None] * 3
     assert found.seconds_left > 0 and found.records == []
     compare(home, tmp_path / "out")
     done = compare(home, tmp_path / "out", dry_run=True)
@@ -423,6 +423,10 @@ def test_a_dry_run_writes_nothing_and_estimates(home, tmp_path):
     ("changes", "message"),
     [
         (dict(starts=["random", "evva"]), "start 'evva' is unknown. Closest: 'eva'"),
+        (dict(starts=[]), "expected names, each once"),
+        (dict(starts=["eva", "random", "eva"]), "expected names, each once"),
+        (dict(starts=["random", ("eva", useless)]), "start 'eva' is one of ours"),
+        (dict(starts=["random", ("mine", "nowhere")]), "start 'mine': nowhere is no adapter directory"),
         (dict(learning_rates=[-1e-3]), "learning_rates: -0.001"),
         (dict(evaluation_points=[7]), "expected rising steps from 0 to 6"),
         (dict(model="bert"), "is a BertForSequenceClassification, and a comparison trains causal language models"),

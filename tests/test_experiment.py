@@ -92,6 +92,7 @@ def test_other_data_or_parameters_are_noticed():
         check_fair([record(runs[0], 0.5), record(runs[1], 0.5, data_order="x")])
     with pytest.raises(LoraInitError, match=r"eva at 0.001 trains 99 parameters and random at 0.001 100"):
         check_fair([record(runs[0], 0.5), record(runs[1], 0.5, trainable_parameters=99)])
+    check_fair([record(runs[0], 0.5), record(runs[1], 0.5, trainable_parameters=99)], own={"eva": None})
     check_fair([record(runs[0], 0.5), record(runs[1], 0.5, trainable_parameters=99, ranks={"a": 1})])
     check_fair([record(runs[0], 0.5), record(runs[1], 0.5, "unstable", data_order="x")])
     check_fair([record(runs[0], 0.5), record(Run(RANDOM, 1, 1e-3), 0.5)])

@@ -191,6 +191,58 @@ def test_updating_many_at_once_is_updating_each():
         assert principal_angles(one.spectrum().components, other.spectrum().components).max() < 1e-4
 
 
+def gathering(n_batches=19, **arguments):
+    """A decomposition of many batches, the last of which its directions have not turned to yet."""
+    rows = decaying_rows(60 * n_batches, 40, mean=0.5)
+    svd = fit(IncrementalSVD, rows, 60, 4, **arguments)
+    assert svd._gathered is not None
+    return svd, rows
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_rows_that_are_gathered_count_like_all_others(center):
+    svd, rows = gathering(center=center)
+    spectrum = svd.spectrum()
+    components, variances, total = reference.pca(rows, 4, center)
+    assert svd.n_samples == spectrum.n_samples == len(rows)
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-6)
+    np.testing.assert_allclose(spectrum.mean, rows.mean(0) if center else 0 * rows[0], atol=1e-6)
+    np.testing.assert_allclose(spectrum.explained_variance, variances, rtol=1e-3)
+    assert reference.captured(rows, spectrum.components, center) > 0.9999 * reference.captured(rows, components, center)
+    other = IncrementalSVD(4, center=center).merge(svd).spectrum()
+    assert (other.n_samples, other.total_variance) == (len(rows), pytest.approx(total, rel=1e-6))
+
+
+def test_asking_for_the_spectrum_in_between_changes_nothing():
+    rows = decaying_rows(1200, 40)
+    asked = IncrementalSVD(4)
+    for part in torch.split(rows, 60):
+        asked.partial_fit(part).spectrum()
+    assert torch.equal(asked.spectrum().components, fit(IncrementalSVD, rows, 60, 4).spectrum().components)
+
+
+def test_bad_rows_take_nothing_from_what_was_gathered():
+    svd, rows = gathering()
+    before = svd.spectrum()
+    with pytest.raises(LoraInitError, match="3 of 60 rows"):
+        svd.partial_fit(rows[:60].clone().index_fill_(0, torch.tensor([1, 2, 3]), torch.inf))
+    assert torch.equal(svd.spectrum().components, before.components)
+    assert svd.n_samples == len(rows)
+
+
+def test_a_released_state_holds_no_memory_of_others():
+    many = [IncrementalSVD(4) for _ in range(5)]
+    for step in range(3):
+        for i, one in enumerate(many):
+            one.project(decaying_rows(80, 24, seed=10 * i + step))
+        apply_updates(many)
+    assert many[0]._state.test.untyped_storage().nbytes() > many[0]._state.test.nbytes
+    before = many[0].spectrum()
+    many[0].release()
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in many[0]._state[1:])
+    assert torch.equal(many[0].spectrum().components, before.components)
+
+
 def test_held_out_is_measured_before_the_batch_is_used():
     first, second = decaying_rows(200, 20), decaying_rows(150, 20, seed=1)
     svd = IncrementalSVD(3).partial_fit(first)

@@ -1,0 +1,31 @@
+"""Products by whichever library: the same numbers."""
+
+import pytest
+import torch
+
+from lora_init import products
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_float64(monkeypatch, onednn, dtype, bias):
+    if not onednn:
+        monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    a, b, c = torch.randn(50, 30).to(dtype), torch.randn(7, 30).to(dtype), torch.randn(7).to(dtype)
+    expected = a.double() @ b.double().T + (c.double() if bias else 0.0)
+    product = products.times_transposed(a, b, c if bias else None)
+    assert product.dtype == dtype
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_operands_need_no_copies_from_the_caller():
+    rows, along = torch.randn(50, 30), torch.randn(50, 7)
+    torch.testing.assert_close(products.times_transposed(along.T, rows.T), along.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_a_torch_without_the_operator_falls_back(monkeypatch):
+    monkeypatch.setattr(products, "_OPERATOR", "_no_such_operator")
+    assert not products._has_onednn()
+    a, b = torch.randn(5, 3), torch.randn(2, 3)
+    torch.testing.assert_close(products.times_transposed(a, b), a @ b.T)
