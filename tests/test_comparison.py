@@ -158,6 +158,14 @@ def set_up_bench(home, directory, model="llama", **changes):
     )  # fmt: skip
 
 
+def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
+    real, calls = workbench.collect, []
+    monkeypatch.setattr(workbench, "collect", lambda *a, **k: calls.append(k["center"]) or real(*a, **k))
+    for starts in (["eva", "eva-rho1"], ["eva-uncentred", "eva-ranks"]):
+        compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=2)
+    assert sorted(calls) == [False, False, True, True]
+
+
 def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
