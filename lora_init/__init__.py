@@ -25,6 +25,8 @@ _HOMES = {
     "get_eva_state_dict": "peft_eva",
     "initialize_lora_eva_weights": "peft_eva",
     "load_batches": "data",
+    "compare": "comparison",
+    "Comparison": "comparison",
     "intruder_dimensions": "intruders",
     "Intruders": "intruders",
 }

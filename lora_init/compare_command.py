@@ -95,9 +95,7 @@ def compare(
         arguments: dict[str, Any] = {
             "starts": [_start(word) for word in _words(starts)],
             "learning_rates": _numbers("--learning-rates", learning_rates),
-            "evaluation_points": None
-            if eval_points is None
-            else [int(p) for p in _numbers("--eval-points", eval_points)],
+            "evaluation_points": None if eval_points is None else _whole_numbers("--eval-points", eval_points),
             "target_modules": read_modules(target_modules),
             "template": unescape(template),
             "completion": unescape(completion),
@@ -166,3 +164,10 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(word) for word in _words(text)]
     except ValueError:
         raise LoraInitError(f"{option} {text!r}: expected numbers separated by commas.") from None
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    numbers = _numbers(option, text)
+    if not all(number.is_integer() for number in numbers):
+        raise LoraInitError(f"{option} {text!r}: expected whole numbers separated by commas.")
+    return [int(number) for number in numbers]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import lora_init
-from lora_init.collection import fingerprint
-from lora_init.data import load_batches
+from lora_init.bench_setup import circumstances, model_name, set_up
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run, check_fair, check_plan, plan_runs, variants
-from lora_init.models import load_model, load_tokenizer
-from lora_init.run_log import Record, RunLog
+from lora_init.run_log import Record, RunLog, peek
 from lora_init.run_progress import Progress
 from lora_init.run_report import write_report
 from lora_init.run_summary import Summary, summarise
-from lora_init.starts import check_start
+from lora_init.starts import START_NAMES, check_start
 from lora_init.targets import find_targets
-from lora_init.tasks import CLASSIFICATION, load_task
 from lora_init.workbench import Workbench
 
 STARTS = ("random", "orthogonal", "eva-rho1", "eva", "eva-ranks")
@@ -63,7 +58,6 @@ def compare(
     seeds: int | Sequence[int] = 3,
     sweep: str | None = None,
     match_scale: bool = False,
-    name: str | None = None,
     rank: int = 8,
     lora_alpha: float = 16,
     target_modules: str | list[str] = "all-linear",
@@ -72,18 +66,11 @@ def compare(
     warmup: float = 0.1,
     evaluation_points: Sequence[int] | None = None,
     statistics_batches: int = 32,
-    retain_data: str | Path | None = None,
-    retain_template: str | None = None,
-    retain_samples: int = 64,
-    dtype: str = "float32",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     dry_run: bool = False,
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
     progress: bool | None = None,
-    max_length: int = 256,
-    **task_options: Any,
+    **loading: Any,
 ) -> Comparison:
     """Train the same adapter shape from several starts, with the same data in the same order, and compare.
 
@@ -102,7 +89,6 @@ def compare(
         sweep: `"halving"`: all rates on the first seed, the best of them on the others; `"full"`: everything. Default:
             halving on a CPU.
         match_scale: Also run each start with A scaled to the size of the random one.
-        name: Name of the task in the report. Default: that of the data.
         rank: Average rank of a layer.
         lora_alpha: The adapter is scaled by lora_alpha / rank.
         target_modules: See `collect`.
@@ -112,96 +98,41 @@ def compare(
         evaluation_points: Steps after which the validation loss is measured. Default: every quarter. 0 and the last
             always count.
         statistics_batches: Batches of the run's own training data that statistics are made from.
-        retain_data: Text of another kind: its loss before and after training tells what was forgotten.
-        retain_template: How an example of it reads.
-        retain_samples: Examples of it.
-        dtype: Of the base model's weights; adapters are float32.
-        device: Where it runs.
-        trust_remote_code: Allow code that comes with the model.
         dry_run: Only plan, and measure a few steps for the estimate. Nothing is written.
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
         progress: Show a progress bar on stderr; by default only on a terminal.
-        max_length: Tokens of an example at most.
-        **task_options: `template`, `completion`, `label`, `options`, `answer`, `normalize`, `subset`, `split`,
-            `train_samples`, `validation_samples`, `data_seed`: see `tasks.load_task`.
+        **loading: How model and data are read: `template`, `completion`, `label`, `options`, `answer`, `normalize`,
+            `subset`, `split`, `train_samples`, `validation_samples`, `max_length`, `data_seed`, see `tasks.load_task`;
+            `name`, `retain_data`, `retain_template`, `retain_samples`, `dtype`, `device`, `trust_remote_code`, see
+            `bench_setup.set_up`.
 
     Raises:
         LoraInitError: Anything a user can get wrong: data, starts, rates, or a directory with other settings.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
-    own = {start[0]: start[1] for start in starts if not isinstance(start, str)}
-    names = [start if isinstance(start, str) else start[0] for start in starts]
-    for start in names:
-        if start not in own:
-            check_start(start)
+    names, own = _read_starts(starts)
     chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     sweep = sweep or ("full" if torch.cuda.is_available() else "halving")
     check_plan(learning_rates, chosen_seeds, steps, points, warmup, sweep)
-
-    tokenizer = load_tokenizer(model, trust_remote_code)
-    task = load_task(data, tokenizer, batch_size=batch_size, max_length=max_length, **task_options)
-    classifies = task.kind == CLASSIFICATION
-    retain = None
-    if retain_data is not None:
-        if classifies:
-            raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
-        retain = load_batches(
-            retain_data, tokenizer, template=retain_template, samples=retain_samples, batch_size=batch_size,
-            max_length=max_length,
-        )  # fmt: skip
-    loaded = load_model(
-        model, task_type="SEQ_CLS" if classifies else None, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code, n_labels=len(task.classes) if classifies else None,
-    )  # fmt: skip
-    if not classifies and loaded.task_type != "CAUSAL_LM":
-        raise LoraInitError(
-            f"model {model!r} is a {type(loaded.model).__name__}, and a comparison trains causal language models, or "
-            "classifiers with --label COLUMN."
-        )
-    if classifies:
-        loaded.model.config.pad_token_id = task.padding
     directory = Path(output).expanduser()
-    bench = Workbench(
-        loaded, task, retain, name or task.label, directory, rank, lora_alpha, target_modules, steps, batch_size,
-        warmup, points, statistics_batches, own,
+    bench = set_up(
+        model, data, directory, own=own, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, steps=steps,
+        batch_size=batch_size, warmup=warmup, evaluation_points=points, statistics_batches=statistics_batches,
+        **loading,
     )  # fmt: skip
     settings: dict[str, Any] = {
-        "task": bench.name,
-        "kind": task.kind,
-        "model": _model_name(model),
-        "model_class": type(loaded.model).__name__,
-        "fingerprint": fingerprint(loaded.model),
-        "data": task.data,
-        "normalize": task.normalize,
-        "retain_data": None if retain is None else retain.description,
-        "rank": rank,
-        "lora_alpha": lora_alpha,
-        "target_modules": target_modules,
-        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "device": next(loaded.model.parameters()).device.type,
-        "batch_size": batch_size,
-        "steps": steps,
-        "warmup": warmup,
-        "schedule": "linear warm-up, cosine to zero",
-        "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
-        "evaluation_points": points,
-        "statistics_batches": statistics_batches,
+        **bench.settings(model_name(model)),
         "starts": names,
         "learning_rates": list(learning_rates),
         "seeds": chosen_seeds,
         "sweep": sweep,
         "match_scale": match_scale,
-        "threads": torch.get_num_threads(),
-        "processor": _processor(),
-        "versions": {
-            "lora_init": lora_init.__version__,
-            **{package: version(package) for package in ("torch", "transformers", "peft")},
-            "python": platform.python_version(),
-        },
+        **circumstances(),
         "command": command,
     }
+    loaded = bench.loaded
     targets = find_targets(loaded.model, target_modules, task_type=loaded.task_type).layers.values()
     all_variants = variants(names, match_scale, len({target.parameters(1) for target in targets}) == 1)
 
@@ -209,7 +140,7 @@ def compare(
         return plan_runs(bench.name, all_variants, learning_rates, chosen_seeds, sweep, records)
 
     if dry_run:
-        there = RunLog.peek(directory)
+        there = peek(directory, settings)
         planned = plan(there)
         left = sum(run.key(bench.name) not in there for run in planned)
         seconds = left * bench.seconds_of_a_run() if left else 0.0
@@ -217,14 +148,34 @@ def compare(
             directory, settings, list(there.values()), planned, seconds, summarise(there.values(), settings), []
         )
     log = RunLog(directory, settings)
-    files: list[Path] = []
     try:
         _run_all(bench, log, plan, Progress(steps, say, progress))
-    finally:  # Ctrl-C too leaves a report of what ended
+    except BaseException:  # Ctrl-C too leaves a report of what ended; what went wrong matters more than the report
         if log.records:
-            files = write_report(directory)
+            with suppress(LoraInitError):
+                write_report(directory)
+        raise
     records = list(log.records.values())
-    return Comparison(directory, log.settings, records, plan(log.records), 0.0, summarise(records, log.settings), files)
+    return Comparison(
+        directory, log.settings, records, plan(log.records), 0.0, summarise(records, log.settings),
+        write_report(directory),
+    )  # fmt: skip
+
+
+def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """Tell our starts from the user's own, and make sure before the work that they are there."""
+    own = {start[0]: start[1] for start in starts if not isinstance(start, str)}
+    names = [start if isinstance(start, str) else start[0] for start in starts]
+    if not names or len(set(names)) < len(names):
+        raise LoraInitError(f"starts={names}: expected names, each once.")
+    for name in names:
+        if name not in own:
+            check_start(name)
+        elif name in START_NAMES:
+            raise LoraInitError(f"start {name!r} is one of ours. Give your own another name.")
+        elif not callable(own[name]) and not Path(own[name]).expanduser().is_dir():
+            raise LoraInitError(f"start {name!r}: {own[name]} is no adapter directory.")
+    return names, own
 
 
 def _run_all(
@@ -241,21 +192,6 @@ def _run_all(
                 return
             progress.begin(left[0].title, len(planned), len(left))
             record = bench.carry_out(left[0], lambda run: progress.step(bench.expected_seconds(run)))
-            check_fair([*log.records.values(), record])
+            check_fair([*log.records.values(), record], bench.own)
             log.append(record)
             progress.end(record)
-
-
-def _model_name(model: str) -> str:
-    """Name a model without the path to it: settings are shared."""
-    path = Path(model).expanduser()
-    return path.absolute().name if path.is_dir() else model
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())

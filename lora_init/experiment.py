@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,8 +94,12 @@ def plan_runs(
     return first + [runs[i] for i in range(len(seeds) - 1) for runs in others.values()]
 
 
-def check_fair(records: Iterable[Mapping[str, Any]]) -> None:
+def check_fair(records: Iterable[Mapping[str, Any]], own: Container[str] = ()) -> None:
     """Make sure that runs that are compared were given the same: data in the same order, and parameters.
+
+    Args:
+        records: Runs that have ended.
+        own: Starts of the user's own, which have the size that they have.
 
     Raises:
         LoraInitError: Runs of one seed saw other data, or starts of one size have other numbers of parameters.
@@ -113,12 +117,12 @@ def check_fair(records: Iterable[Mapping[str, Any]]) -> None:
                 "runs; start again in another directory."
             )
         size = "frozen" if record["start"] == "eva-frozen-a" else "equal"
-        if record["ranks"] is None:
-            own = record["trainable_parameters"]
-            count, other = parameters.setdefault(size, (own, name))
-            if count != own:
+        if record["ranks"] is None and record["start"] not in own:
+            trained = record["trainable_parameters"]
+            count, other = parameters.setdefault(size, (trained, name))
+            if count != trained:
                 raise LoraInitError(
-                    f"{name} trains {own:,} parameters and {other} {count:,}, with the same ranks. "
+                    f"{name} trains {trained:,} parameters and {other} {count:,}, with the same ranks. "
                     "They cannot be compared."
                 )
 

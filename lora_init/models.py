@@ -35,12 +35,14 @@ class LoadedModel:
         tokenizer: Its tokenizer.
         task_type: PEFT's task type, or None where PEFT has none for this kind of model.
         seq2seq: Whether it is an encoder-decoder: prompts go to the encoder, completions to the decoder.
+        drawn: Names of the parameters that the checkpoint lacks, or has in another shape: they are random.
     """
 
     model: Any
     tokenizer: Any
     task_type: str | None
     seq2seq: bool
+    drawn: frozenset[str] = frozenset()
 
 
 def load_model(
@@ -97,10 +99,13 @@ def load_model(
     # The tokenizer first: it is quick to fail.
     tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, **code)
     torch.manual_seed(seed)
-    model = _guarded(source, (saved_as or getattr(transformers, auto_class)).from_pretrained, **options)
+    load = (saved_as or getattr(transformers, auto_class)).from_pretrained
+    model, loading = _guarded(source, load, output_loading_info=True, **options)
+    reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
     if "device_map" not in options:
         model.to(place)
-    return LoadedModel(model.eval(), tokenizer, task_type or found_task, bool(config.is_encoder_decoder))
+    drawn = frozenset([*loading["missing_keys"], *reshaped])
+    return LoadedModel(model.eval(), tokenizer, task_type or found_task, bool(config.is_encoder_decoder), drawn)
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

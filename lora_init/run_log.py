@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,6 @@ class RunLog:
             raise self._unwritable(error) from error
         self.records = {run_key(record): record for record in read_runs(self.directory)}
 
-    @staticmethod
-    def peek(directory: Path) -> dict[tuple[Any, ...], Record]:
-        """Read the runs in a directory without opening it."""
-        return {run_key(record): record for record in read_runs(directory)}
-
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a run that ended; it is on the disk when this returns.
 
@@ -72,7 +68,7 @@ class RunLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if self._runs.exists():
+            with suppress(OSError):
                 os.truncate(self._runs, size)  # half a line
             raise self._unwritable(error) from error
         self.records[run_key(record)] = json.loads(line)
@@ -90,6 +86,18 @@ class RunLog:
             f"{self.directory}: cannot be written: {error.strerror or error}. The runs that ended before are kept. "
             "Free some space and give the same command again."
         )
+
+
+def peek(directory: Path, settings: Mapping[str, Any]) -> dict[tuple[Any, ...], Record]:
+    """Read the runs in a directory, if there are any, and change nothing.
+
+    Raises:
+        LoraInitError: They have other settings, or are damaged.
+    """
+    if not (directory / SETTINGS_FILE).exists():
+        return {}
+    _merged(directory, read_settings(directory), settings)
+    return {run_key(record): record for record in read_runs(directory)}
 
 
 def run_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -136,7 +144,7 @@ def read_runs(directory: Path) -> list[Record]:
     return list(found.values())
 
 
-def _merged(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _merged(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     differing = [
         f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}"
         for name in [*new, *(name for name in old if name not in new)]

@@ -159,11 +159,11 @@ def load_task(
         if label is not None:
             value = row[label]
             return "without a label" if value is None else Item((encoded[0], []), (), classes.index(str(value)))
+        if rule is not None:
+            return _with_choices(row, rule, lambda c: _encoded(c, reading.to_example, tokenizer, limit), limit)
         if all(target == IGNORED for target in encoded[1]):
             return f"without a labelled token among the first {limit}"
-        if rule is None:
-            return Item(encoded)
-        return _with_choices(row, rule, lambda changed: _encoded(changed, reading.to_example, tokenizer, limit))
+        return Item(encoded)
 
     usable = _usable(rows, name, data_seed, read_row, left_out)
     validation = list(islice(usable, validation_samples))
@@ -227,17 +227,18 @@ def _encoded(row: Mapping[str, Any], to_example: Callable[..., Any], tokenizer: 
 
 
 def _with_choices(
-    row: Mapping[str, Any], rule: ChoiceRule, encoded: Callable[[Mapping[str, Any]], Encoded | None]
+    row: Mapping[str, Any], rule: ChoiceRule, encoded: Callable[[Mapping[str, Any]], Encoded | None], limit: int
 ) -> Item | str:
+    """Read a row with all its options; a shortened one would be likelier than it is, so it leaves the row out."""
     found = rule.read(row)
     if found is None:
         return "whose answer is none of the options"
     options, right = found
     choices = [encoded({**row, rule.answer: option}) for option in options]
-    kept = tuple(c for c in choices if c is not None and any(target != IGNORED for target in c[1]))
-    if len(kept) < len(options):
-        return "with an option that is cut off"
-    return Item(kept[right], kept, right)
+    whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < limit)
+    if len(whole) < len(options):
+        return f"with {limit} or more tokens"
+    return Item(whole[right], whole, right)
 
 
 def _usable(

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_init.collection import collect
+from lora_init.collection import collect, fingerprint
 from lora_init.console import explain, is_out_of_memory
 from lora_init.data import Batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run
+from lora_init.frozen_linear import frozen_layers_by_onednn
+from lora_init.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
 from lora_init.prepared import Prepared
@@ -26,7 +28,7 @@ from lora_init.run_log import Record
 from lora_init.scoring import evaluate, text_loss
 from lora_init.starts import prepare
 from lora_init.statistics import Statistics
-from lora_init.targets import HEADS
+from lora_init.targets import HEADS, find_targets
 from lora_init.tasks import Task
 from lora_init.training import TrainingRun, train
 
@@ -63,6 +65,7 @@ class Workbench:
     own: Mapping[str, Any] = field(default_factory=dict)
     _statistics: dict[tuple[int, bool], Statistics] = field(default_factory=dict, repr=False)
     _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
+    _plain_vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[TrainingRun], None] = lambda run: None) -> Record:
         """Prepare the start, train, measure, and put the plain model back.
@@ -86,6 +89,36 @@ class Workbench:
         record["finished_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return record
 
+    def settings(self, model: str) -> dict[str, Any]:
+        """Describe in plain values all that shapes a run, for `settings.json`.
+
+        Args:
+            model: What to call the model.
+        """
+        weight = next(self.loaded.model.parameters())
+        return {
+            "task": self.name,
+            "kind": self.task.kind,
+            "model": model,
+            "model_class": type(self.loaded.model).__name__,
+            "fingerprint": fingerprint(self.loaded.model),
+            "data": self.task.data,
+            "normalize": self.task.normalize,
+            "retain_data": None if self.retain is None else self.retain.description,
+            "rank": self.rank,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": self.target_modules,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": weight.device.type,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "warmup": self.warmup,
+            "schedule": "linear warm-up, cosine to zero",
+            "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
+            "evaluation_points": list(self.evaluation_points),
+            "statistics_batches": self.statistics_batches,
+        }
+
     def statistics(self, seed: int, center: bool) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory."""
         if (seed, center) not in self._statistics:
@@ -101,10 +134,11 @@ class Workbench:
         prepared = self._prepare(Run(Variant("random"), 0, 1e-4), lambda center: self._collect(0, center))
         try:
             order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
-            trial = train(
-                prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
-                evaluation_points=(0, _TRIAL_STEPS), seed=0,
-            )  # fmt: skip
+            with frozen_layers_by_onednn(prepared.peft_model):
+                trial = train(
+                    prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
+                    evaluation_points=(0, _TRIAL_STEPS), seed=0,
+                )  # fmt: skip
         finally:
             prepared.release()
         trial.evaluation_seconds *= len(self.task.validation) / len(short.validation)
@@ -118,6 +152,7 @@ class Workbench:
 
     def _fill(self, record: Record, run: Run, on_step: Callable[[TrainingRun], None]) -> None:
         self._renew_head(run.seed)
+        self._decompose_plain_weights()
         metrics_before, retain_before = self._measure_before(run.seed)
         collected: list[Statistics] = []
 
@@ -137,16 +172,17 @@ class Workbench:
                 ),
                 "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
             }
-            done = train(
-                prepared.peft_model,
-                self.task,
-                self.task.order(run.seed, self.steps, self.batch_size),
-                learning_rate=run.learning_rate or 0.0,
-                warmup=self.warmup,
-                evaluation_points=self.evaluation_points,
-                seed=run.seed,
-                on_step=on_step,
-            )
+            with frozen_layers_by_onednn(prepared.peft_model):
+                done = train(
+                    prepared.peft_model,
+                    self.task,
+                    self.task.order(run.seed, self.steps, self.batch_size),
+                    learning_rate=run.learning_rate or 0.0,
+                    warmup=self.warmup,
+                    evaluation_points=self.evaluation_points,
+                    seed=run.seed,
+                    on_step=on_step,
+                )
             record |= {
                 "status": done.status,
                 "error": done.reason,
@@ -160,8 +196,10 @@ class Workbench:
                 "training_seconds": round(done.seconds, 3),
                 "peak_memory_bytes": peak_bytes(),
             }
-            if self.retain is not None and retain_before is not None:
-                record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+            if done.status == "finished":
+                if self.retain is not None and retain_before is not None:
+                    record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+                record["intruders"] = self._count_intruders(prepared.peft_model)
         finally:
             prepared.release()
 
@@ -212,17 +250,29 @@ class Workbench:
             self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
         return self._before[seed]
 
+    def _decompose_plain_weights(self) -> None:
+        if self._plain_vectors is None:
+            targets = find_targets(self.loaded.model, self.target_modules, task_type=self.loaded.task_type)
+            try:
+                self._plain_vectors = left_singular_vectors(self.loaded.model, targets.layers)
+            except LoraInitError:  # quantised weights, which have no intruders to count
+                self._plain_vectors = {}
+
+    def _count_intruders(self, peft_model: nn.Module) -> dict[str, float] | None:
+        if not self._plain_vectors:
+            return None
+        found = intruder_dimensions(peft_model, base=self._plain_vectors)
+        return {"count": found.count, "of": found.of, "energy_share": found.energy_share}
+
     @torch.no_grad()
     def _renew_head(self, seed: int) -> None:
         """Draw a head that the checkpoint lacks from the seed, so that it is the same for all starts."""
         model = self.loaded.model
         heads = HEADS.get(self.loaded.task_type or "", ())
-        saved_as = (getattr(model.config, "architectures", None) or [""])[0]
-        if not heads or saved_as.endswith("ForSequenceClassification"):
-            return
         generator = torch.Generator().manual_seed(seed)
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and set(heads) & set(name.split(".")):
+            in_head = bool(set(heads) & set(name.split(".")))
+            if in_head and isinstance(module, nn.Linear) and f"{name}.weight" in self.loaded.drawn:
                 drawn = torch.randn(module.weight.shape, generator=generator)
                 module.weight.copy_(drawn * getattr(model.config, "initializer_range", 0.02))
                 if module.bias is not None:

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 import lora_init
 from lora_init import cli
-from lora_init.arguments import read_modules
 from lora_init.console import explain, one_line_errors
 from tests.conftest import MODELS, tiny_bert, tiny_llama
 
@@ -570,13 +569,6 @@ def test_it_runs_as_a_module_and_as_a_script():
     )
     (script,) = entry_points(group="console_scripts", name="lora-init")
     assert script.load() is cli.main
-
-
-def test_modules_are_read_as_names_or_as_a_regular_expression():
-    assert read_modules("all-linear") == "all-linear"
-    assert read_modules("q_proj") == ["q_proj"]
-    assert read_modules("q_proj, self_attn.v_proj") == ["q_proj", "self_attn.v_proj"]
-    assert read_modules(r".*\.q_proj") == r".*\.q_proj"
 
 
 def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):

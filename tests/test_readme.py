@@ -23,7 +23,10 @@ MODEL, DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "boolq.jsonl"
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     save_model(tiny_llama(), folder / MODEL)
-    rows = [{"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19]} for i in range(48)]
+    rows = [
+        {"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19], "label": i % 2 == 0}
+        for i in range(48)
+    ]
     (folder / DATA).write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -40,8 +43,14 @@ def test_no_block_escapes():
 
 
 def for_the_tiny_model(text):
-    """Budgets and names as they fit the tiny model."""
-    for pattern, smaller in ((r"\b1M\b", "3k"), (r"\b5M\b", "5k"), (r"\bMODEL DATA\b", f"{MODEL} {DATA}")):
+    """Budgets, names and lengths as they fit the tiny model."""
+    for pattern, smaller in (
+        (r"\b1M\b", "3k"),
+        (r"\b5M\b", "5k"),
+        (r"\bMODEL DATA\b", f"{MODEL} {DATA}"),
+        (r"lora-init compare", "lora-init compare --steps 2 --seeds 2 --learning-rates 1e-3 --validation-samples 8"),
+        (r'starts=\("random", "eva"\)', r"\g<0>, steps=2, seeds=2, learning_rates=[1e-3], validation_samples=8"),
+    ):
         text = re.sub(pattern, smaller, text)
     return text
 
