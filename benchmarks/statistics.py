@@ -4,7 +4,7 @@
     python -m benchmarks.statistics --setting minilm     # under two minutes
     python -m benchmarks.statistics --skip-peft-run      # leaves out PEFT's run to its own stop, the longest part
 
-Each part interleaves what it compares batch by batch, so that a noisy machine hits all alike, and reports medians and
+Each part interleaves what it compares batch by batch, so that a noisy machine hits all alike, and reports means and
 ratios. Prints Markdown; writes JSON next to this file.
 """
 

@@ -14,7 +14,8 @@ def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor
     For float32 on a CPU by oneDNN. The BLAS that torch would call, MKL, does not use the full vector width on
     processors that Intel did not make: on one of them thin products ran at 190 GFLOP/s by MKL and at 410 by oneDNN.
     """
-    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and _has_onednn():
+    empty = 0 in (*a.shape, len(b))  # the operator refuses that
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not empty and _has_onednn():
         product: Tensor = getattr(torch.ops.mkldnn, _OPERATOR)(a, b, bias, "none", [], "")
         return product
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)

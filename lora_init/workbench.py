@@ -18,10 +18,10 @@ from lora_init.console import explain, is_out_of_memory
 from lora_init.data import Batches
 from lora_init.errors import LoraInitError
 from lora_init.experiment import Run
-from lora_init.frozen_linear import frozen_layers_by_onednn
 from lora_init.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.models import LoadedModel
+from lora_init.onednn_layers import linear_layers_by_onednn
 from lora_init.prepared import Prepared
 from lora_init.run_groups import Variant
 from lora_init.run_log import Record
@@ -134,7 +134,7 @@ class Workbench:
         prepared = self._prepare(Run(Variant("random"), 0, 1e-4), lambda center: self._collect(0, center))
         try:
             order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
-            with frozen_layers_by_onednn(prepared.peft_model):
+            with linear_layers_by_onednn(prepared.peft_model):
                 trial = train(
                     prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
                     evaluation_points=(0, _TRIAL_STEPS), seed=0,
@@ -172,7 +172,7 @@ class Workbench:
                 ),
                 "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
             }
-            with frozen_layers_by_onednn(prepared.peft_model):
+            with linear_layers_by_onednn(prepared.peft_model):
                 done = train(
                     prepared.peft_model,
                     self.task,
@@ -183,22 +183,23 @@ class Workbench:
                     seed=run.seed,
                     on_step=on_step,
                 )
+                finished = done.status == "finished"
+                if finished and self.retain is not None and retain_before is not None:
+                    record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
             record |= {
                 "status": done.status,
                 "error": done.reason,
                 "evaluation_points": done.evaluation_points,
                 "validation_loss": done.validation_loss,
                 "training_loss": [round(loss, 6) for loss in done.training_loss],
-                "metrics": done.metrics if done.status == "finished" else None,
+                "metrics": done.metrics if finished else None,
                 "metrics_before": metrics_before,
                 "gradient_norm": done.gradient_norm,
                 "data_order": done.data_order,
                 "training_seconds": round(done.seconds, 3),
                 "peak_memory_bytes": peak_bytes(),
             }
-            if done.status == "finished":
-                if self.retain is not None and retain_before is not None:
-                    record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+            if finished:
                 record["intruders"] = self._count_intruders(prepared.peft_model)
         finally:
             prepared.release()
@@ -221,19 +222,20 @@ class Workbench:
         )
 
     def _collect(self, seed: int, center: bool) -> Statistics:
-        return collect(
-            self.loaded.model,
-            self._statistics_data(seed),
-            self.target_modules,
-            task_type=self.loaded.task_type,
-            rank=self.rank,
-            rho=2.0,
-            center=center,
-            max_batches=self.statistics_batches,
-            seed=seed,
-            data=f"{self.task.data}; training examples in the order of seed {seed}",
-            progress=False,
-        )
+        with linear_layers_by_onednn(self.loaded.model):
+            return collect(
+                self.loaded.model,
+                self._statistics_data(seed),
+                self.target_modules,
+                task_type=self.loaded.task_type,
+                rank=self.rank,
+                rho=2.0,
+                center=center,
+                max_batches=self.statistics_batches,
+                seed=seed,
+                data=f"{self.task.data}; training examples in the order of seed {seed}",
+                progress=False,
+            )
 
     def _statistics_data(self, seed: int) -> list[dict[str, torch.Tensor]]:
         """Take the first batches of the run's own data; none twice."""
@@ -246,8 +248,9 @@ class Workbench:
         """Measure the plain model, once for each seed, since a new head depends on it."""
         if seed not in self._before:
             model = self.loaded.model
-            scored = evaluate(model, self.task, with_metrics=True).metrics
-            self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
+            with linear_layers_by_onednn(model):
+                scored = evaluate(model, self.task, with_metrics=True).metrics
+                self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
         return self._before[seed]
 
     def _decompose_plain_weights(self) -> None:
