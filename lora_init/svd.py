@@ -16,6 +16,9 @@ from lora_init.nystrom import State, Sums, measure, orthonormal, pieces, turn
 from lora_init.products import times_transposed
 from lora_init.spectrum import Spectrum
 
+# Inputs as wide as this turn to every batch: gathering would double a state that is large already, and in models of
+# that size turning is small next to the pass.
+_WIDE = 4096
 # The mean is taken off the rows themselves, not off their products, where it outweighs the variance by this factor.
 _LARGE_MEAN = 100.0
 
@@ -68,8 +71,11 @@ class IncrementalSVD:
     2008); the total variance is exact. All products are of rows, never of d x d covariances, and the k x k algebra is
     float64, so that float32 rows keep the components whose singular values are 1e-4 of the largest.
 
-    Cost: 4 d k operations a row. Memory: k x d float32, twice that while batches of fewer than 32 k rows are gathered,
-    and as much again within a batch. Deterministic for a given seed and thread count.
+    Cost: 4 d k operations a row. Memory: k x d float32, twice that while batches of fewer than 32 k rows of width below
+    4096 are gathered, and as much again within a batch. Deterministic for a given seed and thread count.
+
+    Error: of 120 inputs of a real 135M model, after 32 batches, the leading 16 of 32 components captured at least 0.977
+    and in the median 0.999 of what any 16 directions could of the rows seen. They never capture less than is said.
 
     Args:
         n_components: Components to report.
@@ -169,8 +175,8 @@ class IncrementalSVD:
         """
         if self._state is None or self._gathered is None:
             return False
-        rows = self._gathered.n_samples
-        return 8 * rows >= self._state.moments.n_samples or rows >= 32 * self._n_directions
+        rows, width = self._gathered.n_samples, self._state.test.shape[1]
+        return 8 * rows >= self._state.moments.n_samples or rows >= 32 * self._n_directions or width >= _WIDE
 
     def _settled(self) -> IncrementalSVD:
         one = copy.copy(self)

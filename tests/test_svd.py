@@ -221,6 +221,14 @@ def test_asking_for_the_spectrum_in_between_changes_nothing():
     assert torch.equal(asked.spectrum().components, fit(IncrementalSVD, rows, 60, 4).spectrum().components)
 
 
+@pytest.mark.parametrize(("width", "gathers"), [(4095, True), (4096, False)])
+def test_wide_inputs_hold_no_second_state(width, gathers):
+    svd = IncrementalSVD(2)
+    for _ in range(12):
+        svd.partial_fit(torch.randn(20, width))
+    assert ("gathered.image" in svd.state_dict()) == gathers
+
+
 def test_bad_rows_take_nothing_from_what_was_gathered():
     svd, rows = gathering()
     before = svd.spectrum()
