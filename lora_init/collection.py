@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, plain_name, plain_names, unwrapped
 from lora_init.passes import collect_groups
 from lora_init.records import Collected
-from lora_init.statistics import Provenance, Statistics
+from lora_init.statistics import Provenance, Statistics, notes_on_experts
 from lora_init.targets import ALL_LINEAR, Targets, find_targets
 
 
@@ -201,7 +201,7 @@ def collect(
         },
         unsupported={**targets.unsupported, **{name: targets.layers[name].kind for name in found.never_ran}},
     )
-    provenance.notes.extend(_notes_on_experts(statistics))
+    provenance.notes.extend(notes_on_experts(statistics))
     if found.stop_reason == "interrupted":
         raise Interrupted(statistics)
     return statistics
@@ -230,19 +230,6 @@ def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
         if spectrum.n_components < expected:
             notes.append(
                 f"{group}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
-            )
-    return notes
-
-
-def _notes_on_experts(stats: Statistics) -> list[str]:
-    notes = []
-    for name, target in stats.targets.items():
-        few = stats.experts_with_few_rows(name)
-        if few:
-            shown = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
-            notes.append(
-                f"{name}: {len(few)} of {target.experts} experts read fewer than "
-                f"{2 * len(stats.explained_variance(name))} rows and start from those of all experts: {shown}."
             )
     return notes
 

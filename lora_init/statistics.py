@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_init.experts import expert_group
+from lora_init.merging import merge_parts
+from lora_init.parts import Part
 from lora_init.spectrum import Spectrum
 from lora_init.targets import Target, read_target
 from lora_init.tensorfile import TensorFile, write_tensors
@@ -40,7 +42,8 @@ class Provenance:
         rank: Average rank that the pass was made for.
         n_batches: Batches used.
         n_samples: Rows of the layer that saw most.
-        stop_reason: `"converged"`, `"exhausted"`, `"max_batches"` or `"interrupted"`.
+        stop_reason: `"converged"`, `"exhausted"`, `"max_batches"` or `"interrupted"`; those of all parts, with commas,
+            if statistics were merged.
         seconds: Where the time went: `forward`, `decomposition`, `data`.
         versions: Versions of lora_init, torch, transformers and Python.
         notes: What a user should know about single layers, a sentence each.
@@ -79,7 +82,7 @@ class Statistics(Mapping[str, Spectrum]):
         group_of: For each layer, in model order, the name of its group.
         targets: For each layer, its kind and widths.
         held_out: For each group, the share of the variance of the last batches that the components found before them
-            captured, in [0, 1]; NaN where fewer than two batches were seen.
+            captured, in [0, 1]; NaN where fewer than two batches were seen, and where statistics were merged.
         batch_ratios: For each group, one row for each of its last batches: the share of that batch's variance along
             each component found before it, float64 [n, k]. Their scatter is the sampling error.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
@@ -147,6 +150,55 @@ class Statistics(Mapping[str, Spectrum]):
         groups = [expert_group(name, expert) for expert in range(self.targets[name].experts)]
         return [expert for expert, group in enumerate(groups) if self._variances.get(group, (0, 0, 0))[2] < least]
 
+    def merge(self, *others: Statistics, weights: Sequence[float] | None = None) -> Statistics:
+        """Make the statistics of all rows that these and the others have seen; none of them is changed.
+
+        All must come from one model, with the same layers, `center`, `token_mask` and `task_type`. Without weights each
+        row counts once: shards of one data set, or more of it later. With weights the data sets count by these shares
+        whatever their numbers of rows are: the second moment of a layer's input is the weighted sum of theirs. An
+        expert reads of each what the router sends to it.
+
+        Counts, means and total variances are exact. Components are so up to what each part had left out: see
+        `mixtures.mix` for the bound. As many components are kept as all parts have. Layers that ran in some parts only
+        come from those. `held_out` is unknown, NaN, for layers of several parts: nobody has measured how much of new
+        rows their common components capture. The sampling error, from `batch_ratios`, is that of the weighted sum.
+
+        Rows that two parts share count twice. Merge more than two in one call: each call leaves something out.
+
+        Args:
+            others: Statistics.
+            weights: Share of each, these first; positive, their sum 1.
+
+        Raises:
+            LoraInitError: Another model, other layers or settings; nothing to merge with; the same statistics twice;
+                weights that are not one share for each.
+
+        Example:
+            >>> import torch
+            >>> from lora_init import collect
+            >>> model, batches = torch.nn.Sequential(torch.nn.Linear(8, 4)), [torch.randn(32, 8) for _ in range(4)]
+            >>> one, other = (collect(model, part, rank=2) for part in (batches[:1], batches[1:]))
+            >>> one.merge(other)["0"].n_samples, one.merge(other, weights=[0.7, 0.3]).provenance.n_batches
+            (128, 4)
+        """
+        merged = Statistics(**merge_parts([one._part(i + 1) for i, one in enumerate((self, *others))], weights))
+        merged.provenance.notes.extend(notes_on_experts(merged))
+        return merged
+
+    def _part(self, number: int) -> Part:
+        name = str(self._groups.path) if isinstance(self._groups, _StoredGroups) else f"part {number}"
+        return Part(
+            name=name,
+            groups=self._groups,
+            variances=self._variances,
+            group_of=self.group_of,
+            targets=self.targets,
+            held_out=self.held_out,
+            batch_ratios=self.batch_ratios,
+            unsupported=self.unsupported,
+            provenance=self.provenance,
+        )
+
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; its format is in the README. A crash leaves no half file.
 
@@ -213,10 +265,25 @@ class Statistics(Mapping[str, Spectrum]):
         return statistics
 
 
+def notes_on_experts(stats: Statistics) -> list[str]:
+    """Name the experts that start from the rows of all experts."""
+    notes = []
+    for name, target in stats.targets.items():
+        few = stats.experts_with_few_rows(name)
+        if few:
+            shown = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
+            notes.append(
+                f"{name}: {len(few)} of {target.experts} experts read fewer than "
+                f"{2 * len(stats.explained_variance(name))} rows and start from those of all experts: {shown}."
+            )
+    return notes
+
+
 class _StoredGroups(Mapping[str, Spectrum]):
     """Spectra in a file, read when they are asked for."""
 
     def __init__(self, file: TensorFile, groups: Mapping[str, Mapping[str, Any]]) -> None:
+        self.path = file.path
         self._file = file
         self._groups = groups
 

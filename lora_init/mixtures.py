@@ -1,0 +1,85 @@
+"""The spectrum of several sets of rows together, from the spectrum of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_init.folding import fold
+from lora_init.moments import Moments, freeze
+from lora_init.spectrum import Spectrum
+
+
+def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None = None) -> Spectrum:
+    """Decompose the rows of several sets together, of which only the spectra are known.
+
+    Without shares every row counts once. With shares w_i the second moment is sum w_i E_i, whatever the numbers of rows
+    are: a row of set i counts w_i n / n_i times, n the rows of all. The distance of the means counts as variance.
+
+    Mean and total variance are exact, up to the float32 of the means. What a set has beyond its own components is lost:
+    with l_i for the variance along the last one that set i kept, and w_i for its share of the rows where none is given,
+    the variance said to lie along each component of the result is at most what the rows have along it, and at most
+    sum w_i l_i short of the exact decomposition. So r components capture what any r can, less r times that at most.
+    Sets that kept all their directions lose nothing.
+
+    Args:
+        spectra: One for each set, all of one width and all centred or all not.
+        size: Most components to keep.
+        shares: One for each set; their sum is 1.
+
+    Returns:
+        The spectrum; `n_samples` is the number of rows seen, with shares too.
+
+    Example:
+        >>> import torch
+        >>> from lora_init import ExactPCA
+        >>> rows = torch.randn(30, 3)
+        >>> parts = [ExactPCA().partial_fit(part).spectrum() for part in rows.split(10)]
+        >>> whole = ExactPCA().partial_fit(rows).spectrum()
+        >>> torch.allclose(mix(parts, 3).explained_variance, whole.explained_variance, rtol=1e-5)
+        True
+    """
+    n_samples = sum(one.n_samples for one in spectra)
+    counts = [
+        float(one.n_samples) if shares is None else share * n_samples
+        for one, share in zip(spectra, shares or [math.nan] * len(spectra), strict=True)
+    ]
+    mean = torch.stack([count / n_samples * one.mean.double() for one, count in zip(spectra, counts, strict=True)])
+    mean = mean.sum(0)  # [d]
+    rows, scatter = [], 0.0
+    for one, count in zip(spectra, counts, strict=True):
+        degrees = count * max(one.n_samples - 1, 1) / one.n_samples
+        gap = count**0.5 * (one.mean.double() - mean)
+        rows += [(one.explained_variance * degrees).sqrt()[:, None] * one.components.double(), gap[None]]
+        scatter += one.total_variance * degrees + float(gap @ gap)
+    state = fold(None, Moments(n_samples, mean, scatter), torch.cat(rows), None, size)
+    return freeze(state.moments, state.directions, state.core.diagonal())
+
+
+def mix_ratios(ratios: Sequence[Tensor], amounts: Sequence[float], n_components: int) -> Tensor | None:
+    """Make rows whose mean has the standard error that a weighted sum of the means of several sets of rows has.
+
+    The standard error of a sum of independent means e_i with amounts a_i is sqrt(sum (a_i e_i)^2). The rows returned
+    are those of all sets, each about the mean of its own set and scaled by what brings std / sqrt(n) to that.
+
+    Args:
+        ratios: Rows [n_i, k_i] of each set.
+        amounts: a_i, the share that each set has of the sum.
+        n_components: Columns of the result; those that a set lacks count as zeros.
+
+    Returns:
+        Rows [n, k]; None if a set has fewer than two, so that its error is unknown.
+    """
+    if any(len(one) < 2 for one in ratios):
+        return None
+    n = sum(map(len, ratios))
+    middle, rows = torch.zeros(n_components, dtype=torch.float64), []
+    for one, amount in zip(ratios, amounts, strict=True):
+        columns = one.double()[:, :n_components]
+        columns = torch.nn.functional.pad(columns, (0, n_components - columns.shape[1]))
+        middle += amount * columns.mean(0)
+        rows.append((columns - columns.mean(0)) * (amount * (n * (n - 1) / (len(one) * (len(one) - 1))) ** 0.5))
+    return torch.cat(rows) + middle
