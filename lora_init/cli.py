@@ -13,6 +13,8 @@ from lora_init.compare_command import EXAMPLE as COMPARE_EXAMPLE
 from lora_init.compare_command import compare
 from lora_init.console import make_console, one_line_errors, quiet_transformers
 from lora_init.errors import LoraInitError
+from lora_init.merge_command import EXAMPLE as MERGE_EXAMPLE
+from lora_init.merge_command import merge
 from lora_init.rank_command import EXAMPLE, ranks
 
 if TYPE_CHECKING:
@@ -228,6 +230,7 @@ def inspect(
 
 
 app.command(epilog=EXAMPLE)(ranks)
+app.command(epilog=MERGE_EXAMPLE)(merge)
 app.command(epilog=COMPARE_EXAMPLE)(compare)
 
 

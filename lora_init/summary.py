@@ -60,7 +60,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         "parameters": f"{summary['parameters']:,}, {change:+.1%} against rank {summary['rank']} everywhere",
         "data": summary["data"] or "not described",
         "pass": f"{summary['n_samples']:,} rows in {summary['n_batches']} batches, stopped: {summary['stop_reason']}",
-        "held out": "not measured: fewer than two batches"
+        "held out": "not measured: fewer than two batches, or statistics that were merged"
         if held_out is None
         else f"{summary['n_components']} components capture {held_out['median']:.1%} of the variance of unseen rows "
         f"(median), {held_out['min']:.1%} at least ({held_out['min_layer']})",
