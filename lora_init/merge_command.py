@@ -27,9 +27,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file to write.", show_default=False)],
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="Share of each file in the mixture, as 0.7,0.3; their sum is 1. Without, each row counts once."
-        ),
+        typer.Option(help="Share of each file in the mixture, as 0.7,0.3; sum 1. Default: each row counts once."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,

@@ -152,7 +152,8 @@ def _provenance(parts: Sequence[Part], weights: Sequence[float] | None) -> Any:
     made = [part.provenance for part in parts]
     data = [one.data for one in made]
     if weights is not None:
-        data = [f"{weight:g} x {text or 'not described'}" for weight, text in zip(weights, data, strict=True)]
+        told = [f"({text})" if "; " in text else text or "not described" for text in data]
+        data = [f"{weight:g} x {text}" for weight, text in zip(weights, told, strict=True)]
     return replace(
         made[0],
         data="; ".join(dict.fromkeys(text for text in data if text)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -43,10 +42,8 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         True
     """
     n_samples = sum(one.n_samples for one in spectra)
-    counts = [
-        float(one.n_samples) if shares is None else share * n_samples
-        for one, share in zip(spectra, shares or [math.nan] * len(spectra), strict=True)
-    ]
+    # How many rows each set counts for.
+    counts = [one.n_samples if shares is None else shares[i] * n_samples for i, one in enumerate(spectra)]
     mean = torch.stack([count / n_samples * one.mean.double() for one, count in zip(spectra, counts, strict=True)])
     mean = mean.sum(0)  # [d]
     rows, scatter = [], 0.0

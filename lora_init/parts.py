@@ -26,7 +26,7 @@ class Part:
     Attributes:
         name: Its file, or which of them it is: for errors.
         variances: Of each group: variance along each component, total variance, number of rows.
-        provenance: A `Provenance`; that class is further down.
+        provenance: A `Provenance`, from the module that imports this one.
     """
 
     name: str

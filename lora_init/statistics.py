@@ -163,7 +163,8 @@ class Statistics(Mapping[str, Spectrum]):
         come from those. `held_out` is unknown, NaN, for layers of several parts: nobody has measured how much of new
         rows their common components capture. The sampling error, from `batch_ratios`, is that of the weighted sum.
 
-        Rows that two parts share count twice. Merge more than two in one call: each call leaves something out.
+        Rows that two parts share count twice. Merge more than two in one call: each call leaves something out. What
+        `provenance` has no sum or list for, such as the seed, is that of the first; its notes describe every part.
 
         Args:
             others: Statistics.

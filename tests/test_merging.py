@@ -76,6 +76,8 @@ def test_weights_are_shares_whatever_the_rows(shards):
         assert torch.allclose(merged[name].mean.double(), mean, atol=1e-6)
         assert merged[name].n_samples == n
     assert merged.provenance.data == "0.2 x d; 0.8 x e"
+    again = merged.merge(passed(batches=batches_for("llama", seed=2)), weights=[0.5, 0.5])
+    assert again.provenance.data == "0.5 x (0.2 x d; 0.8 x e); 0.5 x d"
 
 
 def test_the_order_does_not_matter_and_three_at_once_are_about_as_two_and_one(shards):
