@@ -51,7 +51,9 @@ def _missing(groups: Sequence[Group], settings: Mapping[str, Any]) -> list[str]:
     for group in groups:
         seeds = set(settings.get("seeds") or []) - set(group.best_runs)
         if group.best is not None and seeds:
-            said.append(f"{group.label}: at its best rate, {rate_text(group.best)}, {seed_list(seeds)} did not finish.")
+            said.append(
+                f"{group.label}: no finished run with {seed_list(seeds)} at its best rate, {rate_text(group.best)}."
+            )
     return said
 
 

@@ -74,7 +74,7 @@ def test_seeds_without_a_partner_are_left_out_and_named():
     runs = [run for run in planted({"eva": -0.01}) if (run["start"], run["seed"]) != ("eva", 2)]
     summary = summarise(runs, settings())
     assert verdict(summary).pairs.n == 2
-    assert any(note.startswith("eva: at its best rate, 1e-3, seed 2 did not finish") for note in summary.notes)
+    assert any(note.startswith("eva: no finished run with seed 2 at its best rate, 1e-3") for note in summary.notes)
 
 
 def test_variants_of_a_start_are_judged_apart():
