@@ -21,8 +21,12 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
     Mean and total variance are exact, up to the float32 of the means. What a set has beyond its own components is lost:
     with l_i for the variance along the last one that set i kept, and w_i for its share of the rows where none is given,
     the variance said to lie along each component of the result is at most what the rows have along it, and at most
-    sum w_i l_i short of the exact decomposition. So r components capture what any r can, less r times that at most.
-    Sets that kept all their directions lose nothing.
+    sum w_i l_i short of the exact decomposition, if the spectra of the sets are exact themselves. So r components
+    capture what any r can, less r times that at most. Sets that kept all their directions lose nothing.
+
+    Of made-up rows 576 wide, of variances that fall as j^-0.5 to j^-1.2, the 32 components of 2 or 8 sets captured at
+    least 0.982 of what any 32 could, and those of one pass over all rows 0.984. The variance said to lie along them was
+    up to 13 % less than what they captured, most where it falls slowest.
 
     Args:
         spectra: One for each set, all of one width and all centred or all not.
