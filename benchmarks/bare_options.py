@@ -1,7 +1,7 @@
 """Options without their letters: `python -m benchmarks.bare_options SIQA/test.jsonl siqa/all.jsonl`.
 
-The files have options as `A. ...`, one a line, and the answer with its letter. Where the prompt doesn't show the options,
-nobody can know the letter, and a loss that counts it measures little else.
+The files have options as `A. ...`, one a line, and the answer with its letter. Where the prompt doesn't show the
+options, nobody can know the letter, and a loss that counts it measures little else.
 """
 
 from __future__ import annotations

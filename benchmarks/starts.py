@@ -18,6 +18,7 @@ from lora_init.run_log import read_runs, read_settings
 from lora_init.run_measures import all_rates
 from lora_init.run_plots import line_style, looks
 from lora_init.verdicts import final_losses, verdicts
+from lora_init.wording import rate_text
 
 UNTUNED = (1e-4, 3e-4)
 
@@ -50,7 +51,7 @@ def draw(tasks: dict[str, list[Group]], target: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     drawn = {}
     for axes, (name, groups) in zip(panels, tasks.items(), strict=True):
         styles = looks(groups)
@@ -63,7 +64,7 @@ def draw(tasks: dict[str, list[Group]], target: Path) -> None:
             )
         axes.set_xscale("log")
         rates = all_rates(groups)
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+        axes.set_xticks(rates, [rate_text(rate) for rate in rates], minor=False)
         axes.set_xticks([], minor=True)
         axes.set_yscale("symlog", linthresh=1.0)
         axes.set_ylim(bottom=-0.1)
@@ -97,9 +98,10 @@ def main(logs: Sequence[str]) -> None:
         untuned = []
         for rate in UNTUNED:
             values = [regrets(tasks[name], group, rate) for name, group in found.items() if group]
-            untuned.append(f"{statistics.fmean(values):.1f}" if values and not any(map(math.isnan, values)) else "–")
+            known = values and not any(map(math.isnan, values))
+            untuned.append(f"{min(values):.1f} to {max(values):.1f}" if known else "–")
         rows.append([label, *differences, *untuned])
-    print(table(["start", *tasks, *(f"at {rate:g}" for rate in UNTUNED)], rows))
+    print(table(["start", *tasks, *(f"lost at {rate_text(rate)}" for rate in UNTUNED)], rows))
     draw(tasks, Path(__file__).parent / "results" / "starts.png")
 
 
