@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.execution import Precision, run_eagerly
+from lora_init.execution import Precision, is_offloaded, is_sharded, run_eagerly
 from lora_init.experts import Experts, experts_of, routed
 from lora_init.masks import TokenMasks, encoder_of
 from lora_init.patches import Patches, patches_of
@@ -48,6 +48,9 @@ class ActivationTap:
             grouped, since it may treat each its own way.
 
     Attributes:
+        sharded: Whether a forward pass is one that all processes make together. It then runs to its end, also after an
+            error in a layer's rows, and so it does where weights are taken away after use.
+        n_passes: Forward passes that ran.
         group_of: Name of the group of every layer that ran so far.
         n_calls: Largest number of times that a layer ran in one pass.
     """
@@ -64,6 +67,10 @@ class ActivationTap:
         self.modules = modules
         self.group_of: dict[str, str] = {}
         self.n_calls: Counter[str] = Counter()
+        self.sharded = is_sharded(model)
+        self.n_passes = 0
+        self._to_the_end = self.sharded or is_offloaded(model)
+        self._error: LoraInitError | None = None
         self._forward = forward or call_model
         self._own_rows = rows
         self._masks = TokenMasks(model, token_mask)
@@ -81,7 +88,7 @@ class ActivationTap:
         for name, module in self.modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         head = _output_embedding(self.model)
-        if head is not None and all(head is not module for module in self.modules.values()):
+        if not self._to_the_end and head is not None and all(head is not module for module in self.modules.values()):
             self._handles.append(head.register_forward_pre_hook(self._end_pass, prepend=True))
         self._handles += self._masks.hooks()
         return self
@@ -96,9 +103,9 @@ class ActivationTap:
         self._handles, self._modes = [], []
 
     def resume(self, group_of: Mapping[str, str], n_calls: Mapping[str, int]) -> None:
-        """Go on with the grouping that an earlier pass has found."""
+        """Go on with the grouping that an earlier pass, or another process, has found."""
         self.group_of.update(group_of)
-        self.n_calls.update(n_calls)
+        self.n_calls |= Counter(n_calls)  # the larger of each
 
     def _begin(self, sink: Sink, wanted: Callable[[str], bool]) -> None:
         self._sink, self._wanted = sink, wanted
@@ -108,6 +115,7 @@ class ActivationTap:
         # kept, and an id that Python gave to a second tensor is told from the first.
         self._taken: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
         self._last: tuple[str, int] | None = None
+        self._error = None
         for position, name in enumerate(self._order):
             experts = self._experts.get(name)
             if any(map(wanted, experts.groups() if experts else [self.group_of[name]])):
@@ -141,6 +149,9 @@ class ActivationTap:
             complete = self._last is None  # ended by the output embedding: nothing more could have come
         finally:
             self._end()
+        self.n_passes += 1
+        if self._error is not None:
+            raise self._error
         if complete and not self._order and len(set(self._called)) == len(self.modules):
             self._order = self._called
 
@@ -157,8 +168,14 @@ class ActivationTap:
                 return
             self._calls[name] += 1
             self._called.append(name)
-            self._carry(name, args, kwargs, self._sink)
-            if self._last == (name, self._calls[name]):
+            try:
+                if self._error is None:
+                    self._carry(name, args, kwargs, self._sink)
+            except LoraInitError as error:
+                if not self.sharded:
+                    raise
+                self._error = error
+            if self._last == (name, self._calls[name]) and not self._to_the_end:
                 raise _EndOfPass
 
         return carry

@@ -40,16 +40,13 @@ class Checkpoint:
         self._resume = resume
         self._written = time.monotonic()
 
-    def read(
-        self, found: Collected, make: Callable[[], IncrementalSVD], share: int = 0, of: int = 1
-    ) -> list[list[str]]:
+    def read(self, found: Collected, make: Callable[[], IncrementalSVD], of: int = 1) -> list[list[str]]:
         """Bring `found` to where the file is.
 
         Args:
             found: Is changed; stays as it is if there is no file.
             make: Makes an empty decomposition.
-            share: See `IncrementalSVD.load_state_dict`.
-            of: Likewise; the number of processes.
+            of: The number of processes.
 
         Returns:
             Hashes of the batches that each process has used; empty lists if there is no file.
@@ -73,7 +70,9 @@ class Checkpoint:
                 )
             self._check(begun, len(digests), of)
             names = file.header["digests"]
-            found.unpack(file.header, {name: file.tensor(name) for name in names}, make, share, of)
+            found.unpack(file.header, {name: file.tensor(name) for name in names}, make)
+        except LoraInitError:  # a ValueError, too
+            raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise file.changed(f"its header ({error})") from error
         return [list(used) for used in digests]

@@ -16,11 +16,12 @@ import lora_init
 from lora_init.activations import Forward, call_model
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
-from lora_init.execution import Precision, plain_name, plain_names, unwrapped
+from lora_init.execution import Precision, class_name, plain_names, unwrapped, weights
 from lora_init.passes import collect_groups
 from lora_init.records import Collected
 from lora_init.statistics import Provenance, Statistics, notes_on_experts
 from lora_init.targets import ALL_LINEAR, Targets, find_targets
+from lora_init.team import Team, check_alike
 
 
 class Interrupted(KeyboardInterrupt):
@@ -105,65 +106,63 @@ def collect(
         >>> stats["0"].components.shape, stats.provenance.stop_reason
         (torch.Size([4, 8]), 'exhausted')
     """
-    if rank < 1 or rho < 1.0 or tolerance < 0.0:
-        raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
-    if resume and checkpoint is None:
-        raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
-    model, precision = unwrapped(model), Precision()
-    targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
-    narrow = [target for target in targets.layers.values() if target.in_features < rank]
-    if narrow:
-        raise LoraInitError(
-            f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
-            f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
-        )
-    print_of_model = fingerprint(model)  # before the pass: bitsandbytes repacks weights when they are first used
-    kept = None
-    if checkpoint is not None:
-        kept = Checkpoint(
-            checkpoint,
-            checkpoint_every,
-            resume,
-            {
-                "model": f"{type(model).__name__} {print_of_model}",
-                "data": data,
-                "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
-                "rank": rank,
-                "rho": rho,
-                "center": center,
-                "token_mask": token_mask,
-                "tolerance": tolerance,
-                "seed": seed,
-            },
-        )
-    modules = plain_names(model)
+    with Team() as team:
+        if rank < 1 or rho < 1.0 or tolerance < 0.0:
+            raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
+        if resume and checkpoint is None:
+            raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
+        model, precision = unwrapped(model), Precision()
+        targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
+        narrow = [target for target in targets.layers.values() if target.in_features < rank]
+        if narrow:
+            raise LoraInitError(
+                f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
+                f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
+            )
+        print_of_model = fingerprint(model)  # before the pass: bitsandbytes repacks weights when they are first used
+        asked = {
+            "model": f"{class_name(model)} {print_of_model}",
+            "data": data,
+            "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
+            "rank": rank,
+            "rho": rho,
+            "center": center,
+            "token_mask": token_mask,
+            "tolerance": tolerance,
+            "seed": seed,
+        }
+        check_alike(team, {**asked, "max_batches": max_batches, "checkpoint": checkpoint is not None, "resume": resume})
+        kept = Checkpoint(checkpoint, checkpoint_every, resume, asked) if checkpoint is not None else None
+        modules = plain_names(model)
 
-    def forward_as_called(model: nn.Module, batch: Any) -> Any:
-        with precision.on():
-            return (forward or call_model)(model, batch)
+        def forward_as_called(model: nn.Module, batch: Any) -> Any:
+            with precision.on():
+                return (forward or call_model)(model, batch)
 
-    with precision.off():
-        found = collect_groups(
-            model,
-            {name: modules[target.module] for name, target in targets.layers.items()},
-            batches,
-            n_components=round(rho * rank),
-            center=center,
-            token_mask=token_mask,
-            max_batches=max_batches,
-            tolerance=tolerance,
-            seed=seed,
-            forward=forward_as_called,
-            progress=progress,
-            checkpoint=kept,
-        )
+        with precision.off():
+            found = collect_groups(
+                model,
+                {name: modules[target.module] for name, target in targets.layers.items()},
+                batches,
+                n_components=round(rho * rank),
+                center=center,
+                token_mask=token_mask,
+                max_batches=max_batches,
+                tolerance=tolerance,
+                seed=seed,
+                forward=forward_as_called,
+                progress=progress,
+                checkpoint=kept,
+                team=team,
+            )
+        team.finish()
     if found.n_batches == 0:
         if found.stop_reason == "interrupted":
             raise Interrupted(None)
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
     provenance = Provenance(
         model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
-        model_class=type(model).__name__,
+        model_class=class_name(model),
         fingerprint=print_of_model,
         n_parameters=count_parameters(model),
         target_modules=_listed(target_modules),
@@ -256,10 +255,10 @@ def fingerprint(model: nn.Module) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter in unwrapped(model).named_parameters():
-        digest.update(f"{plain_name(name)}:{tuple(parameter.shape)};".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            flat = _flat(parameter.detach())
+    for name, weight in weights(unwrapped(model)):
+        digest.update(f"{name}:{tuple(weight.shape)};".encode())
+        if weight.device.type != "meta" and weight.numel():
+            flat = _flat(weight)
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
             digest.update(values.view(torch.int16).numpy().tobytes())

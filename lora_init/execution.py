@@ -1,4 +1,4 @@
-"""How a model is run: the plain model inside a compiled one, and the precision it runs in."""
+"""How a model is run: the plain model inside a compiled one, where its weights are, the precision it runs in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # torch.compile, activation checkpointing and FSDP's first version put a module with one of these names around another.
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -46,6 +46,52 @@ def plain_name(name: str) -> str:
         'layers.0.mlp.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+def class_name(module: nn.Module) -> str:
+    """Name a module's class as it was before `fully_shard` made another one of it."""
+    fsdp = _fsdp_module()
+    return next(kind.__name__ for kind in type(module).__mro__ if fsdp is None or not issubclass(kind, fsdp))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether a forward pass is one that all processes make together (FSDP2)."""
+    fsdp = _fsdp_module()
+    return fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Tell whether accelerate brings weights to where they are used and takes them away after the forward pass."""
+    return any(_offloaded_weights(module) for module in model.modules())
+
+
+def _fsdp_module() -> Any:
+    # Importing it takes a second, and where it was not imported nothing is sharded.
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def _offloaded_weights(module: nn.Module) -> Any:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((found for one in hooks if (found := getattr(one, "weights_map", None)) is not None), None)
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter under its plain name: whole where processes hold a part each, from where it is kept.
+
+    In a sharded model all processes have to do this together. It gathers one parameter at a time.
+    """
+    kept = {id(module): found for module in model.modules() if (found := _offloaded_weights(module)) is not None}
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner, _, ending = name.rpartition(".")
+        tensor: Any = parameter.detach()
+        if tensor.device.type == "meta" and id(modules[owner]) in kept:
+            tensor = kept[id(modules[owner])][ending]
+        if hasattr(tensor, "full_tensor"):
+            # Of a model whose shards are kept on the CPU, it is the accelerators that can talk to each other.
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        yield plain_name(name), tensor
 
 
 def run_eagerly() -> AbstractContextManager[Any]:

@@ -17,8 +17,10 @@ from lora_init.activations import ActivationTap, Forward, RowsFunction
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
 from lora_init.records import Collected, GroupRecord
+from lora_init.rounds import Rounds, own_batches
 from lora_init.shards import Shard
 from lora_init.svd import IncrementalSVD, apply_updates, settle
+from lora_init.team import Team
 
 
 def collect_groups(
@@ -36,6 +38,7 @@ def collect_groups(
     rows: RowsFunction | None = None,
     progress: bool | None = None,
     checkpoint: Checkpoint | None = None,
+    team: Team | None = None,
 ) -> Collected:
     """Run the model over the batches and decompose what each module receives. The loop under `collect`.
 
@@ -46,37 +49,43 @@ def collect_groups(
         n_components: Components of each group.
         center: Subtract the mean.
         token_mask: See `collect`.
-        max_batches: Bound on the number of batches.
+        max_batches: Bound on the number of batches, of all processes together.
         tolerance: See `collect`.
         seed: Seed of the decompositions.
         forward: Runs the model on a batch.
         rows: Rows of a module from its name and arguments, in place of the masking; modules are then not grouped.
         progress: Show a progress bar; by default only on a terminal.
         checkpoint: File to write the state to, and to go on from.
+        team: The processes that make this pass together; by default this one alone.
 
     Returns:
-        The running decompositions; after Ctrl-C with `stop_reason="interrupted"`.
+        The running decompositions, the same in all processes; after Ctrl-C with `stop_reason="interrupted"`.
 
     Raises:
         LoraInitError: See `collect`.
     """
     if max_batches < 1:
         raise LoraInitError(f"max_batches={max_batches}, expected at least 1.")
-    run = _Pass(n_components, center, seed, tolerance)
+    team = team or Team(alone=True)
+    run = _Pass(n_components, center, seed, tolerance, alone=team.size == 1)
     found = run.found
-    shard = Shard(batches, found.seconds, hashed=checkpoint is not None)
+    shard = Shard(own_batches(team, batches), found.seconds, hashed=checkpoint is not None)
     with (
         ActivationTap(model, modules, token_mask, forward, rows) as tap,
-        _progress_bar(batches, max_batches, progress) as bar,
+        _progress_bar(batches, max_batches, progress if team.rank == 0 else False) as bar,
     ):
-        if checkpoint is not None:
-            shard.skip(checkpoint.read(found, run.make)[0], str(checkpoint.path))
-            checkpoint.begin(found, [shard.digests])
-            tap.resume(found.group_of, found.n_calls)
-            bar.update(found.n_batches)
-        found.stop_reason = "interrupted"
-        with suppress(KeyboardInterrupt):
-            found.stop_reason = run.all_batches(tap, shard, max_batches, bar, checkpoint)
+        if team.size > 1:
+            rounds = Rounds(team, run.make, tolerance, found, tap, shard, bar, checkpoint)
+            found.stop_reason = rounds.run(run.one_batch, max_batches)
+        else:
+            if checkpoint is not None:
+                shard.skip(checkpoint.read(found, run.make)[0], str(checkpoint.path))
+                checkpoint.begin(found, [shard.digests])
+                tap.resume(found.group_of, found.n_calls)
+                bar.update(found.n_batches)
+            found.stop_reason = "interrupted"
+            with suppress(KeyboardInterrupt):
+                found.stop_reason = run.all_batches(tap, shard, max_batches, bar, checkpoint)
         settle(record.svd for record in found.groups.values())
         found.group_of = {name: tap.group_of[name] for name in modules if name in tap.group_of}
         found.never_ran = [name for name in modules if name not in tap.group_of]
@@ -87,10 +96,11 @@ def collect_groups(
 class _Pass:
     """The loop, and what the hooks call inside it."""
 
-    def __init__(self, n_components: int, center: bool, seed: int, tolerance: float) -> None:
+    def __init__(self, n_components: int, center: bool, seed: int, tolerance: float, alone: bool) -> None:
         self.found = Collected()
         self.make = partial(IncrementalSVD, n_components, center, seed)
         self._tolerance = tolerance
+        self._alone = alone  # several processes decide together, when they meet
 
     def all_batches(
         self, tap: ActivationTap, shard: Shard, max_batches: int, bar: tqdm[Any], checkpoint: Checkpoint | None
@@ -105,24 +115,31 @@ class _Pass:
             batch = shard.take(1)
             if not batch:
                 return "exhausted"
-            self._one_batch(tap, batch[0])
+            self.one_batch(tap, batch[0], found.n_batches)
             bar.set_postfix_str(f"{self._n_converged()}/{len(found.groups)} inputs converged", refresh=False)
             bar.update()
             if checkpoint is not None:
                 found.group_of, found.n_calls = dict(tap.group_of), dict(tap.n_calls)
                 checkpoint.write_if_due(found, [shard.digests])
 
-    def _one_batch(self, tap: ActivationTap, batch: Any) -> None:
+    def one_batch(self, tap: ActivationTap, batch: Any, position: int) -> None:
+        """Take in one batch; `position` is for messages."""
         found, seconds = self.found, self.found.seconds
         started, inside = time.perf_counter(), seconds["decomposition"]
         try:
             tap.run(batch, self._sink, self._wanted)
             passed = time.perf_counter()
-            _take_in(found, self._tolerance)
+            compared = _take_in(found)
         except (LoraInitError, MemoryError, RuntimeError) as error:
-            raise _explained(error, found.n_batches) from error
+            raise _explained(error, position) from error
+        if self._alone:
+            self._decide(compared)
         seconds["forward"] += passed - started - (seconds["decomposition"] - inside)
         seconds["decomposition"] += time.perf_counter() - passed
+
+    def _decide(self, compared: Iterable[GroupRecord]) -> None:
+        for record in compared:
+            record.decide(self._tolerance, self.found.n_batches)
 
     def _sink(self, group: str, rows: Tensor) -> None:
         start = time.perf_counter()
@@ -141,17 +158,15 @@ class _Pass:
         return sum(not self._wanted(group) for group in self.found.groups)
 
 
-def _take_in(found: Collected, tolerance: float) -> None:
-    """Complete the batch that was projected, for all groups at once."""
+def _take_in(found: Collected) -> list[GroupRecord]:
+    """Complete the batch that was projected, for all groups at once; return those that it could be compared in."""
     try:
         apply_updates(record.svd for record in found.groups.values())
     except LoraInitError as error:
         name = next(n for n, r in found.groups.items() if r.svd is getattr(error, "decomposition", None))
         raise LoraInitError(f"layer {name!r}: {error}") from None
     found.n_batches += 1
-    for record in found.groups.values():
-        if record.converged_at is None:
-            record.after_batch(tolerance, found.n_batches)
+    return [record for record in found.groups.values() if record.converged_at is None and record.after_batch()]
 
 
 def _explained(error: Exception, n_batches: int) -> Exception:

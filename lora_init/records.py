@@ -14,9 +14,9 @@ from torch import Tensor
 from lora_init.svd import IncrementalSVD
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
-_MIN_BATCHES = 8
+MIN_BATCHES = 8
 # Batches whose captured shares are kept, for the sampling error of the ranks.
-_KEPT_BATCHES = 16
+KEPT_BATCHES = 16
 
 
 @dataclass
@@ -31,7 +31,7 @@ class GroupRecord:
     """
 
     svd: IncrementalSVD
-    ratios: deque[Tensor] = field(default_factory=lambda: deque(maxlen=_KEPT_BATCHES))
+    ratios: deque[Tensor] = field(default_factory=lambda: deque(maxlen=KEPT_BATCHES))
     shares: list[float] = field(default_factory=list)
     converged_at: int | None = None
 
@@ -54,10 +54,10 @@ class GroupRecord:
         gap = self.svd.captured - (statistics.fmean(later) - error)
         return bool(gap <= tolerance * self.svd.captured)
 
-    def after_batch(self, tolerance: float, n_batches: int) -> None:
-        """Record the batch that was just taken in, and decide whether more are needed."""
+    def after_batch(self) -> bool:
+        """Record the batch that was just taken in; tell whether it could be compared with those before."""
         if self.svd.held_out is None:
-            return
+            return False
         captured, total, _ = self.svd.held_out
         self.svd.held_out = None
         ratios = torch.zeros(self.svd.n_components, dtype=torch.float64)
@@ -65,7 +65,11 @@ class GroupRecord:
             ratios[: len(captured)] = captured[: self.svd.n_components].cpu() / total
         self.ratios.append(ratios)
         self.shares.append(float(ratios.sum()) if total > 0 else 1.0)
-        if n_batches >= _MIN_BATCHES and len(self.shares) > 2 and self._has_converged(tolerance):
+        return True
+
+    def decide(self, tolerance: float, n_batches: int) -> None:
+        """Decide whether more batches are needed than the `n_batches` so far."""
+        if n_batches >= MIN_BATCHES and len(self.shares) > 2 and self._has_converged(tolerance):
             self.converged_at = n_batches
             self.svd.release()
 
@@ -110,21 +114,14 @@ class Collected:
         return header, tensors
 
     def unpack(
-        self,
-        header: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        make: Callable[[], IncrementalSVD],
-        share: int = 0,
-        of: int = 1,
+        self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], make: Callable[[], IncrementalSVD]
     ) -> None:
-        """Take over what `pack` wrote, or one share of its rows.
+        """Take over what `pack` wrote.
 
         Args:
             header: The header.
             tensors: The tensors by name.
             make: Makes an empty decomposition.
-            share: See `IncrementalSVD.load_state_dict`.
-            of: Likewise.
         """
         by_group: dict[str, dict[str, Tensor]] = {name: {} for name in header["groups"]}
         for key, tensor in tensors.items():
@@ -135,7 +132,7 @@ class Collected:
             parts = by_group[name]
             record = GroupRecord(make(), shares=list(shares), converged_at=converged_at)
             record.ratios.extend(parts.pop("ratios", ()))
-            record.svd.load_state_dict(parts, share, of)
+            record.svd.load_state_dict(parts)
             self.groups[name] = record
         self.group_of, self.n_calls = dict(header["group_of"]), dict(header["n_calls"])
         self.n_batches = header["n_batches"]

@@ -25,6 +25,8 @@ class Shard:
 
     Attributes:
         digests: Hashes of the batches that were taken.
+        n_taken: How many were taken.
+        ended: Whether the data has ended.
     """
 
     def __init__(self, batches: Iterable[Any], seconds: dict[str, float], hashed: bool) -> None:
@@ -32,6 +34,8 @@ class Shard:
         self._seconds = seconds
         self._hashed = hashed
         self.digests: list[str] = []
+        self.n_taken = 0
+        self.ended = False
 
     def take(self, n: int) -> list[Any]:
         """Read the next `n` batches, fewer where the data ends."""
@@ -42,8 +46,10 @@ class Shard:
                 try:
                     batch = next(self._stream)
                 except StopIteration:
+                    self.ended = True
                     break
                 taken.append(batch)
+                self.n_taken += 1
                 if self._hashed:
                     self.digests.append(batch_digest(batch))
             return taken

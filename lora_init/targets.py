@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_init.errors import LoraInitError
-from lora_init.execution import plain_names, unwrapped
+from lora_init.execution import class_name, plain_names, unwrapped
 from lora_init.experts import find_parameters
 from lora_init.patches import CONVOLUTIONS, patches_of
 from lora_init.selectors import is_conv1d, is_in, is_linear, matches, no_match
@@ -181,7 +181,7 @@ def find_targets(
             experts = parameters[name]
             if experts is not None:
                 widths = experts.in_features, experts.out_features
-                layers[name] = Target(name, type(experts.module).__name__, *widths, experts=experts.n_experts)
+                layers[name] = Target(name, class_name(experts.module), *widths, experts=experts.n_experts)
             else:
                 unsupported[name] = "Parameter"
                 reasons[name] = "a parameter whose input no interface of transformers' experts shows"
@@ -191,7 +191,7 @@ def find_targets(
         if reason is None:
             layers[name] = _target(name, module)
         else:
-            unsupported[name], reasons[name] = type(module).__name__, reason
+            unsupported[name], reasons[name] = class_name(module), reason
     return Targets(layers, unsupported, reasons)
 
 
@@ -205,7 +205,7 @@ def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
 
 
 def _target(name: str, module: nn.Module) -> Target:
-    kind = type(module).__name__
+    kind = class_name(module)
     if is_conv1d(module):
         d_in, d_out = module.weight.shape  # type: ignore[misc]
         return Target(name, kind, int(d_in), int(d_out))

@@ -181,7 +181,10 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rank": 3}, "begun with rank 4, this pass has 3"),
+        (
+            {"rank": 3},
+            r"^\S+ was begun with rank 4, this pass has 3\. Name another file, or delete this one to begin again\.$",
+        ),
         ({"rho": 1.0}, r"begun with rho 2\.0, this pass has 1\.0"),
         ({"seed": 1}, "begun with seed 0, this pass has 1"),
         ({"center": False}, "begun with center True, this pass has False"),

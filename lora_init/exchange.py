@@ -1,0 +1,170 @@
+"""What several processes have found, made one: only states travel, and each ends with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.records import KEPT_BATCHES, Collected, GroupRecord
+from lora_init.svd import IncrementalSVD, settle
+from lora_init.team import Message, Team
+
+
+class Exchange:
+    """Make one `Collected` of what all processes have found since they last met, the same in each.
+
+    Between two meetings every process goes on from the common state with its share of the weight: all shares together,
+    merged, are the state that one process would have. Layers that are done travel no more.
+
+    Args:
+        team: The processes.
+        make: Makes an empty decomposition.
+        tolerance: See `collect`.
+    """
+
+    def __init__(self, team: Team, make: Callable[[], IncrementalSVD], tolerance: float) -> None:
+        self._team, self._make, self._tolerance = team, make, tolerance
+        self._n_batches = 0
+        self._known: dict[str, tuple[list[float], list[Tensor]]] = {}  # shares and ratios, as of the last meeting
+
+    def bring_together(self, found: Collected) -> Collected:
+        """Merge, and decide which layers are done.
+
+        Args:
+            found: What this process has found. Not changed.
+
+        Returns:
+            What all have found, on the CPU, equal bit for bit in all processes.
+
+        Raises:
+            RankFailedError: A process failed or died.
+        """
+        settle(record.svd for record in found.groups.values())
+        done = {name: record for name, record in found.groups.items() if record.converged_at is not None}
+        message = self._team.combine(lambda: self._pack(found), self._merge, self._conclude)
+        return self._whole(message, done)
+
+    def spread(self, read: Callable[[Collected], list[list[str]]]) -> tuple[Collected, list[list[str]]]:
+        """Give what the first process reads from a file to all.
+
+        Args:
+            read: Brings an empty `Collected` to where the file is; returns the hashes of the batches used, by rank.
+
+        Returns:
+            The same in all processes: what was read, and the hashes.
+        """
+
+        def make() -> Message:
+            found = Collected()
+            used = read(found)
+            header, tensors = found.pack()
+            return Message({**header, "used": used}, tensors)
+
+        message = self._team.share(make)
+        return self._whole(message, {}), message.header["used"]
+
+    def hand_out(self, whole: Collected, found: Collected) -> None:
+        """Let this process go on with its share of what all have found.
+
+        Args:
+            whole: From `bring_together` or `spread`, the same in all processes.
+            found: Is changed.
+        """
+        for record in whole.groups.values():
+            if record.converged_at is None:
+                record.svd.load_state_dict(record.svd.state_dict(), self._team.rank, self._team.size)
+        self._n_batches = whole.n_batches
+        self._known = {name: (list(r.shares), list(r.ratios)) for name, r in whole.groups.items()}
+        take_over(whole, found)
+
+    def _whole(self, message: Message, done: dict[str, GroupRecord]) -> Collected:
+        whole = Collected()
+        whole.unpack(message.header, message.tensors, self._make)
+        whole.groups = {**done, **whole.groups}
+        return whole
+
+    def _pack(self, found: Collected) -> Message:
+        """Write what this process has found: the state of each layer, and the shares of the batches since."""
+        tensors: dict[str, Tensor] = {}
+        news: dict[str, list[list[Any]]] = {}
+        for name, record in found.groups.items():
+            if record.converged_at is not None:
+                continue
+            shares = record.shares[len(self._known.get(name, ([], []))[0]) :]
+            # By this they are put in order: the first of each process, then the second of each, as one would see them.
+            news[name] = [[position, self._team.rank, share] for position, share in enumerate(shares)]
+            parts = record.svd.state_dict()
+            if shares:
+                parts["ratios"] = torch.stack(list(record.ratios)[-len(shares) :])
+            tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in parts.items()}
+        header = {
+            "news": news,
+            "group_of": found.group_of,
+            "n_calls": found.n_calls,
+            "n_batches": found.n_batches - self._n_batches,
+            "seconds": found.seconds,
+        }
+        return Message(header, tensors)
+
+    def _merge(self, one: Message, other: Message) -> Message:
+        parts, others = _by_group(one), _by_group(other)
+        news: dict[str, list[list[Any]]] = one.header["news"]
+        for name, theirs in other.header["news"].items():
+            ours = news.setdefault(name, [])
+            mine, its = parts.setdefault(name, {}), others[name]
+            ratios = list(zip(ours[-KEPT_BATCHES:], mine.pop("ratios", ()), strict=True))
+            ratios += zip(theirs[-KEPT_BATCHES:], its.pop("ratios", ()), strict=True)
+            svd = self._make().load_state_dict(mine)
+            parts[name] = dict(svd.merge(self._make().load_state_dict(its)).state_dict())
+            if ratios:
+                kept = sorted(ratios, key=lambda pair: pair[0])[-KEPT_BATCHES:]
+                parts[name]["ratios"] = torch.stack([row for _, row in kept])
+            news[name] = sorted(ours + theirs)
+        a, b = one.header, other.header
+        header = {
+            "news": news,
+            "group_of": {**a["group_of"], **{k: v for k, v in b["group_of"].items() if k not in a["group_of"]}},
+            "n_calls": {
+                k: max(a["n_calls"].get(k, 0), b["n_calls"].get(k, 0)) for k in {**a["n_calls"], **b["n_calls"]}
+            },
+            "n_batches": a["n_batches"] + b["n_batches"],
+            "seconds": {part: max(a["seconds"][part], b["seconds"][part]) for part in a["seconds"]},
+        }
+        return Message(header, {f"{name}/{part}": tensor for name, of in parts.items() for part, tensor in of.items()})
+
+    def _conclude(self, message: Message) -> Message:
+        """Decide which layers are done, and write what all processes go on with."""
+        header, found = message.header, Collected()
+        found.group_of, found.n_calls, found.seconds = header["group_of"], header["n_calls"], header["seconds"]
+        found.n_batches = self._n_batches + header["n_batches"]
+        for name, parts in _by_group(message).items():
+            if found.group_of.get(name, name) != name:
+                continue  # a process whose first batch did not reach all layers took its input for one of its own
+            shares, ratios = self._known.get(name, ([], []))
+            news = header["news"][name]
+            record = GroupRecord(self._make(), shares=[*shares, *(share for *_, share in news)])
+            record.ratios.extend((*ratios, *parts.pop("ratios", ())))
+            record.svd.load_state_dict(parts)
+            if news:
+                record.decide(self._tolerance, found.n_batches)
+            found.groups[name] = record
+        return Message(*found.pack())
+
+
+def take_over(whole: Collected, found: Collected) -> None:
+    """Bring `found`, to which others hold on, to where `whole` is."""
+    found.groups = whole.groups
+    found.group_of, found.n_calls = dict(whole.group_of), dict(whole.n_calls)
+    found.n_batches = whole.n_batches
+    found.seconds.update(whole.seconds)
+
+
+def _by_group(message: Message) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in message.header["news"]}
+    for key, tensor in message.tensors.items():
+        name, _, part = key.rpartition("/")
+        parts[name][part] = tensor
+    return parts

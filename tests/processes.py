@@ -1,0 +1,77 @@
+"""Run a function of a test in several fresh processes of one gloo group, with a limit on the time."""
+
+import faulthandler
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+
+# A server that has imported what takes seconds, and has done nothing else, forks the processes.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.processes_imports"])
+
+
+class Processes:
+    """`size` processes that run `function(rank, size, folder, *arguments)`, which returns what JSON can hold.
+
+    Attributes:
+        running: The processes, by rank.
+    """
+
+    def __init__(self, function, size, folder, *arguments, **environment):
+        self._folder = folder / f"{function.__name__}-{uuid.uuid4().hex[:8]}"
+        self._folder.mkdir()
+        common = (function.__module__, function.__name__, self._folder, folder, size, arguments, environment)
+        self.running = [_CONTEXT.Process(target=_child, args=(*common, rank), daemon=True) for rank in range(size)]
+        for process in self.running:
+            process.start()
+
+    def results(self, seconds=60):
+        """Wait for all; return what they returned, None for those that were killed."""
+        exits = self.wait(seconds)
+        for rank, code in enumerate(exits):
+            assert code in (0, -9), f"rank {rank} exited with {code}: {self.stderr(rank)}"
+        return [
+            json.loads((self._folder / f"{rank}.json").read_text()) if code == 0 else None
+            for rank, code in enumerate(exits)
+        ]
+
+    def wait(self, seconds=60):
+        """Wait for all, and kill them if that takes longer; return the exit code of each."""
+        deadline = time.monotonic() + seconds
+        try:
+            for process in self.running:
+                process.join(max(0.1, deadline - time.monotonic()))
+            hang = [rank for rank, process in enumerate(self.running) if process.is_alive()]
+            assert not hang, f"ranks {hang} still run after {seconds} s: {[*map(self.stderr, hang)]}"
+        finally:
+            for process in self.running:
+                process.kill()
+        return [process.exitcode for process in self.running]
+
+    def stderr(self, rank):
+        """What a process has written to stderr."""
+        return (self._folder / f"{rank}.err").read_text()
+
+
+def run(function, size, folder, *arguments, seconds=60, **environment):
+    """Run it in `size` processes; return what each returned."""
+    return Processes(function, size, folder, *arguments, **environment).results(seconds)
+
+
+def _child(module, function, own, folder, size, arguments, environment, rank):
+    os.environ.update(environment)
+    os.dup2(os.open(Path(own, f"{rank}.err"), os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    faulthandler.dump_traceback_later(45)  # where it hangs, if it does
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{own}/meet", rank=rank, world_size=size)
+    found = getattr(importlib.import_module(module), function)(rank, size, folder, *arguments)
+    Path(own, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,9 @@
+"""What the server of `processes.py` imports before it forks."""
+
+import torch.distributed.fsdp
+import transformers.models.llama.modeling_llama
+
+import lora_init.collection
+import tests.conftest
+
+__all__ = ["lora_init", "tests", "torch", "transformers"]

@@ -1,0 +1,95 @@
+"""An interrupted pass of several processes goes on and ends as if it had not been interrupted."""
+
+import random
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lora_init import LoraInitError, Statistics, collect
+from lora_init.checkpoint import FORMAT, FORMAT_VERSION
+from lora_init.tensorfile import TensorFile
+from tests.processes import Processes, run
+from tests.test_checkpoint import assert_same
+from tests.test_process_failures import message
+from tests.test_processes import kept
+
+SETTINGS = {"rank": 8, "tolerance": 0.0, "max_batches": 240}
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 4))
+
+
+def inputs(n_batches=240):
+    torch.manual_seed(2)
+    return [torch.randn(64, 96) for _ in range(n_batches)]
+
+
+def uninterrupted(rank, size, folder):
+    started = time.perf_counter()
+    of = kept(collect(net(), inputs(), **SETTINGS), folder, f"whole-{rank}")
+    return of, time.perf_counter() - started
+
+
+def going_on(rank, size, folder):
+    settings = {"checkpoint": folder / "c", "checkpoint_every": 0.0, "resume": True}
+    return kept(collect(net(), inputs(), **SETTINGS, **settings), folder, f"resumed-{rank}")
+
+
+def test_killed_at_any_moment_two_processes_end_with_the_result_of_two(tmp_path):
+    (expected, seconds), (same, _) = run(uninterrupted, 2, tmp_path)
+    assert same == expected
+    rng, at = random.Random(0), []
+    for _ in range(8):
+        processes = Processes(going_on, 2, tmp_path)
+        time.sleep(rng.uniform(0.1, 0.1 + seconds / 3))
+        for process in rng.sample(processes.running, rng.choice([1, 2])):  # the other one then ends by itself
+            process.kill()
+        processes.wait()
+        if (tmp_path / "c").exists():
+            whole = TensorFile(tmp_path / "c", FORMAT, FORMAT_VERSION)
+            assert all(whole.tensor(name) is not None for name in whole.header["digests"])
+            at.append(whole.header["n_batches"])
+    assert at == sorted(at) and len(set(at)) > 2
+    assert len(set(run(going_on, 2, tmp_path))) == 1
+    assert_same(Statistics.load(tmp_path / "resumed-0"), Statistics.load(tmp_path / "whole-0"))
+
+
+def refused(rank, size, folder):
+    settings = SETTINGS | {"checkpoint": folder / "c", "resume": True}
+    other = inputs()
+    other[3] = other[0]  # the second of rank 1
+    return {
+        "other": message(lambda: collect(net(), inputs(), **settings, data="other")),
+        "data": message(lambda: collect(net(), other[rank::size], **settings)),
+        "without resume": message(lambda: collect(net(), inputs(), **settings | {"resume": False})),
+    }
+
+
+def begun(rank, size, folder):
+    return message(
+        lambda: collect(
+            net(), inputs(40), **SETTINGS | {"max_batches": 40}, checkpoint=folder / "c", checkpoint_every=0.0
+        )
+    )
+
+
+def test_another_number_of_processes_and_other_data_are_refused(tmp_path):
+    run(begun, 2, tmp_path)
+    before = (tmp_path / "c").read_bytes()
+    with pytest.raises(LoraInitError, match=r"c was begun by 2 processes, this pass has 1. Start as many as before"):
+        collect(net(), inputs(), **SETTINGS, checkpoint=tmp_path / "c", resume=True)
+    begins = f"rank 0 failed: {tmp_path / 'c'}"
+    for found in run(refused, 3, tmp_path):
+        assert found["data"][1].startswith(f"{begins} was begun by 2 processes, this pass has 3. Start as many")
+    for found in run(refused, 2, tmp_path):
+        assert found["other"][1].startswith(
+            f"{begins} was begun with data '', this pass has 'other'. Name another file"
+        )
+        assert found["without resume"][1].startswith(f"{begins} exists, from a pass that was interrupted after 40")
+        assert found["data"][1].startswith(f"rank 1 failed: batch 1 is not the one that {tmp_path / 'c'} has used")
+        assert all(kind == "RankFailedError" for kind, *_ in found.values())
+    assert (tmp_path / "c").read_bytes() == before

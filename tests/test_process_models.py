@@ -1,0 +1,132 @@
+"""Models that are wrapped, sharded over processes, or split over devices: names and results of the plain model."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch.distributed.fsdp import fully_shard
+
+from lora_init import Statistics, allocate_ranks, build_adapter, collect
+from lora_init.collection import fingerprint
+from tests.conftest import batches_for
+from tests.processes import run
+from tests.test_checkpoint import assert_same
+from tests.test_process_failures import message
+from tests.test_processes import SETTINGS, kept, llama
+
+
+def fully_sharded(model, whole=True, linear=False):
+    if linear:
+        fully_shard(model.model.layers[0].mlp.up_proj)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model) if whole else model
+
+
+def wrapped_and_sharded(rank, size, folder):
+    batches, found = batches_for("llama", 12), {}
+
+    def keep(name, model, data):
+        found[name] = kept(collect(model, data, **SETTINGS), folder, f"{name}-{rank}")
+
+    keep("plain", llama(), batches)
+    keep("ddp", torch.nn.parallel.DistributedDataParallel(llama()), batches)
+    keep("fsdp", sharded := fully_sharded(llama(), linear=True), batches)
+    keep("fsdp-parts", fully_sharded(llama(), whole=False), batches)
+    keep("fsdp-uneven", fully_sharded(llama()), batches[:9] if rank == 0 else batches[9:])
+    keep("plain-uneven", llama(), batches[:9] if rank == 0 else batches[9:])
+    keep("fsdp-empty", fully_sharded(llama()), batches if rank == 1 else [])
+    keep("plain-empty", llama(), batches if rank == 1 else [])
+    masked = {**batches[4], "attention_mask": 0 * batches[4]["attention_mask"]}
+    data = [masked if rank and position == 5 else batch for position, batch in enumerate(batches)]
+    found["no rows"] = message(lambda: collect(fully_sharded(llama()), data[rank::2], **SETTINGS))
+    data = [batch["input_ids"][:, :8].float() + rank for batch in batches]
+    data[3][0, 0] = torch.nan if rank else 0.0
+    layers = fully_shard(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
+    found["not finite"] = message(lambda: collect(layers, data, **SETTINGS))
+    data = [torch.randn(64, 8), torch.randn(64, 8).expand(2, 64, 8) if rank else torch.randn(64, 8)]
+    found["labels"] = message(lambda: collect(layers, data, **SETTINGS, token_mask="labels"))
+    found["cannot lend"] = message(
+        lambda: collect(fully_sharded(llama()), [tuple(batches[0].values())] * 8 if rank else [], **SETTINGS)
+    )
+    # The model is as it was, and trains.
+    plain, batch = llama(), batches[0]
+    for model in (sharded, plain):
+        model(**batch).loss.backward()
+    of = plain.model.layers[0].mlp.up_proj.weight.grad
+    theirs = sharded.model.layers[0].mlp.up_proj.weight.grad.full_tensor()
+    found["gradient"] = float((of - theirs).abs().max())
+    return found
+
+
+def test_wrapped_and_sharded_models(tmp_path):
+    first, second = run(wrapped_and_sharded, 2, tmp_path)
+    assert all(first[name] == second[name] for name in first if isinstance(first[name], str))
+    for name in ("ddp", "fsdp", "fsdp-parts", "fsdp-uneven", "fsdp-empty"):
+        plain = f"plain{name.removeprefix('fsdp')}" if name.endswith(("uneven", "empty")) else "plain"
+        stats, expected = (Statistics.load(tmp_path / f"{one}-0") for one in (name, plain))
+        assert_same(stats, expected)
+        assert stats.provenance.model_class == "LlamaForCausalLM"
+        assert {target.kind for target in stats.targets.values()} == {"Linear"}
+        one, other = (
+            build_adapter(found, allocate_ranks(found, rank=2)).save_pretrained(tmp_path / f"{name}-{i}-adapter")
+            for i, found in enumerate((stats, expected))
+        )
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (one / file).read_bytes() == (other / file).read_bytes()
+    expected = {
+        "no rows": "rank 1 failed: batch 2: the mask keeps 0 of 48 tokens",
+        "not finite": "rank 1 failed: batch 3: layer '0': 1 of 4 rows contain NaN",
+        "labels": "rank 0 failed: batch 0: token_mask='labels' needs",
+        "cannot lend": "rank 0 has no batch, and a sharded model runs in all processes together",
+    }
+    for case, start in expected.items():
+        for found in (first, second):
+            assert found[case][0] == "RankFailedError" and found[case][1].startswith(start), found[case]
+    assert first["gradient"] == second["gradient"] == 0.0  # the mean over two equal processes
+
+
+def broken_halfway(rank, size, folder):
+    """A process fails inside a forward pass: the others are caught in it and see the end of the process."""
+
+    def forward(model, batch):
+        if rank == 1 and len(passes) == 3:
+            model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        passes.append(1)
+        model(**batch)
+
+    passes = []
+    return message(lambda: collect(fully_sharded(llama()), batches_for("llama", 24), **SETTINGS, forward=forward))
+
+
+def test_a_sharded_model_that_breaks_in_one_process(tmp_path):
+    for kind, text, _ in run(broken_halfway, 2, tmp_path):
+        assert (kind, text) == ("RankFailedError", "rank 1 failed: ZeroDivisionError: division by zero")
+
+
+def offloaded(model, tmp_path):
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def on_disk(model, tmp_path):
+    return disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+
+
+def split(model, tmp_path):
+    """One layer here, another on disk; `device_map="auto"` does no more where memory is short."""
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+    return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+
+
+@pytest.mark.parametrize("way", [offloaded, on_disk, split], ids=lambda way: way.__name__)
+def test_models_that_accelerate_splits(way, tmp_path):
+    plain, batches = llama(), batches_for("llama", 10)
+    model = way(copy.deepcopy(plain), tmp_path / "weights")
+    expected, stats = collect(plain, batches, **SETTINGS), collect(model, batches, **SETTINGS)
+    assert_same(stats, expected)
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())  # taken away again
+    assert fingerprint(model) == fingerprint(plain)
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, plain(**batches[0]).logits)
