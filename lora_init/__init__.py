@@ -22,6 +22,8 @@ _HOMES = {
     "build_adapter": "adapter",
     "AdapterInit": "adapter",
     "initialize": "adapter",
+    "correct_base": "correction",
+    "GradientSpectrum": "gradients",
     "get_eva_state_dict": "peft_eva",
     "initialize_lora_eva_weights": "peft_eva",
     "load_batches": "data",

@@ -6,7 +6,8 @@ import copy
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -81,6 +82,7 @@ class ActivationTap:
         self._handles: list[Any] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._sink: Sink | None = None
+        self._whole = False
 
     def __enter__(self) -> ActivationTap:
         self._modes = [(module, module.training) for module in self.model.modules()]
@@ -133,18 +135,32 @@ class ActivationTap:
         Raises:
             LoraInitError: The mask keeps no token, labels are missing, or the model does not take the batch.
         """
+        with self.listening(batch, sink, wanted) as moved, run_eagerly():
+            self._forward(self.model, moved)
+
+    @contextmanager
+    def listening(self, batch: Any, sink: Sink, wanted: Callable[[str], bool], whole: bool = False) -> Iterator[Any]:
+        """Hand out the rows of a forward pass that somebody else runs inside the block.
+
+        Args:
+            batch: See `run`, as for `sink` and `wanted`.
+            whole: Let the pass go on to its end, for the loss.
+
+        Yields:
+            The batch on the model's device.
+        """
 
         def at_full_precision(group: str, rows: Tensor) -> None:
-            with torch.no_grad(), Precision().off():
+            with Precision().off():
                 sink(group, rows)
 
         self._begin(at_full_precision, wanted)
+        self._whole = whole
         batch = to_device(batch, _input_device(self.model))
         self._masks.start(batch)
         complete = True
         try:
-            with run_eagerly():
-                self._forward(self.model, batch)
+            yield batch
         except _EndOfPass:
             complete = self._last is None  # ended by the output embedding: nothing more could have come
         finally:
@@ -170,18 +186,28 @@ class ActivationTap:
             self._called.append(name)
             try:
                 if self._error is None:
-                    self._carry(name, args, kwargs, self._sink)
+                    with torch.no_grad():  # in a pass that will go backward, too
+                        self._carry(name, args, kwargs, self._sink)
             except LoraInitError as error:
                 if not self.sharded:
                     raise
                 self._error = error
-            if self._last == (name, self._calls[name]) and not self._to_the_end:
+            if self._last == (name, self._calls[name]) and not self._whole and not self._to_the_end:
                 raise _EndOfPass
 
         return carry
 
+    @property
+    def by_labels(self) -> bool:
+        """Whether tokens without a label are left out."""
+        return self._masks.by_labels
+
+    def index(self, name: str, x: Tensor) -> Tensor | None:
+        """Number the rows of a layer's input [..., d] that count in the present pass; None if all do."""
+        return self._masks.index(name, x[None] if x.dim() == 1 else x)
+
     def _end_pass(self, module: nn.Module, args: Any) -> None:
-        if self._sink is not None:
+        if self._sink is not None and not self._whole:
             raise _EndOfPass
 
     def _carry(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
@@ -193,9 +219,7 @@ class ActivationTap:
         if name in self._experts:
             self._carry_experts(self._experts[name], args, kwargs, sink)
             return
-        x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-        if not isinstance(x, Tensor):
-            raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Pass rows=.")
+        x = input_of(name, args, kwargs)
         version = 0 if x.is_inference() else x._version
         patches = self._patches[name]
         seen, seen_version, groups = self._taken.get((id(x), patches), (None, 0, []))
@@ -236,8 +260,25 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     return batch
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
+def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Find the tensor that a layer reads among its arguments.
+
+    Raises:
+        LoraInitError: There is none.
+    """
+    x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    if not isinstance(x, Tensor):
+        raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Pass rows=.")
+    return x
+
+
+def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     """Run a model on a batch: a mapping goes in as keywords, a sequence as positions.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        with_labels: Keep `labels`, from which a model of transformers computes its loss.
 
     Raises:
         LoraInitError: The model does not take what is in the batch.
@@ -245,7 +286,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         inputs = dict(batch)
         parameters = inspect.signature(model.forward).parameters
-        if not _makes_decoder_inputs_from_labels(model, inputs):
+        if not (with_labels or _makes_decoder_inputs_from_labels(model, inputs)):
             inputs.pop("labels", None)  # no loss
         if "use_cache" in parameters:
             inputs.setdefault("use_cache", False)

@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init.adapter_init import AdapterInit
 from lora_init.allocation import RankAllocation
 from lora_init.errors import LoraInitError
 from lora_init.experts import expert_group
+from lora_init.gradient_starts import GRADIENT_METHODS
 from lora_init.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
 from lora_init.selectors import is_in
 from lora_init.statistics import Statistics
@@ -38,6 +39,7 @@ def build_adapter(
     lora_dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
     seed: int = 0,
+    gamma: float | None = None,
 ) -> AdapterInit:
     """Compute the start of every layer's adapter. No model is needed.
 
@@ -46,7 +48,10 @@ def build_adapter(
         ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
             that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for.
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
-        method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"gaussian"` or `"orthogonal"`, see `initializers`.
+        method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"gaussian"` or `"orthogonal"`, see `initializers`. From
+            statistics with gradients also `"eva-grad"`, `"grad-a"`, `"natural-gradient"` (B = 0 in these three),
+            `"natural-gradient-step"`, `"lora-one"` (the output changes) and `"lora-ga"` (the base weights change), see
+            `gradient_starts`.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
@@ -55,16 +60,17 @@ def build_adapter(
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole, such as `"lm_head"`. Layers
             in them get no adapter.
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
+        gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (64): A and B are divided by
+            its root, so a larger one is a smaller step.
 
     Warns:
         UserWarning: The data had fewer directions than ranks in some layer, so random orthogonal ones fill up.
 
     Raises:
         LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
-            serve, no layer left, or an impossible lora_alpha or lora_dropout.
+            serve, no layer left, no gradients in the statistics, or an impossible lora_alpha, lora_dropout or gamma.
     """
-    if method not in METHODS:
-        raise LoraInitError(f"method={method!r} is unknown. Choose one of {', '.join(map(repr, METHODS))}.")
+    _check_method(method, gamma, use_dora)
     if whiten and method != "eva":
         raise LoraInitError(f"whiten=True needs method='eva'; method={method!r} has no variances to divide by.")
     if not (0.0 < lora_alpha < math.inf):
@@ -75,18 +81,16 @@ def build_adapter(
         raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
     plan, rank = _plan(stats, ranks, modules_to_save)
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
-    options = {"whiten": whiten} if method == "eva" else {}
     weights, explained, filled = {}, {}, []
     for name, layer_rank in plan.items():
-        spectrum, target = stats[name], stats.targets[name]
+        spectrum = stats[name]
         if method == "eva":
             check_rank(spectrum, layer_rank, f"layer {name!r}: ")
             filled += [name] if missing_components(spectrum, layer_rank) else []
-        experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-        spectra = experts or {name: spectrum}
-        a = torch.cat([METHODS[method](s, layer_rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
-        shape_a, shape_b = target.shapes(layer_rank)
-        weights[name] = (a.reshape(shape_a), zero_b(*shape_b))
+        if method in GRADIENT_METHODS:
+            weights[name] = _start_by_gradient(stats, name, layer_rank, method, seed, gamma)
+        else:
+            weights[name] = _start_by_input(stats, name, layer_rank, method, seed, whiten)
         explained[name] = float(spectrum.explained_variance_ratio[:layer_rank].sum())
     if filled:
         warnings.warn(
@@ -152,6 +156,8 @@ def initialize(
     from lora_init.collection import collect
     from lora_init.ranks import allocate_ranks
 
+    if method in GRADIENT_METHODS:
+        collect_options.setdefault("gradients", True)
     stats = collect(model, batches, target_modules, rank=rank, rho=rho, seed=seed, **collect_options)
     init = build_adapter(
         stats,
@@ -166,6 +172,43 @@ def initialize(
         seed=seed,
     )
     return init.apply(model, adapter_name)
+
+
+def _start_by_input(
+    stats: Statistics, name: str, rank: int, method: str, seed: int, whiten: bool
+) -> tuple[Tensor, Tensor]:
+    options = {"whiten": whiten} if method == "eva" else {}
+    experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
+    spectra = experts or {name: stats[name]}
+    a = torch.cat([METHODS[method](s, rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
+    shape_a, shape_b = stats.targets[name].shapes(rank)
+    return a.reshape(shape_a), zero_b(*shape_b)
+
+
+def _start_by_gradient(
+    stats: Statistics, name: str, rank: int, method: str, seed: int, gamma: float | None
+) -> tuple[Tensor, Tensor]:
+    chosen, gradient = GRADIENT_METHODS[method], stats.gradient(name)
+    try:
+        scale = chosen.gamma if gamma is None else gamma
+        a, b = chosen.start(stats[name], gradient, rank, layer_generator(seed, name), scale)
+    except LoraInitError as error:
+        raise LoraInitError(f"layer {name!r}: {error}") from None
+    return a.contiguous(), b.contiguous()
+
+
+def _check_method(method: str, gamma: float | None, use_dora: bool) -> None:
+    known = (*METHODS, *GRADIENT_METHODS)
+    if method not in known:
+        raise LoraInitError(f"method={method!r} is unknown. Choose one of {', '.join(map(repr, known))}.")
+    has_b = method in GRADIENT_METHODS and GRADIENT_METHODS[method].gamma > 0.0
+    if gamma is not None and not (has_b and 0.0 < gamma < math.inf):
+        scaled = ", ".join(repr(name) for name, one in GRADIENT_METHODS.items() if one.gamma)
+        raise LoraInitError(f"gamma={gamma!r} with method={method!r}: it is a positive number, for {scaled}.")
+    if has_b and use_dora:
+        raise LoraInitError(
+            f"method={method!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
+        )
 
 
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:

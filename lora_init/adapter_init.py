@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from lora_init.adapter_files import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
 from lora_init.attach import attach, check_model, exact_pattern, magnitude_tensors, selects
+from lora_init.correction import check_correctable, correct_outputs, correct_weights
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
 from lora_init.execution import unwrapped
+from lora_init.gradient_starts import GRADIENT_METHODS
 from lora_init.model_tensors import check_modules_to_save, head_tensors, own_start_tensors
 from lora_init.statistics import Provenance
 from lora_init.targets import HEADS, Target, file_prefixes
@@ -33,7 +35,8 @@ class AdapterInit:
 
     Attributes:
         weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r];
-            of a convolution and of experts in the shapes of `Target.shapes`. B is zero.
+            of a convolution and of experts in the shapes of `Target.shapes`. B is zero, but for the methods that take
+            a step.
         targets: Kind and widths of those layers.
         unsupported: Targeted layers that keep PEFT's own initialisation, name to kind. They get rank `rank`.
         rank: `r` of the config: the rank of layers that `rank_pattern` doesn't name, and the base of the scaling.
@@ -41,7 +44,7 @@ class AdapterInit:
         use_rslora: Whether the scaling is lora_alpha / sqrt(rank) instead of lora_alpha / rank.
         use_dora: Whether PEFT adds DoRA's magnitude vectors.
         lora_dropout: Dropout on what A reads, in training.
-        method: `"eva"`, `"random"`, `"gaussian"` or `"orthogonal"`.
+        method: As given to `build_adapter`.
         whiten: Whether A's rows were divided by `initializers.whitening_scale`.
         seed: Seed of the random numbers.
         left_out: Layers that the plan gives rank 0, or that are trained whole: they have no adapter.
@@ -76,6 +79,16 @@ class AdapterInit:
         """What B A x is multiplied by, the same in every layer whatever its rank."""
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    @property
+    def corrects_base(self) -> bool:
+        """Whether the base weights have to give up what B A adds, so that the output stays as it was."""
+        return self.method in GRADIENT_METHODS and GRADIENT_METHODS[self.method].corrects
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether the model's output is another one with this adapter, before any training."""
+        return self.method in GRADIENT_METHODS and GRADIENT_METHODS[self.method].steps
+
     def n_parameters(self) -> int:
         """Count the trainable parameters of all A and B."""
         return sum(a.numel() + b.numel() for a, b in self.weights.values())
@@ -90,26 +103,40 @@ class AdapterInit:
 
         return LoraConfig(**self._config())
 
-    def apply(self, model: nn.Module, adapter_name: str = "default") -> PeftModel:
+    def apply(self, model: nn.Module, adapter_name: str = "default", correct_base: bool = True) -> PeftModel:
         """Put the adapter on the model and return a PeftModel, ready for Trainer.
 
-        The model is wrapped in place, as `get_peft_model` does; its output doesn't change. A compiled model comes back
-        as a PeftModel that is not, to compile anew. A and B are float32 also on
-        a half-precision or quantised model. If anything fails, the model is as it was.
+        The model is wrapped in place, as `get_peft_model` does; its output doesn't change, unless `changes_output`.
+        With `corrects_base` the base weights change, and to the plain base belongs what
+        `save_pretrained(directory, path_initial_model_for_weight_conversion=initial)` of the PeftModel writes, with
+        `initial` a directory that this object has saved: an ordinary adapter of twice the rank. A compiled model comes
+        back as a PeftModel that is not, to compile anew. A and B are float32 also on a half-precision or quantised
+        model. If anything fails, the model is as it was.
 
         Args:
             model: The model the statistics come from, or one with layers of the same names and widths (quantised, say).
             adapter_name: PEFT's name for the adapter.
+            correct_base: With `corrects_base`: False leaves the base weights alone and takes the adapter's own start
+                off in the forward pass, by a hook on each layer, at the cost of a second adapter. Merging does not
+                know of it: convert.
 
         Raises:
-            LoraInitError: The model already has an adapter, or a layer of the plan is missing or has other widths.
+            LoraInitError: The model already has an adapter, or a layer of the plan is missing or has other widths, or
+                is quantised and should change.
         """
         origin = self.provenance.model_id or self.provenance.model_class
         model = unwrapped(model)
         check_model(model, self.targets, self.unsupported, origin, adapter_name)
         check_modules_to_save(model, self.modules_to_save)
+        if self.corrects_base and correct_base:
+            check_correctable(model, self.targets)
         config = self.to_peft_config()
-        return attach(model, config, self.weights, self.ranks, self.unsupported, self.scaling, adapter_name)
+        adapted = attach(model, config, self.weights, self.ranks, self.unsupported, self.scaling, adapter_name)
+        if self.corrects_base and correct_base:
+            correct_weights(model, self.targets, self.weights, self.scaling)
+        elif self.corrects_base:
+            correct_outputs(model, self.weights, self.scaling)
+        return adapted
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False, model: nn.Module | None = None) -> Path:
         """Write a standard PEFT adapter directory.
@@ -220,6 +247,17 @@ class AdapterInit:
             "provenance": asdict(self.provenance),
         }
 
+    def start_in_words(self) -> str:
+        """Say what the adapter does to the model before it is trained."""
+        if self.corrects_base:
+            return (
+                "B is not zero: the base weights must give up what the adapter adds, and what was trained is converted "
+                "while it is saved (path_initial_model_for_weight_conversion)"
+            )
+        if self.changes_output:
+            return "B is not zero: the adapter is a step down the gradient, and the model's output is another one"
+        return "B is zero, so the adapter changes nothing until it is trained"
+
     def _card(self) -> str:
         origin = self.provenance
         # A path of this machine is no model id: it says nothing elsewhere, and the hub refuses it.
@@ -231,9 +269,10 @@ class AdapterInit:
             + "tags:\n- lora\n- lora_init\n---\n\n# A LoRA adapter before training\n\n"
             f"Made by lora_init for {base or origin.model_class}: method `{self.method}`, {len(self.weights)} layers, "
             f"rank {min(ranks)} to {max(ranks)} (average {self.rank}), {self.n_parameters():,} parameters. "
-            "B is zero, so the adapter changes nothing until it is trained:\n\n"
+            f"{self.start_in_words()}:\n\n"
             "```python\nfrom peft import PeftModel\n\n"
-            "model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)\n```\n"
+            + ("import lora_init\n\nlora_init.correct_base(base_model, directory)\n" if self.corrects_base else "")
+            + "model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)\n```\n"
         )
 
 

@@ -40,12 +40,12 @@ class Checkpoint:
         self._resume = resume
         self._written = time.monotonic()
 
-    def read(self, found: Collected, make: Callable[[], IncrementalSVD], of: int = 1) -> list[list[str]]:
+    def read(self, found: Collected, make: Callable[[str], IncrementalSVD], of: int = 1) -> list[list[str]]:
         """Bring `found` to where the file is.
 
         Args:
             found: Is changed; stays as it is if there is no file.
-            make: Makes an empty decomposition.
+            make: Makes an empty decomposition for a group.
             of: The number of processes.
 
         Returns:

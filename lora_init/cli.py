@@ -95,8 +95,30 @@ def init(
         ),
     ] = None,
     method: Annotated[
-        Literal["eva", "random", "gaussian", "orthogonal"], typer.Option(help="How A starts. B is zero.")
+        Literal[
+            "eva",
+            "random",
+            "gaussian",
+            "orthogonal",
+            "eva-grad",
+            "grad-a",
+            "natural-gradient",
+            "natural-gradient-step",
+            "lora-ga",
+            "lora-one",
+        ],
+        typer.Option(
+            help="How A starts; B is zero. From eva-grad on it takes backward passes and labels; the last three start "
+            "with B other than zero."
+        ),
     ] = "eva",
+    gamma: Annotated[
+        float | None, typer.Option(help="With the last three methods: a larger one is a smaller step.")
+    ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option("--gradients", help="Run backward passes, too, for a later method or policy that needs them."),
+    ] = False,
     whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
@@ -144,6 +166,7 @@ def init(
             from lora_init.adapter import build_adapter
             from lora_init.collection import fingerprint
             from lora_init.data import load_batches
+            from lora_init.gradient_starts import GRADIENT_METHODS
             from lora_init.model_tensors import check_modules_to_save
             from lora_init.models import load_model
             from lora_init.ranks import allocate_ranks
@@ -166,6 +189,7 @@ def init(
             "task_type": loaded.task_type,
             "center": center,
             "token_mask": token_mask,
+            "gradients": gradients or method in GRADIENT_METHODS,
         }
 
         def collect_now(checkpoint: Path | None) -> Statistics:
@@ -185,10 +209,10 @@ def init(
         ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
         built = build_adapter(
             stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
-            modules_to_save=saved, seed=seed,
+            modules_to_save=saved, seed=seed, gamma=gamma,
         )  # fmt: skip
         directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-        summary = summarise(stats, ranks, directory, statistics)
+        summary = summarise(stats, ranks, directory, statistics, built)
         if as_json:
             _print_json(summary)
         else:

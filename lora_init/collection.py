@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import lora_init
-from lora_init.activations import Forward, call_model
+from lora_init.activations import ActivationTap, Forward, call_model
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, class_name, plain_names, unwrapped, weights
+from lora_init.gradient_tap import GradientTap, Loss
+from lora_init.gradients import GradientSpectrum, freeze_gradient, is_weighted, weighted_group
 from lora_init.passes import collect_groups
 from lora_init.records import Collected
 from lora_init.statistics import Provenance, Statistics, notes_on_experts
@@ -57,6 +60,8 @@ def collect(
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
     resume: bool = False,
+    gradients: bool = False,
+    loss: Loss | None = None,
 ) -> Statistics:
     """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
 
@@ -91,11 +96,17 @@ def collect(
         checkpoint_every: Seconds between two writings of it.
         resume: Go on from `checkpoint` if it is there: read past the batches that were used and end with the result
             of an uninterrupted pass, bit for bit on the same machine. `max_batches` may have changed, nothing else.
+        gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
+            need labels. No weight's gradient is computed, so the memory is that of the activations and of
+            1.5 * rank * rho rows of width 2 d_in + d_out for each layer.
+        loss: With gradients: function of what the model (or `forward`) returns and the batch, to the loss, a mean over
+            the batch's labels. Default: the `loss` that a model of transformers returns for a batch with `labels`.
 
     Raises:
         LoraInitError: Targets match nothing; no batch, or none with tokens that count; labels missing; NaN or inf in a
             layer's input; rows of varying width; out of memory; arguments out of range; a checkpoint that cannot be
-            written, or belongs to another model, other data or other arguments.
+            written, or belongs to another model, other data or other arguments. With gradients: no labels and no
+            `loss`, a loss that is not finite, layers that are not linear, a base that gives no gradients.
         Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
 
     Example:
@@ -111,6 +122,10 @@ def collect(
             raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
         if resume and checkpoint is None:
             raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
+        if gradients and team.size > 1:
+            raise LoraInitError(
+                f"gradients=True works in one process, and this is one of {team.size}. Collect before they are started."
+            )
         model, precision = unwrapped(model), Precision()
         targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
         narrow = [target for target in targets.layers.values() if target.in_features < rank]
@@ -130,6 +145,7 @@ def collect(
             "token_mask": token_mask,
             "tolerance": tolerance,
             "seed": seed,
+            "gradients": gradients,
         }
         check_alike(team, {**asked, "max_batches": max_batches, "checkpoint": checkpoint is not None, "resume": resume})
         kept = Checkpoint(checkpoint, checkpoint_every, resume, asked) if checkpoint is not None else None
@@ -137,7 +153,7 @@ def collect(
 
         def forward_as_called(model: nn.Module, batch: Any) -> Any:
             with precision.on():
-                return (forward or call_model)(model, batch)
+                return (forward or partial(call_model, with_labels=gradients))(model, batch)
 
         with precision.off():
             found = collect_groups(
@@ -153,6 +169,8 @@ def collect(
                 forward=forward_as_called,
                 progress=progress,
                 checkpoint=kept,
+                # lora-ga needs two triplets a rank
+                gradients=_backward(gradients, targets, forward_as_called, loss, max(round(rho * rank), 2 * rank)),
                 team=team,
             )
         team.finish()
@@ -185,20 +203,23 @@ def collect(
             "python": platform.python_version(),
         },
         notes=_notes(found, targets, round(rho * rank)),
+        gradients=gradients,
+        n_labels=found.n_labels,
     )
-    groups = {name: record.svd.spectrum() for name, record in found.groups.items()}
+    groups = {name: record.svd.spectrum() for name, record in found.groups.items() if not is_weighted(name)}
     statistics = Statistics(
         groups=groups,
         group_of=found.group_of,
         targets={name: targets.layers[name] for name in found.group_of},
         provenance=provenance,
-        held_out={name: record.held_out() for name, record in found.groups.items()},
+        held_out={name: found.groups[name].held_out() for name in groups},
         batch_ratios={
-            name: torch.stack(list(record.ratios))[:, : groups[name].n_components]
-            for name, record in found.groups.items()
-            if record.ratios
+            name: torch.stack(list(found.groups[name].ratios))[:, : groups[name].n_components]
+            for name in groups
+            if found.groups[name].ratios
         },
         unsupported={**targets.unsupported, **{name: targets.layers[name].kind for name in found.never_ran}},
+        gradients=_gradients(found, targets, modules),
     )
     provenance.notes.extend(notes_on_experts(statistics))
     if found.stop_reason == "interrupted":
@@ -212,6 +233,29 @@ def _listed(patterns: str | Collection[str]) -> str | list[str]:
 
 def _hash_of(targets: Targets) -> str:
     return hashlib.sha256(repr(sorted(targets.layers.values(), key=lambda t: t.name)).encode()).hexdigest()[:8]
+
+
+def _backward(
+    gradients: bool, targets: Targets, forward: Forward, loss: Loss | None, n_triplets: int
+) -> Callable[[ActivationTap], GradientTap] | None:
+    if loss is not None and not gradients:
+        raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
+    if not gradients:
+        return None
+    return partial(GradientTap, targets=targets.layers, forward=forward, loss=loss, n_triplets=n_triplets)
+
+
+def _gradients(found: Collected, targets: Targets, modules: dict[str, nn.Module]) -> dict[str, GradientSpectrum]:
+    frozen = {}
+    for name in found.group_of:
+        if name in found.gradients:
+            weight = getattr(modules[name], "weight", None)
+            plain = weight if isinstance(weight, nn.Parameter) and weight.is_floating_point() else None
+            if plain is not None and targets.layers[name].kind == "Conv1D":
+                plain = plain.T  # type: ignore[assignment]
+            weighted = found.groups[weighted_group(name)].svd.spectrum()
+            frozen[name] = freeze_gradient(found.gradients[name], weighted, found.n_labels, plain)
+    return frozen
 
 
 def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
@@ -230,6 +274,9 @@ def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
             notes.append(
                 f"{group}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
             )
+    silent = [name for name, mean in found.gradients.items() if not mean.squares.any()]
+    if silent:
+        notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
     return notes
 
 

@@ -21,11 +21,11 @@ class Exchange:
 
     Args:
         team: The processes.
-        make: Makes an empty decomposition.
+        make: Makes an empty decomposition for a group.
         tolerance: See `collect`.
     """
 
-    def __init__(self, team: Team, make: Callable[[], IncrementalSVD], tolerance: float) -> None:
+    def __init__(self, team: Team, make: Callable[[str], IncrementalSVD], tolerance: float) -> None:
         self._team, self._make, self._tolerance = team, make, tolerance
         self._n_batches = 0
         self._known: dict[str, tuple[list[float], list[Tensor]]] = {}  # shares and ratios, as of the last meeting
@@ -117,8 +117,8 @@ class Exchange:
             mine, its = parts.setdefault(name, {}), others[name]
             ratios = list(zip(ours[-KEPT_BATCHES:], mine.pop("ratios", ()), strict=True))
             ratios += zip(theirs[-KEPT_BATCHES:], its.pop("ratios", ()), strict=True)
-            svd = self._make().load_state_dict(mine)
-            parts[name] = dict(svd.merge(self._make().load_state_dict(its)).state_dict())
+            svd = self._make(name).load_state_dict(mine)
+            parts[name] = dict(svd.merge(self._make(name).load_state_dict(its)).state_dict())
             if ratios:
                 kept = sorted(ratios, key=lambda pair: pair[0])[-KEPT_BATCHES:]
                 parts[name]["ratios"] = torch.stack([row for _, row in kept])
@@ -145,7 +145,7 @@ class Exchange:
                 continue  # a process whose first batch did not reach all layers took its input for one of its own
             shares, ratios = self._known.get(name, ([], []))
             news = header["news"][name]
-            record = GroupRecord(self._make(), shares=[*shares, *(share for *_, share in news)])
+            record = GroupRecord(self._make(name), shares=[*shares, *(share for *_, share in news)])
             record.ratios.extend((*ratios, *parts.pop("ratios", ())))
             record.svd.load_state_dict(parts)
             if news:

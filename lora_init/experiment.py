@@ -11,9 +11,13 @@ from lora_init.run_groups import Variant, best_rate
 from lora_init.run_log import Record
 
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
-_MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a")
-# Starts whose A has the size of the random one already, or is part of a change to the base weights: nothing to match.
-_UNMATCHED = ("random", "eva-ranks", "pissa", "olora", "corda", "loftq")
+_MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
+# Starts whose A has the size of the random one already, or is part of a change to the base weights or of a step whose
+# size is A's and B's together: nothing to match.
+_UNMATCHED = (
+    "random", "eva-ranks", "gradient-ranks", "pissa", "olora", "corda", "loftq", "lora-ga", "lora-one",
+    "natural-gradient-step",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool 
     """
     check_rank(spectrum, rank)
     found = spectrum.components[:rank].float()
-    rows = torch.cat([found, _random_orthonormal(rank - len(found), found, generator)])  # [rank, d_in]
+    rows = torch.cat([found, random_orthonormal(rank - len(found), found, generator)])  # [rank, d_in]
     return rows / whitening_scale(spectrum, rank)[:, None] if whiten else rows
 
 
@@ -96,7 +96,7 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
     width = spectrum.components.shape[1]
     if rank > width:
         raise LoraInitError(f"rank {rank} is larger than the layer's input width {width}. Ask for at most {width}.")
-    return _random_orthonormal(rank, spectrum.components[:0].float(), generator)
+    return random_orthonormal(rank, spectrum.components[:0].float(), generator)
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {
@@ -169,7 +169,7 @@ def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
         )
 
 
-def _random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator) -> Tensor:
+def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator) -> Tensor:
     """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32."""
     basis = against.double()
     draw = torch.randn(n_rows, basis.shape[1], generator=generator, dtype=torch.float64)

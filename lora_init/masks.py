@@ -19,12 +19,15 @@ class TokenMasks:
     takes `decoder_attention_mask`, else the labels; a layer of the decoder that reads the encoder's output
     (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole, and
     so do those of the towers for images and sound, and of what joins them to the text model, whatever their shape.
+
+    Attributes:
+        by_labels: Whether tokens without a label are left out, too.
     """
 
     def __init__(self, model: nn.Module, token_mask: str) -> None:
         if token_mask not in ("attention", "labels"):
             raise LoraInitError(f"token_mask={token_mask!r}, expected 'attention' or 'labels'.")
-        self._by_labels = token_mask == "labels"
+        self.by_labels = token_mask == "labels"
         self._encoder = encoder_of(model)
         name = next((n for n, m in model.named_modules() if m is self._encoder), "") if self._encoder else ""
         self._encoder_prefix = name + "."
@@ -47,17 +50,17 @@ class TokenMasks:
         get: Callable[[str], Any] = batch.get if isinstance(batch, Mapping) else lambda key: None
         labels = get("labels")
         per_token = isinstance(labels, Tensor) and labels.dim() >= 2
-        if self._by_labels and not per_token:
+        if self.by_labels and not per_token:
             got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
             raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
         labelled = labels != -100 if per_token else None
         attention = _as_mask(get("attention_mask"))
         if self._encoder is None:
-            self._main = _both(attention, labelled) if self._by_labels else attention
+            self._main = _both(attention, labelled) if self.by_labels else attention
         else:
             decoder = _as_mask(get("decoder_attention_mask"))
             self._encoder_rows = attention
-            self._main = _both(decoder, labelled) if self._by_labels or decoder is None else decoder
+            self._main = _both(decoder, labelled) if self.by_labels or decoder is None else decoder
         for mask in (self._main, self._encoder_rows):
             if mask is not None and not bool(mask.any()):
                 raise LoraInitError(

@@ -155,6 +155,8 @@ def _provenance(parts: Sequence[Part], weights: Sequence[float] | None) -> Any:
         made[0],
         data="; ".join(dict.fromkeys(text for text in data if text)),
         rank=min(one.rank for one in made),
+        gradients=False,
+        n_labels=0,
         n_batches=sum(one.n_batches for one in made),
         stop_reason=", ".join(dict.fromkeys(reason for one in made for reason in one.stop_reason.split(", "))),
         seconds=_summed([one.seconds for one in made]),
@@ -181,6 +183,8 @@ def _origins(parts: Sequence[Part], weights: Sequence[float] | None, size: int) 
     most = [max(len(variance) for variance, *_ in part.variances.values()) for part in parts]
     if max(most) > size:
         yield f"the parts have up to {' and '.join(map(str, most))} components of a layer; {size} are kept."
+    if any(part.provenance.gradients for part in parts):
+        yield "the gradients of the parts are left out: only what layers read is merged."
 
 
 def _notes(parts: Sequence[Part], missing: Mapping[str, str]) -> Iterator[str]:

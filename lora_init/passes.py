@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sized
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,6 +15,9 @@ from tqdm.auto import tqdm
 from lora_init.activations import ActivationTap, Forward, RowsFunction
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
+from lora_init.gradient_tap import GradientTap
+from lora_init.gradients import is_weighted, weighted_group
+from lora_init.mean_gradient import MeanGradient
 from lora_init.records import Collected, GroupRecord
 from lora_init.rounds import Rounds, own_batches
 from lora_init.shards import Shard
@@ -39,6 +41,7 @@ def collect_groups(
     progress: bool | None = None,
     checkpoint: Checkpoint | None = None,
     team: Team | None = None,
+    gradients: Callable[[ActivationTap], GradientTap] | None = None,
 ) -> Collected:
     """Run the model over the batches and decompose what each module receives. The loop under `collect`.
 
@@ -57,6 +60,7 @@ def collect_groups(
         progress: Show a progress bar; by default only on a terminal.
         checkpoint: File to write the state to, and to go on from.
         team: The processes that make this pass together; by default this one alone.
+        gradients: Makes the tap for passes that go backward, too.
 
     Returns:
         The running decompositions, the same in all processes; after Ctrl-C with `stop_reason="interrupted"`.
@@ -72,6 +76,7 @@ def collect_groups(
     shard = Shard(own_batches(team, batches), found.seconds, hashed=checkpoint is not None)
     with (
         ActivationTap(model, modules, token_mask, forward, rows) as tap,
+        gradients(tap) if gradients else nullcontext() as run.gradients,
         _progress_bar(batches, max_batches, progress if team.rank == 0 else False) as bar,
     ):
         if team.size > 1:
@@ -98,9 +103,14 @@ class _Pass:
 
     def __init__(self, n_components: int, center: bool, seed: int, tolerance: float, alone: bool) -> None:
         self.found = Collected()
-        self.make = partial(IncrementalSVD, n_components, center, seed)
+        self.gradients: GradientTap | None = None
+        self._n_components, self._center, self._seed = n_components, center, seed
         self._tolerance = tolerance
         self._alone = alone  # several processes decide together, when they meet
+
+    def make(self, group: str) -> IncrementalSVD:
+        """Make an empty decomposition for a group; weighted rows keep their mean, for it is part of the gradient."""
+        return IncrementalSVD(self._n_components, self._center and not is_weighted(group), self._seed)
 
     def all_batches(
         self, tap: ActivationTap, shard: Shard, max_batches: int, bar: tqdm[Any], checkpoint: Checkpoint | None
@@ -127,9 +137,14 @@ class _Pass:
         found, seconds = self.found, self.found.seconds
         started, inside = time.perf_counter(), seconds["decomposition"]
         try:
-            tap.run(batch, self._sink, self._wanted)
+            if self.gradients is None:
+                tap.run(batch, self._sink, self._wanted)
+                labels = 0
+            else:
+                labels = self.gradients.run(batch, self._sink, self._gradient_sink, self._wanted)
             passed = time.perf_counter()
             compared = _take_in(found)
+            found.n_labels += labels
         except (LoraInitError, MemoryError, RuntimeError) as error:
             raise _explained(error, position) from error
         if self._alone:
@@ -144,12 +159,28 @@ class _Pass:
     def _sink(self, group: str, rows: Tensor) -> None:
         start = time.perf_counter()
         if group not in self.found.groups:
-            self.found.groups[group] = GroupRecord(self.make())
+            self.found.groups[group] = GroupRecord(self.make(group))
         try:
             self.found.groups[group].svd.project(rows)
         except LoraInitError as error:
             raise LoraInitError(f"layer {group!r}: {error}") from None
         self.found.seconds["decomposition"] += time.perf_counter() - start
+
+    def _gradient_sink(self, name: str, g: Tensor, x: Tensor, index: Tensor | None) -> None:
+        start = time.perf_counter()
+        tap, group = self.gradients, weighted_group(name)
+        if tap is None:
+            return
+        if index is not None and tap.by_labels:
+            g, x, index = g.index_select(0, index), x.index_select(0, index), None
+        if name not in self.found.gradients:
+            self.found.gradients[name] = MeanGradient(tap.n_triplets, self._seed)
+        self.found.gradients[name].project(g, x)  # padding has no gradient and adds nothing
+        self.found.seconds["decomposition"] += time.perf_counter() - start
+        if self._wanted(group):
+            norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+            weighted = x * norms if index is None else x.index_select(0, index).mul_(norms.index_select(0, index))
+            self._sink(group, weighted)
 
     def _wanted(self, group: str) -> bool:
         return group not in self.found.groups or self.found.groups[group].converged_at is None
@@ -165,6 +196,11 @@ def _take_in(found: Collected) -> list[GroupRecord]:
     except LoraInitError as error:
         name = next(n for n, r in found.groups.items() if r.svd is getattr(error, "decomposition", None))
         raise LoraInitError(f"layer {name!r}: {error}") from None
+    for name, mean in found.gradients.items():
+        try:
+            mean.commit()
+        except LoraInitError as error:
+            raise LoraInitError(f"layer {name!r}: {error}") from None
     found.n_batches += 1
     return [record for record in found.groups.values() if record.converged_at is None and record.after_batch()]
 

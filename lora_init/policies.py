@@ -83,6 +83,57 @@ POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatAr
 }
 
 
+def gradient(gains: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the expected squared gradient of B that its direction brings.
+
+    All layers' gradients are of one loss, so these are numbers of one unit, and not shares: a layer that the loss does
+    not depend on gets nothing. q, k and v read the same tensor and differ here.
+
+    Args:
+        gains: Explained variance of the rows weighted by the gradient, falling, [n, K].
+        widths: d_in + d_out of each layer, [n].
+    """
+    return gains, np.ones(len(gains))
+
+
+def gradient_per_parameter(gains: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the expected squared gradient that it brings per parameter, as `cost_aware` does."""
+    return gains, widths
+
+
+def gora(importance: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Share ranks out in proportion to importance / sqrt(d_in + d_out): GoRA's rule (He et al., arXiv 2502.12171).
+
+    The importance of a layer is the mean of |W * G| over its entries. The paper shares out rank x sum(sqrt(d_in +
+    d_out)) in proportion to it, of which a rank of a layer costs sqrt(d_in + d_out). Its limits are `min_rank` and
+    `max_rank`.
+
+    Args:
+        importance: Of each layer, in the first column, [n, K].
+        widths: d_in + d_out of each layer, [n].
+    """
+    return proportional_to(importance[:, 0] / np.sqrt(widths), importance.shape[1])
+
+
+GRADIENT_POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]] = {
+    "gradient": gradient,
+    "gradient-per-parameter": gradient_per_parameter,
+    "gora": gora,
+}
+
+
+def _from_gradients(policy: str, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
+    values = np.zeros_like(spectra.ratios)
+    for row, name in zip(values, spectra.names, strict=True):
+        found = stats.gradient(name)
+        numbers = np.array([found.importance]) if policy == "gora" else found.weighted.explained_variance.numpy()
+        row[: len(numbers)] = numbers[: len(row)]
+    if not values.any():
+        why = "the weights are quantised" if policy == "gora" else "the loss depends on no layer"
+        raise LoraInitError(f"policy={policy!r}: all layers are worth nothing, since {why}. Choose another policy.")
+    return GRADIENT_POLICIES[policy](values, spectra.widths.astype(np.float64))
+
+
 def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
     """Apply a policy by name, or somebody's own rule.
 
@@ -92,11 +143,15 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
         As the policies do.
 
     Raises:
-        LoraInitError: Unknown policy; or a rule that fails, returns NaN, or not one number per component.
+        LoraInitError: Unknown policy; one that needs gradients, and there are none; or a rule that fails, returns NaN,
+            or not one number per component.
     """
     if isinstance(policy, str):
+        if policy in GRADIENT_POLICIES:
+            return _from_gradients(policy, stats, spectra)
         if policy not in POLICIES:
-            raise LoraInitError(f"policy={policy!r} is unknown. Choose from {', '.join(POLICIES)}, or give a function.")
+            known = ", ".join((*POLICIES, *GRADIENT_POLICIES))
+            raise LoraInitError(f"policy={policy!r} is unknown. Choose from {known}, or give a function.")
         return POLICIES[policy](spectra.ratios, spectra.widths.astype(np.float64))
     gains = np.zeros_like(spectra.ratios)
     for row, name in zip(gains, spectra.names, strict=True):

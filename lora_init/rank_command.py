@@ -42,8 +42,11 @@ def ranks(
         Literal["every-layer", "total"], typer.Option(help="For --variance: in every layer, or in the mean of all.")
     ] = "every-layer",
     policy: Annotated[
-        Literal["uniform", "eva", "cost-aware", "proportional"],
-        typer.Option(help="What ranks compete by: nothing, variance, variance per parameter, or effective rank."),
+        Literal["uniform", "eva", "cost-aware", "proportional", "gradient", "gradient-per-parameter", "gora"],
+        typer.Option(
+            help="What ranks compete by: nothing, variance, variance per parameter, or effective rank; with gradients "
+            "in FILE: squared gradient, the same per parameter, or |weight x gradient|."
+        ),
     ] = "eva",
     rho: Annotated[
         float, typer.Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")

@@ -64,7 +64,8 @@ def allocate_ranks(
         coverage: For `variance`: `"every-layer"` must reach it; or `"total"`, the mean over the layers.
             With the first, the policy has nothing to decide.
         policy: `"uniform"`, `"eva"`, `"cost-aware"`, `"proportional"` (see `policies`), or a function from a layer's
-            name and `Spectrum` to the worth of each of its ranks, [k].
+            name and `Spectrum` to the worth of each of its ranks, [k]. From statistics with gradients also
+            `"gradient"`, `"gradient-per-parameter"` and `"gora"`.
         min_rank: Smallest rank of a layer; 0 lets a layer go without an adapter.
         max_rank: Largest rank of a layer.
         multiple_of: Ranks are multiples of this, or 0.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.gradients import weighted_group
+from lora_init.mean_gradient import MeanGradient
 from lora_init.svd import IncrementalSVD
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
@@ -79,7 +81,10 @@ class Collected:
     """What one pass found: a decomposition per input group, before anything is frozen.
 
     Attributes:
-        groups: Record of each group, by the name of its first layer.
+        groups: Record of each group, by the name of its first layer; with gradients also of the weighted rows of each
+            layer, by `weighted_group`.
+        gradients: Running mean gradient of each layer, if gradients were asked for.
+        n_labels: Labels whose loss the gradients are of.
         group_of: Group of every layer that ran, in the order of `modules`.
         never_ran: Layers that no batch reached.
         n_calls: Largest number of runs of each layer in one forward pass.
@@ -89,6 +94,8 @@ class Collected:
     """
 
     groups: dict[str, GroupRecord] = field(default_factory=dict)
+    gradients: dict[str, MeanGradient] = field(default_factory=dict)
+    n_labels: int = 0
     group_of: dict[str, str] = field(default_factory=dict)
     never_ran: list[str] = field(default_factory=list)
     n_calls: dict[str, int] = field(default_factory=dict)
@@ -104,7 +111,12 @@ class Collected:
             if record.ratios:
                 parts["ratios"] = torch.stack(list(record.ratios))
             tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in parts.items()}
+        for name, mean in self.gradients.items():
+            parts = {f"mean.{part}": tensor for part, tensor in mean.state_dict().items()}
+            tensors |= {f"{weighted_group(name)}/{part}": tensor.cpu() for part, tensor in parts.items()}
         header = {
+            "gradients": list(self.gradients),
+            "n_labels": self.n_labels,
             "groups": {name: [record.shares, record.converged_at] for name, record in self.groups.items()},
             "group_of": self.group_of,
             "n_calls": self.n_calls,
@@ -114,23 +126,29 @@ class Collected:
         return header, tensors
 
     def unpack(
-        self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], make: Callable[[], IncrementalSVD]
+        self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], make: Callable[[str], IncrementalSVD]
     ) -> None:
         """Take over what `pack` wrote.
 
         Args:
             header: The header.
             tensors: The tensors by name.
-            make: Makes an empty decomposition.
+            make: Makes an empty decomposition for a group.
         """
         by_group: dict[str, dict[str, Tensor]] = {name: {} for name in header["groups"]}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")
             by_group[name][part] = tensor
+        self.gradients = {}
+        for name in header["gradients"]:
+            parts = by_group[weighted_group(name)]
+            mean = {part: parts.pop(f"mean.{part}") for part in ("left", "right", "squares", "counts")}
+            self.gradients[name] = MeanGradient(1).load_state_dict(mean)
+        self.n_labels = header["n_labels"]
         self.groups = {}
         for name, (shares, converged_at) in header["groups"].items():
             parts = by_group[name]
-            record = GroupRecord(make(), shares=list(shares), converged_at=converged_at)
+            record = GroupRecord(make(name), shares=list(shares), converged_at=converged_at)
             record.ratios.extend(parts.pop("ratios", ()))
             record.svd.load_state_dict(parts)
             self.groups[name] = record

@@ -67,5 +67,7 @@ def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statist
             raise LoraInitError(
                 f"{file} was made with {option} {getattr(made, name)}, and {settings[name]} is asked for. {remedy}"
             )
+    if settings.get("gradients") and not made.gradients:
+        raise LoraInitError(f"{file} was made without --gradients, and this needs them. {remedy}")
     say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches, {made.stop_reason})")
     return stats

@@ -88,7 +88,7 @@ class Rounds:
 
     Args:
         team: The processes.
-        make: Makes an empty decomposition.
+        make: Makes an empty decomposition for a group.
         tolerance: See `collect`.
         found: What this process has found; ends as what all have found.
         tap: Where its rows come from.
@@ -100,7 +100,7 @@ class Rounds:
     def __init__(
         self,
         team: Team,
-        make: Callable[[], IncrementalSVD],
+        make: Callable[[str], IncrementalSVD],
         tolerance: float,
         found: Collected,
         tap: ActivationTap,

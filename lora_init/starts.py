@@ -16,8 +16,10 @@ from lora_init.adapter import build_adapter
 from lora_init.adapter_init import AdapterInit
 from lora_init.attach import remember
 from lora_init.errors import LoraInitError
+from lora_init.gradient_starts import GRADIENT_METHODS
 from lora_init.own_starts import OwnStart, apply_own_start
 from lora_init.peft_starts import PEFT_STARTS, apply_peft_start
+from lora_init.policies import GRADIENT_POLICIES
 from lora_init.prepared import Prepared, a_weights, blank_spectrum, count_trainable, match_scale, ranks_of, row_scale
 from lora_init.ranks import RankAllocation, allocate_ranks
 from lora_init.statistics import Provenance, Statistics
@@ -29,12 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A start made from statistics: method of A, rho of the ranks, whether centred, whether A stays as it is."""
+    """A start made from statistics: method, rho and policy of the ranks, whether centred, whether A stays as it is."""
 
     method: str = "eva"
     rho: float = 2.0
     center: bool = True
     frozen_a: bool = False
+    policy: str = "eva"
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the statistics must have gradients."""
+        return self.method in GRADIENT_METHODS or self.policy in GRADIENT_POLICIES
 
 
 _WITHOUT_DATA = ("random", "gaussian", "orthogonal")
@@ -45,7 +53,11 @@ _FROM_DATA = {
     "eva-rho1-uncentred": _Recipe(rho=1.0, center=False),
     "eva-ranks": _Recipe(method="random"),
     "eva-frozen-a": _Recipe(frozen_a=True),
+    **{name: _Recipe(method=name, rho=1.0) for name in GRADIENT_METHODS},
+    "gradient-ranks": _Recipe(method="random", policy="gradient"),
 }
+# Starts that change the base weights, which have to be put back.
+_CHANGES_BASE = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
 START_NAMES: tuple[str, ...] = (*_WITHOUT_DATA, *_FROM_DATA, *PEFT_STARTS)
 
 
@@ -68,7 +80,7 @@ def prepare(
     start: str | OwnStart,
     model: nn.Module,
     *,
-    statistics: Callable[[bool], Statistics],
+    statistics: Callable[..., Statistics],
     batches: Iterable[Any],
     rank: int,
     lora_alpha: float,
@@ -86,14 +98,19 @@ def prepare(
     - `eva`: principal directions, ranks moved between layers with rho = 2; `eva-rho1`: rank `rank` everywhere;
       `eva-uncentred`, `eva-rho1-uncentred`: the second moment in place of the variance;
     - `eva-ranks`: the ranks of `eva` with the A of `random`, which tells redistribution from directions;
-    - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others.
+    - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others;
+    - `eva-grad`, `grad-a`, `natural-gradient`: A from the gradient, rank `rank` everywhere, see `gradient_starts`;
+    - `gradient-ranks`: ranks by the policy `gradient` with the A of `random`.
 
+    `lora-ga`, `lora-one` and `natural-gradient-step` start with B other than 0; the first changes base weights to make
+    up for it, the model's output with the others is another one.
     `pissa`, `olora`, `corda` and `loftq` are PEFT's and start with B other than 0, see `apply_peft_start`.
 
     Args:
         start: One of `START_NAMES`; or the name of a start of one's own with its source, see `apply_own_start`.
         model: The plain model.
-        statistics: Called with `center` if the start needs statistics; collected for `rank` with rho = 2.
+        statistics: Called with `center` if the start needs statistics, and with `gradients=True` too if it needs
+            these; collected for `rank` with rho = 2.
         batches: Data for `corda`, which reads some by itself. May be any iterable.
         rank: Average rank of a layer.
         lora_alpha: Numerator of the scaling.
@@ -111,14 +128,14 @@ def prepare(
     name = start if isinstance(start, str) else start[0]
     if equal_parameters and not isinstance(start, str):
         raise LoraInitError(f"start {name!r} has ranks of its own; equal parameters are for {', '.join(_FROM_DATA)}.")
-    restore = remember(model, weights=name not in _WITHOUT_DATA and name not in _FROM_DATA)
+    restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
     began = time.perf_counter()
     waited, passes = 0.0, 0
 
-    def timed_statistics(center: bool) -> Statistics:
+    def timed_statistics(recipe: _Recipe) -> Statistics:
         nonlocal waited
         asked = time.perf_counter()
-        stats = statistics(center)
+        stats = statistics(recipe.center, **({"gradients": True} if recipe.gradients else {}))
         waited += time.perf_counter() - asked
         return stats
 
@@ -130,7 +147,7 @@ def prepare(
                 peft_model = apply_own_start(name, start[1], model, seed)
             elif start in _FROM_DATA:
                 recipe = _FROM_DATA[start]
-                stats = timed_statistics(recipe.center)
+                stats = timed_statistics(recipe)
                 plan = _ranks(stats, recipe, rank, equal_parameters)
                 peft_model = build_adapter(stats, plan, recipe.method, lora_alpha=lora_alpha, seed=seed).apply(model)
                 if recipe.frozen_a:
@@ -194,12 +211,12 @@ def _plain(
 
 def _ranks(stats: Statistics, recipe: _Recipe, rank: int, equal_parameters: bool) -> RankAllocation:
     if not equal_parameters:
-        return allocate_ranks(stats, rank=rank, rho=recipe.rho)
+        return allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
     budget = sum(target.parameters(rank) for name, target in stats.targets.items() if name in stats)
     if recipe.frozen_a:
         plan = _ranks_for_b_alone(stats, recipe.rho, rank, budget)
     else:
-        plan = allocate_ranks(stats, parameters=budget, rho=recipe.rho)
+        plan = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
     return replace(plan, rank=rank)  # keeps the scaling lora_alpha / rank
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.errors import LoraInitError
 from lora_init.experts import expert_group
+from lora_init.gradients import GradientSpectrum, weighted_group
 from lora_init.merging import merge_parts
 from lora_init.parts import Part
 from lora_init.spectrum import Spectrum
@@ -19,7 +21,8 @@ from lora_init.targets import Target, read_target
 from lora_init.tensorfile import TensorFile, write_tensors
 
 FORMAT = "lora_init.statistics"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, FORMAT_VERSION)  # 1 had no gradients
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Provenance:
         seconds: Where the time went: `forward`, `decomposition`, `data`.
         versions: Versions of lora_init, torch, transformers and Python.
         notes: What a user should know about single layers, a sentence each.
+        gradients: Whether backward passes were run, too.
+        n_labels: Labels whose loss the gradients are of.
     """
 
     model_id: str
@@ -68,6 +73,8 @@ class Provenance:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    gradients: bool = False
+    n_labels: int = 0
 
 
 class Statistics(Mapping[str, Spectrum]):
@@ -87,6 +94,7 @@ class Statistics(Mapping[str, Spectrum]):
             each component found before it, float64 [n, k]. Their scatter is the sampling error.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         provenance: Where all this comes from.
+        gradients: For each layer what the loss says about it; empty if there were no backward passes.
     """
 
     def __init__(
@@ -98,8 +106,10 @@ class Statistics(Mapping[str, Spectrum]):
         held_out: Mapping[str, float] | None = None,
         batch_ratios: Mapping[str, Tensor] | None = None,
         unsupported: Mapping[str, str] | None = None,
+        gradients: Mapping[str, GradientSpectrum] | None = None,
     ) -> None:
         self._groups = groups
+        self._gradients = gradients or {}
         self._variances = {name: _variances(groups, name) for name in groups}
         self.group_of = dict(group_of)
         self.targets = dict(targets)
@@ -138,6 +148,21 @@ class Statistics(Mapping[str, Spectrum]):
         total = self.total_variance(name)
         variance = self.explained_variance(name)
         return variance / total if total > 0.0 else torch.zeros_like(variance)
+
+    def gradient(self, name: str) -> GradientSpectrum:
+        """Give what the loss says about a layer.
+
+        Raises:
+            LoraInitError: The statistics were collected without gradients.
+        """
+        if name not in self.group_of:
+            raise KeyError(name)
+        if name not in self._gradients:
+            raise LoraInitError(
+                "these statistics have no gradients. Collect them with gradients=True, on the command line with "
+                "--gradients, from data with labels."
+            )
+        return self._gradients[name]
 
     def of_experts(self, name: str) -> list[Spectrum]:
         """Give the spectrum of each expert of a fused parameter; with too few rows of its own, that of all together."""
@@ -208,10 +233,10 @@ class Statistics(Mapping[str, Spectrum]):
         """
         tensors: dict[str, Tensor] = {}
         for name in self._groups:
-            spectrum = self._groups[name]
-            tensors[f"{name}/components"] = spectrum.components
-            tensors[f"{name}/explained_variance"] = spectrum.explained_variance
-            tensors[f"{name}/mean"] = spectrum.mean
+            shared = self._groups[name]
+            tensors[f"{name}/components"] = shared.components
+            tensors[f"{name}/explained_variance"] = shared.explained_variance
+            tensors[f"{name}/mean"] = shared.mean
             if name in self.batch_ratios:
                 tensors[f"{name}/batch_ratios"] = self.batch_ratios[name]
         groups = {
@@ -222,12 +247,16 @@ class Statistics(Mapping[str, Spectrum]):
             }
             for name in self._groups
         }
-        header = {
+        header: dict[str, Any] = {
             "provenance": asdict(self.provenance),
             "layers": {name: [self.group_of[name], *_plain(target)] for name, target in self.targets.items()},
             "groups": groups,
             "unsupported": self.unsupported,
+            "gradients": {},
         }
+        for name, spectrum in self._gradients.items():
+            header["gradients"][name], parts = spectrum.pack()
+            tensors |= {f"{weighted_group(name)}/{part}": tensor for part, tensor in parts.items()}
         return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
     @classmethod
@@ -237,7 +266,7 @@ class Statistics(Mapping[str, Spectrum]):
         Raises:
             LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
         """
-        file = TensorFile(path, FORMAT, FORMAT_VERSION)
+        file = TensorFile(path, FORMAT, *_READABLE)
         try:
             header = file.header
             groups = _StoredGroups(file, header["groups"])
@@ -258,6 +287,7 @@ class Statistics(Mapping[str, Spectrum]):
                     if f"{name}/batch_ratios" in header["digests"]
                 },
                 unsupported=header["unsupported"],
+                gradients=_StoredGradients(file, header.get("gradients", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise file.changed(f"its header ({error})") from error
@@ -306,6 +336,27 @@ class _StoredGroups(Mapping[str, Spectrum]):
 
     def __len__(self) -> int:
         return len(self._groups)
+
+
+class _StoredGradients(Mapping[str, GradientSpectrum]):
+    """What the loss says, in a file, read when it is asked for."""
+
+    def __init__(self, file: TensorFile, numbers: Mapping[str, Mapping[str, Any]]) -> None:
+        self._file = file
+        self._numbers = numbers
+
+    def __getitem__(self, name: str) -> GradientSpectrum:
+        numbers = self._numbers[name]
+        try:
+            return GradientSpectrum.unpack(numbers, lambda part: self._file.tensor(f"{weighted_group(name)}/{part}"))
+        except (TypeError, ValueError) as error:
+            raise self._file.changed(f"the gradient of layer {name!r}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def _variances(groups: Mapping[str, Spectrum], name: str) -> tuple[Tensor, float, int]:

@@ -12,13 +12,16 @@ from lora_init.report import facts, rank_table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_init.adapter_init import AdapterInit
     from lora_init.ranks import RankAllocation
     from lora_init.statistics import Statistics
 
 _SHOWN_NOTES = 5
 
 
-def summarise(stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None) -> dict[str, Any]:
+def summarise(
+    stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
+) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
     made = stats.provenance
     held_out = {leader: share for leader, share in stats.held_out.items() if finite(share) is not None}
@@ -45,7 +48,11 @@ def summarise(stats: Statistics, ranks: RankAllocation, directory: Path, file: P
             "min_layer": worst,
         },
         "seconds": made.seconds,
-        "notes": [*made.notes, *ranks.notes],
+        "notes": [
+            *([f"{built.start_in_words()}."] if built.corrects_base or built.changes_output else []),
+            *made.notes,
+            *ranks.notes,
+        ],
     }
 
 

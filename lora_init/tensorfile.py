@@ -76,7 +76,7 @@ class TensorFile:
         LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
     """
 
-    def __init__(self, path: str | Path, kind: str, version: int) -> None:
+    def __init__(self, path: str | Path, kind: str, *versions: int) -> None:
         self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
@@ -91,9 +91,10 @@ class TensorFile:
             raise LoraInitError(
                 f"{self.path} is of format {metadata.get('format')!r}, expected {kind!r}. Give another file."
             )
-        if metadata.get("version") != str(version):
+        if metadata.get("version") not in [str(version) for version in versions]:
             raise LoraInitError(
-                f"{self.path} has version {metadata.get('version')!r} of its format, this lora_init reads {version}. "
+                f"{self.path} has version {metadata.get('version')!r} of its format, this lora_init reads "
+                f"{' and '.join(map(str, versions))}. "
                 "Update lora_init, or make the file again."
             )
         text = metadata.get("header", "")

@@ -25,7 +25,7 @@ from lora_init.onednn_layers import linear_layers_by_onednn
 from lora_init.prepared import Prepared
 from lora_init.run_groups import Variant
 from lora_init.run_log import Record
-from lora_init.scoring import evaluate, text_loss
+from lora_init.scoring import evaluate, text_loss, training_loss
 from lora_init.starts import prepare
 from lora_init.statistics import Statistics
 from lora_init.targets import HEADS, find_targets
@@ -63,7 +63,7 @@ class Workbench:
     evaluation_points: Sequence[int]
     statistics_batches: int
     own: Mapping[str, Any] = field(default_factory=dict)
-    _statistics: dict[tuple[int, bool], Statistics] = field(default_factory=dict, repr=False)
+    _statistics: dict[tuple[int, bool, bool], Statistics] = field(default_factory=dict, repr=False)
     _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
     _plain_vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
@@ -119,14 +119,16 @@ class Workbench:
             "statistics_batches": self.statistics_batches,
         }
 
-    def statistics(self, seed: int, center: bool) -> Statistics:
+    def statistics(self, seed: int, center: bool, gradients: bool = False) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory."""
-        if (seed, center) not in self._statistics:
-            file = self.directory / "statistics" / f"seed{seed}-{'centred' if center else 'uncentred'}.safetensors"
+        key = (seed, center, gradients)
+        if key not in self._statistics:
+            kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
+            file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"
             if not file.exists():
-                self._collect(seed, center).save(file)
-            self._statistics = {(seed, center): Statistics.load(file)}
-        return self._statistics[seed, center]
+                self._collect(seed, center, gradients).save(file)
+            self._statistics = {key: Statistics.load(file)}
+        return self._statistics[key]
 
     def seconds_of_a_run(self) -> float:
         """Estimate the time of one run from a few steps of it, as things are now."""
@@ -156,8 +158,8 @@ class Workbench:
         metrics_before, retain_before = self._measure_before(run.seed)
         collected: list[Statistics] = []
 
-        def statistics(center: bool) -> Statistics:
-            collected.append(self.statistics(run.seed, center))
+        def statistics(center: bool, gradients: bool = False) -> Statistics:
+            collected.append(self.statistics(run.seed, center, gradients))
             return collected[-1]
 
         reset_peak()
@@ -204,7 +206,7 @@ class Workbench:
         finally:
             prepared.release()
 
-    def _prepare(self, run: Run, statistics: Callable[[bool], Statistics]) -> Prepared:
+    def _prepare(self, run: Run, statistics: Callable[..., Statistics]) -> Prepared:
         variant = run.variant
         start: Any = (variant.start, self.own[variant.start]) if variant.start in self.own else variant.start
         return prepare(
@@ -221,7 +223,14 @@ class Workbench:
             equal_parameters=variant.equal_parameters,
         )
 
-    def _collect(self, seed: int, center: bool) -> Statistics:
+    def _collect(self, seed: int, center: bool, gradients: bool = False) -> Statistics:
+        learning: dict[str, Any] = {}
+        if gradients:  # of the very loss that training minimises
+            learning = {
+                "gradients": True,
+                "forward": lambda model, batch: training_loss(model, self.task, batch),
+                "loss": lambda loss, batch: loss,
+            }
         with linear_layers_by_onednn(self.loaded.model):
             return collect(
                 self.loaded.model,
@@ -235,6 +244,7 @@ class Workbench:
                 seed=seed,
                 data=f"{self.task.data}; training examples in the order of seed {seed}",
                 progress=False,
+                **learning,
             )
 
     def _statistics_data(self, seed: int) -> list[dict[str, torch.Tensor]]:

@@ -65,6 +65,23 @@ def test_a_pass_that_died_goes_on_and_ends_the_same(name, center, tmp_path):
     assert_same(resumed, collect(model(name), batches, **SETTINGS, center=center))
 
 
+def test_a_pass_with_gradients_goes_on_and_ends_the_same(tmp_path):
+    batches = batches_for("llama", n_batches=7)
+    interrupt(tmp_path / "c", 4, "llama", batches, gradients=True)
+    with pytest.raises(LoraInitError, match="was begun with gradients True, this pass has False"):
+        collect(model(), batches, checkpoint=tmp_path / "c", resume=True, **SETTINGS)
+    resumed = collect(model(), batches, checkpoint=tmp_path / "c", resume=True, **SETTINGS, gradients=True)
+    whole = collect(model(), batches, **SETTINGS, gradients=True)
+    assert_same(resumed, whole)
+    assert resumed.provenance.n_labels == whole.provenance.n_labels
+    for name in whole:
+        one, other = resumed.gradient(name), whole.gradient(name)
+        assert one.importance == other.importance and one.weighted.total_variance == other.weighted.total_variance
+        assert torch.equal(one.weighted.components, other.weighted.components)
+        for part in ("left", "singular_values", "right", "output_moment"):
+            assert torch.equal(getattr(one, part), getattr(other, part)), (name, part)
+
+
 @pytest.mark.parametrize("width", [23, 24])
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_also_with_odd_widths_few_rows_and_a_large_mean(width, mean, tmp_path):

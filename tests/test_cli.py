@@ -67,6 +67,24 @@ def assert_one_line_error(result, *parts, code=1):
 # What it makes
 
 
+def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(command, home, tmp_path):
+    file = tmp_path / "stats.safetensors"
+    plain = run(*command, "--statistics", file)
+    assert plain.exit_code == 0, plain.output
+    command[command.index("-o") + 1] = str(tmp_path / "lora-ga")
+    refused = run(*command, "--statistics", file, "--method", "lora-ga")
+    assert refused.exit_code == 1 and "was made without --gradients, and this needs them" in refused.stderr
+    file.unlink()
+    made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
+    assert made.exit_code == 0, made.output
+    assert "base weights must give up what the adapter" in " ".join(made.stdout.split())
+    command[command.index("-o") + 1] = str(tmp_path / "planned")
+    again = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", "1")
+    assert again.exit_code == 0 and "B is not zero" not in again.stdout
+    planned = run("ranks", file, "--policy", "gradient", "--rank", "2", "--compare", "eva", "--compare", "gora")
+    assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
+
+
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path):
     result = run(*command)
     assert result.exit_code == 0, result.stderr

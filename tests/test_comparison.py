@@ -450,3 +450,28 @@ def test_bad_input(home, tmp_path, changes, message):
         compare(home, tmp_path / "out", **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
+    """A language model and a classifier; the steps begin below random, the base is put back after each."""
+    starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")
+    found = compare(
+        home, tmp_path / "lm", starts=starts, steps=12, seeds=1, learning_rates=(1e-4,), evaluation_points=[6]
+    )
+    records = {record["start"]: record for record in found.records if not record["equal_parameters"]}
+    assert set(records) == set(starts) and {record["status"] for record in records.values()} == {"finished"}
+    begin = {start: record["validation_loss"][0] for start, record in records.items()}
+    assert begin["lora-one"] < begin["random"] - 0.01
+    for start in starts:
+        if start != "lora-one":
+            # lora-ga takes weights apart, which rounds
+            assert begin[start] == pytest.approx(begin["random"], rel=1e-5), start
+            assert records[start]["validation_loss"][-1] < begin[start], start
+    assert records["eva-grad"]["initialisation_passes"] == 8 and records["gradient-ranks"]["ranks"] is not None
+    files = sorted(file.name for file in (tmp_path / "lm" / "statistics").iterdir())
+    assert files == ["seed0-centred-gradients.safetensors", "seed0-centred.safetensors"]
+    classes = compare(
+        home, tmp_path / "classes", model="bert", label="first", starts=("random", "eva-grad"), seeds=1,
+        learning_rates=(1e-3,),
+    )  # fmt: skip
+    assert {record["status"] for record in classes.records} == {"finished"}

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from lora_init.attach import adapter_layers
 from lora_init.collection import collect
 from lora_init.errors import LoraInitError
+from lora_init.gradient_starts import GRADIENT_METHODS
 from lora_init.initializers import layer_generator, random
 from lora_init.prepared import a_weights, blank_spectrum
 from lora_init.starts import PEFT_STARTS, START_NAMES, prepare
@@ -18,8 +19,10 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 RANK = 4
 # LoftQ needs a GPU; its own test stands in for the part of it that does.
 HERE = [name for name in START_NAMES if name != "loftq"]
-EVA = [name for name in START_NAMES if name.startswith("eva")]
-MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a"]
+BY_GRADIENT = [*GRADIENT_METHODS, "gradient-ranks"]
+EVA = [name for name in START_NAMES if name.startswith("eva") and name not in BY_GRADIENT]
+MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]
+STEPS = ["lora-one", "natural-gradient-step"]
 
 
 class Case:
@@ -28,13 +31,15 @@ class Case:
         self.asked = []
         self.collected = {}
 
-    def statistics(self, center):
-        self.asked.append(center)
-        if center not in self.collected:
-            self.collected[center] = collect(
-                self.model, self.batches, rank=RANK, rho=2.0, center=center, task_type=self.task
-            )
-        return self.collected[center]
+    def statistics(self, center, gradients=False):
+        self.asked.append((center, gradients))
+        if (center, gradients) not in self.collected:
+            batches = [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
+            self.collected[center, gradients] = collect(
+                self.model, batches if gradients else self.batches, rank=RANK, rho=2.0, center=center,
+                task_type=self.task, gradients=gradients,
+            )  # fmt: skip
+        return self.collected[center, gradients]
 
     def prepare(self, start, model=None, **options):
         settings = dict(rank=RANK, lora_alpha=8, seed=0, task_type=self.task, batches=self.batches)
@@ -88,7 +93,9 @@ def test_a_start_leaves_the_output_and_release_the_model(case, start, matched_sc
     before, output = snapshot(case.model), case.logits()
     prepared = case.prepare(start, matched_scale=matched_scale)
     started = case.logits(prepared.peft_model)
-    if start in PEFT_STARTS:  # a weight that was taken apart and put together again is off by rounding
+    if start in STEPS:
+        assert not torch.equal(started, output)
+    elif start in (*PEFT_STARTS, "lora-ga"):  # a weight that was taken apart and put together again is off by rounding
         assert (started - output).abs().max() < 1e-5 * output.abs().max()
         layer = next(iter(adapter_layers(prepared.peft_model).values()))
         assert bool(layer.lora_B["default"].weight.any())
@@ -111,7 +118,7 @@ def test_seeds(case, start):
 
     one, again, other = a_of(0), a_of(0), a_of(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
-    depends = start in ("random", "gaussian", "orthogonal", "eva-ranks")
+    depends = start in ("random", "gaussian", "orthogonal", "eva-ranks", "gradient-ranks")
     assert [torch.equal(one[name], other[name]) for name in one] == [not depends] * len(one)
 
 
@@ -202,7 +209,7 @@ def test_only_starts_from_data_ask_for_statistics():
     for start in HERE:
         case.asked.clear()
         case.prepare(start).release()
-        expected = [] if start not in EVA else [not start.endswith("uncentred")]
+        expected = [(not start.endswith("uncentred"), start in BY_GRADIENT)] if start in (*EVA, *BY_GRADIENT) else []
         assert case.asked == expected, start
 
 

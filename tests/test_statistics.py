@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_init import LoraInitError, Statistics, collect
-from lora_init.statistics import FORMAT_VERSION
+from lora_init.statistics import FORMAT, FORMAT_VERSION
+from lora_init.tensorfile import TensorFile, write_tensors
 from tests.conftest import batches_for, tiny_llama
 
 
@@ -106,13 +107,24 @@ def test_changed_files_are_refused(path):
 
 def test_other_formats_and_newer_versions_are_refused(path, tmp_path):
     changed(path, metadata={"version": str(FORMAT_VERSION + 1)})
-    with pytest.raises(LoraInitError, match="version '2' of its format, this lora_init reads 1"):
+    with pytest.raises(LoraInitError, match="version '3' of its format, this lora_init reads 1 and 2"):
         Statistics.load(path)
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(LoraInitError, match=r"of format None, expected 'lora_init.statistics'"):
         Statistics.load(tmp_path / "other.safetensors")
     with pytest.raises(LoraInitError, match="is not a file"):
         Statistics.load(tmp_path)
+
+
+def test_the_first_version_is_still_read(stats, path):
+    """It has no gradients; what else it has is the same."""
+    file = TensorFile(path, FORMAT, FORMAT_VERSION)
+    old = {key: value for key, value in file.header.items() if key not in ("gradients", "digests")}
+    old["provenance"] = {k: v for k, v in old["provenance"].items() if k not in ("gradients", "n_labels")}
+    write_tensors(path, FORMAT, 1, old, {name: file.tensor(name) for name in file.header["digests"]})
+    loaded = Statistics.load(path)
+    assert list(loaded) == list(stats) and not loaded.provenance.gradients
+    assert all(torch.equal(loaded[name].components, stats[name].components) for name in stats)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(stats, path, monkeypatch):

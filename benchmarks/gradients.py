@@ -1,0 +1,201 @@
+"""Cost, memory and accuracy of gradient statistics, next to a bare forward and backward pass without weight gradients.
+
+    python -m benchmarks.gradients                       # SmolLM2-135M on the CPU; on a GPU, a Llama of 1B
+    python -m benchmarks.gradients --batches 3           # a quick look
+    python -m benchmarks.gradients --only memory         # one part: cost, memory or accuracy
+
+What is compared is run in turn on each batch. The bare pass is transformers' own, with its loss, from the input
+embeddings back to them; once as torch runs it and once with linear layers through oneDNN, as `collect` runs them on a
+CPU. Prints Markdown; writes JSON under results/gradients/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_init
+from benchmarks import memory, settings
+from benchmarks.settings import Setting, table
+from lora_init.gradient_tap import count_labels
+from lora_init.onednn_layers import linear_layers_by_onednn
+
+RANK, RHO = 16, 2.0
+_MEMORY_BATCHES = 4
+_EXACT_EVERY = 7  # layers whose gradient is computed in full
+
+
+def bare(model: nn.Module, batch: dict[str, Any], fast: bool) -> None:
+    """One forward and backward pass to the input embeddings, no weight's gradient."""
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
+    rest = {key: value for key, value in batch.items() if key != "input_ids"}
+    with linear_layers_by_onednn(model) if fast else nullcontext():
+        model(inputs_embeds=embedded, use_cache=False, **rest).loss.backward()
+
+
+def labelled(setting: Setting) -> list[dict[str, torch.Tensor]]:
+    """Batches with a label on every token where they have none."""
+    return [{**batch, "labels": batch.get("labels", batch["input_ids"])} for batch in setting.seen]
+
+
+def costs(setting: Setting) -> dict[str, Any]:
+    """Time the bare passes and a step of ours on each batch in turn: wall seconds and seconds of processor time."""
+    plain = copy.deepcopy(setting.model).requires_grad_(False)
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {} for clock in clocks}
+
+    def timed(what: str, function: Callable[[], Any]) -> None:
+        before = {clock: read() for clock, read in clocks.items()}
+        function()
+        settings._synchronise()
+        for clock, read in clocks.items():
+            seconds[clock].setdefault(what, []).append(read() - before[clock])
+
+    def stream() -> Iterator[Any]:
+        for batch in labelled(setting):
+            timed("bare", lambda batch=batch: bare(plain, batch, fast=False))
+            timed("bare, oneDNN", lambda batch=batch: bare(plain, batch, fast=True))
+            before = {clock: read() for clock, read in clocks.items()}
+            yield batch
+            settings._synchronise()
+            for clock, read in clocks.items():  # until the next batch is asked for
+                seconds[clock].setdefault("step", []).append(read() - before[clock])
+
+    bare(plain, labelled(setting)[0], fast=True)
+    stats = lora_init.collect(
+        setting.model, stream(), rank=RANK, rho=RHO, gradients=True, tolerance=0.0,
+        max_batches=len(setting.seen) + 1,  # so that it asks for one more, which ends the last step
+    )  # fmt: skip
+    found: dict[str, Any] = {"parts": stats.provenance.seconds, "batches": len(setting.seen)}
+    for clock, by_part in seconds.items():
+        later = {part: sum(values[1:]) for part, values in by_part.items()}
+        found[clock] = {part: value / (len(setting.seen) - 1) for part, value in later.items()}
+        found[clock] |= {f"step / {part}": later["step"] / later[part] for part in ("bare", "bare, oneDNN")}
+        found[clock]["first step / bare"] = by_part["step"][0] / found[clock]["bare"]
+    return found
+
+
+def accuracy(setting: Setting) -> dict[str, Any]:
+    """Energy of the mean gradient that the leading r triplets capture, over the most that r can, every 7th layer."""
+    batches = labelled(setting)
+    stats = lora_init.collect(
+        setting.model, batches, rank=RANK, rho=RHO, gradients=True, tolerance=0.0, max_batches=len(batches)
+    )
+    names = list(stats)[::_EXACT_EVERY]
+    weights = {name: setting.model.get_submodule(name).weight for name in names}
+    for parameter in setting.model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in batches:
+        loss = setting.model(**batch, use_cache=False).loss
+        (loss * count_labels(setting.model, batch)).backward()
+    found: dict[str, Any] = {"layers": len(names), "batches": len(batches)}
+    for r in (RANK // 2, RANK, round(RANK * RHO)):
+        shares = []
+        for name, weight in weights.items():
+            gradient, exact = stats.gradient(name), weight.grad.double()
+            best = torch.linalg.svdvals(exact)[:r].square().sum()
+            shares.append(float((exact @ gradient.right[:r].to(exact).T).square().sum() / best))
+        found[f"r={r}"] = {"min": min(shares), "median": settings.median(shares), "mean": sum(shares) / len(shares)}
+    return found
+
+
+def peaks(name: str) -> dict[str, float]:
+    """Peak memory of each phase in MiB, each in a process of its own."""
+    found = {}
+    for phase in ("bare", "bare, oneDNN", "collect"):
+        command = [sys.executable, "-m", "benchmarks.gradients", "--setting", name, "--phase", phase]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[phase] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def one_phase(name: str, phase: str) -> float:
+    """Run one phase over a few batches and return its peak."""
+    setting = getattr(settings, name)(_MEMORY_BATCHES, 0)
+    batches = labelled(setting)
+    setting.model.requires_grad_(False)
+    memory._reset()
+    if phase == "collect":
+        lora_init.collect(setting.model, batches, rank=RANK, rho=RHO, gradients=True, tolerance=0.0)
+    else:
+        for batch in batches:
+            bare(setting.model, batch, fast=phase != "bare")
+    return memory._peak()
+
+
+def report(found: dict[str, Any]) -> str:
+    """Markdown."""
+    parts = [f"## {found['setting']}"]
+    if "cost" in found:
+        cost = found["cost"]
+        rows = [
+            [
+                part,
+                *(f"{cost[clock][part]:.3f} s" for clock in ("wall", "processor")),
+                *(f"{cost[clock][part] / cost[clock]['bare']:.3f}" for clock in ("wall", "processor")),
+            ]
+            for part in ("bare", "bare, oneDNN", "step")
+        ]
+        parts.append(table(["per batch", "wall", "processor", "wall / bare", "processor / bare"], rows))
+        parts.append(
+            f"Step over the bare pass through oneDNN: {cost['wall']['step / bare, oneDNN']:.3f} wall, "
+            f"{cost['processor']['step / bare, oneDNN']:.3f} processor. The first batch costs "
+            f"{cost['wall']['first step / bare']:.2f} bare passes. {cost['batches']} batches."
+        )
+    if "memory" in found:
+        peak = found["memory"]
+        rows = [[phase, f"{value:,.0f} MiB", f"{value / peak['bare']:.3f}"] for phase, value in peak.items()]
+        parts.append(table(["peak memory", "", "/ bare"], rows))
+    if "accuracy" in found:
+        shares = {key: value for key, value in found["accuracy"].items() if key.startswith("r=")}
+        rows = [[key, *(f"{value:.4f}" for value in one.values())] for key, one in shares.items()]
+        parts.append(
+            table([f"captured / optimum, {found['accuracy']['layers']} layers", "min", "median", "mean"], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", default="llama_1b" if torch.cuda.is_available() else "smollm2")
+    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--only", choices=["cost", "memory", "accuracy"])
+    parser.add_argument("--phase", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.phase:
+        print(json.dumps(one_phase(arguments.setting, arguments.phase)))
+        return
+    file = Path(__file__).parent / "results" / "gradients" / f"{arguments.setting}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if arguments.only and file.exists() else {}
+    setting = getattr(settings, arguments.setting)(arguments.batches, 0)
+    found |= {"setting": setting.name, "machine": settings.machine()}
+    for part, measure in (
+        ("cost", lambda: costs(setting)),
+        ("memory", lambda: peaks(arguments.setting)),
+        ("accuracy", lambda: accuracy(setting)),
+    ):
+        if arguments.only in (None, part):
+            print(f"measuring: {part}", file=sys.stderr)
+            found[part] = measure()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found, indent=1) + "\n")  # what is done stays done
+    text = report(found)
+    print(text)
+    file.with_suffix(".md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

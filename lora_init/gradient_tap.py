@@ -1,0 +1,248 @@
+"""From a model and a batch with labels to the gradient at each layer's output, token by token, beside what it read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_init.activations import ActivationTap, Forward, Sink, input_of
+from lora_init.errors import LoraInitError
+from lora_init.execution import Precision, run_eagerly
+from lora_init.masks import encoder_of
+from lora_init.onednn_layers import linear_layers_by_onednn
+from lora_init.targets import Target
+
+# (output of the forward pass, batch) -> the loss to differentiate, a mean over the labels of the batch
+Loss = Callable[[Any, Any], Tensor]
+# (layer name, g [n, d_out], x [n, d_in], numbers of the rows that count or None): of one layer in one batch, float32
+GradientSink = Callable[[str, Tensor, Tensor, "Tensor | None"], None]
+
+
+class GradientTap:
+    """Run a forward and a backward pass and hand out rows on both ways.
+
+    A context manager inside that of its `ActivationTap`. While it lasts no weight wants a gradient, so the backward
+    pass computes none; afterwards that is as before, and no `.grad` was touched. What a layer reads is kept until its
+    gradient arrives, not copied. Layers under gradient checkpointing are checkpointed here, too. On a CPU linear layers
+    run through oneDNN.
+
+    g_t is the gradient of the *sum* of the losses of a batch's labels: of the batch's loss times their number. So a
+    token's g does not depend on the batch that it came in, sums over batches are sums over tokens, and a sum of
+    g_t x_t^T over all batches, divided by all labels, is the gradient of the mean loss over all of them.
+
+    Args:
+        tap: Hands out what layers read.
+        targets: The layers, by name.
+        forward: Runs the model on a batch, labels included.
+        loss: Computes the loss from what that returns and the batch; by default it is the model's own.
+        n_triplets: Singular triplets of the mean gradient to be kept of each layer.
+    """
+
+    def __init__(
+        self,
+        tap: ActivationTap,
+        targets: Mapping[str, Target],
+        forward: Forward,
+        loss: Loss | None,
+        n_triplets: int,
+    ) -> None:
+        self.n_triplets = n_triplets
+        self._tap = tap
+        self._forward = forward
+        self._loss = loss
+        other = next((t for t in targets.values() if t.kernel or t.experts), None)
+        if other is not None:
+            raise LoraInitError(
+                f"layer {other.name!r} is a {other.kind}: gradient statistics are for linear layers. "
+                "Leave it out of the targets, or collect without gradients."
+            )
+        self._sink: GradientSink | None = None
+        self._ran_now: dict[str, tuple[Tensor | None, Tensor, int]] = {}
+        self._arrived = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> GradientTap:
+        model = self._tap.model
+        with self._stack as stack:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    stack.callback(parameter.requires_grad_, True)
+                    parameter.requires_grad_(False)
+            for name, module in self._tap.modules.items():
+                stack.callback(module.register_forward_hook(partial(self._ran, name), with_kwargs=True).remove)
+            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+            if isinstance(embedding, nn.Module):  # what a reentrant checkpoint in a `forward` of the user's needs
+                stack.callback(embedding.register_forward_hook(_wanting_gradient).remove)
+            stack.enter_context(linear_layers_by_onednn(model))
+            stack.enter_context(_checkpointed(model))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def run(self, batch: Any, sink: Sink, gradient_sink: GradientSink, wanted: Callable[[str], bool]) -> int:
+        """Run one batch forward and backward.
+
+        Args:
+            batch: Mapping, tensor, sequence, or whatever `forward` takes. Not changed.
+            sink: Gets what layers read, see `ActivationTap.run`.
+            gradient_sink: Gets g and x of every layer in the backward pass, without autocast: of a layer that runs twice,
+                both times; of one that the loss does not depend on, zeros.
+            wanted: Tells whether a group still needs what it reads.
+
+        Returns:
+            The number of labels.
+
+        Raises:
+            LoraInitError: There is no loss, it is not finite, or the model gives no gradients.
+        """
+        self._ran_now, self._arrived = {}, False
+
+        def at_full_precision(name: str, g: Tensor, x: Tensor, index: Tensor | None) -> None:
+            with torch.no_grad(), Precision().off():
+                gradient_sink(name, g, x, index)
+
+        with self._tap.listening(batch, sink, wanted, whole=True) as moved, run_eagerly(), torch.enable_grad():
+            self._sink = at_full_precision
+            try:
+                n_labels = count_labels(self._tap.model, moved)
+                self._backward(self._loss_of(moved) * n_labels)
+                if not self._arrived:
+                    raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
+                for name, (index, x, width) in self._ran_now.items():  # their gradient is zero
+                    at_full_precision(name, x.new_zeros(x.numel() // x.shape[-1], width), _flat(x), index)
+            finally:
+                self._sink = None
+                self._ran_now = {}
+        return n_labels
+
+    @property
+    def by_labels(self) -> bool:
+        """Whether tokens without a label are left out."""
+        return self._tap.by_labels
+
+    @property
+    def _name(self) -> str:
+        return type(self._tap.model).__name__
+
+    def _loss_of(self, batch: Any) -> Tensor:
+        output = self._forward(self._tap.model, batch)
+        loss = self._loss(output, batch) if self._loss else _own_loss(output)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            if self._loss is None and isinstance(batch, Mapping) and "labels" not in batch:
+                raise LoraInitError(
+                    f"the batch has {', '.join(map(repr, batch))} and no 'labels', so there is no loss to "
+                    "differentiate. load_batches makes labels from columns 'messages', 'prompt' and 'completion', or "
+                    "'text', and from completion=. Otherwise pass loss=."
+                )
+            where = "loss=" if self._loss else f"{self._name}.forward"
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+            raise LoraInitError(
+                f"{where} returned {got} for a loss, expected one number. "
+                "Pass loss=, a function of what the model returns and the batch."
+            )
+        if not bool(torch.isfinite(loss.detach())):
+            raise LoraInitError(f"the loss is {float(loss):g}. The model produces it; statistics were not updated.")
+        if not loss.requires_grad:
+            raise LoraInitError(
+                f"the loss of {self._name} gives no gradient to any layer: nothing that was computed on the way keeps "
+                "one. Leave torch.no_grad() and detach() out of forward= and loss=."
+            )
+        return loss.reshape(())
+
+    def _backward(self, loss: Tensor) -> None:
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            text = str(error).partition("\n")[0]
+            if isinstance(error, LoraInitError) or "memory" in text or "allocate" in text:
+                raise
+            raise LoraInitError(
+                f"the backward pass of {self._name} failed: {text} Some quantised layers give no gradient of their "
+                "input: collect from the model in float."
+            ) from error
+
+    def _ran(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        if self._sink is None or not torch.is_grad_enabled():
+            return None
+        if not isinstance(output, Tensor):
+            raise LoraInitError(f"layer {name!r}: output of type {type(output).__name__}, expected a tensor.")
+        x = input_of(name, args, kwargs).detach()
+        index = self._tap.index(name, x)
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs it again
+            self._ran_now[name] = (index, x, output.shape[-1])
+        wanting: Tensor = _wanting_gradient(module, args, output)
+        wanting.register_hook(partial(self._came, name, index, x))  # type: ignore[no-untyped-call]
+        return wanting
+
+    def _came(self, name: str, index: Tensor | None, x: Tensor, gradient: Tensor) -> None:
+        if self._sink is not None:
+            self._arrived = True
+            self._ran_now.pop(name, None)
+            self._sink(name, _flat(gradient), _flat(x), index)
+
+
+def count_labels(model: nn.Module, batch: Any) -> int:
+    """Count what the loss of a batch is a mean over: labels other than -100, else examples.
+
+    A causal language model predicts the label of a token from those before it, so the first of each row has no part.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        values = (
+            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+        )
+        return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
+    shifted = labels.dim() == 2 and encoder_of(model) is None
+    shifted = shifted and getattr(model, "loss_type", None) in (None, "ForCausalLM")
+    count = int(((labels[:, 1:] if shifted else labels) != -100).sum())
+    if count == 0:
+        raise LoraInitError("no token of the batch has a label, so there is no loss. Check labels and max_length.")
+    return count
+
+
+def _own_loss(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _wanting_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    """Let the backward pass begin here: a copy, since operations in place are forbidden on what it begins at."""
+    if not isinstance(output, Tensor) or output.requires_grad or not torch.is_grad_enabled():
+        return output
+    return output.detach().requires_grad_().clone()
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Checkpoint the layers for which transformers would in training; in evaluation mode it does not."""
+    classes = sys.modules.get("transformers.modeling_layers")
+    layers = [
+        module
+        for module in model.modules()
+        if classes is not None and isinstance(module, classes.GradientCheckpointingLayer)
+        and module.gradient_checkpointing and "forward" not in vars(module)
+    ]  # fmt: skip
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
