@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from lora_init.compare_command import EXAMPLE as COMPARE_EXAMPLE
 from lora_init.compare_command import compare
 from lora_init.console import make_console, one_line_errors, quiet_transformers
 from lora_init.errors import LoraInitError
+from lora_init.launched import launched_rank, launched_team, silence
 from lora_init.merge_command import EXAMPLE as MERGE_EXAMPLE
 from lora_init.merge_command import merge
 from lora_init.rank_command import EXAMPLE, ranks
@@ -157,7 +159,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
-    with one_line_errors():
+    with one_line_errors(), launched_team() as team:
         _check_output(output, overwrite)
         plan = _plan(ranks_from)
         if plan is not None:
@@ -206,6 +208,9 @@ def init(
             )  # fmt: skip
 
         stats = obtain(statistics, loaded, settings, collect_now)
+        team.finish()
+        if team.rank:
+            return
         ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
         built = build_adapter(
             stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
@@ -259,7 +264,15 @@ app.command(epilog=COMPARE_EXAMPLE)(compare)
 
 
 def main() -> None:
-    """Run the command line and exit: 0, 1 after an error that was explained, 2 after wrong usage, 130 after Ctrl-C."""
+    """Run the command line and exit: 0, 1 after an error that was explained, 2 after wrong usage, 130 after Ctrl-C.
+
+    In several processes started together all do the pass of `init`; everything else is done by the first, which alone
+    writes and speaks.
+    """
+    if launched_rank():
+        silence()
+        if sys.argv[1:2] != ["init"]:
+            return
     app()
 
 

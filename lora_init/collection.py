@@ -17,7 +17,7 @@ import lora_init
 from lora_init.activations import ActivationTap, Forward, call_model
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
-from lora_init.execution import Precision, class_name, plain_names, unwrapped, weights
+from lora_init.execution import Precision, class_name, is_tensor_parallel, plain_names, unwrapped, weights
 from lora_init.gradient_tap import GradientTap, Loss
 from lora_init.gradients import GradientSpectrum, freeze_gradient, is_weighted, weighted_group
 from lora_init.passes import collect_groups
@@ -70,12 +70,17 @@ def collect(
     when the first, less its standard error, is within `tolerance` of the second, and then costs nothing further. The
     pass stops when all are done (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`).
 
+    In a process group of `torch.distributed` all processes call it, each with batches of its own or all with the same,
+    of which each then takes its part. They meet now and then to merge what they have found and to decide which layers
+    are done, and all return the same statistics, bit for bit.
+
     Cost: a forward pass of the model's body for each batch, and about a tenth of it on top. Memory: 1.5 * rank * rho
     float32 rows of width d_in for each distinct input, and as much again within a batch.
 
     Args:
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
-        batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once.
+        batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once. In several processes
+            a loader for one of them, or one that gives all the same.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
         target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
@@ -86,7 +91,7 @@ def collect(
         center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentred second moment
             of the paper's theorem.
         token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label.
-        max_batches: Bound on the number of batches.
+        max_batches: Bound on the number of batches, of all processes together.
         tolerance: Relative gap between seen and held-out captured variance at which a layer is done.
         seed: Seed of the decomposition.
         forward: Function of model and batch, for models that are not called with the batch as it is.
@@ -105,8 +110,10 @@ def collect(
     Raises:
         LoraInitError: Targets match nothing; no batch, or none with tokens that count; labels missing; NaN or inf in a
             layer's input; rows of varying width; out of memory; arguments out of range; a checkpoint that cannot be
-            written, or belongs to another model, other data or other arguments. With gradients: no labels and no
-            `loss`, a loss that is not finite, layers that are not linear, a base that gives no gradients.
+            written, or belongs to another model, other data or other arguments. In several processes, on all of them:
+            one has another model or other arguments, raised, died, or did not answer for `LORA_INIT_TIMEOUT` seconds.
+            With gradients: several processes, no labels and no `loss`, a loss that is not finite, layers that are not
+            linear, a base that gives no gradients.
         Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
 
     Example:
@@ -133,6 +140,11 @@ def collect(
             raise LoraInitError(
                 f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
                 f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
+            )
+        if is_tensor_parallel(model):
+            raise LoraInitError(
+                f"{class_name(model)} is split by tensor parallelism: in each process a layer reads only a part of its "
+                "input. Load it with device_map=, or shard it with fully_shard."
             )
         print_of_model = fingerprint(model)  # before the pass: bitsandbytes repacks weights when they are first used
         asked = {

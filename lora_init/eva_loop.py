@@ -18,7 +18,9 @@ from lora_init.errors import LoraInitError
 from lora_init.eva_inputs import LayerInputs, first_tensor
 from lora_init.eva_weights import pattern_value
 from lora_init.initializers import eva, layer_generator
+from lora_init.mail import Message
 from lora_init.svd import IncrementalSVD, apply_updates
+from lora_init.team import Team
 
 # PEFT's loop has no bound: it goes through the data again and again until tau is reached.
 MAX_BATCHES = 512
@@ -98,17 +100,18 @@ class EvaLoop:
         if n_batches == 0:
             raise ValueError("dataloader is empty")
 
-    def merge_processes(self) -> None:
-        """Take in what all processes of a distributed run have seen, in the same order in each."""
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, (self._leader, self._svds))
-        self._leader, self._svds = {}, {}
-        for leader, _ in states:
-            self._leader = leader | self._leader
-        for _, svds in states:
-            for name, svd in svds.items():
-                fresh = self._svds.setdefault(self._leader[name], IncrementalSVD(svd.n_components))
-                fresh.merge(svd)
+    def merge_processes(self, team: Team) -> None:
+        """Take in what all processes of a distributed run have seen, in the same order in each.
+
+        Raises:
+            RankFailedError: A process failed or died.
+        """
+        found = [*self._leader.items()]
+        self._leader = {name: leader for their in reversed(team.meet(found)) for name, leader in their}
+        own: dict[str, IncrementalSVD] = {}
+        for name, svd in self._svds.items():
+            own.setdefault(self._leader[name], IncrementalSVD(svd.n_components)).merge(svd)
+        self._svds = _unpacked(team.combine(lambda: _packed(own), _merged))
         self._ratios = {name: svd.spectrum().explained_variance_ratio for name, svd in self._svds.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -208,3 +211,25 @@ class EvaLoop:
         order = torch.cat(ratios).argsort(descending=True, stable=True)  # stable: ties go to the earlier layer
         chosen = owner[order[: sum(self._rank[name] for name in names)]]
         return dict(zip(names, torch.bincount(chosen, minlength=len(names)).tolist(), strict=True))
+
+
+def _merged(one: Message, other: Message) -> Message:
+    svds = _unpacked(one)
+    for name, svd in _unpacked(other).items():
+        svds.setdefault(name, IncrementalSVD(svd.n_components)).merge(svd)
+    return _packed(svds)
+
+
+def _packed(svds: Mapping[str, IncrementalSVD]) -> Message:
+    states = {name: svd.state_dict() for name, svd in svds.items()}
+    tensors = {f"{name}/{part}": tensor.cpu() for name, state in states.items() for part, tensor in state.items()}
+    return Message({"n_components": {name: svd.n_components for name, svd in svds.items()}}, tensors)
+
+
+def _unpacked(message: Message) -> dict[str, IncrementalSVD]:
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in message.header["n_components"]}
+    for key, tensor in message.tensors.items():
+        name, _, part = key.rpartition("/")
+        states[name][part] = tensor
+    sizes = message.header["n_components"]
+    return {name: IncrementalSVD(sizes[name]).load_state_dict(state) for name, state in states.items()}

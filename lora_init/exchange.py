@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.mail import Message
 from lora_init.records import KEPT_BATCHES, Collected, GroupRecord
 from lora_init.svd import IncrementalSVD, settle
-from lora_init.team import Message, Team
+from lora_init.team import Team
 
 
 class Exchange:

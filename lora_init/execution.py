@@ -60,6 +60,11 @@ def is_sharded(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
 
 
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Tell whether single layers are split over processes, each of which then reads a part of their inputs."""
+    return not is_sharded(model) and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Tell whether accelerate brings weights to where they are used and takes them away after the forward pass."""
     return any(_offloaded_weights(module) for module in model.modules())

@@ -97,8 +97,8 @@ class GradientTap:
         Args:
             batch: Mapping, tensor, sequence, or whatever `forward` takes. Not changed.
             sink: Gets what layers read, see `ActivationTap.run`.
-            gradient_sink: Gets g and x of every layer in the backward pass, without autocast: of a layer that runs twice,
-                both times; of one that the loss does not depend on, zeros.
+            gradient_sink: Gets g and x of every layer in the backward pass, without autocast: of a layer that runs
+                twice, both times; of one that the loss does not depend on, zeros.
             wanted: Tells whether a group still needs what it reads.
 
         Returns:

@@ -125,6 +125,8 @@ def _find_device(device: str) -> Any:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cuda" and os.environ.get("LOCAL_RANK", "").isdecimal():  # of torchrun: one GPU for each process
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         place = torch.device(device)
         torch.empty(0, device=place)

@@ -21,6 +21,7 @@ from lora_init.eva_inputs import (
 from lora_init.eva_loop import EvaLoop
 from lora_init.eva_weights import load_eva_state_dict, plain_name
 from lora_init.targets import ALL_LINEAR, find_targets
+from lora_init.team import Team
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -65,7 +66,7 @@ def get_eva_state_dict(
 
     Raises:
         ValueError: `peft_config` is missing, the dataloader is empty, or `prepare_layer_inputs_fn` names other layers.
-        LoraInitError: (a ValueError) No layer is targeted or no layer had rows.
+        LoraInitError: (a ValueError) No layer is targeted or no layer had rows; another process failed.
     """
     wrapped = hasattr(model, "peft_config")
     if peft_config is None:
@@ -98,11 +99,11 @@ def get_eva_state_dict(
         _layer_functions(modules, prepare_layer_inputs_fn),
         alike=(None, prepare_layer_inputs_fn_language_modeling),
     )
-    first_process = not gather or torch.distributed.get_rank() == 0
-    with _adapter_switched_off(model, wrapped):
-        loop.run(dataloader, show_progress_bar and first_process)
-    if gather:
-        loop.merge_processes()
+    with Team(alone=not gather) as team:
+        with _adapter_switched_off(model, wrapped):
+            loop.run(dataloader, show_progress_bar and team.rank == 0)
+        if team.size > 1:
+            loop.merge_processes(team)
     return loop.state_dict()
 
 

@@ -15,6 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.models import LoadedModel
 from lora_init.statistics import Statistics
 from lora_init.targets import find_targets
+from lora_init.team import Team
 
 
 def obtain(
@@ -24,23 +25,32 @@ def obtain(
     if file is None:
         return collect_now(None)
     file = file.expanduser()
-    if file.exists():
+    with Team() as team:
+        there = team.meet(file.exists())
+    if len(set(there)) > 1:
+        raise LoraInitError(
+            f"--statistics {file}: rank {there.index(True)} sees this file, rank {there.index(False)} does not. "
+            "Name a file in a place that all processes share."
+        )
+    if there[0]:
         return _reuse(file, loaded, settings)
     if not file.parent.is_dir():
         raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
     partial = file.with_name(f"{file.name}.partial")
+    first = team.rank == 0
     if partial.exists():
         say(f"{partial}: going on with the pass that was interrupted")
     try:
         stats = collect_now(partial)
     except Interrupted as stop:
-        if stop.statistics is not None:
+        if stop.statistics is not None and first:
             stop.statistics.save(file)
             say(f"{file}: kept the statistics of {stop.statistics.provenance.n_batches} batches")
             partial.unlink(missing_ok=True)
         raise
-    stats.save(file)
-    partial.unlink(missing_ok=True)
+    if first:
+        stats.save(file)
+        partial.unlink(missing_ok=True)
     return stats
 
 

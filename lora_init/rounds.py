@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,10 +15,11 @@ from lora_init.activations import ActivationTap
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
 from lora_init.exchange import Exchange, take_over
+from lora_init.mail import Message, RankFailedError
 from lora_init.records import MIN_BATCHES, Collected
 from lora_init.shards import Shard, batch_digest
 from lora_init.svd import IncrementalSVD
-from lora_init.team import Message, RankFailedError, Team, in_words
+from lora_init.team import Team
 
 # Takes in a batch, given the tap, the batch and its number in this process.
 TakeIn = Callable[[ActivationTap, Any, int], None]
@@ -180,9 +181,9 @@ class Rounds:
                 error = error or caught
                 halfway = isinstance(caught.__cause__, (RuntimeError, MemoryError))
                 if halfway or (not counts_in and before == tap.n_passes):
-                    self._leave(error)
+                    self._team.leave(error)
             except Exception as caught:
-                self._leave(caught)
+                self._team.leave(caught)
         if error is not None:
             raise error
 
@@ -198,12 +199,6 @@ class Rounds:
                 "a batch to lend, a mapping of names to tensors. Give every process at least one batch."
             )
         self._spare = self._spare or [lent.tensors]
-
-    def _leave(self, error: Exception) -> NoReturn:
-        """End in the middle of a forward pass that the others cannot go on with: they won't come to a meeting."""
-        self._team.tell(in_words(error))
-        self._team.finish()
-        raise RankFailedError(self._team.told() or str(error)) from error
 
     def _resume(self, checkpoint: Checkpoint) -> Collected:
         """Read the file, read past the batches that were used, and begin the file."""

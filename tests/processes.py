@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 import uuid
@@ -18,6 +19,9 @@ _CONTEXT.set_forkserver_preload(["tests.processes_imports"])
 class Processes:
     """`size` processes that run `function(rank, size, folder, *arguments)`, which returns what JSON can hold.
 
+    Named variables are put into their environment. With MASTER_PORT they are what torchrun's processes are: without a
+    process group yet, but able to find each other.
+
     Attributes:
         running: The processes, by rank.
     """
@@ -25,6 +29,7 @@ class Processes:
     def __init__(self, function, size, folder, *arguments, **environment):
         self._folder = folder / f"{function.__name__}-{uuid.uuid4().hex[:8]}"
         self._folder.mkdir()
+        environment.setdefault("MEET", f"tcp://localhost:{free_port()}")
         common = (function.__module__, function.__name__, self._folder, folder, size, arguments, environment)
         self.running = [_CONTEXT.Process(target=_child, args=(*common, rank), daemon=True) for rank in range(size)]
         for process in self.running:
@@ -58,20 +63,32 @@ class Processes:
         return (self._folder / f"{rank}.err").read_text()
 
 
+def free_port():
+    """Find a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
 def run(function, size, folder, *arguments, seconds=60, **environment):
     """Run it in `size` processes; return what each returned."""
     return Processes(function, size, folder, *arguments, **environment).results(seconds)
 
 
 def _child(module, function, own, folder, size, arguments, environment, rank):
+    launched = "MASTER_PORT" in environment
     os.environ.update(environment)
+    if launched:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost")
     os.dup2(os.open(Path(own, f"{rank}.err"), os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
     faulthandler.dump_traceback_later(45)  # where it hangs, if it does
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{own}/meet", rank=rank, world_size=size)
+    if not launched:
+        torch.distributed.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=size)
     found = getattr(importlib.import_module(module), function)(rank, size, folder, *arguments)
     Path(own, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    if not launched:
+        torch.distributed.destroy_process_group()

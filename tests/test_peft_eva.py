@@ -4,11 +4,7 @@ import copy
 import inspect
 import itertools
 import re
-import subprocess
-import sys
-import textwrap
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +20,7 @@ from lora_init import peft_eva as ours
 from lora_init.errors import LoraInitError
 from lora_init.spectrum import principal_angles
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.processes import run
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PREFIX = "base_model.model."
@@ -601,29 +598,22 @@ def test_only_the_named_adapter_is_touched():
     assert other and all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
 
 
+def eva_of_a_share(rank, size, folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mine = batches_for("llama", 4, batch_size=16)[rank::size]
+        state = quietly(ours.get_eva_state_dict, structured_llama(), mine, config(tau=1.0))
+    assert any("torch.distributed is initialized" in str(w.message) for w in caught)
+    torch.save(state, folder / f"{rank}.pt")
+    try:
+        ours.get_eva_state_dict(structured_llama(), iter(mine) if rank else iter([]), config(), show_progress_bar=False)
+    except ValueError as error:
+        return str(error)
+
+
 def test_two_processes_find_what_one_finds_on_all_the_data(tmp_path):
-    script = textwrap.dedent("""
-        import sys, warnings
-        sys.path.insert(0, sys.argv[3])
-        import torch
-        from tests.conftest import batches_for
-        from tests.test_peft_eva import config, quietly, structured_llama
-        from lora_init import get_eva_state_dict
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        meet = f"file://{sys.argv[2]}/meet"
-        torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            mine = batches_for("llama", 4, batch_size=16)[rank::2]
-            state = quietly(get_eva_state_dict, structured_llama(), mine, config(tau=1.0))
-        assert any("torch.distributed is initialized" in str(w.message) for w in caught)
-        torch.save(state, f"{sys.argv[2]}/{rank}.pt")
-    """)
-    root = str(Path(__file__).parents[1])
-    arguments = [sys.executable, "-c", script]
-    runs = [subprocess.Popen([*arguments, str(rank), str(tmp_path), root]) for rank in range(2)]
-    assert [run.wait(120) for run in runs] == [0, 0]
+    errors = run(eva_of_a_share, 2, tmp_path)
+    assert errors == ["dataloader is empty", "rank 0 failed: ValueError: dataloader is empty"]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = quietly(
         ours.get_eva_state_dict, structured_llama(), batches_for("llama", 4, batch_size=16), config(tau=1.0)

@@ -9,7 +9,8 @@ import torch
 
 from lora_init import LoraInitError, collect
 from lora_init.exchange import Exchange
-from lora_init.team import Message, RankFailedError, Team
+from lora_init.mail import Message, RankFailedError
+from lora_init.team import Team
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 from tests.test_processes import SETTINGS, llama
@@ -120,7 +121,7 @@ def hanging(rank, size, folder, victim):
     def stream():
         for position, batch in enumerate(batches_for("llama", 40)):
             if position == 9 and rank == int(victim):
-                time.sleep(12)
+                time.sleep(9)
             yield batch
 
     return message(lambda: collect(llama(), stream(), **SETTINGS))

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from lora_init import Statistics, allocate_ranks, build_adapter, collect
 from lora_init.collection import fingerprint
@@ -47,6 +49,9 @@ def wrapped_and_sharded(rank, size, folder):
     found["not finite"] = message(lambda: collect(layers, data, **SETTINGS))
     data = [torch.randn(64, 8), torch.randn(64, 8).expand(2, 64, 8) if rank else torch.randn(64, 8)]
     found["labels"] = message(lambda: collect(layers, data, **SETTINGS, token_mask="labels"))
+    mesh = init_device_mesh("cpu", (size,))
+    split = parallelize_module(torch.nn.Sequential(torch.nn.Linear(8, 8)), mesh, {"0": RowwiseParallel()})
+    found["tensor parallel"] = message(lambda: collect(split, data, **SETTINGS))
     found["cannot lend"] = message(
         lambda: collect(fully_sharded(llama()), [tuple(batches[0].values())] * 8 if rank else [], **SETTINGS)
     )
@@ -79,6 +84,7 @@ def test_wrapped_and_sharded_models(tmp_path):
         "no rows": "rank 1 failed: batch 2: the mask keeps 0 of 48 tokens",
         "not finite": "rank 1 failed: batch 3: layer '0': 1 of 4 rows contain NaN",
         "labels": "rank 0 failed: batch 0: token_mask='labels' needs",
+        "tensor parallel": "rank 0 failed: Sequential is split by tensor parallelism",
         "cannot lend": "rank 0 has no batch, and a sharded model runs in all processes together",
     }
     for case, start in expected.items():

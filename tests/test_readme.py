@@ -64,7 +64,14 @@ def test_python(text, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
     batches = lora_init.load_batches(DATA, tokenizer, template="{passage}\nQuestion: {question}?")
-    names = {"lora_init": lora_init, "model": model, "tokenizer": tokenizer, "batches": batches}
+    names = {
+        "lora_init": lora_init,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "name": MODEL,
+        "model": model,
+        "tokenizer": tokenizer,
+        "batches": batches,
+    }
     if "stats =" not in text and "stats" in text:
         names["stats"] = lora_init.collect(model, batches)
     exec(compile(for_the_tiny_model(text), "README.md", "exec"), names)
@@ -84,6 +91,8 @@ def test_commands(text, folder, monkeypatch):
         elif words[:2] == ["pip", "install"]:
             assert (ROOT / "pyproject.toml").exists()
         else:
+            if words[0] in ("torchrun", "accelerate"):  # here in one process; in tests/test_launched.py in two
+                words = ["lora-init", *words[words.index("lora_init") + 1 :]]
             assert words[0] == "lora-init", line
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{line}\n{result.stderr}"
