@@ -67,11 +67,11 @@ def draw(tasks: dict[str, list[Group]], target: Path) -> None:
         axes.set_xticks(rates, [rate_text(rate) for rate in rates], minor=False)
         axes.set_xticks([], minor=True)
         axes.set_yscale("symlog", linthresh=1.0)
-        axes.set_ylim(bottom=-0.1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("learning rate")
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=-0.1)  # of all panels
     panels[0].set_ylabel("final loss above the best of all")
     figure.legend(
         drawn.values(),
