@@ -112,16 +112,17 @@ class Mail:
             parts = [self._receive_tensor(rank, torch.empty(n, dtype=torch.uint8), seconds) for n in sizes.tolist()]
             return Message.from_bytes(parts)
         except RuntimeError as error:
-            told = self.told()
-            if told:
-                raise RankFailedError(told) from error
             if not any(sign in str(error) for sign in ("imed out", "timeout")):
+                told = self.told()
+                if told:
+                    raise RankFailedError(told) from error
                 gone = f"its process has ended, or cannot be reached ({_first_line(error)})."
                 return Message({"failed": [rank, gone]}, {})
+            # At once: the others see their connections break, and look for the reason no longer than a moment.
             reason = f"it did not answer for {seconds:.0f} s. LORA_INIT_TIMEOUT sets how long to wait."
             self.tell(reason, rank)
-            time.sleep(_GRACE)  # the reason may lie with this process
-            raise RankFailedError(f"rank {rank} failed: {reason}") from error
+            time.sleep(_GRACE)  # this process may be the one that keeps the reason
+            raise RankFailedError(self.told() or f"rank {rank} failed: {reason}") from error
 
     def _receive_tensor(self, rank: int, tensor: Tensor, seconds: float) -> Tensor:
         if tensor.numel():
