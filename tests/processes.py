@@ -35,7 +35,7 @@ class Processes:
         for process in self.running:
             process.start()
 
-    def results(self, seconds=60):
+    def results(self, seconds=150):
         """Wait for all; return what they returned, None for those that were killed."""
         exits = self.wait(seconds)
         for rank, code in enumerate(exits):
@@ -45,7 +45,7 @@ class Processes:
             for rank, code in enumerate(exits)
         ]
 
-    def wait(self, seconds=60):
+    def wait(self, seconds=150):
         """Wait for all, and kill them if that takes longer; return the exit code of each."""
         deadline = time.monotonic() + seconds
         try:
@@ -70,7 +70,7 @@ def free_port():
         return str(one.getsockname()[1])
 
 
-def run(function, size, folder, *arguments, seconds=60, **environment):
+def run(function, size, folder, *arguments, seconds=150, **environment):
     """Run it in `size` processes; return what each returned."""
     return Processes(function, size, folder, *arguments, **environment).results(seconds)
 
@@ -81,7 +81,7 @@ def _child(module, function, own, folder, size, arguments, environment, rank):
     if launched:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost")
     os.dup2(os.open(Path(own, f"{rank}.err"), os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
-    faulthandler.dump_traceback_later(45)  # where it hangs, if it does
+    faulthandler.dump_traceback_later(120)  # where it hangs, if it does
     import torch
 
     torch.set_num_threads(1)
