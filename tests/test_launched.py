@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -25,15 +26,28 @@ def home(tmp_path_factory):
     return home
 
 
-def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch):
+def torchrun(*arguments, cwd=None):
+    """Run two processes; kill them all if they hang."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    command += ["-m", "lora_init", "init", "model", "text.txt", "-o", str(tmp_path / "out"), "--rank", "4"]
-    command += ["--statistics", str(tmp_path / "stats"), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "destroy_process_group" not in done.stderr and "Traceback" not in done.stderr
-    assert json.loads(done.stdout)["adapter"] == str(tmp_path / "out")  # one result, not two
+    running = subprocess.Popen(
+        [*command, *arguments], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = running.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGTERM)  # which the launcher passes on, then it kills
+        running.communicate(timeout=60)
+        raise
+    assert running.returncode == 0, err
+    assert "destroy_process_group" not in err and "Traceback" not in err
+    return out
+
+
+def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch):
+    arguments = ["-m", "lora_init", "init", "model", "text.txt", "-o", str(tmp_path / "out"), "--rank", "4", "--json"]
+    out = torchrun(*arguments, "--statistics", str(tmp_path / "stats"), cwd=home)
+    assert json.loads(out)["adapter"] == str(tmp_path / "out")  # one result, not two
     assert {entry.name for entry in tmp_path.iterdir()} == {"out", "stats"}
     alone = ["init", "model", "text.txt", "-o", str(tmp_path / "alone"), "--rank", "4"]
     monkeypatch.chdir(home)
@@ -49,14 +63,9 @@ def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch)
 
 
 def test_the_example_trains_what_two_processes_found(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    command += [str(ROOT / "examples" / "two_processes.py"), "--output", str(tmp_path / "adapter")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "destroy_process_group" not in done.stderr
-    assert "2 processes: 24 batches, 3072 tokens" in done.stdout
-    losses = [float(loss) for loss in re.findall(r"epoch \d: loss of the last batch (\S+)", done.stdout)]
+    out = torchrun(str(ROOT / "examples" / "two_processes.py"), "--output", str(tmp_path / "adapter"))
+    assert "2 processes: 24 batches, 3072 tokens" in out
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss of the last batch here (\S+)", out)]
     assert len(losses) == 3 and losses[2] < losses[0]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
