@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_init.gradients import is_weighted, weighted_group
 from lora_init.mean_gradient import MeanGradient
 from lora_init.records import Collected, GroupRecord
 from lora_init.rounds import Rounds, own_batches
-from lora_init.shards import Shard
+from lora_init.shards import Shard, length
 from lora_init.svd import IncrementalSVD, apply_updates, settle
 from lora_init.team import Team
 
@@ -216,6 +216,7 @@ def _explained(error: Exception, n_batches: int) -> Exception:
 
 
 def _progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None) -> tqdm[Any]:
-    total = min(max_batches, len(batches)) if isinstance(batches, Sized) else max_batches
+    known = length(batches)
+    total = max_batches if known is None else min(max_batches, known)
     show = sys.stderr.isatty() if progress is None else progress
     return tqdm(total=total, desc="collect", unit="batch", disable=not show, dynamic_ncols=True)

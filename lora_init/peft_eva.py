@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from lora_init.eva_inputs import (
 )
 from lora_init.eva_loop import EvaLoop
 from lora_init.eva_weights import load_eva_state_dict, plain_name
+from lora_init.shards import length
 from lora_init.targets import ALL_LINEAR, find_targets
 from lora_init.team import Team
 
@@ -78,7 +79,7 @@ def get_eva_state_dict(
 
         peft_config = copy(peft_config)
         peft_config.eva_config = EvaConfig()
-    if isinstance(dataloader, Sized) and len(dataloader) == 0:
+    if length(dataloader) == 0:
         raise ValueError("dataloader is empty")
     gather = gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized()
     if gather:

@@ -33,12 +33,20 @@ def own_batches(team: Team, batches: Iterable[Any]) -> Iterator[Any]:
     A loader that gives each process its own is read as it is. One that gives all of them the same, which the hash of
     the first batch tells, is read as one data set: the process of rank r takes batches r, r + size, and so on.
 
+    Raises:
+        LoraInitError: A loader that cannot be read by one process alone.
+
     Warns:
         UserWarning: A loader that is made to give each process its own gives all the same; or some of them the same.
     """
-    stream = iter(batches)
     if team.size == 1:
-        return stream
+        return iter(batches)
+    if type(batches).__name__ == "DataLoaderDispatcher":
+        raise LoraInitError(
+            "the loader reads in one process and sends batches to the others (accelerate's dispatch_batches), which "
+            "works only as long as all want as many. Prepare it with dispatch_batches=False."
+        )
+    stream = iter(batches)
     first = list(islice(stream, 1))
     seen = team.meet([batch_digest(batch) for batch in first])
     digests = [digest for found in seen for digest in found]

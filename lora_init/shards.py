@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -72,6 +72,19 @@ class Shard:
                 raise LoraInitError(f"{origin} has used {len(digests)} batches, the data has {position}. {remedy}")
             if self.digests[-1] != expected:
                 raise LoraInitError(f"batch {position} is not the one that {origin} has used in its place. {remedy}")
+
+
+def length(batches: Iterable[Any]) -> int | None:
+    """Count the batches without reading them; None where that cannot be known.
+
+    Example:
+        >>> length([1, 2]), length(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader has a length, but not over data that has none
+        return None
 
 
 def batch_digest(batch: Any) -> str:

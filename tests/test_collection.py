@@ -267,3 +267,13 @@ def test_fingerprints_tell_models_apart_but_not_precisions():
 def test_tied_weights_count_once():
     tied, free = tiny_llama(tie_word_embeddings=True), tiny_llama()
     assert count_parameters(free) - count_parameters(tied) == 64 * 32
+
+
+class OfUnknownLength(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from low_rank_inputs(3)
+
+
+def test_a_loader_over_data_without_a_length():
+    loader = torch.utils.data.DataLoader(OfUnknownLength(), batch_size=None)
+    assert collect(two_layers(), loader, rank=3).provenance.n_batches == 3
