@@ -116,7 +116,7 @@ def meeting_of_one(folder: Path) -> None:
             name = f"{block}.{position}"
             found.groups[name], found.group_of[name] = record, name
     with Team() as team:
-        exchange = Exchange(team, lambda: IncrementalSVD(COMPONENTS), 0.0)
+        exchange = Exchange(team, lambda _: IncrementalSVD(COMPONENTS), 0.0)
         team.meet(None)
         reset_peak()
         before, start = peak_bytes(), time.perf_counter()
