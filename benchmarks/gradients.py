@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import lora_init
 from benchmarks import memory, settings
 from benchmarks.settings import Setting, table
 from lora_init.gradient_tap import count_labels
+from lora_init.memory import peak_bytes, reset_peak
 from lora_init.onednn_layers import linear_layers_by_onednn
 
 RANK, RHO = 16, 2.0
@@ -55,22 +55,22 @@ def costs(setting: Setting) -> dict[str, Any]:
     clocks = {"wall": time.perf_counter, "processor": time.process_time}
     seconds: dict[str, dict[str, list[float]]] = {clock: {} for clock in clocks}
 
-    def timed(what: str, function: Callable[[], Any]) -> None:
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
         before = {clock: read() for clock, read in clocks.items()}
-        function()
-        settings._synchronise()
+        yield
+        settings.synchronise()
         for clock, read in clocks.items():
             seconds[clock].setdefault(what, []).append(read() - before[clock])
 
     def stream() -> Iterator[Any]:
         for batch in labelled(setting):
-            timed("bare", lambda batch=batch: bare(plain, batch, fast=False))
-            timed("bare, oneDNN", lambda batch=batch: bare(plain, batch, fast=True))
-            before = {clock: read() for clock, read in clocks.items()}
-            yield batch
-            settings._synchronise()
-            for clock, read in clocks.items():  # until the next batch is asked for
-                seconds[clock].setdefault("step", []).append(read() - before[clock])
+            with timed("bare"):
+                bare(plain, batch, fast=False)
+            with timed("bare, oneDNN"):
+                bare(plain, batch, fast=True)
+            with timed("step"):  # until the next batch is asked for
+                yield batch
 
     bare(plain, labelled(setting)[0], fast=True)
     stats = lora_init.collect(
@@ -114,26 +114,24 @@ def accuracy(setting: Setting) -> dict[str, Any]:
 
 def peaks(name: str) -> dict[str, float]:
     """Peak memory of each phase in MiB, each in a process of its own."""
-    found = {}
-    for phase in ("bare", "bare, oneDNN", "collect"):
-        command = [sys.executable, "-m", "benchmarks.gradients", "--setting", name, "--phase", phase]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[phase] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {
+        phase: memory.in_fresh_process("benchmarks.gradients", "--setting", name, "--phase", phase)
+        for phase in ("bare", "bare, oneDNN", "collect")
+    }
 
 
-def one_phase(name: str, phase: str) -> float:
-    """Run one phase over a few batches and return its peak."""
+def one_phase(name: str, phase: str) -> int:
+    """Run one phase over a few batches and return its peak in bytes."""
     setting = getattr(settings, name)(_MEMORY_BATCHES, 0)
     batches = labelled(setting)
     setting.model.requires_grad_(False)
-    memory._reset()
+    reset_peak()
     if phase == "collect":
         lora_init.collect(setting.model, batches, rank=RANK, rho=RHO, gradients=True, tolerance=0.0)
     else:
         for batch in batches:
             bare(setting.model, batch, fast=phase != "bare")
-    return memory._peak()
+    return peak_bytes()
 
 
 def report(found: dict[str, Any]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks import peft_eva, settings
+from lora_init.memory import peak_bytes, reset_peak
 
 PHASES = ("forward", "collect", "peft")
 _N_BATCHES = 6
@@ -18,26 +17,14 @@ _N_BATCHES = 6
 
 def peaks(setting: str, rank: int, rho: float) -> dict[str, float]:
     """Peak memory of each phase in MiB, each measured in a fresh process (on a GPU: memory allocated on it)."""
-    found = {}
-    for phase in PHASES:
-        command = [sys.executable, "-m", "benchmarks.memory", phase, setting, str(rank), str(rho)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[phase] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {phase: in_fresh_process("benchmarks.memory", phase, setting, rank, rho) for phase in PHASES}
 
 
-def _reset() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: loading a model has its own
-
-
-def _peak() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+def in_fresh_process(module: str, *arguments: object) -> float:
+    """Run a module that prints its peak in bytes, as JSON in its last line; return it in MiB."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1])) / 2**20
 
 
 def main(phase: str, name: str, rank: int, rho: float) -> None:
@@ -49,7 +36,7 @@ def main(phase: str, name: str, rank: int, rho: float) -> None:
     targets = list(lora_init.find_targets(setting.model).layers)
     with torch.no_grad():
         setting.body(**{key: value for key, value in setting.seen[0].items() if key != "labels"})
-    _reset()
+    reset_peak()  # loading a model has a peak of its own
     if phase == "collect":
         lora_init.collect(setting.model, setting.seen, targets, rank=rank, rho=rho, tolerance=0.0)
     elif phase == "peft":
@@ -59,7 +46,7 @@ def main(phase: str, name: str, rank: int, rho: float) -> None:
         for batch in setting.seen:
             with torch.no_grad():
                 setting.body(**{key: value for key, value in batch.items() if key != "labels"})
-    print(json.dumps(_peak()))
+    print(json.dumps(peak_bytes()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lora_init.exchange import Exchange
 from lora_init.memory import peak_bytes, reset_peak
 from lora_init.records import Collected, GroupRecord
 from lora_init.rounds import batches_of_a_round
-from lora_init.team import Team
+from lora_init.team import Team, children_of
 
 # Inputs of one block, q/k/v, o, gate/up and down, and the number of blocks.
 SHAPES = {"8B": ((4096, 4096, 4096, 14336), 32), "70B": ((8192, 8192, 8192, 28672), 80)}
@@ -60,8 +60,7 @@ def projected() -> list[dict[str, Any]]:
     for shape in SHAPES:
         state = state_bytes(shape)
         for size in (8, 64, 512):
-            children = [sum(1 for bit in range(size.bit_length()) if _hears(rank, bit, size)) for rank in range(size)]
-            sent = [state * (count + (rank > 0)) for rank, count in enumerate(children)]
+            sent = [state * (len(children_of(rank, size)) + (rank > 0)) for rank in range(size)]
             found.append(
                 {
                     "shape": shape,
@@ -76,11 +75,6 @@ def projected() -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _hears(rank: int, bit: int, size: int) -> bool:
-    step = 1 << bit
-    return not rank & (2 * step - 1) and rank + step < size
 
 
 def _row_bytes(shape: str) -> int:

@@ -117,14 +117,15 @@ def _processor() -> str:
 
 def timed(function: Callable[[], Any]) -> float:
     """Seconds that a call takes, until the device is done."""
-    _synchronise()
+    synchronise()
     start = time.perf_counter()
     function()
-    _synchronise()
+    synchronise()
     return time.perf_counter() - start
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait until the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -90,7 +90,7 @@ class ActivationTap:
         for name, module in self.modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         head = _output_embedding(self.model)
-        if not self._to_the_end and head is not None and all(head is not module for module in self.modules.values()):
+        if head is not None and all(head is not module for module in self.modules.values()):
             self._handles.append(head.register_forward_pre_hook(self._end_pass, prepend=True))
         self._handles += self._masks.hooks()
         return self
@@ -155,7 +155,7 @@ class ActivationTap:
                 sink(group, rows)
 
         self._begin(at_full_precision, wanted)
-        self._whole = whole
+        self._whole = whole or self._to_the_end
         batch = to_device(batch, _input_device(self.model))
         self._masks.start(batch)
         complete = True
@@ -192,7 +192,7 @@ class ActivationTap:
                 if not self.sharded:
                     raise
                 self._error = error
-            if self._last == (name, self._calls[name]) and not self._whole and not self._to_the_end:
+            if self._last == (name, self._calls[name]) and not self._whole:
                 raise _EndOfPass
 
         return carry

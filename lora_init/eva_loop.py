@@ -21,6 +21,7 @@ from lora_init.initializers import eva, layer_generator
 from lora_init.mail import Message
 from lora_init.svd import IncrementalSVD, apply_updates
 from lora_init.team import Team
+from lora_init.tensorfile import flatten, nest
 
 # PEFT's loop has no bound: it goes through the data again and again until tau is reached.
 MAX_BATCHES = 512
@@ -221,15 +222,11 @@ def _merged(one: Message, other: Message) -> Message:
 
 
 def _packed(svds: Mapping[str, IncrementalSVD]) -> Message:
-    states = {name: svd.state_dict() for name, svd in svds.items()}
-    tensors = {f"{name}/{part}": tensor.cpu() for name, state in states.items() for part, tensor in state.items()}
-    return Message({"n_components": {name: svd.n_components for name, svd in svds.items()}}, tensors)
+    header = {"n_components": {name: svd.n_components for name, svd in svds.items()}}
+    return Message(header, flatten({name: svd.state_dict() for name, svd in svds.items()}))
 
 
 def _unpacked(message: Message) -> dict[str, IncrementalSVD]:
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in message.header["n_components"]}
-    for key, tensor in message.tensors.items():
-        name, _, part = key.rpartition("/")
-        states[name][part] = tensor
     sizes = message.header["n_components"]
+    states = nest(message.tensors, sizes)
     return {name: IncrementalSVD(sizes[name]).load_state_dict(state) for name, state in states.items()}

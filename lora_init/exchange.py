@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_init.mail import Message
 from lora_init.records import KEPT_BATCHES, Collected, GroupRecord
 from lora_init.svd import IncrementalSVD, settle
 from lora_init.team import Team
+from lora_init.tensorfile import flatten, nest
 
 
 class Exchange:
@@ -89,7 +91,7 @@ class Exchange:
 
     def _pack(self, found: Collected) -> Message:
         """Write what this process has found: the state of each layer, and the shares of the batches since."""
-        tensors: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         news: dict[str, list[list[Any]]] = {}
         for name, record in found.groups.items():
             if record.converged_at is not None:
@@ -97,10 +99,9 @@ class Exchange:
             shares = record.shares[len(self._known.get(name, ([], []))[0]) :]
             # By this they are put in order: the first of each process, then the second of each, as one would see them.
             news[name] = [[position, self._team.rank, share] for position, share in enumerate(shares)]
-            parts = record.svd.state_dict()
+            parts[name] = dict(record.svd.state_dict())
             if shares:
-                parts["ratios"] = torch.stack(list(record.ratios)[-len(shares) :])
-            tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in parts.items()}
+                parts[name]["ratios"] = torch.stack(list(record.ratios)[-len(shares) :])
         header = {
             "news": news,
             "group_of": found.group_of,
@@ -108,10 +109,10 @@ class Exchange:
             "n_batches": found.n_batches - self._n_batches,
             "seconds": found.seconds,
         }
-        return Message(header, tensors)
+        return Message(header, flatten(parts))
 
     def _merge(self, one: Message, other: Message) -> Message:
-        parts, others = _by_group(one), _by_group(other)
+        parts, others = (nest(message.tensors, message.header["news"]) for message in (one, other))
         news: dict[str, list[list[Any]]] = one.header["news"]
         for name, theirs in other.header["news"].items():
             ours = news.setdefault(name, [])
@@ -127,21 +128,19 @@ class Exchange:
         a, b = one.header, other.header
         header = {
             "news": news,
-            "group_of": {**a["group_of"], **{k: v for k, v in b["group_of"].items() if k not in a["group_of"]}},
-            "n_calls": {
-                k: max(a["n_calls"].get(k, 0), b["n_calls"].get(k, 0)) for k in {**a["n_calls"], **b["n_calls"]}
-            },
+            "group_of": b["group_of"] | a["group_of"],
+            "n_calls": dict(Counter(a["n_calls"]) | Counter(b["n_calls"])),  # the larger of each
             "n_batches": a["n_batches"] + b["n_batches"],
             "seconds": {part: max(a["seconds"][part], b["seconds"][part]) for part in a["seconds"]},
         }
-        return Message(header, {f"{name}/{part}": tensor for name, of in parts.items() for part, tensor in of.items()})
+        return Message(header, flatten(parts))
 
     def _conclude(self, message: Message) -> Message:
         """Decide which layers are done, and write what all processes go on with."""
         header, found = message.header, Collected()
         found.group_of, found.n_calls, found.seconds = header["group_of"], header["n_calls"], header["seconds"]
         found.n_batches = self._n_batches + header["n_batches"]
-        for name, parts in _by_group(message).items():
+        for name, parts in nest(message.tensors, header["news"]).items():
             if found.group_of.get(name, name) != name:
                 continue  # a process whose first batch did not reach all layers took its input for one of its own
             shares, ratios = self._known.get(name, ([], []))
@@ -161,11 +160,3 @@ def take_over(whole: Collected, found: Collected) -> None:
     found.group_of, found.n_calls = dict(whole.group_of), dict(whole.n_calls)
     found.n_batches = whole.n_batches
     found.seconds.update(whole.seconds)
-
-
-def _by_group(message: Message) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in message.header["news"]}
-    for key, tensor in message.tensors.items():
-        name, _, part = key.rpartition("/")
-        parts[name][part] = tensor
-    return parts

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_init.errors import LoraInitError
+from lora_init.gradient_starts import GRADIENT_METHODS
+from lora_init.peft_starts import PEFT_STARTS
 from lora_init.run_groups import Variant, best_rate
 from lora_init.run_log import Record
 
@@ -15,9 +17,12 @@ _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
 # Starts whose A has the size of the random one already, or is part of a change to the base weights or of a step whose
 # size is A's and B's together: nothing to match.
 _UNMATCHED = (
-    "random", "eva-ranks", "gradient-ranks", "pissa", "olora", "corda", "loftq", "lora-ga", "lora-one",
-    "natural-gradient-step",
-)  # fmt: skip
+    "random",
+    "eva-ranks",
+    "gradient-ranks",
+    *PEFT_STARTS,
+    *(name for name, method in GRADIENT_METHODS.items() if method.gamma),
+)
 
 
 @dataclass(frozen=True)

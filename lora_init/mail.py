@@ -80,13 +80,12 @@ class Mail:
         with suppress(Exception):
             torch.distributed.destroy_process_group(self._group)
 
-    def send(self, rank: int, message: Message) -> None:
-        """Send a message, and wait until it is received.
+    def send(self, rank: int, parts: list[Tensor]) -> None:
+        """Send what `Message.to_bytes` wrote, and wait until it is received.
 
         Raises:
             RuntimeError: The other process is gone.
         """
-        parts = message.to_bytes()
         sizes = torch.tensor([len(part) for part in parts])
         for tensor in (sizes, *parts):
             if tensor.numel():
@@ -96,10 +95,10 @@ class Mail:
                 work.wait(timedelta(seconds=2 * self.timeout))
                 self.bytes_sent += tensor.numel() * tensor.element_size()
 
-    def try_to_send(self, rank: int, message: Message) -> None:
+    def try_to_send(self, rank: int, parts: list[Tensor]) -> None:
         """Send; if the other one is gone, those that wait for it will say so."""
         with suppress(RuntimeError):
-            self.send(rank, message)
+            self.send(rank, parts)
 
     def receive(self, rank: int, seconds: float) -> Message:
         """Receive a message; one that says so if the other process is gone.

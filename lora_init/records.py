@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_init.gradients import weighted_group
 from lora_init.mean_gradient import MeanGradient
 from lora_init.svd import IncrementalSVD
+from lora_init.tensorfile import flatten, nest
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
 MIN_BATCHES = 8
@@ -105,15 +106,14 @@ class Collected:
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Write everything as a JSON-serialisable header and tensors on the CPU."""
-        tensors: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for name, record in self.groups.items():
-            parts = record.svd.state_dict()
+            parts[name] = dict(record.svd.state_dict())
             if record.ratios:
-                parts["ratios"] = torch.stack(list(record.ratios))
-            tensors |= {f"{name}/{part}": tensor.cpu() for part, tensor in parts.items()}
+                parts[name]["ratios"] = torch.stack(list(record.ratios))
         for name, mean in self.gradients.items():
-            parts = {f"mean.{part}": tensor for part, tensor in mean.state_dict().items()}
-            tensors |= {f"{weighted_group(name)}/{part}": tensor.cpu() for part, tensor in parts.items()}
+            own = parts.setdefault(weighted_group(name), {})
+            own |= {f"mean.{part}": tensor for part, tensor in mean.state_dict().items()}
         header = {
             "gradients": list(self.gradients),
             "n_labels": self.n_labels,
@@ -123,7 +123,7 @@ class Collected:
             "n_batches": self.n_batches,
             "seconds": self.seconds,
         }
-        return header, tensors
+        return header, flatten(parts)
 
     def unpack(
         self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], make: Callable[[str], IncrementalSVD]
@@ -135,10 +135,7 @@ class Collected:
             tensors: The tensors by name.
             make: Makes an empty decomposition for a group.
         """
-        by_group: dict[str, dict[str, Tensor]] = {name: {} for name in header["groups"]}
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition("/")
-            by_group[name][part] = tensor
+        by_group = nest(tensors, header["groups"])
         self.gradients = {}
         for name in header["gradients"]:
             parts = by_group[weighted_group(name)]

@@ -80,7 +80,7 @@ def prepare(
     start: str | OwnStart,
     model: nn.Module,
     *,
-    statistics: Callable[..., Statistics],
+    statistics: Callable[[bool, bool], Statistics],
     batches: Iterable[Any],
     rank: int,
     lora_alpha: float,
@@ -109,8 +109,8 @@ def prepare(
     Args:
         start: One of `START_NAMES`; or the name of a start of one's own with its source, see `apply_own_start`.
         model: The plain model.
-        statistics: Called with `center` if the start needs statistics, and with `gradients=True` too if it needs
-            these; collected for `rank` with rho = 2.
+        statistics: Called if the start needs statistics, with whether they are centred and whether they have gradients;
+            collected for `rank` with rho = 2.
         batches: Data for `corda`, which reads some by itself. May be any iterable.
         rank: Average rank of a layer.
         lora_alpha: Numerator of the scaling.
@@ -135,7 +135,7 @@ def prepare(
     def timed_statistics(recipe: _Recipe) -> Statistics:
         nonlocal waited
         asked = time.perf_counter()
-        stats = statistics(recipe.center, **({"gradients": True} if recipe.gradients else {}))
+        stats = statistics(recipe.center, recipe.gradients)
         waited += time.perf_counter() - asked
         return stats
 

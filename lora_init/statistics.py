@@ -233,10 +233,10 @@ class Statistics(Mapping[str, Spectrum]):
         """
         tensors: dict[str, Tensor] = {}
         for name in self._groups:
-            shared = self._groups[name]
-            tensors[f"{name}/components"] = shared.components
-            tensors[f"{name}/explained_variance"] = shared.explained_variance
-            tensors[f"{name}/mean"] = shared.mean
+            spectrum = self._groups[name]
+            tensors[f"{name}/components"] = spectrum.components
+            tensors[f"{name}/explained_variance"] = spectrum.explained_variance
+            tensors[f"{name}/mean"] = spectrum.mean
             if name in self.batch_ratios:
                 tensors[f"{name}/batch_ratios"] = self.batch_ratios[name]
         groups = {
@@ -254,8 +254,8 @@ class Statistics(Mapping[str, Spectrum]):
             "unsupported": self.unsupported,
             "gradients": {},
         }
-        for name, spectrum in self._gradients.items():
-            header["gradients"][name], parts = spectrum.pack()
+        for name, gradient in self._gradients.items():
+            header["gradients"][name], parts = gradient.pack()
             tensors |= {f"{weighted_group(name)}/{part}": tensor for part, tensor in parts.items()}
         return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 

@@ -112,14 +112,15 @@ class Team:
         """Send reports to the first process, and receive all of them or the first failure."""
         if self.rank != 0:
             with suppress(RuntimeError):  # if the first process is gone, receiving from it says so
-                self._post.send(0, Message(mine, {}))
+                self._post.send(0, Message(mine, {}).to_bytes())
             # The first process may be as late as the timeout allows, and may then wait as long for another.
             return self._verdict(self._post.receive(0, 2 * self._post.timeout))
         received = [Message(mine, {})] + [self._post.receive(rank, self._post.timeout) for rank in range(1, self.size)]
         failed = next((one.header for one in received if "failed" in one.header), None)
         verdict = Message(failed or {"reports": [one.header["report"] for one in received]}, {})
+        parts = verdict.to_bytes()
         for rank in range(1, self.size):
-            self._post.try_to_send(rank, verdict)
+            self._post.try_to_send(rank, parts)
         return self._verdict(verdict)
 
     def _verdict(self, message: Message) -> list[Any]:
@@ -147,12 +148,12 @@ class Team:
             RankFailedError: A process failed or died.
         """
         message = self._guarded(make)
-        for child in self._children():
+        for child in children_of(self.rank, self.size):
             message = self._guarded(merge, message, self._post.receive(child, self._post.timeout))
         if self.rank == 0:
             message = self._guarded(finish, message)
         else:
-            self._post.try_to_send(self._parent(), message)
+            self._post.try_to_send(self._parent(), message.to_bytes())
         return self.share(lambda: message)
 
     def share(self, make: Callable[[], Message]) -> Message:
@@ -162,10 +163,12 @@ class Team:
             RankFailedError: A process failed or died.
         """
         message = self._post.receive(self._parent(), 2 * self._post.timeout) if self.rank else self._guarded(make)
-        for child in reversed(self._children()):
-            self._post.try_to_send(child, message)
+        children = children_of(self.rank, self.size)
+        parts = message.to_bytes() if children or self.rank == 0 else []
+        for child in reversed(children):
+            self._post.try_to_send(child, parts)
         self._raise_if_failed(message)
-        return message if self.rank else Message.from_bytes(message.to_bytes())  # the first one, too, owns its tensors
+        return message if self.rank else Message.from_bytes(parts)  # the first one, too, owns its tensors
 
     def _guarded(self, function: Callable[..., Message], *messages: Message) -> Message:
         failed = next((one for one in messages if "failed" in one.header), None)
@@ -176,11 +179,6 @@ class Team:
         except Exception as error:
             return Message({"failed": [self.rank, in_words(error)]}, {})
 
-    def _children(self) -> list[int]:
-        """Ranks that send to this one in the tree, nearest first: 0 hears of 1, 2, 4, ..., and 2 of 3, 4 of 5 and 6."""
-        steps = [1 << bit for bit in range(self.size.bit_length())]
-        return [self.rank + s for s in steps if not self.rank & (2 * s - 1) and self.rank + s < self.size]
-
     def _parent(self) -> int:
         return self.rank & (self.rank - 1)
 
@@ -188,6 +186,17 @@ class Team:
         if "failed" in message.header:
             rank, reason = message.header["failed"]
             raise RankFailedError(f"rank {rank} failed: {reason}")
+
+
+def children_of(rank: int, size: int) -> list[int]:
+    """Give the ranks that send to this one in the tree, nearest first.
+
+    Example:
+        >>> [children_of(rank, 8) for rank in (0, 1, 2, 4)]
+        [[1, 2, 4], [], [3], [5, 6]]
+    """
+    steps = [1 << bit for bit in range(size.bit_length())]
+    return [rank + step for step in steps if not rank & (2 * step - 1) and rank + step < size]
 
 
 def check_alike(team: Team, asked: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,24 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             fresh.unlink()
+
+
+def flatten(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name tensors `name/part`, on the CPU, as a file or a message holds them."""
+    return {f"{name}/{part}": tensor.cpu() for name, of in parts.items() for part, tensor in of.items()}
+
+
+def nest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Undo `flatten`: the parts of each name, none for a name without tensors.
+
+    Raises:
+        KeyError: A tensor of none of the names.
+    """
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        parts[name][part] = tensor
+    return parts
 
 
 class TensorFile:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Workbench:
             "statistics_batches": self.statistics_batches,
         }
 
-    def statistics(self, seed: int, center: bool, gradients: bool = False) -> Statistics:
+    def statistics(self, seed: int, center: bool, gradients: bool) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory."""
         key = (seed, center, gradients)
         if key not in self._statistics:
@@ -133,7 +134,7 @@ class Workbench:
     def seconds_of_a_run(self) -> float:
         """Estimate the time of one run from a few steps of it, as things are now."""
         short = replace(self.task, validation=self.task.validation[:_TRIAL_ITEMS])
-        prepared = self._prepare(Run(Variant("random"), 0, 1e-4), lambda center: self._collect(0, center))
+        prepared = self._prepare(Run(Variant("random"), 0, 1e-4), partial(self._collect, 0))
         try:
             order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
             with linear_layers_by_onednn(prepared.peft_model):
@@ -158,7 +159,7 @@ class Workbench:
         metrics_before, retain_before = self._measure_before(run.seed)
         collected: list[Statistics] = []
 
-        def statistics(center: bool, gradients: bool = False) -> Statistics:
+        def statistics(center: bool, gradients: bool) -> Statistics:
             collected.append(self.statistics(run.seed, center, gradients))
             return collected[-1]
 
@@ -206,7 +207,7 @@ class Workbench:
         finally:
             prepared.release()
 
-    def _prepare(self, run: Run, statistics: Callable[..., Statistics]) -> Prepared:
+    def _prepare(self, run: Run, statistics: Callable[[bool, bool], Statistics]) -> Prepared:
         variant = run.variant
         start: Any = (variant.start, self.own[variant.start]) if variant.start in self.own else variant.start
         return prepare(
@@ -223,7 +224,7 @@ class Workbench:
             equal_parameters=variant.equal_parameters,
         )
 
-    def _collect(self, seed: int, center: bool, gradients: bool = False) -> Statistics:
+    def _collect(self, seed: int, center: bool, gradients: bool) -> Statistics:
         learning: dict[str, Any] = {}
         if gradients:  # of the very loss that training minimises
             learning = {
