@@ -1,4 +1,4 @@
-"""From statistics and ranks to an adapter, and from a model and data to a model with an adapter."""
+"""From statistics and ranks to an adapter."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 import math
 import operator
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_init.adapter_init import AdapterInit
 from lora_init.allocation import RankAllocation
@@ -22,10 +22,7 @@ from lora_init.selectors import is_in
 from lora_init.statistics import Statistics
 from lora_init.targets import Target
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-__all__ = ["AdapterInit", "build_adapter", "initialize"]
+__all__ = ["AdapterInit", "build_adapter"]
 
 
 def build_adapter(
@@ -48,10 +45,10 @@ def build_adapter(
         ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
             that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for.
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
-        method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"gaussian"` or `"orthogonal"`, see `initializers`. From
-            statistics with gradients also `"eva-grad"`, `"grad-a"`, `"natural-gradient"` (B = 0 in these three),
-            `"natural-gradient-step"`, `"lora-one"` (the output changes) and `"lora-ga"` (the base weights change), see
-            `gradient_starts`.
+        method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
+            `"gaussian"` or `"orthogonal"`, see `initializers`. From statistics with gradients also `"eva-grad"`,
+            `"grad-a"`, `"natural-gradient"` (B = 0 in these three), `"natural-gradient-step"`, `"lora-one"` (the output
+            changes) and `"lora-ga"` (the base weights change), see `gradient_starts`.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
@@ -60,8 +57,8 @@ def build_adapter(
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole, such as `"lm_head"`. Layers
             in them get no adapter.
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
-        gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (64): A and B are divided by
-            its root, so a larger one is a smaller step.
+        gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (1024): A and B are divided by
+            its root, so a larger one is a smaller step. `find_step_size` searches the best for the last two.
 
     Warns:
         UserWarning: The data had fewer directions than ranks in some layer, so random orthogonal ones fill up.
@@ -115,63 +112,8 @@ def build_adapter(
         explained=explained,
         provenance=stats.provenance,
         modules_to_save=tuple(modules_to_save),
+        gamma=_gamma(method, gamma) or None,
     )
-
-
-def initialize(
-    model: nn.Module,
-    batches: Iterable[Any],
-    rank: int = 16,
-    rho: float = 2.0,
-    method: str = "eva",
-    *,
-    target_modules: str | Collection[str] = "all-linear",
-    whiten: bool = False,
-    lora_alpha: float = 16,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    lora_dropout: float = 0.0,
-    modules_to_save: Sequence[str] = (),
-    adapter_name: str = "default",
-    seed: int = 0,
-    **collect_options: Any,
-) -> PeftModel:
-    """Do all of it in one call: collect statistics, allocate ranks, build the adapter, put it on the model.
-
-    Args:
-        model: The plain model.
-        batches: What `collect` takes.
-        rank: Average rank of a layer.
-        rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
-        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
-            `modules_to_save`.
-        target_modules: See `collect`.
-        adapter_name: PEFT's name for the adapter.
-        seed: Seed of the decomposition and of random initialisations.
-        **collect_options: Passed on to `collect`: `exclude_modules`, `target_parameters`, `task_type` and so on.
-
-    Raises:
-        LoraInitError: As `collect`, `allocate_ranks`, `build_adapter` and `AdapterInit.apply` do.
-    """
-    from lora_init.collection import collect
-    from lora_init.ranks import allocate_ranks
-
-    if method in GRADIENT_METHODS:
-        collect_options.setdefault("gradients", True)
-    stats = collect(model, batches, target_modules, rank=rank, rho=rho, seed=seed, **collect_options)
-    init = build_adapter(
-        stats,
-        allocate_ranks(stats, rank=rank, rho=rho),
-        method=method,
-        whiten=whiten,
-        lora_alpha=lora_alpha,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save,
-        seed=seed,
-    )
-    return init.apply(model, adapter_name)
 
 
 def _start_by_input(
@@ -190,11 +132,17 @@ def _start_by_gradient(
 ) -> tuple[Tensor, Tensor]:
     chosen, gradient = GRADIENT_METHODS[method], stats.gradient(name)
     try:
-        scale = chosen.gamma if gamma is None else gamma
-        a, b = chosen.start(stats[name], gradient, rank, layer_generator(seed, name), scale)
+        a, b = chosen.start(stats[name], gradient, rank, layer_generator(seed, name), _gamma(method, gamma))
     except LoraInitError as error:
         raise LoraInitError(f"layer {name!r}: {error}") from None
     return a.contiguous(), b.contiguous()
+
+
+def _gamma(method: str, gamma: float | None) -> float:
+    """Take the default of a method where none was asked for; 0 where B is zero."""
+    if gamma is not None:
+        return gamma
+    return GRADIENT_METHODS[method].gamma if method in GRADIENT_METHODS else 0.0
 
 
 def _check_method(method: str, gamma: float | None, use_dora: bool) -> None:

@@ -51,6 +51,8 @@ class AdapterInit:
         explained: For each layer, the share of the variance of its input that its first r components capture.
         provenance: Where the statistics come from.
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole.
+        gamma: What B A was divided by, where B is not zero.
+        losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
     """
 
     weights: Mapping[str, tuple[Tensor, Tensor]]
@@ -68,6 +70,8 @@ class AdapterInit:
     explained: Mapping[str, float]
     provenance: Provenance
     modules_to_save: tuple[str, ...] = ()
+    gamma: float | None = None
+    losses: tuple[float, float] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -255,7 +259,9 @@ class AdapterInit:
                 "while it is saved (path_initial_model_for_weight_conversion)"
             )
         if self.changes_output:
-            return "B is not zero: the adapter is a step down the gradient, and the model's output is another one"
+            words = "B is not zero: the adapter is a step down the gradient, and the model's output is another one"
+            measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
+            return f"{words} (gamma {self.gamma:g}{measured})"
         return "B is zero, so the adapter changes nothing until it is trained"
 
     def _card(self) -> str:

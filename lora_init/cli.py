@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_init.rank_command import EXAMPLE, ranks
 
 if TYPE_CHECKING:
     from lora_init.allocation import RankAllocation
+    from lora_init.data import Batches
     from lora_init.statistics import Statistics
 
 app = typer.Typer(
@@ -100,6 +102,7 @@ def init(
         Literal[
             "eva",
             "random",
+            "random-scaled",
             "gaussian",
             "orthogonal",
             "eva-grad",
@@ -115,7 +118,11 @@ def init(
         ),
     ] = "eva",
     gamma: Annotated[
-        float | None, typer.Option(help="With the last three methods: a larger one is a smaller step.")
+        float | None,
+        typer.Option(
+            help="With the last three methods: a larger one is a smaller step. Default: lora-ga 16; for the others the "
+            "one with the lowest loss on the first four batches, which are set aside."
+        ),
     ] = None,
     gradients: Annotated[
         bool,
@@ -173,6 +180,7 @@ def init(
             from lora_init.models import load_model
             from lora_init.ranks import allocate_ranks
             from lora_init.reuse import obtain
+            from lora_init.step_size import find_step_size, mean_loss, set_aside
             from lora_init.summary import show_summary, summarise
 
             quiet_transformers()
@@ -194,17 +202,22 @@ def init(
             "gradients": gradients or method in GRADIENT_METHODS,
         }
 
-        def collect_now(checkpoint: Path | None) -> Statistics:
-            from lora_init.collection import collect
+        steps = method in GRADIENT_METHODS and GRADIENT_METHODS[method].steps
 
-            batches = load_batches(
+        @functools.cache
+        def read() -> Batches:
+            return load_batches(
                 data, loaded.tokenizer, subset=subset, split=split, samples=samples, batch_size=batch_size,
                 template=unescape(template), completion=unescape(completion), max_length=max_length, seed=seed,
                 seq2seq=loaded.seq2seq,
             )  # fmt: skip
+
+        def collect_now(checkpoint: Path | None) -> Statistics:
+            from lora_init.collection import collect
+
             return collect(
-                loaded.model, batches, rank=rank, rho=rho, max_batches=max_batches, seed=seed, data=batches.description,
-                checkpoint=checkpoint, resume=checkpoint is not None, **settings,
+                loaded.model, set_aside(read())[1] if steps else read(), rank=rank, rho=rho, max_batches=max_batches,
+                seed=seed, data=read().description, checkpoint=checkpoint, resume=checkpoint is not None, **settings,
             )  # fmt: skip
 
         stats = obtain(statistics, loaded, settings, collect_now)
@@ -212,10 +225,15 @@ def init(
         if team.rank:
             return
         ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
-        built = build_adapter(
-            stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
-            modules_to_save=saved, seed=seed, gamma=gamma,
+        build = functools.partial(
+            build_adapter, stats, ranks, method=method, whiten=whiten, lora_alpha=lora_alpha, use_rslora=use_rslora,
+            use_dora=use_dora, modules_to_save=saved, seed=seed,
         )  # fmt: skip
+        if steps:
+            aside, _ = set_aside(read())
+            built = find_step_size(loaded.model, lambda g: build(gamma=g), lambda m: mean_loss(m, aside), gamma)
+        else:
+            built = build(gamma=gamma)
         directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
         summary = summarise(stats, ranks, directory, statistics, built)
         if as_json:

@@ -14,10 +14,11 @@ from lora_init.run_log import Record
 
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
 _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
-# Starts whose A has the size of the random one already, or is part of a change to the base weights or of a step whose
-# size is A's and B's together: nothing to match.
+# Starts whose A has the size of the random one already, or another on purpose, or is part of a change to the base
+# weights or of a step whose size is A's and B's together: nothing to match.
 _UNMATCHED = (
     "random",
+    "random-scaled",
     "eva-ranks",
     "gradient-ranks",
     *PEFT_STARTS,

@@ -25,7 +25,8 @@ class GradientMethod:
 
     Attributes:
         start: Computes A float32 [rank, d_in] and B float32 [d_out, rank].
-        gamma: Default of the number that A and B are divided by the root of; 0 where B is zero and there is none.
+        gamma: Default of the number that A and B are divided by the root of; 0 where B is zero and there is none. For
+            a step 1024, which is a small one: how large it can be depends on model and data, see `find_step_size`.
         corrects: Whether the base weights give up what B A adds, so that the output stays.
     """
 
@@ -163,7 +164,7 @@ GRADIENT_METHODS: dict[str, GradientMethod] = {
     "eva-grad": GradientMethod(eva_grad),
     "grad-a": GradientMethod(grad_a),
     "natural-gradient": GradientMethod(natural_gradient),
-    "natural-gradient-step": GradientMethod(natural_gradient_step, gamma=64.0),
+    "natural-gradient-step": GradientMethod(natural_gradient_step, gamma=1024.0),
     "lora-ga": GradientMethod(lora_ga, gamma=16.0, corrects=True),
-    "lora-one": GradientMethod(lora_one, gamma=64.0),
+    "lora-one": GradientMethod(lora_one, gamma=1024.0),
 }

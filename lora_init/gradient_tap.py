@@ -138,7 +138,7 @@ class GradientTap:
 
     def _loss_of(self, batch: Any) -> Tensor:
         output = self._forward(self._tap.model, batch)
-        loss = self._loss(output, batch) if self._loss else _own_loss(output)
+        loss = self._loss(output, batch) if self._loss else own_loss(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             if self._loss is None and isinstance(batch, Mapping) and "labels" not in batch:
                 raise LoraInitError(
@@ -214,7 +214,8 @@ def count_labels(model: nn.Module, batch: Any) -> int:
     return count
 
 
-def _own_loss(output: Any) -> Any:
+def own_loss(output: Any) -> Any:
+    """Take the loss that a model of transformers returns; None if there is none."""
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 

@@ -99,9 +99,55 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
     return random_orthonormal(rank, spectrum.components[:0].float(), generator)
 
 
+def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+    """Start A as `random` does, times one number: A x then has as much energy, E |A x|^2, as with the A of `eva`.
+
+    With B = 0 and Adam, B's first steps move every entry by the learning rate, so they change the output in proportion
+    to |A x|, and a larger A is a higher learning rate for B. `eva` chooses the A of orthonormal rows with the
+    largest E |A x|^2; this keeps that size, layer by layer, and leaves the directions to chance.
+
+    Args:
+        spectrum: Decomposition of the layer's input; what lies outside its components counts as isotropic.
+        rank: Rows wanted, at most d_in.
+        generator: Source of the numbers.
+
+    Returns:
+        A, float32 [rank, d_in].
+    """
+    check_rank(spectrum, rank)
+    drawn = random(spectrum, rank, generator)
+    of_drawn, of_eva = energy(spectrum, drawn), energy(spectrum, spectrum.components[:rank])
+    return drawn * math.sqrt(of_eva / of_drawn) if of_eva > 0.0 and of_drawn > 0.0 else drawn
+
+
+def energy(spectrum: Spectrum, a: Tensor) -> float:
+    """Compute E |A x|^2 for the rows x that a spectrum describes, the mean included.
+
+    Args:
+        spectrum: Variance outside its components counts as isotropic.
+        a: A, [r, d_in].
+
+    Example:
+        >>> import torch
+        >>> s = Spectrum(torch.eye(4)[:1], torch.tensor([5.0]).double(), 8.0, torch.tensor([0.0, 2.0, 0.0, 0.0]), 9)
+        >>> energy(s, torch.eye(4)[:2])  # 5 along the component, 1 of the rest, 4 of the mean
+        10.0
+    """
+    k, width = spectrum.components.shape
+    rest = max(spectrum.total_variance - float(spectrum.explained_variance.sum()), 0.0) / max(width - k, 1)
+    rows = a.double()
+    along = (rows @ spectrum.components.double().T).square().sum(dim=0)  # [k]
+    return float(
+        along @ (spectrum.explained_variance - rest).clamp_min(0.0)
+        + rest * rows.square().sum()
+        + (rows @ spectrum.mean.double()).square().sum()
+    )
+
+
 METHODS: dict[str, Callable[..., Tensor]] = {
     "eva": eva,
     "random": random,
+    "random-scaled": random_scaled,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
 }

@@ -29,6 +29,7 @@ class Prepared:
         a_scale: Root mean square of the norms of all rows of A.
         seconds: Time that it took, without that for statistics.
         passes: Forward passes of data that it took, without those for statistics.
+        gamma: What B A was divided by, where B is not zero and the start is ours.
         release: Puts the plain model back, bit for bit; `peft_model` is of no use afterwards.
     """
 
@@ -38,6 +39,7 @@ class Prepared:
     a_scale: float
     seconds: float
     passes: int
+    gamma: float | None
     release: Callable[[], None] = field(repr=False)
 
 

@@ -7,6 +7,7 @@ import difflib
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from lora_init.policies import GRADIENT_POLICIES
 from lora_init.prepared import Prepared, a_weights, blank_spectrum, count_trainable, match_scale, ranks_of, row_scale
 from lora_init.ranks import RankAllocation, allocate_ranks
 from lora_init.statistics import Provenance, Statistics
+from lora_init.step_size import find_step_size
 from lora_init.targets import find_targets
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ class _Recipe:
         """Whether the statistics must have gradients."""
         return self.method in GRADIENT_METHODS or self.policy in GRADIENT_POLICIES
 
+    @property
+    def steps(self) -> bool:
+        """Whether the output changes at the start, by how much is to be found."""
+        return self.method in GRADIENT_METHODS and GRADIENT_METHODS[self.method].steps
+
 
 _WITHOUT_DATA = ("random", "gaussian", "orthogonal")
 _FROM_DATA = {
@@ -51,6 +58,7 @@ _FROM_DATA = {
     "eva-rho1": _Recipe(rho=1.0),
     "eva-uncentred": _Recipe(center=False),
     "eva-rho1-uncentred": _Recipe(rho=1.0, center=False),
+    "random-scaled": _Recipe(method="random-scaled", rho=1.0),
     "eva-ranks": _Recipe(method="random"),
     "eva-frozen-a": _Recipe(frozen_a=True),
     **{name: _Recipe(method=name, rho=1.0) for name in GRADIENT_METHODS},
@@ -82,6 +90,7 @@ def prepare(
     *,
     statistics: Callable[[bool, bool], Statistics],
     batches: Iterable[Any],
+    loss_of: Callable[[nn.Module], float],
     rank: int,
     lora_alpha: float,
     seed: int,
@@ -97,6 +106,8 @@ def prepare(
     - `random`, `gaussian` (PEFT's two), `orthogonal`: rank `rank` everywhere, no data;
     - `eva`: principal directions, ranks moved between layers with rho = 2; `eva-rho1`: rank `rank` everywhere;
       `eva-uncentred`, `eva-rho1-uncentred`: the second moment in place of the variance;
+    - `random-scaled`: the A of `random`, in each layer as large as makes E |A x|^2 that of `eva-rho1`, which tells the
+      size of A x from its directions;
     - `eva-ranks`: the ranks of `eva` with the A of `random`, which tells redistribution from directions;
     - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others;
     - `eva-grad`, `grad-a`, `natural-gradient`: A from the gradient, rank `rank` everywhere, see `gradient_starts`;
@@ -112,6 +123,8 @@ def prepare(
         statistics: Called if the start needs statistics, with whether they are centred and whether they have gradients;
             collected for `rank` with rho = 2.
         batches: Data for `corda`, which reads some by itself. May be any iterable.
+        loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
+            take the size of their step by it, see `find_step_size`.
         rank: Average rank of a layer.
         lora_alpha: Numerator of the scaling.
         seed: The same seed gives the same adapter.
@@ -130,7 +143,7 @@ def prepare(
         raise LoraInitError(f"start {name!r} has ranks of its own; equal parameters are for {', '.join(_FROM_DATA)}.")
     restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
     began = time.perf_counter()
-    waited, passes = 0.0, 0
+    waited, passes, gamma = 0.0, 0, None
 
     def timed_statistics(recipe: _Recipe) -> Statistics:
         nonlocal waited
@@ -149,7 +162,9 @@ def prepare(
                 recipe = _FROM_DATA[start]
                 stats = timed_statistics(recipe)
                 plan = _ranks(stats, recipe, rank, equal_parameters)
-                peft_model = build_adapter(stats, plan, recipe.method, lora_alpha=lora_alpha, seed=seed).apply(model)
+                build = partial(build_adapter, stats, plan, recipe.method, lora_alpha=lora_alpha, seed=seed)
+                init = find_step_size(model, lambda g: build(gamma=g), loss_of) if recipe.steps else build()
+                peft_model, gamma = init.apply(model), init.gamma
                 if recipe.frozen_a:
                     for a in a_weights(peft_model).values():
                         a.requires_grad_(False)
@@ -165,10 +180,12 @@ def prepare(
     except BaseException:
         restore()
         raise
-    return _described(peft_model, rank, time.perf_counter() - began - waited, passes, restore)
+    return _described(peft_model, rank, time.perf_counter() - began - waited, passes, gamma, restore)
 
 
-def _described(peft_model: PeftModel, rank: int, seconds: float, passes: int, release: Callable[[], None]) -> Prepared:
+def _described(
+    peft_model: PeftModel, rank: int, seconds: float, passes: int, gamma: float | None, release: Callable[[], None]
+) -> Prepared:
     ranks = ranks_of(peft_model)
     return Prepared(
         peft_model=peft_model,
@@ -177,6 +194,7 @@ def _described(peft_model: PeftModel, rank: int, seconds: float, passes: int, re
         a_scale=row_scale(peft_model),
         seconds=seconds,
         passes=passes,
+        gamma=gamma,
         release=release,
     )
 

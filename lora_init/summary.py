@@ -47,6 +47,9 @@ def summarise(
             "min": finite(held_out[worst]),
             "min_layer": worst,
         },
+        "gamma": built.gamma,
+        "loss_before": None if built.losses is None else finite(built.losses[0]),
+        "loss_at_start": None if built.losses is None else finite(built.losses[1]),
         "seconds": made.seconds,
         "notes": [
             *([f"{built.start_in_words()}."] if built.corrects_base or built.changes_output else []),

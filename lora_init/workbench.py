@@ -29,12 +29,15 @@ from lora_init.run_log import Record
 from lora_init.scoring import evaluate, text_loss, training_loss
 from lora_init.starts import prepare
 from lora_init.statistics import Statistics
+from lora_init.step_size import mean_loss
 from lora_init.targets import HEADS, find_targets
 from lora_init.tasks import Task
 from lora_init.training import TrainingRun, train
 
 # Evaluations and steps that an estimate is made from.
 _TRIAL_STEPS, _TRIAL_ITEMS = 3, 16
+# Batches by whose loss a start takes the size of its step.
+_ASIDE = 4
 
 
 @dataclass
@@ -170,6 +173,7 @@ class Workbench:
                 "trainable_parameters": prepared.trainable_parameters,
                 "ranks": prepared.ranks,
                 "a_scale": prepared.a_scale,
+                "gamma": prepared.gamma,
                 "initialisation_seconds": round(
                     prepared.seconds + sum(sum(stats.provenance.seconds.values()) for stats in collected), 3
                 ),
@@ -215,6 +219,7 @@ class Workbench:
             self.loaded.model,
             statistics=statistics,
             batches=self._statistics_data(run.seed),
+            loss_of=partial(self._loss_aside, seed=run.seed),
             rank=self.rank,
             lora_alpha=self.lora_alpha,
             seed=run.seed,
@@ -248,12 +253,27 @@ class Workbench:
                 **learning,
             )
 
-    def _statistics_data(self, seed: int) -> list[dict[str, torch.Tensor]]:
-        """Take the first batches of the run's own data; none twice."""
-        count = min(self.statistics_batches, len(self.task.train) // self.batch_size)
+    def _statistics_data(self, seed: int, skipped: int = 0, count: int | None = None) -> list[dict[str, torch.Tensor]]:
+        """Take the first batches of the run's own data, none twice; or `count` of them after some."""
+        if count is None:
+            count = self._n_batches()
         device = next(self.loaded.model.parameters()).device
-        batches = (self.task.batch(items) for items in self.task.order(seed, count, self.batch_size))
+        order = self.task.order(seed, skipped + count, self.batch_size)[skipped:]
+        batches = (self.task.batch(items) for items in order)
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+    def _n_batches(self) -> int:
+        return min(self.statistics_batches, len(self.task.train) // self.batch_size)
+
+    def _loss_aside(self, model: nn.Module, seed: int) -> float:
+        """Measure the loss that training minimises on training batches that the statistics are not from."""
+        with linear_layers_by_onednn(model):
+            return mean_loss(
+                model,
+                self._statistics_data(seed, self._n_batches(), _ASIDE),
+                forward=lambda model, batch: training_loss(model, self.task, batch),
+                loss=lambda loss, batch: loss,
+            )
 
     def _measure_before(self, seed: int) -> tuple[dict[str, float] | None, float | None]:
         """Measure the plain model, once for each seed, since a new head depends on it."""
@@ -295,7 +315,7 @@ class Workbench:
 
 def _blank_record(task: str, run: Run) -> Record:
     nothing = (
-        "error trainable_parameters ranks a_scale evaluation_points validation_loss training_loss metrics "
+        "error trainable_parameters ranks a_scale gamma evaluation_points validation_loss training_loss metrics "
         "metrics_before gradient_norm data_order initialisation_seconds initialisation_passes training_seconds "
         "peak_memory_bytes retain_loss intruders"
     )

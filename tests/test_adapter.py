@@ -318,7 +318,7 @@ def test_ranks_default_to_an_allocation_at_the_rank_of_the_statistics():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(method="pissa"), "method='pissa' is unknown.*'eva', 'random', 'gaussian', 'orthogonal'"),
+        (dict(method="pissa"), "method='pissa' is unknown.*'eva', 'random', 'random-scaled', 'gaussian', 'orthogonal'"),
         (dict(method="random", whiten=True), "whiten=True needs method='eva'"),
         (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),

@@ -378,7 +378,7 @@ def useless(model, seed):
 def again(model, seed):
     """The random start under another name."""
     return prepare(
-        "random", model, statistics=lambda center: None, batches=[], rank=2, lora_alpha=16, seed=seed
+        "random", model, statistics=None, batches=[], loss_of=None, rank=2, lora_alpha=16, seed=seed
     ).peft_model
 
 
@@ -399,7 +399,7 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
 def test_a_start_that_has_learned_already_wins(home, tmp_path):
     bench = set_up_bench(home, tmp_path, steps=40)
     trained = prepare(
-        "random", bench.loaded.model, statistics=lambda c: None, batches=[], rank=2, lora_alpha=16, seed=9,
+        "random", bench.loaded.model, statistics=None, batches=[], loss_of=None, rank=2, lora_alpha=16, seed=9,
         task_type="CAUSAL_LM",
     )  # fmt: skip
     order = bench.task.order(5, 40, 4)

@@ -7,7 +7,18 @@ from hypothesis import given, settings
 from torch import nn
 
 from lora_init.errors import LoraInitError
-from lora_init.initializers import METHODS, eva, layer_generator, orthogonal, random, whitening_scale, zero_b
+from lora_init.exact import ExactPCA
+from lora_init.initializers import (
+    METHODS,
+    energy,
+    eva,
+    layer_generator,
+    orthogonal,
+    random,
+    random_scaled,
+    whitening_scale,
+    zero_b,
+)
 from lora_init.spectrum import Spectrum, principal_angles
 
 
@@ -45,6 +56,22 @@ def test_eva_fills_up_where_the_found_directions_hold_all_variance():
 def test_eva_refuses_a_rank_that_the_statistics_were_cut_below():
     with pytest.raises(LoraInitError, match=r"rank 5 needs 5 components and the statistics hold 4.*rank 4 at most"):
         eva(spectrum(), 5, layer_generator(0, "x"))
+
+
+def test_random_scaled_has_evas_energy_on_rows_and_the_directions_of_random():
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(4000, 12, generator=generator).double() * torch.tensor([9.0, 5.0, 3.0, *[1.0] * 9])
+    rows = rows + torch.linspace(-2, 2, 12)
+    pca = ExactPCA(6).partial_fit(rows.float())
+    found = pca.spectrum()
+    a, drawn = (method(found, 4, layer_generator(0, "x")).double() for method in (random_scaled, random))
+    assert torch.allclose(a / a.norm(), drawn / drawn.norm(), atol=1e-6)
+    measured = [(rows @ weights.T).square().sum(1).mean() for weights in (a, found.components[:4].double())]
+    # Six components are kept; the other six directions have one variance each, so the model is right up to sampling.
+    assert measured[0] == pytest.approx(float(measured[1]), rel=0.02)
+    assert energy(found, a.float()) == pytest.approx(float(measured[0]), rel=0.02)
+    nothing = Spectrum(torch.empty(0, 12), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(12), 9)
+    assert torch.equal(random_scaled(nothing, 4, layer_generator(0, "x")), drawn.float())
 
 
 @pytest.mark.parametrize("initialisation", [eva, orthogonal])

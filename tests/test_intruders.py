@@ -136,7 +136,9 @@ def test_cached_vectors_give_the_same(tmp_path):
 def test_a_start_that_changed_the_weights_is_compared_with_the_plain_ones():
     model = tiny_llama()
     base = left_singular_vectors(model, find_targets(model).layers)
-    prepared = prepare("pissa", model, statistics=None, batches=[], rank=4, lora_alpha=8, seed=0, task_type="CAUSAL_LM")
+    prepared = prepare(
+        "pissa", model, statistics=None, batches=[], loss_of=None, rank=4, lora_alpha=8, seed=0, task_type="CAUSAL_LM"
+    )
     compared = intruder_dimensions(prepared.peft_model, base=base)
     assert min(min(layer.similarities) for layer in compared.layers.values()) > 0.999
     uncompared = intruder_dimensions(prepared.peft_model)  # next to what PiSSA left of them

@@ -34,16 +34,23 @@ class Case:
     def statistics(self, center, gradients=False):
         self.asked.append((center, gradients))
         if (center, gradients) not in self.collected:
-            batches = [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
             self.collected[center, gradients] = collect(
-                self.model, batches if gradients else self.batches, rank=RANK, rho=2.0, center=center,
+                self.model, self.labelled() if gradients else self.batches, rank=RANK, rho=2.0, center=center,
                 task_type=self.task, gradients=gradients,
             )  # fmt: skip
         return self.collected[center, gradients]
 
     def prepare(self, start, model=None, **options):
         settings = dict(rank=RANK, lora_alpha=8, seed=0, task_type=self.task, batches=self.batches)
-        return prepare(start, model or self.model, statistics=self.statistics, **settings | options)
+        return prepare(
+            start, model or self.model, statistics=self.statistics, loss_of=self.loss_of, **settings | options
+        )
+
+    def loss_of(self, model):
+        return sum(float(model(**batch).loss.detach()) for batch in self.labelled())
+
+    def labelled(self):
+        return [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
 
     def logits(self, model=None):
         with torch.no_grad():
@@ -118,7 +125,7 @@ def test_seeds(case, start):
 
     one, again, other = a_of(0), a_of(0), a_of(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
-    depends = start in ("random", "gaussian", "orthogonal", "eva-ranks", "gradient-ranks")
+    depends = start in ("random", "random-scaled", "gaussian", "orthogonal", "eva-ranks", "gradient-ranks")
     assert [torch.equal(one[name], other[name]) for name in one] == [not depends] * len(one)
 
 
@@ -209,7 +216,11 @@ def test_only_starts_from_data_ask_for_statistics():
     for start in HERE:
         case.asked.clear()
         case.prepare(start).release()
-        expected = [(not start.endswith("uncentred"), start in BY_GRADIENT)] if start in (*EVA, *BY_GRADIENT) else []
+        expected = (
+            [(not start.endswith("uncentred"), start in BY_GRADIENT)]
+            if start in (*EVA, "random-scaled", *BY_GRADIENT)
+            else []
+        )
         assert case.asked == expected, start
 
 
@@ -309,7 +320,7 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
 def test_starts_that_do_not_apply_say_why(start, model, options, message):
     with pytest.raises(LoraInitError, match=message):
         prepare(
-            start, model(), statistics=None, batches=[], seed=0, task_type="CAUSAL_LM", lora_alpha=8,
+            start, model(), statistics=None, batches=[], loss_of=None, seed=0, task_type="CAUSAL_LM", lora_alpha=8,
             **dict(rank=RANK) | options,
         )  # fmt: skip
 
@@ -319,14 +330,14 @@ def test_a_quantised_base_is_refused():
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(LoraInitError, match=r"'model.layers.1.mlp.up_proj' is quantised"):
-        prepare("olora", model, statistics=None, batches=[], rank=RANK, lora_alpha=8, seed=0)
+        prepare("olora", model, statistics=None, batches=[], loss_of=None, rank=RANK, lora_alpha=8, seed=0)
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for start, package in (("corda", "attrs"), ("loftq", "bitsandbytes")):
         with pytest.raises(LoraInitError, match=f"needs the package {package}"):
-            prepare(start, tiny_llama(), statistics=None, batches=[], rank=RANK, lora_alpha=8, seed=0)
+            prepare(start, tiny_llama(), statistics=None, batches=[], loss_of=None, rank=RANK, lora_alpha=8, seed=0)
 
 
 def test_loftq_rounds_the_base_and_release_brings_it_back(monkeypatch):

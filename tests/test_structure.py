@@ -11,7 +11,7 @@ TREE = re.search(r"```text\nlora_init/\n(.*?)```", (ROOT / "README.md").read_tex
 ORDER = re.findall(r"^  (\w+)\.py ", TREE, re.MULTILINE)
 MODULES = sorted(path.stem for path in (ROOT / "lora_init").glob("*.py"))
 MAY_IMPORT_PEFT = {
-    "attach", "adapter_init", "adapter", "eva_inputs", "eva_weights", "eva_loop", "peft_eva",
+    "attach", "adapter_init", "initialization", "eva_inputs", "eva_weights", "eva_loop", "peft_eva",
     "adapter_loading", "prepared", "peft_starts", "own_starts", "starts", "intruders",
 }  # fmt: skip
 
