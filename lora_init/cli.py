@@ -108,6 +108,7 @@ def init(
             "eva-grad",
             "grad-a",
             "natural-gradient",
+            "natural-gradient-scaled",
             "natural-gradient-step",
             "lora-ga",
             "lora-one",

@@ -19,6 +19,7 @@ _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
 _UNMATCHED = (
     "random",
     "random-scaled",
+    "natural-gradient-scaled",
     "eva-ranks",
     "gradient-ranks",
     *PEFT_STARTS,

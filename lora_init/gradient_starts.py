@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError
 from lora_init.gradients import GradientSpectrum
-from lora_init.initializers import eva, random_orthonormal, zero_b
+from lora_init.initializers import as_large_as_eva, eva, random_orthonormal, zero_b
 from lora_init.spectrum import Spectrum
 
 # Share of the mean of a second moment that is added to it before it is inverted.
@@ -68,6 +68,17 @@ def natural_gradient(
     """Start A from the right singular vectors of the natural gradient, see `preconditioned`; B is zero."""
     _, _, right = preconditioned(spectrum, gradient)
     return _filled(right[:rank], rank, generator), zero_b(gradient.left.shape[1], rank)
+
+
+def natural_gradient_scaled(
+    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Start as `natural_gradient`, with as much energy in A x as with EVA's A, see `initializers.random_scaled`.
+
+    The preconditioner prefers directions of little variance, along which A x is small and B learns slowly.
+    """
+    a, b = natural_gradient(spectrum, gradient, rank, generator)
+    return as_large_as_eva(spectrum, a), b
 
 
 def natural_gradient_step(
@@ -164,6 +175,7 @@ GRADIENT_METHODS: dict[str, GradientMethod] = {
     "eva-grad": GradientMethod(eva_grad),
     "grad-a": GradientMethod(grad_a),
     "natural-gradient": GradientMethod(natural_gradient),
+    "natural-gradient-scaled": GradientMethod(natural_gradient_scaled),
     "natural-gradient-step": GradientMethod(natural_gradient_step, gamma=1024.0),
     "lora-ga": GradientMethod(lora_ga, gamma=16.0, corrects=True),
     "lora-one": GradientMethod(lora_one, gamma=1024.0),

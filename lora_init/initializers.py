@@ -115,9 +115,13 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
         A, float32 [rank, d_in].
     """
     check_rank(spectrum, rank)
-    drawn = random(spectrum, rank, generator)
-    of_drawn, of_eva = energy(spectrum, drawn), energy(spectrum, spectrum.components[:rank])
-    return drawn * math.sqrt(of_eva / of_drawn) if of_eva > 0.0 and of_drawn > 0.0 else drawn
+    return as_large_as_eva(spectrum, random(spectrum, rank, generator))
+
+
+def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:
+    """Multiply A [r, d_in] by the number with which its `energy` is that of `eva`; by 1 where either has none."""
+    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[: len(a)])
+    return a * math.sqrt(of_eva / own) if own > 0.0 and of_eva > 0.0 else a
 
 
 def energy(spectrum: Spectrum, a: Tensor) -> float:

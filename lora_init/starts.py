@@ -110,7 +110,8 @@ def prepare(
       size of A x from its directions;
     - `eva-ranks`: the ranks of `eva` with the A of `random`, which tells redistribution from directions;
     - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others;
-    - `eva-grad`, `grad-a`, `natural-gradient`: A from the gradient, rank `rank` everywhere, see `gradient_starts`;
+    - `eva-grad`, `grad-a`, `natural-gradient`, `natural-gradient-scaled`: A from the gradient, rank `rank` everywhere,
+      see `gradient_starts`;
     - `gradient-ranks`: ranks by the policy `gradient` with the A of `random`.
 
     `lora-ga`, `lora-one` and `natural-gradient-step` start with B other than 0; the first changes base weights to make

@@ -12,7 +12,7 @@ from lora_init.collection import collect
 from lora_init.errors import LoraInitError
 from lora_init.gradient_starts import GRADIENT_METHODS, preconditioned
 from lora_init.gradients import GradientSpectrum
-from lora_init.initializers import layer_generator
+from lora_init.initializers import energy, layer_generator
 from lora_init.ranks import allocate_ranks
 from lora_init.spectrum import Spectrum
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -143,12 +143,15 @@ def test_the_natural_gradient_against_dense_inverses(center):
     a, b = GRADIENT_METHODS["natural-gradient"].start(spectrum, gradient, 2, layer_generator(0, "x"), 0.0)
     u, s, vh = torch.linalg.svd(expected)
     assert not b.any() and torch.allclose((a.double() @ vh[:2].T).abs(), torch.eye(2).double(), atol=1e-5)
+    scaled, b = GRADIENT_METHODS["natural-gradient-scaled"].start(spectrum, gradient, 2, layer_generator(0, "x"), 0.0)
+    assert not b.any() and torch.allclose(scaled / scaled.norm(), a / a.norm(), atol=1e-6)
+    assert energy(spectrum, scaled) == pytest.approx(energy(spectrum, spectrum.components[:2]), rel=1e-5)
     a, b = GRADIENT_METHODS["natural-gradient-step"].start(spectrum, gradient, 2, layer_generator(0, "x"), 64.0)
     step = u[:, :2] @ torch.diag(s[:2] / s[0]) @ vh[:2] * 5**0.5 / 64
     torch.testing.assert_close(b.double() @ a.double(), step, rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["eva-grad", "grad-a", "natural-gradient", *STEPS])
+@pytest.mark.parametrize("method", ["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled", *STEPS])
 def test_a_layer_without_gradient_starts_at_random_and_can_learn(method):
     spectrum, _ = planted()
     nothing = Spectrum(torch.empty(0, 7), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(7), 100)
