@@ -12,6 +12,9 @@ from lora_init.run_measures import METRICS, RunTable, all_rates, average, metric
 from lora_init.verdicts import final_losses, verdicts
 from lora_init.wording import number, rate_text, seed_list, signed
 
+# A smaller relative change of the loss is rounding: of base weights in bfloat16 that gave up what B A adds, say.
+_CHANGED = 0.005
+
 
 def run_tables(groups: Sequence[Group]) -> list[RunTable]:
     """Make all tables that there is something to put in."""
@@ -20,6 +23,7 @@ def run_tables(groups: Sequence[Group]) -> list[RunTable]:
         _rates(groups),
         _regret(groups),
         _best(groups),
+        _before_training(groups),
         _metrics(groups),
         scale_table(groups),
         cost_table(groups),
@@ -144,6 +148,31 @@ def _best(groups: Sequence[Group]) -> RunTable:
         ("start", "rate", "runs", "mean loss", "lowest to highest", "steps to random's best"),
         rows,
     )
+
+
+def _before_training(groups: Sequence[Group]) -> RunTable:
+    rows = []
+    plain = _first_losses(random_group(groups))
+    for group in groups:
+        own = _first_losses(group)
+        seeds = own.keys() & plain.keys()
+        if any(abs(own[seed] - plain[seed]) > _CHANGED * plain[seed] for seed in seeds):
+            gammas = sorted({run["gamma"] for run in group.best_runs.values() if run.get("gamma")})
+            means = [number(average(losses[seed] for seed in seeds)) for losses in (plain, own)]
+            rows.append((group.label, *means, ", ".join(f"{gamma:g}" for gamma in gammas) or "–"))
+    return RunTable(
+        "before",
+        "Before training",
+        "Starts that change the model's output: validation loss of the plain model and at step 0, and the gamma that "
+        "was found on training batches set aside.",
+        ("start", "plain model", "step 0", "gamma"),
+        rows,
+    )
+
+
+def _first_losses(group: Group | None) -> dict[int, float]:
+    runs = {} if group is None else group.best_runs
+    return {seed: run["validation_loss"][0] for seed, run in runs.items() if run["validation_loss"]}
 
 
 def _steps_cell(group: Group, target: float | None) -> str:

@@ -164,6 +164,21 @@ def test_steps_until_the_best_random_run_is_reached():
     assert cells(summary, "best", "random")["steps to random's best"] == "never, 60"
 
 
+def test_what_a_step_does_before_training_is_told_of_those_that_step():
+    runs = planted({"eva": 0.0, "lora-one": 0.0}, seeds=(0, 1))
+    for run in runs:
+        if run["start"] == "lora-one":
+            run["gamma"] = 64.0 * (1 + run["seed"])
+            run["validation_loss"] = [run["validation_loss"][0] / 2, *run["validation_loss"][1:]]
+    summary = summarise(runs, settings(seeds=[0, 1]))
+    plain = next(run for run in runs if run["start"] == "random")["validation_loss"][0]
+    found = cells(summary, "before", "lora-one")
+    assert found["gamma"] == "64, 128" and float(found["step 0"]) == pytest.approx(float(found["plain model"]) / 2)
+    assert float(found["plain model"]) == pytest.approx(plain)
+    assert len(next(table for table in summary.tables if table.name == "before").rows) == 1
+    assert not any(table.name == "before" for table in summarise(planted({"eva": 0.0}), settings()).tables)
+
+
 def test_an_unstable_rate_sets_no_target_for_the_others():
     runs = [record("random", 3e-3, 0, 0.10), broken("unstable", "nan", start="random", rate=3e-3, seed=1)]
     runs += [record("random", 1e-3, s, 0.17) for s in range(2)] + [record("eva", 1e-3, s, 0.16) for s in range(2)]
