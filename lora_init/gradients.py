@@ -31,6 +31,8 @@ class GradientSpectrum:
         right: Its right singular vectors, float32 [k, d_in].
         output_moment: E g^2 at each output, float64 [d_out]; its sum is E |g|^2.
         importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets.
+        n_samples: Number of tokens that G and `output_moment` are of: all of the pass, while `weighted` may have seen
+            enough before its end.
     """
 
     weighted: Spectrum
@@ -39,6 +41,7 @@ class GradientSpectrum:
     right: Tensor
     output_moment: Tensor
     importance: float
+    n_samples: int
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Write it as plain values and tensors."""
@@ -47,6 +50,7 @@ class GradientSpectrum:
             "total_variance": weighted.total_variance,
             "n_samples": weighted.n_samples,
             "importance": self.importance,
+            "n_tokens": self.n_samples,
         }
         return numbers, {
             "components": weighted.components,
@@ -71,7 +75,9 @@ class GradientSpectrum:
             torch.zeros(components.shape[1]), int(numbers["n_samples"]),
         )  # fmt: skip
         left, values, right = (tensor(name) for name in ("left", "singular_values", "right"))
-        return cls(weighted, left, values, right, tensor("output_moment"), float(numbers["importance"]))
+        # Files from before this number was kept have divided by the other one.
+        n_samples = int(numbers.get("n_tokens", weighted.n_samples))
+        return cls(weighted, left, values, right, tensor("output_moment"), float(numbers["importance"]), n_samples)
 
 
 def weighted_group(name: str) -> str:
@@ -101,7 +107,8 @@ def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int, weigh
     left, values, right = mean.triplets(mean.n_components)
     values = values / max(n_labels, 1)
     importance = 0.0 if weight is None else _importance(weight.detach(), left, values, right)
-    return GradientSpectrum(weighted, left, values, right, mean.squares / max(weighted.n_samples, 1), importance)
+    moment = mean.squares / max(mean.n_samples, 1)
+    return GradientSpectrum(weighted, left, values, right, moment, importance, mean.n_samples)
 
 
 def _importance(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> float:

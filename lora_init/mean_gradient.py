@@ -76,17 +76,24 @@ class MeanGradient:
         """Sum of g_t^2 over the rows, float64 [d_out]."""
         return self._known().squares.cpu()
 
-    def project(self, g: Tensor, x: Tensor) -> None:
-        """Take in rows g [n, d_out] and x [n, d_in]; they count once `commit` is called."""
+    def project(self, g: Tensor, x: Tensor, n: int | None = None) -> None:
+        """Take in rows g [n, d_out] and x [n, d_in]; they count once `commit` is called.
+
+        Args:
+            g: Gradients at the layer's output.
+            x: What it read.
+            n: How many of the rows count, if not all: the others, padding, have g = 0.
+        """
+        n = len(g) if n is None else n
         state = self._pending or self._state
         if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
             state = state.to(g.device)
         if state is None:
             state = self._first(g, x)
             for _ in range(_FIRST_STEPS - 1):
-                state = state._replace(right=_plus(state, g, x, self._turned(state, g, x)).right)
-        due = 8 * (state.n_since + len(g)) >= state.n_samples
-        self._pending = _plus(state, g, x, self._turned(state, g, x) if due else None)
+                state = state._replace(right=_plus(state, g, x, n, self._turned(state, g, x)).right)
+        due = 8 * (state.n_since + n) >= state.n_samples
+        self._pending = _plus(state, g, x, n, self._turned(state, g, x) if due else None)
 
     def commit(self) -> None:
         """Complete the batch.
@@ -163,7 +170,7 @@ class MeanGradient:
         if self._state is None:
             return {}
         left, right, squares, n_samples, n_since = self._state
-        counts = torch.tensor([n_samples, n_since, self.n_components])
+        counts = torch.tensor([n_samples, n_since, self.n_components, self.seed])
         return {"left": left, "right": right, "squares": squares, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor], share: int = 0, of: int = 1) -> MeanGradient:
@@ -171,17 +178,17 @@ class MeanGradient:
         self._state = self._pending = None
         if state and share == 0:
             left, right, squares = (state[name].clone() for name in ("left", "right", "squares"))
-            n_samples, n_since, self.n_components = state["counts"].tolist()
+            n_samples, n_since, self.n_components, self.seed = state["counts"].tolist()
             self._state = _State(left, right, squares, n_samples, n_since)
         return self
 
 
-def _plus(state: _State, g: Tensor, x: Tensor, turned: Tensor | None) -> _State:
-    """Add a batch, along new left directions if they have turned."""
-    left, right, n_since = state.left, state.right, state.n_since + len(g)
+def _plus(state: _State, g: Tensor, x: Tensor, n: int, turned: Tensor | None) -> _State:
+    """Add a batch of n rows that count, along new left directions if they have turned."""
+    left, right, n_since = state.left, state.right, state.n_since + n
     if turned is not None:
         left, right, n_since = turned, (turned.T @ left) @ right, 0
     ahead = times_transposed(g, left.T)  # [n, l]
     right = (right + times_transposed(ahead.T, x.T)).contiguous()  # [l, d_in]
     squares = state.squares + g.square().sum(0)
-    return _State(left, right, squares, state.n_samples + len(g), n_since)
+    return _State(left, right, squares, state.n_samples + n, n_since)

@@ -175,7 +175,8 @@ class _Pass:
             g, x, index = g.index_select(0, index), x.index_select(0, index), None
         if name not in self.found.gradients:
             self.found.gradients[name] = MeanGradient(tap.n_triplets, self._seed)
-        self.found.gradients[name].project(g, x)  # padding has no gradient and adds nothing
+        # Padding has no gradient and adds nothing.
+        self.found.gradients[name].project(g, x, None if index is None else len(index))
         self.found.seconds["decomposition"] += time.perf_counter() - start
         if self._wanted(group):
             norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)
