@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from lora_init.mean_gradient import MeanGradient
 from lora_init.spectrum import Spectrum
 
 _SUFFIX = " by gradient"
+_MEAN = " mean gradient"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class GradientSpectrum:
         singular_values: Its singular values, falling, float64 [k].
         right: Its right singular vectors, float32 [k, d_in].
         output_moment: E g^2 at each output, float64 [d_out]; its sum is E |g|^2.
-        importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets.
+        importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets. NaN after a merge, which
+            does not know W.
         n_samples: Number of tokens that G and `output_moment` are of: all of the pass, while `weighted` may have seen
             enough before its end.
     """
@@ -49,7 +52,7 @@ class GradientSpectrum:
         numbers = {
             "total_variance": weighted.total_variance,
             "n_samples": weighted.n_samples,
-            "importance": self.importance,
+            "importance": None if math.isnan(self.importance) else self.importance,
             "n_tokens": self.n_samples,
         }
         return numbers, {
@@ -77,12 +80,18 @@ class GradientSpectrum:
         left, values, right = (tensor(name) for name in ("left", "singular_values", "right"))
         # Files from before this number was kept have divided by the other one.
         n_samples = int(numbers.get("n_tokens", weighted.n_samples))
-        return cls(weighted, left, values, right, tensor("output_moment"), float(numbers["importance"]), n_samples)
+        importance = math.nan if numbers["importance"] is None else float(numbers["importance"])
+        return cls(weighted, left, values, right, tensor("output_moment"), importance, n_samples)
 
 
 def weighted_group(name: str) -> str:
     """Name the decomposition of a layer's weighted rows among those of inputs."""
     return name + _SUFFIX
+
+
+def mean_group(name: str) -> str:
+    """Name the state of a layer's mean gradient among those of decompositions."""
+    return name + _MEAN
 
 
 def is_weighted(group: str) -> bool:

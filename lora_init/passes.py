@@ -81,7 +81,7 @@ def collect_groups(
     ):
         if team.size > 1:
             rounds = Rounds(team, run.make, tolerance, found, tap, shard, bar, checkpoint)
-            found.stop_reason = rounds.run(run.one_batch, max_batches)
+            found.stop_reason = rounds.run(run.one_batch, run.idle, max_batches)
         else:
             if checkpoint is not None:
                 shard.skip(checkpoint.read(found, run.make)[0], str(checkpoint.path))
@@ -151,6 +151,13 @@ class _Pass:
             self._decide(compared)
         seconds["forward"] += passed - started - (seconds["decomposition"] - inside)
         seconds["decomposition"] += time.perf_counter() - passed
+
+    def idle(self, tap: ActivationTap, batch: Any) -> None:
+        """Run a batch that does not count, for the processes that run a sharded model together with this one."""
+        if self.gradients is None:
+            tap.run(batch, lambda group, rows: None)
+        else:
+            self.gradients.run(batch, lambda group, rows: None, lambda name, g, x, index: None, lambda group: True)
 
     def _decide(self, compared: Iterable[GroupRecord]) -> None:
         for record in compared:
