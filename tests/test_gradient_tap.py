@@ -399,13 +399,3 @@ def test_statistics_without_gradients_say_what_to_do():
         stats.gradient(next(iter(stats)))
     with pytest.raises(KeyError):
         stats.gradient("nowhere")
-
-
-def test_merging_leaves_gradients_out_and_says_so():
-    model, batches = tiny_llama(), labelled("llama")
-    parts = [collect(model, batches[i::2], rank=4, gradients=True) for i in range(2)]
-    merged = parts[0].merge(parts[1])
-    assert not merged.provenance.gradients and merged.provenance.n_labels == 0
-    assert "the gradients of the parts are left out: only what layers read is merged." in merged.provenance.notes
-    with pytest.raises(LoraInitError, match="these statistics have no gradients"):
-        merged.gradient(next(iter(merged)))
