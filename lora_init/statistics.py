@@ -50,7 +50,7 @@ class Provenance:
         seconds: Where the time went: `forward`, `decomposition`, `data`.
         versions: Versions of lora_init, torch, transformers and Python.
         notes: What a user should know about single layers, a sentence each.
-        gradients: Whether backward passes were run, too.
+        gradients: Whether backward passes were run, too; in all parts, if statistics were merged.
         n_labels: Labels whose loss the gradients are of.
     """
 
