@@ -51,7 +51,7 @@ class ActivationTap:
     Attributes:
         sharded: Whether a forward pass is one that all processes make together. It then runs to its end, also after an
             error in a layer's rows, and so it does where weights are taken away after use.
-        n_passes: Forward passes that ran.
+        n_passes: Passes that ran to where they were to end.
         group_of: Name of the group of every layer that ran so far.
         n_calls: Largest number of times that a layer ran in one pass.
     """
@@ -82,7 +82,8 @@ class ActivationTap:
         self._handles: list[Any] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._sink: Sink | None = None
-        self._whole = False
+        self._whole = self._unfinished = False
+        self._called: list[str] = []
 
     def __enter__(self) -> ActivationTap:
         self._modes = [(module, module.training) for module in self.model.modules()]
@@ -112,7 +113,7 @@ class ActivationTap:
     def _begin(self, sink: Sink, wanted: Callable[[str], bool]) -> None:
         self._sink, self._wanted = sink, wanted
         self._calls: Counter[str] = Counter()
-        self._called: list[str] = []
+        self._called = []
         # Tensors taken in this pass: id and way of reading -> (weak reference, version, groups). Weak: no activation is
         # kept, and an id that Python gave to a second tensor is told from the first.
         self._taken: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
@@ -155,6 +156,7 @@ class ActivationTap:
                 sink(group, rows)
 
         self._begin(at_full_precision, wanted)
+        self._unfinished = True
         self._whole = whole or self._to_the_end
         batch = to_device(batch, _input_device(self.model))
         self._masks.start(batch)
@@ -166,6 +168,7 @@ class ActivationTap:
         finally:
             self._end()
         self.n_passes += 1
+        self._unfinished = False
         if self._error is not None:
             raise self._error
         if complete and not self._order and len(set(self._called)) == len(self.modules):
@@ -196,6 +199,11 @@ class ActivationTap:
                 raise _EndOfPass
 
         return carry
+
+    @property
+    def broken(self) -> bool:
+        """Whether the last pass has begun and broken off, so that other processes may still be in theirs."""
+        return self._unfinished and bool(self._called)
 
     @property
     def by_labels(self) -> bool:

@@ -17,7 +17,7 @@ import lora_init
 from lora_init.activations import ActivationTap, Forward, call_model
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
-from lora_init.execution import Precision, class_name, is_tensor_parallel, plain_names, unwrapped, weights
+from lora_init.execution import Precision, class_name, gathered, is_tensor_parallel, plain_names, unwrapped, weights
 from lora_init.gradient_tap import GradientTap, Loss
 from lora_init.gradients import GradientSpectrum, freeze_gradient, is_weighted, weighted_group
 from lora_init.passes import collect_groups
@@ -112,8 +112,8 @@ def collect(
             layer's input; rows of varying width; out of memory; arguments out of range; a checkpoint that cannot be
             written, or belongs to another model, other data or other arguments. In several processes, on all of them:
             one has another model or other arguments, raised, died, or did not answer for `LORA_INIT_TIMEOUT` seconds.
-            With gradients: several processes, no labels and no `loss`, a loss that is not finite, layers that are not
-            linear, a base that gives no gradients.
+            With gradients: no labels and no `loss`, a loss that is not finite, layers that are not linear, a base that
+            gives no gradients.
         Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
 
     Example:
@@ -129,10 +129,6 @@ def collect(
             raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
         if resume and checkpoint is None:
             raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
-        if gradients and team.size > 1:
-            raise LoraInitError(
-                f"gradients=True works in one process, and this is one of {team.size}. Collect before they are started."
-            )
         model, precision = unwrapped(model), Precision()
         targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
         narrow = [target for target in targets.layers.values() if target.in_features < rank]
@@ -262,9 +258,11 @@ def _gradients(found: Collected, targets: Targets, modules: dict[str, nn.Module]
     for name in found.group_of:
         if name in found.gradients:
             weight = getattr(modules[name], "weight", None)
-            plain = weight if isinstance(weight, nn.Parameter) and weight.is_floating_point() else None
+            plain = None
+            if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+                plain = gathered(weight.detach())
             if plain is not None and targets.layers[name].kind == "Conv1D":
-                plain = plain.T  # type: ignore[assignment]
+                plain = plain.T
             weighted = found.groups[weighted_group(name)].svd.spectrum()
             frozen[name] = freeze_gradient(found.gradients[name], weighted, found.n_labels, plain)
     return frozen

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_init.gradients import mean_group
 from lora_init.mail import Message
-from lora_init.records import KEPT_BATCHES, Collected, GroupRecord
+from lora_init.mean_gradient import MeanGradient
+from lora_init.records import KEPT_BATCHES, Collected, GroupRecord, pack_means, unpack_means
 from lora_init.svd import IncrementalSVD, settle
 from lora_init.team import Team
 from lora_init.tensorfile import flatten, nest
@@ -20,7 +22,8 @@ class Exchange:
     """Make one `Collected` of what all processes have found since they last met, the same in each.
 
     Between two meetings every process goes on from the common state with its share of the weight: all shares together,
-    merged, are the state that one process would have. Layers that are done travel no more.
+    merged, are the state that one process would have. Decompositions that are done travel no more; mean gradients go on
+    to the end of the pass.
 
     Args:
         team: The processes.
@@ -30,7 +33,7 @@ class Exchange:
 
     def __init__(self, team: Team, make: Callable[[str], IncrementalSVD], tolerance: float) -> None:
         self._team, self._make, self._tolerance = team, make, tolerance
-        self._n_batches = 0
+        self._n_batches = self._n_labels = 0
         self._known: dict[str, tuple[list[float], list[Tensor]]] = {}  # shares and ratios, as of the last meeting
 
     def bring_together(self, found: Collected) -> Collected:
@@ -79,7 +82,9 @@ class Exchange:
         for record in whole.groups.values():
             if record.converged_at is None:
                 record.svd.load_state_dict(record.svd.state_dict(), self._team.rank, self._team.size)
-        self._n_batches = whole.n_batches
+        for mean in whole.gradients.values():
+            mean.load_state_dict(mean.state_dict(), self._team.rank, self._team.size)
+        self._n_batches, self._n_labels = whole.n_batches, whole.n_labels
         self._known = {name: (list(r.shares), list(r.ratios)) for name, r in whole.groups.items()}
         take_over(whole, found)
 
@@ -102,17 +107,24 @@ class Exchange:
             parts[name] = dict(record.svd.state_dict())
             if shares:
                 parts[name]["ratios"] = torch.stack(list(record.ratios)[-len(shares) :])
+        # One that was made in a batch that was interrupted has seen nothing.
+        gradients = {name: mean for name, mean in found.gradients.items() if mean.n_samples}
+        parts |= pack_means(gradients)
         header = {
             "news": news,
+            "gradients": list(gradients),
             "group_of": found.group_of,
             "n_calls": found.n_calls,
             "n_batches": found.n_batches - self._n_batches,
+            "n_labels": found.n_labels - self._n_labels,
             "seconds": found.seconds,
         }
         return Message(header, flatten(parts))
 
     def _merge(self, one: Message, other: Message) -> Message:
-        parts, others = (nest(message.tensors, message.header["news"]) for message in (one, other))
+        (parts, gradients), (others, more) = _unpack(one), _unpack(other)
+        for name, mean in more.items():
+            gradients[name] = gradients[name].merge(mean) if name in gradients else mean
         news: dict[str, list[list[Any]]] = one.header["news"]
         for name, theirs in other.header["news"].items():
             ours = news.setdefault(name, [])
@@ -125,12 +137,15 @@ class Exchange:
                 kept = sorted(ratios, key=lambda pair: pair[0])[-KEPT_BATCHES:]
                 parts[name]["ratios"] = torch.stack([row for _, row in kept])
             news[name] = sorted(ours + theirs)
+        parts |= pack_means(gradients)
         a, b = one.header, other.header
         header = {
             "news": news,
+            "gradients": list(gradients),
             "group_of": b["group_of"] | a["group_of"],
             "n_calls": dict(Counter(a["n_calls"]) | Counter(b["n_calls"])),  # the larger of each
             "n_batches": a["n_batches"] + b["n_batches"],
+            "n_labels": a["n_labels"] + b["n_labels"],
             "seconds": {part: max(a["seconds"][part], b["seconds"][part]) for part in a["seconds"]},
         }
         return Message(header, flatten(parts))
@@ -140,7 +155,9 @@ class Exchange:
         header, found = message.header, Collected()
         found.group_of, found.n_calls, found.seconds = header["group_of"], header["n_calls"], header["seconds"]
         found.n_batches = self._n_batches + header["n_batches"]
-        for name, parts in nest(message.tensors, header["news"]).items():
+        found.n_labels = self._n_labels + header["n_labels"]
+        groups, found.gradients = _unpack(message)
+        for name, parts in groups.items():
             if found.group_of.get(name, name) != name:
                 continue  # a process whose first batch did not reach all layers took its input for one of its own
             shares, ratios = self._known.get(name, ([], []))
@@ -154,9 +171,17 @@ class Exchange:
         return Message(*found.pack())
 
 
+def _unpack(message: Message) -> tuple[dict[str, dict[str, Tensor]], dict[str, MeanGradient]]:
+    """Read a message from `_pack`: the parts of each decomposition, and the mean gradients."""
+    names = message.header["gradients"]
+    parts = nest(message.tensors, [*message.header["news"], *map(mean_group, names)])
+    gradients = unpack_means(names, parts)
+    return parts, gradients
+
+
 def take_over(whole: Collected, found: Collected) -> None:
     """Bring `found`, to which others hold on, to where `whole` is."""
-    found.groups = whole.groups
+    found.groups, found.gradients = whole.groups, whole.gradients
     found.group_of, found.n_calls = dict(whole.group_of), dict(whole.n_calls)
-    found.n_batches = whole.n_batches
+    found.n_batches, found.n_labels = whole.n_batches, whole.n_labels
     found.seconds.update(whole.seconds)

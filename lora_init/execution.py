@@ -93,10 +93,24 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         tensor: Any = parameter.detach()
         if tensor.device.type == "meta" and id(modules[owner]) in kept:
             tensor = kept[id(modules[owner])][ending]
-        if hasattr(tensor, "full_tensor"):
-            # Of a model whose shards are kept on the CPU, it is the accelerators that can talk to each other.
-            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-        yield plain_name(name), tensor
+        yield plain_name(name), gathered(tensor)
+
+
+def gathered(tensor: Any) -> Tensor:
+    """Give a parameter whole where processes hold a part each; all of them have to do this together."""
+    if hasattr(tensor, "full_tensor"):
+        # Of a model whose shards are kept on the CPU, it is the accelerators that can talk to each other.
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+    whole: Tensor = tensor
+    return whole
+
+
+def reshard(model: nn.Module) -> None:
+    """Let each process hold its parts alone, also of what FSDP2 keeps whole between a forward and a backward pass."""
+    fsdp = _fsdp_module()
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp):
+            module.reshard()
 
 
 def run_eagerly() -> AbstractContextManager[Any]:

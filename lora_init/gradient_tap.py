@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init.activations import ActivationTap, Forward, Sink, input_of
 from lora_init.errors import LoraInitError
-from lora_init.execution import Precision, run_eagerly
+from lora_init.execution import Precision, reshard, run_eagerly
 from lora_init.masks import encoder_of
 from lora_init.onednn_layers import linear_layers_by_onednn
 from lora_init.targets import Target
@@ -71,6 +71,7 @@ class GradientTap:
 
     def __enter__(self) -> GradientTap:
         model = self._tap.model
+        reshard(model)  # the parameters that want no gradient have to be those that all others are gathered from
         with self._stack as stack:
             for parameter in model.parameters():
                 if parameter.requires_grad:

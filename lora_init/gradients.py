@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from lora_init.mean_gradient import MeanGradient
 from lora_init.spectrum import Spectrum
 
 _SUFFIX = " by gradient"
+_MEAN = " mean gradient"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,10 @@ class GradientSpectrum:
         singular_values: Its singular values, falling, float64 [k].
         right: Its right singular vectors, float32 [k, d_in].
         output_moment: E g^2 at each output, float64 [d_out]; its sum is E |g|^2.
-        importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets.
+        importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets. NaN after a merge, which
+            does not know W.
+        n_samples: Number of tokens that G and `output_moment` are of: all of the pass, while `weighted` may have seen
+            enough before its end.
     """
 
     weighted: Spectrum
@@ -39,6 +44,7 @@ class GradientSpectrum:
     right: Tensor
     output_moment: Tensor
     importance: float
+    n_samples: int
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Write it as plain values and tensors."""
@@ -46,7 +52,8 @@ class GradientSpectrum:
         numbers = {
             "total_variance": weighted.total_variance,
             "n_samples": weighted.n_samples,
-            "importance": self.importance,
+            "importance": None if math.isnan(self.importance) else self.importance,
+            "n_tokens": self.n_samples,
         }
         return numbers, {
             "components": weighted.components,
@@ -71,12 +78,20 @@ class GradientSpectrum:
             torch.zeros(components.shape[1]), int(numbers["n_samples"]),
         )  # fmt: skip
         left, values, right = (tensor(name) for name in ("left", "singular_values", "right"))
-        return cls(weighted, left, values, right, tensor("output_moment"), float(numbers["importance"]))
+        # Files from before this number was kept have divided by the other one.
+        n_samples = int(numbers.get("n_tokens", weighted.n_samples))
+        importance = math.nan if numbers["importance"] is None else float(numbers["importance"])
+        return cls(weighted, left, values, right, tensor("output_moment"), importance, n_samples)
 
 
 def weighted_group(name: str) -> str:
     """Name the decomposition of a layer's weighted rows among those of inputs."""
     return name + _SUFFIX
+
+
+def mean_group(name: str) -> str:
+    """Name the state of a layer's mean gradient among those of decompositions."""
+    return name + _MEAN
 
 
 def is_weighted(group: str) -> bool:
@@ -101,7 +116,8 @@ def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int, weigh
     left, values, right = mean.triplets(mean.n_components)
     values = values / max(n_labels, 1)
     importance = 0.0 if weight is None else _importance(weight.detach(), left, values, right)
-    return GradientSpectrum(weighted, left, values, right, mean.squares / max(weighted.n_samples, 1), importance)
+    moment = mean.squares / max(mean.n_samples, 1)
+    return GradientSpectrum(weighted, left, values, right, moment, importance, mean.n_samples)
 
 
 def _importance(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> float:

@@ -76,17 +76,24 @@ class MeanGradient:
         """Sum of g_t^2 over the rows, float64 [d_out]."""
         return self._known().squares.cpu()
 
-    def project(self, g: Tensor, x: Tensor) -> None:
-        """Take in rows g [n, d_out] and x [n, d_in]; they count once `commit` is called."""
+    def project(self, g: Tensor, x: Tensor, n: int | None = None) -> None:
+        """Take in rows g [n, d_out] and x [n, d_in]; they count once `commit` is called.
+
+        Args:
+            g: Gradients at the layer's output.
+            x: What it read.
+            n: How many of the rows count, if not all: the others, padding, have g = 0.
+        """
+        n = len(g) if n is None else n
         state = self._pending or self._state
         if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
             state = state.to(g.device)
         if state is None:
             state = self._first(g, x)
             for _ in range(_FIRST_STEPS - 1):
-                state = state._replace(right=_plus(state, g, x, self._turned(state, g, x)).right)
-        due = 8 * (state.n_since + len(g)) >= state.n_samples
-        self._pending = _plus(state, g, x, self._turned(state, g, x) if due else None)
+                state = state._replace(right=_plus(state, g, x, n, self._turned(state, g, x)).right)
+        due = 8 * (state.n_since + n) >= state.n_samples
+        self._pending = _plus(state, g, x, n, self._turned(state, g, x) if due else None)
 
     def commit(self) -> None:
         """Complete the batch.
@@ -131,14 +138,11 @@ class MeanGradient:
         if self._state is None:
             self._state = other._state
             return self
-        a, b = self._state, other._state
-        left, r_left = torch.linalg.qr(torch.cat([a.left, b.left.to(a.left)], 1).double())
-        right, r_right = torch.linalg.qr(torch.cat([a.right, b.right.to(a.right)]).double().T)
-        u, s, v = torch.linalg.svd(r_left @ r_right.T)
-        size = len(a.right)
+        a, b = self._state, other._state.to(self._state.left.device)
+        u, s, v = product_svd(torch.cat([a.left, b.left], 1), torch.cat([a.right, b.right]), len(a.right))
         self._state = _State(
-            (left @ u[:, :size]).to(a.left), (s[:size, None] * (v[:size] @ right.T)).to(a.right),
-            a.squares + b.squares.to(a.squares.device), a.n_samples + b.n_samples, a.n_since + b.n_since,
+            u.to(a.left), (s[:, None] * v).to(a.right), a.squares + b.squares,
+            a.n_samples + b.n_samples, a.n_since + b.n_since,
         )  # fmt: skip
         return self
 
@@ -149,9 +153,7 @@ class MeanGradient:
         """
         state = self._known()
         u, s, v = torch.linalg.svd(state.right.double(), full_matrices=False)
-        kept = min(k, int((s > s[:1] * _ROUNDING).sum()))
-        left = (state.left.double() @ u[:, :kept]).T
-        return left.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
+        return freeze_triplets(state.left.double() @ u, s, v, k)
 
     def _known(self) -> _State:
         if self._state is None:
@@ -163,25 +165,48 @@ class MeanGradient:
         if self._state is None:
             return {}
         left, right, squares, n_samples, n_since = self._state
-        counts = torch.tensor([n_samples, n_since, self.n_components])
+        counts = torch.tensor([n_samples, n_since, self.n_components, self.seed])
         return {"left": left, "right": right, "squares": squares, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor], share: int = 0, of: int = 1) -> MeanGradient:
-        """Go on from a copy of what `state_dict` returned; with `of` parts, the first of them gets all of it."""
+        """Go on from a copy of what `state_dict` returned.
+
+        With `of` parts each part, numbered from 0 by `share`, has the same directions and its share of the sums: all
+        parts merged are the whole again, and each knows where the gradients seen so far lie.
+        """
         self._state = self._pending = None
-        if state and share == 0:
+        if state:
             left, right, squares = (state[name].clone() for name in ("left", "right", "squares"))
-            n_samples, n_since, self.n_components = state["counts"].tolist()
-            self._state = _State(left, right, squares, n_samples, n_since)
+            *counts, self.n_components, self.seed = state["counts"].tolist()
+            n_samples, n_since = (count * (share + 1) // of - count * share // of for count in counts)
+            self._state = _State(left, right / of, squares / of, n_samples, n_since)
         return self
 
 
-def _plus(state: _State, g: Tensor, x: Tensor, turned: Tensor | None) -> _State:
-    """Add a batch, along new left directions if they have turned."""
-    left, right, n_since = state.left, state.right, state.n_since + len(g)
+def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose left @ right, of thin factors [d_out, m] and [m, d_in], without making it.
+
+    Returns:
+        The `size` leading left singular vectors in columns, values and right ones in rows, float64; fewer if there are.
+    """
+    left, r_left = torch.linalg.qr(left.double())
+    right, r_right = torch.linalg.qr(right.double().T)
+    u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return left @ u[:, :size], s[:size], v[:size] @ right.T
+
+
+def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep k singular triplets, fewer where the rest is rounding: as `MeanGradient.triplets` gives them."""
+    kept = min(k, int((s > s[:1] * _ROUNDING).sum()))
+    return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
+
+
+def _plus(state: _State, g: Tensor, x: Tensor, n: int, turned: Tensor | None) -> _State:
+    """Add a batch of n rows that count, along new left directions if they have turned."""
+    left, right, n_since = state.left, state.right, state.n_since + n
     if turned is not None:
         left, right, n_since = turned, (turned.T @ left) @ right, 0
     ahead = times_transposed(g, left.T)  # [n, l]
     right = (right + times_transposed(ahead.T, x.T)).contiguous()  # [l, d_in]
     squares = state.squares + g.square().sum(0)
-    return _State(left, right, squares, state.n_samples + len(g), n_since)
+    return _State(left, right, squares, state.n_samples + n, n_since)

@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 
 from lora_init.experts import expert_group
-from lora_init.mixtures import mix, mix_ratios
+from lora_init.gradient_merging import merge_gradients, with_gradients
+from lora_init.mixtures import common_size, cut, mix, mix_ratios
 from lora_init.parts import Part, check_parts, check_weights
 from lora_init.spectrum import Spectrum
-
-# A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
-# a float32 model were measured to leave out 3e-6.
-_NOTHING = 1e-5
 
 
 def merge_parts(parts: Sequence[Part], weights: Sequence[float] | None) -> dict[str, Any]:
     """Merge all parts at once: the arguments of the `Statistics` that hold them together. See `Statistics.merge`."""
     check_weights(parts, weights)
     check_parts(parts)
-    size = _size(parts)
+    size = common_size([part.variances.values() for part in parts])
     group_of, sources = _group(parts)
     groups: dict[str, Spectrum] = {}
     held_out: dict[str, float] = {}
@@ -34,7 +31,7 @@ def merge_parts(parts: Sequence[Part], weights: Sequence[float] | None) -> dict[
         found = [(parts[i], str(source[i])) for i in having]
         shares = None if weights is None else _shares([weights[i] for i in having], found)
         spectra = [part.groups[group] for part, group in found]
-        groups[name] = _cut(spectra[0], size) if len(spectra) == 1 else mix(spectra, size, shares)
+        groups[name] = cut(spectra[0], size) if len(spectra) == 1 else mix(spectra, size, shares)
         # Measured for the components of one part. Nobody has tested those of several on rows that they had not seen.
         held_out[name] = found[0][0].held_out.get(found[0][1], math.nan) if len(found) == 1 else math.nan
         ratios = _ratios(found, spectra, shares, groups[name])
@@ -49,27 +46,13 @@ def merge_parts(parts: Sequence[Part], weights: Sequence[float] | None) -> dict[
         "held_out": held_out,
         "batch_ratios": batch_ratios,
         "unsupported": missing,
+        "gradients": merge_gradients(parts, weights, list(group_of)),
         "provenance": replace(
             _provenance(parts, weights),
             n_samples=max(one.n_samples for one in groups.values()),
             notes=[*_origins(parts, weights, size), *_notes(parts, missing)],
         ),
     }
-
-
-def _size(parts: Sequence[Part]) -> int:
-    """Say how many components to keep: as many as every part has that left any out.
-
-    A part that saw few rows has few components and lacks nothing. One that was asked for fewer than another lacks the
-    rest, and what is known of that from the other alone would pass for the whole.
-    """
-    most = []
-    for part in parts:
-        spectra = part.variances.values()
-        cut = [len(along) for along, total, _ in spectra if float(along.sum()) < (1.0 - _NOTHING) * total]
-        most += [max(cut)] if cut else []
-    whole = sum(max(len(variance) + 1 for variance, *_ in part.variances.values()) for part in parts)
-    return min(most, default=whole)
 
 
 def _group(parts: Sequence[Part]) -> tuple[dict[str, str], dict[str, list[str | None]]]:
@@ -122,15 +105,6 @@ def _routed(part: Part, group: str) -> float:
     return part.variances[group][2] / sum(part.variances[one][2] for one in groups if one in part.variances)
 
 
-def _cut(spectrum: Spectrum, size: int) -> Spectrum:
-    return replace(
-        spectrum,
-        components=spectrum.components[:size].clone(),
-        explained_variance=spectrum.explained_variance[:size].clone(),
-        mean=spectrum.mean.clone(),
-    )
-
-
 def _ratios(
     found: Sequence[tuple[Part, str]], spectra: Sequence[Spectrum], shares: Sequence[float] | None, merged: Spectrum
 ) -> Tensor | None:
@@ -155,8 +129,8 @@ def _provenance(parts: Sequence[Part], weights: Sequence[float] | None) -> Any:
         made[0],
         data="; ".join(dict.fromkeys(text for text in data if text)),
         rank=min(one.rank for one in made),
-        gradients=False,
-        n_labels=0,
+        gradients=with_gradients(parts),
+        n_labels=sum(one.n_labels for one in made) if with_gradients(parts) else 0,
         n_batches=sum(one.n_batches for one in made),
         stop_reason=", ".join(dict.fromkeys(reason for one in made for reason in one.stop_reason.split(", "))),
         seconds=_summed([one.seconds for one in made]),
@@ -183,8 +157,9 @@ def _origins(parts: Sequence[Part], weights: Sequence[float] | None, size: int) 
     most = [max(len(variance) for variance, *_ in part.variances.values()) for part in parts]
     if max(most) > size:
         yield f"the parts have up to {' and '.join(map(str, most))} components of a layer; {size} are kept."
-    if any(part.provenance.gradients for part in parts):
-        yield "the gradients of the parts are left out: only what layers read is merged."
+    without = [str(i + 1) for i, part in enumerate(parts) if not part.provenance.gradients]
+    if 0 < len(without) < len(parts):
+        yield f"part {', '.join(without)} of {len(parts)} has no gradients, so those of the others are left out."
 
 
 def _notes(parts: Sequence[Part], missing: Mapping[str, str]) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch import Tensor
 from lora_init.folding import fold
 from lora_init.moments import Moments, freeze
 from lora_init.spectrum import Spectrum
+
+# A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
+# a float32 model were measured to leave out 3e-6.
+_NOTHING = 1e-5
 
 
 def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None = None) -> Spectrum:
@@ -58,6 +63,33 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         scatter += one.total_variance * degrees + float(gap @ gap)
     state = fold(None, Moments(n_samples, mean, scatter), torch.cat(rows), None, size)
     return freeze(state.moments, state.directions, state.core.diagonal())
+
+
+def cut(spectrum: Spectrum, size: int) -> Spectrum:
+    """Keep at most `size` components, in tensors of its own."""
+    return replace(
+        spectrum,
+        components=spectrum.components[:size].clone(),
+        explained_variance=spectrum.explained_variance[:size].clone(),
+        mean=spectrum.mean.clone(),
+    )
+
+
+def common_size(variances: Sequence[Collection[tuple[Tensor, float, int]]]) -> int:
+    """Say how many components to keep: as many as every part has that left any out.
+
+    A part that saw few rows has few components and lacks nothing. One that was asked for fewer than another lacks the
+    rest, and what is known of that from the other alone would pass for the whole.
+
+    Args:
+        variances: Of each part, for all its groups: variance along each component, total variance, number of rows.
+    """
+    most = []
+    for part in variances:
+        left_out = [len(along) for along, total, _ in part if float(along.sum()) < (1.0 - _NOTHING) * total]
+        most += [max(left_out)] if left_out else []
+    whole = sum(max(len(variance) + 1 for variance, *_ in part) for part in variances)
+    return min(most, default=whole)
 
 
 def mix_ratios(ratios: Sequence[Tensor], amounts: Sequence[float], n_components: int) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
+from lora_init.gradients import GradientSpectrum
 from lora_init.spectrum import Spectrum
 from lora_init.targets import Target
 
@@ -37,6 +38,7 @@ class Part:
     held_out: Mapping[str, float]
     batch_ratios: Mapping[str, Tensor]
     unsupported: Mapping[str, str]
+    gradients: Mapping[str, GradientSpectrum]
     provenance: Any
 
 

@@ -81,7 +81,7 @@ def collect_groups(
     ):
         if team.size > 1:
             rounds = Rounds(team, run.make, tolerance, found, tap, shard, bar, checkpoint)
-            found.stop_reason = rounds.run(run.one_batch, max_batches)
+            found.stop_reason = rounds.run(run.one_batch, run.idle, max_batches)
         else:
             if checkpoint is not None:
                 shard.skip(checkpoint.read(found, run.make)[0], str(checkpoint.path))
@@ -152,6 +152,13 @@ class _Pass:
         seconds["forward"] += passed - started - (seconds["decomposition"] - inside)
         seconds["decomposition"] += time.perf_counter() - passed
 
+    def idle(self, tap: ActivationTap, batch: Any) -> None:
+        """Run a batch that does not count, for the processes that run a sharded model together with this one."""
+        if self.gradients is None:
+            tap.run(batch, lambda group, rows: None)
+        else:
+            self.gradients.run(batch, lambda group, rows: None, lambda name, g, x, index: None, lambda group: True)
+
     def _decide(self, compared: Iterable[GroupRecord]) -> None:
         for record in compared:
             record.decide(self._tolerance, self.found.n_batches)
@@ -175,7 +182,8 @@ class _Pass:
             g, x, index = g.index_select(0, index), x.index_select(0, index), None
         if name not in self.found.gradients:
             self.found.gradients[name] = MeanGradient(tap.n_triplets, self._seed)
-        self.found.gradients[name].project(g, x)  # padding has no gradient and adds nothing
+        # Padding has no gradient and adds nothing.
+        self.found.gradients[name].project(g, x, None if index is None else len(index))
         self.found.seconds["decomposition"] += time.perf_counter() - start
         if self._wanted(group):
             norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)

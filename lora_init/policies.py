@@ -6,6 +6,7 @@ until the budget is spent (`selection`), so that a policy holds no rule about bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -126,6 +127,11 @@ def _from_gradients(policy: str, stats: Statistics, spectra: Spectra) -> tuple[F
     values = np.zeros_like(spectra.ratios)
     for row, name in zip(values, spectra.names, strict=True):
         found = stats.gradient(name)
+        if policy == "gora" and math.isnan(found.importance):
+            raise LoraInitError(
+                f"policy='gora': the importance of {name!r} is unknown. It needs the model's weights, which a merge of "
+                "statistics does not have. Collect from all the data in one pass, or choose another policy."
+            )
         numbers = np.array([found.importance]) if policy == "gora" else found.weighted.explained_variance.numpy()
         row[: len(numbers)] = numbers[: len(row)]
     if not values.any():
@@ -143,7 +149,8 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
         As the policies do.
 
     Raises:
-        LoraInitError: Unknown policy; one that needs gradients, and there are none; or a rule that fails, returns NaN,
+        LoraInitError: Unknown policy; one that needs gradients, and there are none, or the model's weights, and the
+            statistics were merged; or a rule that fails, returns NaN,
             or not one number per component.
     """
     if isinstance(policy, str):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_init.gradients import weighted_group
+from lora_init.gradients import mean_group
 from lora_init.mean_gradient import MeanGradient
 from lora_init.svd import IncrementalSVD
 from lora_init.tensorfile import flatten, nest
@@ -111,9 +111,7 @@ class Collected:
             parts[name] = dict(record.svd.state_dict())
             if record.ratios:
                 parts[name]["ratios"] = torch.stack(list(record.ratios))
-        for name, mean in self.gradients.items():
-            own = parts.setdefault(weighted_group(name), {})
-            own |= {f"mean.{part}": tensor for part, tensor in mean.state_dict().items()}
+        parts |= pack_means(self.gradients)
         header = {
             "gradients": list(self.gradients),
             "n_labels": self.n_labels,
@@ -135,12 +133,8 @@ class Collected:
             tensors: The tensors by name.
             make: Makes an empty decomposition for a group.
         """
-        by_group = nest(tensors, header["groups"])
-        self.gradients = {}
-        for name in header["gradients"]:
-            parts = by_group[weighted_group(name)]
-            mean = {part: parts.pop(f"mean.{part}") for part in ("left", "right", "squares", "counts")}
-            self.gradients[name] = MeanGradient(1).load_state_dict(mean)
+        by_group = nest(tensors, [*header["groups"], *map(mean_group, header["gradients"])])
+        self.gradients = unpack_means(header["gradients"], by_group)
         self.n_labels = header["n_labels"]
         self.groups = {}
         for name, (shares, converged_at) in header["groups"].items():
@@ -152,3 +146,13 @@ class Collected:
         self.group_of, self.n_calls = dict(header["group_of"]), dict(header["n_calls"])
         self.n_batches = header["n_batches"]
         self.seconds.update(header["seconds"])
+
+
+def pack_means(gradients: Mapping[str, MeanGradient]) -> dict[str, dict[str, Tensor]]:
+    """Give the states of mean gradients, by `mean_group`, beside those of decompositions."""
+    return {mean_group(name): dict(mean.state_dict()) for name, mean in gradients.items()}
+
+
+def unpack_means(names: Iterable[str], parts: dict[str, dict[str, Tensor]]) -> dict[str, MeanGradient]:
+    """Take what `pack_means` gave out of `parts`."""
+    return {name: MeanGradient(1).load_state_dict(parts.pop(mean_group(name))) for name in names}

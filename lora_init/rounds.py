@@ -23,6 +23,8 @@ from lora_init.team import Team
 
 # Takes in a batch, given the tap, the batch and its number in this process.
 TakeIn = Callable[[ActivationTap, Any, int], None]
+# Runs a batch that does not count, given the tap and the batch.
+RunIdly = Callable[[ActivationTap, Any], None]
 # Batches of one process between two meetings, at most.
 _LONGEST_ROUND = 16
 
@@ -123,11 +125,12 @@ class Rounds:
         self._spare: list[Any] = []  # a batch to run a sharded model on when this process has none left
         self._used: list[list[str]] = [[] for _ in range(team.size)]  # hashes of the batches used, by rank
 
-    def run(self, one_batch: TakeIn, max_batches: int) -> str:
+    def run(self, one_batch: TakeIn, idle: RunIdly, max_batches: int) -> str:
         """Take in batches until there is a common reason to stop, and return it.
 
         Args:
             one_batch: Takes in a batch.
+            idle: Runs one that does not count.
             max_batches: Bound on the batches of all processes.
 
         Raises:
@@ -139,7 +142,7 @@ class Rounds:
         while not reason:
             n, used, interrupted = found.n_batches, len(shard.digests), False
             try:
-                self._round(one_batch, batches_of_a_round(n, max_batches, team.rank, team.size))
+                self._round(one_batch, idle, batches_of_a_round(n, max_batches, team.rank, team.size))
             except KeyboardInterrupt:
                 interrupted = True
             found.group_of, found.n_calls = dict(self._tap.group_of), dict(self._tap.n_calls)
@@ -155,16 +158,16 @@ class Rounds:
             reason = self._go_on(whole, max_batches, reason or "exhausted" * ended)
         return reason
 
-    def _round(self, one_batch: TakeIn, n: int) -> None:
+    def _round(self, one_batch: TakeIn, idle: RunIdly, n: int) -> None:
         if self._tap.sharded:
-            self._round_in_step(one_batch, n)
+            self._round_in_step(one_batch, idle, n)
             return
         for _ in range(n):
             for batch in self._shard.take(1):
                 one_batch(self._tap, batch, self._shard.n_taken - 1)
 
-    def _round_in_step(self, one_batch: TakeIn, n: int) -> None:
-        """Take in `n` batches of a sharded model, whose forward passes all processes make together.
+    def _round_in_step(self, one_batch: TakeIn, idle: RunIdly, n: int) -> None:
+        """Take in `n` batches of a sharded model, whose passes all processes make together.
 
         One whose data has ended runs a batch again that does not count, and so does one with an error, until the
         others are through and it can tell them.
@@ -184,11 +187,11 @@ class Rounds:
                     position += 1
                     one_batch(tap, taken.pop(0), position - 1)
                 else:
-                    tap.run(self._spare[0], lambda group, rows: None)
+                    idle(tap, self._spare[0])
             except LoraInitError as caught:
                 error = error or caught
                 halfway = isinstance(caught.__cause__, (RuntimeError, MemoryError))
-                if halfway or (not counts_in and before == tap.n_passes):
+                if halfway or tap.broken or (not counts_in and before == tap.n_passes):
                     self._team.leave(error)
             except Exception as caught:
                 self._team.leave(caught)

@@ -50,7 +50,7 @@ class Provenance:
         seconds: Where the time went: `forward`, `decomposition`, `data`.
         versions: Versions of lora_init, torch, transformers and Python.
         notes: What a user should know about single layers, a sentence each.
-        gradients: Whether backward passes were run, too.
+        gradients: Whether backward passes were run, too; in all parts, if statistics were merged.
         n_labels: Labels whose loss the gradients are of.
     """
 
@@ -185,8 +185,11 @@ class Statistics(Mapping[str, Spectrum]):
 
         Counts, means and total variances are exact. Components are so up to what each part had left out: see
         `mixtures.mix` for the bound. As many components are kept as all parts have. Layers that ran in some parts only
-        come from those. `held_out` is unknown, NaN, for layers of several parts: nobody has measured how much of new
-        rows their common components capture. The sampling error, from `batch_ratios`, is that of the weighted sum.
+        come from those. Gradients are merged if all have them: the mean gradient is that of the mean loss over all
+        labels, with weights of the weighted sum of the mean losses; the importance, which needs the model's weights, is
+        unknown, NaN, so that the policy `gora` is refused. `held_out` is unknown, NaN, for layers of several parts:
+        nobody has measured how much of new rows their common components capture. The sampling error, from
+        `batch_ratios`, is that of the weighted sum.
 
         Rows that two parts share count twice. Merge more than two in one call: each call leaves something out. What
         `provenance` has no sum or list for, such as the seed, is that of the first; its notes describe every part.
@@ -222,6 +225,7 @@ class Statistics(Mapping[str, Spectrum]):
             held_out=self.held_out,
             batch_ratios=self.batch_ratios,
             unsupported=self.unsupported,
+            gradients=self._gradients,
             provenance=self.provenance,
         )
 

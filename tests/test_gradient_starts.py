@@ -123,7 +123,7 @@ def planted(d_in=7, d_out=5, k=3, center=True):
     spectrum = Spectrum(axes(k, d_in), variance, 63.0 + 2.0, draw(d_in) if center else torch.zeros(d_in), 100)
     moment = draw(d_out).double().square() + 0.1
     values = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64)
-    return spectrum, GradientSpectrum(spectrum, axes(k, d_out), values, axes(k, d_in), moment, 1.0)
+    return spectrum, GradientSpectrum(spectrum, axes(k, d_out), values, axes(k, d_in), moment, 1.0, 1)
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -156,7 +156,7 @@ def test_a_layer_without_gradient_starts_at_random_and_can_learn(method):
     spectrum, _ = planted()
     nothing = Spectrum(torch.empty(0, 7), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(7), 100)
     zero = torch.zeros(5, dtype=torch.float64)
-    gradient = GradientSpectrum(nothing, torch.empty(0, 5), torch.empty(0).double(), torch.empty(0, 7), zero, 0.0)
+    gradient = GradientSpectrum(nothing, torch.empty(0, 5), torch.empty(0).double(), torch.empty(0, 7), zero, 0.0, 0)
     chosen = GRADIENT_METHODS[method]
     a, b = chosen.start(spectrum, gradient, 3, layer_generator(0, "x"), chosen.gamma)
     assert not b.any() and bool(a.isfinite().all()) and torch.linalg.matrix_rank(a) == 3

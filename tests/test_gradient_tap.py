@@ -9,6 +9,7 @@ from lora_init.errors import LoraInitError
 from lora_init.gradient_tap import count_labels
 from lora_init.statistics import Statistics
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_vit
+from tests.test_collection import low_rank_inputs
 
 
 def labelled(name, **options):
@@ -82,6 +83,21 @@ def test_the_numbers_are_those_of_autograd(name):
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         expected = float((weight.double() * mean).abs().mean())
         assert gradient.importance == pytest.approx(expected, rel=0.2)  # from 16 triplets of up to 32
+
+
+def test_the_output_moment_is_of_all_tokens_also_of_layers_that_had_enough():
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"planted": nn.Linear(24, 4), "flat": nn.Linear(24, 4)})
+    batches = [(planted, torch.randn(64, 24)) for planted in low_rank_inputs(30)]
+    settings = dict(
+        rank=3, gradients=True, forward=lambda m, batch: m["planted"](batch[0]) + m["flat"](batch[1]).tanh(),
+        loss=lambda output, batch: output.square().mean(),
+    )  # fmt: skip
+    stats, whole = (collect(model, batches, **settings, tolerance=tolerance) for tolerance in (0.02, 0.0))
+    found = stats.gradient("planted")
+    assert found.weighted.n_samples < found.n_samples == stats.gradient("flat").weighted.n_samples == 64 * 30
+    for name in stats:
+        assert torch.equal(stats.gradient(name).output_moment, whole.gradient(name).output_moment)
 
 
 def test_with_all_triplets_the_importance_is_exact():
@@ -370,7 +386,7 @@ def test_the_file_keeps_gradients(tmp_path):
     for name in stats:
         a, b = stats.gradient(name), again.gradient(name)
         assert a.importance == b.importance and a.weighted.total_variance == b.weighted.total_variance
-        assert a.weighted.n_samples == b.weighted.n_samples
+        assert a.weighted.n_samples == b.weighted.n_samples and a.n_samples == b.n_samples
         for part in ("left", "singular_values", "right", "output_moment"):
             assert torch.equal(getattr(a, part), getattr(b, part))
         assert torch.equal(a.weighted.components, b.weighted.components)
@@ -383,13 +399,3 @@ def test_statistics_without_gradients_say_what_to_do():
         stats.gradient(next(iter(stats)))
     with pytest.raises(KeyError):
         stats.gradient("nowhere")
-
-
-def test_merging_leaves_gradients_out_and_says_so():
-    model, batches = tiny_llama(), labelled("llama")
-    parts = [collect(model, batches[i::2], rank=4, gradients=True) for i in range(2)]
-    merged = parts[0].merge(parts[1])
-    assert not merged.provenance.gradients and merged.provenance.n_labels == 0
-    assert "the gradients of the parts are left out: only what layers read is merged." in merged.provenance.notes
-    with pytest.raises(LoraInitError, match="these statistics have no gradients"):
-        merged.gradient(next(iter(merged)))

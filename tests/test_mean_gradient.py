@@ -111,16 +111,30 @@ def test_merging_parts_is_the_whole():
 
 def test_what_was_saved_goes_on_bit_for_bit():
     data = batches()
-    mean = fitted(data[:3], 8)
+    mean = fitted(data[:3], 8, seed=3)
     resumed = MeanGradient(1).load_state_dict(mean.state_dict())
-    assert resumed.n_components == 8
+    assert (resumed.n_components, resumed.seed) == (8, 3)
     for one in (mean, resumed):
         for g, x in data[3:]:
             one.project(g, x)
             one.commit()
     assert all(torch.equal(a, b) for a, b in zip(mean.triplets(8), resumed.triplets(8), strict=True))
     assert MeanGradient(8).load_state_dict(MeanGradient(8).state_dict()).n_samples == 0
-    assert MeanGradient(8).load_state_dict(mean.state_dict(), share=1, of=2).n_samples == 0
+
+
+def test_parts_of_a_state_that_go_on_are_together_the_whole():
+    """Two parts that each see other batches, and meet: the sums of one that has seen all."""
+    data = batches(rank=5)
+    state = fitted(data[:2], 8, seed=3).state_dict()
+    parts = [MeanGradient(1).load_state_dict(state, share, of=3) for share in range(3)]
+    assert [part.n_samples for part in parts] == [26, 27, 27]
+    for part, (g, x) in zip(parts, data[2:5], strict=True):
+        part.project(g, x)
+        part.commit()
+    merged, whole = parts[0].merge(parts[1]).merge(parts[2]), fitted(data[:5], 8)
+    assert merged.n_samples == whole.n_samples and merged.n_components == 8
+    torch.testing.assert_close(dense(merged.triplets(8)), exact(data[:5]), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(merged.squares, whole.squares)
 
 
 def test_no_gradient_at_all_has_no_triplets():

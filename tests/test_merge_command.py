@@ -18,6 +18,8 @@ def home(tmp_path_factory):
     passed(batches=batches_for("llama", n_batches=2, seed=1), data="code").save(home / "b")
     passed(batches=batches_for("llama", seed=2), data="").save(home / "c")
     passed(center=False).save(home / "uncentred")
+    for seed, name in enumerate(("g", "h")):
+        passed(targets=["q_proj"], batches=batches_for("llama", seed=seed), gradients=True).save(home / name)
     return home
 
 
@@ -57,6 +59,14 @@ def test_it_says_what_it_did(run, home, tmp_path):
     assert "0.5 x " in run("a", "b", "--weights", "0.5,0.5", output="other").stdout
     inspected = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")])
     assert inspected.exit_code == 0 and "part 1 of 2" in inspected.stdout
+
+
+def test_gradients_are_merged_and_what_needs_the_model_is_refused(run, tmp_path):
+    assert run("g", "h").exit_code == 0
+    assert Statistics.load(tmp_path / "out").provenance.gradients
+    ranks = ["ranks", str(tmp_path / "out"), "--rank", "4", "--policy"]
+    assert CliRunner().invoke(cli.app, [*ranks, "gradient"]).exit_code == 0
+    assert_one_line_error(CliRunner().invoke(cli.app, [*ranks, "gora"]), "importance of", "a merge of statistics")
 
 
 def test_what_is_there_stays_unless_told(run, home, tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 from lora_init import ExactPCA, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
 from tests.conftest import batches_for, tiny_llama
 from tests.test_experts import BOTH, mixtral
+from tests.test_gradient_tap import counts_of, exact
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -265,6 +266,123 @@ def test_uncentred_statistics_add_second_moments():
     exact = ExactPCA(center=False).partial_fit(torch.cat(rows)).spectrum()
     assert merged.mean.abs().max() == 0
     assert torch.allclose(merged.explained_variance, exact.explained_variance, rtol=1e-4)
+
+
+# Gradients
+
+TWO = ("q_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """Two data sets of different size with the gradients of all their directions, and both sets' batches."""
+    one, other = batches_for("llama", n_batches=3), batches_for("llama", n_batches=2, seed=1)
+    a, b = (passed(batches=batches, targets=TWO, rank=24, gradients=True) for batches in (one, other))
+    return a, b, (one, other)
+
+
+def dense(found):
+    return found.left.double().T @ torch.diag(found.singular_values) @ found.right.double()
+
+
+def assert_sums(merged, model, batches, counts, share_of_loss, share_of_rows):
+    """Everything is that of autograd, with these shares of the two sets."""
+    for name in merged:
+        (g1, x1, y1), (g2, x2, y2) = (
+            exact(model, part, [name], count)[name] for part, count in zip(batches, counts, strict=True)
+        )
+        found = merged.gradient(name)
+        mean = share_of_loss[0] * g1 + share_of_loss[1] * g2
+        # All of it is kept, so what is left is float32.
+        torch.testing.assert_close(dense(found), mean, rtol=0.0, atol=1e-5 * float(found.singular_values[0]))
+        # Padding has no gradient, so that sums over all tokens are sums over those that count.
+        sizes = [int(sum(batch["attention_mask"].sum() for batch in part)) for part in batches]
+        moments = [y.square().sum(0) / n for y, n in zip((y1, y2), sizes, strict=True)]
+        expected = share_of_rows[0] * moments[0] + share_of_rows[1] * moments[1]
+        torch.testing.assert_close(found.output_moment, expected, rtol=1e-5, atol=1e-12)
+        assert found.n_samples == found.weighted.n_samples == sum(sizes)
+        weighted = [y.norm(dim=1, keepdim=True) * x for x, y in ((x1, y1), (x2, y2))]
+        second = sum(w * rows.T @ rows / n for w, rows, n in zip(share_of_rows, weighted, sizes, strict=True))
+        n = sum(sizes)
+        assert found.weighted.total_variance == pytest.approx(float(second.trace()) * n / (n - 1), rel=1e-5)
+        largest = torch.linalg.eigvalsh(second).flip(0)[:8] * n / (n - 1)
+        # Turned by one step of the iteration for each batch, not to the end.
+        torch.testing.assert_close(found.weighted.explained_variance[:8], largest, rtol=0.02, atol=0.0)
+        assert math.isnan(found.importance)
+
+
+@pytest.mark.parametrize("weights", [None, [0.2, 0.8]])
+def test_gradients_are_those_of_all_labels(gradients, weights):
+    a, b, batches = gradients
+    model = llama()
+    counts = [counts_of(model, part) for part in batches]
+    labels = [sum(count) for count in counts]
+    merged = a.merge(b, weights=weights)
+    assert merged.provenance.gradients and merged.provenance.n_labels == sum(labels)
+    assert not any("gradient" in note for note in merged.provenance.notes)
+    rows = [part.gradient(DOWN).n_samples for part in (a, b)]
+    by_number = [[n / sum(counted) for n in counted] for counted in (labels, rows)]
+    assert_sums(merged, model, batches, counts, *(by_number if weights is None else [weights] * 2))
+
+
+def test_merged_gradients_start_adapters_and_are_kept_in_files(gradients, tmp_path):
+    a, b, _ = gradients
+    a, b = (Statistics.load(one.save(tmp_path / f"{i}")) for i, one in enumerate((a, b)))
+    merged = a.merge(b)
+    back = Statistics.load(merged.save(tmp_path / "c"))
+    for name in merged:
+        one, other = merged.gradient(name), back.gradient(name)
+        assert torch.equal(one.right, other.right) and torch.equal(one.output_moment, other.output_moment)
+        assert one.n_samples == other.n_samples and math.isnan(other.importance)
+    ranks = allocate_ranks(back, rank=4, policy="gradient")
+    assert build_adapter(back, ranks, "natural-gradient-step").weights.keys() == {n for n, r in ranks.items() if r}
+    with pytest.raises(
+        LoraInitError, match=r"policy='gora': the importance of 'model.layers.0.self_attn.q_proj' is un"
+    ):
+        allocate_ranks(back, rank=4, policy="gora")
+    assert allocate_ranks(a, rank=4, policy="gora") is not None
+    again = back.merge(passed(batches=batches_for("llama", seed=2), targets=TWO, rank=24, gradients=True))
+    assert again.gradient(DOWN).n_samples > back.gradient(DOWN).n_samples
+
+
+def test_gradients_of_some_parts_only_are_left_out(gradients):
+    a, b, _ = gradients
+    without = passed(batches=batches_for("llama", seed=2), targets=TWO)
+    merged = a.merge(without, b)
+    assert not merged.provenance.gradients and merged.provenance.n_labels == 0
+    assert "part 2 of 3 has no gradients, so those of the others are left out." in merged.provenance.notes
+    with pytest.raises(LoraInitError, match="these statistics have no gradients"):
+        merged.gradient(DOWN)
+
+
+def test_as_many_triplets_are_kept_as_all_parts_have(gradients):
+    a = gradients[0]
+    narrow = passed(batches=batches_for("llama", seed=5), targets=TWO, rank=3, rho=1.0, gradients=True)
+    for merged in (a.merge(narrow), narrow.merge(a)):
+        assert len(merged.gradient(DOWN).singular_values) == 6  # two for each rank
+        assert merged.gradient(DOWN).weighted.n_components == 3
+    few = [torch.tensor([[5, 9, 11]]), torch.tensor([[7, 8, 60]])]
+    few = [passed(batches=[{"input_ids": x, "labels": x}], targets=TWO, gradients=True) for x in few]
+    assert len(few[0].gradient(DOWN).singular_values) == 2  # of two labels: it lacks nothing
+    assert len(few[0].merge(few[1]).gradient(DOWN).singular_values) == 4
+    assert len(a.merge(few[0]).gradient(DOWN).singular_values) == len(a.gradient(DOWN).singular_values)
+
+
+def test_a_part_in_which_a_layer_did_not_run_adds_no_gradient_to_it():
+    model = Towers()
+    batches = {way: [{"x": torch.randn(20, 6), "way": way} for _ in range(3)] for way in ("left", "right")}
+    settings = dict(targets=["left", "both", "right"], rank=3, gradients=True, loss=lambda y, batch: y.square().mean())
+    a, b, whole = (
+        passed(model, part, **settings)
+        for part in (batches["left"], batches["right"][:1], [*batches["left"], *batches["right"][:1]])
+    )
+    for merged, share in ((a.merge(b), 0.75), (a.merge(b, weights=[0.1, 0.9]), 0.1)):
+        torch.testing.assert_close(dense(merged.gradient("left")), share * dense(a.gradient("left")))
+        assert torch.equal(merged.gradient("left").output_moment, a.gradient("left").output_moment)
+        assert merged.gradient("both").n_samples == 80
+    for name in whole:
+        expected = dense(whole.gradient(name))
+        torch.testing.assert_close(dense(a.merge(b).gradient(name)), expected, rtol=0.0, atol=1e-6)
 
 
 # What is refused

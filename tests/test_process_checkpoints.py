@@ -10,10 +10,11 @@ from torch import nn
 from lora_init import LoraInitError, Statistics, collect
 from lora_init.checkpoint import FORMAT, FORMAT_VERSION
 from lora_init.tensorfile import TensorFile
+from tests.conftest import batches_for
 from tests.processes import Processes, run
-from tests.test_checkpoint import assert_same
+from tests.test_checkpoint import assert_same, assert_same_gradients
 from tests.test_process_failures import message
-from tests.test_processes import kept
+from tests.test_processes import kept, llama
 
 SETTINGS = {"rank": 8, "tolerance": 0.0, "max_batches": 240}
 
@@ -68,6 +69,32 @@ def test_killed_at_any_moment_two_processes_end_with_the_result_of_two(tmp_path)
     assert at == sorted(set(at))  # each got further
     assert len(set(run(going_on, 2, tmp_path))) == 1
     assert_same(Statistics.load(tmp_path / "resumed-0"), Statistics.load(tmp_path / "whole-0"))
+
+
+def with_gradients(rank, size, folder):
+    def dying(batches):
+        yield from batches[: 12 if rank else 13]
+        raise RuntimeError("the machine went away")
+
+    batches, found = batches_for("llama", 40)[rank::size], {}
+    settings = {"rank": 4, "tolerance": 0.0, "gradients": True, "seed": 3}
+    file = {"checkpoint": folder / "c", "checkpoint_every": 0.0, "resume": True}
+    found["whole"] = kept(collect(llama(), batches, **settings), folder, f"whole-{rank}")
+    found["died"] = message(lambda: collect(llama(), dying(batches), **settings, **file))
+    found["at"] = batches_in(folder / "c") if rank == 0 else 0
+    found["without"] = message(lambda: collect(llama(), batches, **settings | {"gradients": False}, **file))
+    found["resumed"] = kept(collect(llama(), batches, **settings, **file), folder, f"resumed-{rank}")
+    return found
+
+
+def test_a_pass_with_gradients_of_two_processes_goes_on_and_ends_the_same(tmp_path):
+    first, second = run(with_gradients, 2, tmp_path)
+    assert first["whole"] == second["whole"] and first["resumed"] == second["resumed"]
+    assert first["died"][1] and second["died"][1] and 0 < first["at"] < 40
+    assert "was begun with gradients True, this pass has False" in first["without"][1]
+    whole, resumed = (Statistics.load(tmp_path / f"{name}-0") for name in ("whole", "resumed"))
+    assert_same(whole, resumed)
+    assert_same_gradients(whole, resumed)
 
 
 def refused(rank, size, folder):

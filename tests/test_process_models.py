@@ -12,9 +12,10 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 from lora_init import Statistics, allocate_ranks, build_adapter, collect
 from lora_init.collection import fingerprint
+from lora_init.execution import gathered, unwrapped
 from tests.conftest import batches_for
 from tests.processes import run
-from tests.test_checkpoint import assert_same
+from tests.test_checkpoint import assert_same, assert_same_gradients
 from tests.test_process_failures import message
 from tests.test_processes import SETTINGS, kept, llama
 
@@ -94,6 +95,45 @@ def test_wrapped_and_sharded_models(tmp_path):
     assert first["gradient"] == second["gradient"] == 0.0  # the mean over two equal processes
 
 
+def with_gradients(rank, size, folder):
+    batches, found = batches_for("llama", 12), {}
+    uneven = batches[:9] if rank == 0 else batches[9:]
+    models = {"plain": llama(), "ddp": torch.nn.parallel.DistributedDataParallel(llama())}
+    models |= {"fsdp": fully_sharded(llama()), "fsdp-linear": fully_sharded(llama(), linear=True)}
+    models["fsdp"](**batches[0])  # leaves the outermost part whole
+    for name, model in models.items():
+        stats = collect(model, uneven, **SETTINGS, gradients=True)
+        found[name] = (
+            kept(stats, folder, f"{name}-{rank}"),
+            [n for n, p in model.named_parameters() if p.grad is not None],
+        )
+    # They are as they were, and train.
+    for model in models.values():
+        model(**batches[rank]).loss.backward()
+    plain, *others = (unwrapped(model).model.layers[0].mlp.up_proj.weight.grad for model in models.values())
+    torch.distributed.all_reduce(plain)
+    found["trained"] = [float((plain / size - gathered(other)).abs().max()) for other in others]
+    found["trainable"] = [all(p.requires_grad for p in model.parameters()) for model in models.values()]
+    return found
+
+
+def test_gradients_of_wrapped_and_sharded_models(tmp_path):
+    first, second = run(with_gradients, 2, tmp_path)
+    plain = Statistics.load(tmp_path / "plain-0")
+    for name in ("plain", "ddp", "fsdp", "fsdp-linear"):
+        assert first[name] == second[name] and first[name][1] == []  # nothing was left in any .grad
+        stats = Statistics.load(tmp_path / f"{name}-0")
+        if name != "fsdp-linear":  # one layer of another class does not run through oneDNN, and rounds in another way
+            assert_same(stats, plain)
+            assert_same_gradients(stats, plain)
+        for layer in plain:
+            a, b = stats.gradient(layer), plain.gradient(layer)
+            torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
+            assert a.importance == pytest.approx(b.importance, rel=1e-3)
+    assert first["trainable"] == [True] * 4
+    assert max(first["trained"]) < 1e-7
+
+
 def broken_halfway(rank, size, folder):
     """A process fails inside a forward pass: the others are caught in it and see the end of the process."""
 
@@ -107,9 +147,22 @@ def broken_halfway(rank, size, folder):
     return message(lambda: collect(fully_sharded(llama()), batches_for("llama", 24), **SETTINGS, forward=forward))
 
 
+def without_a_loss(rank, size, folder):
+    """A process fails between the forward and the backward pass."""
+
+    def loss(output, batch):
+        passes.append(1)
+        return output.loss * (torch.nan if rank == 1 and len(passes) == 3 else 1.0)
+
+    passes, batches = [], batches_for("llama", 24)
+    return message(lambda: collect(fully_sharded(llama()), batches, **SETTINGS, gradients=True, loss=loss))
+
+
 def test_a_sharded_model_that_breaks_in_one_process(tmp_path):
     for kind, text, _ in run(broken_halfway, 2, tmp_path):
         assert (kind, text) == ("RankFailedError", "rank 1 failed: ZeroDivisionError: division by zero")
+    for kind, text, _ in run(without_a_loss, 2, tmp_path):
+        assert kind == "RankFailedError" and text.startswith("rank 1 failed: batch 2: the loss is nan")
 
 
 def offloaded(model, tmp_path):

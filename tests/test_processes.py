@@ -17,6 +17,7 @@ from tests import reference
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 from tests.test_collection import all_rows, low_rank_inputs, two_layers
+from tests.test_gradient_tap import counts_of, exact
 
 SETTINGS = {"rank": 4, "tolerance": 0.0}
 Q = "model.layers.1.self_attn.q_proj"
@@ -150,3 +151,76 @@ def test_several_processes_find_what_one_finds_on_the_same_rows(size, tmp_path):
     if size > 2:
         assert "ranks 0, 1 got the same first batch" in warned["alike"][0]
     assert not any(messages for one in ranks[1:] for _, messages in one.values())
+
+
+WITH_GRADIENTS = {"rank": 8, "tolerance": 0.0, "gradients": True}
+
+
+def two_inputs():
+    """One layer whose input is planted and soon known, and one whose input is flat; and their batches."""
+    torch.manual_seed(5)
+    model = torch.nn.ModuleDict({"planted": torch.nn.Linear(24, 4), "flat": torch.nn.Linear(24, 4)})
+    return model, [(planted, torch.randn(64, 24)) for planted in low_rank_inputs(30)]
+
+
+ONE_IS_DONE = {
+    "rank": 3, "tolerance": 0.02, "gradients": True, "loss": lambda output, batch: output.square().mean(),
+    "forward": lambda m, batch: m["planted"](batch[0]) + m["flat"](batch[1]).tanh(),
+}  # fmt: skip
+
+
+def mean_gradient(layer):
+    """That of a layer's weight, by autograd: all batches are of one size."""
+    model, batches = two_inputs()
+    for batch in batches:
+        ONE_IS_DONE["loss"](ONE_IS_DONE["forward"](model, batch), batch).backward()
+    return model[layer].weight.grad.double() / len(batches)
+
+
+def gradients_of_all(rank, size, folder):
+    batches, found = batches_for("llama", 16), {}
+    uneven = [batches[:13], batches[13:15] if size > 2 else batches[13:], batches[15:]][rank]
+    for name, data in (("common", batches), ("uneven", uneven)):
+        found[name] = kept(collect(llama(), data, **WITH_GRADIENTS), folder, f"{name}-{size}-{rank}")
+    model, inputs = two_inputs()
+    found["done"] = kept(collect(model, inputs, **ONE_IS_DONE), folder, f"done-{size}-{rank}")
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_of_several_processes_are_those_of_one(size, tmp_path):
+    ranks = run(gradients_of_all, size, tmp_path)
+    assert all(one == ranks[0] for one in ranks)
+    model, batches = llama(), batches_for("llama", 16)
+    alone = collect(model, batches, **WITH_GRADIENTS)
+    truth = exact(model, batches, list(alone), counts_of(model, batches))
+    for name in ("common", "uneven"):
+        stats = Statistics.load(tmp_path / f"{name}-{size}-0")
+        for part in ("gradients", "n_labels", "n_batches", "n_samples", "stop_reason", "notes"):
+            assert getattr(stats.provenance, part) == getattr(alone.provenance, part), part
+        for layer, (mean, x, g) in truth.items():
+            found, expected = stats.gradient(layer), alone.gradient(layer)
+            # Sums are exact: what is left is the float32 of other products.
+            assert (found.n_samples, found.weighted.n_samples) == (expected.n_samples, expected.weighted.n_samples)
+            assert found.weighted.total_variance == pytest.approx(expected.weighted.total_variance, rel=1e-5)
+            torch.testing.assert_close(found.output_moment, expected.output_moment, rtol=1e-5, atol=1e-12)
+            weighted = (g.norm(dim=1, keepdim=True) * x).numpy()
+            best = reference.captured(weighted, reference.pca(weighted, 16, False)[0], False)
+            assert reference.captured(weighted, found.weighted.components, False) > 0.98 * best
+            # Spectra of random models are flat, and what 16 directions of up to 48 miss is lost: most by one process.
+            best = torch.linalg.svdvals(mean)[:4].square().sum()
+            assert float((mean @ found.right[:4].double().T).square().sum() / best) > 0.94
+            assert float((found.left[:4].double() @ mean).square().sum() / best) > 0.94
+            kept_by_all, kept_by_one = (float(one.singular_values[:4].square().sum()) for one in (found, expected))
+            assert 0.99 * kept_by_one < kept_by_all < 1.05 * best
+    stats, alone = Statistics.load(tmp_path / f"done-{size}-0"), collect(*two_inputs(), **ONE_IS_DONE)
+    assert stats.gradient("planted").weighted.n_samples < 64 * 30 == stats.gradient("planted").n_samples
+    for layer in stats:
+        found, expected = stats.gradient(layer), alone.gradient(layer)
+        # Four outputs, so its triplets are all of the sum, and nothing is lost.
+        sum_of_all = found.left.double().T @ torch.diag(found.singular_values) @ found.right.double()
+        torch.testing.assert_close(
+            sum_of_all, mean_gradient(layer), rtol=0.0, atol=1e-5 * float(found.singular_values[0])
+        )
+        torch.testing.assert_close(found.output_moment, expected.output_moment, rtol=1e-5, atol=1e-12)
+        assert found.importance == pytest.approx(expected.importance, rel=1e-4)
