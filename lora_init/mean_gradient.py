@@ -92,7 +92,7 @@ class MeanGradient:
             state = self._first(g, x)
             for _ in range(_FIRST_STEPS - 1):
                 state = state._replace(right=_plus(state, g, x, n, self._turned(state, g, x)).right)
-        due = 8 * (state.n_since + n) >= state.n_samples
+        due = 8 * (state.n_since + max(n, len(g))) >= state.n_samples  # padding, too: batches are about as large
         self._pending = _plus(state, g, x, n, self._turned(state, g, x) if due else None)
 
     def commit(self) -> None:
