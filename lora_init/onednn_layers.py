@@ -58,5 +58,6 @@ def linear_layers_by_onednn(model: nn.Module) -> Iterator[None]:
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if x.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu"):
         return nn.Linear.forward(layer, x)
-    output: Tensor = _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    apply: Any = _Linear.apply  # typed in some versions of torch only
+    output: Tensor = apply(x, layer.weight, layer.bias)
     return output
