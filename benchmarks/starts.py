@@ -16,11 +16,15 @@ from benchmarks.settings import table
 from lora_init.run_groups import RANDOM, Group, best_of_all, group_runs, mean_at, random_group, table_seeds
 from lora_init.run_log import read_runs, read_settings
 from lora_init.run_measures import all_rates
-from lora_init.run_plots import line_style, looks
+from lora_init.run_plots import COLORS, RANDOM_COLOR, line_style, looks
 from lora_init.verdicts import final_losses, verdicts
 from lora_init.wording import rate_text
 
 UNTUNED = (1e-4, 3e-4)
+# All starts are in the table; more lines than these hide each other.
+DRAWN = (
+    "random", "orthogonal", "random-scaled", "eva-rho1", "lora-ga", "natural-gradient", "natural-gradient-step"
+)  # fmt: skip
 
 
 def against_random(groups: Sequence[Group], group: Group) -> str:
@@ -53,10 +57,11 @@ def draw(tasks: dict[str, list[Group]], target: Path) -> None:
     figure = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     drawn = {}
+    markers = looks(group for groups in tasks.values() for group in groups)
+    colors = dict(zip(DRAWN, [RANDOM_COLOR[0], *(light for light, _ in COLORS)], strict=False))
     for axes, (name, groups) in zip(panels, tasks.items(), strict=True):
-        styles = looks(groups)
-        for group in groups:
-            color, marker = styles[group.variant.start]
+        for group in sorted((g for g in groups if g.label in DRAWN), key=lambda g: DRAWN.index(g.label)):
+            color, (_, marker) = colors[group.label], markers[group.label]
             rates = list(group.cells)
             values = [regrets(groups, group, rate) for rate in rates]
             (drawn[group.label],) = axes.plot(

@@ -21,7 +21,8 @@ from lora_init.tensorfile import write_whole
 
 # What is shown in which order; a name stands for a picture and for a table, where there are such.
 _ORDER = (
-    "learning_curves", "learning_rates", "regret", "differences", "best", "metrics", "scale", "cost", "forgetting",
+    "learning_curves", "learning_rates", "regret", "differences", "best", "before", "metrics", "scale", "cost",
+    "forgetting",
 )  # fmt: skip
 
 _STYLE = """
