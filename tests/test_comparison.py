@@ -65,9 +65,9 @@ def test_every_run_is_there_with_every_key(full):
     assert [record["status"] for record in records] == ["finished"] * len(found.planned)
     keys = {
         "task", "start", "matched_scale", "equal_parameters", "seed", "learning_rate", "status", "error",
-        "trainable_parameters", "ranks", "a_scale", "evaluation_points", "validation_loss", "training_loss", "metrics",
-        "metrics_before", "gradient_norm", "initialisation_seconds", "initialisation_passes", "training_seconds",
-        "peak_memory_bytes", "retain_loss", "intruders", "finished_at", "data_order", "run_seconds",
+        "trainable_parameters", "ranks", "a_scale", "gamma", "evaluation_points", "validation_loss", "training_loss",
+        "metrics", "metrics_before", "gradient_norm", "initialisation_seconds", "initialisation_passes",
+        "training_seconds", "peak_memory_bytes", "retain_loss", "intruders", "finished_at", "data_order", "run_seconds",
     }  # fmt: skip
     for record in records:
         assert set(record) == keys
