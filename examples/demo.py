@@ -136,7 +136,8 @@ def show(curves: dict[str, tuple[dict[int, float], dict[int, float]]], samples: 
         "\nGuessing True or False evenly has a loss of 0.35: half of ln 2, as the end of the answer is a labelled\n"
         "token too. In so few steps both learn to answer True or False, and not yet which.\n"
         f"Both saw the same examples in the same order at learning rate {LEARNING_RATE:g} with the same ranks: only A\n"
-        "differs. EVA's rows have norm 1, PEFT's random ones 0.58 on average, which alone acts like a larger step.\n"
+        "differs. EVA's A x is larger than the random one's, which alone acts like a higher learning rate: to see\n"
+        "what its directions do, compare with the start random-scaled.\n"
         "One learning rate, one seed and a handful of held-out examples prove nothing about which start is better:\n"
         "this shows that the adapter loads and trains. To compare starts, sweep learning rates and seeds.\n"
     )
