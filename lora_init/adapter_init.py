@@ -18,7 +18,7 @@ from lora_init.correction import check_correctable, correct_outputs, correct_wei
 from lora_init.directory import write_directory
 from lora_init.errors import LoraInitError
 from lora_init.execution import unwrapped
-from lora_init.gradient_starts import GRADIENT_METHODS
+from lora_init.gradient_starts import GRADIENT_METHODS, changes_output
 from lora_init.model_tensors import check_modules_to_save, head_tensors, own_start_tensors
 from lora_init.statistics import Provenance
 from lora_init.targets import HEADS, Target, file_prefixes
@@ -91,7 +91,7 @@ class AdapterInit:
     @property
     def changes_output(self) -> bool:
         """Whether the model's output is another one with this adapter, before any training."""
-        return self.method in GRADIENT_METHODS and GRADIENT_METHODS[self.method].steps
+        return changes_output(self.method)
 
     def n_parameters(self) -> int:
         """Count the trainable parameters of all A and B."""

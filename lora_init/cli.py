@@ -176,7 +176,7 @@ def init(
             from lora_init.adapter import build_adapter
             from lora_init.collection import fingerprint
             from lora_init.data import load_batches
-            from lora_init.gradient_starts import GRADIENT_METHODS
+            from lora_init.gradient_starts import GRADIENT_METHODS, changes_output
             from lora_init.model_tensors import check_modules_to_save
             from lora_init.models import load_model
             from lora_init.ranks import allocate_ranks
@@ -203,7 +203,7 @@ def init(
             "gradients": gradients or method in GRADIENT_METHODS,
         }
 
-        steps = method in GRADIENT_METHODS and GRADIENT_METHODS[method].steps
+        steps = changes_output(method)
 
         @functools.cache
         def read() -> Batches:

@@ -129,10 +129,8 @@ def preconditioned(spectrum: Spectrum, gradient: GradientSpectrum) -> tuple[Tens
     Returns:
         Left [k, d_out], values [k], right [k, d_in], float32 but for the values; zero if G is.
     """
-    k, width = spectrum.components.shape
-    mean, variance = spectrum.mean.double(), spectrum.explained_variance
-    rest = max(spectrum.total_variance - float(variance.sum()), 0.0) / max(width - k, 1)
-    floor = rest + _DAMPING * (spectrum.total_variance + float(mean @ mean)) / width
+    mean, variance, rest = spectrum.mean.double(), spectrum.explained_variance, spectrum.noise_variance
+    floor = rest + _DAMPING * (spectrum.total_variance + float(mean @ mean)) / len(mean)
     leading = (variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
     _, scale, directions = torch.linalg.svd(torch.cat([leading, mean[None]]), full_matrices=False)
     shrink = 1.0 / (scale.square() + floor) - 1.0 / floor if floor > 0.0 else torch.zeros_like(scale)
@@ -180,3 +178,8 @@ GRADIENT_METHODS: dict[str, GradientMethod] = {
     "lora-ga": GradientMethod(lora_ga, gamma=16.0, corrects=True),
     "lora-one": GradientMethod(lora_one, gamma=1024.0),
 }
+
+
+def changes_output(method: str) -> bool:
+    """Tell whether the model's output is another one with the start of a method, see `GradientMethod.steps`."""
+    return method in GRADIENT_METHODS and GRADIENT_METHODS[method].steps

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_init.adapter import build_adapter
 from lora_init.collection import collect
-from lora_init.gradient_starts import GRADIENT_METHODS
+from lora_init.gradient_starts import GRADIENT_METHODS, changes_output
 from lora_init.ranks import allocate_ranks
 from lora_init.step_size import find_step_size, mean_loss, set_aside
 from lora_init.team import Team
@@ -58,7 +58,7 @@ def initialize(
     Raises:
         LoraInitError: As `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and `AdapterInit.apply` do.
     """
-    searched = gamma is None and method in GRADIENT_METHODS and GRADIENT_METHODS[method].steps
+    searched = gamma is None and changes_output(method)
     aside, others = set_aside(batches) if searched else ([], batches)
     if method in GRADIENT_METHODS:
         collect_options.setdefault("gradients", True)

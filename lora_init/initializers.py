@@ -137,9 +137,7 @@ def energy(spectrum: Spectrum, a: Tensor) -> float:
         >>> energy(s, torch.eye(4)[:2])  # 5 along the component, 1 of the rest, 4 of the mean
         10.0
     """
-    k, width = spectrum.components.shape
-    rest = max(spectrum.total_variance - float(spectrum.explained_variance.sum()), 0.0) / max(width - k, 1)
-    rows = a.double()
+    rest, rows = spectrum.noise_variance, a.double()
     along = (rows @ spectrum.components.double().T).square().sum(dim=0)  # [k]
     return float(
         along @ (spectrum.explained_variance - rest).clamp_min(0.0)

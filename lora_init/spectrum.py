@@ -35,6 +35,12 @@ class Spectrum:
         return self.components.shape[0]
 
     @property
+    def noise_variance(self) -> float:
+        """Mean variance along the directions that were not kept, scikit-learn's `noise_variance_`."""
+        kept, width = self.components.shape
+        return max(self.total_variance - float(self.explained_variance.sum()), 0.0) / max(width - kept, 1)
+
+    @property
     def explained_variance_ratio(self) -> Tensor:
         """Share of the total variance along each component, float64 [k]."""
         if self.total_variance <= 0.0:

@@ -17,7 +17,7 @@ from lora_init.adapter import build_adapter
 from lora_init.adapter_init import AdapterInit
 from lora_init.attach import remember
 from lora_init.errors import LoraInitError
-from lora_init.gradient_starts import GRADIENT_METHODS
+from lora_init.gradient_starts import GRADIENT_METHODS, changes_output
 from lora_init.own_starts import OwnStart, apply_own_start
 from lora_init.peft_starts import PEFT_STARTS, apply_peft_start
 from lora_init.policies import GRADIENT_POLICIES
@@ -45,11 +45,6 @@ class _Recipe:
     def gradients(self) -> bool:
         """Whether the statistics must have gradients."""
         return self.method in GRADIENT_METHODS or self.policy in GRADIENT_POLICIES
-
-    @property
-    def steps(self) -> bool:
-        """Whether the output changes at the start, by how much is to be found."""
-        return self.method in GRADIENT_METHODS and GRADIENT_METHODS[self.method].steps
 
 
 _WITHOUT_DATA = ("random", "gaussian", "orthogonal")
@@ -164,7 +159,11 @@ def prepare(
                 stats = timed_statistics(recipe)
                 plan = _ranks(stats, recipe, rank, equal_parameters)
                 build = partial(build_adapter, stats, plan, recipe.method, lora_alpha=lora_alpha, seed=seed)
-                init = find_step_size(model, lambda g: build(gamma=g), loss_of) if recipe.steps else build()
+                init = (
+                    find_step_size(model, lambda g: build(gamma=g), loss_of)
+                    if changes_output(recipe.method)
+                    else build()
+                )
                 peft_model, gamma = init.apply(model), init.gamma
                 if recipe.frozen_a:
                     for a in a_weights(peft_model).values():

@@ -24,7 +24,7 @@ from lora_init.gradient_tap import Loss, own_loss
 _FIRST = 1024.0
 _BOUNDS = (1.0, 2.0**24)
 # Batches that are set aside to measure the loss on.
-_ASIDE = 4
+N_ASIDE = 4
 
 
 def find_step_size(
@@ -96,7 +96,7 @@ def set_aside(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
         At most four batches, and the iterable of the others.
     """
     stream = iter(batches)
-    aside = list(islice(stream, _ASIDE))
+    aside = list(islice(stream, N_ASIDE))
     rest = list(islice(stream, 1))
     return aside, chain(rest, stream) if rest else aside
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +30,13 @@ from lora_init.run_log import Record
 from lora_init.scoring import evaluate, text_loss, training_loss
 from lora_init.starts import prepare
 from lora_init.statistics import Statistics
-from lora_init.step_size import mean_loss
+from lora_init.step_size import N_ASIDE, mean_loss
 from lora_init.targets import HEADS, find_targets
 from lora_init.tasks import Task
 from lora_init.training import TrainingRun, train
 
 # Evaluations and steps that an estimate is made from.
 _TRIAL_STEPS, _TRIAL_ITEMS = 3, 16
-# Batches by whose loss a start takes the size of its step.
-_ASIDE = 4
 
 
 @dataclass
@@ -219,7 +218,7 @@ class Workbench:
             self.loaded.model,
             statistics=statistics,
             batches=self._statistics_data(run.seed),
-            loss_of=partial(self._loss_aside, seed=run.seed),
+            loss_of=self._loss_aside(run.seed),
             rank=self.rank,
             lora_alpha=self.lora_alpha,
             seed=run.seed,
@@ -230,13 +229,7 @@ class Workbench:
         )
 
     def _collect(self, seed: int, center: bool, gradients: bool) -> Statistics:
-        learning: dict[str, Any] = {}
-        if gradients:  # of the very loss that training minimises
-            learning = {
-                "gradients": True,
-                "forward": lambda model, batch: training_loss(model, self.task, batch),
-                "loss": lambda loss, batch: loss,
-            }
+        learning = {"gradients": True, **self._learning()} if gradients else {}
         with linear_layers_by_onednn(self.loaded.model):
             return collect(
                 self.loaded.model,
@@ -265,15 +258,25 @@ class Workbench:
     def _n_batches(self) -> int:
         return min(self.statistics_batches, len(self.task.train) // self.batch_size)
 
-    def _loss_aside(self, model: nn.Module, seed: int) -> float:
-        """Measure the loss that training minimises on training batches that the statistics are not from."""
-        with linear_layers_by_onednn(model):
-            return mean_loss(
-                model,
-                self._statistics_data(seed, self._n_batches(), _ASIDE),
-                forward=lambda model, batch: training_loss(model, self.task, batch),
-                loss=lambda loss, batch: loss,
-            )
+    def _loss_aside(self, seed: int) -> Callable[[nn.Module], float]:
+        """Make what measures the loss that training minimises on training batches that the statistics are not from."""
+
+        @functools.cache
+        def aside() -> list[dict[str, torch.Tensor]]:
+            return self._statistics_data(seed, self._n_batches(), N_ASIDE)
+
+        def measure(model: nn.Module) -> float:
+            with linear_layers_by_onednn(model):
+                return mean_loss(model, aside(), **self._learning())
+
+        return measure
+
+    def _learning(self) -> dict[str, Any]:
+        """Say to `collect` and `mean_loss` what the very loss is that training minimises."""
+        return {
+            "forward": lambda model, batch: training_loss(model, self.task, batch),
+            "loss": lambda loss, batch: loss,
+        }
 
     def _measure_before(self, seed: int) -> tuple[dict[str, float] | None, float | None]:
         """Measure the plain model, once for each seed, since a new head depends on it."""
