@@ -91,7 +91,7 @@ class ActivationTap:
         for name, module in self.modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         head = _output_embedding(self.model)
-        if head is not None and all(head is not module for module in self.modules.values()):
+        if head is not None and not self.has_output_embedding:
             self._handles.append(head.register_forward_pre_hook(self._end_pass, prepend=True))
         self._handles += self._masks.hooks()
         return self
@@ -204,6 +204,12 @@ class ActivationTap:
     def broken(self) -> bool:
         """Whether the last pass has begun and broken off, so that other processes may still be in theirs."""
         return self._unfinished and bool(self._called)
+
+    @property
+    def has_output_embedding(self) -> bool:
+        """Whether the output embedding is itself tapped."""
+        head = _output_embedding(self.model)
+        return head is not None and any(head is module for module in self.modules.values())
 
     @property
     def by_labels(self) -> bool:

@@ -163,6 +163,7 @@ def collect(
             with precision.on():
                 return (forward or partial(call_model, with_labels=gradients))(model, batch)
 
+        n_triplets = max(round(rho * rank), 2 * rank)  # lora-ga needs two a rank
         with precision.off():
             found = collect_groups(
                 model,
@@ -177,8 +178,7 @@ def collect(
                 forward=forward_as_called,
                 progress=progress,
                 checkpoint=kept,
-                # lora-ga needs two triplets a rank
-                gradients=_backward(gradients, targets, forward_as_called, loss, max(round(rho * rank), 2 * rank)),
+                gradients=_backward(gradients, targets, forward_as_called, loss, n_triplets, forward is not None),
                 team=team,
             )
         team.finish()
@@ -244,13 +244,15 @@ def _hash_of(targets: Targets) -> str:
 
 
 def _backward(
-    gradients: bool, targets: Targets, forward: Forward, loss: Loss | None, n_triplets: int
+    gradients: bool, targets: Targets, forward: Forward, loss: Loss | None, n_triplets: int, own_forward: bool
 ) -> Callable[[ActivationTap], GradientTap] | None:
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
     if not gradients:
         return None
-    return partial(GradientTap, targets=targets.layers, forward=forward, loss=loss, n_triplets=n_triplets)
+    return partial(
+        GradientTap, targets=targets.layers, forward=forward, loss=loss, n_triplets=n_triplets, own_forward=own_forward
+    )
 
 
 def _gradients(found: Collected, targets: Targets, modules: dict[str, nn.Module]) -> dict[str, GradientSpectrum]:

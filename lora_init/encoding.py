@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 # Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
 _POOL = 8
-IGNORED = -100  # torch's cross entropy skips it, and so does every Hugging Face model
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 _T = TypeVar("_T")
+
+IGNORED = -100  # as in `masks`, which would bring torch along
 
 
 def encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> Encoded | None:

@@ -7,25 +7,43 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_init.activations import ActivationTap, Forward, Sink, input_of
+from lora_init.causal_loss import CausalLoss
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
-from lora_init.masks import encoder_of
+from lora_init.masks import IGNORED, encoder_of
 from lora_init.onednn_layers import linear_layers_by_onednn
+from lora_init.products import is_faster_in_bfloat16
 from lora_init.targets import Target
 
 # (output of the forward pass, batch) -> the loss to differentiate, a mean over the labels of the batch
 Loss = Callable[[Any, Any], Tensor]
-# (layer name, g [n, d_out], x [n, d_in], numbers of the rows that count or None): of one layer in one batch, float32
-GradientSink = Callable[[str, Tensor, Tensor, "Tensor | None"], None]
-# Batches of more rows wait for their gradients in bfloat16, smaller ones as they are: they need little memory.
-_EXACT_ROWS = 512
+
+
+class Read(NamedTuple):
+    """What a layer has read in one batch, kept until its gradient arrives.
+
+    Attributes:
+        rows: [n, d_in], float32 or bfloat16.
+        norms: Of the rows, float32 [n].
+        positions: Numbers of the rows that count, None if all do.
+    """
+
+    rows: Tensor
+    norms: Tensor
+    positions: Tensor | None
+
+
+# (layer name, g [n, d_out] in float32, what it read): of one layer in one batch
+GradientSink = Callable[[str, Tensor, Read], None]
+# What a layer reads in a batch of more rows waits for its gradient in bfloat16, of fewer as it is: that costs little.
+_EXACT_ROWS = 128
 
 
 class GradientTap:
@@ -33,8 +51,8 @@ class GradientTap:
 
     A context manager inside that of its `ActivationTap`. While it lasts no weight wants a gradient, so the backward
     pass computes none; afterwards that is as before, and no `.grad` was touched. What a layer reads is kept until its
-    gradient arrives; of more than 512 rows in float32, which autograd does not keep itself, in bfloat16. Layers under
-    gradient checkpointing are checkpointed here, too. On a CPU linear layers run through oneDNN.
+    gradient arrives; of more than 128 rows in bfloat16, and so are their products on a device that is faster with it.
+    Layers under gradient checkpointing are checkpointed here, too. On a CPU linear layers run through oneDNN.
 
     g_t is the gradient of the *sum* of the losses of a batch's labels: of the batch's loss times their number. So a
     token's g does not depend on the batch that it came in, sums over batches are sums over tokens, and a sum of
@@ -46,6 +64,7 @@ class GradientTap:
         forward: Runs the model on a batch, labels included.
         loss: Computes the loss from what that returns and the batch; by default it is the model's own.
         n_triplets: Singular triplets of the mean gradient to be kept of each layer.
+        own_forward: `forward` may need all that is in a batch as it is, and all logits.
     """
 
     def __init__(
@@ -55,6 +74,7 @@ class GradientTap:
         forward: Forward,
         loss: Loss | None,
         n_triplets: int,
+        own_forward: bool = False,
     ) -> None:
         self.n_triplets = n_triplets
         self._tap = tap
@@ -67,9 +87,10 @@ class GradientTap:
                 "Leave it out of the targets, or collect without gradients."
             )
         self._sink: GradientSink | None = None
-        self._ran_now: dict[str, tuple[Tensor | None, Tensor, int]] = {}
+        self._ran_now: dict[str, tuple[Read, int]] = {}
         self._arrived = False
-        self._last_held: tuple[Tensor, int, Tensor] | None = None
+        self._last_held: tuple[Tensor, int, Tensor, Tensor] | None = None
+        self._causal_loss = CausalLoss(tap.model, whole=loss is not None or own_forward or tap.has_output_embedding)
         self._stack = ExitStack()
 
     def __enter__(self) -> GradientTap:
@@ -87,6 +108,7 @@ class GradientTap:
                 stack.callback(embedding.register_forward_hook(_wanting_gradient).remove)
             stack.enter_context(linear_layers_by_onednn(model))
             stack.enter_context(_checkpointed(model))
+            stack.enter_context(self._causal_loss)
             self._stack = stack.pop_all()
         return self
 
@@ -113,19 +135,21 @@ class GradientTap:
         """
         self._ran_now, self._arrived = {}, False
 
-        def at_full_precision(name: str, g: Tensor, x: Tensor, index: Tensor | None) -> None:
+        def at_full_precision(name: str, g: Tensor, read: Read) -> None:
+            exact = len(g) <= _EXACT_ROWS or not is_faster_in_bfloat16(g.device)
+            rows = read.rows.to(torch.float32 if exact else torch.bfloat16)
             with torch.no_grad(), Precision().off():
-                gradient_sink(name, g, x, index)
+                gradient_sink(name, g.float(), read._replace(rows=rows))
 
         with self._tap.listening(batch, sink, wanted, whole=True) as moved, run_eagerly(), torch.enable_grad():
             self._sink = at_full_precision
             try:
                 n_labels = count_labels(self._tap.model, moved)
-                self._backward(self._loss_of(moved) * n_labels)
+                self._backward(self._loss_of(self._causal_loss.narrowed(moved)) * n_labels)
                 if not self._arrived:
                     raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
-                for name, (index, x, width) in self._ran_now.items():  # their gradient is zero
-                    at_full_precision(name, x.new_zeros(x.numel() // x.shape[-1], width), _flat(x), index)
+                for name, (read, width) in self._ran_now.items():  # their gradient is zero
+                    at_full_precision(name, read.norms.new_zeros(len(read.norms), width), read)
             finally:
                 self._sink = None
                 self._ran_now, self._last_held = {}, None
@@ -185,33 +209,33 @@ class GradientTap:
         if not isinstance(output, Tensor):
             raise LoraInitError(f"layer {name!r}: output of type {type(output).__name__}, expected a tensor.")
         x = input_of(name, args, kwargs)
-        index, x = self._tap.index(name, x), self._held(x)
+        read = Read(*self._held(x), self._tap.index(name, x))
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs it again
-            self._ran_now[name] = (index, x, output.shape[-1])
+            self._ran_now[name] = (read, output.shape[-1])
         wanting: Tensor = _wanting_gradient(module, args, output)
-        wanting.register_hook(partial(self._came, name, index, x))  # type: ignore[no-untyped-call]
+        wanting.register_hook(partial(self._came, name, read))  # type: ignore[no-untyped-call]
         return wanting
 
-    def _held(self, x: Tensor) -> Tensor:
-        """Give what to keep of a layer's input: one tensor for those that read the same.
+    def _held(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what to keep of a layer's input, rows and their norms: the same for layers that read the same.
 
         Rounding to 8 bits is unbiased noise of 1e-3 of each entry. Sums over hundreds of rows do not show it.
         """
-        if x.dtype != torch.float32 or x.numel() <= _EXACT_ROWS * x.shape[-1]:
-            return x.detach()
         if self._last_held is None or self._last_held[0] is not x or self._last_held[1] != x._version:
-            self._last_held = (x, x._version, x.detach().bfloat16())
-        return self._last_held[2]
+            rows = x.detach().reshape(-1, x.shape[-1])
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+            self._last_held = (x, x._version, rows if len(rows) <= _EXACT_ROWS else rows.bfloat16(), norms)
+        return self._last_held[2:]
 
-    def _came(self, name: str, index: Tensor | None, x: Tensor, gradient: Tensor) -> None:
+    def _came(self, name: str, read: Read, gradient: Tensor) -> None:
         if self._sink is not None:
             self._arrived = True
             self._ran_now.pop(name, None)
-            self._sink(name, _flat(gradient), _flat(x), index)
+            self._sink(name, gradient.reshape(-1, gradient.shape[-1]), read)
 
 
 def count_labels(model: nn.Module, batch: Any) -> int:
-    """Count what the loss of a batch is a mean over: labels other than -100, else examples.
+    """Count what the loss of a batch is a mean over: its labels, else its examples.
 
     A causal language model predicts the label of a token from those before it, so the first of each row has no part.
     """
@@ -223,7 +247,7 @@ def count_labels(model: nn.Module, batch: Any) -> int:
         return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
     shifted = labels.dim() == 2 and encoder_of(model) is None
     shifted = shifted and getattr(model, "loss_type", None) in (None, "ForCausalLM")
-    count = int(((labels[:, 1:] if shifted else labels) != -100).sum())
+    count = int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
     if count == 0:
         raise LoraInitError("no token of the batch has a label, so there is no loss. Check labels and max_length.")
     return count
@@ -232,10 +256,6 @@ def count_labels(model: nn.Module, batch: Any) -> int:
 def own_loss(output: Any) -> Any:
     """Take the loss that a model of transformers returns; None if there is none."""
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).float()
 
 
 def _wanting_gradient(module: nn.Module, args: Any, output: Any) -> Any:

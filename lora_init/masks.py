@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError
 from lora_init.execution import plain_names
 
+# The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
+IGNORED = -100
+
 
 class TokenMasks:
     """Decide which rows of a layer's input are tokens that count.
@@ -53,7 +56,7 @@ class TokenMasks:
         if self.by_labels and not per_token:
             got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
             raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
-        labelled = labels != -100 if per_token else None
+        labelled = labels != IGNORED if per_token else None
         attention = _as_mask(get("attention_mask"))
         if self._encoder is None:
             self._main = _both(attention, labelled) if self.by_labels else attention

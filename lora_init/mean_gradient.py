@@ -36,7 +36,7 @@ class MeanGradient:
 
     g_t is the gradient with respect to a layer's output at a token and x_t what the layer reads there, so G is the
     gradient of its weight. Keeps G ~ Q R with Q of d_out x l and R of l x d_in. A batch H is taken in by one step of
-    subspace iteration on the sum of old and new: V is R with rows of norm 1, the new Q spans (Q R + H) V^T, and the
+    subspace iteration on the sum of old and new: V is R, the new Q spans (Q R + H) V^T, and the
     new R is Q^T (Q R + H), whose rows are nearly orthogonal, since iteration turns Q to the singular vectors. Both
     products with H = g^T x are thin, g^T (x V^T) and (g Q)^T x, so nothing of d_out x d_in is ever made. The directions
     turn to every batch at first, later to every eighth of all rows; in between, R gains Q^T H. A batch loses what lies
@@ -81,19 +81,23 @@ class MeanGradient:
 
         Args:
             g: Gradients at the layer's output.
-            x: What it read.
+            x: What it read. If it is bfloat16, products are of bfloat16.
             n: How many of the rows count, if not all: the others, padding, have g = 0.
         """
         n = len(g) if n is None else n
+        squares, g = g.float().square().sum(0), g.to(x.dtype)
         state = self._pending or self._state
         if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
             state = state.to(g.device)
         if state is None:
             state = self._first(g, x)
             for _ in range(_FIRST_STEPS - 1):
-                state = state._replace(right=_plus(state, g, x, n, self._turned(state, g, x)).right)
+                state = state._replace(right=_plus(state, g, x, self._turned(state, g, x)).right)
         due = 8 * (state.n_since + max(n, len(g))) >= state.n_samples  # padding, too: batches are about as large
-        self._pending = _plus(state, g, x, n, self._turned(state, g, x) if due else None)
+        turned = self._turned(state, g, x) if due else None
+        self._pending = _plus(state, g, x, turned)._replace(
+            squares=state.squares + squares, n_samples=state.n_samples + n, n_since=0 if due else state.n_since + n
+        )
 
     def commit(self) -> None:
         """Complete the batch.
@@ -110,8 +114,8 @@ class MeanGradient:
 
     def _first(self, g: Tensor, x: Tensor) -> _State:
         size = min(-(-self.n_components // 8) * 8, g.shape[1], x.shape[1])
-        squares = g.new_zeros(g.shape[1], dtype=torch.float64)
-        return _State(g.new_zeros(g.shape[1], size), x.new_zeros(size, x.shape[1]), squares, 0, 0)
+        left, right = (rows.new_zeros(rows.shape[1], size, dtype=torch.float32) for rows in (g, x))
+        return _State(left, right.T.contiguous(), left.new_zeros(len(left), dtype=torch.float64), 0, 0)
 
     def _turned(self, state: _State, g: Tensor, x: Tensor) -> Tensor:
         """Turn Q to a batch, [d_out, l]."""
@@ -123,13 +127,14 @@ class MeanGradient:
         return basis
 
     def _test(self, right: Tensor) -> Tensor:
-        """Give V: the rows of R at norm 1, and random ones for those that are rounding, which would all be alike."""
-        norms = torch.linalg.vector_norm(right, dim=1, keepdim=True)
-        empty = norms <= _ROUNDING * norms.amax()
-        if bool(empty.any()):
-            drawn = torch.randn(right.shape, generator=torch.Generator().manual_seed(self.seed)).to(right)
-            right = torch.where(empty, drawn, right)
-        return nn.functional.normalize(right, dim=1)
+        """Give V: the rows of R, and random ones for those that are rounding, which would all be alike."""
+        norms = torch.linalg.vector_norm(right, dim=1)
+        smallest, largest = norms.aminmax()
+        if float(smallest) > _ROUNDING * float(largest):
+            return right
+        drawn = torch.randn(right.shape, generator=torch.Generator().manual_seed(self.seed)).to(right)
+        empty = norms <= _ROUNDING * largest
+        return torch.where(empty[:, None], nn.functional.normalize(drawn, dim=1) * largest.clamp_min(1), right)
 
     def merge(self, other: MeanGradient) -> MeanGradient:
         """Take in what another one has seen; exact up to the truncation to l directions. `other` is not changed."""
@@ -201,12 +206,10 @@ def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Te
     return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
 
 
-def _plus(state: _State, g: Tensor, x: Tensor, n: int, turned: Tensor | None) -> _State:
-    """Add a batch of n rows that count, along new left directions if they have turned."""
-    left, right, n_since = state.left, state.right, state.n_since + n
+def _plus(state: _State, g: Tensor, x: Tensor, turned: Tensor | None) -> _State:
+    """Add g^T x, along new left directions if they have turned."""
+    left, right = state.left, state.right
     if turned is not None:
-        left, right, n_since = turned, (turned.T @ left) @ right, 0
+        left, right = turned, (turned.T @ left) @ right
     ahead = times_transposed(g, left.T)  # [n, l]
-    right = (right + times_transposed(ahead.T, x.T)).contiguous()  # [l, d_in]
-    squares = state.squares + g.square().sum(0)
-    return _State(left, right, squares, state.n_samples + n, n_since)
+    return state._replace(left=left, right=(right + times_transposed(ahead.T, x.T)).contiguous())  # [l, d_in]

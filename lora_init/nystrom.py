@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.moments import NEGLIGIBLE, Moments
-from lora_init.products import times_transposed
 
 # Ridge on the unit diagonal of the small system: keeps its Cholesky factor when directions are nearly dependent.
 _RIDGE = 1e-6
@@ -76,11 +75,6 @@ class Sums(NamedTuple):
     squares: Tensor  # scalar, float64: sum of the squares of all entries
     gram: Tensor  # T^T T, [k + 1, k + 1]
     image: Tensor  # T^T X, [k + 1, d]
-
-    @classmethod
-    def of(cls, rows: Tensor, along: Tensor, gram: Tensor, squares: Tensor) -> Sums:
-        """Sum over rows [n, d], with T [n, k + 1] as `along`."""
-        return cls(len(rows), squares, gram, times_transposed(along.T, rows.T))
 
     def plus(self, other: Sums) -> Sums:
         """Add those of other rows, for the same state."""

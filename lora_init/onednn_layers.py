@@ -21,7 +21,10 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         # The rows are kept for the weight's gradient only: under a frozen layer they are free to go.
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
-        return times_transposed(rows, weight, bias).view(*x.shape[:-1], len(weight))
+        product = times_transposed(rows, weight, bias)
+        # No view to autograd, which would not let others write to it: nobody else has the tensor below.
+        shaped: Tensor = torch.ops.aten._unsafe_view(product, [*x.shape[:-1], len(weight)])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from lora_init.activations import ActivationTap, Forward, RowsFunction
 from lora_init.checkpoint import Checkpoint
 from lora_init.errors import LoraInitError
-from lora_init.gradient_tap import GradientTap
+from lora_init.gradient_tap import GradientTap, Read
 from lora_init.gradients import is_weighted, weighted_group
 from lora_init.mean_gradient import MeanGradient
 from lora_init.records import Collected, GroupRecord
 from lora_init.rounds import Rounds, own_batches
 from lora_init.shards import Shard, length
-from lora_init.svd import IncrementalSVD, apply_updates, settle
+from lora_init.svd import IncrementalSVD, Weights, apply_updates, settle
 from lora_init.team import Team
 
 
@@ -157,38 +157,40 @@ class _Pass:
         if self.gradients is None:
             tap.run(batch, lambda group, rows: None)
         else:
-            self.gradients.run(batch, lambda group, rows: None, lambda name, g, x, index: None, lambda group: True)
+            self.gradients.run(batch, lambda group, rows: None, lambda name, g, read: None, lambda group: True)
 
     def _decide(self, compared: Iterable[GroupRecord]) -> None:
         for record in compared:
             record.decide(self._tolerance, self.found.n_batches)
 
-    def _sink(self, group: str, rows: Tensor) -> None:
+    def _sink(self, group: str, rows: Tensor, weights: Weights | None = None) -> None:
         start = time.perf_counter()
         if group not in self.found.groups:
             self.found.groups[group] = GroupRecord(self.make(group))
         try:
-            self.found.groups[group].svd.project(rows)
+            self.found.groups[group].svd.project(rows, weights)
         except LoraInitError as error:
             raise LoraInitError(f"layer {group!r}: {error}") from None
         self.found.seconds["decomposition"] += time.perf_counter() - start
 
-    def _gradient_sink(self, name: str, g: Tensor, x: Tensor, index: Tensor | None) -> None:
+    def _gradient_sink(self, name: str, g: Tensor, read: Read) -> None:
         start = time.perf_counter()
         tap, group = self.gradients, weighted_group(name)
         if tap is None:
             return
-        if index is not None and tap.by_labels:
-            g, x, index = g.index_select(0, index), x.index_select(0, index), None
+        x, x_norms, counting = read
+        if counting is not None and tap.by_labels:
+            g, x, x_norms, counting = g[counting], x[counting], x_norms[counting], None
         if name not in self.found.gradients:
             self.found.gradients[name] = MeanGradient(tap.n_triplets, self._seed)
-        # Padding has no gradient and adds nothing.
-        self.found.gradients[name].project(g, x, None if index is None else len(index))
+        n = len(g) if counting is None else len(counting)  # padding has no gradient and adds nothing
+        self.found.gradients[name].project(g, x, n)
         self.found.seconds["decomposition"] += time.perf_counter() - start
         if self._wanted(group):
-            norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-            weighted = x * norms if index is None else x.index_select(0, index).mul_(norms.index_select(0, index))
-            self._sink(group, weighted)
+            norms = torch.linalg.vector_norm(g, dim=1)
+            if counting is not None:
+                norms = torch.zeros_like(norms).index_copy_(0, counting, norms[counting])
+            self._sink(group, x, Weights(norms, x_norms, n))
 
     def _wanted(self, group: str) -> bool:
         return group not in self.found.groups or self.found.groups[group].converged_at is None

@@ -11,14 +11,30 @@ _OPERATOR = "_linear_pointwise"  # what torch.compile calls for a linear layer o
 def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute a b^T + bias for a [n, d], b [k, d] and bias [k], to [n, k].
 
+    Where one is bfloat16 and the other float32, both go in as bfloat16 and the product comes back as float32: rounding
+    to 8 bits, which sums over many rows do not show.
+
     For float32 on a CPU by oneDNN. The BLAS that torch would call, MKL, does not use the full vector width on
     processors that Intel did not make: on one of them thin products ran at 190 GFLOP/s by MKL and at 410 by oneDNN.
     """
+    if a.dtype != b.dtype and torch.bfloat16 in (a.dtype, b.dtype):
+        product: Tensor = (a.bfloat16() @ b.bfloat16().T).float()
+        return product if bias is None else product + bias
     empty = 0 in (*a.shape, len(b))  # the operator refuses that
     if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not empty and _has_onednn():
-        product: Tensor = getattr(torch.ops.mkldnn, _OPERATOR)(a, b, bias, "none", [], "")
-        return product
-    return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+        product = getattr(torch.ops.mkldnn, _OPERATOR)(a, b, bias, "none", [], "")
+    elif bias is None:
+        product = a @ b.T
+    else:
+        product = torch.addmm(bias, a, b.T)
+    return product
+
+
+def is_faster_in_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 in its own instructions, at twice the speed of float32 or more."""
+    if device.type == "cpu":
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _has_onednn() -> bool:

@@ -37,6 +37,14 @@ class HeldOut(NamedTuple):
     n_samples: int
 
 
+class Weights(NamedTuple):
+    """Factors of rows that come as they are, so that several decompositions can share them."""
+
+    factors: Tensor  # [n], float32; 0 for a row that does not count
+    norms: Tensor  # [n], of the rows, float32
+    n_samples: int  # rows that count
+
+
 class _Small(NamedTuple):
     """A batch that is taken in exactly: the first, or one of few rows."""
 
@@ -129,30 +137,41 @@ class IncrementalSVD:
         apply_updates([self])
         return self
 
-    def project(self, rows: Tensor) -> None:
+    def project(self, rows: Tensor, weights: Weights | None = None) -> None:
         """Do the part of `partial_fit` that needs the rows; `apply_updates` does the rest, for many at once.
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
+
+        Args:
+            rows: [n, d].
+            weights: Multiplies each row by a factor; for uncentred decompositions only. Products of rows that are
+                bfloat16 are then of bfloat16.
         """
         self._to(rows.device)
         check_rows(rows, self._state.test.shape[1] if self._state else None)
-        n, d = rows.shape
+        n, d = len(rows) if weights is None else weights.n_samples, rows.shape[1]
         if n == 0:
             return
         if self._pending is not None:
             apply_updates([self])
-        rows = rows if rows.dtype == torch.float64 else rows.float()
         state = self._state
+        small = state is None or len(state.core) < min(self._n_directions, d) or n <= self._n_directions
+        if weights is None or small:
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+        if weights is not None and small:
+            rows, weights = rows * weights.factors[:, None], None
         shift = state.shift if state is not None else self._large_mean(rows)
         rows = rows if shift is None else rows - shift
-        row_norms = torch.linalg.vector_norm(rows, dim=1)
+        row_norms = torch.linalg.vector_norm(rows, dim=1) if weights is None else weights.factors * weights.norms
         squares = torch.linalg.vector_norm(row_norms, dtype=torch.float64).square()
         captured = None
         if state is not None:
-            along = times_transposed(rows, state.test, state.bias)  # T, [n, k + 1]
+            along = times_transposed(rows, state.test, state.bias if weights is None else None)  # T, [n, k + 1]
+            along = along if weights is None else along * weights.factors[:, None]
             gram = along.T @ along
-            if len(state.core) == min(self._n_directions, d) and n > self._n_directions:
-                self._pending = _Pending(row_norms, Sums.of(rows, along, gram, squares))
+            if not small:
+                along = along if weights is None else along * weights.factors[:, None]
+                self._pending = _Pending(row_norms, Sums(n, squares, gram, times_transposed(along.T, rows.T)))
                 return
             captured = gram.diagonal()[:-1].double()
         mean = rows.mean(0) if self.center else torch.zeros_like(rows[0])

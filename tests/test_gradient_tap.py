@@ -134,34 +134,42 @@ def test_batches_of_any_cut_give_the_same():
         assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
 
 
-@pytest.mark.parametrize(("n", "kept"), [(512, torch.float32), (513, torch.bfloat16)])
-def test_what_large_batches_read_waits_in_bfloat16(n, kept):
-    model, rows = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), {}
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("n", "kept"), [(128, torch.float32), (129, torch.bfloat16)])
+def test_what_large_batches_read_waits_in_bfloat16(monkeypatch, n, kept, fast):
+    """And so it goes into products, where they are faster for it."""
+    monkeypatch.setattr("lora_init.gradient_tap.is_faster_in_bfloat16", lambda device: fast)
+    model, reads = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), {}
     x, targets = torch.randn(n, 6), find_targets(model).layers
     with (
         ActivationTap(model, {name: model.get_submodule(name) for name in targets}) as tap,
         GradientTap(tap, targets, call_model, lambda output, batch: output.square().mean(), 2) as both,
     ):
-        both.run(x, lambda *_: None, lambda name, g, x, index: rows.update({name: x}), lambda group: True)
-    assert torch.equal(rows["0"], x.to(kept).float())
+        both.run(x, lambda *_: None, lambda name, g, read: reads.update({name: read}), lambda group: True)
+    rows, norms, _ = reads["0"]
+    assert rows.dtype == (kept if fast else torch.float32)
+    assert torch.equal(rows.float(), x.to(kept).float())
+    torch.testing.assert_close(norms, x.norm(dim=1))
 
 
-def test_rounding_what_large_batches_read_changes_nothing_that_shows():
-    model, ids = tiny_llama(), torch.randint(0, 64, (36, 30), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("fast", [True, False])
+def test_rounding_what_large_batches_read_changes_nothing_that_shows(monkeypatch, fast):
+    monkeypatch.setattr("lora_init.gradient_tap.is_faster_in_bfloat16", lambda device: fast)
+    model, ids = tiny_llama(), torch.randint(0, 64, (20, 30), generator=torch.Generator().manual_seed(0))
     kept = {}
 
     def loss(output, batch):
-        kept.update({name: x for name, (_, x, _) in gradients._ran_now.items()})
+        kept.update({name: read.rows for name, (read, _) in gradients._ran_now.items()})
         return output.loss
 
     whole, parts = (
         collect(model, [{"input_ids": part, "labels": part} for part in ids.split(n)], rank=8, rho=4.0, gradients=True)
-        for n in (18, 9)  # 540 rows, 270 rows
+        for n in (10, 4)  # 300 rows in bfloat16, 120 rows as they are
     )
     for name in whole:
         a, b = whole.gradient(name), parts.gradient(name)
         # Up to 2^-9 of each entry, by chance up or down, in sums that few rows with large gradients make up.
-        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=1e-3, atol=0.0)
+        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
         assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-3)
     targets = find_targets(model).layers
     with (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
 
 from lora_init import ExactPCA, IncrementalSVD, LoraInitError, principal_angles
-from lora_init.svd import apply_updates
+from lora_init.svd import Weights, apply_updates
 from tests import reference
 
 BOTH = [ExactPCA, IncrementalSVD]
@@ -189,6 +189,28 @@ def test_updating_many_at_once_is_updating_each():
         apply_updates(together)
     for one, other in zip(alone, together, strict=True):
         assert principal_angles(one.spectrum().components, other.spectrum().components).max() < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_weights_are_factors_of_rows(dtype, rtol):
+    """First batches, small ones and others; rows of weight zero do not count."""
+    plain, weighted = IncrementalSVD(4, center=False), IncrementalSVD(4, center=False)
+    generator = torch.Generator().manual_seed(0)
+    for seed, n in enumerate((60, 80, 10, 300)):
+        rows, factors = decaying_rows(n, 40, seed=seed), torch.rand(n, generator=generator)
+        factors[-5:] = 0.0
+        plain.partial_fit((rows * factors[:, None])[:-5])
+        weighted.project(rows.to(dtype), Weights(factors, rows.norm(dim=1), n - 5))
+        apply_updates([weighted])
+        assert weighted.n_samples == plain.n_samples
+        if seed:
+            captured = float(plain.held_out.captured[:4].sum())
+            assert float(weighted.held_out.captured[:4].sum()) == pytest.approx(captured, rel=rtol)
+            assert weighted.held_out.total == pytest.approx(plain.held_out.total, rel=rtol)
+    a, b = weighted.spectrum(), plain.spectrum()
+    assert a.total_variance == pytest.approx(b.total_variance, rel=rtol)
+    torch.testing.assert_close(a.explained_variance, b.explained_variance, rtol=rtol, atol=0.0)
+    assert principal_angles(a.components, b.components).max() < 10 * rtol
 
 
 def gathering(n_batches=19, mean=0.5, **arguments):

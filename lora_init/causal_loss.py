@@ -1,0 +1,117 @@
+"""The loss of a causal language model at less of the work that its vocabulary makes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.masks import IGNORED
+
+# Logits worked on together: on a CPU a few MB, which stay in its cache; a GPU wants few large calls.
+_BLOCK_ON_CPU, _BLOCK = 2**20, 2**25
+
+# What autograd calls linear layers: in `onednn_layers`, in torch on a GPU, and those with a bias.
+_PRODUCTS = ("_LinearBackward", "UnsafeViewBackward0", "MmBackward0", "AddmmBackward0")
+
+
+class CausalLoss:
+    """Take the place of transformers' loss of a causal language model; the same number, up to rounding.
+
+    A context manager. Softmax and its gradient are computed together, block by block, and for labelled tokens only.
+    From the second batch on, when it is known that the model computes its loss here, logits are made for positions only
+    that have a label in some row: with short answers to long questions the output embedding costs next to nothing.
+
+    Args:
+        model: Any model. Nothing is changed in one that computes its loss in another way.
+        whole: Make all logits in all batches.
+    """
+
+    def __init__(self, model: nn.Module, whole: bool = False) -> None:
+        self._model: Any = model
+        losses = sys.modules.get("transformers.loss.loss_utils")
+        self._original: Any = getattr(losses, "ForCausalLMLoss", None)
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._applies = self._original is not None and keeps and _loss_function(model) is self._original
+        self._keeps = keeps and not whole
+        self._was_called = False
+        self._kept: Tensor | None = None
+
+    def __enter__(self) -> CausalLoss:
+        if self._applies:
+            self._model.loss_function = self._loss
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._applies:
+            del self._model._loss_function
+
+    def narrowed(self, batch: Any) -> Any:
+        """Give a batch that asks for no more logits than its labels need."""
+        self._kept = None
+        if not (self._was_called and self._keeps and isinstance(batch, Mapping)) or "logits_to_keep" in batch:
+            return batch
+        self._kept = (_shifted(batch["labels"]) != IGNORED).any(dim=0).nonzero().flatten()
+        return {**batch, "logits_to_keep": self._kept}
+
+    def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **options: Any) -> Tensor:
+        targets = _shifted(labels) if self._kept is None else _shifted(labels)[:, self._kept]
+        plain = not args and all(options.get(name) is None for name in ("num_items_in_batch", "shift_labels"))
+        if not plain or targets.shape != logits.shape[:-1]:
+            other: Tensor = self._original(logits, labels, vocab_size, *args, **options)
+            return other
+        self._was_called = True
+        # What a product returns is not kept for its gradient. Autograd would notice if anything else had kept it.
+        ours_to_write = logits.grad_fn is not None and logits.grad_fn.name() in _PRODUCTS
+        apply: Any = _CrossEntropy.apply
+        loss: Tensor = apply(logits.reshape(-1, vocab_size), targets.reshape(-1).to(logits.device), ours_to_write)
+        return loss
+
+
+def _loss_function(model: nn.Module) -> Any:
+    known = getattr(model, "loss_type", None) in (None, "ForCausalLM") and "_loss_function" not in vars(model)
+    return getattr(model, "loss_function", None) if known else None
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """Put the label of each token to the one before it, which predicts it."""
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean over the labelled rows of logits [n, V]; their gradient takes their place if nobody needs them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ours_to_write: bool) -> Tensor:
+        gradient = logits.detach() if ours_to_write else torch.empty_like(logits)
+        total = logits.new_zeros((), dtype=torch.float64)
+        size = max(1, (_BLOCK_ON_CPU if logits.device.type == "cpu" else _BLOCK) // logits.shape[1])
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            target = targets[rows, None]
+            labelled = target != IGNORED
+            target = target.clamp_min(0)
+            block = logits[rows].float()
+            block = block - block.amax(1, keepdim=True)
+            picked = block.gather(1, target)
+            scale = block.exp_().sum(1, keepdim=True)
+            total += (labelled * (scale.log() - picked)).sum()
+            block *= labelled / scale
+            gradient[rows] = block.scatter_add_(1, target, -labelled.float())
+        ctx.save_for_backward(gradient)
+        ctx.n = int((targets != IGNORED).sum())
+        mean: Tensor = (total / ctx.n).float()
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scale = float(gradients[0]) / ctx.n  # 1 for the sum over all labels: nothing to multiply
+        return gradient if scale == 1.0 else gradient * scale, None, None

@@ -1,0 +1,109 @@
+"""The loss of a causal language model: transformers' number and gradient, from fewer logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_init import causal_loss
+from lora_init.causal_loss import CausalLoss
+from lora_init.collection import collect
+from lora_init.onednn_layers import linear_layers_by_onednn
+from tests.conftest import tiny_gpt2, tiny_llama, tiny_vit
+
+
+def batch(n_answer=3, n=4, length=20):
+    """Rows whose labels are their last tokens, which end at different places."""
+    ids = torch.randint(0, 64, (n, length), generator=torch.Generator().manual_seed(n_answer))
+    labels = ids.clone()
+    for row in range(n):
+        labels[row, : length - n_answer - row] = labels[row, length - row :] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def loss_and_gradient(model, data):
+    embedded = model.get_input_embeddings()(data["input_ids"]).detach().requires_grad_()
+    rest = {key: value for key, value in data.items() if key != "input_ids"}
+    loss = model(inputs_embeds=embedded, **rest).loss
+    (loss * 7).backward()
+    return loss.detach(), embedded.grad
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("block", [64, 2**20])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_the_loss_is_that_of_transformers(monkeypatch, make, block, onednn):
+    """Before and after it is known that logits may be left out, in blocks of one row and in one."""
+    monkeypatch.setattr(causal_loss, "_BLOCK_ON_CPU", block)
+    model, data = make(), batch()
+    expected = loss_and_gradient(model, data)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    if onednn:
+        linear_layers_by_onednn(model).__enter__()
+    with CausalLoss(model) as loss:
+        found = [loss_and_gradient(model, loss.narrowed(data)) for _ in range(2)]
+    for got in found:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    assert seen == [20, 6]  # labels end at 4 places, and each is predicted by the token before it
+    assert "logits_to_keep" not in data
+    assert model.loss_function.__name__ == "ForCausalLMLoss"
+
+
+def test_logits_that_the_model_needs_for_their_gradient_are_left_alone():
+    class Capped(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head = head
+
+        def forward(self, x):
+            return self.head(x).tanh()  # which keeps what it returns
+
+    model, data = tiny_llama(), batch()
+    model.lm_head = Capped(model.lm_head)
+    expected = loss_and_gradient(model, data)
+    with CausalLoss(model):
+        torch.testing.assert_close(loss_and_gradient(model, data), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_trainers_pass_along_goes_to_the_loss_of_transformers():
+    model, data = tiny_llama(), batch()
+    expected = model(**data, num_items_in_batch=5).loss
+    with CausalLoss(model):
+        torch.testing.assert_close(model(**data, num_items_in_batch=5).loss, expected)
+
+
+@pytest.mark.parametrize("change", ["another loss", "whole", "not a language model"])
+def test_other_models_make_all_their_logits(change):
+    model = tiny_vit() if change == "not a language model" else tiny_llama()
+    if change == "another loss":
+        model.loss_function = lambda logits, labels, **options: logits.square().mean()
+    before = model.loss_function
+    with CausalLoss(model, whole=change == "whole") as loss:
+        if change != "not a language model":
+            loss_and_gradient(model, batch())
+        assert loss.narrowed(data := batch()) is data
+    assert model.loss_function == before
+
+
+def test_collect_makes_few_logits_and_all_where_somebody_may_look_at_them():
+    model, data, seen = tiny_llama(), [batch(n_answer) for n_answer in (3, 4, 5)], []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+
+    def logits_per_batch(**options):
+        seen.clear()
+        stats = collect(model, data, rank=4, gradients=True, **options)
+        return list(seen), stats
+
+    few, stats = logits_per_batch()
+    assert few == [20, 7, 8]
+    for options in (
+        {"loss": lambda output, batch: output.loss},
+        {"forward": lambda model, batch: model(**batch)},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ):
+        whole, other = logits_per_batch(**options)
+        assert whole == [20, 20, 20]
+        name = "model.layers.0.self_attn.q_proj"
+        a, b = stats.gradient(name), other.gradient(name)
+        torch.testing.assert_close(a.singular_values[:4], b.singular_values[:4], rtol=1e-3, atol=0.0)
+        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
