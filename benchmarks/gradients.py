@@ -33,6 +33,7 @@ from lora_init.onednn_layers import linear_layers_by_onednn
 
 RANK, RHO = 16, 2.0
 _MEMORY_BATCHES = 4
+_ANSWER = 4
 _EXACT_EVERY = 8  # layers whose gradient is computed in full: of all kinds, since a Llama's block has 7
 
 
@@ -44,12 +45,18 @@ def bare(model: nn.Module, batch: dict[str, Any], fast: bool) -> None:
         model(inputs_embeds=embedded, use_cache=False, **rest).loss.backward()
 
 
-def labelled(setting: Setting) -> list[dict[str, torch.Tensor]]:
-    """Batches with a label on every token where they have none."""
-    return [{**batch, "labels": batch.get("labels", batch["input_ids"])} for batch in setting.seen]
+def labelled(setting: Setting, last: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """Batches with a label on every token but padding, or on the last ones of each text, as an answer has them."""
+    batches = []
+    for batch in setting.seen:
+        mask = batch["attention_mask"]
+        left = mask.flip(1).cumsum(1).flip(1)  # tokens from here to the end
+        counts = (mask == 1) & (left <= (last or mask.shape[1]))
+        batches.append({**batch, "labels": batch["input_ids"].where(counts, -100)})
+    return batches
 
 
-def costs(setting: Setting) -> dict[str, Any]:
+def costs(setting: Setting, last: int | None = None) -> dict[str, Any]:
     """Time the bare passes and a step of ours on each batch in turn: wall seconds and seconds of processor time."""
     plain = copy.deepcopy(setting.model).requires_grad_(False)
     clocks = {"wall": time.perf_counter, "processor": time.process_time}
@@ -64,7 +71,7 @@ def costs(setting: Setting) -> dict[str, Any]:
             seconds[clock].setdefault(what, []).append(read() - before[clock])
 
     def stream() -> Iterator[Any]:
-        for batch in labelled(setting):
+        for batch in labelled(setting, last):
             with timed("bare"):
                 bare(plain, batch, fast=False)
             with timed("bare, oneDNN"):
@@ -137,8 +144,10 @@ def one_phase(name: str, phase: str) -> int:
 def report(found: dict[str, Any]) -> str:
     """Markdown."""
     parts = [f"## {found['setting']}"]
-    if "cost" in found:
-        cost = found["cost"]
+    for key, labels in (("cost", "every token"), ("cost of answers", f"the last {_ANSWER} tokens of each text")):
+        if key not in found:
+            continue
+        cost = found[key]
         rows = [
             [
                 part,
@@ -147,7 +156,9 @@ def report(found: dict[str, Any]) -> str:
             ]
             for part in ("bare", "bare, oneDNN", "step")
         ]
-        parts.append(table(["per batch", "wall", "processor", "wall / bare", "processor / bare"], rows))
+        parts.append(
+            table([f"per batch, labels on {labels}", "wall", "processor", "wall / bare", "processor / bare"], rows)
+        )
         parts.append(
             f"Step over the bare pass through oneDNN: {cost['wall']['step / bare, oneDNN']:.3f} wall, "
             f"{cost['processor']['step / bare, oneDNN']:.3f} processor. The first batch costs "
@@ -182,10 +193,11 @@ def main() -> None:
     found |= {"setting": setting.name, "machine": settings.machine()}
     for part, measure in (
         ("cost", lambda: costs(setting)),
+        ("cost of answers", lambda: costs(setting, _ANSWER)),
         ("memory", lambda: peaks(arguments.setting)),
         ("accuracy", lambda: accuracy(setting)),
     ):
-        if arguments.only in (None, part):
+        if arguments.only in (None, part.partition(" ")[0]):
             print(f"measuring: {part}", file=sys.stderr)
             found[part] = measure()
             file.parent.mkdir(parents=True, exist_ok=True)

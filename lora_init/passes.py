@@ -92,8 +92,13 @@ def collect_groups(
             with suppress(KeyboardInterrupt):
                 found.stop_reason = run.all_batches(tap, shard, max_batches, bar, checkpoint)
         settle(record.svd for record in found.groups.values())
-        found.group_of = {name: tap.group_of[name] for name in modules if name in tap.group_of}
-        found.never_ran = [name for name in modules if name not in tap.group_of]
+        # A batch that was interrupted may have been the first to reach a layer.
+        found.groups = {name: record for name, record in found.groups.items() if record.svd.n_samples}
+        found.gradients = {name: mean for name, mean in found.gradients.items() if mean.n_samples}
+        ran = [name for name in modules if tap.group_of.get(name) in found.groups]
+        ran = [name for name in ran if gradients is None or name in found.gradients]
+        found.group_of = {name: tap.group_of[name] for name in ran}
+        found.never_ran = [name for name in modules if name not in found.group_of]
         found.n_calls = dict(tap.n_calls)
     return found
 

@@ -189,6 +189,29 @@ def test_interrupted_keeps_the_batches_that_were_complete():
     assert caught.value.statistics is None
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_that_first_ran_in_an_interrupted_batch_is_as_if_it_never_ran(gradients):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early, self.late, self.n = nn.Linear(24, 24), nn.Linear(24, 2), 0
+
+        def forward(self, x):
+            self.n += 1
+            y = self.early(x)
+            if self.n < 3:
+                return y
+            self.late(y)
+            raise KeyboardInterrupt
+
+    loss = {"gradients": True, "loss": lambda output, batch: output.square().mean()} if gradients else {}
+    with pytest.raises(Interrupted) as caught:
+        collect(Late(), low_rank_inputs(5), rank=2, **loss)
+    stats = caught.value.statistics
+    assert list(stats) == ["early"] and stats.provenance.n_batches == 2
+    assert stats.provenance.notes == ["late: never ran; PEFT's own initialisation."]
+
+
 def test_layers_that_never_run_or_run_twice_are_said():
     class Odd(nn.Module):
         def __init__(self):
