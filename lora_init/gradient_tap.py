@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
 from lora_init.masks import IGNORED, encoder_of
 from lora_init.onednn_layers import linear_layers_by_onednn
-from lora_init.products import is_faster_in_bfloat16
+from lora_init.products import EXACT_ROWS
 from lora_init.targets import Target
 
 # (output of the forward pass, batch) -> the loss to differentiate, a mean over the labels of the batch
@@ -30,7 +30,7 @@ class Read(NamedTuple):
     """What a layer has read in one batch, kept until its gradient arrives.
 
     Attributes:
-        rows: [n, d_in], float32 or bfloat16.
+        rows: [n, d_in], bfloat16 if they are more than `EXACT_ROWS`.
         norms: Of the rows, float32 [n].
         positions: Numbers of the rows that count, None if all do.
     """
@@ -42,8 +42,6 @@ class Read(NamedTuple):
 
 # (layer name, g [n, d_out] in float32, what it read): of one layer in one batch
 GradientSink = Callable[[str, Tensor, Read], None]
-# What a layer reads in a batch of more rows waits for its gradient in bfloat16, of fewer as it is: that costs little.
-_EXACT_ROWS = 128
 
 
 class GradientTap:
@@ -136,10 +134,8 @@ class GradientTap:
         self._ran_now, self._arrived = {}, False
 
         def at_full_precision(name: str, g: Tensor, read: Read) -> None:
-            exact = len(g) <= _EXACT_ROWS or not is_faster_in_bfloat16(g.device)
-            rows = read.rows.to(torch.float32 if exact else torch.bfloat16)
             with torch.no_grad(), Precision().off():
-                gradient_sink(name, g.float(), read._replace(rows=rows))
+                gradient_sink(name, g.float(), read)
 
         with self._tap.listening(batch, sink, wanted, whole=True) as moved, run_eagerly(), torch.enable_grad():
             self._sink = at_full_precision
@@ -224,7 +220,7 @@ class GradientTap:
         if self._last_held is None or self._last_held[0] is not x or self._last_held[1] != x._version:
             rows = x.detach().reshape(-1, x.shape[-1])
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            self._last_held = (x, x._version, rows if len(rows) <= _EXACT_ROWS else rows.bfloat16(), norms)
+            self._last_held = (x, x._version, rows if len(rows) <= EXACT_ROWS else rows.bfloat16(), norms)
         return self._last_held[2:]
 
     def _came(self, name: str, read: Read, gradient: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.products import times_transposed
+from lora_init.products import as_multiplied, times_transposed
 
 # The first batch meets random directions: one more step of subspace iteration brings them near those of its gradient.
 _FIRST_STEPS = 2
@@ -81,11 +81,12 @@ class MeanGradient:
 
         Args:
             g: Gradients at the layer's output.
-            x: What it read. If it is bfloat16, products are of bfloat16.
+            x: What it read; see `as_multiplied` for rows of bfloat16.
             n: How many of the rows count, if not all: the others, padding, have g = 0.
         """
         n = len(g) if n is None else n
-        squares, g = g.float().square().sum(0), g.to(x.dtype)
+        squares, x = g.float().square().sum(0), as_multiplied(x)
+        g = g.to(x.dtype)
         state = self._pending or self._state
         if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
             state = state.to(g.device)

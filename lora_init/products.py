@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# So many rows are not rounded to bfloat16. In sums over more of them the error does not show beside that of sampling.
+EXACT_ROWS = 128
 _OPERATOR = "_linear_pointwise"  # what torch.compile calls for a linear layer on a CPU; not in torch's public interface
 
 
@@ -30,7 +32,19 @@ def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor
     return product
 
 
-def is_faster_in_bfloat16(device: torch.device) -> bool:
+def as_multiplied(rows: Tensor) -> Tensor:
+    """Give rows [n, d] in the type in which they go into products.
+
+    Many rows of bfloat16 stay as they are on a device that is faster for it; others become float32, or stay float64.
+    """
+    if rows.dtype == torch.float64 or (
+        rows.dtype == torch.bfloat16 and len(rows) > EXACT_ROWS and _is_faster_in_bfloat16(rows.device)
+    ):
+        return rows
+    return rows.float()
+
+
+def _is_faster_in_bfloat16(device: torch.device) -> bool:
     """Tell whether a device multiplies bfloat16 in its own instructions, at twice the speed of float32 or more."""
     if device.type == "cpu":
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())

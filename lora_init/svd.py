@@ -13,7 +13,7 @@ from lora_init.errors import LoraInitError
 from lora_init.folding import compress, fold
 from lora_init.moments import NEGLIGIBLE, NO_ROWS, Moments, check_alike, check_rows, freeze, raise_if_not_finite
 from lora_init.nystrom import State, Sums, measure, orthonormal, pieces, turn
-from lora_init.products import times_transposed
+from lora_init.products import as_multiplied, times_transposed
 from lora_init.spectrum import Spectrum
 
 # Inputs as wide as this turn to every batch: gathering would double a state that is large already, and in models of
@@ -143,9 +143,8 @@ class IncrementalSVD:
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
 
         Args:
-            rows: [n, d].
-            weights: Multiplies each row by a factor; for uncentred decompositions only. Products of rows that are
-                bfloat16 are then of bfloat16.
+            rows: [n, d]; see `as_multiplied` for rows of bfloat16.
+            weights: Multiplies each row by a factor; for uncentred decompositions only.
         """
         self._to(rows.device)
         check_rows(rows, self._state.test.shape[1] if self._state else None)
@@ -156,13 +155,15 @@ class IncrementalSVD:
             apply_updates([self])
         state = self._state
         small = state is None or len(state.core) < min(self._n_directions, d) or n <= self._n_directions
-        if weights is None or small:
-            rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = rows.float() if small and rows.dtype != torch.float64 else as_multiplied(rows)
         if weights is not None and small:
             rows, weights = rows * weights.factors[:, None], None
         shift = state.shift if state is not None else self._large_mean(rows)
         rows = rows if shift is None else rows - shift
-        row_norms = torch.linalg.vector_norm(rows, dim=1) if weights is None else weights.factors * weights.norms
+        if weights is None:
+            row_norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        else:
+            row_norms = weights.factors * weights.norms
         squares = torch.linalg.vector_norm(row_norms, dtype=torch.float64).square()
         captured = None
         if state is not None:
@@ -171,7 +172,10 @@ class IncrementalSVD:
             gram = along.T @ along
             if not small:
                 along = along if weights is None else along * weights.factors[:, None]
-                self._pending = _Pending(row_norms, Sums(n, squares, gram, times_transposed(along.T, rows.T)))
+                image = times_transposed(along.T, rows.T)
+                if self.center and rows.dtype == torch.bfloat16:
+                    image[-1] = rows.sum(0, dtype=torch.float32)  # the mean is of it, and stays exact
+                self._pending = _Pending(row_norms, Sums(n, squares, gram, image))
                 return
             captured = gram.diagonal()[:-1].double()
         mean = rows.mean(0) if self.center else torch.zeros_like(rows[0])

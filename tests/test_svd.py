@@ -213,6 +213,20 @@ def test_weights_are_factors_of_rows(dtype, rtol):
     assert principal_angles(a.components, b.components).max() < 10 * rtol
 
 
+@pytest.mark.parametrize("mean", [0.5, 40.0])
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_rows_of_bfloat16_are_multiplied_as_they_are(monkeypatch, fast, mean):
+    """Counts, means and total variance stay exact; directions are right to what 8 bits tell."""
+    monkeypatch.setattr("lora_init.products._is_faster_in_bfloat16", lambda device: fast)
+    rows = decaying_rows(1200, 40, mean=mean).bfloat16()
+    svd, truth = fit(IncrementalSVD, rows, 200, 4), fit(ExactPCA, rows.float(), 200, 4)
+    found, expected = svd.spectrum(), truth.spectrum()
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
+    assert found.total_variance == pytest.approx(expected.total_variance, rel=1e-4)
+    torch.testing.assert_close(found.explained_variance, expected.explained_variance[:4], rtol=0.02, atol=0.0)
+    assert principal_angles(found.components, expected.components[:4]).max() < 0.1
+
+
 def gathering(n_batches=19, mean=0.5, **arguments):
     """A decomposition of many batches, the last of which its directions have not turned to yet."""
     rows = decaying_rows(60 * n_batches, 40, mean=mean)
