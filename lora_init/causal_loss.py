@@ -56,9 +56,10 @@ class CausalLoss:
     def narrowed(self, batch: Any) -> Any:
         """Give a batch that asks for no more logits than its labels need."""
         self._kept = None
-        if not (self._was_called and self._keeps and isinstance(batch, Mapping)) or "logits_to_keep" in batch:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not (self._was_called and self._keeps) or labels is None or "logits_to_keep" in batch:
             return batch
-        self._kept = (_shifted(batch["labels"]) != IGNORED).any(dim=0).nonzero().flatten()
+        self._kept = (_shifted(labels) != IGNORED).any(dim=0).nonzero().flatten()
         return {**batch, "logits_to_keep": self._kept}
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **options: Any) -> Tensor:

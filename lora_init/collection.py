@@ -103,7 +103,8 @@ def collect(
             of an uninterrupted pass, bit for bit on the same machine. `max_batches` may have changed, nothing else.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
             need labels. No weight's gradient is computed, so the memory is that of the activations and of
-            1.5 * rank * rho rows of width 2 d_in + d_out for each layer.
+            1.5 * rank * rho rows of width 2 d_in + d_out for each layer. What layers read in a batch of more than 128
+            tokens is rounded to bfloat16.
         loss: With gradients: function of what the model (or `forward`) returns and the batch, to the loss, a mean over
             the batch's labels. Default: the `loss` that a model of transformers returns for a batch with `labels`.
 

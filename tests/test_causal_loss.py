@@ -7,6 +7,7 @@ from torch import nn
 from lora_init import causal_loss
 from lora_init.causal_loss import CausalLoss
 from lora_init.collection import collect
+from lora_init.errors import LoraInitError
 from lora_init.onednn_layers import linear_layers_by_onednn
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_vit
 
@@ -70,6 +71,12 @@ def test_what_trainers_pass_along_goes_to_the_loss_of_transformers():
     expected = model(**data, num_items_in_batch=5).loss
     with CausalLoss(model):
         torch.testing.assert_close(model(**data, num_items_in_batch=5).loss, expected)
+
+
+def test_a_later_batch_without_labels_is_said():
+    data = batch()
+    with pytest.raises(LoraInitError, match="batch 1: the batch has 'input_ids' and no 'labels'"):
+        collect(tiny_llama(), [data, {"input_ids": data["input_ids"]}], rank=4, gradients=True)
 
 
 @pytest.mark.parametrize("change", ["another loss", "whole", "not a language model"])
