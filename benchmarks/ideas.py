@@ -5,7 +5,8 @@
 An idea is directions, size and factor. Directions: random, eva, eva-grad, grad-a, natural-gradient, or two of them with
 a plus between, which get half of the rows each. Size: `unit` rows; `white`, each row as large as makes E (a x)^2 that
 of a random row; `energy`, all rows times one number, so that E |A x|^2 is that of EVA's A; `constant`, so that it is r
-in every layer. The factor multiplies A. B is zero.
+in every layer. The factor multiplies A. B is zero, but for natural-gradient-step: there it shrinks as A grows, so that
+the step stays as it is.
 
 Statistics can be varied, too: `--exponent 2` weights rows by |g|^2 in place of |g|, `--tokens labels` counts those
 tokens only that have a label, `--batches 8` learns from 8 batches. `eva-grad` itself runs first.
@@ -35,6 +36,7 @@ from lora_init.statistics import Statistics
 from lora_init.svd import Weights
 
 RANK = 8
+_GAMMA = 256.0  # what the search finds for natural-gradient-step on SIQA
 _LANGUAGE: dict[str, Any] = {
     "model": "smol", "batch_size": 4, "dtype": "bfloat16", "steps": 40, "evaluation_points": [10, 20],
     "validation_samples": 64,
@@ -53,7 +55,8 @@ TASKS: dict[str, dict[str, Any]] = {
 def directions(stats: Statistics, name: str) -> dict[str, Tensor]:
     """Rows of each layer, [r, d_in]; of a mixture the second's are made orthogonal to the first's."""
     first, _, second = name.partition("+")
-    rows = {layer: a for layer, (a, _) in build_adapter(stats, RANK, first).weights.items()}
+    gamma = _GAMMA if first == "natural-gradient-step" else None
+    rows = {layer: a for layer, (a, _) in build_adapter(stats, RANK, first, gamma=gamma).weights.items()}
     if not second:
         return rows
     generator = torch.Generator().manual_seed(0)
@@ -86,10 +89,13 @@ def start(file: Path, text: str) -> Callable[[nn.Module, int], Any]:
     def apply(model: nn.Module, seed: int) -> Any:
         stats = Statistics.load(str(file).format(seed=seed))
         name, size, factor = text.split(",")
-        weights = {
-            layer: (float(factor) * sized(stats, layer, rows, size), zero_b(stats.targets[layer].out_features, RANK))
-            for layer, rows in directions(stats, name).items()
-        }
+        stepping = name == "natural-gradient-step"
+        step = build_adapter(stats, RANK, name, gamma=_GAMMA).weights if stepping else {}
+        weights = {}
+        for layer, rows in directions(stats, name).items():
+            a = float(factor) * sized(stats, layer, rows, size)
+            zero = zero_b(stats.targets[layer].out_features, RANK)
+            weights[layer] = (a, step[layer][1] * (rows.norm() / a.norm()) if stepping else zero)
         return dataclasses.replace(build_adapter(stats, RANK, "random"), weights=weights).apply(model)
 
     return apply
