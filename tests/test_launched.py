@@ -62,6 +62,29 @@ def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch)
         assert next(shares) == pytest.approx(next(shares), rel=0.02)
 
 
+def test_a_step_start_under_torchrun_searches_its_size_once(home, tmp_path):
+    data = home / "answers.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": " ".join(WORDS[: 3 + i % 5]), "completion": WORDS[i % 19]}) for i in range(40))
+    )
+    arguments = [
+        "-m",
+        "lora_init",
+        "init",
+        "model",
+        str(data),
+        "-o",
+        str(tmp_path / "out"),
+        "--rank",
+        "2",
+        "--rho",
+        "1",
+    ]
+    said = json.loads(torchrun(*arguments, "--method", "natural-gradient-step", "--json", cwd=home))
+    assert said["loss_at_start"] < said["loss_before"] and said["gamma"] >= 1.0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_the_example_trains_what_two_processes_found(tmp_path):
     out = torchrun(str(ROOT / "examples" / "two_processes.py"), "--output", str(tmp_path / "adapter"))
     assert "2 processes: 24 batches, 3072 tokens" in out
