@@ -180,7 +180,7 @@ def report(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="llama_1b" if torch.cuda.is_available() else "smollm2")
-    parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--only", choices=["cost", "memory", "accuracy"])
     parser.add_argument("--phase", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

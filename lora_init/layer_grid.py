@@ -37,7 +37,12 @@ def layer_grid(names: Iterable[str]) -> LayerGrid:
         (['up', 'down'], [0, 1], 'h.1.up')
     """
     places = {name: _place(name) for name in names}
-    labels = _labels(list(dict.fromkeys(kind for kind, _ in places.values())))
+    in_block: dict[int, list[tuple[str, str]]] = {}
+    for kind, block in places.values():
+        in_block.setdefault(block, []).append(kind)
+    # A block with all kinds tells their order; the first one may lack some.
+    fullest_first = sorted(in_block.values(), key=len, reverse=True)
+    labels = _labels(list(dict.fromkeys(kind for kinds in fullest_first for kind in kinds)))
     cells = {(labels[kind], block): name for name, (kind, block) in places.items()}
     return LayerGrid(list(labels.values()), sorted({block for _, block in places.values()}), cells)
 

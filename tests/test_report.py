@@ -62,6 +62,7 @@ def test_kinds_that_end_alike_and_layers_outside_blocks():
         ["e.0.a.dense", "e.0.dense", "pooler.dense"]
     ).kinds == ["a.dense", "dense", "pooler.dense"]
     assert layer_grid(["enc.0.q", "dec.0.q"]).kinds == ["enc q", "dec q"]
+    assert layer_grid(["h.0.q", "h.0.v", "h.1.q", "h.1.k", "h.1.v"]).kinds == ["q", "k", "v"]  # no rank for the first k
     assert layer_grid(["0.up", "1.up", "head"]).blocks == [-1, 0, 1]
 
 
