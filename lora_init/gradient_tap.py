@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
 from lora_init.masks import IGNORED, encoder_of
 from lora_init.onednn_layers import linear_layers_by_onednn
-from lora_init.products import EXACT_ROWS
+from lora_init.products import rounded
 from lora_init.targets import Target
 
 # (output of the forward pass, batch) -> the loss to differentiate, a mean over the labels of the batch
@@ -30,7 +30,7 @@ class Read(NamedTuple):
     """What a layer has read in one batch, kept until its gradient arrives.
 
     Attributes:
-        rows: [n, d_in], bfloat16 if they are more than `EXACT_ROWS`.
+        rows: [n, d_in], as `rounded` gives them, never float64.
         norms: Of the rows, float32 [n].
         positions: Numbers of the rows that count, None if all do.
     """
@@ -219,8 +219,9 @@ class GradientTap:
         """
         if self._last_held is None or self._last_held[0] is not x or self._last_held[1] != x._version:
             rows = x.detach().reshape(-1, x.shape[-1])
+            rows = rows.float() if rows.dtype == torch.float64 else rows
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            self._last_held = (x, x._version, rows if len(rows) <= EXACT_ROWS else rows.bfloat16(), norms)
+            self._last_held = (x, x._version, rounded(rows), norms)
         return self._last_held[2:]
 
     def _came(self, name: str, read: Read, gradient: Tensor) -> None:

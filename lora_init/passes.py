@@ -18,7 +18,7 @@ from lora_init.errors import LoraInitError
 from lora_init.gradient_tap import GradientTap, Read
 from lora_init.gradients import is_weighted, weighted_group
 from lora_init.mean_gradient import MeanGradient
-from lora_init.products import EXACT_ROWS
+from lora_init.products import rounded
 from lora_init.records import Collected, GroupRecord
 from lora_init.rounds import Rounds, own_batches
 from lora_init.shards import Shard, length
@@ -181,7 +181,7 @@ class _Pass:
 
     def _rounding_sink(self, group: str, rows: Tensor) -> None:
         """Take in rows at the precision at which they wait for their gradient: twice as fast on some processors."""
-        self._sink(group, rows.bfloat16() if len(rows) > EXACT_ROWS else rows)
+        self._sink(group, rounded(rows))
 
     def _gradient_sink(self, name: str, g: Tensor, read: Read) -> None:
         start = time.perf_counter()

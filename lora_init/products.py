@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# So many rows are not rounded to bfloat16. In sums over more of them the error does not show beside that of sampling.
-EXACT_ROWS = 128
+# So few rows are not rounded to bfloat16. In sums over more of them the error does not show beside that of sampling.
+_EXACT_ROWS = 128
 _OPERATOR = "_linear_pointwise"  # what torch.compile calls for a linear layer on a CPU; not in torch's public interface
 
 
@@ -32,13 +32,18 @@ def times_transposed(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor
     return product
 
 
+def rounded(rows: Tensor) -> Tensor:
+    """Round rows [n, d] of float32 to bfloat16 if they are more than 128; others come back as they are."""
+    return rows.bfloat16() if rows.dtype == torch.float32 and len(rows) > _EXACT_ROWS else rows
+
+
 def as_multiplied(rows: Tensor) -> Tensor:
     """Give rows [n, d] in the type in which they go into products.
 
     Many rows of bfloat16 stay as they are on a device that is faster for it; others become float32, or stay float64.
     """
     if rows.dtype == torch.float64 or (
-        rows.dtype == torch.bfloat16 and len(rows) > EXACT_ROWS and _is_faster_in_bfloat16(rows.device)
+        rows.dtype == torch.bfloat16 and len(rows) > _EXACT_ROWS and _is_faster_in_bfloat16(rows.device)
     ):
         return rows
     return rows.float()

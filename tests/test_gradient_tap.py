@@ -177,6 +177,18 @@ def test_rounding_what_large_batches_read_changes_nothing_that_shows(monkeypatch
     assert attention[0] is attention[1] is attention[2]  # what they share waits once
 
 
+@pytest.mark.parametrize("n", [100, 200])
+def test_models_in_float64_are_those_in_float32(n):
+    x, settings = torch.randn(2, n, 24), {"rank": 4, "gradients": True, "loss": lambda y, batch: y.square().mean()}
+    single = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 4))
+    stats = collect(single, list(x), **settings)
+    double = collect(single.double(), list(x.double()), **settings)
+    for name in stats:
+        a, b = stats.gradient(name), double.gradient(name)
+        torch.testing.assert_close(a.singular_values[:2], b.singular_values[:2], rtol=5e-3, atol=0.0)
+        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
+
+
 def test_activations_are_as_without_gradients():
     model, batches = tiny_llama(), labelled("llama")
     plain, both = (collect(model, batches, rank=4, gradients=gradients) for gradients in (False, True))
