@@ -36,7 +36,7 @@ class CausalLoss:
         self._model: Any = model
         losses = sys.modules.get("transformers.loss.loss_utils")
         self._original: Any = getattr(losses, "ForCausalLMLoss", None)
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        keeps = keeps_logits(model)
         self._applies = self._original is not None and keeps and _loss_function(model) is self._original
         self._keeps = keeps and not whole
         self._was_called = False
@@ -76,8 +76,18 @@ class CausalLoss:
         return loss
 
 
+def keeps_logits(model: nn.Module) -> bool:
+    """Tell whether a model can make the logits of some positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def may_shift_labels(model: nn.Module) -> bool:
+    """Tell whether a model's loss may be that of a causal language model, by what transformers calls it."""
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM")
+
+
 def _loss_function(model: nn.Module) -> Any:
-    known = getattr(model, "loss_type", None) in (None, "ForCausalLM") and "_loss_function" not in vars(model)
+    known = may_shift_labels(model) and "_loss_function" not in vars(model)
     return getattr(model, "loss_function", None) if known else None
 
 

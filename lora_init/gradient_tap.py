@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_init.activations import ActivationTap, Forward, Sink, input_of
-from lora_init.causal_loss import CausalLoss
+from lora_init.causal_loss import CausalLoss, may_shift_labels
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
 from lora_init.masks import IGNORED, encoder_of
@@ -242,8 +242,7 @@ def count_labels(model: nn.Module, batch: Any) -> int:
             batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
         )
         return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
-    shifted = labels.dim() == 2 and encoder_of(model) is None
-    shifted = shifted and getattr(model, "loss_type", None) in (None, "ForCausalLM")
+    shifted = labels.dim() == 2 and encoder_of(model) is None and may_shift_labels(model)
     count = int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
     if count == 0:
         raise LoraInitError("no token of the batch has a label, so there is no loss. Check labels and max_length.")

@@ -167,7 +167,7 @@ class IncrementalSVD:
         squares = torch.linalg.vector_norm(row_norms, dtype=torch.float64).square()
         captured = None
         if state is not None:
-            along = times_transposed(rows, state.test, state.bias if weights is None else None)  # T, [n, k + 1]
+            along = times_transposed(rows, state.test, state.bias)  # T, [n, k + 1]
             along = along if weights is None else along * weights.factors[:, None]
             gram = along.T @ along
             if not small:
