@@ -104,8 +104,8 @@ def start(file: Path, text: str) -> Callable[[nn.Module, int], Any]:
 def vary(exponent: float, tokens: str) -> None:
     """Have `compare` collect other statistics. Nothing in the package has a place for such a choice."""
 
-    def raised(factors: Tensor, norms: Tensor, n_samples: int) -> Weights:
-        return Weights(factors**exponent, norms, n_samples)
+    def raised(factors: Tensor, norms: Tensor) -> Weights:
+        return Weights(factors**exponent, norms)
 
     passes.Weights = raised  # type: ignore[misc, assignment]
     workbench.collect = functools.partial(collect, token_mask=tokens)  # type: ignore[attr-defined]

@@ -82,7 +82,7 @@ class ActivationTap:
         self._handles: list[Any] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._sink: Sink | None = None
-        self._whole = self._unfinished = False
+        self._whole = self._as_it_is = self._unfinished = False
         self._called: list[str] = []
 
     def __enter__(self) -> ActivationTap:
@@ -145,7 +145,7 @@ class ActivationTap:
 
         Args:
             batch: See `run`, as for `sink` and `wanted`.
-            whole: Let the pass go on to its end, for the loss.
+            whole: Let the pass go on to its end, for the loss, and hand out inputs as they are, with all rows.
 
         Yields:
             The batch on the model's device.
@@ -157,7 +157,7 @@ class ActivationTap:
 
         self._begin(at_full_precision, wanted)
         self._unfinished = True
-        self._whole = whole or self._to_the_end
+        self._whole, self._as_it_is = whole or self._to_the_end, whole
         batch = to_device(batch, _input_device(self.model))
         self._masks.start(batch)
         complete = True
@@ -244,7 +244,8 @@ class ActivationTap:
         if group not in groups:
             groups.append(group)
             if self._wanted(group):
-                sink(group, self._masks.rows(name, x) if patches is None else patches.rows(x))
+                read = x if self._as_it_is else self._masks.rows(name, x) if patches is None else patches.rows(x)
+                sink(group, read)
 
     def _carry_experts(self, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         self.group_of.setdefault(experts.name, experts.name)

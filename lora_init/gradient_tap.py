@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_init.activations import ActivationTap, Forward, Sink, input_of
+from lora_init.activations import ActivationTap, Forward, input_of
 from lora_init.causal_loss import CausalLoss, may_shift_labels
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
@@ -26,22 +29,43 @@ from lora_init.targets import Target
 Loss = Callable[[Any, Any], Tensor]
 
 
-class Read(NamedTuple):
-    """What a layer has read in one batch, kept until its gradient arrives.
+# The widths of gradients that wait for others of the same input, in widths of that input.
+_MOST_WAITING = 8
+
+
+class Gradient(NamedTuple):
+    """The gradient of a batch's summed loss at the output of one layer, for the tokens that count."""
+
+    rows: Tensor  # [n, d_out], as `rounded` gives them
+    norms: Tensor  # of the rows, float32 [n]
+    squares: Tensor  # sum of their squares, float32 [d_out]
+
+
+@dataclass(eq=False)
+class Read:
+    """What layers have read in one tensor, kept until their gradients have come.
 
     Attributes:
-        rows: [n, d_in], as `rounded` gives them, never float64.
+        rows: [n, d_in], those that count, as `rounded` gives them, never float64.
         norms: Of the rows, float32 [n].
-        positions: Numbers of the rows that count, None if all do.
+        source: The tensor.
+        counting: Numbers of these rows among all of the tensor, None if all count.
+        inputs: Groups whose rows they are.
+        gradients: Of layers that read them, by name.
+        n_expected: Gradients that are still to come.
     """
 
     rows: Tensor
     norms: Tensor
-    positions: Tensor | None
+    source: weakref.ref[Tensor]
+    counting: Tensor | None
+    inputs: list[str] = field(default_factory=list)
+    gradients: dict[str, Gradient] = field(default_factory=dict)
+    n_expected: int = 0
 
 
-# (layer name, g [n, d_out] in float32, what it read): of one layer in one batch
-GradientSink = Callable[[str, Tensor, Read], None]
+# Gets what was read in one tensor and the gradients of layers that read it, in one call or several.
+GradientSink = Callable[[Read], None]
 
 
 class GradientTap:
@@ -85,9 +109,11 @@ class GradientTap:
                 "Leave it out of the targets, or collect without gradients."
             )
         self._sink: GradientSink | None = None
+        self._fresh: set[str] = set()  # groups whose first layer is about to run
+        self._reads: WeakValueDictionary[tuple[int, int], Read] = WeakValueDictionary()
+        self._waiting: dict[Read, None] = {}
         self._ran_now: dict[str, tuple[Read, int]] = {}
         self._arrived = False
-        self._last_held: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._causal_loss = CausalLoss(tap.model, whole=loss is not None or own_forward or tap.has_output_embedding)
         self._stack = ExitStack()
 
@@ -115,15 +141,15 @@ class GradientTap:
     ) -> None:
         self._stack.close()
 
-    def run(self, batch: Any, sink: Sink, gradient_sink: GradientSink, wanted: Callable[[str], bool]) -> int:
+    def run(self, batch: Any, sink: GradientSink, wanted: Callable[[str], bool]) -> int:
         """Run one batch forward and backward.
 
         Args:
             batch: Mapping, tensor, sequence, or whatever `forward` takes. Not changed.
-            sink: Gets what layers read, see `ActivationTap.run`.
-            gradient_sink: Gets g and x of every layer in the backward pass, without autocast: of a layer that runs
-                twice, both times; of one that the loss does not depend on, zeros.
-            wanted: Tells whether a group still needs what it reads.
+            sink: Called in the backward pass, without autocast, for what was read in one tensor when the gradients of
+                all layers that read it are there. Of a layer that runs twice, both times; of one that the loss does
+                not depend on, with zeros.
+            wanted: Tells whether a group of inputs still needs what it reads.
 
         Returns:
             The number of labels.
@@ -131,30 +157,27 @@ class GradientTap:
         Raises:
             LoraInitError: There is no loss, it is not finite, or the model gives no gradients.
         """
-        self._ran_now, self._arrived = {}, False
-
-        def at_full_precision(name: str, g: Tensor, read: Read) -> None:
-            with torch.no_grad(), Precision().off():
-                gradient_sink(name, g.float(), read)
-
-        with self._tap.listening(batch, sink, wanted, whole=True) as moved, run_eagerly(), torch.enable_grad():
-            self._sink = at_full_precision
+        self._arrived = False
+        with (
+            self._tap.listening(batch, lambda group, x: self._fresh.add(group), wanted, whole=True) as moved,
+            run_eagerly(),
+            torch.enable_grad(),
+        ):
+            self._sink = sink
             try:
                 n_labels = count_labels(self._tap.model, moved)
                 self._backward(self._loss_of(self._causal_loss.narrowed(moved)) * n_labels)
                 if not self._arrived:
                     raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
                 for name, (read, width) in self._ran_now.items():  # their gradient is zero
-                    at_full_precision(name, read.norms.new_zeros(len(read.norms), width), read)
+                    none = read.norms.new_zeros(len(read.rows), width)
+                    self._waits(read).gradients[name] = Gradient(none, none.sum(1), none.sum(0))
+                for read in list(self._waiting):
+                    self._hand_out(read)
             finally:
                 self._sink = None
-                self._ran_now, self._last_held = {}, None
+                self._fresh, self._ran_now, self._waiting = set(), {}, {}
         return n_labels
-
-    @property
-    def by_labels(self) -> bool:
-        """Whether tokens without a label are left out."""
-        return self._tap.by_labels
 
     @property
     def _name(self) -> str:
@@ -200,35 +223,79 @@ class GradientTap:
             ) from error
 
     def _ran(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        if self._sink is None or not torch.is_grad_enabled():
+        if self._sink is None:
             return None
         if not isinstance(output, Tensor):
             raise LoraInitError(f"layer {name!r}: output of type {type(output).__name__}, expected a tensor.")
-        x = input_of(name, args, kwargs)
-        read = Read(*self._held(x), self._tap.index(name, x))
+        group = self._tap.group_of[name]
+        is_first, backward = group in self._fresh, torch.is_grad_enabled()
+        self._fresh.discard(group)
+        if not (is_first or backward):
+            return None
+        read = self._read(name, input_of(name, args, kwargs))
+        if is_first:
+            self._waits(read).inputs.append(group)
+        if not backward:  # a reentrant checkpoint, which runs it again and then wants gradients
+            self._hand_out(read)
+            return None
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs it again
             self._ran_now[name] = (read, output.shape[-1])
+        read.n_expected += 1
         wanting: Tensor = _wanting_gradient(module, args, output)
         wanting.register_hook(partial(self._came, name, read))  # type: ignore[no-untyped-call]
         return wanting
 
-    def _held(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Give what to keep of a layer's input, rows and their norms: the same for layers that read the same.
+    def _read(self, name: str, x: Tensor) -> Read:
+        """Give what to keep of a layer's input: the same for layers that read the same.
 
         Rounding to 8 bits is unbiased noise of 1e-3 of each entry. Sums over hundreds of rows do not show it.
         """
-        if self._last_held is None or self._last_held[0] is not x or self._last_held[1] != x._version:
-            rows = x.detach().reshape(-1, x.shape[-1])
+        read = self._reads.get((id(x), x._version))
+        if read is None or read.source() is not x:
+            rows, counting = x.detach().reshape(-1, x.shape[-1]), self._tap.index(name, x)
             rows = rows.float() if rows.dtype == torch.float64 else rows
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            self._last_held = (x, x._version, rounded(rows), norms)
-        return self._last_held[2:]
+            rows, norms = (_chosen(part, counting) for part in (rounded(rows), norms))
+            read = self._reads[id(x), x._version] = Read(rows, norms, weakref.ref(x), counting)
+        return read
+
+    def _waits(self, read: Read) -> Read:
+        self._waiting[read] = None
+        return read
 
     def _came(self, name: str, read: Read, gradient: Tensor) -> None:
+        if self._sink is None:
+            return
+        self._arrived = True
+        self._ran_now.pop(name, None)
+        if name in read.gradients:  # of a layer that ran twice
+            self._hand_out(read)
+        self._waits(read).gradients[name] = _taken(gradient.reshape(-1, gradient.shape[-1]), read.counting)
+        read.n_expected -= 1
+        width = sum(waiting.rows.shape[1] for waiting in read.gradients.values())
+        if read.n_expected <= 0 or width > _MOST_WAITING * read.rows.shape[1]:
+            self._hand_out(read)
+
+    def _hand_out(self, read: Read) -> None:
+        del self._waiting[read]
         if self._sink is not None:
-            self._arrived = True
-            self._ran_now.pop(name, None)
-            self._sink(name, gradient.reshape(-1, gradient.shape[-1]), read)
+            with torch.no_grad(), Precision().off():
+                self._sink(read)
+        read.inputs, read.gradients = [], {}
+
+
+def _taken(g: Tensor, counting: Tensor | None) -> Gradient:
+    squared = g.float().square()
+    norms = _chosen(squared.sum(1).sqrt(), counting)
+    if counting is None:
+        squares = squared.sum(0)
+    else:  # reads less than a selection of the rows would
+        squares = torch.zeros(len(g), device=g.device).index_fill_(0, counting, 1.0) @ squared
+    return Gradient(_chosen(rounded(g), counting), norms, squares)
+
+
+def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows.index_select(0, index)
 
 
 def count_labels(model: nn.Module, batch: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
 from lora_init.products import as_multiplied, times_transposed
+from lora_init.together import Along, Image, Steps, multiply
 
 # The first batch meets random directions: one more step of subspace iteration brings them near those of its gradient.
 _FIRST_STEPS = 2
+# The directions turn to every batch while there are fewer rows than this for each.
+_FEW_ROWS = 32
 # A row of R this many times smaller than the largest is float32 rounding.
 _ROUNDING = 1e-6
 
@@ -76,27 +79,36 @@ class MeanGradient:
         """Sum of g_t^2 over the rows, float64 [d_out]."""
         return self._known().squares.cpu()
 
-    def project(self, g: Tensor, x: Tensor, n: int | None = None) -> None:
+    def project(self, g: Tensor, x: Tensor) -> None:
         """Take in rows g [n, d_out] and x [n, d_in]; they count once `commit` is called.
 
         Args:
             g: Gradients at the layer's output.
             x: What it read; see `as_multiplied` for rows of bfloat16.
-            n: How many of the rows count, if not all: the others, padding, have g = 0.
         """
-        n = len(g) if n is None else n
-        squares, x = g.float().square().sum(0), as_multiplied(x)
-        g = g.to(x.dtype)
+        x = as_multiplied(x)
+        multiply(x, [self.steps(g, x, g.float().square().sum(0))])
+
+    def steps(self, g: Tensor, x: Tensor, squares: Tensor) -> Steps:
+        """Do what `project` does with products that are made together with those of others, see `multiply`.
+
+        Args:
+            g: [n, d_out].
+            x: [n, d_in], as `as_multiplied` gives them.
+            squares: Sum of g^2, [d_out], of g before it was rounded.
+        """
+        n, g = len(g), g.to(x.dtype)
         state = self._pending or self._state
         if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
             state = state.to(g.device)
         if state is None:
             state = self._first(g, x)
             for _ in range(_FIRST_STEPS - 1):
-                state = state._replace(right=_plus(state, g, x, self._turned(state, g, x)).right)
-        due = 8 * (state.n_since + max(n, len(g))) >= state.n_samples  # padding, too: batches are about as large
-        turned = self._turned(state, g, x) if due else None
-        self._pending = _plus(state, g, x, turned)._replace(
+                basis = yield from self._turned(state, g)
+                state = state._replace(right=(yield from _plus(state, g, basis)).right)
+        due = 8 * (state.n_since + n) >= state.n_samples or state.n_samples < _FEW_ROWS * state.left.shape[1]
+        turned = (yield from self._turned(state, g)) if due else None
+        self._pending = (yield from _plus(state, g, turned))._replace(
             squares=state.squares + squares, n_samples=state.n_samples + n, n_since=0 if due else state.n_since + n
         )
 
@@ -118,10 +130,10 @@ class MeanGradient:
         left, right = (rows.new_zeros(rows.shape[1], size, dtype=torch.float32) for rows in (g, x))
         return _State(left, right.T.contiguous(), left.new_zeros(len(left), dtype=torch.float64), 0, 0)
 
-    def _turned(self, state: _State, g: Tensor, x: Tensor) -> Tensor:
+    def _turned(self, state: _State, g: Tensor) -> Generator[Along, Tensor, Tensor]:
         """Turn Q to a batch, [d_out, l]."""
         test = self._test(state.right)
-        along = times_transposed(x, test)  # [n, l]
+        along = yield Along(test)  # [n, l]
         image = state.left @ (state.right @ test.T) + times_transposed(along.T, g.T).T  # [d_out, l]
         # Contiguous, as what is read from a file is: products of other layouts differ in the last bits.
         basis: Tensor = torch.linalg.qr(image).Q.contiguous()
@@ -207,10 +219,11 @@ def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Te
     return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
 
 
-def _plus(state: _State, g: Tensor, x: Tensor, turned: Tensor | None) -> _State:
+def _plus(state: _State, g: Tensor, turned: Tensor | None) -> Generator[Image, Tensor, _State]:
     """Add g^T x, along new left directions if they have turned."""
     left, right = state.left, state.right
     if turned is not None:
         left, right = turned, (turned.T @ left) @ right
     ahead = times_transposed(g, left.T)  # [n, l]
-    return state._replace(left=left, right=(right + times_transposed(ahead.T, x.T)).contiguous())  # [l, d_in]
+    image = yield Image(ahead)  # [l, d_in]
+    return state._replace(left=left, right=(right + image).contiguous())

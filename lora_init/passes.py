@@ -18,12 +18,13 @@ from lora_init.errors import LoraInitError
 from lora_init.gradient_tap import GradientTap, Read
 from lora_init.gradients import is_weighted, weighted_group
 from lora_init.mean_gradient import MeanGradient
-from lora_init.products import rounded
+from lora_init.products import as_multiplied
 from lora_init.records import Collected, GroupRecord
 from lora_init.rounds import Rounds, own_batches
 from lora_init.shards import Shard, length
-from lora_init.svd import IncrementalSVD, Weights, apply_updates, settle
+from lora_init.svd import IncrementalSVD, apply_updates, settle
 from lora_init.team import Team
+from lora_init.together import multiply
 
 
 def collect_groups(
@@ -147,7 +148,7 @@ class _Pass:
                 tap.run(batch, self._sink, self._wanted)
                 labels = 0
             else:
-                labels = self.gradients.run(batch, self._rounding_sink, self._gradient_sink, self._wanted)
+                labels = self.gradients.run(batch, self._gradient_sink, self._wanted)
             passed = time.perf_counter()
             compared = _take_in(found)
             found.n_labels += labels
@@ -163,44 +164,41 @@ class _Pass:
         if self.gradients is None:
             tap.run(batch, lambda group, rows: None)
         else:
-            self.gradients.run(batch, lambda group, rows: None, lambda name, g, read: None, lambda group: True)
+            self.gradients.run(batch, lambda read: None, lambda group: True)
 
     def _decide(self, compared: Iterable[GroupRecord]) -> None:
         for record in compared:
             record.decide(self._tolerance, self.found.n_batches)
 
-    def _sink(self, group: str, rows: Tensor, weights: Weights | None = None) -> None:
+    def _sink(self, group: str, rows: Tensor) -> None:
         start = time.perf_counter()
-        if group not in self.found.groups:
-            self.found.groups[group] = GroupRecord(self.make(group))
         try:
-            self.found.groups[group].svd.project(rows, weights)
+            self._svd(group).project(rows)
         except LoraInitError as error:
             raise LoraInitError(f"layer {group!r}: {error}") from None
         self.found.seconds["decomposition"] += time.perf_counter() - start
 
-    def _rounding_sink(self, group: str, rows: Tensor) -> None:
-        """Take in rows at the precision at which they wait for their gradient: twice as fast on some processors."""
-        self._sink(group, rounded(rows))
-
-    def _gradient_sink(self, name: str, g: Tensor, read: Read) -> None:
+    def _gradient_sink(self, read: Read) -> None:
         start = time.perf_counter()
-        tap, group = self.gradients, weighted_group(name)
-        if tap is None:
-            return
-        x, x_norms, counting = read
-        if counting is not None and tap.by_labels:
-            g, x, x_norms, counting = g[counting], x[counting], x_norms[counting], None
-        if name not in self.found.gradients:
-            self.found.gradients[name] = MeanGradient(tap.n_triplets, self._seed)
-        n = len(g) if counting is None else len(counting)  # padding has no gradient and adds nothing
-        self.found.gradients[name].project(g, x, n)
+        rows = as_multiplied(read.rows)
+        steps = [self._svd(group).steps(rows, read.norms) for group in read.inputs]
+        for name, (g, norms, squares) in read.gradients.items():
+            steps.append(self._mean(name).steps(g, rows, squares))
+            if self._wanted(group := weighted_group(name)):
+                steps.append(self._svd(group).steps(rows, read.norms, norms))
+        multiply(rows, steps)
         self.found.seconds["decomposition"] += time.perf_counter() - start
-        if self._wanted(group):
-            norms = torch.linalg.vector_norm(g, dim=1)
-            if counting is not None:
-                norms = torch.zeros_like(norms).index_copy_(0, counting, norms[counting])
-            self._sink(group, x, Weights(norms, x_norms, n))
+
+    def _svd(self, group: str) -> IncrementalSVD:
+        if group not in self.found.groups:
+            self.found.groups[group] = GroupRecord(self.make(group))
+        return self.found.groups[group].svd
+
+    def _mean(self, name: str) -> MeanGradient:
+        if name not in self.found.gradients:
+            assert self.gradients is not None
+            self.found.gradients[name] = MeanGradient(self.gradients.n_triplets, self._seed)
+        return self.found.gradients[name]
 
     def _wanted(self, group: str) -> bool:
         return group not in self.found.groups or self.found.groups[group].converged_at is None

@@ -15,6 +15,7 @@ from lora_init.moments import NEGLIGIBLE, NO_ROWS, Moments, check_alike, check_r
 from lora_init.nystrom import State, Sums, measure, orthonormal, pieces, turn
 from lora_init.products import as_multiplied, times_transposed
 from lora_init.spectrum import Spectrum
+from lora_init.together import Along, Image, Steps, multiply
 
 # Inputs as wide as this turn to every batch: gathering would double a state that is large already, and in models of
 # that size turning is small next to the pass.
@@ -35,14 +36,6 @@ class HeldOut(NamedTuple):
     captured: Tensor
     total: float
     n_samples: int
-
-
-class Weights(NamedTuple):
-    """Factors of rows that come as they are, so that several decompositions can share them."""
-
-    factors: Tensor  # [n], float32; 0 for a row that does not count
-    norms: Tensor  # [n], of the rows, float32
-    n_samples: int  # rows that count
 
 
 class _Small(NamedTuple):
@@ -137,52 +130,65 @@ class IncrementalSVD:
         apply_updates([self])
         return self
 
-    def project(self, rows: Tensor, weights: Weights | None = None) -> None:
+    def project(self, rows: Tensor) -> None:
         """Do the part of `partial_fit` that needs the rows; `apply_updates` does the rest, for many at once.
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
 
         Args:
             rows: [n, d]; see `as_multiplied` for rows of bfloat16.
-            weights: Multiplies each row by a factor; for uncentred decompositions only.
+        """
+        check_rows(rows, None)
+        rows = as_multiplied(rows)
+        multiply(rows, [self.steps(rows)])
+
+    def steps(self, rows: Tensor, norms: Tensor | None = None, weights: Tensor | None = None) -> Steps:
+        """Do what `project` does with products that are made together with those of others, see `multiply`.
+
+        Args:
+            rows: [n, d], as `as_multiplied` gives them.
+            norms: Of the rows, [n], float32, if they are known.
+            weights: Factors of the rows, [n], float32; for uncentred decompositions only, and with the norms.
         """
         self._to(rows.device)
         check_rows(rows, self._state.test.shape[1] if self._state else None)
-        n, d = len(rows) if weights is None else weights.n_samples, rows.shape[1]
+        n, d = rows.shape
         if n == 0:
             return
         if self._pending is not None:
             apply_updates([self])
         state = self._state
         small = state is None or len(state.core) < min(self._n_directions, d) or n <= self._n_directions
-        rows = rows.float() if small and rows.dtype != torch.float64 else as_multiplied(rows)
+        shared = state is not None and not small and state.shift is None
+        if small and rows.dtype == torch.bfloat16:
+            rows = rows.float()
         if weights is not None and small:
-            rows, weights = rows * weights.factors[:, None], None
+            rows, norms, weights = rows * weights[:, None], None, None
         shift = state.shift if state is not None else self._large_mean(rows)
-        rows = rows if shift is None else rows - shift
-        if weights is None:
-            row_norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
-        else:
-            row_norms = weights.factors * weights.norms
-        squares = torch.linalg.vector_norm(row_norms, dtype=torch.float64).square()
+        rows, norms = (rows, norms) if shift is None else (rows - shift, None)
+        if norms is None:
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        norms = norms if weights is None else norms * weights
+        squares = torch.linalg.vector_norm(norms, dtype=torch.float64).square()
         captured = None
         if state is not None:
-            along = times_transposed(rows, state.test, state.bias)  # T, [n, k + 1]
-            along = along if weights is None else along * weights.factors[:, None]
+            test = Along(state.test, state.bias)
+            along = (yield test) if shared else times_transposed(rows, *test)  # T, [n, k + 1]
+            along = along if weights is None else along * weights[:, None]
             gram = along.T @ along
             if not small:
-                along = along if weights is None else along * weights.factors[:, None]
-                image = times_transposed(along.T, rows.T)
+                along = along if weights is None else along * weights[:, None]
+                image = (yield Image(along)) if shared else times_transposed(along.T, rows.T)
                 if self.center and rows.dtype == torch.bfloat16:
                     image[-1] = rows.sum(0, dtype=torch.float32)  # the mean is of it, and stays exact
-                self._pending = _Pending(row_norms, Sums(n, squares, gram, image))
+                self._pending = _Pending(norms, Sums(n, squares, gram, image))
                 return
             captured = gram.diagonal()[:-1].double()
         mean = rows.mean(0) if self.center else torch.zeros_like(rows[0])
         start = torch.randn(self._n_directions, d, generator=torch.Generator().manual_seed(self.seed)).to(rows)
         if state is not None:
             start[: len(state.core)] = state.directions
-        self._pending = _Pending(row_norms, _Small(n, squares, mean, compress(rows - mean, start), captured, shift))
+        self._pending = _Pending(norms, _Small(n, squares, mean, compress(rows - mean, start), captured, shift))
 
     def _large_mean(self, rows: Tensor) -> Tensor | None:
         if not self.center:

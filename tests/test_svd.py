@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
 
 from lora_init import ExactPCA, IncrementalSVD, LoraInitError, principal_angles
-from lora_init.svd import Weights, apply_updates
+from lora_init.products import as_multiplied
+from lora_init.svd import apply_updates
+from lora_init.together import multiply
 from tests import reference
 
 BOTH = [ExactPCA, IncrementalSVD]
@@ -193,14 +195,14 @@ def test_updating_many_at_once_is_updating_each():
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_weights_are_factors_of_rows(dtype, rtol):
-    """First batches, small ones and others; rows of weight zero do not count."""
+    """First batches, small ones and others."""
     plain, weighted = IncrementalSVD(4, center=False), IncrementalSVD(4, center=False)
     generator = torch.Generator().manual_seed(0)
     for seed, n in enumerate((60, 80, 10, 300)):
         rows, factors = decaying_rows(n, 40, seed=seed), torch.rand(n, generator=generator)
-        factors[-5:] = 0.0
-        plain.partial_fit((rows * factors[:, None])[:-5])
-        weighted.project(rows.to(dtype), Weights(factors, rows.norm(dim=1), n - 5))
+        plain.partial_fit(rows * factors[:, None])
+        given = as_multiplied(rows.to(dtype))
+        multiply(given, [weighted.steps(given, rows.norm(dim=1), factors)])
         apply_updates([weighted])
         assert weighted.n_samples == plain.n_samples
         if seed:
