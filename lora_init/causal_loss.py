@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
 from types import TracebackType
@@ -24,8 +23,8 @@ class CausalLoss:
     """Take the place of transformers' loss of a causal language model; the same number, up to rounding.
 
     A context manager. Softmax and its gradient are computed together, block by block, and for labelled tokens only.
-    From the second batch on, when it is known that the model computes its loss here, logits are made for positions only
-    that have a label in some row: with short answers to long questions the output embedding costs next to nothing.
+    From the second batch on, when it is known that the model makes its logits once and computes its loss here, the
+    output embedding is run on labelled tokens only: padding, and long questions with short answers, cost nothing there.
 
     Args:
         model: Any model. Nothing is changed in one that computes its loss in another way.
@@ -36,15 +35,20 @@ class CausalLoss:
         self._model: Any = model
         losses = sys.modules.get("transformers.loss.loss_utils")
         self._original: Any = getattr(losses, "ForCausalLMLoss", None)
-        keeps = keeps_logits(model)
-        self._applies = self._original is not None and keeps and _loss_function(model) is self._original
-        self._keeps = keeps and not whole
-        self._was_called = False
+        self._applies = self._original is not None and _loss_function(model) is self._original
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._head = head if self._applies and isinstance(head, nn.Module) and not whole else None
+        self._handle: Any = None
+        self._is_known = False
+        self._n_heads = self._n_losses = 0  # calls in this batch
+        self._shape: torch.Size | None = None
         self._kept: Tensor | None = None
 
     def __enter__(self) -> CausalLoss:
         if self._applies:
             self._model.loss_function = self._loss
+        if self._head is not None:
+            self._handle = self._head.register_forward_pre_hook(self._narrow)
         return self
 
     def __exit__(
@@ -52,33 +56,40 @@ class CausalLoss:
     ) -> None:
         if self._applies:
             del self._model._loss_function
+        if self._handle is not None:
+            self._handle.remove()
 
-    def narrowed(self, batch: Any) -> Any:
-        """Give a batch that asks for no more logits than its labels need."""
-        self._kept = None
+    def start(self, batch: Any) -> None:
+        """Say which batch comes next."""
+        self._is_known = self._is_known or self._n_heads == self._n_losses == 1
+        self._n_heads = self._n_losses = 0
+        self._kept = self._shape = None
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not (self._was_called and self._keeps) or labels is None or "logits_to_keep" in batch:
-            return batch
-        self._kept = (_shifted(labels) != IGNORED).any(dim=0).nonzero().flatten()
-        return {**batch, "logits_to_keep": self._kept}
+        if self._is_known and isinstance(labels, Tensor):
+            self._shape = labels.shape
+            self._kept = (_shifted(labels) != IGNORED).flatten().nonzero().flatten()
+
+    def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self._n_heads += 1
+        if self._kept is None or not args or args[0].shape[:-1] != self._shape:
+            return None
+        hidden = args[0].flatten(0, -2)
+        return (hidden.index_select(0, self._kept.to(hidden.device))[None], *args[1:])
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **options: Any) -> Tensor:
-        targets = _shifted(labels) if self._kept is None else _shifted(labels)[:, self._kept]
+        targets = _shifted(labels)
+        if self._kept is not None and logits.shape[:-1] == (1, len(self._kept)):
+            targets = targets.flatten()[self._kept.to(targets.device)][None]
         plain = not args and all(options.get(name) is None for name in ("num_items_in_batch", "shift_labels"))
         if not plain or targets.shape != logits.shape[:-1]:
             other: Tensor = self._original(logits, labels, vocab_size, *args, **options)
             return other
-        self._was_called = True
+        self._n_losses += 1
         # What a product returns is not kept for its gradient. Autograd would notice if anything else had kept it.
         ours_to_write = logits.grad_fn is not None and logits.grad_fn.name() in _PRODUCTS
         apply: Any = _CrossEntropy.apply
         loss: Tensor = apply(logits.reshape(-1, vocab_size), targets.reshape(-1).to(logits.device), ours_to_write)
         return loss
-
-
-def keeps_logits(model: nn.Module) -> bool:
-    """Tell whether a model can make the logits of some positions only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def may_shift_labels(model: nn.Module) -> bool:

@@ -166,7 +166,8 @@ class GradientTap:
             self._sink = sink
             try:
                 n_labels = count_labels(self._tap.model, moved)
-                self._backward(self._loss_of(self._causal_loss.narrowed(moved)) * n_labels)
+                self._causal_loss.start(moved)
+                self._backward(self._loss_of(moved) * n_labels)
                 if not self._arrived:
                     raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
                 for name, (read, width) in self._ran_now.items():  # their gradient is zero

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.causal_loss import keeps_logits
 from lora_init.encoding import IGNORED, Encoded, pad_batch
 from lora_init.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 
@@ -165,4 +165,4 @@ def _placed(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _keeps_logits(model: nn.Module) -> bool:
     of_peft: Any = getattr(model, "get_base_model", None)
     plain: nn.Module = model if of_peft is None else of_peft()
-    return keeps_logits(plain)
+    return "logits_to_keep" in inspect.signature(plain.forward).parameters

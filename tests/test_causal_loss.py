@@ -38,15 +38,18 @@ def test_the_loss_is_that_of_transformers(monkeypatch, make, block, onednn):
     model, data = make(), batch()
     expected = loss_and_gradient(model, data)
     seen = []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1]))
     if onednn:
         linear_layers_by_onednn(model).__enter__()
     with CausalLoss(model) as loss:
-        found = [loss_and_gradient(model, loss.narrowed(data)) for _ in range(2)]
+        found = []
+        for _ in range(2):
+            loss.start(data)
+            found.append(loss_and_gradient(model, data))
     for got in found:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
-    assert seen == [20, 6]  # labels end at 4 places, and each is predicted by the token before it
-    assert "logits_to_keep" not in data
+    assert seen == [(4, 20), (1, 12)]  # three labels in each of four rows
+    assert not model.get_output_embeddings()._forward_pre_hooks
     assert model.loss_function.__name__ == "ForCausalLMLoss"
 
 
@@ -64,6 +67,28 @@ def test_logits_that_the_model_needs_for_their_gradient_are_left_alone():
     expected = loss_and_gradient(model, data)
     with CausalLoss(model):
         torch.testing.assert_close(loss_and_gradient(model, data), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_model_that_makes_its_logits_in_another_way_makes_them_all(times):
+    """Not by calling its output embedding, or twice, to predict further ahead."""
+    model, data, seen = tiny_llama(), batch(), []
+    head = model.lm_head
+
+    class Wrapped(nn.Module):
+        def forward(self, x):
+            logits = nn.functional.linear(x, head.weight) if times == 0 else head(x)
+            seen.append(len(logits))
+            return logits if times < 2 else logits + head(x * 0.0)
+
+    model.lm_head = Wrapped()
+    model.get_output_embeddings = lambda: head
+    expected = loss_and_gradient(model, data)
+    with CausalLoss(model) as loss:
+        for _ in range(2):
+            loss.start(data)
+            torch.testing.assert_close(loss_and_gradient(model, data), expected, rtol=1e-5, atol=1e-6)
+    assert seen == [4, 4, 4]
 
 
 def test_what_trainers_pass_along_goes_to_the_loss_of_transformers():
@@ -85,16 +110,21 @@ def test_other_models_make_all_their_logits(change):
     if change == "another loss":
         model.loss_function = lambda logits, labels, **options: logits.square().mean()
     before = model.loss_function
+    seen = []
+    if change != "not a language model":
+        model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1]))
     with CausalLoss(model, whole=change == "whole") as loss:
-        if change != "not a language model":
-            loss_and_gradient(model, batch())
-        assert loss.narrowed(data := batch()) is data
+        for _ in range(2):
+            loss.start(batch())
+            if change != "not a language model":
+                loss_and_gradient(model, batch())
+    assert set(seen) <= {(4, 20)}
     assert model.loss_function == before
 
 
 def test_collect_makes_few_logits_and_all_where_somebody_may_look_at_them():
     model, data, seen = tiny_llama(), [batch(n_answer) for n_answer in (3, 4, 5)], []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
 
     def logits_per_batch(**options):
         seen.clear()
@@ -102,14 +132,14 @@ def test_collect_makes_few_logits_and_all_where_somebody_may_look_at_them():
         return list(seen), stats
 
     few, stats = logits_per_batch()
-    assert few == [20, 7, 8]
+    assert few == [80, 16, 20]
     for options in (
         {"loss": lambda output, batch: output.loss},
         {"forward": lambda model, batch: model(**batch)},
         {"target_modules": ["q_proj", "lm_head"]},
     ):
         whole, other = logits_per_batch(**options)
-        assert whole == [20, 20, 20]
+        assert whole == [80, 80, 80]
         name = "model.layers.0.self_attn.q_proj"
         a, b = stats.gradient(name), other.gradient(name)
         torch.testing.assert_close(a.singular_values[:4], b.singular_values[:4], rtol=1e-3, atol=0.0)
