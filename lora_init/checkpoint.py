@@ -16,7 +16,7 @@ from lora_init.svd import IncrementalSVD
 from lora_init.tensorfile import TensorFile, write_tensors
 
 FORMAT = "lora_init.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Checkpoint:

@@ -33,6 +33,13 @@ Loss = Callable[[Any, Any], Tensor]
 _MOST_WAITING = 8
 
 
+class Tokens(NamedTuple):
+    """Numbers of the rows of a tensor that count, and of those that do not."""
+
+    counting: Tensor
+    others: Tensor
+
+
 class Gradient(NamedTuple):
     """The gradient of a batch's summed loss at the output of one layer, for the tokens that count."""
 
@@ -49,7 +56,7 @@ class Read:
         rows: [n, d_in], those that count, as `rounded` gives them, never float64.
         norms: Of the rows, float32 [n].
         source: The tensor.
-        counting: Numbers of these rows among all of the tensor, None if all count.
+        tokens: Which of all rows of the tensor they are, None if all.
         inputs: Groups whose rows they are.
         gradients: Of layers that read them, by name.
         n_expected: Gradients that are still to come.
@@ -58,7 +65,7 @@ class Read:
     rows: Tensor
     norms: Tensor
     source: weakref.ref[Tensor]
-    counting: Tensor | None
+    tokens: Tokens | None
     inputs: list[str] = field(default_factory=list)
     gradients: dict[str, Gradient] = field(default_factory=dict)
     n_expected: int = 0
@@ -114,6 +121,7 @@ class GradientTap:
         self._waiting: dict[Read, None] = {}
         self._ran_now: dict[str, tuple[Read, int]] = {}
         self._arrived = False
+        self._last_tokens: Tokens | None = None
         self._causal_loss = CausalLoss(tap.model, whole=loss is not None or own_forward or tap.has_output_embedding)
         self._stack = ExitStack()
 
@@ -177,7 +185,7 @@ class GradientTap:
                     self._hand_out(read)
             finally:
                 self._sink = None
-                self._fresh, self._ran_now, self._waiting = set(), {}, {}
+                self._fresh, self._ran_now, self._waiting, self._last_tokens = set(), {}, {}, None
         return n_labels
 
     @property
@@ -253,12 +261,24 @@ class GradientTap:
         """
         read = self._reads.get((id(x), x._version))
         if read is None or read.source() is not x:
-            rows, counting = x.detach().reshape(-1, x.shape[-1]), self._tap.index(name, x)
+            rows, tokens = x.detach().reshape(-1, x.shape[-1]), self._tokens(name, x)
             rows = rows.float() if rows.dtype == torch.float64 else rows
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            rows, norms = (_chosen(part, counting) for part in (rounded(rows), norms))
-            read = self._reads[id(x), x._version] = Read(rows, norms, weakref.ref(x), counting)
+            rows = rounded(rows)
+            if tokens is not None:
+                rows, norms = (part.index_select(0, tokens.counting) for part in (rows, norms))
+            read = self._reads[id(x), x._version] = Read(rows, norms, weakref.ref(x), tokens)
         return read
+
+    def _tokens(self, name: str, x: Tensor) -> Tokens | None:
+        counting = self._tap.index(name, x)
+        if counting is None:
+            return None
+        if self._last_tokens is None or self._last_tokens.counting is not counting:
+            n = x.numel() // x.shape[-1]
+            left = torch.ones(n, dtype=torch.bool, device=x.device).index_fill_(0, counting, False)
+            self._last_tokens = Tokens(counting, left.nonzero().flatten())
+        return self._last_tokens
 
     def _waits(self, read: Read) -> Read:
         self._waiting[read] = None
@@ -271,7 +291,7 @@ class GradientTap:
         self._ran_now.pop(name, None)
         if name in read.gradients:  # of a layer that ran twice
             self._hand_out(read)
-        self._waits(read).gradients[name] = _taken(gradient.reshape(-1, gradient.shape[-1]), read.counting)
+        self._waits(read).gradients[name] = _taken(gradient.reshape(-1, gradient.shape[-1]), read.tokens)
         read.n_expected -= 1
         width = sum(waiting.rows.shape[1] for waiting in read.gradients.values())
         if read.n_expected <= 0 or width > _MOST_WAITING * read.rows.shape[1]:
@@ -285,18 +305,13 @@ class GradientTap:
         read.inputs, read.gradients = [], {}
 
 
-def _taken(g: Tensor, counting: Tensor | None) -> Gradient:
-    squared = g.float().square()
-    norms = _chosen(squared.sum(1).sqrt(), counting)
-    if counting is None:
-        squares = squared.sum(0)
-    else:  # reads less than a selection of the rows would
-        squares = torch.zeros(len(g), device=g.device).index_fill_(0, counting, 1.0) @ squared
-    return Gradient(_chosen(rounded(g), counting), norms, squares)
-
-
-def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    return rows if index is None else rows.index_select(0, index)
+def _taken(g: Tensor, tokens: Tokens | None) -> Gradient:
+    squared = g.float().square()  # before rounding
+    if tokens is None:
+        return Gradient(rounded(g), squared.sum(1).sqrt_(), squared.sum(0))
+    norms = squared.sum(1).sqrt_().index_select(0, tokens.counting)
+    squares = squared.index_fill_(0, tokens.others, 0.0).sum(0)
+    return Gradient(rounded(g).index_select(0, tokens.counting), norms, squares)
 
 
 def count_labels(model: nn.Module, batch: Any) -> int:

@@ -21,9 +21,9 @@ _ROUNDING = 1e-6
 
 
 class _State(NamedTuple):
-    """A sum of gradients, left @ right up to what l directions miss. Replaced as a whole."""
+    """A sum of gradients, left^T right up to what l directions miss. Replaced as a whole."""
 
-    left: Tensor  # [d_out, l], orthonormal columns
+    left: Tensor  # [l, d_out], orthonormal rows
     right: Tensor  # [l, d_in]
     squares: Tensor  # [d_out], float64: sum of the squares of all rows g
     n_samples: int
@@ -38,13 +38,13 @@ class MeanGradient:
     """Estimate the leading singular triplets of G = sum of g_t x_t^T, for tokens that arrive in batches.
 
     g_t is the gradient with respect to a layer's output at a token and x_t what the layer reads there, so G is the
-    gradient of its weight. Keeps G ~ Q R with Q of d_out x l and R of l x d_in. A batch H is taken in by one step of
-    subspace iteration on the sum of old and new: V is R, the new Q spans (Q R + H) V^T, and the
-    new R is Q^T (Q R + H), whose rows are nearly orthogonal, since iteration turns Q to the singular vectors. Both
-    products with H = g^T x are thin, g^T (x V^T) and (g Q)^T x, so nothing of d_out x d_in is ever made. The directions
-    turn to every batch at first, later to every eighth of all rows; in between, R gains Q^T H. A batch loses what lies
-    outside of the l directions that it meets or turns to; a sum of rank l at most, seen from its first batch on, is
-    exact.
+    gradient of its weight. Keeps G ~ Q^T R with Q of l x d_out and R of l x d_in. A batch H is taken in by one step of
+    subspace iteration on the sum of old and new: V is R, the new Q spans V (Q^T R + H)^T, and the new R is
+    Q (Q^T R + H), whose rows are nearly orthogonal, since iteration turns Q to the singular vectors. Both products
+    with H = g^T x are thin, (x V^T)^T g and (g Q^T)^T x, so nothing of d_out x d_in is ever made. The directions turn
+    to every batch while there are few rows, later to every eighth of all; in between, R gains Q H. A batch loses what
+    lies outside of the l directions that it meets or turns to; a sum of rank l at most, seen from its first batch on,
+    is exact.
 
     The sum of the squares of g is exact, so that scores of layers have one unit.
 
@@ -106,7 +106,7 @@ class MeanGradient:
             for _ in range(_FIRST_STEPS - 1):
                 basis = yield from self._turned(state, g)
                 state = state._replace(right=(yield from _plus(state, g, basis)).right)
-        due = 8 * (state.n_since + n) >= state.n_samples or state.n_samples < _FEW_ROWS * state.left.shape[1]
+        due = 8 * (state.n_since + n) >= state.n_samples or state.n_samples < _FEW_ROWS * len(state.left)
         turned = (yield from self._turned(state, g)) if due else None
         self._pending = (yield from _plus(state, g, turned))._replace(
             squares=state.squares + squares, n_samples=state.n_samples + n, n_since=0 if due else state.n_since + n
@@ -127,16 +127,16 @@ class MeanGradient:
 
     def _first(self, g: Tensor, x: Tensor) -> _State:
         size = min(-(-self.n_components // 8) * 8, g.shape[1], x.shape[1])
-        left, right = (rows.new_zeros(rows.shape[1], size, dtype=torch.float32) for rows in (g, x))
-        return _State(left, right.T.contiguous(), left.new_zeros(len(left), dtype=torch.float64), 0, 0)
+        left, right = (rows.new_zeros(size, rows.shape[1], dtype=torch.float32) for rows in (g, x))
+        return _State(left, right, left.new_zeros(left.shape[1], dtype=torch.float64), 0, 0)
 
     def _turned(self, state: _State, g: Tensor) -> Generator[Along, Tensor, Tensor]:
-        """Turn Q to a batch, [d_out, l]."""
+        """Turn Q to a batch, [l, d_out]."""
         test = self._test(state.right)
         along = yield Along(test)  # [n, l]
-        image = state.left @ (state.right @ test.T) + times_transposed(along.T, g.T).T  # [d_out, l]
+        image = torch.addmm(times_transposed(along.T, g.T), test @ state.right.T, state.left)  # [l, d_out]
         # Contiguous, as what is read from a file is: products of other layouts differ in the last bits.
-        basis: Tensor = torch.linalg.qr(image).Q.contiguous()
+        basis: Tensor = torch.linalg.qr(image.T).Q.T.contiguous()
         return basis
 
     def _test(self, right: Tensor) -> Tensor:
@@ -157,9 +157,9 @@ class MeanGradient:
             self._state = other._state
             return self
         a, b = self._state, other._state.to(self._state.left.device)
-        u, s, v = product_svd(torch.cat([a.left, b.left], 1), torch.cat([a.right, b.right]), len(a.right))
+        u, s, v = product_svd(torch.cat([a.left, b.left]).T, torch.cat([a.right, b.right]), len(a.right))
         self._state = _State(
-            u.to(a.left), (s[:, None] * v).to(a.right), a.squares + b.squares,
+            u.T.to(a.left).contiguous(), (s[:, None] * v).to(a.right), a.squares + b.squares,
             a.n_samples + b.n_samples, a.n_since + b.n_since,
         )  # fmt: skip
         return self
@@ -171,7 +171,7 @@ class MeanGradient:
         """
         state = self._known()
         u, s, v = torch.linalg.svd(state.right.double(), full_matrices=False)
-        return freeze_triplets(state.left.double() @ u, s, v, k)
+        return freeze_triplets(state.left.T.double() @ u, s, v, k)
 
     def _known(self) -> _State:
         if self._state is None:
@@ -223,7 +223,7 @@ def _plus(state: _State, g: Tensor, turned: Tensor | None) -> Generator[Image, T
     """Add g^T x, along new left directions if they have turned."""
     left, right = state.left, state.right
     if turned is not None:
-        left, right = turned, (turned.T @ left) @ right
-    ahead = times_transposed(g, left.T)  # [n, l]
+        left, right = turned, (turned @ left.T) @ right
+    ahead = times_transposed(g, left)  # [n, l]
     image = yield Image(ahead)  # [l, d_in]
     return state._replace(left=left, right=(right + image).contiguous())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -53,8 +54,9 @@ class GroupRecord:
         luck of a few easy batches they meet too early.
         """
         later = self._later()
-        error = statistics.stdev(later) / len(later) ** 0.5
-        gap = self.svd.captured - (statistics.fmean(later) - error)
+        mean = statistics.fmean(later)
+        error = math.dist(later, [mean] * len(later)) / math.sqrt((len(later) - 1) * len(later))
+        gap = self.svd.captured - (mean - error)
         return bool(gap <= tolerance * self.svd.captured)
 
     def after_batch(self) -> bool:
