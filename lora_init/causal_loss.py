@@ -113,6 +113,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ours_to_write: bool) -> Tensor:
         gradient = logits.detach() if ours_to_write else torch.empty_like(logits)
+        in_place = ours_to_write and logits.dtype == torch.float32
         total = logits.new_zeros((), dtype=torch.float64)
         size = max(1, (_BLOCK_ON_CPU if logits.device.type == "cpu" else _BLOCK) // logits.shape[1])
         for start in range(0, len(logits), size):
@@ -120,13 +121,15 @@ class _CrossEntropy(torch.autograd.Function):
             target = targets[rows, None]
             labelled = target != IGNORED
             target = target.clamp_min(0)
-            block = logits[rows].float()
-            block = block - block.amax(1, keepdim=True)
+            block = gradient[rows] if in_place else logits[rows].to(torch.float32, copy=True)
+            block -= block.amax(1, keepdim=True)
             picked = block.gather(1, target)
             scale = block.exp_().sum(1, keepdim=True)
             total += (labelled * (scale.log() - picked)).sum()
             block *= labelled / scale
-            gradient[rows] = block.scatter_add_(1, target, -labelled.float())
+            block.scatter_add_(1, target, -labelled.float())
+            if not in_place:
+                gradient[rows] = block
         ctx.save_for_backward(gradient)
         ctx.n = int((targets != IGNORED).sum())
         mean: Tensor = (total / ctx.n).float()

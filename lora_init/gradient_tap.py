@@ -20,7 +20,7 @@ from lora_init.activations import ActivationTap, Forward, input_of
 from lora_init.causal_loss import CausalLoss, may_shift_labels
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
-from lora_init.masks import IGNORED, encoder_of
+from lora_init.masks import IGNORED, encoder_of, never_looks_ahead, without_needless_mask
 from lora_init.onednn_layers import linear_layers_by_onednn
 from lora_init.products import rounded
 from lora_init.targets import Target
@@ -109,6 +109,7 @@ class GradientTap:
         self._tap = tap
         self._forward = forward
         self._loss = loss
+        self._may_drop_mask = not own_forward and never_looks_ahead(tap.model)
         other = next((t for t in targets.values() if t.kernel or t.experts), None)
         if other is not None:
             raise LoraInitError(
@@ -193,7 +194,7 @@ class GradientTap:
         return type(self._tap.model).__name__
 
     def _loss_of(self, batch: Any) -> Tensor:
-        output = self._forward(self._tap.model, batch)
+        output = self._forward(self._tap.model, without_needless_mask(batch) if self._may_drop_mask else batch)
         loss = self._loss(output, batch) if self._loss else own_loss(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             if self._loss is None and isinstance(batch, Mapping) and "labels" not in batch:

@@ -131,6 +131,23 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
+def never_looks_ahead(model: nn.Module) -> bool:
+    """Tell whether all attention layers say that they are causal, and work without a mask by torch's attention."""
+    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    by_torch = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
+    return by_torch and bool(flags) and all(flags)
+
+
+def without_needless_mask(batch: Any) -> Any:
+    """Leave out a mask whose padding is all on the right, where causal attention never looks: it is faster without."""
+    if not isinstance(batch, Mapping) or set(batch) != {"input_ids", "attention_mask", "labels"}:
+        return batch
+    mask = _as_mask(batch["attention_mask"])
+    if mask is None or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        return batch
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+
 def _as_mask(mask: Any) -> Tensor | None:
     # Other than two-dimensional masks say who attends to whom, not which tokens exist.
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -129,7 +129,7 @@ def test_batches_of_any_cut_give_the_same():
     assert whole.provenance.n_labels == parts.provenance.n_labels
     for name in whole:
         a, b = whole.gradient(name), parts.gradient(name)
-        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=1e-3, atol=0.0)
+        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
         torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
         assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
 
@@ -457,3 +457,29 @@ def test_statistics_without_gradients_say_what_to_do():
         stats.gradient(next(iter(stats)))
     with pytest.raises(KeyError):
         stats.gradient("nowhere")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("change", [None, "forward", "eager", "looks ahead"])
+def test_gradients_run_without_a_mask_that_changes_nothing(side, change):
+    model, batches, masked = tiny_llama(), batches_for("llama"), []
+    options = {}
+    if side == "left":
+        batches = [{key: value.flip(1) for key, value in batch.items()} for batch in batches]
+    if change == "forward":
+        options["forward"] = lambda model, batch: model(**batch)
+    elif change == "eager":
+        model.set_attn_implementation("eager")
+    elif change == "looks ahead":
+        model.model.layers[0].self_attn.is_causal = False
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    stats = collect(model, batches, rank=4, gradients=True, **options)
+    assert masked == [not (side == "right" and change is None)] * len(batches)
+    whole = collect(model, batches, rank=4, gradients=True, forward=lambda model, batch: model(**batch))
+    for name in stats:
+        a, b = stats.gradient(name), whole.gradient(name)
+        torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(stats.explained_variance(name), whole.explained_variance(name), rtol=1e-4, atol=1e-9)

@@ -212,7 +212,7 @@ def test_gradients_of_several_processes_are_those_of_one(size, tmp_path):
             assert float((mean @ found.right[:4].double().T).square().sum() / best) > 0.94
             assert float((found.left[:4].double() @ mean).square().sum() / best) > 0.94
             kept_by_all, kept_by_one = (float(one.singular_values[:4].square().sum()) for one in (found, expected))
-            assert 0.99 * kept_by_one < kept_by_all < 1.05 * best
+            assert 0.98 * kept_by_one < kept_by_all < 1.05 * best
     stats, alone = Statistics.load(tmp_path / f"done-{size}-0"), collect(*two_inputs(), **ONE_IS_DONE)
     assert stats.gradient("planted").weighted.n_samples < 64 * 30 == stats.gradient("planted").n_samples
     for layer in stats:

@@ -229,7 +229,7 @@ def test_many_rows_of_bfloat16_are_multiplied_as_they_are(monkeypatch, fast, mea
     assert principal_angles(found.components, expected.components[:4]).max() < 0.1
 
 
-def gathering(n_batches=19, mean=0.5, **arguments):
+def gathering(n_batches=21, mean=0.5, **arguments):
     """A decomposition of many batches, the last of which its directions have not turned to yet."""
     rows = decaying_rows(60 * n_batches, 40, mean=mean)
     svd = fit(IncrementalSVD, rows, 60, 4, **arguments)
