@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init import passes, workbench
+from lora_init import workbench
 from lora_init.adapter import build_adapter
 from lora_init.collection import collect
 from lora_init.comparison import compare
 from lora_init.initializers import as_large_as_eva, energy, random_orthonormal, zero_b
 from lora_init.statistics import Statistics
-from lora_init.svd import Weights
+from lora_init.svd import IncrementalSVD
+from lora_init.together import Steps
 
 RANK = 8
 _GAMMA = 256.0  # what the search finds for natural-gradient-step on SIQA
@@ -45,6 +46,10 @@ _ENCODER: dict[str, Any] = {"model": "minilm", "max_length": 64}
 TASKS: dict[str, dict[str, Any]] = {
     "siqa": _LANGUAGE | {"data": "siqa/all.jsonl", "template": "{passage} {question}\nAnswer:", "options": "options"}
     | {"max_length": 128},
+    "openbookqa": _LANGUAGE | {"data": "openbookqa/all.jsonl", "template": "{question}\nAnswer:", "options": "options"}
+    | {"max_length": 128},
+    "boolq": _LANGUAGE | {"data": "data/BoolQ/dev.jsonl", "template": "{passage}\nQuestion: {question}?\nAnswer:"}
+    | {"options": "True,False", "max_length": 96},
     "minilm-siqa-kinds": _ENCODER | {"data": "siqa_kinds/all.jsonl", "template": "{passage} {answer}", "label": "kind"}
     | {"steps": 100},
     "minilm-boolq": _ENCODER | {"data": "data/BoolQ/dev.jsonl", "template": "{question}? {passage}", "label": "answer"}
@@ -103,11 +108,12 @@ def start(file: Path, text: str) -> Callable[[nn.Module, int], Any]:
 
 def vary(exponent: float, tokens: str) -> None:
     """Have `compare` collect other statistics. Nothing in the package has a place for such a choice."""
+    plain = IncrementalSVD.steps
 
-    def raised(factors: Tensor, norms: Tensor) -> Weights:
-        return Weights(factors**exponent, norms)
+    def raised(svd: IncrementalSVD, rows: Tensor, norms: Tensor | None = None, weights: Tensor | None = None) -> Steps:
+        return plain(svd, rows, norms, None if weights is None else weights**exponent)
 
-    passes.Weights = raised  # type: ignore[misc, assignment]
+    IncrementalSVD.steps = raised  # type: ignore[method-assign, assignment]
     workbench.collect = functools.partial(collect, token_mask=tokens)  # type: ignore[attr-defined]
 
 
