@@ -139,11 +139,14 @@ def never_looks_ahead(model: nn.Module) -> bool:
 
 
 def without_needless_mask(batch: Any) -> Any:
-    """Leave out a mask whose padding is all on the right, where causal attention never looks: it is faster without."""
+    """Leave out a mask whose padding is all on the right, where causal attention never looks: it is faster without.
+
+    Not if padding has labels: its own loss would be another.
+    """
     if not isinstance(batch, Mapping) or set(batch) != {"input_ids", "attention_mask", "labels"}:
         return batch
     mask = _as_mask(batch["attention_mask"])
-    if mask is None or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+    if mask is None or bool((mask[:, 1:] & ~mask[:, :-1]).any() | ((batch["labels"] != IGNORED) & ~mask).any()):
         return batch
     return {key: value for key, value in batch.items() if key != "attention_mask"}
 

@@ -460,7 +460,7 @@ def test_statistics_without_gradients_say_what_to_do():
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("change", [None, "forward", "eager", "looks ahead"])
+@pytest.mark.parametrize("change", [None, "forward", "eager", "looks ahead", "labels"])
 def test_gradients_run_without_a_mask_that_changes_nothing(side, change):
     model, batches, masked = tiny_llama(), batches_for("llama"), []
     options = {}
@@ -472,6 +472,8 @@ def test_gradients_run_without_a_mask_that_changes_nothing(side, change):
         model.set_attn_implementation("eager")
     elif change == "looks ahead":
         model.model.layers[0].self_attn.is_causal = False
+    elif change == "labels":
+        batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
     model.register_forward_pre_hook(
         lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
     )
