@@ -145,8 +145,10 @@ def without_needless_mask(batch: Any) -> Any:
     """
     if not isinstance(batch, Mapping) or set(batch) != {"input_ids", "attention_mask", "labels"}:
         return batch
-    mask = _as_mask(batch["attention_mask"])
-    if mask is None or bool((mask[:, 1:] & ~mask[:, :-1]).any() | ((batch["labels"] != IGNORED) & ~mask).any()):
+    mask, labels = _as_mask(batch["attention_mask"]), batch["labels"]
+    if mask is None or not isinstance(labels, Tensor) or labels.shape != mask.shape:
+        return batch
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any() | ((labels != IGNORED) & ~mask).any()):
         return batch
     return {key: value for key, value in batch.items() if key != "attention_mask"}
 

@@ -485,3 +485,17 @@ def test_gradients_run_without_a_mask_that_changes_nothing(side, change):
         torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-9)
         torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
         torch.testing.assert_close(stats.explained_variance(name), whole.explained_variance(name), rtol=1e-4, atol=1e-9)
+
+
+def test_a_classifier_made_of_a_language_model_keeps_its_mask():
+    from transformers import LlamaForSequenceClassification
+
+    language_model = tiny_llama()
+    model = LlamaForSequenceClassification(language_model.config).eval()
+    batches = [batch | {"labels": torch.tensor([0, 1, 1, 0])} for batch in batches_for("llama")]
+    masked = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    stats = collect(model, batches, rank=4, gradients=True)
+    assert masked == [True] * len(batches) and "score" in stats
