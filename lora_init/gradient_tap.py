@@ -76,11 +76,12 @@ GradientSink = Callable[[Read], None]
 
 
 class GradientTap:
-    """Run a forward and a backward pass and hand out rows on both ways.
+    """Run a forward and a backward pass and hand out what layers read, beside the gradients at their outputs.
 
     A context manager inside that of its `ActivationTap`. While it lasts no weight wants a gradient, so the backward
-    pass computes none; afterwards that is as before, and no `.grad` was touched. What a layer reads is kept until its
-    gradient arrives; of more than 128 rows in bfloat16, and so are their products on a device that is faster with it.
+    pass computes none; afterwards that is as before, and no `.grad` was touched. What layers read is kept until the
+    gradients of all that read it are there, so that its products can be made together; of more than 128 rows in
+    bfloat16, and so are their products on a device that is faster with it.
     Layers under gradient checkpointing are checkpointed here, too. On a CPU linear layers run through oneDNN.
 
     g_t is the gradient of the *sum* of the losses of a batch's labels: of the batch's loss times their number. So a
