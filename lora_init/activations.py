@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, is_offloaded, is_sharded, run_eagerly
 from lora_init.experts import Experts, experts_of, routed
-from lora_init.masks import TokenMasks, encoder_of
+from lora_init.masks import TokenMasks, Tokens, encoder_of
 from lora_init.patches import Patches, patches_of
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
@@ -211,14 +211,9 @@ class ActivationTap:
         head = _output_embedding(self.model)
         return head is not None and any(head is module for module in self.modules.values())
 
-    @property
-    def by_labels(self) -> bool:
-        """Whether tokens without a label are left out."""
-        return self._masks.by_labels
-
-    def index(self, name: str, x: Tensor) -> Tensor | None:
-        """Number the rows of a layer's input [..., d] that count in the present pass; None if all do."""
-        return self._masks.index(name, x[None] if x.dim() == 1 else x)
+    def tokens(self, name: str, x: Tensor) -> Tokens | None:
+        """Say which rows of a layer's input [..., d] count in the present pass; None if all do."""
+        return self._masks.tokens(name, x[None] if x.dim() == 1 else x)
 
     def _end_pass(self, module: nn.Module, args: Any) -> None:
         if self._sink is not None and not self._whole:
@@ -250,9 +245,9 @@ class ActivationTap:
     def _carry_experts(self, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         self.group_of.setdefault(experts.name, experts.name)
         hidden, chosen = routed(experts.name, args, kwargs)
-        index = self._masks.index(experts.name, hidden)
-        if index is not None:
-            hidden, chosen = hidden[index], chosen[index]
+        tokens = self._masks.tokens(experts.name, hidden)
+        if tokens is not None:
+            hidden, chosen = hidden[tokens.counting], chosen[tokens.counting]
         for group, rows in experts.rows(hidden, chosen, self._wanted):
             sink(group, rows)
 

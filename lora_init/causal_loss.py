@@ -41,8 +41,7 @@ class CausalLoss:
         self._handle: Any = None
         self._is_known = False
         self._n_heads = self._n_losses = 0  # calls in this batch
-        self._shape: torch.Size | None = None
-        self._kept: Tensor | None = None
+        self._labelled: Tensor | None = None  # [batch, length], where the output embedding is to run
 
     def __enter__(self) -> CausalLoss:
         if self._applies:
@@ -63,23 +62,22 @@ class CausalLoss:
         """Say which batch comes next."""
         self._is_known = self._is_known or self._n_heads == self._n_losses == 1
         self._n_heads = self._n_losses = 0
-        self._kept = self._shape = None
+        self._labelled = None
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if self._is_known and isinstance(labels, Tensor):
-            self._shape = labels.shape
-            self._kept = (_shifted(labels) != IGNORED).flatten().nonzero().flatten()
+            self._labelled = _shifted(labels) != IGNORED
 
     def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self._n_heads += 1
-        if self._kept is None or not args or args[0].shape[:-1] != self._shape:
+        if self._labelled is None or not args or args[0].shape[:-1] != self._labelled.shape:
             return None
-        hidden = args[0].flatten(0, -2)
-        return (hidden.index_select(0, self._kept.to(hidden.device))[None], *args[1:])
+        return (args[0][self._labelled.to(args[0].device)][None], *args[1:])
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **options: Any) -> Tensor:
         targets = _shifted(labels)
-        if self._kept is not None and logits.shape[:-1] == (1, len(self._kept)):
-            targets = targets.flatten()[self._kept.to(targets.device)][None]
+        labelled = self._labelled
+        if labelled is not None and targets.shape == labelled.shape != logits.shape[:-1]:
+            targets = targets[labelled.to(targets.device)][None]
         plain = not args and all(options.get(name) is None for name in ("num_items_in_batch", "shift_labels"))
         if not plain or targets.shape != logits.shape[:-1]:
             other: Tensor = self._original(logits, labels, vocab_size, *args, **options)

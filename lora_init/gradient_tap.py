@@ -20,7 +20,7 @@ from lora_init.activations import ActivationTap, Forward, input_of
 from lora_init.causal_loss import CausalLoss, may_shift_labels
 from lora_init.errors import LoraInitError
 from lora_init.execution import Precision, reshard, run_eagerly
-from lora_init.masks import IGNORED, encoder_of, never_looks_ahead, without_needless_mask
+from lora_init.masks import IGNORED, Tokens, encoder_of, never_looks_ahead, without_needless_mask
 from lora_init.onednn_layers import linear_layers_by_onednn
 from lora_init.products import rounded
 from lora_init.targets import Target
@@ -31,13 +31,6 @@ Loss = Callable[[Any, Any], Tensor]
 
 # The widths of gradients that wait for others of the same input, in widths of that input.
 _MOST_WAITING = 8
-
-
-class Tokens(NamedTuple):
-    """Numbers of the rows of a tensor that count, and of those that do not."""
-
-    counting: Tensor
-    others: Tensor
 
 
 class Gradient(NamedTuple):
@@ -123,7 +116,6 @@ class GradientTap:
         self._waiting: dict[Read, None] = {}
         self._ran_now: dict[str, tuple[Read, int]] = {}
         self._arrived = False
-        self._last_tokens: Tokens | None = None
         self._causal_loss = CausalLoss(tap.model, whole=loss is not None or own_forward or tap.has_output_embedding)
         self._stack = ExitStack()
 
@@ -187,7 +179,7 @@ class GradientTap:
                     self._hand_out(read)
             finally:
                 self._sink = None
-                self._fresh, self._ran_now, self._waiting, self._last_tokens = set(), {}, {}, None
+                self._fresh, self._ran_now, self._waiting = set(), {}, {}
         return n_labels
 
     @property
@@ -263,7 +255,7 @@ class GradientTap:
         """
         read = self._reads.get((id(x), x._version))
         if read is None or read.source() is not x:
-            rows, tokens = x.detach().reshape(-1, x.shape[-1]), self._tokens(name, x)
+            rows, tokens = x.detach().reshape(-1, x.shape[-1]), self._tap.tokens(name, x)
             rows = rows.float() if rows.dtype == torch.float64 else rows
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
             rows = rounded(rows)
@@ -271,16 +263,6 @@ class GradientTap:
                 rows, norms = (part.index_select(0, tokens.counting) for part in (rows, norms))
             read = self._reads[id(x), x._version] = Read(rows, norms, weakref.ref(x), tokens)
         return read
-
-    def _tokens(self, name: str, x: Tensor) -> Tokens | None:
-        counting = self._tap.index(name, x)
-        if counting is None:
-            return None
-        if self._last_tokens is None or self._last_tokens.counting is not counting:
-            n = x.numel() // x.shape[-1]
-            left = torch.ones(n, dtype=torch.bool, device=x.device).index_fill_(0, counting, False)
-            self._last_tokens = Tokens(counting, left.nonzero().flatten())
-        return self._last_tokens
 
     def _waits(self, read: Read) -> Read:
         self._waiting[read] = None

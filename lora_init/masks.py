@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +13,13 @@ from lora_init.execution import plain_names
 
 # The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
 IGNORED = -100
+
+
+class Tokens(NamedTuple):
+    """Numbers of the rows of a tensor that count, and of those that do not."""
+
+    counting: Tensor
+    others: Tensor
 
 
 class TokenMasks:
@@ -38,7 +45,7 @@ class TokenMasks:
         self._encoder_output: weakref.ref[Tensor] | None = None
         self._main: Tensor | None = None
         self._encoder_rows: Tensor | None = None
-        self._indices: dict[int, Tensor | None] = {}
+        self._tokens: dict[int, Tokens | None] = {}
 
     def hooks(self) -> list[Any]:
         """Watch what the encoder returns."""
@@ -74,17 +81,17 @@ class TokenMasks:
     def stop(self) -> None:
         """Forget the batch."""
         self._main = self._encoder_rows = self._encoder_output = None
-        self._indices = {}
+        self._tokens = {}
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """Flatten a layer's input [..., d] to the rows [n, d] that count."""
         x = x[None] if x.dim() == 1 else x
         flat = x.reshape(-1, x.shape[-1])
-        index = self.index(name, x)
-        return flat if index is None else flat.index_select(0, index)
+        tokens = self.tokens(name, x)
+        return flat if tokens is None else flat.index_select(0, tokens.counting)
 
-    def index(self, name: str, x: Tensor) -> Tensor | None:
-        """Number the rows of a layer's input [..., d] that count; None if all do."""
+    def tokens(self, name: str, x: Tensor) -> Tokens | None:
+        """Say which rows of a layer's input [..., d] count; None if all do."""
         mask = self._main
         if self._encoder is not None:
             from_encoder = self._encoder_output is not None and self._encoder_output() is x
@@ -98,10 +105,11 @@ class TokenMasks:
         flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
         if not (per_token or flattened):
             return None
-        if id(mask) not in self._indices:
-            self._indices[id(mask)] = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
-        index = self._indices[id(mask)]
-        return None if index is None else index.to(x.device)
+        if id(mask) not in self._tokens:
+            parts = (part.flatten().nonzero().flatten() for part in (mask, ~mask))
+            self._tokens[id(mask)] = None if bool(mask.all()) else Tokens(*parts)
+        tokens = self._tokens[id(mask)]
+        return None if tokens is None else Tokens(*(part.to(x.device) for part in tokens))
 
     def _is_text(self, name: str) -> bool:
         while name not in self._part_of:
