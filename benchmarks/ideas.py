@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init import workbench
-from lora_init.adapter import build_adapter
-from lora_init.collection import collect
-from lora_init.comparison import compare
-from lora_init.initializers import as_large_as_eva, energy, random_orthonormal, zero_b
-from lora_init.statistics import Statistics
-from lora_init.svd import IncrementalSVD
-from lora_init.together import Steps
+from lora_init.adapters.build import build_adapter
+from lora_init.adapters.initializers import as_large_as_eva, energy, random_orthonormal, zero_b
+from lora_init.collection.collect import collect
+from lora_init.comparison import workbench
+from lora_init.comparison.compare import compare
+from lora_init.statistics.incremental_svd import IncrementalSVD
+from lora_init.statistics.statistics import Statistics
+from lora_init.statistics.together import Steps
 
 RANK = 8
 _GAMMA = 256.0  # what the search finds for natural-gradient-step on SIQA

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import lora_init
-from lora_init.spectrum import Spectrum
-from lora_init.targets import Target
+from lora_init.layers.targets import Target
+from lora_init.statistics.spectrum import Spectrum
 
 # Of a 70B Llama: rows that share an input, with (d_in, d_out) of each layer.
 _WIDTH, _MLP, _KV = 8192, 28672, 1024

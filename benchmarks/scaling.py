@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.settings import median, table, timed
-from lora_init.svd import IncrementalSVD, apply_updates
+from lora_init.statistics.incremental_svd import IncrementalSVD, apply_updates
 
 BASE = {"rows": 512, "width": 1024, "components": 32, "inputs": 8}
 SWEEPS = {

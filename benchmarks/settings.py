@@ -86,7 +86,7 @@ def llama_1b(n_seen: int, n_unseen: int, device: str = "cuda") -> Setting:
 def _boolq(tokenizer: Any, n_batches: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
     import demo_assets
 
-    from lora_init.data import load_batches
+    from lora_init.loading.batches import load_batches
 
     return load_batches(
         demo_assets.dataset("BoolQ", "combined.jsonl"),

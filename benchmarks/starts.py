@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.settings import table
-from lora_init.run_groups import RANDOM, Group, best_of_all, group_runs, mean_at, random_group, table_seeds
-from lora_init.run_log import read_runs, read_settings
-from lora_init.run_measures import all_rates
-from lora_init.run_plots import COLORS, RANDOM_COLOR, line_style, looks
-from lora_init.verdicts import final_losses, verdicts
-from lora_init.wording import rate_text
+from lora_init.comparison.run_log import read_runs, read_settings
+from lora_init.comparison.run_measures import all_rates
+from lora_init.comparison.run_plots import COLORS, RANDOM_COLOR, line_style, looks
+from lora_init.comparison.runs import RANDOM, Group, best_of_all, group_runs, mean_at, random_group, table_seeds
+from lora_init.comparison.verdicts import final_losses, verdicts
+from lora_init.comparison.wording import rate_text
 
 UNTUNED = (1e-4, 3e-4)
 # All starts are in the table; more lines than these hide each other.

@@ -25,9 +25,9 @@ from torch import Tensor
 import lora_init
 from benchmarks import memory, peft_eva, scaling, settings
 from benchmarks.settings import Setting, median, table, timed
-from lora_init.activations import ActivationTap
-from lora_init.exact import ExactPCA
-from lora_init.svd import IncrementalSVD, apply_updates
+from lora_init.collection.activations import ActivationTap
+from lora_init.statistics.exact_pca import ExactPCA
+from lora_init.statistics.incremental_svd import IncrementalSVD, apply_updates
 
 RANK, RHO = 16, 2.0
 N_COMPONENTS = round(RANK * RHO)

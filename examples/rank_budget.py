@@ -14,10 +14,10 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_init
-from lora_init.pictures import save_picture
-from lora_init.plan_file import load_plan, save_plan
-from lora_init.plan_report import comparison_table, show_plan
-from lora_init.snippets import snippet
+from lora_init.cli.plan_report import comparison_table, show_plan
+from lora_init.planning.pictures import save_picture
+from lora_init.planning.plan_file import load_plan, save_plan
+from lora_init.planning.snippets import snippet
 
 
 def small_statistics() -> lora_init.Statistics:

@@ -1,6 +1,6 @@
 """`python -m lora_init` is `lora-init`."""
 
-from lora_init.cli import main
+from lora_init.cli.app import main
 
 if __name__ == "__main__":
     main()

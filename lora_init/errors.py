@@ -1,5 +1,42 @@
-"""The one exception of this package."""
+"""The one exception of this package, and how any error is put into one line."""
+
+from __future__ import annotations
 
 
 class LoraInitError(ValueError):
     """Says where something is wrong, what was got and expected, and what to do about it, in one line."""
+
+
+def explain(error: BaseException) -> str:
+    """Say in one line what went wrong and, where it is known, what to do about it.
+
+    Example:
+        >>> explain(MemoryError())
+        'out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16.'
+    """
+    if isinstance(error, LoraInitError):
+        return " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return "out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16."
+    reason = first_line(error)
+    if isinstance(error, OSError):
+        if error.filename is not None and error.strerror:
+            return f"{error.filename}: {error.strerror}."
+        return reason
+    return f"unexpected {type(error).__name__}: {reason} LORA_INIT_DEBUG=1 shows where."
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten what another library says to one line of at most 300 characters, ending in a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out."""
+    # By name and by text: torch has a class for CUDA only, and importing torch to look would be slow.
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)

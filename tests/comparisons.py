@@ -3,8 +3,8 @@
 import json
 import random
 
+from tests.cli.test_cli import WORDS, save_model
 from tests.conftest import tiny_bert, tiny_llama
-from tests.test_cli import WORDS, save_model
 
 
 def make_home(home, n_rows=120):

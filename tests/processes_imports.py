@@ -3,10 +3,10 @@
 import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama
 
-import lora_init.adapter
+import lora_init.adapters.build
 import lora_init.cli
-import lora_init.collection
-import lora_init.data
+import lora_init.collection.collect
+import lora_init.loading.batches
 import tests.conftest
 
 __all__ = ["lora_init", "tests", "torch", "transformers"]

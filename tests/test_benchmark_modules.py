@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_init import workbench
-from lora_init.collection import collect
-from lora_init.svd import IncrementalSVD
+from lora_init.collection.collect import collect
+from lora_init.comparison import workbench
+from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests.conftest import batches_for, tiny_llama
 
 MODULES = sorted(file.stem for file in (Path(__file__).parent.parent / "benchmarks").glob("[!_]*.py"))

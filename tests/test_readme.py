@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import lora_init
-from lora_init import cli
+from lora_init.cli import app as cli
+from tests.cli.test_cli import WORDS, save_model
 from tests.conftest import tiny_llama
-from tests.test_cli import WORDS, save_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

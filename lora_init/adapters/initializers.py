@@ -1,0 +1,229 @@
+"""How a layer's adapter starts: one function per initialisation, from a spectrum and a rank to A. B is always zero."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError
+from lora_init.statistics.spectrum import Spectrum
+
+
+def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool = False) -> Tensor:
+    """Start A from the top principal directions of what the layer reads (EVA, Paischer et al., arXiv 2410.07170).
+
+    The rows are orthonormal: with whiten=False each has norm 1. Where the data had fewer directions than `rank`, those
+    found come first and random directions orthogonal to them fill up.
+
+    Args:
+        spectrum: Decomposition of the layer's input.
+        rank: Rows wanted, at most d_in.
+        generator: Source of the directions that fill up.
+        whiten: Divide each row by `whitening_scale`, as PEFT's `EvaConfig(whiten=True)` does.
+
+    Returns:
+        A, float32 [rank, d_in].
+
+    Raises:
+        LoraInitError: `rank` is larger than d_in, or the decomposition was cut off below `rank` although the data
+            holds more.
+    """
+    check_rank(spectrum, rank)
+    found = spectrum.components[:rank].float()
+    rows = torch.cat([found, random_orthonormal(rank - len(found), found, generator)])  # [rank, d_in]
+    return rows / whitening_scale(spectrum, rank)[:, None] if whiten else rows
+
+
+def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+    """Start A as PEFT does by default: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)).
+
+    Its rows have norm 0.58 on average, where those of `eva` and `orthogonal` have norm 1.
+
+    Args:
+        spectrum: Only its width is used.
+        rank: Rows wanted.
+        generator: Source of the numbers.
+
+    Returns:
+        A, float32 [rank, d_in].
+    """
+    return kaiming(rank, spectrum.components.shape[1], generator)
+
+
+def gaussian(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+    """Start A as PEFT's `init_lora_weights="gaussian"` does: normal with standard deviation 1 / rank.
+
+    Its rows have norm sqrt(d_in) / rank on average, which depends on the rank: 3 at d_in = 576 and rank 8.
+
+    Args:
+        spectrum: Only its width is used.
+        rank: Rows wanted.
+        generator: Source of the numbers.
+
+    Returns:
+        A, float32 [rank, d_in].
+    """
+    return torch.randn(rank, spectrum.components.shape[1], generator=generator) / rank
+
+
+def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+    """Start A from random orthonormal directions, uniformly distributed: `eva` without the data.
+
+    Not PEFT's `init_lora_weights="orthogonal"`, which changes B too.
+
+    Args:
+        spectrum: Only its width is used.
+        rank: Rows wanted, at most d_in.
+        generator: Source of the directions.
+
+    Returns:
+        A, float32 [rank, d_in].
+
+    Raises:
+        LoraInitError: `rank` is larger than d_in.
+
+    Example:
+        >>> import torch
+        >>> s = Spectrum(torch.eye(4)[:1], torch.ones(1).double(), 1.0, torch.zeros(4), 9)
+        >>> a = orthogonal(s, 3, layer_generator(0, "layer"))
+        >>> torch.allclose(a @ a.T, torch.eye(3), atol=1e-6)
+        True
+    """
+    width = spectrum.components.shape[1]
+    if rank > width:
+        raise LoraInitError(f"rank {rank} is larger than the layer's input width {width}. Ask for at most {width}.")
+    return random_orthonormal(rank, spectrum.components[:0].float(), generator)
+
+
+def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+    """Start A as `random` does, times one number: A x then has as much energy, E |A x|^2, as with the A of `eva`.
+
+    With B = 0 and Adam, B's first steps move every entry by the learning rate, so they change the output in proportion
+    to |A x|, and a larger A is a higher learning rate for B. `eva` chooses the A of orthonormal rows with the
+    largest E |A x|^2; this keeps that size, layer by layer, and leaves the directions to chance.
+
+    Args:
+        spectrum: Decomposition of the layer's input; what lies outside its components counts as isotropic.
+        rank: Rows wanted, at most d_in.
+        generator: Source of the numbers.
+
+    Returns:
+        A, float32 [rank, d_in].
+    """
+    check_rank(spectrum, rank)
+    return as_large_as_eva(spectrum, random(spectrum, rank, generator))
+
+
+def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:
+    """Multiply A [r, d_in] by the number with which its `energy` is that of `eva`; by 1 where either has none."""
+    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[: len(a)])
+    return a * math.sqrt(of_eva / own) if own > 0.0 and of_eva > 0.0 else a
+
+
+def energy(spectrum: Spectrum, a: Tensor) -> float:
+    """Compute E |A x|^2 for the rows x that a spectrum describes, the mean included.
+
+    Args:
+        spectrum: Variance outside its components counts as isotropic.
+        a: A, [r, d_in].
+
+    Example:
+        >>> import torch
+        >>> s = Spectrum(torch.eye(4)[:1], torch.tensor([5.0]).double(), 8.0, torch.tensor([0.0, 2.0, 0.0, 0.0]), 9)
+        >>> energy(s, torch.eye(4)[:2])  # 5 along the component, 1 of the rest, 4 of the mean
+        10.0
+    """
+    rest, rows = spectrum.noise_variance, a.double()
+    along = (rows @ spectrum.components.double().T).square().sum(dim=0)  # [k]
+    return float(
+        along @ (spectrum.explained_variance - rest).clamp_min(0.0)
+        + rest * rows.square().sum()
+        + (rows @ spectrum.mean.double()).square().sum()
+    )
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "eva": eva,
+    "random": random,
+    "random-scaled": random_scaled,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+}
+
+
+def zero_b(*shape: int) -> Tensor:
+    """Start B at zero, float32 [out_features, rank] or of another shape, so that the model's output does not change."""
+    return torch.zeros(shape)
+
+
+def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draw A [rank, width] as PEFT does."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """Seed a generator by the layer's name, so that a layer's numbers don't depend on which other layers there are."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
+    """Return what `whiten=True` divides each row of A by: the square root of the singular value, float32 [rank].
+
+    The singular value is that of the (centred) rows, s_i = sqrt((n - 1) * explained_variance_i), so the scale is
+    ((n - 1) * explained_variance_i) ** (1/4). This is EVA's and PEFT's definition, kept so that published settings
+    carry over. Whitening in the textbook sense divides by sqrt(explained_variance_i), so that A x has unit
+    variance; the definition here equalises the coordinates only halfway, and the rows shrink with the fourth root
+    of the number of rows seen.
+
+    A direction without variance has no scale of its own and takes that of the last one that has; 1 if none has.
+    """
+    singular = ((spectrum.n_samples - 1) * spectrum.explained_variance[:rank]).clamp(min=0.0).sqrt()
+    # Below this a direction is the rounding noise of the float32 rows that the first direction came from.
+    alive = singular > singular.max() * torch.finfo(torch.float32).eps if len(singular) else singular > 0.0
+    last = singular[alive].min() if alive.any() else torch.ones((), dtype=torch.float64)
+    scale = last.expand(rank).clone()
+    scale[: len(singular)] = torch.where(alive, singular, last)
+    return scale.sqrt().float()
+
+
+def missing_components(spectrum: Spectrum, rank: int) -> int:
+    """Count the rows of a rank-`rank` A that the data had no direction for."""
+    return max(0, rank - spectrum.n_components)
+
+
+def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
+    """Check that a spectrum can serve this rank.
+
+    Raises:
+        LoraInitError: `rank` is larger than d_in, or the decomposition was cut off below `rank` although the data
+            holds more.
+    """
+    found, width = spectrum.components.shape
+    if rank > width:
+        raise LoraInitError(
+            f"{where}rank {rank} is larger than the layer's input width {width}. Ask for at most {width}."
+        )
+    # n centred rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
+    all_there = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
+    if found < rank and found < min(width, spectrum.n_samples - 1) and not all_there:
+        raise LoraInitError(
+            f"{where}rank {rank} needs {rank} components and the statistics hold {found}. "
+            f"Collect again with rank * rho >= {rank}, or ask for rank {found} at most."
+        )
+
+
+def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32."""
+    basis = against.double()
+    draw = torch.randn(n_rows, basis.shape[1], generator=generator, dtype=torch.float64)
+    draw = draw - (draw @ basis.T) @ basis
+    q, r = torch.linalg.qr(draw.T)
+    # Signs of R's diagonal make the distribution uniform; one more projection removes what rounding left of `against`.
+    rows = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T
+    cleaned: Tensor = rows - (rows @ basis.T) @ basis
+    return cleaned.float()

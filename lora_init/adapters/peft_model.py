@@ -1,0 +1,269 @@
+"""Put adapter weights on a model through PEFT: the only place that changes a model, and it can take the change back."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.targets import Target, find_targets
+from lora_init.layers.wrappers import plain_name
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+Weights = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def exact_pattern(names: Iterable[str]) -> str:
+    """Write a regular expression that matches these full names and nothing else."""
+    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
+
+
+def selects(target_modules: str | Collection[str], name: str) -> bool:
+    """Tell whether PEFT's `target_modules` selects the module of this full name."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return name in target_modules or any(name.endswith(f".{ending}") for ending in target_modules)
+
+
+def check_model(
+    model: nn.Module, targets: Mapping[str, Target], unsupported: Collection[str], origin: str, adapter_name: str
+) -> None:
+    """Check, changing nothing, that the model can take this adapter.
+
+    Args:
+        model: The plain model.
+        targets: Kind and widths of each layer that shall get an adapter.
+        unsupported: Further layers that PEFT shall adapt by itself.
+        origin: Name of the model that the statistics come from, for the messages.
+        adapter_name: PEFT's name for the adapter.
+
+    Raises:
+        LoraInitError: The model has an adapter already, or a layer is missing or of another kind or width. The first
+            difference is named.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not adapter_name or "." in adapter_name or adapter_name in "lora_":
+        raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
+    modules = dict(model.named_modules())
+    if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
+        raise LoraInitError(
+            f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, "
+            "or give apply() the plain model."
+        )
+    wrapped = next((name for name in modules if plain_name(name) != name), None)
+    if wrapped is not None:
+        raise LoraInitError(
+            f"{type(model).__name__} has parts that are compiled or wrapped, as {wrapped!r} is. Give apply() the plain "
+            "model, and wrap what it returns."
+        )
+    parameters = dict(model.named_parameters())
+    for name in [*targets, *unsupported]:
+        if name not in modules and name not in parameters:
+            raise LoraInitError(
+                f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
+                "Apply the adapter to the model that the statistics come from."
+            )
+    fused = [name for name, target in targets.items() if target.experts]
+    plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
+    found = find_targets(model, plain, target_parameters=fused).layers
+    for name, expected in targets.items():
+        got = found.get(name)
+        if got is None or _shape(got) != _shape(expected):
+            shown = type(modules.get(name, parameters.get(name))).__name__ if got is None else _described(got)
+            raise LoraInitError(
+                f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
+                f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
+            )
+
+
+def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
+    """Note how a model is, and return a function that puts it back: submodules, hooks, modes, attributes, buffers.
+
+    Args:
+        model: Any torch model.
+        weights: Keep a copy of the weights too. It takes as much memory as the model.
+    """
+    wiring = [(module, dict(vars(module)), _dicts(module)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    kept = [*model.buffers(), *(model.parameters() if weights else ())]
+    values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
+
+    def restore() -> None:
+        for module, attributes, contents in wiring:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in contents.items():
+                # The same dict as before, since whoever added a hook holds on to it.
+                attributes[key].clear()
+                attributes[key].update(content)
+        for parameter, requires_grad, grad in trainable:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for tensor, data, value in values:
+            tensor.data = data
+            tensor.data.copy_(value)
+
+    return restore
+
+
+def _dicts(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    return {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
+
+
+def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
+    """Find PEFT's layers by the names of the plain model's layers and parameters."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers: dict[str, Any] = {}
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
+            layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
+        # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
+        elif isinstance(module, LoraLayer) and ".base_layer." not in name:
+            layers[name] = module
+    return layers
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig,
+    weights: Weights,
+    ranks: Mapping[str, int],
+    unsupported: Collection[str],
+    scaling: float,
+    adapter_name: str,
+) -> PeftModel:
+    """Wrap the model by `get_peft_model` and copy A and B in. On any failure the model is as it was.
+
+    Args:
+        model: A model that passed `check_model`.
+        config: What to give PEFT. Changed by PEFT.
+        weights: A and B of each layer, in the shapes of `Target.shapes`.
+        ranks: Rank of each of them.
+        unsupported: Further layers that PEFT initialises by itself.
+        scaling: What every layer's scaling must come out as.
+        adapter_name: PEFT's name for the adapter.
+
+    Raises:
+        LoraInitError: PEFT adapted other layers, or in another way, than planned.
+    """
+    from peft import get_peft_model
+
+    planned = {*weights, *unsupported}
+    config.base_model_name_or_path = None  # get_peft_model sets the model's own name, and warns if another was there
+    modules = planned - set(config.target_parameters or ())
+    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != modules:
+        config.target_modules = exact_pattern(modules)
+    with _restored_on_failure(model), warnings.catch_warnings():
+        # Linear and Conv1D layers in one model: PEFT adjusts the flag layer by layer, correctly, and warns each time.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT finds the ranks of parameters, then warns that their names are those of no module; `_fill` checks them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        _fill(peft_model, weights, ranks, planned, scaling, adapter_name)
+    return peft_model
+
+
+def match_modes(peft_model: PeftModel) -> None:
+    """Put PEFT's new modules into the mode of the model inside them.
+
+    They start in training mode also inside a model in evaluation mode, which would switch dropout on.
+    """
+    for layer in adapter_layers(peft_model).values():
+        layer.train(layer.get_base_layer().training)
+    for module in peft_model.get_base_model().modules():
+        if hasattr(module, "modules_to_save"):  # a head that is trained whole
+            module.train(module.original_module.training)  # type: ignore[union-attr]
+    peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
+
+
+def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Compute DoRA's magnitude vectors at B = 0, the norm of each output's weights, as they are in an adapter's file.
+
+    Args:
+        model: The plain model, or the same after `attach`.
+        targets: Layers that have an adapter.
+
+    Raises:
+        LoraInitError: A layer is not in the model.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    modules = dict(model.named_modules())
+    tensors = {}
+    for name, target in targets.items():
+        if name not in modules:
+            raise LoraInitError(f"layer {name!r} is not in {type(model).__name__}. Pass the model of the statistics.")
+        layer: nn.Module = getattr(modules[name], "base_layer", modules[name])  # type: ignore[assignment]
+        weight = dequantize_module_weight(layer).detach()
+        weight = (weight.T if target.kind == "Conv1D" else weight).flatten(1)  # [d_out, d_in]
+        norm = torch.linalg.norm(weight, dim=1).float().cpu()
+        if target.kernel:
+            norm = norm.reshape(1, -1, *(1 for _ in target.kernel))
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = norm
+    return tensors
+
+
+@torch.no_grad()
+def _fill(
+    peft_model: PeftModel,
+    weights: Weights,
+    ranks: Mapping[str, int],
+    planned: set[str],
+    scaling: float,
+    adapter_name: str,
+) -> None:
+    base = peft_model.get_base_model()
+    layers = adapter_layers(peft_model)
+    if set(layers) != planned:
+        differing = sorted(set(layers) ^ planned)
+        raise LoraInitError(
+            f"PEFT adapted other layers of {type(base).__name__} than planned; first of {len(differing)} differences: "
+            f"{differing[0]!r}. PEFT rewrites names of this architecture or keeps layers for this task: collect again "
+            "with exclude_modules naming them."
+        )
+    for name, (a, b) in weights.items():
+        layer = layers[name]
+        if layer.r[adapter_name] != ranks[name] or not math.isclose(layer.scaling[adapter_name], scaling):
+            raise LoraInitError(
+                f"layer {name!r}: PEFT gave rank {layer.r[adapter_name]} and scaling "
+                f"{layer.scaling[adapter_name]:.4g}, planned {ranks[name]} and {scaling:.4g}. Give apply() a plain "
+                "model."
+            )
+        layer.lora_A[adapter_name].weight.copy_(a)
+        layer.lora_B[adapter_name].weight.copy_(b)
+    match_modes(peft_model)
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    restore = remember(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _shape(target: Target) -> Target:
+    # Conv1D keeps its weight transposed; all other kinds of linear layer, quantised ones too, are alike to PEFT.
+    return replace(target, kind=target.kind if target.kind == "Conv1D" else "")
+
+
+def _described(target: Target) -> str:
+    if not target.kernel:
+        return f"{target.kind} {target.in_features} -> {target.out_features}"
+    channels, kernel = target.shapes(1)[0][1], "x".join(map(str, target.kernel))
+    return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"

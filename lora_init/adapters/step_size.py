@@ -1,0 +1,127 @@
+"""How far a start should step whose B is not zero: as far as lowers the loss most, on batches set aside."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.peft_model import adapter_layers, remember
+from lora_init.collection.activations import Forward, call_model, to_device
+from lora_init.collection.backward import Loss, own_loss
+from lora_init.errors import LoraInitError
+from lora_init.layers.wrappers import unwrapped
+
+# Where the search begins, and how far from there it goes on either side: by factors of 4, then by one of 2.
+_FIRST = 1024.0
+_BOUNDS = (1.0, 2.0**24)
+# Batches that are set aside to measure the loss on.
+N_ASIDE = 4
+
+
+def find_step_size(
+    model: nn.Module,
+    build: Callable[[float], AdapterInit],
+    loss_of: Callable[[nn.Module], float],
+    gamma: float | None = None,
+) -> AdapterInit:
+    """Search the gamma with which a start lowers the loss most, by factors of 4 and then of 2.
+
+    B A is divided by gamma, so a larger one is a smaller step. The search begins at 1024 and goes on in the direction
+    in which the loss falls. That takes about eight measurements.
+
+    Args:
+        model: The plain model; as it was afterwards.
+        build: Makes the adapter with a given gamma.
+        loss_of: Measures the loss of the model as it is then, such as `mean_loss` of some batches.
+        gamma: Measure this one alone.
+
+    Returns:
+        The adapter with that gamma, and `losses` with what was measured.
+
+    Raises:
+        LoraInitError: The loss is not finite, or no gamma from 1 to 2^24 gives one below that of the plain model.
+
+    Example:
+        >>> from functools import partial
+        >>> build = partial(build_adapter, stats, 8, "lora-one")  # doctest: +SKIP
+        >>> init = find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)  # doctest: +SKIP
+    """
+    model = unwrapped(model)
+    before = loss_of(model)
+    restore = remember(model)
+    try:
+        init = build(gamma or _FIRST)
+        layers = adapter_layers(init.apply(model)).values()
+
+        @functools.cache
+        def measure(candidate: float) -> float:
+            for layer in layers:  # the product B A is proportional to 1 / gamma
+                layer.scaling = dict.fromkeys(layer.scaling, init.scaling * (gamma or _FIRST) / candidate)
+            loss = loss_of(model)
+            return loss if math.isfinite(loss) else math.inf
+
+        best = gamma or _lowest(measure)
+        loss = measure(best)
+    finally:
+        restore()
+    if not (math.isfinite(before) and math.isfinite(loss)) or not (gamma or loss < before):
+        raise LoraInitError(
+            f"method {init.method!r}: the loss is {before:.4g} for the plain model and {loss:.4g} after the step with "
+            f"gamma={best:g}, the best that was found. Take a start with B = 0, or pass another gamma=."
+        )
+    return replace(build(best), losses=(before, loss))
+
+
+def _lowest(measure: Callable[[float], float]) -> float:
+    best = _FIRST
+    for factor in (4.0, 0.25):
+        while _BOUNDS[0] <= best * factor <= _BOUNDS[1] and measure(best * factor) < measure(best):
+            best *= factor
+    return min((best, best * 2.0, best / 2.0), key=measure)
+
+
+def set_aside(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
+    """Take the first batches for the search; if there are no others, they serve for both.
+
+    Returns:
+        At most four batches, and the iterable of the others.
+    """
+    stream = iter(batches)
+    aside = list(islice(stream, N_ASIDE))
+    rest = list(islice(stream, 1))
+    return aside, chain(rest, stream) if rest else aside
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, loss: Loss | None = None
+) -> float:
+    """Compute the mean of the losses of some batches, in evaluation mode.
+
+    Args:
+        model: Any model that `collect(..., gradients=True)` takes.
+        batches: As `collect` takes them.
+        forward: As for `collect`.
+        loss: As for `collect`.
+    """
+    device = next((parameter.device for parameter in model.parameters()), None)
+    was_training = model.training
+    model.eval()
+    try:
+        losses = []
+        for batch in batches:
+            moved = to_device(batch, device)
+            output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
+            losses.append(float(loss(output, moved) if loss else own_loss(output)))
+        return statistics.fmean(losses)
+    finally:
+        model.train(was_training)

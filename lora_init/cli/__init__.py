@@ -1,0 +1,8 @@
+"""The command line `lora-init`. Thin: it reads arguments, calls the package, prints.
+
+One file for each command.
+"""
+
+from lora_init.cli.app import main
+
+__all__ = ["main"]

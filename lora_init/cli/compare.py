@@ -1,0 +1,173 @@
+"""The command `lora-init compare`: which start is worth anything on this model and this data."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lora_init.cli.arguments import read_modules, unescape
+from lora_init.cli.console import make_console, one_line_errors, quiet_transformers, say
+from lora_init.errors import LoraInitError
+
+if TYPE_CHECKING:
+    from lora_init.comparison.compare import Comparison
+
+EXAMPLE = """\b
+Example:
+$ lora-init compare MODEL DATA --template '{question}' --completion ' {answer}' --output comparison --dry-run
+"""
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Data, as for lora-init init.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for runs and report.", show_default=False)],
+    starts: Annotated[
+        str, typer.Option(help="Names separated by commas; mine=DIRECTORY is an adapter of your own.")
+    ] = "random,orthogonal,eva-rho1,eva,eva-ranks",
+    learning_rates: Annotated[str, typer.Option(help="Tried for every start.")] = "1e-4,3e-4,1e-3,3e-3",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on.")] = 3,
+    sweep: Annotated[
+        Literal["halving", "full"] | None,
+        typer.Option(
+            help="halving: all rates on the first seed, each start's best on the others. Default on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    match_scale: Annotated[
+        bool, typer.Option("--match-scale", help="Also run each start with A scaled to the size of the random one.")
+    ] = False,
+    template: Annotated[str | None, typer.Option(help="Text of an example, or the prompt.")] = None,
+    completion: Annotated[str | None, typer.Option(help="What the model should answer, as a template.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the class: trains a classifier.")] = None,
+    options: Annotated[
+        str | None, typer.Option(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
+    ] = None,
+    answer: Annotated[str, typer.Option(help="With --options: column that says which is right.")] = "answer",
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the task in the report. Default: that of the data.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set or a folder.")] = "train",
+    train_samples: Annotated[int, typer.Option(min=1, help="Training examples at most.")] = 1024,
+    validation_samples: Annotated[int, typer.Option(min=1, help="Validation examples, never trained on.")] = 128,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 256,
+    data_seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Average rank of a layer.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="As for lora-init init.")] = "all-linear",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 8,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    eval_points: Annotated[
+        str | None, typer.Option(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
+    ] = None,
+    statistics_batches: Annotated[
+        int, typer.Option(min=1, help="Training batches that statistics are made from.")
+    ] = 32,
+    retain_data: Annotated[str | None, typer.Option(help="Text of another kind, to measure forgetting.")] = None,
+    retain_template: Annotated[str | None, typer.Option(help="How an example of it reads.")] = None,
+    retain_samples: Annotated[int, typer.Option(min=1, help="Examples of it.")] = 64,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the base weights.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and how long they take; do nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+) -> None:
+    """Train the same adapter on MODEL and DATA from several starts, everything else equal, and compare.
+
+    Given again, the same command goes on where it was stopped.
+    """
+    with one_line_errors():
+        arguments: dict[str, Any] = {
+            "starts": [_start(word) for word in _words(starts)],
+            "learning_rates": _numbers("--learning-rates", learning_rates),
+            "evaluation_points": None if eval_points is None else _whole_numbers("--eval-points", eval_points),
+            "target_modules": read_modules(target_modules),
+            "template": unescape(template),
+            "completion": unescape(completion),
+            "retain_template": unescape(retain_template),
+        }
+        with make_console(stderr=True).status("importing torch and transformers"):
+            from lora_init.comparison.compare import compare as run_comparison
+
+            quiet_transformers()
+        found = run_comparison(
+            model, data, output, seeds=seeds, sweep=sweep, match_scale=match_scale, label=label, options=options,
+            answer=answer, normalize=normalize, name=name, subset=subset, split=split, train_samples=train_samples,
+            validation_samples=validation_samples, max_length=max_length, data_seed=data_seed, rank=rank,
+            lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
+            statistics_batches=statistics_batches, retain_data=retain_data, retain_samples=retain_samples, dtype=dtype,
+            device=device, trust_remote_code=trust_remote_code, dry_run=dry_run,
+            command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments,
+        )  # fmt: skip
+        if dry_run:
+            _show_plan(found, as_json)
+        elif as_json:
+            content = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
+            verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
+            typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
+        else:
+            from lora_init.comparison.run_summary import show_comparison
+
+            show_comparison(make_console(), found.summary)
+            say(f"{found.directory / 'report.html'}: written")
+
+
+def _show_plan(found: Comparison, as_json: bool) -> None:
+    from lora_init.comparison.run_progress import duration
+
+    if as_json:
+        runs = [
+            {
+                "start": run.variant.start,
+                "matched_scale": run.variant.matched_scale,
+                "equal_parameters": run.variant.equal_parameters,
+                "learning_rate": run.learning_rate,
+                "seed": run.seed,
+            }
+            for run in found.planned
+        ]
+        content = {"runs": runs, "ended": len(found.records), "seconds_left": round(found.seconds_left)}
+        typer.echo(json.dumps(content, indent=2))
+        return
+    for run in found.planned:
+        typer.echo(run.title)
+    left = f"what is left takes about {duration(found.seconds_left)}"
+    typer.echo(f"{len(found.planned)} runs, {len(found.records)} ended; {left}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _start(word: str) -> str | tuple[str, Path]:
+    name, equals, directory = word.partition("=")
+    return (name, Path(directory)) if equals else word
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise LoraInitError(f"{option} {text!r}: expected numbers separated by commas.") from None
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    numbers = _numbers(option, text)
+    if not all(number.is_integer() for number in numbers):
+        raise LoraInitError(f"{option} {text!r}: expected whole numbers separated by commas.")
+    return [int(number) for number in numbers]

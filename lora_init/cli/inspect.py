@@ -1,0 +1,181 @@
+"""What a statistics file or an adapter directory holds: read into plain values, shown as tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_init.adapters.adapter_files import (
+    LORA_A,
+    LORA_B,
+    ORIGIN_FILE,
+    PREFIX,
+    adapted_layers,
+    read_config,
+    read_json,
+    read_shapes,
+)
+from lora_init.cli.init import finite
+from lora_init.cli.tables import facts, group_by_kind, rank_table
+from lora_init.errors import LoraInitError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Read what a statistics file or an adapter directory is, from which model and data, its spectra and its ranks.
+
+    Any LoRA directory of PEFT will do; where it comes from is known only if lora_init wrote it. Weights and components
+    are not read, only their shapes.
+
+    Returns:
+        Plain values that `json.dumps` takes.
+
+    Raises:
+        LoraInitError: There is nothing at the path, or it is neither of the two, or damaged.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _describe_adapter(path)
+    if not path.exists():
+        raise LoraInitError(f"{path}: no such file or directory. Expected a statistics file or an adapter directory.")
+    return _describe_statistics(path)
+
+
+def _describe_statistics(path: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from lora_init.statistics.statistics import Statistics
+
+    stats = Statistics.load(path)
+    layers = {
+        name: {
+            "kind": target.kind,
+            "in_features": target.in_features,
+            "out_features": target.out_features,
+            "input_shared_with": stats.group_of[name],
+            "total_variance": stats.total_variance(name),
+            "explained_variance_ratio": [round(share, 6) for share in stats.explained_variance_ratio(name).tolist()],
+            "held_out": finite(stats.held_out.get(stats.group_of[name])),
+        }
+        for name, target in stats.targets.items()
+        if name in stats
+    }
+    return {
+        "what": "statistics",
+        "path": str(path),
+        **asdict(stats.provenance),
+        "unsupported": stats.unsupported,
+        "layers": layers,
+    }
+
+
+def _describe_adapter(path: Path) -> dict[str, Any]:
+    config = read_config(path)
+    shapes = read_shapes(path)
+    origin = read_json(path / ORIGIN_FILE) if (path / ORIGIN_FILE).is_file() else {}
+    ranks = {name: shapes[f"{PREFIX}{name}{LORA_A}"][0] for name in adapted_layers(shapes)}
+    for name, one in origin.get("experts", {}).items():
+        ranks[name] = ranks.pop(one["tensors"]) // one["experts"]
+    # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
+    known = [name for name in origin.get("explained", {}) if name in ranks]
+    return {
+        "what": "adapter",
+        "path": str(path),
+        "base_model": config.get("base_model_name_or_path"),
+        "task_type": config.get("task_type"),
+        "rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
+        "parameters": sum(_product(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
+        "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
+        "origin": origin or None,
+    }
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def show(console: Console, description: Mapping[str, Any]) -> None:
+    """Print what `describe` returned."""
+    renderables = _statistics_view(description) if description["what"] == "statistics" else _adapter_view(description)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _statistics_view(about: Mapping[str, Any]) -> list[RenderableType]:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    head = {
+        "file": f"{about['path']}: statistics of {len(about['layers'])} layers",
+        "model": f"{about['model_class']} {about['model_id']}".strip(),
+        "fingerprint": about["fingerprint"],
+        "targets": str(about["target_modules"])
+        + (f" without {about['exclude_modules']}" if about["exclude_modules"] else ""),
+        "data": about["data"] or "not described",
+        "tokens": "those with a label" if about["token_mask"] == "labels" else "all but padding",
+        "rows": f"{about['n_samples']:,} in {about['n_batches']} batches, stopped: {about['stop_reason']}",
+        "decomposition": "centred (PCA)" if about["center"] else "not centred (second moment)",
+        "made for": f"rank {about['rank']} with seed {about['seed']}",
+        "made with": versions,
+    }
+    notes = [*about["notes"], *(f"{name} ({kind}) has no spectrum." for name, kind in about["unsupported"].items())]
+    return [facts(head), "", _spectrum_table(about["layers"]), *notes]
+
+
+def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """Show the share of variance that the first components capture, median over the layers of a kind."""
+    from rich.table import Table
+
+    collected = max((len(layer["explained_variance_ratio"]) for layer in layers.values()), default=0)
+    counts = [count for count in (1, 4, 16, 64, 256) if count < collected] + [collected]
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("layers", "count", "d_in", *(f"top {count}" for count in counts), "held out"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for label, names in group_by_kind(layers).items():
+        spectra = [layers[name]["explained_variance_ratio"] for name in names]
+        held_out = [layers[name]["held_out"] for name in names if layers[name]["held_out"] is not None]
+        table.add_row(
+            label,
+            str(len(names)),
+            "/".join(str(width) for width in dict.fromkeys(layers[name]["in_features"] for name in names)),
+            *(f"{statistics.median(sum(spectrum[:count]) for spectrum in spectra):.1%}" for count in counts),
+            f"{statistics.median(held_out):.1%}" if held_out else "-",
+        )
+    return table
+
+
+def _adapter_view(about: Mapping[str, Any]) -> list[RenderableType]:
+    ranks = about["ranks"]
+    extras = [text for flag, text in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if about[flag]]
+    head = {
+        "directory": f"{about['path']}: LoRA adapter of {len(ranks)} layers",
+        "base model": str(about["base_model"] or "not named"),
+        "task type": str(about["task_type"] or "none"),
+        "rank": f"{about['rank']} on average, {min(ranks.values(), default=0)} to {max(ranks.values(), default=0)}",
+        "lora_alpha": f"{about['lora_alpha']}{' with ' + ' and '.join(extras) if extras else ''}",
+        "parameters": f"{about['parameters']:,}",
+    }
+    origin = about["origin"]
+    if origin:
+        source = origin.get("provenance", {})
+        head["start"] = (
+            f"{origin.get('method')}{', whitened' if origin.get('whiten') else ''}, seed {origin.get('seed')}"
+        )
+        head["data"] = source.get("data") or "not described"
+        head["rows"] = (
+            f"{source.get('n_samples', 0):,} in {source.get('n_batches')} batches, stopped: {source.get('stop_reason')}"
+        )
+        shares = list(origin.get("explained", {}).values())
+        if shares:
+            head["captured"] = f"median {statistics.median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
+    else:
+        head["start"] = "unknown: no lora_init.json"
+    return [facts(head), "", rank_table(ranks)]

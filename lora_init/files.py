@@ -1,0 +1,99 @@
+"""Write a file or a directory in one piece: all of it appears under its name, or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from lora_init.errors import LoraInitError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it. A crash or Ctrl-C leaves the old file or the new one.
+
+    Raises:
+        OSError: The file cannot be written; no temporary file is left.
+    """
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        with suppress(OSError):
+            fresh.unlink()
+
+
+def write_directory(
+    directory: str | Path, files: Mapping[str, bytes], overwrite: bool, marker: str, replaceable: Collection[str]
+) -> Path:
+    """Write `files` into a new directory under a temporary name next to it, then rename that directory.
+
+    An existing empty directory is used. An existing directory with content is replaced only if `overwrite`, and only if
+    it has a file named `marker` and nothing but files named in `replaceable`, so that no checkpoint is lost to a typo.
+
+    Args:
+        directory: Where the files shall be.
+        files: Content by file name.
+        overwrite: Replace an existing directory of the same kind.
+        marker: The file that tells that a directory is of this kind.
+        replaceable: Names of the files that may be lost.
+
+    Returns:
+        The directory as an absolute path.
+
+    Raises:
+        LoraInitError: The directory exists and may not be replaced, or cannot be written (no space, no permission).
+    """
+    # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
+    final = Path(directory).expanduser().resolve()
+    _check_free(final, overwrite, marker, replaceable)
+    fresh = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+        if final.exists():
+            final.rename(old)
+        fresh.rename(final)
+    except BaseException as error:  # Ctrl-C too must leave what was there before
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not final.exists():
+            old.rename(final)
+        if isinstance(error, OSError):
+            raise LoraInitError(
+                f"{final}: cannot be written: {error.strerror or error}. Nothing was changed; "
+                "free some space or choose another directory."
+            ) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
+    if final.exists() and not final.is_dir():
+        raise LoraInitError(f"{final} is a file, and a directory is needed. Choose another name.")
+    present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []
+    if not present:
+        return
+    if not overwrite:
+        raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
+    if marker not in present:
+        raise LoraInitError(
+            f"{final} has no {marker}, so it is not an adapter directory and is not overwritten. "
+            "Choose another directory, or delete this one yourself."
+        )
+    others = [name for name in present if name not in replaceable]
+    if others:
+        raise LoraInitError(
+            f"{final} holds more than an adapter ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which "
+            "overwriting would delete. Choose another directory, or delete this one yourself."
+        )

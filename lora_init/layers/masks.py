@@ -1,0 +1,172 @@
+"""Which tokens of a batch count: padding, labels, and the two sides of an encoder-decoder."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.wrappers import plain_names
+
+# The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
+IGNORED = -100
+
+
+class Tokens(NamedTuple):
+    """Numbers of the rows of a tensor that count, and of those that do not."""
+
+    counting: Tensor
+    others: Tensor
+
+
+class TokenMasks:
+    """Decide which rows of a layer's input are tokens that count.
+
+    A decoder, an encoder and the encoder of an encoder-decoder take `attention_mask`; the decoder of an encoder-decoder
+    takes `decoder_attention_mask`, else the labels; a layer of the decoder that reads the encoder's output
+    (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole, and
+    so do those of the towers for images and sound, and of what joins them to the text model, whatever their shape.
+
+    Attributes:
+        by_labels: Whether tokens without a label are left out, too.
+    """
+
+    def __init__(self, model: nn.Module, token_mask: str) -> None:
+        if token_mask not in ("attention", "labels"):
+            raise LoraInitError(f"token_mask={token_mask!r}, expected 'attention' or 'labels'.")
+        self.by_labels = token_mask == "labels"
+        self._encoder = encoder_of(model)
+        name = next((n for n, m in model.named_modules() if m is self._encoder), "") if self._encoder else ""
+        self._encoder_prefix = name + "."
+        self._part_of = _text_parts(model)
+        self._encoder_output: weakref.ref[Tensor] | None = None
+        self._main: Tensor | None = None
+        self._encoder_rows: Tensor | None = None
+        self._tokens: dict[int, Tokens | None] = {}
+
+    def hooks(self) -> list[Any]:
+        """Watch what the encoder returns."""
+        return [self._encoder.register_forward_hook(self._keep_output)] if self._encoder is not None else []
+
+    def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self._encoder_output = weakref.ref(hidden)
+
+    def start(self, batch: Any) -> None:
+        """Take the masks of a batch."""
+        get: Callable[[str], Any] = batch.get if isinstance(batch, Mapping) else lambda key: None
+        labels = get("labels")
+        per_token = isinstance(labels, Tensor) and labels.dim() >= 2
+        if self.by_labels and not per_token:
+            got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
+            raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
+        labelled = labels != IGNORED if per_token else None
+        attention = _as_mask(get("attention_mask"))
+        if self._encoder is None:
+            self._main = _both(attention, labelled) if self.by_labels else attention
+        else:
+            decoder = _as_mask(get("decoder_attention_mask"))
+            self._encoder_rows = attention
+            self._main = _both(decoder, labelled) if self.by_labels or decoder is None else decoder
+        for mask in (self._main, self._encoder_rows):
+            if mask is not None and not bool(mask.any()):
+                raise LoraInitError(
+                    f"the mask keeps 0 of {mask.numel()} tokens, so no layer received rows. "
+                    "Check attention_mask and labels."
+                )
+
+    def stop(self) -> None:
+        """Forget the batch."""
+        self._main = self._encoder_rows = self._encoder_output = None
+        self._tokens = {}
+
+    def rows(self, name: str, x: Tensor) -> Tensor:
+        """Flatten a layer's input [..., d] to the rows [n, d] that count."""
+        x = x[None] if x.dim() == 1 else x
+        flat = x.reshape(-1, x.shape[-1])
+        tokens = self.tokens(name, x)
+        return flat if tokens is None else flat.index_select(0, tokens.counting)
+
+    def tokens(self, name: str, x: Tensor) -> Tokens | None:
+        """Say which rows of a layer's input [..., d] count; None if all do."""
+        mask = self._main
+        if self._encoder is not None:
+            from_encoder = self._encoder_output is not None and self._encoder_output() is x
+            if from_encoder or name.startswith(self._encoder_prefix):
+                mask = self._encoder_rows
+            elif mask is None or x.shape[:2] != mask.shape:
+                mask = self._encoder_rows if self._encoder_rows is not None else mask
+        if mask is None or not self._is_text(name):
+            return None
+        per_token = x.dim() == 3 and x.shape[:2] == mask.shape
+        flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
+        if not (per_token or flattened):
+            return None
+        if id(mask) not in self._tokens:
+            parts = (part.flatten().nonzero().flatten() for part in (mask, ~mask))
+            self._tokens[id(mask)] = None if bool(mask.all()) else Tokens(*parts)
+        tokens = self._tokens[id(mask)]
+        return None if tokens is None else Tokens(*(part.to(x.device) for part in tokens))
+
+    def _is_text(self, name: str) -> bool:
+        while name not in self._part_of:
+            name = name.rpartition(".")[0]
+        return self._part_of[name]
+
+
+def _text_parts(model: nn.Module) -> dict[str, bool]:
+    """Say of each part of a model that has a configuration, by name, whether it works on the tokens of the text."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    text = getattr(getattr(model, "config", None), "text_config", None)
+    if text is None:
+        return {"": True}
+    parts = {"": False}
+    for name, module in plain_names(model).items():
+        config = getattr(module, "config", None)
+        if module is output or (name and hasattr(config, "model_type")):
+            parts[name] = module is output or type(config) is type(text)
+    return parts
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """Find the encoder of an encoder-decoder; None for every other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def never_looks_ahead(model: nn.Module) -> bool:
+    """Tell whether all attention layers say that they are causal, and work without a mask by torch's attention."""
+    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    by_torch = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
+    return by_torch and bool(flags) and all(flags)
+
+
+def without_needless_mask(batch: Any) -> Any:
+    """Leave out a mask whose padding is all on the right, where causal attention never looks: it is faster without.
+
+    Not if padding has labels: its own loss would be another.
+    """
+    if not isinstance(batch, Mapping) or set(batch) != {"input_ids", "attention_mask", "labels"}:
+        return batch
+    mask, labels = _as_mask(batch["attention_mask"]), batch["labels"]
+    if mask is None or not isinstance(labels, Tensor) or labels.shape != mask.shape:
+        return batch
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any() | ((labels != IGNORED) & ~mask).any()):
+        return batch
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+
+def _as_mask(mask: Any) -> Tensor | None:
+    # Other than two-dimensional masks say who attends to whom, not which tokens exist.
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b if a.shape == b.shape else b

@@ -1,0 +1,222 @@
+"""Which layers of a model can take an adapter: their names, kinds and widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.convolutions import CONVOLUTIONS, patches_of
+from lora_init.layers.experts import find_parameters
+from lora_init.layers.selectors import is_conv1d, is_in, is_linear, matches, no_match
+from lora_init.layers.wrappers import class_name, plain_names, unwrapped
+
+ALL_LINEAR = "all-linear"
+
+# PEFT adapts these too, but A cannot start from what they read.
+_WITHOUT_ROWS = {
+    nn.Embedding: "an embedding reads token ids, whose principal directions are no more than the most frequent tokens",
+    nn.MultiheadAttention: "a MultiheadAttention reads several inputs, and its adapter has one A for each",
+}
+# For these tasks PEFT trains the head whole, under one of these names, and adapts nothing in it.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer that takes an adapter.
+
+    Attributes:
+        name: Full name in the model, as in `model.named_modules()`; of a fused parameter, as in `named_parameters()`.
+        kind: Class of the layer: `"Linear"`, `"Conv1D"`, `"Conv2d"`, or a quantised linear class;
+            of a fused parameter, class of its module.
+        in_features: Width d_in of the rows it receives; of a convolution, input channels times the size of the kernel.
+        out_features: Width d_out of the rows it returns; of a convolution, output channels.
+        kernel: Size of a convolution's kernel; empty for other layers.
+        groups: Groups of a convolution. Its rank must be a multiple of them.
+        experts: Experts of a fused parameter, each of which has an A and a B of the layer's rank; 0 for other layers.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    experts: int = 0
+
+    @property
+    def module(self) -> str:
+        """Full name of the module: that of the layer, or of the module that a fused parameter is in."""
+        return self.name.rpartition(".")[0] if self.experts else self.name
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Give the shapes that A and B of this rank have in PEFT. Those of experts are stacked, A expert by expert."""
+        if self.experts:
+            return (self.experts * rank, self.in_features), (self.out_features, rank * self.experts)
+        channels = self.in_features // math.prod(self.kernel)
+        return (rank, channels, *self.kernel), (self.out_features, rank // self.groups, *(1 for _ in self.kernel))
+
+    def parameters(self, rank: int) -> int:
+        """Count the trainable parameters of a LoRA pair of this rank."""
+        a, b = self.shapes(rank)
+        return math.prod(a) + math.prod(b)
+
+    def extras(self) -> dict[str, Any]:
+        """Give the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""
+        convolution = {"kernel": list(self.kernel), "groups": self.groups} if self.kernel else {}
+        return convolution | ({"experts": self.experts} if self.experts else {})
+
+    @property
+    def cost(self) -> int:
+        """Trainable parameters of one rank; those of r ranks are r times as many."""
+        return max(self.experts, 1) * (self.in_features + self.out_features // self.groups)
+
+
+def read_target(name: str, kind: str, in_features: int, out_features: int, extras: Mapping[str, Any]) -> Target:
+    """Make a target again from its plain values.
+
+    Raises:
+        TypeError, ValueError: They are none.
+    """
+    kernel = tuple(int(size) for size in extras.get("kernel", ()))
+    groups, experts = int(extras.get("groups", 1)), int(extras.get("experts", 0))
+    return Target(name, str(kind), int(in_features), int(out_features), kernel, groups, experts)
+
+
+def file_prefixes(targets: Iterable[Target], others: Iterable[str] = ()) -> dict[str, str]:
+    """Say what stands before `lora_A` in the names of an adapter's tensors, by the name of the layer.
+
+    PEFT wraps the module of a fused parameter once for each of its parameters that has an adapter, the last outermost.
+
+    Args:
+        targets: All layers that have an adapter, in model order.
+        others: Further names.
+    """
+    prefixes = {name: f"base_model.model.{name}" for name in others}
+    inside: dict[str, int] = {}
+    for target in reversed(list(targets)):
+        prefixes[target.name] = f"base_model.model.{target.module}"
+        if target.experts:
+            prefixes[target.name] += ".base_layer" * inside.get(target.module, 0)
+            inside[target.module] = inside.get(target.module, 0) + 1
+    return prefixes
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `target_modules` selects in one model, in model order.
+
+    Attributes:
+        layers: Layers that can be initialised from their inputs, by name.
+        unsupported: Layers that PEFT adapts but whose A cannot start from data (an embedding), name to kind, which is
+            `"Parameter"` for a parameter. They keep PEFT's own initialisation.
+        reasons: Why, for each of these.
+    """
+
+    layers: Mapping[str, Target]
+    unsupported: Mapping[str, str]
+    reasons: Mapping[str, str]
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Collection[str] = ALL_LINEAR,
+    exclude_modules: str | Collection[str] | None = None,
+    task_type: str | None = None,
+    target_parameters: Collection[str] | None = None,
+) -> Targets:
+    """Select the layers that `peft.get_peft_model` would adapt, given the same arguments, in model order.
+
+    Args:
+        model: Any torch model.
+        target_modules: `"all-linear"`, a regular expression that matches full names, or a collection of names or
+            dot-separated name endings.
+        exclude_modules: Regular expression or collection of names or endings to leave out.
+        task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
+        target_parameters: Names of parameters, or dot-separated endings of names: those of fused experts.
+
+    Raises:
+        LoraInitError: Nothing matches, or a matched module is one that PEFT cannot adapt.
+
+    Example:
+        >>> from torch import nn
+        >>> list(find_targets(nn.ModuleDict({"up": nn.Linear(2, 8), "down": nn.Linear(8, 2)}), ["up"]).layers)
+        ['up']
+    """
+    model = unwrapped(model)
+    named = plain_names(model)
+    modules = {name: module for name, module in named.items() if name}
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        selected = [name for name, module in modules.items() if is_linear(module)]
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        selected = [name for name in selected if modules[name] is not output]
+    else:
+        selected = [name for name in modules if matches(target_modules, name, "target_modules")]
+        if not selected and (target_modules or not target_parameters):
+            raise no_match(model, modules, target_modules)
+    heads = HEADS.get(task_type or "", ())
+    selected = [name for name in selected if not is_in(name, heads)]
+    if exclude_modules:
+        selected = [name for name in selected if not matches(exclude_modules, name, "exclude_modules")]
+    parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
+    if not selected and not parameters:
+        raise LoraInitError(
+            f"target_modules={target_modules!r} with exclude_modules={exclude_modules!r} leaves no layer of "
+            f"{type(model).__name__}. Exclude less, or target more."
+        )
+    layers: dict[str, Target] = {}
+    unsupported: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for name in sorted([*selected, *parameters], key=_model_order(named)):
+        if name in parameters:
+            experts = parameters[name]
+            if experts is not None:
+                widths = experts.in_features, experts.out_features
+                layers[name] = Target(name, class_name(experts.module), *widths, experts=experts.n_experts)
+            else:
+                unsupported[name] = "Parameter"
+                reasons[name] = "a parameter whose input no interface of transformers' experts shows"
+            continue
+        module = modules[name]
+        reason = next((why for kind, why in _WITHOUT_ROWS.items() if isinstance(module, kind)), None)
+        if reason is None:
+            layers[name] = _target(name, module)
+        else:
+            unsupported[name], reasons[name] = class_name(module), reason
+    return Targets(layers, unsupported, reasons)
+
+
+def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
+    order: dict[str, int] = {}
+    for owner, module in modules.items():
+        order.setdefault(owner, len(order))
+        for ending, _ in module.named_parameters(recurse=False):
+            order.setdefault(f"{owner}.{ending}", len(order))
+    return lambda name: order[name]
+
+
+def _target(name: str, module: nn.Module) -> Target:
+    kind = class_name(module)
+    if is_conv1d(module):
+        d_in, d_out = module.weight.shape  # type: ignore[misc]
+        return Target(name, kind, int(d_in), int(d_out))
+    if isinstance(module, CONVOLUTIONS):
+        patches_of(name, module)  # refuses those that PEFT cannot adapt
+        width = module.in_channels * math.prod(module.kernel_size)
+        return Target(name, kind, width, module.out_channels, tuple(module.kernel_size), module.groups)
+    # Quantised linear layers of every library keep these two attributes.
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return Target(name, kind, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+    raise LoraInitError(
+        f"target_modules selects {name!r}, a {kind}, and an adapter needs a linear layer or a convolution. "
+        "Name the layers inside it, or use a pattern that ends in their names."
+    )

@@ -1,0 +1,179 @@
+"""Policies: what one more rank in a layer is worth.
+
+A policy is one function from the spectra of all layers to the worth of each rank. Ranks are then taken by falling worth
+until the budget is spent (`selection`), so that a policy holds no rule about budgets, limits or ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_init.errors import LoraInitError
+from lora_init.planning.spectra import Spectra
+from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.statistics import Statistics
+
+FloatArray = NDArray[np.float64]
+# A rule of one's own: (layer name, its spectrum) -> worth of its 1st, 2nd, ... rank, at most k numbers.
+Rule = Callable[[str, Spectrum], "FloatArray"]
+
+
+def uniform(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank of every layer at 1 / (j - 1/2): all layers rise together, as evenly as the limits allow.
+
+    The baseline: LoRA (Hu et al., arXiv 2106.09685) with one rank for all layers.
+
+    Args:
+        ratios: Explained-variance ratio of each component, by falling ratio, [n, K]; 0 where a layer has fewer than K.
+        widths: d_in + d_out of each layer, [n]: what one rank of it costs in parameters.
+
+    Returns:
+        Worth of each rank, [n, K], and what it is divided by where ranks of several layers are taken together, [n].
+    """
+    return proportional_to(np.ones(len(ratios)), ratios.shape[1])
+
+
+def eva(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the share of the layer's variance that its j-th component explains.
+
+    Source: EVA (Paischer et al., arXiv 2410.07170, section 3.3); `peft.tuners.lora.eva` does the same.
+    """
+    return ratios, np.ones(len(ratios))
+
+
+def cost_aware(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the share of variance it explains per parameter: ratio_j / (d_in + d_out).
+
+    Under a budget in parameters this is the greedy rule for the knapsack problem (Dantzig 1957). Because ratios fall
+    within a layer, its total explained variance is less than the best possible by at most that of one step.
+    """
+    return ratios, widths
+
+
+def proportional(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Share ranks out in proportion to each layer's effective rank, 1 / sum_j(ratio_j^2).
+
+    This is the number of equally strong directions with the same concentration of variance (the participation ratio;
+    the exponential of Renyi's entropy of order 2). The entropy of order 1 of Roy and Vetterli (2007), from which the
+    name comes, needs the whole spectrum, and the statistics hold its head only; in squares the tail is negligible: what
+    is missed adds at most (variance not kept) x (last ratio kept) to the sum.
+    """
+    concentration = (ratios**2).sum(axis=1)
+    effective = np.divide(1.0, concentration, out=np.zeros_like(concentration), where=concentration > 0.0)
+    return proportional_to(effective, ratios.shape[1])
+
+
+def proportional_to(claims: FloatArray, n_ranks: int) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at claim / (j - 1/2), which shares ranks out in proportion to the claims, [n].
+
+    The divisor method of Webster and Sainte-Lague: no other whole numbers of the same sum lie nearer to proportion, in
+    the sense that no move of one rank makes any two layers' ranks per claim more equal.
+    """
+    return claims[:, None] / (np.arange(n_ranks) + 0.5), np.ones(len(claims))
+
+
+POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]] = {
+    "uniform": uniform,
+    "eva": eva,
+    "cost-aware": cost_aware,
+    "proportional": proportional,
+}
+
+
+def gradient(gains: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the expected squared gradient of B that its direction brings.
+
+    All layers' gradients are of one loss, so these are numbers of one unit, and not shares: a layer that the loss does
+    not depend on gets nothing. q, k and v read the same tensor and differ here.
+
+    Args:
+        gains: Explained variance of the rows weighted by the gradient, falling, [n, K].
+        widths: d_in + d_out of each layer, [n].
+    """
+    return gains, np.ones(len(gains))
+
+
+def gradient_per_parameter(gains: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Value the j-th rank at the expected squared gradient that it brings per parameter, as `cost_aware` does."""
+    return gains, widths
+
+
+def gora(importance: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Share ranks out in proportion to importance / sqrt(d_in + d_out): GoRA's rule (He et al., arXiv 2502.12171).
+
+    The importance of a layer is the mean of |W * G| over its entries. The paper shares out rank x sum(sqrt(d_in +
+    d_out)) in proportion to it, of which a rank of a layer costs sqrt(d_in + d_out). Its limits are `min_rank` and
+    `max_rank`.
+
+    Args:
+        importance: Of each layer, in the first column, [n, K].
+        widths: d_in + d_out of each layer, [n].
+    """
+    return proportional_to(importance[:, 0] / np.sqrt(widths), importance.shape[1])
+
+
+GRADIENT_POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]] = {
+    "gradient": gradient,
+    "gradient-per-parameter": gradient_per_parameter,
+    "gora": gora,
+}
+
+
+def _from_gradients(policy: str, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
+    values = np.zeros_like(spectra.ratios)
+    for row, name in zip(values, spectra.names, strict=True):
+        found = stats.gradient(name)
+        if policy == "gora" and math.isnan(found.importance):
+            raise LoraInitError(
+                f"policy='gora': the importance of {name!r} is unknown. It needs the model's weights, which a merge of "
+                "statistics does not have. Collect from all the data in one pass, or choose another policy."
+            )
+        numbers = np.array([found.importance]) if policy == "gora" else found.weighted.explained_variance.numpy()
+        row[: len(numbers)] = numbers[: len(row)]
+    if not values.any():
+        why = "the weights are quantised" if policy == "gora" else "the loss depends on no layer"
+        raise LoraInitError(f"policy={policy!r}: all layers are worth nothing, since {why}. Choose another policy.")
+    return GRADIENT_POLICIES[policy](values, spectra.widths.astype(np.float64))
+
+
+def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
+    """Apply a policy by name, or somebody's own rule.
+
+    Of a rule's numbers for a layer only how many are among the best counts, so they are put in falling order.
+
+    Returns:
+        As the policies do.
+
+    Raises:
+        LoraInitError: Unknown policy; one that needs gradients, and there are none, or the model's weights, and the
+            statistics were merged; or a rule that fails, returns NaN,
+            or not one number per component.
+    """
+    if isinstance(policy, str):
+        if policy in GRADIENT_POLICIES:
+            return _from_gradients(policy, stats, spectra)
+        if policy not in POLICIES:
+            known = ", ".join((*POLICIES, *GRADIENT_POLICIES))
+            raise LoraInitError(f"policy={policy!r} is unknown. Choose from {known}, or give a function.")
+        return POLICIES[policy](spectra.ratios, spectra.widths.astype(np.float64))
+    gains = np.zeros_like(spectra.ratios)
+    for row, name in zip(gains, spectra.names, strict=True):
+        spectrum = stats[name]
+        try:
+            scores = np.asarray(policy(name, spectrum), dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise LoraInitError(f"layer {name!r}: the policy failed, or returned no numbers: {error}.") from error
+        if scores.shape != (spectrum.n_components,):
+            raise LoraInitError(
+                f"layer {name!r}: the policy returned scores of shape {scores.shape}, "
+                f"and ({spectrum.n_components},) is needed, one per component."
+            )
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise LoraInitError(f"layer {name!r}: the policy returned {scores[bad]} for component {bad}.")
+        row[: len(scores)] = np.sort(scores)[::-1]
+    return gains, np.ones(len(gains))

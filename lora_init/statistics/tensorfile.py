@@ -1,0 +1,127 @@
+"""A safetensors file with a checked JSON header: written in one piece, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lora_init.errors import LoraInitError
+from lora_init.files import write_whole
+
+
+def write_tensors(
+    path: str | Path, kind: str, version: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one.
+
+    Args:
+        path: The file; its directory is made if needed.
+        kind: Name of the format.
+        version: Version of the format.
+        header: JSON-serialisable description.
+        tensors: Tensors by name.
+
+    Returns:
+        The path.
+
+    Raises:
+        LoraInitError: The file cannot be written (no space, no permission, a directory of that name).
+    """
+    path = Path(path).expanduser()
+    text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
+    metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    except OSError as error:
+        raise LoraInitError(
+            f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another place."
+        ) from error
+    return path
+
+
+def flatten(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name tensors `name/part`, on the CPU, as a file or a message holds them."""
+    return {f"{name}/{part}": tensor.cpu() for name, of in parts.items() for part, tensor in of.items()}
+
+
+def nest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Undo `flatten`: the parts of each name, none for a name without tensors.
+
+    Raises:
+        KeyError: A tensor of none of the names.
+    """
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        parts[name][part] = tensor
+    return parts
+
+
+class TensorFile:
+    """A file from `write_tensors`, opened; its header is checked now, each tensor when it is read.
+
+    The file stays mapped: another file renamed over it does not reach this object.
+
+    Raises:
+        LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
+    """
+
+    def __init__(self, path: str | Path, kind: str, *versions: int) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
+        try:
+            opened: Any = safe_open(self.path, framework="pt")
+            self._file = opened
+            metadata = self._file.metadata() or {}
+            self._names = set(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
+        if metadata.get("format") != kind:
+            raise LoraInitError(
+                f"{self.path} is of format {metadata.get('format')!r}, expected {kind!r}. Give another file."
+            )
+        if metadata.get("version") not in [str(version) for version in versions]:
+            raise LoraInitError(
+                f"{self.path} has version {metadata.get('version')!r} of its format, this lora_init reads "
+                f"{' and '.join(map(str, versions))}. "
+                "Update lora_init, or make the file again."
+            )
+        text = metadata.get("header", "")
+        if _sha256(text.encode()) != metadata.get("sha256"):
+            raise self.changed("its header")
+        self.header: dict[str, Any] = json.loads(text)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            LoraInitError: It is missing, or not what was written.
+        """
+        if name not in self._names:
+            raise self.changed(f"tensor {name!r}")
+        tensor: Tensor = self._file.get_tensor(name)
+        if _digest(tensor) != self.header["digests"].get(name):
+            raise self.changed(f"tensor {name!r}")
+        return tensor
+
+    def changed(self, what: str) -> LoraInitError:
+        """Make the error for a file that isn't what was written."""
+        return LoraInitError(f"{self.path}: {what} is not what was written. The file was changed; make it again.")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    described = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return _sha256(described + tensor.contiguous().numpy().tobytes())

@@ -1,0 +1,360 @@
+"""Starts by the gradient: what they maximise, against autograd; the papers' formulas; what becomes of the model."""
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+import lora_init
+from lora_init.adapters.build import build_adapter
+from lora_init.adapters.gradient_starts import GRADIENT_METHODS, preconditioned
+from lora_init.adapters.initializers import energy, layer_generator
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
+from lora_init.planning.ranks import allocate_ranks
+from lora_init.statistics.gradient_spectrum import GradientSpectrum
+from lora_init.statistics.spectrum import Spectrum
+from tests.collection.test_gradient_tap import counts_of, exact, labelled
+from tests.conftest import tiny_gpt2, tiny_llama
+
+RANK = 4
+STEPS = ["lora-one", "natural-gradient-step"]
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model, batches = tiny_llama(), labelled("llama")
+    # All directions, so that what is tested is the start and not the decomposition.
+    return model, batches, collect(model, batches, rank=16, rho=3.0, gradients=True, center=False)
+
+
+def a_of(stats, method, rank=RANK, **options):
+    return {name: a for name, (a, _) in build_adapter(stats, rank, method, **options).weights.items()}
+
+
+class PerToken(nn.Module):
+    """A layer with a B of its own for every token, so that autograd gives the gradient of each."""
+
+    def __init__(self, layer, a):
+        super().__init__()
+        self.layer, self.a, self.b = layer, a, None
+
+    def forward(self, x):
+        self.b = torch.zeros(*x.shape[:-1], self.layer.out_features, len(self.a), requires_grad=True)
+        return self.layer(x) + (self.b @ (x.detach() @ self.a.T)[..., None])[..., 0]
+
+
+def squared_gradients(model, batches, name, a, per_token):
+    """Sum of |dL/dB|^2 by autograd, L the summed loss: of a B for each token, or of one B for all of them."""
+    parent, _, last = name.rpartition(".")
+    plain = model.get_submodule(name)
+    layer = PerToken(plain, a)
+    total, shared = 0.0, 0.0
+    setattr(model.get_submodule(parent), last, layer)
+    try:
+        for batch, count in zip(batches, counts_of(model, batches), strict=True):
+            (model(**batch).loss * count).backward()
+            total += float(layer.b.grad.double().square().sum())
+            shared = shared + layer.b.grad.double().flatten(0, -3).sum(0)
+    finally:
+        setattr(model.get_submodule(parent), last, plain)
+        model.zero_grad(set_to_none=True)
+    return total if per_token else float(shared.square().sum())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+)
+@pytest.mark.parametrize(("method", "per_token"), [("eva-grad", True), ("grad-a", False)])
+def test_the_chosen_a_has_the_largest_squared_gradient_of_b(case, method, per_token, name):
+    """eva-grad of the gradient of single tokens, grad-a of the mean gradient: the value is autograd's, and maximal."""
+    model, batches, stats = case
+    found = {
+        m: squared_gradients(model, batches, name, a_of(stats, m)[name], per_token)
+        for m in (method, "eva", "orthogonal")
+    }
+    gradient, n = stats.gradient(name), stats.gradient(name).weighted.n_samples
+    if per_token:
+        promised = float(gradient.weighted.explained_variance[:RANK].sum()) * (n - 1)
+    else:
+        promised = float(gradient.singular_values[:RANK].square().sum()) * stats.provenance.n_labels**2
+    assert found[method] == pytest.approx(promised, rel=1e-3)
+    assert found[method] > found["eva"] and found[method] > found["orthogonal"]
+    for seed in range(5):
+        assert (
+            squared_gradients(model, batches, name, a_of(stats, "orthogonal", seed=seed)[name], per_token)
+            < found[method]
+        )
+
+
+def reference(mean, rank, method, gamma):
+    """A and B by the papers, from the full gradient."""
+    u, s, v = torch.linalg.svd(mean, full_matrices=False)
+    scale = mean.shape[0] ** 0.25 / gamma**0.5
+    if method == "lora-ga":
+        return scale * v[:rank], scale * u[:, rank : 2 * rank]
+    root = (s[:rank] / s[0]).sqrt()
+    return scale * root[:, None] * v[:rank], -scale * u[:, :rank] * root
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora-one"])
+@pytest.mark.parametrize("gamma", [None, 4.0])
+def test_the_papers_formulas(case, method, gamma):
+    model, batches, stats = case
+    init = build_adapter(stats, RANK, method, gamma=gamma)
+    truth = exact(model, batches, list(stats), counts_of(model, batches))
+    for name, (a, b) in init.weights.items():
+        expected_a, expected_b = reference(truth[name][0], RANK, method, gamma or GRADIENT_METHODS[method].gamma)
+        if method == "lora-one":
+            torch.testing.assert_close(b.double() @ a.double(), expected_b @ expected_a, rtol=0.0, atol=1e-4)
+        for got, expected in ((a, expected_a), (b.T, expected_b.T)):  # singular vectors have no sign
+            signs = (got.double() * expected).sum(1, keepdim=True).sign()
+            torch.testing.assert_close(got.double() * signs, expected, rtol=0.0, atol=2e-3)
+
+
+def planted(d_in=7, d_out=5, k=3, center=True):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    axes = lambda n, d: torch.linalg.qr(draw(d, n)).Q.T.contiguous()  # noqa: E731
+    variance = torch.tensor([50.0, 9.0, 4.0], dtype=torch.float64)
+    spectrum = Spectrum(axes(k, d_in), variance, 63.0 + 2.0, draw(d_in) if center else torch.zeros(d_in), 100)
+    moment = draw(d_out).double().square() + 0.1
+    values = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64)
+    return spectrum, GradientSpectrum(spectrum, axes(k, d_out), values, axes(k, d_in), moment, 1.0, 1)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_the_natural_gradient_against_dense_inverses(center):
+    spectrum, gradient = planted(center=center)
+    v = spectrum.components.double()
+    rest = (spectrum.total_variance - spectrum.explained_variance.sum()) / (7 - 3)
+    mean = spectrum.mean.double()
+    s_x = v.T @ torch.diag(spectrum.explained_variance - rest) @ v + rest * torch.eye(7) + mean[:, None] * mean
+    s_x = s_x + 0.01 * s_x.trace() / 7 * torch.eye(7)
+    s_y = torch.diag(gradient.output_moment + 0.01 * gradient.output_moment.mean())
+    mean_gradient = gradient.left.double().T @ torch.diag(gradient.singular_values) @ gradient.right.double()
+    expected = -torch.linalg.inv(s_y) @ mean_gradient @ torch.linalg.inv(s_x)
+    left, values, right = preconditioned(spectrum, gradient)
+    torch.testing.assert_close(values, torch.linalg.svdvals(expected)[:3], rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(left.double().T @ torch.diag(values) @ right.double(), expected, rtol=0.0, atol=1e-5)
+    a, b = GRADIENT_METHODS["natural-gradient"].start(spectrum, gradient, 2, layer_generator(0, "x"), 0.0)
+    u, s, vh = torch.linalg.svd(expected)
+    assert not b.any() and torch.allclose((a.double() @ vh[:2].T).abs(), torch.eye(2).double(), atol=1e-5)
+    scaled, b = GRADIENT_METHODS["natural-gradient-scaled"].start(spectrum, gradient, 2, layer_generator(0, "x"), 0.0)
+    assert not b.any() and torch.allclose(scaled / scaled.norm(), a / a.norm(), atol=1e-6)
+    assert energy(spectrum, scaled) == pytest.approx(energy(spectrum, spectrum.components[:2]), rel=1e-5)
+    a, b = GRADIENT_METHODS["natural-gradient-step"].start(spectrum, gradient, 2, layer_generator(0, "x"), 64.0)
+    step = u[:, :2] @ torch.diag(s[:2] / s[0]) @ vh[:2] * 5**0.5 / 64
+    torch.testing.assert_close(b.double() @ a.double(), step, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled", *STEPS])
+def test_a_layer_without_gradient_starts_at_random_and_can_learn(method):
+    spectrum, _ = planted()
+    nothing = Spectrum(torch.empty(0, 7), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(7), 100)
+    zero = torch.zeros(5, dtype=torch.float64)
+    gradient = GradientSpectrum(nothing, torch.empty(0, 5), torch.empty(0).double(), torch.empty(0, 7), zero, 0.0, 0)
+    chosen = GRADIENT_METHODS[method]
+    a, b = chosen.start(spectrum, gradient, 3, layer_generator(0, "x"), chosen.gamma)
+    assert not b.any() and bool(a.isfinite().all()) and torch.linalg.matrix_rank(a) == 3
+
+
+def test_a_step_lowers_the_loss(case):
+    model, batches, stats = case
+    for method in STEPS:
+        adapted = build_adapter(stats, RANK, method, lora_alpha=RANK, gamma=64.0).apply(tiny_copy(model))
+        assert loss_of(adapted, batches) < loss_of(model, batches) - 0.01, method
+
+
+def tiny_copy(model):
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@torch.no_grad()
+def loss_of(model, batches):
+    return sum(float(model(**batch).loss) for batch in batches) / len(batches)
+
+
+@torch.no_grad()
+def logits(model, batches):
+    return torch.cat([model(**batch).logits.flatten() for batch in batches])
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("correct_base", [True, False])
+def test_lora_ga_keeps_the_output_and_is_saved_as_an_ordinary_adapter(make, correct_base, tmp_path):
+    batches = labelled("llama")
+    model = make()
+    plain = tiny_copy(model)
+    before, output = {n: p.detach().clone() for n, p in model.named_parameters()}, logits(model, batches)
+    stats = collect(model, batches, rank=RANK, gradients=True)
+    init = build_adapter(stats, allocate_ranks(stats, rank=3, rho=1.3), "lora-ga", lora_alpha=8, gamma=2.0)
+    assert init.corrects_base and not init.changes_output
+    init.save_pretrained(tmp_path / "start")
+    peft_model = init.apply(model, correct_base=correct_base)
+    # As off by rounding as a weight that was taken apart: B A is as large as the weights here.
+    assert (logits(peft_model, batches) - output).abs().max() < 1e-4 * output.abs().max()
+    weights = {n.replace(".base_layer", ""): p for n, p in peft_model.get_base_model().named_parameters()}
+    same = [torch.equal(weights[n], p) for n, p in before.items() if n.removesuffix(".weight") in init.weights]
+    assert same == [not correct_base] * len(init.weights)
+
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    trained = logits(peft_model, batches)
+    assert (trained - output).abs().max() > 1e-2 * output.abs().max()
+    peft_model.save_pretrained(tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    again = PeftModel.from_pretrained(plain, tmp_path / "trained").eval()
+    assert (logits(again, batches) - trained).abs().max() < 1e-4 * trained.abs().max()
+    layers = adapter_layers(again)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: 2 * r for n, r in init.ranks.items()}
+
+
+def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
+    model, batches, stats = case
+    output = logits(model, batches)
+    for use_rslora in (False, True):
+        init = build_adapter(stats, RANK, "lora-ga", use_rslora=use_rslora)
+        init.save_pretrained(tmp_path / "start", overwrite=True)
+        assert "lora_init.correct_base(base_model, directory)" in (tmp_path / "start" / "README.md").read_text()
+        base = tiny_copy(model)
+        wrong = PeftModel.from_pretrained(tiny_copy(model), tmp_path / "start").eval()
+        assert (logits(wrong, batches) - output).abs().max() > 1e-2 * output.abs().max()
+        lora_init.correct_base(base, tmp_path / "start")
+        right = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True).eval()
+        assert (logits(right, batches) - output).abs().max() < 1e-4 * output.abs().max()
+    with pytest.raises(LoraInitError, match=r"has layer 'model.layers.0.mlp.down_proj', and GPT2LMHeadModel does not"):
+        lora_init.correct_base(tiny_gpt2(), tmp_path / "start")
+
+
+def test_a_quantised_base_is_not_corrected(case):
+    model, _, stats = case
+    quantised = tiny_copy(model)
+    layer = quantised.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(LoraInitError, match=r"up_proj' is quantised.*correct_base=False"):
+        build_adapter(stats, RANK, "lora-ga").apply(quantised)
+    assert not hasattr(quantised, "peft_config")
+    build_adapter(stats, RANK, "lora-ga").apply(quantised, correct_base=False)
+
+
+def test_what_does_the_adapter_do_is_said(case, tmp_path):
+    _, _, stats = case
+    for method, words in (
+        ("eva-grad", "B is zero, so the adapter changes nothing"),
+        ("lora-one", "a step down the gradient, and the model's output is another one"),
+        ("lora-ga", "the base weights must give up what the adapter adds"),
+    ):
+        init = build_adapter(stats, RANK, method)
+        assert init.changes_output == (method == "lora-one") and words in init.start_in_words()
+        init.save_pretrained(tmp_path / method)
+        assert words in (tmp_path / method / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(method="lora-ga", ranks=16), "rank 16 needs 32 singular vectors of the mean gradient, and there are 16"),
+        (dict(method="eva-grad", gamma=3.0), "gamma=3.0 with method='eva-grad': it is a positive number, for 'natural"),
+        (dict(method="lora-one", gamma=-1.0), "gamma=-1.0 with method='lora-one'"),
+        (dict(method="lora-one", use_dora=True), "starts with B other than zero, and DoRA"),
+        (dict(method="eva-gradd"), "Choose one of 'eva', .*'eva-grad'"),
+    ],
+)
+def test_what_cannot_be_built_is_said(case, options, message):
+    with pytest.raises(LoraInitError, match=message):
+        build_adapter(case[2], **dict(ranks=RANK) | options)
+
+
+def test_statistics_without_gradients_are_refused():
+    stats = collect(tiny_llama(), labelled("llama"), rank=RANK)
+    with pytest.raises(LoraInitError, match=r"no gradients. Collect them with gradients=True"):
+        build_adapter(stats, RANK, "eva-grad")
+    for policy in ("gradient", "gradient-per-parameter", "gora"):
+        with pytest.raises(LoraInitError, match="no gradients"):
+            allocate_ranks(stats, policy=policy)
+
+
+def test_initialize_collects_gradients_by_itself():
+    model = tiny_llama()
+    adapted = lora_init.initialize(model, labelled("llama"), rank=RANK, rho=1.0, method="grad-a")
+    assert isinstance(adapted, PeftModel)
+
+
+# Ranks
+
+
+class Three(nn.Module):
+    """q, k and v read one tensor; the loss weighs what they say as it is told."""
+
+    def __init__(self, weights):
+        super().__init__()
+        for name in "qkv":
+            setattr(self, name, nn.Linear(12, 12, bias=False))
+        self.k.weight = nn.Parameter(self.q.weight.detach().clone())
+        self.weights = weights
+
+    def forward(self, x):
+        return sum(weight * getattr(self, name)(x).square().sum(-1).mean() for name, weight in self.weights.items())
+
+
+def planted_statistics(q, k, v):
+    torch.manual_seed(0)
+    model = Three({"q": q, "k": k, "v": v})
+    data = [torch.randn(64, 12) * 0.8 ** torch.arange(12) for _ in range(8)]
+    return collect(model, data, rank=4, gradients=True, tolerance=0.0, loss=lambda output, batch: output)
+
+
+@pytest.mark.parametrize("policy", ["gradient", "gradient-per-parameter", "gora"])
+def test_q_k_and_v_differ_where_the_loss_does_and_tie_where_it_does_not(policy):
+    stats = planted_statistics(1.0, 1.0, 0.1)
+    ranks = allocate_ranks(stats, rank=4, policy=policy)
+    assert abs(ranks["q"] - ranks["k"]) <= 1 and ranks["v"] < ranks["k"] and sum(ranks.values()) == 12
+    # Whoever is last in the order of the layers gets less only where the budget ends in a tie.
+    assert allocate_ranks(stats, rank=4, policy="eva")["v"] == 4
+    tied = allocate_ranks(stats, rank=4, policy=policy, tie=("q", "k", "v"))
+    assert set(tied.values()) == {4}
+    other = allocate_ranks(planted_statistics(0.1, 0.1, 1.0), rank=4, policy=policy)
+    assert other["v"] > other["q"] and other["v"] > other["k"]
+
+
+def test_policies_by_hand(case):
+    """The greedy rule: the best total of squared gradient for a budget of ranks, or of parameters."""
+    stats = case[2]
+    gains = {name: stats.gradient(name).weighted.explained_variance for name in stats}
+    plan = allocate_ranks(stats, rank=RANK, policy="gradient")
+    best = torch.cat([gain[: 2 * RANK] for gain in gains.values()]).sort(descending=True).values[: RANK * len(stats)]
+    assert float(sum(gains[n][:r].sum() for n, r in plan.items())) == pytest.approx(float(best.sum()), rel=1e-9)
+    per_parameter = allocate_ranks(stats, parameters=2000, policy="gradient-per-parameter")
+    cost = {name: target.cost for name, target in stats.targets.items()}
+    taken = min(float(gains[n][r - 1]) / cost[n] for n, r in per_parameter.items() if r)
+    left = max((float(gains[n][r]) / cost[n] for n, r in per_parameter.items() if r < min(len(gains[n]), 5)), default=0)
+    spare = 2000 - per_parameter.parameters
+    assert taken >= left or spare < max(cost.values())
+
+
+def test_gora_by_hand(case):
+    """Ranks in proportion to |W * G| / sqrt(d_in + d_out), which leaves no layer further than one rank from it."""
+    stats = case[2]
+    claims = {n: stats.gradient(n).importance / stats.targets[n].cost ** 0.5 for n in stats}
+    plan = allocate_ranks(stats, rank=RANK, rho=10.0, policy="gora")
+    share = RANK * len(stats) / sum(claims.values())
+    assert len(set(plan.values())) > 1
+    for name, rank in plan.items():
+        assert abs(rank - min(share * claims[name], 48)) <= 1.0
+
+
+def test_gora_needs_plain_weights(case):
+    stats = case[2]
+    gone = {n: GradientSpectrum(**{**vars(stats.gradient(n)), "importance": 0.0}) for n in stats}
+    blind = lora_init.Statistics(
+        {n: stats[n] for n in stats}, {n: n for n in stats}, stats.targets, stats.provenance, gradients=gone
+    )
+    with pytest.raises(LoraInitError, match="worth nothing, since the weights are quantised"):
+        allocate_ranks(blind, rank=2, policy="gora")

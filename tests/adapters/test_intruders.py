@@ -1,0 +1,253 @@
+"""Intruder dimensions: against brute force, against PEFT's criterion, and where their number was planted."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.comparison.starts import prepare
+from lora_init.errors import LoraInitError
+from lora_init.layers.targets import find_targets
+from tests.cli.test_cli import assert_one_line_error, run, save_model
+from tests.comparison.test_starts import assert_same, snapshot
+from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
+
+NAMES = ["q_proj", "down_proj", "up_proj"]
+
+
+def with_adapter(model, targets=NAMES, size=0.3, **options):
+    """A trained adapter, as far as this is concerned: B is not zero."""
+    settings = dict(r=4, lora_alpha=8, target_modules=targets) | options
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(1)
+    for layer in adapter_layers(peft_model).values():
+        b = layer.lora_B["default"].weight
+        b.data = torch.randn(b.shape, generator=generator) * size
+    return peft_model
+
+
+def brute_force(plain, delta, k=10):
+    """The definition, word for word, in float64."""
+    trained = plain.double() + delta.double()
+    before = torch.linalg.svd(plain.double()).U[:, : min(plain.shape)]
+    u, s, _ = torch.linalg.svd(trained)
+    similarities = [max(abs(float(u[:, i] @ before[:, j])) for j in range(before.shape[1])) for i in range(k)]
+    new = [i for i in range(k) if similarities[i] < 0.5]
+    return similarities, len(new), float((s[new] ** 2).sum() / (s[:k] ** 2).sum())
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, lambda: tiny_llama(hidden_size=160, intermediate_size=200)])
+def test_against_brute_force(make):
+    """The third model is large enough for the Lanczos steps."""
+    model = make()
+    targets = ["c_attn", "c_proj"] if make is tiny_gpt2 else NAMES
+    peft_model = with_adapter(model, targets, fan_in_fan_out=make is tiny_gpt2)
+    found = intruder_dimensions(peft_model)
+    layers = adapter_layers(peft_model)
+    assert list(found.layers) == list(layers)
+    counts, energy, total = 0, 0.0, 0.0
+    for name, layer in layers.items():
+        weight, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
+        if make is tiny_gpt2:
+            weight, delta = weight.T, delta.T
+        similarities, count, share = brute_force(weight, delta)
+        ours = found.layers[name]
+        # float32 against float64, where two directions of nearly equal weight turn into each other.
+        assert ours.similarities == pytest.approx(similarities, abs=2e-3)
+        assert (ours.count, ours.of) == (count, 10)
+        assert ours.energy_share == pytest.approx(share, rel=1e-4)
+        counts, energy, total = counts + count, energy + share * sum(ours.energies), total + sum(ours.energies)
+    assert found.count == counts and 0 < counts < found.of == 10 * len(layers)
+    assert found.energy_share == pytest.approx(energy / total, rel=1e-4)
+
+
+def test_against_peft():
+    """PEFT says how many it would reduce in each layer."""
+    peft_model = with_adapter(tiny_llama())
+    found = intruder_dimensions(peft_model)
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    said = []
+    reduce_intruder_dimension(peft_model, logging_sink=said.append)
+    theirs = {}
+    for line in said[:-1]:
+        name, _, text = line.partition(": ")
+        theirs[name.removeprefix("base_model.model.")] = 0 if text == "No intruders" else int(text.split()[-1])
+    assert theirs == {name: layer.count for name, layer in found.layers.items()}
+    assert sum(theirs.values()) > 0
+
+
+def planted(n_intruders, n_large=3, width=160):
+    """A weight of known directions, and an adapter that adds large ones outside their span."""
+    basis = torch.linalg.qr(torch.randn(width, width)).Q
+    inside, outside = basis[:, : width // 2], basis[:, width // 2 :]
+    right = torch.linalg.qr(torch.randn(width // 2, width // 2)).Q
+    model = nn.Sequential(nn.Linear(width // 2, width, bias=False))
+    model[0].weight.data = inside @ torch.diag(torch.linspace(10, 1, width // 2)) @ right.T
+    peft_model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+    layer = peft_model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a.data = right[:, -8:].T.contiguous()
+    b.data.zero_()
+    b.data[:, :n_intruders] = 20 * outside[:, :n_intruders]  # twice that after the scaling: above all others
+    b.data[:, n_intruders : n_intruders + n_large] = 20 * inside[:, -8:][:, n_intruders : n_intruders + n_large]
+    return peft_model
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5])
+def test_a_planted_number(n):
+    """Directions outside the span count; those that the weight has, made larger, do not."""
+    found = intruder_dimensions(planted(n))
+    assert found.count == n and found.of == 10
+    similarities = sorted(found.layers["0"].similarities)
+    # The small singular value that the intruder is added to leaves a cosine of about 1 / 40.
+    assert all(similarity < 0.05 for similarity in similarities[:n])
+    assert all(similarity > 0.99 for similarity in similarities[n:])
+
+
+def test_an_adapter_that_is_not_trained_has_none():
+    peft_model = get_peft_model(tiny_llama(), LoraConfig(target_modules=NAMES))
+    found = intruder_dimensions(peft_model)
+    assert (found.count, found.energy_share) == (0, 0.0)
+    assert all(similarity > 0.999 for layer in found.layers.values() for similarity in layer.similarities)
+
+
+@pytest.mark.parametrize("shape", [(20, 6), (6, 20), (200, 200)])
+def test_weights_of_zeros_and_few_directions(shape):
+    model = nn.Sequential(nn.Linear(*shape, bias=False))
+    model[0].weight.data.zero_()
+    found = intruder_dimensions(with_adapter(model, ["0"], size=0.0))
+    assert found.of == min(10, *shape) and found.energy_share == 0.0
+
+
+def test_cached_vectors_give_the_same(tmp_path):
+    model = tiny_llama()
+    base = left_singular_vectors(model, find_targets(model).layers)
+    peft_model = with_adapter(model)
+    cached, plain = intruder_dimensions(peft_model, base=base), intruder_dimensions(peft_model)
+    assert cached.layers == plain.layers and cached.count > 0
+
+
+def test_a_start_that_changed_the_weights_is_compared_with_the_plain_ones():
+    model = tiny_llama()
+    base = left_singular_vectors(model, find_targets(model).layers)
+    prepared = prepare(
+        "pissa", model, statistics=None, batches=[], loss_of=None, rank=4, lora_alpha=8, seed=0, task_type="CAUSAL_LM"
+    )
+    compared = intruder_dimensions(prepared.peft_model, base=base)
+    assert min(min(layer.similarities) for layer in compared.layers.values()) > 0.999
+    uncompared = intruder_dimensions(prepared.peft_model)  # next to what PiSSA left of them
+    assert min(min(layer.similarities) for layer in uncompared.layers.values()) < 0.99
+
+
+@pytest.mark.parametrize("start", [True, "pissa", "olora"])
+def test_an_adapter_directory(start, tmp_path):
+    model = tiny_llama()
+    base = left_singular_vectors(model, find_targets(model).layers)
+    peft_model = with_adapter(tiny_llama_again(model), init_lora_weights=start)
+    expected = intruder_dimensions(peft_model, base=base)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    before = snapshot(model)
+    found = intruder_dimensions(model, tmp_path / "adapter")
+    assert_same(before, snapshot(model))
+    assert found.count == expected.count > 0
+    for name, layer in expected.layers.items():
+        assert found.layers[name].similarities == pytest.approx(layer.similarities, abs=1e-4)
+
+
+def tiny_llama_again(model):
+    other = tiny_llama()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_dora_rslora_and_half_precision():
+    for options in (dict(use_dora=True), dict(use_rslora=True)):
+        peft_model = with_adapter(tiny_llama(), **options)
+        found = intruder_dimensions(peft_model)
+        merged = {n: layer.base_layer.weight.detach().clone() for n, layer in adapter_layers(peft_model).items()}
+        peft_model.merge_adapter()
+        for name, layer in adapter_layers(peft_model).items():
+            _, count, share = brute_force(merged[name], layer.base_layer.weight.detach() - merged[name])
+            assert found.layers[name].count == count
+            assert found.layers[name].energy_share == pytest.approx(share, rel=1e-3)
+    model = tiny_llama()
+    expected = intruder_dimensions(with_adapter(tiny_llama_again(model).bfloat16().float()))
+    half = intruder_dimensions(with_adapter(model.bfloat16()))
+    assert half.count == expected.count
+
+
+def test_what_cannot_be_examined():
+    model = tiny_llama()
+    with pytest.raises(LoraInitError, match="LlamaForCausalLM has no LoRA adapter"):
+        intruder_dimensions(model)
+    with pytest.raises(LoraInitError, match="nowhere: no such adapter directory"):
+        intruder_dimensions(model, "nowhere")
+    peft_model = with_adapter(model)
+    with pytest.raises(LoraInitError, match="expected at least 1"):
+        intruder_dimensions(peft_model, k=0)
+    with pytest.raises(LoraInitError, match=r"q_proj' has an adapter, and base= has no"):
+        intruder_dimensions(peft_model, base={})
+    peft_model.merge_adapter()
+    with pytest.raises(LoraInitError, match="merged already"):
+        intruder_dimensions(peft_model)
+    peft_model.unmerge_adapter()
+    weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
+    model.model.layers[0].self_attn.q_proj.base_layer.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(LoraInitError, match="q_proj' is quantised"):
+        intruder_dimensions(peft_model)
+
+
+def test_layers_without_singular_vectors_are_named():
+    peft_model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    found = intruder_dimensions(peft_model)
+    assert dict(found.skipped) == {"model.embed_tokens": "Embedding"}
+    assert len(found.layers) == 2
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Models with adapters on the disk, as a user has them."""
+    home = tmp_path_factory.mktemp("intruders")
+    for name, make, task in (("llama", tiny_llama, "CAUSAL_LM"), ("bert", tiny_bert, "SEQ_CLS")):
+        save_model(make(), home / name)
+        model = type(make()).from_pretrained(home / name)
+        targets = NAMES if name == "llama" else ["query", "dense"]
+        with_adapter(model, targets, task_type=task).save_pretrained(home / f"{name}_adapter")
+    return home
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_inspect_on_the_command_line(home, name):
+    model = {"llama": tiny_llama, "bert": tiny_bert}[name]().from_pretrained(home / name)
+    expected = intruder_dimensions(PeftModel.from_pretrained(model, str(home / f"{name}_adapter")))
+    result = run("inspect", home / f"{name}_adapter", "--intruders", "--json")
+    assert result.exit_code == 0, result.stderr
+    about = json.loads(result.stdout)["intruders"]
+    assert (about["count"], about["of"], about["k"]) == (expected.count, expected.of, 10)
+    assert about["energy_share"] == pytest.approx(expected.energy_share, abs=1e-6)
+    assert {n: layer["count"] for n, layer in about["layers"].items()} == {
+        n: layer.count for n, layer in expected.layers.items()
+    }
+    shown = run("inspect", home / f"{name}_adapter", "--intruders", "--model", home / name).stdout
+    worst = max(expected.layers, key=lambda n: (expected.layers[n].count, expected.layers[n].energy_share))
+    for part in (f"{expected.count} of {expected.of}", f"{expected.energy_share:.1%}", "worst layers", worst):
+        assert part in shown
+    assert "intruders" not in json.loads(run("inspect", home / f"{name}_adapter", "--json").stdout)
+
+
+def test_wrong_requests_on_the_command_line(home, tmp_path):
+    adapter = home / "llama_adapter"
+    assert_one_line_error(run("inspect", adapter, "--model", home / "llama"), "--model is for --intruders")
+    assert_one_line_error(run("inspect", adapter, "--intruders", "--model", home / "nowhere"), "nowhere")
+    assert_one_line_error(
+        run("inspect", adapter, "--intruders", "--model", home / "bert"), "llama_adapter cannot be put on"
+    )
+    nameless = tmp_path / "nameless"
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=NAMES)).save_pretrained(nameless)
+    assert_one_line_error(run("inspect", nameless, "--intruders"), "does not name its base model. Name it with --model")

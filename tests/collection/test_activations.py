@@ -1,0 +1,248 @@
+"""Rows reach the sink: the right ones, once, and the model is as before."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import BatchEncoding
+
+from lora_init import LoraInitError, find_targets
+from lora_init.collection.activations import ActivationTap
+from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+
+def tapped(model, targets="all-linear"):
+    return {name: model.get_submodule(name) for name in find_targets(model, targets).layers}
+
+
+def rows_of(model, batch, targets="all-linear", passes=1, wanted=lambda group: True, **arguments):
+    seen = {}
+    with ActivationTap(model, tapped(model, targets), **arguments) as tap:
+        for _ in range(passes):
+            seen.clear()
+            tap.run(batch, lambda group, rows: seen.setdefault(group, []).append(rows.clone()), wanted)
+    return {group: torch.cat(rows) for group, rows in seen.items()}, tap
+
+
+def recorded(model, batch, name):
+    """What a plain hook sees."""
+    inputs = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model.eval()(**batch)
+    handle.remove()
+    return inputs[0]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_each_layer_gets_the_rows_that_a_plain_hook_sees_without_padding(name):
+    model, batch = MODELS[name](), batches_for(name)[0]
+    rows, tap = rows_of(model, batch)
+    assert set(tap.group_of) == set(tapped(model))
+    for layer, group in tap.group_of.items():
+        x = recorded(model, batch, layer)
+        mask = batch.get("attention_mask")
+        if (
+            name == "t5"
+            and "decoder" in layer
+            and "EncDecAttention.k" not in layer
+            and "EncDecAttention.v" not in layer
+        ):
+            mask = batch["labels"] != -100
+        expected = x[mask.bool()] if mask is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
+        torch.testing.assert_close(rows[group], expected)
+
+
+def test_layers_that_read_one_tensor_form_one_group():
+    _, tap = rows_of(tiny_llama(), batches_for("llama")[0])
+    block = "model.layers.0."
+    for members in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
+        assert {tap.group_of[block + member] for member in members} == {block + members[0]}
+    assert len(set(tap.group_of.values())) == 2 * 4
+
+
+def test_equal_values_in_two_tensors_are_two_groups():
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            y = self.a(x) + self.b(x.clone())
+            x += 1  # the same object, other values
+            return y + self.c(x)
+
+    _, tap = rows_of(Copies(), torch.randn(5, 4))
+    assert tap.group_of == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_cross_attention_takes_the_encoders_mask_even_at_equal_lengths():
+    model, batch = tiny_t5(), batches_for("t5", length=12)[0]
+    batch["labels"] = torch.randint(3, 64, (4, 12))
+    batch["labels"][:, 9:] = -100
+    rows, tap = rows_of(model, batch)
+    n_encoder, n_decoder = int(batch["attention_mask"].sum()), 4 * 9
+    assert n_encoder != n_decoder
+    key = "decoder.block.1.layer.1.EncDecAttention.k"
+    assert rows[tap.group_of[key]].shape[0] == n_encoder
+    assert tap.group_of[key] == "decoder.block.0.layer.1.EncDecAttention.k"  # all read the encoder's output
+    assert rows["decoder.block.0.layer.1.EncDecAttention.q"].shape[0] == n_decoder
+    assert rows["encoder.block.0.layer.0.SelfAttention.q"].shape[0] == n_encoder
+
+
+def test_token_mask_labels_keeps_only_labelled_tokens():
+    batch = batches_for("llama")[0]
+    batch["labels"][:, :4] = -100
+    rows, _ = rows_of(tiny_llama(), batch, token_mask="labels")
+    assert {r.shape[0] for r in rows.values()} == {int((batch["labels"] != -100).sum())}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_the_output_embedding_and_the_loss_never_run(name):
+    model, batches = MODELS[name](), batches_for(name)
+    calls = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append("lm_head"))
+    model.loss_function = lambda *a, **k: calls.append("loss")
+    rows_of(model, batches[0], passes=3)
+    assert calls == []
+    rows, _ = rows_of(model, batches[0], targets=r".*lm_head")
+    assert "lm_head" in rows  # negative: as a target it runs
+    assert calls == ["lm_head"]
+
+
+def test_a_pass_ends_after_the_last_layer_that_is_wanted():
+    model, batch = tiny_llama(), batches_for("llama")[0]
+    ran = []
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    wanted = "model.layers.0.self_attn.o_proj"
+    rows, _ = rows_of(model, batch, passes=2, wanted=lambda group: group == wanted)
+    assert list(rows) == [wanted]
+    assert ran == [0, 1]  # the first pass is whole, the second ends inside layer 0's attention
+
+
+def test_a_module_that_runs_twice_gives_all_its_rows_and_is_counted():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(torch.relu(self.a(x)))
+
+    rows, tap = rows_of(Twice(), torch.randn(5, 4), passes=2)
+    assert rows["a"].shape == (10, 4)
+    assert tap.n_calls["a"] == 2
+    assert "unused" not in tap.group_of
+
+
+def test_a_module_that_first_runs_in_a_later_pass_is_found():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.c(self.a(x) if x.sum() > 0 else self.b(x))
+
+    model, seen = Branch(), []
+    with ActivationTap(model, tapped(model)) as tap:
+        for x in (torch.ones(2, 4), -torch.ones(3, 4)):
+            tap.run(x, lambda group, rows: seen.append((group, len(rows))))
+    assert seen == [("a", 2), ("c", 2), ("b", 3), ("c", 3)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, None])
+def test_hooks_modes_and_batches_are_as_before(error):
+    model, batch = tiny_llama(), batches_for("llama")[0]
+    model.train()
+    model.model.layers[1].eval()  # a mode of its own
+    modes = [module.training for module in model.modules()]
+    other = model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: None)
+    kept = copy.deepcopy(batch)
+
+    def sink(group, rows):
+        if error is not None:
+            raise error
+
+    try:
+        with ActivationTap(model, tapped(model)) as tap:
+            assert not model.training
+            tap.run(batch, sink)
+    except (KeyboardInterrupt, ValueError) as raised:
+        assert type(raised) is error
+    assert [module.training for module in model.modules()] == modes
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == 1
+    other.remove()
+    assert torch.is_grad_enabled()
+    assert batch.keys() == kept.keys()
+    assert all(torch.equal(batch[key], kept[key]) for key in kept)
+
+
+def test_no_activation_outlives_its_pass():
+    model, batch = tiny_bert(), batches_for("bert")[0]
+    kept = []
+    with ActivationTap(model, tapped(model)) as tap:
+        tap.run(batch, lambda group, rows: kept.append(weakref.ref(rows)))
+        gc.collect()
+        assert all(reference() is None for reference in kept)
+    assert kept
+
+
+@pytest.mark.parametrize("form", ["dict", "encoding", "tuple", "tensor", "forward"])
+def test_batches_of_every_form(form):
+    model, batch = tiny_gpt2(), batches_for("gpt2")[0]
+    ids = batch["input_ids"]
+    given, arguments = {
+        "dict": (batch, {}),
+        "encoding": (BatchEncoding(dict(batch)), {}),
+        "tuple": ((ids,), {}),
+        "tensor": (ids, {}),
+        "forward": ({"text": ids}, {"forward": lambda m, b: m(input_ids=b["text"])}),
+    }[form]
+    rows, _ = rows_of(model, given, **arguments)
+    masked = form in ("dict", "encoding")
+    n = int(batch["attention_mask"].sum()) if masked else ids.numel()
+    assert {r.shape[0] for r in rows.values()} == {n}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype):
+    rows, _ = rows_of(tiny_llama().to(dtype), batches_for("llama")[0])
+    assert {r.dtype for r in rows.values()} == {dtype}
+
+
+def test_somebody_elses_forward_pass_is_not_touched():
+    model, batch = tiny_llama(), batches_for("llama")[0]
+    seen = []
+    with ActivationTap(model, tapped(model)) as tap, torch.no_grad():
+        tap.run(batch, lambda group, rows: seen.append(group))
+        n_seen = len(seen)
+        assert model(**batch).logits.shape == (4, 12, 64)
+    assert len(seen) == n_seen == 8
+
+
+class OneLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x)
+
+
+def test_mistakes_in_a_batch_get_one_clear_line():
+    model, batch = tiny_llama(), batches_for("llama")[0]
+    with pytest.raises(LoraInitError, match="keeps 0 of 48 tokens"):
+        rows_of(model, {**batch, "attention_mask": torch.zeros(4, 12)})
+    with pytest.raises(LoraInitError, match="got no labels"):
+        rows_of(model, {"input_ids": batch["input_ids"]}, token_mask="labels")
+    with pytest.raises(LoraInitError, match=r"got labels of shape \(4,\)"):
+        rows_of(model, {**batch, "labels": torch.zeros(4)}, token_mask="labels")
+    with pytest.raises(LoraInitError, match=r"'idx', which OneLinear\.forward does not take"):
+        rows_of(OneLinear(), {"x": torch.randn(2, 4), "idx": torch.arange(4)})
+    with pytest.raises(LoraInitError, match="token_mask='all'"):
+        rows_of(model, batch, token_mask="all")

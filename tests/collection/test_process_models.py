@@ -1,0 +1,192 @@
+"""Models that are wrapped, sharded over processes, or split over devices: names and results of the plain model."""
+
+import copy
+import re
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+from lora_init import Statistics, allocate_ranks, build_adapter, collect
+from lora_init.collection.collect import fingerprint
+from lora_init.layers.wrappers import gathered, unwrapped
+from tests.collection.test_checkpoint import assert_same, assert_same_gradients
+from tests.collection.test_process_failures import message
+from tests.collection.test_processes import SETTINGS, kept, llama
+from tests.conftest import batches_for
+from tests.processes import run
+
+
+def fully_sharded(model, whole=True, linear=False):
+    if linear:
+        fully_shard(model.model.layers[0].mlp.up_proj)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model) if whole else model
+
+
+def wrapped_and_sharded(rank, size, folder):
+    batches, found = batches_for("llama", 12), {}
+
+    def keep(name, model, data):
+        found[name] = kept(collect(model, data, **SETTINGS), folder, f"{name}-{rank}")
+
+    keep("plain", llama(), batches)
+    keep("ddp", torch.nn.parallel.DistributedDataParallel(llama()), batches)
+    keep("fsdp", sharded := fully_sharded(llama(), linear=True), batches)
+    keep("fsdp-parts", fully_sharded(llama(), whole=False), batches)
+    keep("fsdp-uneven", fully_sharded(llama()), batches[:9] if rank == 0 else batches[9:])
+    keep("plain-uneven", llama(), batches[:9] if rank == 0 else batches[9:])
+    keep("fsdp-empty", fully_sharded(llama()), batches if rank == 1 else [])
+    keep("plain-empty", llama(), batches if rank == 1 else [])
+    masked = {**batches[4], "attention_mask": 0 * batches[4]["attention_mask"]}
+    data = [masked if rank and position == 5 else batch for position, batch in enumerate(batches)]
+    found["no rows"] = message(lambda: collect(fully_sharded(llama()), data[rank::2], **SETTINGS))
+    data = [batch["input_ids"][:, :8].float() + rank for batch in batches]
+    data[3][0, 0] = torch.nan if rank else 0.0
+    layers = fully_shard(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
+    found["not finite"] = message(lambda: collect(layers, data, **SETTINGS))
+    data = [torch.randn(64, 8), torch.randn(64, 8).expand(2, 64, 8) if rank else torch.randn(64, 8)]
+    found["labels"] = message(lambda: collect(layers, data, **SETTINGS, token_mask="labels"))
+    mesh = init_device_mesh("cpu", (size,))
+    split = parallelize_module(torch.nn.Sequential(torch.nn.Linear(8, 8)), mesh, {"0": RowwiseParallel()})
+    found["tensor parallel"] = message(lambda: collect(split, data, **SETTINGS))
+    found["cannot lend"] = message(
+        lambda: collect(fully_sharded(llama()), [tuple(batches[0].values())] * 8 if rank else [], **SETTINGS)
+    )
+    # The model is as it was, and trains.
+    plain, batch = llama(), batches[0]
+    for model in (sharded, plain):
+        model(**batch).loss.backward()
+    of = plain.model.layers[0].mlp.up_proj.weight.grad
+    theirs = sharded.model.layers[0].mlp.up_proj.weight.grad.full_tensor()
+    found["gradient"] = float((of - theirs).abs().max())
+    return found
+
+
+def test_wrapped_and_sharded_models(tmp_path):
+    first, second = run(wrapped_and_sharded, 2, tmp_path)
+    assert all(first[name] == second[name] for name in first if isinstance(first[name], str))
+    for name in ("ddp", "fsdp", "fsdp-parts", "fsdp-uneven", "fsdp-empty"):
+        plain = f"plain{name.removeprefix('fsdp')}" if name.endswith(("uneven", "empty")) else "plain"
+        stats, expected = (Statistics.load(tmp_path / f"{one}-0") for one in (name, plain))
+        assert_same(stats, expected)
+        assert stats.provenance.model_class == "LlamaForCausalLM"
+        assert {target.kind for target in stats.targets.values()} == {"Linear"}
+        one, other = (
+            build_adapter(found, allocate_ranks(found, rank=2)).save_pretrained(tmp_path / f"{name}-{i}-adapter")
+            for i, found in enumerate((stats, expected))
+        )
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (one / file).read_bytes() == (other / file).read_bytes()
+    expected = {
+        "no rows": "rank 1 failed: batch 2: the mask keeps 0 of 48 tokens",
+        "not finite": "rank 1 failed: batch 3: layer '0': 1 of 4 rows contain NaN",
+        "labels": "rank . failed: batch 0: token_mask='labels' needs",
+        "tensor parallel": "rank 0 failed: Sequential is split by tensor parallelism",
+        "cannot lend": "rank 0 has no batch, and a sharded model runs in all processes together",
+    }
+    for case, start in expected.items():
+        for found in (first, second):
+            assert found[case][0] == "RankFailedError" and re.match(start, found[case][1]), found[case]
+    assert first["gradient"] == second["gradient"] == 0.0  # the mean over two equal processes
+
+
+def with_gradients(rank, size, folder):
+    batches, found = batches_for("llama", 12), {}
+    uneven = batches[:9] if rank == 0 else batches[9:]
+    models = {"plain": llama(), "ddp": torch.nn.parallel.DistributedDataParallel(llama())}
+    models |= {"fsdp": fully_sharded(llama()), "fsdp-linear": fully_sharded(llama(), linear=True)}
+    models["fsdp"](**batches[0])  # leaves the outermost part whole
+    for name, model in models.items():
+        stats = collect(model, uneven, **SETTINGS, gradients=True)
+        found[name] = (
+            kept(stats, folder, f"{name}-{rank}"),
+            [n for n, p in model.named_parameters() if p.grad is not None],
+        )
+    # They are as they were, and train.
+    for model in models.values():
+        model(**batches[rank]).loss.backward()
+    plain, *others = (unwrapped(model).model.layers[0].mlp.up_proj.weight.grad for model in models.values())
+    torch.distributed.all_reduce(plain)
+    found["trained"] = [float((plain / size - gathered(other)).abs().max()) for other in others]
+    found["trainable"] = [all(p.requires_grad for p in model.parameters()) for model in models.values()]
+    return found
+
+
+def test_gradients_of_wrapped_and_sharded_models(tmp_path):
+    first, second = run(with_gradients, 2, tmp_path)
+    plain = Statistics.load(tmp_path / "plain-0")
+    for name in ("plain", "ddp", "fsdp", "fsdp-linear"):
+        assert first[name] == second[name] and first[name][1] == []  # nothing was left in any .grad
+        stats = Statistics.load(tmp_path / f"{name}-0")
+        if name != "fsdp-linear":  # one layer of another class does not run through oneDNN, and rounds in another way
+            assert_same(stats, plain)
+            assert_same_gradients(stats, plain)
+        for layer in plain:
+            a, b = stats.gradient(layer), plain.gradient(layer)
+            torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
+            assert a.importance == pytest.approx(b.importance, rel=1e-3)
+    assert first["trainable"] == [True] * 4
+    assert max(first["trained"]) < 1e-7
+
+
+def broken_halfway(rank, size, folder):
+    """A process fails inside a forward pass: the others are caught in it and see the end of the process."""
+
+    def forward(model, batch):
+        if rank == 1 and len(passes) == 3:
+            model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        passes.append(1)
+        model(**batch)
+
+    passes = []
+    return message(lambda: collect(fully_sharded(llama()), batches_for("llama", 24), **SETTINGS, forward=forward))
+
+
+def without_a_loss(rank, size, folder):
+    """A process fails between the forward and the backward pass."""
+
+    def loss(output, batch):
+        passes.append(1)
+        return output.loss * (torch.nan if rank == 1 and len(passes) == 3 else 1.0)
+
+    passes, batches = [], batches_for("llama", 24)
+    return message(lambda: collect(fully_sharded(llama()), batches, **SETTINGS, gradients=True, loss=loss))
+
+
+def test_a_sharded_model_that_breaks_in_one_process(tmp_path):
+    for kind, text, _ in run(broken_halfway, 2, tmp_path):
+        assert (kind, text) == ("RankFailedError", "rank 1 failed: ZeroDivisionError: division by zero")
+    for kind, text, _ in run(without_a_loss, 2, tmp_path):
+        assert kind == "RankFailedError" and text.startswith("rank 1 failed: batch 2: the loss is nan")
+
+
+def offloaded(model, tmp_path):
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def on_disk(model, tmp_path):
+    return disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+
+
+def split(model, tmp_path):
+    """One layer here, another on disk; `device_map="auto"` does no more where memory is short."""
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+    return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+
+
+@pytest.mark.parametrize("way", [offloaded, on_disk, split], ids=lambda way: way.__name__)
+def test_models_that_accelerate_splits(way, tmp_path):
+    plain, batches = llama(), batches_for("llama", 10)
+    model = way(copy.deepcopy(plain), tmp_path / "weights")
+    expected, stats = collect(plain, batches, **SETTINGS), collect(model, batches, **SETTINGS)
+    assert_same(stats, expected)
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())  # taken away again
+    assert fingerprint(model) == fingerprint(plain)
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, plain(**batches[0]).logits)

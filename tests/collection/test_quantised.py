@@ -1,0 +1,145 @@
+"""Quantised bases on a CPU: each library where it is installed, and any other by the interface of its layers."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lora_init import Statistics, build_adapter, collect, find_targets
+from lora_init.collection.collect import count_parameters, fingerprint
+from tests.conftest import batches_for, tiny_llama
+
+# HQQ's layers are no nn.Linear, so to PEFT they are not among "all-linear".
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def plain():
+    torch.manual_seed(3)
+    return tiny_llama(hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("quantised")
+    plain().save_pretrained(directory)
+    return directory
+
+
+def bitsandbytes_4bit(directory):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
+
+
+def bitsandbytes_8bit(directory):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
+
+
+def torchao_8bit(directory):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
+
+
+def hqq_4bit(directory):
+    """transformers refuses HQQ on a CPU; its layers work there."""
+    quantize = pytest.importorskip("hqq.core.quantize")
+    model = plain()
+    for name in find_targets(model).layers:
+        parent, _, child = name.rpartition(".")
+        config = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
+        layer = quantize.HQQLinear(model.get_submodule(name), config, compute_dtype=torch.float32, device="cpu")
+        setattr(model.get_submodule(parent), child, layer)
+    return model.eval()
+
+
+LIBRARIES = [bitsandbytes_4bit, bitsandbytes_8bit, torchao_8bit, hqq_4bit]
+every_library = pytest.mark.parametrize("load", LIBRARIES, ids=lambda load: load.__name__)
+# bitsandbytes' 4-bit layers alone: a second forward pass of one model, by another kernel, differs by this on a CPU.
+TOLERANCE = {"bitsandbytes_4bit": 1e-2}
+
+
+@every_library
+def test_statistics_are_close_to_those_of_the_plain_model(load, directory):
+    model, batches = load(directory), batches_for("llama")
+    stats, expected = collect(model, batches, NAMES, rank=2), collect(plain(), batches, NAMES, rank=2)
+    assert list(stats) == list(expected)
+    for name in expected:
+        assert stats[name].n_samples == expected[name].n_samples
+        assert stats.targets[name].in_features == expected.targets[name].in_features
+        # Four bits move a weight by a tenth of its size, and the rows of the later layers with it.
+        assert stats.total_variance(name) == pytest.approx(expected.total_variance(name), rel=0.1)
+    assert count_parameters(model) == count_parameters(plain()) or load is hqq_4bit  # HQQ's weights are no parameters
+
+
+@every_library
+def test_an_adapter_of_the_plain_model_goes_on_the_quantised_one(load, directory, tmp_path):
+    batches, tolerance = batches_for("llama"), TOLERANCE.get(load.__name__, 0.0)
+    init = build_adapter(collect(plain(), batches, rank=2), 2)
+    model = load(directory)
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    before = model(**batches[0]).logits.detach()
+    peft_model = init.apply(model)
+    assert type(model.get_submodule(DOWN).get_base_layer()).__name__ != "Linear" or load is torchao_8bit
+    torch.testing.assert_close(peft_model(**batches[0]).logits, before, atol=tolerance, rtol=0)
+    loaded = PeftModel.from_pretrained(load(directory), tmp_path / "adapter", is_trainable=True)
+    torch.testing.assert_close(loaded(**batches[0]).logits, before, atol=tolerance, rtol=0)
+    for name, (a, _) in init.weights.items():
+        for adapted in (peft_model, loaded):
+            weight = adapted.get_base_model().get_submodule(name).lora_A["default"].weight
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, a)
+    loss = peft_model(**batches[0]).loss
+    loss.backward()
+    assert all(p.grad is not None for n, p in peft_model.named_parameters() if "lora_B" in n)
+
+
+@every_library
+def test_an_adapter_from_the_quantised_model_itself(load, directory, tmp_path):
+    model, batches = load(directory), batches_for("llama")
+    before = fingerprint(model)
+    stats = collect(model, batches, NAMES, rank=2)
+    assert before == stats.provenance.fingerprint == fingerprint(load(directory))
+    again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
+    build_adapter(again, 2).apply(model)
+
+
+class PackedLinear(nn.Module):
+    """What a GPTQ layer shows: widths, buffers with packed weights, a forward; no weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("qweight", (layer.weight.detach() * 1000).round().to(torch.int32))
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) / 1000).T
+
+
+def packed():
+    model = plain()
+    for name in find_targets(model).layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, PackedLinear(model.get_submodule(name)))
+    return model
+
+
+def test_any_layer_with_two_widths_can_be_learned_from():
+    batches = batches_for("llama")
+    stats, expected = collect(packed(), batches, NAMES, rank=2), collect(plain(), batches, NAMES, rank=2)
+    assert {target.kind for target in stats.targets.values()} == {"PackedLinear"}
+    for name in expected:
+        assert stats.total_variance(name) == pytest.approx(expected.total_variance(name), rel=0.1)
+    # Its statistics make an adapter for the plain model, and the other way round where PEFT knows the layer.
+    build_adapter(stats, 2).apply(copy.deepcopy(plain()))

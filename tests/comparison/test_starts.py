@@ -1,0 +1,458 @@
+"""Every start: the plain model's output before the first step, the counts that are promised, and the way back."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_init.adapters.gradient_starts import GRADIENT_METHODS
+from lora_init.adapters.initializers import layer_generator, random
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.collection.collect import collect
+from lora_init.comparison.prepared import a_weights, blank_spectrum
+from lora_init.comparison.starts import PEFT_STARTS, START_NAMES, prepare
+from lora_init.errors import LoraInitError
+from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama
+
+pytest.importorskip("peft")
+
+TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
+RANK = 4
+# LoftQ needs a GPU; its own test stands in for the part of it that does.
+HERE = [name for name in START_NAMES if name != "loftq"]
+BY_GRADIENT = [*GRADIENT_METHODS, "gradient-ranks"]
+EVA = [name for name in START_NAMES if name.startswith("eva") and name not in BY_GRADIENT]
+MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]
+STEPS = ["lora-one", "natural-gradient-step"]
+
+
+class Case:
+    def __init__(self, name):
+        self.model, self.batches, self.task = MODELS[name](), batches_for(name), TASKS[name]
+        self.asked = []
+        self.collected = {}
+
+    def statistics(self, center, gradients=False):
+        self.asked.append((center, gradients))
+        if (center, gradients) not in self.collected:
+            self.collected[center, gradients] = collect(
+                self.model, self.labelled() if gradients else self.batches, rank=RANK, rho=2.0, center=center,
+                task_type=self.task, gradients=gradients,
+            )  # fmt: skip
+        return self.collected[center, gradients]
+
+    def prepare(self, start, model=None, **options):
+        settings = dict(rank=RANK, lora_alpha=8, seed=0, task_type=self.task, batches=self.batches)
+        return prepare(
+            start, model or self.model, statistics=self.statistics, loss_of=self.loss_of, **settings | options
+        )
+
+    def loss_of(self, model):
+        return sum(float(model(**batch).loss.detach()) for batch in self.labelled())
+
+    def labelled(self):
+        return [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
+
+    def logits(self, model=None):
+        with torch.no_grad():
+            return torch.cat([(model or self.model)(**batch).logits.flatten() for batch in self.batches])
+
+
+@pytest.fixture(scope="module", params=sorted(TASKS))
+def case(request):
+    torch.manual_seed(0)
+    return Case(request.param)
+
+
+def snapshot(model):
+    """All that `release` has to put back."""
+    modules = {
+        name: (id(module), module.training, len(module._forward_hooks), sorted(vars(module)))
+        for name, module in model.named_modules()
+    }
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return modules, {n: (id(t), t.data_ptr(), t.requires_grad, t.detach().clone(), t.grad) for n, t in tensors}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    for name, (*facts, value, grad) in before[1].items():
+        *facts_after, value_after, grad_after = after[1][name]
+        assert facts == facts_after, name
+        assert torch.equal(value, value_after), name
+        assert grad is grad_after, name
+
+
+def trained(prepared, batch):
+    """Take one step that changes all trainable parameters, and leave gradients behind."""
+    model = prepared.peft_model.train()
+    output = model(**batch).logits
+    output.float().square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+
+
+@pytest.mark.parametrize("matched_scale", [False, True])
+@pytest.mark.parametrize("start", HERE)
+def test_a_start_leaves_the_output_and_release_the_model(case, start, matched_scale):
+    before, output = snapshot(case.model), case.logits()
+    prepared = case.prepare(start, matched_scale=matched_scale)
+    started = case.logits(prepared.peft_model)
+    if start in STEPS:
+        assert not torch.equal(started, output)
+    elif start in (*PEFT_STARTS, "lora-ga"):  # a weight that was taken apart and put together again is off by rounding
+        assert (started - output).abs().max() < 1e-5 * output.abs().max()
+        layer = next(iter(adapter_layers(prepared.peft_model).values()))
+        assert bool(layer.lora_B["default"].weight.any())
+    else:
+        assert torch.equal(started, output)
+    trained(prepared, case.batches[0])
+    assert not torch.equal(case.logits(prepared.peft_model), output)
+    prepared.release()
+    assert_same(before, snapshot(case.model))
+    assert torch.equal(case.logits(), output)
+
+
+@pytest.mark.parametrize("start", HERE)
+def test_seeds(case, start):
+    def a_of(seed):
+        prepared = case.prepare(start, seed=seed)
+        found = {name: a.detach().clone() for name, a in a_weights(prepared.peft_model).items()}
+        prepared.release()
+        return found
+
+    one, again, other = a_of(0), a_of(0), a_of(1)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    depends = start in ("random", "random-scaled", "gaussian", "orthogonal", "eva-ranks", "gradient-ranks")
+    assert [torch.equal(one[name], other[name]) for name in one] == [not depends] * len(one)
+
+
+def test_every_start_is_scaled_alike_and_draws_nothing_from_training(case):
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    for start in HERE:
+        for equal in (False, True):
+            torch.manual_seed(5)
+            prepared = case.prepare(start, equal_parameters=equal)
+            assert torch.equal(torch.randn(3), expected), start
+            layers = adapter_layers(prepared.peft_model).values()
+            assert {layer.scaling["default"] for layer in layers} == {8 / RANK}, start
+            assert not any(module.training for module in prepared.peft_model.modules()), start
+            prepared.release()
+
+
+def test_parameter_counts(case):
+    def count(start, **options):
+        prepared = case.prepare(start, **options)
+        counted = sum(p.numel() for p in prepared.peft_model.parameters() if p.requires_grad)
+        assert prepared.trainable_parameters == counted
+        sizes = [(sum(layer.base_layer.weight.shape)) for layer in adapter_layers(prepared.peft_model).values()]
+        prepared.release()
+        return counted, prepared.ranks, max(sizes)
+
+    expected, ranks, step = count("random")
+    assert ranks is None
+    for start in HERE:
+        plain, ranks, _ = count(start)
+        equal, equal_ranks, _ = count(start, equal_parameters=True)
+        if start not in MOVES_RANKS:
+            assert plain == equal == expected and ranks is None
+            continue
+        assert sum(ranks.values()) <= RANK * len(case.statistics(True))
+        assert max(ranks.values()) <= 2 * RANK and len(set(ranks.values())) > 1
+        full = start == "eva-frozen-a" and all(own == 2 * RANK for own in equal_ranks.values())
+        assert equal <= expected and (full or equal > expected - step), start
+    assert count("eva-frozen-a")[0] < 0.7 * expected
+
+
+def test_frozen_a_trains_b_alone(case):
+    prepared = case.prepare("eva-frozen-a")
+    named = dict(prepared.peft_model.named_parameters())
+    assert not any(p.requires_grad for n, p in named.items() if "lora_A" in n)
+    assert all(p.requires_grad for n, p in named.items() if "lora_B" in n)
+    prepared.release()
+
+
+def test_a_of_the_starts_from_data(case):
+    """eva has the ranks and the directions, eva-ranks only the ranks, eva-rho1 only the directions."""
+
+    def a_of(start):
+        prepared = case.prepare(start)
+        found = {name: a.detach().clone() for name, a in a_weights(prepared.peft_model).items()}
+        prepared.release()
+        return found
+
+    eva, uniform, ranks, uncentred = map(a_of, ["eva", "eva-rho1", "eva-ranks", "eva-uncentred"])
+    stats = case.statistics(True)
+    assert {n: len(a) for n, a in eva.items()} == {n: len(a) for n, a in ranks.items()}
+    for name, a in eva.items():
+        assert torch.equal(a, stats[name].components[: len(a)])
+        assert torch.equal(uniform[name], stats[name].components[:RANK])
+        width = a.shape[1]
+        assert torch.equal(ranks[name], random(blank_spectrum(width), len(a), layer_generator(0, name)))
+    second_moment = case.statistics(False)
+    for name, a in uncentred.items():
+        assert torch.equal(a, second_moment[name].components[: len(a)])
+    assert any(not torch.equal(eva[name][:1], uncentred[name][:1]) for name in eva if name in uncentred)
+
+
+@pytest.mark.parametrize("start", HERE)
+def test_matched_scale(case, start):
+    prepared = case.prepare(start, matched_scale=True)
+    weights = a_weights(prepared.peft_model)
+    energy = 0.0
+    for name, a in weights.items():
+        expected = random(blank_spectrum(a.shape[1]), len(a), layer_generator(0, name))
+        assert float(a.detach().norm()) == pytest.approx(float(expected.norm()), rel=1e-6)
+        energy += float(a.detach().square().sum())
+    assert prepared.a_scale == pytest.approx((energy / sum(map(len, weights.values()))) ** 0.5, rel=1e-5)
+    prepared.release()
+
+
+def test_only_starts_from_data_ask_for_statistics():
+    case = Case("llama")
+    for start in HERE:
+        case.asked.clear()
+        case.prepare(start).release()
+        expected = (
+            [(not start.endswith("uncentred"), start in BY_GRADIENT)]
+            if start in (*EVA, "random-scaled", *BY_GRADIENT)
+            else []
+        )
+        assert case.asked == expected, start
+
+
+def test_an_unknown_start_is_refused(case):
+    with pytest.raises(LoraInitError, match=r"start 'evva' is unknown. Closest: 'eva'"):
+        case.prepare("evva")
+
+
+def test_a_start_that_fails_leaves_the_model(case):
+    before = snapshot(case.model)
+    for start in ("random", "pissa", "corda"):
+        for options in (dict(lora_alpha=-1), dict(rank=1000), dict(target_modules=["nosuchlayer"])):
+            with pytest.raises(LoraInitError):
+                case.prepare(start, **options)
+    for batches, message in (([], "no batch"), ([torch.ones(2, 3)], "mappings of tensors, and this is a Tensor")):
+        with pytest.raises(LoraInitError, match=message):
+            case.prepare("corda", batches=batches)
+    assert_same(before, snapshot(case.model))
+
+
+def test_layers_that_peft_starts_by_itself_depend_on_the_seed_too():
+    def embedding(seed):
+        prepared = Case("llama").prepare("random", target_modules=["q_proj", "embed_tokens"], seed=seed)
+        return adapter_layers(prepared.peft_model)["model.embed_tokens"].lora_embedding_B["default"].detach()
+
+    assert torch.equal(embedding(1), embedding(1))
+    assert not torch.equal(embedding(1), embedding(2))
+
+
+def test_a_model_in_training_mode_stays_in_it(case):
+    case.model.train()
+    for start in ("random", "pissa", "corda"):
+        prepared = case.prepare(start)
+        assert all(module.training for module in prepared.peft_model.modules()), start
+        prepared.release()
+    case.model.eval()
+
+
+def interrupted(batches):
+    yield batches[0]
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_leaves_the_model(case):
+    before = snapshot(case.model)
+    with pytest.raises(KeyboardInterrupt):
+        case.prepare("corda", batches=interrupted(case.batches))
+    assert_same(before, snapshot(case.model))
+
+
+def test_corda_reads_the_rows_without_padding(case, monkeypatch):
+    """Its covariance is that of the rows that count, one sequence after the other."""
+    import peft.tuners.lora.corda as corda
+
+    seen = {}
+
+    def collect_eigens(model, config, verbose):
+        seen.update({n: m.covariance_matrix.clone() for n, m in corda.target_modules(model, config)})
+        return original(model, config, verbose)
+
+    original = corda.collect_eigens
+    monkeypatch.setattr(corda, "collect_eigens", collect_eigens)
+    prepared = case.prepare("corda", batches=iter(case.batches))
+    assert prepared.passes == len(case.batches)
+    prepared.release()
+    name = next(name for name in seen if name.endswith(("layers.0.mlp.up_proj", "layer.0.intermediate.dense")))
+    expected, rows = 0, []
+    handle = case.model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0][0]))
+    for batch in case.batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            case.model(input_ids=ids[mask.bool()][None])
+            scaled = rows[-1] / rows[-1].max().abs()
+            expected = expected + (scaled.T @ scaled).detach()
+    handle.remove()
+    torch.testing.assert_close(seen[name], expected / len(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("start", "model", "options", "message"),
+    [
+        (
+            "pissa",
+            tiny_llama,
+            dict(target_modules=["embed_tokens", "q_proj"]),
+            "linear layers, and 'model.embed_tokens' is a Emb",
+        ),
+        (
+            "olora",
+            tiny_gpt2,
+            dict(),
+            "PEFT computes it for nn.Linear only, and 'transformer.h.0.attn.c_attn' is a Conv1D",
+        ),
+        ("pissa", tiny_llama, dict(rank=20), "k_proj' has 16 singular vectors, and rank 20 asks for more"),
+        ("loftq", tiny_llama, dict(), "bitsandbytes|GPU"),
+    ],
+)
+def test_starts_that_do_not_apply_say_why(start, model, options, message):
+    with pytest.raises(LoraInitError, match=message):
+        prepare(
+            start, model(), statistics=None, batches=[], loss_of=None, seed=0, task_type="CAUSAL_LM", lora_alpha=8,
+            **dict(rank=RANK) | options,
+        )  # fmt: skip
+
+
+def test_a_quantised_base_is_refused():
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(LoraInitError, match=r"'model.layers.1.mlp.up_proj' is quantised"):
+        prepare("olora", model, statistics=None, batches=[], loss_of=None, rank=RANK, lora_alpha=8, seed=0)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for start, package in (("corda", "attrs"), ("loftq", "bitsandbytes")):
+        with pytest.raises(LoraInitError, match=f"needs the package {package}"):
+            prepare(start, tiny_llama(), statistics=None, batches=[], loss_of=None, rank=RANK, lora_alpha=8, seed=0)
+
+
+def test_loftq_rounds_the_base_and_release_brings_it_back(monkeypatch):
+    """The rounding itself is bitsandbytes' and needs a GPU: here a coarse rounding takes its place."""
+
+    def loftq_init(weight, num_bits, reduced_rank, num_iter):
+        assert (num_bits, reduced_rank, num_iter) == (4, RANK, 1)
+        rounded = (weight.detach() * 50).round() / 50
+        u, s, vh = torch.linalg.svd(weight.detach() - rounded, full_matrices=False)
+        root = s[:reduced_rank].sqrt()
+        return rounded, root[:, None] * vh[:reduced_rank], u[:, :reduced_rank] * root
+
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", loftq_init)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    case = Case("llama")
+    before, output = snapshot(case.model), case.logits()
+    prepared = case.prepare("loftq")
+    changed = [n for n, v in case.model.named_parameters() if n.endswith("base_layer.weight") and v.max() > 0]
+    assert len(changed) == 14 and prepared.ranks is None
+    assert not torch.equal(case.logits(prepared.peft_model), output)
+    prepared.release()
+    assert_same(before, snapshot(case.model))
+
+
+def own_function(model, seed):
+    from peft import LoraConfig, get_peft_model
+
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "query"], init_lora_weights="gaussian"))
+
+
+def test_a_start_of_ones_own_from_a_function(case):
+    before = snapshot(case.model)
+    prepared = case.prepare(("mine", own_function), seed=3)
+    assert set(prepared.ranks.values()) == {3} and len(prepared.ranks) == 2
+    assert not prepared.peft_model.get_base_model().training
+    trained(prepared, case.batches[0])
+    prepared.release()
+    assert_same(before, snapshot(case.model))
+
+
+def test_a_start_of_ones_own_from_a_directory(case, tmp_path):
+    made = case.prepare("orthogonal", rank=2, seed=5)
+    expected = {name: a.detach().clone() for name, a in a_weights(made.peft_model).items()}
+    made.peft_model.save_pretrained(tmp_path / "adapter")
+    made.release()
+    before = snapshot(case.model)
+    for seed in (0, 1):
+        prepared = case.prepare(("mine", tmp_path / "adapter"), seed=seed)
+        assert all(torch.equal(a, expected[name]) for name, a in a_weights(prepared.peft_model).items())
+        assert set(prepared.ranks.values()) == {2} and prepared.trainable_parameters > 0
+        trained(prepared, case.batches[0])
+        prepared.release()
+    assert_same(before, snapshot(case.model))
+
+
+def returns_the_model(model, seed):
+    return model
+
+
+def returns_another_model(model, seed):
+    return own_function(tiny_llama(), seed)
+
+
+def fails(model, seed):
+    raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (("mine", "nowhere"), "start 'mine': nowhere: no such adapter directory"),
+        (("mine", returns_the_model), "its function returned LlamaForCausalLM, expected a PeftModel around the model"),
+        (("mine", returns_another_model), "expected a PeftModel around the model that it was given"),
+        (("mine", fails), "its function raised KeyError: 'no such thing'"),
+        (("mine", 3), "start 'mine' is a int"),
+        (("eva", fails), "a pair is needed, of a new name and"),
+        (("mine",), "a pair is needed"),
+    ],
+)
+def test_starts_of_ones_own_that_are_refused(start, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = Case("llama")
+    before = snapshot(case.model)
+    with pytest.raises(LoraInitError, match=message):
+        case.prepare(start)
+    assert_same(before, snapshot(case.model))
+
+
+def test_a_directory_for_another_model_is_refused(tmp_path):
+    def saved(name, **changes):
+        case = Case("llama")
+        case.model = tiny_llama(**changes)
+        case.prepare("random").peft_model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    case = Case("llama")
+    before = snapshot(case.model)
+    without_one = saved("cut")
+    tensors = load_file(without_one / "adapter_model.safetensors")
+    tensors.pop(min(tensors))
+    save_file(tensors, without_one / "adapter_model.safetensors")
+    for path, message in (
+        (saved("deeper", num_hidden_layers=3), "14 tensors are only in the file, the first is .*layers.2.mlp"),
+        (without_one, "1 tensors are only on the model, the first is .*layers.0.mlp.down_proj.lora_A"),
+        (saved("wide", hidden_size=64), "cannot be put on LlamaForCausalLM"),
+    ):
+        with pytest.raises(LoraInitError, match=message):
+            case.prepare(("mine", path))
+        assert_same(before, snapshot(case.model))
+
+
+def test_equal_parameters_are_not_for_starts_of_ones_own(case):
+    with pytest.raises(LoraInitError, match="start 'mine' has ranks of its own"):
+        case.prepare(("mine", own_function), equal_parameters=True)

@@ -1,0 +1,140 @@
+"""What is trained on, what is scored, and in which order."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from lora_init.comparison.tasks import load_task
+from lora_init.errors import LoraInitError
+from lora_init.loading.encoding import IGNORED
+from tests.comparisons import make_home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(home):
+    return AutoTokenizer.from_pretrained(home / "llama")
+
+
+def load(home, tokenizer, **changes):
+    settings = dict(template="{passage}", train_samples=40, validation_samples=10, batch_size=4)
+    return load_task(home / "rows.jsonl", tokenizer, **settings | changes)
+
+
+KINDS = {
+    "causal-lm": dict(completion=" {letter}"),
+    "classification": dict(label="first"),
+    "multiple-choice": dict(options="options"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_example_is_trained_on_and_scored(home, tokenizer, kind):
+    task = load(home, tokenizer, **KINDS[kind])
+    assert task.kind == kind
+    assert (len(task.train), len(task.validation)) == (40, 10)
+    assert not {tuple(i.tokens[0]) for i in task.train} & {tuple(i.tokens[0]) for i in task.validation}
+
+
+def test_a_copy_of_a_validation_row_is_not_trained_on(tmp_path, tokenizer):
+    rows = [json.dumps({"passage": f"the cat sat {'on ' * (i % 3)}mat", "kind": i % 2}) for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(LoraInitError, match="0 training and 10 validation examples"):
+        load_task(tmp_path / "rows.jsonl", tokenizer, template="{passage}", validation_samples=10, batch_size=4)
+
+
+def test_more_training_moves_no_validation_row(home, tokenizer):
+    few, many = load(home, tokenizer), load(home, tokenizer, train_samples=80)
+    assert few.validation == many.validation and few.train == many.train[:40]
+    assert load(home, tokenizer, data_seed=1).validation != few.validation
+
+
+def test_the_order_depends_on_the_seed_alone(home, tokenizer):
+    task = load(home, tokenizer)
+    order = task.order(3, 25, 4)
+    assert order == task.order(3, 25, 4) and order[:7] == task.order(3, 7, 4)
+    assert order != task.order(4, 25, 4)
+    assert [len(items) for items in order] == [4] * 25
+    first_epoch = [tuple(item.tokens[0]) for items in order[:10] for item in items]
+    assert len(set(first_epoch)) == 40
+    assert first_epoch != [tuple(item.tokens[0]) for items in order[10:20] for item in items]
+
+
+def test_classes(home, tokenizer):
+    task = load(home, tokenizer, label="first")
+    assert list(task.classes) == sorted(task.classes) and len(task.classes) > 2
+    batch = task.batch(task.train[:4])
+    assert batch["labels"].tolist() == [item.answer for item in task.train[:4]]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(options="options"), dict(options="listed", answer="letter", completion=" {letter}"),
+     dict(options="listed", answer="position")],
+)  # fmt: skip
+def test_choices(home, tokenizer, changes):
+    task = load(home, tokenizer, **changes)
+    for item in task.validation:
+        assert len(item.choices) == 3 and item.tokens == item.choices[item.answer]
+        texts = [tokenizer.decode([t for t in labels if t != IGNORED]) for _, labels in item.choices]
+        prompt = tokenizer.decode([t for t, label in zip(*item.tokens, strict=True) if label == IGNORED])
+        assert texts[item.answer].replace("</s>", "").split()[-1] == prompt.split()[0]
+
+
+def test_fixed_options(home, tokenizer):
+    task = load(home, tokenizer, options="A,B,C", answer="letter")
+    assert all(len(item.choices) == 3 for item in task.train)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(validation_samples=0), "no validation rows are left"),
+        (dict(validation_samples=118), "2 training and 118 validation examples; a batch needs 4"),
+        (dict(validation_samples=500), "0 training and 120 validation examples"),
+        (dict(batch_size=64), "a batch needs 64"),
+        (dict(label="class"), "label='class' is not a column. Columns of "),
+        (dict(label="passage"), "column 'passage' has 120 different values"),
+        (dict(label="empty"), "column 'empty' has 1 different values"),
+        (dict(label="first", completion=" {first}"), "a classification has no completion"),
+        (dict(label="first", options="listed"), "Give one of them"),
+        (dict(options="listed", template=None), "needs a template"),
+        (dict(options="options", template="{passage} {answer}"), "gives the answer away"),
+        (dict(options="options", completion=" {letter}"), "must name {answer}"),
+        (dict(options="listed", answer="key"), "answer='key' is not a column"),
+        (dict(options="listed", answer="text"), "120 left out whose answer is none of the options"),
+        (dict(completion=" {empty}"), "120 left out with an empty field"),
+        (dict(completion=" {letter}", max_length=5), "120 left out without a labelled token among the first 5"),
+    ],
+)
+def test_bad_input(home, tokenizer, changes, message):
+    with pytest.raises(LoraInitError) as error:
+        load(home, tokenizer, **changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
+    """A shortened option has fewer tokens to lose likelihood by, so it would win."""
+    long = "the cat sat on a mat"
+    rows = [{"question": "dog run", "options": ["the", long if i % 2 else "red"], "answer": "the"} for i in range(8)]
+    rows += [{"question": f"{word} run", "options": ["the", "red"], "answer": "the"} for word in ("cat", "mat", "two")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task(
+        tmp_path / "rows.jsonl", tokenizer, template="{question}", options="options", max_length=6, batch_size=2,
+        validation_samples=1,
+    )  # fmt: skip
+    assert "4 left out with 6 or more tokens" in task.data
+    assert all(len(choice[0]) == 4 for item in [*task.train, *task.validation] for choice in item.choices)
+
+
+def test_the_description_says_what_there_is(home, tokenizer):
+    task = load(home, tokenizer, options="options")
+    for part in ("rows.jsonl: 40 training and 10 validation examples of 120", "split seed 0", "options options"):
+        assert part in task.data
+    assert str(home.parent) not in task.data

@@ -1,0 +1,386 @@
+"""Fused parameters of experts: rows by the router's choice, their fallback, and the adapter that PEFT reads."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from typer.testing import CliRunner
+
+from lora_init import (
+    ExactPCA,
+    LoraInitError,
+    Statistics,
+    allocate_ranks,
+    build_adapter,
+    collect,
+    find_targets,
+    initialize,
+)
+from lora_init.cli.inspect import describe
+from lora_init.collection.activations import ActivationTap
+from tests.conftest import batches_for, tiny_gpt2, tiny_llama
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+COMMON = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def mixtral(**changes):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    settings = dict(COMMON, num_local_experts=4, num_experts_per_tok=2)
+    return MixtralForCausalLM(MixtralConfig(**settings | changes)).eval()
+
+
+def qwen2_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **COMMON,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ).eval()
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**COMMON, head_dim=8, moe_intermediate_size=20, num_experts=4, num_experts_per_tok=2)
+    ).eval()
+
+
+def gpt_oss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    model = GptOssForCausalLM(GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj_bias"):  # zero at first
+            nn.init.normal_(parameter)
+    return model
+
+
+MODELS = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def batches(n_batches=6):
+    return [
+        {key: batch[key] for key in ("input_ids", "attention_mask")}
+        for batch in batches_for("llama", n_batches=n_batches)
+    ]
+
+
+class Watched(TorchFunctionMode):
+    """See what is multiplied by each expert's own matrix in transformers' plain loop."""
+
+    def __init__(self, parameter):
+        super().__init__()
+        self.matrices = list(parameter.detach())
+        self.rows = {expert: [] for expert in range(len(parameter))}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.functional.linear, torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__):
+            for expert, matrix in enumerate(self.matrices):
+                if matrix.shape == args[1].shape and torch.equal(matrix, args[1]):
+                    self.rows[expert].append(args[0].detach())
+        return function(*args, **(kwargs or {}))
+
+
+def seen_by_experts(model, batch, parameter):
+    plain = copy.deepcopy(model)
+    plain.set_experts_implementation("eager")
+    with torch.no_grad(), Watched(plain.get_parameter(parameter)) as watched:
+        plain(**batch)
+    return {expert: torch.cat(rows) for expert, rows in watched.rows.items() if rows}
+
+
+def in_order(rows):
+    """Sort rows: the plain loop takes a token's first choices before its second ones."""
+    return rows[rows[:, 0].argsort()]
+
+
+@every_model
+@pytest.mark.parametrize("ending", BOTH)
+def test_each_expert_gets_what_its_matrix_multiplies(name, ending):
+    model, batch = MODELS[name](), batches(1)[0]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    parameter = f"model.layers.1.mlp.{ending}"
+    rows = {}
+    with ActivationTap(model, {parameter: model.get_submodule(parameter.rpartition(".")[0])}) as tap:
+        tap.run(batch, lambda group, given: rows.setdefault(group, given.clone()))
+    expected = seen_by_experts(model, batch, parameter)
+    assert {group for group in rows if group != parameter} == {f"{parameter}.{expert}" for expert in expected}
+    for expert, those in expected.items():
+        torch.testing.assert_close(in_order(rows[f"{parameter}.{expert}"]), in_order(those), atol=1e-5, rtol=1e-4)
+    assert len(torch.cat(list(expected.values()))) == 2 * batch["input_ids"].numel()  # two experts a token
+    # All together: the moments of every row that any expert multiplied.
+    pooled, every = rows[parameter], torch.cat(list(expected.values()))
+    torch.testing.assert_close(pooled.mean(0), every.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pooled.T @ pooled / len(pooled), every.T @ every / len(every), atol=1e-5, rtol=1e-3)
+
+
+@every_model
+def test_padding_does_not_count(name):
+    model, batch = MODELS[name](), batches(1)[0]
+    stats = collect(model, [batch], rank=2, target_parameters=BOTH)
+    n_tokens = int(batch["attention_mask"].sum())
+    for layer in ("0", "1"):
+        up, down = (f"model.layers.{layer}.mlp.{ending}" for ending in BOTH)
+        assert stats[up].n_samples == n_tokens  # the same rows for each of the experts that a token goes to
+        assert stats[down].n_samples == 2 * n_tokens
+        assert sum(s.n_samples for key, s in stats._groups.items() if key.startswith(f"{up}.")) == 2 * n_tokens
+
+
+@every_model
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_how_the_experts_are_computed_makes_no_difference(name, implementation):
+    model = MODELS[name]()
+    expected = collect(model, batches(), rank=2, target_parameters=BOTH)
+    other = copy.deepcopy(model)
+    other.set_experts_implementation(implementation)
+    stats = collect(other, batches(), rank=2, target_parameters=BOTH)
+    for layer in stats:
+        assert stats.total_variance(layer) == pytest.approx(expected.total_variance(layer), rel=1e-4)
+
+
+@every_model
+def test_the_adapter_changes_nothing_and_loads_in_peft(name, tmp_path):
+    model = MODELS[name]()
+    before = model(**batches(1)[0]).logits.detach()
+    stats = collect(model, batches(), rank=2, target_parameters=BOTH)
+    plan = allocate_ranks(stats, rank=2)
+    init = build_adapter(stats, plan)
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size == round(plan.megabytes() * 10**6)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter", is_trainable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        peft_model = init.apply(model)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in peft_model.state_dict().items())
+    for adapted in (peft_model, loaded):
+        assert torch.equal(adapted(**batches(1)[0]).logits, before)
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    assert trainable == plan.parameters == init.n_parameters()
+    about = describe(tmp_path / "adapter")
+    assert about["ranks"] == {layer: rank for layer, rank in plan.items() if rank}
+    assert about["parameters"] == plan.parameters
+
+
+@every_model
+@pytest.mark.parametrize("ending", BOTH)
+def test_pefts_update_of_an_expert_reads_that_experts_directions(name, ending):
+    model = MODELS[name]()
+    stats = collect(model, batches(12), ["q_proj"], rank=2, target_parameters=BOTH)
+    peft_model = build_adapter(stats, 2).apply(model)
+    parameter = f"model.layers.0.mlp.{ending}"
+    wrapper = next(
+        m
+        for n, m in peft_model.named_modules()
+        if isinstance(m, ParamWrapper) and m.parameter_name == ending.split(".")[1] and "layers.0" in n
+    )
+    nn.init.normal_(wrapper.lora_B["default"].weight)
+    update = wrapper.get_delta_weight("default").detach()  # as the parameter is laid out
+    update = update.mT if name == "gpt_oss" else update  # [experts, d_out, d_in]
+    for own, change in zip(stats.of_experts(parameter), update, strict=True):
+        directions = own.components[:2]
+        torch.testing.assert_close(change @ directions.T @ directions, change, atol=1e-5, rtol=1e-4)
+    # Negative: not those of another expert.
+    other = stats.of_experts(parameter)[1].components[:2]
+    assert (update[0] @ other.T @ other - update[0]).norm() > 0.1 * update[0].norm()
+
+
+def test_the_directions_are_those_of_the_exact_decomposition():
+    model, data = mixtral(), batches(4)
+    parameter = "model.layers.0.mlp.experts.down_proj"
+    for batch in data:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    stats = collect(model, data, ["q_proj"], rank=8, target_parameters=["experts.down_proj"])
+    exact = [ExactPCA() for _ in range(4)]
+    for batch in data:
+        for expert, rows in seen_by_experts(model, batch, parameter).items():
+            exact[expert].partial_fit(rows)
+    for expert, own in enumerate(stats.of_experts(parameter)):
+        best = exact[expert].spectrum()
+        assert own.n_samples == best.n_samples
+        captured = (best.components @ own.components[:8].T).square().sum(1) @ best.explained_variance.float()
+        assert captured > 0.95 * best.explained_variance[:8].sum()
+
+
+def test_an_expert_without_enough_rows_starts_from_those_of_all():
+    model = mixtral(num_local_experts=6)
+    weight = model.model.layers[0].mlp.gate.weight
+    with torch.no_grad():  # two of the first four always score above 0, so the last two are never among the best two
+        weight[2:4] = -weight[:2]
+        weight[4:] = 0.0
+    stats = collect(model, batches(), rank=2, target_parameters=BOTH)
+    up = "model.layers.0.mlp.experts.gate_up_proj"
+    least = 2 * stats[up].n_components
+    few = stats.experts_with_few_rows(up)
+    assert few == [4, 5]
+    assert f"{up}.4" not in stats._groups
+    note = next(note for note in stats.provenance.notes if note.startswith(f"{up}:"))
+    assert f"2 of 6 experts read fewer than {least} rows" in note
+    assert note.endswith("start from those of all experts: 4, 5.")
+    a = build_adapter(stats, 2).weights[up][0].reshape(6, 2, 32)
+    for expert in range(6):
+        source = stats[up] if expert in few else stats._groups[f"{up}.{expert}"]
+        assert torch.equal(a[expert], source.components[:2])
+    # Some rows, but fewer than two for each of the components to be found: those of all too.
+    stats = collect(model, batches(1), rank=8, target_parameters=BOTH)
+    assert 0 < stats._groups[f"{up}.0"].n_samples < 2 * stats[up].n_components
+    assert 0 in stats.experts_with_few_rows(up)
+
+
+def test_the_statistics_file_keeps_the_experts(tmp_path):
+    model = gpt_oss()
+    stats = collect(model, batches(), rank=2, target_parameters=BOTH)
+    again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
+    assert again.targets == stats.targets
+    assert again.provenance.target_parameters == sorted(BOTH)
+    a, b = (build_adapter(s, 2).weights for s in (stats, again))
+    assert all(torch.equal(a[layer][0], b[layer][0]) for layer in a)
+
+
+def test_a_parameter_that_gets_no_rank_leaves_the_nesting_right(tmp_path):
+    model = mixtral()
+    stats = collect(model, batches(), ["q_proj"], rank=2, target_parameters=BOTH)
+    ranks = {layer: 3 if "gate_up" in layer else 0 for layer in stats}
+    init = build_adapter(stats, ranks)
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's word for keys that are missing
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter", is_trainable=True)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in init.apply(model).state_dict().items())
+
+
+def test_parameters_alone():
+    model = mixtral()
+    before = model(**batches(1)[0]).logits.detach()
+    peft_model = initialize(model, batches(), rank=2, target_modules=[], target_parameters=["experts.down_proj"])
+    assert torch.equal(peft_model(**batches(1)[0]).logits, before)
+    adapted = [n for n, p in peft_model.named_parameters() if p.requires_grad]
+    assert adapted
+    assert all(".experts.lora_" in n for n in adapted)
+
+
+def test_it_trains():
+    model = gpt_oss()
+    peft_model = initialize(model, batches(), rank=2, target_parameters=BOTH)
+    optimiser = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    batch = batches(1)[0]
+    losses = []
+    for _ in range(8):
+        loss = peft_model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+
+def test_half_precision():
+    model = mixtral().bfloat16()
+    before = model(**batches(1)[0]).logits.detach()
+    peft_model = initialize(model, batches(), rank=2, target_parameters=BOTH)
+    assert torch.equal(peft_model(**batches(1)[0]).logits, before)
+
+
+@pytest.mark.parametrize("method", ["random", "orthogonal"])
+def test_other_starts_differ_between_experts(method):
+    stats = collect(mixtral(), batches(), rank=2, target_parameters=BOTH)
+    a = build_adapter(stats, 2, method=method).weights["model.layers.0.mlp.experts.down_proj"][0].reshape(4, 2, 24)
+    assert not torch.equal(a[0], a[1])
+
+
+def test_the_command_line_takes_them(tmp_path):
+    from lora_init.cli import app as cli
+    from tests.cli.test_cli import WORDS, save_model
+
+    save_model(mixtral(), tmp_path / "model")
+    (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(40)))
+    arguments = ["init", str(tmp_path / "model"), str(tmp_path / "data.txt"), "--rank", "2", "--statistics"]
+    arguments += [str(tmp_path / "stats.safetensors"), "-o", str(tmp_path / "adapter"), "--overwrite"]
+    chosen = ["--target-parameters", ",".join(BOTH)]
+    for _ in range(2):  # the second time from the file
+        result = CliRunner().invoke(cli.app, [*arguments, *chosen])
+        assert result.exit_code == 0, result.stderr
+    assert "gate_up_proj" in result.stdout
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert "--target-modules and --target-parameters select" in result.stderr
+    for tool in ("peft", "axolotl", "llama-factory"):
+        result = CliRunner().invoke(
+            cli.app, ["ranks", str(tmp_path / "stats.safetensors"), "--rank", "2", "--format", tool]
+        )
+        assert result.exit_code == 0, result.stderr
+        assert ("target_parameters" in result.stdout) == (tool != "llama-factory")
+        assert "adapter_name_or_path" in result.stdout or tool != "llama-factory"
+
+
+def test_what_has_no_known_input_is_left_to_peft(tmp_path):
+    class Odd(nn.Module):
+        """A 3-D parameter without transformers' interface."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+        def forward(self, x):
+            return torch.einsum("bi,eoi->bo", x, self.weight)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = None
+            self.linear, self.odd = nn.Linear(8, 8), Odd()
+
+        def forward(self, x):
+            return self.odd(self.linear(x))
+
+    model = Net()
+    stats = collect(model, [torch.randn(9, 8)], ["linear"], rank=2, target_parameters=["odd.weight"])
+    assert stats.unsupported == {"odd.weight": "Parameter"}
+    assert any(note.startswith("odd.weight: a parameter whose input") for note in stats.provenance.notes)
+    x = torch.randn(2, 8)
+    before = model(x).detach()
+    peft_model = build_adapter(stats, 2).apply(model)
+    assert sum(isinstance(m, ParamWrapper) for m in peft_model.modules()) == 1
+    torch.testing.assert_close(peft_model(x).detach(), before)
+
+
+def test_mistakes_get_one_clear_line():
+    model = mixtral()
+    with pytest.raises(LoraInitError, match=r"'experts\.w1' matches no parameter of Mixtral.*down_proj, gate_up_proj"):
+        find_targets(model, target_parameters=["experts.w1"])
+    with pytest.raises(LoraInitError, match=r"It has no fused experts"):
+        find_targets(tiny_llama(), target_parameters=["experts.w1"])
+    with pytest.raises(LoraInitError, match="must be a list of names"):
+        find_targets(model, target_parameters="experts.down_proj")
+    with pytest.raises(LoraInitError, match="PEFT takes one of the two"):
+        find_targets(model, target_parameters=["q_proj.weight"])
+    with pytest.raises(LoraInitError, match=r"gate_up_proj_bias' of shape \(4, 48\), which is no weight"):
+        find_targets(gpt_oss(), target_parameters=["experts.gate_up_proj_bias"])
+    stats = collect(model, batches(2), rank=2, target_parameters=BOTH)
+    with pytest.raises(LoraInitError, match=r"does not adapt parameters with lora_dropout=0\.1"):
+        build_adapter(stats, 2, lora_dropout=0.1)
+    with pytest.raises(LoraInitError, match=r"does not adapt parameters with use_dora=True"):
+        build_adapter(stats, 2, use_dora=True)
+    with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.mlp.experts.gate_up_proj' of the statistics"):
+        build_adapter(stats, {name: 2 for name in stats if "experts" in name}).apply(tiny_gpt2())
+    with pytest.raises(LoraInitError, match="leaves no layer"):
+        find_targets(model, ["q_proj"], exclude_modules=["q_proj"])

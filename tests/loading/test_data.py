@@ -1,0 +1,395 @@
+"""Rows of every source and form become batches with the right tokens and labels, and bad data one clear line."""
+
+import json
+import logging
+import re
+
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import Dataset, config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import lora_init
+from lora_init import LoraInitError, load_batches
+from lora_init.loading.batches import Batches
+
+CHAT = (
+    "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m.name is defined %}{{ m.name + ': ' }}"
+    "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+def byte_tokenizer(merges=(), **tokens):
+    """One token a byte, but for the merges; like GPT-2's, it adds no special tokens by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def bert_tokenizer():
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghij"])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer(eos_token="<eos>")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to(rows, name="data.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return to
+
+
+def texts(batches, tokenizer, key="input_ids"):
+    """Decode every example: all tokens under the mask, or only those with a label."""
+    found = []
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            assert torch.equal(labels[labels != -100], ids[labels != -100])  # a label is the token itself
+            assert (labels[mask == 0] == -100).all()
+            found.append(tokenizer.decode(ids[mask == 1] if key == "input_ids" else ids[labels != -100]))
+    return found
+
+
+def test_every_kind_of_file_gives_the_same_batches(write, tokenizer, tmp_path):
+    rows = [{"text": f"example {'x' * i}, with a comma"} for i in range(5)]
+    write(rows)
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    (tmp_path / "data.txt").write_text("\n\n".join(row["text"] for row in rows))  # a blank line is no example
+    Dataset.from_list(rows).to_csv(tmp_path / "data.csv", index=False)
+    Dataset.from_list(rows).to_parquet(tmp_path / "DATA.PARQUET")
+    for name in ("data.jsonl", "data.json", "data.txt", "data.csv", "DATA.PARQUET"):
+        batches = load_batches(str(tmp_path / name), tokenizer)
+        assert sorted(texts(batches, tokenizer)) == sorted(row["text"] + "<eos>" for row in rows), name
+        assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
+
+
+def test_text_has_a_label_on_every_token(write, tokenizer):
+    batches = load_batches(write([{"text": "abc"}, {"text": "a longer line"}]), tokenizer)
+    assert sorted(texts(batches, tokenizer, "labels")) == ["a longer line<eos>", "abc<eos>"]
+    assert batches[0]["input_ids"].shape == (2, 14)
+    assert batches[0]["attention_mask"].sum(1).tolist() == [4, 14]
+
+
+def test_prompt_and_completion_label_the_completion_across_the_seam(write):
+    # "r:" + " y" is tokenised differently from its parts: here the merged token holds a part of both.
+    tokenizer = byte_tokenizer(merges=[("r", ":"), ("Ġ", "y"), ("Ġ", "n")], eos_token="<eos>")
+    rows = [{"prompt": "Answer: ", "completion": "yes"}, {"prompt": "Answer:", "completion": " no", "text": "unused"}]
+    batches = load_batches(write(rows), tokenizer)
+    assert sorted(texts(batches, tokenizer)) == ["Answer: no<eos>", "Answer: yes<eos>"]
+    assert sorted(texts(batches, tokenizer, "labels")) == [" no<eos>", " yes<eos>"]
+
+
+def test_messages_label_the_assistants_turns(write, tokenizer):
+    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "hello"},
+                {"role": "user", "content": "2+2?", "name": "bob"},
+                {"role": "assistant", "content": "4"},
+            ]
+        },
+        {"messages": []},
+        {"messages": None},
+        {"messages": [{"role": "user", "content": "never answered"}]},
+    ]
+    batches = load_batches(write(rows), tokenizer)
+    assert texts(batches, tokenizer, "labels") == ["hello<|im_end|>\n4<|im_end|>\n"]
+    expected = tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
+    assert texts(batches, tokenizer) == [expected]
+    assert "2 left out with an empty field" in batches.description
+    assert "1 left out without a labelled token" in batches.description
+
+
+def test_keys_that_parquet_filled_with_null_are_not_there_for_the_template(tmp_path):
+    turns = [{"role": "user", "content": "hi", "name": "bob"}, {"role": "assistant", "content": "hello"}]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "data.parquet")
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    (text,) = texts(load_batches(tmp_path / "data.parquet", tokenizer), tokenizer)
+    assert text == "<|im_start|>user\nbob: hi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+
+
+def test_chat_template_alone_decides_on_special_tokens(write):
+    tokenizer = bert_tokenizer()
+    tokenizer.chat_template = "[CLS] {% for m in messages %}{{ m['content'] + ' [SEP] ' }}{% endfor %}"
+    path = write([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    assert texts(load_batches(path, tokenizer), tokenizer) == ["[CLS] a [SEP] b [SEP]"]  # each once
+
+
+def test_prompt_and_completion_may_be_messages(write):
+    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
+    prompt = [{"role": "assistant", "content": "ask me"}, {"role": "user", "content": "hi"}]
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "hello"}]}]
+    assert texts(load_batches(write(rows), tokenizer), tokenizer, "labels") == ["hello<|im_end|>\n"]
+
+
+def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokenizer):
+    path = write([{"passage": "Ice floats.", "question": "does ice float", "label": True, "a.b": "dotted"}])
+    template = "{passage}\n{{Question}}: {question}?"
+    plain = load_batches(path, tokenizer, template=template)
+    assert texts(plain, tokenizer) == texts(plain, tokenizer, "labels")
+    assert texts(plain, tokenizer) == ["Ice floats.\n{Question}: does ice float?<eos>"]
+    answered = load_batches(path, tokenizer, template=template, completion=" {label}")
+    assert texts(answered, tokenizer) == ["Ice floats.\n{Question}: does ice float? True<eos>"]
+    assert texts(answered, tokenizer, "labels") == [" True<eos>"]
+    assert texts(load_batches(path, tokenizer, template="{a.b}"), tokenizer) == ["dotted<eos>"]
+
+
+def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
+    rows = [{"q": "full", "label": False}, {"q": "no label", "label": None}, {"q": " ", "label": True}]
+    batches = load_batches(write(rows), tokenizer, template="{q}?", completion=" {label}")
+    assert texts(batches, tokenizer) == ["full? False<eos>"]
+    assert batches.description.endswith("2 left out with an empty field")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(template="{passage.__class__}"), "has no column 'passage.__class__'. Its columns: passage, label."),
+        (dict(template="{passage[0]}"), "has no column 'passage[0]'"),
+        (dict(template="{passage:{label.__class__}}"), "only column names go in braces"),
+        (dict(template="{passage!r}"), "only column names go in braces"),
+        (dict(template="{pasage}"), "has no column 'pasage'. Its columns: passage, label."),
+        (dict(template="{}"), "has no column ''"),
+        (dict(template="no column"), "names no column. Columns of"),
+        (dict(template="{passage"), "Write {{ for a brace"),
+        (dict(template="{passage}", completion="{answer}"), "completion='{answer}': "),
+        (dict(completion="{label}"), "needs a template for the prompt"),
+        (dict(), "has the columns passage, label. Expected text, or prompt and completion, or messages"),
+        (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
+        (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
+        (dict(template="{passage}", seed=-1), "seed=-1 must be at least 0"),
+        (dict(template="{passage}", offset=-1), "offset=-1 at least 0"),
+        (dict(template="{passage}", offset=1), "no usable example among 1 rows read as template '{passage}' after the"),
+        (dict(template="{passage}", seq2seq=True), "an encoder-decoder model needs a prompt"),
+        (dict(template="{passage}", completion="{label}", max_length=4), "1 left out without a labelled token among"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(write, tokenizer, arguments, message):
+    path = write([{"passage": "Ice floats.", "label": True}])
+    with pytest.raises(LoraInitError, match=re.escape(message)) as caught:
+        load_batches(path, tokenizer, **arguments)
+    assert "\n" not in str(caught.value)
+    assert str(path.parent.parent) not in str(caught.value)
+
+
+def test_bad_messages_name_the_row(write, tokenizer):
+    good = {"role": "user", "content": "hi"}
+    path = write([{"messages": [good]}])
+    with pytest.raises(LoraInitError, match="this tokenizer has no chat template"):
+        load_batches(path, tokenizer)
+    chatty = byte_tokenizer(chat_template=CHAT)
+    path = write([{"messages": [{"role": "tool", "content": "x"}]}])
+    with pytest.raises(LoraInitError, match=r"data.jsonl, row 1: the chat template refuses .* no tools here"):
+        load_batches(path, chatty)
+    with pytest.raises(LoraInitError, match="row 1: messages must be a list of"):
+        load_batches(write([{"messages": "hi"}]), chatty)
+
+
+def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.csv").write_text("text\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "nothing").mkdir()
+    write([{"text": "  "}, {"text": None}], "hollow.jsonl")
+    for name, message in {
+        "missing.jsonl": "missing.jsonl': no such file or folder",
+        "empty.jsonl": "the data is empty",
+        "blank.csv": "the data is empty",
+        "broken.jsonl": "datasets cannot read it: .*JSON",
+        "image.png": r"cannot read a file of this kind. Expected one of .json, .jsonl, .csv, .parquet, .txt",
+        "nothing": "no data file in the folder",
+        "hollow.jsonl": r"no usable example among 2 rows read as text \(2 left out with an empty field\)",
+    }.items():
+        with pytest.raises(LoraInitError, match=message) as caught:
+            load_batches(tmp_path / name, tokenizer)
+        assert "\n" not in str(caught.value), name
+
+
+def test_folder_reads_one_kind_and_one_split(write, tokenizer, tmp_path):
+    write([{"text": "a"}], "plain/1.jsonl")
+    write([{"text": "b"}], "plain/more/2.jsonl")
+    write([{"text": "hidden"}], "plain/.cache/3.jsonl")
+    (tmp_path / "plain/README.md").write_text("no data")
+    # A script beside the data is never run, whatever its name.
+    (tmp_path / "plain/plain.py").write_text("raise SystemExit('this ran')")
+    batches = load_batches(tmp_path / "plain", tokenizer)
+    assert sorted(texts(batches, tokenizer)) == ["a<eos>", "b<eos>"]
+    assert batches.description.startswith("plain/: 2 of 2 examples")
+
+    for name in ("train", "dev", "contest"):  # "test" inside a word marks no split
+        write([{"text": name}], f"splits/{name}.jsonl")
+    assert texts(load_batches(tmp_path / "splits", tokenizer), tokenizer) == ["train<eos>"]
+    assert texts(load_batches(tmp_path / "splits", tokenizer, split="validation"), tokenizer) == ["dev<eos>"]
+    with pytest.raises(LoraInitError, match="splits/, test: the folder has no such split, only train, validation"):
+        load_batches(tmp_path / "splits", tokenizer, split="test")
+
+    write([{"text": "c"}], "mixed/1.jsonl")
+    (tmp_path / "mixed/2.txt").write_text("d")
+    with pytest.raises(LoraInitError, match=r"files of several kinds \(json, text\)"):
+        load_batches(tmp_path / "mixed", tokenizer)
+
+
+def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
+    asked = {}
+
+    def load_dataset(**arguments):
+        asked.update(arguments)
+        return Dataset.from_list([{"text": "from afar"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    batches = load_batches("owner/name", tokenizer, subset="small", split="validation")
+    assert asked == {"path": "owner/name", "name": "small", "split": "validation"}  # no flag that would run its code
+    assert batches.description.startswith("owner/name (small), validation: 1 of 1 examples")
+
+    def offline(**_):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nwith details")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(LoraInitError, match=r"^owner/name, train: datasets cannot read it: Couldn't reach.*Hub\.$"):
+        load_batches("owner/name", tokenizer)
+
+
+def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, tokenizer):
+    path = write([{"text": f"row {i:03d}"} for i in range(100)])
+
+    def sample(**arguments):
+        return set(texts(load_batches(path, tokenizer, **arguments), tokenizer))
+
+    assert sample(samples=20, batch_size=1) == sample(samples=20, batch_size=7)
+    assert sample(samples=20) < sample(samples=40)
+    assert sample(samples=20) != sample(samples=20, seed=1)
+    assert not sample(samples=20) & sample(samples=20, offset=20)
+    assert sample(samples=20) | sample(samples=20, offset=20) == sample(samples=40)
+    assert len(sample(samples=None)) == len(sample(samples=1000)) == 100
+    first, second = (load_batches(path, tokenizer, samples=20) for _ in range(2))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
+
+
+def test_batches_have_little_padding_and_every_stretch_is_mixed(write, tokenizer):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 200, (256,), generator=generator).tolist()
+    batches = load_batches(write([{"text": "x" * n} for n in lengths]), tokenizer, batch_size=4)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 256
+    mask = [batch["attention_mask"] for batch in batches]
+    kept = sum(int(m.sum()) for m in mask) / sum(m.numel() for m in mask)
+    assert kept > 0.85  # 0.63 is expected of four at random: mean over the maximum of four uniform lengths is 0.5 / 0.8
+    # 32 uniform lengths: their mean has standard deviation 58 / sqrt(32) = 10, so 100 +- 40 is four of them.
+    for start in range(0, 64, 8):
+        tokens = torch.cat([m.sum(1) for m in mask[start : start + 8]]).double()
+        assert 60 < tokens.mean() < 140
+        assert tokens.min() < 50 and tokens.max() > 150
+    widths = [m.shape[1] for m in mask]
+    assert widths != sorted(widths) and widths[:8] != sorted(widths[:8])
+
+
+def test_too_long_an_answer_is_left_out_and_a_longer_text_is_cut(write, tokenizer):
+    rows = [{"prompt": "p" * n, "completion": "yes"} for n in (4, 9, 20)]
+    batches = load_batches(write(rows), tokenizer, max_length=10)
+    assert sorted(texts(batches, tokenizer)) == ["p" * 9 + "y", "ppppyes<eos>"]
+    assert "2 of 3 examples" in batches.description
+    assert batches.description.endswith("1 left out without a labelled token among the first 10")
+    batches = load_batches(write([{"text": "abcdefghijklmn"}], "long.jsonl"), tokenizer, max_length=10)
+    assert texts(batches, tokenizer) == ["abcdefghij"]
+
+
+def test_tokenizer_limit_counts_and_nothing_on_it_changes(write):
+    tokenizer = byte_tokenizer(model_max_length=6)  # no padding token, no end of sequence, left padding and truncation
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    assert tokenizer.pad_token is None and tokenizer.eos_token is None
+    batches = load_batches(write([{"text": "abcdefgh"}, {"text": "ij"}]), tokenizer)
+    assert sorted(texts(batches, tokenizer)) == ["abcdef", "ij"]
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 0, 0, 0, 0], [1] * 6]
+    assert "at most 6 tokens" in batches.description
+    assert tokenizer.pad_token is None and tokenizer.padding_side == tokenizer.truncation_side == "left"
+
+
+def test_encoder_keeps_its_separator_when_cut(write):
+    tokenizer = bert_tokenizer()
+    path = write([{"text": "a b c d e f g"}, {"text": "a b"}])
+    batches = load_batches(path, tokenizer, max_length=5)
+    assert sorted(texts(batches, tokenizer)) == ["[CLS] a b [SEP]", "[CLS] a b c [SEP]"]
+    path = write([{"prompt": "a b", "completion": " c d e f"}, {"prompt": "a b c d e", "completion": " f"}], "pc.jsonl")
+    batches = load_batches(path, tokenizer, max_length=6)
+    assert texts(batches, tokenizer) == ["[CLS] a b c d [SEP]"]
+    assert texts(batches, tokenizer, "labels") == ["c d"]
+    assert "1 left out without a labelled token" in batches.description
+
+
+def test_seq2seq_puts_the_completion_into_labels_of_their_own(write):
+    tokenizer = bert_tokenizer()
+    rows = [{"prompt": "a b c d", "completion": "e"}, {"prompt": "a", "completion": "f g h"}]
+    (batch,) = load_batches(write(rows), tokenizer, seq2seq=True)
+    assert [tokenizer.decode(row[row != 0]) for row in batch["input_ids"]] == ["[CLS] a [SEP]", "[CLS] a b c d [SEP]"]
+    assert [tokenizer.decode(row[row != -100]) for row in batch["labels"]] == ["[CLS] f g h [SEP]", "[CLS] e [SEP]"]
+    assert batch["labels"].shape == (2, 5) and batch["input_ids"].shape == (2, 6)
+
+
+def test_description_says_which_examples_in_words(write, tokenizer):
+    path = write([{"text": f"row {i}"} for i in range(9)], "BoolQ/combined.jsonl")
+    batches = load_batches(path, tokenizer, samples=3, offset=2, seed=5, max_length=64)
+    assert (
+        batches.description
+        == "BoolQ/combined.jsonl: 3 of 9 examples, after the first 2, seed 5, at most 64 tokens, text"
+    )
+    assert batches.n_examples == 3
+    assert isinstance(batches, list) and Batches().description == ""
+
+
+def test_nothing_is_printed_and_progress_bars_are_as_before(write, tokenizer, capfd, tmp_path, monkeypatch):
+    import datasets
+
+    records = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
+    datasets.enable_progress_bars()
+    load_batches(write([{"text": "a"}]), tokenizer)
+    (tmp_path / "broken.jsonl").write_text("{broken\n")
+    with pytest.raises(LoraInitError):
+        load_batches(tmp_path / "broken.jsonl", tokenizer)
+    assert not datasets.are_progress_bars_disabled()
+    assert capfd.readouterr() == ("", "") and records == []
+
+
+def test_batches_train_a_model(write):
+    from tests.conftest import tiny_llama
+
+    tokenizer = byte_tokenizer(eos_token="<eos>")
+    model = tiny_llama(vocab_size=len(tokenizer))
+    path = write([{"prompt": "1 + 1 =", "completion": f" {i}"} for i in range(6)])
+    for batch in load_batches(path, tokenizer, batch_size=2):
+        assert torch.isfinite(model(**batch).loss)
+    assert lora_init.load_batches is load_batches

@@ -1,0 +1,74 @@
+"""Which class a checkpoint is loaded in, and for which of PEFT's tasks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_init.errors import LoraInitError
+from lora_init.loading.models import _kind, load_model
+from tests.cli.test_cli import save_model
+from tests.conftest import MODELS, tiny_bert, tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder_decoder", "task_type", "auto_class"),
+    [
+        ("LlamaForCausalLM", False, "CAUSAL_LM", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", False, "CAUSAL_LM", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", True, "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        ("LlavaForConditionalGeneration", False, "CAUSAL_LM", "AutoModelForImageTextToText"),
+        ("BertForSequenceClassification", False, "SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("BertForTokenClassification", False, "TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("BertForQuestionAnswering", False, "QUESTION_ANS", "AutoModelForQuestionAnswering"),
+        ("BertForMaskedLM", False, None, "AutoModelForMaskedLM"),
+        ("BertModel", False, "FEATURE_EXTRACTION", "AutoModel"),
+        (None, False, "CAUSAL_LM", "AutoModelForCausalLM"),
+    ],
+)
+def test_kind(architecture, encoder_decoder, task_type, auto_class):
+    config = SimpleNamespace(
+        architectures=None if architecture is None else [architecture], is_encoder_decoder=encoder_decoder
+    )
+    assert _kind("m", config, None) == (task_type, auto_class)
+    assert _kind("m", config, "SEQ_CLS") == ("SEQ_CLS", "AutoModelForSequenceClassification")
+
+
+def test_other_kinds_are_refused():
+    with pytest.raises(LoraInitError, match=r"WhisperForAudioClassification.*reads text only.*collect takes any model"):
+        _kind("m", SimpleNamespace(architectures=["WhisperForAudioClassification"], is_encoder_decoder=False), None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_the_class_is_the_one_it_was_saved_as(name, tmp_path):
+    original = MODELS[name]()
+    loaded = load_model(str(save_model(original, tmp_path)), device="cpu")
+    assert type(loaded.model) is type(original)
+    assert not loaded.model.training
+    assert loaded.seq2seq == (name == "t5")
+    for key, weight in original.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], weight)
+
+
+def test_a_new_head_depends_on_the_seed_alone(tmp_path):
+    save_model(tiny_bert(task=None), tmp_path)
+
+    def head(seed):
+        torch.rand(seed + 1)  # what the caller did before must not count
+        return load_model(str(tmp_path), task_type="SEQ_CLS", seed=seed).model.classifier.weight
+
+    assert torch.equal(head(0), head(0))
+    assert not torch.equal(head(0), head(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(dtype, tmp_path):
+    save_model(tiny_llama().to(torch.bfloat16), tmp_path)
+    assert load_model(str(tmp_path), dtype=dtype).model.dtype == getattr(torch, dtype)
+    assert load_model(str(tmp_path)).model.dtype == torch.bfloat16
+
+
+def test_a_home_directory_may_be_abbreviated(tmp_path, monkeypatch):
+    save_model(tiny_llama(), tmp_path / "m")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_model("~/m").model.config.hidden_size == 32

@@ -1,0 +1,145 @@
+"""The running sum of gradients against the sum itself."""
+
+import pytest
+import torch
+
+from lora_init.errors import LoraInitError
+from lora_init.statistics.mean_gradient import MeanGradient
+
+
+def batches(rank=None, d_out=24, d_in=40, n_batches=6, seed=0):
+    """Tokens g [n, d_out] and x [n, d_in] in batches of different sizes, whose G has a spectrum that falls."""
+    generator = torch.Generator().manual_seed(seed)
+    k = rank or min(d_out, d_in)
+    left, right = (torch.linalg.qr(torch.randn(d, k, generator=generator)).Q.T for d in (d_out, d_in))
+    scale = 0.7 ** torch.arange(k, dtype=torch.float32)
+    found = []
+    for n in (50, 30, 1, 70, 40, 60)[:n_batches]:
+        code = torch.randn(n, k, generator=generator)
+        found.append(((code * scale) @ left, (code + 0.3 * torch.randn(n, k, generator=generator)) @ right))
+    return found
+
+
+def fitted(data, k, **options):
+    mean = MeanGradient(k, **options)
+    for g, x in data:
+        mean.project(g, x)
+        mean.commit()
+    return mean
+
+
+def exact(data):
+    return sum(g.double().T @ x.double() for g, x in data)
+
+
+def dense(triplets):
+    left, values, right = triplets
+    return left.double().T @ torch.diag(values) @ right.double()
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(24, 40), (40, 24), (6, 40)])
+def test_a_sum_of_low_rank_is_exact(d_out, d_in):
+    data = batches(rank=5, d_out=d_out, d_in=d_in)
+    left, values, right = fitted(data, 8).triplets(8)
+    s = torch.linalg.svdvals(exact(data))
+    torch.testing.assert_close(values[:5], s[:5], rtol=1e-5, atol=0.0)  # float32 products
+    assert len(values) == 5 or bool((values[5:] < 1e-5 * values[0]).all())
+    torch.testing.assert_close(dense((left[:5], values[:5], right[:5])), exact(data), rtol=0.0, atol=1e-4 * float(s[0]))
+    for rows in (left[:5], right[:5]):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(5), rtol=0.0, atol=1e-5)
+
+
+def test_leading_triplets_are_those_of_the_full_svd():
+    """Of a sum of full rank the leading half of what is kept is right to a thousandth of the energy."""
+    data = batches()
+    left, values, right = fitted(data, 8).triplets(8)
+    s = torch.linalg.svdvals(exact(data))
+    best = s[:4].square().sum()
+    assert float((exact(data) @ right[:4].double().T).square().sum() / best) > 0.999
+    assert float((left[:4].double() @ exact(data)).square().sum() / best) > 0.999
+    torch.testing.assert_close(values[:4], s[:4], rtol=5e-3, atol=0.0)
+    first = fitted(data[:1], 8).triplets(8)
+    assert float((exact(data) @ first[2][:4].double().T).square().sum() / best) < 0.999  # so the later batches count
+
+
+def test_a_module_that_runs_twice_in_a_pass_counts_twice():
+    data = batches(rank=5)
+    twice = MeanGradient(8)
+    for g, x in data:
+        twice.project(g[: len(g) // 2], x[: len(g) // 2])
+        twice.project(g[len(g) // 2 :], x[len(g) // 2 :])
+        twice.commit()
+    once = fitted(data, 8)
+    torch.testing.assert_close(twice.triplets(5)[1], once.triplets(5)[1], rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(twice.squares, once.squares)
+    assert twice.n_samples == once.n_samples == sum(len(g) for g, _ in data)
+
+
+def test_squares_are_exact():
+    data = batches()
+    torch.testing.assert_close(
+        fitted(data, 4).squares, sum(g.double().square().sum(0) for g, _ in data), rtol=1e-6, atol=0
+    )
+
+
+def test_what_is_not_finite_is_refused_and_nothing_updated():
+    data = batches(rank=5)
+    mean = fitted(data[:2], 8)
+    before = mean.triplets(8)
+    for bad in (float("nan"), float("inf")):
+        g, x = data[3]
+        g = g.clone()
+        g[3, 2] = bad
+        mean.project(g, x)
+        with pytest.raises(LoraInitError, match="NaN or inf"):
+            mean.commit()
+    mean.commit()
+    assert all(torch.equal(a, b) for a, b in zip(before, mean.triplets(8), strict=True))
+
+
+def test_merging_parts_is_the_whole():
+    data = batches(rank=5)
+    parts = [fitted(data[:2], 8), MeanGradient(8), fitted(data[2:], 8)]
+    merged = MeanGradient(8)
+    for part in parts:
+        merged.merge(part)
+    whole = fitted(data, 8)
+    torch.testing.assert_close(dense(merged.triplets(8)), dense(whole.triplets(8)), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(merged.squares, whole.squares)
+    assert merged.n_samples == whole.n_samples
+
+
+def test_what_was_saved_goes_on_bit_for_bit():
+    data = batches()
+    mean = fitted(data[:3], 8, seed=3)
+    resumed = MeanGradient(1).load_state_dict(mean.state_dict())
+    assert (resumed.n_components, resumed.seed) == (8, 3)
+    for one in (mean, resumed):
+        for g, x in data[3:]:
+            one.project(g, x)
+            one.commit()
+    assert all(torch.equal(a, b) for a, b in zip(mean.triplets(8), resumed.triplets(8), strict=True))
+    assert MeanGradient(8).load_state_dict(MeanGradient(8).state_dict()).n_samples == 0
+
+
+def test_parts_of_a_state_that_go_on_are_together_the_whole():
+    """Two parts that each see other batches, and meet: the sums of one that has seen all."""
+    data = batches(rank=5)
+    state = fitted(data[:2], 8, seed=3).state_dict()
+    parts = [MeanGradient(1).load_state_dict(state, share, of=3) for share in range(3)]
+    assert [part.n_samples for part in parts] == [26, 27, 27]
+    for part, (g, x) in zip(parts, data[2:5], strict=True):
+        part.project(g, x)
+        part.commit()
+    merged, whole = parts[0].merge(parts[1]).merge(parts[2]), fitted(data[:5], 8)
+    assert merged.n_samples == whole.n_samples and merged.n_components == 8
+    torch.testing.assert_close(dense(merged.triplets(8)), exact(data[:5]), rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(merged.squares, whole.squares)
+
+
+def test_no_gradient_at_all_has_no_triplets():
+    mean = fitted([(torch.zeros(9, 4), torch.randn(9, 6))], 2)
+    left, values, right = mean.triplets(2)
+    assert left.shape == (0, 4) and values.shape == (0,) and right.shape == (0, 6)
+    with pytest.raises(LoraInitError, match="no gradients were seen"):
+        MeanGradient(2).triplets(2)

@@ -1,0 +1,434 @@
+"""Statistics of several passes, merged: the reference is one pass over all rows, or the rows written out."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_init import ExactPCA, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
+from tests.collection.test_gradient_tap import counts_of, exact
+from tests.conftest import batches_for, tiny_llama
+from tests.layers.test_experts import BOTH, mixtral
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def llama():
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+def passed(model=None, batches=None, targets=("q_proj", "k_proj", "down_proj", "embed_tokens"), **settings):
+    settings = dict(rank=4, rho=2.0, data="d") | settings
+    batches = batches_for("llama") if batches is None else batches
+    return collect(model or llama(), batches, list(targets), **settings)
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """Two data sets of different size, and all batches."""
+    one, other = batches_for("llama", n_batches=5), batches_for("llama", n_batches=2, seed=1)
+    return passed(batches=one), passed(batches=other, data="e"), passed(batches=one + other)
+
+
+def test_two_shards_are_the_whole(shards):
+    a, b, whole = shards
+    merged = a.merge(b)
+    assert list(merged) == list(whole) and merged.group_of == whole.group_of and merged.targets == whole.targets
+    assert merged.unsupported == whole.unsupported
+    for name in whole:
+        found, expected = merged[name], whole[name]
+        assert found.n_samples == expected.n_samples
+        assert found.components.shape == expected.components.shape == (8, whole.targets[name].in_features)
+        # Counts and sums are exact: what is left is float32.
+        assert found.total_variance == pytest.approx(expected.total_variance, rel=1e-5)
+        assert torch.allclose(found.mean, expected.mean, atol=1e-6)
+        # Random rows have flat spectra, where the 24 directions that each part has lost hold as much as those it kept.
+        assert 0.85 < float(found.explained_variance.sum() / expected.explained_variance.sum()) < 1.0 + 1e-6
+
+
+def test_nothing_is_lost_where_all_directions_are_kept():
+    one, other = batches_for("llama", n_batches=3), batches_for("llama", n_batches=2, seed=1)
+    a, b, whole = (passed(batches=x, targets=["q_proj"], rank=16) for x in (one, other, one + other))
+    merged = a.merge(b)
+    for name in whole:
+        assert len(whole.explained_variance(name)) == 32 == whole.targets[name].in_features
+        expected = whole.explained_variance(name)
+        # Of the running decomposition: turned by one step of the iteration for each batch, not to the end.
+        assert torch.allclose(merged.explained_variance(name), expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
+
+
+def test_weights_are_shares_whatever_the_rows(shards):
+    a, b, _ = shards
+    merged = a.merge(b, weights=[0.2, 0.8])
+    for name in merged:
+        one, other = a[name], b[name]
+        n = one.n_samples + other.n_samples
+        means = [one.mean.double(), other.mean.double()]
+        mean = 0.2 * means[0] + 0.8 * means[1]
+        total = sum(
+            w * (s.total_variance * (s.n_samples - 1) / s.n_samples + float((m - mean) @ (m - mean)))
+            for w, s, m in zip((0.2, 0.8), (one, other), means, strict=True)
+        )
+        assert merged[name].total_variance == pytest.approx(total * n / (n - 1), rel=1e-9)
+        assert torch.allclose(merged[name].mean.double(), mean, atol=1e-6)
+        assert merged[name].n_samples == n
+    assert merged.provenance.data == "0.2 x d; 0.8 x e"
+    again = merged.merge(passed(batches=batches_for("llama", seed=2)), weights=[0.5, 0.5])
+    assert again.provenance.data == "0.5 x (0.2 x d; 0.8 x e); 0.5 x d"
+
+
+def test_the_order_does_not_matter_and_three_at_once_are_about_as_two_and_one(shards):
+    a, b, _ = shards
+    c = passed(batches=batches_for("llama", seed=2))
+    first, second = a.merge(b, c, weights=[0.5, 0.2, 0.3]), c.merge(b, a, weights=[0.3, 0.2, 0.5])
+    steps = a.merge(b).merge(c)
+    for name in first:
+        assert torch.allclose(first.explained_variance(name), second.explained_variance(name), rtol=1e-9)
+        assert first.total_variance(name) == pytest.approx(second.total_variance(name), rel=1e-9)
+        at_once = a.merge(b, c)
+        assert steps.total_variance(name) == pytest.approx(at_once.total_variance(name), rel=1e-6)
+        lost = float(steps.explained_variance(name).sum() / at_once.explained_variance(name).sum())
+        assert 0.95 < lost <= 1.0 + 1e-9  # each step leaves something out
+    assert steps.provenance.n_batches == 11
+
+
+def test_the_result_is_a_file_like_any_other(shards, tmp_path):
+    a, b, _ = shards
+    a, b = (Statistics.load(one.save(tmp_path / f"{i}")) for i, one in enumerate((a, b)))
+    merged = a.merge(b, weights=[0.7, 0.3])
+    back = Statistics.load(merged.save(tmp_path / "c"))
+    assert back.provenance == merged.provenance
+    for name in merged:
+        assert torch.equal(back[name].components, merged[name].components)
+    ranks = allocate_ranks(back, rank=4, rho=2.0)
+    assert sum(ranks.values()) == 4 * len(back)
+    model = llama()
+    before = model(torch.arange(3, 9)[None]).logits
+    assert torch.equal(build_adapter(back, ranks).apply(model)(torch.arange(3, 9)[None]).logits, before)
+
+
+def test_where_it_comes_from(shards):
+    a, b, _ = shards
+    made = a.merge(b).provenance
+    assert (made.n_batches, made.n_samples) == (7, a.provenance.n_samples + b.provenance.n_samples)
+    assert made.data == "d; e" and made.stop_reason == "exhausted"
+    assert made.versions == a.provenance.versions and made.fingerprint == a.provenance.fingerprint
+    for part, seconds in made.seconds.items():
+        assert seconds == pytest.approx(a.provenance.seconds[part] + b.provenance.seconds[part], abs=2e-3)
+    assert made.notes[:2] == [
+        f"part 1 of 2: {a.provenance.n_samples} rows in 5 batches, stopped: exhausted, seed 0, d.",
+        f"part 2 of 2: {b.provenance.n_samples} rows in 2 batches, stopped: exhausted, seed 0, e.",
+    ]
+    # Said of both, so said once.
+    assert [note.partition(":")[0] for note in made.notes[2:]] == ["model.embed_tokens"]
+    weighted = a.merge(b, weights=[0.75, 0.25]).provenance
+    assert weighted.notes[0].startswith("part 1 of 2 with weight 0.75: ")
+    assert a.provenance.n_batches == 5 and not a.provenance.notes[0].startswith("part")
+
+    stopped = passed(batches=batches_for("llama", seed=3), max_batches=2)
+    both = replace(stopped.provenance, versions={**made.versions, "torch": "9.9"})
+    other = Statistics(stopped._groups, stopped.group_of, stopped.targets, both, unsupported=stopped.unsupported)
+    made = a.merge(other).provenance
+    assert made.stop_reason == "exhausted, max_batches"
+    assert made.versions["torch"] == f"{torch.__version__}, 9.9"
+
+
+def test_what_was_measured_for_one_part_is_not_said_of_both(shards):
+    a, b, _ = shards
+    merged = a.merge(b)
+    assert set(merged.held_out) == set(a.held_out)
+    assert all(math.isnan(share) for share in merged.held_out.values())
+
+
+def test_the_sampling_error_is_that_of_the_sum(shards):
+    a, b, _ = shards
+    b = a.merge(passed(batches=batches_for("llama", n_batches=4, seed=4)))
+    rows = b.batch_ratios[DOWN]
+    assert rows.shape == (4 + 3, 8)
+    shares = [n / b[DOWN].n_samples for n in (a[DOWN].n_samples, b[DOWN].n_samples - a[DOWN].n_samples)]
+    other = passed(batches=batches_for("llama", n_batches=4, seed=4))
+    amounts = [w * s.total_variance(DOWN) / b.total_variance(DOWN) for w, s in zip(shares, (a, other), strict=True)]
+    errors = [s.batch_ratios[DOWN].std(0) / len(s.batch_ratios[DOWN]) ** 0.5 for s in (a, other)]
+    expected = torch.stack([w * e for w, e in zip(amounts, errors, strict=True)]).square().sum(0).sqrt()
+    assert torch.allclose(rows.std(0) / 7**0.5, expected, rtol=1e-9)
+    # Part 2 has one batch that was tested: its error is unknown, and so is that of the sum.
+    assert a.merge(shards[1]).batch_ratios == {}
+    assert allocate_ranks(a.merge(shards[1]), rank=2) is not None
+
+
+class Towers(nn.Module):
+    """Two towers, of which a batch may reach one only."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.both, self.right = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, way="left"):
+        return getattr(self, way)(x) + self.both(x)
+
+
+def test_layers_that_ran_in_one_part_only_come_from_it():
+    model = Towers()
+    generator = torch.Generator().manual_seed(0)
+    batches = {
+        way: [{"x": torch.randn(20, 6, generator=generator), "way": way} for _ in range(3)] for way in ("left", "right")
+    }
+    a, b = (passed(model, batches[way], ["left", "both", "right"], rank=2, rho=1.0) for way in ("left", "right"))
+    assert list(a) == ["left", "both"] and a.group_of["both"] == "left" and b.group_of["both"] == "right"
+    merged = a.merge(b, weights=[0.1, 0.9])
+    # Each has another set of layers that share its input, so none do.
+    assert list(merged) == ["left", "both", "right"] and merged.group_of == {name: name for name in merged}
+    assert merged.unsupported == {} and list(merged.targets) == list(merged)
+    assert torch.equal(merged["left"].components, a["left"].components)
+    assert torch.equal(merged["right"].components, b["right"].components)
+    assert merged.held_out["left"] == a.held_out["left"] and math.isnan(merged.held_out["both"])
+    assert torch.equal(merged.batch_ratios["right"], b.batch_ratios["right"])
+    assert merged["both"].n_samples == 120
+    assert "part 1, right: never ran; PEFT's own initialisation." in merged.provenance.notes
+    assert list(b.merge(a)) == ["left", "both", "right"]
+
+
+def test_a_part_of_few_rows_takes_no_components_away(shards):
+    few = passed(batches=[{"input_ids": torch.tensor([[5, 9, 11]]), "labels": torch.tensor([[5, 9, 11]])}])
+    assert len(few.explained_variance(DOWN)) == 2
+    merged = shards[0].merge(few)
+    assert len(merged.explained_variance(DOWN)) == 8
+    assert f"part 2, {DOWN}: 3 rows span only 2 of 8 components." in merged.provenance.notes
+    other = passed(batches=[{"input_ids": torch.tensor([[7, 8, 60]]), "labels": torch.tensor([[7, 8, 60]])}])
+    assert len(few.merge(other).explained_variance(DOWN)) == 5  # six rows, less the mean
+
+
+def test_as_many_components_are_kept_as_all_parts_have(shards):
+    narrow = passed(batches=batches_for("llama", seed=5), rank=3, rho=1.0)
+    for merged in (shards[0].merge(narrow), narrow.merge(shards[0])):
+        assert len(merged.explained_variance(DOWN)) == 3 and merged.provenance.rank == 3
+        assert any("components of a layer; 3 are kept" in note for note in merged.provenance.notes)
+    assert not any("are kept" in note for note in shards[0].merge(shards[1]).provenance.notes)
+
+
+# Experts and convolutions
+
+
+def test_experts_count_by_what_the_router_sends_them():
+    model = mixtral()
+    targets = dict(targets=["q_proj"], target_parameters=BOTH, rank=2)
+    a = passed(model, batches_for("llama", n_batches=3), **targets)
+    b = passed(model, batches_for("llama", n_batches=6, seed=1), **targets)
+    merged = a.merge(b, weights=[0.9, 0.1])
+    assert set(merged._groups) == set(a._groups)
+    for name in (n for n, target in merged.targets.items() if target.experts):
+        n_experts = merged.targets[name].experts
+        groups = [f"{name}.{expert}" for expert in range(n_experts)]
+        sums = [sum(part._groups[group].n_samples for group in groups) for part in (a, b)]
+        for group in groups:
+            one, other = a._groups[group], b._groups[group]
+            counts = np.array([0.9 * one.n_samples / sums[0], 0.1 * other.n_samples / sums[1]])
+            shares = counts / counts.sum()
+            mean = shares[0] * one.mean.double() + shares[1] * other.mean.double()
+            assert torch.allclose(merged._groups[group].mean.double(), mean, atol=1e-6)
+        assert len(merged.of_experts(name)) == n_experts
+    build_adapter(merged, allocate_ranks(merged, rank=2)).apply(model)
+
+
+def test_experts_that_saw_enough_together_need_no_fallback():
+    model = mixtral()
+    targets = dict(targets=["q_proj"], target_parameters=BOTH, rank=2)
+    few = [passed(model, batches_for("llama", 1, 1, 12, seed=i), **targets) for i in range(6)]
+    notes = [note for one in few for note in one.provenance.notes if "experts read fewer" in note]
+    assert notes
+    merged = few[0].merge(*few[1:])
+    assert not any(merged.experts_with_few_rows(name) for name in merged)
+    assert not any("experts read fewer" in note for note in merged.provenance.notes)
+    two = few[0].merge(few[1])
+    said = [note for note in two.provenance.notes if "experts read fewer" in note]
+    assert len(said) == sum(bool(two.experts_with_few_rows(name)) for name in two) > 0
+
+
+def test_convolutions_merge_like_linear_layers():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 2))
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 2, 6, 6, generator=generator) for _ in range(4)]
+    a, b, whole = (passed(model, x, ["0", "3"], rank=2) for x in (batches[:2], batches[2:], batches))
+    merged = a.merge(b)
+    assert merged["0"].n_samples == whole["0"].n_samples and merged.targets["0"].kernel == (3, 3)
+    assert merged["0"].total_variance == pytest.approx(whole["0"].total_variance, rel=1e-5)
+
+
+def test_uncentred_statistics_add_second_moments():
+    rows = [torch.randn(50, 4) + 3.0, torch.randn(30, 4) - 1.0]
+    model = nn.Sequential(nn.Linear(4, 4))
+    a, b = (passed(model, [one], ["0"], rank=4, rho=1.0, center=False) for one in rows)
+    merged = a.merge(b)["0"]
+    exact = ExactPCA(center=False).partial_fit(torch.cat(rows)).spectrum()
+    assert merged.mean.abs().max() == 0
+    assert torch.allclose(merged.explained_variance, exact.explained_variance, rtol=1e-4)
+
+
+# Gradients
+
+TWO = ("q_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """Two data sets of different size with the gradients of all their directions, and both sets' batches."""
+    one, other = batches_for("llama", n_batches=3), batches_for("llama", n_batches=2, seed=1)
+    a, b = (passed(batches=batches, targets=TWO, rank=24, gradients=True) for batches in (one, other))
+    return a, b, (one, other)
+
+
+def dense(found):
+    return found.left.double().T @ torch.diag(found.singular_values) @ found.right.double()
+
+
+def assert_sums(merged, model, batches, counts, share_of_loss, share_of_rows):
+    """Everything is that of autograd, with these shares of the two sets."""
+    for name in merged:
+        (g1, x1, y1), (g2, x2, y2) = (
+            exact(model, part, [name], count)[name] for part, count in zip(batches, counts, strict=True)
+        )
+        found = merged.gradient(name)
+        mean = share_of_loss[0] * g1 + share_of_loss[1] * g2
+        # All of it is kept, so what is left is float32.
+        torch.testing.assert_close(dense(found), mean, rtol=0.0, atol=1e-5 * float(found.singular_values[0]))
+        # Padding has no gradient, so that sums over all tokens are sums over those that count.
+        sizes = [int(sum(batch["attention_mask"].sum() for batch in part)) for part in batches]
+        moments = [y.square().sum(0) / n for y, n in zip((y1, y2), sizes, strict=True)]
+        expected = share_of_rows[0] * moments[0] + share_of_rows[1] * moments[1]
+        torch.testing.assert_close(found.output_moment, expected, rtol=1e-5, atol=1e-12)
+        assert found.n_samples == found.weighted.n_samples == sum(sizes)
+        weighted = [y.norm(dim=1, keepdim=True) * x for x, y in ((x1, y1), (x2, y2))]
+        second = sum(w * rows.T @ rows / n for w, rows, n in zip(share_of_rows, weighted, sizes, strict=True))
+        n = sum(sizes)
+        assert found.weighted.total_variance == pytest.approx(float(second.trace()) * n / (n - 1), rel=1e-5)
+        largest = torch.linalg.eigvalsh(second).flip(0)[:8] * n / (n - 1)
+        # Turned by one step of the iteration for each batch, not to the end.
+        torch.testing.assert_close(found.weighted.explained_variance[:8], largest, rtol=0.02, atol=0.0)
+        assert math.isnan(found.importance)
+
+
+@pytest.mark.parametrize("weights", [None, [0.2, 0.8]])
+def test_gradients_are_those_of_all_labels(gradients, weights):
+    a, b, batches = gradients
+    model = llama()
+    counts = [counts_of(model, part) for part in batches]
+    labels = [sum(count) for count in counts]
+    merged = a.merge(b, weights=weights)
+    assert merged.provenance.gradients and merged.provenance.n_labels == sum(labels)
+    assert not any("gradient" in note for note in merged.provenance.notes)
+    rows = [part.gradient(DOWN).n_samples for part in (a, b)]
+    by_number = [[n / sum(counted) for n in counted] for counted in (labels, rows)]
+    assert_sums(merged, model, batches, counts, *(by_number if weights is None else [weights] * 2))
+
+
+def test_merged_gradients_start_adapters_and_are_kept_in_files(gradients, tmp_path):
+    a, b, _ = gradients
+    a, b = (Statistics.load(one.save(tmp_path / f"{i}")) for i, one in enumerate((a, b)))
+    merged = a.merge(b)
+    back = Statistics.load(merged.save(tmp_path / "c"))
+    for name in merged:
+        one, other = merged.gradient(name), back.gradient(name)
+        assert torch.equal(one.right, other.right) and torch.equal(one.output_moment, other.output_moment)
+        assert one.n_samples == other.n_samples and math.isnan(other.importance)
+    ranks = allocate_ranks(back, rank=4, policy="gradient")
+    assert build_adapter(back, ranks, "natural-gradient-step").weights.keys() == {n for n, r in ranks.items() if r}
+    with pytest.raises(
+        LoraInitError, match=r"policy='gora': the importance of 'model.layers.0.self_attn.q_proj' is un"
+    ):
+        allocate_ranks(back, rank=4, policy="gora")
+    assert allocate_ranks(a, rank=4, policy="gora") is not None
+    again = back.merge(passed(batches=batches_for("llama", seed=2), targets=TWO, rank=24, gradients=True))
+    assert again.gradient(DOWN).n_samples > back.gradient(DOWN).n_samples
+
+
+def test_gradients_of_some_parts_only_are_left_out(gradients):
+    a, b, _ = gradients
+    without = passed(batches=batches_for("llama", seed=2), targets=TWO)
+    merged = a.merge(without, b)
+    assert not merged.provenance.gradients and merged.provenance.n_labels == 0
+    assert "part 2 of 3 has no gradients, so those of the others are left out." in merged.provenance.notes
+    with pytest.raises(LoraInitError, match="these statistics have no gradients"):
+        merged.gradient(DOWN)
+
+
+def test_as_many_triplets_are_kept_as_all_parts_have(gradients):
+    a = gradients[0]
+    narrow = passed(batches=batches_for("llama", seed=5), targets=TWO, rank=3, rho=1.0, gradients=True)
+    for merged in (a.merge(narrow), narrow.merge(a)):
+        assert len(merged.gradient(DOWN).singular_values) == 6  # two for each rank
+        assert merged.gradient(DOWN).weighted.n_components == 3
+    few = [torch.tensor([[5, 9, 11]]), torch.tensor([[7, 8, 60]])]
+    few = [passed(batches=[{"input_ids": x, "labels": x}], targets=TWO, gradients=True) for x in few]
+    assert len(few[0].gradient(DOWN).singular_values) == 2  # of two labels: it lacks nothing
+    assert len(few[0].merge(few[1]).gradient(DOWN).singular_values) == 4
+    assert len(a.merge(few[0]).gradient(DOWN).singular_values) == len(a.gradient(DOWN).singular_values)
+
+
+def test_a_part_in_which_a_layer_did_not_run_adds_no_gradient_to_it():
+    model = Towers()
+    batches = {way: [{"x": torch.randn(20, 6), "way": way} for _ in range(3)] for way in ("left", "right")}
+    settings = dict(targets=["left", "both", "right"], rank=3, gradients=True, loss=lambda y, batch: y.square().mean())
+    a, b, whole = (
+        passed(model, part, **settings)
+        for part in (batches["left"], batches["right"][:1], [*batches["left"], *batches["right"][:1]])
+    )
+    for merged, share in ((a.merge(b), 0.75), (a.merge(b, weights=[0.1, 0.9]), 0.1)):
+        torch.testing.assert_close(dense(merged.gradient("left")), share * dense(a.gradient("left")))
+        assert torch.equal(merged.gradient("left").output_moment, a.gradient("left").output_moment)
+        assert merged.gradient("both").n_samples == 80
+    for name in whole:
+        expected = dense(whole.gradient(name))
+        torch.testing.assert_close(dense(a.merge(b).gradient(name)), expected, rtol=0.0, atol=1e-6)
+
+
+# What is refused
+
+
+def test_bad_weights(shards):
+    a, b, _ = shards
+    for weights, words in (
+        ([0.7, 0.2], "their sum is 0.9, expected 1"),
+        ([0.7, 0.30001], "their sum is 1.00001, expected 1"),
+        ([1.5, -0.5], "expected positive numbers"),
+        ([1.0, 0.0], "expected positive numbers"),
+        ([math.nan, 1.0], "expected positive numbers"),
+        ([math.inf, 1.0], "their sum is inf"),
+        ([1.0], "1 for 2 parts"),
+        ([0.2, 0.3, 0.5], "3 for 2 parts"),
+    ):
+        with pytest.raises(LoraInitError, match=words):
+            a.merge(b, weights=weights)
+    with pytest.raises(LoraInitError, match="one part alone"):
+        a.merge()
+    assert a.merge(b, weights=[1 / 3, 0.6666667]).provenance.n_batches == 7
+
+
+def test_parts_that_do_not_fit(shards, tmp_path):
+    a = shards[0]
+    torch.manual_seed(1)
+    for other, words in (
+        (passed(tiny_llama()), r"part 2 was made from another model \(LlamaForCausalLM\) than part 1"),
+        (passed(center=False), "part 2 was made with center=False, part 1 with center=True"),
+        (passed(token_mask="labels"), "token_mask='labels', part 1 with token_mask='attention'"),
+        (passed(task_type="CAUSAL_LM"), "task_type='CAUSAL_LM', part 1 with task_type=None"),
+        (passed(targets=["q_proj", "o_proj", "embed_tokens"]), r"4 are missing, 2 too many.*'model.layers.0.mlp.down"),
+    ):
+        with pytest.raises(LoraInitError, match=words):
+            a.merge(other)
+        with pytest.raises(LoraInitError):
+            other.merge(a)
+    files = [Statistics.load(one.save(tmp_path / name)) for one, name in ((a, "a"), (passed(center=False), "b"))]
+    with pytest.raises(LoraInitError, match=r"b was made with center=False, \S*a with center=True"):
+        files[0].merge(files[1])
+
+
+def test_the_same_statistics_twice(shards):
+    a, b, _ = shards
+    with pytest.raises(LoraInitError, match="part 3 and part 1 hold the same statistics"):
+        a.merge(b, a)
+    with pytest.raises(LoraInitError, match="hold the same statistics"):
+        a.merge(passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])

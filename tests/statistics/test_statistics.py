@@ -1,0 +1,148 @@
+"""The statistics file: what comes back, and what is refused."""
+
+import math
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_init import LoraInitError, Statistics, collect
+from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
+from tests.conftest import batches_for, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def stats():
+    torch.manual_seed(0)
+    return collect(
+        tiny_llama(), batches_for("llama"), ["q_proj", "k_proj", "down_proj", "embed_tokens"], rank=2, data="d"
+    )
+
+
+@pytest.fixture
+def path(stats, tmp_path):
+    return stats.save(tmp_path / "sub" / "stats.safetensors")
+
+
+def test_everything_comes_back(stats, path):
+    back = Statistics.load(path)
+    assert list(back) == list(stats)
+    assert back.provenance == stats.provenance
+    assert back.targets == stats.targets
+    assert back.group_of == stats.group_of
+    assert back.held_out == stats.held_out
+    assert back.unsupported == stats.unsupported == {"model.embed_tokens": "Embedding"}
+    for name in stats:
+        for part in ("components", "explained_variance", "mean", "explained_variance_ratio"):
+            assert torch.equal(getattr(back[name], part), getattr(stats[name], part))
+        assert (back[name].total_variance, back[name].n_samples) == (stats[name].total_variance, stats[name].n_samples)
+        assert torch.equal(back.explained_variance(name), stats[name].explained_variance)
+        assert torch.equal(back.explained_variance_ratio(name), stats[name].explained_variance_ratio)
+    assert all(torch.equal(back.batch_ratios[name], rows) for name, rows in stats.batch_ratios.items())
+
+
+def test_a_group_is_stored_once(stats, path):
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith("/components")]  # noqa: SIM118 - not a dict
+    assert len(names) == len(set(stats.group_of.values())) == 4 < len(stats) == 6
+
+
+def test_loaded_layers_do_not_share_storage(path):
+    back = Statistics.load(path)
+    back["model.layers.0.self_attn.q_proj"].components.zero_()
+    assert back["model.layers.0.self_attn.q_proj"].components.abs().sum() > 0
+    assert back["model.layers.0.self_attn.k_proj"].components.abs().sum() > 0
+
+
+def test_an_open_file_survives_its_replacement(stats, path):
+    back = Statistics.load(path)
+    path.unlink()
+    assert torch.equal(
+        back["model.layers.0.self_attn.q_proj"].components, stats["model.layers.0.self_attn.q_proj"].components
+    )
+
+
+def test_a_held_out_share_that_is_unknown_stays_unknown(tmp_path):
+    one = collect(tiny_llama(), batches_for("llama", n_batches=1), ["q_proj"], rank=2)
+    back = Statistics.load(one.save(tmp_path / "s"))
+    assert all(math.isnan(share) for share in back.held_out.values())
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_files_are_refused(path, keep):
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+    with pytest.raises(LoraInitError, match="not a whole safetensors file"):
+        Statistics.load(path)
+
+
+def changed(path, tensors=None, metadata=None):
+    with safe_open(path, framework="pt") as file:
+        old = dict(file.metadata())
+    save_file({**load_file(path), **(tensors or {})}, path, {**old, **(metadata or {})})
+
+
+def test_changed_files_are_refused(path):
+    name = "model.layers.0.self_attn.q_proj"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(LoraInitError, match="is not what was written"):
+        back = Statistics.load(path)
+        [back[layer] for layer in back]
+
+    changed(path, {f"{name}/components": torch.zeros(4, 32)})
+    with pytest.raises(LoraInitError, match="is not what was written"):
+        Statistics.load(path)[name]
+    changed(path, {f"{name}/explained_variance": torch.ones(4, dtype=torch.float64)})
+    with pytest.raises(LoraInitError, match="is not what was written"):
+        Statistics.load(path)
+    changed(path, metadata={"header": "{}"})
+    with pytest.raises(LoraInitError, match="its header is not what was written"):
+        Statistics.load(path)
+
+
+def test_other_formats_and_newer_versions_are_refused(path, tmp_path):
+    changed(path, metadata={"version": str(FORMAT_VERSION + 1)})
+    with pytest.raises(LoraInitError, match="version '3' of its format, this lora_init reads 1 and 2"):
+        Statistics.load(path)
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(LoraInitError, match=r"of format None, expected 'lora_init.statistics'"):
+        Statistics.load(tmp_path / "other.safetensors")
+    with pytest.raises(LoraInitError, match="is not a file"):
+        Statistics.load(tmp_path)
+
+
+def test_the_first_version_is_still_read(stats, path):
+    """It has no gradients; what else it has is the same."""
+    file = TensorFile(path, FORMAT, FORMAT_VERSION)
+    old = {key: value for key, value in file.header.items() if key not in ("gradients", "digests")}
+    old["provenance"] = {k: v for k, v in old["provenance"].items() if k not in ("gradients", "n_labels")}
+    write_tensors(path, FORMAT, 1, old, {name: file.tensor(name) for name in file.header["digests"]})
+    loaded = Statistics.load(path)
+    assert list(loaded) == list(stats) and not loaded.provenance.gradients
+    assert all(torch.equal(loaded[name].components, stats[name].components) for name in stats)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(stats, path, monkeypatch):
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LoraInitError, match="cannot be written: No space left on device"):
+        stats.save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_place_that_cannot_be_written_is_said(stats, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LoraInitError, match="cannot be written"):
+        stats.save(tmp_path / "file" / "stats.safetensors")
+    with pytest.raises(LoraInitError, match="cannot be written"):
+        stats.save(tmp_path)
