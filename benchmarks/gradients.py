@@ -27,9 +27,8 @@ from torch import nn
 import lora_init
 from benchmarks import memory, settings
 from benchmarks.settings import Setting, table
-from lora_init.collection.backward import count_labels
-from lora_init.collection.onednn_layers import linear_layers_by_onednn
-from lora_init.comparison.memory import peak_bytes, reset_peak
+from lora_init.collection.backward import count_labels, linear_layers_by_onednn
+from lora_init.comparison.training import peak_bytes, reset_peak
 
 RANK, RHO = 16, 2.0
 _MEMORY_BATCHES = 4

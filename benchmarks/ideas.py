@@ -32,9 +32,8 @@ from lora_init.adapters.initializers import as_large_as_eva, energy, random_orth
 from lora_init.collection.collect import collect
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import compare
-from lora_init.statistics.incremental_svd import IncrementalSVD
+from lora_init.statistics.incremental_svd import IncrementalSVD, Steps
 from lora_init.statistics.statistics import Statistics
-from lora_init.statistics.together import Steps
 
 RANK = 8
 _GAMMA = 256.0  # what the search finds for natural-gradient-step on SIQA

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from benchmarks import peft_eva, settings
-from lora_init.comparison.memory import peak_bytes, reset_peak
+from lora_init.comparison.training import peak_bytes, reset_peak
 
 PHASES = ("forward", "collect", "peft")
 _N_BATCHES = 6

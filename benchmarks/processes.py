@@ -21,11 +21,9 @@ import torch
 
 from benchmarks import settings
 from lora_init import IncrementalSVD, Statistics, collect
-from lora_init.collection.exchange import Exchange
-from lora_init.collection.processes import batches_of_a_round
+from lora_init.collection.processes import Exchange, Team, batches_of_a_round, children_of
 from lora_init.collection.state import Collected, GroupRecord
-from lora_init.collection.team import Team, children_of
-from lora_init.comparison.memory import peak_bytes, reset_peak
+from lora_init.comparison.training import peak_bytes, reset_peak
 
 # Inputs of one block, q/k/v, o, gate/up and down, and the number of blocks.
 SHAPES = {"8B": ((4096, 4096, 4096, 14336), 32), "70B": ((8192, 8192, 8192, 28672), 80)}

@@ -13,12 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.settings import table
-from lora_init.comparison.run_log import read_runs, read_settings
-from lora_init.comparison.run_measures import all_rates
-from lora_init.comparison.run_plots import COLORS, RANDOM_COLOR, line_style, looks
-from lora_init.comparison.runs import RANDOM, Group, best_of_all, group_runs, mean_at, random_group, table_seeds
-from lora_init.comparison.verdicts import final_losses, verdicts
-from lora_init.comparison.wording import rate_text
+from lora_init.comparison.findings import final_losses, rate_text, verdicts
+from lora_init.comparison.plots import COLORS, RANDOM_COLOR, line_style, looks
+from lora_init.comparison.runs import (
+    RANDOM,
+    Group,
+    best_of_all,
+    group_runs,
+    mean_at,
+    random_group,
+    read_runs,
+    read_settings,
+    table_seeds,
+)
+from lora_init.comparison.tables import all_rates
 
 UNTUNED = (1e-4, 3e-4)
 # All starts are in the table; more lines than these hide each other.

@@ -14,9 +14,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_init
-from lora_init.cli.plan_report import comparison_table, show_plan
+from lora_init.cli.ranks import comparison_table, show_plan
 from lora_init.planning.pictures import save_picture
-from lora_init.planning.plan_file import load_plan, save_plan
+from lora_init.planning.plan import load_plan, save_plan
 from lora_init.planning.snippets import snippet
 
 

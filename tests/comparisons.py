@@ -3,7 +3,7 @@
 import json
 import random
 
-from tests.cli.test_cli import WORDS, save_model
+from tests.cli.test_app import WORDS, save_model
 from tests.conftest import tiny_bert, tiny_llama
 
 

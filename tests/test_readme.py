@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import lora_init
 from lora_init.cli import app as cli
-from tests.cli.test_cli import WORDS, save_model
+from tests.cli.test_app import WORDS, save_model
 from tests.conftest import tiny_llama
 
 ROOT = Path(__file__).parent.parent

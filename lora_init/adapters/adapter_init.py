@@ -2,29 +2,184 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.adapter_files import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE
-from lora_init.adapters.correction import check_correctable, correct_outputs, correct_weights
-from lora_init.adapters.gradient_starts import GRADIENT_METHODS, changes_output
-from lora_init.adapters.model_tensors import check_modules_to_save, head_tensors, own_start_tensors
-from lora_init.adapters.peft_model import attach, check_model, exact_pattern, magnitude_tensors, selects
+from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, kaiming, layer_generator, zero_b
+from lora_init.adapters.peft_model import (
+    CONFIG_FILE,
+    LORA_A,
+    LORA_B,
+    ORIGIN_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    adapted_layers,
+    attach,
+    check_model,
+    exact_pattern,
+    magnitude_tensors,
+    read_config,
+    read_shapes,
+    selects,
+)
 from lora_init.errors import LoraInitError
 from lora_init.files import write_directory
-from lora_init.layers.targets import HEADS, Target, file_prefixes
+from lora_init.layers.targets import HEADS, Target, file_prefixes, find_targets
 from lora_init.layers.wrappers import unwrapped
 from lora_init.statistics.statistics import Provenance
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+
+def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
+
+    Raises:
+        LoraInitError: One is not.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in modules_to_save:
+        if not any(name.endswith(ending) for name in names):
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
+            hint = f" Closest: {', '.join(close)}." if close else ""
+            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
+
+
+def head_tensors(model: nn.Module, heads: tuple[str, ...]) -> dict[str, Tensor]:
+    """Read the weights of the heads that PEFT trains whole, under the names they have in an adapter's file.
+
+    Args:
+        model: The plain model, or the same after `attach`.
+        heads: Endings of the modules' names, matched as PEFT matches `modules_to_save`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        inside_wrapper = ".original_module" in name or ".modules_to_save" in name
+        if heads and name.endswith(heads) and not inside_wrapper:
+            state = getattr(module, "original_module", module).state_dict()
+            tensors |= {f"base_model.model.{name}.{key}": value.detach().cpu().clone() for key, value in state.items()}
+    return tensors
+
+
+def own_start_tensors(model: nn.Module, unsupported: Collection[str], rank: int, seed: int) -> dict[str, Tensor]:
+    """Draw PEFT's own start for layers that have no spectrum, so that PEFT finds all that it looks for in the file.
+
+    Those of an embedding, a linear layer and a convolution; PEFT draws what else it misses, and says so.
+
+    Args:
+        model: The plain model, or the same after `attach`.
+        unsupported: Names of the layers.
+        rank: Their rank.
+        seed: Seed of the numbers; each layer's depend on it and on the layer's name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, wrapped in model.named_modules():
+        if name not in unsupported:
+            continue
+        layer = getattr(wrapped, "base_layer", wrapped)
+        generator, prefix = layer_generator(seed, name), f"base_model.model.{name}"
+        if isinstance(layer, nn.Embedding):
+            tensors[f"{prefix}.lora_embedding_A"] = torch.zeros(rank, layer.num_embeddings)
+            tensors[f"{prefix}.lora_embedding_B"] = torch.randn(layer.embedding_dim, rank, generator=generator)
+        elif not isinstance(layer, nn.MultiheadAttention):
+            target = find_targets(nn.ModuleDict({"layer": layer}), ["layer"]).layers["layer"]
+            a, b = target.shapes(rank)
+            tensors[f"{prefix}.lora_A.weight"] = kaiming(rank, target.in_features, generator).reshape(a)
+            tensors[f"{prefix}.lora_B.weight"] = zero_b(*b)
+    return tensors
+
+
+Weights = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
+    """Make sure that the base weights can give up what an adapter adds.
+
+    Raises:
+        LoraInitError: A layer is quantised.
+    """
+    for name in names:
+        weight: Any = model.get_submodule(name).weight
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise LoraInitError(
+                f"layer {name!r} is quantised, so that its weight cannot give up what B A adds. "
+                "Load the model in float, or pass correct_base=False to apply()."
+            )
+
+
+@torch.no_grad()
+def correct_weights(model: nn.Module, targets: Mapping[str, Target], weights: Weights, scaling: float) -> None:
+    """Take scaling * B A off the base weights, in place.
+
+    Args:
+        model: The plain model, or the same after PEFT has wrapped its layers.
+        targets: Kind of each layer.
+        weights: A and B of each layer.
+        scaling: What their product is multiplied by.
+    """
+    for name, (a, b) in weights.items():
+        layer: Any = model.get_submodule(name)
+        weight = getattr(layer, "base_layer", layer).weight
+        added = scaling * (b.to(weight.device) @ a.to(weight.device))
+        weight.copy_(weight.float() - (added.T if targets[name].kind == "Conv1D" else added))
+
+
+def correct_outputs(model: nn.Module, weights: Weights, scaling: float) -> None:
+    """Take scaling * B A x off the output of each layer by a hook, and leave the base weights alone."""
+    for name, (a, b) in weights.items():
+        layer: Any = model.get_submodule(name)
+        device = next(layer.parameters()).device
+        layer.register_forward_hook(partial(_less, a.to(device, copy=True), b.to(device) * scaling))
+
+
+def correct_base(model: nn.Module, directory: str | Path) -> None:
+    """Make the base weights ready for an adapter directory of a start that needs that, such as `lora-ga`.
+
+    Takes off in place what the adapter adds before its training; then `PeftModel.from_pretrained(model, directory,
+    is_trainable=True)` leaves the output as it was. Once trained,
+    `save_pretrained(other, path_initial_model_for_weight_conversion=directory)` of the PeftModel writes an ordinary
+    adapter of twice the rank, for the plain base.
+
+    Args:
+        model: The plain model.
+        directory: From `AdapterInit.save_pretrained` or `lora-init init`.
+
+    Raises:
+        LoraInitError: Not an adapter directory, one of another model, or quantised weights.
+    """
+    from safetensors.torch import load_file
+
+    model, directory = unwrapped(model), Path(directory).expanduser()
+    config = read_config(directory)
+    names = adapted_layers(read_shapes(directory))
+    missing = next((name for name in names if name not in dict(model.named_modules())), None)
+    if missing is not None:
+        raise LoraInitError(f"{directory} has layer {missing!r}, and {type(model).__name__} does not. Give its base.")
+    found = find_targets(model, names).layers
+    check_correctable(model, names)
+    tensors = load_file(directory / WEIGHTS_FILE)
+    weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in names}
+    rank = config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
+    correct_weights(model, found, weights, config["lora_alpha"] / rank)
+
+
+def _less(a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    x = args[0]
+    less: Tensor = output - ((x.to(a.dtype) @ a.T) @ b.T).to(output.dtype)
+    return less
+
 
 CARD_FILE = "README.md"
 

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.gradient_starts import GRADIENT_METHODS
-from lora_init.adapters.initializers import METHODS, check_rank, layer_generator, missing_components, zero_b
+from lora_init.adapters.initializers import (
+    GRADIENT_METHODS,
+    METHODS,
+    check_rank,
+    layer_generator,
+    missing_components,
+    zero_b,
+)
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
-from lora_init.layers.selectors import is_in
-from lora_init.layers.targets import Target
+from lora_init.layers.targets import Target, is_in
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
 
@@ -175,7 +180,7 @@ def _plan(
 ) -> tuple[dict[str, int], int]:
     """Return the rank of each layer that gets one, in model order, and the rank that the scaling is relative to."""
     if ranks is None:
-        from lora_init.planning.ranks import allocate_ranks
+        from lora_init.planning.allocate import allocate_ranks
 
         ranks = allocate_ranks(stats, rank=stats.provenance.rank)
     if isinstance(ranks, RankAllocation):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.gradient_starts import GRADIENT_METHODS, changes_output
+from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 from lora_init.collection.collect import collect
-from lora_init.collection.team import Team
-from lora_init.planning.ranks import allocate_ranks
+from lora_init.collection.processes import Team
+from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel

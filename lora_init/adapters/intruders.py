@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.adapter_files import adapted_layers, read_config, read_shapes
-from lora_init.adapters.adapter_loading import load_adapter
-from lora_init.adapters.peft_model import adapter_layers, remember
+from lora_init.adapters.peft_model import (
+    adapted_layers,
+    adapter_layers,
+    load_adapter,
+    read_config,
+    read_shapes,
+    remember,
+)
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:

@@ -2,23 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import Target, find_targets
 from lora_init.layers.wrappers import plain_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "lora_init.json"
+PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read the configuration of an adapter directory.
+
+    Raises:
+        LoraInitError: There is none, it is damaged, or the adapter is not LoRA.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise LoraInitError(
+            f"{directory} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes one."
+        )
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise LoraInitError(f"{directory} holds an adapter of type {config.get('peft_type')}; only LORA is read.")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        LoraInitError: The file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
+    if not isinstance(content, dict):
+        raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")
+    return content
+
+
+def read_shapes(directory: Path) -> dict[str, list[int]]:
+    """Read names and shapes of an adapter's tensors.
+
+    Raises:
+        LoraInitError: There is no safetensors file, or it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise LoraInitError(f"{directory} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise LoraInitError(f"{path} is damaged: {error}.") from error
+
+
+def adapted_layers(shapes: Iterable[str]) -> list[str]:
+    """List the layers that have an A among these tensors, by their names in the plain model."""
+    return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in shapes if key.endswith(LORA_A)]
+
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -267,3 +330,48 @@ def _described(target: Target) -> str:
         return f"{target.kind} {target.in_features} -> {target.out_features}"
     channels, kernel = target.shapes(1)[0][1], "x".join(map(str, target.kernel))
     return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"
+
+
+def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> PeftModel:
+    """Put an adapter directory on a model, and make sure that all of it found its place.
+
+    PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
+    If this fails, the model may be half wrapped: `attach.remember` puts it back.
+
+    Args:
+        model: The plain model. Wrapped in place.
+        directory: What PEFT's or our `save_pretrained` wrote.
+        trainable: Load it to be trained.
+
+    Raises:
+        LoraInitError: No such directory, no LoRA adapter in it, damaged, or for another model.
+    """
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise LoraInitError(f"{path}: no such adapter directory.")
+    read_config(path)
+    in_file = {key for key in read_shapes(path) if ".lora_A" in key or ".lora_B" in key}
+    try:
+        with warnings.catch_warnings():
+            # What matters of it is checked below; the rest is about magnitudes and heads that PEFT fills in.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        raise LoraInitError(
+            f"{path} cannot be put on {type(model).__name__}: {first_line(error)} Name the model it was made for."
+        ) from error
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    on_model = {key for key in state if ".lora_A" in key or ".lora_B" in key}
+    if in_file != on_model:
+        differing = sorted(in_file ^ on_model)
+        raise LoraInitError(
+            f"{path} does not fit {type(model).__name__}: {len(differing)} tensors are only "
+            f"{'in the file' if differing[0] in in_file else 'on the model'}, the first is {differing[0]!r}. "
+            "Name the model it was made for."
+        )
+    match_modes(peft_model)
+    return peft_model

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_init.cli.arguments import read_modules, read_names, unescape
 from lora_init.cli.compare import EXAMPLE as COMPARE_EXAMPLE
 from lora_init.cli.compare import compare
-from lora_init.cli.console import make_console, one_line_errors, quiet_transformers
-from lora_init.cli.launched import launched_rank, launched_team, silence
+from lora_init.cli.console import (
+    launched_rank,
+    launched_team,
+    make_console,
+    one_line_errors,
+    quiet_transformers,
+    read_modules,
+    read_names,
+    silence,
+    unescape,
+)
 from lora_init.cli.merge import EXAMPLE as MERGE_EXAMPLE
 from lora_init.cli.merge import merge
 from lora_init.cli.ranks import EXAMPLE, ranks
@@ -173,16 +181,15 @@ def init(
         if plan is not None:
             rank, rho = plan.rank, max(1.0, max(plan.values()) / plan.rank)
         with make_console(stderr=True).status("importing torch and transformers"):
+            from lora_init.adapters.adapter_init import check_modules_to_save
             from lora_init.adapters.build import build_adapter
-            from lora_init.adapters.gradient_starts import GRADIENT_METHODS, changes_output
-            from lora_init.adapters.model_tensors import check_modules_to_save
+            from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
             from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
-            from lora_init.cli.init import show_summary, summarise
-            from lora_init.cli.reuse import obtain
+            from lora_init.cli.init import obtain, show_summary, summarise
             from lora_init.collection.collect import fingerprint
             from lora_init.loading.batches import load_batches
             from lora_init.loading.models import load_model
-            from lora_init.planning.ranks import allocate_ranks
+            from lora_init.planning.allocate import allocate_ranks
 
             quiet_transformers()
         with make_console(stderr=True).status(f"loading {model}"):
@@ -264,7 +271,7 @@ def inspect(
 
         description = describe(path)
         if intruders:
-            from lora_init.cli.intruder_report import describe_intruders, show_intruders
+            from lora_init.cli.inspect import describe_intruders, show_intruders
 
             description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
         elif model is not None:
@@ -298,7 +305,7 @@ def main() -> None:
 def _plan(file: Path | None) -> RankAllocation | None:
     if file is None:
         return None
-    from lora_init.planning.plan_file import load_plan
+    from lora_init.planning.plan import load_plan
 
     return load_plan(file)
 

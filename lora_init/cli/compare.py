@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_init.cli.arguments import read_modules, unescape
-from lora_init.cli.console import make_console, one_line_errors, quiet_transformers, say
+from lora_init.cli.console import make_console, one_line_errors, quiet_transformers, read_modules, say, unescape
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -121,14 +120,14 @@ def compare(
             verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
             typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
         else:
-            from lora_init.comparison.run_summary import show_comparison
+            from lora_init.comparison.tables import show_comparison
 
             show_comparison(make_console(), found.summary)
             say(f"{found.directory / 'report.html'}: written")
 
 
 def _show_plan(found: Comparison, as_json: bool) -> None:
-    from lora_init.comparison.run_progress import duration
+    from lora_init.comparison.compare import duration
 
     if as_json:
         runs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from lora_init.errors import explain
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lora_init.collection.processes import Team
 
 FAILED, INTERRUPTED = 1, 130
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.
@@ -80,3 +83,60 @@ def quiet_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def launched_rank() -> int | None:
+    """Give the number of this process among those started together; None if it was started alone."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
+        return None
+    return int(os.environ["RANK"])
+
+
+def silence() -> None:
+    """Let nothing more be written to stdout and stderr by this process: the first one says the same."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+@contextmanager
+def launched_team() -> Iterator[Team]:
+    """Join the processes that were started together. Whatever goes wrong inside, in any of them, all say and end.
+
+    Yields:
+        The processes; this one alone if it was started alone.
+    """
+    from lora_init.collection.processes import Team
+
+    if launched_rank() is None:
+        yield Team(alone=True)
+        return
+    import torch
+
+    # Only statistics travel, and they travel by gloo, also between GPUs.
+    torch.distributed.init_process_group("gloo")
+    try:
+        with Team() as team:
+            yield team
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def read_modules(text: str) -> str | list[str]:
+    """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
+    if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
+        return text
+    return read_names(text)
+
+
+def read_names(text: str) -> list[str]:
+    """Read names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def unescape(template: str | None) -> str | None:
+    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

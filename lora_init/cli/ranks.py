@@ -3,14 +3,205 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lora_init.cli.console import make_console, one_line_errors, say
-from lora_init.cli.plan_arguments import BUDGETS, read_overrides, read_variants
+from lora_init.cli.tables import facts, rank_table
 from lora_init.errors import LoraInitError
+from lora_init.planning.pictures import kind_totals, plan_text, source_text, uniform_twin
+from lora_init.planning.plan import RankAllocation
+from lora_init.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
+_WHOLE = ("rank", "min_rank", "max_rank", "multiple_of")
+_NUMBER = ("fraction", "megabytes", "variance", "rho")
+_TEXT = ("total_rank", "parameters", "policy", "dtype", "coverage")  # counts such as 2.5M are read by allocate_ranks
+_LIMITS = ("rank", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
+
+
+def read_value(key: str, text: str, where: str) -> Any:
+    """Read the value of one argument.
+
+    Raises:
+        LoraInitError: It is not what the argument takes.
+    """
+    try:
+        if key in _WHOLE:
+            return int(text)
+        if key in _NUMBER:
+            return float(text)
+        if key == "allowed_ranks":
+            return tuple(int(part) for part in text.split("/"))
+    except ValueError:
+        kind = "a number" if key in _NUMBER else "a whole number, or several with / between" if "/" in text else "whole"
+        raise LoraInitError(f"{where}: {key}={text!r} is not {kind}.") from None
+    return text
+
+
+def read_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read limits for some layers from texts such as `"*.down_proj:max_rank=8,multiple_of=4"`.
+
+    Raises:
+        LoraInitError: A text is not of this form.
+
+    Example:
+        >>> read_overrides(["*.down_proj:max_rank=8", "lm_head:allowed_ranks=8/16"])
+        {'*.down_proj': {'max_rank': 8}, 'lm_head': {'allowed_ranks': (8, 16)}}
+    """
+    overrides: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        pattern, colon, rest = text.partition(":")
+        if not colon or not pattern.strip():
+            raise LoraInitError(f"--override {text!r}: write it like '*.down_proj:max_rank=8'.")
+        overrides.setdefault(pattern.strip(), {}).update(_pairs(rest, _LIMITS, f"--override {text!r}"))
+    return overrides
+
+
+def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read what to compare with: changes of `base`, such as `"uniform"` or `"parameters=1M,policy=cost-aware"`.
+
+    A word alone is a policy. A budget takes the place of the one in `base`.
+
+    Raises:
+        LoraInitError: A text is not of this form.
+
+    Example:
+        >>> read_variants(["uniform", "parameters=1M"], {"rank": 8, "policy": "eva"})
+        {'uniform': {'rank': 8, 'policy': 'uniform'}, 'parameters=1M': {'policy': 'eva', 'parameters': '1M'}}
+    """
+    variants = {}
+    for text in texts:
+        full = text if "=" in text else f"policy={text}"
+        change = _pairs(full, (*_WHOLE, *_NUMBER, *_TEXT, "allowed_ranks"), f"--compare {text!r}")
+        kept = {k: v for k, v in base.items() if k not in BUDGETS or not any(budget in change for budget in BUDGETS)}
+        variants[text] = {**kept, **change}
+    return variants
+
+
+def _pairs(text: str, keys: Sequence[str], where: str) -> dict[str, Any]:
+    pairs = {}
+    for part in text.split(","):
+        key, equals, value = (side.strip() for side in part.partition("="))
+        key = key.replace("-", "_")
+        if not equals or not value:
+            raise LoraInitError(f"{where}: {part.strip()!r} is not of the form key=value.")
+        if key not in keys:
+            raise LoraInitError(f"{where}: {key!r} is unknown. Choose from {', '.join(keys)}.")
+        pairs[key] = read_value(key, value, where)
+    return pairs
+
+
+def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
+    """Print a plan, and what it costs and explains against uniform ranks of the same sum."""
+    even = uniform_twin(plan, stats)
+    used = [rank for rank in plan.values() if rank]
+    rows = {
+        "plan": plan_text(plan),
+        "layers": f"{len(used)} of {len(plan)} with rank {_range(used)}, average rank {plan.rank}",
+        "spent": _spent(plan),
+        "parameters": f"{plan.parameters:,}, {plan.parameters / even.parameters - 1:+.1%} against uniform ranks of the "
+        f"same sum, {plan.total_rank:,}",
+        "adapter file": f"{plan.megabytes():.2f} MB in float32, {plan.megabytes('bfloat16'):.2f} MB in bfloat16",
+        "explained": f"{plan.explained_variance:.1%} of a layer's variance on average; "
+        f"{even.explained_variance:.1%} with uniform ranks",
+        "from": source_text(plan),
+    }
+    if plan.unsettled:
+        name, (low, high) = max(plan.unsettled.items(), key=lambda item: item[1][1] - item[1][0])
+        rows["least sure"] = f"{name}: rank {plan[name]}, could be {low} to {high}"
+    console.print(rank_table(plan))
+    console.print()
+    console.print(_kind_table(plan))
+    console.print()
+    console.print(facts(rows))
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _range(ranks: Sequence[int]) -> str:
+    least, most = min(ranks), max(ranks)
+    return str(least) if least == most else f"{least}-{most}"
+
+
+def _spent(plan: RankAllocation) -> str:
+    budget = plan.budget
+    if budget is None:
+        return "by hand"
+    if budget.unit == "variance":
+        where = "of the variance of the layer with least" if budget.coverage == "every-layer" else "of the variance"
+        return f"{plan.total_rank:,} ranks for {plan.spent:.2%} {where}; {budget.limit:.2%} asked for"
+    return f"{plan.spent:,.0f} of {budget.limit:,.0f} {budget.unit} ({plan.spent / budget.limit:.2%})"
+
+
+def _kind_table(plan: RankAllocation) -> Table:
+    table = _table("layers", "count", "rank", "total rank", "parameters", "share", "explained")
+    for kind in kind_totals(plan):
+        table.add_row(
+            kind.kind,
+            str(kind.n_layers),
+            _range([kind.least, kind.most]),
+            f"{kind.total_rank:,}",
+            f"{kind.parameters:,}",
+            f"{kind.parameters / max(plan.parameters, 1):.1%}",
+            f"{kind.explained:.1%}",
+        )
+    return table
+
+
+def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
+    """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
+    table = _table("plan", "rank", "layers", "total", "params", "MB", "explained", "least")
+    for label, plan in plans.items():
+        used = [rank for rank in plan.values() if rank]
+        least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
+        table.add_row(
+            label,
+            _range(used),
+            str(len(used)),
+            f"{plan.total_rank:,}",
+            f"{plan.parameters:,}",
+            f"{plan.megabytes():.2f}",
+            f"{plan.explained_variance:.2%}",
+            f"{least:.1%}",
+        )
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def comparison_values(plans: Mapping[str, RankAllocation]) -> list[dict[str, Any]]:
+    """Give the content of `comparison_table` as plain values, with the ranks."""
+    return [
+        {
+            "plan": label,
+            "policy": plan.policy,
+            "budget": str(plan.budget),
+            "total_rank": plan.total_rank,
+            "parameters": plan.parameters,
+            "megabytes_float32": round(plan.megabytes(), 6),
+            "explained_variance": round(plan.explained_variance, 9),
+            "ranks": dict(plan),
+            "notes": list(plan.notes),
+        }
+        for label, plan in plans.items()
+    ]
+
 
 # Printed by a real run. The backspace keeps the lines as they are.
 EXAMPLE = """\b
@@ -91,8 +282,8 @@ def ranks(
             "overrides": read_overrides(override or []), "exclude": exclude or [],
         }  # fmt: skip
         variants = read_variants(compare or [], arguments)
-        from lora_init.planning.plan_file import save_plan
-        from lora_init.planning.ranks import allocate_ranks
+        from lora_init.planning.allocate import allocate_ranks
+        from lora_init.planning.plan import save_plan
         from lora_init.statistics.statistics import Statistics
 
         stats = Statistics.load(statistics)
@@ -116,8 +307,7 @@ def ranks(
 
 
 def _show(plans: dict[str, Any], stats: Any, as_json: bool) -> None:
-    from lora_init.cli.plan_report import comparison_table, comparison_values, show_plan
-    from lora_init.planning.plan_file import plan_to_dict
+    from lora_init.planning.plan import plan_to_dict
 
     if as_json:
         content = comparison_values(plans) if len(plans) > 1 else plan_to_dict(next(iter(plans.values())))

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 import lora_init
 from lora_init.collection.activations import ActivationTap, Forward, call_model
 from lora_init.collection.backward import GradientTap, Loss
-from lora_init.collection.checkpoint import Checkpoint
 from lora_init.collection.loop import collect_groups
+from lora_init.collection.processes import Checkpoint, Team, check_alike
 from lora_init.collection.state import Collected
-from lora_init.collection.team import Team, check_alike
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
 from lora_init.layers.wrappers import (

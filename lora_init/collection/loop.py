@@ -14,17 +14,12 @@ from tqdm.auto import tqdm
 
 from lora_init.collection.activations import ActivationTap, Forward, RowsFunction
 from lora_init.collection.backward import GradientTap, Read
-from lora_init.collection.checkpoint import Checkpoint
-from lora_init.collection.processes import Rounds, own_batches
-from lora_init.collection.shards import Shard, length
+from lora_init.collection.processes import Checkpoint, Rounds, Shard, Team, length, own_batches
 from lora_init.collection.state import Collected, GroupRecord
-from lora_init.collection.team import Team
 from lora_init.errors import LoraInitError
 from lora_init.statistics.gradient_spectrum import is_weighted, weighted_group
-from lora_init.statistics.incremental_svd import IncrementalSVD, apply_updates, settle
+from lora_init.statistics.incremental_svd import IncrementalSVD, apply_updates, as_multiplied, multiply, settle
 from lora_init.statistics.mean_gradient import MeanGradient
-from lora_init.statistics.products import as_multiplied
-from lora_init.statistics.together import multiply
 
 
 def collect_groups(

@@ -2,13 +2,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from lora_init.comparison.run_log import Record
-from lora_init.comparison.runs import Group, best_of_all, mean_at, parameters, random_group, table_seeds
-from lora_init.comparison.verdicts import verdicts
-from lora_init.comparison.wording import count, join, number, rate_text, seed_list
+from lora_init.comparison.runs import (
+    RANDOM,
+    Group,
+    Record,
+    best_of_all,
+    final_loss,
+    mean_at,
+    parameters,
+    random_group,
+    table_seeds,
+)
+
+
+def number(value: float | None) -> str:
+    """Write a loss or a difference of losses, small ones with two digits; a dash for what is not known.
+
+    Example:
+        >>> number(0.25), number(0.00012), number(None)
+        ('0.2500', '0.00012', '–')
+    """
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    if not value or abs(value) >= 0.001:
+        return f"{value:.4f}"
+    return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
+
+
+def signed(value: float | None) -> str:
+    """Write a difference.
+
+    Example:
+        >>> signed(-0.25), signed(0.0), signed(None)
+        ('−0.2500', '0.0000', '–')
+    """
+    return number(value) if not value else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+
+
+def rate_text(rate: float) -> str:
+    """Write a learning rate.
+
+    Example:
+        >>> rate_text(0.0003), rate_text(0.001)
+        ('3e-4', '1e-3')
+    """
+    digits, exponent = f"{rate:.6e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def count(n: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    Example:
+        >>> count(1, "run"), count(2, "run")
+        ('1 run', '2 runs')
+    """
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def join(words: Sequence[str]) -> str:
+    """Join words as a sentence does.
+
+    Example:
+        >>> join(["a", "b", "c"])
+        'a, b and c'
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def seed_list(seeds: Collection[int]) -> str:
+    """Write seeds with their noun.
+
+    Example:
+        >>> seed_list([0, 1])
+        'seeds 0 and 1'
+    """
+    return f"seed{'' if len(seeds) == 1 else 's'} {join([str(seed) for seed in sorted(seeds)])}"
+
+
+Outcome = Literal["better", "worse", "no difference shown", "no statement"]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """What the pairs say.
+
+    Attributes:
+        differences: Value less the reference's, by seed; only seeds that both have.
+        mean: Mean of them; None without a pair.
+        low: Lower end of the interval of the mean; None with fewer than two pairs.
+        high: Upper end.
+        outcome: For losses, where less is better: "better" or "worse" only if zero lies outside the interval, and
+            "no statement" with fewer than two pairs.
+    """
+
+    differences: dict[int, float]
+    mean: float | None
+    low: float | None
+    high: float | None
+    outcome: Outcome
+
+    @property
+    def n(self) -> int:
+        """How many pairs there are."""
+        return len(self.differences)
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> PairedDifference:
+    """Compare two starts on the seeds that both have.
+
+    The interval is that of the paired t-test, at 95 %. It takes the differences as normally distributed; a bootstrap
+    would not, but of three seeds it can draw only ten different samples, and its intervals are then too narrow.
+
+    Args:
+        values: Result by seed.
+        reference: Result of the start to compare with, by seed.
+
+    Example:
+        >>> paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.1}).outcome
+        'better'
+        >>> paired_difference({0: 0.5}, {0: 1.0}).outcome
+        'no statement'
+    """
+    differences = {seed: values[seed] - reference[seed] for seed in sorted(values) if seed in reference}
+    n = len(differences)
+    if not n:
+        return PairedDifference({}, None, None, None, "no statement")
+    mean = math.fsum(differences.values()) / n
+    if n == 1:
+        return PairedDifference(differences, mean, None, None, "no statement")
+    from scipy.stats import t
+
+    variance = math.fsum((difference - mean) ** 2 for difference in differences.values()) / (n - 1)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt(variance / n)
+    low, high = mean - half, mean + half
+    outcome: Outcome = "no difference shown"
+    if low > 0 or high < 0:
+        outcome = "better" if mean < 0 else "worse"
+    return PairedDifference(differences, mean, low, high, outcome)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said about one start.
+
+    Attributes:
+        label: The start, with how it was run.
+        outcome: In a word or three.
+        sentence: In full.
+        pairs: The numbers behind it.
+    """
+
+    label: str
+    outcome: Outcome
+    sentence: str
+    pairs: PairedDifference
+
+
+def final_losses(group: Group | None) -> dict[int, float]:
+    """Give the final validation losses at a variant's best rate, by seed."""
+    return {seed: final_loss(run) for seed, run in group.best_runs.items()} if group else {}
+
+
+def verdicts(groups: Sequence[Group]) -> list[Verdict]:
+    """Judge each start, at its own best rate, by its final validation loss against random's with the same seeds."""
+    random = random_group(groups)
+    found = []
+    for group in groups:
+        if group.variant != RANDOM:
+            pairs = paired_difference(final_losses(group), final_losses(random))
+            found.append(Verdict(group.label, pairs.outcome, _sentence(group, random, pairs), pairs))
+    return found
+
+
+def _sentence(group: Group, random: Group | None, pairs: PairedDifference) -> str:
+    name = group.label
+    if group.best is None:
+        return f"{name}: no statement possible, since no learning rate has a finished run and no unstable one."
+    if random is None or random.best is None:
+        return f"{name}: no statement possible, since random has no rate to compare with."
+    if pairs.mean is None:
+        return f"{name}: no statement possible, since no seed finished both here and with random."
+    where = f"{name} at {rate_text(group.best)}, random at {rate_text(random.best)}"
+    apart = f"{number(abs(pairs.mean))} {'lower' if pairs.mean < 0 else 'higher'} than random's"
+    if pairs.low is None or pairs.high is None:
+        return (
+            f"{name}: no statement possible with 1 run. Its final validation loss is {apart} with the same seed "
+            f"({where}); how much of that is chance, only more seeds can tell."
+        )
+    interval = f"95 % interval {signed(pairs.low)} to {signed(pairs.high)}; {where}"
+    if pairs.outcome == "no difference shown":
+        return (
+            f"{name}: no difference shown with {pairs.n} runs. Its final validation loss is {apart} on average, and "
+            f"zero is inside the interval ({interval})."
+        )
+    return (
+        f"{name} is {pairs.outcome} than random: its final validation loss is {apart} on average, with {pairs.n} runs "
+        f"of each ({interval})."
+    )
+
 
 # The rates that people use without a sweep.
 UNTUNED = (1e-4, 3e-4)

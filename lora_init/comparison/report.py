@@ -10,14 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lora_init.comparison.plots import Picture, pictures, rank_maps, rank_picture
-from lora_init.comparison.run_log import read_runs, read_settings
-from lora_init.comparison.run_measures import RunTable
-from lora_init.comparison.run_plots import DARK
-from lora_init.comparison.run_summary import Summary, summarise
+from lora_init.comparison.plots import DARK, Picture, pictures, rank_maps, rank_picture
+from lora_init.comparison.runs import read_runs, read_settings
+from lora_init.comparison.tables import RunTable, Summary, summarise
 from lora_init.errors import LoraInitError
 from lora_init.files import write_whole
-from lora_init.planning.html_page import html_heat_map, html_page, html_table
+from lora_init.planning.pictures import html_heat_map, html_page, html_table
 
 # What is shown in which order; a name stands for a picture and for a table, where there are such.
 _ORDER = (

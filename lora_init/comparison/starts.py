@@ -4,39 +4,317 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import importlib.util
+import math
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.gradient_starts import GRADIENT_METHODS, changes_output
-from lora_init.adapters.peft_model import remember
-from lora_init.adapters.step_size import find_step_size
-from lora_init.comparison.own_starts import OwnStart, apply_own_start
-from lora_init.comparison.peft_starts import PEFT_STARTS, apply_peft_start
-from lora_init.comparison.prepared import (
-    Prepared,
-    a_weights,
-    blank_spectrum,
-    count_trainable,
-    match_scale,
-    ranks_of,
-    row_scale,
+from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, layer_generator, random
+from lora_init.adapters.peft_model import (
+    adapter_layers,
+    check_model,
+    exact_pattern,
+    load_adapter,
+    match_modes,
+    remember,
 )
-from lora_init.errors import LoraInitError
+from lora_init.adapters.step_size import find_step_size
+from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import find_targets
+from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.policies import GRADIENT_POLICIES
-from lora_init.planning.ranks import RankAllocation, allocate_ranks
+from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A start on a model, as `prepare` returns it.
+
+    Attributes:
+        peft_model: The model with the adapter. The plain model inside it is the one that was given.
+        trainable_parameters: All that training changes: adapters, and heads that PEFT trains whole.
+        ranks: Rank of each layer that has an adapter, or None if all layers have the rank asked for.
+        a_scale: Root mean square of the norms of all rows of A.
+        seconds: Time that it took, without that for statistics.
+        passes: Forward passes of data that it took, without those for statistics.
+        gamma: What B A was divided by, where B is not zero and the start is ours.
+        release: Puts the plain model back, bit for bit; `peft_model` is of no use afterwards.
+    """
+
+    peft_model: PeftModel
+    trainable_parameters: int
+    ranks: dict[str, int] | None
+    a_scale: float
+    seconds: float
+    passes: int
+    gamma: float | None
+    release: Callable[[], None] = field(repr=False)
+
+
+def blank_spectrum(width: int) -> Spectrum:
+    """Make the spectrum of a layer of which nothing is known but the width of its input."""
+    return Spectrum(torch.empty(0, width), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(width), 0)
+
+
+def a_weights(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Find A of each layer that has one, [r, d_in]; embeddings and convolutions keep theirs elsewhere or folded."""
+    found = {name: layer.lora_A for name, layer in adapter_layers(peft_model).items() if len(layer.lora_A)}
+    weights = {name: next(iter(adapters.values())).weight for name, adapters in found.items()}
+    return {name: weight for name, weight in weights.items() if weight.dim() == 2}
+
+
+def ranks_of(peft_model: PeftModel) -> dict[str, int]:
+    """Read the rank of each layer that has an adapter."""
+    return {name: int(next(iter(layer.r.values()))) for name, layer in adapter_layers(peft_model).items()}
+
+
+def row_scale(peft_model: PeftModel) -> float:
+    """Measure the root mean square of the norms of all rows of A."""
+    weights = a_weights(peft_model).values()
+    energy = sum(float(weight.detach().double().square().sum()) for weight in weights)
+    return math.sqrt(energy / max(1, sum(len(weight) for weight in weights)))
+
+
+def count_trainable(peft_model: PeftModel) -> int:
+    """Count the parameters that training changes."""
+    return sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def match_scale(peft_model: PeftModel, seed: int) -> None:
+    """Scale A of each layer so that the root mean square of its rows' norms is that of the random start.
+
+    The comparison that "The Primacy of Magnitude" (arXiv 2507.06558) asks for: what remains of a start's advantage
+    when its updates are as large as those of plain LoRA. B is divided by the same number, which changes nothing where B
+    is zero, and elsewhere keeps B A and with it the model's output.
+
+    Args:
+        peft_model: Changed in place.
+        seed: That of the random start to compare with.
+    """
+    layers = adapter_layers(peft_model)
+    for name, a in a_weights(peft_model).items():
+        reference = random(blank_spectrum(a.shape[1]), len(a), layer_generator(seed, name))
+        norm = float(a.double().norm())
+        if norm > 0.0:
+            factor = float(reference.double().norm()) / norm
+            a.mul_(factor)
+            next(iter(layers[name].lora_B.values())).weight.div_(factor)
+
+
+StartFunction: TypeAlias = "Callable[[nn.Module, int], PeftModel]"
+OwnStart: TypeAlias = "tuple[str, str | Path | StartFunction]"
+
+
+def apply_own_start(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel:
+    """Put the user's adapter on the model.
+
+    Args:
+        name: What he calls it.
+        source: An adapter directory, the same for every seed; or a function of the plain model and the seed that
+            returns the PeftModel around that model. It may change the weights.
+        model: The plain model.
+        seed: Passed on to the function.
+
+    Raises:
+        LoraInitError: As `load_adapter`; or the function failed or returned something else.
+    """
+    if isinstance(source, (str, Path)):
+        try:
+            return load_adapter(model, source, trainable=True)
+        except LoraInitError as error:
+            raise LoraInitError(f"start {name!r}: {error}") from error
+    if not callable(source):
+        raise LoraInitError(
+            f"start {name!r} is a {type(source).__name__}. Give an adapter directory, or a function of model and seed."
+        )
     from peft import PeftModel
+
+    try:
+        peft_model = source(model, seed)
+    except LoraInitError:
+        raise
+    except Exception as error:  # whatever a user's code raises
+        raise LoraInitError(
+            f"start {name!r}: its function raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not isinstance(peft_model, PeftModel) or peft_model.get_base_model() is not model:
+        raise LoraInitError(
+            f"start {name!r}: its function returned {type(peft_model).__name__}, expected a PeftModel around the model "
+            "that it was given."
+        )
+    match_modes(peft_model)
+    return peft_model
+
+
+PEFT_STARTS = ("pissa", "olora", "corda", "loftq")
+# Batches that CorDA sees: as many as `collect` does at most.
+_MAX_BATCHES = 64
+
+
+def apply_peft_start(start: str, model: nn.Module, shape: AdapterInit, batches: Iterable[Any]) -> tuple[PeftModel, int]:
+    """Let PEFT start the adapter. Changes the model's weights; `attach.remember` with weights=True puts them back.
+
+    `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775) and `corda` (arXiv 2406.05223, instruction-previewed mode)
+    take a part of each weight into A and B and leave the rest in the base, so the output changes by rounding only.
+    `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part of the error: its output is
+    near that of the plain model, not equal.
+
+    Args:
+        start: One of `PEFT_STARTS`.
+        model: The plain model.
+        shape: Layers, rank, scaling. Its weights are not used.
+        batches: For `corda`: mappings of tensors; 64 at most are read.
+
+    Returns:
+        The model with the adapter, and the number of batches that were run through it.
+
+    Raises:
+        LoraInitError: The start does not apply: a quantised base, layers of another kind, a layer narrower than the
+            rank, a package or a device that is missing, or what PEFT says.
+    """
+    from peft import get_peft_model
+
+    check_model(model, shape.targets, shape.unsupported, shape.provenance.model_class, "default")
+    _check_applies(start, model, shape)
+    config = shape.to_peft_config()
+    config.base_model_name_or_path = None
+    config.target_modules = exact_pattern(shape.targets)
+    config.init_lora_weights = start  # type: ignore[assignment]
+    passes = 0
+    try:
+        with warnings.catch_warnings():
+            # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            if start == "corda":
+                passes = _preprocess_corda(model, config, shape, batches)
+            if start == "loftq":
+                config.loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
+            peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, LoraInitError):
+            raise
+        raise LoraInitError(f"start {start!r} does not apply here, PEFT says: {first_line(error)}") from error
+    match_modes(peft_model)
+    return peft_model, passes
+
+
+def _check_applies(start: str, model: nn.Module, shape: AdapterInit) -> None:
+    if shape.unsupported:
+        name, kind = next(iter(shape.unsupported.items()))
+        raise LoraInitError(
+            f"start {start!r} is for linear layers, and {name!r} is a {kind}. Leave it out of the targets."
+        )
+    for name, target in shape.targets.items():
+        weight: Any = model.get_submodule(name).weight
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise LoraInitError(
+                f"start {start!r} takes the plain weights apart, and {name!r} is quantised. Load the model in float."
+            )
+        if target.kind == "Conv1D" and start in ("olora", "loftq"):
+            raise LoraInitError(f"start {start!r}: PEFT computes it for nn.Linear only, and {name!r} is a Conv1D.")
+        narrow = min(target.in_features, target.out_features)
+        if shape.rank > narrow:
+            raise LoraInitError(
+                f"start {start!r}: layer {name!r} has {narrow} singular vectors, and rank {shape.rank} asks for more."
+            )
+    if start == "loftq":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise LoraInitError("start 'loftq' needs the package bitsandbytes, which is not installed.")
+        if not (torch.cuda.is_available() or torch.xpu.is_available()):
+            raise LoraInitError(
+                "start 'loftq' needs a GPU: PEFT rounds the weights to 4 bits there, and there is none."
+            )
+
+
+def _preprocess_corda(model: nn.Module, config: LoraConfig, shape: AdapterInit, batches: Iterable[Any]) -> int:
+    if importlib.util.find_spec("attr") is None:
+        raise LoraInitError("start 'corda' needs the package attrs, which is not installed.")  # PEFT's code imports it
+
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config.corda_config = CordaConfig(corda_method="ipm")
+    passes = 0
+
+    def run_model() -> None:
+        nonlocal passes
+        device = next(model.parameters()).device
+        for batch in islice(batches, _MAX_BATCHES):
+            for example in _examples(batch):
+                model(**{key: value.to(device) for key, value in example.items()})
+            passes += 1
+        if not passes:
+            raise LoraInitError("start 'corda' reads data, and there is no batch.")
+
+    modes = [(module, module.training) for module in model.modules()]
+    with _with_a_token_axis([model.get_submodule(name) for name in shape.targets]):
+        preprocess_corda(model, config, run_model)
+    for module, training in modes:
+        module.training = training
+    return passes
+
+
+def _examples(batch: Any) -> Iterator[dict[str, Tensor]]:
+    """Cut a batch into its examples without padding: PEFT's CorDA takes one sequence at a time and knows no mask."""
+    if not isinstance(batch, Mapping):
+        raise LoraInitError(
+            f"start 'corda' needs batches that are mappings of tensors, and this is a {type(batch).__name__}."
+        )
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    mask = tensors.get("attention_mask")
+    for row in range(max(map(len, tensors.values()), default=0)):
+        example = {key: value[row : row + 1] for key, value in tensors.items()}
+        if mask is not None:
+            kept = mask[row].bool()
+            example = {key: v[:, kept] if tensors[key].shape == mask.shape else v for key, v in example.items()}
+        yield example
+
+
+@contextmanager
+def _with_a_token_axis(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Show a layer that reads one row [1, d] per sequence, as BERT's pooler does, to CorDA's hook as [1, 1, d].
+
+    The hook drops the first axis, and would take a row for a single number otherwise.
+    """
+    narrow: set[nn.Module] = set()
+
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].dim() != 2:
+            return None
+        narrow.add(layer)
+        return (args[0][None], *args[1:])
+
+    def after(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if layer not in narrow:
+            return None
+        narrow.discard(layer)
+        return output[0]
+
+    handles = []
+    for layer in layers:
+        handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,12 @@ from torch import nn
 
 from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
+from lora_init.collection.backward import linear_layers_by_onednn
 from lora_init.collection.collect import collect, fingerprint
-from lora_init.collection.onednn_layers import linear_layers_by_onednn
-from lora_init.comparison.experiment import Run
-from lora_init.comparison.memory import peak_bytes, reset_peak
-from lora_init.comparison.prepared import Prepared
-from lora_init.comparison.run_log import Record
-from lora_init.comparison.runs import Variant
-from lora_init.comparison.scoring import evaluate, text_loss, training_loss
-from lora_init.comparison.starts import prepare
+from lora_init.comparison.runs import Record, Run, Variant
+from lora_init.comparison.starts import Prepared, prepare
 from lora_init.comparison.tasks import Task
-from lora_init.comparison.training import TrainingRun, train
+from lora_init.comparison.training import TrainingRun, evaluate, peak_bytes, reset_peak, text_loss, train, training_loss
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.batches import Batches

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.encoding import IGNORED, Encoded, encode, group_by_length, pad_batch, padding_token
-from lora_init.loading.examples import Recipe, recipe
+from lora_init.loading.examples import (
+    IGNORED,
+    Encoded,
+    Recipe,
+    encode,
+    group_by_length,
+    pad_batch,
+    padding_token,
+    recipe,
+)
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:

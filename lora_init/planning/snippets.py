@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from lora_init.errors import LoraInitError
-from lora_init.planning.plan import RankAllocation
-from lora_init.planning.plan_file import plan_to_dict
+from lora_init.planning.plan import RankAllocation, plan_to_dict
 
 
 def snippet(

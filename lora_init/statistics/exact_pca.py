@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
-from lora_init.statistics.moments import (
+from lora_init.statistics.spectrum import (
     NEGLIGIBLE,
     NO_ROWS,
     Moments,
+    Spectrum,
     check_alike,
     check_rows,
     freeze,
     raise_if_not_finite,
 )
-from lora_init.statistics.spectrum import Spectrum
 
 
 class ExactPCA:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.statistics.products import as_multiplied, times_transposed
-from lora_init.statistics.together import Along, Image, Steps, multiply
+from lora_init.statistics.incremental_svd import Along, Image, Steps, as_multiplied, multiply, times_transposed
 
 # The first batch meets random directions: one more step of subspace iteration brings them near those of its gradient.
 _FIRST_STEPS = 2

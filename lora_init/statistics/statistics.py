@@ -15,8 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, weighted_group
-from lora_init.statistics.merging import merge_parts
-from lora_init.statistics.parts import Part
+from lora_init.statistics.merging import Part, merge_parts
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 

@@ -11,7 +11,7 @@ import torch
 
 from lora_init.adapters.build import build_adapter
 from lora_init.errors import LoraInitError
-from tests.adapters.test_adapter import TASKS, logits, lora_layers, made_up_statistics, uneven
+from tests.adapters.test_build import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
 
 peft = pytest.importorskip("peft")

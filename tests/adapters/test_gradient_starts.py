@@ -7,15 +7,14 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.gradient_starts import GRADIENT_METHODS, preconditioned
-from lora_init.adapters.initializers import energy, layer_generator
+from lora_init.adapters.initializers import GRADIENT_METHODS, energy, layer_generator, preconditioned
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from lora_init.planning.ranks import allocate_ranks
+from lora_init.planning.allocate import allocate_ranks
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum
-from tests.collection.test_gradient_tap import counts_of, exact, labelled
+from tests.collection.test_backward import counts_of, exact, labelled
 from tests.conftest import tiny_gpt2, tiny_llama
 
 RANK = 4

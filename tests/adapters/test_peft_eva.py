@@ -15,7 +15,8 @@ from torch import nn
 from transformers import BatchEncoding
 
 import lora_init
-from lora_init.adapters import eva_loop, eva_weights
+from lora_init.adapters import peft_eva as eva_loop
+from lora_init.adapters import peft_eva as eva_weights
 from lora_init.adapters import peft_eva as ours
 from lora_init.errors import LoraInitError
 from lora_init.statistics.spectrum import principal_angles

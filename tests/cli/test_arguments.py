@@ -1,6 +1,6 @@
 """Words that several commands share."""
 
-from lora_init.cli.arguments import read_modules, unescape
+from lora_init.cli.console import read_modules, unescape
 
 
 def test_modules_are_read_as_names_or_as_a_regular_expression():

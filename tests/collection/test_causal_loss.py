@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.collection import causal_loss
-from lora_init.collection.causal_loss import CausalLoss
+from lora_init.collection import backward as causal_loss
+from lora_init.collection.backward import CausalLoss, linear_layers_by_onednn
 from lora_init.collection.collect import collect
-from lora_init.collection.onednn_layers import linear_layers_by_onednn
 from lora_init.errors import LoraInitError
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_vit
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_init import LoraInitError, collect
-from lora_init.collection.checkpoint import FORMAT, FORMAT_VERSION
 from lora_init.collection.collect import Interrupted
+from lora_init.collection.processes import FORMAT, FORMAT_VERSION
 from lora_init.statistics.tensorfile import TensorFile
 from tests.conftest import MODELS, batches_for, tiny_llama
 
@@ -101,7 +101,7 @@ def test_also_with_odd_widths_few_rows_and_a_large_mean(width, mean, tmp_path):
 
 
 def test_what_the_stopping_rule_remembers_is_kept(tmp_path):
-    from tests.collection.test_collection import low_rank_inputs, two_layers
+    from tests.collection.test_collect import low_rank_inputs, two_layers
 
     torch.manual_seed(1)
     net, batches = two_layers(), low_rank_inputs(60)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.collection.onednn_layers import linear_layers_by_onednn
+from lora_init.collection.backward import linear_layers_by_onednn
 from tests.conftest import MODELS, batches_for
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_init import LoraInitError, Statistics, collect
-from lora_init.collection.checkpoint import FORMAT, FORMAT_VERSION
+from lora_init.collection.processes import FORMAT, FORMAT_VERSION
 from lora_init.statistics.tensorfile import TensorFile
 from tests.collection.test_checkpoint import assert_same, assert_same_gradients
 from tests.collection.test_process_failures import message

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from lora_init import LoraInitError, collect
-from lora_init.collection.exchange import Exchange
-from lora_init.collection.mail import Message, RankFailedError
-from lora_init.collection.team import Team
+from lora_init.collection.processes import Exchange, Message, RankFailedError, Team
 from tests.collection.test_processes import SETTINGS, llama
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run

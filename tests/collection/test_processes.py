@@ -14,8 +14,8 @@ from lora_init import LoraInitError, Statistics, collect, principal_angles
 from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION
 from lora_init.statistics.tensorfile import TensorFile
 from tests import reference
-from tests.collection.test_collection import all_rows, low_rank_inputs, two_layers
-from tests.collection.test_gradient_tap import counts_of, exact
+from tests.collection.test_backward import counts_of, exact
+from tests.collection.test_collect import all_rows, low_rank_inputs, two_layers
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 

@@ -1,6 +1,6 @@
 """Names of a model and of data become a workbench; settings tell nothing about this machine."""
 
-from lora_init.comparison.bench_setup import circumstances, model_name
+from lora_init.comparison.compare import circumstances, model_name
 
 
 def test_a_directory_is_named_without_its_path(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_init.comparison.choices import ChoiceRule, choice_rule, find_answer, split_options
+from lora_init.comparison.tasks import ChoiceRule, choice_rule, find_answer, split_options
 from lora_init.errors import LoraInitError
 
 

@@ -2,9 +2,7 @@
 
 import pytest
 
-from lora_init.comparison.experiment import Run, check_fair, check_plan, plan_runs, variants
-from lora_init.comparison.run_log import run_key
-from lora_init.comparison.runs import Variant
+from lora_init.comparison.runs import Run, Variant, check_fair, check_plan, plan_runs, run_key, variants
 from lora_init.errors import LoraInitError
 
 RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)

@@ -1,6 +1,6 @@
 """What a comparison says while it runs."""
 
-from lora_init.comparison.run_progress import Progress
+from lora_init.comparison.compare import Progress
 
 
 def record(status="finished", error=None):

@@ -9,9 +9,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_init.comparison.scoring import evaluate, metrics, text_loss, token_losses, training_loss
 from lora_init.comparison.tasks import load_task
-from lora_init.loading.encoding import pad_batch
+from lora_init.comparison.training import evaluate, metrics, text_loss, token_losses, training_loss
+from lora_init.loading.examples import pad_batch
 from tests.comparisons import make_home
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 

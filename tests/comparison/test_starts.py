@@ -4,12 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_init.adapters.gradient_starts import GRADIENT_METHODS
-from lora_init.adapters.initializers import layer_generator, random
+from lora_init.adapters.initializers import GRADIENT_METHODS, layer_generator, random
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
-from lora_init.comparison.prepared import a_weights, blank_spectrum
-from lora_init.comparison.starts import PEFT_STARTS, START_NAMES, prepare
+from lora_init.comparison.starts import PEFT_STARTS, START_NAMES, a_weights, blank_spectrum, prepare
 from lora_init.errors import LoraInitError
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama
 

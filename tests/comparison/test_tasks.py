@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from lora_init.comparison.tasks import load_task
 from lora_init.errors import LoraInitError
-from lora_init.loading.encoding import IGNORED
+from lora_init.loading.examples import IGNORED
 from tests.comparisons import make_home
 
 

@@ -8,9 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from lora_init.comparison.memory import peak_bytes, reset_peak
 from lora_init.comparison.tasks import load_task
-from lora_init.comparison.training import schedule, train
+from lora_init.comparison.training import peak_bytes, reset_peak, schedule, train
 from tests.comparisons import make_home
 from tests.conftest import tiny_llama
 

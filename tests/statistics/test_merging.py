@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_init import ExactPCA, LoraInitError, Statistics, allocate_ranks, build_adapter, collect
-from tests.collection.test_gradient_tap import counts_of, exact
+from tests.collection.test_backward import counts_of, exact
 from tests.conftest import batches_for, tiny_llama
 from tests.layers.test_experts import BOTH, mixtral
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_init import ExactPCA, IncrementalSVD, principal_angles
-from lora_init.statistics.mixtures import mix, mix_ratios
+from lora_init.statistics.merging import mix, mix_ratios
 
 K = 8
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_init.statistics import products
+from lora_init.statistics import incremental_svd as products
 
 
 @pytest.mark.parametrize("onednn", [True, False])

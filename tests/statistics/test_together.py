@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from lora_init.statistics import together
-from lora_init.statistics.incremental_svd import IncrementalSVD, apply_updates
+from lora_init.statistics import incremental_svd as together
+from lora_init.statistics.incremental_svd import Along, Image, IncrementalSVD, apply_updates, multiply
 from lora_init.statistics.mean_gradient import MeanGradient
-from lora_init.statistics.together import Along, Image, multiply
-from tests.statistics.test_svd import decaying_rows
+from tests.statistics.test_incremental_svd import decaying_rows
 
 
 @pytest.fixture

@@ -1,0 +1,609 @@
+"""The command line as a user meets it: results, exit codes, one line per error."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import lora_init
+from lora_init.cli import app as cli
+from lora_init.cli.console import one_line_errors
+from lora_init.errors import explain
+from tests.conftest import MODELS, tiny_bert, tiny_llama
+
+WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house".split()  # noqa: SIM905
+
+
+def save_model(model, directory):
+    """Write a model with a tokenizer of whole words, as a user would have it on disk."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model and data in it; tests write elsewhere."""
+    home = tmp_path_factory.mktemp("home")
+    save_model(tiny_llama(), home / "model")
+    rows = [{"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19]} for i in range(48)]
+    (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (home / "text.txt").write_text("\n".join(row["passage"] for row in rows))
+    return home
+
+
+@pytest.fixture
+def command(home, tmp_path):
+    """The smallest `init` that works, to which tests add."""
+    return ["init", str(home / "model"), str(home / "text.txt"), "-o", str(tmp_path / "out"), "--rank", "4"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def assert_one_line_error(result, *parts, code=1):
+    assert result.exit_code == code
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert result.stdout == ""
+    for part in parts:
+        assert part in lines[0]
+
+
+# What it makes
+
+
+def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(command, home, tmp_path):
+    file = tmp_path / "stats.safetensors"
+    plain = run(*command, "--statistics", file)
+    assert plain.exit_code == 0, plain.output
+    command[command.index("-o") + 1] = str(tmp_path / "lora-ga")
+    refused = run(*command, "--statistics", file, "--method", "lora-ga")
+    assert refused.exit_code == 1 and "was made without --gradients, and this needs them" in refused.stderr
+    file.unlink()
+    made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
+    assert made.exit_code == 0, made.output
+    assert "base weights must give up what the adapter" in " ".join(made.stdout.split())
+    command[command.index("-o") + 1] = str(tmp_path / "planned")
+    again = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", "1")
+    assert again.exit_code == 0 and "B is not zero" not in again.stdout
+    command[command.index("-o") + 1] = str(tmp_path / "step")
+    stepped = run(*command, "--method", "lora-one", "--rho", "1", "--json")
+    said = json.loads(stepped.stdout)
+    assert said["loss_at_start"] < said["loss_before"] and said["gamma"] >= 1.0
+    assert (
+        "before any training" in said["notes"][0] and "before any training" in (tmp_path / "step/README.md").read_text()
+    )
+    planned = run("ranks", file, "--policy", "gradient", "--rank", "2", "--compare", "eva", "--compare", "gora")
+    assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
+
+
+def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path):
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    for part in ("q_proj", "down_proj", "parameters", "stopped: ", "held out", "forward", str(tmp_path / "out")):
+        assert part in result.stdout
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(12)[None]
+    base = AutoModelForCausalLM.from_pretrained(home / "model").eval()
+    with torch.no_grad():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
+        assert torch.equal(adapted(ids).logits, before)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(home / "model")
+
+
+def test_the_adapter_starts_in_the_directions_of_the_data(command, home, tmp_path):
+    assert run(*command, "--statistics", tmp_path / "s.safetensors").exit_code == 0
+    stats = lora_init.Statistics.load(tmp_path / "s.safetensors")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    a = written[f"base_model.model.{name}.lora_A.weight"]
+    assert torch.equal(a, stats[name].components[: len(a)])
+    assert stats.provenance.data.startswith(f"{home.name}/text.txt: 48 of 48 examples")
+
+
+def test_json_is_all_that_is_on_stdout_and_agrees_with_the_directory(command, tmp_path):
+    result = run(*command, "--json", "--statistics", tmp_path / "s.safetensors")
+    summary = json.loads(result.stdout)
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    ranks = {name: rank for name, rank in summary["ranks"].items() if rank}
+    assert {f"base_model.model.{name}.lora_A.weight": rank for name, rank in ranks.items()} == {
+        key: len(a) for key, a in written.items() if "lora_A" in key
+    }
+    assert sum(summary["ranks"].values()) == 4 * len(summary["ranks"])
+    assert summary["parameters"] == sum(tensor.numel() for tensor in written.values())
+    assert summary["adapter"] == str(tmp_path / "out")
+    assert summary["statistics"] == str(tmp_path / "s.safetensors")
+    assert 0 < summary["held_out"]["min"] <= summary["held_out"]["median"] <= 1
+
+
+def test_options_reach_the_adapter(command, tmp_path):
+    options = "--method orthogonal --lora-alpha 8 --use-rslora --use-dora --rho 1 --target-modules q_proj,v_proj"
+    assert run(*command, *options.split(), "--exclude-modules", r".*layers\.1\..*").exit_code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (4, 8, True, True)
+    assert config["rank_pattern"] == {}
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    assert {key.split(".lora_")[0] for key in keys} == {
+        f"base_model.model.model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")
+    }
+
+
+def test_settings_reach_the_statistics(home, tmp_path):
+    options = "--no-center --token-mask labels --seed 3 --max-batches 2 --batch-size 2 --samples 20 --dtype bfloat16"
+    columns = [
+        "--template",
+        "{passage}",
+        "--completion",
+        "{question}",
+        "--statistics",
+        tmp_path / "s",
+        "--device",
+        "cpu",
+    ]
+    result = run(
+        "init", home / "model", home / "rows.jsonl", "-o", tmp_path / "out", *options.split(), *columns, "--rank", 2
+    )
+    assert result.exit_code == 0, result.stderr
+    made = lora_init.Statistics.load(tmp_path / "s").provenance
+    assert (made.center, made.token_mask, made.seed, made.n_batches) == (False, "labels", 3, 2)
+    assert made.stop_reason == "max_batches"
+    assert "20 of 48 examples" in made.data
+    assert made.task_type == "CAUSAL_LM"
+    # Only the answer and the end of the text have labels, and the tokens before them do not count.
+    assert made.n_samples == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_every_architecture_that_reads_text(name, home, tmp_path):
+    save_model(MODELS[name](), tmp_path / "model")
+    columns = ["--template", "{passage}", "--completion", "{question}"]
+    result = run("init", tmp_path / "model", home / "rows.jsonl", "-o", tmp_path / "out", "--rank", 2, *columns)
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[name]
+
+
+def test_a_plain_encoder_can_be_given_a_task(home, tmp_path):
+    save_model(tiny_bert(task=None), tmp_path / "model")
+    arguments = [tmp_path / "model", home / "text.txt", "--rank", 2, "--json"]
+    assert run("init", *arguments, "-o", tmp_path / "plain").exit_code == 0
+    assert run("init", *arguments, "-o", tmp_path / "head", "--task-type", "SEQ_CLS").exit_code == 0
+    assert run("init", *arguments, "-o", tmp_path / "again", "--task-type", "SEQ_CLS").exit_code == 0
+    tasks = [json.loads((tmp_path / d / "adapter_config.json").read_text())["task_type"] for d in ("plain", "head")]
+    assert tasks == ["FEATURE_EXTRACTION", "SEQ_CLS"]
+    heads = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("head", "again")]
+    (head,) = (key for key in heads[0] if "classifier.weight" in key)
+    assert torch.equal(heads[0][head], heads[1][head])  # a new head starts at random, from the seed
+
+
+def test_the_same_command_gives_the_same_adapter(command, tmp_path):
+    run(*command)
+    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert run(*command, "--overwrite").exit_code == 0
+    second = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# The statistics file
+
+
+def test_statistics_are_reused_for_another_rank(command, tmp_path, monkeypatch):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    before = file.read_bytes()
+
+    def never(*_, **__):
+        raise AssertionError("collected again")
+
+    monkeypatch.setattr("lora_init.collection.collect.collect", never)
+    result = run(*command, "--statistics", file, "--rank", 2, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    assert f"{file}: used as it is" in result.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--rank", "8"], ["rank=8", "Collect again"]),
+        (["--no-center"], ["--center True", "False is asked for"]),
+        (["--token-mask", "labels"], ["--token-mask attention"]),
+        (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
+    ],
+)
+def test_statistics_that_do_not_serve_are_refused_and_kept(command, tmp_path, options, parts):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    before = file.read_bytes()
+    result = run(*command, "--statistics", file, "--overwrite", *options)
+    assert result.exit_code == 1
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert file.read_bytes() == before
+
+
+def test_statistics_of_another_model_are_refused(command, home, tmp_path):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    save_model(other, tmp_path / "other")
+    result = run("init", tmp_path / "other", home / "text.txt", "-o", tmp_path / "o2", "--statistics", file)
+    assert_one_line_error(result, "was made from another model", "Name another file")
+
+
+def interrupt_at(batch, monkeypatch):
+    from transformers import LlamaModel
+
+    calls, forward = [], LlamaModel.forward
+
+    def counted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+
+
+def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
+    file = tmp_path / "s.safetensors"
+    interrupt_at(4, monkeypatch)
+    result = run(*command, "--statistics", file)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == [f"{file}: kept the statistics of 3 batches", "interrupted"]
+    made = lora_init.Statistics.load(file).provenance
+    assert (made.n_batches, made.stop_reason) == (3, "interrupted")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pass_that_was_killed_goes_on_when_the_command_is_given_again(command, tmp_path, monkeypatch):
+    from lora_init.collection.processes import Checkpoint
+
+    file, partial = tmp_path / "s.safetensors", tmp_path / "s.safetensors.partial"
+    assert run(*command, "--statistics", tmp_path / "whole").exit_code == 0
+    expected = lora_init.Statistics.load(tmp_path / "whole")
+
+    def die(self, found, digests):
+        if found.n_batches == 7:
+            self.write(found, digests)
+            raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write_if_due", die)
+        assert run(*command, "--statistics", file, "--overwrite").exit_code == 137
+    assert partial.exists() and not file.exists()
+    result = run(*command, "--statistics", file, "--overwrite", "--seed", "3")
+    assert result.exit_code == 1 and "was begun with" in result.stderr.splitlines()[-1]
+    result = run(*command, "--statistics", file, "--overwrite")
+    assert result.exit_code == 0
+    assert result.stderr == f"{partial}: going on with the pass that was interrupted\n"
+    assert not partial.exists()
+    stats = lora_init.Statistics.load(file)
+    assert stats.provenance.n_batches == expected.provenance.n_batches
+    assert all(torch.equal(stats[name].components, expected[name].components) for name in expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch):
+    interrupt_at(batch, monkeypatch)
+    result = run(*command)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({1: "./nowhere"}, ["model './nowhere': no such directory"]),
+        ({1: "some/model"}, ["'some/model'", "HF_HUB_OFFLINE is set"]),
+        ({1: "empty"}, ["has no config.json"]),
+        ({1: "adapter"}, ["it is an adapter. Name its base model"]),
+        ({1: "text.txt"}, ["is a file"]),
+        ({1: "damaged"}, ["'damaged' cannot be loaded"]),
+        ({1: "truncated"}, ["'truncated' cannot be loaded"]),
+        ({1: "unknown"}, ["'unknown' cannot be loaded", "nosuchtype"]),
+        ({1: "remote"}, ["'remote' needs code that comes with it", "--trust-remote-code"]),
+        ({1: "vision"}, ["reads text only"]),
+        ({2: "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
+        ({2: "rows.jsonl"}, ["passage", "question"]),
+        ({"--target-modules": "qproj"}, ["matches no layer", "'q_proj' (2 layers)"]),
+        ({"--target-modules": "(q"}, ["is not a regular expression"]),
+        ({"--rank": "64"}, ["rank=64", "input width 32"]),
+        ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
+        ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
+        ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
+        ({"--lora-alpha": "-1"}, ["lora_alpha=-1"]),
+        ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
+        ({"--statistics": "text.txt"}, ["text.txt"]),
+        ({"-o": "text.txt"}, ["--output text.txt is a file"]),
+        ({"-o": "model"}, ["--output model exists and is not empty", "--overwrite"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(home, tmp_path, monkeypatch, change, parts):
+    make_bad_models(home, tmp_path)
+    for name in ("model", "text.txt", "rows.jsonl"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    positional = {1: "model", 2: "text.txt"}
+    options = {"-o": "out", "--rank": "4"}
+    for key, value in change.items():
+        (positional if isinstance(key, int) else options)[key] = value
+    result = run("init", positional[1], positional[2], *(word for pair in options.items() for word in pair))
+    assert_one_line_error(result, *parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def make_bad_models(home, folder):
+    def variant(name, config=None, **changes):
+        directory = folder / name
+        directory.mkdir()
+        for file in (home / "model").iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+        settings = json.loads((directory / "config.json").read_text()) | changes
+        (directory / "config.json").write_text(json.dumps(settings) if config is None else config)
+        return directory
+
+    (folder / "empty").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    variant("damaged", config="{")
+    variant("unknown", model_type="nosuchtype", architectures=["NoSuchForCausalLM"])
+    remote = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (variant("remote", model_type="own", architectures=["OwnForCausalLM"], auto_map=remote) / "code.py").write_text(
+        "raise SystemExit('ran')"
+    )
+    weights = variant("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    variant("vision", model_type="vit", architectures=["ViTForImageClassification"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["init"],
+        ["init", "model", "data"],
+        ["init", "model", "data", "-o", "out", "--rank", "0"],
+        ["init", "model", "data", "-o", "out", "--rho", "0.5"],
+        ["init", "model", "data", "-o", "out", "--batch-size", "0"],
+        ["init", "model", "data", "-o", "out", "--method", "magic"],
+        ["init", "model", "data", "-o", "out", "--no-such-option"],
+        ["inspect"],
+        ["nosuchcommand"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
+        (MemoryError(), "smaller --batch-size"),
+        (
+            OSError(28, "No space left on device", "out/adapter_model.safetensors"),
+            "out/adapter_model.safetensors: No space",
+        ),
+        (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+        (RuntimeError("first line\nsecond line"), "unexpected RuntimeError: first line. LORA_INIT_DEBUG=1"),
+        (KeyError("x"), "unexpected KeyError"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line(command, monkeypatch, error, part):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lora_init.loading.models.load_model", fail)
+    assert_one_line_error(run(*command), part)
+
+
+def test_debug_lets_the_traceback_through(monkeypatch):
+    monkeypatch.setenv("LORA_INIT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        raise ZeroDivisionError
+
+
+def test_an_error_of_many_lines_becomes_one():
+    assert explain(lora_init.LoraInitError("one\n  two")) == "one two"
+    assert explain(OSError("one\ntwo")) == "one."
+    assert len(explain(RuntimeError("x" * 5000))) < 400
+
+
+def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
+    import warnings
+
+    with one_line_errors():
+        warnings.warn_explicit("ours\nis long", UserWarning, "adapter.py", 1, module="lora_init.adapter")
+        warnings.warn_explicit("theirs", UserWarning, "other.py", 1, module="transformers.other")
+    assert capsys.readouterr().err == "warning: ours is long\n"
+
+
+# Inspect
+
+
+@pytest.fixture(scope="module")
+def made(home, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    result = run(
+        "init", home / "model", home / "text.txt", "-o", folder / "out", "--statistics", folder / "s.safetensors",
+        "--rank", 4, "--use-rslora",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+def test_inspect_statistics(made, home):
+    result = run("inspect", made / "s.safetensors")
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        "LlamaForCausalLM",
+        str(home / "model"),
+        "text.txt: 48 of 48 examples",
+        "top 8",
+        "held out",
+        "down_proj",
+    ):
+        assert part in result.stdout
+
+    about = json.loads(run("inspect", made / "s.safetensors", "--json").stdout)
+    stats = lora_init.Statistics.load(made / "s.safetensors")
+    assert about["what"] == "statistics" and list(about["layers"]) == list(stats)
+    layer = about["layers"]["model.layers.1.self_attn.k_proj"]
+    assert layer["input_shared_with"] == "model.layers.1.self_attn.q_proj"
+    assert layer["explained_variance_ratio"] == pytest.approx(
+        stats["model.layers.1.self_attn.k_proj"].explained_variance_ratio.tolist(), abs=1e-6
+    )
+
+
+def test_inspect_an_adapter(made, home):
+    result = run("inspect", made / "out")
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        "LoRA adapter of ",
+        str(home / "model"),
+        "rsLoRA",
+        "text.txt: 48 of 48 examples",
+        "captured",
+        "down_proj",
+    ):
+        assert part in result.stdout
+
+    about = json.loads(run("inspect", made / "out", "--json").stdout)
+    weights = load_file(made / "out" / "adapter_model.safetensors")
+    assert about["ranks"] == {key[17:-14]: len(a) for key, a in weights.items() if "lora_A" in key}
+    assert about["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert about["origin"]["method"] == "eva"
+
+
+def test_inspect_an_adapter_that_peft_made(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "unknown: no lora_init.json" in result.stdout
+    assert json.loads(run("inspect", tmp_path, "--json").stdout)["ranks"] == {
+        f"model.layers.{i}.self_attn.q_proj": 3 for i in range(2)
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_init", "inspect", str(made / "out"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def test_inspect_what_is_neither(made, home, tmp_path):
+    assert_one_line_error(run("inspect", tmp_path / "nowhere"), "no such file or directory")
+    assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")
+    assert_one_line_error(run("inspect", home / "text.txt"), "text.txt")
+    assert_one_line_error(run("inspect", home / "model" / "model.safetensors"), "model.safetensors")
+    (tmp_path / "cut").write_bytes((made / "s.safetensors").read_bytes()[:-10])
+    assert_one_line_error(run("inspect", tmp_path / "cut"), "cut")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_config.json", "{"),
+        ("adapter_config.json", "[]"),
+        ("adapter_config.json", '{"peft_type": "IA3"}'),
+        ("adapter_model.safetensors", "short"),
+        ("adapter_model.safetensors", None),
+        ("lora_init.json", "{"),
+    ],
+)
+def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
+    for part in (made / "out").iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    assert_one_line_error(run("inspect", tmp_path), str(tmp_path))
+
+
+# Help
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["init", "--help"], ["inspect", "--help"], ["init"], ["--nonsense"]])
+def test_help_and_usage_errors_import_nothing_heavy(arguments):
+    program = (
+        "import sys\nfrom lora_init import cli\n"
+        f"try: cli.app({arguments!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'sklearn', 'matplotlib', 'safetensors'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_example_in_the_help_is_a_command_that_parses():
+    text = run("init", "--help").stdout
+    example = text[text.index("$ lora-init init ") :].split("\n\n")[0].replace("\\\n", " ")
+    arguments = shlex.split(example.splitlines()[0].removeprefix("$ lora-init init "))
+    command = typer.main.get_command(cli.app).commands["init"]
+    assert command.make_context("init", arguments).params["rank"] == 16
+    for part in ("\n  query ", "\n  parameters ", "\n  held out ", "\n  adapter "):
+        assert part in text[text.index("$ lora-init init ") :]
+
+
+def test_it_runs_as_a_module_and_as_a_script():
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_init", "inspect", "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "error: nowhere: no such file or directory. Expected a statistics file or an adapter directory.\n"
+    )
+    (script,) = entry_points(group="console_scripts", name="lora-init")
+    assert script.load() is cli.main
+
+
+def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
+    file = tmp_path / "s.safetensors"
+    result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)
+    assert result.exit_code == 0, result.stderr
+    assert r"'{text}\nthe\tcat'" in lora_init.Statistics.load(file).provenance.data  # repr of a real newline and tab
+
+
+def test_nothing_names_this_machine():
+    # The example in the help was printed by a real run; it must not tell where.
+    assert os.sep + "work" + os.sep not in Path(cli.__file__).read_text()

@@ -1,0 +1,137 @@
+"""`lora-init compare` as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_init.cli import app as cli
+from lora_init.comparison.runs import read_runs, read_settings
+from tests.comparisons import make_home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture
+def command(home, tmp_path):
+    """The smallest comparison that works, to which tests add."""
+    return [
+        "compare", home / "llama", home / "rows.jsonl", "-o", tmp_path / "out", "--template", "{passage}",
+        "--completion", " {listed}", "--steps", 4, "--batch-size", 4, "--validation-samples", 8, "--rank", 2,
+        "--starts", "random,eva-rho1", "--learning-rates", "1e-3,1e-2", "--seeds", 2, "--statistics-batches", 4,
+    ]  # fmt: skip
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_it_compares_and_goes_on(command, tmp_path):
+    first = run(*command)
+    assert "eva-rho1: " in first.stdout and "by learning rate" in first.stdout
+    assert "run 6/6 " in first.stderr and "report.html: written" in first.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"settings.json", "runs.jsonl", "report.html", "report.md"}
+    again = run(*command)
+    assert again.stdout == first.stdout and "run 6/6" not in again.stderr
+    settings = read_settings(tmp_path / "out")
+    assert settings["evaluation_points"] == [0, 1, 2, 3, 4] and settings["sweep"] == "halving"
+
+
+def test_json_is_all_that_is_on_stdout(command, tmp_path):
+    content = json.loads(run(*command, "--json").stdout)
+    assert content["runs"] == read_runs(tmp_path / "out")
+    assert content["verdicts"][0]["label"] == "eva-rho1" and content["settings"]["rank"] == 2
+
+
+def test_options_reach_the_comparison(command, home, tmp_path):
+    listed = home / "retain.txt"
+    listed.write_text("\n".join(["one dog run", "my green house"] * 4))
+    run(
+        *command[:7], "--options", "listed", "--answer", "position", "--completion", " {position}", "--normalize",
+        "--steps", 3, "--batch-size", 4, "--validation-samples", 8, "--train-samples", 32, "--max-length", 20,
+        "--data-seed", 1, "--rank", 2, "--lora-alpha", 4, "--target-modules", "q_proj,v_proj", "--warmup", 0.2,
+        "--eval-points", "1,2", "--starts", "random", "--learning-rates", "1e-3", "--seeds", 1, "--sweep", "full",
+        "--retain-data", listed, "--retain-samples", 8, "--name", "first word", "--match-scale",
+    )  # fmt: skip
+    settings = read_settings(tmp_path / "out")
+    expected = {
+        "task": "first word", "kind": "multiple-choice", "normalize": True, "steps": 3, "rank": 2, "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"], "warmup": 0.2, "evaluation_points": [0, 1, 2, 3], "sweep": "full",
+        "match_scale": True, "seeds": [0], "dtype": "float32",
+    }  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    for part in ("32 training and 8 validation", "split seed 1", "at most 20 tokens", "answer position"):
+        assert part in settings["data"]
+    assert "8 of 8 examples" in settings["retain_data"]
+    assert read_runs(tmp_path / "out")[0]["task"] == "first word"
+
+
+def test_a_dry_run_lists_and_writes_nothing(command, tmp_path):
+    lines = run(*command, "--dry-run").stdout.splitlines()
+    assert lines[:2] == ["random, 0.001, seed 0", "eva-rho1, 0.001, seed 0"]
+    assert lines[-1].startswith("6 runs, 0 ended; what is left takes about ")
+    content = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert len(content["runs"]) == 6 and content["ended"] == 0 and content["runs"][-1]["learning_rate"] is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_ones_own(command, home, tmp_path):
+    run("init", home / "llama", home / "rows.jsonl", "-o", tmp_path / "mine", "--template", "{passage}", "--rank", 2,
+        "--rho", 1)  # fmt: skip
+    run(*command, "--starts", f"random,mine={tmp_path / 'mine'}")
+    assert {(r["start"], r["status"]) for r in read_runs(tmp_path / "out")} == {
+        ("random", "finished"),
+        ("mine", "finished"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--starts", "random,evva"], "start 'evva' is unknown. Closest: 'eva'"),
+        (["--learning-rates", "1e-3,fast"], "--learning-rates '1e-3,fast': expected numbers separated by commas."),
+        (["--learning-rates", "-1e-3"], "learning_rates: -0.001; expected positive numbers"),
+        (["--eval-points", "9"], "expected rising steps from 0 to 4"),
+        (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
+        (["--label", "class"], "label='class' is not a column"),
+        (["--validation-samples", 118], "2 training and 118 validation examples; a batch needs 4"),
+        (["--batch-size", 500], "a batch needs 500"),
+        (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
+    result = run(*command, *arguments, code=1)
+    assert message in result.stderr and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_another_configuration_is_refused(command):
+    run(*command)
+    result = run(*command, "--rank", 4, "--steps", 5, code=1)
+    assert "rank was 2, now 4" in result.stderr and "steps was 4, now 5" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_report_and_exits_with_130(command, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "lora_init", *map(str, command), "--steps", "400"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("run 1/6"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and errors.splitlines()[-1] == "interrupted"
+    assert read_runs(tmp_path / "out")[0]["status"] == "finished"
+    assert "random" in (tmp_path / "out" / "report.html").read_text()

@@ -1,0 +1,154 @@
+"""The command line under torchrun: one result, one voice, one exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_init import Statistics
+from lora_init.cli import app as cli
+from lora_init.cli.console import launched_rank
+from tests.cli.test_app import WORDS, save_model
+from tests.conftest import tiny_llama
+from tests.processes import free_port, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    save_model(tiny_llama(), home / "model")
+    (home / "text.txt").write_text("\n".join(" ".join(WORDS[i % 19 :] + WORDS[: i % 7]) for i in range(28)))
+    return home
+
+
+def torchrun(*arguments, cwd=None):
+    """Run two processes; kill them all if they hang."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    running = subprocess.Popen(
+        [*command, *arguments], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = running.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGTERM)  # which the launcher passes on, then it kills
+        running.communicate(timeout=60)
+        raise
+    assert running.returncode == 0, err
+    assert "destroy_process_group" not in err and "Traceback" not in err
+    return out
+
+
+def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch):
+    arguments = ["-m", "lora_init", "init", "model", "text.txt", "-o", str(tmp_path / "out"), "--rank", "4", "--json"]
+    out = torchrun(*arguments, "--statistics", str(tmp_path / "stats"), cwd=home)
+    assert json.loads(out)["adapter"] == str(tmp_path / "out")  # one result, not two
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "stats"}
+    alone = ["init", "model", "text.txt", "-o", str(tmp_path / "alone"), "--rank", "4"]
+    monkeypatch.chdir(home)
+    assert CliRunner().invoke(cli.app, [*alone, "--statistics", str(tmp_path / "one")]).exit_code == 0
+    stats, expected = Statistics.load(tmp_path / "stats"), Statistics.load(tmp_path / "one")
+    assert stats.provenance.data == expected.provenance.data and stats.provenance.n_batches == 7
+    # In fewer than MIN_BATCHES no layer can be done, so that none is done in one of the two passes only.
+    assert {name: stats[name].n_samples for name in stats} == {name: expected[name].n_samples for name in expected}
+    for name in stats:  # 19 words, 7 batches of 4: three directions hold most, and truncation cuts little
+        assert stats.total_variance(name) == pytest.approx(expected.total_variance(name), rel=1e-6)
+        shares = (float(one.explained_variance_ratio(name).sum()) for one in (stats, expected))
+        assert next(shares) == pytest.approx(next(shares), rel=0.02)
+
+
+def test_a_step_start_under_torchrun_searches_its_size_once(home, tmp_path):
+    data = home / "answers.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": " ".join(WORDS[: 3 + i % 5]), "completion": WORDS[i % 19]}) for i in range(40))
+    )
+    arguments = [
+        "-m",
+        "lora_init",
+        "init",
+        "model",
+        str(data),
+        "-o",
+        str(tmp_path / "out"),
+        "--rank",
+        "2",
+        "--rho",
+        "1",
+    ]
+    said = json.loads(torchrun(*arguments, "--method", "natural-gradient-step", "--json", cwd=home))
+    assert said["loss_at_start"] < said["loss_before"] and said["gamma"] >= 1.0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_the_example_trains_what_two_processes_found(tmp_path):
+    out = torchrun(str(ROOT / "examples" / "two_processes.py"), "--output", str(tmp_path / "adapter"))
+    assert "2 processes: 24 batches, 3072 tokens" in out
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss of the last batch here (\S+)", out)]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def command_line(rank, size, folder, *arguments):
+    """Exit code, stdout and stderr of the command in this process."""
+    read = []
+    for number in (1, 2):
+        file = os.open(folder / f"{rank}-{number}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(file, number)
+        read.append(folder / f"{rank}-{number}")
+    sys.argv = ["lora-init", *(argument.replace("RANK", str(rank)) for argument in arguments)]
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    sys.stdout.flush(), sys.stderr.flush()
+    return [code, *(file.read_text() for file in read)]
+
+
+def test_errors_are_said_once_and_all_exit_alike(home, tmp_path):
+    init = ["init", str(home / "model"), str(home / "text.txt"), "-o"]
+    (tmp_path / "full-1").mkdir()
+    (tmp_path / "full-1" / "file").touch()
+    (tmp_path / "stats-1").touch()
+    missing = ["init", str(home / "model"), str(home / "none.txt"), "-o", str(tmp_path / "out")]
+    seen = [*init, str(tmp_path / "out"), "--statistics", str(tmp_path / "stats-RANK")]
+    cases = [
+        (missing, 1, "error: rank 0 failed: data "),
+        ([*init, str(tmp_path / "full-RANK")], 1, "error: rank 1 failed: --output"),
+        (
+            seen,
+            1,
+            f"error: rank 0 failed: --statistics {tmp_path / 'stats-0'}: rank 1 sees this file, rank 0 does not.",
+        ),
+        ([*init, str(tmp_path / "out"), "--rank", "0"], 2, "Usage"),
+    ]
+    for arguments, code, start in cases:
+        found = run(command_line, 2, tmp_path, *arguments, MASTER_PORT=free_port())
+        assert found[0][:2] == [code, ""] and found[0][2].startswith(start), found
+        assert code == 2 or found[0][2].count("\n") == 1
+        assert found[1] == [code, "", ""]
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_without_a_pass_are_run_by_the_first_process(home, tmp_path):
+    (first, out, err), second = run(command_line, 2, tmp_path, "inspect", str(home), MASTER_PORT=free_port())
+    assert first == 1 and out == "" and err.startswith("error: ")
+    assert second == [0, "", ""]
+
+
+def test_started_alone_is_not_started_together(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        assert launched_rank() is None
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launched_rank() is None

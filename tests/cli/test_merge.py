@@ -1,0 +1,117 @@
+"""`lora-init merge`: what it writes, prints and refuses."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_init import Statistics, allocate_ranks
+from lora_init.cli import app as cli
+from tests.cli.test_app import assert_one_line_error
+from tests.conftest import batches_for
+from tests.statistics.test_merging import passed
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("merge")
+    passed(batches=batches_for("llama", n_batches=3), data="chat").save(home / "a")
+    passed(batches=batches_for("llama", n_batches=2, seed=1), data="code").save(home / "b")
+    passed(batches=batches_for("llama", seed=2), data="").save(home / "c")
+    passed(center=False).save(home / "uncentred")
+    for seed, name in enumerate(("g", "h")):
+        passed(targets=["q_proj"], batches=batches_for("llama", seed=seed), gradients=True).save(home / name)
+    return home
+
+
+@pytest.fixture
+def run(home, tmp_path):
+    def run(*arguments, output="out"):
+        words = [str(home / word) if (home / str(word)).exists() else str(word) for word in arguments]
+        return CliRunner().invoke(cli.app, ["merge", *words, "-o", str(tmp_path / output)], env={"COLUMNS": "200"})
+
+    return run
+
+
+def test_it_writes_what_merge_returns(run, home, tmp_path):
+    result = run("a", "b", "c", "--weights", "0.5,0.3,0.2", "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    stats = [Statistics.load(home / name) for name in "abc"]
+    expected, found = stats[0].merge(*stats[1:], weights=[0.5, 0.3, 0.2]), Statistics.load(tmp_path / "out")
+    assert found.provenance == expected.provenance
+    for name in expected:
+        assert found.total_variance(name) == expected.total_variance(name)
+        assert found.explained_variance(name).tolist() == expected.explained_variance(name).tolist()
+    assert allocate_ranks(found, rank=4).total_rank == 4 * len(found)
+    content = json.loads(result.stdout)
+    assert content["statistics"] == str(tmp_path / "out") and content["n_batches"] == 9
+    assert [part["weight"] for part in content["parts"]] == [0.5, 0.3, 0.2]
+    assert [part["file"] for part in content["parts"]] == [str(home / name) for name in "abc"]
+    assert content["n_samples"] == sum(part["n_samples"] for part in content["parts"]) == found.provenance.n_samples
+    assert content["data"] == "0.5 x chat; 0.3 x code; 0.2 x not described"
+
+
+def test_it_says_what_it_did(run, home, tmp_path):
+    result = run("a", "c")
+    assert result.exit_code == 0
+    for words in (f"{tmp_path / 'out'}: 6 layers, 8 components", "in 7 batches", f"{home / 'a'}: ", "chat",
+                  "data not described", "note: model.embed_tokens"):  # fmt: skip
+        assert words in result.stdout
+    assert "0.5 x " in run("a", "b", "--weights", "0.5,0.5", output="other").stdout
+    inspected = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")])
+    assert inspected.exit_code == 0 and "part 1 of 2" in inspected.stdout
+
+
+def test_gradients_are_merged_and_what_needs_the_model_is_refused(run, tmp_path):
+    assert run("g", "h").exit_code == 0
+    assert Statistics.load(tmp_path / "out").provenance.gradients
+    ranks = ["ranks", str(tmp_path / "out"), "--rank", "4", "--policy"]
+    assert CliRunner().invoke(cli.app, [*ranks, "gradient"]).exit_code == 0
+    assert_one_line_error(CliRunner().invoke(cli.app, [*ranks, "gora"]), "importance of", "a merge of statistics")
+
+
+def test_what_is_there_stays_unless_told(run, home, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert_one_line_error(run("a", "b"), "exists", "--overwrite")
+    assert (tmp_path / "out").read_text() == "mine"
+    assert run("a", "b", "--overwrite").exit_code == 0
+    # A file may be merged into itself.
+    (tmp_path / "own").write_bytes((home / "c").read_bytes())
+    assert run(tmp_path / "own", "a", "--overwrite", output="own").exit_code == 0
+    assert Statistics.load(tmp_path / "own").provenance.n_batches == 7
+    (tmp_path / "directory").mkdir()
+    assert_one_line_error(run("a", "b", "--overwrite", output="directory"), "is a directory. Name a file.")
+    assert_one_line_error(run("a", "b", output="own/below"), "cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a"], "one part alone"),
+        (["a", "b", "--weights", "0.7,0.2"], "their sum is 0.9, expected 1"),
+        (["a", "b", "--weights", "1.2,-0.2"], "expected positive numbers"),
+        (["a", "b", "--weights", "0.7,0.2,0.1"], "3 for 2 parts"),
+        (["a", "b", "--weights", "0.7;0.3"], "write it like 0.7,0.3"),
+        (["a", "b", "--weights", ""], "write it like 0.7,0.3"),
+        (["a", "uncentred"], "uncentred was made with center=False"),
+        (["a", "b", "a"], "hold the same statistics"),
+        (["a", "nothing"], "is not a file"),
+    ],
+)
+def test_what_is_refused_is_not_written(run, tmp_path, arguments, words):
+    assert_one_line_error(run(*arguments), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_is_named(run, home, tmp_path):
+    content = bytearray((home / "b").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "damaged").write_bytes(bytes(content))
+    assert_one_line_error(run("a", tmp_path / "damaged"), "damaged", "is not what was written")
+    (tmp_path / "short").write_bytes(bytes(content[:-9]))
+    assert_one_line_error(run("a", tmp_path / "short"), "short", "not a whole safetensors file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_argument_is_wrong_usage(home):
+    assert CliRunner().invoke(cli.app, ["merge", str(home / "a"), str(home / "b")]).exit_code == 2

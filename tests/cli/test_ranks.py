@@ -1,0 +1,153 @@
+"""`lora-init ranks` from a statistics file: what it prints, writes and refuses."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lora_init.cli.app import app
+from lora_init.cli.ranks import read_overrides, read_variants
+from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
+from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.plan import load_plan
+from lora_init.statistics.statistics import Statistics
+from tests.conftest import batches_for, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stats") / "stats.safetensors"
+    collect(tiny_llama(), batches_for("llama"), rank=4, rho=2.0, data="random tokens").save(path)
+    return path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["ranks", *map(str, arguments)], env={"COLUMNS": "100"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_options_are_those_of_allocate_ranks(file, tmp_path):
+    plan_file = tmp_path / "plan.json"
+    run(
+        file, "--parameters", "4k", "--policy", "cost-aware", "--rho", 1.5, "--min-rank", 1, "--max-rank", 6,
+        "--tie", "q_proj,k_proj,v_proj", "--tie", "gate_proj, up_proj", "--override", "*.down_proj:max_rank=2",
+        "--exclude", "layers.1.self_attn.o_proj", "--output", plan_file,
+    )  # fmt: skip
+    expected = allocate_ranks(
+        Statistics.load(file), parameters="4k", policy="cost-aware", rho=1.5, min_rank=1, max_rank=6,
+        tie=[("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")], overrides={"*.down_proj": {"max_rank": 2}},
+        exclude="layers.1.self_attn.o_proj",
+    )  # fmt: skip
+    plan = load_plan(plan_file)
+    assert dict(plan) == dict(expected) and plan.rank == expected.rank
+    assert plan.parameters <= 4000
+
+
+def test_other_budgets_and_limits_reach_it_too(file):
+    stats = Statistics.load(file)
+    for options, arguments in (
+        (["--total-rank", 30], dict(total_rank=30)),
+        (["--fraction", 0.2], dict(fraction=0.2)),
+        (["--megabytes", 0.01, "--dtype", "bfloat16"], dict(megabytes=0.01, dtype="bfloat16")),
+        (["--variance", 0.1], dict(variance=0.1)),
+        (["--variance", 0.1, "--coverage", "total"], dict(variance=0.1, coverage="total")),
+        (["--rank", 4, "--allowed-ranks", "2,4,8"], dict(rank=4, allowed_ranks=(2, 4, 8))),
+        (["--rank", 4, "--rho", 1.1], dict(rank=4, rho=1.1)),
+        (["--rank", 4, "--multiple-of", 2], dict(rank=4, multiple_of=2)),
+    ):
+        content = json.loads(run(file, *options, "--json").stdout)
+        assert {name: layer["rank"] for name, layer in content["layers"].items()} == dict(
+            allocate_ranks(stats, **arguments)
+        ), options
+
+
+def test_it_prints_the_plan(file):
+    text = run(file, "--rank", 4).stdout
+    for part in ("q_proj", "total rank", "policy eva, budget rank=4", "56 of 56 ranks", "random tokens"):
+        assert part in text
+
+
+def test_it_compares(file):
+    lines = run(
+        file, "--rank", 4, "--compare", "uniform", "--compare", "parameters=3k,policy=cost-aware"
+    ).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["plan", "rank=4", "uniform", "parameters=3k,policy=cost-aware"]
+    rows = json.loads(run(file, "--rank", 4, "--compare", "uniform", "--json").stdout)
+    assert [row["policy"] for row in rows] == ["eva", "uniform"]
+    assert set(rows[1]["ranks"].values()) == {4}
+
+
+def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
+    result = run(file, "--rank", 4, "--format", "axolotl", "--lora-alpha", 8, "--output", tmp_path / "p.json",
+                 "--plot", tmp_path / "p.svg")  # fmt: skip
+    assert yaml.safe_load(result.stdout)["lora_r"] == 4
+    assert "p.json: written" in result.stderr and "p.svg: written" in result.stderr
+    assert (tmp_path / "p.svg").stat().st_size > 1000
+    assert (
+        str(tmp_path / "p.json")
+        in run(file, "--rank", 4, "--format", "llama-factory", "--output", tmp_path / "p.json").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", 4, "--parameters", "1M"], "rank=4 and parameters='1M' are 2 budgets. Give one."),
+        (["--rank", 0], "rank=0: a budget of at least 1"),
+        (["--rank", 9], "Collect again with rank=9"),
+        (["--exclude", "q_prj"], "exclude: 'q_prj' matches no layer. Closest: q_proj"),
+        (["--override", "down_proj"], "--override 'down_proj': write it like"),
+        (
+            ["--override", "down_proj:max=8"],
+            "--override 'down_proj:max=8': 'max' is unknown. Choose from rank, min_rank",
+        ),
+        (["--override", "down_proj:max_rank=x"], "max_rank='x' is not"),
+        (["--allowed-ranks", "8;16"], "--allowed-ranks '8;16': write it like 8,16,32,64"),
+        (["--compare", "best"], "policy='best' is unknown"),
+        (["--compare", "size=3"], "--compare 'size=3': 'size' is unknown"),
+        (["--compare", "rank="], "'rank=' is not of the form key=value"),
+        (["--plot", "plan.pdf"], "pictures are written as"),
+        (["--format", "peft", "--json"], "Leave --compare and --json out"),
+        (["--tie", "q_proj"], "ties nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
+    result = run(file, *arguments, code=1)
+    assert message in result.stderr and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_wrong_policy_is_wrong_usage(file):
+    run(file, "--policy", "best", code=2)
+
+
+def test_no_file(tmp_path):
+    assert "error: " in run(tmp_path / "none", code=1).stderr
+
+
+def test_texts_become_arguments():
+    assert read_overrides(["a:max-rank=8", "a:min_rank=2"]) == {"a": {"max_rank": 8, "min_rank": 2}}
+    base = {"rank": None, "parameters": "1M", "policy": "eva", "max_rank": 3}
+    assert read_variants(["rank=8,max_rank=9"], base) == {
+        "rank=8,max_rank=9": {"policy": "eva", "max_rank": 9, "rank": 8}
+    }
+    with pytest.raises(LoraInitError, match="rho='x' is not a number"):
+        read_variants(["rho=x"], base)
+
+
+def test_the_example_plans_with_and_without_a_file(file, tmp_path, monkeypatch, capfd):
+    script = Path(__file__).parents[2] / "examples" / "rank_budget.py"
+    for arguments in ([], [str(file), "2k", "3k"]):
+        monkeypatch.setattr("sys.argv", [str(script), *arguments, "--output", str(tmp_path)])
+        runpy.run_path(str(script), run_name="__main__")
+        out = capfd.readouterr().out
+        assert "cost-aware" in out and "an adapter of" in out
+        plan = load_plan(tmp_path / "plan.json")
+        assert f"{plan.parameters:,} parameters" in out
+        assert yaml.safe_load((tmp_path / "axolotl.yaml").read_text())["lora_r"] == plan.rank
+        assert (tmp_path / "plan.html").stat().st_size > 10_000

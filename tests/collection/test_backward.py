@@ -1,0 +1,501 @@
+"""Backward passes: the numbers against autograd's, what they leave behind, and what cannot be differentiated."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lora_init.collection.activations import ActivationTap, call_model
+from lora_init.collection.backward import GradientTap, count_labels
+from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
+from lora_init.layers.targets import find_targets
+from lora_init.statistics.statistics import Statistics
+from tests.collection.test_collect import low_rank_inputs
+from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_vit
+
+
+def labelled(name, **options):
+    """Batches of `batches_for` with labels for every model."""
+    batches = batches_for(name, **options)
+    for i, batch in enumerate(batches):
+        rows = len(next(iter(batch.values())))
+        batch.setdefault("labels", (torch.arange(rows) + i) % 2)
+    return batches
+
+
+def exact(model, batches, names, counts):
+    """Of each layer the gradient of the mean loss over all labels, by autograd; and rows x and g of the summed loss."""
+    rows = {name: ([], []) for name in names}
+    total, n = dict.fromkeys(names, 0.0), 0
+
+    def after(name):
+        def hook(module, args, output):
+            output.retain_grad()
+            kept[name] = (args[0].detach(), output)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(after(name)) for name in names]
+    for batch, count in zip(batches, counts, strict=True):
+        kept = {}
+        model.zero_grad()
+        (model(**batch).loss * count).backward()
+        n += count
+        for name in names:
+            x, y = kept[name]
+            rows[name][0].append(x.flatten(0, -2))
+            rows[name][1].append(y.grad.flatten(0, -2))
+            weight = model.get_submodule(name).weight
+            total[name] += (weight.grad if isinstance(model.get_submodule(name), nn.Linear) else weight.grad.T).double()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    return {name: (total[name] / n, *(torch.cat(part).double() for part in rows[name])) for name in names}
+
+
+def counts_of(model, batches):
+    return [count_labels(model, batch) for batch in batches]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_numbers_are_those_of_autograd(name):
+    """On every architecture: weighted second moment, mean gradient, output moment and GoRA's importance."""
+    model, batches = MODELS[name](), labelled(name)
+    stats = collect(model, batches, rank=8, rho=2.0, gradients=True, tolerance=0.0)
+    names = [n for i, n in enumerate(stats) if i % 3 == 0]
+    truth = exact(model, batches, names, counts_of(model, batches))
+    assert stats.provenance.gradients and stats.provenance.n_labels == sum(counts_of(model, batches))
+    for layer in names:
+        gradient, (mean, x, g) = stats.gradient(layer), truth[layer]
+        best = torch.linalg.svdvals(mean)[:4].square().sum()
+        # The spectra of random models are flat, and 16 directions are kept of up to 48.
+        assert float((mean @ gradient.right[:4].double().T).square().sum() / best) > 0.96
+        assert float((gradient.left[:4].double() @ mean).square().sum() / best) > 0.96
+        assert float(gradient.singular_values[:4].square().sum() / best) == pytest.approx(1.0, abs=0.05)
+        weighted = g.norm(dim=1, keepdim=True) * x  # padding has no gradient, so it adds nothing
+        n = gradient.weighted.n_samples
+        assert n == (len(x) if name in ("vit",) else n) and n <= len(x)
+        assert gradient.weighted.total_variance == pytest.approx(float(weighted.square().sum()) / (n - 1), rel=1e-4)
+        best = torch.linalg.eigvalsh(weighted.T @ weighted).flip(0)[:8].sum()
+        found = (weighted @ gradient.weighted.components[:8].double().T).square().sum()
+        assert float(found / best) > 0.97  # what 8 of 16 components promise, see IncrementalSVD
+        assert float(gradient.weighted.explained_variance[:8].sum() * (n - 1) / found) == pytest.approx(1.0, abs=0.05)
+        torch.testing.assert_close(gradient.output_moment, g.square().sum(0) / n, rtol=1e-4, atol=1e-12)
+        module = model.get_submodule(layer)
+        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        expected = float((weight.double() * mean).abs().mean())
+        assert gradient.importance == pytest.approx(expected, rel=0.2)  # from 16 triplets of up to 32
+
+
+def test_the_output_moment_is_of_all_tokens_also_of_layers_that_had_enough():
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"planted": nn.Linear(24, 4), "flat": nn.Linear(24, 4)})
+    batches = [(planted, torch.randn(64, 24)) for planted in low_rank_inputs(30)]
+    settings = dict(
+        rank=3, gradients=True, forward=lambda m, batch: m["planted"](batch[0]) + m["flat"](batch[1]).tanh(),
+        loss=lambda output, batch: output.square().mean(),
+    )  # fmt: skip
+    stats, whole = (collect(model, batches, **settings, tolerance=tolerance) for tolerance in (0.02, 0.0))
+    found = stats.gradient("planted")
+    assert found.weighted.n_samples < found.n_samples == stats.gradient("flat").weighted.n_samples == 64 * 30
+    for name in stats:
+        assert torch.equal(stats.gradient(name).output_moment, whole.gradient(name).output_moment)
+
+
+def test_with_all_triplets_the_importance_is_exact():
+    model, batches = tiny_llama(), labelled("llama")
+    stats = collect(model, batches, rank=16, gradients=True, target_modules=["q_proj"])
+    for name, (mean, _, _) in exact(model, batches, list(stats), counts_of(model, batches)).items():
+        expected = float((model.get_submodule(name).weight.double() * mean).abs().mean())
+        assert stats.gradient(name).importance == pytest.approx(expected, rel=1e-4)
+
+
+def test_q_k_and_v_differ_and_their_inputs_do_not():
+    stats = collect(tiny_llama(), labelled("llama"), rank=4, gradients=True)
+    q, v = (stats.gradient(f"model.layers.0.self_attn.{part}_proj") for part in "qv")
+    assert torch.equal(
+        stats["model.layers.0.self_attn.q_proj"].components, stats["model.layers.0.self_attn.v_proj"].components
+    )
+    assert not torch.allclose(q.weighted.components, v.weighted.components, atol=0.1)
+
+
+def test_batches_of_any_cut_give_the_same():
+    """The loss is a mean over a batch's labels; sums over tokens do not depend on who shared a batch."""
+    model, batches = tiny_llama(), labelled("llama", n_batches=2)
+    split = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(4)]
+    whole, parts = (collect(model, data, rank=8, rho=4.0, gradients=True) for data in (batches, split))
+    assert whole.provenance.n_labels == parts.provenance.n_labels
+    for name in whole:
+        a, b = whole.gradient(name), parts.gradient(name)
+        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
+        torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
+        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "kept"), [(128, torch.float32), (129, torch.bfloat16)])
+def test_what_large_batches_read_waits_in_bfloat16(n, kept):
+    model, reads = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), {}
+    x, targets = torch.randn(n, 6), find_targets(model).layers
+    with (
+        ActivationTap(model, {name: model.get_submodule(name) for name in targets}) as tap,
+        GradientTap(tap, targets, call_model, lambda output, batch: output.square().mean(), 2) as both,
+    ):
+        both.run(x, lambda read: reads.update(dict.fromkeys(read.gradients, read)), lambda group: True)
+    assert torch.equal(reads["0"].rows, x.to(kept))
+    torch.testing.assert_close(reads["0"].norms, x.norm(dim=1))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_rounding_what_large_batches_read_changes_nothing_that_shows(monkeypatch, fast):
+    monkeypatch.setattr("lora_init.statistics.incremental_svd._is_faster_in_bfloat16", lambda device: fast)
+    model, ids = tiny_llama(), torch.randint(0, 64, (20, 30), generator=torch.Generator().manual_seed(0))
+    kept = {}
+
+    def loss(output, batch):
+        kept.update({name: read.rows for name, (read, _) in gradients._ran_now.items()})
+        return output.loss
+
+    whole, parts = (
+        collect(model, [{"input_ids": part, "labels": part} for part in ids.split(n)], rank=8, rho=4.0, gradients=True)
+        for n in (10, 4)  # 300 rows in bfloat16, 120 rows as they are
+    )
+    for name in whole:
+        a, b = whole.gradient(name), parts.gradient(name)
+        # Up to 2^-9 of each entry, by chance up or down, in sums that few rows with large gradients make up.
+        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
+        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-3)
+    targets = find_targets(model).layers
+    with (
+        ActivationTap(model, {name: model.get_submodule(name) for name in targets}) as tap,
+        GradientTap(tap, targets, partial(call_model, with_labels=True), loss, 2) as gradients,
+    ):
+        gradients.run({"input_ids": ids, "labels": ids}, lambda read: None, lambda group: True)
+    attention = [kept[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv"]
+    assert attention[0] is attention[1] is attention[2]  # what they share waits once
+
+
+@pytest.mark.parametrize("n", [100, 200])
+def test_models_in_float64_are_those_in_float32(n):
+    x, settings = torch.randn(2, n, 24), {"rank": 4, "gradients": True, "loss": lambda y, batch: y.square().mean()}
+    single = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 4))
+    stats = collect(single, list(x), **settings)
+    double = collect(single.double(), list(x.double()), **settings)
+    for name in stats:
+        a, b = stats.gradient(name), double.gradient(name)
+        torch.testing.assert_close(a.singular_values[:2], b.singular_values[:2], rtol=5e-3, atol=0.0)
+        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
+
+
+def test_activations_are_as_without_gradients():
+    model, batches = tiny_llama(), labelled("llama")
+    plain, both = (collect(model, batches, rank=4, gradients=gradients) for gradients in (False, True))
+    for name in plain:
+        # oneDNN's linear layers round in another way
+        torch.testing.assert_close(both.explained_variance(name), plain.explained_variance(name), rtol=1e-3, atol=1e-7)
+
+
+class Broken(Exception):
+    pass
+
+
+def breaks(output, batch):
+    raise Broken
+
+
+@pytest.mark.parametrize("loss", [None, breaks])
+def test_nothing_stays_behind(loss):
+    model, batches = tiny_llama(), labelled("llama")
+    model.lm_head.weight.requires_grad_(False)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    kept = torch.ones(3)
+    model.model.norm.weight.grad = kept[:1].expand(32).clone()
+    grad = model.model.norm.weight.grad
+    before = {n: (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for n, m in model.named_modules()}
+    values = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if loss is None:
+        collect(model, batches, rank=4, gradients=True)
+    else:
+        with pytest.raises(Broken):
+            collect(model, batches, rank=4, gradients=True, loss=loss)
+    assert before == {
+        n: (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for n, m in model.named_modules()
+    }
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+    assert model.model.norm.weight.grad is grad
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "model.norm.weight")
+
+
+def same(one, other):
+    for name in one:
+        a, b = one.gradient(name), other.gradient(name)
+        torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(a.weighted.explained_variance, b.weighted.explained_variance, rtol=1e-4, atol=1e-12)
+
+
+def test_gradient_checkpointing_gives_the_same_and_runs_layers_again():
+    model, batches = tiny_llama(), labelled("llama")
+    plain = collect(model, batches, rank=4, gradients=True)
+    model.gradient_checkpointing_enable()
+    runs = []
+    handle = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: runs.append(1))
+    same(plain, collect(model, batches, rank=4, gradients=True))
+    handle.remove()
+    assert len(runs) == 2 * len(batches)
+    assert not model.training and "forward" not in vars(model.model.layers[0])
+
+
+def test_a_reentrant_checkpoint_in_a_forward_of_ones_own():
+    from torch.utils.checkpoint import checkpoint
+
+    class Stack(nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            self.embedding, self.first, self.last = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.checkpointed = checkpointed
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, ids):
+            hidden = self.embedding(ids)
+            inner = lambda x: self.first(x).relu()  # noqa: E731
+            hidden = checkpoint(inner, hidden, use_reentrant=True) if self.checkpointed else inner(hidden)
+            return self.last(hidden)
+
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = Stack(checkpointed)
+        data = [torch.randint(0, 9, (5, 3)) for _ in range(3)]
+        found.append(collect(model, data, rank=2, gradients=True, loss=lambda output, batch: output.square().mean()))
+    same(*found)
+
+
+def test_a_loss_and_a_forward_of_ones_own():
+    model, batches = tiny_llama(), labelled("llama")
+    asked = []
+
+    def forward(model, batch):
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    def loss(logits, batch):
+        asked.append(logits.shape)
+        return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:])
+
+    same(
+        collect(model, batches, rank=4, gradients=True),
+        collect(model, batches, rank=4, gradients=True, forward=forward, loss=loss),
+    )
+    assert len(asked) == len(batches)
+
+
+def test_a_first_layer_whose_output_is_changed_in_place():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    data = [torch.randn(7, 6) for _ in range(3)]
+    stats = collect(model, data, rank=2, gradients=True, loss=lambda output, batch: output.square().mean())
+    expected = 0.0
+    for x in data:
+        model.zero_grad()
+        (model(x).square().mean() * len(x)).backward()
+        expected = expected + model[0].weight.grad.double()
+    values = torch.linalg.svdvals(expected / 21)
+    torch.testing.assert_close(stats.gradient("0").singular_values, values[:4], rtol=1e-4, atol=1e-9)
+
+
+def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named():
+    model = nn.ModuleDict({"used": nn.Linear(6, 4), "unused": nn.Linear(6, 4)})
+    forward = lambda m, x: (m["used"](x), m["unused"](x))[0]  # noqa: E731
+    stats = collect(
+        model, [torch.randn(9, 6) for _ in range(3)], rank=2, gradients=True, forward=forward,
+        loss=lambda output, batch: output.square().mean(),
+    )  # fmt: skip
+    assert stats.gradient("used").weighted.total_variance > 0.0
+    assert stats.gradient("unused").weighted.total_variance == 0.0
+    assert stats.gradient("unused").singular_values.shape == (0,)
+    assert any("unused: the loss does not depend on its output" in note for note in stats.provenance.notes)
+
+
+def test_half_precision_is_near():
+    model, batches = tiny_llama(), labelled("llama")
+    plain = collect(model, batches, rank=4, gradients=True)
+    half = collect(model.to(torch.bfloat16), batches, rank=4, gradients=True)
+    for name in plain:
+        # 8 bits of mantissa through two layers and back
+        a, b = plain.gradient(name).singular_values[:2], half.gradient(name).singular_values[:2]
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss_type", "count"),
+    [
+        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForCausalLM", 3),
+        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), None, 3),
+        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForMaskedLM", 4),
+        (torch.tensor([1, 0, 1, -100]), "ForSequenceClassification", 3),
+    ],
+)
+def test_labels_are_counted_as_the_loss_averages_them(labels, loss_type, count):
+    model = nn.Linear(2, 2)
+    model.loss_type = loss_type
+    assert count_labels(model, {"labels": labels}) == count
+
+
+def test_without_labels_examples_are_counted():
+    model = nn.Linear(2, 2)
+    assert count_labels(model, torch.ones(5, 2)) == 5
+    assert count_labels(model, (torch.ones(4, 2), 3)) == 4
+    assert count_labels(model, {"x": torch.ones(3, 2)}) == 3
+
+
+def nothing_to_learn(batch):
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+def without_labels(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (without_labels, {}, r"has 'input_ids', 'attention_mask' and no 'labels'|'input_ids', 'attention_mask' and no"),
+        (nothing_to_learn, {}, "batch 0: no token of the batch has a label"),
+        (None, {"loss": lambda o, b: o.loss * float("nan")}, "batch 0: the loss is nan. The model produces it"),
+        (None, {"loss": lambda o, b: o.logits}, r"loss= returned a tensor of shape \(4, 12, 64\) for a loss"),
+        (None, {"loss": lambda o, b: None}, "loss= returned NoneType for a loss, expected one number"),
+        (None, {"loss": lambda o, b: o.loss.detach()}, "gives no gradient to any layer"),
+        (None, {"gradients": False, "loss": lambda o, b: o.loss}, "loss= is for gradients=True"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said(change, options, message):
+    batches = [change(batch) if change else batch for batch in labelled("llama")]
+    with pytest.raises(LoraInitError, match=message):
+        collect(tiny_llama(), batches, rank=4, **{"gradients": True} | options)
+
+
+def test_a_model_that_returns_no_loss_says_so():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    with pytest.raises(LoraInitError, match=r"Sequential.forward returned NoneType for a loss.*Pass loss="):
+        collect(model, [torch.randn(7, 6)], rank=2, gradients=True)
+
+
+def test_a_loss_that_depends_on_no_target():
+    with pytest.raises(LoraInitError, match="does not depend on any of the targeted layers"):
+        collect(
+            tiny_llama(), labelled("llama"), rank=4, gradients=True, target_modules=["q_proj"],
+            loss=lambda output, batch: output.logits.new_ones((), requires_grad=True) * 2.0,
+        )  # fmt: skip
+
+
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("derivative for the packed product is not implemented")
+
+
+class Stuck(nn.Linear):
+    """Stands in for a quantised layer that has no backward pass."""
+
+    def forward(self, x):
+        return Opaque.apply(super().forward(x))
+
+
+def test_a_base_without_gradients_of_its_inputs_is_named():
+    model = nn.Sequential(nn.Linear(6, 5), Stuck(5, 4), nn.Linear(4, 3))
+    with pytest.raises(
+        LoraInitError, match=r"the backward pass of Sequential failed: derivative.*collect from the model in float"
+    ):
+        collect(model, [torch.randn(7, 6)], rank=2, gradients=True, loss=lambda o, b: o.square().mean())
+
+
+def test_running_out_of_memory_in_the_backward_pass_is_one_line():
+    def loss(output, batch):
+        class Greedy(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                raise torch.OutOfMemoryError("cannot allocate")
+
+        return Greedy.apply(output.loss)
+
+    with pytest.raises(LoraInitError, match=r"batch 0: out of memory. Use a smaller batch"):
+        collect(tiny_llama(), labelled("llama"), rank=4, gradients=True, loss=loss)
+
+
+def test_convolutions_are_refused():
+    model = tiny_vit()
+    with pytest.raises(LoraInitError, match="is a Conv2d: gradient statistics are for linear layers"):
+        collect(model, labelled("vit"), rank=4, gradients=True, target_modules=["projection", "query"])
+
+
+def test_the_file_keeps_gradients(tmp_path):
+    stats = collect(tiny_gpt2(), labelled("gpt2"), rank=4, gradients=True)
+    again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
+    for name in stats:
+        a, b = stats.gradient(name), again.gradient(name)
+        assert a.importance == b.importance and a.weighted.total_variance == b.weighted.total_variance
+        assert a.weighted.n_samples == b.weighted.n_samples and a.n_samples == b.n_samples
+        for part in ("left", "singular_values", "right", "output_moment"):
+            assert torch.equal(getattr(a, part), getattr(b, part))
+        assert torch.equal(a.weighted.components, b.weighted.components)
+    assert again.provenance == stats.provenance
+
+
+def test_statistics_without_gradients_say_what_to_do():
+    stats = collect(tiny_llama(), labelled("llama"), rank=4)
+    with pytest.raises(LoraInitError, match=r"no gradients. Collect them with gradients=True"):
+        stats.gradient(next(iter(stats)))
+    with pytest.raises(KeyError):
+        stats.gradient("nowhere")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("change", [None, "forward", "eager", "looks ahead", "labels"])
+def test_gradients_run_without_a_mask_that_changes_nothing(side, change):
+    model, batches, masked = tiny_llama(), batches_for("llama"), []
+    options = {}
+    if side == "left":
+        batches = [{key: value.flip(1) for key, value in batch.items()} for batch in batches]
+    if change == "forward":
+        options["forward"] = lambda model, batch: model(**batch)
+    elif change == "eager":
+        model.set_attn_implementation("eager")
+    elif change == "looks ahead":
+        model.model.layers[0].self_attn.is_causal = False
+    elif change == "labels":
+        batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    stats = collect(model, batches, rank=4, gradients=True, **options)
+    assert masked == [not (side == "right" and change is None)] * len(batches)
+    whole = collect(model, batches, rank=4, gradients=True, forward=lambda model, batch: model(**batch))
+    for name in stats:
+        a, b = stats.gradient(name), whole.gradient(name)
+        torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(stats.explained_variance(name), whole.explained_variance(name), rtol=1e-4, atol=1e-9)
+
+
+def test_a_classifier_made_of_a_language_model_keeps_its_mask():
+    from transformers import LlamaForSequenceClassification
+
+    language_model = tiny_llama()
+    model = LlamaForSequenceClassification(language_model.config).eval()
+    batches = [batch | {"labels": torch.tensor([0, 1, 1, 0])} for batch in batches_for("llama")]
+    masked = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    stats = collect(model, batches, rank=4, gradients=True)
+    assert masked == [True] * len(batches) and "score" in stats

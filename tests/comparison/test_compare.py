@@ -1,0 +1,476 @@
+"""compare() end to end on a tiny model: what it makes, that it goes on after a kill, and what it may claim."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_init
+from lora_init.comparison import compare as comparison
+from lora_init.comparison import workbench
+from lora_init.comparison.compare import set_up
+from lora_init.comparison.runs import Run, Variant, read_runs, read_settings
+from lora_init.comparison.starts import prepare
+from lora_init.errors import LoraInitError
+from tests.comparisons import SMALL, make_home
+
+# What differs between two identical comparisons.
+CLOCK = ("initialisation_seconds", "training_seconds", "run_seconds", "peak_memory_bytes", "finished_at")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("comparison"))
+
+
+def compare(home, output, model="llama", **changes):
+    settings = SMALL | dict(starts=("random", "eva")) | changes
+    if settings.get("label") or settings.get("options"):
+        settings["completion"] = None
+    return lora_init.compare(str(home / model), home / "rows.jsonl", output, **settings)
+
+
+def without_clock(records):
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+
+
+@pytest.fixture(scope="module")
+def full(home, tmp_path_factory):
+    """All that a language model can be compared by."""
+    output = tmp_path_factory.mktemp("full") / "out"
+    retain = home / "retain.txt"
+    retain.write_text("\n".join(["one dog run to the red hats", "my green house"] * 4))
+    lines = []
+    found = compare(
+        home, output, options="options", match_scale=True, retain_data=retain, retain_samples=8, say=lines.append,
+        starts=("random", "orthogonal", "eva-rho1", "eva", "eva-ranks", "eva-frozen-a"),
+    )  # fmt: skip
+    return found, lines
+
+
+# Records
+
+
+def test_every_run_is_there_with_every_key(full):
+    found, _ = full
+    records = read_runs(found.directory)
+    assert [record["status"] for record in records] == ["finished"] * len(found.planned)
+    keys = {
+        "task", "start", "matched_scale", "equal_parameters", "seed", "learning_rate", "status", "error",
+        "trainable_parameters", "ranks", "a_scale", "gamma", "evaluation_points", "validation_loss", "training_loss",
+        "metrics", "metrics_before", "gradient_norm", "initialisation_seconds", "initialisation_passes",
+        "training_seconds", "peak_memory_bytes", "retain_loss", "intruders", "finished_at", "data_order", "run_seconds",
+    }  # fmt: skip
+    for record in records:
+        assert set(record) == keys
+        assert record["evaluation_points"] == [0, 3, 6] and len(record["validation_loss"]) == 3
+        assert len(record["training_loss"]) == 6 and record["gradient_norm"] > 0
+        assert set(record["metrics"]) == set(record["metrics_before"]) == {"accuracy", "macro_f1", "mcc"}
+        assert len(record["retain_loss"]) == 2 and record["intruders"]["of"] == 14 * 10
+    assert {record["start"] for record in records if record["equal_parameters"]} == {"eva", "eva-frozen-a"}
+    assert {r["start"] for r in records if r["matched_scale"]} == {"orthogonal", "eva-rho1", "eva", "eva-frozen-a"}
+
+
+def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
+    records = full[0].records
+    assert len({record["validation_loss"][0] for record in records}) == 1
+    assert len({record["retain_loss"][0] for record in records}) == 1
+    for seed in (0, 1):
+        assert len({record["data_order"] for record in records if record["seed"] == seed}) == 1
+    assert len({record["data_order"] for record in records}) == 2
+    counts = {r["trainable_parameters"] for r in records if r["ranks"] is None and r["start"] != "eva-frozen-a"}
+    assert len(counts) == 1
+    for record in records:
+        if record["ranks"] is not None and record["start"] != "eva-frozen-a":
+            assert sum(record["ranks"].values()) <= 2 * 14
+        if record["equal_parameters"]:
+            assert record["trainable_parameters"] <= counts.copy().pop()
+
+
+def test_the_scale_of_a_is_recorded_and_matched(full):
+    scale = {(r["start"], r["matched_scale"]): r["a_scale"] for r in full[0].records if r["seed"] == 0}
+    assert scale["eva-rho1", False] == pytest.approx(1.0, rel=1e-5)
+    assert scale["random", False] == pytest.approx(0.58, abs=0.05)
+    assert scale["eva-rho1", True] == pytest.approx(scale["random", False], rel=1e-5)
+
+
+def test_statistics_cost_passes_and_are_made_once_for_each_seed(full):
+    found, _ = full
+    passes = {record["start"]: record["initialisation_passes"] for record in found.records}
+    assert passes["random"] == passes["orthogonal"] == 0 and passes["eva"] == passes["eva-rho1"] == 8
+    files = sorted(path.name for path in (found.directory / "statistics").iterdir())
+    assert files == ["seed0-centred.safetensors", "seed1-centred.safetensors"]
+
+
+def test_the_best_rate_of_the_first_seed_goes_to_the_other(full):
+    records = full[0].records
+    for start in ("random", "eva"):
+        own = [r for r in records if r["start"] == start and not r["matched_scale"] and not r["equal_parameters"]]
+        first = {r["learning_rate"]: r["validation_loss"][-1] for r in own if r["seed"] == 0}
+        assert set(first) == {1e-3, 1e-2}
+        assert [r["learning_rate"] for r in own if r["seed"] == 1] == [min(first, key=first.get)]
+
+
+def test_the_report_has_every_run_and_the_settings(full):
+    found, lines = full
+    assert {path.name for path in found.files} >= {"report.html", "report.md", "learning_curves.png"}
+    page = (found.directory / "report.html").read_text()
+    for record in found.records:
+        assert f"{record['validation_loss'][-1]:.4f}" in page
+    settings = read_settings(found.directory)
+    assert settings == found.settings
+    assert settings["model"] == "llama" and settings["kind"] == "multiple-choice" and settings["threads"] >= 1
+    assert str(found.directory.parent) not in json.dumps({**settings, "command": ""})
+    assert re.match(r"\d+ of \d+ runs left, about ", lines[0])
+    assert len(lines) == 1 + len(found.records) and lines[-1].startswith(f"run {len(found.planned)}/")
+
+
+def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
+    seen = []
+    real = workbench.collect
+
+    def spy(model, batches, *arguments, **options):
+        seen.extend(tuple(row[row != 0].tolist()) for batch in batches for row in batch["input_ids"])
+        return real(model, batches, *arguments, **options)
+
+    monkeypatch.setattr(workbench, "collect", spy)
+    compare(home, tmp_path / "out", learning_rates=[1e-3], seeds=1)
+    bench = set_up_bench(home, tmp_path)
+    trained = {tuple(item.tokens[0]) for item in bench.task.train}
+    scored = {tuple(item.tokens[0]) for item in bench.task.validation}
+    assert len(seen) == len(set(seen)) == 32 and set(seen) <= trained and not set(seen) & scored
+
+
+def set_up_bench(home, directory, model="llama", **changes):
+    names = ("template", "completion", "steps", "batch_size", "validation_samples", "rank", "statistics_batches")
+    settings = {name: SMALL[name] for name in names} | changes
+    return set_up(
+        str(home / model), home / "rows.jsonl", directory, lora_alpha=4, target_modules="all-linear", warmup=0.1,
+        evaluation_points=[0, 3, 6], **settings,
+    )  # fmt: skip
+
+
+def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
+    real, calls = workbench.collect, []
+    monkeypatch.setattr(workbench, "collect", lambda *a, **k: calls.append(k["center"]) or real(*a, **k))
+    for starts in (["eva", "eva-rho1"], ["eva-uncentred", "eva-ranks"]):
+        compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=2)
+    assert sorted(calls) == [False, False, True, True]
+
+
+def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
+    first = bench.carry_out(Run(Variant("eva"), 0, 1e-2))
+    assert all(torch.equal(value, before[name]) for name, value in bench.loaded.model.state_dict().items())
+    bench.carry_out(Run(Variant("pissa"), 0, 1e-2))
+    assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
+
+
+# Classifiers
+
+
+def test_a_classifier(home, tmp_path):
+    found = compare(home, tmp_path / "out", model="bert", label="first", seeds=2)
+    records = found.records
+    assert [record["status"] for record in records] == ["finished"] * len(found.planned)
+    assert found.settings["kind"] == "classification" and records[0]["retain_loss"] is None
+    # A new head is drawn from the seed, alike for all starts.
+    for seed in (0, 1):
+        assert len({record["validation_loss"][0] for record in records if record["seed"] == seed}) == 1
+    assert len({record["validation_loss"][0] for record in records}) == 2
+
+
+def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
+    from tests.cli.test_app import save_model
+    from tests.conftest import tiny_bert
+
+    home = make_home(tmp_path)
+    save_model(tiny_bert(), home / "trained")
+    rows = [{"text": f"the cat {'sat ' * (i % 9)}{i}", "kind": i % 2} for i in range(60)]
+    (home / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    bench = set_up(
+        str(home / "trained"), home / "two.jsonl", tmp_path, label="kind", lora_alpha=4, target_modules="all-linear",
+        warmup=0.1, evaluation_points=[0, 2], steps=2, batch_size=4, rank=2, statistics_batches=2, validation_samples=4,
+    )  # fmt: skip
+    head = bench.loaded.model.classifier.weight.clone()
+    bench.carry_out(Run(Variant("random"), 1, 1e-2))
+    assert torch.equal(bench.loaded.model.classifier.weight, head)
+
+
+# Going on
+
+
+def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):
+    found = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
+    written = (tmp_path / "out" / "runs.jsonl").read_bytes()
+
+    def fail(*_, **__):
+        raise AssertionError("ran again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workbench, "train", fail)
+        again = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
+    assert again.records == found.records and again.summary == found.summary
+    assert (tmp_path / "out" / "runs.jsonl").read_bytes() == written
+    more = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["orthogonal"], seeds=3)
+    assert {record["start"] for record in more.records} == {"random", "orthogonal"}
+    assert more.settings["starts"] == ["random", "orthogonal"] and more.settings["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(rank=3), "rank was 2, now 3"),
+    (dict(validation_samples=13), "data was "),
+    (dict(model="bert", label="first"), "kind was 'causal-lm', now 'classification'"),
+])  # fmt: skip
+def test_another_configuration_is_refused(home, tmp_path, changes, message):
+    compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"], seeds=1)
+    written = (tmp_path / "out" / "runs.jsonl").read_bytes()
+    for dry_run in (False, True):
+        with pytest.raises(LoraInitError, match=message):
+            compare(home, tmp_path / "out", dry_run=dry_run, **changes)
+    assert (tmp_path / "out" / "runs.jsonl").read_bytes() == written
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.comparison.test_compare import compare
+if __name__ == "__main__":
+    compare(Path(sys.argv[1]), sys.argv[2], steps=int(sys.argv[3]), say=lambda t: print(t, flush=True))
+"""
+
+
+def start_process(home, output, steps=6):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(home), str(output), str(steps)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process, n):
+    return [process.stdout.readline() for _ in range(n)]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_path):
+    uninterrupted = compare(home, tmp_path / "whole", steps=200)
+    for n_lines in (2, 3):  # the estimate, then a line for each run that ended
+        process = start_process(home, tmp_path / "killed", 200)
+        wait_for_lines(process, n_lines)
+        time.sleep(0.3)  # into the next run
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        process.communicate()
+    ended = len(read_runs(tmp_path / "killed"))
+    assert 2 <= ended < len(uninterrupted.records)
+    with (tmp_path / "killed" / "runs.jsonl").open("ab") as file:
+        file.write(b'{"task": "torn')
+    resumed = compare(home, tmp_path / "killed", steps=200)
+    assert without_clock(resumed.records) == without_clock(uninterrupted.records)
+    unclocked = [t for t in resumed.summary.tables if t.name not in ("cost", "runs")]
+    assert unclocked == [t for t in uninterrupted.summary.tables if t.name not in ("cost", "runs")]
+    assert resumed.summary.verdicts == uninterrupted.summary.verdicts
+
+
+def test_ctrl_c_leaves_a_report_of_what_ended(home, tmp_path, monkeypatch):
+    real, calls = workbench.train, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(workbench, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(home, tmp_path / "out")
+    assert len(read_runs(tmp_path / "out")) == 2
+    assert "random" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_runs(home, tmp_path, monkeypatch):
+    real, calls = comparison.RunLog.append, []
+
+    def full(self, record):
+        calls.append(1)
+        if len(calls) == 3:
+            raise self._unwritable(OSError(28, "No space left on device"))
+        real(self, record)
+
+    monkeypatch.setattr(comparison.RunLog, "append", full)
+    with pytest.raises(LoraInitError, match="No space left on device"):
+        compare(home, tmp_path / "out")
+    assert len(read_runs(tmp_path / "out")) == 2
+
+
+# Runs that go wrong
+
+
+def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkeypatch):
+    real, calls = workbench.train, []
+
+    def greedy(model, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            torch.empty(2**60)
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(workbench, "train", greedy)
+    found = compare(home, tmp_path / "out")
+    failed = [record for record in found.records if record["status"] == "failed"]
+    assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-3)]
+    assert failed[0]["error"].startswith("out of memory") and failed[0]["validation_loss"] is None
+    assert failed[0]["trainable_parameters"] > 0
+    assert len(found.records) == len(found.planned) == 9
+    # The next call tries it again, and what came after it is what it would have been.
+    monkeypatch.setattr(workbench, "train", real)
+    again = compare(home, tmp_path / "out")
+    assert {record["status"] for record in again.records} == {"finished"}
+    clean = compare(home, tmp_path / "clean")
+    key = lambda r: (r["start"], r["equal_parameters"], r["learning_rate"], r["seed"])  # noqa: E731
+    assert sorted(without_clock(again.records), key=key) == sorted(without_clock(clean.records), key=key)
+
+
+def test_an_error_in_the_code_is_not_a_failed_run(home, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(workbench, "train", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        compare(home, tmp_path / "out")
+
+
+def test_other_data_for_one_start_is_noticed(home, tmp_path, monkeypatch):
+    real = workbench.train
+
+    def tampered(model, task, order, **options):
+        return real(
+            model, task, order[::-1] if len(tampered.calls.append(1) or tampered.calls) == 2 else order, **options
+        )
+
+    tampered.calls = []
+    monkeypatch.setattr(workbench, "train", tampered)
+    with pytest.raises(LoraInitError, match=r"seed 0: eva at 0\.001 saw other data than random at 0\.001"):
+        compare(home, tmp_path / "out")
+
+
+# What may be claimed
+
+
+def useless(model, seed):
+    """A is zero and stays zero, so nothing can be learned."""
+    peft_model = again(model, seed)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_A" in name:
+            parameter.data.zero_()
+            parameter.requires_grad_(False)
+    return peft_model
+
+
+def again(model, seed):
+    """The random start under another name."""
+    return prepare(
+        "random", model, statistics=None, batches=[], loss_of=None, rank=2, lora_alpha=16, seed=seed
+    ).peft_model
+
+
+def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_path):
+    found = compare(
+        home, tmp_path / "out", starts=["random", ("useless", useless), ("again", again)], learning_rates=[1e-2],
+        seeds=4, steps=12, evaluation_points=[6],
+    )  # fmt: skip
+    outcome = {verdict.label: verdict for verdict in found.summary.verdicts}
+    assert outcome["useless"].outcome == "worse"
+    assert outcome["again"].outcome == "no difference shown"
+    losses = {(r["start"], r["seed"]): r["validation_loss"] for r in found.records}
+    for seed in range(4):
+        assert losses["again", seed] == losses["random", seed]
+        assert losses["useless", seed][0] == losses["useless", seed][-1] > losses["random", seed][-1]
+
+
+def test_a_start_that_has_learned_already_wins(home, tmp_path):
+    bench = set_up_bench(home, tmp_path, steps=40)
+    trained = prepare(
+        "random", bench.loaded.model, statistics=None, batches=[], loss_of=None, rank=2, lora_alpha=16, seed=9,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    order = bench.task.order(5, 40, 4)
+    workbench.train(
+        trained.peft_model, bench.task, order, learning_rate=1e-2, warmup=0.1, evaluation_points=[0, 40], seed=0
+    )
+    trained.peft_model.save_pretrained(tmp_path / "learned")
+    trained.release()
+    found = compare(
+        home, tmp_path / "out", starts=["random", ("learned", tmp_path / "learned")], learning_rates=[1e-3], seeds=4
+    )
+    assert [verdict.outcome for verdict in found.summary.verdicts] == ["better"]
+
+
+# Planning
+
+
+def test_a_dry_run_writes_nothing_and_estimates(home, tmp_path):
+    found = compare(home, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert [run.learning_rate for run in found.planned] == [1e-3] * 3 + [1e-2] * 3 + [None] * 3
+    assert found.seconds_left > 0 and found.records == []
+    compare(home, tmp_path / "out")
+    done = compare(home, tmp_path / "out", dry_run=True)
+    assert done.seconds_left == 0 and len(done.records) == len(done.planned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(starts=["random", "evva"]), "start 'evva' is unknown. Closest: 'eva'"),
+        (dict(starts=[]), "expected names, each once"),
+        (dict(starts=["eva", "random", "eva"]), "expected names, each once"),
+        (dict(starts=["random", ("eva", useless)]), "start 'eva' is one of ours"),
+        (dict(starts=["random", ("mine", "nowhere")]), "start 'mine': nowhere is no adapter directory"),
+        (dict(learning_rates=[-1e-3]), "learning_rates: -0.001"),
+        (dict(evaluation_points=[7]), "expected rising steps from 0 to 6"),
+        (dict(model="bert"), "is a BertForSequenceClassification, and a comparison trains causal language models"),
+        (dict(model="bert", label="first", retain_data="rows.jsonl"), "a classifier has no loss on text"),
+        (dict(model="bert", label="first", dtype="bfloat16"), "the head of a classifier is trained whole"),
+        (dict(label="kind"), "label='kind' is not a column"),
+        (dict(validation_samples=119), "1 training and 119 validation examples"),
+        (dict(validation_samples=0), "no validation rows are left"),
+    ],
+)
+def test_bad_input(home, tmp_path, changes, message):
+    with pytest.raises(LoraInitError) as error:
+        compare(home, tmp_path / "out", **changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
+    """A language model and a classifier; the steps begin below random, the base is put back after each."""
+    starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")
+    found = compare(
+        home, tmp_path / "lm", starts=starts, steps=12, seeds=1, learning_rates=(1e-4,), evaluation_points=[6]
+    )
+    records = {record["start"]: record for record in found.records if not record["equal_parameters"]}
+    assert set(records) == set(starts) and {record["status"] for record in records.values()} == {"finished"}
+    begin = {start: record["validation_loss"][0] for start, record in records.items()}
+    assert begin["lora-one"] < begin["random"] - 0.01
+    for start in starts:
+        if start != "lora-one":
+            # lora-ga takes weights apart, which rounds
+            assert begin[start] == pytest.approx(begin["random"], rel=1e-5), start
+            assert records[start]["validation_loss"][-1] < begin[start], start
+    assert records["eva-grad"]["initialisation_passes"] == 8 and records["gradient-ranks"]["ranks"] is not None
+    files = sorted(file.name for file in (tmp_path / "lm" / "statistics").iterdir())
+    assert files == ["seed0-centred-gradients.safetensors", "seed0-centred.safetensors"]
+    classes = compare(
+        home, tmp_path / "classes", model="bert", label="first", starts=("random", "eva-grad"), seeds=1,
+        learning_rates=(1e-3,),
+    )  # fmt: skip
+    assert {record["status"] for record in classes.records} == {"finished"}

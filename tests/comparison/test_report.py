@@ -1,0 +1,187 @@
+"""report.html, report.md and pictures: every number is in them, nothing from outside, whatever is missing."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lora_init.comparison.plots import looks
+from lora_init.comparison.report import write_report
+from lora_init.comparison.runs import group_runs
+from lora_init.errors import LoraInitError
+from tests.comparison_records import broken, planted, record, write
+
+HOSTILE = '<script>alert("1")</script>|*_$x^2$'
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; fails on tags that do not match."""
+
+    VOID = ("meta", "br", "path", "use")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.words, self.ids = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    runs = planted({"eva": -0.01, HOSTILE: 0.004})
+    for run in runs:
+        if run["start"] == "eva":
+            run["ranks"] = {f"h.{block}.{kind}": 3 * block for block in range(4) for kind in ("up", "down")}
+    folder = write(tmp_path_factory.mktemp("full"), runs, note=HOSTILE, model=HOSTILE)
+    return runs, folder, write_report(folder)
+
+
+def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
+    runs, folder, _ = full
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    words = " ".join(page.words)
+    for run in runs:
+        for loss in run["validation_loss"]:
+            assert f"{loss:.4f}" in words
+    for setting in ("2.13.0", "lora-init compare tiny/model siqa.jsonl", "fingerprint", "siqa.jsonl, 800 rows"):
+        assert setting in words
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)
+    assert re.findall(r"url\((?!#)", text) == []
+    assert "@import" not in text
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_verdicts_come_before_everything_else(full):
+    text = (full[1] / "report.html").read_text()
+    assert text.index("eva is better than random") < text.index("<svg") < text.index("<h2>Settings")
+
+
+def test_text_from_users_is_text_everywhere(full):
+    _, folder, _ = full
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert" in page
+    markdown = (folder / "report.md").read_text()
+    assert "<script" not in markdown.replace("\\<script", "")
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) >= 3 for row in rows)
+    hostile = [row for row in rows if "script" in row]
+    assert hostile
+    assert all(r"\|\*\_" in row for row in hostile)
+
+
+def test_markdown_has_a_picture_for_each_png_and_every_run(full):
+    runs, folder, files = full
+    markdown = (folder / "report.md").read_text()
+    pngs = {path.name for path in files if path.suffix == ".png"}
+    assert pngs == {
+        "learning_curves.png", "learning_rates.png", "differences.png", "forgetting.png", "ranks.png"
+    }  # fmt: skip
+    assert set(re.findall(r"\]\((.*?\.png)\)", markdown)) == pngs
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
+    assert all(f"{run['validation_loss'][-1]:.4f}" in markdown for run in runs)
+    assert markdown.index("eva is better than random") < markdown.index("![")
+
+
+def test_a_second_report_of_the_same_runs_is_the_same(full):
+    _, folder, files = full
+    before = {path: path.read_bytes() for path in files}
+    assert {path: path.read_bytes() for path in write_report(folder)} == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*(path.name for path in files), "runs.jsonl", "settings.json"]
+    )
+
+
+def test_colours_of_the_plots_follow_the_page(full):
+    text = (full[1] / "report.html").read_text()
+    svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    used = set(re.findall(r"var\(--c[0-9a-f]{6}\)", svgs))
+    assert len(used) >= 4
+    assert all(text.count(f"{name[4:-1]}:") == 2 for name in used)  # once for light pages, once for dark ones
+    assert re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", svgs) == []
+
+
+PARTIAL = {
+    "nothing": ([], "No run has ended yet"),
+    "one run": ([record()], "Not run yet: eva."),
+    "random alone": (planted({}), "Not run yet: eva."),
+    "no random": ([run for run in planted({"eva": 0}) if run["start"] != "random"], "compared with random"),
+    "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
+    "one rate": (planted({"eva": 0}, rates=(1e-3,)), "not known to be tuned: random; eva."),
+    "all failed": ([broken("failed", "out of memory", start=s) for s in ("random", "eva")], "2 runs failed"),
+    "all unstable": ([broken("unstable", "nan", start=s) for s in ("random", "eva")], "No lower rate was tried."),
+    "without extras": (
+        [run | dict.fromkeys(("metrics", "metrics_before", "retain_loss", "intruders")) for run in planted({"eva": 0})],
+        "no difference shown",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_partial_logs_give_a_valid_report_that_says_what_is_missing(name, tmp_path):
+    runs, said = PARTIAL[name]
+    files = write_report(write(tmp_path / "run", runs))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert said in " ".join(Page(page).words)
+    assert all(path.stat().st_size for path in files)
+    if not runs:
+        (tmp_path / "run" / "runs.jsonl").unlink()
+        write_report(tmp_path / "run")
+
+
+def test_many_starts_keep_looks_of_their_own_and_their_own_always():
+    names = ["eva", "eva-rho1", "eva-ranks", "orthogonal", "gaussian", "eva-uncentred", "eva-frozen-a", "pissa",
+             "olora", "corda", "loftq", "mine", "yours"]  # fmt: skip
+    styles = looks(group_runs([record(name) for name in ["random", *names]]))
+    assert len(set(styles.values())) == len(names) + 1
+    assert looks(group_runs([record("pissa"), record("random")]))["pissa"] == styles["pissa"]
+
+
+def test_half_a_line_at_the_end_is_left_out(tmp_path):
+    folder = write(tmp_path / "run", [record(), record(seed=1)])
+    text = (folder / "runs.jsonl").read_text()
+    (folder / "runs.jsonl").write_text(text[:-50])
+    write_report(folder)
+    assert "1 run: 1 finished." in (folder / "report.html").read_text()
+
+
+def test_without_settings_there_is_one_clear_error(tmp_path):
+    with pytest.raises(LoraInitError, match=r"settings\.json: cannot be read"):
+        write_report(tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(LoraInitError, match="Name the directory of a comparison"):
+        write_report(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    folder = write(tmp_path / "run", [record()])
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_init.comparison.report.write_whole", full_disk)
+    with pytest.raises(LoraInitError, match="No space left on device"):
+        write_report(folder)
+    assert json.loads((folder / "settings.json").read_text())

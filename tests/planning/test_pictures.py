@@ -1,0 +1,313 @@
+"""Tables and pictures of a plan: what is in them, for 2 to 80 blocks, every architecture, and hostile names."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lora_init.cli.ranks import comparison_table, show_plan
+from lora_init.cli.tables import heat_style, rank_table
+from lora_init.errors import LoraInitError
+from lora_init.layers.grid import layer_grid
+from lora_init.layers.targets import find_targets
+from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.pictures import (
+    budget_curves,
+    kind_spectra,
+    kind_totals,
+    make_figure,
+    rank_color,
+    save_picture,
+    text_color,
+    uniform_twin,
+)
+from tests.conftest import MODELS
+from tests.planning.test_allocate import statistics
+
+KINDS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (64, 32),
+    "mlp.up_proj": (64, 128),
+    "mlp.down_proj": (128, 64),
+}
+
+
+def llama_like(n_blocks, k=8, **provenance):
+    random = np.random.default_rng(0)
+    rows, widths = {}, []
+    for block in range(n_blocks):
+        for kind, width in KINDS.items():
+            rows[f"model.layers.{block}.{kind}"] = sorted(random.dirichlet(np.full(k + 4, 0.5)).tolist())[::-1][:k]
+            widths.append(width)
+    return statistics(rows, widths, n_samples=500, n_batches=5, **provenance)
+
+
+def printed(*renderables, width=100):
+    console = Console(width=width, record=True, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    for renderable in renderables:
+        console.print(renderable)
+    return console.export_text()
+
+
+# --- The grid and the terminal --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_layer_of_every_architecture_has_a_cell_of_its_own(name):
+    names = list(find_targets(MODELS[name]()).layers)
+    grid = layer_grid(names)
+    assert sorted(grid.cells.values()) == sorted(names)
+    assert len(set(grid.kinds)) == len(grid.kinds)
+    assert all(len(kind) < 30 for kind in grid.kinds)
+
+
+def test_kinds_that_end_alike_and_layers_outside_blocks():
+    assert layer_grid(["e.0.a.dense", "e.0.dense", "dense"]).kinds == ["a.dense", "e dense", "dense"] or layer_grid(
+        ["e.0.a.dense", "e.0.dense", "pooler.dense"]
+    ).kinds == ["a.dense", "dense", "pooler.dense"]
+    assert layer_grid(["enc.0.q", "dec.0.q"]).kinds == ["enc q", "dec q"]
+    assert layer_grid(["h.0.q", "h.0.v", "h.1.q", "h.1.k", "h.1.v"]).kinds == ["q", "k", "v"]  # no rank for the first k
+    assert layer_grid(["0.up", "1.up", "head"]).blocks == [-1, 0, 1]
+
+
+@pytest.mark.parametrize(("n_blocks", "width"), [(2, 40), (30, 100), (80, 100), (80, 60)])
+def test_the_terminal_shows_each_rank_once_in_as_many_bands_as_fit(n_blocks, width):
+    plan = allocate_ranks(llama_like(n_blocks), rank=4, overrides={"layers.1.mlp.*": {"max_rank": 0}})
+    lines = printed(rank_table(plan), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    shown = {}
+    for line in lines:
+        label, *cells = line.split() or [""]
+        if label in ("q_proj", "k_proj", "up_proj", "down_proj"):
+            shown.setdefault(label, []).extend(cells)
+        elif label:
+            shown.setdefault("blocks", []).extend([label, *cells])
+    assert shown.pop("blocks") == [str(i) for i in range(n_blocks)]
+    for kind, cells in shown.items():
+        expected = [rank for name, rank in plan.items() if name.endswith(f".{kind}")]
+        assert cells == [str(rank or "·") for rank in expected]
+
+
+def test_the_heat_map_has_colours_only_for_layers_with_rank():
+    assert heat_style(0, 1, 9) == "dim"
+    light, dark = heat_style(1, 1, 9), heat_style(9, 1, 9)
+    assert light.startswith("black on #") and dark.startswith("white on #") and light[-7:] != dark[-7:]
+    assert heat_style(4, 4, 4).startswith("black on")
+
+
+def test_the_report_of_a_plan_adds_up():
+    stats = llama_like(3)
+    plan = allocate_ranks(stats, rank=4, overrides={"layers.1.mlp.*": {"max_rank": 0}})
+    totals = kind_totals(plan)
+    assert sum(kind.total_rank for kind in totals) == plan.total_rank
+    assert sum(kind.parameters for kind in totals) == plan.parameters
+    assert sum(kind.n_layers for kind in totals) == len(plan)
+    even = uniform_twin(plan, stats)
+    assert even.total_rank == plan.total_rank and max(even.values()) - min(even.values()) <= 1
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    show_plan(console, plan, stats)
+    text = " ".join(console.export_text().split())
+    for part in (
+        "policy eva, budget rank=4",
+        "10 of 12 with rank",
+        f"{plan.spent:,} of 48 ranks (100.00%)",
+        f"{plan.parameters:,}, {plan.parameters / even.parameters - 1:+.1%} against uniform ranks",
+        f"{plan.megabytes():.2f} MB in float32",
+        f"{plan.explained_variance:.1%} of a layer's variance on average; {even.explained_variance:.1%} with uniform",
+        "the inputs of each layer of some/model on some data: 500 rows in 5 batches, centred (PCA)",
+        "could be another within two standard errors (from 500 rows taken as independent: a lower bound)",
+    ):
+        assert part in text, part
+
+
+def test_plans_side_by_side():
+    stats = llama_like(2)
+    plans = {policy: allocate_ranks(stats, rank=4, policy=policy) for policy in ("uniform", "eva")}
+    lines = printed(comparison_table(plans)).splitlines()
+    for line, (label, plan) in zip(lines[1:], plans.items(), strict=True):
+        cells = line.split()
+        assert cells[0] == label
+        assert cells[4] == f"{plan.parameters:,}" and cells[6] == f"{plan.explained_variance:.2%}"
+
+
+# --- Numbers behind the pictures ------------------------------------------------------------------------------------
+
+
+def test_budget_curves_are_plans_within_the_limits_and_meet_the_plan():
+    stats = llama_like(3)
+    plan = allocate_ranks(stats, parameters=4000, max_rank=6)
+    curves = budget_curves(plan, stats)
+    assert [curve.policy for curve in curves] == ["uniform", "eva", "cost-aware", "proportional"]
+    for curve in curves:
+        assert len(curve.parameters) > 5 and curve.parameters == sorted(curve.parameters)
+    eva = curves[1]
+    for parameters, share in zip(eva.parameters, eva.explained, strict=True):
+        at = allocate_ranks(stats, parameters=parameters, max_rank=6)
+        assert max(at.values()) <= 6 and at.explained_variance == pytest.approx(share, abs=0.02)
+    assert eva.parameters[0] < plan.parameters < eva.parameters[-1]
+
+
+def test_spectra_end_where_the_components_do():
+    stats = llama_like(3)
+    plan = allocate_ranks(stats, rank=4)
+    spectra = {kind.kind: kind for kind in kind_spectra(plan, stats)}
+    assert list(spectra) == ["q_proj", "k_proj", "up_proj", "down_proj"]
+    reached = spectra["up_proj"].reached[2]
+    name = "model.layers.2.mlp.up_proj"
+    assert len(reached) == 9 and reached[0] == 0.0
+    assert reached[spectra["up_proj"].ranks[2]] == pytest.approx(plan.explained[name])
+
+
+# --- Figures --------------------------------------------------------------------------------------------------------
+
+
+def every_axes(figure):
+    return list(figure.axes)
+
+
+@pytest.mark.parametrize("n_blocks", [2, 30, 80])
+def test_the_figure_has_a_cell_for_each_layer_a_panel_for_each_kind_and_a_line_for_each_policy(n_blocks):
+    stats = llama_like(n_blocks)
+    plan = allocate_ranks(stats, rank=4)
+    figure = make_figure(plan, stats)
+    heat_map, *panels, curve = [axes for axes in every_axes(figure) if axes.get_visible()]
+    cells = {patch.get_gid(): patch for patch in heat_map.patches}
+    assert cells.keys() == plan.keys()
+    assert [text.get_text() for text in heat_map.texts] == [str(rank or "·") for rank in plan.values()]
+    assert [label.get_text() for label in heat_map.get_xticklabels()] == ["q_proj", "k_proj", "up_proj", "down_proj"]
+    assert [label.get_text() for label in heat_map.get_yticklabels()] == [str(i) for i in range(n_blocks)]
+    assert [axes.get_title().split(":")[0] for axes in panels] == ["q_proj", "k_proj", "up_proj", "down_proj"]
+    for axes in panels:
+        assert len(axes.lines) == 2 * n_blocks  # a curve and a dot for each block
+    ends = [line.get_xdata()[0] for line in panels[0].lines[1::2]]
+    assert ends == [rank for name, rank in plan.items() if name.endswith("q_proj")]
+    assert [line.get_label().split(":")[0] for line in curve.lines] == [
+        "uniform", "eva", "cost-aware", "proportional", "this plan",
+    ]  # fmt: skip
+    assert curve.lines[-1].get_xdata()[0] == plan.parameters
+    caption = " ".join(figure.get_supxlabel().split())
+    assert "policy eva, budget rank=4" in caption and "some/model on some data: 500 rows in 5 batches" in caption
+    # Nothing overlaps: a cell is at least as high as its text.
+    heights = figure.get_figheight() * 72 * 0.8 / n_blocks
+    assert heights >= 7
+
+
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_can_be_told_apart_without_colour_vision_and_numbers_can_be_read():
+    plan = allocate_ranks(llama_like(6), rank=4)
+    assert len(set(plan.values())) > 3
+    shades = [rank_color(rank, plan) for rank in range(9)]
+    light = [luminance(shade) for shade in shades]
+    assert shades[0] == "#ffffff" and light == sorted(light, reverse=True)
+    for shade in shades:
+        pair = sorted((luminance(shade), luminance(text_color(shade))))
+        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5  # WCAG 2.1, level AA
+
+
+def svg_text(svg):
+    """What can be read in a picture, without comments."""
+    texts = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    return " ".join(" ".join(" ".join(element.itertext()) for element in texts).split())
+
+
+def test_png_and_svg_hold_what_they_should(tmp_path):
+    stats = llama_like(2)
+    plan = allocate_ranks(stats, rank=4)
+    png = save_picture(plan, stats, tmp_path / "plan.png")
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    svg = save_picture(plan, stats, tmp_path / "plan.SVG").read_text()
+    assert set(plan) <= {element.get("id") for element in ElementTree.fromstring(svg).iter()}
+    text = svg_text(svg)
+    for part in ("down_proj", "cost-aware", "this plan", "components", "adapter parameters"):
+        assert part in text
+
+
+class Page(HTMLParser):
+    """Tags, attributes, ids and the cells of the heat map."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.cells, self.in_map, self.texts = [], [], [], False, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "table":
+            self.in_map = dict(attrs).get("class") == "map"
+        if tag == "td" and self.in_map:
+            self.cells.append(dict(attrs).get("title", ""))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_is_one_file_with_a_cell_for_each_layer(tmp_path):
+    stats = llama_like(30)
+    plan = allocate_ranks(stats, rank=4)
+    text = save_picture(plan, stats, tmp_path / "plan.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert [cell.split(":")[0] for cell in page.cells] == list(plan)
+    assert all(f"rank {plan[cell.split(':')[0]]}," in cell for cell in page.cells)
+    assert page.tags.count("svg") == 4 + 1  # a kind each, and the budget curve
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) > 50
+    shown = " ".join(page.texts)
+    for part in (f"{plan.parameters:,}", "some/model on some data: 500 rows in 5 batches", "uniform, same total rank"):
+        assert part in shown
+    assert text == save_picture(plan, stats, tmp_path / "again.html").read_text(encoding="utf-8")
+
+
+def test_the_page_asks_for_nothing_from_outside(tmp_path):
+    stats = llama_like(2)
+    page = Page(save_picture(allocate_ranks(stats, rank=4), stats, tmp_path / "plan.html").read_text(encoding="utf-8"))
+    assert not {"script", "link", "img", "iframe", "object", "image", "base", "form", "metadata"} & set(page.tags)
+    for key, value in page.attributes:
+        assert not key.startswith("on")
+        if key in ("src", "href", "xlink:href", "data", "action"):
+            assert value.startswith("#")
+        if not key.startswith("xmlns"):
+            assert "//" not in (value or "")
+            assert all(part.startswith("#") for part in re.findall(r"url\(([^)]*)\)", value or ""))
+    assert not re.search(r"@import|@font-face", " ".join(page.texts))
+
+
+def test_names_are_text_on_the_page(tmp_path):
+    evil = "<script>alert(1)</script>"
+    stats = llama_like(2, model_id=evil, data=f'"{evil}&')
+    plan = allocate_ranks(stats, rank=4)
+    text = save_picture(plan, stats, tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "<script" not in text and "&lt;script&gt;" in text
+    # A dollar sign starts a formula in matplotlib, which the name of a data set must not.
+    prices = llama_like(2, data="from $5 to $6_000")
+    svg = save_picture(allocate_ranks(prices, rank=4), prices, tmp_path / "plan.svg").read_text(encoding="utf-8")
+    assert "from $5 to $6_000" in svg_text(svg)
+
+
+def test_all_architectures_can_be_drawn(tmp_path):
+    for name, make in MODELS.items():
+        targets = find_targets(make()).layers
+        rows = {layer: [0.3, 0.2, 0.1, 0.05] for layer in targets}
+        stats = statistics(rows, [(t.in_features, t.out_features) for t in targets.values()])
+        page = Page(save_picture(allocate_ranks(stats, rank=2), stats, tmp_path / f"{name}.html").read_text())
+        assert sorted(filter(None, (cell.split(":")[0] for cell in page.cells))) == sorted(targets)
+
+
+def test_bad_input(tmp_path):
+    stats = llama_like(2)
+    plan = allocate_ranks(stats, rank=4)
+    with pytest.raises(LoraInitError, match=r"pictures are written as \.png, \.svg, \.html"):
+        save_picture(plan, stats, tmp_path / "plan.pdf")
+    with pytest.raises(LoraInitError, match=r"made for some/model .* another"):
+        save_picture(plan, llama_like(2, fingerprint="f2"), tmp_path / "plan.png")
+    for ending in ("png", "svg", "html"):
+        with pytest.raises(LoraInitError, match="the picture could not be written: No such file"):
+            save_picture(plan, stats, tmp_path / "no" / f"plan.{ending}")

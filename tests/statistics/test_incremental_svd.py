@@ -1,0 +1,401 @@
+"""The decompositions: against numpy and scikit-learn, by their laws, and on planted spectra."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA, IncrementalPCA
+
+from lora_init import ExactPCA, IncrementalSVD, LoraInitError, principal_angles
+from lora_init.statistics.incremental_svd import apply_updates, as_multiplied, multiply
+from tests import reference
+
+BOTH = [ExactPCA, IncrementalSVD]
+
+
+def decaying_rows(n=600, d=40, power=1.0, seed=0, mean=0.0):
+    """Rows whose standard deviations fall like i^-power along random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+    scale = torch.arange(1, d + 1).float() ** -power
+    return (torch.randn(n, d, generator=generator) * scale) @ turn.T + mean
+
+
+def fit(kind, rows, sizes, k, **arguments):
+    decomposition = kind(k, **arguments)
+    for part in torch.split(rows, sizes):
+        decomposition.partial_fit(part)
+    return decomposition
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("kind", BOTH)
+def test_one_batch_is_the_svd_of_that_batch(kind, center):
+    rows = decaying_rows(mean=0.3)
+    spectrum = kind(4, center=center).partial_fit(rows).spectrum()
+    components, variances, total = reference.pca(rows, 4, center)
+    # Four power iterations on a spectrum with ratio (5/4)^2 leave 1e-3 of an angle; variances err by its square.
+    assert principal_angles(spectrum.components, torch.tensor(components)).max() < 5e-3
+    np.testing.assert_allclose(spectrum.explained_variance, variances, rtol=1e-4)
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-6)
+    np.testing.assert_allclose(spectrum.mean, rows.mean(0) if center else 0 * rows[0], atol=1e-6)
+
+
+def test_exact_pca_is_scikit_learns_pca_with_signs_by_our_rule():
+    rows = decaying_rows().double()
+    ours, theirs = ExactPCA(5).partial_fit(rows).spectrum(), PCA(5, svd_solver="full").fit(rows.numpy())
+    np.testing.assert_allclose(ours.explained_variance, theirs.explained_variance_, rtol=1e-10)
+    np.testing.assert_allclose(ours.explained_variance_ratio, theirs.explained_variance_ratio_, rtol=1e-10)
+    signs = np.sign((ours.components.numpy() * theirs.components_).sum(1))
+    np.testing.assert_allclose(ours.components, signs[:, None] * theirs.components_, atol=1e-6)
+    largest = ours.components.abs().argmax(1)
+    assert (ours.components[torch.arange(5), largest] > 0).all()
+
+
+def test_batches_capture_at_least_what_scikit_learns_incremental_pca_captures():
+    rows = decaying_rows(n=2000, d=60, power=0.7)
+    ours = fit(IncrementalSVD, rows, 200, 8).spectrum().components
+    theirs = IncrementalPCA(8, batch_size=200).fit(rows.numpy()).components_
+    assert reference.captured(rows, ours) > 0.999 * reference.captured(rows, theirs)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_planted_directions_are_found_from_rows_of_every_type(kind, dtype):
+    rows, directions = reference.planted(800, [300.0, 200.0, 100.0], 50)
+    rows = torch.tensor(rows).to(dtype)
+    spectrum = fit(kind, rows, 100, 3).spectrum()
+    # bfloat16 keeps 8 bits: noise of 2^-9 of each entry, spread over 47 other directions.
+    bound = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(dtype, 1e-3)
+    assert principal_angles(spectrum.components, torch.tensor(directions)).max() < bound
+    assert spectrum.components.dtype == torch.float32
+    assert spectrum.explained_variance.dtype == torch.float64
+
+
+@pytest.mark.parametrize("n_batches", [1, 8])
+@pytest.mark.parametrize("kind", BOTH)
+def test_float32_rows_of_condition_1e4_keep_their_small_components(kind, n_batches):
+    singular_values = np.geomspace(1e4, 1.0, 16)
+    rows, directions = reference.planted(1600, singular_values, 128)
+    decomposition = fit(kind, torch.tensor(rows).float(), 1600 // n_batches, 16)
+    spectrum = decomposition.spectrum()
+    # Storing an entry in float32 already moves it by 6e-8 * 1e4 / sqrt(128) = 5e-5 of the smallest component's scale.
+    assert principal_angles(spectrum.components, torch.tensor(directions)).max() < 2e-2
+    np.testing.assert_allclose(spectrum.explained_variance * 1599, singular_values**2, rtol=5e-3)
+
+
+def test_a_float32_gram_matrix_would_have_lost_them():
+    rows, directions = reference.planted(1600, np.geomspace(1e4, 1.0, 16), 128)
+    rows = torch.tensor(rows).float()
+    vectors = torch.linalg.eigh(rows.T @ rows).eigenvectors.T[-16:]
+    assert principal_angles(vectors, torch.tensor(directions)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_mean_a_thousand_times_the_deviation_costs_no_digits(kind):
+    rows = decaying_rows(n=400, mean=1000.0)
+    spectrum = fit(kind, rows, 50, 4).spectrum()
+    _, variances, total = reference.pca(rows, 4)
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-4)
+    np.testing.assert_allclose(spectrum.explained_variance, variances, rtol=2e-2)
+
+
+def test_the_drift_of_the_mean_counts():
+    rows = torch.cat([decaying_rows(100, 10), decaying_rows(100, 10) + 5 * torch.eye(10)[3]])
+    spectrum = fit(IncrementalSVD, rows, 100, 2).spectrum()
+    components, variances, _ = reference.pca(rows, 2)
+    assert principal_angles(spectrum.components[:1], torch.tensor(components[:1])).max() < 1e-2
+    np.testing.assert_allclose(spectrum.explained_variance[:1], variances[:1], rtol=1e-3)
+
+
+splits = st.lists(st.integers(0, 90), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cuts=splits, center=st.booleans())
+def test_exact_pca_does_not_depend_on_the_split(cuts, center):
+    rows = decaying_rows(90, 12).double()
+    bounds = sorted({0, 90, *cuts})
+    whole, parts = ExactPCA(center=center).partial_fit(rows), ExactPCA(center=center)
+    for start, end in zip([0, *bounds], [*bounds, 90], strict=True):
+        parts.partial_fit(rows[start:end])
+    a, b = whole.spectrum(), parts.spectrum()
+    np.testing.assert_allclose(a.explained_variance, b.explained_variance, rtol=1e-9)
+    assert a.total_variance == pytest.approx(b.total_variance, rel=1e-12)
+    assert a.n_samples == b.n_samples == 90
+
+
+@settings(deadline=None, max_examples=40)
+@given(cuts=splits, center=st.booleans(), merged=st.booleans())
+def test_incremental_svd_captures_nearly_the_same_under_any_split_or_merge(cuts, center, merged):
+    rows = decaying_rows(90, 40)
+    bounds = sorted({0, 90, *cuts})
+    parts = IncrementalSVD(4, center=center)
+    for start, end in zip([0, *bounds], [*bounds, 90], strict=True):  # 0-row and 1-row pieces too
+        if merged:
+            parts.merge(IncrementalSVD(4, center=center).partial_fit(rows[start:end]))
+        else:
+            parts.partial_fit(rows[start:end])
+    spectrum = parts.spectrum()
+    components, _, total = reference.pca(rows, 4, center)
+    best = reference.captured(rows, components, center)
+    assert reference.captured(rows, spectrum.components, center) > 0.98 * best
+    assert float(spectrum.explained_variance.sum()) * 89 < best * (1 + 1e-5)  # never overstated
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-5)  # exact
+    assert spectrum.n_samples == 90
+
+
+@settings(deadline=None, max_examples=20)
+@given(cuts=splits)
+def test_rows_of_low_rank_are_exact_under_any_split(cuts):
+    rows = torch.tensor(reference.planted(90, [9.0, 5.0, 2.0], 30, mean=1.0)[0]).float()
+    bounds = sorted({0, 90, *cuts})
+    parts = IncrementalSVD(4)
+    for start, end in zip([0, *bounds], [*bounds, 90], strict=True):
+        parts.partial_fit(rows[start:end])
+    spectrum = parts.spectrum()
+    assert reference.captured(rows, spectrum.components) == pytest.approx(81 + 25 + 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_merging_with_an_empty_one_changes_nothing(kind):
+    rows = decaying_rows(50, 10)
+    full = kind(3).partial_fit(rows)
+    before = full.spectrum()
+    for after in (full.merge(kind(3)).spectrum(), kind(3).merge(full).spectrum()):
+        assert principal_angles(before.components, after.components).max() < 1e-5
+        np.testing.assert_allclose(before.explained_variance, after.explained_variance, rtol=1e-5)
+        assert (before.total_variance, before.n_samples) == (after.total_variance, after.n_samples)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_merge_leaves_the_other_alone(kind):
+    a, b = kind(3).partial_fit(decaying_rows(50, 10)), kind(3).partial_fit(decaying_rows(60, 10, seed=1))
+    before = b.spectrum()
+    a.merge(b).partial_fit(decaying_rows(50, 10, seed=2))
+    assert torch.equal(b.spectrum().components, before.components)
+    assert a.n_samples == 160
+
+
+def test_updating_many_at_once_is_updating_each():
+    alone = [IncrementalSVD(4) for _ in range(3)]
+    together = [IncrementalSVD(4) for _ in range(3)]
+    for step in range(4):
+        batches = [decaying_rows(80, 24, seed=10 * i + step) for i in range(3)]
+        for one, other, rows in zip(alone, together, batches, strict=True):
+            one.partial_fit(rows)
+            other.project(rows)
+        apply_updates(together)
+    for one, other in zip(alone, together, strict=True):
+        assert principal_angles(one.spectrum().components, other.spectrum().components).max() < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_weights_are_factors_of_rows(dtype, rtol):
+    """First batches, small ones and others."""
+    plain, weighted = IncrementalSVD(4, center=False), IncrementalSVD(4, center=False)
+    generator = torch.Generator().manual_seed(0)
+    for seed, n in enumerate((60, 80, 10, 300)):
+        rows, factors = decaying_rows(n, 40, seed=seed), torch.rand(n, generator=generator)
+        plain.partial_fit(rows * factors[:, None])
+        given = as_multiplied(rows.to(dtype))
+        multiply(given, [weighted.steps(given, rows.norm(dim=1), factors)])
+        apply_updates([weighted])
+        assert weighted.n_samples == plain.n_samples
+        if seed:
+            captured = float(plain.held_out.captured[:4].sum())
+            assert float(weighted.held_out.captured[:4].sum()) == pytest.approx(captured, rel=rtol)
+            assert weighted.held_out.total == pytest.approx(plain.held_out.total, rel=rtol)
+    a, b = weighted.spectrum(), plain.spectrum()
+    assert a.total_variance == pytest.approx(b.total_variance, rel=rtol)
+    torch.testing.assert_close(a.explained_variance, b.explained_variance, rtol=rtol, atol=0.0)
+    assert principal_angles(a.components, b.components).max() < 10 * rtol
+
+
+@pytest.mark.parametrize("mean", [0.5, 40.0])
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_rows_of_bfloat16_are_multiplied_as_they_are(monkeypatch, fast, mean):
+    """Counts, means and total variance stay exact; directions are right to what 8 bits tell."""
+    monkeypatch.setattr("lora_init.statistics.incremental_svd._is_faster_in_bfloat16", lambda device: fast)
+    rows = decaying_rows(1200, 40, mean=mean).bfloat16()
+    svd, truth = fit(IncrementalSVD, rows, 200, 4), fit(ExactPCA, rows.float(), 200, 4)
+    found, expected = svd.spectrum(), truth.spectrum()
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
+    assert found.total_variance == pytest.approx(expected.total_variance, rel=1e-4)
+    torch.testing.assert_close(found.explained_variance, expected.explained_variance[:4], rtol=0.02, atol=0.0)
+    assert principal_angles(found.components, expected.components[:4]).max() < 0.1
+
+
+def gathering(n_batches=21, mean=0.5, **arguments):
+    """A decomposition of many batches, the last of which its directions have not turned to yet."""
+    rows = decaying_rows(60 * n_batches, 40, mean=mean)
+    svd = fit(IncrementalSVD, rows, 60, 4, **arguments)
+    assert svd._gathered is not None
+    return svd, rows
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_rows_that_are_gathered_count_like_all_others(center):
+    svd, rows = gathering(center=center)
+    spectrum = svd.spectrum()
+    components, variances, total = reference.pca(rows, 4, center)
+    assert svd.n_samples == spectrum.n_samples == len(rows)
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-6)
+    np.testing.assert_allclose(spectrum.mean, rows.mean(0) if center else 0 * rows[0], atol=1e-6)
+    np.testing.assert_allclose(spectrum.explained_variance, variances, rtol=1e-3)
+    assert reference.captured(rows, spectrum.components, center) > 0.9999 * reference.captured(rows, components, center)
+    other = IncrementalSVD(4, center=center).merge(svd).spectrum()
+    assert (other.n_samples, other.total_variance) == (len(rows), pytest.approx(total, rel=1e-6))
+
+
+def test_asking_for_the_spectrum_in_between_changes_nothing():
+    rows = decaying_rows(1200, 40)
+    asked = IncrementalSVD(4)
+    for part in torch.split(rows, 60):
+        asked.partial_fit(part).spectrum()
+    assert torch.equal(asked.spectrum().components, fit(IncrementalSVD, rows, 60, 4).spectrum().components)
+
+
+@pytest.mark.parametrize(("width", "gathers"), [(4095, True), (4096, False)])
+def test_wide_inputs_hold_no_second_state(width, gathers):
+    svd = IncrementalSVD(2)
+    for _ in range(12):
+        svd.partial_fit(torch.randn(20, width))
+    assert ("gathered.image" in svd.state_dict()) == gathers
+
+
+def test_bad_rows_take_nothing_from_what_was_gathered():
+    svd, rows = gathering()
+    before = svd.spectrum()
+    with pytest.raises(LoraInitError, match="3 of 60 rows"):
+        svd.partial_fit(rows[:60].clone().index_fill_(0, torch.tensor([1, 2, 3]), torch.inf))
+    assert torch.equal(svd.spectrum().components, before.components)
+    assert svd.n_samples == len(rows)
+
+
+def test_a_released_state_holds_no_memory_of_others():
+    many = [IncrementalSVD(4) for _ in range(5)]
+    for step in range(3):
+        for i, one in enumerate(many):
+            one.project(decaying_rows(80, 24, seed=10 * i + step))
+        apply_updates(many)
+    assert many[0]._state.test.untyped_storage().nbytes() > many[0]._state.test.nbytes
+    before = many[0].spectrum()
+    many[0].release()
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in many[0]._state[1:4])
+    assert torch.equal(many[0].spectrum().components, before.components)
+
+
+def test_a_state_that_was_written_goes_on_with_the_same_bits():
+    svd, _ = gathering(mean=1.0)
+    state = {name: tensor.clone() for name, tensor in svd.state_dict().items()}
+    other = IncrementalSVD(4).load_state_dict(state)
+    assert (other.n_samples, other.captured) == (svd.n_samples, svd.captured)
+    for part in torch.split(decaying_rows(300, 40, seed=1), 60):
+        for one in (svd, other):
+            one.partial_fit(part)
+        assert torch.equal(one.held_out.captured, svd.held_out.captured)
+    a, b = svd.spectrum(), other.spectrum()
+    assert torch.equal(a.components, b.components)
+    assert torch.equal(a.explained_variance, b.explained_variance)
+    assert a.total_variance == b.total_variance
+
+
+def test_held_out_is_measured_before_the_batch_is_used():
+    first, second = decaying_rows(200, 20), decaying_rows(150, 20, seed=1)
+    svd = IncrementalSVD(3).partial_fit(first)
+    assert svd.held_out is None
+    before = svd.spectrum()
+    svd.partial_fit(second)
+    offset = second - before.mean
+    expected = (offset @ before.components.T).square().sum(0).double()
+    np.testing.assert_allclose(svd.held_out.captured[:3], expected, rtol=1e-3)
+    assert svd.held_out.total == pytest.approx(float(offset.double().square().sum()), rel=1e-5)
+    assert svd.held_out.n_samples == 150
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_no_rows_one_row_and_constant_rows(kind):
+    with pytest.raises(LoraInitError, match="no rows were seen"):
+        kind(2).partial_fit(torch.zeros(0, 5)).spectrum()
+    one = kind(2).partial_fit(torch.ones(1, 5)).spectrum()
+    assert one.n_components == 0
+    assert one.total_variance == 0.0
+    constant = fit(kind, torch.full((300, 5), 7.3), 100, 2).spectrum()
+    assert constant.total_variance == pytest.approx(0.0, abs=1e-8)
+    assert constant.explained_variance_ratio.sum() <= 1.0
+    torch.testing.assert_close(constant.mean, torch.full((5,), 7.3))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_fewer_rows_than_components_give_what_they_span(kind):
+    spectrum = kind(8).partial_fit(decaying_rows(4, 20)).spectrum()
+    assert spectrum.n_components == 3  # four points span three directions about their mean
+    assert float(spectrum.explained_variance_ratio.sum()) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("start", [0, 60])
+def test_bad_rows_are_refused_and_nothing_is_updated(kind, start):
+    good, bad = decaying_rows(60, 6), decaying_rows(60, 6)
+    bad[17, 2], bad[30, 1] = float("nan"), float("inf")
+    decomposition = kind(2).partial_fit(good[:start])
+    with pytest.raises(LoraInitError, match=r"2 of 60 rows contain NaN or inf \(first at row 17\)"):
+        decomposition.partial_fit(bad)
+    assert decomposition.n_samples == start
+    after = decomposition.partial_fit(good).spectrum()
+    expected = kind(2).partial_fit(good[:start]).partial_fit(good).spectrum()
+    assert torch.equal(after.components, expected.components)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_other_misuse_is_refused(kind):
+    decomposition = kind(2).partial_fit(torch.randn(9, 6))
+    with pytest.raises(LoraInitError, match="width 5, expected 6"):
+        decomposition.partial_fit(torch.randn(9, 5))
+    with pytest.raises(LoraInitError, match="two dimensions"):
+        decomposition.partial_fit(torch.randn(2, 9, 6))
+    with pytest.raises(LoraInitError, match="floating point"):
+        decomposition.partial_fit(torch.ones(9, 6, dtype=torch.long))
+    with pytest.raises(LoraInitError, match="centred"):
+        decomposition.merge(kind(2, center=False).partial_fit(torch.randn(9, 6)))
+    with pytest.raises(LoraInitError, match="width 5, expected 6"):
+        decomposition.merge(kind(2).partial_fit(torch.randn(9, 5)))
+    with pytest.raises(LoraInitError, match="n_components=0"):
+        IncrementalSVD(0)
+
+
+def test_same_seed_same_result_bit_for_bit():
+    a, b = (fit(IncrementalSVD, decaying_rows(), 100, 4).spectrum() for _ in range(2))
+    assert torch.equal(a.components, b.components)
+
+
+def test_results_do_not_alias_the_running_state():
+    svd = IncrementalSVD(2).partial_fit(decaying_rows(50, 6))
+    spectrum = svd.spectrum()
+    kept = spectrum.components.clone()
+    spectrum.mean.zero_()
+    svd.partial_fit(decaying_rows(50, 6, seed=1))
+    assert torch.equal(spectrum.components, kept)
+    spectrum.components.zero_()
+    assert svd.spectrum().components.abs().sum() > 0
+
+
+def test_principal_angles_small_and_large():
+    rows = torch.eye(4).double()
+    tilted = rows[:2].clone()
+    tilted[1] = torch.tensor([0.0, np.cos(1e-10), np.sin(1e-10), 0.0])
+    assert principal_angles(rows[:2], tilted)[-1] == pytest.approx(1e-10, rel=1e-4)
+    np.testing.assert_allclose(principal_angles(rows[:2], rows[2:]), [np.pi / 2] * 2)
+    np.testing.assert_allclose(principal_angles(rows[:1], rows[:3]), [0.0], atol=1e-12)
+
+
+@pytest.mark.parametrize(("power", "wins"), [(1.0, True), (0.0, False)])
+def test_components_beat_random_directions_on_structured_rows_only(power, wins):
+    rows, unseen = decaying_rows(800, 64, power), decaying_rows(800, 64, power, seed=0)[torch.randperm(800)]
+    unseen = decaying_rows(1600, 64, power)[800:]
+    components = fit(IncrementalSVD, rows, 100, 4).spectrum().components
+    by_chance = 4 / 64 * reference.captured(unseen, np.eye(64))
+    ratio = reference.captured(unseen, components) / by_chance
+    assert ratio > 5 if wins else 0.8 < ratio < 1.3
