@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo bench clean
+.PHONY: help venv test check format docs demo bench clean
 
 help:
 	@echo 'make demo    fetch a small model and BoolQ, compute an adapter, train it against a random one'
 	@echo 'make test    run the tests'
 	@echo 'make check   ruff, mypy --strict'
 	@echo 'make format  let ruff rewrite the files'
-	@echo 'make bench   measure what the README claims about time and captured variance'
+	@echo 'make docs    build the documentation as a site, in docs/_build/html'
+	@echo 'make bench   measure what the documentation claims about time and captured variance'
 	@echo 'make venv    only create .venv and install into it (PYTHON=python3.12 picks the interpreter)'
 	@echo 'make clean   remove .venv and caches'
 
@@ -22,6 +23,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, and $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # The tests build what they need. The hub is never asked.
@@ -37,6 +42,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A warning is an error: a broken link, a malformed docstring, a page that no table of contents names.
+docs: $(VENV)/.docs-installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(ARGS)
 
@@ -44,5 +53,5 @@ bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.statistics $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lora_init tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,157 @@
+"""Every Python and shell block of the README and of docs/ runs, page by page, with a tiny model and tiny data."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import lora_init
+from lora_init.cli import app as cli
+from tests.conftest import tiny_llama
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+OTHERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "benchmarks/LOG.md"]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in OTHERS + DOCS}
+BLOCK = re.compile(r"^```([\w{}-]*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = [page for page in ["README.md", *DOCS] if re.search(r"^```(python|bash)$", TEXTS[page], re.MULTILINE)]
+# These run as they stand. The others say "as before": they find a model, batches and statistics under those names.
+COMPLETE = ("README.md", "docs/getting-started.md")
+MODEL, DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "boolq.jsonl"
+TEMPLATE = "{passage}\nQuestion: {question}?"
+
+WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house plus is".split()  # noqa: SIM905
+CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+# Budgets and lengths as they fit the tiny model.
+SMALLER = (
+    (r"\b1M\b", "3k"),
+    (r"\b5M\b", "5k"),
+    (r"lora-init compare", "lora-init compare --steps 2 --seeds 1 --learning-rates 1e-3 --validation-samples 8"),
+    (r'starts=\("random", "eva"\)', r"\g<0>, steps=2, seeds=2, learning_rates=[1e-3], validation_samples=8"),
+    (r"max_steps=20", "max_steps=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model whose tokenizer knows some words and numbers, with data, and with statistics of both."""
+    home = tmp_path_factory.mktemp("docs")
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, *map(str, range(39))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(home / MODEL)
+    tiny_llama().save_pretrained(home / MODEL)
+    rows = [
+        {"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19], "label": i % 2 == 0}
+        for i in range(48)
+    ]
+    (home / DATA).write_text("\n".join(map(json.dumps, rows)))
+    made = f"init {home / MODEL} {home / DATA} --gradients --statistics {home / 'stats.safetensors'} -o {home / 'out'}"
+    result = CliRunner().invoke(cli.app, [*made.split(), "--template", TEMPLATE])
+    assert result.exit_code == 0, result.stderr
+    return home
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_blocks_run(page, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "HuggingFaceTB").symlink_to(home / "HuggingFaceTB")
+    names = {"__name__": "__main__"}
+    if page not in COMPLETE:
+        for file in (DATA, "stats.safetensors"):
+            (tmp_path / file).write_bytes((home / file).read_bytes())
+        tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+        batches = lora_init.load_batches(DATA, tokenizer, template=TEMPLATE)
+        stats = lora_init.Statistics.load("stats.safetensors")
+        names |= dict(lora_init=lora_init, tokenizer=tokenizer, model=model, batches=batches, stats=stats)
+    for block in BLOCK.finditer(TEXTS[page]):
+        language, text = block.groups()
+        for pattern, smaller in SMALLER:
+            text = re.sub(pattern, smaller, text)
+        if language == "python":
+            before = TEXTS[page][: block.start()].count("\n") + 1  # so that a traceback names the line of the page
+            exec(compile("\n" * before + text, str(ROOT / page), "exec"), names)
+        elif language == "bash":
+            for command in commands(text):
+                run(command)
+
+
+def commands(text):
+    """Split a shell block into its commands: a line, with those that a backslash or an open quote adds to it."""
+    command = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        command += line
+        if command.count("'") % 2:
+            command += "\n"
+        elif command.strip():
+            yield command
+            command = ""
+
+
+def run(command):
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+    elif words[:2] == ["pip", "install"]:
+        assert words[2:] == ["-e", "."] and (ROOT / "pyproject.toml").exists()
+    elif words[0] in ("lora-init", "torchrun", "accelerate"):  # here in one process; tests/collection/ has two
+        start = 1 if words[0] == "lora-init" else words.index("lora_init") + 1
+        result = CliRunner().invoke(cli.app, words[start:])
+        assert result.exit_code == 0, f"{command}\n{result.stderr}"
+    else:
+        subprocess.run(["bash", "-ec", command], check=True)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_block_escapes(page):
+    languages = {block.group(1) for block in BLOCK.finditer(TEXTS[page])}
+    assert languages <= {"python", "bash", "text", "{toctree}", "{include}", "{eval-rst}"}
+    assert TEXTS[page].count("```") == 2 * len(BLOCK.findall(TEXTS[page]))
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", OTHERS)
+def test_links_lead_somewhere(page):
+    """Sphinx checks those of docs/, with `make docs`."""
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", TEXTS[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_and_commands_named_there_exist(page):
+    for path in re.findall(r"`((?:examples|tests|benchmarks|lora_init)/[\w./]+)`", TEXTS[page]):
+        assert page == "benchmarks/LOG.md" or (ROOT / path).exists(), path
+    for name in set(re.findall(r"`lora-init (\w+)", TEXTS[page])) - {"export"}:  # which comes with the room serving
+        assert CliRunner().invoke(cli.app, [name, "--help"]).exit_code == 0, name
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_pictures_have_words(page):
+    assert [words for words in re.findall(r"!\[(.*?)\]", TEXTS[page]) if len(words) < 40] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = re.findall(r"^\.\. auto\w+:: lora_init\.(\w+)$", TEXTS["docs/python.md"], re.MULTILINE)
+    assert sorted(listed) == lora_init.__all__
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {lora_init.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
