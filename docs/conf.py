@@ -33,7 +33,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "lora_init"
 html_static_path = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["custom.css"]
 html_show_copyright = False
 copybutton_exclude = ".linenos, .gp"
 

@@ -229,7 +229,7 @@ class Statistics(Mapping[str, Spectrum]):
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write everything to one safetensors file; its format is in the README. A crash leaves no half file.
+        """Write everything to one safetensors file; its format is in docs/file-formats.md. A crash leaves no half file.
 
         Raises:
             LoraInitError: The file cannot be written.
