@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
@@ -10,6 +11,52 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora_init.errors import LoraInitError
+
+# How a file of each kind begins. Only a file of the same kind may be replaced.
+_BEGINNINGS = {
+    "plan": rb'\{\s*"format": "lora_init\.plan"',
+    "statistics file": rb'.{8}\{.*"format":"lora_init\.statistics"',  # safetensors: a length, then JSON
+    "PNG picture": rb"\x89PNG\r\n\x1a\n",
+    "SVG picture": rb"(<\?xml.*?)?<svg",
+    "HTML page": rb"<!(?i:doctype html)",
+}
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+
+
+def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
+    """Find out, before the work, whether a command may write a file of its own to this path.
+
+    Args:
+        path: Where the file shall be.
+        overwrite: Whether a file of the same kind may be replaced.
+        kind: `"plan"`, `"statistics file"`, `"PNG picture"`, `"SVG picture"` or `"HTML page"`.
+
+    Raises:
+        LoraInitError: The path exists and `overwrite` is off, or is not of this kind; or its directory does not exist
+            or cannot be written to.
+    """
+    path = Path(path).expanduser()
+    if not path.parent.is_dir():
+        raise LoraInitError(f"{path}: there is no directory {path.parent}. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise LoraInitError(f"{path}: the directory {path.parent} cannot be written to. Choose another one.")
+    if not path.exists():
+        return
+    article = "an" if kind.startswith(("SVG", "HTML")) else "a"
+    if not path.is_file() or not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
+        raise LoraInitError(f"{path} exists and is not {article} {kind}, so it is never replaced. Choose another name.")
+    if not overwrite:
+        raise LoraInitError(f"{path} exists. Choose another name, or pass --overwrite to replace this {kind}.")
+
+
+def _beginning(path: Path) -> bytes:
+    """Read what tells the kind of a file: the first 4 KiB, of a safetensors file the whole header."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:9] == b"{" and length <= _LONGEST_HEADER:
+            start += file.read(length)
+    return start
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -12,7 +12,8 @@ import typer
 from lora_init.cli.console import make_console, one_line_errors, say
 from lora_init.cli.tables import facts, rank_table
 from lora_init.errors import LoraInitError
-from lora_init.planning.pictures import kind_totals, plan_text, source_text, uniform_twin
+from lora_init.files import check_writable
+from lora_init.planning.pictures import kind_totals, picture_kind, plan_text, source_text, uniform_twin
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
 
@@ -268,6 +269,7 @@ def ranks(
     lora_alpha: Annotated[float, typer.Option(help="For --format: scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .html.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older plan or picture.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
@@ -282,6 +284,7 @@ def ranks(
             "overrides": read_overrides(override or []), "exclude": exclude or [],
         }  # fmt: skip
         variants = read_variants(compare or [], arguments)
+        _check_outputs(output, plot, overwrite)
         from lora_init.planning.allocate import allocate_ranks
         from lora_init.planning.plan import save_plan
         from lora_init.statistics.statistics import Statistics
@@ -304,6 +307,16 @@ def ranks(
             typer.echo(snippet(plan, tool, lora_alpha, use_rslora, str(output or "plan.json")), nl=False)
             return
         _show(plans, stats, as_json)
+
+
+def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> None:
+    """Find out before the work whether both files may be written."""
+    if output is not None:
+        check_writable(output, overwrite, "plan")
+    if plot is not None:
+        if plot == output:
+            raise LoraInitError(f"--output and --plot both name {plot}. Choose another name for one of the two.")
+        check_writable(plot, overwrite, picture_kind(plot))
 
 
 def _show(plans: dict[str, Any], stats: Any, as_json: bool) -> None:

@@ -397,7 +397,7 @@ def inline_svg(draw: Callable[[Any], None], width: float, height: float, prefix:
     return svg.strip()
 
 
-FORMATS = (".png", ".svg", ".html")
+FORMATS = {".png": "PNG picture", ".svg": "SVG picture", ".html": "HTML page"}
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; padding: 1rem;
@@ -425,6 +425,17 @@ li { overflow-wrap: anywhere; }
 """
 
 
+def picture_kind(path: Path) -> str:
+    """Say what kind of file a picture's name asks for.
+
+    Raises:
+        LoraInitError: None that can be written.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise LoraInitError(f"{path}: pictures are written as {', '.join(FORMATS)}. Name the file so.")
+    return FORMATS[path.suffix.lower()]
+
+
 def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> Path:
     """Draw a plan: heat map of ranks, spectra with the ranks marked, and what other budgets and policies explain.
 
@@ -437,12 +448,11 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
         LoraInitError: Another ending, a plan for another model, or a file that cannot be written.
     """
     path = Path(path).expanduser()
-    if path.suffix.lower() not in FORMATS:
-        raise LoraInitError(f"{path}: pictures are written as {', '.join(FORMATS)}. Name the file so.")
+    kind = picture_kind(path)
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to draw.")
     plan.check(stats)
-    if path.suffix.lower() == ".html":
+    if kind == "HTML page":
         write_picture(path, lambda: path.write_text(_page(plan, stats), encoding="utf-8"))
     else:
         save_figure(plan, stats, path)

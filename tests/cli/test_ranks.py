@@ -90,7 +90,7 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     assert (tmp_path / "p.svg").stat().st_size > 1000
     assert (
         str(tmp_path / "p.json")
-        in run(file, "--rank", 4, "--format", "llama-factory", "--output", tmp_path / "p.json").stdout
+        in run(file, "--rank", 4, "--format", "llama-factory", "--output", tmp_path / "p.json", "--overwrite").stdout
     )
 
 
@@ -120,6 +120,29 @@ def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
     result = run(file, *arguments, code=1)
     assert message in result.stderr and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_nothing_is_replaced_without_overwrite_and_nothing_of_another_kind_even_then(file, tmp_path):
+    statistics = file.read_bytes()
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,completion\n")
+    for output in (file, rows):
+        for option in ("--output", "--plot"):
+            name = output if option == "--output" else output.rename(output.with_suffix(".svg"))
+            for more in ([], ["--overwrite"]):
+                assert "is never replaced" in run(file, option, name, *more, code=1).stderr
+            name.rename(output)
+    assert file.read_bytes() == statistics and rows.read_text() == "prompt,completion\n"
+    plan, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    arguments = (file, "--output", plan, "--plot", picture)
+    run(*arguments, "--rank", 2)
+    before = plan.read_bytes(), picture.read_bytes()
+    assert "pass --overwrite to replace this plan" in run(*arguments, "--rank", 3, code=1).stderr
+    assert "pass --overwrite to replace this PNG picture" in run(file, "--plot", picture, code=1).stderr
+    assert (plan.read_bytes(), picture.read_bytes()) == before
+    run(*arguments, "--rank", 3, "--overwrite")
+    assert load_plan(plan).rank == 3 and picture.read_bytes() != before[1]
+    assert "both name" in run(file, "--output", "a.svg", "--plot", "a.svg", code=1).stderr
 
 
 def test_a_wrong_policy_is_wrong_usage(file):
