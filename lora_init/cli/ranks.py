@@ -1,4 +1,4 @@
-"""The command `lora-init ranks`: from a statistics file to a plan, printed, saved, drawn, or told to another tool."""
+"""The command `lora-init ranks`: from a statistics file to a plan: printed, saved, drawn, or for another tool."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_init.cli.console import make_console, one_line_errors, say
+from lora_init.cli.console import make_console, one_line_errors, read_names, say
 from lora_init.cli.tables import facts, rank_table
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
-from lora_init.planning.pictures import kind_totals, picture_kind, plan_text, source_text, uniform_twin
-from lora_init.planning.plan import RankAllocation
-from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
+    from lora_init.planning.plan import RankAllocation
+    from lora_init.statistics.statistics import Statistics
+
+_BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
+_LIMITS = ("rank", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
 _WHOLE = ("rank", "min_rank", "max_rank", "multiple_of")
 _NUMBER = ("fraction", "megabytes", "variance", "rho")
 _TEXT = ("total_rank", "parameters", "policy", "dtype", "coverage")  # counts such as 2.5M are read by allocate_ranks
-_LIMITS = ("rank", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
 
 
 def read_value(key: str, text: str, where: str) -> Any:
@@ -42,8 +42,8 @@ def read_value(key: str, text: str, where: str) -> Any:
         if key == "allowed_ranks":
             return tuple(int(part) for part in text.split("/"))
     except ValueError:
-        kind = "a number" if key in _NUMBER else "a whole number, or several with / between" if "/" in text else "whole"
-        raise LoraInitError(f"{where}: {key}={text!r} is not {kind}.") from None
+        kinds = {"allowed_ranks": "whole numbers with / between"} | dict.fromkeys(_NUMBER, "a number")
+        raise LoraInitError(f"{where}: {key}={text!r} is not {kinds.get(key, 'a whole number')}.") from None
     return text
 
 
@@ -82,7 +82,7 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
     for text in texts:
         full = text if "=" in text else f"policy={text}"
         change = _pairs(full, (*_WHOLE, *_NUMBER, *_TEXT, "allowed_ranks"), f"--compare {text!r}")
-        kept = {k: v for k, v in base.items() if k not in BUDGETS or not any(budget in change for budget in BUDGETS)}
+        kept = {k: v for k, v in base.items() if k not in _BUDGETS or not any(budget in change for budget in _BUDGETS)}
         variants[text] = {**kept, **change}
     return variants
 
@@ -101,9 +101,23 @@ def _pairs(text: str, keys: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
-    """Print a plan, and what it costs and explains against uniform ranks of the same sum."""
+    """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
+    from lora_init.planning.pictures import kind_totals, plan_text, source_text, uniform_twin
+    from lora_init.planning.plan import serving_note
+
     even = uniform_twin(plan, stats)
     used = [rank for rank in plan.values() if rank]
+    kinds = _table("layers", "count", "rank", "total rank", "parameters", "share", "explained")
+    for kind in kind_totals(plan).itertuples():
+        kinds.add_row(
+            kind.Index,
+            str(kind.layers),
+            _range([kind.least, kind.most]),
+            f"{kind.total_rank:,}",
+            f"{kind.parameters:,}",
+            f"{kind.parameters / plan.parameters:.1%}",
+            f"{kind.explained:.1%}",
+        )
     rows = {
         "plan": plan_text(plan),
         "layers": f"{len(used)} of {len(plan)} with rank {_range(used)}, average rank {plan.rank}",
@@ -115,16 +129,11 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
         f"{even.explained_variance:.1%} with uniform ranks",
         "from": source_text(plan),
     }
-    if plan.unsettled:
-        name, (low, high) = max(plan.unsettled.items(), key=lambda item: item[1][1] - item[1][0])
-        rows["least sure"] = f"{name}: rank {plan[name]}, could be {low} to {high}"
-    console.print(rank_table(plan))
-    console.print()
-    console.print(_kind_table(plan))
-    console.print()
-    console.print(facts(rows))
+    for part in (rank_table(plan), "", kinds, "", facts(rows)):
+        console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
+    console.print(serving_note(plan), markup=False)
 
 
 def _range(ranks: Sequence[int]) -> str:
@@ -142,27 +151,12 @@ def _spent(plan: RankAllocation) -> str:
     return f"{plan.spent:,.0f} of {budget.limit:,.0f} {budget.unit} ({plan.spent / budget.limit:.2%})"
 
 
-def _kind_table(plan: RankAllocation) -> Table:
-    table = _table("layers", "count", "rank", "total rank", "parameters", "share", "explained")
-    for kind in kind_totals(plan):
-        table.add_row(
-            kind.kind,
-            str(kind.n_layers),
-            _range([kind.least, kind.most]),
-            f"{kind.total_rank:,}",
-            f"{kind.parameters:,}",
-            f"{kind.parameters / max(plan.parameters, 1):.1%}",
-            f"{kind.explained:.1%}",
-        )
-    return table
-
-
 def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
     """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
     table = _table("plan", "rank", "layers", "total", "params", "MB", "explained", "least")
     for label, plan in plans.items():
         used = [rank for rank in plan.values() if rank]
-        least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
+        least = min((plan.share(name) for name in plan if name not in plan.excluded), default=0.0)
         table.add_row(
             label,
             _range(used),
@@ -209,9 +203,9 @@ EXAMPLE = """\b
 Example:
 $ lora-init ranks stats.safetensors --parameters 1M --compare uniform --compare cost-aware
 plan           rank  layers  total   params    MB  explained  least
-parameters=1M   1-7     202    774  999,936  4.05     22.74%   0.0%
-uniform         3-4     210    689  999,936  4.05     20.68%   3.9%
-cost-aware      1-7     186    909  999,744  4.05     23.63%   0.0%
+parameters=1M   1-7     202    774  999,936  4.00     22.74%   0.0%
+uniform         3-4     210    689  999,936  4.00     20.68%   3.9%
+cost-aware      1-7     186    909  999,744  4.00     23.63%   0.0%
 """
 
 
@@ -225,14 +219,20 @@ def ranks(
     fraction: Annotated[
         float | None, typer.Option(help="Budget: share of the model's parameters, such as 0.01.")
     ] = None,
-    megabytes: Annotated[float | None, typer.Option(help="Budget: size of the saved adapter, 10^6 bytes.")] = None,
+    megabytes: Annotated[
+        float | None, typer.Option(help="Budget: parameters times the bytes of --dtype, in 10^6 bytes.")
+    ] = None,
     variance: Annotated[float | None, typer.Option(help="Budget: fewest ranks that explain this share.")] = None,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the saved adapter, for --megabytes.")
-    ] = "float32",
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="For --megabytes: of the saved adapter. Default: float32.", show_default=False),
+    ] = None,
     coverage: Annotated[
-        Literal["every-layer", "total"], typer.Option(help="For --variance: in every layer, or in the mean of all.")
-    ] = "every-layer",
+        Literal["every-layer", "total"] | None,
+        typer.Option(
+            help="For --variance: in every layer, or in the mean of all. Default: every-layer.", show_default=False
+        ),
+    ] = None,
     policy: Annotated[
         Literal["uniform", "eva", "cost-aware", "proportional", "gradient", "gradient-per-parameter", "gora"],
         typer.Option(
@@ -250,6 +250,9 @@ def ranks(
     tie: Annotated[
         list[str] | None, typer.Option(help="Layers with one rank in each block, as q_proj,k_proj,v_proj. Repeatable.")
     ] = None,
+    uniform_per_kind: Annotated[
+        bool, typer.Option("--uniform-per-kind", help="One rank for all layers of a kind, such as all q_proj.")
+    ] = False,
     override: Annotated[
         list[str] | None, typer.Option(help="Limits for some layers, as '*.down_proj:max_rank=8'. Repeatable.")
     ] = None,
@@ -266,7 +269,9 @@ def ranks(
         Literal["peft", "axolotl", "llama-factory", "json", "csv"] | None,
         typer.Option("--format", help="Print what this tool reads instead of tables."),
     ] = None,
-    lora_alpha: Annotated[float, typer.Option(help="For --format: scaled by lora_alpha / rank.")] = 16,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="For --format: scaled by lora_alpha / rank. Default: 16.", show_default=False)
+    ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .html.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older plan or picture.")] = False,
@@ -274,27 +279,29 @@ def ranks(
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
     with one_line_errors():
-        if tool and (compare or as_json):
-            raise LoraInitError("--format prints one plan for one tool. Leave --compare and --json out.")
         arguments: dict[str, Any] = {
             "rank": rank, "total_rank": total_rank, "parameters": parameters, "fraction": fraction,
-            "megabytes": megabytes, "variance": variance, "dtype": dtype, "coverage": coverage, "policy": policy,
-            "rho": rho, "min_rank": min_rank, "max_rank": max_rank, "multiple_of": multiple_of,
-            "allowed_ranks": _numbers(allowed_ranks), "tie": [_words(names) for names in tie or []],
+            "megabytes": megabytes, "variance": variance, "dtype": dtype or "float32",
+            "coverage": coverage or "every-layer", "policy": policy, "rho": rho, "min_rank": min_rank,
+            "max_rank": max_rank, "multiple_of": multiple_of, "allowed_ranks": _numbers(allowed_ranks),
+            "tie": [read_names(names) for names in tie or []], "uniform_per_kind": uniform_per_kind,
             "overrides": read_overrides(override or []), "exclude": exclude or [],
         }  # fmt: skip
         variants = read_variants(compare or [], arguments)
+        asked = [arguments, *variants.values()]
+        _refuse(tool and (compare or as_json), "--format prints one plan for one tool. Leave --compare and --json out.")
+        _refuse(dtype and not any(one.get("megabytes") for one in asked), "--dtype is for --megabytes.")
+        _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")
+        _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
         _check_outputs(output, plot, overwrite)
         from lora_init.planning.allocate import allocate_ranks
-        from lora_init.planning.plan import save_plan
+        from lora_init.planning.plan import plan_to_dict, save_plan
         from lora_init.statistics.statistics import Statistics
 
         stats = Statistics.load(statistics)
         plan = allocate_ranks(stats, **arguments)
-        plans = {
-            _label(arguments, plan.rank): plan,
-            **{name: allocate_ranks(stats, **changed) for name, changed in variants.items()},
-        }
+        plans = {_label(arguments, plan.rank): plan}
+        plans |= {name: allocate_ranks(stats, **changed) for name, changed in variants.items()}
         if output is not None:
             say(f"{save_plan(plan, output)}: written")
         if plot is not None:
@@ -304,9 +311,20 @@ def ranks(
         if tool is not None:
             from lora_init.planning.snippets import snippet
 
-            typer.echo(snippet(plan, tool, lora_alpha, use_rslora, str(output or "plan.json")), nl=False)
-            return
-        _show(plans, stats, as_json)
+            alpha = 16 if lora_alpha is None else lora_alpha
+            typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
+        elif as_json:
+            content = comparison_values(plans) if variants else plan_to_dict(plan)
+            typer.echo(json.dumps(content, indent=2, allow_nan=False))
+        elif variants:
+            make_console().print(comparison_table(plans))
+        else:
+            show_plan(make_console(), plan, stats)
+
+
+def _refuse(condition: object, message: str) -> None:
+    if condition:
+        raise LoraInitError(message)
 
 
 def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> None:
@@ -314,36 +332,19 @@ def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> N
     if output is not None:
         check_writable(output, overwrite, "plan")
     if plot is not None:
-        if plot == output:
-            raise LoraInitError(f"--output and --plot both name {plot}. Choose another name for one of the two.")
+        from lora_init.planning.pictures import picture_kind
+
+        _refuse(plot == output, f"--output and --plot both name {plot}. Choose another name for one of the two.")
         check_writable(plot, overwrite, picture_kind(plot))
 
 
-def _show(plans: dict[str, Any], stats: Any, as_json: bool) -> None:
-    from lora_init.planning.plan import plan_to_dict
-
-    if as_json:
-        content = comparison_values(plans) if len(plans) > 1 else plan_to_dict(next(iter(plans.values())))
-        typer.echo(json.dumps(content, indent=2, allow_nan=False))
-    elif len(plans) > 1:
-        make_console().print(comparison_table(plans))
-    else:
-        show_plan(make_console(), next(iter(plans.values())), stats)
-
-
 def _label(arguments: dict[str, Any], default_rank: int) -> str:
-    kind, value = next(((k, arguments[k]) for k in BUDGETS if arguments[k] is not None), ("rank", default_rank))
+    kind, value = next(((k, arguments[k]) for k in _BUDGETS if arguments[k] is not None), ("rank", default_rank))
     return f"{kind}={value}" + (f",policy={arguments['policy']}" if arguments["policy"] != "eva" else "")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
     try:
-        return tuple(int(word) for word in _words(text))
+        return None if text is None else tuple(int(word) for word in read_names(text))
     except ValueError:
         raise LoraInitError(f"--allowed-ranks {text!r}: write it like 8,16,32,64.") from None

@@ -1,251 +1,28 @@
-"""From a budget, a policy and limits to a plan: what `allocate_ranks` does once its arguments are read."""
+"""From statistics and a budget to a plan: `allocate_ranks`, and how it takes one rank after the other."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
-from lora_init.planning.budgets import Budget, adapter_bytes, choose_budget, costs
-from lora_init.planning.limits import Ceiling, Limits, allowed_ranks, layer_limits, tie_layers, tied_ranks
+from lora_init.planning.budgets import Budget, choose_budget, costs
+from lora_init.planning.limits import Limits, allowed_ranks, layer_limits, tie_layers, tied_ranks
 from lora_init.planning.plan import RankAllocation
-from lora_init.planning.policies import (
-    Rule,
-    Spectra,
-    Steps,
-    in_order,
-    make_steps,
-    ranks_after,
-    stack_spectra,
-    standard_errors,
-    take_needed,
-    take_until_explained,
-    take_while_affordable,
-    unsettled,
-    worth,
-)
+from lora_init.planning.policies import Rule, Spectra, stack_spectra, worth
 from lora_init.statistics.statistics import Statistics
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What came of it, over the n layers that take part.
-
-    Attributes:
-        ranks: Rank of each layer, [n].
-        unsettled: Layers whose rank is decided by less than the sampling error: lowest and highest rank it might be.
-        error_source: What the sampling error was estimated from; empty if it was not.
-        notes: What a user should know, a sentence each.
-    """
-
-    ranks: IntArray
-    unsettled: dict[str, tuple[int, int]]
-    error_source: str
-    notes: tuple[str, ...]
-
-
-def make_plan(
-    stats: Statistics,
-    spectra: Spectra,
-    budget: Budget,
-    policy: str | Rule,
-    rho: float,
-    limits: Sequence[Limits],
-    tie: Sequence[str] | Sequence[Sequence[str]],
-) -> Plan:
-    """Share the budget out.
-
-    Args:
-        stats: Read by a policy of one's own, and for the sampling error.
-        spectra: Of the layers that take part.
-        budget: What may be spent.
-        policy: What ranks compete by.
-        rho: At most round(rho x average rank) in one layer.
-        limits: Of each layer.
-        tie: Layers that get one rank.
-
-    Raises:
-        LoraInitError: As `allocate_ranks` says.
-    """
-    names = spectra.names
-    # PEFT takes a grouped convolution only at ranks that its groups divide.
-    limits = [
-        replace(limit, multiple_of=math.lcm(limit.multiple_of, target.groups))
-        for limit, target in zip(limits, spectra.targets, strict=True)
-    ]
-    per_rank, once = costs(budget, spectra.targets)
-    average = budget.limit / float(per_rank.sum())  # rank that the budget buys if every layer has the same
-    _check_collected(budget, average, spectra, limits, per_rank)
-    by_rho = budget.unit != "variance" and policy != "uniform"
-    cap = max(1, round(rho * average)) if by_rho else max(target.in_features for target in spectra.targets)
-    allowed = allowed_ranks(names, limits, _ceilings(spectra, cap, f"{rho:g} x {average:.4g}"), spectra.most_collected)
-    gains, weights = worth(policy, stats, spectra)
-    unit_of = tie_layers(names, tie)
-    steps = make_steps(tied_ranks(names, allowed, unit_of), unit_of, gains, weights, per_rank, once)
-    if budget.unit == "variance":
-        taken = _reach(budget, spectra, steps, unit_of)
-    else:
-        taken = _spend(budget, steps, steps.start[unit_of], per_rank, once)
-    ranks = ranks_after(steps, taken)[unit_of]
-    top = ranks_after(steps, np.ones_like(taken))[unit_of]
-    notes = [*_collected_notes(budget, rho, average, cap, spectra, limits, ranks == top, policy == "uniform")]
-    left = budget.limit - float((ranks * per_rank + np.where(ranks > 0, once, 0)).sum())
-    if budget.unit != "variance" and (ranks == top).all() and left > 0 and not notes:
-        notes.append(
-            f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent: every layer has the largest rank that the "
-            "limits allow."
-        )
-    unsure: dict[str, tuple[int, int]] = {}
-    source = ""
-    if policy in ("eva", "cost-aware") and budget.coverage != "every-layer":
-        errors, source = standard_errors(stats, spectra)
-        found = unsettled(steps, taken, errors, weights, unit_of) if source else {}
-        unsure = {name: found[unit] for name, unit in zip(names, unit_of.tolist(), strict=True) if unit in found}
-    if unsure:
-        notes.append(
-            f"The rank of {len(unsure)} of {len(names)} layers could be another within two standard errors ({source})."
-        )
-    return Plan(ranks, unsure, source, tuple(notes))
-
-
-def _check_collected(
-    budget: Budget, average: float, spectra: Spectra, limits: Sequence[Limits], per_rank: IntArray
-) -> None:
-    """Refuse a budget that asks for more than layers have or than was collected."""
-    if budget.kind == "rank":
-        for target, limit in zip(spectra.targets, limits, strict=True):
-            if target.in_features < min(
-                budget.limit / len(limits), math.inf if limit.max_rank is None else limit.max_rank
-            ):
-                raise LoraInitError(
-                    f"layer {target.name!r}: {budget} is larger than its input width {target.in_features}. "
-                    "Ask for less, limit its max_rank, or exclude it."
-                )
-    if budget.unit == "variance" or spectra.starved.all():
-        return
-    exists = int((per_rank * spectra.collected).sum())
-    if average > spectra.most_collected or (
-        budget.limit > exists and not spectra.starved.any() and budget.unit != "bytes"
-    ):
-        if all(count == target.in_features for count, target in zip(spectra.collected, spectra.targets, strict=True)):
-            remedy = "No layer has more directions than its input is wide. Ask for less."
-        else:
-            remedy = f"Collect again with rank={math.ceil(average)}, or with a larger rho, or ask for less."
-        raise LoraInitError(
-            f"{budget} asks for an average rank of {average:.4g}, and at most {spectra.most_collected} components per "
-            f"layer were collected, which cost {exists:,} {budget.unit}. {remedy}"
-        )
-
-
-def _ceilings(spectra: Spectra, cap: int, product: str) -> list[Ceiling]:
-    ceilings = []
-    for collected, target in zip(spectra.collected.tolist(), spectra.targets, strict=True):
-        if cap < collected:
-            ceilings.append(Ceiling(cap, f"{cap}, which is rho x average rank = {product}"))
-        elif collected == target.in_features:
-            ceilings.append(Ceiling(collected, f"its input width {collected}"))
-        else:
-            ceilings.append(Ceiling(collected, f"the {collected} components collected"))
-    return ceilings
-
-
-def _spend(budget: Budget, steps: Steps, standing: IntArray, per_rank: IntArray, once: IntArray) -> BoolArray:
-    limit = int(budget.limit)
-    fixed = int((standing * per_rank + np.where(standing > 0, once, 0)).sum())
-    if budget.unit == "bytes":
-        fixed += adapter_bytes({}, {}, budget.dtype) + 7  # the header is padded to a multiple of 8
-    if fixed > limit and standing.any():
-        raise LoraInitError(
-            f"min_rank binds: the smallest ranks allowed, on {int((standing > 0).sum())} layers, cost {fixed:,} "
-            f"{budget.unit}, {fixed - limit:,} more than {budget} gives. Lower min_rank, or raise the budget."
-        )
-    taken = take_while_affordable(steps, in_order(steps), limit - fixed)
-    if taken.any() or standing.any():
-        return taken
-    if not len(steps.cost):
-        raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
-    raise LoraInitError(
-        f"{budget} buys no rank in any layer: the cheapest step costs {int(steps.cost.min()) + fixed:,} {budget.unit}."
-    )
-
-
-def _reach(budget: Budget, spectra: Spectra, steps: Steps, unit_of: IntArray) -> BoolArray:
-    """Take the fewest steps that explain the share of the variance asked for."""
-    share = budget.limit - 1e-12  # sums of ratios are off by rounding
-    most = ranks_after(steps, np.ones(len(steps.unit), dtype=np.bool_))[unit_of]
-    best = spectra.reached[np.arange(len(most)), most]
-    if budget.coverage == "total":
-        if best.mean() < share:
-            raise LoraInitError(
-                f"{budget} is out of reach: all that was collected and the limits allow explains "
-                f"{best.mean():.4f}, {budget.limit - best.mean():.4f} less. "
-                "Collect again with a larger rank, relax the limits, or ask for less."
-            )
-        return take_until_explained(steps, in_order(steps), unit_of, spectra.reached, share * len(best))
-    short = np.flatnonzero(best < share)
-    if len(short):
-        worst = short[np.argmin(best[short])]
-        raise LoraInitError(
-            f"{budget} is out of reach in {len(short)} of {len(most)} layers, furthest in {spectra.names[worst]!r}: "
-            f"rank {most[worst]}, all that was collected and the limits allow, explains {best[worst]:.4f}, "
-            f"which is {budget.limit - best[worst]:.4f} less. Collect again with a larger rank, relax the limits, "
-            "or ask for less."
-        )
-    return take_needed(steps, unit_of, np.argmax(spectra.reached >= share, axis=1))
-
-
-def _collected_notes(
-    budget: Budget,
-    rho: float,
-    average: float,
-    cap: int,
-    spectra: Spectra,
-    limits: Sequence[Limits],
-    full: BoolArray,
-    is_uniform: bool,
-) -> list[str]:
-    """Say where what was collected, not the policy, decided: layers that are full and could have had more.
-
-    Raises:
-        LoraInitError: More ranks were asked for in one layer than were collected for any.
-    """
-    reach = [min(cap, target.in_features) for target in spectra.targets]
-    could = np.array([limit.highest(top) for limit, top in zip(limits, reach, strict=True)])
-    wanting = full & (could > spectra.collected)
-    notes = []
-    hungry = np.flatnonzero(wanting & spectra.starved)
-    if len(hungry):
-        notes.append(
-            f"{_some(spectra.names, hungry)} got all the components that were found: too few rows were seen for more."
-        )
-    capped = np.flatnonzero(wanting & ~spectra.starved)
-    if not len(capped) or is_uniform or budget.unit == "variance":
-        return notes
-    text = (
-        f"rho={rho:g} lets a layer have rank {cap}, and {_some(spectra.names, capped)} would compete for more than the "
-        f"{spectra.most_collected} components that were collected"
-    )
-    if budget.unit == "ranks":
-        enough = math.floor(100 * spectra.most_collected / average) / 100
-        raise LoraInitError(
-            f"{text}. Collect again with rank={math.ceil(average)} and rho={rho:g}, or allocate with rho={enough:g}, "
-            f"or with max_rank={spectra.most_collected}."
-        )
-    return [*notes, f"{text}. Collect again with a larger rank or rho to let them."]
-
-
-def _some(names: Sequence[str], which: IntArray) -> str:
-    others = len(which) - 1
-    return f"{names[which[0]]!r}" + (f" and {others} other layer{'s' * (others > 1)}" if others else "")
-
 
 __all__ = ["RankAllocation", "allocate_ranks"]
 
@@ -268,6 +45,7 @@ def allocate_ranks(
     multiple_of: int = 1,
     allowed_ranks: Collection[int] | None = None,
     tie: Sequence[str] | Sequence[Sequence[str]] = (),
+    uniform_per_kind: bool = False,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     exclude: str | Collection[str] = (),
 ) -> RankAllocation:
@@ -279,6 +57,9 @@ def allocate_ranks(
     The sum never exceeds the budget, and no layer could take one more step with what is left. More budget never
     explains less where all steps cost the same, or where the policy is `cost-aware` and the budget in parameters.
 
+    A layer whose data has fewer directions than its share gets as many ranks as there are, whatever `min_rank` says,
+    and a warning says so.
+
     Args:
         stats: From `collect`, or loaded. Only variances are read, no components, unless `policy` is a function.
         rank: Budget: average rank of the layers that take part. Without any budget: the rank that the statistics were
@@ -288,11 +69,13 @@ def allocate_ranks(
         total_rank: Budget: sum of all ranks.
         parameters: Budget: trainable parameters; a whole number, or text such as `"2.5M"`.
         fraction: Budget: share of the base model's parameters.
-        megabytes: Budget: size of the saved adapter file, 10^6 bytes, header included.
+        megabytes: Budget: size of the saved adapter, parameters times the bytes of `dtype`, in 10^6 bytes.
         dtype: Of the saved adapter, for `megabytes`: `"float32"`, `"float16"` or `"bfloat16"`.
         variance: Budget: the fewest ranks that explain this share of the variance.
         coverage: For `variance`: `"every-layer"` must reach it; or `"total"`, the mean over the layers.
-            With the first, the policy has nothing to decide.
+            With the first, the policy has nothing to decide. With the second, ranks are taken in the order of the
+            policy; where limits or ties make steps of unequal width, the sum may exceed the least possible, by less
+            than the width of one step.
         policy: `"uniform"`, `"eva"`, `"cost-aware"`, `"proportional"` (see `policies`), or a function from a layer's
             name and `Spectrum` to the worth of each of its ranks, [k]. From statistics with gradients also
             `"gradient"`, `"gradient-per-parameter"` and `"gora"`.
@@ -302,6 +85,7 @@ def allocate_ranks(
         allowed_ranks: Ranks are among these, or 0.
         tie: Name endings of layers that get one rank within each block, such as `("q_proj", "k_proj", "v_proj")`; or
             several such tuples.
+        uniform_per_kind: Give all layers of a kind, which differ in their block only, one rank.
         overrides: Limits for the layers that a name, an ending or a wildcard means: `{"*.down_proj": {"max_rank": 8}}`,
             with `rank` (fixed), `min_rank`, `max_rank`, `multiple_of` and `allowed_ranks`. Later ones win.
         exclude: Names, endings or wildcards of layers that take no part: they get rank 0 and do not count in `rank`.
@@ -310,37 +94,356 @@ def allocate_ranks(
         LoraInitError: Two budgets, a budget of 0 or beyond what was collected; limits that contradict each other or the
             budget; a pattern that matches nothing; an unknown policy, or a function that returns NaN.
     """
+    _check_statistics(stats)
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
-        raise LoraInitError(f"rho={rho!r}: a number of at least 1 is needed; 1 gives every layer the same rank.")
-    names = list(stats)
+        raise LoraInitError(f"rho={rho!r}: a finite number of at least 1 is needed; 1 gives all layers one rank.")
     base = dict(min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, allowed_ranks=allowed_ranks)
-    limits = layer_limits(names, base, overrides, exclude)
-    budget = choose_budget(
-        len(limits), stats.provenance.n_parameters, stats.provenance.rank,
+    limits = layer_limits(stats.targets, base, overrides, exclude)
+    budgets = dict(
         rank=rank, total_rank=total_rank, parameters=parameters, fraction=fraction, megabytes=megabytes,
-        variance=variance, dtype=dtype, coverage=coverage,
+        variance=variance,
     )  # fmt: skip
-    spectra = stack_spectra(stats, list(limits))
-    plan = make_plan(stats, spectra, budget, policy, rho, list(limits.values()), tie)
-    ranks = dict(zip(limits, plan.ranks.tolist(), strict=True))
-    explained = dict(zip(limits, spectra.reached[np.arange(len(limits)), plan.ranks].tolist(), strict=True))
-    settings = {
-        **({"rho": rho} if budget.unit != "variance" and policy != "uniform" else {}),
-        **{key: value for key, value in base.items() if value != getattr(Limits(), key)},
-        **{key: value for key, value in [("tie", tie), ("overrides", overrides), ("exclude", exclude)] if value},
-    }
+    made = stats.provenance
+    budget = choose_budget(budgets, len(limits), made.rank, made.n_parameters, dtype, coverage)
+    task = _Task(stats, stack_spectra(stats, list(limits)), limits, budget, policy, rho)
+    ranks, tops = task.share_out(tie_layers(list(limits), tie, uniform_per_kind))
+    notes, warning = task.notes(ranks, tops)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    by_name = dict(zip(limits, ranks.tolist(), strict=True))
+    explained = dict(zip(limits, task.spectra.reached[np.arange(len(ranks)), ranks].tolist(), strict=True))
+    shaping = dict(tie=tie, uniform_per_kind=uniform_per_kind, overrides=overrides, exclude=exclude)
     return RankAllocation(
-        ranks={name: ranks.get(name, 0) for name in names},
-        rank=int(budget.asked) if budget.kind == "rank" else max(1, round(sum(ranks.values()) / len(ranks))),
-        targets={name: stats.targets[name] for name in names},
-        explained={name: explained.get(name, 0.0) for name in names},
+        ranks={name: by_name.get(name, 0) for name in stats},
+        rank=int(budget.asked) if budget.kind == "rank" else max(1, round(float(ranks.mean()))),
+        targets={name: stats.targets[name] for name in stats},
+        explained={name: explained.get(name, 0.0) for name in stats},
         policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "custom"),
         budget=budget,
-        settings=settings,
-        provenance=stats.provenance,
+        settings={
+            **({"rho": rho} if task.uses_rho else {}),
+            **{key: value for key, value in base.items() if value != getattr(Limits(), key)},
+            **{key: value for key, value in shaping.items() if value},
+        },
+        provenance=made,
         unsupported=stats.unsupported,
-        excluded=tuple(name for name in names if name not in ranks),
-        unsettled=plan.unsettled,
-        error_source=plan.error_source,
-        notes=plan.notes,
+        excluded=tuple(name for name in stats if name not in by_name),
+        notes=notes,
     )
+
+
+def _check_statistics(stats: object) -> None:
+    if isinstance(stats, (str, Path)):
+        raise LoraInitError(f"{str(stats)!r} is a path. Load it with Statistics.load, and give what that returns.")
+    if not isinstance(stats, Statistics):
+        kind = type(stats).__name__
+        raise LoraInitError(f"Statistics are needed, from collect or Statistics.load, and this is a {kind}.")
+    if not len(stats):
+        raise LoraInitError("the statistics hold no layer. Collect them from a model with linear layers.")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be shared out, by what rules, among the n layers of `spectra` and `limits`."""
+
+    stats: Statistics
+    spectra: Spectra
+    limits: Mapping[str, Limits]
+    budget: Budget
+    policy: str | Rule
+    rho: float
+
+    @cached_property
+    def per_rank(self) -> IntArray:
+        """Cost of one rank of each layer, [n]."""
+        return costs(self.budget, self.spectra.targets)
+
+    @property
+    def average(self) -> float:
+        """Rank that the budget buys if every layer has the same."""
+        return self.budget.limit / float(self.per_rank.sum())
+
+    @property
+    def uses_rho(self) -> bool:
+        """Whether rho limits the rank of a layer."""
+        return self.budget.unit != "variance" and self.policy != "uniform"
+
+    @cached_property
+    def caps(self) -> IntArray:
+        """Largest rank of each layer that its width and rho allow, [n]."""
+        widths = np.array([target.in_features for target in self.spectra.targets], dtype=np.int64)
+        return np.minimum(widths, max(1, round(self.rho * self.average))) if self.uses_rho else widths
+
+    @cached_property
+    def could(self) -> IntArray:
+        """Largest rank that each layer could have if more were collected, [n]."""
+        return np.array([limit.highest(cap) for limit, cap in zip(self.limits.values(), self.caps, strict=True)])
+
+    def share_out(self, unit_of: IntArray) -> tuple[IntArray, IntArray]:
+        """Spend the budget.
+
+        Args:
+            unit_of: Layers of one number get one rank, [n].
+
+        Returns:
+            Rank of each layer, and the largest that it could have with what was collected, [n].
+        """
+        spectra = self.spectra
+        if not spectra.collected.any():
+            rows = self.stats.provenance.n_samples
+            seen = f" ({rows:,} in all)" if rows else ""
+            raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
+        self._check_collected()
+        tops = np.minimum(self.caps, spectra.collected)
+        limits = dict(self.limits)
+        for i in np.flatnonzero(spectra.starved).tolist():
+            # Data without enough directions outrules min_rank: the layer gets those that there are.
+            limit = limits[spectra.names[i]]
+            most = limit.highest(tops[i])
+            if most < limit.min_rank <= self.could[i]:
+                limits[spectra.names[i]] = replace(limit, min_rank=most)
+        allowed = tied_ranks(spectra.names, allowed_ranks(limits, tops, spectra.most_collected), unit_of)
+        steps = make_steps(allowed, unit_of, *worth(self.policy, self.stats, spectra), self.per_rank)
+        if not len(steps.unit) and not steps.start.any():
+            raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
+        taken = self._reach(steps, unit_of) if self.budget.unit == "variance" else self._spend(steps, unit_of)
+        return ranks_after(steps, taken)[unit_of], ranks_after(steps, np.ones_like(taken))[unit_of]
+
+    def _check_collected(self) -> None:
+        """Refuse a budget that needs more components than were collected, unless the data has no more."""
+        spectra, budget = self.spectra, self.budget
+        if budget.unit == "variance" or spectra.starved.all():
+            return
+        exists = int((self.per_rank * spectra.collected).sum())
+        if self.average <= spectra.most_collected and (budget.limit <= exists or spectra.starved.any()):
+            return
+        widths = np.array([target.in_features for target in spectra.targets])
+        if self.average > widths.max() or (spectra.collected == widths).all():
+            remedy = "No layer has more directions than its input is wide. Ask for less."
+        else:
+            remedy = f"Collect again with rank={math.ceil(self.average)}, or with a larger rho, or ask for less."
+        raise LoraInitError(
+            f"{budget} asks for an average rank of {self.average:.4g}, and at most {spectra.most_collected} components "
+            f"per layer were collected, which cost {exists:,} {budget.unit}. {remedy}"
+        )
+
+    def _spend(self, steps: Steps, unit_of: IntArray) -> BoolArray:
+        """Take what the budget buys, [s]."""
+        standing = steps.start[unit_of]
+        limit, fixed, unit = int(self.budget.limit), int((standing * self.per_rank).sum()), self.budget.unit
+        if fixed > limit:
+            raise LoraInitError(
+                f"min_rank binds: the smallest ranks allowed, on {int((standing > 0).sum())} layers, cost {fixed:,} "
+                f"{unit}, {fixed - limit:,} more than {self.budget} gives. Lower min_rank, or raise the budget."
+            )
+        taken = take_while_affordable(steps, limit - fixed)
+        if not taken.any() and not standing.any():
+            cheapest = int(steps.cost.min())
+            raise LoraInitError(
+                f"{self.budget} buys no rank in any layer: the cheapest step costs {cheapest:,} {unit}."
+            )
+        return taken
+
+    def _reach(self, steps: Steps, unit_of: IntArray) -> BoolArray:
+        """Take what explains the share of the variance asked for, [s]."""
+        budget, spectra = self.budget, self.spectra
+        share = budget.limit - 1e-12  # sums of ratios are off by rounding
+        most = ranks_after(steps, np.ones(len(steps.unit), dtype=np.bool_))[unit_of]
+        best = spectra.reached[np.arange(len(most)), most]
+        if (best.mean() if budget.coverage == "total" else best.min()) < share:
+            short, worst = best < share, int(best.argmin())
+            raise LoraInitError(
+                f"{budget} is out of reach: all that was collected and the limits allow explains {best.mean():.4f} on "
+                f"average, and too little in {short.sum()} of {len(most)} layers, least in {spectra.names[worst]!r}: "
+                f"{best[worst]:.4f}. Collect again with a larger rank, relax the limits, or ask for less."
+            )
+        if budget.coverage == "total":
+            by_unit = np.zeros((len(steps.start), spectra.reached.shape[1]))
+            np.add.at(by_unit, unit_of, spectra.reached)
+            return take_until_explained(steps, by_unit, share * len(best))
+        needed = np.zeros(len(steps.start), dtype=np.int64)
+        np.maximum.at(needed, unit_of, np.argmax(spectra.reached >= share, axis=1))
+        return steps.rank - steps.width < needed[steps.unit]
+
+    def notes(self, ranks: IntArray, tops: IntArray) -> tuple[tuple[str, ...], str]:
+        """Say where what was collected, not the policy, decided: layers at their top that could have had more.
+
+        Returns:
+            Notes for the plan, and a warning that the data has too few directions; empty if it has enough.
+
+        Raises:
+            LoraInitError: More ranks were asked for in one layer than were collected for any.
+        """
+        if self.budget.unit == "variance":
+            return (), ""
+        spectra, budget, rho, most = self.spectra, self.budget, self.rho, self.spectra.most_collected
+        wanting = (ranks == tops) & (self.could > spectra.collected)
+        needs = np.maximum(self.average, [limit.min_rank for limit in self.limits.values()])
+        short = wanting & spectra.starved & (spectra.collected < needs)
+        warning = ""
+        if short.any():
+            warning = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
+        capped = wanting & ~spectra.starved
+        if capped.any() and self.uses_rho:
+            text = (
+                f"rho={rho:g} lets a layer have rank {round(rho * self.average)}, and {_some(spectra.names, capped)} "
+                f"would compete for more than the {most} components that were collected"
+            )
+            if budget.unit == "ranks":
+                enough = math.floor(100 * most / self.average) / 100
+                raise LoraInitError(
+                    f"{text}. Collect again with rank={math.ceil(self.average)} and rho={rho:g}, or allocate with "
+                    f"rho={enough:g}, or with max_rank={most}."
+                )
+            return (f"{text}. Collect again with a larger rank or rho to let them.",), warning
+        left = budget.limit - float((ranks * self.per_rank).sum())
+        if (ranks == tops).all() and left > 0 and not warning:
+            text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
+            return (f"{text}: every layer has the largest rank that the limits allow.",), warning
+        return (), warning
+
+
+def _some(names: Sequence[str], which: BoolArray) -> str:
+    found = np.flatnonzero(which)
+    others = len(found) - 1
+    return f"{names[found[0]]!r}" + (f" and {others} other layer{'s' * (others > 1)}" if others else "")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All the steps that units (layers, or layers that are tied) can take, from one allowed rank to the next.
+
+    Rows are sorted by unit and rank, s of them over all u units.
+
+    Attributes:
+        start: Smallest allowed rank of each unit, [u]: where it stands before any step.
+        unit: Whose step it is, [s].
+        rank: Rank after it, [s].
+        width: Ranks it adds to each layer of the unit, [s].
+        cost: What it costs, [s], whole numbers.
+        priority: Worth per rank (or per parameter), [s]; never rises within a unit.
+    """
+
+    start: IntArray
+    unit: IntArray
+    rank: IntArray
+    width: IntArray
+    cost: IntArray
+    priority: FloatArray
+
+    def in_order(self) -> IntArray:
+        """Sort the steps by falling priority. Ties go to the earlier unit, and within a unit to the lower rank."""
+        return np.argsort(-self.priority, kind="stable")
+
+
+def make_steps(
+    allowed: BoolArray, unit_of: IntArray, gains: FloatArray, weights: FloatArray, per_rank: IntArray
+) -> Steps:
+    """Lay out the steps of every unit.
+
+    Args:
+        allowed: Ranks each unit may have, [u, K + 1].
+        unit_of: Unit of each layer, [n].
+        gains: Worth of each rank of each layer, falling, [n, K].
+        weights: What a layer's worth is divided by, [n].
+        per_rank: Cost of one rank of each layer, [n].
+    """
+    n_units = len(allowed)
+    gain = np.zeros((n_units, gains.shape[1]))
+    np.add.at(gain, unit_of, gains)
+    weight = np.bincount(unit_of, weights=weights, minlength=n_units)
+    unit_cost = np.bincount(unit_of, weights=per_rank, minlength=n_units).astype(np.int64)
+    unit, rank = np.nonzero(allowed)  # by unit, then by rank
+    first = np.r_[True, unit[1:] != unit[:-1]]
+    start = rank[first]
+    previous = np.r_[0, rank[:-1]][~first]
+    unit, rank = unit[~first], rank[~first]
+    width = rank - previous
+    total = np.concatenate([np.zeros((n_units, 1)), np.cumsum(gain, axis=1)], axis=1)
+    # A step of one rank takes its worth as it is: a difference of sums would blur ties by a rounding error.
+    block = np.where(width == 1, gain[unit, rank - 1], total[unit, rank] - total[unit, previous])
+    priority = block / (width * weight[unit])
+    for i in np.flatnonzero((unit[1:] == unit[:-1]) & (priority[1:] > priority[:-1])):
+        priority[i + 1] = priority[i]  # rounding again: means of equal numbers over blocks of unequal width
+    return Steps(start, unit, rank, width, width * unit_cost[unit], priority)
+
+
+def ranks_after(steps: Steps, taken: BoolArray) -> IntArray:
+    """Give the rank of each unit after the steps that were taken, [u]."""
+    widths = np.bincount(steps.unit[taken], weights=steps.width[taken], minlength=len(steps.start))
+    return steps.start + widths.astype(np.int64)
+
+
+def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
+    """Take steps in order until the budget is spent. A unit whose next step does not fit stays where it is.
+
+    No unit could take one more step with what is left. Where priority is gain per cost, more budget never means less
+    gain, and the gain is within one step's of the best possible.
+
+    Returns:
+        Which steps are taken, [s].
+    """
+    order = steps.in_order()
+    taken = np.zeros(len(order), dtype=np.bool_)
+    spent = np.cumsum(steps.cost[order])
+    n_fit = int(np.searchsorted(spent, budget, side="right"))
+    taken[order[:n_fit]] = True
+    left = budget - (int(spent[n_fit - 1]) if n_fit else 0)
+    cheapest = int(steps.cost.min(initial=budget + 1))
+    stuck: set[int] = set()
+    for step in order[n_fit:].tolist():
+        if left < cheapest:
+            break
+        unit, cost = int(steps.unit[step]), int(steps.cost[step])
+        if unit in stuck:
+            continue
+        if cost > left:
+            stuck.add(unit)
+            continue
+        taken[step] = True
+        left -= cost
+    return taken
+
+
+def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> BoolArray:
+    """Take steps in order until the units explain a share of their variance.
+
+    Where steps differ in cost (grids, ties), the last one may be dearer than needed, and make an earlier one needless:
+    steps that follow are tried in its place, and what can be given back is.
+
+    Args:
+        steps: All of them explain the share.
+        explained: Sum of the shares that the first r components of a unit's layers explain, [u, K + 1].
+        share: Sum over all layers to reach.
+
+    Returns:
+        Which steps are taken, [s].
+    """
+    gain = explained[steps.unit, steps.rank] - explained[steps.unit, steps.rank - steps.width]
+    missing = share - explained[np.arange(len(steps.start)), steps.start].sum()
+    order = steps.in_order()
+    # All steps reach the share by another order of summation, so the last sum may fall short by rounding.
+    chosen = order[: int(np.searchsorted(np.cumsum(gain[order]), missing)) + 1] if missing > 0 else order[:0]
+    while len(chosen) and np.ptp(steps.cost):
+        last = chosen[-1]
+        order = order[(steps.unit[order] != steps.unit[last]) | (steps.rank[order] < steps.rank[last])]
+        total = np.cumsum(gain[order])
+        other = order[: int(np.searchsorted(total, missing)) + 1]
+        if not len(total) or total[-1] < missing or steps.cost[other].sum() >= steps.cost[chosen].sum():
+            break
+        chosen = other
+    taken = np.zeros(len(gain), dtype=np.bool_)
+    taken[chosen] = True
+    if np.ptp(steps.cost):
+        _give_back(steps, taken, chosen, gain, float(gain[chosen].sum()) - missing)
+    return taken
+
+
+def _give_back(steps: Steps, taken: BoolArray, chosen: IntArray, gain: FloatArray, spare: float) -> None:
+    """Drop steps, the last ones first, that explain no more than there is to spare."""
+    ranks = ranks_after(steps, taken)
+    for step in chosen[gain[chosen] <= spare][::-1].tolist():
+        if gain[step] <= spare and ranks[steps.unit[step]] == steps.rank[step]:
+            taken[step] = False
+            ranks[steps.unit[step]] -= steps.width[step]
+            spare -= gain[step]

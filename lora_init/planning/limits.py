@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
+from lora_init.layers.grid import layer_grid
+from lora_init.layers.targets import Target
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
@@ -42,43 +45,30 @@ class Limits:
         settings = dict(settings)
         if "rank" in settings:
             settings["min_rank"] = settings["max_rank"] = settings.pop("rank")
-        unknown = next((key for key in settings if key not in Limits.__dataclass_fields__), None)
+        known = [field.name for field in fields(Limits)]
+        unknown = next((key for key in settings if key not in known), None)
         if unknown is not None:
-            raise LoraInitError(
-                f"{where}{unknown!r} is no limit. Choose from rank, {', '.join(Limits.__dataclass_fields__)}."
-            )
+            raise LoraInitError(f"{where}{unknown!r} is no limit. Choose from rank, {', '.join(known)}.")
         checked: dict[str, Any] = {}
         for key, value in settings.items():
-            if key == "allowed_ranks" and value is not None:
-                values = [_whole(v, f"{where}allowed_ranks", 0) for v in value]
-                checked[key] = tuple(sorted(set(values) - {0}))
-                if not checked[key]:
-                    raise LoraInitError(f"{where}allowed_ranks={value!r} allows no rank above 0.")
-            elif value is not None:
+            if value is None:
+                checked[key] = getattr(Limits(), key)
+            elif key == "allowed_ranks":
+                checked[key] = _rank_list(value, f"{where}allowed_ranks")
+            else:
                 checked[key] = _whole(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
-            elif key in ("max_rank", "allowed_ranks"):
-                checked[key] = None
         return replace(self, **checked)
-
-    def highest(self, top: int) -> int:
-        """Find the largest rank allowed up to `top`; 0 if there is none."""
-        ranks = self.ranks(top)
-        return int(ranks[-1]) if len(ranks) else 0
 
     def ranks(self, top: int) -> IntArray:
         """List the ranks allowed from 1 to `top`, rising, without regard to `min_rank`."""
-        if self.max_rank is not None:
-            top = min(top, self.max_rank)
-        ranks = np.arange(self.multiple_of, top + 1, self.multiple_of, dtype=np.int64)
-        return ranks if self.allowed_ranks is None else ranks[np.isin(ranks, self.allowed_ranks)]
+        top = top if self.max_rank is None else min(top, self.max_rank)
+        if self.allowed_ranks is None:
+            return np.arange(self.multiple_of, top + 1, self.multiple_of, dtype=np.int64)
+        return np.array([rank for rank in self.allowed_ranks if rank <= top and rank % self.multiple_of == 0], np.int64)
 
-
-@dataclass(frozen=True)
-class Ceiling:
-    """The largest rank something other than `Limits` leaves a layer, and what that is, in words."""
-
-    rank: int
-    reason: str
+    def highest(self, top: int) -> int:
+        """Find the largest rank allowed up to `top`; 0 if there is none."""
+        return int(self.ranks(top).max(initial=0))
 
 
 def _whole(value: Any, argument: str, least: int) -> int:
@@ -87,18 +77,30 @@ def _whole(value: Any, argument: str, least: int) -> int:
     return int(value)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern means a layer: its name or an ending of it after a dot, either with wildcards."""
-    return name == pattern or any(fnmatchcase(name, wildcard) for wildcard in (pattern, f"*.{pattern}"))
+def _rank_list(values: Any, argument: str) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise LoraInitError(f"{argument}={values!r}: a list of ranks is needed, such as [8, 16, 32].")
+    ranks = sorted({_whole(value, argument, 0) for value in values} - {0})
+    if not ranks:
+        raise LoraInitError(f"{argument}={values!r} allows no rank above 0.")
+    return tuple(ranks)
+
+
+def _patterns(value: Any, argument: str) -> list[str]:
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise LoraInitError(f"{argument}={value!r}: a name, an ending or a wildcard is needed, or a list of them.")
+    return list(patterns)
 
 
 def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:
-    """List the layers that a pattern means.
+    """List the layers that a pattern means: a name or an ending of it after a dot, either with wildcards.
 
     Raises:
         LoraInitError: There is none.
     """
-    found = [name for name in names if matches(pattern, name)]
+    found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+    found = found or [name for name in names if name == pattern]  # a name with a bracket in it is no wildcard
     if found:
         return found
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -108,127 +110,131 @@ def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:
 
 
 def layer_limits(
-    names: Sequence[str],
+    targets: Mapping[str, Target],
     base: Mapping[str, Any],
     overrides: Mapping[str, Mapping[str, Any]] | None,
     exclude: str | Collection[str],
 ) -> dict[str, Limits]:
     """Work out the limits of each layer; a later override wins over an earlier one, limit by limit.
 
+    Args:
+        targets: All layers. PEFT takes a grouped convolution only at ranks that its groups divide.
+        base: Limits of all layers.
+        overrides: Limits of the layers that a pattern means.
+        exclude: Patterns of layers that take no part.
+
     Returns:
-        Limits of the layers that take part, in the order of `names`; those excluded are missing.
+        Limits of the layers that take part, in the order of `targets`; those excluded are missing.
 
     Raises:
         LoraInitError: A pattern matches nothing, a limit is unknown or impossible, or every layer is excluded.
     """
+    names = list(targets)
     limits = dict.fromkeys(names, Limits().changed(base, ""))
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise LoraInitError(f"overrides={overrides!r}: a mapping such as {{'up_proj': {{'max_rank': 8}}}} is needed.")
     for pattern, settings in (overrides or {}).items():
         if not isinstance(settings, Mapping):
             raise LoraInitError(f"overrides[{pattern!r}]={settings!r}: a mapping such as {{'max_rank': 8}} is needed.")
-        for name in select(pattern, names, "overrides"):
+        for name in select(str(pattern), names, "overrides"):
             limits[name] = limits[name].changed(settings, f"overrides[{pattern!r}]: ")
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+    for pattern in _patterns(exclude, "exclude"):
         for name in select(pattern, names, "exclude"):
             limits.pop(name, None)
     if not limits:
         raise LoraInitError(f"exclude={exclude!r} leaves none of {len(names)} layers.")
-    return limits
+    return {
+        name: replace(limit, multiple_of=math.lcm(limit.multiple_of, targets[name].groups))
+        for name, limit in limits.items()
+    }
 
 
-def allowed_ranks(names: Sequence[str], limits: Sequence[Limits], ceilings: Sequence[Ceiling], most: int) -> BoolArray:
+def allowed_ranks(limits: Mapping[str, Limits], tops: IntArray, most: int) -> BoolArray:
     """Mark the ranks that each layer may have, [n, most + 1]: column r is rank r.
 
+    Args:
+        limits: Of each layer.
+        tops: The largest rank that something else than the limits leaves each layer, [n].
+        most: The largest rank of all.
+
     Raises:
-        LoraInitError: A layer is left with no rank at all: says which limits contradict each other, and by how much.
+        LoraInitError: A layer is left with no rank at all.
     """
-    rows: dict[tuple[Limits, int], BoolArray] = {}
-    marked = []
-    for name, limit, ceiling in zip(names, limits, ceilings, strict=True):
-        if (limit, ceiling.rank) not in rows:
-            ranks = limit.ranks(ceiling.rank)
-            ranks = ranks[ranks >= limit.min_rank]
-            if limit.min_rank > 0 and not len(ranks):
-                raise _contradiction(name, limit, ceiling)
-            row = np.zeros(most + 1, dtype=np.bool_)
-            row[ranks] = True
-            row[0] = limit.min_rank == 0
-            rows[limit, ceiling.rank] = row
-        marked.append(rows[limit, ceiling.rank])
-    return np.stack(marked)
+    allowed = np.zeros((len(limits), most + 1), dtype=np.bool_)
+    for row, (name, limit), top in zip(allowed, limits.items(), tops.tolist(), strict=True):
+        ranks = limit.ranks(top)
+        row[ranks[ranks >= limit.min_rank]] = True
+        row[0] = limit.min_rank == 0
+        if not row.any():
+            default = asdict(Limits())
+            shown = ", ".join(f"{key}={value}" for key, value in asdict(limit).items() if value != default[key])
+            raise LoraInitError(
+                f"layer {name!r}: {shown} allows no rank up to {top}, and its input width, the components collected "
+                "and rho x average rank allow no more. Relax the limits."
+            )
+    return allowed
 
 
-def _contradiction(name: str, limit: Limits, ceiling: Ceiling) -> LoraInitError:
-    if limit.max_rank is not None and limit.max_rank < ceiling.rank:
-        ceiling = Ceiling(limit.max_rank, f"max_rank={limit.max_rank}")
-    if limit.min_rank > ceiling.rank:
-        above = limit.min_rank - ceiling.rank
-        return LoraInitError(f"layer {name!r}: min_rank={limit.min_rank} is {above} above {ceiling.reason}.")
-    grid = f"multiple_of={limit.multiple_of}" if limit.multiple_of > 1 else ""
-    if limit.allowed_ranks is not None:
-        grid = f"{grid} and allowed_ranks={limit.allowed_ranks}".removeprefix(" and ")
-    beyond = replace(limit, max_rank=None).ranks(
-        2 * max(limit.multiple_of, *(limit.allowed_ranks or (1,)), ceiling.rank)
-    )
-    beyond = beyond[beyond >= limit.min_rank]
-    nearest = f"; the next, {beyond[0]}, is {beyond[0] - ceiling.rank} above {ceiling.reason}" if len(beyond) else ""
-    return LoraInitError(
-        f"layer {name!r}: {grid} allows no rank from min_rank={limit.min_rank} to {ceiling.rank}{nearest}."
-    )
-
-
-def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]]) -> IntArray:
+def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]], per_kind: bool = False) -> IntArray:
     """Number the units that get one rank each, [n]: layers that are tied share a number, all others have their own.
 
-    `("q_proj", "k_proj", "v_proj")` ties these three within each block: layers of equal name up to that ending.
+    Args:
+        names: Layers.
+        tie: `("q_proj", "k_proj", "v_proj")` ties these three within each block: layers of equal name up to that
+            ending. Or several such tuples.
+        per_kind: Tie all layers that differ in their block only. With `tie`, the kinds that it names share one rank.
 
     Raises:
         LoraInitError: A name matches nothing, ties nothing, or is in two ties.
     """
-    ties: list[tuple[str, ...]] = []
-    if tie:
-        ties = [tuple(tie)] if all(isinstance(t, str) for t in tie) else [tuple(t) for t in tie]  # type: ignore[arg-type]
     unit = np.arange(len(names), dtype=np.int64)
-    tied_by: dict[int, tuple[str, ...]] = {}
-    for endings in ties:
+    place = {name: i for i, name in enumerate(names)}
+    if per_kind:
+        grid = layer_grid(names)
+        for kind in grid.kinds:
+            members = [place[name] for name in grid.of_kind(kind).values()]
+            unit[members] = min(members)
+    tied_by: dict[int, list[str]] = {}
+    for endings in _read_ties(tie):
         groups: dict[str, list[int]] = {}
         for ending in endings:
             for name in select(ending, names, f"tie={endings!r}"):
                 # A wildcard stands for whole names, and would leave no block to tie within: endings only.
                 if name != ending and not name.endswith(f".{ending}"):
                     raise LoraInitError(f"tie={endings!r}: {ending!r} must be how names end, such as 'q_proj'.")
-                groups.setdefault(name[: len(name) - len(ending)], []).append(names.index(name))
+                groups.setdefault(name[: len(name) - len(ending)], []).append(place[name])
         if all(len(members) < 2 for members in groups.values()):
             raise LoraInitError(f"tie={endings!r} ties nothing: no two of these are in one block. Name at least two.")
         for members in groups.values():
-            other = next((tied_by[i] for i in members if i in tied_by), None)
-            if other is not None:
+            twice = next((member for member in members if member in tied_by), None)
+            if twice is not None:
                 raise LoraInitError(
-                    f"tie={endings!r} and tie={other!r} conflict: both hold layer "
-                    f"{names[next(i for i in members if i in tied_by)]!r}. Make them one tie."
+                    f"tie={endings!r} and tie={tied_by[twice]!r} conflict: both hold layer {names[twice]!r}. "
+                    "Make them one tie."
                 )
             tied_by |= dict.fromkeys(members, endings)
-            unit[members] = min(members)
+            joined = np.isin(unit, unit[members])
+            unit[joined] = unit[joined].min()
     return np.unique(unit, return_inverse=True)[1].astype(np.int64)
+
+
+def _read_ties(tie: Any) -> list[list[str]]:
+    if isinstance(tie, Collection) and not all(isinstance(names, str) for names in tie):
+        return [_patterns(names, "tie") for names in tie]
+    names = _patterns(tie, "tie")
+    return [names] if names else []
 
 
 def tied_ranks(names: Sequence[str], allowed: BoolArray, unit_of: IntArray) -> BoolArray:
     """Mark the ranks that every layer of a unit may have, [n_units, n_columns].
 
     Raises:
-        LoraInitError: The limits of two tied layers exclude each other.
+        LoraInitError: The limits of layers that are tied exclude each other.
     """
-    order = np.argsort(unit_of, kind="stable")
-    starts = np.searchsorted(unit_of[order], np.arange(int(unit_of.max()) + 1))
-    shared: BoolArray = np.logical_and.reduceat(allowed[order], starts, axis=0)
-    empty = np.flatnonzero(~shared.any(axis=1))
-    if len(empty):
-        members = [int(i) for i in np.flatnonzero(unit_of == empty[0])]
-        least = max(members, key=lambda i: int(np.flatnonzero(allowed[i])[0]))
-        most = min(members, key=lambda i: int(np.flatnonzero(allowed[i])[-1]))
-        low, high = int(np.flatnonzero(allowed[least])[0]), int(np.flatnonzero(allowed[most])[-1])
-        apart = f": {low - high} apart" if low > high else ", and share no rank between"
-        raise LoraInitError(
-            f"tied layers conflict: {names[least]!r} needs rank {low} or more, "
-            f"{names[most]!r} takes at most {high}{apart}."
-        )
+    shared = np.ones((int(unit_of.max()) + 1, allowed.shape[1]), dtype=np.bool_)
+    np.logical_and.at(shared, unit_of, allowed)
+    for unit in np.flatnonzero(~shared.any(axis=1)).tolist():
+        members = np.flatnonzero(unit_of == unit)
+        spans = [f"{names[i]!r} ({', '.join(map(str, np.flatnonzero(allowed[i])[:3]))}, ...)" for i in members[:4]]
+        raise LoraInitError(f"tied layers have no rank in common: {', '.join(spans)}. Relax their limits or the tie.")
     return shared

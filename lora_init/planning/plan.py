@@ -1,22 +1,31 @@
-"""The plan: how many ranks each layer has, what that costs and explains, and how it came about."""
+"""The plan: how many ranks each layer has, what that costs and explains, how it came about, and its file."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError
 from lora_init.files import write_whole
+from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target, read_target
-from lora_init.planning.budgets import Budget, adapter_bytes
+from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.statistics.statistics import Provenance, Statistics
 
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
+    from matplotlib.figure import Figure
 
-@dataclass(frozen=True, eq=False)
+Value = TypeVar("Value")
+_MAPPINGS = ("ranks", "targets", "explained", "settings", "unsupported")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class RankAllocation(Mapping[str, int]):
     """The rank of every layer, in model order, and how it came about. A layer of rank 0 gets no adapter.
 
@@ -31,8 +40,6 @@ class RankAllocation(Mapping[str, int]):
         provenance: Of the statistics; None for an allocation made by hand.
         unsupported: Targeted layers that have no statistics, name to kind: PEFT starts them, with `rank`.
         excluded: Layers that did not take part.
-        unsettled: Layers whose rank is decided by less than the sampling error: lowest and highest rank it might be.
-        error_source: What the sampling error was estimated from, in words; empty if it could not be.
         notes: What a user should know about the plan, a sentence each.
     """
 
@@ -46,13 +53,16 @@ class RankAllocation(Mapping[str, int]):
     provenance: Provenance | None = None
     unsupported: Mapping[str, str] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
-    unsettled: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    error_source: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "targets", "explained", "settings", "unsupported", "unsettled"):
+        for name in _MAPPINGS:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can be neither pickled nor copied.
+        values = [getattr(self, item.name) for item in fields(self)]
+        return type(self), tuple(dict(value) if isinstance(value, MappingProxyType) else value for value in values)
 
     def __getitem__(self, name: str) -> int:
         return self.ranks[name]
@@ -63,6 +73,64 @@ class RankAllocation(Mapping[str, int]):
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def __repr__(self) -> str:
+        used = [rank for rank in self.ranks.values() if rank]
+        span = f"{min(used)} to {max(used)}" if used else "0"
+        return f"RankAllocation({len(used)} of {len(self)} layers with rank {span}, total rank {self.total_rank:,})"
+
+    def _repr_html_(self) -> str:
+        from lora_init.planning.pictures import html_heat_map
+
+        return html_heat_map(self.ranks)
+
+    def plot(self) -> Figure:
+        """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
+        from lora_init.planning.pictures import heat_map_figure
+
+        return heat_map_figure(self.ranks)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a table with a row for each layer, by name: rank, widths, parameters, explained variance.
+
+        Raises:
+            LoraInitError: A plan made by hand, without the widths of its layers.
+        """
+        import pandas as pd
+
+        targets = [self.target(name) for name in self.ranks]
+        columns = {
+            "rank": list(self.ranks.values()),
+            "in_features": [target.in_features for target in targets],
+            "out_features": [target.out_features for target in targets],
+            "parameters": [target.parameters(self.ranks[target.name]) for target in targets],
+            "explained_variance": [self.explained.get(name, math.nan) for name in self.ranks],
+        }
+        return pd.DataFrame(columns, index=pd.Index(list(self.ranks), name="layer"))
+
+    def target(self, name: str) -> Target:
+        """Give the kind and the widths of a layer.
+
+        Raises:
+            LoraInitError: A plan made by hand without them.
+        """
+        return self._known(self.targets, "targets", name)
+
+    def share(self, name: str) -> float:
+        """Give the share of a layer's variance that its ranks explain.
+
+        Raises:
+            LoraInitError: A plan made by hand without it.
+        """
+        return self._known(self.explained, "explained", name)
+
+    def _known(self, values: Mapping[str, Value], argument: str, name: str) -> Value:
+        if name not in values:
+            raise LoraInitError(
+                f"the plan was made by hand, without {argument}= for layer {name!r}. Give it to RankAllocation, or let "
+                "allocate_ranks make the plan."
+            )
+        return values[name]
+
     @property
     def total_rank(self) -> int:
         """Sum of the ranks of all layers."""
@@ -71,32 +139,30 @@ class RankAllocation(Mapping[str, int]):
     @property
     def parameters(self) -> int:
         """Trainable parameters of the adapter: rank x (d_in + d_out), summed over the layers."""
-        return sum(self.targets[name].parameters(rank) for name, rank in self.ranks.items())
+        return sum(self.target(name).parameters(rank) for name, rank in self.ranks.items())
 
     @property
     def explained_variance(self) -> float:
         """Mean over the layers that take part of the share of their variance that their ranks explain."""
         shares = self._shares()
-        return sum(shares) / len(shares)
+        return sum(shares) / len(shares) if shares else 0.0
 
     def _shares(self) -> list[float]:
         without = set(self.excluded)
-        return [self.explained[name] for name in self.ranks if name not in without]
+        return [self.share(name) for name in self.ranks if name not in without]
 
     def megabytes(self, dtype: str = "float32") -> float:
-        """Size of the saved adapter, 10^6 bytes, exact for the file that PEFT writes."""
-        return adapter_bytes(self.ranks, self.targets, dtype) / 10**6
+        """Size of the saved adapter, 10^6 bytes: parameters times the bytes of `dtype`."""
+        return self.parameters * bytes_per_parameter(dtype) / 10**6
 
     @property
     def spent(self) -> float:
         """What the plan takes of its budget, in the budget's unit."""
-        unit = self.budget.unit if self.budget else "ranks"
-        if unit == "variance":
-            every = self.budget is not None and self.budget.coverage == "every-layer"
-            return min(self._shares()) if every else self.explained_variance
-        if unit == "bytes" and self.budget:
-            return adapter_bytes(self.ranks, self.targets, self.budget.dtype)
-        return self.parameters if unit == "parameters" else self.total_rank
+        if self.budget is None or self.budget.unit == "ranks":
+            return self.total_rank
+        if self.budget.unit == "variance":
+            return min(self._shares()) if self.budget.coverage == "every-layer" else self.explained_variance
+        return self.parameters * (bytes_per_parameter(self.budget.dtype) if self.budget.unit == "bytes" else 1)
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Make sure that the plan was made for a model.
@@ -130,12 +196,86 @@ class RankAllocation(Mapping[str, int]):
             )
 
 
+def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
+    """Give what B A x is multiplied by in PEFT: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
+    """Give the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
+
+    Example:
+        >>> alpha_for(scaling_of(16, 13), 26)
+        32
+    """
+    divisor = math.sqrt(rank) if use_rslora else rank
+    alpha = scaling * divisor
+    # The product may be rounded so that the quotient is the neighbour of the scaling.
+    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
+    exact = next((value for value in near if value / divisor == scaling), alpha)
+    return int(exact) if exact.is_integer() else exact
+
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+_ONE_RANK = ("SGLang", "llama.cpp", "Ollama")  # scale, or check shapes, by the one r of the configuration
+_STACKING = ("TGI", "LoRAX")  # stack the layers of a kind
+
+
+def serving_note(ranks: Mapping[str, int]) -> str:
+    """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
+
+    Args:
+        ranks: Of every layer that could have an adapter, 0 where it has none.
+
+    Example:
+        >>> serving_note({"h.0.up": 4, "h.1.up": 12})
+        'PEFT and vLLM (--max-lora-rank 16) take this adapter as it is. SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`: ranks differ.'
+    """  # noqa: E501
+    used = {rank for rank in ranks.values() if rank}
+    if not used:
+        return "No layer has an adapter, so there is nothing to serve."
+    grid = layer_grid(ranks)
+    kinds = [[ranks[name] for name in grid.of_kind(kind).values()] for kind in grid.kinds]
+    has_gaps = any(any(kind) and not all(kind) for kind in kinds)
+    fits = next((f"vLLM (--max-lora-rank {rank})" for rank in _VLLM_RANKS if rank >= max(used)), "")
+    as_it_is, export, why = ["PEFT", *filter(None, [fits])], ["MLX"], ""
+    if not fits:
+        export, why = ["vLLM", *export], f": rank {max(used)} is more than vLLM takes"
+    if len(used) > 1 or has_gaps:
+        export = [*_ONE_RANK, *_STACKING, *export]
+        why = ": ranks differ" if len(used) > 1 else ": some layers of a kind have no adapter"
+    else:
+        as_it_is += _ONE_RANK
+        # They pad other ranks, and then scale by the padded rank all kinds but the first.
+        unpadded = next(iter(used)) == 8 or next(iter(used)) % 16 == 0
+        as_it_is, export = ([*as_it_is, *_STACKING], export) if unpadded else (as_it_is, [*_STACKING, *export])
+    takes = "take" if len(as_it_is) > 1 else "takes"
+    needs = "need" if len(export) > 1 else "needs"
+    return f"{_listed(as_it_is)} {takes} this adapter as it is. {_listed(export)} {needs} `lora-init export`{why}."
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
 FORMAT = "lora_init.plan"
 FORMAT_VERSION = 1
 
 
 def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
     """Lay a plan out as plain values: everything in it, and totals for readers that are not this package."""
+    layers = {}
+    for name, rank in plan.items():
+        target = plan.target(name)
+        layers[name] = {
+            "rank": rank,
+            "kind": target.kind,
+            "in_features": target.in_features,
+            "out_features": target.out_features,
+            **target.extras(),
+            "parameters": target.parameters(rank),
+            "explained_variance": plan.share(name),
+        }
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -150,22 +290,9 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
             "megabytes_float32": round(plan.megabytes(), 6),
             "explained_variance": round(plan.explained_variance, 9),
         },
-        "layers": {
-            name: {
-                "rank": rank,
-                "kind": plan.targets[name].kind,
-                "in_features": plan.targets[name].in_features,
-                "out_features": plan.targets[name].out_features,
-                **plan.targets[name].extras(),
-                "parameters": plan.targets[name].parameters(rank),
-                "explained_variance": plan.explained[name],
-                **({"could_be": list(plan.unsettled[name])} if name in plan.unsettled else {}),
-            }
-            for name, rank in plan.items()
-        },
+        "layers": layers,
         "excluded": list(plan.excluded),
         "unsupported": dict(plan.unsupported),
-        "error_source": plan.error_source,
         "notes": list(plan.notes),
         "provenance": asdict(plan.provenance) if plan.provenance else None,
     }
@@ -183,7 +310,7 @@ def save_plan(plan: RankAllocation, path: str | Path) -> Path:
     """Write a plan to a JSON file. A crash leaves the old file or none, never half a one.
 
     Raises:
-        LoraInitError: The directory does not exist, or cannot be written to.
+        LoraInitError: The directory does not exist, or cannot be written to; or a plan made by hand, without widths.
     """
     path = Path(path).expanduser()
     text = json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n"
@@ -205,7 +332,7 @@ def load_plan(path: str | Path) -> RankAllocation:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LoraInitError(f"{path}: the plan could not be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraInitError(f"{path} is not JSON, so it is no plan: {error}. `lora-init ranks` writes one.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise LoraInitError(f"{path} is not a plan of lora_init. `lora-init ranks STATS --output FILE` writes one.")
@@ -217,11 +344,12 @@ def load_plan(path: str | Path) -> RankAllocation:
         )
     try:
         return _plan_from(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LoraInitError(f"{path} is damaged: {type(error).__name__} {error}. Plan again.") from error
 
 
 def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
+    """Read the fields that this version knows; others, of older and later versions, are left alone."""
     layers = content["layers"]
     for name, layer in layers.items():
         for key in ("rank", "in_features", "out_features"):
@@ -229,10 +357,10 @@ def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
                 raise ValueError(f"layer {name!r} has {key}={layer[key]!r}")
         if layer["rank"] > layer["in_features"]:
             raise ValueError(f"layer {name!r} has rank {layer['rank']} and input width {layer['in_features']}")
+        if not 0.0 <= float(layer["explained_variance"]) <= 1.0 + 1e-9:
+            raise ValueError(f"layer {name!r} has explained_variance={layer['explained_variance']!r}")
     if type(content["rank"]) is not int or content["rank"] < 1:
         raise ValueError(f"rank={content['rank']!r}")
-    known = {item.name for item in fields(Provenance)}
-    provenance = content["provenance"]
     return RankAllocation(
         ranks={name: layer["rank"] for name, layer in layers.items()},
         rank=content["rank"],
@@ -242,15 +370,22 @@ def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
         },
         explained={name: float(layer["explained_variance"]) for name, layer in layers.items()},
         policy=str(content["policy"]),
-        budget=Budget(**content["budget"]) if content["budget"] else None,
+        budget=_read_fields(Budget, content["budget"]) if content["budget"] else None,
         settings=content["settings"],
-        # A later version may tell more about where it comes from; that is no reason to refuse the ranks.
-        provenance=Provenance(**{key: value for key, value in provenance.items() if key in known})
-        if provenance
-        else None,
+        provenance=_read_fields(Provenance, content["provenance"]) if content["provenance"] else None,
         unsupported=content["unsupported"],
-        excluded=tuple(content["excluded"]),
-        unsettled={name: tuple(layer["could_be"]) for name, layer in layers.items() if "could_be" in layer},
-        error_source=str(content["error_source"]),
-        notes=tuple(content["notes"]),
+        excluded=tuple(map(str, content["excluded"])),
+        notes=tuple(map(str, content["notes"])),
     )
+
+
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
+def _read_fields(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """Make a dataclass of the fields that it knows."""
+    known = {item.name: _TYPES.get(str(item.type), object) for item in fields(kind)}
+    for name, value in values.items():
+        if name in known and not isinstance(value, known[name]):
+            raise ValueError(f"{kind.__name__} has {name}={value!r}")
+    return kind(**{name: value for name, value in values.items() if name in known})

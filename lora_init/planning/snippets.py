@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from lora_init.errors import LoraInitError
-from lora_init.planning.plan import RankAllocation, plan_to_dict
+from lora_init.planning.plan import RankAllocation, alpha_for, plan_to_dict, scaling_of
 
 
 def snippet(
@@ -30,18 +29,72 @@ def snippet(
         plan_path: Where the plan is or will be saved, for tools that need the adapter made first.
 
     Raises:
-        LoraInitError: Unknown tool; or a scaling that it cannot express.
+        LoraInitError: Unknown tool; an alpha that is not positive; a plan without ranks; or for JSON and CSV, a plan
+            made by hand, without widths.
     """
     if tool not in FORMATS:
         raise LoraInitError(f"format={tool!r} is unknown. Choose from {', '.join(FORMATS)}.")
+    if not 0.0 < lora_alpha < math.inf:
+        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to configure.")
-    return FORMATS[tool](plan, lora_alpha, use_rslora, plan_path)
+    return FORMATS[tool](_Request(plan, lora_alpha, use_rslora, plan_path))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `snippet`, and what several tools need of them."""
+
+    plan: RankAllocation
+    lora_alpha: float
+    use_rslora: bool
+    plan_path: str
+
+    @property
+    def scaling(self) -> float:
+        """What every layer is scaled by."""
+        return scaling_of(self.lora_alpha, self.plan.rank, self.use_rslora)
+
+    def base_rank(self) -> int:
+        """Choose the rank of layers without a pattern: the only rank there is, else the plan's.
+
+        Layers that PEFT starts have no pattern, and are to have the plan's.
+        """
+        used = {rank for rank in self.plan.values() if rank}
+        return used.pop() if len(used) == 1 and not self.plan.unsupported else self.plan.rank
+
+    def whole_alphas(self) -> dict[int, int] | None:
+        """Give the alpha of each rank, without rsLoRA, for tools that take whole numbers; None if one is not whole."""
+        ranks = {self.base_rank(), *self.plan.values()} - {0}
+        alphas = {rank: alpha_for(self.scaling, rank) for rank in ranks}
+        return {rank: int(alpha) for rank, alpha in alphas.items()} if all(map(_is_whole, alphas.values())) else None
+
+    def make_adapter(self) -> str:
+        """Write the command that makes the adapter of this plan."""
+        options = f"--lora-alpha {self.lora_alpha:g}{' --use-rslora' if self.use_rslora else ''}"
+        return f"lora-init init MODEL DATA --ranks {self.plan_path} {options} --output adapter"
+
+    def about(self) -> list[str]:
+        """Describe the plan in two lines."""
+        plan = self.plan
+        used = sum(rank > 0 for rank in plan.values())
+        model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
+        data = plan.provenance.data if plan.provenance else ""
+        source = (f" for {model}" if model else "") + (f", from {data}" if data else "")
+        parameters = f", {plan.parameters:,} parameters" if plan.targets else ""
+        return [
+            f"Planned by lora_init{source}: policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}.",
+            f"{used} of {len(plan)} layers, total rank {plan.total_rank:,}{parameters}.",
+        ]
+
+
+def _is_whole(value: float) -> bool:
+    return value == int(value) and value >= 1
 
 
 def target_parameters(plan: RankAllocation) -> list[str]:
     """Name the fused parameters of experts of rank above 0."""
-    fused = [name for name, rank in plan.items() if rank and plan.targets[name].experts]
+    fused = [name for name, rank in plan.items() if rank and name in plan.targets and plan.targets[name].experts]
     return fused + [name for name, kind in plan.unsupported.items() if kind == "Parameter"]
 
 
@@ -60,81 +113,70 @@ def target_modules(plan: RankAllocation) -> list[str] | str:
     return kept
 
 
-def rank_pattern(plan: RankAllocation) -> dict[str, int]:
-    """Map to its rank each layer whose rank is not `plan.rank`: anchored keys, each of which matches one layer."""
-    return {f"^{re.escape(name)}": rank for name, rank in plan.items() if rank not in (0, plan.rank)}
-
-
-def alpha_pattern(plan: RankAllocation, lora_alpha: float, use_rslora: bool) -> dict[str, float]:
-    """Map each layer of `rank_pattern` to the alpha that gives it the scaling all others have."""
-
-    def alpha(rank: int) -> float:
-        share = rank / plan.rank
-        value = lora_alpha * (math.sqrt(share) if use_rslora else share)
-        return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
-
-    return {key: alpha(rank) for key, rank in rank_pattern(plan).items()}
-
-
-def _about(plan: RankAllocation) -> list[str]:
-    used = sum(rank > 0 for rank in plan.values())
-    model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
-    data = plan.provenance.data if plan.provenance else ""
-    source = f" for {model}" if model else ""
-    source += f", from {data}" if data else ""
-    return [
-        f"Planned by lora_init{source}: policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}.",
-        f"{used} of {len(plan)} layers, total rank {plan.total_rank:,}"
-        + (f", {plan.parameters:,} parameters." if plan.targets else "."),
-    ]
+def rank_pattern(plan: RankAllocation, base: int) -> dict[str, int]:
+    """Map to its rank each layer whose rank is not the base: anchored keys, each of which matches one layer."""
+    return {f"^{re.escape(name)}": rank for name, rank in plan.items() if rank not in (0, base)}
 
 
 def _comments(lines: Sequence[str]) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
 
-def _peft(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: str) -> str:
-    def block(values: dict[str, float] | dict[str, int] | list[str] | str) -> str:
-        if isinstance(values, str):
-            return repr(values)
-        if isinstance(values, list):
-            return "[\n" + "".join(f"        {name!r},\n" for name in values) + "    ]"
-        return "{\n" + "".join(f"        {key!r}: {value!r},\n" for key, value in values.items()) + "    }"
-
+def _peft(request: _Request) -> str:
+    plan, ranks = request.plan, rank_pattern(request.plan, request.plan.rank)
     task = plan.provenance.task_type if plan.provenance else None
+    alpha = int(request.lora_alpha) if _is_whole(request.lora_alpha) else request.lora_alpha
+    parameters = target_parameters(plan)
     arguments = {
         "r": repr(plan.rank),
-        "lora_alpha": repr(int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha),
-        **({"use_rslora": "True"} if use_rslora else {}),
+        "lora_alpha": repr(alpha),
+        **({"use_rslora": "True"} if request.use_rslora else {}),
         **({"task_type": repr(task)} if task else {}),
-        "target_modules": block(target_modules(plan)),
-        **({"target_parameters": block(target_parameters(plan))} if target_parameters(plan) else {}),
-        "rank_pattern": block(rank_pattern(plan)),
-        "alpha_pattern": block(alpha_pattern(plan, lora_alpha, use_rslora)),
+        "target_modules": _python(target_modules(plan)),
+        **({"target_parameters": _python(parameters)} if parameters else {}),
+        "rank_pattern": _python(ranks),
+        "alpha_pattern": _python(
+            {key: alpha_for(request.scaling, rank, request.use_rslora) for key, rank in ranks.items()}
+        ),
     }
     body = "".join(f"    {name}={value},\n" for name, value in arguments.items())
-    return f"{_comments(_about(plan))}from peft import LoraConfig\n\nconfig = LoraConfig(\n{body})\n"
+    start = "This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data."
+    return f"{_comments([*request.about(), start])}from peft import LoraConfig\n\nconfig = LoraConfig(\n{body})\n"
 
 
-def _axolotl(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: str) -> str:
-    alphas = alpha_pattern(plan, lora_alpha, use_rslora)
-    broken = next((value for value in (lora_alpha, *alphas.values()) if value != int(value) or value < 1), None)
-    if broken is not None:
-        remedy = "Turn use_rslora off" if use_rslora else f"Give a lora_alpha that is a multiple of {plan.rank}"
-        raise LoraInitError(
-            f"axolotl takes whole numbers for alpha, and one layer needs {broken:.6g}. {remedy}, or make the adapter "
-            "with `lora-init init --ranks` and name it as lora_model_dir."
-        )
-    modules = target_modules(plan)
-    parameters = target_parameters(plan)
-    text = _comments([*_about(plan), "lora_rank_pattern and lora_alpha_pattern: axolotl 0.18 or newer."])
-    text += f"adapter: lora\nlora_r: {plan.rank}\nlora_alpha: {int(lora_alpha)}\n"
-    text += "peft_use_rslora: true\n" if use_rslora else ""
+def _python(values: Mapping[str, float] | list[str] | str) -> str:
+    if isinstance(values, str):
+        return repr(values)
+    if isinstance(values, list):
+        return "[\n" + "".join(f"        {name!r},\n" for name in values) + "    ]"
+    return "{\n" + "".join(f"        {key!r}: {value!r},\n" for key, value in values.items()) + "    }"
+
+
+def _axolotl(request: _Request) -> str:
+    plan, base, alphas = request.plan, request.base_rank(), request.whole_alphas()
+    modules, parameters = target_modules(plan), target_parameters(plan)
+    ranks = rank_pattern(plan, base)
+    lines = [
+        "axolotl goes on from the adapter in lora_model_dir: its own ranks and scalings hold. Make it:",
+        request.make_adapter(),
+    ]
+    if alphas is None:
+        lines.append("axolotl takes whole numbers for alpha, and this plan needs others, which the adapter has.")
+        alpha, patterns = max(1, round(request.scaling * base)), {}
+    else:
+        lines.append("Without lora_model_dir the same ranks start at random; the patterns need axolotl 0.18 or newer.")
+        alpha = alphas[base]
+        patterns = {
+            "lora_rank_pattern": ranks,
+            "lora_alpha_pattern": {key: alphas[rank] for key, rank in ranks.items()},
+        }
+    text = _comments([*request.about(), *lines])
+    text += f"adapter: lora\nlora_model_dir: adapter\nlora_r: {base}\nlora_alpha: {alpha}\n"
     text += f"lora_target_modules:{_yaml_list(modules) if isinstance(modules, list) else f' {json.dumps(modules)}'}"
     text += f"\nlora_target_parameters:{_yaml_list(parameters)}" if parameters else ""
-    for key, pattern in (("lora_rank_pattern", rank_pattern(plan)), ("lora_alpha_pattern", alphas)):
+    for key, pattern in patterns.items():
         if pattern:
-            text += f"\n{key}:" + "".join(f"\n  {json.dumps(name)}: {int(value)}" for name, value in pattern.items())
+            text += f"\n{key}:" + "".join(f"\n  {json.dumps(name)}: {value}" for name, value in pattern.items())
     return text + "\n"
 
 
@@ -143,41 +185,33 @@ def _yaml_list(values: Sequence[str]) -> str:
     return "".join(f"\n  - {json.dumps(value)}" for value in values)
 
 
-def _llama_factory(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: str) -> str:
+def _llama_factory(request: _Request) -> str:
+    plan, base, alphas = request.plan, request.base_rank(), request.whole_alphas()
     modules = target_modules(plan)
-    if not rank_pattern(plan) and isinstance(modules, list) and not target_parameters(plan):
-        text = f"lora_rank: {plan.rank}\nlora_alpha: {lora_alpha:g}\n"
-        text += "use_rslora: true\n" if use_rslora else ""
-        return f"{_comments(_about(plan))}finetuning_type: lora\n{text}lora_target: {json.dumps(','.join(modules))}\n"
-    options = f" --lora-alpha {lora_alpha:g}{' --use-rslora' if use_rslora else ''}"
     lines = [
-        *_about(plan),
-        "LLaMA-Factory has no rank_pattern: one lora_rank holds for all layers. So make the adapter first, and let it",
-        f"go on from there:  lora-init init MODEL DATA --ranks {plan_path}{options} --output adapter",
-        "With an adapter given and create_new_adapter off, lora_rank, lora_alpha and lora_target have no effect.",
+        "LLaMA-Factory goes on from the adapter named here: its own ranks and scalings hold. Make it:",
+        request.make_adapter(),
     ]
-    return f"{_comments(lines)}finetuning_type: lora\nadapter_name_or_path: adapter\ncreate_new_adapter: false\n"
+    is_plain = isinstance(modules, list) and not target_parameters(plan) and not rank_pattern(plan, base)
+    if is_plain and alphas is not None:
+        lines.append("Without adapter_name_or_path the same ranks start at random.")
+        text = f"lora_rank: {base}\nlora_alpha: {alphas[base]}\nlora_target: {json.dumps(','.join(modules))}\n"
+    else:
+        lines.append("It could not make these ranks and scalings itself: it has one lora_rank and a whole lora_alpha.")
+        text = ""
+    head = "finetuning_type: lora\nadapter_name_or_path: adapter\ncreate_new_adapter: false\n"
+    return f"{_comments([*request.about(), *lines])}{head}{text}"
 
 
-def _json(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: str) -> str:
-    return json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n"
+def _json(request: _Request) -> str:
+    return json.dumps(plan_to_dict(request.plan), indent=1, ensure_ascii=False) + "\n"
 
 
-def _csv(plan: RankAllocation, lora_alpha: float, use_rslora: bool, plan_path: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "rank", "in_features", "out_features", "parameters", "explained_variance", "low", "high"])
-    for name, rank in plan.items():
-        target = plan.targets[name]
-        low, high = plan.unsettled.get(name, (rank, rank))
-        share = f"{plan.explained[name]:.6f}" if name in plan.explained else ""
-        writer.writerow(
-            [name, rank, target.in_features, target.out_features, target.parameters(rank), share, low, high]
-        )
-    return text.getvalue()
+def _csv(request: _Request) -> str:
+    return str(request.plan.to_pandas().to_csv(float_format="%.6f", lineterminator="\n"))
 
 
-FORMATS: dict[str, Callable[[RankAllocation, float, bool, str], str]] = {
+FORMATS: dict[str, Callable[[_Request], str]] = {
     "peft": _peft,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,

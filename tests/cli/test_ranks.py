@@ -59,6 +59,7 @@ def test_other_budgets_and_limits_reach_it_too(file):
         (["--rank", 4, "--allowed-ranks", "2,4,8"], dict(rank=4, allowed_ranks=(2, 4, 8))),
         (["--rank", 4, "--rho", 1.1], dict(rank=4, rho=1.1)),
         (["--rank", 4, "--multiple-of", 2], dict(rank=4, multiple_of=2)),
+        (["--rank", 4, "--uniform-per-kind"], dict(rank=4, uniform_per_kind=True)),
     ):
         content = json.loads(run(file, *options, "--json").stdout)
         assert {name: layer["rank"] for name, layer in content["layers"].items()} == dict(
@@ -70,6 +71,8 @@ def test_it_prints_the_plan(file):
     text = run(file, "--rank", 4).stdout
     for part in ("q_proj", "total rank", "policy eva, budget rank=4", "56 of 56 ranks", "random tokens"):
         assert part in text
+    assert text.splitlines()[-1].startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang,")
+    assert ", SGLang, llama.cpp, Ollama, TGI and LoRAX take" in run(file, "--rank", 8, "--rho", 1).stdout
 
 
 def test_it_compares(file):
@@ -113,6 +116,12 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
         (["--compare", "rank="], "'rank=' is not of the form key=value"),
         (["--plot", "plan.pdf"], "pictures are written as"),
         (["--format", "peft", "--json"], "Leave --compare and --json out"),
+        (["--rho", "inf"], "rho=inf: a finite number of at least 1"),
+        (["--dtype", "bfloat16"], "--dtype is for --megabytes"),
+        (["--coverage", "total", "--compare", "uniform"], "--coverage is for --variance"),
+        (["--lora-alpha", 8], "--lora-alpha and --use-rslora are for --format"),
+        (["--use-rslora", "--json"], "--lora-alpha and --use-rslora are for --format"),
+        (["--format", "peft", "--lora-alpha", 0], "lora_alpha=0.0 must be a positive number"),
         (["--tie", "q_proj"], "ties nothing"),
     ],
 )
@@ -172,5 +181,5 @@ def test_the_example_plans_with_and_without_a_file(file, tmp_path, monkeypatch, 
         assert "cost-aware" in out and "an adapter of" in out
         plan = load_plan(tmp_path / "plan.json")
         assert f"{plan.parameters:,} parameters" in out
-        assert yaml.safe_load((tmp_path / "axolotl.yaml").read_text())["lora_r"] == plan.rank
+        assert yaml.safe_load((tmp_path / "axolotl.yaml").read_text())["lora_r"] in (plan.rank, max(plan.values()))
         assert (tmp_path / "plan.html").stat().st_size > 10_000

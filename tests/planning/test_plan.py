@@ -1,0 +1,182 @@
+"""The plan: its accounting, its file, what a notebook shows of it, and which engines take its adapter."""
+
+import copy
+import json
+import pickle
+
+import pytest
+from hypothesis import given
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.targets import Target
+from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.plan import alpha_for, load_plan, save_plan, scaling_of, serving_note
+from lora_init.planning.snippets import snippet
+from tests.planning.made import QKV, WIDE, distinct, explained, full_plan, laws, statistics, widths3
+
+
+@laws
+@given(distinct, widths3)
+def test_the_accounting_is_exact(ratios, widths):
+    plan = allocate_ranks(statistics(ratios, widths), rank=2)
+    assert plan.total_rank == sum(plan.values())
+    assert plan.parameters == sum(rank * (a + b) for rank, (a, b) in zip(plan.values(), widths, strict=True))
+    assert plan.megabytes("float16") == plan.parameters * 2 / 1e6
+    assert plan.explained_variance == pytest.approx(explained(ratios, plan.values()) / 3)
+    table = plan.to_pandas()
+    assert dict(table["rank"]) == dict(plan) and table["parameters"].sum() == plan.parameters
+    assert table["explained_variance"].mean() == pytest.approx(plan.explained_variance)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_alpha_gives_exactly_its_scaling(use_rslora):
+    for rank in range(1, 130):
+        for lora_alpha in (1, 16, 24, 7.5, 0.3):
+            scaling = scaling_of(lora_alpha, rank, use_rslora)
+            assert alpha_for(scaling, rank, use_rslora) == pytest.approx(lora_alpha, rel=1e-15)
+            for other in (1, 3, 13, 64):
+                alpha = alpha_for(scaling, other, use_rslora)
+                assert scaling_of(alpha, other, use_rslora) == pytest.approx(scaling, rel=1e-15)
+                if not use_rslora and lora_alpha * other % rank == 0:
+                    assert type(alpha) is int
+
+
+# --- The file -------------------------------------------------------------------------------------------------------
+
+
+def same(one, other):
+    assert dict(one) == dict(other) and list(one) == list(other)
+    for name in ("rank", "targets", "explained", "policy", "budget", "provenance", "excluded", "notes", "spent"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.settings["overrides"] == {"*.v_proj": {"max_rank": 1}}
+
+
+def test_a_plan_survives_its_file_copies_and_pickles(tmp_path):
+    stats, plan = full_plan()
+    loaded = load_plan(save_plan(plan, tmp_path / "plan.json"))
+    for other in (loaded, copy.copy(plan), copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):  # noqa: S301
+        same(plan, other)
+        other.check(stats)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_made_by_hand_says_what_it_does_not_know(tmp_path):
+    whole = RankAllocation({"a": 3}, 3, {"a": Target("a", "Linear", 8, 8)}, {"a": 0.5})
+    assert dict(load_plan(save_plan(whole, tmp_path / "plan.json"))) == {"a": 3}
+    bare = RankAllocation({"a": 3}, 3)
+    assert bare.total_rank == bare.spent == 3 and "'a'" in snippet(bare, "peft")
+    for ask in (
+        lambda: bare.parameters, bare.megabytes, bare.to_pandas, lambda: snippet(bare, "csv"),
+        lambda: save_plan(bare, tmp_path / "bare.json"),
+    ):  # fmt: skip
+        with pytest.raises(LoraInitError, match="made by hand, without targets= for layer 'a'"):
+            ask()
+    with pytest.raises(LoraInitError, match="without explained= for layer 'a'"):
+        _ = bare.explained_variance
+
+
+def test_a_plan_for_another_model_is_refused():
+    stats, plan = full_plan()
+    other = full_plan(fingerprint="f2", model_id="other/model")[0]
+    with pytest.raises(
+        LoraInitError, match=r"made for some/model \(fingerprint f1\), .* another: .* other/model \(f2\)"
+    ):
+        plan.check(other)
+    with pytest.raises(LoraInitError, match=r"names layer 'h.0.q_proj', which the statistics do not have"):
+        RankAllocation(dict(plan), 2).check(statistics(WIDE))
+    plan.check(stats)
+
+
+def put(content, *path, value):
+    for key in path[:-1]:
+        content = content[key]
+    content[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: put(c, "format_version", value=2), "format version 2, and this lora_init reads 1"),
+        (lambda c: put(c, "format", value="x"), "is not a plan of lora_init"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=-1), "damaged: .*'h.0.q_proj' has rank=-1"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value="9"), "damaged: .*'h.0.q_proj' has rank='9'"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=65), "rank 65 and input width 64"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=2), "has explained_variance=2"),
+        (lambda c: put(c, "rank", value=0), "damaged: .*rank=0"),
+        (lambda c: put(c, "layers", value=[]), "damaged"),
+        (lambda c: put(c, "budget", value={"a": 1}), "damaged"),
+        (lambda c: put(c, "budget", "asked", value="1M"), "damaged: .*Budget has asked='1M'"),
+        (lambda c: put(c, "provenance", "fingerprint", value=3), "damaged: .*Provenance has fingerprint=3"),
+        (lambda c: c.pop("policy"), "damaged: KeyError 'policy'"),
+    ],
+)
+def test_a_damaged_plan_is_refused(tmp_path, change, message):
+    path = save_plan(full_plan()[1], tmp_path / "plan.json")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(LoraInitError, match=message):
+        load_plan(path)
+
+
+def test_no_plan_at_all(tmp_path):
+    with pytest.raises(LoraInitError, match="could not be read: No such file"):
+        load_plan(tmp_path / "plan.json")
+    for text in ("{", "[" * 10**6):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(LoraInitError, match="is not JSON, so it is no plan"):
+            load_plan(tmp_path / "plan.json")
+    with pytest.raises(LoraInitError, match="could not be written: No such file"):
+        save_plan(full_plan()[1], tmp_path / "no" / "plan.json")
+
+
+def test_fields_of_earlier_and_later_versions_are_left_alone(tmp_path):
+    plan = full_plan()[1]
+    path = save_plan(plan, tmp_path / "plan.json")
+    content = json.loads(path.read_text())
+    content["provenance"]["moon_phase"] = "full"
+    content["layers"]["h.0.q_proj"]["could_be"] = [1, 3]  # written until the sampling error of ranks was dropped
+    content["error_source"] = "from 1,000 rows taken as independent: a lower bound"
+    path.write_text(json.dumps(content))
+    same(plan, load_plan(path))
+
+
+# --- In a notebook --------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_short_in_text_a_heat_map_in_html_and_a_figure():
+    plan = full_plan()[1]
+    assert repr(plan) == "RankAllocation(5 of 6 layers with rank 1 to 2, total rank 7)"
+    html = plan._repr_html_()
+    assert all(f'title="{name}: rank {rank}"' in html for name, rank in plan.items())
+    assert all(f"<th>{kind}</th>" in html for kind in QKV)
+    axes = plan.plot().axes[0]
+    assert [text.get_text() for text in axes.texts] == [str(rank or "·") for rank in plan.values()]
+    nothing = RankAllocation({"a": 0}, 1)
+    assert repr(nothing) == "RankAllocation(0 of 1 layers with rank 0, total rank 0)" and "·" in nothing._repr_html_()
+
+
+# --- Serving --------------------------------------------------------------------------------------------------------
+
+TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]
+ALL = "PEFT, vLLM (--max-lora-rank {}), SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is."
+SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX "
+
+
+@pytest.mark.parametrize(
+    ("ranks", "note"),
+    [
+        ([16, 16, 16, 16], ALL.format(16) + " MLX needs `lora-init export`."),
+        ([8, 0, 8, 0], ALL.format(8) + " MLX needs `lora-init export`."),  # no v_proj has one
+        ([48, 48, 48, 48], ALL.format(64)),
+        ([12, 12, 12, 12], "PEFT, vLLM (--max-lora-rank 16), SGLang, llama.cpp and Ollama take this adapter as it is. "
+         "TGI, LoRAX and MLX need `lora-init export`."),
+        ([8, 16, 8, 16], SOME.format(16) + "need `lora-init export`: ranks differ."),
+        ([8, 8, 8, 0], SOME.format(8) + "need `lora-init export`: some layers of a kind have no adapter."),
+        ([1, 2, 3, 260], SOME.format(320)),
+        ([1, 2, 3, 513], "PEFT takes this adapter as it is. SGLang, llama.cpp, Ollama, TGI, LoRAX, vLLM and MLX need"),
+        ([0, 0, 0, 0], "nothing to serve"),
+    ],
+)  # fmt: skip
+def test_which_engines_take_the_adapter_as_it_is(ranks, note):
+    assert note in serving_note(dict(zip(TWO, ranks, strict=True)))

@@ -1,0 +1,155 @@
+"""What a plan is in other tools' words, read back as these tools read it."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.targets import Target
+from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.snippets import FORMATS, snippet
+from tests.conftest import tiny_llama
+from tests.planning.made import model_and_statistics
+
+
+def ranks_and_scalings(config):
+    adapted = get_peft_model(tiny_llama(), config)
+    layers = {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    names = [name.removeprefix("base_model.model.") for name in layers]
+    ranks = [module.lora_A["default"].weight.shape[0] for module in layers.values()]
+    return dict(zip(names, ranks, strict=True)), {module.scaling["default"] for module in layers.values()}
+
+
+def allocated(stats):
+    plan = allocate_ranks(stats, rank=4, overrides={"layers.0.self_attn.k_proj": {"rank": 0}})
+    assert 0 in plan.values() and len(set(plan.values())) > 3
+    return plan, {name: rank for name, rank in plan.items() if rank}
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 24 / 4), (True, 24 / math.sqrt(4))])
+def test_peft_reads_its_snippet_as_exactly_the_plan(use_rslora, scaling):
+    plan, expected = allocated(model_and_statistics("CAUSAL_LM")[1])
+    names = {}
+    exec(snippet(plan, "peft", lora_alpha=24, use_rslora=use_rslora), names)
+    ranks, scalings = ranks_and_scalings(names["config"])
+    assert ranks == expected
+    assert list(scalings) == pytest.approx([scaling] * len(scalings))
+    assert names["config"].task_type == "CAUSAL_LM"
+    assert "lora_alpha=24,\n" in snippet(plan, "peft", lora_alpha=24.0)
+
+
+def as_axolotl(config):
+    """As axolotl 0.19 does in loaders/adapter.py where lora_model_dir is not there."""
+    return LoraConfig(
+        r=config["lora_r"],
+        lora_alpha=config["lora_alpha"],
+        target_modules=config["lora_target_modules"],
+        rank_pattern=config.get("lora_rank_pattern") or {},
+        alpha_pattern=config.get("lora_alpha_pattern") or {},
+    )
+
+
+# rsLoRA with alpha 8 and rank 4 scales by 4, which is 4 x rank / rank: whole numbers without rsLoRA.
+@pytest.mark.parametrize(("lora_alpha", "use_rslora", "scaling"), [(8, False, 2.0), (8, True, 4.0), (24.0, False, 6.0)])
+def test_axolotl_gets_what_it_forwards_to_peft(lora_alpha, use_rslora, scaling):
+    plan, expected = allocated(model_and_statistics()[1])
+    text = snippet(plan, "axolotl", lora_alpha, use_rslora)
+    config = yaml.safe_load(text)
+    assert config["adapter"] == "lora" and config["lora_model_dir"] == "adapter" and "axolotl 0.18 or newer" in text
+    rslora = " --use-rslora" if use_rslora else ""
+    assert f"lora-init init MODEL DATA --ranks plan.json --lora-alpha {lora_alpha:g}{rslora} --output adapter" in text
+    ranks, scalings = ranks_and_scalings(as_axolotl(config))
+    assert ranks == expected and scalings == {scaling}
+    # PositiveInt in its schema
+    assert all(type(alpha) is int for alpha in (config["lora_alpha"], *config["lora_alpha_pattern"].values()))
+
+
+@pytest.mark.parametrize(("lora_alpha", "use_rslora"), [(7, False), (0.5, False), (7, True)])
+def test_axolotl_takes_other_scalings_from_the_adapter(lora_alpha, use_rslora):
+    plan, _ = allocated(model_and_statistics()[1])
+    text = snippet(plan, "axolotl", lora_alpha, use_rslora)
+    config = yaml.safe_load(text)
+    assert config["lora_model_dir"] == "adapter" and "lora_alpha_pattern" not in config
+    assert type(config["lora_alpha"]) is int and config["lora_alpha"] >= 1
+    assert "axolotl takes whole numbers for alpha, and this plan needs others, which the adapter has." in text
+
+
+def test_one_rank_of_all_is_the_base_whatever_the_average_is():
+    stats = model_and_statistics()[1]
+    plan = allocate_ranks(stats, total_rank=8 * 7, allowed_ranks=(8,), rho=4)
+    assert set(plan.values()) == {0, 8} and plan.rank == 4
+    # Relative to rank 4, 6 is 12 at rank 8.
+    config = yaml.safe_load(snippet(plan, "axolotl", lora_alpha=6))
+    assert config["lora_r"] == 8 and config["lora_alpha"] == 12 and "lora_rank_pattern" not in config
+    config = yaml.safe_load(snippet(plan, "llama-factory", lora_alpha=6))
+    assert config["lora_rank"] == 8 and config["lora_alpha"] == 12
+
+
+def test_llama_factory_gets_a_finished_adapter_and_its_own_words_where_it_has_them():
+    stats = model_and_statistics()[1]
+    plan, _ = allocated(stats)
+    adapter = {"finetuning_type": "lora", "adapter_name_or_path": "adapter", "create_new_adapter": False}
+    for unequal in (plan, allocate_ranks(stats, rank=4, policy="uniform")):
+        text = snippet(unequal, "llama-factory", lora_alpha=6.5, plan_path="p.json")
+        assert "it has one lora_rank and a whole lora_alpha" in text
+        assert "lora-init init MODEL DATA --ranks p.json --lora-alpha 6.5 --output adapter" in text
+        assert yaml.safe_load(text) == adapter
+    same = allocate_ranks(stats, rank=4, policy="uniform")
+    config = yaml.safe_load(snippet(same, "llama-factory", lora_alpha=24))
+    assert adapter.items() <= config.items()
+    # As LLaMA-Factory 0.9.5 does without adapter_name_or_path: lora_target is split at commas.
+    ranks, scalings = ranks_and_scalings(
+        LoraConfig(
+            r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=config["lora_target"].split(",")
+        )
+    )
+    assert ranks == dict(same) and scalings == {6.0}
+
+
+def test_a_name_that_ends_another_is_told_apart():
+    model = nn.ModuleDict(
+        {"h": nn.ModuleList([nn.Linear(8, 8)]), "tower": nn.ModuleDict({"h": nn.ModuleList([nn.Linear(8, 8)])})}
+    )
+    targets = {name: Target(name, "Linear", 8, 8) for name in ("h.0", "tower.h.0")}
+    names = {}
+    exec(snippet(RankAllocation({"h.0": 2, "tower.h.0": 0}, 4, targets), "peft"), names)
+    assert isinstance(names["config"], LoraConfig)
+    adapted = get_peft_model(model, names["config"])
+    with_adapter = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert with_adapter == ["base_model.model.h.0"]
+
+
+def test_csv_and_json_hold_every_layer():
+    plan, _ = allocated(model_and_statistics()[1])
+    rows = list(csv.DictReader(io.StringIO(snippet(plan, "csv"))))
+    assert {row["layer"]: int(row["rank"]) for row in rows} == dict(plan)
+    assert sum(int(row["parameters"]) for row in rows) == plan.parameters
+    content = json.loads(snippet(plan, "json"))
+    assert {name: layer["rank"] for name, layer in content["layers"].items()} == dict(plan)
+    assert content["totals"]["parameters"] == plan.parameters
+
+
+def test_unknown_formats_and_empty_plans():
+    plan, _ = allocated(model_and_statistics()[1])
+    with pytest.raises(LoraInitError, match=r"format='toml' is unknown. Choose from peft, axolotl"):
+        snippet(plan, "toml")
+    for alpha in (0, math.nan, -1):
+        with pytest.raises(LoraInitError, match="must be a positive number"):
+            snippet(plan, "peft", alpha)
+    nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
+    for tool in FORMATS:
+        with pytest.raises(LoraInitError, match="no layer any rank"):
+            snippet(nothing, tool)
+
+
+def test_what_is_in_a_name_stays_in_a_comment():
+    stats = model_and_statistics()[1]
+    plan = replace(allocated(stats)[0], provenance=replace(stats.provenance, data="a\nimport os  # b"))
+    assert "\nimport os" not in snippet(plan, "peft") + snippet(plan, "axolotl")
