@@ -100,7 +100,7 @@ def write_directory(
     """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
-    _check_free(final, overwrite, marker, replaceable)
+    check_free(final, overwrite, marker, replaceable)
     fresh = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
     try:
@@ -125,14 +125,21 @@ def write_directory(
     return final
 
 
-def _check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
+def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
+    """Check that `write_directory` may write here, so that nobody finds out after the work.
+
+    Raises:
+        LoraInitError: It may not.
+    """
     if final.exists() and not final.is_dir():
         raise LoraInitError(f"{final} is a file, and a directory is needed. Choose another name.")
     present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []
     if not present:
         return
     if not overwrite:
-        raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
+        raise LoraInitError(
+            f"{final} exists and is not empty. Choose another directory, or pass overwrite=True (--overwrite)."
+        )
     if marker not in present:
         raise LoraInitError(
             f"{final} has no {marker}, so it is not an adapter directory and is not overwritten. "

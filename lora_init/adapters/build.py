@@ -6,28 +6,75 @@ import difflib
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.initializers import (
-    GRADIENT_METHODS,
-    METHODS,
-    check_rank,
-    layer_generator,
-    missing_components,
-    zero_b,
-)
+from lora_init.adapters.adapter_init import AdapterInit, check_output
+from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator, zero_b
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
 
-__all__ = ["AdapterInit", "build_adapter"]
+__all__ = ["AdapterInit", "build_adapter", "check_adapter_options", "rank_with_frozen_a"]
+
+
+def check_adapter_options(
+    method: str = "eva",
+    *,
+    whiten: bool = False,
+    lora_alpha: float = 16,
+    use_dora: bool = False,
+    lora_dropout: float = 0.0,
+    modules_to_save: Sequence[str] = (),
+    gamma: float | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Check what `build_adapter` and `AdapterInit.save_pretrained` will be given, before any data is read.
+
+    Args:
+        method: See `build_adapter`, as for the arguments that follow.
+        whiten: See there.
+        lora_alpha: See there.
+        use_dora: See there.
+        lora_dropout: See there.
+        modules_to_save: See there.
+        gamma: See there.
+        output: Directory that the adapter will be saved in; None if it will not be.
+        overwrite: Whether an adapter directory there may be replaced.
+
+    Raises:
+        LoraInitError: One of them is impossible, or they do not go with each other.
+    """
+    known = (*METHODS, *GRADIENT_METHODS)
+    if method not in known:
+        close = difflib.get_close_matches(str(method), known, n=1, cutoff=0.6)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise LoraInitError(f"method={method!r} is unknown. {hint}Choose one of {', '.join(map(repr, known))}.")
+    has_b = method in GRADIENT_METHODS and GRADIENT_METHODS[method].gamma > 0.0
+    if gamma is not None and not (has_b and 0.0 < gamma < math.inf):
+        scaled = ", ".join(repr(name) for name, one in GRADIENT_METHODS.items() if one.gamma)
+        raise LoraInitError(f"gamma={gamma!r} with method={method!r}: it is a positive number, for {scaled}.")
+    if has_b and use_dora:
+        raise LoraInitError(
+            f"method={method!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
+        )
+    if whiten and method != "eva":
+        raise LoraInitError(f"whiten=True needs method='eva'; method={method!r} has no variances to divide by.")
+    if not (0.0 < lora_alpha < math.inf):
+        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
+    if isinstance(modules_to_save, str):
+        raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
+    if output is not None:
+        check_output(output, overwrite)
 
 
 def build_adapter(
@@ -42,6 +89,7 @@ def build_adapter(
     modules_to_save: Sequence[str] = (),
     seed: int = 0,
     gamma: float | None = None,
+    freeze_a: bool = False,
 ) -> AdapterInit:
     """Compute the start of every layer's adapter. No model is needed.
 
@@ -51,9 +99,9 @@ def build_adapter(
             that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for.
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
-            `"gaussian"` or `"orthogonal"`, see `initializers`. From statistics with gradients also `"eva-grad"`,
-            `"grad-a"`, `"natural-gradient"`, `"natural-gradient-scaled"` (B = 0 in these), `"natural-gradient-step"`,
-            `"lora-one"` (the output changes) and `"lora-ga"` (the base weights change), see `gradient_starts`.
+            `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
+            `"natural-gradient"`, `"natural-gradient-scaled"` (B = 0 in these), `"natural-gradient-step"`,
+            `"lora-one"` (the output changes) and `"lora-ga"` (the base weights change). See `initializers`.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
@@ -64,43 +112,42 @@ def build_adapter(
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
         gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (1024): A and B are divided by
             its root, so a larger one is a smaller step. `find_step_size` searches the best for the last two.
+        freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x in place of x, and
+            the optimizer has no state for A. `rank_with_frozen_a` gives the rank at which B alone has as many
+            parameters as A and B.
 
     Warns:
-        UserWarning: The data had fewer directions than ranks in some layer, so random orthogonal ones fill up.
+        UserWarning: The data has fewer directions than ranks in some layers, which then get the ranks that there are.
 
     Raises:
         LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
             serve, no layer left, no gradients in the statistics, or an impossible lora_alpha, lora_dropout or gamma.
     """
-    _check_method(method, gamma, use_dora)
-    if whiten and method != "eva":
-        raise LoraInitError(f"whiten=True needs method='eva'; method={method!r} has no variances to divide by.")
-    if not (0.0 < lora_alpha < math.inf):
-        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
-    if isinstance(modules_to_save, str):
-        raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
-    plan, rank = _plan(stats, ranks, modules_to_save)
-    _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
-    weights, explained, filled = {}, {}, []
-    for name, layer_rank in plan.items():
-        spectrum = stats[name]
-        if method == "eva":
-            check_rank(spectrum, layer_rank, f"layer {name!r}: ")
-            filled += [name] if missing_components(spectrum, layer_rank) else []
-        if method in GRADIENT_METHODS:
-            weights[name] = _start_by_gradient(stats, name, layer_rank, method, seed, gamma)
-        else:
-            weights[name] = _start_by_input(stats, name, layer_rank, method, seed, whiten)
-        explained[name] = float(spectrum.explained_variance_ratio[:layer_rank].sum())
-    if filled:
-        warnings.warn(
-            f"{len(filled)} layers got more rank than their data has directions (first: {filled[0]!r}, "
-            f"{stats[filled[0]].n_components} found for rank {plan[filled[0]]}). Random orthogonal directions fill up; "
-            "more data would give more.",
-            stacklevel=2,
+    check_adapter_options(
+        method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save, gamma=gamma,
+    )  # fmt: skip
+    if not isinstance(stats, Statistics):
+        raise LoraInitError(
+            f"build_adapter() takes statistics first and got a {type(stats).__name__}. collect() makes them from a "
+            "model and data, Statistics.load() reads a file."
         )
+    asked, rank = _ranks_asked(stats, ranks)
+    plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
+    if not plan:
+        raise LoraInitError(
+            f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build."
+            if any(asked.values())
+            else f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for a higher rank."
+        )
+    plan = _ranks_there(stats, plan, method)
+    _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
+    if gamma is None and method in GRADIENT_METHODS:
+        gamma = GRADIENT_METHODS[method].gamma or None
+    if method in GRADIENT_METHODS:
+        weights = {name: _start_by_gradient(stats, name, r, method, seed, gamma) for name, r in plan.items()}
+    else:
+        weights = {name: _start_by_input(stats, name, r, method, seed, whiten) for name, r in plan.items()}
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
@@ -114,11 +161,29 @@ def build_adapter(
         whiten=whiten,
         seed=seed,
         left_out=tuple(name for name in stats if name not in plan),
-        explained=explained,
+        explained={name: float(stats.explained_variance_ratio(name)[:r].sum()) for name, r in plan.items()},
         provenance=stats.provenance,
         modules_to_save=tuple(modules_to_save),
-        gamma=_gamma(method, gamma) or None,
+        gamma=gamma,
+        freeze_a=freeze_a,
     )
+
+
+def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
+    """Compute the rank at which B alone has as many parameters as A and B have at `rank`, rounded down.
+
+    Args:
+        targets: Layers that take an adapter, such as `stats.targets.values()`.
+        rank: Of an adapter whose A is trained.
+
+    Example:
+        >>> rank_with_frozen_a([Target("up", "Linear", 64, 256), Target("down", "Linear", 256, 64)], rank=8)
+        16
+    """
+    targets = list(targets)
+    both = sum(target.parameters(rank) for target in targets)
+    b_alone = sum(math.prod(target.shapes(rank)[1]) for target in targets)
+    return rank * both // b_alone
 
 
 def _start_by_input(
@@ -135,33 +200,12 @@ def _start_by_input(
 def _start_by_gradient(
     stats: Statistics, name: str, rank: int, method: str, seed: int, gamma: float | None
 ) -> tuple[Tensor, Tensor]:
-    chosen, gradient = GRADIENT_METHODS[method], stats.gradient(name)
+    start = GRADIENT_METHODS[method].start
     try:
-        a, b = chosen.start(stats[name], gradient, rank, layer_generator(seed, name), _gamma(method, gamma))
+        a, b = start(stats[name], stats.gradient(name), rank, gamma or 0.0)
     except LoraInitError as error:
         raise LoraInitError(f"layer {name!r}: {error}") from None
     return a.contiguous(), b.contiguous()
-
-
-def _gamma(method: str, gamma: float | None) -> float:
-    """Take the default of a method where none was asked for; 0 where B is zero."""
-    if gamma is not None:
-        return gamma
-    return GRADIENT_METHODS[method].gamma if method in GRADIENT_METHODS else 0.0
-
-
-def _check_method(method: str, gamma: float | None, use_dora: bool) -> None:
-    known = (*METHODS, *GRADIENT_METHODS)
-    if method not in known:
-        raise LoraInitError(f"method={method!r} is unknown. Choose one of {', '.join(map(repr, known))}.")
-    has_b = method in GRADIENT_METHODS and GRADIENT_METHODS[method].gamma > 0.0
-    if gamma is not None and not (has_b and 0.0 < gamma < math.inf):
-        scaled = ", ".join(repr(name) for name, one in GRADIENT_METHODS.items() if one.gamma)
-        raise LoraInitError(f"gamma={gamma!r} with method={method!r}: it is a positive number, for {scaled}.")
-    if has_b and use_dora:
-        raise LoraInitError(
-            f"method={method!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
-        )
 
 
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
@@ -175,10 +219,8 @@ def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -
             raise LoraInitError(f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two.")
 
 
-def _plan(
-    stats: Statistics, ranks: Mapping[str, int] | int | None, modules_to_save: Sequence[str]
-) -> tuple[dict[str, int], int]:
-    """Return the rank of each layer that gets one, in model order, and the rank that the scaling is relative to."""
+def _ranks_asked(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dict[str, int], int]:
+    """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to."""
     if ranks is None:
         from lora_init.planning.allocate import allocate_ranks
 
@@ -197,24 +239,48 @@ def _plan(
         )
     asked = {name: _whole_number(ranks[name], f"layer {name!r}: rank ") for name in stats if name in ranks}
     for name, rank in asked.items():
-        width = stats.targets[name].in_features
-        if rank > width:
-            raise LoraInitError(f"layer {name!r}: rank {rank} is larger than its input width {width}.")
-        groups = stats.targets[name].groups
-        if rank % groups:
+        target = stats.targets[name]
+        if rank > target.in_features:
+            raise LoraInitError(f"layer {name!r}: rank {rank} is larger than its input width {target.in_features}.")
+        if rank % target.groups:
             raise LoraInitError(
-                f"layer {name!r}: rank {rank} is no multiple of its {groups} groups, which PEFT needs. "
-                f"Give it {rank - rank % groups or groups}, or exclude it."
+                f"layer {name!r}: rank {rank} is no multiple of its {target.groups} groups, which PEFT needs. "
+                f"Give it {rank - rank % target.groups or target.groups}, or exclude it."
             )
-    plan = {name: rank for name, rank in asked.items() if rank > 0 and not is_in(name, modules_to_save)}
-    if not plan and any(asked.values()):
-        raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
-    if not plan:
-        raise LoraInitError(
-            f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for a higher rank."
+    average = ranks.rank if isinstance(ranks, RankAllocation) else 0
+    return asked, average or max(1, round(sum(asked.values()) / max(len(asked), 1)))
+
+
+def _ranks_there(stats: Statistics, plan: Mapping[str, int], method: str) -> dict[str, int]:
+    """Give each layer at most as many ranks as its data has directions, and warn where that is fewer."""
+    there = {}
+    for name, rank in plan.items():
+        groups = stats.targets[name].groups
+        there[name] = min(rank, _directions(stats, name, rank, method)) // groups * groups
+    if not any(there.values()):
+        raise LoraInitError("the data has no direction in any layer: its rows are all alike. Collect from more data.")
+    short = [name for name, rank in plan.items() if there[name] < rank]
+    if short:
+        warnings.warn(
+            f"{len(short)} of {len(plan)} layers get fewer ranks than asked for, since the data has no more directions "
+            f"there (first: {short[0]!r}, {there[short[0]]} of {plan[short[0]]}). More data would give more.",
+            stacklevel=3,
         )
-    average = getattr(ranks, "rank", None)
-    return plan, int(average) if average else max(1, round(sum(asked.values()) / len(asked)))
+    return {name: rank for name, rank in there.items() if rank}
+
+
+def _directions(stats: Statistics, name: str, rank: int, method: str) -> int:
+    """Count the directions that a method can take from the data of a layer; as many as it likes where it takes none."""
+    if method == "eva":
+        spectrum = stats[name]
+    elif method == "eva-grad":
+        spectrum = stats.gradient(name).weighted
+    elif method in GRADIENT_METHODS and method != "lora-ga":  # lora-ga needs two a rank and says so itself
+        return len(stats.gradient(name).singular_values)
+    else:
+        return rank
+    check_rank(spectrum, rank, f"layer {name!r}: ")
+    return spectrum.n_components
 
 
 def _whole_number(value: Any, where: str) -> int:

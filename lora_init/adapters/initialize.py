@@ -7,13 +7,15 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from lora_init.adapters.build import build_adapter
+from lora_init.adapters.adapter_init import check_modules_to_save
+from lora_init.adapters.build import build_adapter, check_adapter_options
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
+from lora_init.adapters.peft_model import check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 from lora_init.collection.collect import collect
-from lora_init.collection.processes import Team
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def initialize(
     lora_dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
     gamma: float | None = None,
+    freeze_a: bool = False,
     adapter_name: str = "default",
     seed: int = 0,
     **collect_options: Any,
@@ -46,18 +49,26 @@ def initialize(
         batches: What `collect` takes.
         rank: Average rank of a layer.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
-        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
-            `modules_to_save`.
+        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout`,
+            `modules_to_save` and `freeze_a`.
         target_modules: See `collect`.
         gamma: See `build_adapter`. By default a method that steps sets the first four batches aside and takes the size
-            of its step by the loss on them, see `find_step_size`.
+            of its step by the loss on them, see `find_step_size`. Where there are no more than four, they serve for
+            both, with a warning.
         adapter_name: PEFT's name for the adapter.
-        seed: Seed of the decomposition and of random initialisations.
+        seed: Seed of the decomposition and of random initializations.
         **collect_options: Passed on to `collect`: `exclude_modules`, `target_parameters`, `task_type` and so on.
 
     Raises:
-        LoraInitError: As `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and `AdapterInit.apply` do.
+        LoraInitError: As `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and `AdapterInit.apply` do;
+            before any batch is read, where that can be known then.
     """
+    check_plain(model, "initialize()")
+    check_adapter_options(
+        method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save, gamma=gamma,
+    )  # fmt: skip
+    check_modules_to_save(model, modules_to_save)
     searched = gamma is None and changes_output(method)
     aside, others = set_aside(batches) if searched else ([], batches)
     if method in GRADIENT_METHODS:
@@ -66,14 +77,21 @@ def initialize(
     build = partial(
         build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), method=method, whiten=whiten,
         lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save, seed=seed,
+        modules_to_save=modules_to_save, seed=seed, freeze_a=freeze_a,
     )  # fmt: skip
     if not searched:
         return build(gamma=gamma).apply(model, adapter_name)
 
     def loss_of(model: nn.Module) -> float:
-        mean = mean_loss(model, aside, collect_options.get("forward"), collect_options.get("loss"))
-        with Team() as team:  # each process has batches of its own, and all must take the same step
-            return statistics.fmean(team.meet(mean))
+        return _mean_of_processes(mean_loss(model, aside, collect_options.get("forward"), collect_options.get("loss")))
 
     return find_step_size(model, lambda candidate: build(gamma=candidate), loss_of).apply(model, adapter_name)
+
+
+def _mean_of_processes(value: float) -> float:
+    """Average over the processes of a distributed run: each has batches of its own, and all must take the same step."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return statistics.fmean(values)

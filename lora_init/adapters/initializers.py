@@ -193,11 +193,6 @@ def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
     return scale.sqrt().float()
 
 
-def missing_components(spectrum: Spectrum, rank: int) -> int:
-    """Count the rows of a rank-`rank` A that the data had no direction for."""
-    return max(0, rank - spectrum.n_components)
-
-
 def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
     """Check that a spectrum can serve this rank.
 
@@ -233,8 +228,8 @@ def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator)
 
 # Share of the mean of a second moment that is added to it before it is inverted.
 _DAMPING = 0.01
-# The function of a start: (input spectrum, gradient spectrum, rank, source of random numbers, scale) -> A, B
-Start = Callable[[Spectrum, GradientSpectrum, int, torch.Generator, float], tuple[Tensor, Tensor]]
+# The function of a start: (input spectrum, gradient spectrum, rank, gamma) -> A, B
+Start = Callable[[Spectrum, GradientSpectrum, int, float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -258,57 +253,51 @@ class GradientMethod:
         return self.gamma > 0.0 and not self.corrects
 
 
-def eva_grad(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
     """Start A from the directions of the rows |g_t| x_t that hold most of their energy; B is zero.
 
     dL/dB for one token is g_t (A x_t)^T, so among all A with orthonormal rows this one has the largest expected squared
     gradient of B: EVA's theorem 3.2 (arXiv 2410.07170) without its assumption that g and x are independent.
     """
-    return eva(gradient.weighted, rank, generator), zero_b(gradient.left.shape[1], rank)
+    return gradient.weighted.components[:rank].clone(), zero_b(gradient.left.shape[1], rank)
 
 
-def grad_a(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
     """Start A from the right singular vectors of the mean gradient G; B is zero.
 
     Among all A with orthonormal rows this one has the largest squared mean gradient of B, |G A^T|^2: what `eva_grad`
     does with the square inside the mean.
     """
-    return _filled(gradient.right[:rank], rank, generator), zero_b(gradient.left.shape[1], rank)
+    return gradient.right[:rank].clone(), zero_b(gradient.left.shape[1], rank)
 
 
 def natural_gradient(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float = 0.0
+    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Start A from the right singular vectors of the natural gradient, see `preconditioned`; B is zero."""
     _, _, right = preconditioned(spectrum, gradient)
-    return _filled(right[:rank], rank, generator), zero_b(gradient.left.shape[1], rank)
+    return right[:rank], zero_b(gradient.left.shape[1], rank)
 
 
 def natural_gradient_scaled(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float = 0.0
+    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Start as `natural_gradient`, with as much energy in A x as with EVA's A, see `initializers.random_scaled`.
 
     The preconditioner prefers directions of little variance, along which A x is small and B learns slowly.
     """
-    a, b = natural_gradient(spectrum, gradient, rank, generator)
+    a, b = natural_gradient(spectrum, gradient, rank)
     return as_large_as_eva(spectrum, a), b
 
 
 def natural_gradient_step(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float
+    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float
 ) -> tuple[Tensor, Tensor]:
     """Start from the best rank-r part of a step along the natural gradient, of the size that `lora_one` has."""
-    return _step(*preconditioned(spectrum, gradient), rank, generator, gamma)
+    return _step(*preconditioned(spectrum, gradient), rank, gamma)
 
 
-def lora_ga(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float
-) -> tuple[Tensor, Tensor]:
+def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
     """Start as LoRA-GA does (Wang et al., arXiv 2407.05000): A = V[:r], B = U[:, r:2r], from the mean gradient U S V.
 
     Both are scaled by d_out^(1/4) / sqrt(gamma), the paper's stable scale. The base weight gives up what B A adds.
@@ -326,15 +315,13 @@ def lora_ga(
     return gradient.right[:rank] * scale, gradient.left[rank : 2 * rank].T * scale
 
 
-def lora_one(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, generator: torch.Generator, gamma: float
-) -> tuple[Tensor, Tensor]:
+def lora_one(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
     """Start as LoRA-One does (Zhang et al., arXiv 2502.01235): from the best rank-r part of a step down the gradient.
 
     With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled by d_out^(1/4) / sqrt(gamma),
     the authors' stable scale. The model's output changes.
     """
-    return _step(-gradient.left, gradient.singular_values, gradient.right, rank, generator, gamma)
+    return _step(-gradient.left, gradient.singular_values, gradient.right, rank, gamma)
 
 
 def preconditioned(spectrum: Spectrum, gradient: GradientSpectrum) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,29 +349,15 @@ def preconditioned(spectrum: Spectrum, gradient: GradientSpectrum) -> tuple[Tens
     return (q_left @ u).T.float(), values, (v @ q_right.T).float()
 
 
-def _step(
-    left: Tensor, values: Tensor, right: Tensor, rank: int, generator: torch.Generator, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Give A and B whose product is the best rank-r part of left^T values right, of norm sqrt(d_out) / gamma.
-
-    Where there are fewer than r triplets, A has random rows and B is zero.
-    """
-    found = min(rank, len(values))
-    root = torch.ones(rank)
-    root[:found] = (values[:found] / values[:1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().float()
+def _step(left: Tensor, values: Tensor, right: Tensor, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
+    """Give A and B whose product is the best rank-r part of left^T values right, of norm sqrt(d_out) / gamma."""
+    root = (values[:rank] / values[0]).sqrt().float()  # [r]
     scale = _stable(left.shape[1], gamma)
-    b = torch.zeros(left.shape[1], rank)
-    b[:, :found] = scale * left[:found].T * root[:found]
-    return scale * root[:, None] * _filled(right[:found], rank, generator), b
+    return scale * root[:, None] * right[:rank], scale * left[:rank].T * root
 
 
 def _stable(d_out: int, gamma: float) -> float:
     return float(d_out**0.25 / gamma**0.5)
-
-
-def _filled(rows: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Fill up with random directions where the gradient has fewer than `rank`."""
-    return torch.cat([rows, random_orthonormal(rank - len(rows), rows, generator)])
 
 
 GRADIENT_METHODS: dict[str, GradientMethod] = {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
+ORIGIN = "lora_init"  # key in `auto_mapping` of the config
 PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -58,6 +59,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")
     return content
+
+
+def origin_of(directory: str | Path) -> dict[str, Any]:
+    """Find what lora_init knew when it made an adapter, also after training: method, options, provenance.
+
+    `AdapterInit.save_pretrained` writes it to a file of its own. `PeftModel.save_pretrained`, and with it Trainer,
+    writes neither that file nor keys that it does not know into the directory of the trained adapter; but it carries
+    the config's field `auto_mapping` over, where the same is written in short. PEFT overwrites that field where the
+    config has no task type, as for images: what is known of those is lost with the file.
+
+    Args:
+        directory: Any adapter directory of PEFT.
+
+    Returns:
+        What was known, as plain values; empty if lora_init did not make the adapter.
+
+    Raises:
+        LoraInitError: Not an adapter directory, or damaged.
+    """
+    directory = Path(directory).expanduser()
+    if (directory / ORIGIN_FILE).is_file():
+        return read_json(directory / ORIGIN_FILE)
+    mapping = read_config(directory).get("auto_mapping")
+    origin = mapping.get(ORIGIN) if isinstance(mapping, dict) else None
+    return origin if isinstance(origin, dict) else {}
 
 
 def read_shapes(directory: Path) -> dict[str, list[int]]:
@@ -98,6 +124,32 @@ def selects(target_modules: str | Collection[str], name: str) -> bool:
     return name in target_modules or any(name.endswith(f".{ending}") for ending in target_modules)
 
 
+def check_plain(model: Any, taker: str) -> None:
+    """Check that what was given for a model is one, without an adapter.
+
+    Args:
+        model: What was given.
+        taker: Name of the function that it was given to, for the message.
+
+    Raises:
+        LoraInitError: It is something else, or has an adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model, str):
+        raise LoraInitError(
+            f"{taker} takes a model, and {model!r} is only its name. Load it first, as in "
+            f"AutoModelForCausalLM.from_pretrained({model!r})."
+        )
+    if not isinstance(model, nn.Module):
+        raise LoraInitError(f"{taker} takes a model in this place and got a {type(model).__name__}.")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise LoraInitError(
+            f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, or give "
+            f"{taker} the plain model."
+        )
+
+
 def check_model(
     model: nn.Module, targets: Mapping[str, Target], unsupported: Collection[str], origin: str, adapter_name: str
 ) -> None:
@@ -114,16 +166,10 @@ def check_model(
         LoraInitError: The model has an adapter already, or a layer is missing or of another kind or width. The first
             difference is named.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if not adapter_name or "." in adapter_name or adapter_name in "lora_":
         raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
+    check_plain(model, "apply()")
     modules = dict(model.named_modules())
-    if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
-        raise LoraInitError(
-            f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, "
-            "or give apply() the plain model."
-        )
     wrapped = next((name for name in modules if plain_name(name) != name), None)
     if wrapped is not None:
         raise LoraInitError(
@@ -252,31 +298,24 @@ def match_modes(peft_model: PeftModel) -> None:
     peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
 
 
-def magnitude_tensors(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Compute DoRA's magnitude vectors at B = 0, the norm of each output's weights, as they are in an adapter's file.
+def freeze_lora_a(peft_model: PeftModel) -> None:
+    """Take A out of the training. PEFT has no setting for that, and loading an adapter turns it on again."""
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad = False
 
-    Args:
-        model: The plain model, or the same after `attach`.
-        targets: Layers that have an adapter.
 
-    Raises:
-        LoraInitError: A layer is not in the model.
-    """
-    from peft.utils.integrations import dequantize_module_weight
+def remove_adapters(model: nn.Module) -> None:
+    """Put the plain layers back in the place of PEFT's, as `PeftModel.unload` does, on the model inside a PeftModel."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    modules = dict(model.named_modules())
-    tensors = {}
-    for name, target in targets.items():
-        if name not in modules:
-            raise LoraInitError(f"layer {name!r} is not in {type(model).__name__}. Pass the model of the statistics.")
-        layer: nn.Module = getattr(modules[name], "base_layer", modules[name])  # type: ignore[assignment]
-        weight = dequantize_module_weight(layer).detach()
-        weight = (weight.T if target.kind == "Conv1D" else weight).flatten(1)  # [d_out, d_in]
-        norm = torch.linalg.norm(weight, dim=1).float().cpu()
-        if target.kernel:
-            norm = norm.reshape(1, -1, *(1 for _ in target.kernel))
-        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = norm
-    return tensors
+    vars(model).pop("peft_config", None)
+    for name, module in reversed(list(model.named_modules())):  # what is inside another layer first
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            parent, _, child = name.rpartition(".")
+            plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            setattr(model.get_submodule(parent), child, plain)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain, islice
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.peft_model import adapter_layers, remember
+from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
 from lora_init.collection.activations import Forward, call_model, to_device
 from lora_init.collection.backward import Loss, own_loss
 from lora_init.errors import LoraInitError
@@ -39,9 +40,10 @@ def find_step_size(
     in which the loss falls. That takes about eight measurements.
 
     Args:
-        model: The plain model; as it was afterwards.
+        model: The plain model; as it was afterwards, whatever `loss_of` does to it.
         build: Makes the adapter with a given gamma.
-        loss_of: Measures the loss of the model as it is then, such as `mean_loss` of some batches.
+        loss_of: Measures the loss of the model as it is then, such as `mean_loss` of some batches. They should be
+            others than those of the statistics, on which the step is better than on new data.
         gamma: Measure this one alone.
 
     Returns:
@@ -55,10 +57,11 @@ def find_step_size(
         >>> build = partial(build_adapter, stats, 8, "lora-one")  # doctest: +SKIP
         >>> init = find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)  # doctest: +SKIP
     """
+    check_plain(model, "find_step_size()")
     model = unwrapped(model)
-    before = loss_of(model)
     restore = remember(model)
     try:
+        before = loss_of(model)
         init = build(gamma or _FIRST)
         layers = adapter_layers(init.apply(model)).values()
 
@@ -90,14 +93,23 @@ def _lowest(measure: Callable[[float], float]) -> float:
 
 
 def set_aside(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
-    """Take the first batches for the search; if there are no others, they serve for both.
+    """Take the first four batches for the search; if there are no others, they serve for the statistics, too.
 
     Returns:
         At most four batches, and the iterable of the others.
+
+    Warns:
+        UserWarning: There are no others.
     """
     stream = iter(batches)
     aside = list(islice(stream, N_ASIDE))
     rest = list(islice(stream, 1))
+    if aside and not rest:
+        warnings.warn(
+            f"there are only {len(aside)} batches, so the size of the step is chosen by the loss on those that the "
+            f"statistics are from, and comes out too large. With more than {N_ASIDE}, {N_ASIDE} are set aside for it.",
+            stacklevel=3,
+        )
     return aside, chain(rest, stream) if rest else aside
 
 
@@ -107,21 +119,29 @@ def mean_loss(
 ) -> float:
     """Compute the mean of the losses of some batches, in evaluation mode.
 
+    The mode of every submodule is afterwards as it was.
+
     Args:
         model: Any model that `collect(..., gradients=True)` takes.
         batches: As `collect` takes them.
         forward: As for `collect`.
         loss: As for `collect`.
+
+    Raises:
+        LoraInitError: There is no batch.
     """
     device = next((parameter.device for parameter in model.parameters()), None)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    losses = []
     try:
-        losses = []
         for batch in batches:
             moved = to_device(batch, device)
             output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
             losses.append(float(loss(output, moved) if loss else own_loss(output)))
-        return statistics.fmean(losses)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
+    if not losses:
+        raise LoraInitError("there is no batch to measure the loss on. Pass at least one.")
+    return statistics.fmean(losses)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lora_init.adapters.build import build_adapter
+from lora_init.adapters.peft_model import origin_of
 from lora_init.errors import LoraInitError
 from tests.adapters.test_build import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
@@ -66,12 +68,17 @@ def test_the_saved_config_is_a_plain_lora_config(tmp_path):
     assert set(config) == {
         "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
         "fan_in_fan_out", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern", "inference_mode",
+        "auto_mapping",
     }  # fmt: skip
     assert config["init_lora_weights"] is True and config["base_model_name_or_path"] == "org/name"
     assert config["target_modules"] == [n for n, r in uneven(stats).items() if r]  # full names, in model order
     origin = json.loads((tmp_path / "adapter" / "lora_init.json").read_text())
     assert origin["method"] == "eva" and origin["provenance"]["model_id"] == "org/name"
-    assert 'base_model: "org/name"' in (tmp_path / "adapter" / "README.md").read_text()
+    card = yaml.safe_load((tmp_path / "adapter" / "README.md").read_text().split("---")[1])
+    assert card == {
+        "base_model": "org/name", "library_name": "peft", "pipeline_tag": "text-generation",
+        "tags": ["base_model:adapter:org/name", "lora", "lora_init"],
+    }  # fmt: skip
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path):
@@ -207,3 +214,37 @@ def test_a_failed_rename_puts_the_old_directory_back(monkeypatch, tmp_path, erro
         build_adapter(stats, 4).save_pretrained(tmp_path / "adapter", overwrite=True)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     assert listing(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("by_trainer", [True, False])
+def test_a_trained_adapter_knows_where_it_comes_from(tmp_path, loaded, by_trainer):
+    """What `init` knew goes along whoever saves, whether the start was read from its directory or put on a model."""
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_llama()
+    stats = made_up_statistics(model, task_type="CAUSAL_LM", model_id="org/name")
+    init = build_adapter(stats, 2, method="random", seed=7, freeze_a=True)
+    start = init.save_pretrained(tmp_path / "start")
+    peft_model = peft.PeftModel.from_pretrained(model, start, is_trainable=True) if loaded else init.apply(model)
+    if by_trainer:
+        arguments = TrainingArguments(output_dir=str(tmp_path / "trainer"), report_to=[], use_cpu=True)
+        Trainer(model=peft_model, args=arguments).save_model(str(tmp_path / "trained"))
+    else:
+        peft_model.save_pretrained(tmp_path / "trained")
+    assert "lora_init.json" not in listing(tmp_path / "trained")
+    full, short = origin_of(start), origin_of(tmp_path / "trained")
+    assert short["method"] == "random" and short["seed"] == 7 and short["freeze_a"] is True
+    assert short["provenance"] == {key: full["provenance"][key] for key in short["provenance"]}
+    assert {"model_id", "fingerprint", "data", "rank", "n_batches"} <= set(short["provenance"])
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "trained")
+    again.save_pretrained(tmp_path / "again")
+    assert origin_of(tmp_path / "again") == short
+
+
+def test_an_adapter_that_others_made_has_no_origin(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "theirs")
+    assert origin_of(tmp_path / "theirs") == {}
+    with pytest.raises(LoraInitError, match=r"no adapter_config.json"):
+        origin_of(tmp_path)

@@ -3,6 +3,7 @@
 import math
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_init
-from lora_init.adapters.build import build_adapter
+from lora_init.adapters.build import build_adapter, check_adapter_options, rank_with_frozen_a
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
@@ -340,12 +341,130 @@ def test_impossible_requests_are_refused(arguments, message):
         build_adapter(stats, **({"ranks": 4} | arguments))
 
 
-def test_more_rank_than_the_data_has_directions_is_filled_up_and_said():
+def test_what_can_be_known_before_the_pass_is_refused_before_it(tmp_path):
+    def unread():
+        raise AssertionError("a batch was read")
+        yield
+
+    for arguments, message in (
+        (dict(method="pisa"), "method='pisa' is unknown"),
+        (dict(method="eva_grad"), "Did you mean 'eva-grad'"),
+        (dict(gamma=2.0), "gamma=2.0 with method='eva'"),
+        (dict(method="lora-one", gamma=0.0), "gamma=0.0"),
+        (dict(method="random", whiten=True), "whiten=True"),
+        (dict(lora_alpha=float("inf")), "lora_alpha=inf"),
+        (dict(lora_dropout=-0.1), "lora_dropout=-0.1"),
+        (dict(modules_to_save="lm_head"), "must be a list of names"),
+        (dict(modules_to_save=["lm_haed"]), "'lm_haed' is no module of LlamaForCausalLM. Closest: lm_head"),
+    ):
+        with pytest.raises(LoraInitError, match=message):
+            lora_init.initialize(tiny_llama(), unread(), **arguments)
+        if "modules_to_save" not in arguments or isinstance(arguments["modules_to_save"], str):
+            with pytest.raises(LoraInitError, match=message):
+                check_adapter_options(**arguments)
+    build_adapter(made_up_statistics(tiny_llama()), 2).save_pretrained(tmp_path / "there")
+    with pytest.raises(LoraInitError, match=r"there exists and is not empty.*--overwrite"):
+        check_adapter_options(output=tmp_path / "there")
+    check_adapter_options(output=tmp_path / "there", overwrite=True)
+    (tmp_path / "there" / "thesis.tex").write_text("x")
+    with pytest.raises(LoraInitError, match=r"holds more than an adapter \(thesis.tex\)"):
+        check_adapter_options(output=tmp_path / "there", overwrite=True)
+    check_adapter_options(output=tmp_path / "new")
+
+
+def test_what_is_no_plain_model_or_no_statistics_is_one_clear_line(tmp_path):
+    peft_model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    init = build_adapter(made_up_statistics(tiny_llama()), 2)
+    batches = batches_for("llama", 1)
+    takers = (
+        lambda model: lora_init.initialize(model, batches),
+        init.apply,
+        lambda model: lora_init.find_step_size(model, lambda gamma: init, lambda model: 1.0),
+        lambda model: lora_init.correct_base(model, tmp_path),
+    )
+    for take in takers:
+        with pytest.raises(LoraInitError, match=r"takes a model, and 'org/name' is only its name. Load it first"):
+            take("org/name")
+        with pytest.raises(LoraInitError, match=r"PeftModel.* already has an adapter"):
+            take(peft_model)
+        with pytest.raises(LoraInitError, match="takes a model in this place and got a list"):
+            take(batches)
+    with pytest.raises(LoraInitError, match=r"takes statistics first and got a LlamaForCausalLM.*Statistics.load"):
+        build_adapter(tiny_llama(), 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_frozen_a(name, tmp_path):
+    """A keeps its values, B alone is trained, less is kept for the backward pass, and PEFT's file is as always."""
+    stats = made_up_statistics(MODELS[name](), task_type="CAUSAL_LM")
+    init = build_adapter(stats, 3, freeze_a=True)
+    assert init.n_parameters() == sum(b.numel() for _, b in init.weights.values())
+    batch, kept = batches_for(name, 1)[0], {}
+    for frozen, adapter in ((True, init), (False, build_adapter(stats, 3))):
+        model = adapter.apply(MODELS[name]()).train()
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {".lora_A." in n for n in trained} == ({False} if frozen else {True, False})
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter.n_parameters()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            loss = model(**batch).loss
+        kept[frozen] = sum({t.data_ptr(): t.numel() for t in saved}.values())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss.backward()
+        optimizer.step()
+        assert sum(s["exp_avg"].numel() for s in optimizer.state.values()) == adapter.n_parameters()
+        same_a = [
+            torch.equal(layer.lora_A["default"].weight, adapter.weights[n][0])
+            for n, layer in lora_layers(model).items()
+        ]
+        assert all(same_a) if frozen else not any(same_a)
+        assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())
+    assert kept[True] < kept[False]
+    init.save_pretrained(tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path / "a", is_trainable=True)
+    assert any(p.requires_grad for n, p in loaded.named_parameters() if ".lora_A." in n)  # PEFT has no setting for it
+    card = (tmp_path / "a" / "README.md").read_text()
+    lines = card[card.index("for name, parameter") : card.index("```\n", card.index("for name, parameter"))]
+    exec(lines, {"model": loaded})
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n in trained if ".lora_B." in n}
+
+
+def test_a_frozen_a_leaves_its_parameters_to_b():
+    stats = made_up_statistics(tiny_llama(), k=20)
+    rank = rank_with_frozen_a(stats.targets.values(), 4)
+    both, frozen = build_adapter(stats, 4), build_adapter(stats, rank, freeze_a=True)
+    assert both.n_parameters() - build_adapter(stats, 1, freeze_a=True).n_parameters() < frozen.n_parameters()
+    assert frozen.n_parameters() <= both.n_parameters()
+
+
+def test_an_adapter_is_shown_in_a_line_and_as_a_table():
+    init = build_adapter(
+        made_up_statistics(tiny_llama()), {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 6}
+    )
+    assert repr(init) == "AdapterInit(eva: 2 layers of rank 2 to 6, r=4, scaling 4, 608 trainable parameters)"
+    table = init.to_pandas()
+    assert list(table["rank"]) == [2, 6] and table["parameters"].sum() == init.n_parameters()
+    page = init._repr_html_()
+    assert "model.layers.1.mlp.up_proj" in page and "AdapterInit" in page
+
+
+def test_fewer_directions_than_rank_give_the_rank_that_there_is():
+    """One rule for ten rows and for one: what there is, with a warning, and an error only where there is nothing."""
     stats = made_up_statistics(tiny_llama(), k=3, n_samples=4)
-    with pytest.warns(UserWarning, match=r"14 layers got more rank.*3 found for rank 4"):
+    with pytest.warns(UserWarning, match=r"14 of 14 layers get fewer ranks than asked for.*3 of 4.*More data"):
         init = build_adapter(stats, 4)
-    for a, _ in init.weights.values():
-        assert (a @ a.T - torch.eye(4)).abs().max() < 1e-6  # float32 rounding
+    assert set(init.ranks.values()) == {3} and init.scaling == 16 / 4
+    assert {layer.scaling["default"] for layer in lora_layers(init.apply(tiny_llama())).values()} == {4.0}
+    model = nn.Sequential(nn.Linear(8, 8))
+    for n_rows, expected in ((10, 4), (3, 2), (2, 1)):
+        stats = collect(model, [torch.randn(n_rows, 8)], rank=4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert build_adapter(stats, 4).ranks == {"0": expected}
+        assert len(caught) == (expected < 4)
+    with pytest.raises(LoraInitError, match="no direction in any layer"):
+        build_adapter(collect(model, [torch.randn(1, 8)], rank=4), 4)
+    assert build_adapter(collect(model, [torch.randn(1, 8)], rank=4), 4, "random").ranks == {"0": 4}
 
 
 @pytest.mark.parametrize(

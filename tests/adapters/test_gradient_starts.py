@@ -7,7 +7,7 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.initializers import GRADIENT_METHODS, energy, layer_generator, preconditioned
+from lora_init.adapters.initializers import GRADIENT_METHODS, energy, preconditioned
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
@@ -139,26 +139,40 @@ def test_the_natural_gradient_against_dense_inverses(center):
     left, values, right = preconditioned(spectrum, gradient)
     torch.testing.assert_close(values, torch.linalg.svdvals(expected)[:3], rtol=1e-5, atol=0.0)
     torch.testing.assert_close(left.double().T @ torch.diag(values) @ right.double(), expected, rtol=0.0, atol=1e-5)
-    a, b = GRADIENT_METHODS["natural-gradient"].start(spectrum, gradient, 2, layer_generator(0, "x"), 0.0)
+    a, b = GRADIENT_METHODS["natural-gradient"].start(spectrum, gradient, 2, 0.0)
     u, s, vh = torch.linalg.svd(expected)
     assert not b.any() and torch.allclose((a.double() @ vh[:2].T).abs(), torch.eye(2).double(), atol=1e-5)
-    scaled, b = GRADIENT_METHODS["natural-gradient-scaled"].start(spectrum, gradient, 2, layer_generator(0, "x"), 0.0)
+    scaled, b = GRADIENT_METHODS["natural-gradient-scaled"].start(spectrum, gradient, 2, 0.0)
     assert not b.any() and torch.allclose(scaled / scaled.norm(), a / a.norm(), atol=1e-6)
     assert energy(spectrum, scaled) == pytest.approx(energy(spectrum, spectrum.components[:2]), rel=1e-5)
-    a, b = GRADIENT_METHODS["natural-gradient-step"].start(spectrum, gradient, 2, layer_generator(0, "x"), 64.0)
+    a, b = GRADIENT_METHODS["natural-gradient-step"].start(spectrum, gradient, 2, 64.0)
     step = u[:, :2] @ torch.diag(s[:2] / s[0]) @ vh[:2] * 5**0.5 / 64
     torch.testing.assert_close(b.double() @ a.double(), step, rtol=0.0, atol=1e-6)
 
 
+class Dead(nn.Module):
+    """The loss depends on one of two layers; the other has one direction of its gradient for each of two batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard, self.few, self.unheard = (nn.Linear(6, 6, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return (
+            self.heard(x).square().sum()
+            + self.few(x.mean(0, keepdim=True)).square().sum()
+            + 0.0 * self.unheard(x).sum()
+        )
+
+
 @pytest.mark.parametrize("method", ["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled", *STEPS])
-def test_a_layer_without_gradient_starts_at_random_and_can_learn(method):
-    spectrum, _ = planted()
-    nothing = Spectrum(torch.empty(0, 7), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(7), 100)
-    zero = torch.zeros(5, dtype=torch.float64)
-    gradient = GradientSpectrum(nothing, torch.empty(0, 5), torch.empty(0).double(), torch.empty(0, 7), zero, 0.0, 0)
-    chosen = GRADIENT_METHODS[method]
-    a, b = chosen.start(spectrum, gradient, 3, layer_generator(0, "x"), chosen.gamma)
-    assert not b.any() and bool(a.isfinite().all()) and torch.linalg.matrix_rank(a) == 3
+def test_a_layer_gets_no_more_ranks_than_its_gradient_has_directions(method):
+    batches = [torch.randn(32, 6) for _ in range(2)]
+    stats = collect(Dead(), batches, rank=3, gradients=True, loss=lambda output, batch: output)
+    with pytest.warns(UserWarning, match=r"2 of 3 layers get fewer ranks than asked for.*\(first: 'few', 2 of 3\)"):
+        init = build_adapter(stats, 3, method)
+    assert init.ranks == {"heard": 3, "few": 2} and init.left_out == ("unheard",) and init.rank == 3
+    assert all(torch.linalg.matrix_rank(a) == len(a) for a, _ in init.weights.values())
 
 
 def test_a_step_lowers_the_loss(case):

@@ -85,7 +85,31 @@ def seen_by(batches, seen):
 
 
 def test_few_batches_serve_for_both():
-    aside, others = set_aside(iter("abc"))
+    with pytest.warns(UserWarning, match="only 3 batches, so the size of the step is chosen by the loss on those"):
+        aside, others = set_aside(iter("abc"))
     assert aside == list(others) == ["a", "b", "c"]
     aside, others = set_aside("abcdef")
     assert aside == ["a", "b", "c", "d"] and list(others) == ["e", "f"]
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+def test_the_mode_of_each_submodule_stays_as_it_was(case):
+    """A part in evaluation mode inside a model in training mode, as a frozen encoder or a layer of statistics is."""
+    model, batches, stats = case
+    model = copied(model).train()
+    model.model.layers[0].eval()
+    before = modes(model)
+    mean_loss(model, batches)
+    assert modes(model) == before
+
+    def loss_of(model):
+        model.eval()  # a user's own function may do this
+        return mean_loss(model, batches)
+
+    find_step_size(model, lambda gamma: build_adapter(stats, 4, "lora-one", gamma=gamma), loss_of)
+    assert modes(model) == before
+    with pytest.raises(LoraInitError, match="no batch to measure the loss on"):
+        mean_loss(model, [])
