@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from lora_init.adapters.peft_model import (
     adapted_layers,
     adapter_layers,
+    check_plain,
     load_adapter,
     read_config,
     read_shapes,
     remember,
 )
 from lora_init.errors import LoraInitError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from lora_init.layers.targets import is_conv1d, is_linear
 
 # From here on the first k singular vectors come from Lanczos steps, which take an eighth of the time of all of them.
 _SMALL = 128
@@ -128,8 +127,8 @@ def intruder_dimensions(
         threshold: Below this a direction is new.
 
     Raises:
-        LoraInitError: No LoRA adapter or a merged one, quantised weights, a layer that `base` lacks, or as
-            `load_adapter`.
+        LoraInitError: No LoRA adapter or a merged one, weights that are quantised or have NaN or inf, a layer that
+            `base` lacks, or as `load_adapter`.
 
     Example:
         >>> import torch
@@ -145,6 +144,7 @@ def intruder_dimensions(
         raise LoraInitError(f"k={k}, threshold={threshold}; expected at least 1, and a cosine above 0.")
     if adapter is None:
         return _examine(model, base, k, threshold)
+    check_plain(model, "intruder_dimensions()")
     directory = Path(adapter).expanduser()
     if not directory.is_dir():
         raise LoraInitError(f"{directory}: no such adapter directory.")
@@ -153,7 +153,7 @@ def intruder_dimensions(
     if own_weights and base is None:
         modules = dict(model.named_modules())
         names = adapted_layers(read_shapes(directory))
-        base = left_singular_vectors(model, [name for name in names if _is_linear(modules.get(name))])
+        base = left_singular_vectors(model, [name for name in names if name in modules and is_linear(modules[name])])
     restore = remember(model, weights=own_weights)
     try:
         return _examine(load_adapter(model, directory, trainable=False), base, k, threshold)
@@ -172,9 +172,9 @@ def left_singular_vectors(model: nn.Module, layers: Iterable[str]) -> dict[str, 
         For each layer, its left singular vectors as columns, float32 [d_out, min(d_out, d_in)], on the CPU.
 
     Raises:
-        LoraInitError: A layer's weights are quantised.
+        LoraInitError: A layer's weights are quantised, or have NaN or inf.
     """
-    return {name: _left_vectors(_weight(model.get_submodule(name), name)) for name in layers}
+    return {name: _left_vectors(model.get_submodule(name), name) for name in layers}
 
 
 def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, threshold: float) -> Intruders:
@@ -184,31 +184,19 @@ def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, thresh
         raise LoraInitError(
             f"{type(model).__name__} has no LoRA adapter. Give a PeftModel, or the model and an adapter directory."
         )
-    linear, skipped = _linear_layers(model)
-    layers = {}
-    for name, layer in linear.items():
+    layers, skipped = {}, {}
+    for name, layer in adapter_layers(model).items():
+        plain = layer.get_base_layer()
+        if not is_linear(plain):
+            skipped[name] = type(plain).__name__
+            continue
         if base is not None and name not in base:
             raise LoraInitError(f"layer {name!r} has an adapter, and base= has no singular vectors for it.")
-        before = base[name] if base is not None else _left_vectors(_weight(layer.get_base_layer(), name))
+        before = base[name] if base is not None else _left_vectors(plain, name)
         vectors, values = _leading(_trained_weight(layer, name), k)
         cosines = (vectors.T @ before).abs().amax(dim=1)  # [k]
         layers[name] = LayerIntruders(tuple(cosines.tolist()), tuple(values.double().square().tolist()), threshold)
     return Intruders(layers, skipped)
-
-
-def _linear_layers(model: PeftModel) -> tuple[dict[str, Any], dict[str, str]]:
-    linear, skipped = {}, {}
-    for name, layer in adapter_layers(model).items():
-        base = layer.get_base_layer()
-        if _is_linear(base):
-            linear[name] = layer
-        else:
-            skipped[name] = type(base).__name__
-    return linear, skipped
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _weight(layer: nn.Module, name: str) -> Tensor:
@@ -219,7 +207,12 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
             f"layer {name!r} is quantised, and singular vectors need its plain weights. Load it in float."
         )
     matrix: Tensor = weight.detach().float().cpu()
-    return matrix.T if type(layer).__name__ == "Conv1D" else matrix
+    if not bool(matrix.isfinite().all()):
+        raise LoraInitError(
+            f"layer {name!r}: its weights have NaN or inf, so they have no singular vectors. If the training diverged, "
+            "take an earlier checkpoint."
+        )
+    return matrix.T if is_conv1d(layer) else matrix
 
 
 def _trained_weight(layer: Any, name: str) -> Tensor:
@@ -232,8 +225,8 @@ def _trained_weight(layer: Any, name: str) -> Tensor:
     return _weight(merged.get_base_layer(), name)
 
 
-def _left_vectors(weight: Tensor) -> Tensor:
-    vectors: Tensor = torch.linalg.svd(weight, full_matrices=False).U
+def _left_vectors(layer: nn.Module, name: str) -> Tensor:
+    vectors: Tensor = torch.linalg.svd(_weight(layer, name), full_matrices=False).U
     return vectors
 
 

@@ -203,6 +203,21 @@ def test_what_cannot_be_examined():
         intruder_dimensions(peft_model)
 
 
+def test_a_training_that_diverged_and_arguments_in_the_wrong_place(tmp_path):
+    peft_model = with_adapter(tiny_llama())
+    layer = next(iter(adapter_layers(peft_model).values()))
+    layer.lora_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(LoraInitError, match=r"q_proj': its weights have NaN or inf.*an earlier checkpoint"):
+        intruder_dimensions(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    with pytest.raises(LoraInitError, match=r"q_proj': its weights have NaN or inf"):
+        intruder_dimensions(tiny_llama(), tmp_path)
+    with pytest.raises(LoraInitError, match=r"is only its name. Load it first"):
+        intruder_dimensions(str(tmp_path), tiny_llama())
+    with pytest.raises(LoraInitError, match="already has an adapter"):
+        intruder_dimensions(peft_model, tmp_path)
+
+
 def test_layers_without_singular_vectors_are_named():
     peft_model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
     found = intruder_dimensions(peft_model)
