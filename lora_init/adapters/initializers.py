@@ -1,4 +1,10 @@
-"""How a layer's adapter starts: one function per initialisation, from a spectrum and a rank to A. B is always zero."""
+"""How a layer's adapter starts: one function for each initialization.
+
+Those of `METHODS` take the spectrum of what the layer reads, a rank (at most d_in) and a source of random numbers, and
+return A, float32 [rank, d_in]; B is zero. Those of `GRADIENT_METHODS` take the spectrum, what the loss says about the
+layer (`GradientSpectrum`), a rank (at most the number of its directions) and gamma, and return A and B, float32
+[d_out, rank].
+"""
 
 from __future__ import annotations
 
@@ -18,17 +24,9 @@ from lora_init.statistics.spectrum import Spectrum
 def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool = False) -> Tensor:
     """Start A from the top principal directions of what the layer reads (EVA, Paischer et al., arXiv 2410.07170).
 
-    The rows are orthonormal: with whiten=False each has norm 1. Where the data had fewer directions than `rank`, those
-    found come first and random directions orthogonal to them fill up.
-
-    Args:
-        spectrum: Decomposition of the layer's input.
-        rank: Rows wanted, at most d_in.
-        generator: Source of the directions that fill up.
-        whiten: Divide each row by `whitening_scale`, as PEFT's `EvaConfig(whiten=True)` does.
-
-    Returns:
-        A, float32 [rank, d_in].
+    The rows are orthonormal: with whiten=False each has norm 1. With `whiten` each is divided by `whitening_scale`, as
+    PEFT's `EvaConfig(whiten=True)` does. Where the data had fewer directions than `rank`, as a single expert's may,
+    those found come first and random directions orthogonal to them fill up.
 
     Raises:
         LoraInitError: `rank` is larger than d_in, or the decomposition was cut off below `rank` although the data
@@ -44,14 +42,6 @@ def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
     """Start A as PEFT does by default: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)).
 
     Its rows have norm 0.58 on average, where those of `eva` and `orthogonal` have norm 1.
-
-    Args:
-        spectrum: Only its width is used.
-        rank: Rows wanted.
-        generator: Source of the numbers.
-
-    Returns:
-        A, float32 [rank, d_in].
     """
     return kaiming(rank, spectrum.components.shape[1], generator)
 
@@ -60,14 +50,6 @@ def gaussian(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tenso
     """Start A as PEFT's `init_lora_weights="gaussian"` does: normal with standard deviation 1 / rank.
 
     Its rows have norm sqrt(d_in) / rank on average, which depends on the rank: 3 at d_in = 576 and rank 8.
-
-    Args:
-        spectrum: Only its width is used.
-        rank: Rows wanted.
-        generator: Source of the numbers.
-
-    Returns:
-        A, float32 [rank, d_in].
     """
     return torch.randn(rank, spectrum.components.shape[1], generator=generator) / rank
 
@@ -76,14 +58,6 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
     """Start A from random orthonormal directions, uniformly distributed: `eva` without the data.
 
     Not PEFT's `init_lora_weights="orthogonal"`, which changes B too.
-
-    Args:
-        spectrum: Only its width is used.
-        rank: Rows wanted, at most d_in.
-        generator: Source of the directions.
-
-    Returns:
-        A, float32 [rank, d_in].
 
     Raises:
         LoraInitError: `rank` is larger than d_in.
@@ -106,15 +80,8 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
 
     With B = 0 and Adam, B's first steps move every entry by the learning rate, so they change the output in proportion
     to |A x|, and a larger A is a higher learning rate for B. `eva` chooses the A of orthonormal rows with the
-    largest E |A x|^2; this keeps that size, layer by layer, and leaves the directions to chance.
-
-    Args:
-        spectrum: Decomposition of the layer's input; what lies outside its components counts as isotropic.
-        rank: Rows wanted, at most d_in.
-        generator: Source of the numbers.
-
-    Returns:
-        A, float32 [rank, d_in].
+    largest E |A x|^2; this keeps that size, layer by layer, and leaves the directions to chance. What lies outside of
+    the spectrum's components counts as isotropic.
     """
     check_rank(spectrum, rank)
     return as_large_as_eva(spectrum, random(spectrum, rank, generator))
