@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -49,14 +48,6 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)
-# What the Hub calls the tasks that PEFT has names for, where one follows from the other.
-_PIPELINES = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
 
 
 def check_output(directory: str | Path, overwrite: bool) -> None:
@@ -66,21 +57,6 @@ def check_output(directory: str | Path, overwrite: bool) -> None:
         LoraInitError: It is a file, or holds something that may not be replaced.
     """
     check_free(Path(directory).expanduser().resolve(), overwrite, marker=CONFIG_FILE, replaceable=_FILES)
-
-
-def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
-    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
-
-    Raises:
-        LoraInitError: One is not.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    for ending in modules_to_save:
-        if not any(name.endswith(ending) for name in names):
-            endings = sorted({name.rpartition(".")[2] for name in names})
-            close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
-            hint = f" Closest: {', '.join(close)}." if close else ""
-            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
@@ -232,7 +208,10 @@ class AdapterInit:
         """
         check_plain(model, "apply()")
         model = unwrapped(model)
-        adapted = self._attach(model, adapter_name, self.corrects_base and correct_base)
+        check_model(model, self, adapter_name)
+        if self.corrects_base and correct_base:
+            check_correctable(model, self.targets)
+        adapted = attach(model, self, adapter_name)
         if self.corrects_base and correct_base:
             correct_weights(model, self.targets, self.weights, self.scaling)
         elif self.corrects_base:
@@ -290,16 +269,6 @@ class AdapterInit:
             measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
             return f"{words} (gamma {self.gamma:g}{measured})"
         return "B is zero, so the adapter changes nothing until it is trained"
-
-    def _attach(self, model: nn.Module, adapter_name: str, correctable: bool = False) -> PeftModel:
-        """Put A and B on the plain model."""
-        origin = self.provenance.model_id or self.provenance.model_class
-        check_model(model, self.targets, self.unsupported, origin, adapter_name)
-        check_modules_to_save(model, self.modules_to_save)
-        if correctable:
-            check_correctable(model, self.targets)
-        config = self.to_peft_config()
-        return attach(model, config, self.weights, self.ranks, self.unsupported, self.scaling, adapter_name)
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
         # Old PEFT releases refuse keys they don't know: newer keys only where they say something.
@@ -359,7 +328,8 @@ class AdapterInit:
             remove_adapters(model)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                state = get_peft_model_state_dict(self._attach(model, "default"), save_embedding_layers=False)
+                check_model(model, self, "default")
+                state = get_peft_model_state_dict(attach(model, self, "default"), save_embedding_layers=False)
             return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
         finally:
             restore()
@@ -398,7 +368,7 @@ class AdapterInit:
         data = ModelCardData(
             base_model=base,
             library_name="peft",
-            pipeline_tag=_PIPELINES.get(origin.task_type or ""),
+            pipeline_tag="text-generation" if origin.task_type == "CAUSAL_LM" else None,  # as PEFT's own card
             tags=[*([f"base_model:adapter:{base}"] if base else []), "lora", "lora_init"],
         )
         ranks = self.ranks.values()

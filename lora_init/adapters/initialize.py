@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_init.adapters.adapter_init import check_modules_to_save
 from lora_init.adapters.build import build_adapter, check_adapter_options
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
-from lora_init.adapters.peft_model import check_plain
+from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 from lora_init.collection.collect import collect
 from lora_init.planning.allocate import allocate_ranks

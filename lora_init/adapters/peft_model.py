@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from lora_init.layers.targets import Target, find_targets
 from lora_init.layers.wrappers import plain_name
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
+
+    from lora_init.adapters.adapter_init import AdapterInit
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -150,17 +152,23 @@ def check_plain(model: Any, taker: str) -> None:
         )
 
 
-def check_model(
-    model: nn.Module, targets: Mapping[str, Target], unsupported: Collection[str], origin: str, adapter_name: str
-) -> None:
-    """Check, changing nothing, that the model can take this adapter.
+def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
 
-    Args:
-        model: The plain model.
-        targets: Kind and widths of each layer that shall get an adapter.
-        unsupported: Further layers that PEFT shall adapt by itself.
-        origin: Name of the model that the statistics come from, for the messages.
-        adapter_name: PEFT's name for the adapter.
+    Raises:
+        LoraInitError: One is not.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in modules_to_save:
+        if not any(name.endswith(ending) for name in names):
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
+            hint = f" Closest: {', '.join(close)}." if close else ""
+            raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
+
+
+def check_model(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
+    """Check, changing nothing, that the model can take this adapter under this name of PEFT's.
 
     Raises:
         LoraInitError: The model has an adapter already, or a layer is missing or of another kind or width. The first
@@ -176,8 +184,9 @@ def check_model(
             f"{type(model).__name__} has parts that are compiled or wrapped, as {wrapped!r} is. Give apply() the plain "
             "model, and wrap what it returns."
         )
+    origin, targets = init.provenance.model_id or init.provenance.model_class, init.targets
     parameters = dict(model.named_parameters())
-    for name in [*targets, *unsupported]:
+    for name in [*targets, *init.unsupported]:
         if name not in modules and name not in parameters:
             raise LoraInitError(
                 f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
@@ -194,6 +203,7 @@ def check_model(
                 f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
                 f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
             )
+    check_modules_to_save(model, init.modules_to_save)
 
 
 def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
@@ -245,43 +255,34 @@ def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
     return layers
 
 
-def attach(
-    model: nn.Module,
-    config: LoraConfig,
-    weights: Weights,
-    ranks: Mapping[str, int],
-    unsupported: Collection[str],
-    scaling: float,
-    adapter_name: str,
-) -> PeftModel:
-    """Wrap the model by `get_peft_model` and copy A and B in. On any failure the model is as it was.
+def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
+    """Wrap a model that passed `check_model` by `get_peft_model` and copy A and B in.
 
-    Args:
-        model: A model that passed `check_model`.
-        config: What to give PEFT. Changed by PEFT.
-        weights: A and B of each layer, in the shapes of `Target.shapes`.
-        ranks: Rank of each of them.
-        unsupported: Further layers that PEFT initialises by itself.
-        scaling: What every layer's scaling must come out as.
-        adapter_name: PEFT's name for the adapter.
+    On any failure the model is as it was.
 
     Raises:
         LoraInitError: PEFT adapted other layers, or in another way, than planned.
     """
     from peft import get_peft_model
 
-    planned = {*weights, *unsupported}
+    config = init.to_peft_config()
+    planned = {*init.weights, *init.unsupported}
     config.base_model_name_or_path = None  # get_peft_model sets the model's own name, and warns if another was there
     modules = planned - set(config.target_parameters or ())
     if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != modules:
         config.target_modules = exact_pattern(modules)
-    with _restored_on_failure(model), warnings.catch_warnings():
-        # Linear and Conv1D layers in one model: PEFT adjusts the flag layer by layer, correctly, and warns each time.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        # PEFT finds the ranks of parameters, then warns that their names are those of no module; `_fill` checks them.
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-        _fill(peft_model, weights, ranks, planned, scaling, adapter_name)
+    restore = remember(model)
+    try:
+        with warnings.catch_warnings():
+            # Linear and Conv1D layers in one model: PEFT adjusts the flag for each layer, correctly, and warns.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            # PEFT finds the ranks of parameters, then warns that their names are those of no module; `_fill` checks.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        _fill(peft_model, init, adapter_name)
+    except BaseException:
+        restore()
+        raise
     return peft_model
 
 
@@ -319,16 +320,9 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fill(
-    peft_model: PeftModel,
-    weights: Weights,
-    ranks: Mapping[str, int],
-    planned: set[str],
-    scaling: float,
-    adapter_name: str,
-) -> None:
-    base = peft_model.get_base_model()
-    layers = adapter_layers(peft_model)
+def _fill(peft_model: PeftModel, init: AdapterInit, adapter_name: str) -> None:
+    base, layers = peft_model.get_base_model(), adapter_layers(peft_model)
+    planned, ranks, scaling = {*init.weights, *init.unsupported}, init.ranks, init.scaling
     if set(layers) != planned:
         differing = sorted(set(layers) ^ planned)
         raise LoraInitError(
@@ -336,7 +330,7 @@ def _fill(
             f"{differing[0]!r}. PEFT rewrites names of this architecture or keeps layers for this task: collect again "
             "with exclude_modules naming them."
         )
-    for name, (a, b) in weights.items():
+    for name, (a, b) in init.weights.items():
         layer = layers[name]
         if layer.r[adapter_name] != ranks[name] or not math.isclose(layer.scaling[adapter_name], scaling):
             raise LoraInitError(
@@ -347,16 +341,6 @@ def _fill(
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
     match_modes(peft_model)
-
-
-@contextmanager
-def _restored_on_failure(model: nn.Module) -> Iterator[None]:
-    restore = remember(model)
-    try:
-        yield
-    except BaseException:
-        restore()
-        raise
 
 
 def _shape(target: Target) -> Target:
@@ -375,7 +359,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
     """Put an adapter directory on a model, and make sure that all of it found its place.
 
     PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
-    If this fails, the model may be half wrapped: `attach.remember` puts it back.
+    If this fails, the model may be half wrapped: `remember` puts it back.
 
     Args:
         model: The plain model. Wrapped in place.

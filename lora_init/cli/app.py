@@ -181,9 +181,9 @@ def init(
         if plan is not None:
             rank, rho = plan.rank, max(1.0, max(plan.values()) / plan.rank)
         with make_console(stderr=True).status("importing torch and transformers"):
-            from lora_init.adapters.adapter_init import check_modules_to_save
             from lora_init.adapters.build import build_adapter
             from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
+            from lora_init.adapters.peft_model import check_modules_to_save
             from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
             from lora_init.cli.init import obtain, show_summary, summarise
             from lora_init.collection.collect import fingerprint
