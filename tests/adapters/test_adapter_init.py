@@ -1,5 +1,6 @@
 """The adapter in a directory: what loads is what `apply` makes, and a directory is there whole or not at all."""
 
+import copy
 import json
 import os
 import stat
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
+from torch import nn
+from typer.testing import CliRunner
 
-from lora_init.adapters.build import build_adapter
+from lora_init import LoraInitError, build_adapter, collect, initialize
 from lora_init.adapters.peft_model import origin_of
-from lora_init.errors import LoraInitError
-from tests.adapters.test_build import TASKS, logits, lora_layers, made_up_statistics, uneven
+from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
 
 peft = pytest.importorskip("peft")
@@ -248,3 +251,199 @@ def test_an_adapter_that_others_made_has_no_origin(tmp_path):
     assert origin_of(tmp_path / "theirs") == {}
     with pytest.raises(LoraInitError, match=r"no adapter_config.json"):
         origin_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_frozen_a(name, tmp_path):
+    """A keeps its values, B alone is trained, less is kept for the backward pass, and PEFT's file is as always."""
+    stats = made_up_statistics(MODELS[name](), task_type="CAUSAL_LM")
+    init = build_adapter(stats, 3, freeze_a=True)
+    assert init.n_parameters() == sum(b.numel() for _, b in init.weights.values())
+    batch, kept = batches_for(name, 1)[0], {}
+    for frozen, adapter in ((True, init), (False, build_adapter(stats, 3))):
+        model = adapter.apply(MODELS[name]()).train()
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {".lora_A." in n for n in trained} == ({False} if frozen else {True, False})
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter.n_parameters()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            loss = model(**batch).loss
+        kept[frozen] = sum({t.data_ptr(): t.numel() for t in saved}.values())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss.backward()
+        optimizer.step()
+        assert sum(s["exp_avg"].numel() for s in optimizer.state.values()) == adapter.n_parameters()
+        same_a = [
+            torch.equal(layer.lora_A["default"].weight, adapter.weights[n][0])
+            for n, layer in lora_layers(model).items()
+        ]
+        assert all(same_a) if frozen else not any(same_a)
+        assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())
+    assert kept[True] < kept[False]
+    init.save_pretrained(tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(MODELS[name](), tmp_path / "a", is_trainable=True)
+    assert any(p.requires_grad for n, p in loaded.named_parameters() if ".lora_A." in n)  # PEFT has no setting for it
+    card = (tmp_path / "a" / "README.md").read_text()
+    lines = card[card.index("for name, parameter") : card.index("```\n", card.index("for name, parameter"))]
+    exec(lines, {"model": loaded})
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n in trained if ".lora_B." in n}
+
+
+def test_an_adapter_is_shown_in_a_line_and_as_a_table():
+    init = build_adapter(
+        made_up_statistics(tiny_llama()), {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 6}
+    )
+    assert repr(init) == "AdapterInit(eva: 2 layers of rank 2 to 6, r=4, scaling 4, 608 trainable parameters)"
+    table = init.to_pandas()
+    assert list(table["rank"]) == [2, 6] and table["parameters"].sum() == init.n_parameters()
+    page = init._repr_html_()
+    assert "model.layers.1.mlp.up_proj" in page and "AdapterInit" in page
+
+
+def batches(name="llama"):
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches_for(name, n_batches=3)]
+
+
+def loaded_without_a_word(model, directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's word for keys that are missing
+        warnings.filterwarnings("ignore", message=".*tied|.*Merging")
+        return PeftModel.from_pretrained(copy.deepcopy(model), directory, is_trainable=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_modules_to_save_are_trained_whole_and_saved(tied, names, tmp_path):
+    model = tiny_llama(tie_word_embeddings=tied)
+    before = model(**batches()[0]).logits.detach()
+    init = build_adapter(collect(model, batches(), rank=2), 2, modules_to_save=names)
+    assert init.to_peft_config().modules_to_save == names
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    loaded = loaded_without_a_word(model, tmp_path / "adapter")
+    peft_model = init.apply(model)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in peft_model.state_dict().items())
+    for adapted in (loaded, peft_model):
+        assert torch.equal(adapted(**batches()[0]).logits, before)
+        whole = {n.split(".modules_to_save")[0].split(".")[-1] for n, p in adapted.named_parameters()
+                 if p.requires_grad and "modules_to_save" in n}  # fmt: skip
+        assert whole == set(names)
+    # Saved again from the PeftModel by PEFT itself, it is the same file.
+    peft_model.save_pretrained(tmp_path / "by_peft")
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "by_peft"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_head_and_modules_to_save_together(tmp_path):
+    model = tiny_bert()
+    data = [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("bert", n_batches=3)]
+    stats = collect(model, data, task_type="SEQ_CLS", rank=2)
+    init = build_adapter(stats, 2, modules_to_save=["pooler"])
+    assert any("pooler" in name for name in init.left_out)  # a targeted layer inside it gets no adapter
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    loaded = loaded_without_a_word(model, tmp_path / "adapter")
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in init.apply(model).state_dict().items())
+
+
+def test_tied_layers_as_targets(tmp_path):
+    """The output embedding shares its weight with the input embedding, and has an adapter of its own."""
+    model = tiny_llama(tie_word_embeddings=True)
+    before = model(**batches()[0]).logits.detach()
+    stats = collect(model, batches(), ["q_proj", "lm_head"], rank=2)
+    assert stats["lm_head"].n_samples == sum(int(b["attention_mask"].sum()) for b in batches())
+    init = build_adapter(stats, 2)
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    loaded = loaded_without_a_word(model, tmp_path / "adapter")
+    peft_model = init.apply(model)
+    assert torch.equal(peft_model(**batches()[0]).logits, before)
+    assert torch.equal(loaded(**batches()[0]).logits, before)
+    base = peft_model.get_base_model()
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight  # still tied
+
+
+def test_one_module_under_two_names_is_one_layer():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = None
+            self.first = nn.Linear(8, 8)
+            self.second = self.first
+            self.third = nn.Linear(8, 8)
+            self.third.weight = self.first.weight  # another layer of the same weight
+
+        def forward(self, x):
+            return self.third(self.second(self.first(x).relu()).relu())
+
+    model, data = Shared(), [torch.randn(9, 8) for _ in range(3)]
+    before = model(data[0]).detach()
+    stats = collect(model, data, ["first", "second", "third"], rank=2)
+    assert list(stats) == ["first", "third"]
+    assert stats["first"].n_samples == 2 * 27
+    peft_model = build_adapter(stats, 2).apply(model)
+    assert torch.equal(peft_model(data[0]), before)
+
+
+def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = None
+            self.table, self.used, self.never = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.conv_never = nn.Conv1d(4, 6, 3, groups=2)
+
+        def forward(self, x):
+            return self.used(self.table(x))
+
+    model, data = Net(), [torch.randint(0, 11, (4, 5)) for _ in range(3)]
+    before = model(data[0]).detach()
+    stats = collect(model, data, ["table", "used", "never", "conv_never"], rank=2)
+    assert stats.unsupported == {"table": "Embedding", "never": "Linear", "conv_never": "Conv1d"}
+    init = build_adapter(stats, 2)
+    init.save_pretrained(tmp_path / "adapter", model=model)
+    loaded = loaded_without_a_word(model, tmp_path / "adapter")
+    assert torch.equal(loaded(data[0]), before)
+    by_peft = init.apply(copy.deepcopy(model)).state_dict()
+    for key, value in loaded.state_dict().items():
+        assert value.shape == by_peft[key].shape
+        assert float(value.std()) == pytest.approx(float(by_peft[key].std()), rel=0.5, abs=1e-9), key
+    init.save_pretrained(tmp_path / "without")  # negative: PEFT says what it misses
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "without")
+
+
+def test_initialize_and_the_command_line_take_modules_to_save(tmp_path):
+    from lora_init.cli import app as cli
+    from tests.cli.test_app import WORDS, save_model
+
+    peft_model = initialize(tiny_llama(), batches(), rank=2, modules_to_save=["lm_head"])
+    assert peft_model.peft_config["default"].modules_to_save == ["lm_head"]
+    save_model(tiny_llama(), tmp_path / "model")
+    (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(20)))
+    arguments = ["init", str(tmp_path / "model"), str(tmp_path / "data.txt"), "--rank", "2"]
+    result = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "a"), "--modules-to-save", "lm_head"])
+    assert result.exit_code == 0, result.stderr
+    loaded = loaded_without_a_word(tiny_llama(), tmp_path / "a")
+    assert loaded.get_base_model().lm_head.modules_to_save["default"].weight.requires_grad
+    result = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "b"), "--modules-to-save", "lm_haed"])
+    assert result.exit_code == 1
+    assert "modules_to_save: 'lm_haed' is no module of LlamaForCausalLM. Closest: lm_head" in result.stderr
+    assert not (tmp_path / "b").exists()
+    assert "rows in" not in result.stdout
+
+
+def test_mistakes_get_one_clear_line(tmp_path):
+    model = tiny_llama()
+    stats = collect(model, batches(), ["q_proj"], rank=2)
+    with pytest.raises(LoraInitError, match="must be a list of names"):
+        build_adapter(stats, 2, modules_to_save="lm_head")
+    with pytest.raises(LoraInitError, match="hold every layer"):
+        build_adapter(stats, 2, modules_to_save=["self_attn"])
+    init = build_adapter(stats, 2, modules_to_save=["lm_head"])
+    with pytest.raises(LoraInitError, match=r"modules_to_save=\['lm_head'\]: PEFT trains lm_head whole.*Pass model="):
+        init.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoraInitError, match="'nowhere' is no module of LlamaForCausalLM"):
+        build_adapter(stats, 2, modules_to_save=["nowhere"]).apply(model)

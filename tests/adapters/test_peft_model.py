@@ -1,0 +1,320 @@
+"""The adapter on a model: exactly the planned layers, ranks and scalings, or the model as it was."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import lora_init
+from lora_init import LoraInitError, build_adapter
+from lora_init.planning.allocate import RankAllocation
+from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, same, snapshot, uneven
+from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("method", ["eva", "random", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_output_is_unchanged_bit_for_bit(name, method):
+    model, batch = MODELS[name](), batches_for(name, 1)[0]
+    stats = made_up_statistics(model, task_type=TASKS[name])
+    before = logits(model, batch)
+    peft_model = build_adapter(stats, uneven(stats), method=method).apply(model)
+    assert torch.equal(before, logits(peft_model, batch))
+    # and it would not be, were B not zero
+    for layer in lora_layers(peft_model).values():
+        nn.init.ones_(layer.lora_B["default"].weight)
+    assert not torch.equal(before, logits(peft_model, batch))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_apply_makes_exactly_the_planned_layers(name, use_rslora):
+    model = MODELS[name]()
+    stats = made_up_statistics(model, task_type=TASKS[name])
+    plan = uneven(stats)
+    init = build_adapter(stats, plan, lora_alpha=10, use_rslora=use_rslora)
+    peft_model = init.apply(model)
+    layers = lora_layers(peft_model)
+    assert {n: layer.r["default"] for n, layer in layers.items()} == {n: r for n, r in plan.items() if r > 0}
+    assert {layer.scaling["default"] for layer in layers.values()} == {10 / (2.0 if use_rslora else 4)}
+    for layer_name, (a, b) in init.weights.items():
+        weight_a, weight_b = layers[layer_name].lora_A["default"].weight, layers[layer_name].lora_B["default"].weight
+        assert torch.equal(weight_a, a) and torch.equal(weight_b, b)
+        assert weight_a.requires_grad and weight_b.requires_grad
+    trainable = sum(p.numel() for n, p in peft_model.named_parameters() if p.requires_grad and "lora_" in n)
+    assert trainable == init.n_parameters() == plan.parameters
+    assert sorted(init.left_out) == sorted(n for n, r in plan.items() if r == 0)
+
+
+@pytest.mark.parametrize("alpha", [1, 16, 32, 7.5])
+@pytest.mark.parametrize("base", [3, 6, 7, 16])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_scaling_is_the_same_in_every_layer(alpha, base, use_rslora):
+    model = tiny_llama()
+    stats = made_up_statistics(model, k=32)
+    plan = RankAllocation({n: 1 + 2 * i for i, n in enumerate(stats)}, base)
+    layers = lora_layers(build_adapter(stats, plan, lora_alpha=alpha, use_rslora=use_rslora).apply(model))
+    expected = alpha / (math.sqrt(base) if use_rslora else base)
+    for layer in layers.values():
+        assert math.isclose(layer.scaling["default"], expected, rel_tol=1e-15)  # at most the last bit of a float
+
+
+def test_each_pattern_key_matches_exactly_one_module():
+    model = tiny_t5()
+    stats = made_up_statistics(model)
+    config = build_adapter(stats, uneven(stats)).to_peft_config()
+    names = [name for name, _ in model.named_modules()]
+    assert config.rank_pattern and set(config.rank_pattern) == set(config.alpha_pattern)
+    for key in config.rank_pattern:
+        assert key.startswith("^") and len([n for n in names if re.match(rf"(.*\.)?({key})$", n)]) == 1
+    assert config.init_lora_weights is True and config.eva_config is None
+
+
+class Tower(nn.Module):
+    """Names that are endings of one another, which PEFT's list of targets can't tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda: nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(8, 8)}) for _ in "ab")})  # noqa: E731
+        self.layers = block()["layers"]
+        self.encoder = block()
+
+    def forward(self, x):
+        for part in [*self.layers, *self.encoder["layers"]]:
+            x = part["mlp"](x).relu()
+        return x
+
+
+@pytest.mark.parametrize("plan", [{"layers.1.mlp": 3}, {"layers.1.mlp": 3, "encoder.layers.0.mlp": 2}])
+def test_a_name_that_ends_another_one_selects_only_itself(plan, tmp_path):
+    stats = made_up_statistics(Tower())
+    init = build_adapter(stats, plan)
+    assert set(lora_layers(init.apply(Tower()))) == set(plan)
+    init.save_pretrained(tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(Tower(), tmp_path / "a")
+    assert {n: layer.r["default"] for n, layer in lora_layers(loaded).items()} == plan
+
+
+def nested():
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "layer", "given"),
+    [
+        (Tower, r"layers\.1\.mlp", "layers.1.mlp", True),  # says nothing about encoder.layers.1.mlp
+        (nested, "0", "0", False),  # "1.0" is a ReLU and not in the statistics
+    ],
+)
+def test_a_name_that_ends_an_unknown_module_selects_only_itself(make, pattern, layer, given, tmp_path):
+    init = build_adapter(made_up_statistics(make(), target_modules=pattern), 3)
+    init.save_pretrained(tmp_path / "a", model=make() if given else None)
+    assert set(lora_layers(init.apply(make()))) == {layer}
+    assert set(lora_layers(peft.PeftModel.from_pretrained(make(), tmp_path / "a"))) == {layer}
+
+
+def test_many_layers_survive_pefts_condensing_of_target_modules():
+    """From 20 names on PEFT replaces the list by endings; layers of rank 0 must not come back by that."""
+    model = tiny_llama(num_hidden_layers=6)
+    stats = made_up_statistics(model)
+    plan = {n: 0 if i % 5 == 0 else 3 for i, n in enumerate(stats)}
+    assert len(plan) >= 20
+    assert set(lora_layers(build_adapter(stats, plan).apply(model))) == {n for n, r in plan.items() if r}
+
+
+def test_conv1d_and_linear_in_one_model(recwarn):
+    model, batch = tiny_gpt2(), batches_for("gpt2", 1)[0]
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied, or merging would change both
+    stats = made_up_statistics(model, ["c_attn", "lm_head"])
+    before = logits(model, batch)
+    peft_model = build_adapter(stats, 4).apply(model)
+    assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
+    for layer in lora_layers(peft_model).values():
+        nn.init.normal_(layer.lora_B["default"].weight)
+    changed = logits(peft_model, batch)
+    assert not torch.allclose(before, changed)
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), changed, rtol=1e-4, atol=1e-4)  # float32, merged in another order
+
+
+def test_a_model_in_evaluation_mode_stays_there_and_dropout_with_it():
+    model = tiny_llama()
+    stats = made_up_statistics(model)
+    peft_model = build_adapter(stats, 4, lora_dropout=0.5).apply(model)
+    assert not any(module.training for module in peft_model.modules())
+    peft_model.train()
+    assert all(layer.lora_dropout["default"].training for layer in lora_layers(peft_model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_get_float32_adapters_and_the_same_output(dtype):
+    model, batch = tiny_llama().to(dtype), batches_for("llama", 1)[0]
+    stats = made_up_statistics(model)
+    before = logits(model, batch)
+    peft_model = build_adapter(stats, uneven(stats)).apply(model)
+    assert {p.dtype for n, p in peft_model.named_parameters() if "lora_" in n} == {torch.float32}
+    assert torch.equal(before, logits(peft_model, batch))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_dora_keeps_the_output_too(name):
+    """The magnitudes are the norms of the same weights that they are divided by, so their ratio is exactly 1."""
+    model, batch = MODELS[name](), batches_for(name, 1)[0]
+    stats = made_up_statistics(model, task_type=TASKS[name])
+    before = logits(model, batch)
+    assert torch.equal(before, logits(build_adapter(stats, uneven(stats), use_dora=True).apply(model), batch))
+
+
+def test_dora_in_bfloat16_keeps_the_output_within_rounding():
+    model, batch = tiny_llama().bfloat16(), batches_for("llama", 1)[0]
+    stats = made_up_statistics(model)
+    before = logits(model, batch)
+    after = logits(build_adapter(stats, 4, use_dora=True).apply(model), batch)
+    torch.testing.assert_close(after, before, rtol=2**-6, atol=2**-6)  # magnitudes keep bfloat16's 8 bits
+
+
+def test_embeddings_keep_pefts_own_initialisation():
+    model, batch = tiny_llama(tie_word_embeddings=False), batches_for("llama", 1)[0]
+    stats = made_up_statistics(model, ["embed_tokens", "q_proj"])
+    assert list(stats.unsupported) == ["model.embed_tokens"]
+    before = logits(model, batch)
+    peft_model = build_adapter(stats, 4).apply(model)
+    layers = lora_layers(peft_model)
+    assert set(layers) == {"model.embed_tokens", *stats}
+    assert layers["model.embed_tokens"].lora_embedding_B["default"].abs().sum() > 0
+    assert torch.equal(before, logits(peft_model, batch))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_a_layer_that_never_ran_is_adapted_by_peft():
+    model = Experts()
+    stats = lora_init.collect(model, [torch.randn(40, 8)], rank=2, rho=2.0)
+    init = build_adapter(stats, 2)
+    layers = lora_layers(init.apply(model))
+    assert {n: layer.r["default"] for n, layer in layers.items()} == {"experts.0": 2, "experts.1": 2}
+    assert torch.equal(layers["experts.0"].lora_A["default"].weight, stats["experts.0"].components[:2])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: tiny_llama(num_hidden_layers=1), r"'model.layers.1.self_attn.q_proj' .* not in LlamaForCausalLM"),
+        (lambda: tiny_llama(intermediate_size=64), r"gate_proj': the stat.* Linear 32 -> 48, .* Linear 32 -> 64"),
+        (tiny_gpt2, "layer 'model.layers.0.self_attn.q_proj' of the statistics .* is not in GPT2LMHeadModel"),
+    ],
+)
+def test_another_model_is_refused_and_left_alone(other, message):
+    init = build_adapter(made_up_statistics(tiny_llama()), 4)
+    model = other()
+    before = snapshot(model)
+    with pytest.raises(LoraInitError, match=message):
+        init.apply(model)
+    assert same(before, snapshot(model))
+
+
+def test_another_kind_of_layer_is_refused():
+    class Holder(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.c = c
+
+    from transformers.pytorch_utils import Conv1D
+
+    init = build_adapter(made_up_statistics(Holder(nn.Linear(8, 8))), 2)
+    with pytest.raises(LoraInitError, match="have Linear 8 -> 8, Holder has Conv1D 8 -> 8"):
+        init.apply(Holder(Conv1D(8, 8)))
+    with pytest.raises(LoraInitError, match="have Linear 8 -> 8, Holder has Embedding"):
+        init.apply(Holder(nn.Embedding(8, 8)))
+
+
+def test_a_model_that_has_an_adapter_is_refused():
+    model = tiny_llama()
+    init = build_adapter(made_up_statistics(model), 4)
+    peft_model = init.apply(model)
+    for again in (peft_model, model):
+        with pytest.raises(LoraInitError, match="already has an adapter"):
+            init.apply(again)
+    restored = peft_model.unload()
+    assert isinstance(init.apply(restored), peft.PeftModel)
+
+
+@pytest.mark.parametrize("adapter_name", ["", "a.b", "lora"])
+def test_impossible_adapter_names_are_refused(adapter_name):
+    init = build_adapter(made_up_statistics(tiny_llama()), 4)
+    with pytest.raises(LoraInitError, match="adapter_name"):
+        init.apply(tiny_llama(), adapter_name)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch, error):
+    from peft.tuners.lora import LoraModel
+
+    model, batch = tiny_llama(), batches_for("llama", 1)[0]
+    model.model.embed_tokens.weight.requires_grad = False
+    before, output = snapshot(model), logits(model, batch)
+    init = build_adapter(made_up_statistics(model), 4)
+    create, calls = LoraModel._create_and_replace, []
+
+    def fail_at_the_fifth(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+        return create(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", fail_at_the_fifth)
+    with pytest.raises(type(error)):
+        init.apply(model)
+    assert same(before, snapshot(model)) and torch.equal(output, logits(model, batch))
+    monkeypatch.undo()
+    assert isinstance(init.apply(model), peft.PeftModel)
+
+
+def test_layers_that_peft_keeps_for_the_task_are_left_alone():
+    """PEFT trains everything called `classifier` whole for SEQ_CLS and adapts nothing inside it."""
+    model = tiny_bert()
+    stats = made_up_statistics(model, ["query", "classifier"], task_type="SEQ_CLS")
+    peft_model = build_adapter(stats, 2).apply(model)
+    adapted = {name for name, module in peft_model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {f"base_model.model.{name}" for name in stats}
+    assert not any("classifier" in name for name in adapted)
+    assert all(p.requires_grad for n, p in peft_model.named_parameters() if "modules_to_save" in n)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_models(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    wide = dict(hidden_size=64, intermediate_size=128)  # 4-bit blocks hold 64 numbers
+    tiny_llama(**wide).save_pretrained(tmp_path / "model")
+    stats = made_up_statistics(tiny_llama(**wide), task_type="CAUSAL_LM")
+    init = build_adapter(stats, uneven(stats))
+    batch = batches_for("llama", 1)[0]
+
+    def quantised():
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map="cpu", dtype=torch.float32,
+            quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
+        )  # fmt: skip
+
+    model = quantised()
+    before = logits(model, batch)
+    assert torch.equal(before, logits(init.apply(model), batch))
+    # in training mode from the start: bitsandbytes repacks 4-bit weights at the first evaluation on a CPU
+    peft_model = init.apply(quantised()).train()
+    peft_model(**batch).loss.backward()
+    layers = lora_layers(peft_model)
+    assert set(layers) == set(init.ranks)
+    assert all(layer.lora_B["default"].weight.grad.abs().sum() > 0 for layer in layers.values())
