@@ -21,7 +21,6 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED, Tokens, encoder_of, never_looks_ahead, without_needless_mask
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, reshard, run_eagerly
-from lora_init.statistics.incremental_svd import rounded, times_transposed
 
 # Logits worked on together: on a CPU a few MB, which stay in its cache; a GPU wants few large calls.
 _BLOCK_ON_CPU, _BLOCK = 2**20, 2**25
@@ -159,7 +158,7 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         # The rows are kept for the weight's gradient only: under a frozen layer they are free to go.
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
-        product = times_transposed(rows, weight, bias)
+        product = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         # No view to autograd, which would not let others write to it: nobody else has the tensor below.
         shaped: Tensor = torch.ops.aten._unsafe_view(product, [*x.shape[:-1], len(weight)])
         return shaped
@@ -169,8 +168,8 @@ class _Linear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        x = times_transposed(gradient, weight.T).view(*gradients[0].shape[:-1], weight.shape[1]) if of_x else None
-        return x, times_transposed(gradient.T, rows.T) if of_weight else None, gradient.sum(0) if of_bias else None
+        x = (gradient @ weight).view(*gradients[0].shape[:-1], weight.shape[1]) if of_x else None
+        return x, gradient.T @ rows if of_weight else None, gradient.sum(0) if of_bias else None
 
 
 @contextmanager
@@ -215,7 +214,7 @@ _MOST_WAITING = 8
 class Gradient(NamedTuple):
     """The gradient of a batch's summed loss at the output of one layer, for the tokens that count."""
 
-    rows: Tensor  # [n, d_out], as `rounded` gives them
+    rows: Tensor  # [n, d_out]
     norms: Tensor  # of the rows, float32 [n]
     squares: Tensor  # sum of their squares, float32 [d_out]
 
@@ -225,7 +224,7 @@ class Read:
     """What layers have read in one tensor, kept until their gradients have come.
 
     Attributes:
-        rows: [n, d_in], those that count, as `rounded` gives them, never float64.
+        rows: [n, d_in], those that count, never float64.
         norms: Of the rows, float32 [n].
         source: The tensor.
         tokens: Which of all rows of the tensor they are, None if all.
@@ -428,16 +427,12 @@ class GradientTap:
         return wanting
 
     def _read(self, name: str, x: Tensor) -> Read:
-        """Give what to keep of a layer's input: the same for layers that read the same.
-
-        Rounding to 8 bits is unbiased noise of 1e-3 of each entry. Sums over hundreds of rows do not show it.
-        """
+        """Give what to keep of a layer's input: the same for layers that read the same."""
         read = self._reads.get((id(x), x._version))
         if read is None or read.source() is not x:
             rows, tokens = x.detach().reshape(-1, x.shape[-1]), self._tap.tokens(name, x)
             rows = rows.float() if rows.dtype == torch.float64 else rows
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            rows = rounded(rows)
             if tokens is not None:
                 rows, norms = (part.index_select(0, tokens.counting) for part in (rows, norms))
             read = self._reads[id(x), x._version] = Read(rows, norms, weakref.ref(x), tokens)
@@ -471,10 +466,10 @@ class GradientTap:
 def _taken(g: Tensor, tokens: Tokens | None) -> Gradient:
     squared = g.float().square()  # before rounding
     if tokens is None:
-        return Gradient(rounded(g), squared.sum(1).sqrt_(), squared.sum(0))
+        return Gradient(g, squared.sum(1).sqrt_(), squared.sum(0))
     norms = squared.sum(1).sqrt_().index_select(0, tokens.counting)
     squares = squared.index_fill_(0, tokens.others, 0.0).sum(0)
-    return Gradient(rounded(g).index_select(0, tokens.counting), norms, squares)
+    return Gradient(g.index_select(0, tokens.counting), norms, squares)
 
 
 def count_labels(model: nn.Module, batch: Any) -> int:

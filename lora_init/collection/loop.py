@@ -18,7 +18,7 @@ from lora_init.collection.processes import Checkpoint, Rounds, Shard, Team, leng
 from lora_init.collection.state import Collected, GroupRecord
 from lora_init.errors import LoraInitError
 from lora_init.statistics.gradient_spectrum import is_weighted, weighted_group
-from lora_init.statistics.incremental_svd import IncrementalSVD, apply_updates, as_multiplied, multiply, settle
+from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.mean_gradient import MeanGradient
 
 
@@ -88,7 +88,6 @@ def collect_groups(
             found.stop_reason = "interrupted"
             with suppress(KeyboardInterrupt):
                 found.stop_reason = run.all_batches(tap, shard, max_batches, bar, checkpoint)
-        settle(record.svd for record in found.groups.values())
         # A batch that was interrupted may have been the first to reach a layer.
         found.groups = {name: record for name, record in found.groups.items() if record.svd.n_samples}
         found.gradients = {name: mean for name, mean in found.gradients.items() if mean.n_samples}
@@ -175,13 +174,12 @@ class _Pass:
 
     def _gradient_sink(self, read: Read) -> None:
         start = time.perf_counter()
-        rows = as_multiplied(read.rows)
-        steps = [self._svd(group).steps(rows, read.norms) for group in read.inputs]
-        for name, (g, norms, squares) in read.gradients.items():
-            steps.append(self._mean(name).steps(g, rows, squares))
+        for group in read.inputs:
+            self._svd(group).project(read.rows)
+        for name, (g, norms, _) in read.gradients.items():
+            self._mean(name).project(g, read.rows)
             if self._wanted(group := weighted_group(name)):
-                steps.append(self._svd(group).steps(rows, read.norms, norms))
-        multiply(rows, steps)
+                self._svd(group).project(read.rows, norms)
         self.found.seconds["decomposition"] += time.perf_counter() - start
 
     def _svd(self, group: str) -> IncrementalSVD:
@@ -204,14 +202,11 @@ class _Pass:
 
 def _take_in(found: Collected) -> list[GroupRecord]:
     """Complete the batch that was projected, for all groups at once; return those that it could be compared in."""
-    try:
-        apply_updates(record.svd for record in found.groups.values())
-    except LoraInitError as error:
-        name = next(n for n, r in found.groups.items() if r.svd is getattr(error, "decomposition", None))
-        raise LoraInitError(f"layer {name!r}: {error}") from None
+    for record in found.groups.values():
+        record.svd.update()
     for name, mean in found.gradients.items():
         try:
-            mean.commit()
+            mean.update()
         except LoraInitError as error:
             raise LoraInitError(f"layer {name!r}: {error}") from None
     found.n_batches += 1

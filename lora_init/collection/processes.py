@@ -27,7 +27,7 @@ from lora_init.collection.activations import ActivationTap
 from lora_init.collection.state import KEPT_BATCHES, MIN_BATCHES, Collected, GroupRecord, pack_means, unpack_means
 from lora_init.errors import LoraInitError
 from lora_init.statistics.gradient_spectrum import mean_group
-from lora_init.statistics.incremental_svd import IncrementalSVD, settle
+from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.mean_gradient import MeanGradient
 from lora_init.statistics.tensorfile import TensorFile, flatten, nest, write_tensors
 
@@ -657,7 +657,6 @@ class Exchange:
         Raises:
             RankFailedError: A process failed or died.
         """
-        settle(record.svd for record in found.groups.values())
         done = {name: record for name, record in found.groups.items() if record.converged_at is not None}
         message = self._team.combine(lambda: self._pack(found), self._merge, self._conclude)
         return self._whole(message, done)
@@ -690,9 +689,9 @@ class Exchange:
         """
         for record in whole.groups.values():
             if record.converged_at is None:
-                record.svd.load_state_dict(record.svd.state_dict(), self._team.rank, self._team.size)
+                record.svd.load_state_dict(_share_of(record.svd.state_dict(), self._team.rank, self._team.size))
         for mean in whole.gradients.values():
-            mean.load_state_dict(mean.state_dict(), self._team.rank, self._team.size)
+            mean.load_state_dict(_share_of(mean.state_dict(), self._team.rank, self._team.size))
         self._n_batches, self._n_labels = whole.n_batches, whole.n_labels
         self._known = {name: (list(r.shares), list(r.ratios)) for name, r in whole.groups.items()}
         take_over(whole, found)
@@ -778,6 +777,19 @@ class Exchange:
                 record.decide(self._tolerance, found.n_batches)
             found.groups[name] = record
         return Message(*found.pack())
+
+
+def _share_of(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """Give the same directions with one of `size` shares of the sums, and its share of the counts."""
+    share = dict(state)
+    if share:
+        whole = int(share["n_samples"])
+        n = whole * (rank + 1) // size - whole * rank // size
+        share["n_samples"] = torch.tensor(n)
+        for name in ("weights", "scatter", "right", "squares"):
+            if name in share:
+                share[name] = share[name] * (n / max(whole, 1))
+    return share
 
 
 def _unpack(message: Message) -> tuple[dict[str, dict[str, Tensor]], dict[str, MeanGradient]]:

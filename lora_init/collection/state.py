@@ -76,7 +76,6 @@ class GroupRecord:
         """Decide whether more batches are needed than the `n_batches` so far."""
         if n_batches >= MIN_BATCHES and len(self.shares) > 2 and self._has_converged(tolerance):
             self.converged_at = n_batches
-            self.svd.release()
 
 
 @dataclass

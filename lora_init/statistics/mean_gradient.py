@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.statistics.incremental_svd import Along, Image, Steps, as_multiplied, multiply, times_transposed
 
 # The first batch meets random directions: one more step of subspace iteration brings them near those of its gradient.
 _FIRST_STEPS = 2
@@ -57,7 +56,7 @@ class MeanGradient:
     Example:
         >>> g, x = torch.ones(5, 2), torch.ones(5, 3)
         >>> mean = MeanGradient(1)
-        >>> mean.project(g, x); mean.commit()
+        >>> mean.project(g, x); mean.update()
         >>> [round(float(t.norm()), 3) for t in mean.triplets(1)]
         [1.0, 12.247, 1.0]
     """
@@ -79,39 +78,29 @@ class MeanGradient:
         return self._known().squares.cpu()
 
     def project(self, g: Tensor, x: Tensor) -> None:
-        """Take in rows g [n, d_out] and x [n, d_in]; they count once `commit` is called.
+        """Take in rows g [n, d_out] and x [n, d_in]; they count once `update` is called.
 
         Args:
             g: Gradients at the layer's output.
-            x: What it read; see `as_multiplied` for rows of bfloat16.
+            x: What it read.
         """
-        x = as_multiplied(x)
-        multiply(x, [self.steps(g, x, g.float().square().sum(0))])
-
-    def steps(self, g: Tensor, x: Tensor, squares: Tensor) -> Steps:
-        """Do what `project` does with products that are made together with those of others, see `multiply`.
-
-        Args:
-            g: [n, d_out].
-            x: [n, d_in], as `as_multiplied` gives them.
-            squares: Sum of g^2, [d_out], of g before it was rounded.
-        """
-        n, g = len(g), g.to(x.dtype)
+        n, g, x = len(g), g.float(), x.float()
         state = self._pending or self._state
         if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
             state = state.to(g.device)
         if state is None:
             state = self._first(g, x)
             for _ in range(_FIRST_STEPS - 1):
-                basis = yield from self._turned(state, g)
-                state = state._replace(right=(yield from _plus(state, g, basis)).right)
+                state = state._replace(right=_plus(state, g, x, self._turned(state, g, x)).right)
         due = 8 * (state.n_since + n) >= state.n_samples or state.n_samples < _FEW_ROWS * len(state.left)
-        turned = (yield from self._turned(state, g)) if due else None
-        self._pending = (yield from _plus(state, g, turned))._replace(
-            squares=state.squares + squares, n_samples=state.n_samples + n, n_since=0 if due else state.n_since + n
+        turned = self._turned(state, g, x) if due else None
+        self._pending = _plus(state, g, x, turned)._replace(
+            squares=state.squares + g.square().sum(0),
+            n_samples=state.n_samples + n,
+            n_since=0 if due else state.n_since + n,
         )
 
-    def commit(self) -> None:
+    def update(self) -> None:
         """Complete the batch.
 
         Raises:
@@ -129,11 +118,10 @@ class MeanGradient:
         left, right = (rows.new_zeros(size, rows.shape[1], dtype=torch.float32) for rows in (g, x))
         return _State(left, right, left.new_zeros(left.shape[1], dtype=torch.float64), 0, 0)
 
-    def _turned(self, state: _State, g: Tensor) -> Generator[Along, Tensor, Tensor]:
+    def _turned(self, state: _State, g: Tensor, x: Tensor) -> Tensor:
         """Turn Q to a batch, [l, d_out]."""
         test = self._test(state.right)
-        along = yield Along(test)  # [n, l]
-        image = torch.addmm(times_transposed(along.T, g.T), test @ state.right.T, state.left)  # [l, d_out]
+        image = (x @ test.T).T @ g + (test @ state.right.T) @ state.left  # [l, d_out]
         # Contiguous, as what is read from a file is: products of other layouts differ in the last bits.
         basis: Tensor = torch.linalg.qr(image.T).Q.T.contiguous()
         return basis
@@ -174,7 +162,7 @@ class MeanGradient:
 
     def _known(self) -> _State:
         if self._state is None:
-            raise LoraInitError("no gradients were seen. Feed rows with project and commit first.")
+            raise LoraInitError("no gradients were seen. Feed rows with project and update first.")
         return self._state
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -182,21 +170,18 @@ class MeanGradient:
         if self._state is None:
             return {}
         left, right, squares, n_samples, n_since = self._state
-        counts = torch.tensor([n_samples, n_since, self.n_components, self.seed])
-        return {"left": left, "right": right, "squares": squares, "counts": counts}
+        counts = torch.tensor([n_since, self.n_components, self.seed])
+        return {
+            "left": left, "right": right, "squares": squares, "n_samples": torch.tensor(n_samples), "counts": counts
+        }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Tensor], share: int = 0, of: int = 1) -> MeanGradient:
-        """Go on from a copy of what `state_dict` returned.
-
-        With `of` parts each part, numbered from 0 by `share`, has the same directions and its share of the sums: all
-        parts merged are the whole again, and each knows where the gradients seen so far lie.
-        """
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> MeanGradient:
+        """Go on from a copy of what `state_dict` returned."""
         self._state = self._pending = None
         if state:
             left, right, squares = (state[name].clone() for name in ("left", "right", "squares"))
-            *counts, self.n_components, self.seed = state["counts"].tolist()
-            n_samples, n_since = (count * (share + 1) // of - count * share // of for count in counts)
-            self._state = _State(left, right / of, squares / of, n_samples, n_since)
+            n_since, self.n_components, self.seed = state["counts"].tolist()
+            self._state = _State(left, right, squares, int(state["n_samples"]), n_since)
         return self
 
 
@@ -218,11 +203,9 @@ def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Te
     return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
 
 
-def _plus(state: _State, g: Tensor, turned: Tensor | None) -> Generator[Image, Tensor, _State]:
+def _plus(state: _State, g: Tensor, x: Tensor, turned: Tensor | None) -> _State:
     """Add g^T x, along new left directions if they have turned."""
     left, right = state.left, state.right
     if turned is not None:
         left, right = turned, (turned @ left.T) @ right
-    ahead = times_transposed(g, left)  # [n, l]
-    image = yield Image(ahead)  # [l, d_in]
-    return state._replace(left=left, right=(right + image).contiguous())
+    return state._replace(left=left, right=right + (g @ left.T).T @ x)

@@ -14,9 +14,8 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
-from lora_init.statistics.incremental_svd import fold
 from lora_init.statistics.mean_gradient import freeze_triplets, product_svd
-from lora_init.statistics.spectrum import Moments, Spectrum, freeze
+from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
 
 # A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
 # a float32 model were measured to leave out 3e-6.
@@ -67,8 +66,8 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         gap = count**0.5 * (one.mean.double() - mean)
         rows += [(one.explained_variance * degrees).sqrt()[:, None] * one.components.double(), gap[None]]
         scatter += one.total_variance * degrees + float(gap @ gap)
-    state = fold(None, Moments(n_samples, mean, scatter), torch.cat(rows), None, size)
-    return freeze(state.moments, state.directions, state.core.diagonal())
+    weights, directions = principal_directions(torch.cat(rows), size)
+    return freeze(Moments(n_samples, mean, scatter), directions, weights)
 
 
 def cut(spectrum: Spectrum, size: int) -> Spectrum:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
@@ -68,9 +69,6 @@ def fix_signs(components: Tensor) -> Tensor:
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """Measure the angles between the spans of the rows of `a` [p, d] and of `b` [q, d].
 
-    Small angles come from sines and large ones from cosines (Knyazev and Argentati 2002): an arc cosine alone has no
-    digits left below 1e-8.
-
     Returns:
         min(p, q) angles in radians, rising, float64.
 
@@ -79,12 +77,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         >>> principal_angles(torch.eye(3)[:1], torch.eye(3)[:2])
         tensor([0.], dtype=torch.float64)
     """
-    q_a, q_b = (torch.linalg.qr(rows.double().T).Q for rows in (a, b))  # [d, p], [d, q]
-    if q_a.shape[1] < q_b.shape[1]:
-        q_a, q_b = q_b, q_a
-    cosines = torch.linalg.svdvals(q_a.T @ q_b).clamp(max=1.0)  # falling
-    sines = torch.linalg.svdvals(q_b - q_a @ (q_a.T @ q_b)).flip(0).clamp(max=1.0)  # rising
-    return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
+    angles = subspace_angles(a.double().T.numpy(force=True), b.double().T.numpy(force=True))
+    return torch.from_numpy(angles[::-1].copy())
 
 
 # A direction with less than this share of the largest variance is float32 rounding, not data.
@@ -109,16 +103,37 @@ class Moments:
         return Moments(n, mean, self.scatter + other.scatter + float(row @ row)), row
 
 
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Make nearly orthonormal rows [k, d] orthonormal, each staying where it points."""
+    q, r = torch.linalg.qr(rows.T)
+    turned: Tensor = (q * r.diagonal().sign()).T
+    return turned
+
+
 def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
     """Make the result: scatter becomes variance, signs are fixed, everything moves to the CPU."""
     degrees = max(moments.n_samples - 1, 1)
     return Spectrum(
-        components=fix_signs(directions).to("cpu", torch.float32).contiguous(),
+        components=fix_signs(_orthonormal(directions.double())).to("cpu", torch.float32).contiguous(),
         explained_variance=(weights / degrees).cpu(),
         total_variance=moments.scatter / degrees,
         mean=moments.mean.to("cpu", torch.float32),
         n_samples=moments.n_samples,
     )
+
+
+def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Decompose rows^T rows for rows [m, d] of float64, by way of the smaller of its two Gram matrices.
+
+    Returns:
+        The `size` largest eigenvalues, falling, [k], and their directions [k, d]; fewer where the rest is rounding.
+        Those of the smallest eigenvalues are orthonormal to fewer digits: `freeze` mends that.
+    """
+    wide = len(rows) < rows.shape[1]
+    weights, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+    kept = min(size, int((weights > weights[-1:].clamp_min(0.0) * NEGLIGIBLE).sum()))
+    weights, vectors = weights.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    return weights, (vectors / weights.sqrt()).T @ rows if wide else vectors.T
 
 
 def check_rows(rows: Tensor, width: int | None) -> None:

@@ -1,16 +1,12 @@
 """Backward passes: the numbers against autograd's, what they leave behind, and what cannot be differentiated."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
-from lora_init.collection.activations import ActivationTap, call_model
-from lora_init.collection.backward import GradientTap, count_labels
+from lora_init.collection.backward import count_labels
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from lora_init.layers.targets import find_targets
 from lora_init.statistics.statistics import Statistics
 from tests.collection.test_collect import low_rank_inputs
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_vit
@@ -132,48 +128,6 @@ def test_batches_of_any_cut_give_the_same():
         torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
         torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
         assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
-
-
-@pytest.mark.parametrize(("n", "kept"), [(128, torch.float32), (129, torch.bfloat16)])
-def test_what_large_batches_read_waits_in_bfloat16(n, kept):
-    model, reads = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), {}
-    x, targets = torch.randn(n, 6), find_targets(model).layers
-    with (
-        ActivationTap(model, {name: model.get_submodule(name) for name in targets}) as tap,
-        GradientTap(tap, targets, call_model, lambda output, batch: output.square().mean(), 2) as both,
-    ):
-        both.run(x, lambda read: reads.update(dict.fromkeys(read.gradients, read)), lambda group: True)
-    assert torch.equal(reads["0"].rows, x.to(kept))
-    torch.testing.assert_close(reads["0"].norms, x.norm(dim=1))
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_rounding_what_large_batches_read_changes_nothing_that_shows(monkeypatch, fast):
-    monkeypatch.setattr("lora_init.statistics.incremental_svd._is_faster_in_bfloat16", lambda device: fast)
-    model, ids = tiny_llama(), torch.randint(0, 64, (20, 30), generator=torch.Generator().manual_seed(0))
-    kept = {}
-
-    def loss(output, batch):
-        kept.update({name: read.rows for name, (read, _) in gradients._ran_now.items()})
-        return output.loss
-
-    whole, parts = (
-        collect(model, [{"input_ids": part, "labels": part} for part in ids.split(n)], rank=8, rho=4.0, gradients=True)
-        for n in (10, 4)  # 300 rows in bfloat16, 120 rows as they are
-    )
-    for name in whole:
-        a, b = whole.gradient(name), parts.gradient(name)
-        # Up to 2^-9 of each entry, by chance up or down, in sums that few rows with large gradients make up.
-        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
-        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-3)
-    targets = find_targets(model).layers
-    with (
-        ActivationTap(model, {name: model.get_submodule(name) for name in targets}) as tap,
-        GradientTap(tap, targets, partial(call_model, with_labels=True), loss, 2) as gradients,
-    ):
-        gradients.run({"input_ids": ids, "labels": ids}, lambda read: None, lambda group: True)
-    attention = [kept[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv"]
-    assert attention[0] is attention[1] is attention[2]  # what they share waits once
 
 
 @pytest.mark.parametrize("n", [100, 200])

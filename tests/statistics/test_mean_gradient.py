@@ -24,7 +24,7 @@ def fitted(data, k, **options):
     mean = MeanGradient(k, **options)
     for g, x in data:
         mean.project(g, x)
-        mean.commit()
+        mean.update()
     return mean
 
 
@@ -68,7 +68,7 @@ def test_a_module_that_runs_twice_in_a_pass_counts_twice():
     for g, x in data:
         twice.project(g[: len(g) // 2], x[: len(g) // 2])
         twice.project(g[len(g) // 2 :], x[len(g) // 2 :])
-        twice.commit()
+        twice.update()
     once = fitted(data, 8)
     torch.testing.assert_close(twice.triplets(5)[1], once.triplets(5)[1], rtol=1e-5, atol=0.0)
     torch.testing.assert_close(twice.squares, once.squares)
@@ -92,8 +92,8 @@ def test_what_is_not_finite_is_refused_and_nothing_updated():
         g[3, 2] = bad
         mean.project(g, x)
         with pytest.raises(LoraInitError, match="NaN or inf"):
-            mean.commit()
-    mean.commit()
+            mean.update()
+    mean.update()
     assert all(torch.equal(a, b) for a, b in zip(before, mean.triplets(8), strict=True))
 
 
@@ -117,24 +117,9 @@ def test_what_was_saved_goes_on_bit_for_bit():
     for one in (mean, resumed):
         for g, x in data[3:]:
             one.project(g, x)
-            one.commit()
+            one.update()
     assert all(torch.equal(a, b) for a, b in zip(mean.triplets(8), resumed.triplets(8), strict=True))
     assert MeanGradient(8).load_state_dict(MeanGradient(8).state_dict()).n_samples == 0
-
-
-def test_parts_of_a_state_that_go_on_are_together_the_whole():
-    """Two parts that each see other batches, and meet: the sums of one that has seen all."""
-    data = batches(rank=5)
-    state = fitted(data[:2], 8, seed=3).state_dict()
-    parts = [MeanGradient(1).load_state_dict(state, share, of=3) for share in range(3)]
-    assert [part.n_samples for part in parts] == [26, 27, 27]
-    for part, (g, x) in zip(parts, data[2:5], strict=True):
-        part.project(g, x)
-        part.commit()
-    merged, whole = parts[0].merge(parts[1]).merge(parts[2]), fitted(data[:5], 8)
-    assert merged.n_samples == whole.n_samples and merged.n_components == 8
-    torch.testing.assert_close(dense(merged.triplets(8)), exact(data[:5]), rtol=0.0, atol=1e-4)
-    torch.testing.assert_close(merged.squares, whole.squares)
 
 
 def test_no_gradient_at_all_has_no_triplets():
