@@ -1,5 +1,6 @@
 """Run a function of a test in several fresh processes of one gloo group, with a limit on the time."""
 
+import datetime
 import faulthandler
 import importlib
 import json
@@ -40,10 +41,11 @@ class Processes:
         exits = self.wait(seconds)
         for rank, code in enumerate(exits):
             assert code in (0, -9), f"rank {rank} exited with {code}: {self.stderr(rank)}"
-        return [
-            json.loads((self._folder / f"{rank}.json").read_text()) if code == 0 else None
-            for rank, code in enumerate(exits)
-        ]
+        return [self.result(rank) if code == 0 else None for rank, code in enumerate(exits)]
+
+    def result(self, rank):
+        """What a process has returned."""
+        return json.loads((self._folder / f"{rank}.json").read_text())
 
     def wait(self, seconds=150):
         """Wait for all, and kill them if that takes longer; return the exit code of each."""
@@ -87,7 +89,9 @@ def _child(module, function, own, folder, size, arguments, environment, rank):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if not launched:
-        torch.distributed.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=size)
+        timeout = datetime.timedelta(seconds=float(os.environ.get("TIMEOUT", "120")))
+        where = {"init_method": os.environ["MEET"], "rank": rank, "world_size": size, "timeout": timeout}
+        torch.distributed.init_process_group("gloo", **where)
     found = getattr(importlib.import_module(module), function)(rank, size, folder, *arguments)
     Path(own, f"{rank}.json").write_text(json.dumps(found))
     # Without destroy_process_group: right after a collective, torch's own thread and this one can wait for each other.

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lora_init.adapters.build import build_adapter, check_adapter_options
@@ -15,6 +14,7 @@ from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 from lora_init.collection.collect import collect
+from lora_init.collection.processes import Processes
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
@@ -89,8 +89,5 @@ def initialize(
 
 def _mean_of_processes(value: float) -> float:
     """Average over the processes of a distributed run: each has batches of its own, and all must take the same step."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    values = [value] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return statistics.fmean(values)
+    with Processes() as processes:
+        return statistics.fmean(processes.gather(value))

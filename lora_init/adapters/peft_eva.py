@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
 from lora_init.adapters.peft_model import PREFIX, exact_pattern, selects
-from lora_init.collection.loop import collect_groups
-from lora_init.collection.processes import Team
+from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.loop import Pass, PassOptions, progress_bar, run_pass
+from lora_init.collection.processes import Processes, own_batches
 from lora_init.errors import LoraInitError
+from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, find_targets
+from lora_init.layers.wrappers import is_sharded
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -120,29 +123,31 @@ def _collect(
 ) -> dict[str, Spectrum]:
     """Decompose what each layer receives; layers that had no rows are left out."""
     tau = rows.config.eva_config.tau  # type: ignore[union-attr]
-    with Team(alone=not gather) as team:
-        found = collect_groups(
-            model, modules, batches, n_components=n_components, max_batches=MAX_BATCHES, tolerance=1.0 - tau,
-            forward=rows.forward, rows=rows.of_layer, progress=progress, team=team,
-        )  # fmt: skip
-        team.finish()
+    options = PassOptions(n_components, tolerance=1.0 - tau)
+    hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=rows.of_layer)
+    run = Pass(hooks, options, rows.forward)
+    with Processes(alone=not gather) as processes:
+        shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
+        with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
+            found = run_pass(run, shard, MAX_BATCHES, processes, bar)
     if found.stop_reason == "interrupted":
         raise KeyboardInterrupt
-    if found.n_batches == 0:
+    if not sum(found.n_batches):
         raise ValueError("dataloader is empty")
-    if not found.group_of:
+    spectra = {name: record.svd.spectrum() for name, record in found.groups.items() if record.svd.n_samples}
+    if not spectra:
         raise LoraInitError(
             "no layer received rows: the masks keep no token, or no targeted layer ran. Check attention_mask and "
             "labels, or set use_label_mask=False."
         )
     if found.stop_reason == "max_batches":
-        done = sum(found.groups[group].converged_at is not None for group in found.group_of.values())
+        done = sum(record.converged_at is not None for record in found.groups.values())
         warnings.warn(
             f"{len(modules) - done} of {len(modules)} layers have not reached tau={tau} in {MAX_BATCHES} batches; "
             "their directions so far are used.",
             stacklevel=3,
         )
-    return {name: found.groups[group].svd.spectrum() for name, group in found.group_of.items()}
+    return {name: spectra[name] for name in modules if name in spectra}
 
 
 def initialize_lora_eva_weights(

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
-from lora_init.collection.activations import Forward, call_model, to_device
+from lora_init.collection.activations import Forward, call_model, on_device_of
 from lora_init.collection.backward import Loss, own_loss
 from lora_init.errors import LoraInitError
 from lora_init.layers.wrappers import unwrapped
@@ -130,13 +130,12 @@ def mean_loss(
     Raises:
         LoraInitError: There is no batch.
     """
-    device = next((parameter.device for parameter in model.parameters()), None)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     losses = []
     try:
         for batch in batches:
-            moved = to_device(batch, device)
+            moved = on_device_of(model, batch)
             output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
             losses.append(float(loss(output, moved) if loss else own_loss(output)))
     finally:

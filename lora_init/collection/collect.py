@@ -1,12 +1,18 @@
-"""From a model and batches to `Statistics`."""
+"""From a model and batches to `Statistics`: the entrance to a pass, and the file that it keeps."""
 
 from __future__ import annotations
 
+import copy
+import glob
 import hashlib
 import platform
-from collections.abc import Callable, Collection, Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +20,26 @@ import torch
 from torch import Tensor, nn
 
 import lora_init
-from lora_init.collection.activations import ActivationTap, Forward, call_model
-from lora_init.collection.backward import GradientTap, Loss
-from lora_init.collection.loop import collect_groups
-from lora_init.collection.processes import Checkpoint, Team, check_alike
+from lora_init.collection.activations import ActivationHooks, Forward, call_model
+from lora_init.collection.backward import BackwardHooks, Loss, may_shift_labels
+from lora_init.collection.loop import Pass, PassOptions, progress_bar, run_pass
+from lora_init.collection.processes import Processes, own_batches
 from lora_init.collection.state import Collected
 from lora_init.errors import LoraInitError
+from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
 from lora_init.layers.wrappers import (
     Precision,
     class_name,
     gathered,
+    is_sharded,
     is_tensor_parallel,
     plain_names,
     unwrapped,
     weights,
 )
-from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient, is_weighted, weighted_group
+from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
+from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
 
 
@@ -44,6 +53,35 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, statistics: Statistics | None) -> None:
         super().__init__("interrupted")
         self.statistics = statistics
+
+
+class OtherSettingsError(LoraInitError):
+    """A statistics file was made from other data or with other settings.
+
+    Attributes:
+        difference: What differs, a sentence.
+    """
+
+    def __init__(self, difference: str) -> None:
+        remedy = "Pass overwrite=True to begin again, or use the file as it is: Statistics.load."
+        super().__init__(f"{difference} {remedy}")
+        self.difference = difference
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a pass is over, how it runs the model, and where its result goes."""
+
+    model: nn.Module
+    targets: Targets
+    modules: Mapping[str, nn.Module]  # all of the model
+    options: PassOptions
+    provenance: Provenance  # as it is before the pass
+    forward: Forward
+    loss: Loss | None
+    file: Path | None
+    overwrite: bool
+    progress: bool | None
 
 
 def collect(
@@ -64,9 +102,8 @@ def collect(
     forward: Forward | None = None,
     data: str = "",
     progress: bool | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: float = 60.0,
-    resume: bool = False,
+    statistics: str | Path | None = None,
+    overwrite: bool = False,
     gradients: bool = False,
     loss: Loss | None = None,
 ) -> Statistics:
@@ -74,52 +111,61 @@ def collect(
 
     Every batch first measures, on rows not used yet, how much of their variance the components found so far capture.
     What any directions can capture lies between that held-out share and the share on the rows seen; a layer is done
-    when the first, less its standard error, is within `tolerance` of the second, and then costs nothing further. The
-    pass stops when all are done (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`).
+    when the first, less its standard error, is within `tolerance` of the second and rises no more, and then costs
+    nothing further. The pass stops when all are done (`"converged"`), after `max_batches`, or when the data ends
+    (`"exhausted"`).
+
+    The order of the batches must be random. No rule can tell sorted data (all of one kind, then all of another) from
+    data that has been seen enough of; `load_batches` shuffles. A sharp fall of the held-out share is a warning.
 
     In a process group of `torch.distributed` all processes call it, each with batches of its own or all with the same,
-    of which each then takes its part. They meet now and then to merge what they have found and to decide which layers
-    are done, and all return the same statistics, bit for bit.
+    of which each then takes its part. Each decides for its own batches when a layer is done. At the end what they have
+    found is merged, and all return the same statistics.
 
     Cost: a forward pass of the model's body for each batch, and about a tenth of it on top. Memory: 1.5 * rank * rho
     float32 rows of width d_in for each distinct input, and as much again within a batch.
 
     Args:
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
-        batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences. Read once. In several processes
-            a loader for one of them, or one that gives all the same.
+        batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences, in random order. Read once. In
+            several processes a loader for one of them, or one that gives all the same.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
         target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
-            of the rows that the router sends to it, and there is one of all together, which the ranks go by.
+            of the rows that the router sends to it, and there is one of all experts, which the ranks go by.
         task_type: As in PEFT; goes into the adapter's configuration.
         rank: Average rank per layer that the statistics must serve.
         rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
         center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentred second moment
             of the paper's theorem.
-        token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label.
-        max_batches: Bound on the number of batches, of all processes together.
+        token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label. Without gradients
+            these are the tokens that a label stands at, as in EVA: what the model reads there. With gradients of a
+            causal language model they are those that predict a labelled one, the tokens before: the loss depends on
+            what is computed there.
+        max_batches: Bound on the number of batches, of all processes.
         tolerance: Relative gap between seen and held-out captured variance at which a layer is done.
         seed: Seed of the decomposition.
         forward: Function of model and batch, for models that are not called with the batch as it is.
-        data: Description of the data in words, kept with the result.
+        data: Description of the data in words, kept with the result. Batches from `load_batches` also bring along the
+            settings that they were made with.
         progress: Show a progress bar on stderr; by default only on a terminal.
-        checkpoint: File to write the state of the pass to. It stays after the pass, for you to delete.
-        checkpoint_every: Seconds between two writings of it.
-        resume: Go on from `checkpoint` if it is there: read past the batches that were used and end with the result
-            of an uninterrupted pass, bit for bit on the same machine. `max_batches` may have changed, nothing else.
+        statistics: File for the result. It is written every minute, after Ctrl-C and at the end, in one piece, and
+            says whether the pass was complete. If it is there already: a complete one is returned as it is; one that
+            is not is gone on with after the batches that it has used, and merged; `batches` then have to begin with
+            the same ones.
+        overwrite: Begin again in place of what is in that file.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
             need labels. No weight's gradient is computed, so the memory is that of the activations and of
-            1.5 * rank * rho rows of width 2 d_in + d_out for each layer. What layers read in a batch of more than 128
-            tokens is rounded to bfloat16.
+            1.5 * rank * rho rows of width 2 d_in + d_out for each layer.
         loss: With gradients: function of what the model (or `forward`) returns and the batch, to the loss, a mean over
             the batch's labels. Default: the `loss` that a model of transformers returns for a batch with `labels`.
 
     Raises:
         LoraInitError: Targets match nothing; no batch, or none with tokens that count; labels missing; NaN or inf in a
-            layer's input; rows of varying width; out of memory; arguments out of range; a checkpoint that cannot be
-            written, or belongs to another model, other data or other arguments. In several processes, on all of them:
-            one has another model or other arguments, raised, died, or did not answer for `LORA_INIT_TIMEOUT` seconds.
+            layer's input; rows of varying width; out of memory; arguments out of range; a statistics file that cannot
+            be written, or belongs to another model, other data or other settings. In several processes, on all of
+            them, if one has another model or other arguments; if one has ended, or has not answered within the timeout
+            of the process group, on those that wait for it.
             With gradients: no labels and no `loss`, a loss that is not finite, layers that are not linear, a base that
             gives no gradients.
         Interrupted: Ctrl-C; carries the statistics of the batches that were complete.
@@ -132,72 +178,27 @@ def collect(
         >>> stats["0"].components.shape, stats.provenance.stop_reason
         (torch.Size([4, 8]), 'exhausted')
     """
-    with Team() as team:
-        if rank < 1 or rho < 1.0 or tolerance < 0.0:
-            raise LoraInitError(f"rank={rank}, rho={rho}, tolerance={tolerance}; expected at least 1, 1.0 and 0.0.")
-        if resume and checkpoint is None:
-            raise LoraInitError("resume=True needs checkpoint=, the file to go on from.")
-        model, precision = unwrapped(model), Precision()
-        targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
-        narrow = [target for target in targets.layers.values() if target.in_features < rank]
-        if narrow:
-            raise LoraInitError(
-                f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
-                f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
-            )
-        if is_tensor_parallel(model):
-            raise LoraInitError(
-                f"{class_name(model)} is split by tensor parallelism: in each process a layer reads only a part of its "
-                "input. Load it with device_map=, or shard it with fully_shard."
-            )
-        print_of_model = fingerprint(model)  # before the pass: bitsandbytes repacks weights when they are first used
-        asked = {
-            "model": f"{class_name(model)} {print_of_model}",
-            "data": data,
-            "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
-            "rank": rank,
-            "rho": rho,
-            "center": center,
-            "token_mask": token_mask,
-            "tolerance": tolerance,
-            "seed": seed,
-            "gradients": gradients,
-        }
-        check_alike(team, {**asked, "max_batches": max_batches, "checkpoint": checkpoint is not None, "resume": resume})
-        kept = Checkpoint(checkpoint, checkpoint_every, resume, asked) if checkpoint is not None else None
-        modules = plain_names(model)
-
-        def forward_as_called(model: nn.Module, batch: Any) -> Any:
-            with precision.on():
-                return (forward or partial(call_model, with_labels=gradients))(model, batch)
-
-        n_triplets = max(round(rho * rank), 2 * rank)  # lora-ga needs two a rank
-        with precision.off():
-            found = collect_groups(
-                model,
-                {name: modules[target.module] for name, target in targets.layers.items()},
-                batches,
-                n_components=round(rho * rank),
-                center=center,
-                token_mask=token_mask,
-                max_batches=max_batches,
-                tolerance=tolerance,
-                seed=seed,
-                forward=forward_as_called,
-                progress=progress,
-                checkpoint=kept,
-                gradients=_backward(gradients, targets, forward_as_called, loss, n_triplets, forward is not None),
-                team=team,
-            )
-        team.finish()
-    if found.n_batches == 0:
-        if found.stop_reason == "interrupted":
-            raise Interrupted(None)
-        raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
+    _check_types(model, batches)
+    if rank < 1 or rho < 1.0 or tolerance < 0.0 or max_batches < 1:
+        raise LoraInitError(
+            f"rank={rank}, rho={rho}, tolerance={tolerance}, max_batches={max_batches}; "
+            "expected at least 1, 1.0, 0.0 and 1."
+        )
+    if loss is not None and not gradients:
+        raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
+    model, precision = unwrapped(model), Precision()
+    targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
+    _check_targets(model, targets, rank)
+    file = _writable(statistics, overwrite)
+    options = PassOptions(
+        n_components=round(rho * rank), center=center, tolerance=tolerance, seed=seed,
+        n_triplets=max(round(rho * rank), 2 * rank) if gradients else 0,  # lora-ga needs two a rank
+    )  # fmt: skip
     provenance = Provenance(
         model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         model_class=class_name(model),
-        fingerprint=print_of_model,
+        # Before the pass: bitsandbytes repacks weights when they are first used.
+        fingerprint=fingerprint(model),
         n_parameters=count_parameters(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
@@ -208,39 +209,249 @@ def collect(
         token_mask=token_mask,
         seed=seed,
         rank=rank,
-        n_batches=found.n_batches,
-        n_samples=max(record.svd.n_samples for record in found.groups.values()),
-        stop_reason=found.stop_reason,
-        seconds={part: round(value, 3) for part, value in found.seconds.items()},
         versions={
             "lora_init": lora_init.__version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-        notes=_notes(found, targets, round(rho * rank)),
         gradients=gradients,
-        n_labels=found.n_labels,
+        settings={
+            **getattr(batches, "settings", {}),
+            "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
+            "rho": rho,
+            "tolerance": tolerance,
+            "max_batches": max_batches,
+        },
     )
-    groups = {name: record.svd.spectrum() for name, record in found.groups.items() if not is_weighted(name)}
-    statistics = Statistics(
+
+    def forward_as_called(model: nn.Module, batch: Any) -> Any:
+        with precision.on():
+            return (forward or partial(call_model, with_labels=gradients))(model, batch)
+
+    job = _Job(
+        model, targets, plain_names(model), options, provenance, forward_as_called, loss, file, overwrite, progress
+    )
+    try:
+        with Processes() as processes, precision.off():
+            result = _run(job, batches, processes)
+    except KeyboardInterrupt:  # before the first batch, or while several processes were in the middle of one
+        raise Interrupted(None) from None
+    if result.provenance.stop_reason.endswith("interrupted"):
+        raise Interrupted(result if result.provenance.n_batches else None)
+    return result
+
+
+def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
+    """Make the pass, or what is left of it; write the file."""
+    file, options, targets = job.file, job.options, job.targets
+    processes.check_alike({**_comparable(job.provenance), "statistics": None if file is None else str(file)})
+    earlier = _earlier(job)
+    used: list[int] = [] if earlier is None else earlier.provenance.settings["used"]
+    shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
+    if earlier is not None:
+        _check_first_batch(job, earlier, shard.first)
+        if earlier.provenance.complete:
+            return earlier
+    job.provenance.settings.update(first_batch=shard.first, common_loader=shard.common)
+
+    shifted = job.provenance.gradients and may_shift_labels(job.model)
+    masks = TokenMasks(job.model, job.provenance.token_mask, shifted=shifted)
+    modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
+    hooks = ActivationHooks(job.model, modules, masks)
+    backward = BackwardHooks(hooks, targets.layers, job.forward, job.loss) if job.provenance.gradients else None
+    run = Pass(hooks, options, job.forward, backward)
+
+    def save() -> None:
+        so_far = processes.merge(run.found, options.read)
+        if so_far is not None and file is not None and sum(so_far.n_batches):
+            _write(file, _frozen(job, so_far, earlier))
+
+    max_batches = int(job.provenance.settings["max_batches"]) - sum(used)
+    bar = progress_bar(batches, max_batches, job.progress if processes.rank == 0 else False)
+    with hooks, backward or nullcontext(), bar:
+        whole = run_pass(run, shard, max_batches, processes, bar, save if file is not None else None)
+    if not sum(whole.n_batches) and earlier is None and whole.stop_reason != "interrupted":
+        raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
+    result = _frozen(job, whole, earlier)
+    if file is not None and processes.rank == 0 and result.provenance.n_batches:
+        _write(file, result)
+    return result
+
+
+def _check_types(model: Any, batches: Any) -> None:
+    """Refuse what is plainly something else, such as swapped arguments, before any work."""
+    if not isinstance(model, nn.Module):
+        hint = (
+            " Load it first, with AutoModelForCausalLM.from_pretrained or the like." if isinstance(model, str) else ""
+        )
+        raise LoraInitError(f"collect got a {type(model).__name__} for the model, expected a torch.nn.Module.{hint}")
+    if isinstance(batches, (str, Path)):
+        raise LoraInitError(f"collect got the path {str(batches)!r} for the batches. Read it with load_batches.")
+    if isinstance(batches, (Mapping, Tensor)):
+        raise LoraInitError(
+            f"collect got one {type(batches).__name__} for the batches, expected an iterable of batches. "
+            "Put it into a list if it is one batch."
+        )
+    if isinstance(batches, nn.Module) or not isinstance(batches, Iterable):
+        raise LoraInitError(f"collect got a {type(batches).__name__} for the batches, expected an iterable of batches.")
+    first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
+    if isinstance(first, str):
+        raise LoraInitError("collect got texts for the batches, expected tokens. Make batches with load_batches.")
+
+
+def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
+    narrow = [target for target in targets.layers.values() if target.in_features < rank]
+    if narrow:
+        raise LoraInitError(
+            f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
+            f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
+        )
+    if is_tensor_parallel(model):
+        raise LoraInitError(
+            f"{class_name(model)} is split by tensor parallelism: in each process a layer reads only a part of its "
+            "input. Load it with device_map=, or shard it with fully_shard."
+        )
+
+
+def _writable(path: str | Path | None, overwrite: bool) -> Path | None:
+    """Find out before the work that a file has a place."""
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        problem = "is a directory" if file.is_dir() else f"cannot be written: {file.parent} does not exist"
+        raise LoraInitError(f"{file} {problem}. Name a file in a directory that exists.")
+    if overwrite and file.exists():
+        Statistics.load(file)  # a file of another kind is not replaced
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):  # of processes that were killed while they wrote
+        left.unlink(missing_ok=True)
+    return file
+
+
+def _comparable(provenance: Provenance) -> dict[str, Any]:
+    """Name what has to be the same for two passes to be one, in all processes and in a file."""
+    kept = ("fingerprint", "data", "rank", "center", "token_mask", "task_type", "seed", "gradients")
+    return {**{name: getattr(provenance, name) for name in kept}, **provenance.settings}
+
+
+def _earlier(job: _Job) -> Statistics | None:
+    """Read the file of an earlier pass, if it is there and this pass is to use it.
+
+    Raises:
+        OtherSettingsError: It is of other data or other settings.
+    """
+    file, ours = job.file, job.provenance
+    if file is None or job.overwrite or not file.exists():
+        return None
+    earlier = Statistics.load(file)
+    theirs = _comparable(earlier.provenance)
+    for setting, asked in _comparable(ours).items():
+        made = theirs.get(setting, asked)  # a file of an earlier version does not say
+        if made == asked or (setting == "gradients" and made):
+            continue
+        if setting == "fingerprint":
+            origin = f"{earlier.provenance.model_class} {earlier.provenance.model_id}".strip()
+            raise OtherSettingsError(f"{file} was made from another model ({origin}).")
+        raise OtherSettingsError(f"{file} was made with {setting} {made!r}, and {asked!r} is asked for.")
+    earlier.provenance.settings.setdefault("used", [earlier.provenance.n_batches])
+    return earlier
+
+
+def _check_first_batch(job: _Job, earlier: Statistics, first: str) -> None:
+    if earlier.provenance.settings.get("first_batch", first) != first:
+        raise OtherSettingsError(f"{job.file} was made from other data: the first batch is another one.")
+
+
+def _write(file: Path, statistics: Statistics) -> None:
+    """Write the file. A failure is a warning: the pass itself has lost nothing."""
+    try:
+        statistics.save(file)
+    except LoraInitError as error:
+        warnings.warn(f"{error} The statistics are not kept in that file.", stacklevel=3)
+
+
+def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statistics:
+    """Make the result of what a pass has found, together with that of the earlier part of the same pass."""
+    groups = {
+        name: record.svd.spectrum()
+        for name, record in found.groups.items()
+        # A process whose first batch did not reach all layers took its input for one of its own.
+        if record.svd.n_samples and found.group_of.get(name, name) == name
+    }
+    gradients = _gradients(job, found)
+    layers = job.targets.layers
+    ran = [
+        name
+        for name in layers
+        if found.group_of.get(name) in groups and (name in gradients or not job.provenance.gradients)
+    ]
+    never_ran = [name for name in layers if name not in ran]
+    used = [sum(found.n_batches)] if job.provenance.settings["common_loader"] else found.n_batches
+    provenance = replace(
+        job.provenance,
+        n_batches=sum(found.n_batches),
+        n_samples=max((spectrum.n_samples for spectrum in groups.values()), default=0),
+        stop_reason=found.stop_reason,
+        seconds={part: round(value, 3) for part, value in found.seconds.items()},
+        notes=_notes(job, found, groups, never_ran),
+        n_labels=found.n_labels,
+        complete=found.stop_reason != "interrupted",
+        settings={**job.provenance.settings, "used": used},
+    )
+    result = Statistics(
         groups=groups,
-        group_of=found.group_of,
-        targets={name: targets.layers[name] for name in found.group_of},
+        group_of={name: found.group_of[name] for name in ran},
+        targets={name: layers[name] for name in ran},
         provenance=provenance,
         held_out={name: found.groups[name].held_out() for name in groups},
         batch_ratios={
-            name: torch.stack(list(found.groups[name].ratios))[:, : groups[name].n_components]
-            for name in groups
+            name: torch.stack([ratios for _, ratios in found.groups[name].ratios])[:, : spectrum.n_components]
+            for name, spectrum in groups.items()
             if found.groups[name].ratios
         },
-        unsupported={**targets.unsupported, **{name: targets.layers[name].kind for name in found.never_ran}},
-        gradients=_gradients(found, targets, modules),
+        unsupported={**job.targets.unsupported, **{name: layers[name].kind for name in never_ran}},
+        gradients=gradients,
     )
-    provenance.notes.extend(notes_on_experts(statistics))
-    if found.stop_reason == "interrupted":
-        raise Interrupted(statistics)
-    return statistics
+    provenance.notes.extend(notes_on_experts(result))
+    return result if earlier is None else _continued(job, earlier, result)
+
+
+def _gradients(job: _Job, found: Collected) -> dict[str, GradientSpectrum]:
+    frozen = {}
+    for name in job.targets.layers:  # in one order in all processes, which gather sharded weights together
+        if name in found.weighted and name in found.gradients and found.gradients[name].n_samples:
+            weighted = found.weighted[name].svd.spectrum()
+            weight = _weight(job, name)
+            frozen[name] = freeze_gradient(found.gradients[name], weighted, found.n_labels, weight)
+    return frozen
+
+
+def _weight(job: _Job, name: str) -> Tensor | None:
+    """Give the weight of a layer, [d_out, d_in], whole; None if it has none that can be read as such."""
+    weight = getattr(job.modules[name], "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return None
+    plain = gathered(weight.detach())
+    return plain.T if job.targets.layers[name].kind == "Conv1D" else plain
+
+
+def _continued(job: _Job, earlier: Statistics, later: Statistics) -> Statistics:
+    """Merge the two parts of a pass that was interrupted."""
+    old, new = earlier.provenance, later.provenance
+    merged = earlier.merge(later) if new.n_batches else copy.copy(earlier)
+    used = [a + b for a, b in zip_longest(old.settings["used"], new.settings["used"], fillvalue=0)]
+    merged.provenance = replace(
+        merged.provenance,
+        stop_reason=new.stop_reason,
+        complete=new.complete,
+        settings={**new.settings, "used": used},
+    )
+    for name in merged if job.provenance.gradients else ():
+        weight = _weight(job, name)
+        if weight is not None:
+            merged.set_importance(name, weight)
+    return merged
 
 
 def _listed(patterns: str | Collection[str]) -> str | list[str]:
@@ -251,50 +462,22 @@ def _hash_of(targets: Targets) -> str:
     return hashlib.sha256(repr(sorted(targets.layers.values(), key=lambda t: t.name)).encode()).hexdigest()[:8]
 
 
-def _backward(
-    gradients: bool, targets: Targets, forward: Forward, loss: Loss | None, n_triplets: int, own_forward: bool
-) -> Callable[[ActivationTap], GradientTap] | None:
-    if loss is not None and not gradients:
-        raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
-    if not gradients:
-        return None
-    return partial(
-        GradientTap, targets=targets.layers, forward=forward, loss=loss, n_triplets=n_triplets, own_forward=own_forward
-    )
-
-
-def _gradients(found: Collected, targets: Targets, modules: dict[str, nn.Module]) -> dict[str, GradientSpectrum]:
-    frozen = {}
-    for name in found.group_of:
-        if name in found.gradients:
-            weight = getattr(modules[name], "weight", None)
-            plain = None
-            if isinstance(weight, nn.Parameter) and weight.is_floating_point():
-                plain = gathered(weight.detach())
-            if plain is not None and targets.layers[name].kind == "Conv1D":
-                plain = plain.T
-            weighted = found.groups[weighted_group(name)].svd.spectrum()
-            frozen[name] = freeze_gradient(found.gradients[name], weighted, found.n_labels, plain)
-    return frozen
-
-
-def _notes(found: Collected, targets: Targets, n_components: int) -> list[str]:
-    notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in targets.reasons.items()]
-    notes += [f"{name}: never ran; PEFT's own initialisation." for name in found.never_ran]
+def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
+    notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in job.targets.reasons.items()]
+    notes += [f"{name}: never ran; PEFT's own initialisation." for name in never_ran]
     notes += [
         f"{name}: runs up to {calls} times in a forward pass; all its inputs count."
         for name, calls in found.n_calls.items()
         if calls > 1
     ]
-    for group in dict.fromkeys(found.group_of.values()):
-        record = found.groups[group]
-        spectrum = record.svd.spectrum()
-        expected = min(n_components, spectrum.components.shape[1])
-        if spectrum.n_components < expected:
+    for name in dict.fromkeys(found.group_of.values()):
+        spectrum = groups.get(name)
+        expected = 0 if spectrum is None else min(job.options.n_components, spectrum.components.shape[1])
+        if spectrum is not None and spectrum.n_components < expected:
             notes.append(
-                f"{group}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
+                f"{name}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
             )
-    silent = [name for name, mean in found.gradients.items() if not mean.squares.any()]
+    silent = [name for name, mean in found.gradients.items() if mean.n_samples and not mean.squares.any()]
     if silent:
         notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
     return notes

@@ -4,227 +4,312 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_init.collection.activations import ActivationTap, Forward, RowsFunction
-from lora_init.collection.backward import GradientTap, Read
-from lora_init.collection.processes import Checkpoint, Rounds, Shard, Team, length, own_batches
-from lora_init.collection.state import Collected, GroupRecord
-from lora_init.errors import LoraInitError
-from lora_init.statistics.gradient_spectrum import is_weighted, weighted_group
+from lora_init.collection.activations import ActivationHooks, Forward
+from lora_init.collection.backward import BackwardHooks
+from lora_init.collection.processes import Processes, Shard
+from lora_init.collection.state import Collected, GroupRecord, falls_sharply, has_converged
+from lora_init.errors import LoraInitError, is_out_of_memory
+from lora_init.layers.wrappers import run_eagerly
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.mean_gradient import MeanGradient
 
+# Seconds between two calls of `save`.
+SAVE_EVERY = 60.0
 
-def collect_groups(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    *,
-    n_components: int,
-    center: bool = True,
-    token_mask: str = "attention",
-    max_batches: int = 64,
-    tolerance: float = 0.02,
-    seed: int = 0,
-    forward: Forward | None = None,
-    rows: RowsFunction | None = None,
-    progress: bool | None = None,
-    checkpoint: Checkpoint | None = None,
-    team: Team | None = None,
-    gradients: Callable[[ActivationTap], GradientTap] | None = None,
-) -> Collected:
-    """Run the model over the batches and decompose what each module receives. The loop under `collect`.
+# (shares of batches captured before they were used, share captured of all rows seen) -> no more data is needed
+Rule = Callable[[Sequence[float], float], bool]
 
-    Args:
-        model: Any torch model; its mode and hooks are as before afterwards, also after an exception.
-        modules: Modules to watch, by name.
-        batches: Any iterable; read once, from its start, `max_batches` at most.
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What a pass computes, and when a group has seen enough.
+
+    Attributes:
         n_components: Components of each group.
         center: Subtract the mean.
-        token_mask: See `collect`.
-        max_batches: Bound on the number of batches, of all processes together.
         tolerance: See `collect`.
         seed: Seed of the decompositions.
-        forward: Runs the model on a batch.
-        rows: Rows of a module from its name and arguments, in place of the masking; modules are then not grouped.
-        progress: Show a progress bar; by default only on a terminal.
-        checkpoint: File to write the state to, and to go on from.
-        team: The processes that make this pass together; by default this one alone.
-        gradients: Makes the tap for passes that go backward, too.
-
-    Returns:
-        The running decompositions, the same in all processes; after Ctrl-C with `stop_reason="interrupted"`.
-
-    Raises:
-        LoraInitError: See `collect`.
+        n_triplets: Singular triplets of each mean gradient.
     """
-    if max_batches < 1:
-        raise LoraInitError(f"max_batches={max_batches}, expected at least 1.")
-    team = team or Team(alone=True)
-    run = _Pass(n_components, center, seed, tolerance, alone=team.size == 1)
-    found = run.found
-    shard = Shard(own_batches(team, batches), found.seconds, hashed=checkpoint is not None)
-    with (
-        ActivationTap(model, modules, token_mask, forward, rows) as tap,
-        gradients(tap) if gradients else nullcontext() as run.gradients,
-        _progress_bar(batches, max_batches, progress if team.rank == 0 else False) as bar,
-    ):
-        if team.size > 1:
-            rounds = Rounds(team, run.make, tolerance, found, tap, shard, bar, checkpoint)
-            found.stop_reason = rounds.run(run.one_batch, run.idle, max_batches)
-        else:
-            if checkpoint is not None:
-                shard.skip(checkpoint.read(found, run.make)[0], str(checkpoint.path))
-                checkpoint.begin(found, [shard.digests])
-                tap.resume(found.group_of, found.n_calls)
-                bar.update(found.n_batches)
-            found.stop_reason = "interrupted"
-            with suppress(KeyboardInterrupt):
-                found.stop_reason = run.all_batches(tap, shard, max_batches, bar, checkpoint)
-        # A batch that was interrupted may have been the first to reach a layer.
-        found.groups = {name: record for name, record in found.groups.items() if record.svd.n_samples}
-        found.gradients = {name: mean for name, mean in found.gradients.items() if mean.n_samples}
-        ran = [name for name in modules if tap.group_of.get(name) in found.groups]
-        ran = [name for name in ran if gradients is None or name in found.gradients]
-        found.group_of = {name: tap.group_of[name] for name in ran}
-        found.never_ran = [name for name in modules if name not in found.group_of]
-        found.n_calls = dict(tap.n_calls)
-    return found
+
+    n_components: int
+    center: bool = True
+    tolerance: float = 0.02
+    seed: int = 0
+    n_triplets: int = 0
+
+    def empty_svd(self, weighted: bool = False) -> IncrementalSVD:
+        """Make the decomposition of a group. Weighted rows keep their mean, for it is part of the gradient."""
+        return IncrementalSVD(self.n_components, self.center and not weighted, self.seed)
+
+    def empty_mean(self) -> MeanGradient:
+        """Make the mean gradient of a layer."""
+        return MeanGradient(self.n_triplets, self.seed)
+
+    def read(self, content: bytes) -> Collected:
+        """Make what another process has found of its bytes."""
+        return Collected.from_bytes(content, self.empty_svd, self.empty_mean)
 
 
-class _Pass:
-    """The loop, and what the hooks call inside it."""
+class Pass:
+    """Take in batches, one at a time, and know when there have been enough.
 
-    def __init__(self, n_components: int, center: bool, seed: int, tolerance: float, alone: bool) -> None:
+    Args:
+        hooks: Hands out what layers read.
+        options: What to compute.
+        forward: Runs the model on a batch.
+        backward: Hands out gradients as well.
+        rule: Tells whether a group has seen enough, in place of `has_converged`.
+
+    Attributes:
+        found: What this process has found so far.
+        options: What to compute.
+    """
+
+    def __init__(
+        self,
+        hooks: ActivationHooks,
+        options: PassOptions,
+        forward: Forward,
+        backward: BackwardHooks | None = None,
+        rule: Rule | None = None,
+    ) -> None:
         self.found = Collected()
-        self.gradients: GradientTap | None = None
-        self._n_components, self._center, self._seed = n_components, center, seed
-        self._tolerance = tolerance
-        self._alone = alone  # several processes decide together, when they meet
+        self.options = options
+        self._hooks, self._forward, self._backward = hooks, forward, backward
+        self._warned = False
+        self._rule = rule or (lambda shares, captured: has_converged(shares, captured, options.tolerance))
 
-    def make(self, group: str) -> IncrementalSVD:
-        """Make an empty decomposition for a group; weighted rows keep their mean, for it is part of the gradient."""
-        return IncrementalSVD(self._n_components, self._center and not is_weighted(group), self._seed)
+    @property
+    def n_converged(self) -> int:
+        """Groups that need no more data."""
+        return sum(record.converged_at is not None for record in self._records)
 
-    def all_batches(
-        self, tap: ActivationTap, shard: Shard, max_batches: int, bar: tqdm[Any], checkpoint: Checkpoint | None
-    ) -> str:
-        """Take in batches until there is a reason to stop, and return it."""
-        found = self.found
-        while True:
-            if 0 < len(found.groups) == self._n_converged() and len(tap.group_of) == len(tap.modules):
-                return "converged"
-            if found.n_batches >= max_batches:
-                return "max_batches"
-            batch = shard.take(1)
-            if not batch:
-                return "exhausted"
-            self.one_batch(tap, batch[0], found.n_batches)
-            bar.set_postfix_str(f"{self._n_converged()}/{len(found.groups)} inputs converged", refresh=False)
-            bar.update()
-            if checkpoint is not None:
-                found.group_of, found.n_calls = dict(tap.group_of), dict(tap.n_calls)
-                checkpoint.write_if_due(found, [shard.digests])
+    @property
+    def n_groups(self) -> int:
+        """Groups found so far, those of weighted rows included."""
+        return len(self.found.groups) + len(self.found.weighted)
 
-    def one_batch(self, tap: ActivationTap, batch: Any, position: int) -> None:
-        """Take in one batch; `position` is for messages."""
+    @property
+    def converged(self) -> bool:
+        """Whether all layers have run and no group needs more data."""
+        all_ran = len(self._hooks.group_of) == len(self._hooks.modules)
+        return all_ran and 0 < self.n_groups == self.n_converged
+
+    @property
+    def _records(self) -> Iterator[GroupRecord]:
+        return chain(self.found.groups.values(), self.found.weighted.values())
+
+    def take(self, batch: Any, number: int) -> None:
+        """Take in a batch; `number` counts the batches of this process, from 0.
+
+        Raises:
+            LoraInitError: See `collect`; nothing of the batch was taken in.
+        """
         found, seconds = self.found, self.found.seconds
-        started, inside = time.perf_counter(), seconds["decomposition"]
+        start, before = time.perf_counter(), seconds["decomposition"]
         try:
-            if self.gradients is None:
-                tap.run(batch, self._sink, self._wanted)
-                labels = 0
-            else:
-                labels = self.gradients.run(batch, self._gradient_sink, self._wanted)
-            passed = time.perf_counter()
-            compared = _take_in(found)
-            found.n_labels += labels
+            found.n_labels += self._run(batch)
+            with self._timed():
+                self._update(number)
         except (LoraInitError, MemoryError, RuntimeError) as error:
-            raise _explained(error, position) from error
-        if self._alone:
-            self._decide(compared)
-        seconds["forward"] += passed - started - (seconds["decomposition"] - inside)
-        seconds["decomposition"] += time.perf_counter() - passed
+            if isinstance(error, LoraInitError):
+                raise LoraInitError(f"batch {number}: {error}") from error
+            if is_out_of_memory(error):
+                message = f"batch {number}: out of memory. Use a smaller batch or shorter sequences."
+                raise LoraInitError(message) from error
+            raise
+        seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)
+        found.n_batches[0] += 1
+        found.group_of, found.n_calls = dict(self._hooks.group_of), dict(self._hooks.n_calls)
 
-    def idle(self, tap: ActivationTap, batch: Any) -> None:
-        """Run a batch that does not count, for the processes that run a sharded model together with this one."""
-        if self.gradients is None:
-            tap.run(batch, lambda group, rows: None)
+    def idle(self, batch: Any) -> None:
+        """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
+        if self._backward is None:
+            self._activations(batch, _nothing)
         else:
-            self.gradients.run(batch, lambda read: None, lambda group: True)
+            self._backward.run(batch, _nothing, lambda name, x, g: None, lambda group: False)
 
-    def _decide(self, compared: Iterable[GroupRecord]) -> None:
-        for record in compared:
-            record.decide(self._tolerance, self.found.n_batches)
+    def _run(self, batch: Any) -> int:
+        if self._backward is None:
+            self._activations(batch, self._take_rows)
+            return 0
+        return self._backward.run(batch, self._take_rows, self._take_gradient, self._wanted)
 
-    def _sink(self, group: str, rows: Tensor) -> None:
-        start = time.perf_counter()
-        try:
-            self._svd(group).project(rows)
-        except LoraInitError as error:
-            raise LoraInitError(f"layer {group!r}: {error}") from None
-        self.found.seconds["decomposition"] += time.perf_counter() - start
-
-    def _gradient_sink(self, read: Read) -> None:
-        start = time.perf_counter()
-        for group in read.inputs:
-            self._svd(group).project(read.rows)
-        for name, (g, norms, _) in read.gradients.items():
-            self._mean(name).project(g, read.rows)
-            if self._wanted(group := weighted_group(name)):
-                self._svd(group).project(read.rows, norms)
-        self.found.seconds["decomposition"] += time.perf_counter() - start
-
-    def _svd(self, group: str) -> IncrementalSVD:
-        if group not in self.found.groups:
-            self.found.groups[group] = GroupRecord(self.make(group))
-        return self.found.groups[group].svd
-
-    def _mean(self, name: str) -> MeanGradient:
-        if name not in self.found.gradients:
-            assert self.gradients is not None
-            self.found.gradients[name] = MeanGradient(self.gradients.n_triplets, self._seed)
-        return self.found.gradients[name]
+    @torch.no_grad()
+    def _activations(self, batch: Any, sink: Callable[[str, Tensor], None]) -> None:
+        with self._hooks.watch(batch, sink, self._wanted) as moved, run_eagerly():
+            self._forward(self._hooks.model, moved)
 
     def _wanted(self, group: str) -> bool:
-        return group not in self.found.groups or self.found.groups[group].converged_at is None
+        return _is_open(self.found.groups, group)
 
-    def _n_converged(self) -> int:
-        return sum(not self._wanted(group) for group in self.found.groups)
+    def _take_rows(self, group: str, rows: Tensor) -> None:
+        with self._timed(), _naming(group):
+            self._record(self.found.groups, group).svd.project(rows)
+
+    def _take_gradient(self, name: str, x: Tensor, g: Tensor) -> None:
+        with self._timed(), _naming(name):
+            if name not in self.found.gradients:
+                self.found.gradients[name] = self.options.empty_mean()
+            self.found.gradients[name].project(g, x)
+            if _is_open(self.found.weighted, name):
+                norms = torch.linalg.vector_norm(g, dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+                self._record(self.found.weighted, name).svd.project(x, norms)
+
+    def _record(self, records: dict[str, GroupRecord], name: str) -> GroupRecord:
+        if name not in records:
+            records[name] = GroupRecord(self.options.empty_svd(records is self.found.weighted))
+        return records[name]
+
+    def _update(self, number: int) -> None:
+        """Complete the batch for all groups, and decide which of them have seen enough."""
+        for name, record in chain(self.found.groups.items(), self.found.weighted.items()):
+            with _naming(name):
+                record.svd.update()
+        for name, mean in self.found.gradients.items():
+            with _naming(name):
+                mean.update()
+        compared = [record for record in self._records if record.converged_at is None and record.compare(number)]
+        falls = 0
+        for record in compared:
+            shares = [share for _, share in record.shares]
+            falls += falls_sharply(shares)
+            if self._rule(shares, record.svd.captured):
+                record.converged_at = number + 1
+        if 2 * falls > len(compared) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"batch {number}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
+                "inputs, as if another kind of data began. Shuffle the data: sorted, its end counts for too little.",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.found.seconds["decomposition"] += time.perf_counter() - start
 
 
-def _take_in(found: Collected) -> list[GroupRecord]:
-    """Complete the batch that was projected, for all groups at once; return those that it could be compared in."""
-    for record in found.groups.values():
-        record.svd.update()
-    for name, mean in found.gradients.items():
+def run_pass(
+    run: Pass,
+    shard: Shard,
+    max_batches: int,
+    processes: Processes,
+    progress: tqdm[Any],
+    save: Callable[[], None] | None = None,
+) -> Collected:
+    """Take in batches until there is a reason to stop, the same for all processes, and merge what all have found.
+
+    Before each batch all processes tell each other whether they have one, have seen enough, or were interrupted. Those
+    that share the parts of one model run it together: one that has no batch runs its spare one.
+
+    Args:
+        run: Takes them in.
+        shard: The batches of this process.
+        max_batches: Bound on the number of batches, of all processes together.
+        processes: The processes.
+        progress: Counts batches, of all processes.
+        save: Called about once a minute, in all processes at the same time.
+
+    Returns:
+        What all processes have found, the same in all of them.
+    """
+    try:
+        run.found.stop_reason = _take_all(run, shard, max_batches, processes, progress, save)
+    except KeyboardInterrupt:
+        if processes.size > 1:  # outside of what can be interrupted in one process alone
+            raise
+        run.found.stop_reason = "interrupted"
+    whole = processes.merge(run.found, run.options.read)
+    if processes.size > 1:
+        whole = run.options.read(processes.share(None if whole is None else whole.to_bytes()))
+    assert whole is not None  # of one process, or shared
+    return whole
+
+
+def _take_all(
+    run: Pass,
+    shard: Shard,
+    max_batches: int,
+    processes: Processes,
+    progress: tqdm[Any],
+    save: Callable[[], None] | None,
+) -> str:
+    found, total, interrupted, saved = run.found, 0, False, time.monotonic()
+    while True:
+        wanted = not (interrupted or run.converged) and processes.rank < max_batches - total
         try:
-            mean.update()
-        except LoraInitError as error:
-            raise LoraInitError(f"layer {name!r}: {error}") from None
-    found.n_batches += 1
-    return [record for record in found.groups.values() if record.converged_at is None and record.after_batch()]
+            batch = _read(shard.batches, found.seconds) if wanted else None
+        except KeyboardInterrupt:
+            batch, interrupted = None, True
+        due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
+        reading, converged, interrupts, saving = processes.sum(batch is not None, run.converged, interrupted, due)
+        if interrupts:
+            return "interrupted"
+        if not reading:
+            limit = "max_batches" if total >= max_batches else "exhausted"
+            return "converged" if converged == processes.size else limit
+        if saving and save is not None:
+            save()
+            saved = time.monotonic()
+        try:
+            if batch is not None:
+                run.take(batch[0], found.n_batches[0])
+            elif shard.spare is not None:
+                run.idle(shard.spare)
+        except KeyboardInterrupt:
+            if shard.spare is not None:  # the others are in the middle of a pass that needs this process
+                raise
+            interrupted = True
+        total += reading
+        progress.set_postfix_str(f"{run.n_converged}/{run.n_groups} inputs converged", refresh=False)
+        progress.update(reading)
 
 
-def _explained(error: Exception, n_batches: int) -> Exception:
-    """Say in which batch an error happened; leave errors alone that are neither ours nor a lack of memory."""
-    if isinstance(error, LoraInitError):
-        return LoraInitError(f"batch {n_batches}: {error}")
-    text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "allocate" in text:
-        return LoraInitError(f"batch {n_batches}: out of memory. Use a smaller batch or shorter sequences.")
-    return error
-
-
-def _progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None) -> tqdm[Any]:
-    known = length(batches)
-    total = max_batches if known is None else min(max_batches, known)
+def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None) -> tqdm[Any]:
+    """Make a progress bar on stderr; by default it is shown on a terminal only."""
+    try:
+        total = min(max_batches, len(batches)) if isinstance(batches, Sized) else max_batches
+    except TypeError:  # a DataLoader has a length, but not over data that has none
+        total = max_batches
     show = sys.stderr.isatty() if progress is None else progress
     return tqdm(total=total, desc="collect", unit="batch", disable=not show, dynamic_ncols=True)
+
+
+def _read(batches: Iterator[Any], seconds: dict[str, float]) -> list[Any] | None:
+    start = time.perf_counter()
+    try:
+        return [next(batches)]
+    except StopIteration:
+        return None
+    finally:
+        seconds["data"] += time.perf_counter() - start
+
+
+def _is_open(records: Mapping[str, GroupRecord], name: str) -> bool:
+    return name not in records or records[name].converged_at is None
+
+
+def _nothing(group: str, rows: Tensor) -> None:
+    """Read nothing."""
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except LoraInitError as error:
+        raise LoraInitError(f"layer {layer!r}: {error}") from None

@@ -1,26 +1,27 @@
-"""What a pass has found so far: a running decomposition for each input group, and what the stopping rule remembers."""
+"""What a pass has found so far: a running decomposition for each input group, and how well it predicted new rows."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from lora_init.statistics.gradient_spectrum import mean_group
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.mean_gradient import MeanGradient
-from lora_init.statistics.tensorfile import flatten, nest
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
 MIN_BATCHES = 8
-# Batches whose captured shares are kept, for the sampling error of the ranks.
+# Batches whose captured shares are kept, for the sampling error of the explained variances.
 KEPT_BATCHES = 16
+_HEADER = "header"
 
 
 @dataclass
@@ -29,53 +30,74 @@ class GroupRecord:
 
     Attributes:
         svd: The decomposition.
-        ratios: For each of the last batches, the share of its variance along each component, float64 [k].
-        shares: For each batch but the first, the share captured by all components to report.
+        shares: For each batch but the first: its number, and the share of its variance that all components captured.
+        ratios: For each of the last batches: its number, and the share along each component, float64 [k].
         converged_at: Number of batches after which the group needed no more; None while it does.
     """
 
     svd: IncrementalSVD
-    ratios: deque[Tensor] = field(default_factory=lambda: deque(maxlen=KEPT_BATCHES))
-    shares: list[float] = field(default_factory=list)
+    shares: list[tuple[int, float]] = field(default_factory=list)
+    ratios: deque[tuple[int, Tensor]] = field(default_factory=lambda: deque(maxlen=KEPT_BATCHES))
     converged_at: int | None = None
 
-    def held_out(self) -> float:
-        """Mean share captured over the later half of the batches; NaN before the second batch."""
-        return statistics.fmean(self._later()) if self.shares else float("nan")
-
-    def _later(self) -> list[float]:
-        return self.shares[len(self.shares) // 2 :]
-
-    def _has_converged(self, tolerance: float) -> bool:
-        """Tell whether more data has nothing left to improve.
-
-        What any k directions can capture lies between the held-out share and the share on the rows seen, which the
-        components were chosen to fit. They are done when the two meet, the held-out share less its standard error: by
-        luck of a few easy batches they meet too early.
-        """
-        later = self._later()
-        mean = statistics.fmean(later)
-        error = math.dist(later, [mean] * len(later)) / math.sqrt((len(later) - 1) * len(later))
-        gap = self.svd.captured - (mean - error)
-        return bool(gap <= tolerance * self.svd.captured)
-
-    def after_batch(self) -> bool:
-        """Record the batch that was just taken in; tell whether it could be compared with those before."""
+    def compare(self, step: int) -> bool:
+        """Record how well batch number `step` was predicted; tell whether it could be compared with earlier ones."""
         if self.svd.held_out is None:
             return False
         captured, total, _ = self.svd.held_out
-        self.svd.held_out = None
         ratios = torch.zeros(self.svd.n_components, dtype=torch.float64)
         if total > 0:
-            ratios[: len(captured)] = captured[: self.svd.n_components].cpu() / total
-        self.ratios.append(ratios)
-        self.shares.append(float(ratios.sum()) if total > 0 else 1.0)
+            captured = captured[: self.svd.n_components].cpu()
+            ratios[: len(captured)] = captured / total
+        self.ratios.append((step, ratios))
+        self.shares.append((step, float(ratios.sum()) if total > 0 else 1.0))
         return True
 
-    def decide(self, tolerance: float, n_batches: int) -> None:
-        """Decide whether more batches are needed than the `n_batches` so far."""
-        if n_batches >= MIN_BATCHES and len(self.shares) > 2 and self._has_converged(tolerance):
-            self.converged_at = n_batches
+    def held_out(self) -> float:
+        """Mean share captured over the later half of the batches; NaN before the second batch."""
+        shares = [share for _, share in self.shares]
+        return statistics.fmean(shares[len(shares) // 2 :]) if shares else math.nan
+
+    def merge(self, other: GroupRecord) -> None:
+        """Take in what another process has seen of this group."""
+        self.svd.merge(other.svd)
+        self.shares = sorted(self.shares + other.shares)
+        ratios = sorted([*self.ratios, *other.ratios], key=lambda pair: pair[0])
+        self.ratios = deque(ratios, maxlen=KEPT_BATCHES)
+
+
+def has_converged(shares: Sequence[float], captured: float, tolerance: float) -> bool:
+    """Tell whether more data has nothing left to improve.
+
+    What any k directions can capture lies between the held-out share and the share on the rows seen, which the
+    components were chosen to fit. They are done when the two meet, the held-out share less its standard error: by
+    luck of a few easy batches they meet too early. Nor are they done while the held-out share still rises, by more
+    than an eighth of the tolerance from the third to the last quarter of the batches: after a drift of the data the
+    components still follow it, and both shares are low together. (An eighth costs steady data nothing. Components of
+    half as many batches, measured on the same rows, would tell as well, at twice the memory.)
+
+    Args:
+        shares: Held-out share of each batch but the first.
+        captured: Share captured of all rows seen.
+        tolerance: Largest gap, relative to `captured`.
+    """
+    if len(shares) + 1 < MIN_BATCHES:
+        return False
+    later = shares[len(shares) // 2 :]
+    mean = statistics.fmean(later)
+    error = math.dist(later, [mean] * len(later)) / math.sqrt((len(later) - 1) * len(later))
+    middle = len(later) // 2
+    rise = statistics.fmean(later[middle:]) - statistics.fmean(later[:middle])
+    return captured - (mean - error) <= tolerance * captured and rise <= tolerance / 8
+
+
+def falls_sharply(shares: Sequence[float]) -> bool:
+    """Tell whether the last batch was predicted far worse than those before: by a quarter, and five deviations."""
+    if len(shares) < 4:
+        return False
+    *before, last = shares
+    mean = statistics.fmean(before)
+    return last < 0.75 * mean and last < mean - 5.0 * statistics.stdev(before)
 
 
 @dataclass
@@ -83,77 +105,94 @@ class Collected:
     """What one pass found: a decomposition per input group, before anything is frozen.
 
     Attributes:
-        groups: Record of each group, by the name of its first layer; with gradients also of the weighted rows of each
-            layer, by `weighted_group`.
-        gradients: Running mean gradient of each layer, if gradients were asked for.
+        groups: Record of each group, by the name of its first layer.
+        weighted: Record of the rows weighted by the size of their gradient, by layer, if gradients were asked for.
+        gradients: Running mean gradient of each layer, likewise.
         n_labels: Labels whose loss the gradients are of.
-        group_of: Group of every layer that ran, in the order of `modules`.
-        never_ran: Layers that no batch reached.
+        group_of: Group of every layer that ran.
         n_calls: Largest number of runs of each layer in one forward pass.
-        n_batches: Batches taken in.
+        n_batches: Batches taken in, by process.
         stop_reason: `"converged"`, `"exhausted"`, `"max_batches"` or `"interrupted"`.
         seconds: Wall time of the parts `forward`, `decomposition` and `data`.
     """
 
     groups: dict[str, GroupRecord] = field(default_factory=dict)
+    weighted: dict[str, GroupRecord] = field(default_factory=dict)
     gradients: dict[str, MeanGradient] = field(default_factory=dict)
     n_labels: int = 0
     group_of: dict[str, str] = field(default_factory=dict)
-    never_ran: list[str] = field(default_factory=list)
     n_calls: dict[str, int] = field(default_factory=dict)
-    n_batches: int = 0
-    stop_reason: str = "exhausted"
+    n_batches: list[int] = field(default_factory=lambda: [0])
+    stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Write everything as a JSON-serialisable header and tensors on the CPU."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, record in self.groups.items():
-            parts[name] = dict(record.svd.state_dict())
-            if record.ratios:
-                parts[name]["ratios"] = torch.stack(list(record.ratios))
-        parts |= pack_means(self.gradients)
-        header = {
-            "gradients": list(self.gradients),
+    def merge(self, other: Collected) -> None:
+        """Take in what another process has found in the same pass."""
+        for ours, theirs in ((self.groups, other.groups), (self.weighted, other.weighted)):
+            for name, record in theirs.items():
+                if name in ours:
+                    ours[name].merge(record)
+                else:
+                    ours[name] = record
+        for name, mean in other.gradients.items():
+            self.gradients[name] = self.gradients[name].merge(mean) if name in self.gradients else mean
+        self.n_labels += other.n_labels
+        self.group_of = other.group_of | self.group_of
+        self.n_calls = dict(Counter(self.n_calls) | Counter(other.n_calls))  # the larger of each
+        self.n_batches = self.n_batches + other.n_batches
+        self.seconds = {part: max(value, other.seconds[part]) for part, value in self.seconds.items()}
+
+    def to_bytes(self) -> bytes:
+        """Write everything as the bytes of a safetensors file: this is what travels between processes."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {
             "n_labels": self.n_labels,
-            "groups": {name: [record.shares, record.converged_at] for name, record in self.groups.items()},
             "group_of": self.group_of,
             "n_calls": self.n_calls,
             "n_batches": self.n_batches,
+            "stop_reason": self.stop_reason,
             "seconds": self.seconds,
+            "gradients": list(self.gradients),
         }
-        return header, flatten(parts)
+        for kind in ("groups", "weighted"):
+            header[kind] = {}
+            for i, (name, record) in enumerate(getattr(self, kind).items()):
+                header[kind][name] = [record.shares, [step for step, _ in record.ratios], record.converged_at]
+                tensors |= {f"{kind}/{i}/{part}": tensor for part, tensor in record.svd.state_dict().items()}
+                if record.ratios:
+                    tensors[f"{kind}/{i}/ratios"] = torch.stack([ratios for _, ratios in record.ratios])
+        for i, mean in enumerate(self.gradients.values()):
+            tensors |= {f"gradients/{i}/{part}": tensor for part, tensor in mean.state_dict().items()}
+        tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
-    def unpack(
-        self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], make: Callable[[str], IncrementalSVD]
-    ) -> None:
-        """Take over what `pack` wrote.
+    @classmethod
+    def from_bytes(
+        cls, content: bytes, make: Callable[[bool], IncrementalSVD], make_mean: Callable[[], MeanGradient]
+    ) -> Collected:
+        """Read what `to_bytes` wrote.
 
         Args:
-            header: The header.
-            tensors: The tensors by name.
-            make: Makes an empty decomposition for a group.
+            content: The bytes.
+            make: Makes an empty decomposition, of weighted rows or of others.
+            make_mean: Makes an empty mean gradient.
         """
-        by_group = nest(tensors, [*header["groups"], *map(mean_group, header["gradients"])])
-        self.gradients = unpack_means(header["gradients"], by_group)
-        self.n_labels = header["n_labels"]
-        self.groups = {}
-        for name, (shares, converged_at) in header["groups"].items():
-            parts = by_group[name]
-            record = GroupRecord(make(name), shares=list(shares), converged_at=converged_at)
-            record.ratios.extend(parts.pop("ratios", ()))
-            record.svd.load_state_dict(parts)
-            self.groups[name] = record
-        self.group_of, self.n_calls = dict(header["group_of"]), dict(header["n_calls"])
-        self.n_batches = header["n_batches"]
-        self.seconds.update(header["seconds"])
-
-
-def pack_means(gradients: Mapping[str, MeanGradient]) -> dict[str, dict[str, Tensor]]:
-    """Give the states of mean gradients, by `mean_group`, beside those of decompositions."""
-    return {mean_group(name): dict(mean.state_dict()) for name, mean in gradients.items()}
-
-
-def unpack_means(names: Iterable[str], parts: dict[str, dict[str, Tensor]]) -> dict[str, MeanGradient]:
-    """Take what `pack_means` gave out of `parts`."""
-    return {name: MeanGradient(1).load_state_dict(parts.pop(mean_group(name))) for name in names}
+        tensors = load(content)
+        header = json.loads(tensors.pop(_HEADER).numpy().tobytes())
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, number, part = key.split("/", 2)
+            parts.setdefault(f"{kind}/{number}", {})[part] = tensor
+        found = cls(**{name: header[name] for name in ("n_labels", "group_of", "n_calls", "n_batches", "stop_reason")})
+        found.seconds = header["seconds"]
+        for kind in ("groups", "weighted"):
+            records = getattr(found, kind)
+            for i, (name, (shares, steps, converged_at)) in enumerate(header[kind].items()):
+                state = parts.get(f"{kind}/{i}", {})
+                ratios = zip(steps, state.pop("ratios", ()), strict=True)
+                svd = make(kind == "weighted").load_state_dict(state)
+                pairs = [(step, share) for step, share in shares]  # JSON has lists
+                records[name] = GroupRecord(svd, pairs, deque(ratios, maxlen=KEPT_BATCHES), converged_at)
+        for i, name in enumerate(header["gradients"]):
+            found.gradients[name] = make_mean().load_state_dict(parts.get(f"gradients/{i}", {}))
+        return found

@@ -115,12 +115,12 @@ def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int, weigh
     """
     left, values, right = mean.triplets(mean.n_components)
     values = values / max(n_labels, 1)
-    importance = 0.0 if weight is None else _importance(weight.detach(), left, values, right)
+    measure = 0.0 if weight is None else importance(weight.detach(), left, values, right)
     moment = mean.squares / max(mean.n_samples, 1)
-    return GradientSpectrum(weighted, left, values, right, moment, importance, mean.n_samples)
+    return GradientSpectrum(weighted, left, values, right, moment, measure, mean.n_samples)
 
 
-def _importance(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> float:
+def importance(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> float:
     """Average |W * G| in slices of rows, so that G is never there as a whole."""
     scaled = (values[:, None] * right.double()).to(weight.device, torch.float32)  # [k, d_in]
     total = 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
-from lora_init.statistics.gradient_spectrum import GradientSpectrum, weighted_group
+from lora_init.statistics.gradient_spectrum import GradientSpectrum, importance, weighted_group
 from lora_init.statistics.merging import Part, merge_parts
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
@@ -51,6 +51,8 @@ class Provenance:
         notes: What a user should know about single layers, a sentence each.
         gradients: Whether backward passes were run, too; in all parts, if statistics were merged.
         n_labels: Labels whose loss the gradients are of.
+        complete: Whether the pass came to its end; one that was interrupted can be gone on with.
+        settings: What else the pass was made with, see `collect`; empty if it is not known.
     """
 
     model_id: str
@@ -74,6 +76,8 @@ class Provenance:
     notes: list[str] = field(default_factory=list)
     gradients: bool = False
     n_labels: int = 0
+    complete: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Statistics(Mapping[str, Spectrum]):
@@ -162,6 +166,12 @@ class Statistics(Mapping[str, Spectrum]):
                 "--gradients, from data with labels."
             )
         return self._gradients[name]
+
+    def set_importance(self, name: str, weight: Tensor) -> None:
+        """Compute GoRA's measure of a layer, which a merge does not know, from its weight [d_out, d_in]."""
+        gradient = self.gradient(name)
+        value = importance(weight, gradient.left, gradient.singular_values, gradient.right)
+        self._gradients = {**self._gradients, name: replace(gradient, importance=value)}
 
     def of_experts(self, name: str) -> list[Spectrum]:
         """Give the spectrum of each expert of a fused parameter; with too few rows of its own, that of all together."""

@@ -10,21 +10,32 @@ from torch import nn
 from transformers import BatchEncoding
 
 from lora_init import LoraInitError, find_targets
-from lora_init.collection.activations import ActivationTap
+from lora_init.collection.activations import ActivationHooks, call_model
+from lora_init.layers.masks import TokenMasks
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 
-def tapped(model, targets="all-linear"):
+def watched(model, targets="all-linear"):
     return {name: model.get_submodule(name) for name in find_targets(model, targets).layers}
 
 
-def rows_of(model, batch, targets="all-linear", passes=1, wanted=lambda group: True, **arguments):
+def hooks_on(model, targets="all-linear", token_mask="attention"):
+    return ActivationHooks(model, watched(model, targets), TokenMasks(model, token_mask))
+
+
+@torch.no_grad()
+def run(hooks, batch, sink, wanted=lambda group: True, forward=call_model):
+    with hooks.watch(batch, sink, wanted) as moved:
+        forward(hooks.model, moved)
+
+
+def rows_of(model, batch, targets="all-linear", passes=1, token_mask="attention", forward=call_model):
     seen = {}
-    with ActivationTap(model, tapped(model, targets), **arguments) as tap:
+    with hooks_on(model, targets, token_mask) as hooks:
         for _ in range(passes):
             seen.clear()
-            tap.run(batch, lambda group, rows: seen.setdefault(group, []).append(rows.clone()), wanted)
-    return {group: torch.cat(rows) for group, rows in seen.items()}, tap
+            run(hooks, batch, lambda group, rows: seen.setdefault(group, []).append(rows.clone()), forward=forward)
+    return {group: torch.cat(rows) for group, rows in seen.items()}, hooks
 
 
 def recorded(model, batch, name):
@@ -40,9 +51,9 @@ def recorded(model, batch, name):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_each_layer_gets_the_rows_that_a_plain_hook_sees_without_padding(name):
     model, batch = MODELS[name](), batches_for(name)[0]
-    rows, tap = rows_of(model, batch)
-    assert set(tap.group_of) == set(tapped(model))
-    for layer, group in tap.group_of.items():
+    rows, hooks = rows_of(model, batch)
+    assert set(hooks.group_of) == set(watched(model))
+    for layer, group in hooks.group_of.items():
         x = recorded(model, batch, layer)
         mask = batch.get("attention_mask")
         if (
@@ -57,11 +68,11 @@ def test_each_layer_gets_the_rows_that_a_plain_hook_sees_without_padding(name):
 
 
 def test_layers_that_read_one_tensor_form_one_group():
-    _, tap = rows_of(tiny_llama(), batches_for("llama")[0])
+    _, hooks = rows_of(tiny_llama(), batches_for("llama")[0])
     block = "model.layers.0."
     for members in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
-        assert {tap.group_of[block + member] for member in members} == {block + members[0]}
-    assert len(set(tap.group_of.values())) == 2 * 4
+        assert {hooks.group_of[block + member] for member in members} == {block + members[0]}
+    assert len(set(hooks.group_of.values())) == 2 * 4
 
 
 def test_equal_values_in_two_tensors_are_two_groups():
@@ -75,20 +86,20 @@ def test_equal_values_in_two_tensors_are_two_groups():
             x += 1  # the same object, other values
             return y + self.c(x)
 
-    _, tap = rows_of(Copies(), torch.randn(5, 4))
-    assert tap.group_of == {"a": "a", "b": "b", "c": "c"}
+    _, hooks = rows_of(Copies(), torch.randn(5, 4))
+    assert hooks.group_of == {"a": "a", "b": "b", "c": "c"}
 
 
 def test_cross_attention_takes_the_encoders_mask_even_at_equal_lengths():
     model, batch = tiny_t5(), batches_for("t5", length=12)[0]
     batch["labels"] = torch.randint(3, 64, (4, 12))
     batch["labels"][:, 9:] = -100
-    rows, tap = rows_of(model, batch)
+    rows, hooks = rows_of(model, batch)
     n_encoder, n_decoder = int(batch["attention_mask"].sum()), 4 * 9
     assert n_encoder != n_decoder
     key = "decoder.block.1.layer.1.EncDecAttention.k"
-    assert rows[tap.group_of[key]].shape[0] == n_encoder
-    assert tap.group_of[key] == "decoder.block.0.layer.1.EncDecAttention.k"  # all read the encoder's output
+    assert rows[hooks.group_of[key]].shape[0] == n_encoder
+    assert hooks.group_of[key] == "decoder.block.0.layer.1.EncDecAttention.k"  # all read the encoder's output
     assert rows["decoder.block.0.layer.1.EncDecAttention.q"].shape[0] == n_decoder
     assert rows["encoder.block.0.layer.0.SelfAttention.q"].shape[0] == n_encoder
 
@@ -113,17 +124,6 @@ def test_the_output_embedding_and_the_loss_never_run(name):
     assert calls == ["lm_head"]
 
 
-def test_a_pass_ends_after_the_last_layer_that_is_wanted():
-    model, batch = tiny_llama(), batches_for("llama")[0]
-    ran = []
-    for i, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
-    wanted = "model.layers.0.self_attn.o_proj"
-    rows, _ = rows_of(model, batch, passes=2, wanted=lambda group: group == wanted)
-    assert list(rows) == [wanted]
-    assert ran == [0, 1]  # the first pass is whole, the second ends inside layer 0's attention
-
-
 def test_a_module_that_runs_twice_gives_all_its_rows_and_is_counted():
     class Twice(nn.Module):
         def __init__(self):
@@ -133,10 +133,10 @@ def test_a_module_that_runs_twice_gives_all_its_rows_and_is_counted():
         def forward(self, x):
             return self.a(torch.relu(self.a(x)))
 
-    rows, tap = rows_of(Twice(), torch.randn(5, 4), passes=2)
+    rows, hooks = rows_of(Twice(), torch.randn(5, 4), passes=2)
     assert rows["a"].shape == (10, 4)
-    assert tap.n_calls["a"] == 2
-    assert "unused" not in tap.group_of
+    assert hooks.n_calls["a"] == 2
+    assert "unused" not in hooks.group_of
 
 
 def test_a_module_that_first_runs_in_a_later_pass_is_found():
@@ -149,9 +149,9 @@ def test_a_module_that_first_runs_in_a_later_pass_is_found():
             return self.c(self.a(x) if x.sum() > 0 else self.b(x))
 
     model, seen = Branch(), []
-    with ActivationTap(model, tapped(model)) as tap:
+    with hooks_on(model) as hooks:
         for x in (torch.ones(2, 4), -torch.ones(3, 4)):
-            tap.run(x, lambda group, rows: seen.append((group, len(rows))))
+            run(hooks, x, lambda group, rows: seen.append((group, len(rows))))
     assert seen == [("a", 2), ("c", 2), ("b", 3), ("c", 3)]
 
 
@@ -169,9 +169,9 @@ def test_hooks_modes_and_batches_are_as_before(error):
             raise error
 
     try:
-        with ActivationTap(model, tapped(model)) as tap:
+        with hooks_on(model) as hooks:
             assert not model.training
-            tap.run(batch, sink)
+            run(hooks, batch, sink)
     except (KeyboardInterrupt, ValueError) as raised:
         assert type(raised) is error
     assert [module.training for module in model.modules()] == modes
@@ -185,8 +185,8 @@ def test_hooks_modes_and_batches_are_as_before(error):
 def test_no_activation_outlives_its_pass():
     model, batch = tiny_bert(), batches_for("bert")[0]
     kept = []
-    with ActivationTap(model, tapped(model)) as tap:
-        tap.run(batch, lambda group, rows: kept.append(weakref.ref(rows)))
+    with hooks_on(model) as hooks:
+        run(hooks, batch, lambda group, rows: kept.append(weakref.ref(rows)))
         gc.collect()
         assert all(reference() is None for reference in kept)
     assert kept
@@ -218,8 +218,8 @@ def test_half_precision_models(dtype):
 def test_somebody_elses_forward_pass_is_not_touched():
     model, batch = tiny_llama(), batches_for("llama")[0]
     seen = []
-    with ActivationTap(model, tapped(model)) as tap, torch.no_grad():
-        tap.run(batch, lambda group, rows: seen.append(group))
+    with hooks_on(model) as hooks, torch.no_grad():
+        run(hooks, batch, lambda group, rows: seen.append(group))
         n_seen = len(seen)
         assert model(**batch).logits.shape == (4, 12, 64)
     assert len(seen) == n_seen == 8

@@ -146,8 +146,7 @@ def test_activations_are_as_without_gradients():
     model, batches = tiny_llama(), labelled("llama")
     plain, both = (collect(model, batches, rank=4, gradients=gradients) for gradients in (False, True))
     for name in plain:
-        # oneDNN's linear layers round in another way
-        torch.testing.assert_close(both.explained_variance(name), plain.explained_variance(name), rtol=1e-3, atol=1e-7)
+        assert torch.equal(both.explained_variance(name), plain.explained_variance(name))
 
 
 class Broken(Exception):
@@ -413,43 +412,32 @@ def test_statistics_without_gradients_say_what_to_do():
         stats.gradient("nowhere")
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("change", [None, "forward", "eager", "looks ahead", "labels"])
-def test_gradients_run_without_a_mask_that_changes_nothing(side, change):
-    model, batches, masked = tiny_llama(), batches_for("llama"), []
-    options = {}
-    if side == "left":
-        batches = [{key: value.flip(1) for key, value in batch.items()} for batch in batches]
-    if change == "forward":
-        options["forward"] = lambda model, batch: model(**batch)
-    elif change == "eager":
-        model.set_attn_implementation("eager")
-    elif change == "looks ahead":
-        model.model.layers[0].self_attn.is_causal = False
-    elif change == "labels":
-        batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
-    )
-    stats = collect(model, batches, rank=4, gradients=True, **options)
-    assert masked == [not (side == "right" and change is None)] * len(batches)
-    whole = collect(model, batches, rank=4, gradients=True, forward=lambda model, batch: model(**batch))
-    for name in stats:
-        a, b = stats.gradient(name), whole.gradient(name)
-        torch.testing.assert_close(a.singular_values, b.singular_values, rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
-        torch.testing.assert_close(stats.explained_variance(name), whole.explained_variance(name), rtol=1e-4, atol=1e-9)
+def test_a_loss_of_ones_own_sees_what_a_plain_forward_pass_gives():
+    model, batches = tiny_llama(), labelled("llama")
+    seen = []
+
+    def loss(output, batch):
+        logits = output.logits[:, :-1].flatten(0, 1)
+        seen.append(float(nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())))
+        return output.loss
+
+    collect(model, batches, rank=4, gradients=True, loss=loss)
+    with torch.no_grad():
+        truth = [float(model(**batch).loss) for batch in batches]
+    assert seen == pytest.approx(truth, rel=1e-5)  # float32
 
 
-def test_a_classifier_made_of_a_language_model_keeps_its_mask():
-    from transformers import LlamaForSequenceClassification
+def test_a_layer_whose_input_is_changed_afterwards_is_named():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
 
-    language_model = tiny_llama()
-    model = LlamaForSequenceClassification(language_model.config).eval()
-    batches = [batch | {"labels": torch.tensor([0, 1, 1, 0])} for batch in batches_for("llama")]
-    masked = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: masked.append("attention_mask" in kwargs), with_kwargs=True
-    )
-    stats = collect(model, batches, rank=4, gradients=True)
-    assert masked == [True] * len(batches) and "score" in stats
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            out = self.b(y)
+            y.detach().add_(1.0)
+            return out
+
+    with pytest.raises(LoraInitError, match="layer 'b': what it read was changed in place afterwards"):
+        collect(Changing(), [torch.randn(7, 6)], rank=2, gradients=True, loss=lambda o, b: o.square().mean())

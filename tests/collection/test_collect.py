@@ -78,6 +78,33 @@ def test_stops_as_converged_when_unseen_rows_are_captured_as_well_as_seen_ones()
     assert stats.held_out["0"] > 0.9
 
 
+def drifting(n_other, n=64, d=128, rows=250, seed=0):
+    """Batches with variances 1/j, the first of them along other directions; and rows of the later kind to test on."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = [torch.linalg.qr(torch.randn(d, d, generator=generator)).Q for _ in range(2)]
+    scale = torch.arange(1, d + 1).float() ** -0.5
+    drawn = [torch.randn(rows, d, generator=generator) * scale for _ in range(n + 8)]
+    rotated = [batch @ kinds[i < n_other].T for i, batch in enumerate(drawn)]
+    return rotated[:n], torch.cat(rotated[n:])
+
+
+@pytest.mark.filterwarnings("ignore:batch")
+@pytest.mark.parametrize(("n_other", "least"), [(0, 0.96), (1, 0.96), (4, 0.96)])
+def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least):
+    batches, unseen = drifting(n_other)
+    layer = nn.Sequential(nn.Linear(128, 4))
+    stats = collect(layer, batches, rank=8)
+    best = reference.captured(unseen, reference.pca(unseen, 16)[0])
+    assert reference.captured(unseen, stats["0"].components) > least * best
+    assert n_other or stats.provenance.n_batches < 16  # negative: steady data stop soon
+
+
+def test_data_that_are_sorted_are_a_warning():
+    batches, _ = drifting(6, n=12)
+    with pytest.warns(UserWarning, match="batch 6: far less of it is captured .* in 1 of 1 inputs.*Shuffle the data"):
+        collect(nn.Sequential(nn.Linear(128, 4)), batches, rank=8)
+
+
 def test_does_not_converge_on_noise_with_a_strict_tolerance():
     noise = [torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) for i in range(40)]
     stats = collect(two_layers(), noise, rank=3, tolerance=0.0, max_batches=30)

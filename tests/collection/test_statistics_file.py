@@ -1,0 +1,244 @@
+"""One file for a pass: used if it is complete, gone on with if it is not, and refused if it is of something else."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from lora_init import LoraInitError, Statistics, collect
+from lora_init.collection import loop
+from lora_init.collection.collect import Interrupted, OtherSettingsError
+from tests import reference
+from tests.collection.test_collect import all_rows
+from tests.conftest import MODELS, batches_for, tiny_llama
+
+SETTINGS = {"rank": 4, "tolerance": 0.0, "data": "some data"}
+
+
+def model(name="llama"):
+    torch.manual_seed(5)
+    return MODELS[name]()
+
+
+def interrupted_after(n, batches):
+    yield from batches[:n]
+    raise KeyboardInterrupt
+
+
+def interrupt(file, n=3, name="llama", **changes):
+    """Leave the file of a pass that was interrupted after `n` batches."""
+    with pytest.raises(Interrupted):
+        collect(
+            model(name), interrupted_after(n, batches_for(name, n_batches=6)), statistics=file, **SETTINGS | changes
+        )
+
+
+class Counting:
+    """A forward function that counts how often the model runs."""
+
+    def __init__(self):
+        self.n = 0
+
+    def __call__(self, model, batch):
+        self.n += 1
+        model(**batch)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("center", [True, False])
+def test_a_pass_that_was_interrupted_goes_on_after_the_batches_it_has_used(name, center, tmp_path):
+    batches, file = batches_for(name, n_batches=6), tmp_path / "stats"
+    interrupt(file, 4, name, center=center)
+    partial = Statistics.load(file).provenance
+    assert (partial.complete, partial.n_batches, partial.stop_reason) == (False, 4, "interrupted")
+    counting = Counting()
+    resumed = collect(model(name), batches, statistics=file, **SETTINGS, center=center, forward=counting)
+    assert counting.n == 2
+    whole = collect(model(name), batches, **SETTINGS, center=center)
+    assert Statistics.load(file).provenance == resumed.provenance
+    made = resumed.provenance
+    assert (made.complete, made.n_batches, made.stop_reason) == (True, 6, "exhausted")
+    for layer in whole:
+        assert resumed[layer].n_samples == whole[layer].n_samples
+        assert resumed.total_variance(layer) == pytest.approx(whole.total_variance(layer), rel=1e-5)
+    if name == "llama":
+        for layer in whole:  # two parts lose what the first has left out
+            rows = all_rows(model(name), batches, layer)
+            best = reference.captured(rows, reference.pca(rows, 4, center)[0], center)
+            assert reference.captured(rows, resumed[layer].components[:4], center) > 0.95 * best
+
+
+def test_gradients_and_what_needs_the_weights_go_on_too(tmp_path):
+    batches, file = batches_for("llama", n_batches=6), tmp_path / "stats"
+    interrupt(file, 4, gradients=True)
+    resumed = collect(model(), batches, statistics=file, **SETTINGS, gradients=True)
+    whole = collect(model(), batches, **SETTINGS, gradients=True)
+    assert resumed.provenance.n_labels == whole.provenance.n_labels
+    for name in whole:
+        a, b = resumed.gradient(name), whole.gradient(name)
+        torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-5, atol=1e-12)
+        assert a.importance == pytest.approx(b.importance, rel=0.1)  # of sums truncated in other places
+
+
+def test_a_complete_file_is_used_without_running_the_model(tmp_path):
+    file, counting = tmp_path / "stats", Counting()
+    settings = SETTINGS | {"statistics": file, "forward": counting}
+    whole = collect(model(), batches_for("llama"), **settings)
+    content = file.read_bytes()
+    again = collect(model(), batches_for("llama"), **settings)
+    assert counting.n == 4 and file.read_bytes() == content and again.provenance == whole.provenance
+    collect(model(), batches_for("llama"), **settings, overwrite=True)
+    assert counting.n == 8
+
+
+def test_data_that_ends_where_the_pass_was_interrupted(tmp_path):
+    interrupt(tmp_path / "stats")
+    stats = collect(model(), batches_for("llama", n_batches=3), statistics=tmp_path / "stats", **SETTINGS)
+    assert (stats.provenance.complete, stats.provenance.n_batches) == (True, 3)
+
+
+def test_a_file_of_a_version_that_knew_no_settings_is_used(tmp_path):
+    stats = collect(model(), batches_for("llama"), **SETTINGS)
+    stats.provenance.settings.clear()
+    file, counting = stats.save(tmp_path / "stats"), Counting()
+    collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
+    assert counting.n == 0
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rank": 3}, r"stats was made with rank 4, and 3 is asked for\. Pass overwrite=True to begin again, or use"),
+        ({"rho": 1.0}, r"with rho 2\.0, and 1\.0"),
+        ({"seed": 1}, "with seed 0, and 1"),
+        ({"center": False}, "with center True, and False"),
+        ({"token_mask": "labels"}, "with token_mask 'attention', and 'labels'"),
+        ({"tolerance": 0.1}, r"with tolerance 0\.0, and 0\.1"),
+        ({"max_batches": 5}, "with max_batches 64, and 5"),
+        ({"data": "other"}, "with data 'some data', and 'other'"),
+        ({"target_modules": ["q_proj"]}, r"with layers '14 \(\w+\)', and '2 \(\w+\)'"),
+        ({"gradients": True}, "with gradients False, and True"),
+        ({"model": "other"}, r"from another model \(LlamaForCausalLM\)"),
+        ({"batches": batches_for("llama", seed=1)}, "from other data: the first batch is another one"),
+    ],
+)
+def test_other_settings_data_and_models_are_refused(complete, changes, expected, tmp_path):
+    file, counting = tmp_path / "stats", Counting()
+    if complete:
+        collect(model(), batches_for("llama", n_batches=6), statistics=file, **SETTINGS)
+    else:
+        interrupt(file)
+    content, changes = file.read_bytes(), dict(changes)
+    other = tiny_llama() if changes.pop("model", None) else model()
+    batches = changes.pop("batches", batches_for("llama", n_batches=6))
+    with pytest.raises(OtherSettingsError, match=expected):
+        collect(other, batches, statistics=file, forward=counting, **SETTINGS | changes)
+    assert file.read_bytes() == content and counting.n == 0
+
+
+def test_settings_that_batches_bring_along_count(tmp_path):
+    class Batches(list):
+        pass
+
+    batches, file = Batches(batches_for("llama")), tmp_path / "stats"
+    batches.settings = {"template": "{a}"}
+    collect(model(), batches, statistics=file, **SETTINGS)
+    batches.settings = {"template": "{b}"}
+    with pytest.raises(OtherSettingsError, match=r"with template '\{a\}', and '\{b\}' is asked for"):
+        collect(model(), batches, statistics=file, **SETTINGS)
+
+
+def test_files_that_are_something_else_are_refused_and_stay(tmp_path):
+    other = tmp_path / "data.csv"
+    other.write_text("a,b\n1,2\n")
+    for overwrite in (False, True):
+        with pytest.raises(LoraInitError, match="not a whole safetensors file"):
+            collect(model(), batches_for("llama"), statistics=other, overwrite=overwrite, **SETTINGS)
+    assert other.read_text() == "a,b\n1,2\n"
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_pass(tmp_path):
+    counting = Counting()
+    for file, expected in (
+        (tmp_path / "none" / "stats", "cannot be written: .*none does not exist"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(LoraInitError, match=expected):
+            collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
+    assert counting.n == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_loses_nothing_and_leaves_no_stub(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match=r"No space left on device.*are not kept in that file"):
+        stats = collect(model(), batches_for("llama"), statistics=tmp_path / "stats", **SETTINGS)
+    assert stats.provenance.n_batches == 4 and not list(tmp_path.iterdir())
+
+
+def test_it_is_written_on_the_way_and_whole_at_every_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    file, seen = tmp_path / "stats", []
+
+    def stream():
+        for batch in batches_for("llama", n_batches=6):
+            yield batch
+            if file.exists():
+                made = Statistics.load(file)
+                assert all(made[name].n_components for name in made)  # reading checks every digest
+                seen.append((made.provenance.n_batches, made.provenance.complete))
+
+    collect(model(), stream(), statistics=file, **SETTINGS)
+    # Written before a batch, with those that were complete: the one that is read next is not among them.
+    assert seen == [(n, False) for n in range(1, 6)]
+
+
+def test_killed_anywhere_it_goes_on_from_a_whole_file(tmp_path):
+    """Killed in the middle of writing, between two batches, and again until it is through."""
+    file, at = tmp_path / "stats", []
+    expected = collect(model(), batches_for("llama", n_batches=12), **SETTINGS)
+    for kill_at in ("write", "batch", "write", "batch", None):
+        child = os.fork()
+        if child == 0:
+            try:
+                _go_on(file, kill_at)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) is (kill_at is not None)
+        made = Statistics.load(file) if file.exists() else None
+        at.append(0 if made is None else made.provenance.n_batches)
+    assert at == sorted(at) and at[-1] == 12 and len(set(at)) > 2
+    made = Statistics.load(file)
+    assert made.provenance.complete
+    for name in expected:
+        assert made[name].n_samples == expected[name].n_samples
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stats"]  # what the killed have left is swept up
+
+
+def _go_on(file, kill_at):
+    loop.SAVE_EVERY = 0.0
+    synced, read, fsync = [], [], os.fsync
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sync(descriptor):
+        synced.append(1)
+        if kill_at == "write" and len(synced) == 3:
+            kill()
+        fsync(descriptor)
+
+    def stream():
+        for batch in batches_for("llama", n_batches=12):
+            read.append(1)
+            if kill_at == "batch" and len(synced) == 3:
+                kill()
+            yield batch
+
+    os.fsync = sync
+    collect(model(), stream(), statistics=file, **SETTINGS)
