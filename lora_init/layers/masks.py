@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -30,14 +30,29 @@ class TokenMasks:
     (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole, and
     so do those of the towers for images and sound, and of what joins them to the text model, whatever their shape.
 
+    By labels, a pass without gradients counts the tokens that have a label: the answer as it stands in the text, since
+    its inputs are described whatever is predicted from them. A pass with gradients counts the rows that the loss is
+    computed from. In a causal language model these are the tokens *before* those with a label; anywhere else the two
+    are the same.
+
+    Args:
+        model: Any torch model.
+        token_mask: `"attention"` for all tokens but padding, `"labels"` for those that labels say.
+        gradients: Whether the pass computes a loss and its gradients.
+
     Attributes:
-        by_labels: Whether tokens without a label are left out, too.
+        by_labels: Whether labels say which tokens count.
+
+    Raises:
+        LoraInitError: `token_mask` is none of the two.
     """
 
-    def __init__(self, model: nn.Module, token_mask: str) -> None:
+    def __init__(self, model: nn.Module, token_mask: str, gradients: bool = False) -> None:
         if token_mask not in ("attention", "labels"):
             raise LoraInitError(f"token_mask={token_mask!r}, expected 'attention' or 'labels'.")
         self.by_labels = token_mask == "labels"
+        self._gradients = gradients
+        self._shifted = gradients and shifts_labels(model)
         self._encoder = encoder_of(model)
         name = next((n for n, m in model.named_modules() if m is self._encoder), "") if self._encoder else ""
         self._encoder_prefix = name + "."
@@ -56,19 +71,24 @@ class TokenMasks:
         self._encoder_output = weakref.ref(hidden)
 
     def start(self, batch: Any) -> None:
-        """Take the masks of a batch."""
-        get: Callable[[str], Any] = batch.get if isinstance(batch, Mapping) else lambda key: None
-        labels = get("labels")
-        per_token = isinstance(labels, Tensor) and labels.dim() >= 2
-        if self.by_labels and not per_token:
-            got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
-            raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
-        labelled = labels != IGNORED if per_token else None
-        attention = _as_mask(get("attention_mask"))
+        """Take the masks of a batch.
+
+        Raises:
+            LoraInitError: A mask has another shape than the tokens, no token counts, labels are missing where they
+                count, or, in a pass with gradients, labels are on padding.
+        """
+        batch = batch if isinstance(batch, Mapping) else {}
+        self._check_shapes(batch)
+        attention, decoder = _as_mask(batch.get("attention_mask")), _as_mask(batch.get("decoder_attention_mask"))
+        labels = batch.get("labels")
+        labelled = labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        if self._gradients and labelled is not None and not labels.is_floating_point():
+            _check_padding(labelled, decoder if self._encoder is not None else attention)
+        if self._shifted and labelled is not None:
+            labelled = nn.functional.pad(labelled[:, 1:], (0, 1))
         if self._encoder is None:
             self._main = _both(attention, labelled) if self.by_labels else attention
         else:
-            decoder = _as_mask(get("decoder_attention_mask"))
             self._encoder_rows = attention
             self._main = _both(decoder, labelled) if self.by_labels or decoder is None else decoder
         for mask in (self._main, self._encoder_rows):
@@ -77,6 +97,24 @@ class TokenMasks:
                     f"the mask keeps 0 of {mask.numel()} tokens, so no layer received rows. "
                     "Check attention_mask and labels."
                 )
+
+    def _check_shapes(self, batch: Mapping[str, Any]) -> None:
+        """Compare the shapes of masks and labels with that of the tokens, before the model does so in its own words."""
+        labels, tokens = batch.get("labels"), batch.get("input_ids")
+        got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
+        if self.by_labels and not (isinstance(labels, Tensor) and labels.dim() == 2):
+            raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or "past_key_values" in batch:
+            return
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() <= 2 and mask.shape != tokens.shape:
+            raise LoraInitError(
+                f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(tokens.shape)}. "
+                "Both need one entry for each token."
+            )
+        per_token = self._encoder is None and (self.by_labels or self._shifted)
+        if per_token and isinstance(labels, Tensor) and labels.shape != tokens.shape:
+            raise LoraInitError(f"{got}, and input_ids {tuple(tokens.shape)}: a label for each token is needed.")
 
     def stop(self) -> None:
         """Forget the batch."""
@@ -102,7 +140,7 @@ class TokenMasks:
         if mask is None or not self._is_text(name):
             return None
         per_token = x.dim() == 3 and x.shape[:2] == mask.shape
-        flattened = x.dim() == 2 and x.shape[0] == mask.numel() and mask.shape[1] > 1
+        flattened = x.dim() == 2 and x.shape[0] == mask.numel()
         if not (per_token or flattened):
             return None
         if id(mask) not in self._tokens:
@@ -139,6 +177,16 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Tell whether a model's own loss predicts the label of a token from the tokens before it."""
+    if encoder_of(model) is not None:
+        return False
+    kind = getattr(model, "loss_type", "")
+    if kind is None:  # the loss of transformers for heads that it has no other name for, such as GPT2LMHeadModel
+        return getattr(model, "get_output_embeddings", lambda: None)() is not None
+    return kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
+
 def never_looks_ahead(model: nn.Module) -> bool:
     """Tell whether all attention layers say that they are causal, and work without a mask by torch's attention."""
     flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
@@ -164,6 +212,15 @@ def without_needless_mask(batch: Any) -> Any:
 def _as_mask(mask: Any) -> Tensor | None:
     # Other than two-dimensional masks say who attends to whom, not which tokens exist.
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _check_padding(labelled: Tensor, attended: Tensor | None) -> None:
+    on_padding = int((labelled & ~attended).sum()) if attended is not None and attended.shape == labelled.shape else 0
+    if on_padding:
+        raise LoraInitError(
+            f"{on_padding} labels are on padding, where the attention mask is 0: the loss would count them, and "
+            f"gradients leave padding out. Set these labels to {IGNORED}."
+        )
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

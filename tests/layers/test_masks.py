@@ -1,0 +1,98 @@
+"""Which rows count: shifted labels in passes with gradients, padding with labels, masks of the wrong shape."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from lora_init import LoraInitError
+from lora_init.layers.masks import TokenMasks, shifts_labels
+from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+
+
+def counted(model, batch, layer, token_mask="labels", gradients=True, width=4):
+    """Give the positions [batch, length] whose rows count in a layer."""
+    masks = TokenMasks(model, token_mask, gradients)
+    masks.start(batch)
+    shape = next(batch[key].shape for key in ("decoder_input_ids", "labels") if key in batch)
+    rows = masks.rows(layer, torch.arange(shape.numel()).reshape(*shape, 1).expand(*shape, width).float())
+    found = torch.zeros(shape.numel(), dtype=torch.bool)
+    found[rows[:, 0].long()] = True
+    return found.reshape(shape)
+
+
+def labelled_at(*places, length=12):
+    labels = torch.full((1, length), -100)
+    labels[0, list(places)] = 5
+    return {"input_ids": torch.full((1, length), 5), "attention_mask": torch.ones(1, length).long(), "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("build", "gradients", "expected"),
+    [
+        (tiny_llama, True, [6, 7]),  # what is computed at 6 and 7 predicts the tokens at 7 and 8
+        (tiny_gpt2, True, [6, 7]),
+        (tiny_llama, False, [7, 8]),
+        (lambda: tiny_bert("MaskedLM"), True, [7, 8]),  # predicts a token where it stands
+        (lambda: tiny_bert("TokenClassification"), True, [7, 8]),
+    ],
+)
+def test_a_label_counts_where_it_is_predicted_if_there_are_gradients(build, gradients, expected):
+    model = build()
+    layer = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear) or "c_attn" in name)
+    assert counted(model, labelled_at(7, 8), layer, gradients=gradients)[0].nonzero().flatten().tolist() == expected
+
+
+def test_the_decoder_of_an_encoder_decoder_is_shifted_already():
+    batch = labelled_at(0, 1, 2)
+    layer = "decoder.block.0.layer.0.SelfAttention.q"
+    assert counted(tiny_t5(), batch, layer)[0].nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_the_rows_that_count_are_those_with_a_gradient():
+    model, batch = tiny_llama(), labelled_at(4, 9)
+    found = {}
+    layer = model.model.layers[1].mlp.down_proj
+    layer.register_full_backward_hook(lambda m, i, g: found.update(rows=g[0].abs().sum(-1) > 0))
+    model(**batch).loss.backward()
+    assert torch.equal(found["rows"], counted(model, batch, "model.layers.1.mlp.down_proj"))
+
+
+def test_which_models_shift():
+    shifting = [shifts_labels(build()) for build in (tiny_llama, tiny_gpt2, tiny_t5, tiny_bert, tiny_vit)]
+    assert shifting == [True, True, False, False, False]
+    assert not shifts_labels(nn.Linear(2, 2)) and not shifts_labels(tiny_bert(None))
+
+
+def test_labels_on_padding_are_refused_where_a_loss_is_computed():
+    batch = batches_for("llama")[0]
+    batch["labels"] = batch["input_ids"].clone()
+    with pytest.raises(LoraInitError, match=r"^\d+ labels are on padding.*Set these labels to -100\.$"):
+        TokenMasks(tiny_llama(), "attention", gradients=True).start(batch)
+    TokenMasks(tiny_llama(), "attention").start(batch)  # without gradients nothing reads them
+    # Negative: several classes of a sequence, as many as it has tokens, are no labels of tokens.
+    TokenMasks(tiny_bert(), "attention", gradients=True).start({**batch, "labels": torch.ones(4, 12)})
+
+
+def test_a_label_for_each_row_of_a_model_without_sequences():
+    masks = TokenMasks(nn.Linear(3, 1), "labels")
+    masks.start({"x": torch.zeros(4, 3), "labels": torch.tensor([[1], [-100], [2], [-100]])})
+    assert masks.rows("", torch.arange(4.0)[:, None].expand(4, 3))[:, 0].tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "token_mask", "message"),
+    [
+        (dict(attention_mask=torch.ones(4, 9)), "attention", "attention_mask has shape (4, 9), and input_ids (4, 12)."),
+        (dict(attention_mask=torch.ones(12)), "attention", "attention_mask has shape (12,), and input_ids (4, 12)."),
+        (dict(labels=torch.ones(4, 1)), "labels", "labels of shape (4, 1), and input_ids (4, 12)"),
+        (dict(labels=torch.ones(4)), "labels", "got labels of shape (4,). Use 'attention'."),
+        (dict(labels=None), "labels", "got no labels. Use 'attention'."),
+        (dict(attention_mask=torch.zeros(4, 12)), "attention", "the mask keeps 0 of 48 tokens"),
+    ],
+)
+def test_masks_of_another_shape_are_one_line(changes, token_mask, message):
+    batch = {**batches_for("llama")[0], **changes}
+    with pytest.raises(LoraInitError, match=re.escape(message)):
+        TokenMasks(tiny_llama(), token_mask).start(batch)
