@@ -27,9 +27,17 @@ def explain(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten what another library says to one line of at most 300 characters, ending in a full stop."""
+    """Shorten what another library says to its first line, at most 300 characters, ending in a full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    return _shortened(lines[0] if lines else type(error).__name__)
+
+
+def in_one_line(error: BaseException) -> str:
+    """Join all lines of what another library says, at most 300 characters, ending in a full stop."""
+    return _shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _shortened(text: str) -> str:
     text = text if len(text) <= 300 else text[:297] + "..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
 

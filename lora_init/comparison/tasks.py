@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import IGNORED, Encoded, encode, group_by_length, pad_batch, padding_token, recipe
+from lora_init.loading.batches import group_by_length, pad_batch, padding_token
+from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ def load_task(
             f"validation_samples={validation_samples}: no validation rows are left, so nothing could be compared. "
             "Use at least 1; 100 or more say something."
         )
-    rows, name = read_rows(source, subset, split)
+    data = read_rows(source, subset, split)
+    rows, name = data.table, data.label
     names = list(rows.column_names)
     kind = _kind(label, options, names, name)
     rule = choice_rule(names, name, options, answer) if options is not None else None
@@ -213,7 +215,6 @@ def load_task(
     reading = recipe(names, name, tokenizer, template, completion)
     classes = _classes(rows, name, label) if label is not None else ()
     extra = [column for column in (label, rule and rule.answer, rule and rule.column) if column]
-    rows = rows.select_columns([*dict.fromkeys([*reading.columns, *extra])])
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     left_out: Counter[str] = Counter()
 
@@ -231,7 +232,7 @@ def load_task(
             return f"without a labelled token among the first {limit}"
         return Item(encoded)
 
-    usable = _usable(rows, name, data_seed, read_row, left_out)
+    usable = data.usable([*reading.columns, *extra], read_row, data_seed, left_out)
     validation = list(islice(usable, validation_samples))
     held_out = {tuple(item.tokens[0]) for item in validation}
     fresh = (item for item in usable if tuple(item.tokens[0]) not in held_out)
@@ -305,20 +306,3 @@ def _with_choices(
     if len(whole) < len(options):
         return f"with {limit} or more tokens"
     return Item(whole[right], whole, right)
-
-
-def _usable(
-    rows: Any, name: str, seed: int, read_row: Callable[[Mapping[str, Any]], Item | str], left_out: Counter[str]
-) -> Iterator[Item]:
-    """Yield the rows that are of use in the seeded order, and count the others in `left_out`."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    for index in order:
-        try:
-            item = read_row(rows[index])
-        except LoraInitError as error:
-            raise LoraInitError(f"{name}, row {index + 1}: {error}") from error
-        if isinstance(item, Item):
-            yield item
-        else:
-            left_out[item] += 1

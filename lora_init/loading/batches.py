@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import (
-    IGNORED,
-    Encoded,
-    Recipe,
-    encode,
-    group_by_length,
-    pad_batch,
-    padding_token,
-    recipe,
-)
+from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
+_POOL = 8
+# Share of rows left out above which a warning says so, where labels count.
+_MOST_LEFT_OUT = 0.1
+_T = TypeVar("_T")
 
 
 class Batches(list["dict[str, Tensor]"]):
@@ -39,7 +36,7 @@ class Batches(list["dict[str, Tensor]"]):
 
 
 def load_batches(
-    source: str | Path,
+    source: Any,
     tokenizer: Any,
     *,
     template: str | None = None,
@@ -52,6 +49,7 @@ def load_batches(
     max_length: int = 512,
     seed: int = 0,
     seq2seq: bool = False,
+    needs_labels: bool = True,
 ) -> Batches:
     r"""Draw a random sample of a data set and turn it into batches as fine-tuning would see them.
 
@@ -59,14 +57,17 @@ def load_batches(
     `completion` (labels on the completion), else `text` (labels on every token), unless a template names others. Prompt
     and completion are joined as they are, and the tokenizer's end-of-sequence token follows. Padding is on the right
     and, like everything without a label, -100 in `labels`. Examples longer than `max_length` lose their end. Rows with
-    an empty field are left out, and so are rows left without any label: training would learn nothing from them either.
+    an empty field are left out, and so are rows left without any label, unless `needs_labels` is off: training would
+    learn nothing from them either.
 
     The sample depends on the seed alone: a smaller one is the start of a larger one, whatever the batch size. Batches
     hold examples of similar length; every eight batches in a row are a random draw of the sample, long and short.
 
     Args:
-        source: A JSON, JSONL, CSV, Parquet or text file (one example a line), a folder of such files of one kind, or a
-            hub id.
+        source: A JSON, JSONL, CSV, TSV, Parquet or text file (one example a line), also with .gz, several of them, a
+            pattern such as `"data/*.jsonl"`, a folder with files of one kind, `"-"` for JSON lines on standard input,
+            a hub id; or what is in memory: a `datasets.Dataset`, an `IterableDataset` (its beginning), a list of
+            mappings from column to value, a pandas DataFrame.
         tokenizer: The model's Hugging Face tokenizer. It may lack a padding token.
         template: Text of an example with columns in braces, `"{passage}\nQuestion: {question}?"`; the prompt, if
             `completion` is given too. `{{` is a brace. A name in braces is looked up, never evaluated.
@@ -79,6 +80,8 @@ def load_batches(
         max_length: Most tokens an example; the tokenizer's own limit counts too.
         seed: Seed of sample and order.
         seq2seq: For encoder-decoders: prompt in `input_ids`, completion in `labels`, which then have their own length.
+        needs_labels: Leave out rows without a labelled token among the first `max_length`, and warn if that is more
+            than a tenth of them. Switch it off where every token counts.
 
     Returns:
         The batches, a list with a `description`.
@@ -92,44 +95,73 @@ def load_batches(
             raise LoraInitError(f"{name}={value} must be at least {least}.")
     if offset < 0 or (samples is not None and samples < 1):
         raise LoraInitError(f"samples={samples} must be at least 1 or None for all, and offset={offset} at least 0.")
-    rows, label = read_rows(source, subset, split)
-    reading = recipe(rows.column_names, label, tokenizer, template, completion)
+    rows = read_rows(source, subset, split, seed)
+    reading = recipe(rows.table.column_names, rows.label, tokenizer, template, completion)
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+
+    def read(row: Mapping[str, Any]) -> Encoded | str:
+        example = reading.to_example(row)
+        encoded = encode(example, tokenizer, limit, seq2seq) if example else None
+        if encoded is None:
+            return "with an empty field"
+        if needs_labels and all(label == IGNORED for label in encoded[1]):
+            return f"without a labelled token among the first {limit}"
+        return encoded
+
     left_out: Counter[str] = Counter()
-    usable = _usable(rows.select_columns(reading.columns), label, reading, tokenizer, limit, seed, seq2seq, left_out)
+    usable = rows.usable(reading.columns, read, seed, left_out)
     examples = list(islice(usable, offset, None if samples is None else offset + samples))
     skipped = ", ".join(f"{count} left out {why}" for why, count in left_out.items())
+    n_read = offset + len(examples) + left_out.total()
     if not examples:
         raise LoraInitError(
-            f"{label}: no usable example among {len(rows)} rows read as {reading.name}"
+            f"{rows.label}: no usable example among {len(rows.table)} rows read as {reading.name}"
             + (f" after the first {offset}" if offset else "")
             + (f" ({skipped})" if skipped else "")
             + ". Check the columns and max_length."
         )
+    if needs_labels and left_out.total() > _MOST_LEFT_OUT * n_read:
+        warnings.warn(f"{rows.label}: of the first {n_read} rows {skipped}.", stacklevel=2)
     pad = padding_token(tokenizer)
     batches = Batches(pad_batch(g, pad) for g in group_by_length(examples, batch_size, seed, lambda e: len(e[0])))
     batches.n_examples = len(examples)
-    parts = [f"{label}: {len(examples)} of {len(rows)} examples", f"after the first {offset}" if offset else ""]
-    parts += [f"seed {seed}", f"at most {limit} tokens", reading.name, skipped]
+    parts = [
+        f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
+        f"seed {seed}", f"at most {limit} tokens", reading.name, skipped,
+    ]  # fmt: skip
     batches.description = ", ".join(part for part in parts if part)
     return batches
 
 
-def _usable(
-    rows: Any, label: str, reading: Recipe, tokenizer: Any, limit: int, seed: int, seq2seq: bool, left_out: Counter[str]
-) -> Iterator[Encoded]:
-    """Yield the rows that have tokens and labels in the seeded order, and count the others in `left_out`."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    for index in order:
-        try:
-            example = reading.to_example(rows[index])
-            encoded = encode(example, tokenizer, limit, seq2seq) if example else None
-        except LoraInitError as error:
-            raise LoraInitError(f"{label}, row {index + 1}: {error}") from error
-        if encoded is None:
-            left_out["with an empty field"] += 1
-        elif all(target == IGNORED for target in encoded[1]):
-            left_out[f"without a labelled token among the first {limit}"] += 1
-        else:
-            yield encoded
+def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Cut pools of random examples into batches of similar length, in random order within the pool."""
+    rng = random.Random(seed)
+    size = _POOL * batch_size
+    for start in range(0, len(items), size):
+        pool = sorted(items[start : start + size], key=length)
+        groups = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        rng.shuffle(groups)
+        yield from groups
+
+
+def padding_token(tokenizer: Any) -> int:
+    """Choose the token to pad with: the tokenizer's, or the one that ends a sequence, or 0."""
+    found = (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None))
+    return next((token for token in found if token is not None), 0)
+
+
+def pad_batch(examples: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+    """Pad examples on the right to one length: `input_ids`, `attention_mask`, `labels`, each int64 [batch, length].
+
+    transformers' collators need a tokenizer with a padding token, and pad on its side.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.tensor(tokens) for tokens, _ in examples]
+    labels = [torch.tensor(labels, dtype=torch.long) for _, labels in examples]  # none for a classification
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }

@@ -1,18 +1,17 @@
-"""What a row says: columns, a template or chat messages -> one text, and which stretches of it have labels."""
+"""What a row says: columns, a template or chat messages -> one text -> tokens, some of them with labels."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from string import Formatter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from lora_init.errors import LoraInitError
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
+IGNORED = -100  # the label of a token that has none, as in layers.masks
 
 
 @dataclass(frozen=True)
@@ -153,15 +152,6 @@ def _chat(messages: Any, tokenizer: Any, first: int = 0) -> Example | None:
         raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
 
 
-# Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
-_POOL = 8
-
-Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
-_T = TypeVar("_T")
-
-IGNORED = -100  # as in `masks`, which would bring torch along
-
-
 def encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> Encoded | None:
     """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts."""
 
@@ -200,36 +190,3 @@ def _cut(ids: list[int], tokenizer: Any, limit: int) -> list[int]:
 
 def _common(prefix: list[int], ids: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, ids, strict=False)))
-
-
-def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:
-    """Cut pools of random examples into batches of similar length, in random order within the pool."""
-    rng = random.Random(seed)
-    size = _POOL * batch_size
-    for start in range(0, len(items), size):
-        pool = sorted(items[start : start + size], key=length)
-        groups = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        rng.shuffle(groups)
-        yield from groups
-
-
-def padding_token(tokenizer: Any) -> int:
-    """Choose the token to pad with: the tokenizer's, or the one that ends a sequence, or 0."""
-    found = (tokenizer.pad_token_id, getattr(tokenizer, "eos_token_id", None))
-    return next((token for token in found if token is not None), 0)
-
-
-def pad_batch(examples: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
-    """Pad examples on the right to one length: `input_ids`, `attention_mask`, `labels`, each int64 [batch, length]."""
-    import torch
-
-    def stack(rows: list[list[int]], filler: int) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([row + [filler] * (width - len(row)) for row in rows])  # [batch, length]
-
-    ids = [ids for ids, _ in examples]
-    return {
-        "input_ids": stack(ids, pad),
-        "attention_mask": stack([[1] * len(row) for row in ids], 0),
-        "labels": stack([labels for _, labels in examples], IGNORED),
-    }

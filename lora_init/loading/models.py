@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, first_line, in_one_line
+from lora_init.loading.hub import why_not_asked
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
 _KINDS = {
@@ -23,11 +24,13 @@ _KINDS = {
 _CLASS_OF_TASK = {task: auto_class for task, auto_class in _KINDS.values() if task}
 TASK_TYPES = tuple(_CLASS_OF_TASK)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# A directory without any of these has no tokenizer; transformers would make an empty one for some kinds of model.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What the command line needs of a model.
+    """A model as the command line needs it.
 
     Attributes:
         model: The model in evaluation mode on its device.
@@ -42,6 +45,95 @@ class LoadedModel:
     task_type: str | None
     seq2seq: bool
     drawn: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model whose configuration and tokenizer are read and whose weights are not, so that data can be read first.
+
+    Attributes:
+        name: The directory or hub id.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+        task_type: PEFT's task type, or None where PEFT has none for this kind of model.
+        auto_class: transformers' Auto class for it.
+        options: Options of every `from_pretrained`.
+        own_class: Whether it may be loaded in the class that it was saved as, in place of the Auto class.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    task_type: str | None
+    auto_class: str
+    options: dict[str, Any] = field(repr=False)
+    own_class: bool
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return bool(self.config.is_encoder_decoder)
+
+    def load(
+        self, *, dtype: str = "auto", device: str = "auto", seed: int = 0, n_labels: int | None = None
+    ) -> LoadedModel:
+        """Read the weights; see `load_model`."""
+        place = find_device(device)
+        if dtype not in DTYPES:
+            raise LoraInitError(f"dtype {dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+        import torch
+        import transformers
+
+        architecture = (getattr(self.config, "architectures", None) or [""])[0]
+        saved_as = getattr(transformers, architecture, None) if self.own_class else None
+        options = self.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if saved_as is not None:
+            options.pop("trust_remote_code")
+        if n_labels is not None:
+            options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if quantised:
+            options["device_map"] = {"": place}  # quantised weights cannot move afterwards
+        torch.manual_seed(seed)
+        load = (saved_as or getattr(transformers, self.auto_class)).from_pretrained
+        model, loading = _guarded(self.name, load, output_loading_info=True, **options)
+        if not quantised:
+            model.to(place)
+        reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+        drawn = frozenset([*loading["missing_keys"], *reshaped])
+        return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
+
+
+def open_model(source: str, *, task_type: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Read the configuration and the tokenizer of a model.
+
+    Args:
+        source: A directory with a config.json, or a hub id.
+        task_type: One of `TASK_TYPES`. Default: what the checkpoint's class is for.
+        trust_remote_code: Allow code that comes with the model to run.
+
+    Raises:
+        LoraInitError: There is no such model, or no tokenizer with it, it cannot be read, runs code of its own, or does
+            not read text; or the task type is unknown.
+    """
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise LoraInitError(f"task type {task_type!r} is unknown. Choose one of {', '.join(TASK_TYPES)}.")
+    local = _check_source(source)
+    reason = "" if local else why_not_asked(source, "model")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"local_files_only": True} if reason else {})
+    import transformers
+
+    config = _guarded(source, transformers.AutoConfig.from_pretrained, reason, **options)
+    found_task, auto_class = _kind(source, config, task_type)
+    if local and not any(any(Path(source).expanduser().glob(name)) for name in _TOKENIZER_FILES):
+        raise LoraInitError(
+            f"model {source!r} has no tokenizer beside it. Save the tokenizer of the base model there: "
+            "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIRECTORY)."
+        )
+    tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, reason, **options)
+    # Remote code is reached only through the Auto classes.
+    own_class = not (task_type or trust_remote_code)
+    return ModelSource(source, config, tokenizer, task_type or found_task, auto_class, options, own_class)
 
 
 def load_model(
@@ -69,57 +161,28 @@ def load_model(
         n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced.
 
     Raises:
-        LoraInitError: There is no such model, it cannot be read, runs code of its own, or does not read text; or an
-            argument is none of the values above.
+        LoraInitError: See `open_model`; or the weights cannot be read, or an argument is none of the values above.
     """
-    if task_type is not None and task_type not in TASK_TYPES:
-        raise LoraInitError(f"task type {task_type!r} is unknown. Choose one of {', '.join(TASK_TYPES)}.")
-    if dtype not in DTYPES:
-        raise LoraInitError(f"dtype {dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
-    place = _find_device(device)
-    _check_source(source)
-
-    import torch
-    import transformers
-
-    code = {"trust_remote_code": trust_remote_code}
-    config = _guarded(source, transformers.AutoConfig.from_pretrained, **code)
-    found_task, auto_class = _kind(source, config, task_type)
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    # Remote code is reached only through the Auto classes.
-    saved_as = None if task_type or trust_remote_code else getattr(transformers, architecture, None)
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if saved_as is None:
-        options |= code
-    if n_labels is not None:
-        options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
-    if getattr(config, "quantization_config", None) is not None:
-        options["device_map"] = {"": place}  # quantised weights cannot move afterwards
-    # The tokenizer first: it is quick to fail.
-    tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, **code)
-    torch.manual_seed(seed)
-    load = (saved_as or getattr(transformers, auto_class)).from_pretrained
-    model, loading = _guarded(source, load, output_loading_info=True, **options)
-    reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
-    if "device_map" not in options:
-        model.to(place)
-    drawn = frozenset([*loading["missing_keys"], *reshaped])
-    return LoadedModel(model.eval(), tokenizer, task_type or found_task, bool(config.is_encoder_decoder), drawn)
+    find_device(device)
+    opened = open_model(source, task_type=task_type, trust_remote_code=trust_remote_code)
+    return opened.load(dtype=dtype, device=device, seed=seed, n_labels=n_labels)
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model alone.
 
     Raises:
-        LoraInitError: See `load_model`.
+        LoraInitError: See `open_model`.
     """
-    _check_source(source)
-    import transformers
-
-    return _guarded(source, transformers.AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    return open_model(source, trust_remote_code=trust_remote_code).tokenizer
 
 
-def _find_device(device: str) -> Any:
+def find_device(device: str) -> Any:
+    """Find a torch device by name; `"auto"` is the first GPU if there is one.
+
+    Raises:
+        LoraInitError: It cannot be used here.
+    """
     import torch
 
     if device == "auto":
@@ -134,7 +197,8 @@ def _find_device(device: str) -> Any:
     return place
 
 
-def _check_source(source: str) -> None:
+def _check_source(source: str) -> bool:
+    """Refuse what can be no model; tell whether it is a directory here."""
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -147,6 +211,7 @@ def _check_source(source: str) -> None:
         raise LoraInitError(f"model {source!r} is a file. Name the directory that it lies in.")
     elif source.startswith((".", "~", "/")) or source.count("/") > 1 or "\\" in source or not source.strip():
         raise LoraInitError(f"model {source!r}: no such directory.")
+    return path.is_dir()
 
 
 def _kind(source: str, config: Any, task_type: str | None) -> tuple[str | None, str]:
@@ -165,21 +230,20 @@ def _kind(source: str, config: Any, task_type: str | None) -> tuple[str | None, 
     return kind
 
 
-def _guarded(source: str, load: Any, **options: Any) -> Any:
+def _guarded(source: str, load: Any, unreachable: str = "", **options: Any) -> Any:
     """Call a `from_pretrained`, and turn what it raises into one line about the model."""
     from safetensors import SafetensorError
 
+    path = Path(source).expanduser()
     try:
-        return load(str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source, **options)
+        return load(str(path) if path.is_dir() else source, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise LoraInitError(
                 f"model {source!r} needs code that comes with it. Read that code, then pass --trust-remote-code."
             ) from error
-        if isinstance(error, OSError) and not Path(source).expanduser().is_dir():
-            offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "on", "true", "yes"}
+        if unreachable and isinstance(error, OSError):
             raise LoraInitError(
-                f"model {source!r} is no directory here and not in the hub's cache, and the hub "
-                + ("is not asked, because HF_HUB_OFFLINE is set." if offline else f"says: {first_line(error)}")
+                f"model {source!r} is no directory here and not in the hub's cache, and {unreachable}."
             ) from error
-        raise LoraInitError(f"model {source!r} cannot be loaded: {first_line(error)}") from error
+        raise LoraInitError(f"model {source!r} cannot be loaded: {in_one_line(error)}") from error

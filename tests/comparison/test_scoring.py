@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_init.comparison.tasks import load_task
 from lora_init.comparison.training import evaluate, metrics, text_loss, token_losses, training_loss
-from lora_init.loading.examples import pad_batch
+from lora_init.loading.batches import pad_batch
 from tests.comparisons import make_home
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 

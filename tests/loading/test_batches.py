@@ -1,9 +1,12 @@
 """Rows of every source and form become batches with the right tokens and labels, and bad data one clear line."""
 
+import gzip
+import io
 import json
 import logging
 import re
 
+import datasets
 import pyarrow.parquet
 import pytest
 import torch
@@ -14,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 import lora_init
 from lora_init import LoraInitError, load_batches
 from lora_init.loading.batches import Batches
+from lora_init.loading.models import open_model
+from lora_init.loading.sources import read_rows
 
 CHAT = (
     "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -123,12 +128,15 @@ def test_messages_label_the_assistants_turns(write, tokenizer):
         {"messages": None},
         {"messages": [{"role": "user", "content": "never answered"}]},
     ]
-    batches = load_batches(write(rows), tokenizer)
+    with pytest.warns(UserWarning, match="of the first 4 rows 2 left out with an empty field, 1 left out without a l"):
+        batches = load_batches(write(rows), tokenizer)
     assert texts(batches, tokenizer, "labels") == ["hello<|im_end|>\n4<|im_end|>\n"]
     expected = tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
     assert texts(batches, tokenizer) == [expected]
     assert "2 left out with an empty field" in batches.description
     assert "1 left out without a labelled token" in batches.description
+    every = load_batches(write(rows), tokenizer, needs_labels=False)  # where all tokens count, questions do, too
+    assert sorted(texts(every, tokenizer)) == [expected, "<|im_start|>user\nnever answered<|im_end|>\n"]
 
 
 def test_keys_that_parquet_filled_with_null_are_not_there_for_the_template(tmp_path):
@@ -167,7 +175,7 @@ def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokeni
 
 def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
     rows = [{"q": "full", "label": False}, {"q": "no label", "label": None}, {"q": " ", "label": True}]
-    batches = load_batches(write(rows), tokenizer, template="{q}?", completion=" {label}")
+    batches = load_batches(write(rows), tokenizer, template="{q}?", completion=" {label}", needs_labels=False)
     assert texts(batches, tokenizer) == ["full? False<eos>"]
     assert batches.description.endswith("2 left out with an empty field")
 
@@ -211,9 +219,9 @@ def test_bad_messages_name_the_row(write, tokenizer):
         load_batches(path, tokenizer)
     chatty = byte_tokenizer(chat_template=CHAT)
     path = write([{"messages": [{"role": "tool", "content": "x"}]}])
-    with pytest.raises(LoraInitError, match=r"data.jsonl, row 1: the chat template refuses .* no tools here"):
+    with pytest.raises(LoraInitError, match=r"data.jsonl, line 1: the chat template refuses .* no tools here"):
         load_batches(path, chatty)
-    with pytest.raises(LoraInitError, match="row 1: messages must be a list of"):
+    with pytest.raises(LoraInitError, match="line 1: messages must be a list of"):
         load_batches(write([{"messages": "hi"}]), chatty)
 
 
@@ -229,7 +237,7 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
         "empty.jsonl": "the data is empty",
         "blank.csv": "the data is empty",
         "broken.jsonl": "datasets cannot read it: .*JSON",
-        "image.png": r"cannot read a file of this kind. Expected one of .json, .jsonl, .csv, .parquet, .txt",
+        "image.png": r"cannot read a file of this kind. Expected .json, .jsonl, .csv, .tsv, .parquet, .txt",
         "nothing": "no data file in the folder",
         "hollow.jsonl": r"no usable example among 2 rows read as text \(2 left out with an empty field\)",
     }.items():
@@ -274,12 +282,98 @@ def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
     assert asked == {"path": "owner/name", "name": "small", "split": "validation"}  # no flag that would run its code
     assert batches.description.startswith("owner/name (small), validation: 1 of 1 examples")
 
-    def offline(**_):
-        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nwith details")
 
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(LoraInitError, match=r"^owner/name, train: datasets cannot read it: Couldn't reach.*Hub\.$"):
+def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch, tokenizer):
+    import huggingface_hub
+
+    tries = []
+
+    def no_network(*_, **__):
+        tries.append(1)
+        raise ConnectionError("no route to the hub\nwith details")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", no_network)
+    with pytest.raises(LoraInitError, match=r"^data 'owner/name': no such file .* be reached: no route to the hub"):
         load_batches("owner/name", tokenizer)
+    assert tries == [1] and not datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(LoraInitError, match=r"^model 'owner/name' is no dir.* be reached: no route to the hub\.$"):
+        open_model("owner/name")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LoraInitError, match="the hub is not asked, because HF_HUB_OFFLINE is set"):
+        load_batches("owner/name", tokenizer)
+    assert tries == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,b\n1,2,3\n4,5\n", "data.csv, line 2: 3 fields, and the header names 2. Put quotes"),
+        ('text,b\n1,2\n\n"x\ny",5\n4,5,6\n', "data.csv, line 6: 3 fields"),
+        ("text,b\n" + "x" * 200_000 + ",2\n4,5,6\n", "data.csv, line 3: 3 fields"),
+    ],
+)
+def test_a_record_with_too_many_fields_is_refused_with_its_line(tmp_path, tokenizer, content, message):
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(LoraInitError, match=message):
+        load_batches(tmp_path / "data.csv", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("d.csv", '\n{},x\n\n"a\nb",1\nc,2\n', "d.csv, line 6"),
+        ("d.tsv", "{}\tx\na\t1\nc\t2\n", "d.tsv, line 3"),
+        ("d.jsonl", '\n{{"{0}": "a"}}\n\n{{"{0}": "c"}}\n', "d.jsonl, line 4"),
+        ("d.json", '[{{"{0}": "a"}},\n\n{{"{0}": "c"}}]', "d.json, row 2"),
+    ],
+)
+def test_a_row_is_named_by_its_line(tmp_path, name, content, place):
+    """Through the folder too, where rows of another file come first."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text(content.format("text"))
+    assert read_rows(tmp_path / "data" / name).place(1) == f"data/{place}"
+    (tmp_path / "data" / f"a{name}").write_text(content.format("text"))
+    assert read_rows(tmp_path / "data").place(3) == ("data/, row 4" if "row" in place else place)
+
+
+def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tmp_path, monkeypatch):
+    import pandas
+
+    rows = [{"text": f"example {i}"} for i in range(5)]
+    expected = sorted(row["text"] + "<eos>" for row in rows)
+    path = write(rows)
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    write(rows[:2], "parts/a.jsonl"), write(rows[2:], "parts/b.jsonl")
+    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text()))
+    table = Dataset.from_list(rows)
+    for source in (
+        rows, table, table.to_iterable_dataset(), pandas.DataFrame(rows), datasets.DatasetDict(train=table), "-",
+        tmp_path / "data.jsonl.gz", str(tmp_path / "parts" / "*.jsonl"), [tmp_path / f"parts/{n}.jsonl" for n in "ab"],
+    ):  # fmt: skip
+        assert sorted(texts(load_batches(source, tokenizer), tokenizer)) == expected, source
+    for source, message in {
+        str(tmp_path / "parts" / "*.csv"): "no file has such a name",
+        (path, tmp_path / "missing.jsonl"): "'missing.jsonl': no such file",
+        3: "data of type int: expected a path",
+        (1, 2): "data of type tuple: expected a path",
+    }.items():
+        with pytest.raises(LoraInitError, match=message):
+            load_batches(source, tokenizer)
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\nnot json\n'))
+    with pytest.raises(LoraInitError, match="standard input, line 2 is not JSON"):
+        load_batches("-", tokenizer)
+
+
+def test_a_split_or_subset_of_what_has_none_is_refused(write, tokenizer):
+    path = write([{"text": "a"}])
+    with pytest.raises(LoraInitError, match=r"split='validation' is for a folder or a data set on the hub"):
+        load_batches(path, tokenizer, split="validation")
+    with pytest.raises(LoraInitError, match=r"validation: the folder has no such split, no file name marks one"):
+        load_batches(path.parent, tokenizer, split="validation")
+    with pytest.raises(LoraInitError, match=r"subset='small' is for a data set on the hub"):
+        load_batches(path, tokenizer, subset="small")
 
 
 def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, tokenizer):
@@ -317,7 +411,8 @@ def test_batches_have_little_padding_and_every_stretch_is_mixed(write, tokenizer
 
 def test_too_long_an_answer_is_left_out_and_a_longer_text_is_cut(write, tokenizer):
     rows = [{"prompt": "p" * n, "completion": "yes"} for n in (4, 9, 20)]
-    batches = load_batches(write(rows), tokenizer, max_length=10)
+    with pytest.warns(UserWarning, match="of the first 3 rows 1 left out without a labelled token among the first 10"):
+        batches = load_batches(write(rows), tokenizer, max_length=10)
     assert sorted(texts(batches, tokenizer)) == ["p" * 9 + "y", "ppppyes<eos>"]
     assert "2 of 3 examples" in batches.description
     assert batches.description.endswith("1 left out without a labelled token among the first 10")
@@ -342,7 +437,8 @@ def test_encoder_keeps_its_separator_when_cut(write):
     batches = load_batches(path, tokenizer, max_length=5)
     assert sorted(texts(batches, tokenizer)) == ["[CLS] a b [SEP]", "[CLS] a b c [SEP]"]
     path = write([{"prompt": "a b", "completion": " c d e f"}, {"prompt": "a b c d e", "completion": " f"}], "pc.jsonl")
-    batches = load_batches(path, tokenizer, max_length=6)
+    with pytest.warns(UserWarning, match="without a labelled token"):
+        batches = load_batches(path, tokenizer, max_length=6)
     assert texts(batches, tokenizer) == ["[CLS] a b c d [SEP]"]
     assert texts(batches, tokenizer, "labels") == ["c d"]
     assert "1 left out without a labelled token" in batches.description
@@ -369,8 +465,6 @@ def test_description_says_which_examples_in_words(write, tokenizer):
 
 
 def test_nothing_is_printed_and_progress_bars_are_as_before(write, tokenizer, capfd, tmp_path, monkeypatch):
-    import datasets
-
     records = []
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", records.append)
