@@ -1,14 +1,19 @@
-"""What the command line promises whatever happens: results on stdout, all else on stderr, one line per error."""
+"""What all commands share: results on stdout, all else on stderr, one line per error, and how options are read."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lora_init.errors import explain
 
@@ -16,6 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_init.collection.processes import Team
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+]
 
 FAILED, INTERRUPTED = 1, 130
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.
@@ -37,14 +47,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def print_json(content: Any) -> None:
+    """Print plain values as JSON on stdout."""
+    typer.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user or a machine can cause into one line on stderr, and an exit code.
 
-    `LORA_INIT_DEBUG=1` lets the traceback through.
+    SIGTERM is treated as Ctrl-C. `LORA_INIT_DEBUG=1` lets the traceback through.
     """
     try:
-        with _quiet_libraries():
+        with _quiet_libraries(), _sigterm_as_ctrl_c():
             yield
     except KeyboardInterrupt:
         say("interrupted")
@@ -56,8 +71,41 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LORA_INIT_DEBUG"):
             raise
-        say(f"error: {explain(error)}")
+        say(f"error: {in_words_of_the_command(explain(error))}")
         raise SystemExit(FAILED) from None
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where Python has no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def in_words_of_the_command(text: str) -> str:
+    """Name options as the present command does where a message of the library names its arguments.
+
+    `overwrite=True` becomes `--overwrite`, `center=False` becomes `--no-center`, `rank=64` becomes `--rank 64`. What
+    stands in quotes is the user's own, and stays.
+    """
+    from click import get_current_context
+
+    context = get_current_context(silent=True)
+    for parameter in context.command.params if context is not None else ():
+        option = next((name for name in parameter.opts if name.startswith("--")), None)
+        if option is None:
+            continue
+        argument = rf"(?<![\w.,:'\"{{/-]){parameter.name}="
+        text = re.sub(rf"{argument}True\b", option, text)
+        text = re.sub(rf"{argument}False\b", (parameter.secondary_opts or [f"no {option}"])[0], text)
+        text = re.sub(rf"{argument}(?=[\w'\"\[({{-])", f"{option} ", text)
+        text = re.sub(argument, option, text)
+    return text
 
 
 @contextmanager
@@ -65,7 +113,7 @@ def _quiet_libraries() -> Iterator[None]:
     """Let only this package's warnings through, each as one line on stderr."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {' '.join(str(message).split())}")
+        say(f"warning: {in_words_of_the_command(' '.join(str(message).split()))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

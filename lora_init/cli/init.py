@@ -1,27 +1,318 @@
-"""What `lora-init init` says at the end: as plain values, and on a terminal."""
+"""The command `lora-init init`: from a model and data to an adapter directory."""
 
 from __future__ import annotations
 
-import statistics
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lora_init.cli.console import say
-from lora_init.cli.tables import facts, rank_table
-from lora_init.collection.collect import Interrupted, fingerprint
-from lora_init.collection.processes import Team
+import typer
+
+from lora_init.cli.console import (
+    AsJson,
+    TrustRemoteCode,
+    launched_team,
+    make_console,
+    one_line_errors,
+    print_json,
+    quiet_transformers,
+    read_modules,
+    read_names,
+    say,
+    unescape,
+)
+from lora_init.cli.tables import facts, finite, rank_table
 from lora_init.errors import LoraInitError
-from lora_init.layers.targets import find_targets
-from lora_init.loading.models import LoadedModel
-from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from lora_init.adapters.adapter_init import AdapterInit
-    from lora_init.planning.allocate import RankAllocation
+    from lora_init.loading.batches import Batches
+    from lora_init.loading.models import LoadedModel, ModelSource
+    from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
+
+RANK, RHO = 16, 2.0
+
+# Printed by a real run on 2 cores. The backspace keeps the lines as they are.
+EXAMPLE = """\b
+Example:
+$ lora-init init sentence-transformers/all-MiniLM-L6-v2 data/boolq.jsonl --template '{passage}' -o adapter
+                           0  1  2  3  4  5
+query                     14 19 17 16 15 14
+key                       14 19 17 16 15 14
+value                     14 19 17 16 15 14
+attention.output.dense    24 17 17 17 16 21
+intermediate.dense        18 18 16 14 11  8
+output.dense              18 14 14 13 10 12
+pooler.dense           29
+
+\b
+layers      37 with rank 8 to 29, 0 without an adapter
+parameters  645,888, -4.4% against rank 16 everywhere
+data        data/boolq.jsonl: 256 of 15942 examples, seed 0, at most 512 tokens, template
+            '{passage}'
+pass        31,932 rows in 64 batches, stopped: max_batches
+held out    32 components capture 49.0% of the variance of unseen rows (median), 29.1% at
+            least (pooler.dense)
+time        forward 9.1 s, decomposition 1.4 s, data 0.0 s
+adapter     /home/user/adapter
+"""
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="JSON, JSONL, CSV, TSV, Parquet or text file, also with .gz, a pattern in quotes or a folder of them, "
+            "a hub id, or - for JSON lines on standard input, with columns text, or prompt and completion, or "
+            "messages; for others see --template.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Adapter directory to write.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(min=1, help="Average rank of a layer.", show_default=str(RANK))] = None,
+    rho: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="At most rho x rank in one layer. 1 is the same everywhere.", show_default=str(RHO)),
+    ] = None,
+    ranks_from: Annotated[
+        Path | None, typer.Option("--ranks", help="Plan from lora-init ranks, in place of --rank and --rho.")
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help='"all-linear", names separated by commas, or a regular expression for full names.')
+    ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Names separated by commas, or a regular expression, to leave out.")
+    ] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help="Names of fused parameters of experts, separated by commas.")
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is. A pass that was killed "
+            "goes on from FILE.partial."
+        ),
+    ] = None,
+    method: Annotated[
+        Literal[
+            "eva",
+            "random",
+            "random-scaled",
+            "gaussian",
+            "orthogonal",
+            "eva-grad",
+            "grad-a",
+            "natural-gradient",
+            "natural-gradient-scaled",
+            "natural-gradient-step",
+            "lora-ga",
+            "lora-one",
+        ],
+        typer.Option(
+            help="How A starts; B is zero. From eva-grad on it takes backward passes and labels; the last three start "
+            "with B other than zero."
+        ),
+    ] = "eva",
+    gamma: Annotated[
+        float | None,
+        typer.Option(
+            help="With the last three methods: a larger one is a smaller step. Default: lora-ga 16; for the others the "
+            "one with the lowest loss on the first four batches, which are set aside."
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option("--gradients", help="Run backward passes, too, for a later method or policy that needs them."),
+    ] = False,
+    whiten: Annotated[bool, typer.Option("--whiten", help="With eva: scale each row by its variance.")] = False,
+    lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Names of modules to train whole, separated by commas, such as lm_head.")
+    ] = None,
+    task_type: Annotated[
+        str | None, typer.Option(help="PEFT's task type, such as SEQ_CLS. Default: what the checkpoint is for.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help='Text of an example, as in "{passage}\\nQuestion: {question}?".')
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(help="What the model should answer, as a template; --template is then the prompt.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set or a folder.")] = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Examples to draw at random.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
+    max_batches: Annotated[int, typer.Option(min=1, help="Batches at most; fewer if nothing changes any more.")] = 64,
+    token_mask: Annotated[
+        Literal["attention", "labels"], typer.Option(help="Count all tokens but padding, or only those with a label.")
+    ] = "attention",
+    center: Annotated[bool, typer.Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter directory.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
+    with one_line_errors(), launched_team() as team:
+        budget = _budget(ranks_from, rank, rho)
+        if output.expanduser().is_file():
+            raise LoraInitError(f"--output {output} is a file. Name a directory.")
+        with make_console(stderr=True).status("importing torch and transformers"):
+            from lora_init.adapters.adapter_init import check_modules_to_save
+            from lora_init.adapters.build import _check_method
+            from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
+            from lora_init.collection.collect import fingerprint
+            from lora_init.loading.models import find_device, open_model
+            from lora_init.planning.allocate import allocate_ranks
+
+            quiet_transformers()
+        adapter = AdapterOptions(
+            method, gamma, whiten, lora_alpha, use_rslora, use_dora, read_names(modules_to_save or ""), seed
+        )
+        _check_method(method, gamma, use_dora)
+        if output.is_dir() and any(output.iterdir()) and not overwrite:
+            raise LoraInitError(
+                f"--output {output} exists and is not empty. Name another directory, or pass --overwrite."
+            )
+        find_device(device)
+        needs_gradients = gradients or method in GRADIENT_METHODS
+        examples = DataOptions(
+            data, unescape(template), unescape(completion), subset, split, samples, batch_size, max_length, seed,
+            needs_labels=needs_gradients or token_mask == "labels",
+        )  # fmt: skip
+        with make_console(stderr=True).status(f"loading {model}"):
+            source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
+            reader = functools.cache(functools.partial(examples.read, source))
+            if changes_output(method) or statistics is None or not statistics.expanduser().exists():
+                reader()  # before the weights, which take longer
+            loaded = source.load(dtype=dtype, device=device, seed=seed)
+        check_modules_to_save(loaded.model, adapter.modules_to_save)
+        if budget.plan is not None:
+            budget.plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
+        settings: dict[str, Any] = {
+            "target_modules": read_modules(target_modules),
+            "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
+            "target_parameters": read_names(target_parameters) if target_parameters else None,
+            "task_type": loaded.task_type,
+            "center": center,
+            "token_mask": token_mask,
+            "gradients": needs_gradients,
+        }
+
+        def collect_now(checkpoint: Path | None) -> Statistics:
+            from lora_init.adapters.step_size import set_aside
+            from lora_init.collection.collect import collect
+
+            batches = reader()
+            return collect(
+                loaded.model, set_aside(batches)[1] if changes_output(method) else batches, rank=budget.rank,
+                rho=budget.rho, max_batches=max_batches, seed=seed, data=batches.description, checkpoint=checkpoint,
+                resume=checkpoint is not None, **settings,
+            )  # fmt: skip
+
+        stats = obtain(statistics, loaded, settings, collect_now)
+        team.finish()
+        if team.rank:
+            return
+        ranks = budget.plan or allocate_ranks(stats, rank=budget.rank, rho=budget.rho)
+        built = adapter.build(loaded.model, stats, ranks, reader)
+        directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
+        summary = summarise(stats, ranks, directory, statistics, built)
+        if as_json:
+            print_json(summary)
+        else:
+            show_summary(make_console(), summary)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What ranks may cost: an average and a bound on one layer, or a plan that was made before."""
+
+    rank: int
+    rho: float
+    plan: RankAllocation | None
+
+
+def _budget(ranks_from: Path | None, rank: int | None, rho: float | None) -> Budget:
+    if ranks_from is None:
+        return Budget(RANK if rank is None else rank, RHO if rho is None else rho, None)
+    if rank is not None or rho is not None:
+        raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
+    from lora_init.planning.plan import load_plan
+
+    plan = load_plan(ranks_from)
+    return Budget(plan.rank, max(1.0, max(plan.values()) / plan.rank), plan)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which examples of which data, and how they are read; see `load_batches`."""
+
+    source: str
+    template: str | None
+    completion: str | None
+    subset: str | None
+    split: str
+    samples: int
+    batch_size: int
+    max_length: int
+    seed: int
+    needs_labels: bool
+
+    def read(self, model: ModelSource) -> Batches:
+        """Read the batches."""
+        from lora_init.loading.batches import load_batches
+
+        options = {name: value for name, value in vars(self).items() if name != "source"}
+        return load_batches(self.source, model.tokenizer, seq2seq=model.seq2seq, **options)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What `build_adapter` takes beside statistics and ranks."""
+
+    method: str
+    gamma: float | None
+    whiten: bool
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    modules_to_save: list[str]
+    seed: int
+
+    def build(
+        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, reader: Callable[[], Batches]
+    ) -> AdapterInit:
+        """Build the adapter; where the method takes a step, find the best size on batches that are set aside."""
+        from lora_init.adapters.build import build_adapter
+        from lora_init.adapters.initializers import changes_output
+        from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
+
+        if not changes_output(self.method):
+            return build_adapter(stats, ranks, **vars(self))
+        options = vars(self) | {"gamma": None}
+        aside, _ = set_aside(reader())
+        return find_step_size(
+            model,
+            lambda gamma: build_adapter(stats, ranks, **options | {"gamma": gamma}),
+            lambda changed: mean_loss(changed, aside),
+            self.gamma,
+        )
 
 
 def obtain(
@@ -30,6 +321,9 @@ def obtain(
     """Take the statistics from the file if there is one that fits, else collect them and write the file."""
     if file is None:
         return collect_now(None)
+    from lora_init.collection.collect import Interrupted
+    from lora_init.collection.processes import Team
+
     file = file.expanduser()
     with Team() as team:
         there = team.meet(file.exists())
@@ -62,6 +356,10 @@ def obtain(
 
 def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statistics:
     """Load statistics, and refuse them if they were made for another model or with other settings."""
+    from lora_init.collection.collect import fingerprint
+    from lora_init.layers.targets import find_targets
+    from lora_init.statistics.statistics import Statistics
+
     stats = Statistics.load(file)
     made = stats.provenance
     remedy = "Name another file, or delete this one to collect again."
@@ -116,7 +414,7 @@ def summarise(
         "held_out": None
         if worst is None
         else {
-            "median": finite(statistics.median(held_out.values())),
+            "median": finite(median(held_out.values())),
             "min": finite(held_out[worst]),
             "min_layer": worst,
         },
@@ -158,8 +456,3 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(f"note: {note}")
     if len(summary["notes"]) > _SHOWN_NOTES:
         console.print(f"and {len(summary['notes']) - _SHOWN_NOTES} more notes, all with --json")
-
-
-def finite(value: float | None) -> float | None:
-    """Return None for NaN, which JSON lacks."""
-    return None if value is None or value != value else round(value, 6)

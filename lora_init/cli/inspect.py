@@ -1,31 +1,56 @@
-"""What a statistics file or an adapter directory holds: read into plain values, shown as tables."""
+"""The command `lora-init inspect`: what a statistics file or an adapter directory holds."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lora_init.adapters.peft_model import (
-    LORA_A,
-    LORA_B,
-    ORIGIN_FILE,
-    PREFIX,
-    adapted_layers,
-    read_config,
-    read_json,
-    read_shapes,
+import typer
+
+from lora_init.cli.console import (
+    AsJson,
+    TrustRemoteCode,
+    make_console,
+    one_line_errors,
+    print_json,
+    quiet_transformers,
 )
-from lora_init.cli.console import make_console, quiet_transformers
-from lora_init.cli.init import finite
-from lora_init.cli.tables import facts, group_by_kind, rank_table
+from lora_init.cli.tables import facts, finite, group_by_kind, rank_table
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _WORST = 5
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Statistics file or adapter directory.", show_default=False)],
+    intruders: Annotated[
+        bool,
+        typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --intruders: base model. Default: the one that the adapter names.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a statistics file or an adapter directory is: from which model and data, its spectra, its ranks."""
+    with one_line_errors():
+        description = describe(path)
+        if intruders:
+            description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
+        elif model is not None:
+            raise LoraInitError("--model is for --intruders; without it no model is loaded.")
+        if as_json:
+            print_json(description)
+            return
+        show(make_console(), description)
+        if intruders:
+            show_intruders(make_console(), description["intruders"])
 
 
 def describe_intruders(
@@ -35,7 +60,7 @@ def describe_intruders(
 
     Args:
         path: The directory.
-        about: What `inspection.describe` said of it.
+        about: What `describe` said of it.
         model: Base model; None for the one that the adapter names.
         trust_remote_code: Allow code that comes with the model to run.
 
@@ -155,6 +180,17 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
+    from lora_init.adapters.peft_model import (
+        LORA_A,
+        LORA_B,
+        ORIGIN_FILE,
+        PREFIX,
+        adapted_layers,
+        read_config,
+        read_json,
+        read_shapes,
+    )
+
     config = read_config(path)
     shapes = read_shapes(path)
     origin = read_json(path / ORIGIN_FILE) if (path / ORIGIN_FILE).is_file() else {}
@@ -227,8 +263,8 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
             label,
             str(len(names)),
             "/".join(str(width) for width in dict.fromkeys(layers[name]["in_features"] for name in names)),
-            *(f"{statistics.median(sum(spectrum[:count]) for spectrum in spectra):.1%}" for count in counts),
-            f"{statistics.median(held_out):.1%}" if held_out else "-",
+            *(f"{median(sum(spectrum[:count]) for spectrum in spectra):.1%}" for count in counts),
+            f"{median(held_out):.1%}" if held_out else "-",
         )
     return table
 
@@ -256,7 +292,7 @@ def _adapter_view(about: Mapping[str, Any]) -> list[RenderableType]:
         )
         shares = list(origin.get("explained", {}).values())
         if shares:
-            head["captured"] = f"median {statistics.median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
+            head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
     else:
         head["start"] = "unknown: no lora_init.json"
     return [facts(head), "", rank_table(ranks)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_init.cli.console import make_console, one_line_errors
+from lora_init.cli.console import AsJson, make_console, one_line_errors, print_json
+from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError
+from lora_init.files import check_writable
 
 if TYPE_CHECKING:
     from lora_init.statistics.statistics import Statistics
@@ -30,23 +31,19 @@ def merge(
         typer.Option(help="Share of each file in the mixture, as 0.7,0.3; sum 1. Default: each row counts once."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge statistics FILES of one model: shards of one data set, data that came later, or a mixture by weights."""
     with one_line_errors():
-        output = output.expanduser()
-        if output.is_dir():
-            raise LoraInitError(f"--output {output} is a directory. Name a file.")
-        if output.exists() and not overwrite:
-            raise LoraInitError(f"--output {output} exists. Name another file, or pass --overwrite.")
+        check_writable(output, overwrite, "statistics file")
         shares = _numbers(weights)
         from lora_init.statistics.statistics import Statistics
 
         parts = [Statistics.load(file) for file in files]
         merged = parts[0].merge(*parts[1:], weights=shares)
-        summary = _summary(merged, merged.save(output), files, parts, shares)
+        summary = _summary(merged, merged.save(output.expanduser()), files, parts, shares)
         if as_json:
-            typer.echo(json.dumps(summary, indent=2, allow_nan=False))
+            print_json(summary)
         else:
             _show(summary)
 
@@ -88,8 +85,6 @@ def _summary(
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from lora_init.cli.tables import facts
-
     rows = {
         "statistics": f"{summary['statistics']}: {summary['layers']} layers, {summary['n_components']} components",
         "model": f"{summary['model_class']} {summary['model']}".strip(),
@@ -103,6 +98,6 @@ def _show(summary: dict[str, Any]) -> None:
         )
     console = make_console()
     console.print(facts(rows))
-    # The first of them say of each part what stands above.
+    # The first notes say of each part what stands above.
     for note in summary["notes"][len(summary["parts"]) :]:
         console.print(f"note: {note}")

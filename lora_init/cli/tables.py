@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -101,3 +102,8 @@ def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     """
     grid = layer_grid(names)
     return {kind: list(grid.of_kind(kind).values()) for kind in grid.kinds}
+
+
+def finite(value: float | None) -> float | None:
+    """Round a number for JSON; return None for NaN and infinity, which JSON lacks."""
+    return None if value is None or not math.isfinite(value) else round(value, 6)

@@ -425,7 +425,7 @@ def test_whatever_goes_wrong_is_one_line(command, monkeypatch, error, part):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("lora_init.loading.models.load_model", fail)
+    monkeypatch.setattr("lora_init.loading.models.open_model", fail)
     assert_one_line_error(run(*command), part)
 
 
@@ -565,8 +565,8 @@ def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
 @pytest.mark.parametrize("arguments", [["--help"], ["init", "--help"], ["inspect", "--help"], ["init"], ["--nonsense"]])
 def test_help_and_usage_errors_import_nothing_heavy(arguments):
     program = (
-        "import sys\nfrom lora_init import cli\n"
-        f"try: cli.app({arguments!r})\nexcept SystemExit: pass\n"
+        "import sys\nfrom lora_init.cli.app import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'sklearn', 'matplotlib', 'safetensors'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
@@ -579,7 +579,7 @@ def test_the_example_in_the_help_is_a_command_that_parses():
     example = text[text.index("$ lora-init init ") :].split("\n\n")[0].replace("\\\n", " ")
     arguments = shlex.split(example.splitlines()[0].removeprefix("$ lora-init init "))
     command = typer.main.get_command(cli.app).commands["init"]
-    assert command.make_context("init", arguments).params["rank"] == 16
+    assert command.make_context("init", arguments).params["rank"] is None
     for part in ("\n  query ", "\n  parameters ", "\n  held out ", "\n  adapter "):
         assert part in text[text.index("$ lora-init init ") :]
 

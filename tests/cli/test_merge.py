@@ -71,17 +71,20 @@ def test_gradients_are_merged_and_what_needs_the_model_is_refused(run, tmp_path)
 
 
 def test_what_is_there_stays_unless_told(run, home, tmp_path):
-    (tmp_path / "out").write_text("mine")
+    (tmp_path / "out").write_bytes((home / "c").read_bytes())
     assert_one_line_error(run("a", "b"), "exists", "--overwrite")
-    assert (tmp_path / "out").read_text() == "mine"
+    assert (tmp_path / "out").read_bytes() == (home / "c").read_bytes()
     assert run("a", "b", "--overwrite").exit_code == 0
+    (tmp_path / "mine").write_text("mine")
+    assert_one_line_error(run("a", "b", "--overwrite", output="mine"), "is not a statistics file, so it is never repl")
+    assert (tmp_path / "mine").read_text() == "mine"
     # A file may be merged into itself.
     (tmp_path / "own").write_bytes((home / "c").read_bytes())
     assert run(tmp_path / "own", "a", "--overwrite", output="own").exit_code == 0
     assert Statistics.load(tmp_path / "own").provenance.n_batches == 7
     (tmp_path / "directory").mkdir()
-    assert_one_line_error(run("a", "b", "--overwrite", output="directory"), "is a directory. Name a file.")
-    assert_one_line_error(run("a", "b", output="own/below"), "cannot be written")
+    assert_one_line_error(run("a", "b", "--overwrite", output="directory"), "is not a statistics file")
+    assert_one_line_error(run("a", "b", output="own/below"), "there is no directory")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_the_tokenizer_and_the_task_are_known_before_the_weights(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     opened = open_model(str(tmp_path))
     assert opened.seq2seq and opened.task_type == "SEQ_2_SEQ_LM" and opened.tokenizer("the cat")
-    with pytest.raises(LoraInitError, match="cannot be loaded: .*model.safetensors"):
+    with pytest.raises(LoraInitError, match=r"cannot be loaded: .*model\.safetensors"):
         opened.load()
 
 
