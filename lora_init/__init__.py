@@ -1,7 +1,9 @@
 """Data-driven starts and rank budgets for LoRA adapters."""
 
-from importlib import import_module
-from typing import Any
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -38,7 +40,39 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lora_init' has no attribute {name!r}")
-    return getattr(import_module(f"lora_init.{_HOMES[name]}"), name)
+if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run `__getattr__`
+    from lora_init.adapters.adapter_init import correct_base as correct_base
+    from lora_init.adapters.build import AdapterInit as AdapterInit
+    from lora_init.adapters.build import build_adapter as build_adapter
+    from lora_init.adapters.initialize import initialize as initialize
+    from lora_init.adapters.intruders import Intruders as Intruders
+    from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
+    from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
+    from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from lora_init.adapters.step_size import find_step_size as find_step_size
+    from lora_init.adapters.step_size import mean_loss as mean_loss
+    from lora_init.collection.collect import collect as collect
+    from lora_init.comparison.compare import Comparison as Comparison
+    from lora_init.comparison.compare import compare as compare
+    from lora_init.errors import LoraInitError as LoraInitError
+    from lora_init.layers.targets import Target as Target
+    from lora_init.layers.targets import find_targets as find_targets
+    from lora_init.loading.batches import load_batches as load_batches
+    from lora_init.planning.allocate import RankAllocation as RankAllocation
+    from lora_init.planning.allocate import allocate_ranks as allocate_ranks
+    from lora_init.statistics.exact_pca import ExactPCA as ExactPCA
+    from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum
+    from lora_init.statistics.incremental_svd import IncrementalSVD as IncrementalSVD
+    from lora_init.statistics.spectrum import Spectrum as Spectrum
+    from lora_init.statistics.spectrum import principal_angles as principal_angles
+    from lora_init.statistics.statistics import Provenance as Provenance
+    from lora_init.statistics.statistics import Statistics as Statistics
+else:
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'lora_init' has no attribute {name!r}")
+        return getattr(_import_module(f"lora_init.{_HOMES[name]}"), name)
+
+    def __dir__():
+        return [*__all__, "__version__"]

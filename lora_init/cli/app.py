@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
 from lora_init.cli import compare, init, inspect, merge, ranks
-from lora_init.cli.console import launched_rank, silence
+from lora_init.cli.console import launched_rank, remember_options, silence
 
 app = typer.Typer(
     name="lora-init",
@@ -18,6 +19,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _before(context: typer.Context) -> None:
+    group: Any = context.command
+    remember_options(group.commands[context.invoked_subcommand].params)
+
+
 app.command(epilog=init.EXAMPLE)(init.init)
 app.command()(inspect.inspect)
 app.command(epilog=ranks.EXAMPLE)(ranks.ranks)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,33 +87,44 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+# Options of the command that runs, by the name of the argument: as it is switched on, and off.
+_options: dict[str, tuple[str, str]] = {}
+
+
+def remember_options(parameters: Iterable[Any]) -> None:
+    """Take the options of the command that runs, for `in_words_of_the_command`."""
+    _options.clear()
+    for parameter in parameters:
+        option = next((name for name in parameter.opts if name.startswith("--")), None)
+        if option is not None:
+            _options[parameter.name] = option, next(iter(parameter.secondary_opts), f"no {option}")
+
+
 def in_words_of_the_command(text: str) -> str:
-    """Name options as the present command does where a message of the library names its arguments.
+    """Name options as the command that runs does where a message of the library names its arguments.
 
     `overwrite=True` becomes `--overwrite`, `center=False` becomes `--no-center`, `rank=64` becomes `--rank 64`. What
     stands in quotes is the user's own, and stays.
     """
-    from click import get_current_context
-
-    context = get_current_context(silent=True)
-    for parameter in context.command.params if context is not None else ():
-        option = next((name for name in parameter.opts if name.startswith("--")), None)
-        if option is None:
-            continue
-        argument = rf"(?<![\w.,:'\"{{/-]){parameter.name}="
-        text = re.sub(rf"{argument}True\b", option, text)
-        text = re.sub(rf"{argument}False\b", (parameter.secondary_opts or [f"no {option}"])[0], text)
-        text = re.sub(rf"{argument}(?=[\w'\"\[({{-])", f"{option} ", text)
-        text = re.sub(argument, option, text)
+    for argument, (on, off) in _options.items():
+        found = rf"(?<![\w.,:'\"{{/-]){argument}="
+        text = re.sub(rf"{found}True\b", on, text)
+        text = re.sub(rf"{found}False\b", off, text)
+        text = re.sub(rf"{found}(?=[\w'\"\[({{-])", f"{on} ", text)
+        text = re.sub(found, on, text)
     return text
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Let only this package's warnings through, each as one line on stderr."""
+    """Let only this package's warnings through, each as one line on stderr, and once."""
+    said: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {in_words_of_the_command(' '.join(str(message).split()))}")
+        text = in_words_of_the_command(" ".join(str(message).split()))
+        if text not in said:
+            say(f"warning: {text}")
+        said.add(text)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -170,58 +170,42 @@ def init(
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with one_line_errors(), launched_team() as team:
         budget = _budget(ranks_from, rank, rho)
-        if output.expanduser().is_file():
-            raise LoraInitError(f"--output {output} is a file. Name a directory.")
         with make_console(stderr=True).status("importing torch and transformers"):
-            from lora_init.adapters.adapter_init import check_modules_to_save
-            from lora_init.adapters.build import _check_method
-            from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
-            from lora_init.collection.collect import fingerprint
-            from lora_init.loading.models import find_device, open_model
+            from lora_init.adapters.initializers import GRADIENT_METHODS
             from lora_init.planning.allocate import allocate_ranks
 
             quiet_transformers()
+        needs_gradients = gradients or method in GRADIENT_METHODS
         adapter = AdapterOptions(
             method, gamma, whiten, lora_alpha, use_rslora, use_dora, read_names(modules_to_save or ""), seed
         )
-        _check_method(method, gamma, use_dora)
-        if output.is_dir() and any(output.iterdir()) and not overwrite:
-            raise LoraInitError(
-                f"--output {output} exists and is not empty. Name another directory, or pass --overwrite."
-            )
-        find_device(device)
-        needs_gradients = gradients or method in GRADIENT_METHODS
+        adapter.check(output, overwrite)
         examples = DataOptions(
             data, unescape(template), unescape(completion), subset, split, samples, batch_size, max_length, seed,
             needs_labels=needs_gradients or token_mask == "labels",
         )  # fmt: skip
+        options = ModelOptions(model, task_type, dtype, device, trust_remote_code, seed)
         with make_console(stderr=True).status(f"loading {model}"):
-            source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
-            reader = functools.cache(functools.partial(examples.read, source))
-            if changes_output(method) or statistics is None or not statistics.expanduser().exists():
-                reader()  # before the weights, which take longer
+            source = options.open()
+            read = functools.cache(functools.partial(examples.read, source))
+            if adapter.takes_step or statistics is None or not statistics.expanduser().exists():
+                read()  # before the weights, which take longer
             loaded = source.load(dtype=dtype, device=device, seed=seed)
-        check_modules_to_save(loaded.model, adapter.modules_to_save)
-        if budget.plan is not None:
-            budget.plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
-        settings: dict[str, Any] = {
-            "target_modules": read_modules(target_modules),
-            "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
-            "target_parameters": read_names(target_parameters) if target_parameters else None,
-            "task_type": loaded.task_type,
-            "center": center,
-            "token_mask": token_mask,
-            "gradients": needs_gradients,
-        }
+        selection = Selection(
+            read_modules(target_modules),
+            read_modules(exclude_modules) if exclude_modules else None,
+            read_names(target_parameters) if target_parameters else None,
+            loaded.task_type,
+        )
+        _check_model(loaded, selection, adapter, budget, model)
+        settings = {**vars(selection), "center": center, "token_mask": token_mask, "gradients": needs_gradients}
 
         def collect_now(checkpoint: Path | None) -> Statistics:
-            from lora_init.adapters.step_size import set_aside
             from lora_init.collection.collect import collect
 
-            batches = reader()
             return collect(
-                loaded.model, set_aside(batches)[1] if changes_output(method) else batches, rank=budget.rank,
-                rho=budget.rho, max_batches=max_batches, seed=seed, data=batches.description, checkpoint=checkpoint,
+                loaded.model, adapter.batches_to_learn_from(read()), rank=budget.rank, rho=budget.rho,
+                max_batches=max_batches, seed=seed, data=read().description, checkpoint=checkpoint,
                 resume=checkpoint is not None, **settings,
             )  # fmt: skip
 
@@ -230,13 +214,25 @@ def init(
         if team.rank:
             return
         ranks = budget.plan or allocate_ranks(stats, rank=budget.rank, rho=budget.rho)
-        built = adapter.build(loaded.model, stats, ranks, reader)
+        built = adapter.build(loaded.model, stats, ranks, read)
         directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
         summary = summarise(stats, ranks, directory, statistics, built)
         if as_json:
             print_json(summary)
         else:
             show_summary(make_console(), summary)
+
+
+def _check_model(loaded: LoadedModel, selection: Selection, adapter: AdapterOptions, budget: Budget, name: str) -> None:
+    """Refuse before the pass what the model cannot take."""
+    from lora_init.adapters.adapter_init import check_modules_to_save
+    from lora_init.collection.collect import fingerprint
+    from lora_init.layers.targets import find_targets
+
+    check_modules_to_save(loaded.model, adapter.modules_to_save)
+    find_targets(loaded.model, **vars(selection)).check_layers()
+    if budget.plan is not None:
+        budget.plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {name}")
 
 
 @dataclass(frozen=True)
@@ -257,6 +253,25 @@ def _budget(ranks_from: Path | None, rank: int | None, rho: float | None) -> Bud
 
     plan = load_plan(ranks_from)
     return Budget(plan.rank, max(1.0, max(plan.values()) / plan.rank), plan)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded; see `load_model`."""
+
+    name: str
+    task_type: str | None
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    seed: int
+
+    def open(self) -> ModelSource:
+        """Read all but the weights."""
+        from lora_init.loading.models import find_device, open_model
+
+        find_device(self.device)
+        return open_model(self.name, task_type=self.task_type, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -283,6 +298,16 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which layers take an adapter; see `find_targets`."""
+
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+    target_parameters: list[str] | None
+    task_type: str | None
+
+
+@dataclass(frozen=True)
 class AdapterOptions:
     """What `build_adapter` takes beside statistics and ranks."""
 
@@ -295,21 +320,41 @@ class AdapterOptions:
     modules_to_save: list[str]
     seed: int
 
-    def build(
-        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, reader: Callable[[], Batches]
-    ) -> AdapterInit:
-        """Build the adapter; where the method takes a step, find the best size on batches that are set aside."""
-        from lora_init.adapters.build import build_adapter
+    @property
+    def takes_step(self) -> bool:
+        """Whether the method changes what the model returns, by a step whose size is found on batches set aside."""
         from lora_init.adapters.initializers import changes_output
+
+        return changes_output(self.method)
+
+    def check(self, output: Path, overwrite: bool) -> None:
+        """Refuse what is impossible before anything is read."""
+        from lora_init.adapters.build import check_adapter_options
+
+        if output.expanduser().is_file():
+            raise LoraInitError(f"--output {output} is a file. Name a directory.")
+        options = {name: value for name, value in vars(self).items() if name not in ("use_rslora", "seed")}
+        check_adapter_options(**options, output=output, overwrite=overwrite)
+
+    def batches_to_learn_from(self, batches: Batches) -> Iterable[Any]:
+        """Leave out the batches that the size of a step is found on."""
+        from lora_init.adapters.step_size import set_aside
+
+        return set_aside(batches)[1] if self.takes_step else batches
+
+    def build(
+        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, read: Callable[[], Batches]
+    ) -> AdapterInit:
+        """Build the adapter; where the method takes a step, of the best size."""
+        from lora_init.adapters.build import build_adapter
         from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 
-        if not changes_output(self.method):
+        if not self.takes_step:
             return build_adapter(stats, ranks, **vars(self))
-        options = vars(self) | {"gamma": None}
-        aside, _ = set_aside(reader())
+        aside, _ = set_aside(read())
         return find_step_size(
             model,
-            lambda gamma: build_adapter(stats, ranks, **options | {"gamma": gamma}),
+            lambda gamma: build_adapter(stats, ranks, **vars(self) | {"gamma": gamma}),
             lambda changed: mean_loss(changed, aside),
             self.gamma,
         )

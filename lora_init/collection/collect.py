@@ -188,6 +188,7 @@ def collect(
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
     model, precision = unwrapped(model), Precision()
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
+    targets.check_layers()
     _check_targets(model, targets, rank)
     file = _writable(statistics, overwrite)
     options = PassOptions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.convolutions import CONVOLUTIONS, patches_of
-from lora_init.layers.experts import find_parameters
+from lora_init.layers.experts import Experts, find_parameters
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 
@@ -48,20 +49,23 @@ def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def no_match(
-    model: nn.Module, modules: Mapping[str, nn.Module], target_modules: str | Collection[str]
-) -> LoraInitError:
-    """Make the error for `target_modules` that select nothing, with the closest names that there are."""
-    endings = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if is_linear(module))
-    if isinstance(target_modules, str):
-        asked = [re.split(r"[^\w]+", target_modules.rstrip("$)"))[-1]]
-    else:
-        asked = [pattern.rsplit(".", 1)[-1] for pattern in target_modules]
-    close = {match: None for word in asked for match in difflib.get_close_matches(word, list(endings), n=3, cutoff=0.4)}
-    names = list(close) or [ending for ending, _ in endings.most_common(7)]
+def _closest_names(modules: Mapping[str, nn.Module], patterns: Collection[str]) -> str:
+    """Say which names of a model are closest to some that match nothing; failing that, how linear layers are named."""
+    endings = Counter(name.rsplit(".", 1)[-1] for name in modules)
+    words = [re.split(r"[^\w]+", pattern.rstrip("$)"))[-1] for pattern in patterns]
+    close = [match for word in words for match in difflib.get_close_matches(word, list(endings), n=3)]
+    linear = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if is_linear(module))
+    names = dict.fromkeys(close or [name for name, _ in linear.most_common(7)])
     shown = ", ".join(f"{name!r} ({endings[name]} layer{'s' * (endings[name] > 1)})" for name in names)
-    hint = f"Closest names: {shown}." if close else f"Its linear layers are named: {shown or 'none'}."
-    return LoraInitError(f"target_modules={target_modules!r} matches no layer of {type(model).__name__}. {hint}")
+    return f"Closest names: {shown}." if close else f"Its linear layers are named: {shown or 'none'}."
+
+
+def _warn_of_unmatched(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], what: str) -> None:
+    """Warn of names that match nothing: they were meant to do something."""
+    for pattern in names:
+        if not any(matches([pattern], name, what) for name in modules):
+            hint = _closest_names(modules, [pattern])
+            warnings.warn(f"{what}={pattern!r} matches nothing in {type(model).__name__}. {hint}", stacklevel=3)
 
 
 ALL_LINEAR = "all-linear"
@@ -141,16 +145,15 @@ def read_target(name: str, kind: str, in_features: int, out_features: int, extra
     return Target(name, str(kind), int(in_features), int(out_features), kernel, groups, experts)
 
 
-def file_prefixes(targets: Iterable[Target], others: Iterable[str] = ()) -> dict[str, str]:
+def file_prefixes(targets: Iterable[Target]) -> dict[str, str]:
     """Say what stands before `lora_A` in the names of an adapter's tensors, by the name of the layer.
 
     PEFT wraps the module of a fused parameter once for each of its parameters that has an adapter, the last outermost.
 
     Args:
         targets: All layers that have an adapter, in model order.
-        others: Further names.
     """
-    prefixes = {name: f"base_model.model.{name}" for name in others}
+    prefixes: dict[str, str] = {}
     inside: dict[str, int] = {}
     for target in reversed(list(targets)):
         prefixes[target.name] = f"base_model.model.{target.module}"
@@ -175,6 +178,19 @@ class Targets:
     unsupported: Mapping[str, str]
     reasons: Mapping[str, str]
 
+    def check_layers(self) -> None:
+        """Refuse a selection without a single layer whose A can start from data.
+
+        Raises:
+            LoraInitError: There is none; says why for the first.
+        """
+        if not self.layers:
+            name, reason = next(iter(self.reasons.items()))
+            raise LoraInitError(
+                f"target_modules selects only layers that cannot start from data: {name!r} is one since {reason}. "
+                "Target a linear layer too, or leave these to PEFT's own initialization."
+            )
+
 
 def find_targets(
     model: nn.Module,
@@ -193,6 +209,9 @@ def find_targets(
         task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
         target_parameters: Names of parameters, or dot-separated endings of names: those of fused experts.
 
+    Warns:
+        UserWarning: A name in a list matches nothing.
+
     Raises:
         LoraInitError: Nothing matches, or a matched module is one that PEFT cannot adapt.
 
@@ -204,17 +223,12 @@ def find_targets(
     model = unwrapped(model)
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        selected = [name for name, module in modules.items() if is_linear(module)]
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        selected = [name for name in selected if modules[name] is not output]
-    else:
-        selected = [name for name in modules if matches(target_modules, name, "target_modules")]
-        if not selected and (target_modules or not target_parameters):
-            raise no_match(model, modules, target_modules)
     heads = HEADS.get(task_type or "", ())
+    selected = _selected(model, modules, target_modules, optional=bool(target_parameters))
     selected = [name for name in selected if not is_in(name, heads)]
     if exclude_modules:
+        if not isinstance(exclude_modules, str):
+            _warn_of_unmatched(model, modules, exclude_modules, "exclude_modules")
         selected = [name for name in selected if not matches(exclude_modules, name, "exclude_modules")]
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
@@ -226,22 +240,31 @@ def find_targets(
     unsupported: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for name in sorted([*selected, *parameters], key=_model_order(named)):
-        if name in parameters:
-            experts = parameters[name]
-            if experts is not None:
-                widths = experts.in_features, experts.out_features
-                layers[name] = Target(name, class_name(experts.module), *widths, experts=experts.n_experts)
-            else:
-                unsupported[name] = "Parameter"
-                reasons[name] = "a parameter whose input no interface of transformers' experts shows"
-            continue
-        module = modules[name]
-        reason = next((why for kind, why in _WITHOUT_ROWS.items() if isinstance(module, kind)), None)
-        if reason is None:
-            layers[name] = _target(name, module)
+        found = _fused_target(name, parameters[name]) if name in parameters else _target(name, modules[name])
+        if isinstance(found, Target):
+            layers[name] = found
         else:
-            unsupported[name], reasons[name] = class_name(module), reason
+            unsupported[name], reasons[name] = found
     return Targets(layers, unsupported, reasons)
+
+
+def _selected(
+    model: nn.Module, modules: Mapping[str, nn.Module], target_modules: str | Collection[str], optional: bool
+) -> list[str]:
+    """Name the modules that `target_modules` means."""
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        return [name for name, module in modules.items() if is_linear(module) and module is not output]
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    selected = [name for name in modules if matches(target_modules, name, "target_modules")]
+    if not selected and (names or not optional):
+        raise LoraInitError(
+            f"target_modules={target_modules!r} matches no layer of {type(model).__name__}. "
+            + _closest_names(modules, names)
+        )
+    if not isinstance(target_modules, str):
+        _warn_of_unmatched(model, modules, names, "target_modules")
+    return selected
 
 
 def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
@@ -253,8 +276,20 @@ def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
     return lambda name: order[name]
 
 
-def _target(name: str, module: nn.Module) -> Target:
+def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str]:
+    """Describe a parameter of experts, or give the kind and the reason why it cannot start from data."""
+    if experts is None:
+        return "Parameter", "a parameter whose input no interface of transformers' experts shows"
+    widths = experts.in_features, experts.out_features
+    return Target(name, class_name(experts.module), *widths, experts=experts.n_experts)
+
+
+def _target(name: str, module: nn.Module) -> Target | tuple[str, str]:
+    """Describe a layer, or give its kind and the reason why it cannot start from data."""
     kind = class_name(module)
+    reason = next((why for without, why in _WITHOUT_ROWS.items() if isinstance(module, without)), None)
+    if reason is not None:
+        return kind, reason
     if is_conv1d(module):
         d_in, d_out = module.weight.shape  # type: ignore[misc]
         return Target(name, kind, int(d_in), int(d_out))

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import lora_init
 from lora_init.cli import app as cli
-from lora_init.cli.console import one_line_errors
+from lora_init.cli.console import in_words_of_the_command, one_line_errors, remember_options
 from lora_init.errors import explain
 from tests.conftest import MODELS, tiny_bert, tiny_llama
 
@@ -334,15 +335,22 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({2: "rows.jsonl"}, ["passage", "question"]),
         ({"--target-modules": "qproj"}, ["matches no layer", "'q_proj' (2 layers)"]),
         ({"--target-modules": "(q"}, ["is not a regular expression"]),
-        ({"--rank": "64"}, ["rank=64", "input width 32"]),
+        ({"--rank": "64"}, ["--rank 64", "input width 32"]),
         ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
         ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
         ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
-        ({"--lora-alpha": "-1"}, ["lora_alpha=-1"]),
+        ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
         ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
         ({"--statistics": "text.txt"}, ["text.txt"]),
         ({"-o": "text.txt"}, ["--output text.txt is a file"]),
-        ({"-o": "model"}, ["--output model exists and is not empty", "--overwrite"]),
+        ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
+        (
+            {"--target-modules": "embed_tokens"},
+            ["selects only layers that cannot start from data"],
+        ),
+        ({"--split": "validation"}, ["--split 'validation' is for a folder", "text.txt is one file"]),
+        ({"--ranks": "text.txt"}, ["--ranks names a plan, which has all ranks. Leave --rank and --rho out."]),
+        ({1: "no-tokenizer"}, ["'no-tokenizer' has no tokenizer beside it"]),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -361,6 +369,61 @@ def test_bad_input_is_one_line_and_leaves_nothing(home, tmp_path, monkeypatch, c
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--lora-alpha", "0"], "--lora-alpha 0.0 must be a positive number"),
+        (["--whiten", "--method", "random"], "--whiten needs --method 'eva'; --method 'random' has no variances"),
+        (["--gamma", "3"], "--gamma 3.0 with --method 'eva'"),
+        (["--method", "lora-one", "--use-dora"], "DoRA's magnitudes"),
+        (["--device", "quantum"], "'quantum' cannot be used"),
+        (["--template", "{nothing}"], "has no column 'nothing'"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_the_weights_are_read(command, monkeypatch, options, part):
+    def never(*_, **__):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("lora_init.loading.models.ModelSource.load", never)
+    assert_one_line_error(run(*command, *options), part)
+
+
+def test_a_name_that_matches_nothing_is_said_once(command):
+    result = run(*command, "--target-modules", "q_prj,v_proj", "--exclude-modules", "lm_haed")
+    assert result.exit_code == 0, result.stderr
+    assert [line[:60] for line in result.stderr.splitlines()] == [
+        "warning: --target-modules 'q_prj' matches nothing in LlamaFor",
+        "warning: --exclude-modules 'lm_haed' matches nothing in Llama",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Pass overwrite=True.", "Pass --overwrite."),
+        ("made with center=False", "made with --no-center"),
+        ("whiten=False", "no --whiten"),
+        ("rank=64, gamma=0.5; pass another gamma=.", "--rank 64, --gamma 0.5; pass another --gamma."),
+        ("target_modules=['q'] with method='eva'", "--target-modules ['q'] with --method 'eva'"),
+        ("data 'rank=3', '*.up:rank=8', my_rank=2, rows=", "data 'rank=3', '*.up:rank=8', my_rank=2, rows="),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command(text, expected):
+    remember_options(typer.main.get_command(cli.app).commands["init"].params)
+    assert in_words_of_the_command(text) == expected
+    remember_options([])
+    assert in_words_of_the_command(text) == text
+
+
+def test_sigterm_is_treated_as_ctrl_c(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("not interrupted")
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def make_bad_models(home, folder):
     def variant(name, config=None, **changes):
         directory = folder / name
@@ -371,6 +434,7 @@ def make_bad_models(home, folder):
         (directory / "config.json").write_text(json.dumps(settings) if config is None else config)
         return directory
 
+    tiny_llama().save_pretrained(folder / "no-tokenizer")
     (folder / "empty").mkdir()
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")

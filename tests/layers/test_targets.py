@@ -1,6 +1,7 @@
 """`find_targets` selects what `get_peft_model` adapts: the same model, the same argument, the same layers."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_init import LoraInitError, find_targets
-from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
+from lora_init import LoraInitError, collect, find_targets
+from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama, tiny_t5
 
 ARGUMENTS = [
     dict(target_modules="all-linear"),
@@ -26,6 +27,7 @@ def adapted_by_peft(model, **arguments):
     return [name.removeprefix(prefix) for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
 
 
+@pytest.mark.filterwarnings("ignore:.*_modules")  # one list of names for all models
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda a: str(a["target_modules"])[:24])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_same_layers_as_peft(name, arguments):
@@ -41,6 +43,7 @@ def test_the_same_layers_as_peft(name, arguments):
     assert not found.unsupported
 
 
+@pytest.mark.filterwarnings("ignore:.*_modules")
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "classifier"], r".*(value|classifier|qa_outputs)"])
 @pytest.mark.parametrize(
     ("task", "task_type"),
@@ -87,6 +90,29 @@ def test_quantised_layers_are_told_by_their_interface():
         in_features, out_features = 16, 4
 
     assert find_targets(nn.ModuleDict({"q": Packed()}), ["q"]).layers["q"].kind == "Packed"
+
+
+@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules"])
+def test_a_name_in_a_list_that_matches_nothing_is_a_warning(argument):
+    arguments = {"target_modules": ["q_proj", "v_proj"], argument: ["q_prj", "v_proj"]}
+    with pytest.warns(UserWarning, match=rf"^{argument}='q_prj' matches nothing in Llama.* names: 'q_proj'"):
+        found = find_targets(tiny_llama(), **arguments)
+    assert {name.rpartition(".")[2] for name in found.layers} == {
+        "v_proj" if argument == "target_modules" else "q_proj"
+    }
+    with warnings.catch_warnings():  # negative: a list whose names all match something, and expressions
+        warnings.simplefilter("error")
+        find_targets(tiny_llama(), ["q_proj", "layers.1.mlp.up_proj"], exclude_modules=["lm_head"])
+        find_targets(tiny_llama(), r".*(q_proj|none)", exclude_modules=r".*\.7\..*")
+
+
+def test_embeddings_alone_are_refused_by_what_needs_rows():
+    found = find_targets(tiny_llama(), ["embed_tokens"])
+    with pytest.raises(LoraInitError, match=r"layers that cannot start from data: 'model\.embed_tokens' is one since"):
+        found.check_layers()
+    with pytest.raises(LoraInitError, match="only layers that cannot start from data"):
+        collect(tiny_llama(), batches_for("llama"), ["embed_tokens"])
+    find_targets(tiny_llama(), ["embed_tokens", "q_proj"]).check_layers()
 
 
 def test_mistakes_get_one_clear_line():
