@@ -5,8 +5,7 @@
     python -m benchmarks.gradients --only memory         # one part: cost, memory or accuracy
 
 What is compared is run in turn on each batch. The bare pass is transformers' own, with its loss, from the input
-embeddings back to them; once as torch runs it and once with linear layers through oneDNN, as `collect` runs them on a
-CPU. Prints Markdown; writes JSON under results/gradients/.
+embeddings back to them. Prints Markdown; writes JSON under results/gradients/.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import nn
 import lora_init
 from benchmarks import memory, settings
 from benchmarks.settings import Setting, table
-from lora_init.collection.backward import count_labels, linear_layers_by_onednn
+from lora_init.collection.backward import count_labels
 from lora_init.comparison.training import peak_bytes, reset_peak
 
 RANK, RHO = 16, 2.0
@@ -36,12 +35,11 @@ _ANSWER = 4
 _EXACT_EVERY = 8  # layers whose gradient is computed in full: of all kinds, since a Llama's block has 7
 
 
-def bare(model: nn.Module, batch: dict[str, Any], fast: bool) -> None:
+def bare(model: nn.Module, batch: dict[str, Any]) -> None:
     """One forward and backward pass to the input embeddings, no weight's gradient."""
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
     rest = {key: value for key, value in batch.items() if key != "input_ids"}
-    with linear_layers_by_onednn(model) if fast else nullcontext():
-        model(inputs_embeds=embedded, use_cache=False, **rest).loss.backward()
+    model(inputs_embeds=embedded, use_cache=False, **rest).loss.backward()
 
 
 def labelled(setting: Setting, last: int | None = None) -> list[dict[str, torch.Tensor]]:
@@ -72,13 +70,11 @@ def costs(setting: Setting, last: int | None = None) -> dict[str, Any]:
     def stream() -> Iterator[Any]:
         for batch in labelled(setting, last):
             with timed("bare"):
-                bare(plain, batch, fast=False)
-            with timed("bare, oneDNN"):
-                bare(plain, batch, fast=True)
+                bare(plain, batch)
             with timed("step"):  # until the next batch is asked for
                 yield batch
 
-    bare(plain, labelled(setting)[0], fast=True)
+    bare(plain, labelled(setting)[0])
     stats = lora_init.collect(
         setting.model, stream(), rank=RANK, rho=RHO, gradients=True, tolerance=0.0,
         max_batches=len(setting.seen) + 1,  # so that it asks for one more, which ends the last step
@@ -87,7 +83,7 @@ def costs(setting: Setting, last: int | None = None) -> dict[str, Any]:
     for clock, by_part in seconds.items():
         later = {part: sum(values[1:]) for part, values in by_part.items()}
         found[clock] = {part: value / (len(setting.seen) - 1) for part, value in later.items()}
-        found[clock] |= {f"step / {part}": later["step"] / later[part] for part in ("bare", "bare, oneDNN")}
+        found[clock]["step / bare"] = later["step"] / later["bare"]
         found[clock]["first step / bare"] = by_part["step"][0] / found[clock]["bare"]
     return found
 
@@ -122,7 +118,7 @@ def peaks(name: str) -> dict[str, float]:
     """Peak memory of each phase in MiB, each in a process of its own."""
     return {
         phase: memory.in_fresh_process("benchmarks.gradients", "--setting", name, "--phase", phase)
-        for phase in ("bare", "bare, oneDNN", "collect")
+        for phase in ("bare", "collect")
     }
 
 
@@ -136,7 +132,7 @@ def one_phase(name: str, phase: str) -> int:
         lora_init.collect(setting.model, batches, rank=RANK, rho=RHO, gradients=True, tolerance=0.0)
     else:
         for batch in batches:
-            bare(setting.model, batch, fast=phase != "bare")
+            bare(setting.model, batch)
     return peak_bytes()
 
 
@@ -153,15 +149,13 @@ def report(found: dict[str, Any]) -> str:
                 *(f"{cost[clock][part]:.3f} s" for clock in ("wall", "processor")),
                 *(f"{cost[clock][part] / cost[clock]['bare']:.3f}" for clock in ("wall", "processor")),
             ]
-            for part in ("bare", "bare, oneDNN", "step")
+            for part in ("bare", "step")
         ]
         parts.append(
             table([f"per batch, labels on {labels}", "wall", "processor", "wall / bare", "processor / bare"], rows)
         )
         parts.append(
-            f"Step over the bare pass through oneDNN: {cost['wall']['step / bare, oneDNN']:.3f} wall, "
-            f"{cost['processor']['step / bare, oneDNN']:.3f} processor. The first batch costs "
-            f"{cost['wall']['first step / bare']:.2f} bare passes. {cost['batches']} batches."
+            f"The first batch costs {cost['wall']['first step / bare']:.2f} bare passes. {cost['batches']} batches."
         )
     if "memory" in found:
         peak = found["memory"]

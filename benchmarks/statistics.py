@@ -25,7 +25,8 @@ from torch import Tensor
 import lora_init
 from benchmarks import memory, peft_eva, scaling, settings
 from benchmarks.settings import Setting, median, table, timed
-from lora_init.collection.activations import ActivationTap
+from lora_init.collection.activations import ActivationHooks, call_model
+from lora_init.layers.masks import TokenMasks
 from lora_init.statistics.exact_pca import ExactPCA
 from lora_init.statistics.incremental_svd import IncrementalSVD
 
@@ -38,8 +39,8 @@ MAX_PEFT_PASSES = 200
 class Ours:
     """The inside of `collect`, step by step, with the time of each part."""
 
-    def __init__(self, tap: ActivationTap) -> None:
-        self.tap = tap
+    def __init__(self, hooks: ActivationHooks) -> None:
+        self.hooks = hooks
         self.groups: dict[str, IncrementalSVD] = {}
         self.in_hooks = 0.0
 
@@ -55,7 +56,7 @@ class Ours:
     def step(self, batch: Any) -> dict[str, float]:
         """Take in one batch; seconds of the whole step and of the decomposition in it."""
         self.in_hooks = 0.0
-        passed = timed(lambda: self.tap.run(batch, self._sink))
+        passed = timed(lambda: run(self.hooks, batch, self._sink))
         updated = timed(self._update)
         return {"step": passed + updated, "decomposition": self.in_hooks + updated}
 
@@ -64,10 +65,17 @@ class Ours:
         return {name: one.spectrum().components[:RANK] for name, one in self.groups.items()}
 
 
-def tapped(setting: Setting) -> ActivationTap:
-    """A tap on all targets of a setting."""
-    names = lora_init.find_targets(setting.model).layers
-    return ActivationTap(setting.model, {name: setting.model.get_submodule(name) for name in names})
+def hooks_on(setting: Setting) -> ActivationHooks:
+    """Hooks on all targets of a setting."""
+    modules = {name: setting.model.get_submodule(name) for name in lora_init.find_targets(setting.model).layers}
+    return ActivationHooks(setting.model, modules, TokenMasks(setting.model, "attention"))
+
+
+@torch.no_grad()
+def run(hooks: ActivationHooks, batch: Any, sink: Callable[[str, Tensor], Any]) -> None:
+    """Run one pass of the body."""
+    with hooks.watch(batch, sink, lambda group: True) as moved:
+        call_model(hooks.model, moved)
 
 
 def costs(setting: Setting, n_batches: int) -> dict[str, Any]:
@@ -77,8 +85,8 @@ def costs(setting: Setting, n_batches: int) -> dict[str, Any]:
     """
     seconds: dict[str, list[float]] = {k: [] for k in ("body", "whole", "step", "decomposition", "peft")}
     added_by_peft = []
-    with tapped(setting) as tap, torch.no_grad():
-        ours = Ours(tap)
+    with hooks_on(setting) as hooks, torch.no_grad():
+        ours = Ours(hooks)
         first = ours.step(setting.seen[0])
         leaders = list(ours.groups)
         peft_settings = peft_eva.config(RANK, RHO, leaders, setting.task_type)
@@ -113,9 +121,9 @@ class Oracle(NamedTuple):
 def exact(setting: Setting, batches: list[Any]) -> dict[str, Oracle]:
     """Decompose the full covariance of every input, in float64."""
     groups: dict[str, ExactPCA] = {}
-    with tapped(setting) as tap:
+    with hooks_on(setting) as hooks:
         for batch in batches:
-            tap.run(batch, lambda group, rows: groups.setdefault(group, ExactPCA()).partial_fit(rows.cpu()) and None)
+            run(hooks, batch, lambda group, rows: groups.setdefault(group, ExactPCA()).partial_fit(rows.cpu()) and None)
     found = {}
     for name, one in groups.items():
         weights, vectors = torch.linalg.eigh(one._scatter)
@@ -138,8 +146,8 @@ def accuracy(setting: Setting, n_seen: int) -> dict[str, Any]:
     """What the leading components capture, on the rows seen and on rows never seen."""
     truth, seen = exact(setting, setting.unseen), exact(setting, setting.seen[:n_seen])
     best = {name: one.components for name, one in seen.items()}
-    with tapped(setting) as tap:
-        ours = Ours(tap)
+    with hooks_on(setting) as hooks:
+        ours = Ours(hooks)
         for batch in setting.seen[:n_seen]:
             ours.step(batch)
     mine = ours.components()
@@ -158,8 +166,8 @@ def race(setting: Setting, peft_run: bool) -> dict[str, Any]:
     """What is captured of rows never seen, and how soon: batch by batch, and where each stops by itself."""
     truth = exact(setting, setting.unseen)
     curve, elapsed = [], 0.0
-    with tapped(setting) as tap:
-        ours = Ours(tap)
+    with hooks_on(setting) as hooks:
+        ours = Ours(hooks)
         for count, batch in enumerate(setting.seen, start=1):
             elapsed += ours.step(batch)["step"]
             if count in CHECKPOINTS or count == len(setting.seen):
@@ -193,9 +201,9 @@ def alone(setting: Setting, n_batches: int = 8) -> dict[str, float]:
     from sklearn.decomposition import IncrementalPCA
 
     recorded: dict[str, list[Tensor]] = {}
-    with tapped(setting) as tap:
+    with hooks_on(setting) as hooks:
         for batch in setting.seen[:n_batches]:
-            tap.run(batch, lambda group, rows: recorded.setdefault(group, []).append(rows.float().clone()))
+            run(hooks, batch, lambda group, rows: recorded.setdefault(group, []).append(rows.float().clone()))
     groups = {name: rows for i, (name, rows) in enumerate(recorded.items()) if i % 8 < 2}  # wide and narrow ones
     makers = {
         "lora_init IncrementalSVD": lambda: IncrementalSVD(N_COMPONENTS),

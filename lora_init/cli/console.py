@@ -20,7 +20,7 @@ from lora_init.errors import explain
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_init.collection.processes import Team
+    from lora_init.collection.processes import Processes
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 TrustRemoteCode = Annotated[
@@ -43,8 +43,15 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """Print one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line to stderr; of several processes started together the first one does."""
+    if not launched_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _complain(text: str) -> None:
+    """Print one line to stderr, also from processes that are not the first: what went wrong may be theirs alone."""
+    rank = launched_rank()
+    print(f"rank {rank}: {text}" if rank else text, file=sys.stderr, flush=True)
 
 
 def print_json(content: Any) -> None:
@@ -71,7 +78,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LORA_INIT_DEBUG"):
             raise
-        say(f"error: {in_words_of_the_command(explain(error))}")
+        _complain(f"error: {in_words_of_the_command(explain(error))}")
         raise SystemExit(FAILED) from None
 
 
@@ -153,33 +160,29 @@ def launched_rank() -> int | None:
 
 
 def silence() -> None:
-    """Let nothing more be written to stdout and stderr by this process: the first one says the same."""
+    """Let nothing more be written to stdout by this process: the first one says the same."""
     sys.stdout.flush()
-    sys.stderr.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextmanager
-def launched_team() -> Iterator[Team]:
-    """Join the processes that were started together. Whatever goes wrong inside, in any of them, all say and end.
+def launched_processes() -> Iterator[Processes]:
+    """Join the processes that were started together.
 
     Yields:
         The processes; this one alone if it was started alone.
     """
-    from lora_init.collection.processes import Team
+    from lora_init.collection.processes import Processes
 
     if launched_rank() is None:
-        yield Team(alone=True)
+        yield Processes(alone=True)
         return
     import torch
 
     # Only statistics travel, and they travel by gloo, also between GPUs.
     torch.distributed.init_process_group("gloo")
     try:
-        with Team() as team:
-            yield team
+        yield Processes()
     finally:
         torch.distributed.destroy_process_group()
 

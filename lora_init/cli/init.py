@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ import typer
 from lora_init.cli.console import (
     AsJson,
     TrustRemoteCode,
-    launched_team,
+    launched_processes,
     make_console,
     one_line_errors,
     print_json,
@@ -68,14 +69,15 @@ adapter     /home/user/adapter
 def init(
     model: Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)],
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="JSON, JSONL, CSV, TSV, Parquet or text file, also with .gz, a pattern in quotes or a folder of them, "
             "a hub id, or - for JSON lines on standard input, with columns text, or prompt and completion, or "
-            "messages; for others see --template.",
+            "messages; for others see --template. Not needed with a --statistics file that exists.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Adapter directory to write.", show_default=False)],
     rank: Annotated[int | None, typer.Option(min=1, help="Average rank of a layer.", show_default=str(RANK))] = None,
     rho: Annotated[
@@ -97,8 +99,8 @@ def init(
     statistics: Annotated[
         Path | None,
         typer.Option(
-            help="Statistics file: used if it exists, else written. Ctrl-C keeps what there is. A pass that was killed "
-            "goes on from FILE.partial."
+            help="Statistics file. Written every minute and at the end, also after Ctrl-C; the same command again uses "
+            "it, or goes on after the batches that it has. Without DATA it is used as it is."
         ),
     ] = None,
     method: Annotated[
@@ -125,7 +127,7 @@ def init(
         float | None,
         typer.Option(
             help="With the last three methods: a larger one is a smaller step. Default: lora-ga 16; for the others the "
-            "one with the lowest loss on the first four batches, which are set aside."
+            "one with the lowest loss on four batches that the statistics do not use."
         ),
     ] = None,
     gradients: Annotated[
@@ -164,11 +166,14 @@ def init(
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter directory.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the adapter directory, and statistics of other data or settings."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
-    with one_line_errors(), launched_team() as team:
+    with one_line_errors(), launched_processes() as processes:
         budget = _budget(ranks_from, rank, rho)
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.adapters.initializers import GRADIENT_METHODS
@@ -180,16 +185,17 @@ def init(
             method, gamma, whiten, lora_alpha, use_rslora, use_dora, read_names(modules_to_save or ""), seed
         )
         adapter.check(output, overwrite)
+        file = StatisticsFile.named(statistics, overwrite)
         examples = DataOptions(
             data, unescape(template), unescape(completion), subset, split, samples, batch_size, max_length, seed,
             needs_labels=needs_gradients or token_mask == "labels",
         )  # fmt: skip
+        examples.check(file, adapter)
         options = ModelOptions(model, task_type, dtype, device, trust_remote_code, seed)
         with make_console(stderr=True).status(f"loading {model}"):
             source = options.open()
-            read = functools.cache(functools.partial(examples.read, source))
-            if adapter.takes_step or statistics is None or not statistics.expanduser().exists():
-                read()  # before the weights, which take longer
+            batches = examples.read(source) if data is not None else None  # before the weights, which take longer
+            aside = examples.read_aside(source, batches) if batches is not None and adapter.takes_step else []
             loaded = source.load(dtype=dtype, device=device, seed=seed)
         selection = Selection(
             read_modules(target_modules),
@@ -198,25 +204,18 @@ def init(
             loaded.task_type,
         )
         _check_model(loaded, selection, adapter, budget, model)
-        settings = {**vars(selection), "center": center, "token_mask": token_mask, "gradients": needs_gradients}
-
-        def collect_now(checkpoint: Path | None) -> Statistics:
-            from lora_init.collection.collect import collect
-
-            return collect(
-                loaded.model, adapter.batches_to_learn_from(read()), rank=budget.rank, rho=budget.rho,
-                max_batches=max_batches, seed=seed, data=read().description, checkpoint=checkpoint,
-                resume=checkpoint is not None, **settings,
-            )  # fmt: skip
-
-        stats = obtain(statistics, loaded, settings, collect_now)
-        team.finish()
-        if team.rank:
+        if batches is None:
+            stats = file.as_it_is(loaded.model, selection, needs_gradients)
+        else:
+            settings = {**vars(selection), "center": center, "token_mask": token_mask, "gradients": needs_gradients}
+            settings |= {"rank": budget.rank, "rho": budget.rho, "max_batches": max_batches, "seed": seed}
+            stats = file.collect(loaded.model, batches, settings)
+        if processes.rank:
             return
         ranks = budget.plan or allocate_ranks(stats, rank=budget.rank, rho=budget.rho)
-        built = adapter.build(loaded.model, stats, ranks, read)
+        built = adapter.build(loaded.model, stats, ranks, aside)
         directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-        summary = summarise(stats, ranks, directory, statistics, built)
+        summary = summarise(stats, ranks, directory, file.path, built)
         if as_json:
             print_json(summary)
         else:
@@ -225,7 +224,7 @@ def init(
 
 def _check_model(loaded: LoadedModel, selection: Selection, adapter: AdapterOptions, budget: Budget, name: str) -> None:
     """Refuse before the pass what the model cannot take."""
-    from lora_init.adapters.adapter_init import check_modules_to_save
+    from lora_init.adapters.peft_model import check_modules_to_save
     from lora_init.collection.collect import fingerprint
     from lora_init.layers.targets import find_targets
 
@@ -278,7 +277,7 @@ class ModelOptions:
 class DataOptions:
     """Which examples of which data, and how they are read; see `load_batches`."""
 
-    source: str
+    source: str | None
     template: str | None
     completion: str | None
     subset: str | None
@@ -289,12 +288,33 @@ class DataOptions:
     seed: int
     needs_labels: bool
 
-    def read(self, model: ModelSource) -> Batches:
+    def check(self, file: StatisticsFile, adapter: AdapterOptions) -> None:
+        """Refuse to go without data where data is needed."""
+        if self.source is not None:
+            return
+        if file.path is None or not file.path.exists():
+            raise LoraInitError("DATA is missing. Name it, or name with --statistics a file that exists.")
+        if adapter.takes_step:
+            raise LoraInitError(
+                f"--method {adapter.method} finds the size of its step by the loss on examples, and DATA is missing."
+            )
+
+    def read(self, model: ModelSource, **changes: Any) -> Batches:
         """Read the batches."""
         from lora_init.loading.batches import load_batches
 
-        options = {name: value for name, value in vars(self).items() if name != "source"}
-        return load_batches(self.source, model.tokenizer, seq2seq=model.seq2seq, **options)
+        options = {name: value for name, value in vars(self).items() if name != "source"} | changes
+        return load_batches(self.source or "", model.tokenizer, seq2seq=model.seq2seq, **options)
+
+    def read_aside(self, model: ModelSource, batches: Batches) -> list[Any]:
+        """Read four batches of the examples that come after the sample; of the sample itself if there are no more."""
+        from lora_init.adapters.step_size import N_ASIDE
+
+        try:
+            return self.read(model, offset=self.samples, samples=N_ASIDE * self.batch_size)
+        except LoraInitError:
+            say("warning: the data has no examples beyond the sample, so the size of the step is found on its own.")
+            return batches[:N_ASIDE]
 
 
 @dataclass(frozen=True)
@@ -336,22 +356,13 @@ class AdapterOptions:
         options = {name: value for name, value in vars(self).items() if name not in ("use_rslora", "seed")}
         check_adapter_options(**options, output=output, overwrite=overwrite)
 
-    def batches_to_learn_from(self, batches: Batches) -> Iterable[Any]:
-        """Leave out the batches that the size of a step is found on."""
-        from lora_init.adapters.step_size import set_aside
-
-        return set_aside(batches)[1] if self.takes_step else batches
-
-    def build(
-        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, read: Callable[[], Batches]
-    ) -> AdapterInit:
-        """Build the adapter; where the method takes a step, of the best size."""
+    def build(self, model: nn.Module, stats: Statistics, ranks: RankAllocation, aside: list[Any]) -> AdapterInit:
+        """Build the adapter; where the method takes a step, of the size with the least loss on batches set aside."""
         from lora_init.adapters.build import build_adapter
-        from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
+        from lora_init.adapters.step_size import find_step_size, mean_loss
 
         if not self.takes_step:
             return build_adapter(stats, ranks, **vars(self))
-        aside, _ = set_aside(read())
         return find_step_size(
             model,
             lambda gamma: build_adapter(stats, ranks, **vars(self) | {"gamma": gamma}),
@@ -360,76 +371,79 @@ class AdapterOptions:
         )
 
 
-def obtain(
-    file: Path | None, loaded: LoadedModel, settings: dict[str, Any], collect_now: Callable[[Path | None], Statistics]
-) -> Statistics:
-    """Take the statistics from the file if there is one that fits, else collect them and write the file."""
-    if file is None:
-        return collect_now(None)
-    from lora_init.collection.collect import Interrupted
-    from lora_init.collection.processes import Team
+@dataclass(frozen=True)
+class StatisticsFile:
+    """Where the statistics are kept between commands; nowhere if there is no path."""
 
-    file = file.expanduser()
-    with Team() as team:
-        there = team.meet(file.exists())
-    if len(set(there)) > 1:
-        raise LoraInitError(
-            f"--statistics {file}: rank {there.index(True)} sees this file, rank {there.index(False)} does not. "
-            "Name a file in a place that all processes share."
-        )
-    if there[0]:
-        return _reuse(file, loaded, settings)
-    if not file.parent.is_dir():
-        raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
-    partial = file.with_name(f"{file.name}.partial")
-    first = team.rank == 0
-    if partial.exists():
-        say(f"{partial}: going on with the pass that was interrupted")
-    try:
-        stats = collect_now(partial)
-    except Interrupted as stop:
-        if stop.statistics is not None and first:
-            stop.statistics.save(file)
-            say(f"{file}: kept the statistics of {stop.statistics.provenance.n_batches} batches")
-            partial.unlink(missing_ok=True)
-        raise
-    if first:
-        stats.save(file)
-        partial.unlink(missing_ok=True)
-    return stats
+    path: Path | None
+    overwrite: bool
 
+    @classmethod
+    def named(cls, path: Path | None, overwrite: bool) -> StatisticsFile:
+        """Check that the file has a place, before anything is read."""
+        if path is None:
+            return cls(None, overwrite)
+        path = path.expanduser()
+        if not path.parent.is_dir():
+            raise LoraInitError(f"--statistics {path}: the directory {path.parent} doesn't exist. Create it first.")
+        return cls(path, overwrite)
 
-def _reuse(file: Path, loaded: LoadedModel, settings: dict[str, Any]) -> Statistics:
-    """Load statistics, and refuse them if they were made for another model or with other settings."""
-    from lora_init.collection.collect import fingerprint
-    from lora_init.layers.targets import find_targets
-    from lora_init.statistics.statistics import Statistics
+    def as_it_is(self, model: nn.Module, selection: Selection, needs_gradients: bool) -> Statistics:
+        """Load the file; refuse it if it is of another model or other layers."""
+        from lora_init.collection.collect import fingerprint
+        from lora_init.layers.targets import find_targets
+        from lora_init.statistics.statistics import Statistics
 
-    stats = Statistics.load(file)
-    made = stats.provenance
-    remedy = "Name another file, or delete this one to collect again."
-    if made.fingerprint != fingerprint(loaded.model):
-        origin = f"{made.model_class} {made.model_id}".strip()
-        raise LoraInitError(f"{file} was made from another model ({origin}). {remedy}")
-    found = find_targets(
-        loaded.model, settings["target_modules"], settings["exclude_modules"], settings["task_type"],
-        settings["target_parameters"],
-    )  # fmt: skip
-    wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
-    if wanted != there:
-        raise LoraInitError(
-            f"{file} is not about the layers that --target-modules and --target-parameters select: "
-            f"{len(wanted - there)} are missing, {len(there - wanted)} too many. {remedy}"
-        )
-    for option, name in (("--center", "center"), ("--token-mask", "token_mask"), ("--task-type", "task_type")):
-        if getattr(made, name) != settings[name]:
+        assert self.path is not None  # checked with the data
+        stats = Statistics.load(self.path)
+        made = stats.provenance
+        if made.fingerprint != fingerprint(model):
+            origin = f"{made.model_class} {made.model_id}".strip()
+            raise LoraInitError(f"{self.path} was made from another model ({origin}). Name the file of this one.")
+        found = find_targets(model, **vars(selection))
+        wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
+        if wanted != there:
             raise LoraInitError(
-                f"{file} was made with {option} {getattr(made, name)}, and {settings[name]} is asked for. {remedy}"
+                f"{self.path} is not about the layers that --target-modules and --target-parameters select: "
+                f"{len(wanted - there)} are missing, {len(there - wanted)} too many. Select those that it is about."
             )
-    if settings.get("gradients") and not made.gradients:
-        raise LoraInitError(f"{file} was made without --gradients, and this needs them. {remedy}")
-    say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches, {made.stop_reason})")
-    return stats
+        if needs_gradients and not made.gradients:
+            raise LoraInitError(
+                f"{self.path} was made without --gradients, which this needs. Name DATA and --overwrite."
+            )
+        self._say_used(stats)
+        return stats
+
+    def collect(self, model: nn.Module, batches: Batches, settings: Mapping[str, Any]) -> Statistics:
+        """Make the pass, or what is left of it, or nothing of it if the file has all."""
+        from lora_init.collection.collect import Interrupted, OtherSettingsError, collect
+
+        there = self.path is not None and self.path.exists()
+        run = functools.partial(collect, model, batches, data=batches.description, statistics=self.path, **settings)
+        started = time.time()
+        try:
+            stats = run()
+        except OtherSettingsError as error:
+            if not self.overwrite:
+                raise LoraInitError(
+                    f"{error.difference} Pass --overwrite to collect again, or leave DATA out to use the file as it is."
+                ) from None
+            stats = run(overwrite=True)
+        except Interrupted as stop:
+            if self.path is not None and stop.statistics is not None:
+                say(
+                    f"{self.path}: kept the statistics of {stop.statistics.provenance.n_batches} batches. "
+                    "The same command goes on after them."
+                )
+            raise
+        if there and self.path is not None and self.path.exists() and self.path.stat().st_mtime < started:
+            self._say_used(stats)
+        return stats
+
+    def _say_used(self, stats: Statistics) -> None:
+        made = stats.provenance
+        until = "" if made.complete else ", of a pass that was interrupted"
+        say(f"{self.path}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches{until})")
 
 
 _SHOWN_NOTES = 5

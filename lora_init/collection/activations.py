@@ -20,7 +20,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.convolutions import Patches, patches_of
 from lora_init.layers.experts import Experts, experts_of, routed
 from lora_init.layers.masks import TokenMasks, encoder_of
-from lora_init.layers.wrappers import Precision, is_offloaded, is_sharded
+from lora_init.layers.wrappers import Precision, goes_backward, is_offloaded, is_sharded
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -129,16 +129,12 @@ class ActivationHooks:
             self._sink, self._read = None, {}
             self.masks.stop()
 
-    def stop_reading(self) -> None:
-        """Read nothing of what still runs inside the block of `watch`."""
-        self._sink = None
-
     def _end_pass(self, module: nn.Module, args: Any) -> None:
         if self._sink is not None and not self._to_the_end:
             raise _EndOfPass
 
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._sink is None:  # somebody else's forward pass
+        if self._sink is None or goes_backward():  # somebody else's forward pass, or one that is run again
             return
         self._calls[name] += 1
         with torch.no_grad(), Precision().off():

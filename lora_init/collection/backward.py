@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wanted, input_of
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
-from lora_init.layers.masks import IGNORED, Tokens, encoder_of
+from lora_init.layers.masks import IGNORED, Tokens, shifts_labels
 from lora_init.layers.targets import Target
-from lora_init.layers.wrappers import Precision, reshard, run_eagerly
+from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
 
 # (output of the forward pass, batch) -> the loss to differentiate, a mean over the labels of the batch
 Loss = Callable[[Any, Any], Tensor]
@@ -76,7 +76,6 @@ class BackwardHooks:
         self._forward = forward
         self._loss = loss
         self._sink: GradientSink | None = None
-        self._in_backward = False
         self._waiting: dict[_Call, None] = {}
         self._stack = ExitStack()
 
@@ -127,7 +126,6 @@ class BackwardHooks:
             ):
                 n_labels = count_labels(self._hooks.model, moved)
                 loss = self._loss_of(moved) * n_labels
-                self._hooks.stop_reading()  # a checkpoint runs layers again
                 n_calls = len(self._waiting)
                 self._backward(loss)
             if n_calls == len(self._waiting) > 0:
@@ -136,7 +134,7 @@ class BackwardHooks:
                 rows = call.rows(call.x)
                 gradient_sink(call.name, rows, rows.new_zeros(len(rows), call.out_features))
         finally:
-            self._sink, self._in_backward, self._waiting = None, False, {}
+            self._sink, self._waiting = None, {}
         return n_labels
 
     @property
@@ -160,7 +158,7 @@ class BackwardHooks:
                 "Pass loss=, a function of what the model returns and the batch."
             )
         if not bool(torch.isfinite(loss.detach())):
-            raise LoraInitError(f"the loss is {float(loss):g}. The model produces it; statistics were not updated.")
+            raise LoraInitError(f"the loss is {float(loss.detach()):g}. The model produces it; statistics were not updated.")
         if not loss.requires_grad:
             raise LoraInitError(
                 f"the loss of {self._name} gives no gradient to any layer: nothing that was computed on the way keeps "
@@ -169,11 +167,10 @@ class BackwardHooks:
         return loss.reshape(())
 
     def _backward(self, loss: Tensor) -> None:
-        self._in_backward = True
         try:
             loss.backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            if isinstance(error, LoraInitError) or is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise LoraInitError(
                 f"the backward pass of {self._name} failed: {first_line(error)} Some quantised layers give no gradient "
@@ -187,7 +184,7 @@ class BackwardHooks:
             raise LoraInitError(f"layer {name!r}: output of type {type(output).__name__}, expected a tensor.")
         x = input_of(name, args, kwargs).detach()
         call = _Call(name, x, x._version, self._hooks.masks.tokens(name, x), output.shape[-1])
-        if not self._in_backward:
+        if not goes_backward():
             self._waiting[call] = None
         wanting: Tensor = _wanting_gradient(module, args, output)
         wanting.register_hook(partial(self._gradient_hook, call))  # type: ignore[no-untyped-call]
@@ -205,11 +202,6 @@ class BackwardHooks:
             self._sink(call.name, call.rows(call.x), call.rows(gradient))
 
 
-def may_shift_labels(model: nn.Module) -> bool:
-    """Tell whether a model's loss may be that of a causal language model, by what transformers calls it."""
-    return getattr(model, "loss_type", None) in (None, "ForCausalLM")
-
-
 def count_labels(model: nn.Module, batch: Any) -> int:
     """Count what the loss of a batch is a mean over: its labels, else its examples.
 
@@ -221,7 +213,7 @@ def count_labels(model: nn.Module, batch: Any) -> int:
             batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
         )
         return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
-    shifted = labels.dim() == 2 and encoder_of(model) is None and may_shift_labels(model)
+    shifted = labels.dim() == 2 and shifts_labels(model)
     count = int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
     if count == 0:
         raise LoraInitError("no token of the batch has a label, so there is no loss. Check labels and max_length.")

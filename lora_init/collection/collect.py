@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lora_init
 from lora_init.collection.activations import ActivationHooks, Forward, call_model
-from lora_init.collection.backward import BackwardHooks, Loss, may_shift_labels
+from lora_init.collection.backward import BackwardHooks, Loss
 from lora_init.collection.loop import Pass, PassOptions, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.collection.state import Collected
@@ -246,9 +246,10 @@ def collect(
 def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     """Make the pass, or what is left of it; write the file."""
     file, options, targets = job.file, job.options, job.targets
-    processes.check_alike({**_comparable(job.provenance), "statistics": None if file is None else str(file)})
+    there = file is not None and file.exists()
+    processes.check_alike({**_comparable(job.provenance), "statistics file": [file and str(file), there]})
     earlier = _earlier(job)
-    used: list[int] = [] if earlier is None else earlier.provenance.settings["used"]
+    used: list[int] = [] if earlier is None else list(earlier.provenance.settings["used"])
     shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
     if earlier is not None:
         _check_first_batch(job, earlier, shard.first)
@@ -256,8 +257,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
             return earlier
     job.provenance.settings.update(first_batch=shard.first, common_loader=shard.common)
 
-    shifted = job.provenance.gradients and may_shift_labels(job.model)
-    masks = TokenMasks(job.model, job.provenance.token_mask, shifted=shifted)
+    masks = TokenMasks(job.model, job.provenance.token_mask, job.provenance.gradients)
     modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
     hooks = ActivationHooks(job.model, modules, masks)
     backward = BackwardHooks(hooks, targets.layers, job.forward, job.loss) if job.provenance.gradients else None
@@ -265,7 +265,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
 
     def save() -> None:
         so_far = processes.merge(run.found, options.read)
-        if so_far is not None and file is not None and sum(so_far.n_batches):
+        if so_far is not None and file is not None and any(so_far.n_batches):
             _write(file, _frozen(job, so_far, earlier))
 
     max_batches = int(job.provenance.settings["max_batches"]) - sum(used)
@@ -333,7 +333,7 @@ def _writable(path: str | Path | None, overwrite: bool) -> Path | None:
 def _comparable(provenance: Provenance) -> dict[str, Any]:
     """Name what has to be the same for two passes to be one, in all processes and in a file."""
     kept = ("fingerprint", "data", "rank", "center", "token_mask", "task_type", "seed", "gradients")
-    return {**{name: getattr(provenance, name) for name in kept}, **provenance.settings}
+    return {**provenance.settings, **{name: getattr(provenance, name) for name in kept}}
 
 
 def _earlier(job: _Job) -> Statistics | None:

@@ -17,7 +17,6 @@ from torch import nn
 
 from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
-from lora_init.collection.backward import linear_layers_by_onednn
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.comparison.runs import Record, Run, Variant
 from lora_init.comparison.starts import Prepared, prepare
@@ -133,11 +132,10 @@ class Workbench:
         prepared = self._prepare(Run(Variant("random"), 0, 1e-4), partial(self._collect, 0))
         try:
             order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
-            with linear_layers_by_onednn(prepared.peft_model):
-                trial = train(
-                    prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
-                    evaluation_points=(0, _TRIAL_STEPS), seed=0,
-                )  # fmt: skip
+            trial = train(
+                prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
+                evaluation_points=(0, _TRIAL_STEPS), seed=0,
+            )  # fmt: skip
         finally:
             prepared.release()
         trial.evaluation_seconds *= len(self.task.validation) / len(short.validation)
@@ -172,20 +170,19 @@ class Workbench:
                 ),
                 "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
             }
-            with linear_layers_by_onednn(prepared.peft_model):
-                done = train(
-                    prepared.peft_model,
-                    self.task,
-                    self.task.order(run.seed, self.steps, self.batch_size),
-                    learning_rate=run.learning_rate or 0.0,
-                    warmup=self.warmup,
-                    evaluation_points=self.evaluation_points,
-                    seed=run.seed,
-                    on_step=on_step,
-                )
-                finished = done.status == "finished"
-                if finished and self.retain is not None and retain_before is not None:
-                    record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
+            done = train(
+                prepared.peft_model,
+                self.task,
+                self.task.order(run.seed, self.steps, self.batch_size),
+                learning_rate=run.learning_rate or 0.0,
+                warmup=self.warmup,
+                evaluation_points=self.evaluation_points,
+                seed=run.seed,
+                on_step=on_step,
+            )
+            finished = done.status == "finished"
+            if finished and self.retain is not None and retain_before is not None:
+                record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
             record |= {
                 "status": done.status,
                 "error": done.reason,
@@ -224,21 +221,20 @@ class Workbench:
 
     def _collect(self, seed: int, center: bool, gradients: bool) -> Statistics:
         learning = {"gradients": True, **self._learning()} if gradients else {}
-        with linear_layers_by_onednn(self.loaded.model):
-            return collect(
-                self.loaded.model,
-                self._statistics_data(seed),
-                self.target_modules,
-                task_type=self.loaded.task_type,
-                rank=self.rank,
-                rho=2.0,
-                center=center,
-                max_batches=self.statistics_batches,
-                seed=seed,
-                data=f"{self.task.data}; training examples in the order of seed {seed}",
-                progress=False,
-                **learning,
-            )
+        return collect(
+            self.loaded.model,
+            self._statistics_data(seed),
+            self.target_modules,
+            task_type=self.loaded.task_type,
+            rank=self.rank,
+            rho=2.0,
+            center=center,
+            max_batches=self.statistics_batches,
+            seed=seed,
+            data=f"{self.task.data}; training examples in the order of seed {seed}",
+            progress=False,
+            **learning,
+        )
 
     def _statistics_data(self, seed: int, skipped: int = 0, count: int | None = None) -> list[dict[str, torch.Tensor]]:
         """Take the first batches of the run's own data, none twice; or `count` of them after some."""
@@ -260,8 +256,7 @@ class Workbench:
             return self._statistics_data(seed, self._n_batches(), N_ASIDE)
 
         def measure(model: nn.Module) -> float:
-            with linear_layers_by_onednn(model):
-                return mean_loss(model, aside(), **self._learning())
+            return mean_loss(model, aside(), **self._learning())
 
         return measure
 
@@ -276,9 +271,8 @@ class Workbench:
         """Measure the plain model, once for each seed, since a new head depends on it."""
         if seed not in self._before:
             model = self.loaded.model
-            with linear_layers_by_onednn(model):
-                scored = evaluate(model, self.task, with_metrics=True).metrics
-                self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
+            scored = evaluate(model, self.task, with_metrics=True).metrics
+            self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
         return self._before[seed]
 
     def _decompose_plain_weights(self) -> None:

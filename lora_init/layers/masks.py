@@ -187,28 +187,6 @@ def shifts_labels(model: nn.Module) -> bool:
     return kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
 
 
-def never_looks_ahead(model: nn.Module) -> bool:
-    """Tell whether all attention layers say that they are causal, and work without a mask by torch's attention."""
-    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    by_torch = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
-    return by_torch and bool(flags) and all(flags)
-
-
-def without_needless_mask(batch: Any) -> Any:
-    """Leave out a mask whose padding is all on the right, where causal attention never looks: it is faster without.
-
-    Not if padding has labels: its own loss would be another.
-    """
-    if not isinstance(batch, Mapping) or set(batch) != {"input_ids", "attention_mask", "labels"}:
-        return batch
-    mask, labels = _as_mask(batch["attention_mask"]), batch["labels"]
-    if mask is None or not isinstance(labels, Tensor) or labels.shape != mask.shape:
-        return batch
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any() | ((labels != IGNORED) & ~mask).any()):
-        return batch
-    return {key: value for key, value in batch.items() if key != "attention_mask"}
-
-
 def _as_mask(mask: Any) -> Tensor | None:
     # Other than two-dimensional masks say who attends to whom, not which tokens exist.
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

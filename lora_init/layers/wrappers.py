@@ -119,6 +119,11 @@ def run_eagerly() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+def goes_backward() -> bool:
+    """Tell whether this runs inside a backward pass, where checkpointing runs layers again."""
+    return bool(torch._C._current_graph_task_id() != -1)  # torch has no public name for it
+
+
 class Precision:
     """What autocast is on for, where this is made: the model shall run in it, and statistics be computed without it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,10 +29,15 @@ class Batches(list["dict[str, Tensor]"]):
     Attributes:
         description: Which examples of which data these are, in words, for `collect(..., data=batches.description)`.
         n_examples: Examples in all batches together.
+        settings: What they were made with. `collect` keeps it, and notices if a file is of other ones.
     """
 
     description: str = ""
     n_examples: int = 0
+
+    def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(batches)
+        self.settings = dict(settings or {})
 
 
 def load_batches(
@@ -123,7 +128,12 @@ def load_batches(
     if needs_labels and left_out.total() > _MOST_LEFT_OUT * n_read:
         warnings.warn(f"{rows.label}: of the first {n_read} rows {skipped}.", stacklevel=2)
     pad = padding_token(tokenizer)
-    batches = Batches(pad_batch(g, pad) for g in group_by_length(examples, batch_size, seed, lambda e: len(e[0])))
+    groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
+    settings = {
+        "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
+        "batch_size": batch_size, "seed of the sample": seed,
+    }  # fmt: skip
+    batches = Batches((pad_batch(group, pad) for group in groups), settings)
     batches.n_examples = len(examples)
     parts = [
         f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",

@@ -22,7 +22,7 @@ from lora_init.planning.policies import POLICIES, stack_spectra
 from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
     from jinja2 import Environment
     from matplotlib.figure import Figure
 

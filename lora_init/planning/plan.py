@@ -18,7 +18,7 @@ from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.statistics.statistics import Provenance, Statistics
 
 if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
     from matplotlib.figure import Figure
 
 Value = TypeVar("Value")

@@ -103,7 +103,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
         (["--learning-rates", "-1e-3"], "learning_rates: -0.001; expected positive numbers"),
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
-        (["--label", "class"], "label='class' is not a column"),
+        (["--label", "class"], "--label 'class' is not a column"),
         (["--validation-samples", 118], "2 training and 118 validation examples; a batch needs 4"),
         (["--batch-size", 500], "a batch needs 500"),
         (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),

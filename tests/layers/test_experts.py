@@ -22,7 +22,9 @@ from lora_init import (
     initialize,
 )
 from lora_init.cli.inspect import describe
-from lora_init.collection.activations import ActivationTap
+from lora_init.collection.activations import ActivationHooks
+from lora_init.layers.masks import TokenMasks
+from tests.collection.test_activations import run
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -118,8 +120,9 @@ def test_each_expert_gets_what_its_matrix_multiplies(name, ending):
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     parameter = f"model.layers.1.mlp.{ending}"
     rows = {}
-    with ActivationTap(model, {parameter: model.get_submodule(parameter.rpartition(".")[0])}) as tap:
-        tap.run(batch, lambda group, given: rows.setdefault(group, given.clone()))
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    with ActivationHooks(model, {parameter: module}, TokenMasks(model, "attention")) as hooks:
+        run(hooks, batch, lambda group, given: rows.setdefault(group, given.clone()))
     expected = seen_by_experts(model, batch, parameter)
     assert {group for group in rows if group != parameter} == {f"{parameter}.{expert}" for expert in expected}
     for expert, those in expected.items():
@@ -320,7 +323,7 @@ def test_the_command_line_takes_them(tmp_path):
         result = CliRunner().invoke(cli.app, [*arguments, *chosen])
         assert result.exit_code == 0, result.stderr
     assert "gate_up_proj" in result.stdout
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(cli.app, arguments[:2] + arguments[3:])  # without data the file is used as it is
     assert result.exit_code == 1
     assert "--target-modules and --target-parameters select" in result.stderr
     for tool in ("peft", "axolotl", "llama-factory"):
