@@ -15,7 +15,10 @@ from lora_init.cli.console import make_console, one_line_errors, quiet_transform
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lora_init.comparison.compare import Comparison
+    from lora_init.comparison.findings import Summary
 
 EXAMPLE = """\b
 Example:
@@ -120,8 +123,6 @@ def compare(
             verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
             typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
         else:
-            from lora_init.comparison.tables import show_comparison
-
             show_comparison(make_console(), found.summary)
             say(f"{found.directory / 'report.html'}: written")
 
@@ -147,6 +148,32 @@ def _show_plan(found: Comparison, as_json: bool) -> None:
         typer.echo(run.title)
     left = f"what is left takes about {duration(found.seconds_left)}"
     typer.echo(f"{len(found.planned)} runs, {len(found.records)} ended; {left}")
+
+
+def show_comparison(console: Console, summary: Summary) -> None:
+    """Print verdicts, notes and tables."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora_init.comparison.tables import run_tables
+
+    console.print(Text(f"{summary.headline}\n", "bold"))
+    for verdict in summary.verdicts:
+        console.print(Text(verdict.sentence))
+    console.print()
+    for note in summary.notes:
+        console.print(Text(f"note: {note}"))
+    for name, cells in run_tables(summary).items():
+        if name == "runs":
+            continue
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        for place, column in enumerate(cells.columns):
+            table.add_column(Text(column), justify="right" if place else "left", overflow="fold")
+        for row in cells.itertuples(index=False):
+            table.add_row(*map(Text, row))
+        console.print()
+        console.print(Text(name.replace("_", " "), "bold"))
+        console.print(table)
 
 
 def _words(text: str) -> list[str]:

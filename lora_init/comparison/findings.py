@@ -1,4 +1,4 @@
-"""What a reader must know beside the verdicts: what is missing, unstable or failed, and what chance can do."""
+"""What the runs of a comparison show: a verdict on each start, and what a reader must know beside it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_init.comparison.runs import (
-    RANDOM,
-    Group,
-    Record,
-    best_of_all,
-    final_loss,
-    mean_at,
-    parameters,
-    random_group,
-    table_seeds,
-)
+import pandas as pd
+
+from lora_init.comparison.runs import RANDOM, Results
 
 
 def number(value: float | None) -> str:
@@ -27,10 +19,8 @@ def number(value: float | None) -> str:
         >>> number(0.25), number(0.00012), number(None)
         ('0.2500', '0.00012', '–')
     """
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
-    if not math.isfinite(value):
-        return "not finite"
     if not value or abs(value) >= 0.001:
         return f"{value:.4f}"
     return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
@@ -43,7 +33,7 @@ def signed(value: float | None) -> str:
         >>> signed(-0.25), signed(0.0), signed(None)
         ('−0.2500', '0.0000', '–')
     """
-    return number(value) if not value else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+    return number(value) if not value or math.isnan(value) else f"{'−' if value < 0 else '+'}{number(abs(value))}"
 
 
 def rate_text(rate: float) -> str:
@@ -67,87 +57,18 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def join(words: Sequence[str]) -> str:
-    """Join words as a sentence does.
-
-    Example:
-        >>> join(["a", "b", "c"])
-        'a, b and c'
-    """
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
 def seed_list(seeds: Collection[int]) -> str:
     """Write seeds with their noun.
 
     Example:
         >>> seed_list([0, 1])
-        'seeds 0 and 1'
+        'seeds 0, 1'
     """
-    return f"seed{'' if len(seeds) == 1 else 's'} {join([str(seed) for seed in sorted(seeds)])}"
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, sorted(seeds)))}"
 
 
 Outcome = Literal["better", "worse", "no difference shown", "no statement"]
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """What the pairs say.
-
-    Attributes:
-        differences: Value less the reference's, by seed; only seeds that both have.
-        mean: Mean of them; None without a pair.
-        low: Lower end of the interval of the mean; None with fewer than two pairs.
-        high: Upper end.
-        outcome: For losses, where less is better: "better" or "worse" only if zero lies outside the interval, and
-            "no statement" with fewer than two pairs.
-    """
-
-    differences: dict[int, float]
-    mean: float | None
-    low: float | None
-    high: float | None
-    outcome: Outcome
-
-    @property
-    def n(self) -> int:
-        """How many pairs there are."""
-        return len(self.differences)
-
-
-def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> PairedDifference:
-    """Compare two starts on the seeds that both have.
-
-    The interval is that of the paired t-test, at 95 %. It takes the differences as normally distributed; a bootstrap
-    would not, but of three seeds it can draw only ten different samples, and its intervals are then too narrow.
-
-    Args:
-        values: Result by seed.
-        reference: Result of the start to compare with, by seed.
-
-    Example:
-        >>> paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.1}).outcome
-        'better'
-        >>> paired_difference({0: 0.5}, {0: 1.0}).outcome
-        'no statement'
-    """
-    differences = {seed: values[seed] - reference[seed] for seed in sorted(values) if seed in reference}
-    n = len(differences)
-    if not n:
-        return PairedDifference({}, None, None, None, "no statement")
-    mean = math.fsum(differences.values()) / n
-    if n == 1:
-        return PairedDifference(differences, mean, None, None, "no statement")
-    from scipy.stats import t
-
-    variance = math.fsum((difference - mean) ** 2 for difference in differences.values()) / (n - 1)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt(variance / n)
-    low, high = mean - half, mean + half
-    outcome: Outcome = "no difference shown"
-    if low > 0 or high < 0:
-        outcome = "better" if mean < 0 else "worse"
-    return PairedDifference(differences, mean, low, high, outcome)
 
 
 @dataclass(frozen=True)
@@ -156,58 +77,88 @@ class Verdict:
 
     Attributes:
         label: The start, with how it was run.
-        outcome: In a word or three.
+        outcome: In a word or three. "better" or "worse" only if zero lies outside the interval, and "no statement"
+            with fewer than two pairs.
         sentence: In full.
-        pairs: The numbers behind it.
+        differences: Final loss less that of random with the same seed, by seed; only seeds that both have.
+        mean: Mean of them; None without a pair.
+        low: Lower end of the 95 % interval of the mean; None with fewer than two pairs.
+        high: Upper end.
     """
 
     label: str
     outcome: Outcome
     sentence: str
-    pairs: PairedDifference
+    differences: dict[int, float]
+    mean: float | None
+    low: float | None
+    high: float | None
 
 
-def final_losses(group: Group | None) -> dict[int, float]:
-    """Give the final validation losses at a variant's best rate, by seed."""
-    return {seed: final_loss(run) for seed, run in group.best_runs.items()} if group else {}
+def interval(differences: Collection[float]) -> tuple[float, float] | None:
+    """Compute the 95 % interval of the paired t-test; None with fewer than two differences.
+
+    It takes the differences as normally distributed; a bootstrap would not, but of three seeds it can draw only ten
+    different samples, and its intervals are then too narrow.
+
+    Example:
+        >>> [round(end, 3) for end in interval([-0.1, -0.2, -0.2])]
+        [-0.31, -0.023]
+    """
+    from scipy.stats import sem, t
+
+    if len(differences) < 2:
+        return None
+    values = list(differences)
+    mean = math.fsum(values) / len(values)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
+    return mean - half, mean + half
 
 
-def verdicts(groups: Sequence[Group]) -> list[Verdict]:
+def paired(results: Results, label: str, column: str = "loss") -> dict[int, float]:
+    """Give by how much a start differs from random, each at its best rate, by seed; only seeds that both have."""
+    by_seed = results.by_seed(column)
+    if label not in by_seed.index or RANDOM.label not in by_seed.index:
+        return {}
+    difference = (by_seed.loc[label] - by_seed.loc[RANDOM.label]).dropna()
+    return {int(seed): float(value) for seed, value in difference.items()}
+
+
+def verdicts(results: Results) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final validation loss against random's with the same seeds."""
-    random = random_group(groups)
-    found = []
-    for group in groups:
-        if group.variant != RANDOM:
-            pairs = paired_difference(final_losses(group), final_losses(random))
-            found.append(Verdict(group.label, pairs.outcome, _sentence(group, random, pairs), pairs))
-    return found
+    return [_judge(results, label) for label in results.variants if label != RANDOM.label]
 
 
-def _sentence(group: Group, random: Group | None, pairs: PairedDifference) -> str:
-    name = group.label
-    if group.best is None:
-        return f"{name}: no statement possible, since no learning rate has a finished run and no unstable one."
-    if random is None or random.best is None:
-        return f"{name}: no statement possible, since random has no rate to compare with."
-    if pairs.mean is None:
-        return f"{name}: no statement possible, since no seed finished both here and with random."
-    where = f"{name} at {rate_text(group.best)}, random at {rate_text(random.best)}"
-    apart = f"{number(abs(pairs.mean))} {'lower' if pairs.mean < 0 else 'higher'} than random's"
-    if pairs.low is None or pairs.high is None:
+def _judge(results: Results, label: str) -> Verdict:
+    differences = paired(results, label)
+    mean = math.fsum(differences.values()) / len(differences) if differences else None
+    low, high = interval(differences.values()) or (None, None)
+    outcome: Outcome = "no statement"
+    if low is not None and high is not None:
+        outcome = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+    return Verdict(label, outcome, _sentence(results, label, outcome, mean, low, high), differences, mean, low, high)
+
+
+def _sentence(
+    results: Results, label: str, outcome: Outcome, mean: float | None, low: float | None, high: float | None
+) -> str:
+    best = results.best
+    if label not in best:
+        return f"{label}: no statement possible, since no learning rate has a finished run and no unstable one."
+    if RANDOM.label not in best:
+        return f"{label}: no statement possible, since random has no rate to compare with."
+    if mean is None:
+        return f"{label}: no statement possible, since no seed finished both here and with random."
+    where = f"{label} at {rate_text(best[label])}, random at {rate_text(best[RANDOM.label])}"
+    apart = f"its final validation loss is {number(abs(mean))} {'lower' if mean < 0 else 'higher'} than random's"
+    if outcome == "no statement":
         return (
-            f"{name}: no statement possible with 1 run. Its final validation loss is {apart} with the same seed "
-            f"({where}); how much of that is chance, only more seeds can tell."
+            f"{label}: no statement possible with 1 run; {apart} with the same seed ({where}). How much of that is "
+            "chance, only more seeds can tell."
         )
-    interval = f"95 % interval {signed(pairs.low)} to {signed(pairs.high)}; {where}"
-    if pairs.outcome == "no difference shown":
-        return (
-            f"{name}: no difference shown with {pairs.n} runs. Its final validation loss is {apart} on average, and "
-            f"zero is inside the interval ({interval})."
-        )
-    return (
-        f"{name} is {pairs.outcome} than random: its final validation loss is {apart} on average, with {pairs.n} runs "
-        f"of each ({interval})."
-    )
+    n = len(paired(results, label))
+    about = f"{apart} on average, with {n} runs of each (95 % interval {signed(low)} to {signed(high)}; {where})."
+    return f"{label}: no difference shown; {about}" if outcome.startswith("no") else f"{label} is {outcome}; {about}"
 
 
 # The rates that people use without a sweep.
@@ -217,16 +168,18 @@ _EQUAL_PARAMETERS = 0.01
 _NAMED = 6
 
 
-def notes(groups: Sequence[Group], settings: Mapping[str, Any]) -> list[str]:
-    """Say it in whole sentences, the most serious first."""
+def notes(results: Results, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> list[str]:
+    """Say what a reader must know beside the verdicts in whole sentences, the most serious first."""
+    if results.frame.empty:
+        return ["No run has ended yet, so there is nothing to compare."]
     return [
-        *_missing(groups, settings),
-        *_unstable(groups),
-        *_failed(groups),
-        *_sweeps(groups),
-        *_sizes(groups),
-        *_untuned(groups),
-        *_chance(groups),
+        *_missing(results, settings),
+        *_unstable(results),
+        *_failed(results),
+        *_sweeps(results),
+        *_sizes(results),
+        *_untuned(results),
+        *_chance(results, judged),
     ]
 
 
@@ -235,149 +188,168 @@ def start_names(settings: Mapping[str, Any]) -> list[str]:
     return [start if isinstance(start, str) else str(start[0]) for start in settings.get("starts") or []]
 
 
-def _missing(groups: Sequence[Group], settings: Mapping[str, Any]) -> list[str]:
-    if not groups:
-        return ["No run has ended yet, so there is nothing to compare."]
+def _missing(results: Results, settings: Mapping[str, Any]) -> list[str]:
     said = []
-    if random_group(groups) is None:
+    if RANDOM.label not in results.best:
         said.append(
             "Every start is compared with random, and random has no learning rate with a finished run and no unstable "
             "one. Add random to --starts, or lower rates."
         )
-    ran = {group.variant.start for group in groups}
-    absent = [start for start in start_names(settings) if start not in ran and start != "random"]
+    ran = {variant.start for variant in results.variants.values()}
+    absent = [start for start in start_names(settings) if start not in ran and start != RANDOM.start]
     if absent:
-        said.append(f"Not run yet: {join(absent)}.")
-    for group in groups:
-        seeds = set(settings.get("seeds") or []) - set(group.best_runs)
-        if group.best is not None and seeds:
-            said.append(
-                f"{group.label}: no finished run with {seed_list(seeds)} at its best rate, {rate_text(group.best)}."
-            )
+        said.append(f"Not run yet: {', '.join(absent)}.")
+    for label, own in results.at_best.groupby("label", sort=False):
+        seeds = set(settings.get("seeds") or []) - set(own["seed"])
+        if seeds:
+            said.append(f"{label}: no finished run with {seed_list(seeds)} at its best rate.")
     return said
 
 
-def _unstable(groups: Sequence[Group]) -> list[str]:
-    return [
-        f"{group.label} is unstable at {rate_text(rate)} ({seed_list(cell.unstable)}: {_why(cell.unstable.values())}), "
-        "so this rate is not averaged. "
-        f"{_next_lower(group, rate)}"
-        for group in groups
-        for rate, cell in group.cells.items()
-        if cell.unstable
-    ]
+def _unstable(results: Results) -> list[str]:
+    unstable = results.frame[results.frame["status"] == "unstable"]
+    said = []
+    for (label, rate), runs in unstable.groupby(["label", "learning_rate"], sort=False):
+        own = results.frame[(results.frame["label"] == label) & (results.frame["learning_rate"] < rate)]
+        lower = own["learning_rate"].max()
+        ends = own[own["learning_rate"] == lower]["loss"]
+        next_lower = "No lower rate was tried." if own.empty else f"The next lower rate, {rate_text(lower)}, "
+        if not own.empty:
+            known = ends.notna().any()
+            next_lower += f"ends at {number(ends.mean())}." if known else "has no finished run."
+        said.append(
+            f"{label} is unstable at {rate_text(rate)} ({seed_list(runs['seed'])}: {_why(runs)}), so this rate is not "
+            f"averaged. {next_lower}"
+        )
+    return said
 
 
-def _why(runs: Iterable[Record]) -> str:
+def _why(runs: pd.DataFrame) -> str:
     """Give the reasons of runs that came to nothing, each once."""
-    said = [" ".join(str(run.get("error") or "no finite loss").split()).rstrip(".") for run in runs]
+    said = [" ".join(str(error or "no finite loss").split()).rstrip(".") for error in runs["error"]]
     return "; ".join(dict.fromkeys(said))
 
 
-def _next_lower(group: Group, rate: float) -> str:
-    lower = max((other for other in group.cells if other < rate), default=None)
-    if lower is None:
-        return "No lower rate was tried."
-    cell = group.cells[lower]
-    if cell.unstable:
-        return f"The next lower rate, {rate_text(lower)}, is unstable too."
-    if not cell.finished:
-        return f"The next lower rate, {rate_text(lower)}, has no finished run."
-    return (
-        f"The next lower rate, {rate_text(lower)}, ends at {number(cell.mean())} ({count(len(cell.finished), 'run')})."
-    )
+def _failed(results: Results) -> list[str]:
+    failed = results.frame[results.frame["status"] == "failed"]
+    said = []
+    for reason, runs in failed.groupby(failed["error"].fillna("no reason given"), sort=False):
+        names = [f"{r.label} at {rate_text(r.learning_rate)} with seed {r.seed}" for r in runs.itertuples()]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        said.append(f"{count(len(names), 'run')} failed ({reason.rstrip('.')}): {'; '.join(names[:_NAMED])}{more}.")
+    return said
 
 
-def _failed(groups: Sequence[Group]) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for group in groups:
-        for rate, cell in group.cells.items():
-            for seed, run in cell.failed.items():
-                by_reason.setdefault(_why([run]), []).append(f"{group.label} at {rate_text(rate)} with seed {seed}")
-    return [
-        f"{count(len(runs), 'run')} failed ({reason}): {_first(runs, ' and {} more')}."
-        for reason, runs in by_reason.items()
-    ]
-
-
-def _first(words: Sequence[str], more: str) -> str:
-    return "; ".join(words[:_NAMED]) + (more.format(len(words) - _NAMED) if len(words) > _NAMED else "")
-
-
-def _sweeps(groups: Sequence[Group]) -> list[str]:
+def _sweeps(results: Results) -> list[str]:
     """Say where a better rate may lie outside those that were tried."""
     sides: dict[str, list[str]] = {"one": [], "lowest": [], "highest": []}
-    for group in groups:
-        tried = [rate for rate, cell in group.cells.items() if cell.counts or cell.unstable]
-        if group.best is not None and len(tried) == 1:
-            sides["one"].append(group.label)
-        elif group.best is not None and group.best in (tried[0], tried[-1]):
-            sides["lowest" if group.best == tried[0] else "highest"].append(group.label)
-    said = [
-        f"The best rate is the {side} that was tried, so a {'lower' if side == 'lowest' else 'higher'} one may be "
-        f"better: {'; '.join(sides[side])}."
-        for side in ("lowest", "highest")
-        if sides[side]
-    ]
-    if sides["one"]:
-        said.insert(0, f"Run at one learning rate only, so not known to be tuned: {'; '.join(sides['one'])}.")
+    tried = results.frame[results.frame["status"] != "failed"].groupby("label")["learning_rate"].unique()
+    for label, best in results.best.items():
+        rates = sorted(tried[label])
+        if len(rates) == 1:
+            sides["one"].append(label)
+        elif best in (rates[0], rates[-1]):
+            sides["lowest" if best == rates[0] else "highest"].append(label)
+    said = [f"Run at one learning rate only, so not known to be tuned: {'; '.join(sides['one'])}."] * bool(sides["one"])
+    for side, where in (("lowest", "lower"), ("highest", "higher")):
+        if sides[side]:
+            names = "; ".join(sides[side])
+            said.append(f"The best rate is the {side} that was tried, so a {where} one may be better: {names}.")
     return said
 
 
-def _sizes(groups: Sequence[Group]) -> list[str]:
-    random = random_group(groups)
-    theirs = parameters(random) if random else None
+def _sizes(results: Results) -> list[str]:
+    sizes = results.frame.groupby("label", sort=False)["trainable_parameters"].first()
+    theirs = sizes.get(RANDOM.label, math.nan)
     said = []
-    for group in groups:
-        ours = parameters(group)
-        if group.variant.matched_scale or not ours or not theirs or abs(ours / theirs - 1) <= _EQUAL_PARAMETERS:
+    for label, ours in sizes.items():
+        variant = results.variants[label]
+        if variant.matched_scale or not abs(ours / theirs - 1) > _EQUAL_PARAMETERS:
             continue
-        twin = any(g.variant.equal_parameters and g.variant.start == group.variant.start for g in groups)
+        twin = any(v.equal_parameters and v.start == variant.start for v in results.variants.values())
         also = f"it was {'also' if twin else 'not'} run with equal parameters"
-        if group.variant.equal_parameters:
+        if variant.equal_parameters:
             also = "whole ranks come no closer"
-        said.append(
-            f"{group.label} trains {ours:,} parameters, {abs(ours / theirs - 1):.1%} "
-            f"{'fewer' if ours < theirs else 'more'} than random; {also}."
-        )
+        apart = f"{abs(ours / theirs - 1):.1%} {'fewer' if ours < theirs else 'more'} than random"
+        said.append(f"{label} trains {ours:,.0f} parameters, {apart}; {also}.")
     return said
 
 
-def _untuned(groups: Sequence[Group]) -> list[str]:
+def _untuned(results: Results) -> list[str]:
     """Say what is lost without a sweep."""
-    random, seeds = random_group(groups), table_seeds(groups)
-    best = best_of_all(groups, seeds)
+    if RANDOM.label not in results.best:
+        return []
+    lost = results.means.unstack() - results.means.min()
+    seeds = f" ({seed_list(results.shared_seeds)})" if results.shared_seeds else ""
     said = []
-    if random and not any(rate in group.cells for group in groups for rate in UNTUNED):
-        said.append(
-            f"What is lost without a sweep is not known: {join([rate_text(rate) for rate in UNTUNED])}, which people "
-            "use untuned, were not tried."
-        )
     for rate in UNTUNED:
-        lost = {g.label: loss - best for g in groups if (loss := mean_at(g, rate, seeds)) is not None}
-        if random and len(lost) > 1 and random.label in lost:
-            least = min(lost, key=lambda label: lost[label])
-            others = (
-                "no start ends closer" if least == random.label else f"closest is {least}, {number(lost[least])} above"
-            )
+        at = lost[rate].dropna() if rate in lost else pd.Series(dtype=float)
+        if len(at) > 1 and RANDOM.label in at:
+            least = at.idxmin()
+            closest = f"closest is {least}, {number(at[least])} above"
+            closest = "no start ends closer" if least == RANDOM.label else closest
             said.append(
-                f"Untuned, at {rate_text(rate)}, random ends {number(lost[random.label])} above the best of all starts "
-                f"and rates; {others}{f' ({seed_list(seeds)})' if seeds else ''}."
+                f"Untuned, at {rate_text(rate)}, random ends {number(at[RANDOM.label])} above the best of all starts "
+                f"and rates; {closest}{seeds}."
             )
+    if not set(UNTUNED) & set(results.rates):
+        rates = " and ".join(map(rate_text, UNTUNED))
+        said.append(f"What is lost without a sweep is not known: {rates}, which people use untuned, were not tried.")
     return said
 
 
-def _chance(groups: Sequence[Group]) -> list[str]:
+def _chance(results: Results, judged: Sequence[Verdict]) -> list[str]:
     said = []
-    judged = sum(verdict.pairs.low is not None for verdict in verdicts(groups))
-    if judged > 1:
+    compared = sum(verdict.low is not None for verdict in judged)
+    if compared > 1:
         said.append(
-            f"{judged} comparisons were made. With intervals of 95 %, one in twenty starts that make no difference "
+            f"{compared} comparisons were made. With intervals of 95 %, one in twenty starts that make no difference "
             "would be called better or worse by chance."
         )
-    if any(len(group.cells) > 1 for group in groups):
+    if results.frame.groupby("label")["learning_rate"].nunique().gt(1).any():
         said.append(
             "Each start's learning rate was picked on the validation loss that is reported here, for all starts alike, "
             "so these losses are a little lower than new data would give."
         )
     return said
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a comparison found so far.
+
+    Attributes:
+        title: Task and model.
+        headline: The verdicts in one sentence, and how many runs ended how.
+        verdicts: One for each start other than random, in order.
+        notes: What a reader must know beside them.
+        results: The runs themselves.
+    """
+
+    title: str
+    headline: str
+    verdicts: list[Verdict]
+    notes: list[str]
+    results: Results
+
+
+def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) -> Summary:
+    """Say what the runs show, whether they are all there or only some.
+
+    Args:
+        records: Content of the files of the runs.
+        settings: Content of `settings.json`.
+    """
+    results = Results.of(records, start_names(settings))
+    title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
+    judged = verdicts(results)
+    return Summary(title, _headline(judged, results), judged, notes(results, judged, settings), results)
+
+
+def _headline(judged: Sequence[Verdict], results: Results) -> str:
+    outcomes = pd.Series([verdict.outcome for verdict in judged], dtype=object).value_counts(sort=False)
+    ended = results.frame["status"].value_counts()
+    how = ", ".join(f"{n} {status}" for status, n in ended.items())
+    runs = f"{count(len(results.frame), 'run')}{f': {how}' if how else ''}."
+    parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+    return f"{len(judged)} compared with random: {parts}. {runs}" if judged else runs

@@ -1,179 +1,28 @@
-"""Runs of a comparison by start, learning rate and seed: which rate is a start's best, and which runs don't count."""
+"""The runs of a comparison: which belong to it, the directory that keeps them, and each start's best learning rate."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+import socket
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+from filelock import FileLock, Timeout
 
 from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.comparison.starts import PEFT_STARTS
 from lora_init.errors import LoraInitError
 from lora_init.files import write_whole
 
-SETTINGS_FILE, RUNS_FILE = "settings.json", "runs.jsonl"
-# What tells one run from another.
-KEYS = ("task", "start", "matched_scale", "equal_parameters", "seed", "learning_rate")
-# More of these may be asked of a directory that has some: they shape no single run.
-_GROWING = ("starts", "learning_rates", "seeds")
-_FREE = ("sweep", "match_scale", "threads", "versions", "processor", "command")
-
 Record = dict[str, Any]
-
-
-class RunLog:
-    """The runs of a comparison in their directory. Opening one makes it, or goes on with what is there.
-
-    Attributes:
-        directory: Where it is.
-        settings: What all runs share, and the starts, rates and seeds asked for so far.
-        records: The runs that ended, by `KEYS`; of two for the same run the later.
-
-    Raises:
-        LoraInitError: The directory has runs with other settings, or holds something else, or cannot be written.
-    """
-
-    def __init__(self, directory: str | Path, settings: Mapping[str, Any]) -> None:
-        self.directory = Path(directory).expanduser()
-        self._runs = self.directory / RUNS_FILE
-        self.settings = dict(settings)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if (self.directory / SETTINGS_FILE).exists():
-                self.settings = _merged(self.directory, read_settings(self.directory), self.settings)
-            elif any(self.directory.iterdir()):
-                raise LoraInitError(
-                    f"{self.directory} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. "
-                    "Name another directory."
-                )
-            write_whole(self.directory / SETTINGS_FILE, (json.dumps(self.settings, indent=2) + "\n").encode())
-            self._drop_torn_line()
-        except OSError as error:
-            raise self._unwritable(error) from error
-        self.records = {run_key(record): record for record in read_runs(self.directory)}
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a run that ended; it is on the disk when this returns.
-
-        Raises:
-            LoraInitError: It cannot be written; the runs before it are as they were.
-        """
-        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
-        size = self._runs.stat().st_size if self._runs.exists() else 0
-        try:
-            with self._runs.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(self._runs, size)  # half a line
-            raise self._unwritable(error) from error
-        self.records[run_key(record)] = json.loads(line)
-
-    def _drop_torn_line(self) -> None:
-        """Cut off what a run that was killed while it wrote has left."""
-        if self._runs.exists():
-            content = self._runs.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self._runs, whole)
-
-    def _unwritable(self, error: OSError) -> LoraInitError:
-        return LoraInitError(
-            f"{self.directory}: cannot be written: {error.strerror or error}. The runs that ended before are kept. "
-            "Free some space and give the same command again."
-        )
-
-
-def peek(directory: Path, settings: Mapping[str, Any]) -> dict[tuple[Any, ...], Record]:
-    """Read the runs in a directory, if there are any, and change nothing.
-
-    Raises:
-        LoraInitError: They have other settings, or are damaged.
-    """
-    if not (directory / SETTINGS_FILE).exists():
-        return {}
-    _merged(directory, read_settings(directory), settings)
-    return {run_key(record): record for record in read_runs(directory)}
-
-
-def run_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Tell a run from others."""
-    return tuple(record[name] for name in KEYS)
-
-
-def read_settings(directory: Path) -> dict[str, Any]:
-    """Read `settings.json`.
-
-    Raises:
-        LoraInitError: It is missing or no JSON object.
-    """
-    path = directory / SETTINGS_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoraInitError(f"{path}: cannot be read ({error}). Name the directory of a comparison.") from error
-    if not isinstance(content, dict):
-        raise LoraInitError(f"{path}: not an object. Name the directory of a comparison.")
-    return content
-
-
-def read_runs(directory: Path) -> list[Record]:
-    """Read `runs.jsonl`, whole lines only; of two for the same run the later, in its own place.
-
-    Raises:
-        LoraInitError: A line is not a run.
-    """
-    path = directory / RUNS_FILE
-    if not path.exists():
-        return []
-    found: dict[tuple[Any, ...], Record] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            key = run_key(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoraInitError(
-                f"{path}, line {number}: not a run ({error}). Remove the line; the run is repeated."
-            ) from error
-        found.pop(key, None)
-        found[key] = record
-    return list(found.values())
-
-
-def _merged(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    differing = [
-        f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}"
-        for name in [*new, *(name for name in old if name not in new)]
-        if name not in (*_GROWING, *_FREE) and old.get(name) != json.loads(json.dumps(new.get(name)))
-    ]
-    if differing:
-        raise LoraInitError(
-            f"{directory} has runs of another configuration: {'; '.join(differing)}. "
-            "Name another directory, or use the settings of this one."
-        )
-    grown = {name: [*old[name], *(value for value in new[name] if value not in old[name])] for name in _GROWING}
-    return {**new, **grown}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _finite(value: Any) -> Any:
-    """Write NaN and infinity as null, which JSON lacks."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -200,149 +49,31 @@ class Variant:
 RANDOM = Variant("random")
 
 
-@dataclass
-class Cell:
-    """The runs of a variant at one learning rate, by seed."""
-
-    finished: dict[int, Record] = field(default_factory=dict)
-    unstable: dict[int, Record] = field(default_factory=dict)
-    failed: dict[int, Record] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> dict[int, Record]:
-        """All runs, whatever became of them."""
-        return dict(sorted({**self.finished, **self.unstable, **self.failed}.items()))
-
-    def status(self, seed: int) -> str:
-        """Say what became of a run."""
-        return "finished" if seed in self.finished else "unstable" if seed in self.unstable else "failed"
-
-    @property
-    def counts(self) -> bool:
-        """Whether the rate can be averaged: something finished, and nothing was unstable."""
-        return bool(self.finished) and not self.unstable
-
-    def mean(self, seeds: Iterable[int] | None = None) -> float | None:
-        """Average the final validation loss over seeds; None if the rate doesn't count or none of them finished."""
-        losses = [final_loss(run) for seed, run in self.finished.items() if seeds is None or seed in seeds]
-        return math.fsum(losses) / len(losses) if losses and self.counts else None
-
-
 @dataclass(frozen=True)
-class Group:
-    """All runs of a variant.
-
-    Attributes:
-        variant: Which start.
-        cells: Runs by learning rate, rising.
-        best: The rate to compare at; None if no rate counts.
-    """
+class Run:
+    """One training. `learning_rate` is None while it depends on runs that have not ended."""
 
     variant: Variant
-    cells: dict[float, Cell]
-    best: float | None
+    seed: int
+    learning_rate: float | None
 
-    @property
-    def label(self) -> str:
-        """The name in tables and plots."""
-        return self.variant.label
-
-    @property
-    def best_runs(self) -> dict[int, Record]:
-        """The finished runs at the best rate, by seed."""
-        return self.cells[self.best].finished if self.best is not None else {}
-
-
-def final_loss(run: Record) -> float:
-    """Give a run's last validation loss; NaN if it has none."""
-    losses = run.get("validation_loss") or [None]
-    return math.nan if losses[-1] is None else float(losses[-1])
-
-
-def best_rate(records: Iterable[Record]) -> float | None:
-    """Pick the learning rate with the lowest mean final validation loss among the runs of one variant.
-
-    Rates are compared on the seeds that all of them have: with `--sweep halving` that is the seed of the sweep. A rate
-    where a run was unstable is out, whatever its other runs did. The lower of two equal rates is taken.
-
-    Returns:
-        The rate; None if none has a finished run and no unstable one.
-    """
-    return _best(_cells(records))
-
-
-def group_runs(records: Iterable[Record], starts: Iterable[str] = ()) -> list[Group]:
-    """Sort runs by variant: random first, then the order of `starts`, then that of the records.
-
-    Of two records of one run the later counts.
-    """
-    by_variant: dict[Variant, list[Record]] = {}
-    for record in records:
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Run:
+        """Find the run that a record is about."""
         variant = Variant(record["start"], bool(record["matched_scale"]), bool(record["equal_parameters"]))
-        by_variant.setdefault(variant, []).append(record)
-    order = list(dict.fromkeys([RANDOM.start, *starts, *(variant.start for variant in by_variant)]))
-    variants = sorted(by_variant, key=lambda v: (order.index(v.start), v.matched_scale + 2 * v.equal_parameters))
-    groups = []
-    for variant in variants:
-        cells = _cells(by_variant[variant])
-        groups.append(Group(variant, cells, _best(cells)))
-    return groups
+        return cls(variant, int(record["seed"]), float(record["learning_rate"]))
 
+    @property
+    def title(self) -> str:
+        """Describe the run in a few words."""
+        rate = "best rate" if self.learning_rate is None else f"{self.learning_rate:g}"
+        return f"{self.variant.label}, {rate}, seed {self.seed}"
 
-def shared_seeds(cells: Iterable[Cell]) -> set[int]:
-    """Find the seeds that finished in every cell that counts; those are what rates can be compared on."""
-    seeds = [set(cell.finished) for cell in cells if cell.counts]
-    return set.intersection(*seeds) if seeds else set()
-
-
-def _cells(records: Iterable[Record]) -> dict[float, Cell]:
-    latest = {(record["learning_rate"], record["seed"]): record for record in records}
-    cells: dict[float, Cell] = {}
-    for (rate, seed), run in sorted(latest.items(), key=lambda item: item[0]):
-        cell = cells.setdefault(rate, Cell())
-        status = run["status"]
-        if status == "finished" and not _all_finite(run):
-            status = "unstable"
-        getattr(cell, status)[seed] = run
-    return cells
-
-
-def _all_finite(run: Record) -> bool:
-    losses = run.get("validation_loss") or [None]
-    return all(loss is not None and math.isfinite(loss) for loss in losses)
-
-
-def _best(cells: Mapping[float, Cell]) -> float | None:
-    seeds = shared_seeds(cells.values()) or None
-    means = {rate: mean for rate, cell in cells.items() if (mean := cell.mean(seeds)) is not None}
-    return min(means, key=lambda rate: means[rate], default=None)
-
-
-def random_group(groups: Iterable[Group]) -> Group | None:
-    """Find the runs of plain random, which all others are compared with; None without a rate that counts."""
-    return next((group for group in groups if group.variant == RANDOM and group.best is not None), None)
-
-
-def table_seeds(groups: Iterable[Group]) -> set[int]:
-    """Find the seeds on which all starts and rates can be compared; empty if no seed was run everywhere."""
-    return shared_seeds(cell for group in groups for cell in group.cells.values())
-
-
-def mean_at(group: Group, rate: float, seeds: set[int]) -> float | None:
-    """Average the final validation loss at a rate over those seeds, or over a cell's own if there are none."""
-    return group.cells[rate].mean(seeds or None) if rate in group.cells else None
-
-
-def best_of_all(groups: Iterable[Group], seeds: set[int]) -> float:
-    """Give the lowest mean final validation loss of all starts and rates; NaN if nothing finished."""
-    means = (mean_at(group, rate, seeds) for group in groups for rate in group.cells)
-    return min((mean for mean in means if mean is not None), default=math.nan)
-
-
-def parameters(group: Group) -> int | None:
-    """Give the trainable parameters of a variant; None if no run got so far."""
-    runs = [run for cell in group.cells.values() for run in cell.runs.values()]
-    return next((int(run["trainable_parameters"]) for run in runs if run.get("trainable_parameters")), None)
+    @property
+    def file(self) -> str:
+        """The name of its file: no two runs have the same, whatever a start is called."""
+        how = "+matched-scale" * self.variant.matched_scale + "+equal-parameters" * self.variant.equal_parameters
+        return f"{quote(self.variant.start, safe='')}{how}_{self.learning_rate}_seed{self.seed}.json"
 
 
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
@@ -361,84 +92,81 @@ _UNMATCHED = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training. `learning_rate` is None while it depends on runs that have not ended."""
-
-    variant: Variant
-    seed: int
-    learning_rate: float | None
-
-    def key(self, task: str) -> tuple[Any, ...]:
-        """Return what `run_log.run_key` makes of its record."""
-        v = self.variant
-        return task, v.start, v.matched_scale, v.equal_parameters, self.seed, self.learning_rate
-
-    @property
-    def title(self) -> str:
-        """Describe the run in a few words."""
-        rate = "best rate" if self.learning_rate is None else f"{self.learning_rate:g}"
-        return f"{self.variant.label}, {rate}, seed {self.seed}"
-
-
-def variants(starts: Iterable[str], match_scale: bool, ranks_cost_the_same: bool) -> list[Variant]:
-    """List each start, and beside it what makes it comparable.
-
-    Args:
-        starts: Names of starts.
-        match_scale: Also run starts with A scaled to the size of the random one, where that differs.
-        ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another; if not, starts that
-            move ranks, or train no A, are also run at the parameter count of the random start.
-    """
-    plain = [Variant(start) for start in starts]
-    moving = [v for v in plain if v.start in _MOVES_RANKS]
-    differing = [v for v in moving if v.start == "eva-frozen-a" or not ranks_cost_the_same]
-    equal = [replace(v, equal_parameters=True) for v in differing]
-    matched = [replace(v, matched_scale=True) for v in plain if match_scale and v.start not in _UNMATCHED]
-    return [*plain, *equal, *matched]
-
-
-def plan_runs(
-    task: str,
-    variants: Sequence[Variant],
-    learning_rates: Sequence[float],
-    seeds: Sequence[int],
-    sweep: str,
-    records: Mapping[tuple[Any, ...], Record],
-) -> list[Run]:
-    """List all runs in the order to do them in, those that have ended among them.
+class Plan:
+    """What is compared: every start at every rate, and on how many seeds.
 
     `"full"` is every variant at every rate with every seed. `"halving"` is every rate on the first seed, and on the
     others the best of them alone. Should that one be unstable on another seed, the next best takes its place; a variant
     that has no stable rate has no other seeds.
 
-    Args:
-        task: Name of the task.
-        variants: From `variants`.
-        learning_rates: At least one.
-        seeds: At least one.
+    Attributes:
+        starts: Names of starts.
+        learning_rates: Tried for every start.
+        seeds: Each decides the order of the data and all that is random in a start.
         sweep: `"halving"` or `"full"`.
-        records: Runs that have ended, by key.
+        match_scale: Also run starts with A scaled to the size of the random one, where that differs.
     """
-    first = [Run(variant, seeds[0], rate) for rate in learning_rates for variant in variants]
-    if sweep == "full":
-        return first + [Run(v, seed, rate) for seed in seeds[1:] for rate in learning_rates for v in variants]
-    others: dict[Variant, list[Run]] = {}
-    for variant in variants:
-        swept = [records.get(run.key(task)) for run in first if run.variant == variant]
-        done = [
+
+    starts: Sequence[str]
+    learning_rates: Sequence[float]
+    seeds: Sequence[int]
+    sweep: str
+    match_scale: bool = False
+
+    def __post_init__(self) -> None:
+        rates, seeds = self.learning_rates, self.seeds
+        wrong = [rate for rate in rates if not 0.0 < rate < math.inf]
+        if wrong or not rates:
+            raise LoraInitError(
+                f"learning_rates: {wrong[0] if wrong else 'none'}; expected positive numbers, such as 1e-4."
+            )
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds) or len(set(rates)) < len(rates):
+            raise LoraInitError(
+                f"seeds={list(seeds)}, learning_rates={list(rates)}: expected different ones, seeds >= 0."
+            )
+        if self.sweep not in ("halving", "full"):
+            raise LoraInitError(f"sweep={self.sweep!r} is unknown. Choose halving or full.")
+
+    def variants(self, ranks_cost_the_same: bool) -> list[Variant]:
+        """List each start, and beside it what makes it comparable.
+
+        Args:
+            ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another; if not, starts that
+                move ranks, or train no A, are also run at the parameter count of the random start.
+        """
+        plain = [Variant(start) for start in self.starts]
+        moving = [v for v in plain if v.start in _MOVES_RANKS]
+        differing = [v for v in moving if v.start == "eva-frozen-a" or not ranks_cost_the_same]
+        equal = [replace(v, equal_parameters=True) for v in differing]
+        matched = [replace(v, matched_scale=True) for v in plain if self.match_scale and v.start not in _UNMATCHED]
+        return [*plain, *equal, *matched]
+
+    def runs(self, variants: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:
+        """List all runs in the order to do them in, those that have ended among them.
+
+        Args:
+            variants: From `variants`.
+            records: Runs that have ended.
+        """
+        first = [Run(variant, self.seeds[0], rate) for rate in self.learning_rates for variant in variants]
+        if self.sweep == "full":
+            return first + [Run(v, s, rate) for s in self.seeds[1:] for rate in self.learning_rates for v in variants]
+        best = Results.of(
             record
-            for seed in seeds
-            for rate in learning_rates
-            if (record := records.get(Run(variant, seed, rate).key(task))) is not None
+            for run, record in records.items()
+            if run.seed in self.seeds and run.learning_rate in self.learning_rates
+        ).best
+        swept = {v for v in variants if all(run in records for run in first if run.variant == v)}
+        # Seed by seed, so that what is there when it is stopped can be paired.
+        return first + [
+            Run(variant, seed, best[variant.label] if variant in swept else None)
+            for seed in self.seeds[1:]
+            for variant in variants
+            if variant not in swept or variant.label in best
         ]
-        best = None if None in swept else best_rate(done)
-        if None in swept or best is not None:
-            others[variant] = [Run(variant, seed, best) for seed in seeds[1:]]
-    # Seed by seed, so that what is there when it is stopped can be paired.
-    return first + [runs[i] for i in range(len(seeds) - 1) for runs in others.values()]
 
 
-def check_fair(records: Iterable[Mapping[str, Any]], own: Container[str] = ()) -> None:
+def check_fair(records: Iterable[Mapping[str, Any]], own: Collection[str] = ()) -> None:
     """Make sure that runs that are compared were given the same: data in the same order, and parameters.
 
     Args:
@@ -471,26 +199,302 @@ def check_fair(records: Iterable[Mapping[str, Any]], own: Container[str] = ()) -
                 )
 
 
-def check_plan(
-    learning_rates: Sequence[float], seeds: Sequence[int], steps: int, points: Sequence[int], warmup: float, sweep: str
-) -> None:
-    """Check what a plan is made from.
+METRICS = ("accuracy", "macro_f1", "mcc")
+_NUMBERS = (
+    "trainable_parameters", "a_scale", "gamma", "gradient_norm", "initialisation_seconds", "initialisation_passes",
+    "training_seconds", "peak_memory_bytes",
+)  # fmt: skip
+_OTHERS = ("error", "ranks", "evaluation_points", "validation_loss", "retain_loss")
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What the runs measured, as a table.
+
+    Attributes:
+        frame: A row for each run, in the order random, then that of the settings, by rate and seed. Its columns are
+            those of `RunRecord`, and `label`, `loss` (the final validation loss, NaN unless finished), `first_loss`,
+            the metrics, `retained_before`, `retained_after`, `intruders`, `intruders_of` and `intruder_energy`.
+        best: The learning rate at which each start is compared, by label; a start without a rate that counts has none.
+    """
+
+    frame: pd.DataFrame
+    best: dict[str, float]
+
+    @classmethod
+    def of(cls, records: Iterable[Record], starts: Iterable[str] = ()) -> Results:
+        """Arrange records, those of random first, then in the order of `starts`."""
+        records = list(records)
+        order = list(dict.fromkeys([RANDOM.start, *starts, *(record["start"] for record in records)]))
+
+        def place(record: Record) -> tuple[Any, ...]:
+            how = record["matched_scale"] + 2 * record["equal_parameters"]
+            return order.index(record["start"]), how, record["learning_rate"], record["seed"]
+
+        rows = [_row(record) for record in sorted(records, key=place)]
+        frame = pd.DataFrame(rows, columns=list(_row(_NO_RUN)))
+        counted = _counted(frame)
+        best = {label: float(_means(own).idxmin()[1]) for label, own in counted.groupby("label", sort=False)}
+        return cls(frame, best)
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """The variants that have runs, by label."""
+        return {row.label: row.variant for row in self.frame.itertuples()}
+
+    @property
+    def rates(self) -> list[float]:
+        """Every learning rate that was tried, rising."""
+        return sorted(self.frame["learning_rate"].unique())
+
+    @cached_property
+    def counted(self) -> pd.DataFrame:
+        """The finished runs of the rates that count: those with no unstable run."""
+        return _counted(self.frame)
+
+    @cached_property
+    def at_best(self) -> pd.DataFrame:
+        """The finished runs at each start's best rate."""
+        return self.counted[self.counted["learning_rate"] == self.counted["label"].map(self.best)]
+
+    @cached_property
+    def shared_seeds(self) -> set[int]:
+        """The seeds that finished for every start and rate that counts; empty if there is none."""
+        return _shared_seeds(self.counted)
+
+    @cached_property
+    def means(self) -> pd.Series:
+        """Mean final loss by label and rate, over the shared seeds, or over each one's own if there are none."""
+        return _means(self.counted)
+
+    def by_seed(self, column: str = "loss") -> pd.DataFrame:
+        """Arrange what was measured at the best rates: a row for each start, a column for each seed."""
+        found = self.at_best.pivot(index="label", columns="seed", values=column)
+        return found.reindex([label for label in self.variants if label in found.index])
+
+
+_NO_RUN: Record = {"start": "", "matched_scale": False, "equal_parameters": False, "seed": 0, "learning_rate": 0.0}
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """Flatten a record: what is a number becomes one, NaN where it was not measured."""
+    run, losses = Run.of(record), record.get("validation_loss") or []
+    finite = bool(losses) and all(loss is not None and math.isfinite(loss) for loss in losses)
+    status = record.get("status", "failed")
+    status = "unstable" if status == "finished" and not finite else status
+    before, after = record.get("retain_loss") or (None, None)
+    metrics, intruders = record.get("metrics") or {}, record.get("intruders") or {}
+    numbers = {
+        **{name: record.get(name) for name in _NUMBERS},
+        **{name: metrics.get(name) for name in METRICS},
+        "first_loss": losses[0] if losses else None,
+        "loss": losses[-1] if status == "finished" else None,
+        "retained_before": before,
+        "retained_after": after,
+        "intruders": intruders.get("count"),
+        "intruders_of": intruders.get("of"),
+        "intruder_energy": intruders.get("energy_share"),
+    }
+    return {
+        "label": run.variant.label,
+        "variant": run.variant,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "status": status,
+        **{name: record.get(name) for name in _OTHERS},
+        **{name: math.nan if value is None else float(value) for name, value in numbers.items()},
+    }
+
+
+def _counted(frame: pd.DataFrame) -> pd.DataFrame:
+    unstable = frame["status"].eq("unstable").groupby([frame["label"], frame["learning_rate"]]).transform("any")
+    return frame[frame["status"].eq("finished") & ~unstable.astype(bool)]
+
+
+def _shared_seeds(counted: pd.DataFrame) -> set[int]:
+    seeds = [set(cell["seed"]) for _, cell in counted.groupby(["label", "learning_rate"])]
+    return set.intersection(*seeds) if seeds else set()
+
+
+def _means(counted: pd.DataFrame) -> pd.Series:
+    """Compare rates on the seeds that all of them have: with `halving` those are the seeds of the sweep."""
+    seeds = _shared_seeds(counted)
+    kept = counted[counted["seed"].isin(seeds)] if seeds else counted
+    return kept.groupby(["label", "learning_rate"])["loss"].mean()
+
+
+SETTINGS_FILE, RUNS, LOCK, HOLDER = "settings.json", "runs", ".lock", ".lock-holder"
+# More of these may be asked of a directory that has some: they shape no single run.
+_GROWING = ("starts", "learning_rates", "seeds")
+_FREE = ("sweep", "match_scale", "threads", "versions", "processor", "command")
+
+
+class RunDirectory:
+    """The runs of a comparison in their directory, one file each. `open_runs` makes it.
+
+    Attributes:
+        path: Where it is.
+        settings: What all runs share, and the starts, rates and seeds asked for so far.
+        records: The runs that ended.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], records: dict[Run, Record]) -> None:
+        self.path, self.settings, self.records = path, settings, records
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Keep a run that ended; it is on the disk, whole, when this returns.
+
+        Raises:
+            LoraInitError: It cannot be written; the other runs are as they were.
+        """
+        run, text = Run.of(record), json.dumps(_finite(record), allow_nan=False)
+        with _said_in_one_line(self.path):
+            write_whole(self.path / RUNS / run.file, f"{text}\n".encode())
+        self.records[run] = json.loads(text)
+
+
+@contextmanager
+def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
+    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile.
+
+    Args:
+        path: Directory.
+        settings: What all runs share. Starts, rates and seeds are added to those of the directory.
 
     Raises:
-        LoraInitError: A rate that is not positive, no seed, points that do not rise, or shares outside 0 to 1.
+        LoraInitError: The directory has runs with other settings, holds something else, cannot be written, or is in use
+            by another process.
     """
-    wrong = [rate for rate in learning_rates if not 0.0 < rate < float("inf")]
-    if wrong or not learning_rates:
+    with _said_in_one_line(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / SETTINGS_FILE).exists():
+            _refuse_old(path)
+            if {entry.name for entry in path.iterdir()} - {LOCK, HOLDER, RUNS}:
+                raise LoraInitError(
+                    f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. "
+                    "Name another directory."
+                )
+    with _held(path):
+        with _said_in_one_line(path):
+            (path / RUNS).mkdir(exist_ok=True)
+            merged = dict(settings)
+            if (path / SETTINGS_FILE).exists():
+                merged = _merged(path, read_settings(path), merged)
+            write_whole(path / SETTINGS_FILE, (json.dumps(merged, indent=2) + "\n").encode())
+        yield RunDirectory(path, merged, {Run.of(record): record for record in read_runs(path)})
+
+
+def peek(path: Path, settings: Mapping[str, Any]) -> dict[Run, Record]:
+    """Read the runs in a directory, if there are any, and change nothing.
+
+    Raises:
+        LoraInitError: They have other settings, or are damaged.
+    """
+    _refuse_old(path)
+    if not (path / SETTINGS_FILE).exists():
+        return {}
+    _merged(path, read_settings(path), settings)
+    return {Run.of(record): record for record in read_runs(path)}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read `settings.json`.
+
+    Raises:
+        LoraInitError: It is missing or no JSON object, or the directory is of an older version.
+    """
+    _refuse_old(path)
+    file = path / SETTINGS_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoraInitError(f"{file}: cannot be read ({error}). Name the directory of a comparison.") from error
+    if not isinstance(content, dict):
+        raise LoraInitError(f"{file}: not an object. Name the directory of a comparison.")
+    return content
+
+
+def read_runs(path: Path) -> list[Record]:
+    """Read the runs of a directory, sorted by the names of their files.
+
+    Raises:
+        LoraInitError: A file is not a run.
+    """
+    found = []
+    for file in sorted((path / RUNS).glob("*.json")):
+        try:
+            record = json.loads(file.read_bytes())
+            Run.of(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoraInitError(f"{file}: not a run ({error!r}). Remove the file; the run is repeated.") from error
+        found.append(record)
+    return found
+
+
+def _refuse_old(path: Path) -> None:
+    if (path / "runs.jsonl").exists():
         raise LoraInitError(
-            f"learning_rates: {wrong[0] if wrong else 'none'}; expected positive numbers, such as 1e-4."
+            f"{path} is a comparison of an older version, which kept all runs in runs.jsonl; this one keeps a file for "
+            "each run and does not read it. Name another directory."
         )
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds) or len(set(learning_rates)) < len(learning_rates):
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold the directory; a second process says at once who does."""
+    holder = path / HOLDER
+    try:
+        lock = FileLock(path / LOCK, timeout=0).acquire()
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise LoraInitError(
-            f"seeds={list(seeds)}, learning_rates={list(learning_rates)}: expected different ones, seeds >= 0."
+            f"{path} is in use by {who}. Wait until that comparison has ended, or name another directory."
+        ) from None
+    with lock:
+        with _said_in_one_line(path):
+            write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                holder.unlink()
+
+
+@contextmanager
+def _said_in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LoraInitError(
+            f"{path}: cannot be written: {error.strerror or error}. The runs that ended before are kept. "
+            "Free some space and give the same command again."
+        ) from error
+
+
+def _merged(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    differing = [
+        f"{name} was {_short(old.get(name))}, now {_short(new.get(name))}"
+        for name in [*new, *(name for name in old if name not in new)]
+        if name not in (*_GROWING, *_FREE) and old.get(name) != json.loads(json.dumps(new.get(name)))
+    ]
+    if differing:
+        raise LoraInitError(
+            f"{path} has runs of another configuration: {'; '.join(differing)}. "
+            "Name another directory, or use the settings of this one."
         )
-    if steps < 1 or list(points) != sorted(set(points)) or points[0] != 0 or points[-1] != steps:
-        raise LoraInitError(f"evaluation points {list(points)}: expected rising steps from 0 to {steps}.")
-    if not 0.0 <= warmup < 1.0:
-        raise LoraInitError(f"warmup={warmup}: expected a share of the steps, at least 0 and less than 1.")
-    if sweep not in ("halving", "full"):
-        raise LoraInitError(f"sweep={sweep!r} is unknown. Choose halving or full.")
+    grown = {name: [*old[name], *(value for value in new[name] if value not in old[name])] for name in _GROWING}
+    return {**new, **grown}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _finite(value: Any) -> Any:
+    """Write NaN and infinity as null, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value

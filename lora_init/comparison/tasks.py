@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.batches import group_by_length, pad_batch, padding_token
-from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
+from lora_init.loading.batches import Batches, load_batches
+from lora_init.loading.examples import IGNORED, Encoded, encode, group_by_length, pad_batch, padding_token, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -40,13 +40,12 @@ class ChoiceRule:
         return None if right is None or len(options) < 2 else (options, right)
 
 
-def choice_rule(names: Sequence[str], label: str, options: str, answer: str | None) -> ChoiceRule:
+def choice_rule(names: Sequence[str], label: str, options: str, answer: str) -> ChoiceRule:
     """Read `--options` and `--answer`: a column with options, or the options themselves, separated by commas.
 
     Raises:
         LoraInitError: A column is missing.
     """
-    answer = answer or "answer"
     columns = f"Columns of {label}: {', '.join(names)}."
     if answer not in names:
         raise LoraInitError(f"answer={answer!r} is not a column. {columns}")
@@ -157,24 +156,50 @@ def item_length(item: Item) -> int:
     return len(item.tokens[0])
 
 
-def load_task(
-    source: str | Path,
-    tokenizer: Any,
-    *,
-    template: str | None = None,
-    completion: str | None = None,
-    label: str | None = None,
-    options: str | None = None,
-    answer: str | None = None,
-    normalize: bool = False,
-    subset: str | None = None,
-    split: str = "train",
-    train_samples: int = 1024,
-    validation_samples: int = 128,
-    max_length: int = 256,
-    batch_size: int = 8,
-    data_seed: int = 0,
-) -> Task:
+@dataclass(frozen=True)
+class DataOptions:
+    """How examples are read from a data set, and how it is split.
+
+    Attributes:
+        template: Text of an example, or the prompt if there is a completion.
+        completion: What the model should answer. For multiple choice it names the column `answer`; that is its
+            default, after a space.
+        label: Column of the class; makes this a classification.
+        options: Column with the options (a list, or one a line), or options separated by commas; makes this a multiple
+            choice.
+        answer: Column that says which option is right: its text, its letter or its position.
+        normalize: Divide an option's log-likelihood by its number of tokens before options are compared.
+        subset: Configuration of a hub data set.
+        split: Split of a hub data set or a folder.
+        train_samples: Training examples at most.
+        validation_samples: Validation examples.
+        max_length: Tokens of an example at most.
+        data_seed: Seed of the split.
+        name: Name of the task in the report. Default: that of the data.
+        retain_data: Text of another kind: its loss before and after training tells what was forgotten.
+        retain_template: How an example of it reads.
+        retain_samples: Examples of it.
+    """
+
+    template: str | None = None
+    completion: str | None = None
+    label: str | None = None
+    options: str | None = None
+    answer: str = "answer"
+    normalize: bool = False
+    subset: str | None = None
+    split: str = "train"
+    train_samples: int = 1024
+    validation_samples: int = 128
+    max_length: int = 256
+    data_seed: int = 0
+    name: str | None = None
+    retain_data: str | Path | None = None
+    retain_template: str | None = None
+    retain_samples: int = 64
+
+
+def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size: int) -> Task:
     """Read a data set and split it. Validation rows come first in the seeded order, so more training moves none.
 
     Rows are read as by `load_batches`. Training rows with the same tokens as a validation row are left out.
@@ -182,88 +207,135 @@ def load_task(
     Args:
         source: A file, a folder or a hub id.
         tokenizer: The model's tokenizer.
-        template: Text of an example, or the prompt if there is a completion.
-        completion: What the model should answer. For multiple choice it names the column `answer`; that is its
-            default, after a space.
-        label: Column of the class; makes this a classification.
-        options: Column with the options (a list, or one a line), or options separated by commas; makes this a multiple
-            choice.
-        answer: Column that says which option is right: its text, its letter or its position. Default: `answer`.
-        normalize: Divide an option's log-likelihood by its number of tokens before options are compared.
-        subset: Configuration of a hub data set.
-        split: Split of a hub data set or a folder.
-        train_samples: Training examples at most.
-        validation_samples: Validation examples.
-        max_length: Tokens of an example at most.
+        asked: What to read, and how.
         batch_size: Examples in a batch; there must be as many to train on.
-        data_seed: Seed of the split.
 
     Raises:
         LoraInitError: Too few rows, missing columns, labels that are no classes, or what `load_batches` raises.
     """
-    if validation_samples < 1:
+    if asked.validation_samples < 1:
         raise LoraInitError(
-            f"validation_samples={validation_samples}: no validation rows are left, so nothing could be compared. "
-            "Use at least 1; 100 or more say something."
+            f"validation_samples={asked.validation_samples}: no validation rows are left, so nothing could be "
+            "compared. Use at least 1; 100 or more say something."
         )
-    data = read_rows(source, subset, split)
-    rows, name = data.table, data.label
-    names = list(rows.column_names)
-    kind = _kind(label, options, names, name)
-    rule = choice_rule(names, name, options, answer) if options is not None else None
-    completion = _completion(template, completion, rule, kind)
-    reading = recipe(names, name, tokenizer, template, completion)
-    classes = _classes(rows, name, label) if label is not None else ()
-    extra = [column for column in (label, rule and rule.answer, rule and rule.column) if column]
-    limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    left_out: Counter[str] = Counter()
-
-    def read_row(row: Mapping[str, Any]) -> Item | str:
-        """Turn a row into an item, or say why it is left out."""
-        encoded = _encoded(row, reading.to_example, tokenizer, limit)
-        if encoded is None:
-            return "with an empty field"
-        if label is not None:
-            value = row[label]
-            return "without a label" if value is None else Item((encoded[0], []), (), classes.index(str(value)))
-        if rule is not None:
-            return _with_choices(row, rule, lambda c: _encoded(c, reading.to_example, tokenizer, limit), limit)
-        if all(target == IGNORED for target in encoded[1]):
-            return f"without a labelled token among the first {limit}"
-        return Item(encoded)
-
-    usable = data.usable([*reading.columns, *extra], read_row, data_seed, left_out)
-    validation = list(islice(usable, validation_samples))
+    rows, name = read_rows(source, asked.subset, asked.split)
+    reader = _Reader(rows, name, tokenizer, asked)
+    usable = reader.items()
+    validation = list(islice(usable, asked.validation_samples))
     held_out = {tuple(item.tokens[0]) for item in validation}
     fresh = (item for item in usable if tuple(item.tokens[0]) not in held_out)
-    train = list(islice(fresh, max(train_samples, 0)))
-    skipped = [f"{count} left out {why}" for why, count in left_out.items()]
-    if len(train) < batch_size or len(validation) < validation_samples:
+    train = list(islice(fresh, max(asked.train_samples, 0)))
+    skipped = [f"{count} left out {why}" for why, count in reader.left_out.items()]
+    left_out = f" ({', '.join(skipped)})" if skipped else ""
+    if len(train) < batch_size or len(validation) < asked.validation_samples:
         raise LoraInitError(
             f"{name}: {len(train)} training and {len(validation)} validation examples; a batch needs {batch_size} "
-            f"and validation {validation_samples}"
-            + (f" ({', '.join(skipped)})" if skipped else "")
-            + ". Lower --validation-samples or --batch-size, raise --train-samples, or use more data."
+            f"and validation {asked.validation_samples}{left_out}. "
+            "Lower --validation-samples or --batch-size, raise --train-samples, or use more data."
         )
-    parts = [f"{name}: {len(train)} training and {len(validation)} validation examples of {len(rows)}"]
-    parts += [f"split seed {data_seed}", f"at most {limit} tokens", reading.name]
-    parts += [f"label {label}, {len(classes)} classes"] if label is not None else []
-    parts += [f"options {options}, answer {rule.answer}"] if rule is not None else []
-    return Task(kind, train, validation, classes, padding_token(tokenizer), normalize, ", ".join(parts + skipped), name)
+    counted = f"{name}: {len(train)} training and {len(validation)} validation examples of {len(rows)}"
+    data = ", ".join([counted, f"split seed {asked.data_seed}", *reader.words(), *skipped])
+    return Task(reader.kind, train, validation, reader.classes, padding_token(tokenizer), asked.normalize, data, name)
 
 
-def _kind(label: str | None, options: str | None, names: list[str], name: str) -> str:
-    if label is not None and options is not None:
+def load_retained(tokenizer: Any, asked: DataOptions, kind: str, batch_size: int) -> Batches | None:
+    """Read the text whose loss tells what was forgotten; None if none is asked for.
+
+    Raises:
+        LoraInitError: It cannot be read, or the task is a classification.
+    """
+    if asked.retain_data is None:
+        return None
+    if kind == CLASSIFICATION:
+        raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
+    return load_batches(
+        asked.retain_data, tokenizer, template=asked.retain_template, samples=asked.retain_samples,
+        batch_size=batch_size, max_length=asked.max_length,
+    )  # fmt: skip
+
+
+class _Reader:
+    """Turns rows into items, and counts those that are of no use in `left_out`."""
+
+    def __init__(self, rows: Any, name: str, tokenizer: Any, asked: DataOptions) -> None:
+        names = list(rows.column_names)
+        self.kind = _kind(asked, names, name)
+        self.rule = choice_rule(names, name, asked.options, asked.answer) if asked.options is not None else None
+        self.classes = _classes(rows, name, asked.label) if asked.label is not None else ()
+        completion = _completion(asked, self.rule, self.kind)
+        self.recipe = recipe(names, name, tokenizer, asked.template, completion)
+        extra = [
+            column for column in (asked.label, self.rule and self.rule.answer, self.rule and self.rule.column) if column
+        ]
+        self.rows = rows.select_columns([*dict.fromkeys([*self.recipe.columns, *extra])])
+        self.limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
+        self.name, self.tokenizer, self.asked = name, tokenizer, asked
+        self.left_out: Counter[str] = Counter()
+
+    def words(self) -> list[str]:
+        """Say how rows are read."""
+        said = [f"at most {self.limit} tokens", self.recipe.name]
+        said += [f"label {self.asked.label}, {len(self.classes)} classes"] if self.classes else []
+        return said + ([f"options {self.asked.options}, answer {self.rule.answer}"] if self.rule else [])
+
+    def items(self) -> Iterator[Item]:
+        """Yield the rows that are of use in the seeded order."""
+        order = list(range(len(self.rows)))
+        random.Random(self.asked.data_seed).shuffle(order)
+        for index in order:
+            try:
+                item = self._read(self.rows[index])
+            except LoraInitError as error:
+                raise LoraInitError(f"{self.name}, row {index + 1}: {error}") from error
+            if isinstance(item, Item):
+                yield item
+            else:
+                self.left_out[item] += 1
+
+    def _read(self, row: Mapping[str, Any]) -> Item | str:
+        """Turn a row into an item, or say why it is left out."""
+        encoded = self._encoded(row)
+        if encoded is None:
+            return "with an empty field"
+        if self.asked.label is not None:
+            value = row[self.asked.label]
+            return "without a label" if value is None else Item((encoded[0], []), (), self.classes.index(str(value)))
+        if self.rule is not None:
+            return self._with_choices(row, self.rule)
+        if all(target == IGNORED for target in encoded[1]):
+            return f"without a labelled token among the first {self.limit}"
+        return Item(encoded)
+
+    def _encoded(self, row: Mapping[str, Any]) -> Encoded | None:
+        example = self.recipe.to_example(row)
+        return encode(example, self.tokenizer, self.limit, False) if example else None
+
+    def _with_choices(self, row: Mapping[str, Any], rule: ChoiceRule) -> Item | str:
+        """Read a row with all its options; a shortened one would be likelier than it is, so it leaves the row out."""
+        found = rule.read(row)
+        if found is None:
+            return "whose answer is none of the options"
+        options, right = found
+        choices = [self._encoded({**row, rule.answer: option}) for option in options]
+        whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < self.limit)
+        if len(whole) < len(options):
+            return f"with {self.limit} or more tokens"
+        return Item(whole[right], whole, right)
+
+
+def _kind(asked: DataOptions, names: list[str], name: str) -> str:
+    if asked.label is not None and asked.options is not None:
         raise LoraInitError("label makes this a classification, options a multiple choice. Give one of them.")
-    if label is None:
-        return CAUSAL_LM if options is None else MULTIPLE_CHOICE
-    if label not in names:
-        raise LoraInitError(f"label={label!r} is not a column. Columns of {name}: {', '.join(names)}.")
+    if asked.label is None:
+        return CAUSAL_LM if asked.options is None else MULTIPLE_CHOICE
+    if asked.label not in names:
+        raise LoraInitError(f"label={asked.label!r} is not a column. Columns of {name}: {', '.join(names)}.")
     return CLASSIFICATION
 
 
-def _completion(template: str | None, completion: str | None, rule: ChoiceRule | None, kind: str) -> str | None:
+def _completion(asked: DataOptions, rule: ChoiceRule | None, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
+    template, completion = asked.template, asked.completion
     if kind == CLASSIFICATION and completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
     if rule is None:
@@ -286,23 +358,3 @@ def _classes(rows: Any, name: str, label: str) -> tuple[str, ...]:
             f"{_MOST_CLASSES} classes. Name the column of the class."
         )
     return tuple(values)
-
-
-def _encoded(row: Mapping[str, Any], to_example: Callable[..., Any], tokenizer: Any, limit: int) -> Encoded | None:
-    example = to_example(row)
-    return encode(example, tokenizer, limit, False) if example else None
-
-
-def _with_choices(
-    row: Mapping[str, Any], rule: ChoiceRule, encoded: Callable[[Mapping[str, Any]], Encoded | None], limit: int
-) -> Item | str:
-    """Read a row with all its options; a shortened one would be likelier than it is, so it leaves the row out."""
-    found = rule.read(row)
-    if found is None:
-        return "whose answer is none of the options"
-    options, right = found
-    choices = [encoded({**row, rule.answer: option}) for option in options]
-    whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < limit)
-    if len(whole) < len(options):
-        return f"with {limit} or more tokens"
-    return Item(whole[right], whole, right)

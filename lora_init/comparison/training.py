@@ -9,16 +9,18 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
-from lora_init.loading.batches import pad_batch
-from lora_init.loading.examples import IGNORED, Encoded
+from lora_init.errors import LoraInitError
+from lora_init.loading.examples import IGNORED, Encoded, pad_batch
 
 _STATUS = Path("/proc/self/status")
 
@@ -38,9 +40,7 @@ def peak_bytes() -> int:
     """Read the peak since `reset_peak`: allocated on the GPU if there is one, else resident memory; 0 if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if not _STATUS.exists():
-        return 0
-    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
     return int(found[1]) * 1024 if found else 0
 
 
@@ -78,6 +78,18 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     return losses, targets != IGNORED
 
 
+def _keeps_logits(model: nn.Module) -> bool:
+    of_peft: Any = getattr(model, "get_base_model", None)
+    plain: nn.Module = model if of_peft is None else of_peft()
+    return "logits_to_keep" in inspect.signature(plain.forward).parameters
+
+
+def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Run a classifier on a batch: float32 [batch, classes]."""
+    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits.float()
+
+
 def training_loss(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> Tensor:
     """Compute the mean loss of a batch: over its labelled tokens, or over its examples for a classification."""
     if task.kind == CLASSIFICATION:
@@ -86,14 +98,19 @@ def training_loss(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> 
     return losses.sum() / labelled.sum()
 
 
-def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Run a classifier on a batch: float32 [batch, classes]."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits: Tensor = model(**inputs).logits
-    return logits.float()
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Put a model into evaluation mode without gradients, and each of its modules into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, task: Task, with_metrics: bool) -> Score:
     """Score the validation examples in evaluation mode; the model's mode is as before afterwards.
 
@@ -106,32 +123,23 @@ def evaluate(model: nn.Module, task: Task, with_metrics: bool) -> Score:
         task: The task.
         with_metrics: Compute metrics, too. For multiple choice that means running every option.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model) as device:
         if task.kind == CLASSIFICATION:
-            return _score_classes(model, task, with_metrics)
+            return _score_classes(model, task, device, with_metrics)
         if task.kind == MULTIPLE_CHOICE and with_metrics:
-            return _score_choices(model, task)
-        sums = list(_sequence_losses(model, [item.tokens for item in task.validation], task.padding))
+            return _score_choices(model, task, device)
+        sums = _sequence_losses(model, [item.tokens for item in task.validation], task.padding, device)
         return Score(sum(loss for loss, _ in sums) / sum(count for _, count in sums), None)
-    finally:
-        model.train(was_training)
 
 
-@torch.inference_mode()
 def text_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Compute the mean loss over all labelled tokens of some batches, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        loss, count = 0.0, 0
+    loss, count = 0.0, 0
+    with _evaluating(model) as device:
         for batch in batches:
-            losses, labelled = token_losses(model, _placed(batch, model))
+            losses, labelled = token_losses(model, send_to_device(batch, device))
             loss, count = loss + float(losses.double().sum()), count + int(labelled.sum())
-        return loss / count
-    finally:
-        model.train(was_training)
+    return loss / count
 
 
 def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
@@ -145,10 +153,11 @@ def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     }
 
 
-def _score_classes(model: nn.Module, task: Task, with_metrics: bool) -> Score:
+def _score_classes(model: nn.Module, task: Task, device: torch.device, with_metrics: bool) -> Score:
+    items = sorted(task.validation, key=item_length)
     loss, truth, predicted = 0.0, [], []
-    for items in _by_length(task.validation):
-        batch = _placed(task.batch(items), model)
+    for start in range(0, len(items), _EVALUATION_BATCH):
+        batch = send_to_device(task.batch(items[start : start + _EVALUATION_BATCH]), device)
         logits = class_logits(model, batch)
         loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
         truth += batch["labels"].tolist()
@@ -156,9 +165,9 @@ def _score_classes(model: nn.Module, task: Task, with_metrics: bool) -> Score:
     return Score(loss / len(truth), metrics(truth, predicted) if with_metrics else None)
 
 
-def _score_choices(model: nn.Module, task: Task) -> Score:
+def _score_choices(model: nn.Module, task: Task, device: torch.device) -> Score:
     sequences = [choice for item in task.validation for choice in item.choices]
-    scored = _sequence_losses(model, sequences, task.padding)
+    scored = iter(_sequence_losses(model, sequences, task.padding, device))
     truth, predicted, total, count = [], [], 0.0, 0
     for item in task.validation:
         of_item = [next(scored) for _ in item.choices]
@@ -170,68 +179,90 @@ def _score_choices(model: nn.Module, task: Task) -> Score:
     return Score(total / count, metrics(truth, predicted))
 
 
-def _sequence_losses(model: nn.Module, sequences: Sequence[Encoded], padding: int) -> Iterator[tuple[float, int]]:
+def _sequence_losses(
+    model: nn.Module, sequences: Sequence[Encoded], padding: int, device: torch.device
+) -> list[tuple[float, int]]:
     """Sum the loss of each sequence, and count its labelled tokens, in the order given; run in that of their length."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
     found: dict[int, tuple[float, int]] = {}
     for start in range(0, len(order), _EVALUATION_BATCH):
         places = order[start : start + _EVALUATION_BATCH]
-        losses, labelled = token_losses(model, _placed(pad_batch([sequences[i] for i in places], padding), model))
+        batch = send_to_device(pad_batch([sequences[i] for i in places], padding), device)
+        losses, labelled = token_losses(model, batch)
         pairs = zip(losses.double().sum(dim=1).tolist(), labelled.sum(dim=1).tolist(), strict=True)
         found |= dict(zip(places, pairs, strict=True))
-    return (found[i] for i in range(len(sequences)))
+    return [found[i] for i in range(len(sequences))]
 
 
-def _by_length(items: Sequence[Item]) -> Iterator[list[Item]]:
-    ordered = sorted(items, key=item_length)
-    for start in range(0, len(ordered), _EVALUATION_BATCH):
-        yield ordered[start : start + _EVALUATION_BATCH]
+@dataclass(frozen=True)
+class Training:
+    """How every run trains.
+
+    Attributes:
+        steps: Steps of each run.
+        batch_size: Examples in a batch.
+        warmup: Share of the steps in which the learning rate rises; then it falls to zero on a cosine.
+        evaluation_points: Steps after which the validation loss is measured, rising, from 0 to `steps`.
+    """
+
+    steps: int
+    batch_size: int
+    warmup: float
+    evaluation_points: Sequence[int]
+
+    def __post_init__(self) -> None:
+        points, steps = list(self.evaluation_points), self.steps
+        if steps < 1 or points != sorted(set(points)) or points[0] != 0 or points[-1] != steps:
+            raise LoraInitError(f"evaluation points {points}: expected rising steps from 0 to {steps}.")
+        if not 0.0 <= self.warmup < 1.0:
+            raise LoraInitError(f"warmup={self.warmup}: expected a share of the steps, at least 0 and less than 1.")
+
+    def factor(self, step: int) -> float:
+        """Compute the factor on the learning rate in a step: a line up, then a cosine down to zero.
+
+        Example:
+            >>> [round(Training(8, 4, 0.25, [0, 8]).factor(step), 2) for step in range(8)]
+            [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
+        """
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
 
 
-def _placed(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _keeps_logits(model: nn.Module) -> bool:
-    of_peft: Any = getattr(model, "get_base_model", None)
-    plain: nn.Module = model if of_peft is None else of_peft()
-    return "logits_to_keep" in inspect.signature(plain.forward).parameters
-
-
-# A loss this many times that of the start, plus half a nat for starts near zero, is no progress any more.
+# A loss this many times that of the plain model, plus half a nat for tasks near zero, is no progress any more.
 _FAR, _SLACK = 2.0, 0.5
 # Single batches of a healthy run can be hard: their mean over this many steps counts.
 _WINDOW = 5
 _CLIP = 1.0
 
 
-@dataclass
-class TrainingRun:
-    """What one run did.
+@dataclass(kw_only=True)
+class Trained:
+    """What one training did.
 
     Attributes:
         status: `"finished"`, or `"unstable"` if the loss diverged; the run ended there.
-        reason: Why it is unstable.
+        error: Why it is unstable.
         evaluation_points: Steps after which the validation loss was measured.
         validation_loss: At each of those points.
         training_loss: Of each step's batch, before that step.
         metrics: At the end, or None.
         gradient_norm: Norm of the gradient of all trainable parameters in the first step, before clipping.
         data_order: Hash of all batches in the order they were trained on.
-        seconds: Wall time of the steps.
+        training_seconds: Wall time of the steps.
         evaluation_seconds: Wall time of the first evaluation.
     """
 
     status: str = "finished"
-    reason: str | None = None
+    error: str | None = None
     evaluation_points: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     training_loss: list[float] = field(default_factory=list)
     metrics: dict[str, float] | None = None
     gradient_norm: float | None = None
-    data_order: str = ""
-    seconds: float = 0.0
+    data_order: str | None = None
+    training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
 
 
@@ -239,106 +270,82 @@ def train(
     model: nn.Module,
     task: Task,
     order: Sequence[Sequence[Item]],
+    training: Training,
     *,
     learning_rate: float,
-    warmup: float,
-    evaluation_points: Sequence[int],
     seed: int,
-    on_step: Callable[[TrainingRun], None] = lambda run: None,
-) -> TrainingRun:
+    plain_loss: float,
+    on_step: Callable[[], None] = lambda: None,
+) -> Trained:
     """Train with AdamW, linear warm-up and a cosine to zero, in the given order of batches.
 
     No weight decay; gradients are clipped to norm 1, as transformers' Trainer does. The random state (the base model's
     own dropout) starts from the seed, so a run depends on its arguments and the number of threads only.
 
     A run is unstable, and ends, when a loss or gradient is not finite, or when the validation loss or the mean of the
-    last five training losses is above twice the validation loss at step 0 plus 0.5.
+    last five training losses is above twice `plain_loss` plus 0.5. That limit is the same for every start, wherever it
+    begins.
 
     Args:
         model: Trained in place.
         task: Says what the loss is and has the validation examples.
         order: Batches, one a step.
+        training: Schedule and evaluation points.
         learning_rate: At the end of the warm-up.
-        warmup: Share of the steps.
-        evaluation_points: Steps after which to evaluate, rising, the first 0 and the last the number of batches.
         seed: Seed of the random state.
-        on_step: Called after each step with what the run has done so far.
+        plain_loss: Validation loss of the plain model.
+        on_step: Called after each step.
     """
     torch.manual_seed(seed)
-    run, digest = TrainingRun(), hashlib.sha256()
+    run, digest = Trained(), hashlib.sha256()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    device = parameters[0].device
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
     model.train()
     started = time.perf_counter()
     _evaluate(run, model, task, 0, last=False)
     run.evaluation_seconds = time.perf_counter() - started
-    limit = _FAR * run.validation_loss[0] + _SLACK
-    for step, items in enumerate(order):
-        if _unstable(run, limit):
+    for step, items in enumerate(order, 1):
+        if _diverged(run, plain_loss):
             break
         started = time.perf_counter()
         batch = task.batch(items)
         for tensor in batch.values():
             digest.update(tensor.numpy().tobytes())
-        factor = schedule(step, len(order), warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * factor
-        norm = _step(model, task, {name: tensor.to(device) for name, tensor in batch.items()}, optimizer, run)
+        loss = training_loss(model, task, send_to_device(batch, parameters[0].device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))
+        run.training_loss.append(float(loss.detach()))
         run.gradient_norm = norm if run.gradient_norm is None else run.gradient_norm
-        run.seconds += time.perf_counter() - started
-        on_step(run)
-        if step + 1 in evaluation_points and run.reason is None:
-            _evaluate(run, model, task, step + 1, last=step + 1 == len(order))
-    run.status = "unstable" if _unstable(run, limit) else "finished"
+        if not (math.isfinite(run.training_loss[-1]) and math.isfinite(norm)):
+            run.error = f"loss {run.training_loss[-1]:.3g}, gradient {norm:.3g} in step {step}"
+            break
+        optimizer.step()
+        schedule.step()
+        run.training_seconds += time.perf_counter() - started
+        on_step()
+        if step in training.evaluation_points:
+            _evaluate(run, model, task, step, last=step == len(order))
+    run.status = "unstable" if run.error or _diverged(run, plain_loss) else "finished"
     run.data_order = digest.hexdigest()[:32]
     return run
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Compute the factor on the learning rate in a step: a line up, then a cosine down to zero.
-
-    Example:
-        >>> [round(schedule(step, 8, 0.25), 2) for step in range(8)]
-        [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
-    """
-    warm = round(warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-
-def _step(
-    model: nn.Module, task: Task, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, run: TrainingRun
-) -> float:
-    """Take one step, unless its loss or gradient is not finite, and return the norm of the gradient."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = training_loss(model, task, batch)
-    run.training_loss.append(float(loss.detach()))
-    loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))
-    if math.isfinite(run.training_loss[-1]) and math.isfinite(norm):
-        optimizer.step()
-    else:
-        run.reason = f"loss {run.training_loss[-1]:.3g}, gradient {norm:.3g} in step {len(run.training_loss)}"
-    return norm
-
-
-def _evaluate(run: TrainingRun, model: nn.Module, task: Task, step: int, last: bool) -> None:
-    score: Score = evaluate(model, task, with_metrics=last)
+def _evaluate(run: Trained, model: nn.Module, task: Task, step: int, last: bool) -> None:
+    score = evaluate(model, task, with_metrics=last)
     run.evaluation_points.append(step)
     run.validation_loss.append(score.loss)
     run.metrics = score.metrics
 
 
-def _unstable(run: TrainingRun, limit: float) -> bool:
-    if run.reason is None:
-        recent = run.training_loss[-_WINDOW:]
-        mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
-        for name, value in (("validation loss", run.validation_loss[-1]), ("training loss", mean)):
-            if not value <= limit:  # NaN, too
-                run.reason = (
-                    f"{name} {value:.3g} after step {len(run.training_loss)}, {run.validation_loss[0]:.3g} at 0"
-                )
-    return run.reason is not None
+def _diverged(run: Trained, plain_loss: float) -> bool:
+    """Tell whether the loss is far above that of the plain model, and note why."""
+    recent = run.training_loss[-_WINDOW:]
+    mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
+    for name, value in (("validation loss", run.validation_loss[-1]), ("training loss", mean)):
+        if not value <= _FAR * plain_loss + _SLACK:  # NaN, too
+            after = len(run.training_loss)
+            run.error = f"{name} {value:.3g} after step {after}, {plain_loss:.3g} for the plain model"
+            return True
+    return False

@@ -4,32 +4,104 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.comparison.runs import Record, Run, Variant
-from lora_init.comparison.starts import Prepared, prepare
-from lora_init.comparison.tasks import Task
-from lora_init.comparison.training import TrainingRun, evaluate, peak_bytes, reset_peak, text_loss, train, training_loss
+from lora_init.comparison.starts import AdapterShape, Prepared, StartData, prepare
+from lora_init.comparison.tasks import CLASSIFICATION, DataOptions, Task, load_retained, load_task
+from lora_init.comparison.training import (
+    Score,
+    Trained,
+    Training,
+    evaluate,
+    peak_bytes,
+    reset_peak,
+    text_loss,
+    train,
+    training_loss,
+)
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.batches import Batches
-from lora_init.loading.models import LoadedModel
+from lora_init.loading.models import LoadedModel, load_model, load_tokenizer
 from lora_init.statistics.statistics import Statistics
 
 # Evaluations and steps that an estimate is made from.
 _TRIAL_STEPS, _TRIAL_ITEMS = 3, 16
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is loaded.
+
+    Attributes:
+        dtype: Of the base model's weights; adapters are float32.
+        device: Where the model runs.
+        trust_remote_code: Allow code that comes with the model.
+    """
+
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class RunRecord(Trained):
+    """What is kept of a run.
+
+    Attributes:
+        task: Name of the task.
+        start: Name of the start.
+        matched_scale: See `Variant`.
+        equal_parameters: See `Variant`.
+        seed: Decides the order of the data and all that is random in the start.
+        learning_rate: Of the run.
+        trainable_parameters: All that training changes.
+        ranks: Rank of each layer, or None if all have the rank asked for.
+        a_scale: Root mean square of the norms of all rows of A.
+        gamma: What B A was divided by, where B is not zero and the start is ours.
+        metrics_before: Metrics of the plain model.
+        retain_loss: Loss on text of another kind, before and after.
+        intruders: Directions of the trained weights that the plain ones did not have: count, of how many, energy.
+        initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
+        initialisation_passes: Forward passes of data that the start takes with its statistics.
+        peak_memory_bytes: From the start to the end of the training.
+        run_seconds: Wall time of it all.
+        finished_at: When, in UTC.
+    """
+
+    task: str
+    start: str
+    matched_scale: bool
+    equal_parameters: bool
+    seed: int
+    learning_rate: float
+    trainable_parameters: int | None = None
+    ranks: dict[str, int] | None = None
+    a_scale: float | None = None
+    gamma: float | None = None
+    metrics_before: dict[str, float] | None = None
+    retain_loss: list[float] | None = None
+    intruders: dict[str, float] | None = None
+    initialisation_seconds: float | None = None
+    initialisation_passes: int | None = None
+    peak_memory_bytes: int | None = None
+    run_seconds: float | None = None
+    finished_at: str | None = None
 
 
 @dataclass
@@ -42,6 +114,9 @@ class Workbench:
         retain: Text of another kind, whose loss before and after tells forgetting.
         name: Name of the task in the records.
         directory: Where statistics are kept, in a folder of their own.
+        shape: Layers, rank and scaling of the adapters.
+        training: How every run trains.
+        statistics_batches: Batches of the run's own training data that statistics are made from.
         own: Starts that are not ours: name to an adapter directory, or a function of model and seed.
     """
 
@@ -50,20 +125,14 @@ class Workbench:
     retain: Batches | None
     name: str
     directory: Path
-    rank: int
-    lora_alpha: float
-    target_modules: str | list[str]
-    steps: int
-    batch_size: int
-    warmup: float
-    evaluation_points: Sequence[int]
+    shape: AdapterShape
+    training: Training
     statistics_batches: int
     own: Mapping[str, Any] = field(default_factory=dict)
-    _statistics: dict[tuple[int, bool, bool], Statistics] = field(default_factory=dict, repr=False)
-    _before: dict[int, tuple[dict[str, float] | None, float | None]] = field(default_factory=dict, repr=False)
+    _before: dict[int, tuple[Score, float | None]] = field(default_factory=dict, repr=False)
     _plain_vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
-    def carry_out(self, run: Run, on_step: Callable[[TrainingRun], None] = lambda run: None) -> Record:
+    def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None) -> Record:
         """Prepare the start, train, measure, and put the plain model back.
 
         Running out of memory, or a start that does not apply to this model, makes a record of status `"failed"`.
@@ -71,19 +140,19 @@ class Workbench:
         if run.learning_rate is None:
             raise LoraInitError(f"{run.title}: its learning rate is not known yet. Do the runs before it first.")
         began = time.perf_counter()
-        record = _blank_record(self.name, run)
+        record = RunRecord(task=self.name, **asdict(run.variant), seed=run.seed, learning_rate=run.learning_rate)
         try:
             self._fill(record, run, on_step)
         except (LoraInitError, RuntimeError, MemoryError) as error:
             if not isinstance(error, LoraInitError) and not is_out_of_memory(error):
                 raise
-            record |= {"status": "failed", "error": explain(error)}
+            record.status, record.error = "failed", explain(error)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        record["run_seconds"] = round(time.perf_counter() - began, 3)
-        record["finished_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return record
+        record.run_seconds = time.perf_counter() - began
+        record.finished_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return asdict(record)
 
     def settings(self, model: str) -> dict[str, Any]:
         """Describe in plain values all that shapes a run, for `settings.json`.
@@ -101,56 +170,43 @@ class Workbench:
             "data": self.task.data,
             "normalize": self.task.normalize,
             "retain_data": None if self.retain is None else self.retain.description,
-            "rank": self.rank,
-            "lora_alpha": self.lora_alpha,
-            "target_modules": self.target_modules,
+            **asdict(self.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type,
-            "batch_size": self.batch_size,
-            "steps": self.steps,
-            "warmup": self.warmup,
+            **asdict(self.training),
             "schedule": "linear warm-up, cosine to zero",
             "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
-            "evaluation_points": list(self.evaluation_points),
             "statistics_batches": self.statistics_batches,
         }
 
     def statistics(self, seed: int, center: bool, gradients: bool) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory."""
-        key = (seed, center, gradients)
-        if key not in self._statistics:
-            kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
-            file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"
-            if not file.exists():
-                self._collect(seed, center, gradients).save(file)
-            self._statistics = {key: Statistics.load(file)}
-        return self._statistics[key]
+        kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
+        file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"
+        if not file.exists():
+            self._collect(seed, center, gradients).save(file)
+        return Statistics.load(file)
 
     def seconds_of_a_run(self) -> float:
         """Estimate the time of one run from a few steps of it, as things are now."""
         short = replace(self.task, validation=self.task.validation[:_TRIAL_ITEMS])
+        trial = replace(self.training, steps=_TRIAL_STEPS, evaluation_points=(0, _TRIAL_STEPS))
+        order = self.task.order(0, _TRIAL_STEPS, trial.batch_size)
         prepared = self._prepare(Run(Variant("random"), 0, 1e-4), partial(self._collect, 0))
         try:
-            order = self.task.order(0, _TRIAL_STEPS, self.batch_size)
-            trial = train(
-                prepared.peft_model, short, order, learning_rate=1e-4, warmup=0.0,
-                evaluation_points=(0, _TRIAL_STEPS), seed=0,
-            )  # fmt: skip
+            done = train(prepared.peft_model, short, order, trial, learning_rate=1e-4, seed=0, plain_loss=math.inf)
         finally:
             prepared.release()
-        trial.evaluation_seconds *= len(self.task.validation) / len(short.validation)
-        return self.expected_seconds(trial)
+        an_evaluation = done.evaluation_seconds * len(self.task.validation) / len(short.validation)
+        most_choices = max(len(item.choices) for item in self.task.validation)  # the last evaluation runs them all
+        evaluations = len(self.training.evaluation_points) - 1 + max(1, most_choices)
+        return self.training.steps * done.training_seconds / _TRIAL_STEPS + evaluations * an_evaluation
 
-    def expected_seconds(self, run: TrainingRun) -> float:
-        """Estimate the time of a whole run from one that has done some steps."""
-        most_choices = max(len(item.choices) for item in self.task.validation)
-        evaluations = len(self.evaluation_points) - 1 + max(1, most_choices)
-        return self.steps * run.seconds / len(run.training_loss) + evaluations * run.evaluation_seconds
-
-    def _fill(self, record: Record, run: Run, on_step: Callable[[TrainingRun], None]) -> None:
+    def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None]) -> None:
         self._renew_head(run.seed)
         self._decompose_plain_weights()
-        metrics_before, retain_before = self._measure_before(run.seed)
+        plain, retained = self._measure_before(run.seed)
+        record.metrics_before = plain.metrics
         collected: list[Statistics] = []
 
         def statistics(center: bool, gradients: bool) -> Statistics:
@@ -160,73 +216,44 @@ class Workbench:
         reset_peak()
         prepared = self._prepare(run, statistics)
         try:
-            record |= {
-                "trainable_parameters": prepared.trainable_parameters,
-                "ranks": prepared.ranks,
-                "a_scale": prepared.a_scale,
-                "gamma": prepared.gamma,
-                "initialisation_seconds": round(
-                    prepared.seconds + sum(sum(stats.provenance.seconds.values()) for stats in collected), 3
-                ),
-                "initialisation_passes": prepared.passes + sum(stats.provenance.n_batches for stats in collected),
-            }
+            record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
+            record.gamma = prepared.gamma
+            moved = any(rank != self.shape.rank for rank in prepared.ranks.values())
+            record.ranks = prepared.ranks if moved else None
+            seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
+            record.initialisation_seconds = prepared.seconds + seconds
+            record.initialisation_passes = prepared.passes + sum(stats.provenance.n_batches for stats in collected)
+            order = self.task.order(run.seed, self.training.steps, self.training.batch_size)
             done = train(
-                prepared.peft_model,
-                self.task,
-                self.task.order(run.seed, self.steps, self.batch_size),
-                learning_rate=run.learning_rate or 0.0,
-                warmup=self.warmup,
-                evaluation_points=self.evaluation_points,
-                seed=run.seed,
-                on_step=on_step,
-            )
-            finished = done.status == "finished"
-            if finished and self.retain is not None and retain_before is not None:
-                record["retain_loss"] = [retain_before, text_loss(prepared.peft_model, self.retain)]
-            record |= {
-                "status": done.status,
-                "error": done.reason,
-                "evaluation_points": done.evaluation_points,
-                "validation_loss": done.validation_loss,
-                "training_loss": [round(loss, 6) for loss in done.training_loss],
-                "metrics": done.metrics if finished else None,
-                "metrics_before": metrics_before,
-                "gradient_norm": done.gradient_norm,
-                "data_order": done.data_order,
-                "training_seconds": round(done.seconds, 3),
-                "peak_memory_bytes": peak_bytes(),
-            }
-            if finished:
-                record["intruders"] = self._count_intruders(prepared.peft_model)
+                prepared.peft_model, self.task, order, self.training, learning_rate=record.learning_rate,
+                seed=run.seed, plain_loss=plain.loss, on_step=on_step,
+            )  # fmt: skip
+            vars(record).update(vars(done))
+            record.peak_memory_bytes = peak_bytes()
+            if done.status == "finished":
+                if self.retain is not None and retained is not None:
+                    record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
+                record.intruders = self._count_intruders(prepared.peft_model)
         finally:
             prepared.release()
 
     def _prepare(self, run: Run, statistics: Callable[[bool, bool], Statistics]) -> Prepared:
         variant = run.variant
         start: Any = (variant.start, self.own[variant.start]) if variant.start in self.own else variant.start
+        data = StartData(statistics, self._statistics_data(run.seed), self._loss_aside(run.seed))
         return prepare(
-            start,
-            self.loaded.model,
-            statistics=statistics,
-            batches=self._statistics_data(run.seed),
-            loss_of=self._loss_aside(run.seed),
-            rank=self.rank,
-            lora_alpha=self.lora_alpha,
-            seed=run.seed,
-            target_modules=self.target_modules,
-            task_type=self.loaded.task_type,
-            matched_scale=variant.matched_scale,
+            start, self.loaded.model, self.shape, run.seed, data, matched_scale=variant.matched_scale,
             equal_parameters=variant.equal_parameters,
-        )
+        )  # fmt: skip
 
     def _collect(self, seed: int, center: bool, gradients: bool) -> Statistics:
         learning = {"gradients": True, **self._learning()} if gradients else {}
         return collect(
             self.loaded.model,
             self._statistics_data(seed),
-            self.target_modules,
+            self.shape.target_modules,
             task_type=self.loaded.task_type,
-            rank=self.rank,
+            rank=self.shape.rank,
             rho=2.0,
             center=center,
             max_batches=self.statistics_batches,
@@ -238,15 +265,13 @@ class Workbench:
 
     def _statistics_data(self, seed: int, skipped: int = 0, count: int | None = None) -> list[dict[str, torch.Tensor]]:
         """Take the first batches of the run's own data, none twice; or `count` of them after some."""
-        if count is None:
-            count = self._n_batches()
+        count = self._n_batches() if count is None else count
         device = next(self.loaded.model.parameters()).device
-        order = self.task.order(seed, skipped + count, self.batch_size)[skipped:]
-        batches = (self.task.batch(items) for items in order)
-        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+        order = self.task.order(seed, skipped + count, self.training.batch_size)[skipped:]
+        return [send_to_device(self.task.batch(items), device) for items in order]
 
     def _n_batches(self) -> int:
-        return min(self.statistics_batches, len(self.task.train) // self.batch_size)
+        return min(self.statistics_batches, len(self.task.train) // self.training.batch_size)
 
     def _loss_aside(self, seed: int) -> Callable[[nn.Module], float]:
         """Make what measures the loss that training minimises on training batches that the statistics are not from."""
@@ -255,10 +280,7 @@ class Workbench:
         def aside() -> list[dict[str, torch.Tensor]]:
             return self._statistics_data(seed, self._n_batches(), N_ASIDE)
 
-        def measure(model: nn.Module) -> float:
-            return mean_loss(model, aside(), **self._learning())
-
-        return measure
+        return lambda model: mean_loss(model, aside(), **self._learning())
 
     def _learning(self) -> dict[str, Any]:
         """Say to `collect` and `mean_loss` what the very loss is that training minimises."""
@@ -267,17 +289,17 @@ class Workbench:
             "loss": lambda loss, batch: loss,
         }
 
-    def _measure_before(self, seed: int) -> tuple[dict[str, float] | None, float | None]:
+    def _measure_before(self, seed: int) -> tuple[Score, float | None]:
         """Measure the plain model, once for each seed, since a new head depends on it."""
         if seed not in self._before:
             model = self.loaded.model
-            scored = evaluate(model, self.task, with_metrics=True).metrics
-            self._before[seed] = (scored, None if self.retain is None else text_loss(model, self.retain))
+            retained = None if self.retain is None else text_loss(model, self.retain)
+            self._before[seed] = evaluate(model, self.task, with_metrics=True), retained
         return self._before[seed]
 
     def _decompose_plain_weights(self) -> None:
         if self._plain_vectors is None:
-            targets = find_targets(self.loaded.model, self.target_modules, task_type=self.loaded.task_type)
+            targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.loaded.task_type)
             try:
                 self._plain_vectors = left_singular_vectors(self.loaded.model, targets.layers)
             except LoraInitError:  # quantised weights, which have no intruders to count
@@ -304,19 +326,53 @@ class Workbench:
                     module.bias.zero_()
 
 
-def _blank_record(task: str, run: Run) -> Record:
-    nothing = (
-        "error trainable_parameters ranks a_scale gamma evaluation_points validation_loss training_loss metrics "
-        "metrics_before gradient_norm data_order initialisation_seconds initialisation_passes training_seconds "
-        "peak_memory_bytes retain_loss intruders"
-    )
-    return {
-        "task": task,
-        "start": run.variant.start,
-        "matched_scale": run.variant.matched_scale,
-        "equal_parameters": run.variant.equal_parameters,
-        "seed": run.seed,
-        "learning_rate": run.learning_rate,
-        "status": "finished",
-        **dict.fromkeys(nothing.split()),
-    }
+def set_up(
+    model: str,
+    data: str | Path,
+    directory: Path,
+    options: tuple[DataOptions, ModelOptions],
+    shape: AdapterShape,
+    training: Training,
+    statistics_batches: int,
+    own: Mapping[str, Any] | None = None,
+) -> Workbench:
+    """Read the data, load the model in the class that the task needs, and put both on a workbench.
+
+    Args:
+        model: Directory or hub id.
+        data: See `load_task`.
+        directory: Of the comparison.
+        options: How both are read.
+        shape: See `Workbench`, as for all that follow.
+        training: How every run trains.
+        statistics_batches: Batches for statistics.
+        own: Starts of the user's own.
+
+    Raises:
+        LoraInitError: Data or model cannot be read, or do not go together.
+    """
+    # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
+    reading, loading = options
+    tokenizer = load_tokenizer(model, loading.trust_remote_code)
+    task = load_task(data, tokenizer, reading, training.batch_size)
+    retain = load_retained(tokenizer, reading, task.kind, training.batch_size)
+    loaded = _load(model, task, loading)
+    shape = replace(shape, task_type=loaded.task_type)
+    name = reading.name or task.label
+    return Workbench(loaded, task, retain, name, directory, shape, training, statistics_batches, own or {})
+
+
+def _load(model: str, task: Task, options: ModelOptions) -> LoadedModel:
+    if task.kind == CLASSIFICATION:
+        loaded = load_model(model, task_type="SEQ_CLS", n_labels=len(task.classes), **asdict(options))
+        loaded.model.config.pad_token_id = task.padding
+        if loaded.model.dtype != torch.float32:
+            raise LoraInitError(f"dtype={options.dtype!r}: the head of a classifier is trained whole, in float32.")
+        return loaded
+    loaded = load_model(model, **asdict(options))
+    if loaded.task_type != "CAUSAL_LM":
+        raise LoraInitError(
+            f"model {model!r} is a {type(loaded.model).__name__}, and a comparison trains causal language models, or "
+            "classifiers with --label COLUMN."
+        )
+    return loaded

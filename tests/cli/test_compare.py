@@ -1,5 +1,6 @@
 """`lora-init compare` as a user meets it."""
 
+import io
 import json
 import os
 import signal
@@ -8,11 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
+from lora_init.cli.compare import show_comparison
+from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import read_runs, read_settings
-from tests.comparisons import make_home
+from tests.comparisons import make_home, planted
+from tests.comparisons import settings as planted_settings
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +43,18 @@ def run(*arguments, code=0):
 
 def test_it_compares_and_goes_on(command, tmp_path):
     first = run(*command)
-    assert "eva-rho1: " in first.stdout and "by learning rate" in first.stdout
+    assert "eva-rho1: " in first.stdout and "learning rates" in first.stdout
     assert "run 6/6 " in first.stderr and "report.html: written" in first.stderr
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"settings.json", "runs.jsonl", "report.html", "report.md"}
-    again = run(*command)
-    assert again.stdout == first.stdout and "run 6/6" not in again.stderr
-    settings = read_settings(tmp_path / "out")
-    assert settings["evaluation_points"] == [0, 1, 2, 3, 4] and settings["sweep"] == "halving"
-
-
-def test_json_is_all_that_is_on_stdout(command, tmp_path):
-    content = json.loads(run(*command, "--json").stdout)
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"settings.json", "runs", "report.html", "report.md"}
+    again = run(*command, "--json")
+    assert "run 6/6" not in again.stderr
+    content = json.loads(again.stdout)
     assert content["runs"] == read_runs(tmp_path / "out")
-    assert content["verdicts"][0]["label"] == "eva-rho1" and content["settings"]["rank"] == 2
+    assert content["verdicts"][0]["label"] == "eva-rho1" and content["settings"] == read_settings(tmp_path / "out")
+    assert content["settings"]["evaluation_points"] == [0, 1, 2, 3, 4] and content["settings"]["sweep"] == "halving"
+    refused = run(*command, "--rank", 4, "--steps", 5, code=1)
+    assert "rank was 2, now 4" in refused.stderr and "steps was 4, now 5" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 def test_options_reach_the_comparison(command, home, tmp_path):
@@ -103,8 +107,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
         (["--learning-rates", "-1e-3"], "learning_rates: -0.001; expected positive numbers"),
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
-        (["--label", "class"], "--label 'class' is not a column"),
-        (["--validation-samples", 118], "2 training and 118 validation examples; a batch needs 4"),
+        (["--label", "class"], "label='class' is not a column"),
         (["--batch-size", 500], "a batch needs 500"),
         (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
     ],
@@ -115,23 +118,44 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_another_configuration_is_refused(command):
-    run(*command)
-    result = run(*command, "--rank", 4, "--steps", 5, code=1)
-    assert "rank was 2, now 4" in result.stderr and "steps was 4, now 5" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_on_a_terminal_every_verdict_is_a_line_and_no_cell_is_cut():
+    summary = summarise(planted({"eva": -0.01, "[red]own[/red]": 0.0}), planted_settings())
+    written = io.StringIO()
+    show_comparison(Console(width=100, color_system=None, file=written), summary)
+    text = written.getvalue()
+    assert "[red]own[/red]: no difference shown" in " ".join(text.split())
+    assert "…" not in text and "each start" not in text
+    for name in ("differences", "learning rates", "best", "metrics", "cost", "forgetting"):
+        assert f"\n{name}\n" in text
 
 
-@pytest.mark.slow
-def test_ctrl_c_leaves_a_report_and_exits_with_130(command, tmp_path):
+# Its second run waits until a signal comes, so that nothing depends on how fast the machine is.
+WAITING = """
+import sys, time
+from lora_init import cli
+from lora_init.comparison import workbench
+train, calls = workbench.train, []
+def waiting(*arguments, **options):
+    calls.append(1)
+    while len(calls) == 2:
+        time.sleep(0.01)
+    return train(*arguments, **options)
+workbench.train = waiting
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT])
+def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, tmp_path, sent):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "lora_init", *map(str, command), "--steps", "400"]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("run 1/6"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == "" and errors.splitlines()[-1] == "interrupted"
-    assert read_runs(tmp_path / "out")[0]["status"] == "finished"
+    words = [sys.executable, "-c", WAITING, *map(str, command)]
+    with subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True) as process:
+        assert any(line.startswith("run 1/6") for line in process.stderr)
+        process.send_signal(sent)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == ""
+    said, last = errors.splitlines()[-2:]
+    assert last == "interrupted" and "out: 1 of 6 runs are kept, with their report" in said
+    assert said.endswith("The same command goes on from there.")
+    assert [record["status"] for record in read_runs(tmp_path / "out")] == ["finished"]
     assert "random" in (tmp_path / "out" / "report.html").read_text()

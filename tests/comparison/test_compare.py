@@ -1,28 +1,29 @@
 """compare() end to end on a tiny model: what it makes, that it goes on after a kill, and what it may claim."""
 
+import dataclasses
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import lora_init
-from lora_init.comparison import compare as comparison
 from lora_init.comparison import workbench
-from lora_init.comparison.compare import set_up
-from lora_init.comparison.runs import Run, Variant, read_runs, read_settings
-from lora_init.comparison.starts import prepare
+from lora_init.comparison.compare import Progress, circumstances, model_name
+from lora_init.comparison.runs import Run, RunDirectory, Variant, read_runs, read_settings
+from lora_init.comparison.starts import AdapterShape, prepare
+from lora_init.comparison.tables import run_tables
+from lora_init.comparison.tasks import DataOptions
+from lora_init.comparison.training import Training
+from lora_init.comparison.workbench import ModelOptions, RunRecord, set_up
 from lora_init.errors import LoraInitError
 from tests.comparisons import SMALL, make_home
 
 # What differs between two identical comparisons.
-CLOCK = ("initialisation_seconds", "training_seconds", "run_seconds", "peak_memory_bytes", "finished_at")
+CLOCK = ("peak_memory_bytes", "finished_at")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def compare(home, output, model="llama", **changes):
 
 
 def without_clock(records):
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+    return [{key: record[key] for key in record if key not in CLOCK and "seconds" not in key} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,8 @@ def test_every_run_is_there_with_every_key(full):
     found, _ = full
     records = read_runs(found.directory)
     assert [record["status"] for record in records] == ["finished"] * len(found.planned)
-    keys = {
-        "task", "start", "matched_scale", "equal_parameters", "seed", "learning_rate", "status", "error",
-        "trainable_parameters", "ranks", "a_scale", "gamma", "evaluation_points", "validation_loss", "training_loss",
-        "metrics", "metrics_before", "gradient_norm", "initialisation_seconds", "initialisation_passes",
-        "training_seconds", "peak_memory_bytes", "retain_loss", "intruders", "finished_at", "data_order", "run_seconds",
-    }  # fmt: skip
     for record in records:
-        assert set(record) == keys
+        assert set(record) == {field.name for field in dataclasses.fields(RunRecord)}
         assert record["evaluation_points"] == [0, 3, 6] and len(record["validation_loss"]) == 3
         assert len(record["training_loss"]) == 6 and record["gradient_norm"] > 0
         assert set(record["metrics"]) == set(record["metrics_before"]) == {"accuracy", "macro_f1", "mcc"}
@@ -128,8 +123,7 @@ def test_the_report_has_every_run_and_the_settings(full):
     assert settings == found.settings
     assert settings["model"] == "llama" and settings["kind"] == "multiple-choice" and settings["threads"] >= 1
     assert str(found.directory.parent) not in json.dumps({**settings, "command": ""})
-    assert re.match(r"\d+ of \d+ runs left, about ", lines[0])
-    assert len(lines) == 1 + len(found.records) and lines[-1].startswith(f"run {len(found.planned)}/")
+    assert len(lines) == len(found.records) and lines[-1].startswith(f"run {len(found.planned)}/")
 
 
 def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
@@ -148,13 +142,11 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
     assert len(seen) == len(set(seen)) == 32 and set(seen) <= trained and not set(seen) & scored
 
 
-def set_up_bench(home, directory, model="llama", **changes):
-    names = ("template", "completion", "steps", "batch_size", "validation_samples", "rank", "statistics_batches")
-    settings = {name: SMALL[name] for name in names} | changes
-    return set_up(
-        str(home / model), home / "rows.jsonl", directory, lora_alpha=4, target_modules="all-linear", warmup=0.1,
-        evaluation_points=[0, 3, 6], **settings,
-    )  # fmt: skip
+def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
+    training = Training(steps, 4, 0.1, [0, 3, steps])
+    asked = DataOptions(**dict(template="{passage}", completion=" {listed}", validation_samples=12) | options)
+    shape = AdapterShape(rank=2, lora_alpha=4)
+    return set_up(str(home / model), home / data, directory, (asked, ModelOptions()), shape, training, 8)
 
 
 def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
@@ -196,10 +188,9 @@ def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
     save_model(tiny_bert(), home / "trained")
     rows = [{"text": f"the cat {'sat ' * (i % 9)}{i}", "kind": i % 2} for i in range(60)]
     (home / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    bench = set_up(
-        str(home / "trained"), home / "two.jsonl", tmp_path, label="kind", lora_alpha=4, target_modules="all-linear",
-        warmup=0.1, evaluation_points=[0, 2], steps=2, batch_size=4, rank=2, statistics_batches=2, validation_samples=4,
-    )  # fmt: skip
+    bench = set_up_bench(
+        home, tmp_path, "trained", "two.jsonl", template=None, completion=None, label="kind", validation_samples=4
+    )
     head = bench.loaded.model.classifier.weight.clone()
     bench.carry_out(Run(Variant("random"), 1, 1e-2))
     assert torch.equal(bench.loaded.model.classifier.weight, head)
@@ -210,7 +201,7 @@ def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
 
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):
     found = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
-    written = (tmp_path / "out" / "runs.jsonl").read_bytes()
+    written = read_runs(tmp_path / "out")
 
     def fail(*_, **__):
         raise AssertionError("ran again")
@@ -218,8 +209,8 @@ def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(workbench, "train", fail)
         again = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
-    assert again.records == found.records and again.summary == found.summary
-    assert (tmp_path / "out" / "runs.jsonl").read_bytes() == written
+    assert again.records == found.records and again.summary.verdicts == found.summary.verdicts
+    assert read_runs(tmp_path / "out") == written
     more = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["orthogonal"], seeds=3)
     assert {record["start"] for record in more.records} == {"random", "orthogonal"}
     assert more.settings["starts"] == ["random", "orthogonal"] and more.settings["seeds"] == [0, 1, 2]
@@ -232,50 +223,43 @@ def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatc
 ])  # fmt: skip
 def test_another_configuration_is_refused(home, tmp_path, changes, message):
     compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"], seeds=1)
-    written = (tmp_path / "out" / "runs.jsonl").read_bytes()
+    written = read_runs(tmp_path / "out")
     for dry_run in (False, True):
         with pytest.raises(LoraInitError, match=message):
             compare(home, tmp_path / "out", dry_run=dry_run, **changes)
-    assert (tmp_path / "out" / "runs.jsonl").read_bytes() == written
+    assert read_runs(tmp_path / "out") == written
 
 
-SCRIPT = """
-import sys
+# Its third run waits to be killed, so that nothing depends on how fast the machine is.
+WAITING = """
+import sys, time
 from pathlib import Path
+from lora_init.comparison import workbench
 from tests.comparison.test_compare import compare
-if __name__ == "__main__":
-    compare(Path(sys.argv[1]), sys.argv[2], steps=int(sys.argv[3]), say=lambda t: print(t, flush=True))
+train, calls = workbench.train, []
+def waiting(*arguments, **options):
+    calls.append(1)
+    while len(calls) == 3:
+        time.sleep(0.01)
+    return train(*arguments, **options)
+workbench.train = waiting
+compare(Path(sys.argv[1]), sys.argv[2], say=lambda t: print(t, flush=True))
 """
 
 
-def start_process(home, output, steps=6):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(home), str(output), str(steps)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_lines(process, n):
-    return [process.stdout.readline() for _ in range(n)]
-
-
-@pytest.mark.slow
 def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_path):
-    uninterrupted = compare(home, tmp_path / "whole", steps=200)
-    for n_lines in (2, 3):  # the estimate, then a line for each run that ended
-        process = start_process(home, tmp_path / "killed", 200)
-        wait_for_lines(process, n_lines)
-        time.sleep(0.3)  # into the next run
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=60) == -signal.SIGKILL
-        process.communicate()
-    ended = len(read_runs(tmp_path / "killed"))
-    assert 2 <= ended < len(uninterrupted.records)
-    with (tmp_path / "killed" / "runs.jsonl").open("ab") as file:
-        file.write(b'{"task": "torn')
-    resumed = compare(home, tmp_path / "killed", steps=200)
-    assert without_clock(resumed.records) == without_clock(uninterrupted.records)
-    unclocked = [t for t in resumed.summary.tables if t.name not in ("cost", "runs")]
-    assert unclocked == [t for t in uninterrupted.summary.tables if t.name not in ("cost", "runs")]
+    uninterrupted = compare(home, tmp_path / "whole")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WAITING, str(home), str(tmp_path / "killed")]
+    for _ in range(2):
+        with subprocess.Popen(command, env=environment, stdout=-1, text=True) as process:
+            assert all(": finished" in process.stdout.readline() for _ in range(2))
+            process.kill()
+    assert len(read_runs(tmp_path / "killed")) == 4 < len(uninterrupted.records)
+    resumed = compare(home, tmp_path / "killed")
+    assert without_clock(read_runs(tmp_path / "killed")) == without_clock(read_runs(tmp_path / "whole"))
+    tables, expected = run_tables(resumed.summary), run_tables(uninterrupted.summary)
+    assert all(tables[name].equals(expected[name]) for name in expected if name not in ("cost", "runs"))
     assert resumed.summary.verdicts == uninterrupted.summary.verdicts
 
 
@@ -289,22 +273,25 @@ def test_ctrl_c_leaves_a_report_of_what_ended(home, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(workbench, "train", interrupted)
+    lines = []
     with pytest.raises(KeyboardInterrupt):
-        compare(home, tmp_path / "out")
+        compare(home, tmp_path / "out", say=lines.append)
     assert len(read_runs(tmp_path / "out")) == 2
     assert "random" in (tmp_path / "out" / "report.md").read_text()
+    kept = "2 of 9 runs are kept, with their report. The same command goes on from there."
+    assert lines[2:] == [f"{tmp_path / 'out'}: {kept}"]
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_runs(home, tmp_path, monkeypatch):
-    real, calls = comparison.RunLog.append, []
+    real, calls = RunDirectory.add, []
 
     def full(self, record):
         calls.append(1)
         if len(calls) == 3:
-            raise self._unwritable(OSError(28, "No space left on device"))
+            raise LoraInitError("No space left on device")
         real(self, record)
 
-    monkeypatch.setattr(comparison.RunLog, "append", full)
+    monkeypatch.setattr(RunDirectory, "add", full)
     with pytest.raises(LoraInitError, match="No space left on device"):
         compare(home, tmp_path / "out")
     assert len(read_runs(tmp_path / "out")) == 2
@@ -326,7 +313,7 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
     found = compare(home, tmp_path / "out")
     failed = [record for record in found.records if record["status"] == "failed"]
     assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-3)]
-    assert failed[0]["error"].startswith("out of memory") and failed[0]["validation_loss"] is None
+    assert failed[0]["error"].startswith("out of memory") and failed[0]["validation_loss"] == []
     assert failed[0]["trainable_parameters"] > 0
     assert len(found.records) == len(found.planned) == 9
     # The next call tries it again, and what came after it is what it would have been.
@@ -350,12 +337,12 @@ def test_an_error_in_the_code_is_not_a_failed_run(home, tmp_path, monkeypatch):
 def test_other_data_for_one_start_is_noticed(home, tmp_path, monkeypatch):
     real = workbench.train
 
-    def tampered(model, task, order, **options):
-        return real(
-            model, task, order[::-1] if len(tampered.calls.append(1) or tampered.calls) == 2 else order, **options
-        )
+    calls = []
 
-    tampered.calls = []
+    def tampered(model, task, order, *others, **options):
+        calls.append(1)
+        return real(model, task, order[::-1] if len(calls) == 2 else order, *others, **options)
+
     monkeypatch.setattr(workbench, "train", tampered)
     with pytest.raises(LoraInitError, match=r"seed 0: eva at 0\.001 saw other data than random at 0\.001"):
         compare(home, tmp_path / "out")
@@ -376,9 +363,7 @@ def useless(model, seed):
 
 def again(model, seed):
     """The random start under another name."""
-    return prepare(
-        "random", model, statistics=None, batches=[], loss_of=None, rank=2, lora_alpha=16, seed=seed
-    ).peft_model
+    return prepare("random", model, AdapterShape(rank=2, lora_alpha=16), seed).peft_model
 
 
 def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_path):
@@ -397,14 +382,10 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
 
 def test_a_start_that_has_learned_already_wins(home, tmp_path):
     bench = set_up_bench(home, tmp_path, steps=40)
-    trained = prepare(
-        "random", bench.loaded.model, statistics=None, batches=[], loss_of=None, rank=2, lora_alpha=16, seed=9,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
+    shape = AdapterShape(rank=2, lora_alpha=16, task_type="CAUSAL_LM")
+    trained = prepare("random", bench.loaded.model, shape, 9)
     order = bench.task.order(5, 40, 4)
-    workbench.train(
-        trained.peft_model, bench.task, order, learning_rate=1e-2, warmup=0.1, evaluation_points=[0, 40], seed=0
-    )
+    workbench.train(trained.peft_model, bench.task, order, bench.training, learning_rate=1e-2, seed=0, plain_loss=9.0)
     trained.peft_model.save_pretrained(tmp_path / "learned")
     trained.release()
     found = compare(
@@ -442,6 +423,8 @@ def test_a_dry_run_writes_nothing_and_estimates(home, tmp_path):
         (dict(label="kind"), "label='kind' is not a column"),
         (dict(validation_samples=119), "1 training and 119 validation examples"),
         (dict(validation_samples=0), "no validation rows are left"),
+        (dict(validation_sample=12), "compare() has no argument 'validation_sample'. Closest: 'validation_samples'."),
+        (dict(learning_rate=1e-3), "compare() has no argument 'learning_rate'. Closest: 'learning_rates'."),
     ],
 )
 def test_bad_input(home, tmp_path, changes, message):
@@ -474,3 +457,60 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
         learning_rates=(1e-3,),
     )  # fmt: skip
     assert {record["status"] for record in classes.records} == {"finished"}
+
+
+def test_a_misspelt_argument_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(LoraInitError, match=r"has no argument 'dtpye'\. Closest: 'dtype'"):
+        lora_init.compare("no/such/model", "no-such-data.jsonl", tmp_path / "out", dtpye="bfloat16")
+
+
+def test_runs_are_held_against_the_loss_of_the_plain_model(home, tmp_path, monkeypatch):
+    real, limits = workbench.train, []
+    monkeypatch.setattr(workbench, "train", lambda *a, **k: limits.append(k["plain_loss"]) or real(*a, **k))
+    found = compare(home, tmp_path / "out", starts=["random", "lora-one"], learning_rates=[1e-4], seeds=1)
+    first = {record["start"]: record["validation_loss"][0] for record in found.records}
+    assert first["lora-one"] < first["random"] and limits == pytest.approx([first["random"]] * 2)
+
+
+# What is said meanwhile, and what is kept beside the runs
+
+
+def ended(status="finished", error=None):
+    losses = [1.0, 0.5] if status == "finished" else []
+    return dict(status=status, error=error, validation_loss=losses, run_seconds=61.0)
+
+
+def test_a_line_for_each_run():
+    lines = []
+    with Progress(4, lines.append, show=False) as progress:
+        progress.begin("random, 0.001, seed 0", planned=6, left=5)
+        progress.end(ended())
+        progress.begin("eva, 0.001, seed 0", planned=5, left=1)
+        progress.end(ended("failed", "out of memory."))
+    assert lines == [
+        "run 2/6 random, 0.001, seed 0: finished, loss 1.0000 -> 0.5000, 61 s; 4 left, about 4 min",
+        "run 5/5 eva, 0.001, seed 0: failed, out of memory., 61 s",
+    ]
+
+
+def test_the_bar_counts_the_steps_of_all_runs(capfd):
+    with Progress(4, lambda text: None, show=True) as progress:
+        progress.begin("random", planned=2, left=2)
+        for _ in range(2):
+            progress.step()
+        progress.end(ended("unstable", "loss nan"))
+        assert (progress._bar.n, progress._bar.total) == (4, 8)
+        progress.begin("eva", planned=2, left=1)
+        assert (progress._bar.n, progress._bar.total) == (4, 8)
+    assert "run 2/2 eva" in capfd.readouterr().err
+
+
+def test_settings_tell_nothing_about_this_machine_but_what_may_change_numbers(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    assert model_name(str(tmp_path / "model")) == "model"
+    assert model_name("org/name") == "org/name"
+    monkeypatch.chdir(tmp_path / "model")
+    assert model_name(".") == "model"
+    found = circumstances()
+    assert set(found["versions"]) == {"lora_init", "torch", "transformers", "peft", "python"}
+    assert found["threads"] >= 1 and isinstance(found["processor"], str)

@@ -1,120 +1,269 @@
-"""The log on disk: whole lines, resumed, never mixed, never lost."""
+"""Which runs there are, what makes them comparable, and their directory: whole files, never mixed, never lost."""
 
 import errno
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
-from lora_init.comparison import runs as run_log
-from lora_init.comparison.runs import RunLog, peek, read_runs
+from lora_init.comparison.runs import Plan, Results, Run, Variant, check_fair, open_runs, peek, read_runs
 from lora_init.errors import LoraInitError
+from tests.comparisons import broken, record, settings
 
-SETTINGS = {
-    "task": "t", "rank": 8, "data": "d", "evaluation_points": (0, 4), "starts": ["random"], "learning_rates": [1e-3],
-    "seeds": [0], "sweep": "halving", "match_scale": False, "threads": 1, "versions": {}, "processor": "",
-    "command": "",
-}  # fmt: skip
+RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
+RANDOM, EVA = Variant("random"), Variant("eva")
 
 
-def record(seed=0, **changes):
-    return dict(
-        task="t", start="random", matched_scale=False, equal_parameters=False, seed=seed, learning_rate=1e-3,
-        status="finished", validation_loss=[1.0, 0.5],
-    ) | changes  # fmt: skip
+# The plan
+
+
+def carry_out(sweep, loss, variants=(RANDOM, EVA)):
+    """Do what is planned, as compare() does, and return the runs in the order they were done in."""
+    plan, records, done = Plan([v.start for v in variants], RATES, SEEDS, sweep), {}, []
+    while True:
+        planned = plan.runs(variants, records)
+        left = [run for run in planned if run not in records]
+        if not left:
+            return done, planned
+        assert left[0].learning_rate is not None
+        ends, status = loss(left[0])
+        records[left[0]] = record(left[0].variant.start, left[0].learning_rate, left[0].seed, ends, status=status)
+        done.append(left[0])
+
+
+def test_halving_sweeps_one_seed_and_takes_the_best_rate_to_the_others():
+    best = {"random": 1e-2, "eva": 1e-3}
+    done, planned = carry_out("halving", lambda run: (abs(run.learning_rate - best[run.variant.start]), "finished"))
+    assert done[:4] == [Run(v, 0, rate) for rate in RATES for v in (RANDOM, EVA)]
+    assert done[4:] == [Run(v, seed, best[v.start]) for seed in (1, 2) for v in (RANDOM, EVA)]
+    assert planned == done
+
+
+def test_before_the_sweep_has_ended_the_rates_are_open():
+    planned = Plan(["random"], RATES, SEEDS, "halving").runs([RANDOM], {})
+    assert [run.learning_rate for run in planned] == [*RATES, None, None]
+    assert planned[-1].title == "random, best rate, seed 2"
+
+
+@pytest.mark.parametrize(
+    ("unstable_on", "expected"),
+    [
+        ((0, 1, 2), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (2, 1e-3)]),
+        ((1,), [(0, 1e-3), (0, 1e-2), (1, 1e-2), (1, 1e-3), (2, 1e-3)]),
+    ],
+)
+def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable_on, expected):
+    def loss(run):
+        if run.learning_rate == 1e-2:
+            return 0.1, "unstable" if run.seed in unstable_on else "finished"
+        return 0.5, "finished"
+
+    done, _ = carry_out("halving", loss, [EVA])
+    assert [(run.seed, run.learning_rate) for run in done] == expected
+
+
+def test_a_start_that_never_finishes_gets_no_more_seeds():
+    done, planned = carry_out("halving", lambda run: (9.0, "unstable" if run.variant == EVA else "finished"))
+    assert len(done) == len(planned) == 4 + 2
+    assert {run.variant for run in planned[4:]} == {RANDOM}
+
+
+def test_full_is_everything():
+    done, planned = carry_out("full", lambda run: (0.5, "finished"))
+    assert len(set(done)) == 12 and done == planned
+    assert [run.seed for run in done] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_what_is_run_beside_the_starts():
+    starts = ["random", "eva", "eva-rho1", "eva-ranks", "eva-frozen-a", "pissa"]
+    plain = [Variant(start) for start in starts]
+    plan = Plan(starts, RATES, SEEDS, "full")
+    assert plan.variants(True) == [*plain, Variant("eva-frozen-a", equal_parameters=True)]
+    moved = [Variant(start, equal_parameters=True) for start in ("eva", "eva-frozen-a")]
+    assert plan.variants(False) == [*plain, *moved]
+    scaled = [Variant(start, matched_scale=True) for start in ("eva", "eva-rho1", "eva-frozen-a")]
+    assert Plan(starts, RATES, SEEDS, "full", match_scale=True).variants(False) == [*plain, *moved, *scaled]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(learning_rates=[1e-3, 0.0]), "learning_rates: 0.0; expected positive numbers"),
+        (dict(learning_rates=[-1e-3]), "learning_rates: -0.001"),
+        (dict(learning_rates=[float("nan")]), "learning_rates: nan"),
+        (dict(learning_rates=[float("inf")]), "learning_rates: inf"),
+        (dict(learning_rates=[]), "learning_rates: none"),
+        (dict(learning_rates=[1e-3, 1e-3]), "expected different ones"),
+        (dict(seeds=[]), "expected different ones"),
+        (dict(seeds=[0, 0]), "expected different ones"),
+        (dict(sweep="grid"), "sweep='grid' is unknown"),
+    ],
+)
+def test_bad_plans(changes, message):
+    with pytest.raises(LoraInitError, match=message):
+        Plan(**dict(starts=["random"], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
+
+
+def test_other_data_or_parameters_are_noticed():
+    runs = [record("random", 1e-3), record("eva", 1e-3)]
+    check_fair(runs)
+    with pytest.raises(LoraInitError, match=r"seed 0: eva at 0.001 saw other data than random at 0.001"):
+        check_fair([runs[0], runs[1] | {"data_order": "x"}])
+    fewer = runs[1] | {"trainable_parameters": 99}
+    with pytest.raises(LoraInitError, match=r"eva at 0.001 trains 99 parameters and random at 0.001 2,442,240"):
+        check_fair([runs[0], fewer])
+    check_fair([runs[0], fewer], own={"eva": None})
+    check_fair([runs[0], fewer | {"ranks": {"a": 1}}])
+    check_fair([runs[0], runs[1] | {"status": "unstable", "data_order": "x"}])
+    check_fair([runs[0], record(seed=1)])
+
+
+# Results
+
+
+def best_of(*records):
+    return Results.of(records).best.get("eva")
+
+
+def test_the_best_rate_is_picked_on_the_seeds_that_all_rates_have():
+    sweep = [record("eva", rate, 0, loss) for rate, loss in ((1e-4, 0.30), (1e-3, 0.20), (3e-3, 0.21))]
+    # Seed 1 is harder for every rate, and only the best one is run with it.
+    assert best_of(*sweep, record("eva", 1e-3, 1, 0.50)) == 1e-3
+    assert best_of() is None
+    assert best_of(record("eva", 1e-3, 0, 0.2), record("eva", 1e-4, 0, 0.2)) == 1e-4  # the lower of two that are equal
+
+
+def test_an_unstable_run_takes_its_rate_out_of_the_race():
+    sweep = [record("eva", rate, 0, loss) for rate, loss in ((1e-4, 0.30), (1e-3, 0.20), (3e-3, 0.10))]
+    assert best_of(*sweep) == 3e-3
+    assert best_of(*sweep, broken("unstable", "", start="eva", rate=3e-3, seed=1)) == 1e-3
+    assert best_of(*sweep, broken("failed", "", start="eva", rate=3e-3, seed=1)) == 3e-3
+
+
+def test_random_is_first_and_the_rest_in_the_order_asked_for():
+    runs = [record("pissa"), record("eva", equal_parameters=True), record("eva"), record("random")]
+    assert list(Results.of(runs, ["eva", "pissa"]).variants) == ["random", "eva", "eva, equal parameters", "pissa"]
+
+
+# The directory
+
+
+def keep(path, *records, **changes):
+    with open_runs(path, settings(**changes)) as log:
+        for one in records:
+            log.add(one)
+    return log
 
 
 def test_runs_come_back(tmp_path):
-    log = RunLog(tmp_path / "a" / "b", SETTINGS)
-    log.append(record())
-    log.append(record(1, validation_loss=[math.nan, math.inf]))
-    again = RunLog(tmp_path / "a" / "b", SETTINGS)
-    assert list(again.records.values()) == [record(), record(1, validation_loss=[None, None])]
-    assert again.records == log.records
-    assert json.loads((log.directory / "settings.json").read_text())["rank"] == 8
+    lost = record(seed=1, validation_loss=[math.nan, math.inf])
+    log = keep(tmp_path / "a" / "b", record(), lost)
+    assert read_runs(tmp_path / "a" / "b") == [record(), lost | {"validation_loss": [None, None]}]
+    with open_runs(tmp_path / "a" / "b", settings()) as again:
+        assert again.records == log.records
 
 
 def test_of_two_records_of_a_run_the_later_counts(tmp_path):
-    log = RunLog(tmp_path, SETTINGS)
-    for line in (record(status="failed"), record(1), record()):
-        log.append(line)
-    assert [r["seed"] for r in read_runs(tmp_path)] == [1, 0]
-    assert read_runs(tmp_path)[1]["status"] == "finished"
+    keep(tmp_path, broken("failed", "disk full"), record(seed=1), record())
+    assert [(r["seed"], r["status"]) for r in read_runs(tmp_path)] == [(0, "finished"), (1, "finished")]
 
 
-@pytest.mark.parametrize("torn", [b"{", b'{"task": "t", "start"', b"\xff\xfe"])
-def test_a_torn_last_line_is_dropped(tmp_path, torn):
-    RunLog(tmp_path, SETTINGS).append(record())
-    file = tmp_path / "runs.jsonl"
-    whole = file.read_bytes()
-    file.write_bytes(whole + torn)
-    assert read_runs(tmp_path) == [record()]
-    log = RunLog(tmp_path, SETTINGS)
-    assert file.read_bytes() == whole
-    log.append(record(1))
-    assert len(read_runs(tmp_path)) == 2
+def test_any_name_of_a_start_has_a_file_of_its_own(tmp_path):
+    names = ["a/b", "a_1", "../x", "eva,white,4", "eva+matched-scale", "<b>", "ä b"]
+    runs = [record(name) for name in names] + [record("eva"), record("eva", matched_scale=True)]
+    keep(tmp_path, *runs)
+    assert sorted(r["start"] for r in read_runs(tmp_path)) == sorted([*names, "eva", "eva"])
+    assert len(list((tmp_path / "runs").iterdir())) == len(runs)
 
 
-def test_a_damaged_line_within_is_an_error(tmp_path):
-    RunLog(tmp_path, SETTINGS).append(record())
-    file = tmp_path / "runs.jsonl"
-    file.write_bytes(b'{"task": 1}\n' + file.read_bytes())
-    with pytest.raises(LoraInitError, match="line 1: not a run"):
-        RunLog(tmp_path, SETTINGS)
+@pytest.mark.parametrize("content", ["{", '{"task": 1}', "[]", ""])
+def test_a_damaged_file_is_an_error(tmp_path, content):
+    keep(tmp_path, record())
+    (tmp_path / "runs" / "bad.json").write_text(content)
+    with pytest.raises(LoraInitError, match=r"bad\.json: not a run"):
+        keep(tmp_path)
 
 
 def test_another_configuration_is_refused_and_named(tmp_path):
-    RunLog(tmp_path, SETTINGS).append(record())
+    keep(tmp_path, record())
     before = (tmp_path / "settings.json").read_bytes()
     for changes, message in (
         ({"rank": 4}, "rank was 8, now 4"),
-        ({"rank": 4, "data": "x"}, "rank was 8, now 4; data was 'd', now 'x'"),
+        ({"rank": 4, "data": "x"}, "rank was 8, now 4; data was 'siqa.jsonl, 800 rows', now 'x'"),
         ({"new": 1}, "new was None, now 1"),
     ):
-        for opening in (RunLog, peek):
+        for opening in (keep, lambda path, **changes: peek(path, settings(**changes))):
             with pytest.raises(LoraInitError, match=message):
-                opening(tmp_path, {**SETTINGS, **changes})
+                opening(tmp_path, **changes)
     assert (tmp_path / "settings.json").read_bytes() == before
-    RunLog(tmp_path, {**SETTINGS, "threads": 2, "versions": {"torch": "9"}, "command": "x", "match_scale": True})
+    keep(tmp_path, threads=2, versions={"torch": "9"}, command="x", match_scale=True)
 
 
 def test_starts_rates_and_seeds_may_be_added(tmp_path):
-    RunLog(tmp_path, SETTINGS)
-    grown = RunLog(tmp_path, {**SETTINGS, "starts": ["eva"], "learning_rates": [3e-3, 1e-3], "seeds": [0, 1]}).settings
+    keep(tmp_path, starts=["random"], learning_rates=[1e-3], seeds=[0])
+    grown = keep(tmp_path, starts=["eva"], learning_rates=[3e-3, 1e-3], seeds=[0, 1]).settings
     assert (grown["starts"], grown["learning_rates"], grown["seeds"]) == (["random", "eva"], [1e-3, 3e-3], [0, 1])
-    assert RunLog(tmp_path, SETTINGS).settings["starts"] == ["random", "eva"]
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(LoraInitError, match="holds no comparison"):
-        RunLog(tmp_path, SETTINGS)
+        keep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(LoraInitError, match="cannot be written"):
-        RunLog(tmp_path / "thesis.tex", SETTINGS)
-    assert peek(tmp_path, SETTINGS) == {}
+        keep(tmp_path / "thesis.tex")
+    assert peek(tmp_path, settings()) == {}
+
+
+def test_a_directory_of_an_older_version_is_refused_in_one_line(tmp_path):
+    (tmp_path / "runs.jsonl").write_text("{}\n")
+    for _ in range(2):  # without settings, and with them
+        for opening in (keep, lambda path: peek(path, settings())):
+            with pytest.raises(LoraInitError, match=r"older version, which kept all runs in runs\.jsonl.*Name another"):
+                opening(tmp_path)
+        (tmp_path / "settings.json").write_text(json.dumps(settings()))
+
+
+def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from tests.comparisons import settings\n"
+        "from lora_init.comparison.runs import open_runs\n"
+        "with open_runs(Path(sys.argv[1]), settings()):\n    print('held', flush=True); sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(LoraInitError, match=rf"is in use by process {process.pid} on .+\. Wait until") as error:
+            keep(tmp_path)
+        assert "\n" not in str(error.value)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    keep(tmp_path, record())
+    assert len(read_runs(tmp_path)) == 1
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    log = RunLog(tmp_path, SETTINGS)
-    log.append(record())
-    whole = (tmp_path / "runs.jsonl").read_bytes()
-
-    def full(_):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(run_log.os, "fsync", full)
-        with pytest.raises(LoraInitError, match=r"No space left on device\. The runs that ended before are kept"):
-            log.append(record(1))
-    assert (tmp_path / "runs.jsonl").read_bytes() == whole
-    log.append(record(1))
+    with open_runs(tmp_path, settings()) as log:
+        log.add(record())
+        with monkeypatch.context() as patched:
+            patched.setattr("lora_init.files.os.fsync", full)
+            with pytest.raises(LoraInitError, match=r"No space left on device\. The runs that ended before are kept"):
+                log.add(record(seed=1))
+        assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".json"]
+        log.add(record(seed=1))
     assert len(read_runs(tmp_path)) == 2
 
 
-def test_damaged_settings_are_an_error(tmp_path):
-    RunLog(tmp_path, SETTINGS)
-    for content in ("{", "[]"):
-        (tmp_path / "settings.json").write_text(content)
-        with pytest.raises(LoraInitError, match=r"settings.json"):
-            RunLog(tmp_path, SETTINGS)
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_settings_are_an_error(tmp_path, content):
+    keep(tmp_path)
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(LoraInitError, match=r"settings.json"):
+        keep(tmp_path)

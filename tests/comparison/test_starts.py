@@ -7,7 +7,15 @@ from safetensors.torch import load_file, save_file
 from lora_init.adapters.initializers import GRADIENT_METHODS, layer_generator, random
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
-from lora_init.comparison.starts import PEFT_STARTS, START_NAMES, a_weights, blank_spectrum, prepare
+from lora_init.comparison.starts import (
+    PEFT_STARTS,
+    START_NAMES,
+    AdapterShape,
+    StartData,
+    a_weights,
+    blank_spectrum,
+    prepare,
+)
 from lora_init.errors import LoraInitError
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama
 
@@ -38,11 +46,12 @@ class Case:
             )  # fmt: skip
         return self.collected[center, gradients]
 
-    def prepare(self, start, model=None, **options):
-        settings = dict(rank=RANK, lora_alpha=8, seed=0, task_type=self.task, batches=self.batches)
+    def prepare(self, start, seed=0, batches=None, matched_scale=False, equal_parameters=False, **shape):
+        data = StartData(self.statistics, self.batches if batches is None else batches, self.loss_of)
         return prepare(
-            start, model or self.model, statistics=self.statistics, loss_of=self.loss_of, **settings | options
-        )
+            start, self.model, AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type=self.task) | shape), seed, data,
+            matched_scale=matched_scale, equal_parameters=equal_parameters,
+        )  # fmt: skip
 
     def loss_of(self, model):
         return sum(float(model(**batch).loss.detach()) for batch in self.labelled())
@@ -147,16 +156,17 @@ def test_parameter_counts(case):
         counted = sum(p.numel() for p in prepared.peft_model.parameters() if p.requires_grad)
         assert prepared.trainable_parameters == counted
         sizes = [(sum(layer.base_layer.weight.shape)) for layer in adapter_layers(prepared.peft_model).values()]
+        ranks = prepared.ranks
         prepared.release()
-        return counted, prepared.ranks, max(sizes)
+        return counted, ranks, max(sizes)
 
     expected, ranks, step = count("random")
-    assert ranks is None
+    assert set(ranks.values()) == {RANK}
     for start in HERE:
         plain, ranks, _ = count(start)
         equal, equal_ranks, _ = count(start, equal_parameters=True)
         if start not in MOVES_RANKS:
-            assert plain == equal == expected and ranks is None
+            assert plain == equal == expected and set(ranks.values()) == {RANK}
             continue
         assert sum(ranks.values()) <= RANK * len(case.statistics(True))
         assert max(ranks.values()) <= 2 * RANK and len(set(ranks.values())) > 1
@@ -317,10 +327,7 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
 )
 def test_starts_that_do_not_apply_say_why(start, model, options, message):
     with pytest.raises(LoraInitError, match=message):
-        prepare(
-            start, model(), statistics=None, batches=[], loss_of=None, seed=0, task_type="CAUSAL_LM", lora_alpha=8,
-            **dict(rank=RANK) | options,
-        )  # fmt: skip
+        prepare(start, model(), AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM") | options), 0)
 
 
 def test_a_quantised_base_is_refused():
@@ -328,14 +335,14 @@ def test_a_quantised_base_is_refused():
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(LoraInitError, match=r"'model.layers.1.mlp.up_proj' is quantised"):
-        prepare("olora", model, statistics=None, batches=[], loss_of=None, rank=RANK, lora_alpha=8, seed=0)
+        prepare("olora", model, AdapterShape(RANK, 8), 0)
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for start, package in (("corda", "attrs"), ("loftq", "bitsandbytes")):
         with pytest.raises(LoraInitError, match=f"needs the package {package}"):
-            prepare(start, tiny_llama(), statistics=None, batches=[], loss_of=None, rank=RANK, lora_alpha=8, seed=0)
+            prepare(start, tiny_llama(), AdapterShape(RANK, 8), 0)
 
 
 def test_loftq_rounds_the_base_and_release_brings_it_back(monkeypatch):
@@ -355,7 +362,7 @@ def test_loftq_rounds_the_base_and_release_brings_it_back(monkeypatch):
     before, output = snapshot(case.model), case.logits()
     prepared = case.prepare("loftq")
     changed = [n for n, v in case.model.named_parameters() if n.endswith("base_layer.weight") and v.max() > 0]
-    assert len(changed) == 14 and prepared.ranks is None
+    assert len(changed) == 14 and set(prepared.ranks.values()) == {RANK}
     assert not torch.equal(case.logits(prepared.peft_model), output)
     prepared.release()
     assert_same(before, snapshot(case.model))

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import load_task
+from lora_init.comparison.tasks import ChoiceRule, DataOptions, choice_rule, find_answer, load_task, split_options
 from lora_init.errors import LoraInitError
 from lora_init.loading.examples import IGNORED
 from tests.comparisons import make_home
@@ -22,8 +22,9 @@ def tokenizer(home):
 
 
 def load(home, tokenizer, **changes):
-    settings = dict(template="{passage}", train_samples=40, validation_samples=10, batch_size=4)
-    return load_task(home / "rows.jsonl", tokenizer, **settings | changes)
+    settings = dict(template="{passage}", train_samples=40, validation_samples=10) | changes
+    batch_size = settings.pop("batch_size", 4)
+    return load_task(home / "rows.jsonl", tokenizer, DataOptions(**settings), batch_size)
 
 
 KINDS = {
@@ -45,7 +46,7 @@ def test_a_copy_of_a_validation_row_is_not_trained_on(tmp_path, tokenizer):
     rows = [json.dumps({"passage": f"the cat sat {'on ' * (i % 3)}mat", "kind": i % 2}) for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     with pytest.raises(LoraInitError, match="0 training and 10 validation examples"):
-        load_task(tmp_path / "rows.jsonl", tokenizer, template="{passage}", validation_samples=10, batch_size=4)
+        load_task(tmp_path / "rows.jsonl", tokenizer, DataOptions(template="{passage}", validation_samples=10), 4)
 
 
 def test_more_training_moves_no_validation_row(home, tokenizer):
@@ -125,10 +126,8 @@ def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
     rows = [{"question": "dog run", "options": ["the", long if i % 2 else "red"], "answer": "the"} for i in range(8)]
     rows += [{"question": f"{word} run", "options": ["the", "red"], "answer": "the"} for word in ("cat", "mat", "two")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = load_task(
-        tmp_path / "rows.jsonl", tokenizer, template="{question}", options="options", max_length=6, batch_size=2,
-        validation_samples=1,
-    )  # fmt: skip
+    asked = DataOptions(template="{question}", options="options", max_length=6, validation_samples=1)
+    task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 2)
     assert "4 left out with 6 or more tokens" in task.data
     assert all(len(choice[0]) == 4 for item in [*task.train, *task.validation] for choice in item.choices)
 
@@ -138,3 +137,51 @@ def test_the_description_says_what_there_is(home, tokenizer):
     for part in ("rows.jsonl: 40 training and 10 validation examples of 120", "split seed 0", "options options"):
         assert part in task.data
     assert str(home.parent) not in task.data
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["red", " blue "], ["red", "blue"]),
+        ("A. red\nB. blue\n\n", ["A. red", "B. blue"]),
+        ({"text": ["red", "blue"], "label": ["A", "B"]}, ["red", "blue"]),
+        (None, []),
+    ],
+)
+def test_options(value, expected):
+    assert split_options(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("blue", 1), ("BLUE ", 1), ("a", 0), ("C", 2), (2, 2), ("2", 2), ("D", None), (3, None), ("green", None)],
+)
+def test_the_right_one(value, expected):
+    assert find_answer(value, ["red", "blue", "white"]) == expected
+
+
+def test_the_text_of_an_option_comes_before_letter_and_number():
+    assert find_answer("1", ["1", "0"]) == 0
+    assert find_answer("b", ["b", "a"]) == 0
+
+
+def test_a_rule_reads_rows():
+    columns = choice_rule(["o", "answer"], "data", "o", "answer")
+    assert columns.read({"o": ["x", "y"], "answer": "y"}) == (["x", "y"], 1)
+    assert columns.read({"o": ["x"], "answer": "x"}) is None
+    fixed = choice_rule(["right"], "data", "True, False", "right")
+    assert fixed == ChoiceRule("right", None, ("True", "False"))
+    assert fixed.read({"right": False}) == (["True", "False"], 1)
+    assert fixed.read({"right": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "message"),
+    [
+        ("o", "key", "answer='key' is not a column. Columns of data: o, a."),
+        ("opts", "a", "options='opts' is not a column, and not a list of options"),
+    ],
+)
+def test_bad_rules(options, answer, message):
+    with pytest.raises(LoraInitError, match=message):
+        choice_rule(["o", "a"], "data", options, answer)

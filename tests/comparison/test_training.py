@@ -1,42 +1,74 @@
-"""One run: it learns, it repeats, and it says when it diverges."""
+"""One run learns, repeats, and says when it diverges; losses are those of transformers, metrics of scikit-learn."""
 
 import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_init.comparison.tasks import load_task
-from lora_init.comparison.training import peak_bytes, reset_peak, schedule, train
+from lora_init.comparison.tasks import DataOptions, load_task
+from lora_init.comparison.training import (
+    Score,
+    Training,
+    evaluate,
+    metrics,
+    peak_bytes,
+    reset_peak,
+    text_loss,
+    token_losses,
+    train,
+    training_loss,
+)
+from lora_init.errors import LoraInitError
+from lora_init.loading.examples import pad_batch
 from tests.comparisons import make_home
-from tests.conftest import tiny_llama
+from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    home = make_home(tmp_path_factory.mktemp("training"))
-    tokenizer = AutoTokenizer.from_pretrained(home / "llama")
-    return load_task(home / "rows.jsonl", tokenizer, template="{passage}", options="options", validation_samples=12)
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("training"))
 
 
-def run(task, seed=0, steps=8, rate=1e-2, points=(0, 4, 8), model=None, **options):
-    if model is None:
-        torch.manual_seed(0)
-        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+def read(home, model, samples, **options):
+    asked = DataOptions(template="{passage}", validation_samples=samples, **options)
+    return load_task(home / "rows.jsonl", AutoTokenizer.from_pretrained(home / model), asked, 8)
+
+
+@pytest.fixture(scope="module")
+def task(home):
+    return read(home, "llama", 12, options="options")
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return AutoModelForCausalLM.from_pretrained(home / "llama").eval()
+
+
+def with_adapter(model=None):
+    torch.manual_seed(0)
+    return get_peft_model(model or tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+
+
+def run(task, seed=0, steps=8, rate=1e-2, points=(0, 4, 8), model=None, warmup=0.25, plain_loss=4.0):
+    model = model or with_adapter()
+    training = Training(steps, 4, warmup, points)
     order = task.order(seed, steps, 4)
-    settings = dict(learning_rate=rate, warmup=0.25, evaluation_points=points, seed=seed)
-    return model, train(model, task, order, **settings | options)
+    return model, train(model, task, order, training, learning_rate=rate, seed=seed, plain_loss=plain_loss)
 
 
 def test_it_learns_and_measures(task):
     model, done = run(task)
-    assert done.status == "finished" and done.reason is None
+    assert done.status == "finished" and done.error is None
     assert done.evaluation_points == [0, 4, 8] and len(done.validation_loss) == 3 and len(done.training_loss) == 8
     assert done.validation_loss[-1] < done.validation_loss[0]
     assert set(done.metrics) == {"accuracy", "macro_f1", "mcc"}
-    assert done.gradient_norm > 0 and done.seconds > 0
+    assert done.gradient_norm > 0 and done.training_seconds > 0
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
 
 
@@ -51,8 +83,7 @@ def test_the_state_of_the_random_numbers_does_not_matter(task):
     torch.manual_seed(1)
     torch.rand(3)
     model = tiny_llama(attention_dropout=0.5)
-    pair = [get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear")) for _ in range(2)]
-    pair[1].load_state_dict(pair[0].state_dict())
+    pair = [with_adapter(copy.deepcopy(model)) for _ in range(2)]
     _, first = run(task, model=pair[0])
     torch.rand(7)
     _, second = run(task, model=pair[1])
@@ -69,8 +100,7 @@ def test_the_first_step_is_as_large_as_adamw_makes_it(task):
 def test_it_is_the_loop_that_one_would_write(task):
     """AdamW without decay, clipping to 1, a line up and a cosine down: the same weights."""
     model, _ = run(task)
-    torch.manual_seed(0)
-    plain = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear")).train()
+    plain = with_adapter().train()
     trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     for step, items in enumerate(task.order(0, 8, 4)):
@@ -87,8 +117,7 @@ def test_it_is_the_loop_that_one_would_write(task):
 
 
 def test_the_gradient_norm_is_that_before_clipping(task):
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    model = with_adapter()
     batch = task.batch(task.order(0, 1, 4)[0])
     model(**batch).loss.backward()
     squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
@@ -97,16 +126,15 @@ def test_the_gradient_norm_is_that_before_clipping(task):
 
 
 def test_the_schedule():
-    factors = [schedule(step, 40, 0.1) for step in range(40)]
+    factors = [Training(40, 4, 0.1, [0, 40]).factor(step) for step in range(40)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
     assert factors[4:] == sorted(factors[4:], reverse=True) and 0 < factors[-1] < 0.01
-    assert schedule(0, 1, 0.0) == 1.0
+    assert Training(1, 4, 0.0, [0, 1]).factor(0) == 1.0
 
 
 @pytest.mark.parametrize(("growth", "status"), [(0.0, "finished"), (100.0, "unstable")])
 def test_a_diverging_run_is_unstable_and_ends(task, growth, status):
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    model = with_adapter()
     steps = []
 
     def drift(module, arguments, output):
@@ -118,12 +146,35 @@ def test_a_diverging_run_is_unstable_and_ends(task, growth, status):
     _, done = run(task, model=model, rate=1e-4, steps=40, points=(0, 40))
     assert done.status == status
     if status == "unstable":
-        assert "training loss" in done.reason and "at 0" in done.reason and len(done.training_loss) < 40
+        assert "training loss" in done.error and "for the plain model" in done.error and len(done.training_loss) < 40
+
+
+@pytest.mark.parametrize("begins_at", [0.5, 4.0])
+@pytest.mark.parametrize(("then", "status"), [(7.0, "finished"), (9.0, "unstable")])
+def test_wherever_a_start_begins_the_limit_is_that_of_the_plain_model(task, monkeypatch, begins_at, then, status):
+    """Twice the plain model's 4.0 and half a nat: a step that begins at 0.5 may go as high as random."""
+    losses = iter([begins_at, then, 3.0])
+    monkeypatch.setattr("lora_init.comparison.training.evaluate", lambda *_, **__: Score(next(losses), None))
+    _, done = run(task, rate=1e-6, plain_loss=4.0)
+    assert (done.status, done.validation_loss[:2]) == (status, [begins_at, then])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(evaluation_points=[0, 5, 20, 10]), "expected rising steps from 0 to 10"),
+        (dict(evaluation_points=[0, 20]), "expected rising steps from 0 to 10"),
+        (dict(steps=0, evaluation_points=[0]), "expected rising steps"),
+        (dict(warmup=1.0), "warmup=1.0"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(LoraInitError, match=message):
+        Training(**dict(steps=10, batch_size=4, warmup=0.1, evaluation_points=[0, 10]) | options)
 
 
 def test_a_loss_that_is_not_finite_is_unstable_at_once(task):
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    model = with_adapter()
     calls = []
 
     def spoil(module, arguments, output):
@@ -134,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_unstable_at_once(task):
 
     model.base_model.model.register_forward_hook(spoil)
     _, done = run(task, model=model)
-    assert done.status == "unstable" and "nan" in done.reason
+    assert done.status == "unstable" and "nan" in done.error
     assert len(done.training_loss) < 8 and done.evaluation_points == [0]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
@@ -150,3 +201,93 @@ def test_peak_memory_is_that_since_the_reset():
     reset_peak()
     # 120 MB; half of it leaves room for what else the process does.
     assert during - before > 60e6 and during - peak_bytes() > 60e6
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_the_loss_is_that_of_transformers(make, task):
+    # float32, sums of a few hundred terms in another order
+    model = make()
+    batch = task.batch(task.train[:6])
+    assert float(training_loss(model, task, batch)) == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    for text in batches_for("llama", n_batches=2):
+        losses, labelled = token_losses(model, text)
+        assert float(losses.sum() / labelled.sum()) == pytest.approx(float(model(**text).loss), rel=1e-5)
+
+
+def test_the_loss_of_a_classifier_is_that_of_transformers(home, task):
+    model, labels = tiny_bert(), torch.tensor([0, 1, 1])
+    batch = {**task.batch(task.train[:3]), "labels": labels}
+    batch["input_ids"] = batch["input_ids"] % 64
+    found = training_loss(model, replace(task, kind="classification"), batch)
+    assert float(found) == pytest.approx(float(model(**batch).loss), rel=1e-5)
+
+
+def test_options_are_scored_one_by_one(task, model):
+    score = evaluate(model, task, with_metrics=True)
+    expected, losses = [], []
+    for item in task.validation:
+        of_item = []
+        for choice in item.choices:
+            batch = pad_batch([choice], task.padding)
+            n = int((batch["labels"] != -100).sum())
+            of_item.append((float(model(**batch).loss) * n, n))
+        expected.append(int(np.argmin([loss for loss, _ in of_item])))
+        losses.append(of_item[item.answer])
+    truth = [item.answer for item in task.validation]
+    assert score.metrics["accuracy"] == accuracy_score(truth, expected)
+    assert score.loss == pytest.approx(sum(a for a, _ in losses) / sum(n for _, n in losses), rel=1e-5)
+    # With and without metrics the loss is the same thing, up to the rounding of other paddings.
+    assert evaluate(model, task, with_metrics=False).loss == pytest.approx(score.loss, rel=1e-5)
+    assert evaluate(model, task, with_metrics=False).metrics is None
+
+
+def test_normalising_divides_by_the_number_of_tokens(task):
+    """Option 0 has a lower loss in all, option 1 a lower one for each token."""
+
+    class Even(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, attention_mask, use_cache=None):
+            logits = torch.zeros(*input_ids.shape, 64)
+            logits[..., 9] = 1.0  # a little likelier than the rest
+            return type("Output", (), {"logits": logits + self.weight})
+
+    item = replace(
+        task.validation[0], choices=(([5, 6, 7], [-100, -100, 7]), ([5, 6, 9, 9], [-100, -100, 9, 9])), answer=0
+    )
+    small = replace(task, validation=[item, item])
+    assert evaluate(Even(), small, True).metrics["accuracy"] == 1.0
+    assert evaluate(Even(), replace(small, normalize=True), True).metrics["accuracy"] == 0.0
+
+
+def test_metrics_are_those_of_scikit_learn():
+    truth, predicted = [0, 1, 2, 2, 1, 0, 0], [0, 2, 2, 2, 1, 1, 0]
+    assert metrics(truth, predicted) == {
+        "accuracy": accuracy_score(truth, predicted),
+        "macro_f1": pytest.approx(f1_score(truth, predicted, average="macro")),
+        "mcc": pytest.approx(matthews_corrcoef(truth, predicted)),
+    }
+
+
+def test_a_classifier_is_scored(home):
+    task = read(home, "bert", 20, label="first")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        home / "bert", num_labels=len(task.classes), ignore_mismatched_sizes=True
+    ).eval()
+    score = evaluate(model, task, True)
+    batch = task.batch(task.validation)
+    output = model(**batch)
+    assert score.loss == pytest.approx(float(output.loss), rel=1e-5)
+    assert score.metrics["accuracy"] == accuracy_score(batch["labels"], output.logits.argmax(1))
+
+
+def test_evaluation_leaves_mode_and_weights(task, model):
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    first = evaluate(model, task, True)
+    assert model.training and evaluate(model, task, True) == first
+    assert text_loss(model, batches_for("llama")) > 0 and model.training
+    model.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
