@@ -198,7 +198,7 @@ def _run_all(bench: Workbench, log: RunDirectory, plan: Plan, variants: Sequence
                 return
             progress.begin(left[0].title, len(planned), len(left))
             record = bench.carry_out(left[0], progress.step)
-            check_fair([*log.records.values(), record], bench.own)
+            check_fair([*log.records.values(), record])
             log.add(record)
             progress.end(record)
 
@@ -214,18 +214,9 @@ def circumstances() -> dict[str, Any]:
     versions = {package: version(package) for package in ("torch", "transformers", "peft")}
     return {
         "threads": torch.get_num_threads(),
-        "processor": _processor(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "versions": {"lora_init": lora_init.__version__, **versions, "python": platform.python_version()},
     }
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
 
 
 class Progress:

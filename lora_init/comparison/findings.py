@@ -47,24 +47,14 @@ def rate_text(rate: float) -> str:
     return f"{float(digits):g}e{int(exponent)}"
 
 
-def count(n: int, noun: str) -> str:
-    """Write a count with its noun.
-
-    Example:
-        >>> count(1, "run"), count(2, "run")
-        ('1 run', '2 runs')
-    """
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def seed_list(seeds: Collection[int]) -> str:
+def seed_list(seeds: Iterable[int]) -> str:
     """Write seeds with their noun.
 
     Example:
-        >>> seed_list([0, 1])
+        >>> seed_list([1, 0])
         'seeds 0, 1'
     """
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, sorted(seeds)))}"
+    return f"seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(seeds)))}"
 
 
 Outcome = Literal["better", "worse", "no difference shown", "no statement"]
@@ -236,7 +226,7 @@ def _failed(results: Results) -> list[str]:
     for reason, runs in failed.groupby(failed["error"].fillna("no reason given"), sort=False):
         names = [f"{r.label} at {rate_text(r.learning_rate)} with seed {r.seed}" for r in runs.itertuples()]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        said.append(f"{count(len(names), 'run')} failed ({reason.rstrip('.')}): {'; '.join(names[:_NAMED])}{more}.")
+        said.append(f"{len(names)} failed ({reason.rstrip('.')}): {'; '.join(names[:_NAMED])}{more}.")
     return said
 
 
@@ -350,6 +340,6 @@ def _headline(judged: Sequence[Verdict], results: Results) -> str:
     outcomes = pd.Series([verdict.outcome for verdict in judged], dtype=object).value_counts(sort=False)
     ended = results.frame["status"].value_counts()
     how = ", ".join(f"{n} {status}" for status, n in ended.items())
-    runs = f"{count(len(results.frame), 'run')}{f': {how}' if how else ''}."
+    runs = f"Runs: {how or 'none yet'}."
     parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
     return f"{len(judged)} compared with random: {parts}. {runs}" if judged else runs

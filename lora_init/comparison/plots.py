@@ -49,9 +49,9 @@ def pictures(summary: Summary) -> dict[str, bytes]:
     drawn = {results.variants[label].start for label in results.best}
     panels = [start for start in styles if start in drawn - {RANDOM.start}] or list(drawn)
     if panels:
-        limits = curve_limits(results.at_best), _rate_limits(results)
-        made["learning_curves"] = _draw(panels, (2.1, 1.8), lambda a, s: _draw_curves(a, s, results, styles, limits[0]))
-        made["learning_rates"] = _draw(panels, (2.1, 1.8), lambda a, s: _draw_rates(a, s, results, styles, limits[1]))
+        top = _rate_limits(results)
+        made["learning_curves"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_curves(axes, s, results, styles))
+        made["learning_rates"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_rates(axes, s, results, styles, top))
     compared = sum(verdict.mean is not None for verdict in summary.verdicts)
     if compared:
         made["differences"] = _draw(
@@ -78,7 +78,7 @@ def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, 
     rows = math.ceil(len(names) / columns)
     with matplotlib.rc_context({"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}):
         figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.4), dpi=150, layout="constrained")
-        places = list(figure.subplots(rows, columns, squeeze=False).flat)
+        places = list(figure.subplots(rows, columns, squeeze=False, sharey=len(names) > 1).flat)
         for name, axes in zip(names, places, strict=False):
             draw(axes, name)
             axes.set_title("\n".join(wrap(name, 28)), fontsize=9)
@@ -89,21 +89,11 @@ def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, 
     return out.getvalue()
 
 
-def curve_limits(runs: pd.DataFrame) -> tuple[float, float]:
-    """Find the losses to show: all after the first evaluation, and those before training only if they are near."""
-    trained = [loss for curve in runs["validation_loss"] for loss in curve[1:] or curve]
-    low, high, first = min(trained), max(trained), runs["first_loss"].max()
-    return _padded(low, max(high, first) if first - low <= 3 * (high - low) else high)
-
-
 def _rate_limits(results: Results) -> tuple[float, float]:
     """Find the losses to show by rate: not those so high that the others would look alike."""
     means = results.counted.groupby(["label", "learning_rate"])["loss"].mean()
     low, high = means.min(), means.max()
-    return _padded(low, min(high, low + 4 * (means.median() - low) or high))
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
+    high = min(high, low + 4 * (means.median() - low) or high)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
 
@@ -117,16 +107,18 @@ def _shown(results: Results, start: str) -> list[str]:
     return [label for label in results.best if label == RANDOM.label or start == variants[label].start != RANDOM.start]
 
 
-def _draw_curves(axes: Any, start: str, results: Results, styles: Styles, limits: tuple[float, float]) -> None:
-    """Draw validation loss over steps at the best rate: mean, and a band from the lowest to the highest seed."""
+def _draw_curves(axes: Any, start: str, results: Results, styles: Styles) -> None:
+    """Draw validation loss over steps at the best rate: mean, and a band from the lowest to the highest seed.
+
+    What is before training would leave no room for what differs.
+    """
     for label in _shown(results, start):
         variant = results.variants[label]
         runs = results.at_best[results.at_best["label"] == label]
-        curves = pd.DataFrame(runs["validation_loss"].tolist(), columns=runs["evaluation_points"].iloc[0])
+        curves = pd.DataFrame(runs["validation_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
         color = styles[variant.start][0]
         axes.plot(curves.columns, curves.mean(), line_style(variant), color=color, linewidth=1.5)
         axes.fill_between(curves.columns, curves.min(), curves.max(), color=color, alpha=0.2, linewidth=0)
-    axes.set_ylim(*limits)
     _finish(axes, "steps")
 
 

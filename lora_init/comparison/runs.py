@@ -6,7 +6,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -79,7 +79,7 @@ class Run:
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
 _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
 # Starts whose A has the size of the random one already, or another on purpose, or is part of a change to the base
-# weights or of a step whose size is A's and B's together: nothing to match.
+# weights, or of a step whose size is that of the product of A and B: nothing to match.
 _UNMATCHED = (
     "random",
     "random-scaled",
@@ -166,36 +166,21 @@ class Plan:
         ]
 
 
-def check_fair(records: Iterable[Mapping[str, Any]], own: Collection[str] = ()) -> None:
-    """Make sure that runs that are compared were given the same: data in the same order, and parameters.
-
-    Args:
-        records: Runs that have ended.
-        own: Starts of the user's own, which have the size that they have.
+def check_fair(records: Iterable[Mapping[str, Any]]) -> None:
+    """Make sure that runs that are compared were given the same data in the same order.
 
     Raises:
-        LoraInitError: Runs of one seed saw other data, or starts of one size have other numbers of parameters.
+        LoraInitError: Runs of one seed saw other data.
     """
     order: dict[int, tuple[str, str]] = {}
-    parameters: dict[str, tuple[int, str]] = {}
     for record in records:
-        if record["status"] != "finished":
-            continue
-        name = f"{record['start']} at {record['learning_rate']:g}"
-        seen = order.setdefault(record["seed"], (record["data_order"], name))
-        if seen[0] != record["data_order"]:
-            raise LoraInitError(
-                f"seed {record['seed']}: {name} saw other data than {seen[1]}. The data or the library changed between "
-                "runs; start again in another directory."
-            )
-        size = "frozen" if record["start"] == "eva-frozen-a" else "equal"
-        if record["ranks"] is None and record["start"] not in own:
-            trained = record["trainable_parameters"]
-            count, other = parameters.setdefault(size, (trained, name))
-            if count != trained:
+        if record["status"] == "finished":
+            name = f"{record['start']} at {record['learning_rate']:g}"
+            seen, other = order.setdefault(record["seed"], (record["data_order"], name))
+            if seen != record["data_order"]:
                 raise LoraInitError(
-                    f"{name} trains {trained:,} parameters and {other} {count:,}, with the same ranks. "
-                    "They cannot be compared."
+                    f"seed {record['seed']}: {name} saw other data than {other}. The data or the library changed "
+                    "between runs; start again in another directory."
                 )
 
 

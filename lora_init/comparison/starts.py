@@ -232,9 +232,11 @@ def prepare(
             torch.manual_seed(seed)
             if not isinstance(start, str):
                 peft_model = _apply_own(name, start[1], model, seed)
-            elif recipe and stats:
+            elif recipe and stats is not None:
                 plan = _ranks(stats, recipe, shape.rank, equal_parameters)
-                init = _build(recipe, stats, plan, shape, seed, model, data)
+                build = partial(build_adapter, stats, plan, recipe.method, lora_alpha=shape.lora_alpha, seed=seed)
+                stepped = changes_output(recipe.method)
+                init = find_step_size(model, lambda g: build(gamma=g), data.loss_of) if stepped else build()
                 peft_model, gamma = init.apply(model), init.gamma
                 if recipe.frozen_a:
                     for a in a_weights(peft_model).values():
@@ -257,7 +259,7 @@ def blank_spectrum(width: int) -> Spectrum:
 
 
 def a_weights(peft_model: PeftModel) -> dict[str, Tensor]:
-    """Find A of each layer that has one, [r, d_in]; embeddings and convolutions keep theirs elsewhere or folded."""
+    """Find A of each layer that has one, [r, d_in]; embeddings keep theirs elsewhere, convolutions as [r, c, k, k]."""
     found = {name: layer.lora_A for name, layer in adapter_layers(peft_model).items() if len(layer.lora_A)}
     weights = {name: next(iter(adapters.values())).weight for name, adapters in found.items()}
     return {name: weight for name, weight in weights.items() if weight.dim() == 2}
@@ -305,21 +307,6 @@ def _plain(model: nn.Module, method: str, shape: AdapterShape, seed: int) -> Ada
         provenance=made_for,
     )
     return build_adapter(stats, shape.rank, method, lora_alpha=shape.lora_alpha, seed=seed)
-
-
-def _build(
-    recipe: _Recipe,
-    stats: Statistics,
-    plan: RankAllocation,
-    shape: AdapterShape,
-    seed: int,
-    model: nn.Module,
-    data: StartData,
-) -> AdapterInit:
-    build = partial(build_adapter, stats, plan, recipe.method, lora_alpha=shape.lora_alpha, seed=seed)
-    if changes_output(recipe.method):
-        return find_step_size(model, lambda gamma: build(gamma=gamma), data.loss_of)
-    return build()
 
 
 def _ranks(stats: Statistics, recipe: _Recipe, rank: int, equal_parameters: bool) -> RankAllocation:

@@ -75,9 +75,9 @@ def find_answer(value: Any, options: Sequence[str]) -> int | None:
         (1, 0, 1)
     """
     text = str(value).strip().casefold()
-    folded = [option.casefold() for option in options]
-    if text in folded:
-        return folded.index(text)
+    lowered = [option.casefold() for option in options]
+    if text in lowered:
+        return lowered.index(text)
     if len(text) == 1 and "a" <= text <= "z":
         position = ord(text) - ord("a")
     else:
@@ -293,7 +293,7 @@ class _Reader:
                 self.left_out[item] += 1
 
     def _read(self, row: Mapping[str, Any]) -> Item | str:
-        """Turn a row into an item, or say why it is left out."""
+        """Read a row as an item, or say why it is left out."""
         encoded = self._encoded(row)
         if encoded is None:
             return "with an empty field"
@@ -346,7 +346,7 @@ def _completion(asked: DataOptions, rule: ChoiceRule | None, kind: str) -> str |
     if named in template:
         raise LoraInitError(f"template={template!r} gives the answer away: it names {named}. Take it out.")
     if completion is not None and named not in completion:
-        raise LoraInitError(f"completion={completion!r} must name {named}, where each option is put in turn.")
+        raise LoraInitError(f"completion={completion!r} must name {named}, where one option after the other is put.")
     return completion or f" {named}"
 
 

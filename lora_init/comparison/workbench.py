@@ -130,7 +130,6 @@ class Workbench:
     statistics_batches: int
     own: Mapping[str, Any] = field(default_factory=dict)
     _before: dict[int, tuple[Score, float | None]] = field(default_factory=dict, repr=False)
-    _plain_vectors: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None) -> Record:
         """Prepare the start, train, measure, and put the plain model back.
@@ -204,7 +203,7 @@ class Workbench:
 
     def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None]) -> None:
         self._renew_head(run.seed)
-        self._decompose_plain_weights()
+        plain_vectors = self._plain_vectors  # of the weights without an adapter
         plain, retained = self._measure_before(run.seed)
         record.metrics_before = plain.metrics
         collected: list[Statistics] = []
@@ -233,7 +232,9 @@ class Workbench:
             if done.status == "finished":
                 if self.retain is not None and retained is not None:
                     record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
-                record.intruders = self._count_intruders(prepared.peft_model)
+                if plain_vectors:
+                    found = intruder_dimensions(prepared.peft_model, base=plain_vectors)
+                    record.intruders = {"count": found.count, "of": found.of, "energy_share": found.energy_share}
         finally:
             prepared.release()
 
@@ -297,19 +298,13 @@ class Workbench:
             self._before[seed] = evaluate(model, self.task, with_metrics=True), retained
         return self._before[seed]
 
-    def _decompose_plain_weights(self) -> None:
-        if self._plain_vectors is None:
-            targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.loaded.task_type)
-            try:
-                self._plain_vectors = left_singular_vectors(self.loaded.model, targets.layers)
-            except LoraInitError:  # quantised weights, which have no intruders to count
-                self._plain_vectors = {}
-
-    def _count_intruders(self, peft_model: nn.Module) -> dict[str, float] | None:
-        if not self._plain_vectors:
-            return None
-        found = intruder_dimensions(peft_model, base=self._plain_vectors)
-        return {"count": found.count, "of": found.of, "energy_share": found.energy_share}
+    @functools.cached_property
+    def _plain_vectors(self) -> dict[str, torch.Tensor]:
+        targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.loaded.task_type)
+        try:
+            return left_singular_vectors(self.loaded.model, targets.layers)
+        except LoraInitError:  # quantised weights, which have no intruders to count
+            return {}
 
     @torch.no_grad()
     def _renew_head(self, seed: int) -> None:
@@ -349,7 +344,7 @@ def set_up(
         own: Starts of the user's own.
 
     Raises:
-        LoraInitError: Data or model cannot be read, or do not go together.
+        LoraInitError: Data or model cannot be read, or one does not suit the other.
     """
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     reading, loading = options

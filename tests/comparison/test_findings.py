@@ -75,7 +75,7 @@ def test_a_planted_winner_a_loser_and_a_tie():
     assert verdict(summary, "pissa").outcome == "worse"
     assert verdict(summary, "orthogonal").sentence.startswith("orthogonal: no difference shown; ")
     assert summary.headline.startswith(
-        "3 compared with random: 1 better, 1 worse, 1 no difference shown. 48 runs: 48 finished."
+        "3 compared with random: 1 better, 1 worse, 1 no difference shown. Runs: 48 finished."
     )
 
 
@@ -240,7 +240,7 @@ def test_metrics_are_paired_too():
 def test_failed_runs_are_named_by_reason():
     runs = [*planted({}), *(broken("failed", "out of memory.", start="eva", seed=s) for s in range(9))]
     note = next(note for note in summarise(runs, settings()).notes if "failed" in note)
-    assert note.startswith("9 runs failed (out of memory): eva at 1e-3 with seed 0; ")
+    assert note.startswith("9 failed (out of memory): eva at 1e-3 with seed 0; ")
     assert note.endswith(" and 3 more.")
 
 

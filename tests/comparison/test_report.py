@@ -117,7 +117,7 @@ PARTIAL = {
     "no random": ([run for run in planted({"eva": 0}) if run["start"] != "random"], "compared with random"),
     "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
     "one rate": (planted({"eva": 0}, rates=(1e-3,)), "not known to be tuned: random; eva."),
-    "all failed": ([broken("failed", "out of memory", start=s) for s in ("random", "eva")], "2 runs failed"),
+    "all failed": ([broken("failed", "out of memory", start=s) for s in ("random", "eva")], "2 failed"),
     "all unstable": ([broken("unstable", "nan", start=s) for s in ("random", "eva")], "No lower rate was tried."),
     "without extras": (
         [run | dict.fromkeys(("metrics", "metrics_before", "retain_loss", "intruders")) for run in planted({"eva": 0})],

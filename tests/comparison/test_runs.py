@@ -107,16 +107,11 @@ def test_bad_plans(changes, message):
         Plan(**dict(starts=["random"], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
 
 
-def test_other_data_or_parameters_are_noticed():
+def test_other_data_is_noticed():
     runs = [record("random", 1e-3), record("eva", 1e-3)]
     check_fair(runs)
     with pytest.raises(LoraInitError, match=r"seed 0: eva at 0.001 saw other data than random at 0.001"):
         check_fair([runs[0], runs[1] | {"data_order": "x"}])
-    fewer = runs[1] | {"trainable_parameters": 99}
-    with pytest.raises(LoraInitError, match=r"eva at 0.001 trains 99 parameters and random at 0.001 2,442,240"):
-        check_fair([runs[0], fewer])
-    check_fair([runs[0], fewer], own={"eva": None})
-    check_fair([runs[0], fewer | {"ranks": {"a": 1}}])
     check_fair([runs[0], runs[1] | {"status": "unstable", "data_order": "x"}])
     check_fair([runs[0], record(seed=1)])
 

@@ -109,7 +109,7 @@ def test_a_start_leaves_the_output_and_release_the_model(case, start, matched_sc
     started = case.logits(prepared.peft_model)
     if start in STEPS:
         assert not torch.equal(started, output)
-    elif start in (*PEFT_STARTS, "lora-ga"):  # a weight that was taken apart and put together again is off by rounding
+    elif start in (*PEFT_STARTS, "lora-ga"):  # a weight that was split and summed again is off by rounding
         assert (started - output).abs().max() < 1e-5 * output.abs().max()
         layer = next(iter(adapter_layers(prepared.peft_model).values()))
         assert bool(layer.lora_B["default"].weight.any())
