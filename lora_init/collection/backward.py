@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -157,8 +158,9 @@ class BackwardHooks:
                 f"{where} returned {got} for a loss, expected one number. "
                 "Pass loss=, a function of what the model returns and the batch."
             )
-        if not bool(torch.isfinite(loss.detach())):
-            raise LoraInitError(f"the loss is {float(loss.detach()):g}. The model produces it; statistics were not updated.")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise LoraInitError(f"the loss is {value:g}. The model produces it; statistics were not updated.")
         if not loss.requires_grad:
             raise LoraInitError(
                 f"the loss of {self._name} gives no gradient to any layer: nothing that was computed on the way keeps "

@@ -374,7 +374,7 @@ def _apply_peft(start: str, model: nn.Module, shape: AdapterInit, batches: Itera
     """
     from peft import get_peft_model
 
-    check_model(model, shape.targets, shape.unsupported, shape.provenance.model_class, "default")
+    check_model(model, shape, "default")
     _check_applies(start, model, shape)
     config = shape.to_peft_config()
     config.base_model_name_or_path = None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.batches import Batches, load_batches
-from lora_init.loading.examples import IGNORED, Encoded, encode, group_by_length, pad_batch, padding_token, recipe
-from lora_init.loading.sources import read_rows
+from lora_init.loading.batches import Batches, group_by_length, load_batches, pad_batch, padding_token
+from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
+from lora_init.loading.sources import Rows, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,8 +218,9 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
             f"validation_samples={asked.validation_samples}: no validation rows are left, so nothing could be "
             "compared. Use at least 1; 100 or more say something."
         )
-    rows, name = read_rows(source, asked.subset, asked.split)
-    reader = _Reader(rows, name, tokenizer, asked)
+    data = read_rows(source, asked.subset, asked.split)
+    name = data.label
+    reader = _Reader(data, tokenizer, asked)
     usable = reader.items()
     validation = list(islice(usable, asked.validation_samples))
     held_out = {tuple(item.tokens[0]) for item in validation}
@@ -233,9 +234,11 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
             f"and validation {asked.validation_samples}{left_out}. "
             "Lower --validation-samples or --batch-size, raise --train-samples, or use more data."
         )
-    counted = f"{name}: {len(train)} training and {len(validation)} validation examples of {len(rows)}"
-    data = ", ".join([counted, f"split seed {asked.data_seed}", *reader.words(), *skipped])
-    return Task(reader.kind, train, validation, reader.classes, padding_token(tokenizer), asked.normalize, data, name)
+    counted = f"{name}: {len(train)} training and {len(validation)} validation examples of {len(data.table)}"
+    described = ", ".join([counted, f"split seed {asked.data_seed}", *reader.words(), *skipped])
+    return Task(
+        reader.kind, train, validation, reader.classes, padding_token(tokenizer), asked.normalize, described, name
+    )
 
 
 def load_retained(tokenizer: Any, asked: DataOptions, kind: str, batch_size: int) -> Batches | None:
@@ -257,7 +260,8 @@ def load_retained(tokenizer: Any, asked: DataOptions, kind: str, batch_size: int
 class _Reader:
     """Turns rows into items, and counts those that are of no use in `left_out`."""
 
-    def __init__(self, rows: Any, name: str, tokenizer: Any, asked: DataOptions) -> None:
+    def __init__(self, data: Rows, tokenizer: Any, asked: DataOptions) -> None:
+        rows, name = data.table, data.label
         names = list(rows.column_names)
         self.kind = _kind(asked, names, name)
         self.rule = choice_rule(names, name, asked.options, asked.answer) if asked.options is not None else None
@@ -267,9 +271,9 @@ class _Reader:
         extra = [
             column for column in (asked.label, self.rule and self.rule.answer, self.rule and self.rule.column) if column
         ]
-        self.rows = rows.select_columns([*dict.fromkeys([*self.recipe.columns, *extra])])
+        self.data, self.columns = data, [*self.recipe.columns, *extra]
         self.limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
-        self.name, self.tokenizer, self.asked = name, tokenizer, asked
+        self.tokenizer, self.asked = tokenizer, asked
         self.left_out: Counter[str] = Counter()
 
     def words(self) -> list[str]:
@@ -280,17 +284,7 @@ class _Reader:
 
     def items(self) -> Iterator[Item]:
         """Yield the rows that are of use in the seeded order."""
-        order = list(range(len(self.rows)))
-        random.Random(self.asked.data_seed).shuffle(order)
-        for index in order:
-            try:
-                item = self._read(self.rows[index])
-            except LoraInitError as error:
-                raise LoraInitError(f"{self.name}, row {index + 1}: {error}") from error
-            if isinstance(item, Item):
-                yield item
-            else:
-                self.left_out[item] += 1
+        return self.data.usable(self.columns, self._read, self.asked.data_seed, self.left_out)
 
     def _read(self, row: Mapping[str, Any]) -> Item | str:
         """Read a row as an item, or say why it is left out."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import IGNORED, Encoded, pad_batch
+from lora_init.loading.batches import pad_batch
+from lora_init.loading.examples import IGNORED, Encoded
 
 _STATUS = Path("/proc/self/status")
 

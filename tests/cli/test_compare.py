@@ -107,7 +107,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
         (["--learning-rates", "-1e-3"], "learning_rates: -0.001; expected positive numbers"),
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
-        (["--label", "class"], "label='class' is not a column"),
+        (["--label", "class"], "--label 'class' is not a column"),
         (["--batch-size", 500], "a batch needs 500"),
         (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
     ],
@@ -145,7 +145,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, tmp_path, sent):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", WAITING, *map(str, command)]

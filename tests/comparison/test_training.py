@@ -25,7 +25,7 @@ from lora_init.comparison.training import (
     training_loss,
 )
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import pad_batch
+from lora_init.loading.batches import pad_batch
 from tests.comparisons import make_home
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 
