@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,28 +23,19 @@ if TYPE_CHECKING:
 
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
 _LIMITS = ("rank", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
-_WHOLE = ("rank", "min_rank", "max_rank", "multiple_of")
-_NUMBER = ("fraction", "megabytes", "variance", "rho")
-_TEXT = ("total_rank", "parameters", "policy", "dtype", "coverage")  # counts such as 2.5M are read by allocate_ranks
 
 
-def read_value(key: str, text: str, where: str) -> Any:
-    """Read the value of one argument.
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("/"))
 
-    Raises:
-        LoraInitError: It is not what the argument takes.
-    """
-    try:
-        if key in _WHOLE:
-            return int(text)
-        if key in _NUMBER:
-            return float(text)
-        if key == "allowed_ranks":
-            return tuple(int(part) for part in text.split("/"))
-    except ValueError:
-        kinds = {"allowed_ranks": "whole numbers with / between"} | dict.fromkeys(_NUMBER, "a number")
-        raise LoraInitError(f"{where}: {key}={text!r} is not {kinds.get(key, 'a whole number')}.") from None
-    return text
+
+# How the value of an argument is read; counts such as 2.5M are read by allocate_ranks.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    **dict.fromkeys(("rank", "min_rank", "max_rank", "multiple_of"), (int, "a whole number")),
+    **dict.fromkeys(("fraction", "megabytes", "variance", "rho"), (float, "a number")),
+    **dict.fromkeys(("total_rank", "parameters", "policy", "dtype", "coverage"), (str, "text")),
+    "allowed_ranks": (_ranks, "whole numbers with / between"),
+}
 
 
 def read_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -81,7 +72,7 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
     variants = {}
     for text in texts:
         full = text if "=" in text else f"policy={text}"
-        change = _pairs(full, (*_WHOLE, *_NUMBER, *_TEXT, "allowed_ranks"), f"--compare {text!r}")
+        change = _pairs(full, tuple(_READERS), f"--compare {text!r}")
         kept = {k: v for k, v in base.items() if k not in _BUDGETS or not any(budget in change for budget in _BUDGETS)}
         variants[text] = {**kept, **change}
     return variants
@@ -96,17 +87,22 @@ def _pairs(text: str, keys: Sequence[str], where: str) -> dict[str, Any]:
             raise LoraInitError(f"{where}: {part.strip()!r} is not of the form key=value.")
         if key not in keys:
             raise LoraInitError(f"{where}: {key!r} is unknown. Choose from {', '.join(keys)}.")
-        pairs[key] = read_value(key, value, where)
+        read, kind = _READERS[key]
+        try:
+            pairs[key] = read(value)
+        except ValueError:
+            raise LoraInitError(f"{where}: {key}={value!r} is not {kind}.") from None
     return pairs
 
 
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
-    from lora_init.planning.pictures import kind_totals, plan_text, source_text, uniform_twin
+    from lora_init.planning.pictures import kind_totals, plan_text, source_text, totals_against_uniform
     from lora_init.planning.plan import serving_note
 
-    even = uniform_twin(plan, stats)
-    used = [rank for rank in plan.values() if rank]
+    totals = _table("", "this plan", "uniform ranks, same sum")
+    for row in totals_against_uniform(plan, stats):
+        totals.add_row(*row)
     kinds = _table("layers", "count", "rank", "total rank", "parameters", "share", "explained")
     for kind in kind_totals(plan).itertuples():
         kinds.add_row(
@@ -118,18 +114,8 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
             f"{kind.parameters / plan.parameters:.1%}",
             f"{kind.explained:.1%}",
         )
-    rows = {
-        "plan": plan_text(plan),
-        "layers": f"{len(used)} of {len(plan)} with rank {_range(used)}, average rank {plan.rank}",
-        "spent": _spent(plan),
-        "parameters": f"{plan.parameters:,}, {plan.parameters / even.parameters - 1:+.1%} against uniform ranks of the "
-        f"same sum, {plan.total_rank:,}",
-        "adapter file": f"{plan.megabytes():.2f} MB in float32, {plan.megabytes('bfloat16'):.2f} MB in bfloat16",
-        "explained": f"{plan.explained_variance:.1%} of a layer's variance on average; "
-        f"{even.explained_variance:.1%} with uniform ranks",
-        "from": source_text(plan),
-    }
-    for part in (rank_table(plan), "", kinds, "", facts(rows)):
+    rows = {"plan": plan_text(plan), "spent": _spent(plan), "from": source_text(plan)}
+    for part in (rank_table(plan), "", kinds, "", totals, "", facts(rows)):
         console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)

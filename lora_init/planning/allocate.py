@@ -107,9 +107,6 @@ def allocate_ranks(
     budget = choose_budget(budgets, len(limits), made.rank, made.n_parameters, dtype, coverage)
     task = _Task(stats, stack_spectra(stats, list(limits)), limits, budget, policy, rho)
     ranks, tops = task.share_out(tie_layers(list(limits), tie, uniform_per_kind))
-    notes, warning = task.notes(ranks, tops)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
     by_name = dict(zip(limits, ranks.tolist(), strict=True))
     explained = dict(zip(limits, task.spectra.reached[np.arange(len(ranks)), ranks].tolist(), strict=True))
     shaping = dict(tie=tie, uniform_per_kind=uniform_per_kind, overrides=overrides, exclude=exclude)
@@ -128,7 +125,7 @@ def allocate_ranks(
         provenance=made,
         unsupported=stats.unsupported,
         excluded=tuple(name for name in stats if name not in by_name),
-        notes=notes,
+        notes=task.notes(ranks, tops),
     )
 
 
@@ -265,24 +262,23 @@ class _Task:
         np.maximum.at(needed, unit_of, np.argmax(spectra.reached >= share, axis=1))
         return steps.rank - steps.width < needed[steps.unit]
 
-    def notes(self, ranks: IntArray, tops: IntArray) -> tuple[tuple[str, ...], str]:
+    def notes(self, ranks: IntArray, tops: IntArray) -> tuple[str, ...]:
         """Say where what was collected, not the policy, decided: layers at their top that could have had more.
 
-        Returns:
-            Notes for the plan, and a warning that the data has too few directions; empty if it has enough.
+        Too little data in a layer is a warning.
 
         Raises:
             LoraInitError: More ranks were asked for in one layer than were collected for any.
         """
         if self.budget.unit == "variance":
-            return (), ""
+            return ()
         spectra, budget, rho, most = self.spectra, self.budget, self.rho, self.spectra.most_collected
         wanting = (ranks == tops) & (self.could > spectra.collected)
         needs = np.maximum(self.average, [limit.min_rank for limit in self.limits.values()])
         short = wanting & spectra.starved & (spectra.collected < needs)
-        warning = ""
         if short.any():
-            warning = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
+            text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
+            warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks
         capped = wanting & ~spectra.starved
         if capped.any() and self.uses_rho:
             text = (
@@ -295,12 +291,12 @@ class _Task:
                     f"{text}. Collect again with rank={math.ceil(self.average)} and rho={rho:g}, or allocate with "
                     f"rho={enough:g}, or with max_rank={most}."
                 )
-            return (f"{text}. Collect again with a larger rank or rho to let them.",), warning
+            return (f"{text}. Collect again with a larger rank or rho to let them.",)
         left = budget.limit - float((ranks * self.per_rank).sum())
-        if (ranks == tops).all() and left > 0 and not warning:
-            text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
-            return (f"{text}: every layer has the largest rank that the limits allow.",), warning
-        return (), warning
+        if left <= 0 or short.any() or (ranks < tops).any():
+            return ()
+        text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
+        return (f"{text}: every layer has the largest rank that the limits allow.",)
 
 
 def _some(names: Sequence[str], which: BoolArray) -> str:

@@ -15,7 +15,6 @@ from lora_init.layers.targets import Target
 
 IntArray = NDArray[np.int64]
 
-KINDS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
 COVERAGES = ("every-layer", "total")
 _COUNTS = ("rank", "total_rank", "parameters")
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
@@ -27,7 +26,8 @@ class Budget:
     """What may be spent.
 
     Attributes:
-        kind: The argument that was given, one of `KINDS`.
+        kind: The argument that was given: `"rank"`, `"total_rank"`, `"parameters"`, `"fraction"`, `"megabytes"` or
+            `"variance"`.
         asked: Its value.
         unit: What `limit` counts: `"ranks"`, `"parameters"`, `"bytes"` or `"variance"`.
         limit: The most that may be spent; for `"variance"`, the share of the variance to reach.

@@ -105,6 +105,22 @@ def uniform_twin(plan: RankAllocation, stats: Statistics) -> RankAllocation:
         return allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
 
 
+def totals_against_uniform(plan: RankAllocation, stats: Statistics) -> list[tuple[str, ...]]:
+    """Set what a plan costs and explains beside uniform ranks of the same sum: rows of name, plan, uniform ranks."""
+    both = (plan, uniform_twin(plan, stats))
+    used = [[rank for rank in one.values() if rank] for one in both]
+    rows = {
+        "layers with an adapter": [f"{len(ranks)} of {len(plan)}" for ranks in used],
+        "rank": [f"{min(ranks)} to {max(ranks)}" for ranks in used],
+        "total rank": [f"{one.total_rank:,}" for one in both],
+        "parameters": [f"{one.parameters:,}" for one in both],
+        "MB in float32": [f"{one.megabytes():.2f}" for one in both],
+        "MB in bfloat16": [f"{one.megabytes('bfloat16'):.2f}" for one in both],
+        "variance explained, mean": [f"{one.explained_variance:.1%}" for one in both],
+    }
+    return [(name, *cells) for name, cells in rows.items()]
+
+
 def budget_curves(plan: RankAllocation, stats: Statistics, n_points: int = 20) -> dict[str, dict[int, float]]:
     """Plan for budgets from an eighth of the plan's parameters to eight times as many, as far as components reach.
 
@@ -229,6 +245,7 @@ def draw_spectra(axes: Any, kind: str, reached: Mapping[int, Sequence[float]], r
         ranks: Rank of each layer.
     """
     from matplotlib import colormaps
+    from matplotlib.ticker import PercentFormatter
 
     last = max(*reached, 1)
     for (block, shares), rank in zip(reached.items(), ranks, strict=True):
@@ -238,7 +255,7 @@ def draw_spectra(axes: Any, kind: str, reached: Mapping[int, Sequence[float]], r
     axes.set_title(f"{kind}: average rank {sum(ranks) / len(ranks):.1f}", fontsize=9, parse_math=False)
     axes.set_ylim(0, 1.02)
     axes.set_xlim(0, max(map(len, reached.values())) - 1 or 1)
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
 
@@ -256,35 +273,26 @@ def _spectra_by_kind(plan: RankAllocation, stats: Statistics) -> dict[str, tuple
 
 def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapping[int, float]]) -> None:
     """Draw what each policy explains for how many parameters, and the plan."""
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    count = EngFormatter(sep="")
     for policy, curve in curves.items():
         axes.plot(
             list(curve), list(curve.values()), label=policy, markersize=3.5, linewidth=1.4, **_POLICY_STYLES[policy]
         )
     axes.plot(
         [plan.parameters], [plan.explained_variance], "*", color=_CHOSEN, markersize=15, markeredgecolor="white",
-        label=f"this plan: {_millions(plan.parameters)}, {plan.explained_variance:.1%}", zorder=5,
+        label=f"this plan: {EngFormatter(places=1, sep='')(plan.parameters)}, {plan.explained_variance:.1%}", zorder=5,
     )  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: _millions(value))
-    axes.xaxis.set_minor_formatter(lambda value, _: _millions(value) if f"{value:e}"[0] in "25" else "")
-    axes.yaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(count)
+    axes.xaxis.set_minor_formatter(lambda value, _: count(value) if f"{value:e}"[0] in "25" else "")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("adapter parameters", fontsize=9)
     axes.set_ylabel("variance explained,\nmean over layers", fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, loc="best", framealpha=0.9)
-
-
-def _percent(value: float, _: object = None) -> str:
-    return f"{value:.0%}"
-
-
-def _millions(value: float) -> str:
-    value = float(f"{value:.3g}")
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:.0f}"
 
 
 def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
@@ -375,7 +383,6 @@ def _cells(ranks: Mapping[str, int], about: Callable[[str], str]) -> tuple[list[
 
 def _page(plan: RankAllocation, stats: Statistics) -> str:
     model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
-    columns = [_totals(plan), _totals(uniform_twin(plan, stats))]
     rows, kinds = _cells(
         plan, lambda name: f"{name}: rank {plan[name]}, explains {plan.share(name):.1%} of its variance"
     )
@@ -395,7 +402,7 @@ def _page(plan: RankAllocation, stats: Statistics) -> str:
             title=f"Rank plan{f' for {model}' if model else ''}",
             asked=plan_text(plan),
             source=source_text(plan),
-            totals=[(name, *(column[name] for column in columns)) for name in columns[0]],
+            totals=totals_against_uniform(plan, stats),
             rows=rows,
             kinds=kinds,
             spectra=spectra,
@@ -404,18 +411,6 @@ def _page(plan: RankAllocation, stats: Statistics) -> str:
             notes=plan.notes,
         )
     )
-
-
-def _totals(plan: RankAllocation) -> dict[str, str]:
-    used = [rank for rank in plan.values() if rank]
-    return {
-        "layers with an adapter": f"{len(used)} of {len(plan)}",
-        "rank": f"{min(used)} to {max(used)}",
-        "total rank": f"{plan.total_rank:,}",
-        "parameters": f"{plan.parameters:,}",
-        "saved in float32, MB": f"{plan.megabytes():.2f}",
-        "variance explained, mean": f"{plan.explained_variance:.1%}",
-    }
 
 
 # What the report of a comparison takes from here until it has templates of its own.

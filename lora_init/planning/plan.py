@@ -329,7 +329,7 @@ def load_plan(path: str | Path) -> RankAllocation:
     """
     path = Path(path).expanduser()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise LoraInitError(f"{path}: the plan could not be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -346,6 +346,10 @@ def load_plan(path: str | Path) -> RankAllocation:
         return _plan_from(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LoraInitError(f"{path} is damaged: {type(error).__name__} {error}. Plan again.") from error
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def _plan_from(content: Mapping[str, Any]) -> RankAllocation:

@@ -122,7 +122,7 @@ def test_a_damaged_plan_is_refused(tmp_path, change, message):
 def test_no_plan_at_all(tmp_path):
     with pytest.raises(LoraInitError, match="could not be read: No such file"):
         load_plan(tmp_path / "plan.json")
-    for text in ("{", "[" * 10**6):
+    for text in ("{", "[" * 10**6, '{"rank": NaN}'):
         (tmp_path / "plan.json").write_text(text)
         with pytest.raises(LoraInitError, match="is not JSON, so it is no plan"):
             load_plan(tmp_path / "plan.json")
