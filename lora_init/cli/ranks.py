@@ -142,7 +142,7 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
     table = _table("plan", "rank", "layers", "total", "params", "MB", "explained", "least")
     for label, plan in plans.items():
         used = [rank for rank in plan.values() if rank]
-        least = min((plan.share(name) for name in plan if name not in plan.excluded), default=0.0)
+        least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
         table.add_row(
             label,
             _range(used),

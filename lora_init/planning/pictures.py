@@ -384,7 +384,7 @@ def _cells(ranks: Mapping[str, int], about: Callable[[str], str]) -> tuple[list[
 def _page(plan: RankAllocation, stats: Statistics) -> str:
     model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
     rows, kinds = _cells(
-        plan, lambda name: f"{name}: rank {plan[name]}, explains {plan.share(name):.1%} of its variance"
+        plan, lambda name: f"{name}: rank {plan[name]}, explains {plan.explained[name]:.1%} of its variance"
     )
     spectra = [
         inline_svg(partial(draw_spectra, kind=kind, reached=reached, ranks=ranks), 3.0, 2.2, f"s{i}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.files import write_whole
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Value = TypeVar("Value")
-_MAPPINGS = ("ranks", "targets", "explained", "settings", "unsupported")
+
+class _OfLayers(dict[str, Any]):
+    """What a plan knows about its layers. One that was made by hand may not know it."""
+
+    def __missing__(self, name: str) -> Any:
+        raise LoraInitError(
+            f"the plan was made by hand and does not know enough about layer {name!r}. Give targets= and explained= to "
+            "RankAllocation, or let allocate_ranks make the plan."
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,8 +63,9 @@ class RankAllocation(Mapping[str, int]):
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in _MAPPINGS:
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name in ("ranks", "targets", "explained", "settings", "unsupported"):
+            kind = _OfLayers if name in ("targets", "explained") else dict
+            object.__setattr__(self, name, MappingProxyType(kind(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy can be neither pickled nor copied.
@@ -97,7 +105,7 @@ class RankAllocation(Mapping[str, int]):
         """
         import pandas as pd
 
-        targets = [self.target(name) for name in self.ranks]
+        targets = [self.targets[name] for name in self.ranks]
         columns = {
             "rank": list(self.ranks.values()),
             "in_features": [target.in_features for target in targets],
@@ -107,30 +115,6 @@ class RankAllocation(Mapping[str, int]):
         }
         return pd.DataFrame(columns, index=pd.Index(list(self.ranks), name="layer"))
 
-    def target(self, name: str) -> Target:
-        """Give the kind and the widths of a layer.
-
-        Raises:
-            LoraInitError: A plan made by hand without them.
-        """
-        return self._known(self.targets, "targets", name)
-
-    def share(self, name: str) -> float:
-        """Give the share of a layer's variance that its ranks explain.
-
-        Raises:
-            LoraInitError: A plan made by hand without it.
-        """
-        return self._known(self.explained, "explained", name)
-
-    def _known(self, values: Mapping[str, Value], argument: str, name: str) -> Value:
-        if name not in values:
-            raise LoraInitError(
-                f"the plan was made by hand, without {argument}= for layer {name!r}. Give it to RankAllocation, or let "
-                "allocate_ranks make the plan."
-            )
-        return values[name]
-
     @property
     def total_rank(self) -> int:
         """Sum of the ranks of all layers."""
@@ -139,7 +123,7 @@ class RankAllocation(Mapping[str, int]):
     @property
     def parameters(self) -> int:
         """Trainable parameters of the adapter: rank x (d_in + d_out), summed over the layers."""
-        return sum(self.target(name).parameters(rank) for name, rank in self.ranks.items())
+        return sum(self.targets[name].parameters(rank) for name, rank in self.ranks.items())
 
     @property
     def explained_variance(self) -> float:
@@ -149,7 +133,7 @@ class RankAllocation(Mapping[str, int]):
 
     def _shares(self) -> list[float]:
         without = set(self.excluded)
-        return [self.share(name) for name in self.ranks if name not in without]
+        return [self.explained[name] for name in self.ranks if name not in without]
 
     def megabytes(self, dtype: str = "float32") -> float:
         """Size of the saved adapter, 10^6 bytes: parameters times the bytes of `dtype`."""
@@ -266,7 +250,7 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
     """Lay a plan out as plain values: everything in it, and totals for readers that are not this package."""
     layers = {}
     for name, rank in plan.items():
-        target = plan.target(name)
+        target = plan.targets[name]
         layers[name] = {
             "rank": rank,
             "kind": target.kind,
@@ -274,7 +258,7 @@ def plan_to_dict(plan: RankAllocation) -> dict[str, Any]:
             "out_features": target.out_features,
             **target.extras(),
             "parameters": target.parameters(rank),
-            "explained_variance": plan.share(name),
+            "explained_variance": plan.explained[name],
         }
     return {
         "format": FORMAT,

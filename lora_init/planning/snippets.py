@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.plan import RankAllocation, alpha_for, plan_to_dict, scaling_of
@@ -69,10 +70,10 @@ class _Request:
         alphas = {rank: alpha_for(self.scaling, rank) for rank in ranks}
         return {rank: int(alpha) for rank, alpha in alphas.items()} if all(map(_is_whole, alphas.values())) else None
 
-    def make_adapter(self) -> str:
-        """Write the command that makes the adapter of this plan."""
+    def make_adapter(self, why: str) -> list[str]:
+        """Say what the adapter of this plan is needed for, and give the command that makes it."""
         options = f"--lora-alpha {self.lora_alpha:g}{' --use-rslora' if self.use_rslora else ''}"
-        return f"lora-init init MODEL DATA --ranks {self.plan_path} {options} --output adapter"
+        return [why, f"lora-init init MODEL DATA --ranks {self.plan_path} {options} --output adapter"]
 
     def about(self) -> list[str]:
         """Describe the plan in two lines."""
@@ -152,55 +153,45 @@ def _python(values: Mapping[str, float] | list[str] | str) -> str:
     return "{\n" + "".join(f"        {key!r}: {value!r},\n" for key, value in values.items()) + "    }"
 
 
+_AT_RANDOM = "This starts at random. To start from the data, make the adapter and add `{}: adapter`:"
+
+
 def _axolotl(request: _Request) -> str:
     plan, base, alphas = request.plan, request.base_rank(), request.whole_alphas()
-    modules, parameters = target_modules(plan), target_parameters(plan)
-    ranks = rank_pattern(plan, base)
-    lines = [
-        "axolotl goes on from the adapter in lora_model_dir: its own ranks and scalings hold. Make it:",
-        request.make_adapter(),
-    ]
+    ranks, parameters = rank_pattern(plan, base), target_parameters(plan)
+    config: dict[str, Any] = {"adapter": "lora", "lora_r": base, "lora_target_modules": target_modules(plan)}
+    if parameters:
+        config["lora_target_parameters"] = parameters
     if alphas is None:
-        lines.append("axolotl takes whole numbers for alpha, and this plan needs others, which the adapter has.")
-        alpha, patterns = max(1, round(request.scaling * base)), {}
+        lines = request.make_adapter("axolotl takes whole alphas, and this plan needs others. Make the adapter first:")
+        config |= {"lora_alpha": max(1, round(request.scaling * base)), "lora_model_dir": "adapter"}
     else:
-        lines.append("Without lora_model_dir the same ranks start at random; the patterns need axolotl 0.18 or newer.")
-        alpha = alphas[base]
-        patterns = {
-            "lora_rank_pattern": ranks,
-            "lora_alpha_pattern": {key: alphas[rank] for key, rank in ranks.items()},
-        }
-    text = _comments([*request.about(), *lines])
-    text += f"adapter: lora\nlora_model_dir: adapter\nlora_r: {base}\nlora_alpha: {alpha}\n"
-    text += f"lora_target_modules:{_yaml_list(modules) if isinstance(modules, list) else f' {json.dumps(modules)}'}"
-    text += f"\nlora_target_parameters:{_yaml_list(parameters)}" if parameters else ""
-    for key, pattern in patterns.items():
-        if pattern:
-            text += f"\n{key}:" + "".join(f"\n  {json.dumps(name)}: {value}" for name, value in pattern.items())
-    return text + "\n"
-
-
-def _yaml_list(values: Sequence[str]) -> str:
-    # JSON strings are YAML strings, whatever is in the name.
-    return "".join(f"\n  - {json.dumps(value)}" for value in values)
+        lines = request.make_adapter(_AT_RANDOM.format("lora_model_dir"))
+        config["lora_alpha"] = alphas[base]
+    if ranks and alphas is not None:
+        lines.insert(0, "lora_rank_pattern and lora_alpha_pattern: axolotl 0.18 or newer.")
+        config["lora_rank_pattern"] = ranks
+        config["lora_alpha_pattern"] = {key: alphas[rank] for key, rank in ranks.items()}
+    return _comments([*request.about(), *lines]) + _yaml(config)
 
 
 def _llama_factory(request: _Request) -> str:
     plan, base, alphas = request.plan, request.base_rank(), request.whole_alphas()
     modules = target_modules(plan)
-    lines = [
-        "LLaMA-Factory goes on from the adapter named here: its own ranks and scalings hold. Make it:",
-        request.make_adapter(),
-    ]
-    is_plain = isinstance(modules, list) and not target_parameters(plan) and not rank_pattern(plan, base)
-    if is_plain and alphas is not None:
-        lines.append("Without adapter_name_or_path the same ranks start at random.")
-        text = f"lora_rank: {base}\nlora_alpha: {alphas[base]}\nlora_target: {json.dumps(','.join(modules))}\n"
+    config: dict[str, Any] = {"finetuning_type": "lora"}
+    if alphas is None or isinstance(modules, str) or target_parameters(plan) or rank_pattern(plan, base):
+        lines = request.make_adapter("LLaMA-Factory has one rank and a whole alpha for all. Make the adapter first:")
+        config |= {"adapter_name_or_path": "adapter", "create_new_adapter": False}
     else:
-        lines.append("It could not make these ranks and scalings itself: it has one lora_rank and a whole lora_alpha.")
-        text = ""
-    head = "finetuning_type: lora\nadapter_name_or_path: adapter\ncreate_new_adapter: false\n"
-    return f"{_comments([*request.about(), *lines])}{head}{text}"
+        lines = request.make_adapter(_AT_RANDOM.format("adapter_name_or_path"))
+        config |= {"lora_rank": base, "lora_alpha": alphas[base], "lora_target": ",".join(modules)}
+    return _comments([*request.about(), *lines]) + _yaml(config)
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    import yaml  # type: ignore[import-untyped]
+
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6))
 
 
 def _json(request: _Request) -> str:
