@@ -190,7 +190,6 @@ class _Task:
             rows = self.stats.provenance.n_samples
             seen = f" ({rows:,} in all)" if rows else ""
             raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
-        self._check_collected()
         tops = np.minimum(self.caps, spectra.collected)
         limits = dict(self.limits)
         for i in np.flatnonzero(spectra.starved).tolist():
@@ -205,24 +204,6 @@ class _Task:
             raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
         taken = self._reach(steps, unit_of) if self.budget.unit == "variance" else self._spend(steps, unit_of)
         return ranks_after(steps, taken)[unit_of], ranks_after(steps, np.ones_like(taken))[unit_of]
-
-    def _check_collected(self) -> None:
-        """Refuse a budget that needs more components than were collected, unless the data has no more."""
-        spectra, budget = self.spectra, self.budget
-        if budget.unit == "variance" or spectra.starved.all():
-            return
-        exists = int((self.per_rank * spectra.collected).sum())
-        if self.average <= spectra.most_collected and (budget.limit <= exists or spectra.starved.any()):
-            return
-        widths = np.array([target.in_features for target in spectra.targets])
-        if self.average > widths.max() or (spectra.collected == widths).all():
-            remedy = "No layer has more directions than its input is wide. Ask for less."
-        else:
-            remedy = f"Collect again with rank={math.ceil(self.average)}, or with a larger rho, or ask for less."
-        raise LoraInitError(
-            f"{budget} asks for an average rank of {self.average:.4g}, and at most {spectra.most_collected} components "
-            f"per layer were collected, which cost {exists:,} {budget.unit}. {remedy}"
-        )
 
     def _spend(self, steps: Steps, unit_of: IntArray) -> BoolArray:
         """Take what the budget buys, [s]."""
@@ -268,11 +249,13 @@ class _Task:
         Too little data in a layer is a warning.
 
         Raises:
-            LoraInitError: More ranks were asked for in one layer than were collected for any.
+            LoraInitError: Ranks cannot be shared out as asked for, because too few components were collected.
         """
         if self.budget.unit == "variance":
             return ()
-        spectra, budget, rho, most = self.spectra, self.budget, self.rho, self.spectra.most_collected
+        spectra, budget = self.spectra, self.budget
+        left = budget.limit - float((ranks * self.per_rank).sum())
+        is_stuck = left > 0 and bool((ranks == tops).all())
         wanting = (ranks == tops) & (self.could > spectra.collected)
         needs = np.maximum(self.average, [limit.min_rank for limit in self.limits.values()])
         short = wanting & spectra.starved & (spectra.collected < needs)
@@ -280,23 +263,20 @@ class _Task:
             text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
             warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks
         capped = wanting & ~spectra.starved
-        if capped.any() and self.uses_rho:
+        if capped.any() and (self.uses_rho or is_stuck):
+            rank, rho = min(math.ceil(self.average), int(self.could.max())), f" and rho={self.rho:g}" * self.uses_rho
             text = (
-                f"rho={rho:g} lets a layer have rank {round(rho * self.average)}, and {_some(spectra.names, capped)} "
-                f"would compete for more than the {most} components that were collected"
+                f"{budget} lets a layer have rank {self.could[capped].max()}, and {_some(spectra.names, capped)} would "
+                f"take more than the {spectra.most_collected} components that were collected. Collect again with "
+                f"rank={rank}{rho}, or ask for less, or allocate with max_rank={spectra.most_collected}."
             )
-            if budget.unit == "ranks":
-                enough = math.floor(100 * most / self.average) / 100
-                raise LoraInitError(
-                    f"{text}. Collect again with rank={math.ceil(self.average)} and rho={rho:g}, or allocate with "
-                    f"rho={enough:g}, or with max_rank={most}."
-                )
-            return (f"{text}. Collect again with a larger rank or rho to let them.",)
-        left = budget.limit - float((ranks * self.per_rank).sum())
-        if left <= 0 or short.any() or (ranks < tops).any():
-            return ()
-        text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
-        return (f"{text}: every layer has the largest rank that the limits allow.",)
+            if is_stuck or budget.unit == "ranks":
+                raise LoraInitError(text)
+            return (text,)
+        if is_stuck and not short.any():
+            text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
+            return (f"{text}: every layer has the largest rank that the limits allow.",)
+        return ()
 
 
 def _some(names: Sequence[str], which: BoolArray) -> str:

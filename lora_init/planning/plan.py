@@ -201,8 +201,6 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
 
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
-_ONE_RANK = ("SGLang", "llama.cpp", "Ollama")  # scale, or check shapes, by the one r of the configuration
-_STACKING = ("TGI", "LoRAX")  # stack the layers of a kind
 
 
 def serving_note(ranks: Mapping[str, int]) -> str:
@@ -212,30 +210,28 @@ def serving_note(ranks: Mapping[str, int]) -> str:
         ranks: Of every layer that could have an adapter, 0 where it has none.
 
     Example:
-        >>> serving_note({"h.0.up": 4, "h.1.up": 12})
-        'PEFT and vLLM (--max-lora-rank 16) take this adapter as it is. SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`: ranks differ.'
-    """  # noqa: E501
-    used = {rank for rank in ranks.values() if rank}
-    if not used:
+        >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}))
+        PEFT and vLLM (--max-lora-rank 16) take this adapter as it is.
+        SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`.
+    """
+    most = max(ranks.values(), default=0)
+    if not most:
         return "No layer has an adapter, so there is nothing to serve."
     grid = layer_grid(ranks)
-    kinds = [[ranks[name] for name in grid.of_kind(kind).values()] for kind in grid.kinds]
-    has_gaps = any(any(kind) and not all(kind) for kind in kinds)
-    fits = next((f"vLLM (--max-lora-rank {rank})" for rank in _VLLM_RANKS if rank >= max(used)), "")
-    as_it_is, export, why = ["PEFT", *filter(None, [fits])], ["MLX"], ""
-    if not fits:
-        export, why = ["vLLM", *export], f": rank {max(used)} is more than vLLM takes"
-    if len(used) > 1 or has_gaps:
-        export = [*_ONE_RANK, *_STACKING, *export]
-        why = ": ranks differ" if len(used) > 1 else ": some layers of a kind have no adapter"
-    else:
-        as_it_is += _ONE_RANK
-        # They pad other ranks, and then scale by the padded rank all kinds but the first.
-        unpadded = next(iter(used)) == 8 or next(iter(used)) % 16 == 0
-        as_it_is, export = ([*as_it_is, *_STACKING], export) if unpadded else (as_it_is, [*_STACKING, *export])
-    takes = "take" if len(as_it_is) > 1 else "takes"
-    needs = "need" if len(export) > 1 else "needs"
-    return f"{_listed(as_it_is)} {takes} this adapter as it is. {_listed(export)} {needs} `lora-init export`{why}."
+    kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
+    is_uniform = all(kind in ({0}, {most}) for kind in kinds)
+    # TGI and LoRAX pad other ranks, and then scale all kinds of layers but the first by the padded rank.
+    is_unpadded = is_uniform and (most == 8 or most % 16 == 0)
+    vllm = next((f" (--max-lora-rank {rank})" for rank in _VLLM_RANKS if rank >= most), "")
+    engines = {
+        "PEFT": True, f"vLLM{vllm}": bool(vllm), "SGLang": is_uniform, "llama.cpp": is_uniform, "Ollama": is_uniform,
+        "TGI": is_unpadded, "LoRAX": is_unpadded, "MLX": False,
+    }  # fmt: skip
+    ready, others = ([name for name, takes in engines.items() if takes is wanted] for wanted in (True, False))
+    return (
+        f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
+        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
+    )
 
 
 def _listed(words: list[str]) -> str:

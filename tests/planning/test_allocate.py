@@ -484,13 +484,13 @@ def test_data_without_any_direction_is_refused():
 
 def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
     greedy = [[0.4, 0.2, 0.1, 0.05], [0.01, 0.01, 0.01, 0.01], [0.01, 0.01, 0.01, 0.01]]
-    with pytest.raises(LoraInitError, match=r"rank 6, and 'h.0.up' would compete .* 4 components .* rho=2,"):
+    with pytest.raises(LoraInitError, match=r"rank 6, and 'h.0.up' would take .* the 4 components .* rho=3, or"):
         allocate_ranks(statistics(greedy), rank=2, rho=3)
     assert allocate_ranks(statistics(greedy), rank=2, rho=2)["h.0.up"] == 4
     even = statistics([[0.25, 0.25, 0.01, 0.01]] * 3)
     assert list(allocate_ranks(even, rank=2, rho=3).values()) == [2, 2, 2]
     note = allocate_ranks(statistics(greedy), parameters=128 * 6, rho=3).notes[0]
-    assert "'h.0.up' would compete for more than the 4 components" in note
+    assert "'h.0.up' would take more than the 4 components" in note
 
 
 @pytest.mark.parametrize(
@@ -501,17 +501,18 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(rank=2.5), "rank=2.5 is not a whole number"),
         (dict(rank=True), "rank=True is not a whole number"),
         (dict(rank=None, parameters=[1]), "not a whole number"),
-        (dict(rank=5), "rank=5 asks for an average rank of 5, and at most 4 components .* Collect again with rank=5"),
+        (dict(rank=5), "rank=5 lets a layer have rank 10, .* more than the 4 components .* Collect again with rank=5"),
         (dict(rank="2.5"), "rank='2.5' is not a whole number"),
         (dict(rank="eight"), "rank='eight' is not a count"),
-        (dict(rank=65), "rank=65 asks for an average rank of 65, .* No layer has more directions than its input"),
+        (dict(rank=65), "rank=65 lets a layer have rank 64, .* Collect again with rank=64 and rho=2, or ask for less"),
+        (dict(rank=5, policy="uniform"), "rank=5 lets a layer have rank 64, .* Collect again with rank=5, or"),
         (dict(rho=0.5), "rho=0.5: a finite number of at least 1"),
         (dict(rho=math.nan), "rho=nan: a finite number of at least 1"),
         (dict(rho=math.inf), "rho=inf: a finite number of at least 1"),
         (dict(rank=2, parameters="1M"), "rank=2 and parameters='1M' are 2 budgets. Give one."),
         (dict(parameters="2.5Q"), "parameters='2.5Q' is not a count"),
         (dict(parameters="0"), "a budget of at least 1 is needed"),
-        (dict(parameters="1M"), "at most 4 components per layer were collected, which cost 1,536 parameters"),
+        (dict(parameters="1M"), "parameters=1,000,000 lets a layer have rank 64, and .* more than the 4 components"),
         (dict(parameters=100), "parameters=100 buys no rank in any layer: the cheapest step costs 128"),
         (dict(megabytes=0), "megabytes=0: a number above 0"),
         (dict(megabytes=1, dtype="int4"), "dtype='int4' is unknown. Choose from float32"),
