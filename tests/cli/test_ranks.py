@@ -69,8 +69,14 @@ def test_other_budgets_and_limits_reach_it_too(file):
 
 def test_it_prints_the_plan(file):
     text = run(file, "--rank", 4).stdout
-    for part in ("q_proj", "total rank", "policy eva, budget rank=4", "56 of 56 ranks", "random tokens"):
-        assert part in text
+    plan = allocate_ranks(Statistics.load(file), rank=4)
+    words = " ".join(text.split())
+    for part in (
+        "q_proj", "policy eva, budget rank=4", "56 of 56 ranks (100.00%)", "random tokens",
+        f"total rank {plan.total_rank}", f"parameters {plan.parameters:,}", f"MB in float32 {plan.megabytes():.2f}",
+        f"variance explained, mean {plan.explained_variance:.1%}",
+    ):  # fmt: skip
+        assert part in words, part
     assert text.splitlines()[-1].startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang,")
     assert ", SGLang, llama.cpp, Ollama, TGI and LoRAX take" in run(file, "--rank", 8, "--rho", 1).stdout
 
@@ -80,6 +86,8 @@ def test_it_compares(file):
         file, "--rank", 4, "--compare", "uniform", "--compare", "parameters=3k,policy=cost-aware"
     ).stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["plan", "rank=4", "uniform", "parameters=3k,policy=cost-aware"]
+    plan = allocate_ranks(Statistics.load(file), rank=4)
+    assert lines[1].split()[4] == f"{plan.parameters:,}" and lines[1].split()[6] == f"{plan.explained_variance:.2%}"
     rows = json.loads(run(file, "--rank", 4, "--compare", "uniform", "--json").stdout)
     assert [row["policy"] for row in rows] == ["eva", "uniform"]
     assert set(rows[1]["ranks"].values()) == {4}

@@ -39,6 +39,24 @@ def statistics(ratios, widths=None, group_of=None, total=1.0, **provenance):
     )
 
 
+KINDS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (64, 32),
+    "mlp.up_proj": (64, 128),
+    "mlp.down_proj": (128, 64),
+}
+
+
+def llama_like(n_blocks, k=8, **provenance):
+    random = np.random.default_rng(0)
+    rows, widths = {}, []
+    for block in range(n_blocks):
+        for kind, width in KINDS.items():
+            rows[f"model.layers.{block}.{kind}"] = sorted(random.dirichlet(np.full(k + 4, 0.5)).tolist())[::-1][:k]
+            widths.append(width)
+    return statistics(rows, widths, n_samples=500, n_batches=5, **provenance)
+
+
 def model_and_statistics(task_type=None):
     """A tiny Llama and statistics of all its layers, the ratios of which are made up."""
     model = tiny_llama()

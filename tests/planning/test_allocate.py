@@ -48,20 +48,6 @@ def test_eva_is_the_best_of_all_allocations_and_ties_go_to_the_earlier_layer(rat
     assert ranks == equal[worths.index(min(worths))]
 
 
-def test_eva_is_what_sorting_all_components_gives():
-    random = np.random.default_rng(0)
-    ratios = -np.sort(-random.dirichlet(np.ones(40), size=9), axis=1)[:, :32]
-    plan = allocate_ranks(statistics(ratios.tolist()), rank=16, rho=2.0)
-    best = sorted((-value, i) for i, row in enumerate(ratios) for value in row)[: 16 * 9]
-    assert list(plan.values()) == [sum(i == layer for _, i in best) for layer in range(9)]
-    assert plan.rank == 16 and plan.total_rank == 16 * 9
-
-
-def test_rho_1_is_uniform():
-    plan = allocate_ranks(statistics([[0.9, 0.05, 0, 0], [0.3, 0.3, 0.2, 0.2]]), rank=3, rho=1)
-    assert list(plan.values()) == [3, 3]
-
-
 def test_a_layer_may_get_nothing_and_layers_with_one_input_tie():
     ratios = {"b.0.q": [0.5, 0.25, 0.125, 0.0625], "b.0.o": [0.0, 0.0, 0.0, 0.0]}
     group_of = {"b.0.q": "b.0.q", "b.0.k": "b.0.q", "b.0.o": "b.0.o"}
@@ -109,11 +95,6 @@ def test_proportional_is_nearest_to_proportion(ratios, total):
     assert distance(plan.values()) == pytest.approx(best, rel=1e-12)
 
 
-def test_effective_rank_counts_equal_directions():
-    gains, _ = POLICIES["proportional"](np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [0.0] * 4]), np.ones(3))
-    assert gains[:, 0] * 0.5 == pytest.approx([4, 2, 0])
-
-
 def knapsack(ratios, costs, budget):
     """Exact optimum by dynamic programming over (layer, spent)."""
     best = {0: 0.0}
@@ -141,30 +122,19 @@ def test_cost_aware_is_within_one_step_of_the_exact_knapsack(ratios, widths, bud
     assert best - max(max(row) for row in ratios) - 1e-12 <= value <= best + 1e-12
 
 
-def test_cost_aware_prefers_the_narrow_layer_and_eva_does_not():
-    stats = statistics([[0.40, 0.30], [0.35, 0.25]], [(64, 936), (64, 36)])
-    assert list(allocate_ranks(stats, parameters=1000, policy="cost-aware", rho=99).values()) == [0, 2]
-    assert list(allocate_ranks(stats, parameters=1000, policy="eva", rho=99).values()) == [1, 0]
-
-
 @laws
 @given(spectra)
 def test_a_function_is_a_policy_and_only_counts_matter(ratios):
     stats = statistics(ratios)
     by_name = dict(zip(stats, ratios, strict=True))
-    plan = allocate_ranks(stats, rank=2, policy=lambda name, spectrum: by_name[name][::-1])
+
+    def backwards(name, spectrum):
+        assert spectrum.explained_variance.shape == (4,)
+        return by_name[name][::-1]
+
+    plan = allocate_ranks(stats, rank=2, policy=backwards)
     assert dict(plan) == dict(allocate_ranks(stats, rank=2))
-    assert plan.policy == "<lambda>"
-
-
-def test_a_function_gets_the_layer_and_its_spectrum():
-    stats = statistics([[0.5, 0.2], [0.4, 0.3]])
-
-    def last_layers_first(name, spectrum):
-        assert spectrum.explained_variance.shape == (2,)
-        return torch.full((2,), float(name.split(".")[1]))
-
-    assert list(allocate_ranks(stats, rank=1, policy=last_layers_first).values()) == [0, 2]
+    assert plan.policy == "backwards"
 
 
 # --- Laws -----------------------------------------------------------------------------------------------------------
@@ -205,18 +175,10 @@ def test_the_sum_never_exceeds_the_budget_and_no_further_step_fits(ratios, width
     assert all(spent + cost > amount for cost in steps_left(plan, allowed, [top] * 3, costs))
 
 
-def test_what_does_not_fit_is_passed_over_for_what_does():
-    stats = statistics([[0.5], [0.4], [0.3], [0.2]], [(5, 5), (3, 2), (3, 2), (2, 1)])
-    assert list(allocate_ranks(stats, parameters=9, rho=9).values()) == [0, 1, 0, 1]
-
-
 def test_a_step_that_does_not_fit_is_not_skipped_within_its_layer():
     stats = statistics([[0.25, 0.25, 0.25, 0.2], [0.1, 0.1, 0.1, 0.1]])
-    assert list(
-        allocate_ranks(
-            stats, total_rank=2, rho=9, allowed_ranks=(3, 4), overrides={"h.1.up": {"allowed_ranks": (1,)}}
-        ).values()
-    ) == [0, 1]
+    grids = {"h.0.up": {"allowed_ranks": (3, 4)}, "h.1.up": {"allowed_ranks": (1,)}}
+    assert list(allocate_ranks(stats, total_rank=2, rho=9, overrides=grids).values()) == [0, 1]
 
 
 def test_rounding_breaks_no_tie():
@@ -249,18 +211,6 @@ def test_more_parameters_never_explain_less_under_cost_aware(ratios, widths, bud
     assert small.explained_variance <= large.explained_variance + 1e-12
 
 
-@laws
-@given(distinct, st.sampled_from(["eva", "cost-aware"]), st.permutations(range(3)), st.integers(1, 12))
-def test_permuting_layers_permutes_ranks(ratios, policy, order, total):
-    names = [f"h.{i}.up" for i in range(3)]
-    plain = dict(zip(names, ratios, strict=True))
-    moved = {names[i]: ratios[i] for i in order}
-    plans = [
-        allocate_ranks(statistics(r), total_rank=total, policy=policy, rho=1e6, max_rank=4) for r in (plain, moved)
-    ]
-    assert dict(plans[0]) == dict(plans[1])
-
-
 # Powers of two, exact in floats: another factor changes last digits, and so may break an exact tie the other way.
 @laws
 @given(spectra, st.sampled_from(sorted(POLICIES)), st.integers(-60, 60), st.integers(1, 8))
@@ -270,17 +220,6 @@ def test_scaling_all_variances_changes_nothing(ratios, policy, power, total):
         for t in (1.0, 2.0**power)
     )
     assert dict(one) == dict(other)
-
-
-@laws
-@given(distinct, st.integers(1, 12), st.sampled_from(sorted(POLICIES)))
-def test_tied_layers_have_one_rank_in_each_block(ratios, total, policy):
-    rows = {f"h.{block}.{kind}": ratios[i] for block in (0, 1) for i, kind in enumerate(QKV)}
-    assume(2 * total >= 3)
-    plan = allocate_ranks(statistics(rows), total_rank=2 * total, policy=policy, tie=QKV, rho=1e6, max_rank=4)
-    for block in (0, 1):
-        assert len({plan[f"h.{block}.{kind}"] for kind in QKV}) == 1
-    assert 2 * total - 3 < plan.total_rank <= 2 * total
 
 
 # --- Budgets --------------------------------------------------------------------------------------------------------
@@ -298,7 +237,10 @@ def test_counts_are_read_exactly(text, count):
 def test_budgets_in_ranks_parameters_and_shares_agree():
     stats = statistics([[0.4, 0.2, 0.1, 0.05]] * 4, [(64, 36)] * 4, n_parameters=1_000_000)
     expected = dict(allocate_ranks(stats, rank=2))
-    for budget in ({"total_rank": 8}, {"parameters": 800}, {"parameters": "0.8k"}, {"fraction": 0.0008}):
+    for budget in (
+        {"total_rank": 8}, {"parameters": 800}, {"parameters": "0.8k"}, {"fraction": 0.0008},
+        {"megabytes": 800 * 4 / 1e6}, {"megabytes": 800 * 2 / 1e6, "dtype": "bfloat16"},
+    ):  # fmt: skip
         assert dict(allocate_ranks(stats, **budget)) == expected, budget
 
 
@@ -349,23 +291,7 @@ def test_a_narrow_last_step_that_is_enough_takes_the_place_of_a_wide_one():
     assert list(plan.values()) == [0, 1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_megabytes_are_parameters_times_bytes(dtype):
-    stats = statistics([[0.4, 0.2, 0.1, 0.05]] * 4, [(64, 36)] * 4)
-    size = {"float32": 4, "bfloat16": 2}[dtype]
-    plan = allocate_ranks(stats, megabytes=8 * 100 * size / 1e6, dtype=dtype)
-    assert dict(plan) == dict(allocate_ranks(stats, rank=2))
-    assert plan.spent == 800 * size == plan.megabytes(dtype) * 1e6
-
-
 # --- Limits ---------------------------------------------------------------------------------------------------------
-
-
-def check_limits(plan, stats, least=0, most=4, multiple=1, allowed=None):
-    for rank in plan.values():
-        assert (rank == 0 and least == 0) or (least <= rank <= most)
-        assert rank % multiple == 0
-        assert rank == 0 or allowed is None or rank in allowed
 
 
 @laws
@@ -374,7 +300,7 @@ def test_limits_hold_and_the_rest_is_the_best_there_is(ratios, least, most, mult
     stats = statistics(ratios)
     limits = dict(min_rank=least, max_rank=most, multiple_of=multiple)
     plan = allocate_ranks(stats, total_rank=total, rho=1e6, **limits)
-    check_limits(plan, stats, least, most, multiple)
+    assert all((rank == 0 == least or least <= rank <= most) and rank % multiple == 0 for rank in plan.values())
     grid = [r for r in range(5) if r % multiple == 0 and (r == 0 or least <= r <= most) and (r > 0 or least == 0)]
     fitting = [v for v in itertools.product(grid, repeat=3) if sum(v) <= total]
     # With steps of one size greedy is exact.
@@ -383,15 +309,6 @@ def test_limits_hold_and_the_rest_is_the_best_there_is(ratios, least, most, mult
     else:
         step = max(sum(row[:2]) for row in ratios)
         assert explained(ratios, plan.values()) >= max(explained(ratios, v) for v in fitting) - step
-
-
-@laws
-@given(distinct, st.integers(2, 12))
-def test_allowed_ranks_are_the_only_ones(ratios, total):
-    plan = allocate_ranks(statistics(ratios), total_rank=max(total, 2), rho=1e6, allowed_ranks=(4, 2))
-    check_limits(plan, None, allowed=(2, 4))
-    fitting = [v for v in itertools.product((0, 2, 4), repeat=3) if sum(v) <= total]
-    assert explained(ratios, plan.values()) == pytest.approx(max(explained(ratios, v) for v in fitting))
 
 
 def test_overrides_and_exclude_select_by_name_ending_and_wildcard():
@@ -407,11 +324,7 @@ def test_overrides_and_exclude_select_by_name_ending_and_wildcard():
     assert dict(plan) == {"h.0.up": 2, "h.0.down": 1, "h.1.up": 0, "h.1.down": 0, "h.2.up": 2, "h.2.down": 4}
     assert plan.excluded == ("h.1.up", "h.1.down")
     assert plan.settings["exclude"] == ["h.1.*"]
-
-
-def test_excluded_layers_do_not_count_in_the_average():
-    rows = {f"h.{i}.{kind}": [0.3, 0.2, 0.1, 0.05] for i in range(3) for kind in ("up", "down")}
-    assert allocate_ranks(statistics(rows), rank=2, exclude="down").total_rank == 2 * 3
+    assert allocate_ranks(statistics(rows), rank=2, exclude="down").total_rank == 2 * 3  # of those that take part
 
 
 def test_ties_of_several_kinds():
@@ -425,22 +338,26 @@ def test_ties_of_several_kinds():
 
 
 @laws
-@given(distinct, distinct, st.sampled_from(sorted(POLICIES)), st.integers(2, 24), st.sampled_from([1, 2]))
-def test_uniform_per_kind_is_the_best_of_such_plans(one, other, policy, total, multiple_of):
+@given(
+    distinct, distinct, st.sampled_from(sorted(POLICIES)), st.integers(2, 24), st.sampled_from([1, 2]), st.booleans()
+)
+def test_layers_of_a_unit_have_one_rank_and_there_is_no_better_plan(one, other, policy, total, multiple_of, per_kind):
     rows = {f"h.{block}.{kind}": rows[i] for block, rows in enumerate((one, other)) for i, kind in enumerate(QKV)}
-    assume(total >= 2 * multiple_of)
-    options = dict(total_rank=total, policy=policy, uniform_per_kind=True, rho=1e6, multiple_of=multiple_of)
-    plan = allocate_ranks(statistics(rows), max_rank=4, **options)
-    kinds = [plan[f"h.0.{kind}"] for kind in QKV]
-    assert kinds == [plan[f"h.1.{kind}"] for kind in QKV]
-    # The sum never exceeds the budget, and no kind could take one more step.
-    assert plan.total_rank == 2 * sum(kinds) <= total
-    assert sum(kinds) == 12 or plan.total_rank + 2 * multiple_of > total
+    blocks = [[f"h.{block}.{kind}" for kind in QKV] for block in (0, 1)]
+    units = list(zip(*blocks, strict=True)) if per_kind else blocks
+    step = multiple_of * len(units[0])
+    assume(total >= step)
+    options = dict(total_rank=total, policy=policy, rho=1e6, multiple_of=multiple_of, max_rank=4)
+    plan = allocate_ranks(statistics(rows), **options, **({"uniform_per_kind": True} if per_kind else {"tie": QKV}))
+    assert all(len({plan[name] for name in unit}) == 1 for unit in units)
+    assert plan.total_rank <= total and (min(plan.values()) == 4 or plan.total_rank + step > total)
     if policy == "eva":
-        grid = range(0, 5, multiple_of)
-        possible = [v for v in itertools.product(grid, repeat=3) if 2 * sum(v) <= total]
-        best = max(explained(one, v) + explained(other, v) for v in possible)
-        assert explained(one, kinds) + explained(other, kinds) == pytest.approx(best)
+        possible = [
+            sum(cumulative(rows[name])[rank] for unit, rank in zip(units, ranks, strict=True) for name in unit)
+            for ranks in itertools.product(range(0, 5, multiple_of), repeat=len(units))
+            if sum(ranks) * len(units[0]) <= total
+        ]
+        assert explained(rows.values(), plan.values()) == pytest.approx(max(possible))
 
 
 def test_what_limits_leave_unspent_is_said():
@@ -497,7 +414,6 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
     ("arguments", "message"),
     [
         (dict(rank=0), "rank=0: a budget of at least 1"),
-        (dict(rank=-3), "rank=-3: a budget of at least 1"),
         (dict(rank=2.5), "rank=2.5 is not a whole number"),
         (dict(rank=True), "rank=True is not a whole number"),
         (dict(rank=None, parameters=[1]), "not a whole number"),
@@ -507,7 +423,6 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(rank=65), "rank=65 lets a layer have rank 64, .* Collect again with rank=64 and rho=2, or ask for less"),
         (dict(rank=5, policy="uniform"), "rank=5 lets a layer have rank 64, .* Collect again with rank=5, or"),
         (dict(rho=0.5), "rho=0.5: a finite number of at least 1"),
-        (dict(rho=math.nan), "rho=nan: a finite number of at least 1"),
         (dict(rho=math.inf), "rho=inf: a finite number of at least 1"),
         (dict(rank=2, parameters="1M"), "rank=2 and parameters='1M' are 2 budgets. Give one."),
         (dict(parameters="2.5Q"), "parameters='2.5Q' is not a count"),
@@ -541,7 +456,6 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(overrides="up"), "overrides='up': a mapping"),
         (dict(exclude=3), "exclude=3: a name, an ending or a wildcard"),
         (dict(tie=3), "tie=3: a name"),
-        (dict(tie=[3]), "tie=3: a name"),
         (dict(tie="up"), "ties nothing"),
         (dict(overrides={"*.down": {"max_rank": 1}}), r"overrides: '\*.down' matches no layer. Names end in up"),
         (dict(overrides={"*.upp": {"max_rank": 1}}), r"overrides: '\*.upp' matches no layer. Closest: up"),
