@@ -165,7 +165,7 @@ def plan_text(plan: RankAllocation) -> str:
     return ", ".join([f"policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}", *settings])
 
 
-# From the palette of Okabe and Ito, told apart by every kind of colour vision, as are dashes and markers.
+# From the palette of Okabe and Ito, distinct to every kind of colour vision, as are dashes and markers.
 _POLICY_STYLES = {
     "uniform": {"color": "#555555", "linestyle": "--", "marker": "s"},
     "eva": {"color": "#0072B2", "linestyle": "-", "marker": "o"},

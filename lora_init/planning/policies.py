@@ -83,7 +83,7 @@ Rule = Callable[[str, Spectrum], "FloatArray"]
 
 
 def uniform(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Value the j-th rank of every layer at 1 / (j - 1/2): all layers rise together, as evenly as the limits allow.
+    """Value the j-th rank of every layer at 1 / (j - 1/2): all layers rise at once, as evenly as the limits allow.
 
     The baseline: LoRA (Hu et al., arXiv 2106.09685) with one rank for all layers.
 
@@ -92,7 +92,7 @@ def uniform(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatAr
         widths: d_in + d_out of each layer, [n]: what one rank of it costs in parameters.
 
     Returns:
-        Worth of each rank, [n, K], and what it is divided by where ranks of several layers are taken together, [n].
+        Worth of each rank, [n, K], and what it is divided by where ranks of several layers are one step, [n].
     """
     return proportional_to(np.ones(len(ratios)), ratios.shape[1])
 
