@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from lora_init.errors import LoraInitError
 from lora_init.files import check_free, write_directory
 from lora_init.layers.targets import HEADS, Target, file_prefixes, find_targets
 from lora_init.layers.wrappers import unwrapped
+from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.statistics import Provenance
 
 if TYPE_CHECKING:
@@ -57,19 +57,6 @@ def check_output(directory: str | Path, overwrite: bool) -> None:
         LoraInitError: It is a file, or holds something that may not be replaced.
     """
     check_free(Path(directory).expanduser().resolve(), overwrite, marker=CONFIG_FILE, replaceable=_FILES)
-
-
-def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
-    """Compute the `lora_alpha` with which PEFT scales a layer of this rank by `scaling`, exactly if a float can.
-
-    Example:
-        >>> alpha_of(16 / 6, 3, use_rslora=False)
-        8
-    """
-    divisor = math.sqrt(rank) if use_rslora else rank
-    alpha = scaling * divisor
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
-    return _as_number(next((value for value in near if value / divisor == scaling), alpha))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,7 +141,7 @@ class AdapterInit:
     @property
     def scaling(self) -> float:
         """What B A x is multiplied by, the same in every layer whatever its rank."""
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return scaling_of(self.lora_alpha, self.rank, self.use_rslora)
 
     @property
     def corrects_base(self) -> bool:
@@ -293,7 +280,7 @@ class AdapterInit:
             "bias": "none",
             "init_lora_weights": True,
             "rank_pattern": other,
-            "alpha_pattern": {key: alpha_of(self.scaling, rank, self.use_rslora) for key, rank in other.items()},
+            "alpha_pattern": {key: alpha_for(self.scaling, rank, self.use_rslora) for key, rank in other.items()},
         }
         if parameters:
             config["target_parameters"] = parameters
@@ -474,8 +461,8 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     check_correctable(model, names)
     tensors = load_file(directory / WEIGHTS_FILE)
     weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in names}
-    rank = config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
-    correct_weights(model, found, weights, config["lora_alpha"] / rank)
+    scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
+    correct_weights(model, found, weights, scaling)
 
 
 def _as_number(value: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, find_targets
 from lora_init.layers.wrappers import is_sharded
+from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def load_eva_state_dict(model: nn.Module, eva_state_dict: Mapping[str, Tensor], 
             continue
         if rank != old_rank and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
             # Keeps the layer's scaling. PEFT takes rank / old_rank under rsLoRA too, which changes it.
-            alpha *= math.sqrt(rank / old_rank) if config.use_rslora else rank / old_rank
+            alpha = alpha_for(scaling_of(alpha, old_rank, config.use_rslora), rank, config.use_rslora)
         _set_weights(layer, adapter_name, weight, rank, alpha, config)
         kept.append(plain)
         missing += [plain] if weight is None else []
