@@ -21,6 +21,7 @@ parser.add_argument("--completion", default=" {label}", help="what the model sho
 parser.add_argument("--output", default="finetuned-adapter", help="directory for the trained adapter")
 parser.add_argument("--samples", type=int, default=256, help="training examples")
 parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--freeze-a", action="store_true", help="train B alone, which takes less memory")
 args = parser.parse_args()
 
 name = args.model or demo_assets.smollm2()
@@ -37,7 +38,7 @@ print(f"train on {batches.description}")
 # What each layer reads decides where its adapter starts and how much rank it gets.
 stats = lora_init.collect(model, batches, rank=16, rho=2.0, task_type="CAUSAL_LM", data=batches.description)
 ranks = lora_init.allocate_ranks(stats, rank=16, rho=2.0)
-init = lora_init.build_adapter(stats, ranks, method="eva", lora_alpha=16)
+init = lora_init.build_adapter(stats, ranks, method="eva", lora_alpha=16, freeze_a=args.freeze_a)
 print(f"ranks {min(ranks.values())} to {max(ranks.values())}, {init.n_parameters():,} parameters")
 peft_model = init.apply(model)
 

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--freeze-a", action="store_true", help="train B alone, which takes less memory")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -39,8 +40,9 @@ def main() -> None:
         # The one addition to a TRL script: a sample of the training data decides where the adapter starts.
         batches = lora_init.load_batches(data, tokenizer, samples=128, batch_size=8)
         model = lora_init.initialize(
-            model, batches, rank=arguments.rank, task_type="CAUSAL_LM", data=batches.description
-        )
+            model, batches, rank=arguments.rank, freeze_a=arguments.freeze_a, task_type="CAUSAL_LM",
+            data=batches.description,
+        )  # fmt: skip
         model.print_trainable_parameters()
 
         trainer = SFTTrainer(

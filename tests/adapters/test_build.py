@@ -174,7 +174,10 @@ def test_it_trains_in_transformers_trainer(tmp_path):
     assert losses[-1] < losses[0] - 0.1  # eight sequences of noise, learnt by heart
 
 
-@pytest.mark.parametrize(("example", "arguments"), [("quickstart", []), ("sft_trl", ["--steps", "8"])])
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [("quickstart", []), ("sft_trl", ["--steps", "8"]), ("sft_trl", ["--steps", "12", "--freeze-a"])],
+)
 def test_the_examples_run_and_learn(example, arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [example, *arguments])
     monkeypatch.chdir(tmp_path)
