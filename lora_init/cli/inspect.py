@@ -1,8 +1,10 @@
-"""The command `lora-init inspect`: what a statistics file or an adapter directory holds."""
+"""The command `lora-init inspect`: what a statistics file, a plan or an adapter directory holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +20,7 @@ from lora_init.cli.console import (
     quiet_transformers,
 )
 from lora_init.cli.tables import facts, finite, group_by_kind, rank_table
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -27,7 +29,7 @@ _WORST = 5
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Statistics file or adapter directory.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="Statistics file, plan, or adapter directory.", show_default=False)],
     intruders: Annotated[
         bool,
         typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
@@ -38,9 +40,10 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a statistics file or an adapter directory is: from which model and data, its spectra, its ranks."""
+    """Say what a statistics file, a plan or an adapter directory is: of which model and data, spectra and ranks."""
     with one_line_errors():
-        description = describe(path)
+        with _damage_of(path):
+            description = describe(path)
         if intruders:
             description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
         elif model is not None:
@@ -48,9 +51,21 @@ def inspect(
         if as_json:
             print_json(description)
             return
-        show(make_console(), description)
+        with _damage_of(path):
+            show(make_console(), description)
         if intruders:
             show_intruders(make_console(), description["intruders"])
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Say that a file is damaged where what it says has another form than anything lora_init or PEFT writes."""
+    try:
+        yield
+    except LoraInitError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise LoraInitError(f"{path} is damaged: {type(error).__name__} {first_line(error)} Make it again.") from error
 
 
 def describe_intruders(
@@ -72,7 +87,7 @@ def describe_intruders(
     """
     if about["what"] != "adapter":
         raise LoraInitError(
-            f"{path} is a statistics file, and --intruders is about a trained adapter. Name its directory."
+            f"{path} is a {about['what']} file, and --intruders is about a trained adapter. Name its directory."
         )
     source = model or about["base_model"]
     if not source:
@@ -132,23 +147,34 @@ def show_intruders(console: Console, about: Mapping[str, Any]) -> None:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Read what a statistics file or an adapter directory is, from which model and data, its spectra and its ranks.
+    """Read what a statistics file, a plan or an adapter directory is, from which model and data, and its ranks.
 
-    Any LoRA directory of PEFT will do; where it comes from is known only if lora_init wrote it. Weights and components
-    are not read, only their shapes.
+    Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
+    training. Weights and components are not read, only their shapes.
 
     Returns:
         Plain values that `json.dumps` takes.
 
     Raises:
-        LoraInitError: There is nothing at the path, or it is neither of the two, or damaged.
+        LoraInitError: There is nothing at the path, or it is none of these, or damaged.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         return _describe_adapter(path)
     if not path.exists():
-        raise LoraInitError(f"{path}: no such file or directory. Expected a statistics file or an adapter directory.")
-    return _describe_statistics(path)
+        raise LoraInitError(
+            f"{path}: no such file or directory. Expected a statistics file, a plan or an adapter directory."
+        )
+    with path.open("rb") as file:
+        is_json = file.read(1) == b"{"
+    return _describe_plan(path) if is_json else _describe_statistics(path)
+
+
+def _describe_plan(path: Path) -> dict[str, Any]:
+    from lora_init.planning.plan import load_plan, plan_to_dict
+
+    plan = load_plan(path)
+    return {"what": "plan", "path": str(path), **plan_to_dict(plan), "ranks": dict(plan), "asked": str(plan.budget)}
 
 
 def _describe_statistics(path: Path) -> dict[str, Any]:
@@ -183,17 +209,16 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     from lora_init.adapters.peft_model import (
         LORA_A,
         LORA_B,
-        ORIGIN_FILE,
         PREFIX,
         adapted_layers,
+        origin_of,
         read_config,
-        read_json,
         read_shapes,
     )
 
     config = read_config(path)
     shapes = read_shapes(path)
-    origin = read_json(path / ORIGIN_FILE) if (path / ORIGIN_FILE).is_file() else {}
+    origin = origin_of(path)
     ranks = {name: shapes[f"{PREFIX}{name}{LORA_A}"][0] for name in adapted_layers(shapes)}
     for name, one in origin.get("experts", {}).items():
         ranks[name] = ranks.pop(one["tensors"]) // one["experts"]
@@ -208,24 +233,31 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "lora_alpha": config.get("lora_alpha"),
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "parameters": sum(_product(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
+        "parameters": sum(math.prod(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
     }
 
 
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def show(console: Console, description: Mapping[str, Any]) -> None:
     """Print what `describe` returned."""
-    renderables = _statistics_view(description) if description["what"] == "statistics" else _adapter_view(description)
-    for renderable in renderables:
+    view = {"statistics": _statistics_view, "plan": _plan_view, "adapter": _adapter_view}[description["what"]]
+    for renderable in view(description):
         console.print(renderable)
+
+
+def _plan_view(about: Mapping[str, Any]) -> list[RenderableType]:
+    totals, made = about["totals"], about["provenance"] or {}
+    head = {
+        "file": f"{about['path']}: plan for {totals['layers']} of {len(about['layers'])} layers",
+        "policy": f"{about['policy']}, asked for {about['asked']}" if about["budget"] else "by hand",
+        "rank": f"{about['rank']} on average, {totals['total_rank']:,} in all",
+        "parameters": f"{totals['parameters']:,}",
+        "explained": f"{totals['explained_variance']:.1%} of a layer's variance on average",
+        "model": f"{made.get('model_class', 'any')} {made.get('model_id', '')}".strip(),
+        "data": made.get("data") or "not described",
+    }
+    return [facts(head), "", rank_table(about["ranks"]), *about["notes"]]
 
 
 def _statistics_view(about: Mapping[str, Any]) -> list[RenderableType]:
@@ -294,5 +326,5 @@ def _adapter_view(about: Mapping[str, Any]) -> list[RenderableType]:
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
     else:
-        head["start"] = "unknown: no lora_init.json"
+        head["start"] = "unknown: lora_init did not make it"
     return [facts(head), "", rank_table(ranks)]

@@ -36,14 +36,18 @@ def save_model(model, directory):
     return directory
 
 
+def write_data(directory):
+    rows = [{"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19]} for i in range(48)]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (directory / "text.txt").write_text("\n".join(row["passage"] for row in rows))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a model and data in it; tests write elsewhere."""
     home = tmp_path_factory.mktemp("home")
     save_model(tiny_llama(), home / "model")
-    rows = [{"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19]} for i in range(48)]
-    (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (home / "text.txt").write_text("\n".join(row["passage"] for row in rows))
+    write_data(home)
     return home
 
 
@@ -538,115 +542,6 @@ def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
         warnings.warn_explicit("ours\nis long", UserWarning, "adapter.py", 1, module="lora_init.adapter")
         warnings.warn_explicit("theirs", UserWarning, "other.py", 1, module="transformers.other")
     assert capsys.readouterr().err == "warning: ours is long\n"
-
-
-# Inspect
-
-
-@pytest.fixture(scope="module")
-def made(home, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    result = run(
-        "init", home / "model", home / "text.txt", "-o", folder / "out", "--statistics", folder / "s.safetensors",
-        "--rank", 4, "--use-rslora",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    return folder
-
-
-def test_inspect_statistics(made, home):
-    result = run("inspect", made / "s.safetensors")
-    assert result.exit_code == 0, result.stderr
-    for part in (
-        "LlamaForCausalLM",
-        str(home / "model"),
-        "text.txt: 48 of 48 examples",
-        "top 8",
-        "held out",
-        "down_proj",
-    ):
-        assert part in result.stdout
-
-    about = json.loads(run("inspect", made / "s.safetensors", "--json").stdout)
-    stats = lora_init.Statistics.load(made / "s.safetensors")
-    assert about["what"] == "statistics" and list(about["layers"]) == list(stats)
-    layer = about["layers"]["model.layers.1.self_attn.k_proj"]
-    assert layer["input_shared_with"] == "model.layers.1.self_attn.q_proj"
-    assert layer["explained_variance_ratio"] == pytest.approx(
-        stats["model.layers.1.self_attn.k_proj"].explained_variance_ratio.tolist(), abs=1e-6
-    )
-
-
-def test_inspect_an_adapter(made, home):
-    result = run("inspect", made / "out")
-    assert result.exit_code == 0, result.stderr
-    for part in (
-        "LoRA adapter of ",
-        str(home / "model"),
-        "rsLoRA",
-        "text.txt: 48 of 48 examples",
-        "captured",
-        "down_proj",
-    ):
-        assert part in result.stdout
-
-    about = json.loads(run("inspect", made / "out", "--json").stdout)
-    weights = load_file(made / "out" / "adapter_model.safetensors")
-    assert about["ranks"] == {key[17:-14]: len(a) for key, a in weights.items() if "lora_A" in key}
-    assert about["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    assert about["origin"]["method"] == "eva"
-
-
-def test_inspect_an_adapter_that_peft_made(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    result = run("inspect", tmp_path)
-    assert result.exit_code == 0, result.stderr
-    assert "unknown: no lora_init.json" in result.stdout
-    assert json.loads(run("inspect", tmp_path, "--json").stdout)["ranks"] == {
-        f"model.layers.{i}.self_attn.q_proj": 3 for i in range(2)
-    }
-
-
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_init", "inspect", str(made / "out"), *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 1
-
-
-def test_inspect_what_is_neither(made, home, tmp_path):
-    assert_one_line_error(run("inspect", tmp_path / "nowhere"), "no such file or directory")
-    assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")
-    assert_one_line_error(run("inspect", home / "text.txt"), "text.txt")
-    assert_one_line_error(run("inspect", home / "model" / "model.safetensors"), "model.safetensors")
-    (tmp_path / "cut").write_bytes((made / "s.safetensors").read_bytes()[:-10])
-    assert_one_line_error(run("inspect", tmp_path / "cut"), "cut")
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("adapter_config.json", "{"),
-        ("adapter_config.json", "[]"),
-        ("adapter_config.json", '{"peft_type": "IA3"}'),
-        ("adapter_model.safetensors", "short"),
-        ("adapter_model.safetensors", None),
-        ("lora_init.json", "{"),
-    ],
-)
-def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
-    for part in (made / "out").iterdir():
-        (tmp_path / part.name).write_bytes(part.read_bytes())
-    (tmp_path / file).unlink()
-    if content is not None:
-        (tmp_path / file).write_text(content)
-    assert_one_line_error(run("inspect", tmp_path), str(tmp_path))
 
 
 # Help

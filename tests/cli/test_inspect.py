@@ -1,0 +1,169 @@
+"""`lora-init inspect`: statistics, plans, adapters before and after training, and damaged ones."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+import lora_init
+from tests.cli.test_app import assert_one_line_error, run, save_model, write_data
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    save_model(tiny_llama(), home / "model")
+    write_data(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def made(home, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    result = run(
+        "init", home / "model", home / "text.txt", "-o", folder / "out", "--statistics", folder / "s.safetensors",
+        "--rank", 4, "--use-rslora",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+def test_inspect_statistics(made, home):
+    result = run("inspect", made / "s.safetensors")
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        "LlamaForCausalLM",
+        str(home / "model"),
+        "text.txt: 48 of 48 examples",
+        "top 8",
+        "held out",
+        "down_proj",
+    ):
+        assert part in result.stdout
+
+    about = json.loads(run("inspect", made / "s.safetensors", "--json").stdout)
+    stats = lora_init.Statistics.load(made / "s.safetensors")
+    assert about["what"] == "statistics" and list(about["layers"]) == list(stats)
+    layer = about["layers"]["model.layers.1.self_attn.k_proj"]
+    assert layer["input_shared_with"] == "model.layers.1.self_attn.q_proj"
+    assert layer["explained_variance_ratio"] == pytest.approx(
+        stats["model.layers.1.self_attn.k_proj"].explained_variance_ratio.tolist(), abs=1e-6
+    )
+
+
+def test_inspect_an_adapter(made, home):
+    result = run("inspect", made / "out")
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        "LoRA adapter of ",
+        str(home / "model"),
+        "rsLoRA",
+        "text.txt: 48 of 48 examples",
+        "captured",
+        "down_proj",
+    ):
+        assert part in result.stdout
+
+    about = json.loads(run("inspect", made / "out", "--json").stdout)
+    weights = load_file(made / "out" / "adapter_model.safetensors")
+    assert about["ranks"] == {key[17:-14]: len(a) for key, a in weights.items() if "lora_A" in key}
+    assert about["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert about["origin"]["method"] == "eva"
+
+
+def test_inspect_an_adapter_that_peft_made(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "unknown: lora_init did not make it" in result.stdout
+    assert json.loads(run("inspect", tmp_path, "--json").stdout)["ranks"] == {
+        f"model.layers.{i}.self_attn.q_proj": 3 for i in range(2)
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_init", "inspect", str(made / "out"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def test_inspect_what_is_neither(made, home, tmp_path):
+    assert_one_line_error(run("inspect", tmp_path / "nowhere"), "no such file or directory")
+    assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")
+    assert_one_line_error(run("inspect", home / "text.txt"), "text.txt")
+    (tmp_path / "rows.json").write_text('{"text": "a"}')
+    assert_one_line_error(run("inspect", tmp_path / "rows.json"), "is not a plan of lora_init")
+    assert_one_line_error(run("inspect", home / "model" / "model.safetensors"), "model.safetensors")
+    (tmp_path / "cut").write_bytes((made / "s.safetensors").read_bytes()[:-10])
+    assert_one_line_error(run("inspect", tmp_path / "cut"), "cut")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_config.json", "{"),
+        ("adapter_config.json", "[]"),
+        ("adapter_config.json", '{"peft_type": "IA3"}'),
+        ("adapter_model.safetensors", "short"),
+        ("adapter_model.safetensors", None),
+        ("lora_init.json", "{"),
+    ],
+)
+def test_inspect_a_damaged_adapter(made, tmp_path, file, content):
+    for part in (made / "out").iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    assert_one_line_error(run("inspect", tmp_path), str(tmp_path))
+
+
+def test_inspect_a_plan(made, tmp_path):
+    assert run("ranks", made / "s.safetensors", "--parameters", "6k", "-o", tmp_path / "plan.json").exit_code == 0
+    result = run("inspect", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.stderr
+    for part in (
+        "plan.json: plan for",
+        "eva, asked for",
+        "parameters",
+        "LlamaForCausalLM",
+        "text.txt: 48 of 48",
+        "q_proj",
+    ):
+        assert part in result.stdout
+    about = json.loads(run("inspect", tmp_path / "plan.json", "--json").stdout)
+    assert about["what"] == "plan" and about["totals"]["parameters"] <= 6000
+    assert_one_line_error(run("inspect", tmp_path / "plan.json", "--intruders"), "is a plan file, and --intruders")
+
+
+def test_a_trained_adapter_still_says_where_it_came_from(made, tmp_path):
+    trained = AutoPeftModelForCausalLM.from_pretrained(made / "out", is_trainable=True)
+    trained.save_pretrained(tmp_path / "trained")
+    result = run("inspect", tmp_path / "trained")
+    assert "eva, seed 0" in result.stdout and "text.txt: 48 of 48 examples" in result.stdout, result.output
+
+
+def test_adapters_with_damage_anywhere_are_one_line(made, tmp_path):
+    """Bytes changed at random in every file of the directory: read as something, or one line without 'unexpected'."""
+    generator = random.Random(0)
+    files = {path.name: path.read_bytes() for path in (made / "out").iterdir() if path.suffix != ".md"}
+    for _ in range(200):
+        for name, content in files.items():
+            changed = bytearray(content)
+            if name.endswith(".json") or generator.random() < 0.5:
+                for _ in range(generator.choice([1, 3, 20])):
+                    changed[generator.randrange(min(len(changed), 2000))] = generator.randrange(256)
+            (tmp_path / name).write_bytes(bytes(changed[: len(changed) - generator.choice([0, 0, 1, 50])]))
+        result = run("inspect", tmp_path)
+        assert result.exit_code in (0, 1) and "unexpected" not in result.stderr, result.stderr
+        assert result.exit_code == 0 or len(result.stderr.splitlines()) == 1
