@@ -576,7 +576,7 @@ def test_it_runs_as_a_module_and_as_a_script():
     assert done.returncode == 1
     assert (
         done.stderr
-        == "error: nowhere: no such file or directory. Expected a statistics file or an adapter directory.\n"
+        == "error: nowhere: no such file or directory. Expected a statistics file, a plan or an adapter directory.\n"
     )
     (script,) = entry_points(group="console_scripts", name="lora-init")
     assert script.load() is cli.main
