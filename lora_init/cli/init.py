@@ -177,6 +177,7 @@ def init(
         budget = _budget(ranks_from, rank, rho)
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.adapters.initializers import GRADIENT_METHODS
+            from lora_init.loading.models import find_device, open_model
             from lora_init.planning.allocate import allocate_ranks
 
             quiet_transformers()
@@ -191,23 +192,23 @@ def init(
             needs_labels=needs_gradients or token_mask == "labels",
         )  # fmt: skip
         examples.check(file, adapter)
-        options = ModelOptions(model, task_type, dtype, device, trust_remote_code, seed)
+        find_device(device)
         with make_console(stderr=True).status(f"loading {model}"):
-            source = options.open()
+            source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
             batches = examples.read(source) if data is not None else None  # before the weights, which take longer
             aside = examples.read_aside(source, batches) if batches is not None and adapter.takes_step else []
             loaded = source.load(dtype=dtype, device=device, seed=seed)
-        selection = Selection(
-            read_modules(target_modules),
-            read_modules(exclude_modules) if exclude_modules else None,
-            read_names(target_parameters) if target_parameters else None,
-            loaded.task_type,
-        )
+        selection: dict[str, Any] = {
+            "target_modules": read_modules(target_modules),
+            "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
+            "target_parameters": read_names(target_parameters) if target_parameters else None,
+            "task_type": loaded.task_type,
+        }
         _check_model(loaded, selection, adapter, budget, model)
         if batches is None:
             stats = file.as_it_is(loaded.model, selection, needs_gradients)
         else:
-            settings = {**vars(selection), "center": center, "token_mask": token_mask, "gradients": needs_gradients}
+            settings = {**selection, "center": center, "token_mask": token_mask, "gradients": needs_gradients}
             settings |= {"rank": budget.rank, "rho": budget.rho, "max_batches": max_batches, "seed": seed}
             stats = file.collect(loaded.model, batches, settings)
         if processes.rank:
@@ -222,14 +223,16 @@ def init(
             show_summary(make_console(), summary)
 
 
-def _check_model(loaded: LoadedModel, selection: Selection, adapter: AdapterOptions, budget: Budget, name: str) -> None:
+def _check_model(
+    loaded: LoadedModel, selection: Mapping[str, Any], adapter: AdapterOptions, budget: Budget, name: str
+) -> None:
     """Refuse before the pass what the model cannot take."""
     from lora_init.adapters.peft_model import check_modules_to_save
     from lora_init.collection.collect import fingerprint
     from lora_init.layers.targets import find_targets
 
     check_modules_to_save(loaded.model, adapter.modules_to_save)
-    find_targets(loaded.model, **vars(selection)).check_layers()
+    find_targets(loaded.model, **selection).check_layers()
     if budget.plan is not None:
         budget.plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {name}")
 
@@ -252,25 +255,6 @@ def _budget(ranks_from: Path | None, rank: int | None, rho: float | None) -> Bud
 
     plan = load_plan(ranks_from)
     return Budget(plan.rank, max(1.0, max(plan.values()) / plan.rank), plan)
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is loaded; see `load_model`."""
-
-    name: str
-    task_type: str | None
-    dtype: str
-    device: str
-    trust_remote_code: bool
-    seed: int
-
-    def open(self) -> ModelSource:
-        """Read all but the weights."""
-        from lora_init.loading.models import find_device, open_model
-
-        find_device(self.device)
-        return open_model(self.name, task_type=self.task_type, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -315,16 +299,6 @@ class DataOptions:
         except LoraInitError:
             say("warning: the data has no examples beyond the sample, so the size of the step is found on its own.")
             return batches[:N_ASIDE]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which layers take an adapter; see `find_targets`."""
-
-    target_modules: str | list[str]
-    exclude_modules: str | list[str] | None
-    target_parameters: list[str] | None
-    task_type: str | None
 
 
 @dataclass(frozen=True)
@@ -388,7 +362,7 @@ class StatisticsFile:
             raise LoraInitError(f"--statistics {path}: the directory {path.parent} doesn't exist. Create it first.")
         return cls(path, overwrite)
 
-    def as_it_is(self, model: nn.Module, selection: Selection, needs_gradients: bool) -> Statistics:
+    def as_it_is(self, model: nn.Module, selection: Mapping[str, Any], needs_gradients: bool) -> Statistics:
         """Load the file; refuse it if it is of another model or other layers."""
         from lora_init.collection.collect import fingerprint
         from lora_init.layers.targets import find_targets
@@ -400,7 +374,7 @@ class StatisticsFile:
         if made.fingerprint != fingerprint(model):
             origin = f"{made.model_class} {made.model_id}".strip()
             raise LoraInitError(f"{self.path} was made from another model ({origin}). Name the file of this one.")
-        found = find_targets(model, **vars(selection))
+        found = find_targets(model, **selection)
         wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
         if wanted != there:
             raise LoraInitError(

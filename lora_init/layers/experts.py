@@ -39,7 +39,7 @@ class Experts:
     out_features: int
 
     def group(self, expert: int) -> str:
-        """Name the input group of one expert; that of all together has the name of the parameter."""
+        """Name the input group of one expert; that of all experts has the name of the parameter."""
         return expert_group(self.name, expert)
 
     def groups(self) -> list[str]:
@@ -49,10 +49,10 @@ class Experts:
     def rows(
         self, hidden: Tensor, chosen: Tensor, wanted: Callable[[str], bool] = lambda group: True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all together.
+        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts.
 
-        A token that went to k experts counts in each. Of all together it counts k times too, or once where its rows are
-        k times the same.
+        A token that went to k experts counts in each. In the group of all it counts k times too, or once where its rows
+        are k times the same.
 
         Args:
             hidden: What the module gets, tokens that count only, [tokens, d].

@@ -55,7 +55,7 @@ def class_name(module: nn.Module) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a forward pass is one that all processes make together (FSDP2)."""
+    """Tell whether a forward pass needs all processes at once (FSDP2)."""
     fsdp = _fsdp_module()
     return fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
 
@@ -84,7 +84,7 @@ def _offloaded_weights(module: nn.Module) -> Any:
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter under its plain name: whole where processes hold a part each, from where it is kept.
 
-    In a sharded model all processes have to do this together. It gathers one parameter at a time.
+    In a sharded model all processes have to do this at once. It gathers one parameter at a time.
     """
     kept = {id(module): found for module in model.modules() if (found := _offloaded_weights(module)) is not None}
     modules = dict(model.named_modules())
@@ -97,7 +97,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def gathered(tensor: Any) -> Tensor:
-    """Give a parameter whole where processes hold a part each; all of them have to do this together."""
+    """Give a parameter whole where processes hold a part each; all of them have to do this at once."""
     if hasattr(tensor, "full_tensor"):
         # Of a model whose shards are kept on the CPU, it is the accelerators that can talk to each other.
         tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()

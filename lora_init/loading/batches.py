@@ -28,7 +28,7 @@ class Batches(list["dict[str, Tensor]"]):
 
     Attributes:
         description: Which examples of which data these are, in words, for `collect(..., data=batches.description)`.
-        n_examples: Examples in all batches together.
+        n_examples: Examples in all batches.
         settings: What they were made with. `collect` keeps it, and notices if a file is of other ones.
     """
 
