@@ -6,7 +6,7 @@ import random
 import numpy as np
 
 from lora_init.comparison.runs import Run
-from tests.cli.test_app import WORDS, save_model
+from tests.commands import WORDS, save_model
 from tests.conftest import tiny_bert, tiny_llama
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from lora_init.cli import compare, init, inspect, merge, ranks
-from lora_init.cli.console import launched_rank, remember_options, silence
+from lora_init.cli.console import process_rank, remember_options, silence
 
 app = typer.Typer(
     name="lora-init",
@@ -37,10 +37,10 @@ app.command(epilog=compare.EXAMPLE)(compare.compare)
 def main() -> None:
     """Run the command line and exit: 0, 1 after an error that was explained, 2 after wrong usage, 130 after Ctrl-C.
 
-    In several processes started together all do the pass of `init`; everything else is done by the first, which alone
+    In several processes all do the pass of `init`; everything else is done by the first, which alone
     writes and speaks.
     """
-    if launched_rank():
+    if process_rank():
         silence()
         if sys.argv[1:2] != ["init"]:
             return

@@ -43,14 +43,14 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """Print one line to stderr; of several processes started together the first one does."""
-    if not launched_rank():
+    """Print one line to stderr; of several processes the first one does."""
+    if not process_rank():
         print(text, file=sys.stderr, flush=True)
 
 
 def _complain(text: str) -> None:
     """Print one line to stderr, also from processes that are not the first: what went wrong may be theirs alone."""
-    rank = launched_rank()
+    rank = process_rank()
     print(f"rank {rank}: {text}" if rank else text, file=sys.stderr, flush=True)
 
 
@@ -151,8 +151,8 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def launched_rank() -> int | None:
-    """Give the number of this process among those started together; None if it was started alone."""
+def process_rank() -> int | None:
+    """Give the number of this process among those of one launch; None if it is alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
         return None
@@ -166,15 +166,15 @@ def silence() -> None:
 
 
 @contextmanager
-def launched_processes() -> Iterator[Processes]:
-    """Join the processes that were started together.
+def process_group() -> Iterator[Processes]:
+    """Join the processes of one launch.
 
     Yields:
-        The processes; this one alone if it was started alone.
+        The processes; this one alone without a launcher.
     """
     from lora_init.collection.processes import Processes
 
-    if launched_rank() is None:
+    if process_rank() is None:
         yield Processes(alone=True)
         return
     import torch

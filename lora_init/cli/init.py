@@ -15,10 +15,10 @@ import typer
 from lora_init.cli.console import (
     AsJson,
     TrustRemoteCode,
-    launched_processes,
     make_console,
     one_line_errors,
     print_json,
+    process_group,
     quiet_transformers,
     read_modules,
     read_names,
@@ -173,7 +173,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
-    with one_line_errors(), launched_processes() as processes:
+    with one_line_errors(), process_group() as processes:
         budget = _budget(ranks_from, rank, rho)
         with make_console(stderr=True).status("importing torch and transformers"):
             from lora_init.adapters.initializers import GRADIENT_METHODS

@@ -417,7 +417,7 @@ def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):
 
 def test_initialize_and_the_command_line_take_modules_to_save(tmp_path):
     from lora_init.cli import app as cli
-    from tests.cli.test_app import WORDS, save_model
+    from tests.commands import WORDS, save_model
 
     peft_model = initialize(tiny_llama(), batches(), rank=2, modules_to_save=["lm_head"])
     assert peft_model.peft_config["default"].modules_to_save == ["lm_head"]

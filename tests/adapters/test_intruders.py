@@ -12,7 +12,7 @@ from lora_init.adapters.peft_model import adapter_layers
 from lora_init.comparison.starts import AdapterShape, prepare
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
-from tests.cli.test_app import assert_one_line_error, run, save_model
+from tests.commands import assert_one_line_error, run, save_model
 from tests.comparison.test_starts import assert_same, snapshot
 from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
 

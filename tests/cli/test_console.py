@@ -1,4 +1,4 @@
-"""The command line under torchrun: one result, one voice, one exit code."""
+"""What all commands share: one line per error, its words, signals; under torchrun one result and one exit code."""
 
 import json
 import os
@@ -6,15 +6,21 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
+import lora_init
 from lora_init import Statistics
 from lora_init.cli import app as cli
-from lora_init.cli.console import launched_rank
-from tests.cli.test_app import WORDS, save_model
+from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank, remember_options
+from lora_init.errors import explain
+from tests.commands import WORDS, assert_one_line_error, save_model
+from tests.commands import run as run_here
 from tests.conftest import tiny_llama
 from tests.processes import free_port, run
 
@@ -145,8 +151,77 @@ def test_commands_without_a_pass_are_run_by_the_first_process(home, tmp_path):
 
 def test_started_alone_is_not_started_together(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        assert launched_rank() is None
+        assert process_rank() is None
         monkeypatch.setenv(name, value)
-    assert launched_rank() == 1
+    assert process_rank() == 1
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert launched_rank() is None
+    assert process_rank() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
+        (MemoryError(), "smaller --batch-size"),
+        (
+            OSError(28, "No space left on device", "out/adapter_model.safetensors"),
+            "out/adapter_model.safetensors: No space",
+        ),
+        (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+        (RuntimeError("first line\nsecond line"), "unexpected RuntimeError: first line. LORA_INIT_DEBUG=1"),
+        (KeyError("x"), "unexpected KeyError"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line(command, monkeypatch, error, part):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lora_init.loading.models.open_model", fail)
+    assert_one_line_error(run_here(*command), part)
+
+
+def test_debug_lets_the_traceback_through(monkeypatch):
+    monkeypatch.setenv("LORA_INIT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        raise ZeroDivisionError
+
+
+def test_an_error_of_many_lines_becomes_one():
+    assert explain(lora_init.LoraInitError("one\n  two")) == "one two"
+    assert explain(OSError("one\ntwo")) == "one."
+    assert len(explain(RuntimeError("x" * 5000))) < 400
+
+
+def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
+    with one_line_errors():
+        warnings.warn_explicit("ours\nis long", UserWarning, "adapter.py", 1, module="lora_init.adapter")
+        warnings.warn_explicit("theirs", UserWarning, "other.py", 1, module="transformers.other")
+    assert capsys.readouterr().err == "warning: ours is long\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Pass overwrite=True.", "Pass --overwrite."),
+        ("made with center=False", "made with --no-center"),
+        ("whiten=False", "no --whiten"),
+        ("rank=64, gamma=0.5; pass another gamma=.", "--rank 64, --gamma 0.5; pass another --gamma."),
+        ("target_modules=['q'] with method='eva'", "--target-modules ['q'] with --method 'eva'"),
+        ("data 'rank=3', '*.up:rank=8', my_rank=2, rows=", "data 'rank=3', '*.up:rank=8', my_rank=2, rows="),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command(text, expected):
+    remember_options(typer.main.get_command(cli.app).commands["init"].params)
+    assert in_words_of_the_command(text) == expected
+    remember_options([])
+    assert in_words_of_the_command(text) == text
+
+
+def test_sigterm_is_treated_as_ctrl_c(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("not interrupted")
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -10,16 +10,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import lora_init
-from tests.cli.test_app import assert_one_line_error, run, save_model, write_data
+from tests.commands import assert_one_line_error, run
 from tests.conftest import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    save_model(tiny_llama(), home / "model")
-    write_data(home)
-    return home
 
 
 @pytest.fixture(scope="module")

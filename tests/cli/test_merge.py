@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from lora_init import Statistics, allocate_ranks
 from lora_init.cli import app as cli
-from tests.cli.test_app import assert_one_line_error
+from tests.commands import assert_one_line_error
 from tests.conftest import batches_for
 from tests.statistics.test_merging import passed
 

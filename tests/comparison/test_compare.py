@@ -181,7 +181,7 @@ def test_a_classifier(home, tmp_path):
 
 
 def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
-    from tests.cli.test_app import save_model
+    from tests.commands import save_model
     from tests.conftest import tiny_bert
 
     home = make_home(tmp_path)

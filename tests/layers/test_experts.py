@@ -312,7 +312,7 @@ def test_other_starts_differ_between_experts(method):
 
 def test_the_command_line_takes_them(tmp_path):
     from lora_init.cli import app as cli
-    from tests.cli.test_app import WORDS, save_model
+    from tests.commands import WORDS, save_model
 
     save_model(mixtral(), tmp_path / "model")
     (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(40)))

@@ -7,7 +7,7 @@ import torch
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import _kind, load_model, open_model
-from tests.cli.test_app import save_model
+from tests.commands import save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama
 
 

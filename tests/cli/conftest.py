@@ -1,0 +1,21 @@
+"""A model and data on disk, and the smallest command."""
+
+import pytest
+
+from tests.commands import save_model, write_data
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="package")
+def home(tmp_path_factory):
+    """A folder with a model and data in it; tests write elsewhere."""
+    home = tmp_path_factory.mktemp("home")
+    save_model(tiny_llama(), home / "model")
+    write_data(home)
+    return home
+
+
+@pytest.fixture
+def command(home, tmp_path):
+    """The smallest `init` that works, to which tests add."""
+    return ["init", str(home / "model"), str(home / "text.txt"), "-o", str(tmp_path / "out"), "--rank", "4"]

@@ -1,0 +1,399 @@
+"""`lora-init init`: the adapter that it makes, the statistics file, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_init
+from tests.commands import assert_one_line_error, run, save_model
+from tests.conftest import MODELS, tiny_bert, tiny_llama
+
+# What it makes
+
+
+def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(command, home, tmp_path):
+    file = tmp_path / "stats.safetensors"
+    plain = run(*command, "--statistics", file)
+    assert plain.exit_code == 0, plain.output
+    command[command.index("-o") + 1] = str(tmp_path / "lora-ga")
+    refused = run(*command, "--statistics", file, "--method", "lora-ga")
+    assert refused.exit_code == 1 and "was made with gradients False, and True is asked for" in refused.stderr
+    file.unlink()
+    made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
+    assert made.exit_code == 0, made.output
+    assert "base weights must give up what the adapter" in " ".join(made.stdout.split())
+    command[command.index("-o") + 1] = str(tmp_path / "planned")
+    again = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", "1")
+    assert again.exit_code == 0 and "B is not zero" not in again.stdout
+    command[command.index("-o") + 1] = str(tmp_path / "step")
+    stepped = run(*command, "--method", "lora-one", "--rho", "1", "--json")
+    said = json.loads(stepped.stdout)
+    assert said["loss_at_start"] < said["loss_before"] and said["gamma"] >= 1.0
+    assert (
+        "before any training" in said["notes"][0] and "before any training" in (tmp_path / "step/README.md").read_text()
+    )
+    planned = run("ranks", file, "--policy", "gradient", "--rank", "2", "--compare", "eva", "--compare", "gora")
+    assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
+
+
+def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # or long paths are wrapped
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    for part in ("q_proj", "down_proj", "parameters", "stopped: ", "held out", "forward", str(tmp_path / "out")):
+        assert part in result.stdout
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(12)[None]
+    base = AutoModelForCausalLM.from_pretrained(home / "model").eval()
+    with torch.no_grad():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
+        assert torch.equal(adapted(ids).logits, before)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(home / "model")
+
+
+def test_the_adapter_starts_in_the_directions_of_the_data(command, home, tmp_path):
+    assert run(*command, "--statistics", tmp_path / "s.safetensors").exit_code == 0
+    stats = lora_init.Statistics.load(tmp_path / "s.safetensors")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    a = written[f"base_model.model.{name}.lora_A.weight"]
+    assert torch.equal(a, stats[name].components[: len(a)])
+    assert stats.provenance.data.startswith(f"{home.name}/text.txt: 48 of 48 examples")
+
+
+def test_json_is_all_that_is_on_stdout_and_agrees_with_the_directory(command, tmp_path):
+    result = run(*command, "--json", "--statistics", tmp_path / "s.safetensors")
+    summary = json.loads(result.stdout)
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    ranks = {name: rank for name, rank in summary["ranks"].items() if rank}
+    assert {f"base_model.model.{name}.lora_A.weight": rank for name, rank in ranks.items()} == {
+        key: len(a) for key, a in written.items() if "lora_A" in key
+    }
+    assert sum(summary["ranks"].values()) == 4 * len(summary["ranks"])
+    assert summary["parameters"] == sum(tensor.numel() for tensor in written.values())
+    assert summary["adapter"] == str(tmp_path / "out")
+    assert summary["statistics"] == str(tmp_path / "s.safetensors")
+    assert 0 < summary["held_out"]["min"] <= summary["held_out"]["median"] <= 1
+
+
+def test_options_reach_the_adapter(command, tmp_path):
+    options = "--method orthogonal --lora-alpha 8 --use-rslora --use-dora --rho 1 --target-modules q_proj,v_proj"
+    assert run(*command, *options.split(), "--exclude-modules", r".*layers\.1\..*").exit_code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (4, 8, True, True)
+    assert config["rank_pattern"] == {}
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    assert {key.split(".lora_")[0] for key in keys} == {
+        f"base_model.model.model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")
+    }
+
+
+def test_settings_reach_the_statistics(home, tmp_path):
+    options = "--no-center --token-mask labels --seed 3 --max-batches 2 --batch-size 2 --samples 20 --dtype bfloat16"
+    columns = [
+        "--template",
+        "{passage}",
+        "--completion",
+        "{question}",
+        "--statistics",
+        tmp_path / "s",
+        "--device",
+        "cpu",
+    ]
+    result = run(
+        "init", home / "model", home / "rows.jsonl", "-o", tmp_path / "out", *options.split(), *columns, "--rank", 2
+    )
+    assert result.exit_code == 0, result.stderr
+    made = lora_init.Statistics.load(tmp_path / "s").provenance
+    assert (made.center, made.token_mask, made.seed, made.n_batches) == (False, "labels", 3, 2)
+    assert made.stop_reason == "max_batches"
+    assert "20 of 48 examples" in made.data
+    assert made.task_type == "CAUSAL_LM"
+    # Only the answer and the end of the text have labels, and the tokens before them do not count.
+    assert made.n_samples == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_every_architecture_that_reads_text(name, home, tmp_path):
+    save_model(MODELS[name](), tmp_path / "model")
+    columns = ["--template", "{passage}", "--completion", "{question}"]
+    result = run("init", tmp_path / "model", home / "rows.jsonl", "-o", tmp_path / "out", "--rank", 2, *columns)
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[name]
+
+
+def test_a_plain_encoder_can_be_given_a_task(home, tmp_path):
+    save_model(tiny_bert(task=None), tmp_path / "model")
+    arguments = [tmp_path / "model", home / "text.txt", "--rank", 2, "--json"]
+    assert run("init", *arguments, "-o", tmp_path / "plain").exit_code == 0
+    assert run("init", *arguments, "-o", tmp_path / "head", "--task-type", "SEQ_CLS").exit_code == 0
+    assert run("init", *arguments, "-o", tmp_path / "again", "--task-type", "SEQ_CLS").exit_code == 0
+    tasks = [json.loads((tmp_path / d / "adapter_config.json").read_text())["task_type"] for d in ("plain", "head")]
+    assert tasks == ["FEATURE_EXTRACTION", "SEQ_CLS"]
+    heads = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("head", "again")]
+    (head,) = (key for key in heads[0] if "classifier.weight" in key)
+    assert torch.equal(heads[0][head], heads[1][head])  # a new head starts at random, from the seed
+
+
+def test_the_same_command_gives_the_same_adapter(command, tmp_path):
+    run(*command)
+    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert run(*command, "--overwrite").exit_code == 0
+    second = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# The statistics file
+
+
+def without_data(command):
+    return [*command[:2], *command[3:]]
+
+
+def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    before = file.read_bytes()
+
+    def never(*_, **__):
+        raise AssertionError("collected again")
+
+    monkeypatch.setattr("lora_init.collection.collect.collect", never)
+    result = run(*without_data(command), "--statistics", file, "--rank", 2, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    assert f"{file}: used as it is" in result.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--rank", "8"], ["rank=8", "Collect again"]),
+        (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
+        (["--method", "eva-grad"], ["was made without --gradients, which this needs"]),
+        (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
+    ],
+)
+def test_without_data_a_file_that_does_not_serve_is_refused_and_kept(command, tmp_path, options, parts):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    before = file.read_bytes()
+    result = run(*without_data(command), "--statistics", file, "--overwrite", *options)
+    assert result.exit_code == 1
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert file.read_bytes() == before
+
+
+def test_without_data_and_without_a_file_data_are_missing(command, tmp_path):
+    assert_one_line_error(run(*without_data(command)), "DATA is missing. Name it, or name with --statistics")
+    absent = run(*without_data(command), "--statistics", tmp_path / "none")
+    assert_one_line_error(absent, "DATA is missing")
+
+
+def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_path):
+    file = tmp_path / "s.safetensors"
+    command += ["--statistics", str(file)]
+    assert run(*command).exit_code == 0
+    before = file.read_bytes()
+    command[command.index("-o") + 1] = str(tmp_path / "again")
+    again = run(*command)
+    assert again.exit_code == 0 and f"{file}: used as it is" in again.stderr and file.read_bytes() == before
+    command[command.index("-o") + 1] = str(tmp_path / "other")
+    for options, part in (
+        (["--template", "{text} {text}"], "was made with template None, and '{text} {text}' is asked for"),
+        (["--max-length", "8"], "with max_length"),
+        (["--samples", "12"], "with samples"),
+        (["--seed", "3"], "with seed"),
+        (["--no-center"], "with center True, and False"),
+        (["--token-mask", "labels"], "with token_mask"),
+        (["--target-modules", "q_proj"], "with layers"),
+    ):
+        result = run(*command, *options)
+        assert_one_line_error(result, part, "Pass --overwrite to collect again, or leave DATA out to use the file")
+        assert file.read_bytes() == before and not (tmp_path / "other").exists()
+    assert run(*command, "--no-center", "--overwrite").exit_code == 0
+    assert not lora_init.Statistics.load(file).provenance.center
+
+
+def test_statistics_of_another_model_are_refused(command, home, tmp_path):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    save_model(other, tmp_path / "other")
+    arguments = ["-o", tmp_path / "o2", "--statistics", file]
+    result = run("init", tmp_path / "other", home / "text.txt", *arguments, *command[5:])
+    assert_one_line_error(result, "was made from another model", "--overwrite")
+    assert_one_line_error(run("init", tmp_path / "other", *arguments), "was made from another model")
+
+
+def interrupt_at(batch, monkeypatch):
+    from transformers import LlamaModel
+
+    calls, forward = [], LlamaModel.forward
+
+    def counted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+
+
+def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
+    file = tmp_path / "s.safetensors"
+    interrupt_at(4, monkeypatch)
+    result = run(*command, "--statistics", file)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == [
+        f"{file}: kept the statistics of 3 batches. The same command goes on after them.",
+        "interrupted",
+    ]
+    made = lora_init.Statistics.load(file).provenance
+    assert (made.n_batches, made.stop_reason) == (3, "interrupted")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pass_that_was_interrupted_goes_on_when_the_command_is_given_again(command, tmp_path, monkeypatch):
+    file = tmp_path / "s.safetensors"
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        assert run(*command, "--statistics", file).exit_code == 130
+    result = run(*command, "--statistics", file)
+    assert result.exit_code == 0, result.stderr
+    assert run(*command, "--statistics", tmp_path / "whole", "--overwrite").exit_code == 0
+    stats, expected = (lora_init.Statistics.load(path) for path in (file, tmp_path / "whole"))
+    assert stats.provenance.complete and stats.provenance.n_batches == expected.provenance.n_batches
+    assert list(stats) == list(expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch):
+    interrupt_at(batch, monkeypatch)
+    result = run(*command)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({1: "./nowhere"}, ["model './nowhere': no such directory"]),
+        ({1: "some/model"}, ["'some/model'", "HF_HUB_OFFLINE is set"]),
+        ({1: "empty"}, ["has no config.json"]),
+        ({1: "adapter"}, ["it is an adapter. Name its base model"]),
+        ({1: "text.txt"}, ["is a file"]),
+        ({1: "damaged"}, ["'damaged' cannot be loaded"]),
+        ({1: "truncated"}, ["'truncated' cannot be loaded"]),
+        ({1: "unknown"}, ["'unknown' cannot be loaded", "nosuchtype"]),
+        ({1: "remote"}, ["'remote' needs code that comes with it", "--trust-remote-code"]),
+        ({1: "vision"}, ["reads text only"]),
+        ({2: "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
+        ({2: "rows.jsonl"}, ["passage", "question"]),
+        ({"--target-modules": "qproj"}, ["matches no layer", "'q_proj' (2 layers)"]),
+        ({"--target-modules": "(q"}, ["is not a regular expression"]),
+        ({"--rank": "64"}, ["--rank 64", "input width 32"]),
+        ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
+        ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
+        ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
+        ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
+        ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
+        ({"--statistics": "text.txt"}, ["text.txt"]),
+        ({"-o": "text.txt"}, ["--output text.txt is a file"]),
+        ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
+        (
+            {"--target-modules": "embed_tokens"},
+            ["selects only layers that cannot start from data"],
+        ),
+        ({"--split": "validation"}, ["--split 'validation' is for a folder", "text.txt is one file"]),
+        ({"--ranks": "text.txt"}, ["--ranks names a plan, which has all ranks. Leave --rank and --rho out."]),
+        ({1: "no-tokenizer"}, ["'no-tokenizer' has no tokenizer beside it"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(home, tmp_path, monkeypatch, change, parts):
+    make_bad_models(home, tmp_path)
+    for name in ("model", "text.txt", "rows.jsonl"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    positional = {1: "model", 2: "text.txt"}
+    options = {"-o": "out", "--rank": "4"}
+    for key, value in change.items():
+        (positional if isinstance(key, int) else options)[key] = value
+    result = run("init", positional[1], positional[2], *(word for pair in options.items() for word in pair))
+    assert_one_line_error(result, *parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--lora-alpha", "0"], "--lora-alpha 0.0 must be a positive number"),
+        (["--whiten", "--method", "random"], "--whiten needs --method 'eva'; --method 'random' has no variances"),
+        (["--gamma", "3"], "--gamma 3.0 with --method 'eva'"),
+        (["--method", "lora-one", "--use-dora"], "DoRA's magnitudes"),
+        (["--device", "quantum"], "'quantum' cannot be used"),
+        (["--template", "{nothing}"], "has no column 'nothing'"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_the_weights_are_read(command, monkeypatch, options, part):
+    def never(*_, **__):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("lora_init.loading.models.ModelSource.load", never)
+    assert_one_line_error(run(*command, *options), part)
+
+
+def test_a_name_that_matches_nothing_is_said_once(command):
+    result = run(*command, "--target-modules", "q_prj,v_proj", "--exclude-modules", "lm_haed")
+    assert result.exit_code == 0, result.stderr
+    first, second = result.stderr.splitlines()
+    assert first.startswith("warning: --target-modules 'q_prj' matches nothing in LlamaForCausalLM")
+    assert second.startswith("warning: --exclude-modules 'lm_haed' matches nothing in LlamaForCausalLM")
+
+
+def make_bad_models(home, folder):
+    def variant(name, config=None, **changes):
+        directory = folder / name
+        directory.mkdir()
+        for file in (home / "model").iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+        settings = json.loads((directory / "config.json").read_text()) | changes
+        (directory / "config.json").write_text(json.dumps(settings) if config is None else config)
+        return directory
+
+    tiny_llama().save_pretrained(folder / "no-tokenizer")
+    (folder / "empty").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    variant("damaged", config="{")
+    variant("unknown", model_type="nosuchtype", architectures=["NoSuchForCausalLM"])
+    remote = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (variant("remote", model_type="own", architectures=["OwnForCausalLM"], auto_map=remote) / "code.py").write_text(
+        "raise SystemExit('ran')"
+    )
+    weights = variant("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    variant("vision", model_type="vit", architectures=["ViTForImageClassification"])
+
+
+def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
+    file = tmp_path / "s.safetensors"
+    result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)
+    assert result.exit_code == 0, result.stderr
+    assert r"'{text}\nthe\tcat'" in lora_init.Statistics.load(file).provenance.data  # repr of a real newline and tab

@@ -1,0 +1,40 @@
+"""What tests of commands share: a model and data on disk, a run in this process, and what an error looks like."""
+
+import json
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from lora_init.cli import app as cli
+
+WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house".split()  # noqa: SIM905
+
+
+def save_model(model, directory):
+    """Write a model with a tokenizer of whole words, as a user would have it on disk."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_data(directory):
+    rows = [{"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19]} for i in range(48)]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (directory / "text.txt").write_text("\n".join(row["passage"] for row in rows))
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def assert_one_line_error(result, *parts, code=1):
+    assert result.exit_code == code
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert result.stdout == ""
+    for part in parts:
+        assert part in lines[0]
