@@ -209,7 +209,7 @@ def init(
             stats = file.as_it_is(loaded.model, selection, needs_gradients)
         else:
             settings = {**selection, "center": center, "token_mask": token_mask, "gradients": needs_gradients}
-            settings |= {"rank": budget.rank, "rho": budget.rho, "max_batches": max_batches, "seed": seed}
+            settings |= {**file.sizes(budget), "max_batches": max_batches, "seed": seed}
             stats = file.collect(loaded.model, batches, settings)
         if processes.rank:
             return
@@ -387,6 +387,15 @@ class StatisticsFile:
             )
         self._say_used(stats)
         return stats
+
+    def sizes(self, budget: Budget) -> dict[str, Any]:
+        """Give rank and rho of the pass: with a plan those of the file, from which the plan was made, if it is there."""
+        from lora_init.statistics.statistics import Statistics
+
+        if budget.plan is None or self.path is None or not self.path.exists():
+            return {"rank": budget.rank, "rho": budget.rho}
+        made = Statistics.load(self.path).provenance
+        return {"rank": made.rank, "rho": made.settings.get("rho", budget.rho)}
 
     def collect(self, model: nn.Module, batches: Batches, settings: Mapping[str, Any]) -> Statistics:
         """Make the pass, or what is left of it, or nothing of it if the file has all."""
