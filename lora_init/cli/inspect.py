@@ -1,4 +1,4 @@
-"""The command `lora-init inspect`: what a statistics file, a plan or an adapter directory holds."""
+"""The command `lora-init inspect`: what a statistics file, a plan, an adapter or a comparison holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _WORST = 5
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Statistics file, plan, or adapter directory.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Statistics, plan, or directory of an adapter or a comparison.", show_default=False),
+    ],
     intruders: Annotated[
         bool,
         typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
@@ -40,7 +43,7 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a statistics file, a plan or an adapter directory is: of which model and data, spectra and ranks."""
+    """Say what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
     with one_line_errors():
         with _damage_of(path):
             description = describe(path)
@@ -87,7 +90,7 @@ def describe_intruders(
     """
     if about["what"] != "adapter":
         raise LoraInitError(
-            f"{path} is a {about['what']} file, and --intruders is about a trained adapter. Name its directory."
+            f"{path} is no adapter ({about['what']}), and --intruders is about a trained one. Name its directory."
         )
     source = model or about["base_model"]
     if not source:
@@ -147,7 +150,7 @@ def show_intruders(console: Console, about: Mapping[str, Any]) -> None:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Read what a statistics file, a plan or an adapter directory is, from which model and data, and its ranks.
+    """Read what statistics, a plan, an adapter or a comparison are, from which model and data, and what is in them.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
     training. Weights and components are not read, only their shapes.
@@ -159,11 +162,15 @@ def describe(path: str | Path) -> dict[str, Any]:
         LoraInitError: There is nothing at the path, or it is none of these, or damaged.
     """
     path = Path(path).expanduser()
+    if path.is_dir() and (path / "settings.json").is_file() and not (path / "adapter_config.json").is_file():
+        from lora_init.comparison.report import describe_directory
+
+        return describe_directory(path)
     if path.is_dir():
         return _describe_adapter(path)
     if not path.exists():
         raise LoraInitError(
-            f"{path}: no such file or directory. Expected a statistics file, a plan or an adapter directory."
+            f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
         )
     with path.open("rb") as file:
         is_json = file.read(1) == b"{"
@@ -241,8 +248,8 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
 
 def show(console: Console, description: Mapping[str, Any]) -> None:
     """Print what `describe` returned."""
-    view = {"statistics": _statistics_view, "plan": _plan_view, "adapter": _adapter_view}[description["what"]]
-    for renderable in view(description):
+    views = {"statistics": _statistics_view, "plan": _plan_view, "adapter": _adapter_view, "comparison": _runs_view}
+    for renderable in views[description["what"]](description):
         console.print(renderable)
 
 
@@ -277,6 +284,26 @@ def _statistics_view(about: Mapping[str, Any]) -> list[RenderableType]:
     }
     notes = [*about["notes"], *(f"{name} ({kind}) has no spectrum." for name, kind in about["unsupported"].items())]
     return [facts(head), "", _spectrum_table(about["layers"]), *notes]
+
+
+def _runs_view(about: Mapping[str, Any]) -> list[RenderableType]:
+    from rich.table import Table
+
+    asked = about["settings"]
+    head = {
+        "directory": f"{about['path']}: comparison of {len(about['starts'])} starts",
+        "model": str(asked.get("model", "not named")),
+        "data": str(asked.get("data", "not described")),
+        "runs": ", ".join(f"{n} {status}" for status, n in about["runs"].items()) or "none yet",
+        "found": about["headline"],
+    }
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("start", "learning rate", "loss"):
+        table.add_column(name, justify="left" if name == "start" else "right")
+    for label, start in about["starts"].items():
+        rate, loss = start["learning_rate"], start["loss"]
+        table.add_row(label, "-" if rate is None else f"{rate:g}", "-" if loss is None else f"{loss:.4f}")
+    return [facts(head), "", table, *about["notes"]]
 
 
 def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> RenderableType:

@@ -88,6 +88,8 @@ def facts(pairs: Mapping[str, str]) -> Table:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # paths are long and to be copied
     for name, value in pairs.items():
         table.add_row(name, value)
     return table

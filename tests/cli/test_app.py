@@ -63,10 +63,8 @@ def test_it_runs_as_a_module_and_as_a_script():
         [sys.executable, "-m", "lora_init", "inspect", "nowhere"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == "error: nowhere: no such file or directory. Expected a statistics file, a plan or an adapter directory.\n"
-    )
+    assert done.stderr.startswith("error: nowhere: no such file or directory. Expected ")
+    assert done.stderr.count("\n") == 1
     (script,) = entry_points(group="console_scripts", name="lora-init")
     assert script.load() is package.main
 

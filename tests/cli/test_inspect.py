@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import lora_init
 from tests.commands import assert_one_line_error, run
+from tests.comparisons import broken, planted, write
 from tests.conftest import tiny_llama
 
 
@@ -135,7 +136,22 @@ def test_inspect_a_plan(made, tmp_path):
         assert part in result.stdout
     about = json.loads(run("inspect", tmp_path / "plan.json", "--json").stdout)
     assert about["what"] == "plan" and about["totals"]["parameters"] <= 6000
-    assert_one_line_error(run("inspect", tmp_path / "plan.json", "--intruders"), "is a plan file, and --intruders")
+    assert_one_line_error(
+        run("inspect", tmp_path / "plan.json", "--intruders"), "is no adapter (plan), and --intruders"
+    )
+
+
+@pytest.mark.parametrize("records", [[], planted({"eva": -0.02}), [broken("failed", "no memory", start="eva")]])
+def test_inspect_a_comparison(tmp_path, records):
+    write(tmp_path / "runs", records)
+    result = run("inspect", tmp_path / "runs")
+    assert result.exit_code == 0, result.stderr
+    for part in ("comparison of", "tiny/model", "siqa.jsonl, 800 rows", "learning rate"):
+        assert part in result.stdout
+    assert ("eva" in result.stdout) == bool(records)
+    about = json.loads(run("inspect", tmp_path / "runs", "--json").stdout)
+    assert about["what"] == "comparison" and sum(about["runs"].values()) == len(records)
+    assert_one_line_error(run("inspect", tmp_path / "runs", "--intruders"), "is no adapter (comparison)")
 
 
 def test_a_trained_adapter_still_says_where_it_came_from(made, tmp_path):
