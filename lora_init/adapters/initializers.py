@@ -241,9 +241,9 @@ def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: flo
 def natural_gradient(
     spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Start A from the right singular vectors of the natural gradient, see `preconditioned`; B is zero."""
-    _, _, right = preconditioned(spectrum, gradient)
-    return right[:rank], zero_b(gradient.left.shape[1], rank)
+    """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero."""
+    _, _, right = natural_step(spectrum, gradient, rank)
+    return right, zero_b(gradient.left.shape[1], rank)
 
 
 def natural_gradient_scaled(
@@ -260,14 +260,15 @@ def natural_gradient_scaled(
 def natural_gradient_step(
     spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Start from the best rank-r part of a step along the natural gradient, of the size that `lora_one` has."""
-    return _step(*preconditioned(spectrum, gradient), rank, gamma)
+    """Start from a step of rank r along the natural gradient, see `natural_step`, of the size that `lora_one` has."""
+    return _step(*natural_step(spectrum, gradient, rank), rank, gamma)
 
 
 def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
     """Start as LoRA-GA does (Wang et al., arXiv 2407.05000): A = V[:r], B = U[:, r:2r], from the mean gradient U S V.
 
     Both are scaled by d_out^(1/4) / sqrt(gamma), the paper's stable scale. The base weight gives up what B A adds.
+    PEFT's `init_lora_weights="lora_ga"` with the same directions and scale also multiplies B by its S.
 
     Raises:
         LoraInitError: There are fewer than 2 r singular vectors.
@@ -286,34 +287,53 @@ def lora_one(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: f
     """Start as LoRA-One does (Zhang et al., arXiv 2502.01235): from the best rank-r part of a step down the gradient.
 
     With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled by d_out^(1/4) / sqrt(gamma),
-    the authors' stable scale. The model's output changes.
+    the paper's stable scale. The authors' later code scales both by 1 / sqrt(gamma) alone: the same step has a gamma
+    there that is smaller by sqrt(d_out). The model's output changes.
     """
     return _step(-gradient.left, gradient.singular_values, gradient.right, rank, gamma)
 
 
-def preconditioned(spectrum: Spectrum, gradient: GradientSpectrum) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the singular triplets of the natural gradient D = -S_y^-1 G S_x^-1, in d k operations.
+def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the step of rank r that lowers the loss most, by its gradient and curvature, in d k operations.
 
-    S_x = E x x^T is modelled as its leading directions, the mean, and an isotropic rest, so that its inverse costs
-    k x d; S_y = E g g^T as its diagonal. Both are damped by 0.01 of their mean eigenvalue. LoRA-DA (arXiv 2510.24561)
-    and Curvature-Guided LoRA (arXiv 2603.29824) hold d x d factors instead.
+    The curvature is K-FAC's, S_x = E x x^T on the side of the input and S_y = E g g^T on that of the output, so that
+    without a bound on the rank the best step is the natural gradient D = -S_y^-1 G S_x^-1. Of rank r it is
+    S_y^-1/2 W S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2, and the promised decrease is half the
+    sum of their values squared. Truncating D itself promises less. S_x is modelled as its leading directions, the mean
+    and an isotropic rest, so that its powers cost k x d; S_y as its diagonal. Both are damped by 0.01 of their mean
+    eigenvalue. G is known by its leading triplets alone.
+
+    LoRA-DA (arXiv 2510.24561) has the same D with d x d factors, and takes A from the first eigenvectors of
+    D^T D - beta tr(S_y^-1) / N S_x^-1, whose second term is the variance of D from N samples, and B = D A^T. Between
+    S_y^1/2 and S_x^1/2 that variance is the same in all directions, so that it has no say in W.
 
     Returns:
-        Left [k, d_out], values [k], right [k, d_in], float32 but for the values; zero if G is.
+        The step's singular triplets: left [r, d_out], values [r], right [r, d_in], float32 but for the values.
     """
     mean, variance, rest = spectrum.mean.double(), spectrum.explained_variance, spectrum.noise_variance
     floor = rest + _DAMPING * (spectrum.total_variance + float(mean @ mean)) / len(mean)
     leading = (variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
     _, scale, directions = torch.linalg.svd(torch.cat([leading, mean[None]]), full_matrices=False)
-    shrink = 1.0 / (scale.square() + floor) - 1.0 / floor if floor > 0.0 else torch.zeros_like(scale)
-    right = gradient.right.double()
-    right = right / (floor or 1.0) + (right @ directions.T * shrink) @ directions  # G's rows times S_x^-1
+    shrink = (scale.square() + floor).rsqrt() - floor**-0.5
+
+    def whitened(rows: Tensor) -> Tensor:  # rows times S_x^-1/2
+        product: Tensor = rows * floor**-0.5 + (rows @ directions.T * shrink) @ directions
+        return product
+
     moment = gradient.output_moment
-    left = gradient.left.double() / (moment + _DAMPING * moment.mean()).clamp_min(torch.finfo(torch.float64).tiny)
-    q_left, r_left = torch.linalg.qr(-left.T)
+    root = (moment + _DAMPING * moment.mean()).rsqrt()  # S_y^-1/2
+    left, right = -gradient.left.double() * root, whitened(gradient.right.double())
+    left, values, right = _thin_svd(left, gradient.singular_values, right)
+    left, values, right = _thin_svd(left[:rank] * root, values[:rank], whitened(right[:rank]))
+    return left.float(), values, right.float()
+
+
+def _thin_svd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the singular triplets of left^T diag(values) right, [k, d_out], [k] and [k, d_in], without making it."""
+    q_left, r_left = torch.linalg.qr(left.T)
     q_right, r_right = torch.linalg.qr(right.T)
-    u, values, v = torch.linalg.svd(r_left @ torch.diag(gradient.singular_values) @ r_right.T)
-    return (q_left @ u).T.float(), values, (v @ q_right.T).float()
+    u, values, v = torch.linalg.svd(r_left @ torch.diag(values) @ r_right.T)
+    return (q_left @ u).T, values, v @ q_right.T
 
 
 def _step(left: Tensor, values: Tensor, right: Tensor, rank: int, gamma: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.initializers import GRADIENT_METHODS, energy, preconditioned
+from lora_init.adapters.initializers import GRADIENT_METHODS, energy, natural_step
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
@@ -125,29 +125,62 @@ def planted(d_in=7, d_out=5, k=3, center=True):
     return spectrum, GradientSpectrum(spectrum, axes(k, d_out), values, axes(k, d_in), moment, 1.0, 1)
 
 
-@pytest.mark.parametrize("center", [True, False])
-def test_the_natural_gradient_against_dense_inverses(center):
-    spectrum, gradient = planted(center=center)
-    v = spectrum.components.double()
+def dense(spectrum, gradient):
+    """S_x, S_y and the mean gradient of a planted layer, float64."""
+    v, mean = spectrum.components.double(), spectrum.mean.double()
     rest = (spectrum.total_variance - spectrum.explained_variance.sum()) / (7 - 3)
-    mean = spectrum.mean.double()
     s_x = v.T @ torch.diag(spectrum.explained_variance - rest) @ v + rest * torch.eye(7) + mean[:, None] * mean
     s_x = s_x + 0.01 * s_x.trace() / 7 * torch.eye(7)
     s_y = torch.diag(gradient.output_moment + 0.01 * gradient.output_moment.mean())
-    mean_gradient = gradient.left.double().T @ torch.diag(gradient.singular_values) @ gradient.right.double()
-    expected = -torch.linalg.inv(s_y) @ mean_gradient @ torch.linalg.inv(s_x)
-    left, values, right = preconditioned(spectrum, gradient)
-    torch.testing.assert_close(values, torch.linalg.svdvals(expected)[:3], rtol=1e-5, atol=0.0)
+    return s_x, s_y, gradient.left.double().T @ torch.diag(gradient.singular_values) @ gradient.right.double()
+
+
+def decrease(step, s_x, s_y, mean_gradient):
+    """What gradient and curvature say of a step of the best length."""
+    slope = -(mean_gradient * step).sum()
+    return float(slope.clamp_min(0.0) ** 2 / (2 * (s_y @ step @ s_x * step).sum()))
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_the_natural_gradient_against_dense_inverses(center):
+    spectrum, gradient = planted(center=center)
+    s_x, s_y, mean_gradient = dense(spectrum, gradient)
+    natural = -torch.linalg.inv(s_y) @ mean_gradient @ torch.linalg.inv(s_x)
+    left, values, right = natural_step(spectrum, gradient, 3)
+    torch.testing.assert_close(left.double().T @ torch.diag(values) @ right.double(), natural, rtol=0.0, atol=1e-5)
+
+    root_x, root_y = (h @ torch.diag(e.sqrt()) @ h.T for e, h in map(torch.linalg.eigh, (s_x, s_y)))
+    u, s, vh = torch.linalg.svd(root_y @ natural @ root_x)
+    inverses = torch.linalg.inv(root_y), torch.linalg.inv(root_x)
+    expected = inverses[0] @ u[:, :2] @ torch.diag(s[:2]) @ vh[:2] @ inverses[1]
+    left, values, right = natural_step(spectrum, gradient, 2)
     torch.testing.assert_close(left.double().T @ torch.diag(values) @ right.double(), expected, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(values, torch.linalg.svdvals(expected)[:2], rtol=1e-5, atol=0.0)
+
     a, b = GRADIENT_METHODS["natural-gradient"].start(spectrum, gradient, 2, 0.0)
-    u, s, vh = torch.linalg.svd(expected)
-    assert not b.any() and torch.allclose((a.double() @ vh[:2].T).abs(), torch.eye(2).double(), atol=1e-5)
+    assert not b.any() and torch.allclose(a, right) and torch.allclose(a @ a.T, torch.eye(2), atol=1e-6)
     scaled, b = GRADIENT_METHODS["natural-gradient-scaled"].start(spectrum, gradient, 2, 0.0)
     assert not b.any() and torch.allclose(scaled / scaled.norm(), a / a.norm(), atol=1e-6)
     assert energy(spectrum, scaled) == pytest.approx(energy(spectrum, spectrum.components[:2]), rel=1e-5)
     a, b = GRADIENT_METHODS["natural-gradient-step"].start(spectrum, gradient, 2, 64.0)
-    step = u[:, :2] @ torch.diag(s[:2] / s[0]) @ vh[:2] * 5**0.5 / 64
+    step = expected / values[0] * 5**0.5 / 64
     torch.testing.assert_close(b.double() @ a.double(), step, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_no_other_step_of_this_rank_is_promised_a_larger_decrease(rank):
+    """Half the sum of squared values between the roots of the curvature; a truncated natural gradient has less."""
+    spectrum, gradient = planted()
+    model = dense(spectrum, gradient)
+    left, values, right = natural_step(spectrum, gradient, rank)
+    best = decrease(left.double().T @ torch.diag(values) @ right.double(), *model)
+    s_x, s_y, mean_gradient = model
+    root_x, root_y = (h @ torch.diag(e.rsqrt()) @ h.T for e, h in map(torch.linalg.eigh, (s_x, s_y)))
+    assert best == pytest.approx(float(torch.linalg.svdvals(root_y @ mean_gradient @ root_x)[:rank].square().sum()) / 2)
+    u, s, vh = torch.linalg.svd(-torch.linalg.inv(s_y) @ mean_gradient @ torch.linalg.inv(s_x))
+    assert decrease(u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank], *model) < 0.9999 * best
+    for _ in range(50):
+        assert decrease(-torch.randn(5, rank).double() @ torch.randn(rank, 7).double(), *model) <= best
 
 
 class Dead(nn.Module):
