@@ -52,10 +52,11 @@ def get_eva_state_dict(
     """Compute EVA's A for each layer, as `peft.tuners.lora.eva.get_eva_state_dict` does with the same arguments.
 
     What differs from PEFT: the data is read once, from its start, and no further than 512 batches. A layer is done as
-    in `collect`, with a tolerance of 1 - tau: when its directions capture of rows not used yet at least a share `tau`
-    of what they capture of those used, after 8 batches at the earliest. PEFT compares directions one by one with those
-    of the batch before, and goes on while two of near-equal variance swap; both stop later for a larger `tau`. A batch
-    may have any number of tokens and be any mapping. Ties in the rank distribution go to the earlier layer.
+    in `collect`, with a tolerance of 1 - tau^2, after 8 batches at the earliest: when its directions capture of rows
+    not used yet at least tau^2 of what they capture of those used, as a direction off by a cosine of tau does. PEFT
+    compares directions one by one with those of the batch before, and goes on while two of near-equal variance swap.
+    Both stop later for a larger `tau`. A batch may have any number of tokens and be any mapping. Ties in the rank
+    distribution go to the earlier layer.
 
     Args:
         model: A PeftModel, or a plain model with `peft_config`. Modes, hooks and `requires_grad` are put back.
@@ -123,7 +124,7 @@ def _collect(
 ) -> dict[str, Spectrum]:
     """Decompose what each layer receives; layers that had no rows are left out."""
     tau = rows.config.eva_config.tau  # type: ignore[union-attr]
-    options = PassOptions(n_components, tolerance=1.0 - tau)
+    options = PassOptions(n_components, tolerance=1.0 - tau**2)
     hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=rows.of_layer)
     run = Pass(hooks, options, rows.forward)
     with Processes(alone=not gather) as processes:
