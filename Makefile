@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format docs demo bench clean
+.PHONY: help venv test test-serving check format docs demo bench clean
 
 help:
 	@echo 'make demo    fetch a small model and BoolQ, compute an adapter, train it against a random one'
 	@echo 'make test    run the tests'
+	@echo 'make test-serving  serve exported adapters in real engines; needs python3.11, a compiler and an hour'
 	@echo 'make check   ruff, mypy --strict'
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make docs    build the documentation as a site, in docs/_build/html'
@@ -32,6 +33,10 @@ $(VENV)/.docs-installed: $(INSTALLED)
 # The tests build what they need. The hub is never asked.
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# By hand, not in CI. Each engine has an environment of its own in .venv-serving.
+test-serving: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serving $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

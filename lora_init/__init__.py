@@ -31,6 +31,8 @@ _HOMES = {
     "get_eva_state_dict": "adapters.peft_eva",
     "initialize_lora_eva_weights": "adapters.peft_eva",
     "load_batches": "loading.batches",
+    "export_adapter": "serving.export",
+    "Exported": "serving.export",
     "compare": "comparison.compare",
     "Comparison": "comparison.compare",
     "intruder_dimensions": "adapters.intruders",
@@ -60,6 +62,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.loading.batches import load_batches as load_batches
     from lora_init.planning.allocate import RankAllocation as RankAllocation
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
+    from lora_init.serving.export import Exported as Exported
+    from lora_init.serving.export import export_adapter as export_adapter
     from lora_init.statistics.exact_pca import ExactPCA as ExactPCA
     from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum
     from lora_init.statistics.incremental_svd import IncrementalSVD as IncrementalSVD

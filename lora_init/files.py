@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lora_init.errors import LoraInitError
 
@@ -19,6 +21,7 @@ _BEGINNINGS = {
     "PNG picture": rb"\x89PNG\r\n\x1a\n",
     "SVG picture": rb"(<\?xml.*?)?<svg",
     "HTML page": rb"<!(?i:doctype html)",
+    "GGUF file": rb"GGUF",
 }
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
@@ -29,7 +32,8 @@ def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     Args:
         path: Where the file shall be.
         overwrite: Whether a file of the same kind may be replaced.
-        kind: `"plan"`, `"statistics file"`, `"PNG picture"`, `"SVG picture"` or `"HTML page"`.
+        kind: `"plan"`, `"statistics file"`, `"PNG picture"`, `"SVG picture"`, `"HTML page"` or
+            `"GGUF file"`.
 
     Raises:
         LoraInitError: The path exists and `overwrite` is off, or is not of this kind; or its directory does not exist
@@ -98,6 +102,18 @@ def write_directory(
     Raises:
         LoraInitError: The directory exists and may not be replaced, or cannot be written (no space, no permission).
     """
+    with new_directory(directory, overwrite, marker, replaceable) as fresh:
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+    return Path(directory).expanduser().resolve()
+
+
+@contextmanager
+def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> Iterator[Path]:
+    """Yield an empty directory to write into; it gets its name when the block ends, and is gone if that raises.
+
+    Arguments, rules and errors are those of `write_directory`.
+    """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
     check_free(final, overwrite, marker, replaceable)
@@ -106,8 +122,7 @@ def write_directory(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
-        for name, content in files.items():
-            (fresh / name).write_bytes(content)
+        yield fresh
         if final.exists():
             final.rename(old)
         fresh.rename(final)
@@ -122,7 +137,6 @@ def write_directory(
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
@@ -151,3 +165,23 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
             f"{final} holds more than an adapter ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which "
             "overwriting would delete. Choose another directory, or delete this one yourself."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        LoraInitError: The file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
+    if not isinstance(content, dict):
+        raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -139,7 +139,7 @@ def test_links_lead_somewhere(page):
 def test_files_and_commands_named_there_exist(page):
     for path in re.findall(r"`((?:examples|tests|benchmarks|lora_init)/[\w./]+)`", TEXTS[page]):
         assert page == "benchmarks/LOG.md" or (ROOT / path).exists(), path
-    for name in set(re.findall(r"`lora-init (\w+)", TEXTS[page])) - {"export"}:  # which comes with the room serving
+    for name in set(re.findall(r"`lora-init (\w+)", TEXTS[page])):
         assert CliRunner().invoke(cli.app, [name, "--help"]).exit_code == 0, name
 
 

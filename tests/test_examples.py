@@ -65,6 +65,8 @@ def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
     assert first[0] == first[1]  # and the first batch is the same
     assert numbers(r"\n +2 +\S+ +\S+ +(\d+\.\d+)", out)[0] < at_start[0]
     assert (tmp_path / "output/adapter_config.json").exists()
+    assert numbers(r"within (\S+) of its own", out)[0] < 1e-4
+    assert f"--lora-modules output-served={tmp_path / 'output-served'}" in out
 
 
 def test_finetune_llm_learns_the_answer(run, tmp_path):

@@ -14,11 +14,12 @@ MAY_IMPORT = {
     "collection": {"layers", "statistics"},
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "statistics", "collection", "planning"},
-    "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters"},
-    "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "comparison"},
+    "serving": {"layers", "statistics", "planning"},
+    "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
+    "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "comparison"},
 }
 ROOT_FILES = {"__init__", "__main__", "errors", "files"}
-KNOW_PEFT = {"adapters", "comparison"}
+KNOW_PEFT = {"adapters", "serving", "comparison"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/*.py"))
 
 

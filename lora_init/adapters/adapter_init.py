@@ -330,6 +330,7 @@ class AdapterInit:
             "seed": self.seed,
             "gamma": self.gamma,
             "freeze_a": self.freeze_a,
+            "rank": self.rank,  # which PEFT doubles when it converts a start that changed the base
         }
         if short:
             kept = {key: value for key, value in provenance.items() if key not in ("notes", "seconds", "versions")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, first_line
+from lora_init.files import read_json
 from lora_init.layers.targets import Target, find_targets
 from lora_init.layers.wrappers import plain_name
 
@@ -46,21 +46,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise LoraInitError(f"{directory} holds an adapter of type {config.get('peft_type')}; only LORA is read.")
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        LoraInitError: The file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
-    if not isinstance(content, dict):
-        raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")
-    return content
 
 
 def origin_of(directory: str | Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from lora_init.cli import compare, init, inspect, merge, ranks
+from lora_init.cli import compare, export, init, inspect, merge, ranks
 from lora_init.cli.console import process_rank, remember_options, silence
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command()(inspect.inspect)
 app.command(epilog=ranks.EXAMPLE)(ranks.ranks)
 app.command(epilog=merge.EXAMPLE)(merge.merge)
 app.command(epilog=compare.EXAMPLE)(compare.compare)
+app.command()(export.export)
 
 
 def main() -> None:

@@ -223,6 +223,8 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         read_shapes,
     )
 
+    from lora_init.files import read_json
+
     config = read_config(path)
     shapes = read_shapes(path)
     origin = origin_of(path)

@@ -200,7 +200,7 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
     return int(exact) if exact.is_integer() else exact
 
 
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
 
 def serving_note(ranks: Mapping[str, int]) -> str:
@@ -222,7 +222,7 @@ def serving_note(ranks: Mapping[str, int]) -> str:
     is_uniform = all(kind in ({0}, {most}) for kind in kinds)
     # TGI and LoRAX pad other ranks, and then scale all kinds of layers but the first by the padded rank.
     is_unpadded = is_uniform and (most == 8 or most % 16 == 0)
-    vllm = next((f" (--max-lora-rank {rank})" for rank in _VLLM_RANKS if rank >= most), "")
+    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= most), "")
     engines = {
         "PEFT": True, f"vLLM{vllm}": bool(vllm), "SGLang": is_uniform, "llama.cpp": is_uniform, "Ollama": is_uniform,
         "TGI": is_unpadded, "LoRAX": is_unpadded, "MLX": False,

@@ -1,0 +1,253 @@
+"""The base model of an adapter: the names and widths of its layers, and the adapter merged into its checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_init.errors import LoraInitError, first_line
+from lora_init.files import read_json, write_json
+from lora_init.layers.targets import is_conv1d
+from lora_init.serving.trained import LINEAR, PREFIX, Layer, Trained
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
+SHARD_BYTES = 2 * 10**9
+INDEX_FILE = "model.safetensors.index.json"
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json", "README.md")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base model without its weights.
+
+    Attributes:
+        source: Directory or hub id.
+        model: The model on the meta device.
+        widths: d_in and d_out of each linear layer and embedding by name, in model order.
+    """
+
+    source: str
+    model: nn.Module
+    widths: Mapping[str, tuple[int, int]]
+
+    @property
+    def config(self) -> Any:
+        """Its configuration; of a multimodal model that of the part which reads text."""
+        config: Any = self.model.config
+        return config.get_text_config()
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint was saved as."""
+        config: Any = self.model.config
+        return str((config.architectures or [type(self.model).__name__])[0])
+
+    @property
+    def embeddings(self) -> tuple[str, str]:
+        """Names of the input embedding and of the output embedding, empty where there is none."""
+        model: Any = self.model
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {id(module): name for name, module in model.named_modules()}
+        first, last = (names.get(id(end), "") if end is not None else "" for end in ends)
+        return first, last
+
+    @property
+    def tied(self) -> bool:
+        """Whether input and output embedding are one tensor."""
+        config: Any = self.model.config
+        return bool(config.tie_word_embeddings) and all(self.embeddings)
+
+
+def read_base(source: str, trained: Trained) -> Base:
+    """Build the base model on the meta device, in the class that the adapter's names are of.
+
+    Args:
+        source: Directory with a config.json, or hub id.
+        trained: The adapter.
+
+    Raises:
+        LoraInitError: There is no such model, or it has not got the layers that the adapter is for.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(Path(source).expanduser()))
+    except (OSError, ValueError, KeyError) as error:
+        raise LoraInitError(
+            f"the base model {source!r} cannot be read: {first_line(error)} Name it by base=."
+        ) from error
+    mapping = trained.config.get("auto_mapping") or {}
+    classes = (
+        _AUTO_CLASSES.get(trained.config.get("task_type") or "", ""), mapping.get("base_model_class", ""),
+        *(config.architectures or ()), "AutoModel",
+    )  # fmt: skip
+    differences = []
+    kinds = (nn.Embedding, nn.Linear)
+    for name in dict.fromkeys(classes):
+        made = _on_meta(getattr(transformers, name, None), config)
+        if made is None:
+            continue
+        layers = ((n, m) for n, m in made.named_modules() if isinstance(m, kinds) or is_conv1d(m))
+        widths = {name: _widths(module) for name, module in layers}
+        problem = _difference(trained, widths)
+        if problem is None:
+            return Base(source, made, widths)
+        differences.append(f"{problem} {type(made).__name__} {source!r}")
+    problem = differences[0] if differences else f"{source!r} is of a class that transformers does not know"
+    raise LoraInitError(f"{problem}. Name the model that the adapter was trained on by base=.")
+
+
+def _on_meta(model_class: Any, config: Any) -> nn.Module | None:
+    if model_class is None:
+        return None
+    make = model_class.from_config if model_class.__name__.startswith("Auto") else model_class
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make(config)
+    except (ValueError, AttributeError, TypeError):  # no such head for this kind of model
+        return None
+    return model
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    first, second = module.weight.shape
+    return (int(first), int(second)) if _is_transposed(module) else (int(second), int(first))
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Tell whether the weight is [d_in, d_out]."""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
+
+
+def _difference(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> str | None:
+    """Say which layer of the adapter is not in the model, or of other widths there."""
+    for name, layer in trained.layers.items():
+        if name not in widths:
+            return f"the adapter's layer {name!r} is no linear layer or embedding of"
+        if layer.widths != widths[name]:
+            return "the adapter's layer {!r} is {} -> {}, and {} -> {} in".format(name, *layer.widths, *widths[name])
+    return None
+
+
+def target_modules(base: Base, layers: Collection[str]) -> list[str]:
+    """Name the layers for PEFT: by the ends of their names where these select no others of the base, else in full."""
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    selected = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in endings}
+    return endings if selected == set(layers) else list(layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """An adapter and the checkpoint that it can be merged into; made by `plan_merge`.
+
+    Attributes:
+        base: The base model.
+        files: File of each tensor of its checkpoint.
+        untied: Name of the output embedding's weight, if that was the input embedding's and is no longer.
+    """
+
+    base: Base
+    files: Mapping[str, Path]
+    untied: str
+
+    def write(self, directory: Path, trained: Trained) -> None:
+        """Write the merged model with its tokenizer: tensor by tensor, each in the type that it had."""
+        source = next(iter(self.files.values())).parent
+        for path in source.iterdir():
+            if path.is_file() and not path.name.endswith(_NOT_COPIED):
+                shutil.copyfile(path, directory / path.name)
+        config = read_json(source / "config.json")
+        write_json(directory / "config.json", config | ({"tie_word_embeddings": False} if self.untied else {}))
+        names = [*self.files, *([self.untied] if self.untied else [])]
+        shard: dict[str, Tensor] = {}
+        index: dict[str, str] = {}
+        size = 0
+        for name in names:
+            shard[name] = self._tensor(name, trained)
+            held = sum(tensor.nbytes for tensor in shard.values())
+            if held >= SHARD_BYTES or name == names[-1]:
+                file = f"model-{len(set(index.values())) + 1:05}.safetensors"
+                save_file(shard, directory / file, metadata={"format": "pt"})
+                index |= dict.fromkeys(shard, file)
+                shard, size = {}, size + held
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
+
+    def _tensor(self, name: str, trained: Trained) -> Tensor:
+        source = f"{self.base.embeddings[0]}.weight" if name == self.untied else name
+        with safe_open(self.files[source], framework="pt") as file:
+            weight: Tensor = file.get_tensor(source)
+        if PREFIX + name in trained.others:
+            return trained.others[PREFIX + name].to(weight.dtype)
+        layer = trained.layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            return weight
+        return _merged(weight, layer, _is_transposed(self.base.model.get_submodule(name.removesuffix(".weight"))))
+
+
+def _merged(weight: Tensor, layer: Layer, transposed: bool) -> Tensor:
+    """Add scaling * B A to a weight, in float32, and with DoRA give each row its length."""
+    plain = weight.float().T if transposed else weight.float()
+    merged = plain + layer.scaling * (layer.b.float() @ layer.a.float())
+    if layer.magnitude is not None:
+        merged *= layer.magnitude.float()[:, None] / torch.linalg.norm(merged, dim=1, keepdim=True)
+    return (merged.T if transposed else merged).to(weight.dtype).contiguous()
+
+
+def plan_merge(base: Base, trained: Trained) -> Merge:
+    """Find the tensors that an adapter changes, and refuse now what could not be merged later.
+
+    Raises:
+        LoraInitError: The checkpoint is not there in safetensors files, is quantised, or lacks a tensor; or the adapter
+            has parts that no merge of weights can hold.
+    """
+    files = _checkpoint(base.source)
+    first, last = (f"{name}.weight" for name in base.embeddings)
+    wanted = [f"{name}.weight" for name in trained.layers] + [key.removeprefix(PREFIX) for key in trained.others]
+    untied = last if base.tied and last not in files and {first, last} & set(wanted) else ""
+    missing = next((name for name in wanted if name not in files and name != untied), None)
+    dora = any(layer.magnitude is not None and layer.ends != LINEAR for layer in trained.layers.values())
+    problem = (
+        f"{base.source!r} has no tensor {missing!r} in its checkpoint" if missing is not None
+        else "DoRA on an embedding gives lengths to columns" if dora
+        else "ensure_weight_tying keeps two adapters equal" if untied and trained.config.get("ensure_weight_tying")
+        else None
+    )  # fmt: skip
+    if problem is not None:
+        raise LoraInitError(
+            f"{problem}, so it is not merged here. PEFT's merge_and_unload() on the loaded model does it."
+        )
+    return Merge(base, files, untied)
+
+
+def _checkpoint(source: str) -> dict[str, Path]:
+    """Find the file of each tensor of a checkpoint."""
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*/*"]))
+    if "quantization_config" in read_json(directory / "config.json"):
+        raise LoraInitError(f"{source!r} is quantised. Merge into the model that it was made from.")
+    if (directory / INDEX_FILE).is_file():
+        return {name: directory / file for name, file in read_json(directory / INDEX_FILE)["weight_map"].items()}
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise LoraInitError(f"{source!r} has no model.safetensors. Only safetensors checkpoints are merged into.")
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)

@@ -1,0 +1,254 @@
+"""What each engine takes, how it is told to serve an adapter, and how its files are written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_init.errors import LoraInitError
+from lora_init.files import write_json
+from lora_init.planning.plan import VLLM_RANKS, alpha_for
+from lora_init.serving.base import Base, target_modules
+from lora_init.serving.trained import (
+    CONFIG_FILE,
+    EMBEDDING,
+    PREFIX,
+    WEIGHTS_FILE,
+    Trained,
+    config_of,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+DORA = "DoRA"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine loads.
+
+    Attributes:
+        command: How it serves the adapter, with {base}, {path}, {name} and {rank} to fill in.
+        write: Writes its form of an adapter of one scaling into an empty directory; for llama.cpp, a file.
+        takes: What it takes besides A and B of linear layers, as `beyond_lora` names it; None for everything.
+        ranks: Whether it takes layers of different ranks.
+        bytes_each: Bytes of one parameter where that is not the adapter's own type.
+    """
+
+    command: str
+    write: Callable[[Path, Trained, Base], None]
+    takes: tuple[str, ...] | None = ()
+    ranks: bool = False
+    bytes_each: int | None = None
+
+
+def beyond_lora(trained: Trained, base: Base) -> Iterator[tuple[str, str]]:
+    """List what an adapter has besides A and B of linear layers: its short name, and a description with a name."""
+    for name, layer in trained.layers.items():
+        if layer.magnitude is not None:
+            yield DORA, "DoRA"
+        if layer.ends == EMBEDDING:
+            yield "embedding", f"an adapter of the embedding {name!r}"
+        if base.tied and name == base.embeddings[1]:
+            yield "tied", f"an adapter of {name!r}, whose weight is also that of the input embedding"
+    for key in trained.others:
+        yield "whole", f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
+    for key in ("alora_invocation_tokens", "trainable_token_indices"):
+        if trained.config.get(key):
+            yield key, key
+
+
+def check_rank(name: str | None, rank: int) -> None:
+    """Refuse a rank that an engine does not take.
+
+    TGI and LoRAX pad ranks that their kernels don't have, and then divide alpha by the padded rank in all kinds of
+    layers but the first.
+
+    Raises:
+        LoraInitError: It does not.
+    """
+    if name == "vllm" and rank > VLLM_RANKS[-1]:
+        raise LoraInitError(f"vllm takes at most rank {VLLM_RANKS[-1]}, and this is {rank}. Compress it by rank=.")
+    if name in ("tgi", "lorax") and rank != 8 and rank % 16:
+        raise LoraInitError(f"{name} takes rank 8 or a multiple of 16, and this is {rank}. Choose one by rank=.")
+
+
+def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> None:
+    """Refuse what an engine would refuse, or would read as something else.
+
+    Raises:
+        LoraInitError: The adapter has more than the engine takes.
+    """
+    for part, described in beyond_lora(trained, base):
+        if engine.takes is not None and part not in engine.takes:
+            raise LoraInitError(
+                f"{name} does not take {described}. Write a whole model instead: merge_into=, without an engine."
+            )
+    if engine.write is write_mlx and trained.dora and any(x.magnitude is None for x in trained.layers.values()):
+        raise LoraInitError(f"{name} takes DoRA in every layer or in none. Use merge_into=, without an engine.")
+    if engine.write is not write_peft:
+        check_architecture(base)
+    if engine.bytes_each:
+        gguf_names(trained, base)
+
+
+# Architectures whose tensors keep their names in MLX, and have known ones in GGUF: there under these names. True where
+# llama.cpp's converter sorts the rows of q and k, because rotary positions pair them differently there.
+_ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama", True),
+    "MistralForCausalLM": ("llama", True),
+    "Qwen2ForCausalLM": ("qwen2", False),
+    "Qwen3ForCausalLM": ("qwen3", False),
+    "GemmaForCausalLM": ("gemma", False),
+    "Gemma2ForCausalLM": ("gemma2", False),
+    "Gemma3ForCausalLM": ("gemma3", False),
+    "PhiForCausalLM": ("phi2", False),
+    "Phi3ForCausalLM": ("phi3", False),
+}
+
+
+def check_architecture(base: Base) -> tuple[str, bool]:
+    """Look up what GGUF calls the architecture, and whether q and k are sorted there.
+
+    Raises:
+        LoraInitError: It is not known.
+    """
+    if base.architecture not in _ARCHITECTURES:
+        raise LoraInitError(
+            f"{base.source!r} is a {base.architecture}, whose names in GGUF and MLX are not known here. Known are "
+            f"{', '.join(_ARCHITECTURES)}. For others use merge_into=, and the engine's own converter."
+        )
+    return _ARCHITECTURES[base.architecture]
+
+
+def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
+    """Give the name in GGUF of each layer's weight.
+
+    Raises:
+        LoraInitError: gguf is not installed, or a layer has no name there.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise LoraInitError("the gguf library is not installed. Install it: pip install gguf") from None
+    arch, _ = check_architecture(base)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    known = gguf.get_tensor_name_map(number, base.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for layer in trained.layers:
+        name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise LoraInitError(f"layer {layer!r} of {base.architecture} has no name in GGUF. Use merge_into=.")
+        names[layer] = name
+    return names
+
+
+def gguf_tensors(trained: Trained, base: Base) -> dict[str, NDArray[Any]]:
+    """Name and arrange the tensors as llama.cpp has them, float32.
+
+    llama.cpp scales each pair by alpha / rank with one alpha for all and the rank of the pair itself, so that a layer
+    with fewer ranks would act too strongly: its B is multiplied by the opposite.
+    """
+    alpha = alpha_for(trained.scaling, trained.rank)
+    _, sorts = check_architecture(base)
+    tensors = {}
+    for name, new in gguf_names(trained, base).items():
+        layer = trained.layers[name]
+        b = layer.rescaled(alpha / layer.rank).b.float()
+        heads = _heads(name, base.config) if sorts else 0
+        tensors[f"{new}.lora_a"] = layer.a.float().contiguous().numpy()
+        tensors[f"{new}.lora_b"] = (_pairs_together(b, heads) if heads else b).contiguous().numpy()
+    return tensors
+
+
+def _heads(name: str, config: Any) -> int:
+    ending = name.rpartition(".")[2]
+    heads: int = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(ending, 0)
+    return heads
+
+
+def _pairs_together(rows: Tensor, heads: int) -> Tensor:
+    """Sort the rows of each head from first half and second half to pairs of one of each."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, -1)  # [head, half, place, rank]
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def write_peft(path: Path, trained: Trained, base: Base) -> None:
+    """Write a PEFT directory; patterns only where ranks differ."""
+    save_file(trained.tensors(), path / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(path / CONFIG_FILE, config_of(trained, target_modules(base, trained.layers)))
+
+
+def write_mlx(path: Path, trained: Trained, base: Base) -> None:
+    """Write what mlx-lm loads: A and B transposed, DoRA's magnitude as m, and the names of the layers in full."""
+    tensors = {}
+    for name, layer in trained.layers.items():
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = layer.a.T.contiguous(), layer.b.T.contiguous()
+        tensors |= {} if layer.magnitude is None else {f"{name}.m": layer.magnitude}
+    save_file(tensors, path / "adapters.safetensors")
+    parameters = {"rank": trained.rank, "scale": trained.scaling, "dropout": 0.0, "keys": list(trained.layers)}
+    kind = "dora" if trained.dora else "lora"
+    config = {"model": base.source, "fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
+    write_json(path / CONFIG_FILE, config)
+
+
+def write_ollama(path: Path, trained: Trained, base: Base) -> None:
+    """Write a GGUF adapter and a Modelfile beside it."""
+    write_gguf(path / "adapter.gguf", trained, base)
+    (path / "Modelfile").write_text(f"FROM {base.source}\nADAPTER ./adapter.gguf\n", encoding="utf-8")
+
+
+def write_gguf(path: Path, trained: Trained, base: Base) -> None:
+    """Write a GGUF adapter."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, check_architecture(base)[0])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha_for(trained.scaling, trained.rank))
+    for name, tensor in gguf_tensors(trained, base).items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+PEFT = Engine("PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {path})", write_peft, None, True)
+ENGINES = {
+    "vllm": Engine(
+        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}", write_peft, ranks=True
+    ),
+    "sglang": Engine(
+        "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
+        "--lora-paths {name}={path}",
+        write_peft,
+    ),
+    "tgi": Engine("text-generation-launcher --model-id {base} --lora-adapters {name}={path}", write_peft),
+    "lorax": Engine("lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local", write_peft),
+    "llama.cpp": Engine("llama-server --model BASE.gguf --lora {path}", write_gguf, ranks=True, bytes_each=4),
+    "ollama": Engine("ollama create {name} --file {path}/Modelfile", write_ollama, ranks=True, bytes_each=4),
+    "mlx": Engine("mlx_lm.server --model {base} --adapter-path {path}", write_mlx, (DORA,)),
+}
+
+
+def find_engine(name: str | None) -> Engine:
+    """Look an engine up; None is PEFT itself.
+
+    Raises:
+        LoraInitError: It is unknown.
+    """
+    if name is None:
+        return PEFT
+    if name not in ENGINES:
+        close = difflib.get_close_matches(name.lower(), ENGINES, n=1, cutoff=0.5)
+        hint = f"Closest: {close[0]}." if close else f"Choose from {', '.join(ENGINES)}."
+        raise LoraInitError(f"engine {name!r} is unknown. {hint}")
+    return ENGINES[name]

@@ -1,0 +1,255 @@
+"""Bring a trained adapter into the form that an engine loads, with the same outputs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lora_init.errors import LoraInitError
+from lora_init.files import check_free, check_writable, new_directory, write_json
+from lora_init.planning.budgets import parse_count
+from lora_init.planning.plan import VLLM_RANKS
+from lora_init.serving.base import plan_merge, read_base
+from lora_init.serving.compress import fit
+from lora_init.serving.engines import ENGINES, PEFT, Engine, check_engine, check_rank, find_engine, write_gguf
+from lora_init.serving.trained import PREFIX, Trained, read_trained
+
+RECORD_FILE, CARD_FILE = "export.json", "README.md"
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """What `export_adapter` wrote.
+
+    Attributes:
+        path: The directory, or the GGUF file, as an absolute path.
+        engine: The engine that it is for; None for PEFT, and for a merged model.
+        rank: Largest rank of a layer; 0 for a merged model.
+        scaling: What every layer's B A is multiplied by.
+        command: What serves it.
+        added: Layers that got an adapter which adds nothing, because others of their kind have one.
+        errors: For each layer that lost rank, the relative error of its update in Frobenius norm.
+        error: The same for all layers at once; 0 if nothing was left out.
+        parameters: Numbers in all A and B.
+        n_bytes: Size of all that was written.
+        intruders: Intruder dimensions before and after `reduce_intruders`.
+    """
+
+    path: Path
+    engine: str | None
+    rank: int
+    scaling: float
+    command: str
+    added: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    error: float = 0.0
+    parameters: int = 0
+    n_bytes: int = 0
+    intruders: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values that `json.dumps` takes."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return plain | {"path": str(self.path), "errors": dict(self.errors)}
+
+
+def export_adapter(
+    directory: str | Path,
+    output: str | Path,
+    engine: str | None = None,
+    rank: int | None = None,
+    *,
+    parameters: int | str | None = None,
+    megabytes: float | None = None,
+    keep_ranks: bool = False,
+    start: str | Path | None = None,
+    base: str | None = None,
+    merge_into: str | None = None,
+    reduce_intruders: nn.Module | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a trained adapter in the form that an engine loads.
+
+    Without more it becomes a PEFT directory of one rank and one scaling for all layers, which does exactly what the
+    adapter does: A and B are padded with zeros, scalings that differ are multiplied into B, and layers without an
+    adapter whose kind has one elsewhere get one that adds nothing. A rank below the adapter's largest, or a budget,
+    compresses: each layer becomes the closest one of its rank (Eckart-Young), through QR of the thin factors.
+
+    Memory: about four times the adapter in float32; a merge holds 2 GB of the model at a time.
+
+    Args:
+        directory: What PEFT's `save_pretrained`, or ours, wrote.
+        output: Where to: a directory, or for llama.cpp a file.
+        engine: One of `"vllm"`, `"sglang"`, `"tgi"`, `"lorax"`, `"llama.cpp"`, `"ollama"`, `"mlx"`. None is for PEFT,
+            with what the engines refuse still in it.
+        rank: Rank of every layer; with `keep_ranks`, the average. Default: the smallest of vLLM's that is large enough.
+        parameters: Most numbers in A and B, such as `2_000_000` or `"2M"`.
+        megabytes: Most 10^6 bytes of A and B.
+        keep_ranks: Let layers have ranks of their own. Under a budget those go where the trained update's singular
+            values are largest.
+        start: The adapter as it was before training, for a start that changed the base weights (lora-ga, PiSSA, OLoRA,
+            CorDA).
+        base: Base model, directory or hub id. Default: the one that the adapter names.
+        merge_into: Write a whole model instead: this one with the adapter merged in, in its own dtype.
+        reduce_intruders: The plain base model, loaded, for PEFT's `reduce_intruder_dimension` to work with.
+        overwrite: Replace what an earlier export wrote.
+
+    Raises:
+        LoraInitError: No adapter there, one of another base, damaged or incomplete, a start is missing, the engine is
+            unknown or does not take what the adapter has, the arguments contradict each other, or the output exists.
+
+    Example:
+        >>> exported = export_adapter("trained", "served", engine="vllm")  # doctest: +SKIP
+        >>> exported.command  # doctest: +SKIP
+        'vllm serve base --enable-lora --max-lora-rank 32 --lora-modules served=/home/user/served'
+    """
+    wanted = find_engine(engine)
+    sizes = {"rank": rank, "parameters": parameters, "megabytes": megabytes}
+    _check_options(
+        engine, wanted, {key: value for key, value in sizes.items() if value is not None}, keep_ranks, merge_into
+    )
+    most = None if parameters is None else parse_count(parameters, "parameters")
+    path = Path(output).expanduser().resolve()
+    if wanted.write is write_gguf:
+        check_writable(path, overwrite, "GGUF file")
+    else:
+        check_free(path, overwrite, RECORD_FILE, _replaceable(path))
+    trained = read_trained(directory, start)
+    model = read_base(merge_into or base or trained.base, trained)
+    check_engine(engine or "PEFT", wanted, trained, model)
+    merge = None if merge_into is None else plan_merge(model, trained)
+    intruders = None
+    if reduce_intruders is not None:
+        if start is not None:
+            raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
+        trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
+    trained = trained.with_one_scaling()
+    result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
+    if merge is not None:
+        return _write(result, lambda place: merge.write(place, trained), overwrite, trained)
+    if megabytes is not None:
+        most = int(megabytes * 10**6 / (wanted.bytes_each or next(iter(trained.layers.values())).a.element_size()))
+    fitted = fit(trained, rank, most, keep_ranks, model.widths)
+    final = fitted.trained
+    check_rank(engine, final.rank)
+    result = replace(
+        result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), added=fitted.added,
+        errors=fitted.errors, error=fitted.error,
+        parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
+    )  # fmt: skip
+    return _write(result, lambda place: wanted.write(place, final, model), overwrite, final)
+
+
+def _check_options(
+    name: str | None, engine: Engine, sizes: Mapping[str, int | str | float], keep_ranks: bool, merge_into: str | None
+) -> None:
+    if len(sizes) > 1:
+        raise LoraInitError(f"{' and '.join(sizes)} are both given. One of them says how large it may be.")
+    for word, value in sizes.items():
+        if not isinstance(value, str) and value <= 0:
+            raise LoraInitError(f"{word}={value} must be above 0.")
+    if merge_into is not None and (name is not None or sizes or keep_ranks):
+        raise LoraInitError("a merged model has no ranks and is for every engine: leave engine, rank and budgets away.")
+    if keep_ranks and not engine.ranks:
+        takers = ", ".join(key for key, other in ENGINES.items() if other.ranks)
+        raise LoraInitError(f"{name} takes one rank for all layers. Ranks of their own are for PEFT, {takers}.")
+
+
+def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tuple[Trained, tuple[int, int]]:
+    """Let PEFT take most of the intruder dimensions out of the adapter, and count them before and after.
+
+    PEFT counts while it reduces, so the count after is that of a second reduction, which is thrown away. The model is
+    wrapped meanwhile, and afterwards as it was.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    if trained.others or trained.dora:
+        raise LoraInitError("intruder dimensions are reduced in plain LoRA only, without DoRA or modules_to_save.")
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    peft_model = PeftModel.from_pretrained(model, str(directory))
+
+    def reduce(old: str, new: str) -> int:
+        lines: list[str] = []
+        reduce_intruder_dimension(peft_model, old, new, logging_sink=lines.append)  # type: ignore[no-untyped-call]
+        return sum(int(count) for line in lines for count in re.findall(r": Intruders: (\d+)", line))
+
+    try:
+        counts = reduce("default", "reduced"), reduce("reduced", "again")
+        state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
+    finally:
+        peft_model.unload()
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+    layers = {}
+    for name, layer in trained.layers.items():
+        a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)
+        layers[name] = replace(layer, a=a, b=b)
+    return replace(trained, layers=layers), counts
+
+
+def _command(engine: Engine, path: Path, base: str, rank: int) -> str:
+    quote = repr if engine is PEFT else shlex.quote
+    bucket = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+    return engine.command.format(base=quote(base), path=quote(str(path)), name=quote(path.stem), rank=bucket)
+
+
+def _replaceable(path: Path) -> list[str]:
+    """List the files that an earlier export wrote into a directory."""
+    try:
+        return [RECORD_FILE, *json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, trained: Trained) -> Exported:
+    """Write a file or a directory in one piece, a directory with a card and a record of what was done."""
+    path = result.path
+    if result.engine == "llama.cpp":
+        fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            write(fresh)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+        return replace(result, n_bytes=path.stat().st_size)
+    with new_directory(path, overwrite, RECORD_FILE, _replaceable(path)) as fresh:
+        write(fresh)
+        if not (fresh / CARD_FILE).exists():
+            (fresh / CARD_FILE).write_text(_card(result, trained), encoding="utf-8")
+        files = sorted(file for file in fresh.iterdir())
+        result = replace(result, n_bytes=sum(file.stat().st_size for file in files))
+        write_json(fresh / RECORD_FILE, {"files": [file.name for file in files], **result.to_dict()})
+    return result
+
+
+def _card(result: Exported, trained: Trained) -> str:
+    from huggingface_hub import ModelCardData
+
+    # A path of this machine is no model id: it says nothing elsewhere, and the hub refuses it.
+    base = trained.base if trained.base and not Path(trained.base).exists() else None
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if result.rank else "transformers",
+        pipeline_tag="text-generation" if trained.config.get("task_type") == "CAUSAL_LM" else None,
+        tags=[*([f"base_model:adapter:{base}"] if base and result.rank else []), "lora", "lora_init"],
+    )
+    what = f"rank {result.rank} at most" if result.rank else "merged into its base model"
+    lost = f" Compressed, at a relative error of {result.error:.2%}." if result.error else ""
+    language = "python" if result.engine is None and result.rank else "bash"
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# A trained LoRA adapter, ready to serve\n\n"
+        f"Exported by lora_init: {what}.{lost}\n\n```{language}\n{result.command}\n```\n"
+    )

@@ -1,0 +1,308 @@
+"""An adapter directory as PEFT reads it: A, B and a scaling for each layer, whatever its patterns say."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_init.errors import LoraInitError
+from lora_init.files import read_json
+from lora_init.planning.plan import alpha_for, scaling_of
+
+CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "lora_init.json"
+ORIGIN = "lora_init"  # key in `auto_mapping` of the config
+PREFIX = "base_model.model."
+_PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
+_BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
+# Ends of the names of A and B in the file.
+LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE = "lora_magnitude_vector"
+# Starts for which PEFT, or `correct_base`, changes the plain weights.
+_CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
+# Variants of LoRA in which the update is another one than scaling * B A.
+_OTHER_UPDATES = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "layer_replication")
+# What a config says about how training began or ran. The exported adapter has no use for it, and it may be wrong there.
+_TRAINING_KEYS = (
+    "corda_config", "eva_config", "exclude_modules", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "runtime_config",
+    "use_rslora", "velora_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The adapter of one linear layer or embedding.
+
+    Attributes:
+        a: What reads the input, [r, d_in].
+        b: What writes the output, [d_out, r].
+        scaling: What B A is multiplied by.
+        ends: Ends of the names of A and B in the file.
+        magnitude: DoRA's length of each output's weights, [d_out].
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    ends: tuple[str, str] = LINEAR
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return len(self.a)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths d_in and d_out."""
+        return int(self.a.shape[1]), int(self.b.shape[0])
+
+    def padded(self, rank: int) -> Layer:
+        """Append zero rows to A and zero columns to B, which changes nothing."""
+        more = rank - self.rank
+        return replace(self, a=F.pad(self.a, (0, 0, 0, more)), b=F.pad(self.b, (0, more)))
+
+    def rescaled(self, scaling: float) -> Layer:
+        """Multiply B so that the layer does the same under another scaling."""
+        if math.isclose(scaling, self.scaling, rel_tol=1e-9):
+            return replace(self, scaling=scaling)
+        return replace(self, b=self.b * (self.scaling / scaling), scaling=scaling)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What an adapter directory holds.
+
+    Attributes:
+        config: adapter_config.json.
+        layers: The adapter of each layer, by the name of the layer in the plain model.
+        others: Further tensors by their full names: of modules that were trained whole, and the like.
+    """
+
+    config: Mapping[str, Any]
+    layers: Mapping[str, Layer]
+    others: Mapping[str, Tensor]
+
+    @property
+    def base(self) -> str:
+        """Directory or hub id of the base model, as the adapter names it; may be empty."""
+        return self.config.get("base_model_name_or_path") or ""
+
+    @property
+    def scaling(self) -> float:
+        """The scaling of the first layer, which is that of all after `with_one_scaling`."""
+        return next(iter(self.layers.values())).scaling
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer."""
+        return max(layer.rank for layer in self.layers.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give all tensors by their full names."""
+        tensors = dict(self.others)
+        for name, layer in self.layers.items():
+            for end, tensor in zip((*layer.ends, MAGNITUDE), (layer.a, layer.b, layer.magnitude), strict=True):
+                if tensor is not None:
+                    tensors[f"{PREFIX}{name}.{end}"] = tensor.contiguous()
+        return tensors
+
+    @property
+    def dora(self) -> bool:
+        """Whether a layer has a magnitude."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+    def with_one_scaling(self) -> Trained:
+        """Give every layer the scaling that most have; what differs is multiplied into B."""
+        scaling = Counter(layer.scaling for layer in self.layers.values()).most_common(1)[0][0]
+        return replace(self, layers={name: layer.rescaled(scaling) for name, layer in self.layers.items()})
+
+
+def read_trained(directory: str | Path, start: str | Path | None = None) -> Trained:
+    """Read an adapter directory.
+
+    Args:
+        directory: What PEFT's `save_pretrained`, or ours, wrote.
+        start: The same adapter before training, for a start that changed the base weights: what it added there is
+            taken off again, which doubles the rank.
+
+    Raises:
+        LoraInitError: No LoRA adapter is there, it is damaged or incomplete, or a start is needed and not given.
+    """
+    directory = Path(directory).expanduser()
+    trained = _read(directory)
+    if start is not None:
+        return _subtract(trained, _read(Path(start).expanduser()), str(start))
+    began = _began(directory, trained.config)
+    if began.lower().startswith(_CHANGE_BASE):
+        raise LoraInitError(
+            f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
+            "Name the adapter as it was before training by start=."
+        )
+    return trained
+
+
+def _began(directory: Path, config: Mapping[str, Any]) -> str:
+    """Name the start, as the config says it, or what this package left; nothing if PEFT has converted it since."""
+    method = config.get("init_lora_weights")
+    if isinstance(method, str):
+        return method
+    file = directory / ORIGIN_FILE
+    origin = read_json(file) if file.is_file() else (config.get("auto_mapping") or {}).get(ORIGIN, {})
+    return str(origin.get("method", "")) if origin.get("rank", config.get("r")) == config.get("r") else ""
+
+
+def _read(directory: Path) -> Trained:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _read_config(directory)
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        raise LoraInitError(f"{directory} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise LoraInitError(f"{path} is damaged: {error}.") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        match = _PART.fullmatch(key)
+        if match is None:
+            others[key] = tensor
+        else:
+            parts.setdefault(match["name"], {})[match["part"]] = tensor
+    if not parts:
+        raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export.")
+    try:
+        layers = {name: _layer(name, found, config) for name, found in parts.items()}
+    except LoraInitError as error:
+        raise LoraInitError(f"{path}: {error}") from error
+    # With the adapter of an embedding PEFT stores the base's own weight, which has not changed.
+    copies = {f"{PREFIX}{name}.base_layer.weight" for name in layers}
+    return Trained(config, layers, {key: others[key] for key in others if key not in copies})
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise LoraInitError(f"{directory}: no such adapter directory.")
+    if not (directory / CONFIG_FILE).is_file():
+        raise LoraInitError(
+            f"{directory} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes one."
+        )
+    config = read_json(directory / CONFIG_FILE)
+    if config.get("peft_type") != "LORA":
+        raise LoraInitError(f"{directory} holds an adapter of type {config.get('peft_type')}; only LORA is exported.")
+    other = next((key for key in _OTHER_UPDATES if config.get(key)), None)
+    if other is not None:
+        raise LoraInitError(f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported.")
+    return config
+
+
+def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Layer:
+    ends = EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
+    missing = next((end for end in ends if end not in found), None)
+    if missing is not None:
+        raise LoraInitError(f"layer {name!r} has no {missing}. The adapter is incomplete; save it again.")
+    unknown = next((end for end in found if end not in (*ends, MAGNITUDE)), None)
+    if unknown is not None:
+        raise LoraInitError(f"layer {name!r} has {unknown}, which no plain LoRA has. Only lora_A and lora_B are read.")
+    a, b = found[ends[0]], found[ends[1]]
+    if a.dim() != 2 or _is_fused(name, config):
+        raise LoraInitError(
+            f"layer {name!r} is {'a convolution' if a.dim() > 2 else 'fused experts'}, which the engines read no "
+            "adapter of. Call PEFT's merge_and_unload() and serve the model that it returns."
+        )
+    rank, alpha = _rank_and_alpha(name, config)
+    if b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise LoraInitError(
+            f"layer {name!r}: A is {list(a.shape)} and B {list(b.shape)}, and {CONFIG_FILE} says rank {rank}. "
+            "The two files are not of one adapter."
+        )
+    scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
+    return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
+
+
+def _rank_and_alpha(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Look a layer's rank and alpha up as PEFT does: patterns end where the name ends, and the first match wins."""
+
+    def find(pattern: Mapping[str, Any] | None, default: Any) -> Any:
+        matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+        return next(matching, default)
+
+    return find(config.get("rank_pattern"), config.get("r", 8)), find(
+        config.get("alpha_pattern"), config.get("lora_alpha", 8)
+    )
+
+
+def _is_fused(name: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether this module has a parameter among PEFT's `target_parameters`."""
+    module = name.replace(".base_layer", "")
+    owners = [key.rpartition(".")[0] for key in config.get("target_parameters") or ()]
+    return any(not owner or f".{module}".endswith(f".{owner}") for owner in owners)
+
+
+def _subtract(trained: Trained, start: Trained, where: str) -> Trained:
+    """Append the start to the trained adapter with the opposite sign."""
+    if trained.dora:
+        raise LoraInitError(f"start={where}: an adapter with DoRA cannot give up what it began with.")
+    layers = {}
+    for name, layer in trained.layers.items():
+        before = start.layers.get(name)
+        if before is None or before.widths != layer.widths:
+            raise LoraInitError(f"start={where} has no layer {name!r} of these widths. It is another's start.")
+        opposite = -before.rescaled(layer.scaling).b
+        layers[name] = replace(layer, a=torch.cat([layer.a, before.a]), b=torch.cat([layer.b, opposite], dim=1))
+    return replace(trained, layers=layers)
+
+
+def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, Any]:
+    """Describe layers of one scaling for PEFT: by `r` and `lora_alpha`, and by patterns only where ranks differ.
+
+    Keys that say nothing are left out: older readers refuse those they don't know.
+    """
+    rank, scaling = trained.rank, trained.scaling
+    kept = {key: value for key, value in trained.config.items() if value and key not in _TRAINING_KEYS}
+    if ORIGIN in (kept.get("auto_mapping") or {}):  # says how training began, for PEFT nothing
+        del kept["auto_mapping"]
+    others = {f"^{re.escape(name)}": layer.rank for name, layer in trained.layers.items() if layer.rank != rank}
+    return kept | {
+        "peft_type": "LORA",
+        "task_type": trained.config.get("task_type"),
+        "base_model_name_or_path": trained.base or None,
+        "r": rank,
+        "lora_alpha": alpha_for(scaling, rank),
+        "lora_dropout": trained.config.get("lora_dropout", 0.0),
+        "target_modules": list(target_modules),
+        "fan_in_fan_out": bool(trained.config.get("fan_in_fan_out")),
+        "bias": trained.config.get("bias", "none"),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "rank_pattern": others,
+        "alpha_pattern": {key: alpha_for(scaling, own) for key, own in others.items()},
+    }
+
+
+def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
+    """Make adapters that add nothing for layers without one, of those kinds that have one in another block.
+
+    Args:
+        trained: The adapter; all its layers have one scaling.
+        widths: Widths d_in and d_out of the base's layers by name.
+    """
+    kinds = {_BLOCK.sub("#", name, count=1) for name, layer in trained.layers.items() if layer.ends == LINEAR}
+    zeros = next(iter(trained.layers.values())).a.new_zeros
+    return {
+        name: Layer(zeros(1, d_in), zeros(d_out, 1), trained.scaling)
+        for name, (d_in, d_out) in widths.items()
+        if _BLOCK.sub("#", name, count=1) in kinds and name not in trained.layers
+    }

@@ -1,0 +1,124 @@
+"""Compression is the best of its rank, its error is the one that is reported, and ranks go where they help."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lora_init import export_adapter
+from lora_init.serving.compress import Factors, best_ranks, errors, factorise, truncate
+from lora_init.serving.trained import Layer, read_trained
+from tests.serving.test_export import base, load, train
+
+__all__ = ["base"]  # the fixture
+
+
+def layer(d_in=12, d_out=9, rank=5, scaling=0.7, dtype=torch.float32, decay=0.3):
+    a = torch.randn(rank, d_in) * decay ** torch.arange(rank)[:, None]
+    return Layer(a.to(dtype), torch.randn(d_out, rank).to(dtype), scaling)
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(d_in=3), dict(d_out=2, rank=5), dict(rank=1)])
+def test_truncation_is_the_best_approximation_of_each_rank(shape):
+    one = layer(**shape)
+    update = one.scaling * (one.b @ one.a).double()
+    u, s, vh = torch.linalg.svd(update, full_matrices=False)
+    factors = factorise(one)
+    for rank in range(1, one.rank):
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        cut = truncate(one, factors, rank)
+        assert cut.rank == min(rank, *one.widths)
+        torch.testing.assert_close(cut.scaling * (cut.b @ cut.a).double(), best, atol=1e-5, rtol=1e-5)
+        relative, total = errors({"x": factors}, {"x": rank})
+        expected = float((update - best).norm() / update.norm())
+        assert math.isclose(relative["x"], expected, abs_tol=1e-6) and math.isclose(total, expected, abs_tol=1e-6)
+    assert truncate(one, factors, one.rank) is one
+
+
+def test_a_wide_spectrum_keeps_its_small_values():
+    one = layer(200, 100, rank=8, decay=0.1)  # seven orders of magnitude
+    expected = torch.linalg.svdvals(one.b.double() @ one.a.double())[:8] * one.scaling
+    assert torch.allclose(torch.tensor(factorise(one).energies).double().sqrt(), expected, rtol=1e-2)
+
+
+def test_bfloat16_stays_bfloat16():
+    one = layer(dtype=torch.bfloat16)
+    cut = truncate(one, factorise(one), 4)
+    assert cut.a.dtype == cut.b.dtype == torch.bfloat16
+    assert ((cut.b.float() @ cut.a.float()) - (one.b.float() @ one.a.float())).norm() < 0.05 * (one.b @ one.a).norm()
+
+
+def test_ranks_go_to_the_largest_singular_values():
+    factors = {
+        name: factorise(layer(rank=3, scaling=scaling)) for name, scaling in (("a", 1.0), ("b", 3.0), ("c", 0.2))
+    }
+    costs = dict.fromkeys(factors, 1)
+    for budget in range(10):
+        chosen = best_ranks(factors, costs, budget)
+        assert sum(chosen.values()) <= budget
+        every = (
+            dict(zip(factors, ranks, strict=True))
+            for ranks in itertools.product(range(4), repeat=3)
+            if sum(ranks) <= budget
+        )
+        assert errors(factors, chosen)[1] == pytest.approx(min(errors(factors, ranks)[1] for ranks in every))
+
+
+def test_a_budget_of_parameters_counts_what_a_rank_costs():
+    none = torch.zeros(0)
+    factors = {"wide": Factors(none, none, none, (8.0, 1.0)), "thin": Factors(none, none, none, (0.1, 0.001))}
+    costs = {"wide": 800, "thin": 8}
+    assert best_ranks(factors, costs, 808) == {"wide": 1, "thin": 1}  # 0.01 and 0.0125 for each parameter
+    assert best_ranks(factors, costs, 807) == {"wide": 0, "thin": 2}
+
+
+@torch.no_grad()
+def update_error(base, trained, served):
+    """The relative error of all merged weights, from PEFT's own products."""
+    lost = whole = 0.0
+    deltas = [
+        {n: m.get_delta_weight("default") for n, m in PeftModel.from_pretrained(load(base), d).named_modules()
+         if hasattr(m, "get_delta_weight")}
+        for d in (trained, served)
+    ]  # fmt: skip
+    for name, delta in deltas[0].items():
+        lost += float((delta - deltas[1].get(name, torch.zeros(()))).square().sum())
+        whole += float(delta.square().sum())
+    return math.sqrt(lost / whole)
+
+
+SIZES = [
+    dict(rank=2), dict(parameters="2k"), dict(megabytes=0.008), dict(rank=2, keep_ranks=True),
+    dict(parameters=1500, keep_ranks=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_an_export_has_the_size_and_the_error_that_it_says(options, base, tmp_path):
+    trained = train(
+        base, tmp_path / "trained", target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 7}, lora_alpha=5
+    )
+    exported = export_adapter(trained, tmp_path / "served", **options)
+    tensors = load_file(tmp_path / "served/adapter_model.safetensors")
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    assert exported.parameters == parameters and exported.error == pytest.approx(
+        update_error(base, trained, tmp_path / "served"), abs=1e-4
+    )
+    assert 0 < exported.error < 1 and max(exported.errors.values()) >= exported.error
+    ranks = {name: one.rank for name, one in read_trained(tmp_path / "served").layers.items()}
+    if "rank" in options:
+        assert sum(ranks.values()) <= 2 * 6 and (options.get("keep_ranks") or set(ranks.values()) == {2})
+    assert parameters <= {"2k": 2000, 1500: 1500}.get(options.get("parameters"), 2000)
+    record = json.loads((tmp_path / "served/export.json").read_text())
+    assert record["errors"] == exported.errors and record["rank"] == exported.rank
+
+
+def test_ranks_of_their_own_err_less_than_one_rank_for_all(base, tmp_path):
+    trained = train(base, tmp_path / "trained", target_modules=["q_proj", "up_proj"], alpha_pattern={"q_proj": 40})
+    one = export_adapter(trained, tmp_path / "one", rank=2)
+    own = export_adapter(trained, tmp_path / "own", rank=2, keep_ranks=True)
+    assert own.error < 0.8 * one.error

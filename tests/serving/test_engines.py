@@ -1,0 +1,201 @@
+"""What the engines' loaders demand, restated from their sources, holds for what is exported for them."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from lora_init import export_adapter
+from lora_init.serving.engines import ENGINES
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.serving.test_export import ADAPTERS, base, config_of, load, refused, train
+
+__all__ = ["base"]  # the fixture
+
+UNEVEN = dict(
+    target_modules=r".*layers\.(0\.self_attn\.[qk]|[02]\.self_attn\.v)_proj|.*layers\.[12]\.mlp\.down_proj",
+    rank_pattern={"layers.0.self_attn.q_proj": 9, "down_proj": 1}, use_rslora=True, alpha_pattern={"v_proj": 3},
+)  # fmt: skip
+BLOCKS = 3
+
+
+def sglang(directory):
+    """SGLang, srt/lora/lora_config.py and mem_pool.py: a list of modules, no patterns, every shape as `r` says."""
+    config = config_of(directory)
+    assert isinstance(config["target_modules"], list) and not config.get("use_dora")
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern")
+    scaling = config["lora_alpha"] / config["r"]  # of every module, rsLoRA or not
+    pairs = {}
+    for key, tensor in load_file(directory / "adapter_model.safetensors").items():
+        name, which = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key).groups()
+        assert tensor.shape[0 if which == "A" else 1] == config["r"]
+        pairs.setdefault(name, {})[which] = tensor
+    return {name: scaling * pair["B"] @ pair["A"] for name, pair in pairs.items()}
+
+
+def stacked(directory):
+    """TGI and LoRAX, adapters/lora.py: A and B of a kind are stacked over all blocks, and one alpha / r scales them.
+
+    A rank is padded to 8 or a multiple of 16, and the padded one is the `r` of all kinds that follow.
+    """
+    config = config_of(directory)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    rank, updates = config["r"], {}
+    for kind in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"):
+        names = [f"model.layers.{block}.{kind}" for block in range(BLOCKS)]
+        if any(f"base_model.model.{name}.lora_A.weight" not in tensors for name in names):
+            continue  # the whole kind is dropped, without a word
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        a = torch.stack([tensors[f"base_model.model.{name}.lora_A.weight"].T for name in names])
+        b = torch.stack([tensors[f"base_model.model.{name}.lora_B.weight"].T * scale for name in names])
+        updates |= {name: (a[i] @ b[i]).T for i, name in enumerate(names)}
+        rank = 8 if a.shape[2] <= 8 else -(-a.shape[2] // 16) * 16
+    return updates
+
+
+def deltas(base, adapter):
+    from peft import PeftModel
+
+    modules = PeftModel.from_pretrained(load(base), adapter).get_base_model().named_modules()
+    return {name: m.get_delta_weight("default").detach() for name, m in modules if hasattr(m, "get_delta_weight")}
+
+
+@pytest.mark.parametrize("engine, rule", [("sglang", sglang), ("tgi", stacked), ("lorax", stacked)])
+def test_what_the_loader_reads_is_the_trained_update(engine, rule, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **UNEVEN)
+    expected = deltas(base, trained)
+    with pytest.raises((AssertionError, RuntimeError)):  # as it is, the loader fails, or drops a kind
+        assert rule(trained).keys() >= expected.keys()
+    export_adapter(trained, tmp_path / "served", engine)
+    read = rule(tmp_path / "served")
+    assert read.keys() >= expected.keys()
+    for name, update in read.items():
+        torch.testing.assert_close(update, expected.get(name, torch.zeros_like(update)), atol=1e-5, rtol=1e-5)
+
+
+def llama_cpp(file):
+    """llama.cpp, llama-adapter.h get_scale: alpha over the rank of the pair itself. Ollama runs the same."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(file)
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    assert reader.fields["general.type"].contents() == "adapter"
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    names = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+    return {n: alpha / len(tensors[f"{n}.lora_a"]) * tensors[f"{n}.lora_b"] @ tensors[f"{n}.lora_a"] for n in names}
+
+
+@pytest.mark.parametrize("keep_ranks", [False, True])
+@pytest.mark.parametrize("engine", ["llama.cpp", "ollama"])
+def test_gguf_scales_each_pair_rightly_and_sorts_the_rows_of_q_and_k(engine, keep_ranks, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **UNEVEN)
+    exported = export_adapter(trained, tmp_path / "served.gguf", engine, keep_ranks=keep_ranks)
+    file = exported.path if engine == "llama.cpp" else exported.path / "adapter.gguf"
+    read = llama_cpp(file)
+    short = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    short["mlp.down_proj"] = "ffn_down"
+    for name, update in deltas(base, trained).items():
+        block, kind = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name).groups()
+        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(kind)
+        if heads:  # row 2 i + half of a head is row i of that half
+            size = len(update) // heads
+            rows = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
+        got = torch.from_numpy(read.pop(f"blk.{block}.{short[kind]}.weight"))
+        torch.testing.assert_close(got, update[rows] if heads else update, atol=1e-5, rtol=1e-5)
+    assert not any(update.any() for update in read.values()) and bool(read) != keep_ranks
+    if engine == "ollama":
+        assert (exported.path / "Modelfile").read_text() == f"FROM {base}\nADAPTER ./adapter.gguf\n"
+
+
+@pytest.mark.parametrize("settings", [UNEVEN, dict(target_modules=["q_proj", "down_proj"], use_dora=True)])
+def test_mlx_gets_one_rank_and_scale_and_transposed_factors(settings, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **settings)
+    export_adapter(trained, tmp_path / "served", "mlx")
+    config, tensors = config_of(tmp_path / "served"), load_file(tmp_path / "served/adapters.safetensors")
+    parameters = config["lora_parameters"]
+    assert config["fine_tune_type"] == ("dora" if "use_dora" in settings else "lora")
+    for name in parameters["keys"]:
+        a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
+        assert a.shape[1] == b.shape[0] == parameters["rank"] and tensors.pop(f"{name}.m", None) is not settings
+        if name in (expected := deltas(base, trained)):
+            torch.testing.assert_close(parameters["scale"] * (a @ b).T, expected[name], atol=1e-5, rtol=1e-5)
+    assert not tensors
+
+
+REFUSED = {
+    "DoRA": "DoRA",
+    "whole head": r"a tensor that is no adapter \('lm_head.weight', of modules_to_save",
+    "embedding": "an adapter of the embedding 'model.embed_tokens'",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_an_engine_does_not_take_is_said_before_anything_is_written(engine, name, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS[name])
+    if (engine, name) == ("mlx", "DoRA"):
+        return
+    refused(f"{re.escape(engine)} does not take {REFUSED[name]}.*merge_into=", trained, tmp_path / "served", engine)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "mlx"])
+def test_a_tied_head_is_refused(engine, tmp_path):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["lm_head"])
+    refused("adapter of 'lm_head', whose weight is also that of the input embedding", trained, tmp_path / "x", engine)
+
+
+def test_architectures_without_known_names_are_refused(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["c_attn"], fan_in_fan_out=True)
+    for engine in ("llama.cpp", "ollama", "mlx"):
+        refused("is a GPT2LMHeadModel, whose names in GGUF and MLX are not known", trained, tmp_path / "x", engine)
+    assert export_adapter(trained, tmp_path / "x", "vllm").rank == 8
+    config = config_of(trained) | {"base_model_name_or_path": "nowhere/to-be-found"}
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    refused("'nowhere/to-be-found' cannot be read.*base=", trained, tmp_path / "y", "llama.cpp")
+
+
+def test_gguf_needs_its_library(base, tmp_path, monkeypatch):
+    import sys
+
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused("the gguf library is not installed", trained, tmp_path / "served.gguf", "llama.cpp")
+
+
+def test_commands_serve_what_was_written(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    commands = {e: export_adapter(trained, tmp_path / f"my {e}", e, rank=16).command for e in ENGINES}
+    assert commands["vllm"] == (
+        f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules 'my vllm'='{tmp_path}/my vllm'"
+    )
+    assert all(str(base) in commands[engine] for engine in ("sglang", "tgi", "lorax", "mlx"))
+    assert "--max-lora-rank 16" in commands["sglang"] and f"--lora '{tmp_path}/my llama.cpp'" in commands["llama.cpp"]
+
+
+def test_ranks_that_an_engine_reads_otherwise_are_refused(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    refused("vllm takes at most rank 512, and this is 600", trained, tmp_path / "served", "vllm", rank=600)
+    for engine in ("tgi", "lorax"):
+        refused(f"{engine} takes rank 8 or a multiple of 16, and this is 12", trained, tmp_path / "x", engine, rank=12)
+    padded = export_adapter(trained, tmp_path / "for-peft", rank=12).path
+    assert any((stacked(padded)[n] - update).abs().max() > 0.01 for n, update in deltas(base, trained).items())
+
+
+def test_a_classifier_is_exported_for_peft_and_refused_for_engines(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", pad_token_id=0)
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "trained")
+    export_adapter(tmp_path / "trained", tmp_path / "served")
+    assert config_of(tmp_path / "served")["modules_to_save"] == ["classifier", "score"]
+    assert any("score" in key for key in load_file(tmp_path / "served/adapter_model.safetensors"))
+    refused("'score.weight'", tmp_path / "trained", tmp_path / "x", "tgi")
+    refused("no tensor 'score.weight'", tmp_path / "trained", tmp_path / "x", merge_into=str(tmp_path / "base"))

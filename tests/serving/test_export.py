@@ -1,0 +1,340 @@
+"""An exported adapter does what the trained one does, in PEFT, whatever kind it is of; errors name what is wrong."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_init import LoraInitError, build_adapter, correct_base, export_adapter
+from lora_init.serving.trained import read_trained
+from tests import assets
+from tests.adapters.test_build import made_up_statistics
+from tests.conftest import tiny_gpt2, tiny_llama
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(base):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def train(base, directory, **settings):
+    """Make an adapter as PEFT saves it, with random numbers in place of training."""
+    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8} | settings))
+    randomise(model)
+    model.save_pretrained(directory)
+    return directory
+
+
+def randomise(model):
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name or "embedding_B" in name:
+            parameter.data.normal_(std=0.3)
+        if "magnitude" in name or "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+
+
+@torch.no_grad()
+def logits(model, adapter=None):
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    return model(IDS).logits
+
+
+def config_of(directory):
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+ADAPTERS = {
+    "plain": dict(target_modules=["q_proj", "down_proj"]),
+    "ranks, first match wins": dict(
+        target_modules=["q_proj", "k_proj"],
+        rank_pattern={"layers.0.self_attn.q_proj": 9, r"layers\.\d+\.self_attn\.q_proj": 2, "q_proj": 7},
+    ),
+    "rsLoRA with ranks": dict(
+        target_modules=["q_proj", "v_proj"], use_rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 5}
+    ),
+    "alphas": dict(target_modules=["q_proj", "v_proj", "o_proj"], alpha_pattern={"layers.[01].self_attn.v_proj": 3}),
+    "some layers": dict(target_modules=r".*layers\.[02]\.mlp\.(up|down)_proj"),
+    "DoRA": dict(target_modules=["q_proj", "down_proj"], use_dora=True, rank_pattern={"q_proj": 2}),
+    "whole head": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embedding": dict(target_modules=["embed_tokens", "q_proj"], rank_pattern={"embed_tokens": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS[name])
+    exported = export_adapter(trained, tmp_path / "served")
+    config = config_of(tmp_path / "served")
+    assert config["r"] == exported.rank in (8, 16) and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert not config.get("use_rslora") and config["lora_alpha"] / config["r"] == exported.scaling
+    shapes = [t.shape for key, t in load_file(tmp_path / "served/adapter_model.safetensors").items() if "lora_A" in key]
+    assert {shape[0] for shape in shapes} == {exported.rank}
+    expected = logits(load(base), trained)
+    assert (expected - logits(load(base))).abs().max() > 0.01  # there is something to get wrong
+    torch.testing.assert_close(logits(load(base), tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
+    assert exported.error == 0.0 and not exported.errors
+
+
+def test_layers_without_an_adapter_get_one_that_adds_nothing(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["some layers"])
+    exported = export_adapter(trained, tmp_path / "served")
+    assert set(exported.added) == {"model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"}
+    assert config_of(tmp_path / "served")["target_modules"] == ["down_proj", "up_proj"]
+    tensors = load_file(tmp_path / "served/adapter_model.safetensors")
+    assert all(not t.any() for key, t in tensors.items() if ".layers.1." in key) and len(tensors) == 12
+
+
+def test_a_started_adapter_with_zero_ranks_keeps_its_outputs(base, tmp_path):
+    stats = made_up_statistics(tiny_llama(num_hidden_layers=3))
+    ranks = {name: i % 4 for i, name in enumerate(stats)}
+    model = build_adapter(stats, ranks).apply(load(base))
+    randomise(model)
+    model.save_pretrained(tmp_path / "trained")
+    exported = export_adapter(tmp_path / "trained", tmp_path / "served", base=str(base))
+    assert set(exported.added) == {name for name, rank in ranks.items() if not rank}
+    torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model.eval()), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
+    start = train(base, tmp_path / "start", r=5, target_modules=["q_proj", "down_proj"])
+    (start / "lora_init.json").write_text('{"method": "lora-ga"}')
+    model = load(base)
+    correct_base(model, start)
+    model = PeftModel.from_pretrained(model, start).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained")
+    exported = export_adapter(tmp_path / "trained", tmp_path / "served", start=start)
+    assert exported.rank == 16  # twice 5, rounded up
+    assert (logits(model) - logits(load(base))).abs().max() > 0.01
+    torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model), atol=1e-4, rtol=1e-4)
+    refused("began as lora-ga.*start=", start, tmp_path / "other")
+
+
+def test_gpt2_with_transposed_weights(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    settings = dict(target_modules=["c_attn", "c_proj"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True)
+    trained = train(tmp_path / "base", tmp_path / "trained", **settings)
+    export_adapter(trained, tmp_path / "served", keep_ranks=True)
+    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    expected = logits(load(tmp_path / "base"), trained)
+    torch.testing.assert_close(logits(load(tmp_path / "base"), tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_own_ranks_are_kept_as_patterns(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["rsLoRA with ranks"])
+    exported = export_adapter(trained, tmp_path / "served", "vllm", keep_ranks=True)
+    assert exported.rank == 4 and not exported.added and "--max-lora-rank 8 " in exported.command
+    config = config_of(tmp_path / "served")
+    assert set(config["rank_pattern"].values()) == {3}
+    torch.testing.assert_close(
+        logits(load(base), tmp_path / "served"), logits(load(base), trained), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(tie_word_embeddings=True)], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["rsLoRA with ranks", "DoRA", "whole head", "embedding", "head"])
+def test_a_merged_model_does_what_peft_does(name, kind, tmp_path):
+    settings = ADAPTERS.get(name, dict(target_modules=["lm_head", "q_proj"]))
+    tiny_llama(**kind).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base").float()
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)).eval()
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "trained")
+    exported = export_adapter(tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    merged = load(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16 and exported.rank == 0
+    expected = adapted(IDS).logits.detach()
+    effect = (expected - load(tmp_path / "base").float()(IDS).logits).abs().max()
+    # The merged weights are rounded to bfloat16, to 8 bits; the adapter's effect is far above that.
+    assert (expected - merged.float()(IDS).logits).abs().max() < effect / 5 and effect > 0.03
+
+
+def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path, monkeypatch):
+    from lora_init.serving import base as base_room
+
+    (base / "tokenizer.json").write_text("{}")
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    monkeypatch.setattr(base_room, "SHARD_BYTES", 20_000)
+    export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2 and (tmp_path / "merged/tokenizer.json").exists()
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(load(base), trained), atol=1e-5, rtol=1e-5)
+
+
+def test_intruders_are_reduced_as_peft_does_it(base, tmp_path):
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    trained = train(base, tmp_path / "trained", r=2, target_modules=["q_proj", "down_proj"])
+    model = load(base)
+    before = dict(model.named_modules())
+    exported = export_adapter(trained, tmp_path / "served", reduce_intruders=model)
+    assert {name: id(module) for name, module in model.named_modules()} == {n: id(m) for n, m in before.items()}
+    assert exported.intruders is not None and exported.intruders[0] >= exported.intruders[1] > 0
+    peft_model = PeftModel.from_pretrained(load(base), trained)
+    reduce_intruder_dimension(peft_model, logging_sink=None)
+    torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(peft_model.eval()), atol=1e-4, rtol=1e-4)
+    assert (logits(load(base), tmp_path / "served") - logits(load(base), trained)).abs().max() > 0.01
+
+
+def test_the_card_has_what_the_hub_reads_and_how_to_serve(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    config = config_of(trained) | {"base_model_name_or_path": "someone/some-model"}
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    export_adapter(trained, tmp_path / "served", "sglang", base=str(base))
+    card = (tmp_path / "served/README.md").read_text()
+    for line in ("base_model: someone/some-model", "pipeline_tag: text-generation", "library_name: peft"):
+        assert f"\n{line}\n" in card
+    assert "- base_model:adapter:someone/some-model\n" in card and "--lora-paths served=" in card
+
+
+def break_pair(directory):
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors.pop(next(key for key in tensors if "lora_B" in key))
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def break_rank(directory):
+    config = config_of(directory) | {"r": 3}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+BROKEN = {
+    "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
+    "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "half a pair": (break_pair, r"layer '.*' has no lora_B.weight"),
+    "other ranks": (break_rank, r"A is \[4, 48\] and B \[32, 4\], and adapter_config.json says rank 3"),
+    "truncated": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x00" * 9), "is damaged"),
+    "other method": (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LOHA"}'), "type LOHA"),
+    "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_adapter_is_one_line_and_nothing_is_written(name, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    damage, message = BROKEN[name]
+    damage(trained)
+    refused(message, trained, tmp_path / "served")
+
+
+def refused(message, *arguments, **options):
+    with pytest.raises(LoraInitError, match=message) as caught:
+        export_adapter(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    output = Path(arguments[1])
+    assert not output.exists() and not [path for path in output.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
+    trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "served"
+    refused("engine 'vlm' is unknown. Closest: vllm", trained, output, "vlm")
+    refused("engine 'xyz' is unknown. Choose from vllm, ", trained, output, "xyz")
+    refused("rank and parameters are both given", trained, output, rank=2, parameters=9)
+    refused("rank=0 must be above 0", trained, output, rank=0)
+    refused("tgi takes one rank", trained, output, "tgi", keep_ranks=True)
+    refused("a merged model has no ranks", trained, output, rank=2, merge_into=str(base))
+    refused("a budget of 10 parameters: rank 1 in all 6 layers takes", trained, output, parameters=10)
+    refused("a budget of 10 parameters", trained, output, parameters=10, keep_ranks=True)
+    refused("base model 'nowhere' cannot be read", trained, output, base="nowhere")
+    tiny_llama(hidden_size=16, num_hidden_layers=3).save_pretrained(tmp_path / "other")
+    refused("is 48 -> 32, and 48 -> 16 in LlamaForCausalLM", trained, output, base=str(tmp_path / "other"))
+    tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "shorter")
+    refused(
+        "'model.layers.2.*' is no linear layer or embedding of",
+        trained,
+        output,
+        base=str(tmp_path / "shorter"),
+    )
+    pissa = train(base, tmp_path / "pissa", target_modules=["q_proj"])
+    (pissa / "adapter_config.json").write_text(json.dumps(config_of(pissa) | {"init_lora_weights": "pissa_niter_4"}))
+    refused(r"began as pissa_niter_4, which changes the base weights.*start=", pissa, output)
+    biased = train(base, tmp_path / "biased", target_modules=["q_proj"], lora_bias=True)
+    refused("has lora_B.bias, which no plain LoRA has", biased, output)
+    refused("has no layer 'model.layers.0.mlp.down_proj'", trained, output, start=pissa)
+
+
+def test_only_what_an_export_wrote_is_replaced(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    export_adapter(trained, tmp_path / "served")
+    with pytest.raises(LoraInitError, match="exists"):
+        export_adapter(trained, tmp_path / "served")
+    assert export_adapter(trained, tmp_path / "served", rank=64, overwrite=True).rank == 64
+    (tmp_path / "served/notes.txt").write_text("mine")
+    with pytest.raises(LoraInitError, match=r"more than .* \(notes.txt\)"):
+        export_adapter(trained, tmp_path / "served", overwrite=True)
+    with pytest.raises(LoraInitError, match="is not overwritten"):
+        export_adapter(trained, trained, overwrite=True)
+    (tmp_path / "a.gguf").write_text("mine")
+    with pytest.raises(LoraInitError, match="is not a GGUF file"):
+        export_adapter(trained, tmp_path / "a.gguf", "llama.cpp", overwrite=True)
+
+
+def test_convolutions_and_fused_experts_are_refused(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path / "convolution")
+    refused("layer '0' is a convolution", tmp_path / "convolution", tmp_path / "served")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2,
+        )
+    )  # fmt: skip
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    get_peft_model(mixtral, config).save_pretrained(tmp_path / "experts")
+    refused("is fused experts", tmp_path / "experts", tmp_path / "served")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(target_modules=["q_proj", "v_proj"], r=8, lora_alpha=16),
+        dict(
+            target_modules=r".*layers\.([0-9]|1[2-9]|2\d)\.(self_attn\.[qkvo]_proj|mlp\.down_proj)", r=16, lora_alpha=8,
+            use_rslora=True, rank_pattern={"down_proj": 5, r"layers\.2\d\.self_attn\.q_proj": 28},
+            alpha_pattern={"k_proj": 3},
+        ),
+    ],
+    ids=["PEFT alone", "rsLoRA, patterns, missing layers"],
+)  # fmt: skip
+def test_logits_of_a_real_model_stay_within_1e_4(settings, tmp_path):
+    model = assets.smollm2()
+    adapted = get_peft_model(load(model), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    adapted.save_pretrained(tmp_path / "trained")
+    export_adapter(tmp_path / "trained", tmp_path / "served", base=str(model))
+    expected = logits(adapted)
+    with adapted.disable_adapter():
+        assert (logits(adapted) - expected).abs().max() > 0.1
+    assert (logits(load(model), tmp_path / "served") - expected).abs().max() < 1e-4
+
+
+def test_reading_scales_as_peft_does(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["rsLoRA with ranks"])
+    layers = read_trained(trained).layers
+    model = PeftModel.from_pretrained(load(base), trained)
+    for name, layer in layers.items():
+        module = model.get_base_model().get_submodule(name)
+        assert layer.rank == module.r["default"] and math.isclose(layer.scaling, module.scaling["default"])
