@@ -232,6 +232,8 @@ def convert(script: str, *arguments: str) -> None:
 def compare(engine: str, cases: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     for case in cases:
         case["expected"] = peft_log_probabilities(case)
+        plain = peft_log_probabilities(case | {"adapter": ""}) if case["adapter"] else case["expected"]
+        case["effect"] = distance(case["expected"], plain)
     if engine == "llama.cpp":
         file = work / "base.gguf"
         if not file.exists():
@@ -245,10 +247,9 @@ def compare(engine: str, cases: list[dict[str, Any]], work: Path) -> dict[str, A
     subprocess.run(command, check=True, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""})
     answer = json.loads(job.with_suffix(".out.json").read_text())
     rows = []
-    plain = cases[0]["expected"]
     for case, got in zip(cases, answer["log_probabilities"], strict=True):
-        effect = distance(case["expected"], plain) if case["prompts"] == cases[0]["prompts"] else None
-        rows.append({"case": case["case"], "difference": distance(case["expected"], got), "effect": effect})
+        difference = distance(case["expected"], got)
+        rows.append({"case": case["case"], "difference": difference, "effect": case["effect"]})
     return {"engine": engine, "version": answer["version"], "bound": INSTALL[engine][2], "cases": rows}
 
 
