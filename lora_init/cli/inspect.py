@@ -222,7 +222,6 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         read_config,
         read_shapes,
     )
-    from lora_init.files import read_json
 
     config = read_config(path)
     shapes = read_shapes(path)

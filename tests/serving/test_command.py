@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from lora_init.cli.app import app
-from tests.cli.test_app import WORDS, save_model
+from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_llama
 from tests.serving.test_export import ADAPTERS, train
 
@@ -19,23 +17,19 @@ def trained(tmp_path):
     return train(tmp_path / "base", tmp_path / "trained", **ADAPTERS["ranks, first match wins"])
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["export", *map(str, arguments)])
-
-
 def test_it_prints_the_sizes_and_ends_with_the_command(trained, tmp_path):
-    done = run(trained, "-o", tmp_path / "served", "--engine", "vllm")
+    done = run("export", trained, "-o", tmp_path / "served", "--engine", "vllm")
     assert done.exit_code == 0, done.output
     assert "rank" in done.stdout and "16" in done.stdout
     assert done.stdout.strip().splitlines()[-1].startswith("vllm serve ")
-    again = run(trained, "-o", tmp_path / "served", "--engine", "vllm")
-    assert again.exit_code == 1 and "exists. Name another, or pass --overwrite." in again.stderr
-    assert run(trained, "-o", tmp_path / "served", "--engine", "vllm", "--overwrite").exit_code == 0
+    again = run("export", trained, "-o", tmp_path / "served", "--engine", "vllm")
+    assert_one_line_error(again, "exists. Name another, or pass --overwrite.")
+    assert run("export", trained, "-o", tmp_path / "served", "--engine", "vllm", "--overwrite").exit_code == 0
 
 
 def test_json_has_errors_losses_and_intruders(trained, tmp_path):
     options = ["--rank", "1", "--data", tmp_path / "data.jsonl", "--max-length", "32", "--reduce-intruders", "--json"]
-    done = run(trained, "-o", tmp_path / "served", *options)
+    done = run("export", trained, "-o", tmp_path / "served", *options)
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["rank"] == 1 and 0 < summary["error"] < 1 and len(summary["intruders"]) == 2
@@ -54,6 +48,6 @@ def test_json_has_errors_losses_and_intruders(trained, tmp_path):
     ],
 )
 def test_wrong_usage_is_one_line(options, message, trained, tmp_path):
-    done = run(trained, "-o", tmp_path / "served", *options)
-    assert done.exit_code == 1 and message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "served").exists()
+    done = run("export", trained, "-o", tmp_path / "served", *options)
+    assert_one_line_error(done, message)
+    assert not (tmp_path / "served").exists()

@@ -127,6 +127,17 @@ def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
     refused("began as lora-ga.*start=", start, tmp_path / "other")
 
 
+def test_a_start_that_changed_the_base_is_known_from_the_config_until_peft_converts_it(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    config = config_of(trained) | {"auto_mapping": {"lora_init": {"method": "lora-ga", "rank": 4}}}
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    refused("began as lora-ga.*start=", trained, tmp_path / "served")
+    config["auto_mapping"]["lora_init"]["rank"] = 2  # PEFT doubles the config's rank when it converts
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    export_adapter(trained, tmp_path / "served")
+    assert "auto_mapping" not in config_of(tmp_path / "served")
+
+
 def test_gpt2_with_transposed_weights(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "base")
     settings = dict(target_modules=["c_attn", "c_proj"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True)
