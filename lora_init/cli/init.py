@@ -389,7 +389,7 @@ class StatisticsFile:
         return stats
 
     def sizes(self, budget: Budget) -> dict[str, Any]:
-        """Give rank and rho of the pass: with a plan those of the file, from which the plan was made, if it is there."""
+        """Give rank and rho of the pass: with a plan those of the file that the plan was made from."""
         from lora_init.statistics.statistics import Statistics
 
         if budget.plan is None or self.path is None or not self.path.exists():

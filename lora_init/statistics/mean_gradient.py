@@ -1,4 +1,4 @@
-"""The running mean of a weight's gradient as a product of two thin matrices, and the second moment beside it."""
+"""The running mean of a weight's gradient by its images along a few directions, and the second moment beside it."""
 
 from __future__ import annotations
 
@@ -6,51 +6,65 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_init.errors import LoraInitError
 
-# The first batch meets random directions: one more step of subspace iteration brings them near those of its gradient.
-_FIRST_STEPS = 2
-# The directions turn to every batch while there are fewer rows than this for each.
-_FEW_ROWS = 32
-# A row of R this many times smaller than the largest is float32 rounding.
+# Directions beyond those to report. With 16 the left vectors r to 2 r of r = 8 lie within 0.8 of the exact ones.
+_MARGIN = 16
+# Parts of the core that the two sides agree on to less than this share are not inverted.
+_AGREEMENT = 0.1
+# A row this many times smaller than the largest is float32 rounding.
 _ROUNDING = 1e-6
 
 
 class _State(NamedTuple):
-    """A sum of gradients, left^T right up to what l directions miss. Replaced as a whole."""
+    """A sum of gradients G by what it does to l directions of either side. Replaced as a whole."""
 
-    left: Tensor  # [l, d_out], orthonormal rows
-    right: Tensor  # [l, d_in]
+    outputs: Tensor  # Q, orthonormal rows [l, d_out]
+    inputs: Tensor  # V, orthonormal rows [l, d_in]
+    left: Tensor  # V G^T, [l, d_out]
+    right: Tensor  # Q G, [l, d_in]
     squares: Tensor  # [d_out], float64: sum of the squares of all rows g
     n_samples: int
-    n_since: int  # rows since the directions turned
+    n_turned: int  # rows that had been seen when Q and V were chosen
 
     def to(self, device: torch.device) -> _State:
         """Move to a device."""
-        return self._replace(left=self.left.to(device), right=self.right.to(device), squares=self.squares.to(device))
+        return _State(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Estimate G by A B with A [d_out, l] and B [l, d_in] in float64: (V G^T)^T (Q G V^T)^+ (Q G)."""
+        left, right = self.left.double(), self.right.double()
+        of_left, of_right = _balancing(left), _balancing(right)
+        core = of_right[:, None] * (self.outputs.double() @ left.T) * of_left
+        inverse = of_left[:, None] * torch.linalg.pinv(core, rtol=_AGREEMENT) * of_right
+        return left.T @ inverse, right
 
 
 class MeanGradient:
     """Estimate the leading singular triplets of G = sum of g_t x_t^T, for tokens that arrive in batches.
 
     g_t is the gradient with respect to a layer's output at a token and x_t what the layer reads there, so G is the
-    gradient of its weight. Keeps G ~ Q^T R with Q of l x d_out and R of l x d_in. A batch H is taken in by one step of
-    subspace iteration on the sum of old and new: V is R, the new Q spans V (Q^T R + H)^T, and the new R is
-    Q (Q^T R + H), whose rows are nearly orthogonal, since iteration turns Q to the singular vectors. Both products
-    with H = g^T x are thin, (x V^T)^T g and (g Q^T)^T x, so nothing of d_out x d_in is ever made. The directions turn
-    to every batch while there are few rows, later to every eighth of all; in between, R gains Q H. A batch loses what
-    lies outside of the l directions that it meets or turns to; a sum of rank l at most, seen from its first batch on,
-    is exact.
+    gradient of its weight. Keeps V G^T and Q G for l directions V of inputs and Q of outputs. For a batch these are
+    thin products, (x V^T)^T g and (g Q^T)^T x, so nothing of d_out x d_in is ever made; and they are sums, so that
+    batches that cancel leave nothing. G is estimated from both (generalised Nystrom, Nakatsukasa 2020), which is exact
+    for a sum of rank l at most.
+
+    The better Q and V fit the singular vectors, the less is missed. So whenever the rows have become a quarter more,
+    before a batch is added, they are chosen anew by one step of subspace iteration on the estimate and that batch, and
+    the estimate takes the place of the sums. That loses what it misses, so it waits for the third batch.
 
     The sum of the squares of g is exact, so that scores of layers have one unit.
 
-    Cost: 2 l (d_in + d_out) operations a row, and as many and a QR factorisation of d_out x l for a turn. Memory:
-    l (d_in + d_out) float32, twice that within a batch.
+    Cost: 4 l (d_in + d_out) operations a row, half as much again where the directions change. Memory:
+    2 l (d_in + d_out) float32, twice that within a batch.
+
+    Error: of 27 layers of a real 135M model, 24 batches and 16 triplets, the leading 8 left or right vectors captured
+    at least 0.99 and in the median 0.9995 of the energy that any 8 could.
 
     Args:
-        n_components: Triplets to report. As many directions are kept, in multiples of 8.
+        n_components: Triplets to report; 16 more directions are kept.
         seed: Seed of the random start.
 
     Example:
@@ -78,26 +92,23 @@ class MeanGradient:
         return self._known().squares.cpu()
 
     def project(self, g: Tensor, x: Tensor) -> None:
-        """Take in rows g [n, d_out] and x [n, d_in]; they count once `update` is called.
+        """Take in rows g [n, d_out] and x [n, d_in] of any float type; they count once `update` is called.
 
-        Args:
-            g: Gradients at the layer's output.
-            x: What it read.
+        Projecting again before that adds to the same batch.
         """
-        n, g, x = len(g), g.float(), x.float()
+        g, x = g.float(), x.float()
         state = self._pending or self._state
-        if state is not None and state.left.device != g.device:  # what was loaded is on the CPU
-            state = state.to(g.device)
         if state is None:
-            state = self._first(g, x)
-            for _ in range(_FIRST_STEPS - 1):
-                state = state._replace(right=_plus(state, g, x, self._turned(state, g, x)).right)
-        due = 8 * (state.n_since + n) >= state.n_samples or state.n_samples < _FEW_ROWS * len(state.left)
-        turned = self._turned(state, g, x) if due else None
-        self._pending = _plus(state, g, x, turned)._replace(
+            state = self._chosen_for(self._empty(g, x), g, x, n_steps=2)._replace(n_turned=len(g))
+        else:
+            state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
+            if 4 * state.n_samples >= 5 * state.n_turned:
+                state = self._chosen_for(state, g, x)
+        self._pending = state._replace(
+            left=state.left + _left_image(g, x, state.inputs),
+            right=state.right + _right_image(g, x, state.outputs),
             squares=state.squares + g.square().sum(0),
-            n_samples=state.n_samples + n,
-            n_since=0 if due else state.n_since + n,
+            n_samples=state.n_samples + len(g),
         )
 
     def update(self) -> None:
@@ -109,32 +120,36 @@ class MeanGradient:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if not bool(torch.isfinite(pending.squares.sum() + pending.right.sum())):
+        if not bool(torch.isfinite(pending.squares.sum() + pending.left.sum() + pending.right.sum())):
             raise LoraInitError("its gradient has NaN or inf. The model produces them; statistics were not updated.")
         self._state = pending
 
-    def _first(self, g: Tensor, x: Tensor) -> _State:
-        size = min(-(-self.n_components // 8) * 8, g.shape[1], x.shape[1])
-        left, right = (rows.new_zeros(size, rows.shape[1], dtype=torch.float32) for rows in (g, x))
-        return _State(left, right, left.new_zeros(left.shape[1], dtype=torch.float64), 0, 0)
+    def _empty(self, g: Tensor, x: Tensor) -> _State:
+        size = min(self.n_components + _MARGIN, g.shape[1], x.shape[1])
+        left, right = torch.zeros_like(g[:1]).expand(size, -1), torch.zeros_like(x[:1]).expand(size, -1)
+        inputs = self._basis(right)
+        return _State(self._basis(left), inputs, left, right, left.new_zeros(g.shape[1], dtype=torch.float64), 0, 0)
 
-    def _turned(self, state: _State, g: Tensor, x: Tensor) -> Tensor:
-        """Turn Q to a batch, [l, d_out]."""
-        test = self._test(state.right)
-        image = (x @ test.T).T @ g + (test @ state.right.T) @ state.left  # [l, d_out]
+    def _chosen_for(self, state: _State, g: Tensor, x: Tensor, n_steps: int = 1) -> _State:
+        """Choose Q and V anew for the sum of what is known and a batch, and give what is known along them."""
+        a, b = state.factors()
+        inputs = state.inputs
+        for _ in range(n_steps):
+            left = (inputs.double() @ b.T @ a.T).float()
+            outputs = self._basis(left + _left_image(g, x, inputs))
+            right = (outputs.double() @ a @ b).float()
+            inputs = self._basis(right + _right_image(g, x, outputs))
+        left = (inputs.double() @ b.T @ a.T).float()
+        return _State(outputs, inputs, left, right, state.squares, state.n_samples, state.n_samples)
+
+    def _basis(self, rows: Tensor) -> Tensor:
+        """Make rows orthonormal; random ones take the place of those that are rounding."""
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed)).to(rows)
+        filled = torch.where(norms > _ROUNDING * norms.max(), rows, drawn)
         # Contiguous, as what is read from a file is: products of other layouts differ in the last bits.
-        basis: Tensor = torch.linalg.qr(image.T).Q.T.contiguous()
+        basis: Tensor = torch.linalg.qr(filled.T).Q.T.contiguous()
         return basis
-
-    def _test(self, right: Tensor) -> Tensor:
-        """Give V: the rows of R, and random ones for those that are rounding, which would all be alike."""
-        norms = torch.linalg.vector_norm(right, dim=1)
-        smallest, largest = norms.aminmax()
-        if float(smallest) > _ROUNDING * float(largest):
-            return right
-        drawn = torch.randn(right.shape, generator=torch.Generator().manual_seed(self.seed)).to(right)
-        empty = norms <= _ROUNDING * largest
-        return torch.where(empty[:, None], nn.functional.normalize(drawn, dim=1) * largest.clamp_min(1), right)
 
     def merge(self, other: MeanGradient) -> MeanGradient:
         """Take in what another one has seen; exact up to the truncation to l directions. `other` is not changed."""
@@ -143,12 +158,13 @@ class MeanGradient:
         if self._state is None:
             self._state = other._state
             return self
-        a, b = self._state, other._state.to(self._state.left.device)
-        u, s, v = product_svd(torch.cat([a.left, b.left]).T, torch.cat([a.right, b.right]), len(a.right))
-        self._state = _State(
-            u.T.to(a.left).contiguous(), (s[:, None] * v).to(a.right), a.squares + b.squares,
-            a.n_samples + b.n_samples, a.n_since + b.n_since,
-        )  # fmt: skip
+        one, two = self._state, other._state.to(self._state.left.device)
+        (a, b), (c, d) = one.factors(), two.factors()
+        u, s, v = product_svd(torch.cat([a, c], 1), torch.cat([b, d]), len(one.left))
+        n_samples = one.n_samples + two.n_samples
+        outputs, inputs = u.T.float().contiguous(), v.float().contiguous()
+        left, right = (s[:, None] * u.T).float(), (s[:, None] * v).float()
+        self._state = _State(outputs, inputs, left, right, one.squares + two.squares, n_samples, n_samples)
         return self
 
     def triplets(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,9 +172,7 @@ class MeanGradient:
 
         Rows are orthonormal; there are fewer where G has fewer directions.
         """
-        state = self._known()
-        u, s, v = torch.linalg.svd(state.right.double(), full_matrices=False)
-        return freeze_triplets(state.left.T.double() @ u, s, v, k)
+        return freeze_triplets(*product_svd(*self._known().factors(), k), k)
 
     def _known(self) -> _State:
         if self._state is None:
@@ -169,20 +183,29 @@ class MeanGradient:
         """Return what was learned, empty before the first rows: views, not copies."""
         if self._state is None:
             return {}
-        left, right, squares, n_samples, n_since = self._state
-        counts = torch.tensor([n_since, self.n_components, self.seed])
-        return {
-            "left": left, "right": right, "squares": squares, "n_samples": torch.tensor(n_samples), "counts": counts
-        }  # fmt: skip
+        return {name: torch.as_tensor(part) for name, part in self._state._asdict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> MeanGradient:
-        """Go on from a copy of what `state_dict` returned."""
+        """Go on from a copy of what `state_dict` returned, with the same arguments."""
         self._state = self._pending = None
         if state:
-            left, right, squares = (state[name].clone() for name in ("left", "right", "squares"))
-            n_since, self.n_components, self.seed = state["counts"].tolist()
-            self._state = _State(left, right, squares, int(state["n_samples"]), n_since)
+            *tensors, n_samples, n_turned = (state[name].clone() for name in _State._fields)
+            self._state = _State(*tensors, int(n_samples), int(n_turned))
         return self
+
+
+def _balancing(rows: Tensor) -> Tensor:
+    """Give factors that bring entries of the core to one size: singular values span orders of magnitude."""
+    norms = rows.norm(dim=1)
+    return norms.clamp_min(max(_ROUNDING * float(norms.max()), 1e-300)).rsqrt()
+
+
+def _left_image(g: Tensor, x: Tensor, inputs: Tensor) -> Tensor:
+    return (x @ inputs.T).T @ g
+
+
+def _right_image(g: Tensor, x: Tensor, outputs: Tensor) -> Tensor:
+    return (g @ outputs.T).T @ x
 
 
 def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +224,3 @@ def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Te
     """Keep k singular triplets, fewer where the rest is rounding: as `MeanGradient.triplets` gives them."""
     kept = min(k, int((s > s[:1] * _ROUNDING).sum()))
     return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
-
-
-def _plus(state: _State, g: Tensor, x: Tensor, turned: Tensor | None) -> _State:
-    """Add g^T x, along new left directions if they have turned."""
-    left, right = state.left, state.right
-    if turned is not None:
-        left, right = turned, (turned @ left.T) @ right
-    return state._replace(left=left, right=right + (g @ left.T).T @ x)

@@ -95,7 +95,8 @@ def test_init_on_the_command_line_writes_the_same_adapter(material, tmp_path):
     summary = json.loads(done.stdout)
     assert summary["stop_reason"] == "exhausted" and sum(summary["ranks"].values()) == RANK * 210
 
-    batches = lora_init.load_batches(data, tokenizer, samples=8, max_length=64, **TEMPLATE)
+    # Every token counts, so the command keeps examples whose answer is cut off.
+    batches = lora_init.load_batches(data, tokenizer, samples=8, max_length=64, needs_labels=False, **TEMPLATE)
     model = load_model().eval()
     stats = lora_init.collect(model, batches, rank=RANK, rho=RHO)
     assert dict(lora_init.allocate_ranks(stats, rank=RANK, rho=RHO)) == summary["ranks"]
