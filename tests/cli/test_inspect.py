@@ -126,7 +126,7 @@ def test_inspect_a_plan(made, tmp_path):
     result = run("inspect", tmp_path / "plan.json")
     assert result.exit_code == 0, result.stderr
     for part in (
-        "plan.json: plan for",
+        ": plan for",
         "eva, asked for",
         "parameters",
         "LlamaForCausalLM",
