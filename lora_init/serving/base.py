@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,6 @@ def _difference(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> str 
     return None
 
 
-def target_modules(base: Base, layers: Collection[str]) -> list[str]:
-    """Name the layers for PEFT: by the ends of their names where these select no others of the base, else in full."""
-    endings = sorted({name.rpartition(".")[2] for name in layers})
-    selected = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in endings}
-    return endings if selected == set(layers) else list(layers)
-
-
 @dataclass(frozen=True, eq=False)
 class Merge:
     """An adapter and the checkpoint that it can be merged into; made by `plan_merge`.
@@ -220,14 +213,14 @@ def plan_merge(base: Base, trained: Trained) -> Merge:
     first, last = (f"{name}.weight" for name in base.embeddings)
     wanted = [f"{name}.weight" for name in trained.layers] + [key.removeprefix(PREFIX) for key in trained.others]
     untied = last if base.tied and last not in files and {first, last} & set(wanted) else ""
-    missing = next((name for name in wanted if name not in files and name != untied), None)
-    dora = any(layer.magnitude is not None and layer.ends != LINEAR for layer in trained.layers.values())
-    problem = (
-        f"{base.source!r} has no tensor {missing!r} in its checkpoint" if missing is not None
-        else "DoRA on an embedding gives lengths to columns" if dora
-        else "ensure_weight_tying keeps two adapters equal" if untied and trained.config.get("ensure_weight_tying")
-        else None
-    )  # fmt: skip
+    problem = None
+    missing = [name for name in wanted if name not in files and name != untied]
+    if missing:
+        problem = f"{base.source!r} has no tensor {missing[0]!r} in its checkpoint"
+    elif untied and trained.config.get("ensure_weight_tying"):
+        problem = "ensure_weight_tying keeps two adapters equal"
+    elif any(layer.magnitude is not None and layer.ends != LINEAR for layer in trained.layers.values()):
+        problem = "DoRA on an embedding gives lengths to columns"
     if problem is not None:
         raise LoraInitError(
             f"{problem}, so it is not merged here. PEFT's merge_and_unload() on the loaded model does it."

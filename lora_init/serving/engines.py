@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_init.errors import LoraInitError
 from lora_init.files import write_json
 from lora_init.planning.plan import VLLM_RANKS, alpha_for
-from lora_init.serving.base import Base, target_modules
+from lora_init.serving.base import Base
 from lora_init.serving.trained import (
     CONFIG_FILE,
     EMBEDDING,
@@ -37,7 +37,7 @@ class Engine:
     Attributes:
         command: How it serves the adapter, with {base}, {path}, {name} and {rank} to fill in.
         write: Writes its form of an adapter of one scaling into an empty directory; for llama.cpp, a file.
-        takes: What it takes besides A and B of linear layers, as `beyond_lora` names it; None for everything.
+        takes: What it takes besides A and B of linear layers, by its short name in `_beyond_lora`; None for all.
         ranks: Whether it takes layers of different ranks.
         bytes_each: Bytes of one parameter where that is not the adapter's own type.
     """
@@ -49,7 +49,7 @@ class Engine:
     bytes_each: int | None = None
 
 
-def beyond_lora(trained: Trained, base: Base) -> Iterator[tuple[str, str]]:
+def _beyond_lora(trained: Trained, base: Base) -> Iterator[tuple[str, str]]:
     """List what an adapter has besides A and B of linear layers: its short name, and a description with a name."""
     for name, layer in trained.layers.items():
         if layer.magnitude is not None:
@@ -86,17 +86,17 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
     Raises:
         LoraInitError: The adapter has more than the engine takes.
     """
-    for part, described in beyond_lora(trained, base):
+    for part, described in _beyond_lora(trained, base):
         if engine.takes is not None and part not in engine.takes:
             raise LoraInitError(
                 f"{name} does not take {described}. Write a whole model instead: merge_into=, without an engine."
             )
     if engine.write is write_mlx and trained.dora and any(x.magnitude is None for x in trained.layers.values()):
         raise LoraInitError(f"{name} takes DoRA in every layer or in none. Use merge_into=, without an engine.")
-    if engine.write is not write_peft:
-        check_architecture(base)
+    if engine.write is write_mlx:
+        _names_in_gguf(base)
     if engine.bytes_each:
-        gguf_names(trained, base)
+        _gguf_names(trained, base)
 
 
 # Architectures whose tensors keep their names in MLX, and have known ones in GGUF: there under these names. True where
@@ -114,12 +114,8 @@ _ARCHITECTURES = {
 }
 
 
-def check_architecture(base: Base) -> tuple[str, bool]:
-    """Look up what GGUF calls the architecture, and whether q and k are sorted there.
-
-    Raises:
-        LoraInitError: It is not known.
-    """
+def _names_in_gguf(base: Base) -> tuple[str, bool]:
+    """Look up what GGUF calls the architecture, and whether q and k are sorted there."""
     if base.architecture not in _ARCHITECTURES:
         raise LoraInitError(
             f"{base.source!r} is a {base.architecture}, whose names in GGUF and MLX are not known here. Known are "
@@ -128,18 +124,14 @@ def check_architecture(base: Base) -> tuple[str, bool]:
     return _ARCHITECTURES[base.architecture]
 
 
-def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
-    """Give the name in GGUF of each layer's weight.
-
-    Raises:
-        LoraInitError: gguf is not installed, or a layer has no name there.
-    """
+def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
+    """Give the name in GGUF of each layer's weight."""
     try:
         import gguf
     except ImportError:
         raise LoraInitError("the gguf library is not installed. Install it: pip install gguf") from None
-    arch, _ = check_architecture(base)
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    architecture, _ = _names_in_gguf(base)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(number, base.config.num_hidden_layers)
     names: dict[str, str] = {}
     for layer in trained.layers:
@@ -150,18 +142,17 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     return names
 
 
-def gguf_tensors(trained: Trained, base: Base) -> dict[str, NDArray[Any]]:
+def _gguf_tensors(trained: Trained, base: Base, alpha: float) -> dict[str, NDArray[Any]]:
     """Name and arrange the tensors as llama.cpp has them, float32.
 
     llama.cpp scales each pair by alpha / rank with one alpha for all and the rank of the pair itself, so that a layer
     with fewer ranks would act too strongly: its B is multiplied by the opposite.
     """
-    alpha = alpha_for(trained.scaling, trained.rank)
-    _, sorts = check_architecture(base)
+    _, sorts = _names_in_gguf(base)
     tensors = {}
-    for name, new in gguf_names(trained, base).items():
+    for name, new in _gguf_names(trained, base).items():
         layer = trained.layers[name]
-        b = layer.rescaled(alpha / layer.rank).b.float()
+        b = layer.b.float() * (layer.scaling * layer.rank / alpha)
         heads = _heads(name, base.config) if sorts else 0
         tensors[f"{new}.lora_a"] = layer.a.float().contiguous().numpy()
         tensors[f"{new}.lora_b"] = (_pairs_together(b, heads) if heads else b).contiguous().numpy()
@@ -183,7 +174,14 @@ def _pairs_together(rows: Tensor, heads: int) -> Tensor:
 def write_peft(path: Path, trained: Trained, base: Base) -> None:
     """Write a PEFT directory; patterns only where ranks differ."""
     save_file(trained.tensors(), path / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(path / CONFIG_FILE, config_of(trained, target_modules(base, trained.layers)))
+    write_json(path / CONFIG_FILE, config_of(trained, _target_modules(base, trained.layers)))
+
+
+def _target_modules(base: Base, layers: Collection[str]) -> list[str]:
+    """Name layers by the ends of their names where these select no others of the base, else in full."""
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    selected = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in endings}
+    return endings if selected == set(layers) else list(layers)
 
 
 def write_mlx(path: Path, trained: Trained, base: Base) -> None:
@@ -209,11 +207,12 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
     """Write a GGUF adapter."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, check_architecture(base)[0])
+    alpha = alpha_for(trained.scaling, trained.rank)
+    writer = gguf.GGUFWriter(path, _names_in_gguf(base)[0])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha_for(trained.scaling, trained.rank))
-    for name, tensor in gguf_tensors(trained, base).items():
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, tensor in _gguf_tensors(trained, base, alpha).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -116,10 +116,9 @@ def export_adapter(
         'vllm serve base --enable-lora --max-lora-rank 32 --lora-modules served=/home/user/served'
     """
     wanted = find_engine(engine)
-    sizes = {"rank": rank, "parameters": parameters, "megabytes": megabytes}
-    _check_options(
-        engine, wanted, {key: value for key, value in sizes.items() if value is not None}, keep_ranks, merge_into
-    )
+    limits = {"rank": rank, "parameters": parameters, "megabytes": megabytes}
+    sizes = {name: value for name, value in limits.items() if value is not None}
+    _check_options(engine, wanted, sizes, keep_ranks, merge_into)
     most = None if parameters is None else parse_count(parameters, "parameters")
     path = Path(output).expanduser().resolve()
     if wanted.write is write_gguf:

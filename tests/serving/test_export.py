@@ -328,18 +328,20 @@ def test_convolutions_and_fused_experts_are_refused(tmp_path):
     ],
     ids=["PEFT alone", "rsLoRA, patterns, missing layers"],
 )  # fmt: skip
+@torch.no_grad()
 def test_logits_of_a_real_model_stay_within_1e_4(settings, tmp_path):
     model = assets.smollm2()
     adapted = get_peft_model(load(model), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.01)
+            parameter.data.normal_(std=0.003)
     adapted.save_pretrained(tmp_path / "trained")
     export_adapter(tmp_path / "trained", tmp_path / "served", base=str(model))
-    expected = logits(adapted)
-    with adapted.disable_adapter():
-        assert (logits(adapted) - expected).abs().max() > 0.1
-    assert (logits(load(model), tmp_path / "served") - expected).abs().max() < 1e-4
+    # In float64: float32 alone moves these logits, of up to 20, by 1e-3 when sums are taken in another order.
+    expected = logits(adapted.double())
+    assert (logits(load(model).double()) - expected).abs().max() > 1.0
+    served = PeftModel.from_pretrained(load(model), tmp_path / "served").eval().double()
+    assert (logits(served) - expected).abs().max() < 1e-4
 
 
 def test_reading_scales_as_peft_does(base, tmp_path):
