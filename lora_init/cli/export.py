@@ -64,14 +64,16 @@ def export(
 
             quiet_transformers()
         loaded = _load(directory, base) if data is not None or reduce_intruders else None
+        batches = None
+        if loaded is not None and data is not None:
+            batches = _batches(loaded, data, unescape(template), unescape(completion), samples, max_length)
         exported = export_adapter(
             directory, output, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
             start=start, base=base, merge_into=merge_into, overwrite=overwrite,
             reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
         )  # fmt: skip
         summary = exported.to_dict()
-        if loaded is not None and data is not None:
-            batches = _batches(loaded, data, unescape(template), unescape(completion), samples, max_length)
+        if loaded is not None and batches is not None:
             summary["losses"] = [_loss(loaded, place, batches) for place in (directory, exported.path)]
         if as_json:
             print_json(summary)
