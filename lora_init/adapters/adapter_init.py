@@ -20,7 +20,6 @@ from lora_init.adapters.peft_model import (
     LORA_B,
     ORIGIN,
     ORIGIN_FILE,
-    PREFIX,
     WEIGHTS_FILE,
     Weights,
     adapted_layers,
@@ -37,7 +36,7 @@ from lora_init.adapters.peft_model import (
 )
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, write_directory
-from lora_init.layers.targets import HEADS, Target, file_prefixes, find_targets
+from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, find_targets
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.statistics import Provenance
@@ -273,7 +272,7 @@ class AdapterInit:
             "task_type": self.provenance.task_type,
             "base_model_name_or_path": self.provenance.model_id or None,
             "r": self.rank,
-            "lora_alpha": _as_number(self.lora_alpha),
+            "lora_alpha": alpha_for(self.scaling, self.rank, self.use_rslora),
             "lora_dropout": self.lora_dropout,
             "target_modules": names if listed else exact_pattern(names),
             "fan_in_fan_out": any(target.kind == "Conv1D" for target in self.targets.values()),
@@ -464,11 +463,6 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in names}
     scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
     correct_weights(model, found, weights, scaling)
-
-
-def _as_number(value: float) -> float:
-    """Write 16.0 as 16, as PEFT's configs have it."""
-    return int(value) if float(value).is_integer() else float(value)
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -18,13 +18,13 @@ from peft.tuners.lora.eva import (
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
-from lora_init.adapters.peft_model import PREFIX, exact_pattern, selects
+from lora_init.adapters.peft_model import exact_pattern, selects
 from lora_init.collection.activations import ActivationHooks
 from lora_init.collection.loop import Pass, PassOptions, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
-from lora_init.layers.targets import ALL_LINEAR, find_targets
+from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets
 from lora_init.layers.wrappers import is_sharded
 from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.spectrum import Spectrum

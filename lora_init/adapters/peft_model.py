@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json
-from lora_init.layers.targets import Target, find_targets
+from lora_init.layers.targets import PREFIX, Target, find_targets
 from lora_init.layers.wrappers import plain_name
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
 ORIGIN = "lora_init"  # key in `auto_mapping` of the config
-PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -94,9 +95,6 @@ def read_shapes(directory: Path) -> dict[str, list[int]]:
 def adapted_layers(shapes: Iterable[str]) -> list[str]:
     """List the layers that have an A among these tensors, by their names in the plain model."""
     return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in shapes if key.endswith(LORA_A)]
-
-
-Weights = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def exact_pattern(names: Iterable[str]) -> str:

@@ -216,12 +216,12 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     from lora_init.adapters.peft_model import (
         LORA_A,
         LORA_B,
-        PREFIX,
         adapted_layers,
         origin_of,
         read_config,
         read_shapes,
     )
+    from lora_init.layers.targets import PREFIX
 
     config = read_config(path)
     shapes = read_shapes(path)

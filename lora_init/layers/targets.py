@@ -69,6 +69,8 @@ def _warn_of_unmatched(model: nn.Module, modules: Mapping[str, nn.Module], names
 
 
 ALL_LINEAR = "all-linear"
+# What PEFT puts in front of the names of the plain model, in a PeftModel and in an adapter's file.
+PREFIX = "base_model.model."
 
 # PEFT adapts these too, but A cannot start from what they read.
 _WITHOUT_ROWS = {
@@ -156,7 +158,7 @@ def file_prefixes(targets: Iterable[Target]) -> dict[str, str]:
     prefixes: dict[str, str] = {}
     inside: dict[str, int] = {}
     for target in reversed(list(targets)):
-        prefixes[target.name] = f"base_model.model.{target.module}"
+        prefixes[target.name] = PREFIX + target.module
         if target.experts:
             prefixes[target.name] += ".base_layer" * inside.get(target.module, 0)
             inside[target.module] = inside.get(target.module, 0) + 1
