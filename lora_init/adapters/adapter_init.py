@@ -165,7 +165,7 @@ class AdapterInit:
 
         Each key of `rank_pattern` and `alpha_pattern` is `^` + the escaped full name of one layer. Given to
         `get_peft_model`, it makes an adapter of the same shape with PEFT's random A. PEFT has no setting for a frozen
-        A: see `start_in_words`.
+        A.
         """
         from peft import LoraConfig
 
@@ -244,17 +244,18 @@ class AdapterInit:
         return write_directory(directory, files, overwrite, marker=CONFIG_FILE, replaceable=_FILES)
 
     def start_in_words(self) -> str:
-        """Say what the adapter does to the model before it is trained."""
+        """Say what the adapter does to the model before it is trained, and what of it is trained."""
+        frozen = "; A stays as it is in training, see README.md" if self.freeze_a else ""
         if self.corrects_base:
             return (
                 "B is not zero: the base weights must give up what the adapter adds, and what was trained is converted "
-                "while it is saved (path_initial_model_for_weight_conversion)"
+                f"while it is saved (path_initial_model_for_weight_conversion){frozen}"
             )
         if self.changes_output:
             words = "B is not zero: the adapter is a step down the gradient, and the model's output is another one"
             measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
-            return f"{words} (gamma {self.gamma:g}{measured})"
-        return "B is zero, so the adapter changes nothing until it is trained"
+            return f"{words} (gamma {self.gamma:g}{measured}){frozen}"
+        return f"B is zero, so the adapter changes nothing until it is trained{frozen}"
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
         # Old PEFT releases refuse keys they don't know: newer keys only where they say something.

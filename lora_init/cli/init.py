@@ -138,6 +138,9 @@ def init(
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
+    freeze_a: Annotated[
+        bool, typer.Option("--freeze-a", help="Train B alone. The adapter's README.md says how to tell the trainer.")
+    ] = False,
     modules_to_save: Annotated[
         str | None, typer.Option(help="Names of modules to train whole, separated by commas, such as lm_head.")
     ] = None,
@@ -183,7 +186,7 @@ def init(
             quiet_transformers()
         needs_gradients = gradients or method in GRADIENT_METHODS
         adapter = AdapterOptions(
-            method, gamma, whiten, lora_alpha, use_rslora, use_dora, read_names(modules_to_save or ""), seed
+            method, gamma, whiten, lora_alpha, use_rslora, use_dora, freeze_a, read_names(modules_to_save or ""), seed
         )
         adapter.check(output, overwrite)
         file = StatisticsFile.named(statistics, overwrite)
@@ -311,6 +314,7 @@ class AdapterOptions:
     lora_alpha: float
     use_rslora: bool
     use_dora: bool
+    freeze_a: bool
     modules_to_save: list[str]
     seed: int
 
@@ -327,7 +331,8 @@ class AdapterOptions:
 
         if output.expanduser().is_file():
             raise LoraInitError(f"--output {output} is a file. Name a directory.")
-        options = {name: value for name, value in vars(self).items() if name not in ("use_rslora", "seed")}
+        free = ("use_rslora", "freeze_a", "seed")
+        options = {name: value for name, value in vars(self).items() if name not in free}
         check_adapter_options(**options, output=output, overwrite=overwrite)
 
     def build(self, model: nn.Module, stats: Statistics, ranks: RankAllocation, aside: list[Any]) -> AdapterInit:
@@ -465,7 +470,7 @@ def summarise(
         "loss_at_start": None if built.losses is None else finite(built.losses[1]),
         "seconds": made.seconds,
         "notes": [
-            *([f"{built.start_in_words()}."] if built.corrects_base or built.changes_output else []),
+            *([f"{built.start_in_words()}."] if built.corrects_base or built.changes_output or built.freeze_a else []),
             *made.notes,
             *ranks.notes,
         ],

@@ -38,6 +38,14 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
 
 
+def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
+    made = run(*command, "--freeze-a", "--json")
+    assert made.exit_code == 0, made.output
+    assert "A stays as it is in training, see README.md" in json.loads(made.stdout)["notes"][0]
+    assert 'parameter.requires_grad &= ".lora_A." not in name' in (tmp_path / "out/README.md").read_text()
+    assert json.loads((tmp_path / "out/lora_init.json").read_text())["freeze_a"] is True
+
+
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # or long paths are wrapped
     result = run(*command)
