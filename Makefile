@@ -30,9 +30,9 @@ $(VENV)/.docs-installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# The tests build what they need. The hub is never asked.
+# The tests build what they need. The hub is never asked. One thread each, in as many processes as there are cores.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 # By hand, not in CI. Each engine has an environment of its own in .venv-serving.
 test-serving: $(INSTALLED)

@@ -19,6 +19,7 @@ _HOMES = {
     "Statistics": "statistics.statistics",
     "Provenance": "statistics.statistics",
     "collect": "collection.collect",
+    "Interrupted": "collection.collect",
     "allocate_ranks": "planning.allocate",
     "RankAllocation": "planning.allocate",
     "build_adapter": "adapters.build",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from lora_init.adapters.step_size import find_step_size as find_step_size
     from lora_init.adapters.step_size import mean_loss as mean_loss
+    from lora_init.collection.collect import Interrupted as Interrupted
     from lora_init.collection.collect import collect as collect
     from lora_init.comparison.compare import Comparison as Comparison
     from lora_init.comparison.compare import compare as compare
