@@ -406,11 +406,6 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
         targets={name: layers[name] for name in ran},
         provenance=provenance,
         held_out={name: found.groups[name].held_out() for name in groups},
-        batch_ratios={
-            name: torch.stack([ratios for _, ratios in found.groups[name].ratios])[:, : spectrum.n_components]
-            for name, spectrum in groups.items()
-            if found.groups[name].ratios
-        },
         unsupported={**job.targets.unsupported, **{name: layers[name].kind for name in never_ran}},
         gradients=gradients,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -26,9 +26,6 @@ from lora_init.statistics.mean_gradient import MeanGradient
 
 # Seconds between two calls of `save`.
 SAVE_EVERY = 60.0
-
-# (shares of batches captured before they were used, share captured of all rows seen) -> no more data is needed
-Rule = Callable[[Sequence[float], float], bool]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ class Pass:
         options: What to compute.
         forward: Runs the model on a batch.
         backward: Hands out gradients as well.
-        rule: Tells whether a group has seen enough, in place of `has_converged`.
 
     Attributes:
         found: What this process has found so far.
@@ -83,13 +79,11 @@ class Pass:
         options: PassOptions,
         forward: Forward,
         backward: BackwardHooks | None = None,
-        rule: Rule | None = None,
     ) -> None:
         self.found = Collected()
         self.options = options
         self._hooks, self._forward, self._backward = hooks, forward, backward
         self._warned = False
-        self._rule = rule or (lambda shares, captured: has_converged(shares, captured, options.tolerance))
 
     @property
     def n_converged(self) -> int:
@@ -186,7 +180,7 @@ class Pass:
         for record in compared:
             shares = [share for _, share in record.shares]
             falls += falls_sharply(shares)
-            if self._rule(shares, record.svd.captured):
+            if has_converged(shares, record.svd.captured, self.options.tolerance):
                 record.converged_at = number + 1
         if 2 * falls > len(compared) and not self._warned:
             self._warned = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,6 @@ from lora_init.statistics.mean_gradient import MeanGradient
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
 MIN_BATCHES = 8
-# Batches whose captured shares are kept, for the sampling error of the explained variances.
-KEPT_BATCHES = 16
 _HEADER = "header"
 
 
@@ -31,13 +29,11 @@ class GroupRecord:
     Attributes:
         svd: The decomposition.
         shares: For each batch but the first: its number, and the share of its variance that all components captured.
-        ratios: For each of the last batches: its number, and the share along each component, float64 [k].
         converged_at: Number of batches after which the group needed no more; None while it does.
     """
 
     svd: IncrementalSVD
     shares: list[tuple[int, float]] = field(default_factory=list)
-    ratios: deque[tuple[int, Tensor]] = field(default_factory=lambda: deque(maxlen=KEPT_BATCHES))
     converged_at: int | None = None
 
     def compare(self, step: int) -> bool:
@@ -45,12 +41,8 @@ class GroupRecord:
         if self.svd.held_out is None:
             return False
         captured, total, _ = self.svd.held_out
-        ratios = torch.zeros(self.svd.n_components, dtype=torch.float64)
-        if total > 0:
-            captured = captured[: self.svd.n_components].cpu()
-            ratios[: len(captured)] = captured / total
-        self.ratios.append((step, ratios))
-        self.shares.append((step, float(ratios.sum()) if total > 0 else 1.0))
+        leading = float(captured[: self.svd.n_components].sum())
+        self.shares.append((step, leading / total if total > 0 else 1.0))
         return True
 
     def held_out(self) -> float:
@@ -62,8 +54,6 @@ class GroupRecord:
         """Take in what another process has seen of this group."""
         self.svd.merge(other.svd)
         self.shares = sorted(self.shares + other.shares)
-        ratios = sorted([*self.ratios, *other.ratios], key=lambda pair: pair[0])
-        self.ratios = deque(ratios, maxlen=KEPT_BATCHES)
 
 
 def has_converged(shares: Sequence[float], captured: float, tolerance: float) -> bool:
@@ -157,10 +147,8 @@ class Collected:
         for kind in ("groups", "weighted"):
             header[kind] = {}
             for i, (name, record) in enumerate(getattr(self, kind).items()):
-                header[kind][name] = [record.shares, [step for step, _ in record.ratios], record.converged_at]
+                header[kind][name] = [record.shares, record.converged_at]
                 tensors |= {f"{kind}/{i}/{part}": tensor for part, tensor in record.svd.state_dict().items()}
-                if record.ratios:
-                    tensors[f"{kind}/{i}/ratios"] = torch.stack([ratios for _, ratios in record.ratios])
         for i, mean in enumerate(self.gradients.values()):
             tensors |= {f"gradients/{i}/{part}": tensor for part, tensor in mean.state_dict().items()}
         tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
@@ -187,12 +175,10 @@ class Collected:
         found.seconds = header["seconds"]
         for kind in ("groups", "weighted"):
             records = getattr(found, kind)
-            for i, (name, (shares, steps, converged_at)) in enumerate(header[kind].items()):
-                state = parts.get(f"{kind}/{i}", {})
-                ratios = zip(steps, state.pop("ratios", ()), strict=True)
-                svd = make(kind == "weighted").load_state_dict(state)
+            for i, (name, (shares, converged_at)) in enumerate(header[kind].items()):
+                svd = make(kind == "weighted").load_state_dict(parts.get(f"{kind}/{i}", {}))
                 pairs = [(step, share) for step, share in shares]  # JSON has lists
-                records[name] = GroupRecord(svd, pairs, deque(ratios, maxlen=KEPT_BATCHES), converged_at)
+                records[name] = GroupRecord(svd, pairs, converged_at)
         for i, name in enumerate(header["gradients"]):
             found.gradients[name] = make_mean().load_state_dict(parts.get(f"gradients/{i}", {}))
         return found

@@ -27,19 +27,25 @@ class _State(NamedTuple):
     right: Tensor  # Q G, [l, d_in]
     squares: Tensor  # [d_out], float64: sum of the squares of all rows g
     n_samples: int
-    n_turned: int  # rows that had been seen when Q and V were chosen
+    n_chosen: int  # rows that had been seen when Q and V were chosen
 
     def to(self, device: torch.device) -> _State:
         """Move to a device."""
-        return _State(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        outputs, inputs, left, right, squares = (part.to(device) for part in self[:5])
+        return _State(outputs, inputs, left, right, squares, self.n_samples, self.n_chosen)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Estimate G by A B with A [d_out, l] and B [l, d_in] in float64: (V G^T)^T (Q G V^T)^+ (Q G)."""
-        left, right = self.left.double(), self.right.double()
+        """Estimate G by A B with A [d_out, l] and B [l, d_in] in float64.
+
+        B is Q G. A is Q^T, which alone gives G as far as Q reaches, and for the rest of G V^T what brings it about:
+        (G V^T - Q^T Q G V^T) (Q G V^T)^+, of which only well-determined parts are inverted.
+        """
+        outputs, left, right = self.outputs.double(), self.left.double(), self.right.double()
         of_left, of_right = _balancing(left), _balancing(right)
-        core = of_right[:, None] * (self.outputs.double() @ left.T) * of_left
-        inverse = of_left[:, None] * torch.linalg.pinv(core, rtol=_AGREEMENT) * of_right
-        return left.T @ inverse, right
+        core = outputs @ left.T  # Q G V^T
+        inverse = torch.linalg.pinv(of_right[:, None] * core * of_left, rtol=_AGREEMENT)
+        beyond = left.T - outputs.T @ core
+        return outputs.T + beyond @ (of_left[:, None] * inverse * of_right), right
 
 
 class MeanGradient:
@@ -97,19 +103,19 @@ class MeanGradient:
         Projecting again before that adds to the same batch.
         """
         g, x = g.float(), x.float()
-        state = self._pending or self._state
-        if state is None:
-            state = self._chosen_for(self._empty(g, x), g, x, n_steps=2)._replace(n_turned=len(g))
+        state = self._pending or self._state or self._empty(g, x)
+        state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
+        is_first = state.n_samples == 0
+        is_whole = len(state.left) == min(g.shape[1], x.shape[1])  # nothing is missed, so nothing is lost
+        if is_whole or 4 * state.n_samples >= 5 * state.n_chosen:
+            left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=2 if is_first else 1)
+            n_chosen = len(g) if is_first else state.n_samples
         else:
-            state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
-            if 4 * state.n_samples >= 5 * state.n_turned:
-                state = self._chosen_for(state, g, x)
-        self._pending = state._replace(
-            left=state.left + _left_image(g, x, state.inputs),
-            right=state.right + _right_image(g, x, state.outputs),
-            squares=state.squares + g.square().sum(0),
-            n_samples=state.n_samples + len(g),
-        )
+            outputs, inputs, n_chosen = state.outputs, state.inputs, state.n_chosen
+            left = state.left + _left_image(g, x, inputs)
+            right = state.right + _right_image(g, x, outputs)
+        squares = state.squares + g.square().sum(0)
+        self._pending = _State(outputs, inputs, left, right, squares, state.n_samples + len(g), n_chosen)
 
     def update(self) -> None:
         """Complete the batch.
@@ -130,25 +136,27 @@ class MeanGradient:
         inputs = self._basis(right)
         return _State(self._basis(left), inputs, left, right, left.new_zeros(g.shape[1], dtype=torch.float64), 0, 0)
 
-    def _chosen_for(self, state: _State, g: Tensor, x: Tensor, n_steps: int = 1) -> _State:
-        """Choose Q and V anew for the sum of what is known and a batch, and give what is known along them."""
-        a, b = state.factors()
+    def _chosen_for(self, state: _State, g: Tensor, x: Tensor, n_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose Q and V anew for the sum of what is known and a batch; give its V G^T, Q G, Q and V."""
+        a, b = (part.float() for part in state.factors())
         inputs = state.inputs
+        left = inputs @ b.T @ a.T + _left_image(g, x, inputs)
         for _ in range(n_steps):
-            left = (inputs.double() @ b.T @ a.T).float()
-            outputs = self._basis(left + _left_image(g, x, inputs))
-            right = (outputs.double() @ a @ b).float()
-            inputs = self._basis(right + _right_image(g, x, outputs))
-        left = (inputs.double() @ b.T @ a.T).float()
-        return _State(outputs, inputs, left, right, state.squares, state.n_samples, state.n_samples)
+            outputs = self._basis(left)
+            right = outputs @ a @ b + _right_image(g, x, outputs)
+            inputs = self._basis(right)
+            left = inputs @ b.T @ a.T + _left_image(g, x, inputs)
+        return left, right, outputs, inputs
 
     def _basis(self, rows: Tensor) -> Tensor:
         """Make rows orthonormal; random ones take the place of those that are rounding."""
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed)).to(rows)
-        filled = torch.where(norms > _ROUNDING * norms.max(), rows, drawn)
+        empty = norms <= _ROUNDING * norms.max()
+        if bool(empty.any()):
+            drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed)).to(rows)
+            rows = torch.where(empty, drawn, rows)
         # Contiguous, as what is read from a file is: products of other layouts differ in the last bits.
-        basis: Tensor = torch.linalg.qr(filled.T).Q.T.contiguous()
+        basis: Tensor = torch.linalg.qr(rows.T).Q.T.contiguous()
         return basis
 
     def merge(self, other: MeanGradient) -> MeanGradient:
@@ -189,15 +197,17 @@ class MeanGradient:
         """Go on from a copy of what `state_dict` returned, with the same arguments."""
         self._state = self._pending = None
         if state:
-            *tensors, n_samples, n_turned = (state[name].clone() for name in _State._fields)
-            self._state = _State(*tensors, int(n_samples), int(n_turned))
+            outputs, inputs, left, right, squares = (state[name].clone() for name in _State._fields[:5])
+            counts = int(state["n_samples"]), int(state["n_chosen"])
+            self._state = _State(outputs, inputs, left, right, squares, *counts)
         return self
 
 
 def _balancing(rows: Tensor) -> Tensor:
     """Give factors that bring entries of the core to one size: singular values span orders of magnitude."""
-    norms = rows.norm(dim=1)
-    return norms.clamp_min(max(_ROUNDING * float(norms.max()), 1e-300)).rsqrt()
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    factors: Tensor = norms.clamp_min(max(_ROUNDING * float(norms.max()), 1e-300)).rsqrt()
+    return factors
 
 
 def _left_image(g: Tensor, x: Tensor, inputs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from scipy.linalg import subspace_angles
@@ -49,6 +50,19 @@ class Spectrum:
         if self.total_variance <= 0.0:
             return torch.zeros_like(self.explained_variance)
         return self.explained_variance / self.total_variance
+
+
+class Variances(NamedTuple):
+    """What a `Spectrum` says without its components: variance along each, over all directions, number of rows."""
+
+    along: Tensor
+    total: float
+    n_samples: int
+
+    @classmethod
+    def of(cls, spectrum: Spectrum) -> Variances:
+        """Take them from a spectrum."""
+        return cls(spectrum.explained_variance.clone(), spectrum.total_variance, spectrum.n_samples)
 
 
 def fix_signs(components: Tensor) -> Tensor:
@@ -101,6 +115,11 @@ class Moments:
         row = drift * (self.n_samples * other.n_samples / n) ** 0.5
         mean = self.mean + drift * (other.n_samples / n)
         return Moments(n, mean, self.scatter + other.scatter + float(row @ row)), row
+
+    def about_zero(self) -> tuple[Moments, Tensor]:
+        """Count squares about zero; also return the row by which the mean counts, [d]."""
+        row = self.mean * self.n_samples**0.5
+        return Moments(self.n_samples, torch.zeros_like(row), self.scatter + float(row @ row)), row
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,9 +17,11 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, importance, weighted_group
-from lora_init.statistics.merging import Part, merge_parts
-from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.spectrum import Spectrum, Variances
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
@@ -93,11 +97,13 @@ class Statistics(Mapping[str, Spectrum]):
         targets: For each layer, its kind and widths.
         held_out: For each group, the share of the variance of the last batches that the components found before them
             captured, in [0, 1]; NaN where fewer than two batches were seen, and where statistics were merged.
-        batch_ratios: For each group, one row for each of its last batches: the share of that batch's variance along
-            each component found before it, float64 [n, k]. Their scatter is the sampling error.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         provenance: Where all this comes from.
         gradients: For each layer what the loss says about it; empty if there were no backward passes.
+
+    Attributes:
+        path: The file that `load` read; None of others.
+        variances: For each group, what is known without its components.
     """
 
     def __init__(
@@ -107,24 +113,60 @@ class Statistics(Mapping[str, Spectrum]):
         targets: Mapping[str, Target],
         provenance: Provenance,
         held_out: Mapping[str, float] | None = None,
-        batch_ratios: Mapping[str, Tensor] | None = None,
         unsupported: Mapping[str, str] | None = None,
         gradients: Mapping[str, GradientSpectrum] | None = None,
     ) -> None:
-        self._groups = groups
-        self._gradients = gradients or {}
-        self._variances = {name: _variances(groups, name) for name in groups}
+        self.groups = groups
+        self.gradients = gradients or {}
         self.group_of = dict(group_of)
         self.targets = dict(targets)
         self.held_out = dict(held_out or {})
-        self.batch_ratios = dict(batch_ratios or {})
         self.unsupported = dict(unsupported or {})
         self.provenance = provenance
+        self.path = groups.path if isinstance(groups, _StoredGroups) else None
+        self.variances: dict[str, Variances] = {
+            name: groups.variances(name) if isinstance(groups, _StoredGroups) else Variances.of(groups[name])
+            for name in groups
+        }
+
+    def __repr__(self) -> str:
+        made = self.provenance
+        return (
+            f"Statistics({len(self)} layers of {made.model_class}, {len(self.groups)} inputs, "
+            f"{made.n_batches} batches, {made.n_samples:,} rows{', gradients' if self.gradients else ''})"
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.to_pandas().to_html(max_rows=20, float_format="{:.4g}".format, border=0)
+        return f"<p>{escape(repr(self))}</p>{table}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Make a table with a row for each layer: kind, widths, group, components, rows, variance and shares of it.
+
+        `captured` is the share of the variance that the components hold, `held_out` what they held of new batches.
+        """
+        import pandas as pd
+
+        rows = {
+            name: {
+                "kind": self.targets[name].kind,
+                "in_features": self.targets[name].in_features,
+                "out_features": self.targets[name].out_features,
+                "group": group,
+                "n_components": len(self.variances[group].along),
+                "n_samples": self.variances[group].n_samples,
+                "total_variance": self.variances[group].total,
+                "captured": float(self.explained_variance_ratio(name).sum()),
+                "held_out": self.held_out.get(group, math.nan),
+            }
+            for name, group in self.group_of.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.group_of:
             raise KeyError(name)
-        shared = self._groups[self.group_of[name]]
+        shared = self.groups[self.group_of[name]]
         return replace(
             shared,
             components=shared.components.clone(),
@@ -140,11 +182,11 @@ class Statistics(Mapping[str, Spectrum]):
 
     def explained_variance(self, name: str) -> Tensor:
         """Variance along each component of a layer, float64 [k], without reading the components."""
-        return self._variances[self.group_of[name]][0].clone()
+        return self.variances[self.group_of[name]].along.clone()
 
     def total_variance(self, name: str) -> float:
         """Variance of a layer's rows over all directions."""
-        return self._variances[self.group_of[name]][1]
+        return self.variances[self.group_of[name]].total
 
     def explained_variance_ratio(self, name: str) -> Tensor:
         """Share of the total variance along each component of a layer, float64 [k]."""
@@ -160,29 +202,30 @@ class Statistics(Mapping[str, Spectrum]):
         """
         if name not in self.group_of:
             raise KeyError(name)
-        if name not in self._gradients:
+        if name not in self.gradients:
             raise LoraInitError(
                 "these statistics have no gradients. Collect them with gradients=True, on the command line with "
                 "--gradients, from data with labels."
             )
-        return self._gradients[name]
+        return self.gradients[name]
 
     def set_importance(self, name: str, weight: Tensor) -> None:
         """Compute GoRA's measure of a layer, which a merge does not know, from its weight [d_out, d_in]."""
         gradient = self.gradient(name)
         value = importance(weight, gradient.left, gradient.singular_values, gradient.right)
-        self._gradients = {**self._gradients, name: replace(gradient, importance=value)}
+        self.gradients = {**self.gradients, name: replace(gradient, importance=value)}
 
     def of_experts(self, name: str) -> list[Spectrum]:
         """Give the spectrum of each expert of a fused parameter; with too few rows of its own, that of all together."""
         few, pooled, n_experts = set(self.experts_with_few_rows(name)), self[name], self.targets[name].experts
-        return [pooled if i in few else self._groups[expert_group(name, i)] for i in range(n_experts)]
+        return [pooled if i in few else self.groups[expert_group(name, i)] for i in range(n_experts)]
 
     def experts_with_few_rows(self, name: str) -> list[int]:
         """Name the experts of a fused parameter that read fewer than two rows for each component to be found."""
         least = 2 * len(self.explained_variance(name))
         groups = [expert_group(name, expert) for expert in range(self.targets[name].experts)]
-        return [expert for expert, group in enumerate(groups) if self._variances.get(group, (0, 0, 0))[2] < least]
+        counts = [self.variances[group].n_samples if group in self.variances else 0 for group in groups]
+        return [expert for expert, count in enumerate(counts) if count < least]
 
     def merge(self, *others: Statistics, weights: Sequence[float] | None = None) -> Statistics:
         """Make the statistics of all rows that these and the others have seen; none of them is changed.
@@ -192,13 +235,12 @@ class Statistics(Mapping[str, Spectrum]):
         whatever their numbers of rows are: the second moment of a layer's input is the weighted sum of theirs. An
         expert reads of each what the router sends to it.
 
-        Counts, means and total variances are exact. Components are so up to what each part had left out: see
-        `mixtures.mix` for the bound. As many components are kept as all parts have. Layers that ran in some parts only
+        Counts, means and total variances are exact. What each part has left out is taken to be the same along all
+        directions, see `merging.mix`. As many components are kept as all parts have. Layers that ran in some parts only
         come from those. Gradients are merged if all have them: the mean gradient is that of the mean loss over all
         labels, with weights of the weighted sum of the mean losses; the importance, which needs the model's weights, is
         unknown, NaN, so that the policy `gora` is refused. `held_out` is unknown, NaN, for layers of several parts:
-        nobody has measured how much of new rows their common components capture. The sampling error, from
-        `batch_ratios`, is that of the weighted sum.
+        nobody has measured how much of new rows their common components capture.
 
         Rows that two parts share count twice. Merge more than two in one call: each call leaves something out. What
         `provenance` has no sum or list for, such as the seed, is that of the first; its notes describe every part.
@@ -219,24 +261,9 @@ class Statistics(Mapping[str, Spectrum]):
             >>> one.merge(other)["0"].n_samples, one.merge(other, weights=[0.7, 0.3]).provenance.n_batches
             (128, 4)
         """
-        merged = Statistics(**merge_parts([one._part(i + 1) for i, one in enumerate((self, *others))], weights))
-        merged.provenance.notes.extend(notes_on_experts(merged))
-        return merged
+        from lora_init.statistics.merging import merge_statistics  # which imports this module
 
-    def _part(self, number: int) -> Part:
-        name = str(self._groups.path) if isinstance(self._groups, _StoredGroups) else f"part {number}"
-        return Part(
-            name=name,
-            groups=self._groups,
-            variances=self._variances,
-            group_of=self.group_of,
-            targets=self.targets,
-            held_out=self.held_out,
-            batch_ratios=self.batch_ratios,
-            unsupported=self.unsupported,
-            gradients=self._gradients,
-            provenance=self.provenance,
-        )
+        return merge_statistics([self, *others], weights)
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file; its format is in docs/file-formats.md. A crash leaves no half file.
@@ -245,21 +272,18 @@ class Statistics(Mapping[str, Spectrum]):
             LoraInitError: The file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
-        for name in self._groups:
-            spectrum = self._groups[name]
+        groups: dict[str, dict[str, Any]] = {}
+        for name in self.groups:
+            spectrum = self.groups[name]
             tensors[f"{name}/components"] = spectrum.components
             tensors[f"{name}/explained_variance"] = spectrum.explained_variance
             tensors[f"{name}/mean"] = spectrum.mean
-            if name in self.batch_ratios:
-                tensors[f"{name}/batch_ratios"] = self.batch_ratios[name]
-        groups = {
-            name: {
-                "total_variance": self._variances[name][1],
-                "n_samples": self._groups[name].n_samples,
-                "held_out": None if math.isnan(share := self.held_out.get(name, math.nan)) else share,
+            share = self.held_out.get(name, math.nan)
+            groups[name] = {
+                "total_variance": spectrum.total_variance,
+                "n_samples": spectrum.n_samples,
+                "held_out": None if math.isnan(share) else share,
             }
-            for name in self._groups
-        }
         header: dict[str, Any] = {
             "provenance": asdict(self.provenance),
             "layers": {name: [self.group_of[name], *_plain(target)] for name, target in self.targets.items()},
@@ -267,7 +291,7 @@ class Statistics(Mapping[str, Spectrum]):
             "unsupported": self.unsupported,
             "gradients": {},
         }
-        for name, gradient in self._gradients.items():
+        for name, gradient in self.gradients.items():
             header["gradients"][name], parts = gradient.pack()
             tensors |= {f"{weighted_group(name)}/{part}": tensor for part, tensor in parts.items()}
         return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
@@ -280,33 +304,39 @@ class Statistics(Mapping[str, Spectrum]):
             LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
         """
         file = TensorFile(path, FORMAT, *_READABLE)
-        try:
+        with file.checking("its header"):
             header = file.header
-            groups = _StoredGroups(file, header["groups"])
             layers: dict[str, list[Any]] = header["layers"]
             shares = {name: group["held_out"] for name, group in header["groups"].items()}
+            known = {one.name for one in fields(Provenance)}
             statistics = cls(
-                groups=groups,
+                groups=_StoredGroups(file, header["groups"]),
                 group_of={name: str(layer[0]) for name, layer in layers.items()},
                 targets={
                     name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
                     for name, (_, kind, d_in, d_out, *extras) in layers.items()
                 },
-                provenance=Provenance(**header["provenance"]),
+                provenance=Provenance(**{name: part for name, part in header["provenance"].items() if name in known}),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
-                batch_ratios={
-                    name: file.tensor(f"{name}/batch_ratios")
-                    for name in groups
-                    if f"{name}/batch_ratios" in header["digests"]
-                },
                 unsupported=header["unsupported"],
                 gradients=_StoredGradients(file, header.get("gradients", {})),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise file.changed(f"its header ({error})") from error
-        if not set(statistics.group_of.values()) <= set(groups):
-            raise file.changed("its list of layers")
+        statistics._check(file)
         return statistics
+
+    def _check(self, file: TensorFile) -> None:
+        """Refuse a file whose parts do not fit each other."""
+        hints = get_type_hints(Provenance)
+        for name, value in vars(self.provenance).items():
+            if not _is_of(value, hints[name]):
+                raise file.changed(f"its provenance, {name}={value!r},")
+        if not _is_of(self.unsupported, dict[str, str]):
+            raise file.changed("its list of unsupported layers")
+        if not set(self.group_of.values()) <= set(self.groups) or not self.gradients.keys() <= self.group_of.keys():
+            raise file.changed("its list of layers")
+        for name, group in self.group_of.items():
+            if file.shape(f"{group}/components")[1:] != (self.targets[name].in_features,):
+                raise file.changed(f"the width of layer {name!r}")
 
 
 def notes_on_experts(stats: Statistics) -> list[str]:
@@ -333,16 +363,21 @@ class _StoredGroups(Mapping[str, Spectrum]):
 
     def __getitem__(self, name: str) -> Spectrum:
         components = self._file.tensor(f"{name}/components")
-        variance, total, n_samples = self.variances(name)
+        along, total, n_samples = self.variances(name)
         mean = self._file.tensor(f"{name}/mean")
-        if components.shape != (len(variance), len(mean)) or not bool(components.isfinite().all()):
+        if components.shape != (len(along), len(mean)) or not bool(components.isfinite().all()):
             raise self._file.changed(f"group {name!r}")
-        return Spectrum(components, variance, total, mean, n_samples)
+        return Spectrum(components, along, total, mean, n_samples)
 
-    def variances(self, name: str) -> tuple[Tensor, float, int]:
+    def variances(self, name: str) -> Variances:
         """Read the variances and the number of rows alone."""
         group = self._groups[name]
-        return self._file.tensor(f"{name}/explained_variance"), float(group["total_variance"]), int(group["n_samples"])
+        found = Variances(
+            self._file.tensor(f"{name}/explained_variance"), float(group["total_variance"]), int(group["n_samples"])
+        )
+        if found.along.dim() != 1 or not found.along.isfinite().all() or not math.isfinite(found.total):
+            raise self._file.changed(f"the variances of group {name!r}")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._groups)
@@ -360,10 +395,8 @@ class _StoredGradients(Mapping[str, GradientSpectrum]):
 
     def __getitem__(self, name: str) -> GradientSpectrum:
         numbers = self._numbers[name]
-        try:
+        with self._file.checking(f"the gradient of layer {name!r}"):
             return GradientSpectrum.unpack(numbers, lambda part: self._file.tensor(f"{weighted_group(name)}/{part}"))
-        except (TypeError, ValueError) as error:
-            raise self._file.changed(f"the gradient of layer {name!r}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -372,12 +405,20 @@ class _StoredGradients(Mapping[str, GradientSpectrum]):
         return len(self._numbers)
 
 
-def _variances(groups: Mapping[str, Spectrum], name: str) -> tuple[Tensor, float, int]:
-    if isinstance(groups, _StoredGroups):
-        return groups.variances(name)
-    return groups[name].explained_variance.clone(), groups[name].total_variance, groups[name].n_samples
-
-
 def _plain(target: Target) -> tuple[Any, ...]:
     extras = target.extras()
     return target.kind, target.in_features, target.out_features, *([extras] if extras else [])
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Tell whether a value from JSON is of a type such as `list[str] | None`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(each, inner[1]) for each in value.values())
+    if hint is float:
+        return isinstance(value, (int, float))
+    return hint is Any or isinstance(value, hint)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line
 from lora_init.files import write_whole
 
 
@@ -45,24 +46,6 @@ def write_tensors(
             f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another place."
         ) from error
     return path
-
-
-def flatten(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name tensors `name/part`, on the CPU, as a file or a message holds them."""
-    return {f"{name}/{part}": tensor.cpu() for name, of in parts.items() for part, tensor in of.items()}
-
-
-def nest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Undo `flatten`: the parts of each name, none for a name without tensors.
-
-    Raises:
-        KeyError: A tensor of none of the names.
-    """
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition("/")
-        parts[name][part] = tensor
-    return parts
 
 
 class TensorFile:
@@ -99,6 +82,8 @@ class TensorFile:
         if _sha256(text.encode()) != metadata.get("sha256"):
             raise self.changed("its header")
         self.header: dict[str, Any] = json.loads(text)
+        if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
+            raise self.changed("its header")
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -112,6 +97,20 @@ class TensorFile:
         if _digest(tensor) != self.header["digests"].get(name):
             raise self.changed(f"tensor {name!r}")
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape of a tensor without reading it; nothing for one that is missing."""
+        return tuple(self._file.get_slice(name).get_shape()) if name in self._names else ()
+
+    @contextmanager
+    def checking(self, what: str) -> Iterator[None]:
+        """Put errors of reading something that was written otherwise into words."""
+        try:
+            yield
+        except LoraInitError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise self.changed(f"{what} ({first_line(error)})") from error
 
     def changed(self, what: str) -> LoraInitError:
         """Make the error for a file that isn't what was written."""

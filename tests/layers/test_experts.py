@@ -143,7 +143,7 @@ def test_padding_does_not_count(name):
         up, down = (f"model.layers.{layer}.mlp.{ending}" for ending in BOTH)
         assert stats[up].n_samples == n_tokens  # the same rows for each of the experts that a token goes to
         assert stats[down].n_samples == 2 * n_tokens
-        assert sum(s.n_samples for key, s in stats._groups.items() if key.startswith(f"{up}.")) == 2 * n_tokens
+        assert sum(s.n_samples for key, s in stats.groups.items() if key.startswith(f"{up}.")) == 2 * n_tokens
 
 
 @every_model
@@ -233,17 +233,17 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     least = 2 * stats[up].n_components
     few = stats.experts_with_few_rows(up)
     assert few == [4, 5]
-    assert f"{up}.4" not in stats._groups
+    assert f"{up}.4" not in stats.groups
     note = next(note for note in stats.provenance.notes if note.startswith(f"{up}:"))
     assert f"2 of 6 experts read fewer than {least} rows" in note
     assert note.endswith("start from those of all experts: 4, 5.")
     a = build_adapter(stats, 2).weights[up][0].reshape(6, 2, 32)
     for expert in range(6):
-        source = stats[up] if expert in few else stats._groups[f"{up}.{expert}"]
+        source = stats[up] if expert in few else stats.groups[f"{up}.{expert}"]
         assert torch.equal(a[expert], source.components[:2])
     # Some rows, but fewer than two for each of the components to be found: those of all too.
     stats = collect(model, batches(1), rank=8, target_parameters=BOTH)
-    assert 0 < stats._groups[f"{up}.0"].n_samples < 2 * stats[up].n_components
+    assert 0 < stats.groups[f"{up}.0"].n_samples < 2 * stats[up].n_components
     assert 0 in stats.experts_with_few_rows(up)
 
 

@@ -15,6 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.budgets import parse_count
 from lora_init.planning.policies import POLICIES
+from lora_init.statistics.spectrum import Variances
 from lora_init.statistics.statistics import Statistics
 from tests.planning.made import (
     QKV,
@@ -64,7 +65,7 @@ def test_planning_reads_no_components_and_needs_no_model():
             raise AssertionError("components were read")
 
     stats = statistics([[0.5, 0.2], [0.4, 0.3]])
-    blind = NoComponents(stats._groups, stats.group_of, stats.targets, stats.provenance)
+    blind = NoComponents(stats.groups, stats.group_of, stats.targets, stats.provenance)
     assert dict(allocate_ranks(blind, rank=1)) == dict(allocate_ranks(stats, rank=1))
 
 
@@ -264,7 +265,7 @@ def test_variance_takes_the_fewest_ranks(ratios, share):
 
 def test_constant_rows_need_no_rank_to_be_explained():
     stats = statistics([[0.5, 0.25], [0.0, 0.0]])
-    stats._variances["h.1.up"] = (torch.zeros(2, dtype=torch.float64), 0.0)
+    stats.variances["h.1.up"] = Variances(torch.zeros(2, dtype=torch.float64), 0.0, 9)
     plan = allocate_ranks(stats, variance=0.6)
     assert list(plan.values()) == [2, 0]
     assert plan.explained["h.1.up"] == 1.0

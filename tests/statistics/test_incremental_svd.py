@@ -208,6 +208,76 @@ def test_a_module_that_runs_twice_in_a_pass_adds_to_one_batch(sizes):
     assert once.held_out.total == pytest.approx(twice.held_out.total, rel=1e-6)
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_rows_that_are_gathered_count_like_all_others(center):
+    rows = decaying_rows(60 * 21, 40, mean=0.5)
+    svd = fit(IncrementalSVD, rows, 60, 4, center=center)
+    assert svd._gathered is not None and svd.n_samples == len(rows)
+    other = IncrementalSVD(4, center=center).merge(svd)
+    spectrum = svd.spectrum()
+    components, variances, total = reference.pca(rows, 4, center)
+    assert spectrum.n_samples == other.n_samples == len(rows)
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-6)
+    np.testing.assert_allclose(spectrum.mean, rows.mean(0) if center else 0 * rows[0], atol=1e-6)
+    np.testing.assert_allclose(spectrum.explained_variance, variances, rtol=1e-3)
+    assert reference.captured(rows, spectrum.components, center) > 0.9999 * reference.captured(rows, components, center)
+
+
+@pytest.mark.parametrize(("width", "gathers"), [(4095, True), (4096, False)])
+def test_wide_inputs_hold_no_second_state(width, gathers):
+    svd = IncrementalSVD(2)
+    for _ in range(12):
+        svd.partial_fit(torch.randn(20, width))
+    assert (svd._gathered is not None) == gathers
+
+
+def falling(n, d, scale=1.0, first=1.0, seed=0):
+    """Rows whose variances fall as 1 / j, the first direction `first` times as wide."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.arange(1.0, d + 1).rsqrt() * scale
+    spread[0] *= first
+    turn = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(99))).Q
+    return (torch.randn(n, d, generator=generator) * spread) @ turn
+
+
+def extremes():
+    """Batches that once gave wrong numbers, by what is odd about them."""
+    plain = [falling(400, 64, seed=seed) for seed in range(6)]
+    return {
+        "a mean of 1e4 from the second batch on": [plain[0], *(batch + 1e4 for batch in plain[1:])],
+        "a mean of 40 deviations": [batch + 40.0 for batch in plain],
+        "a mean of 404 deviations": [batch + 404.0 for batch in plain],
+        "a mean that drifts": [batch + 100.0 * i for i, batch in enumerate(plain)],
+        "bfloat16, one direction of 1,000 times the spread": [
+            falling(400, 64, first=1e3, seed=seed).bfloat16() for seed in range(6)
+        ],
+        "float16": [batch.half() for batch in plain],
+        "sizes of 1e18": [batch * 1e18 for batch in plain],
+        "sizes of 1e18 from the second batch on": [plain[0], *(batch * 1e18 for batch in plain[1:])],
+        "sizes of 1e-18": [batch * 1e-18 for batch in plain],
+        "a mean of 1e18 for one batch": [*plain[:3], plain[3] + 1e18, *plain[4:]],
+    }
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("what", extremes())
+def test_extremes(what, center):
+    """The total is exact; what is said of each component is true; those beyond the first are near the best."""
+    batches = extremes()[what]
+    svd = IncrementalSVD(8, center=center)
+    for batch in batches:
+        svd.partial_fit(batch)
+    rows, spectrum = torch.cat([batch.double() for batch in batches]), svd.spectrum()
+    components, _, total = reference.pca(rows, 8, center)
+    assert spectrum.total_variance == pytest.approx(total, rel=1e-4)
+    real = np.array([reference.captured(rows, one[None], center) for one in spectrum.components])
+    best = np.array([reference.captured(rows, one[None], center) for one in components[: len(real)]])
+    assert (spectrum.explained_variance.numpy() * (len(rows) - 1) < 1.01 * real).all()
+    # Of the largest one anything would capture most. Below 1e-13 of it float32 has no digits left.
+    seen = best > 1e-12 * best[0]
+    assert real[seen][1:].sum() >= 0.98 * best[seen][1:].sum()
+
+
 def test_a_state_that_was_written_goes_on_with_the_same_bits():
     svd = fit(IncrementalSVD, decaying_rows(600, 40, mean=1.0), 60, 4)
     state = {name: tensor.clone() for name, tensor in svd.state_dict().items()}

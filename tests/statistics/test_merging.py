@@ -131,7 +131,7 @@ def test_where_it_comes_from(shards):
 
     stopped = passed(batches=batches_for("llama", seed=3), max_batches=2)
     both = replace(stopped.provenance, versions={**made.versions, "torch": "9.9"})
-    other = Statistics(stopped._groups, stopped.group_of, stopped.targets, both, unsupported=stopped.unsupported)
+    other = Statistics(stopped.groups, stopped.group_of, stopped.targets, both, unsupported=stopped.unsupported)
     made = a.merge(other).provenance
     assert made.stop_reason == "exhausted, max_batches"
     assert made.versions["torch"] == f"{torch.__version__}, 9.9"
@@ -142,22 +142,6 @@ def test_what_was_measured_for_one_part_is_not_said_of_both(shards):
     merged = a.merge(b)
     assert set(merged.held_out) == set(a.held_out)
     assert all(math.isnan(share) for share in merged.held_out.values())
-
-
-def test_the_sampling_error_is_that_of_the_sum(shards):
-    a, b, _ = shards
-    b = a.merge(passed(batches=batches_for("llama", n_batches=4, seed=4)))
-    rows = b.batch_ratios[DOWN]
-    assert rows.shape == (4 + 3, 8)
-    shares = [n / b[DOWN].n_samples for n in (a[DOWN].n_samples, b[DOWN].n_samples - a[DOWN].n_samples)]
-    other = passed(batches=batches_for("llama", n_batches=4, seed=4))
-    amounts = [w * s.total_variance(DOWN) / b.total_variance(DOWN) for w, s in zip(shares, (a, other), strict=True)]
-    errors = [s.batch_ratios[DOWN].std(0) / len(s.batch_ratios[DOWN]) ** 0.5 for s in (a, other)]
-    expected = torch.stack([w * e for w, e in zip(amounts, errors, strict=True)]).square().sum(0).sqrt()
-    assert torch.allclose(rows.std(0) / 7**0.5, expected, rtol=1e-9)
-    # Part 2 has one batch that was tested: its error is unknown, and so is that of the sum.
-    assert a.merge(shards[1]).batch_ratios == {}
-    assert allocate_ranks(a.merge(shards[1]), rank=2) is not None
 
 
 class Towers(nn.Module):
@@ -186,7 +170,6 @@ def test_layers_that_ran_in_one_part_only_come_from_it():
     assert torch.equal(merged["left"].components, a["left"].components)
     assert torch.equal(merged["right"].components, b["right"].components)
     assert merged.held_out["left"] == a.held_out["left"] and math.isnan(merged.held_out["both"])
-    assert torch.equal(merged.batch_ratios["right"], b.batch_ratios["right"])
     assert merged["both"].n_samples == 120
     assert "part 1, right: never ran; PEFT's own initialisation." in merged.provenance.notes
     assert list(b.merge(a)) == ["left", "both", "right"]
@@ -219,17 +202,17 @@ def test_experts_count_by_what_the_router_sends_them():
     a = passed(model, batches_for("llama", n_batches=3), **targets)
     b = passed(model, batches_for("llama", n_batches=6, seed=1), **targets)
     merged = a.merge(b, weights=[0.9, 0.1])
-    assert set(merged._groups) == set(a._groups)
+    assert set(merged.groups) == set(a.groups)
     for name in (n for n, target in merged.targets.items() if target.experts):
         n_experts = merged.targets[name].experts
         groups = [f"{name}.{expert}" for expert in range(n_experts)]
-        sums = [sum(part._groups[group].n_samples for group in groups) for part in (a, b)]
+        sums = [sum(part.groups[group].n_samples for group in groups) for part in (a, b)]
         for group in groups:
-            one, other = a._groups[group], b._groups[group]
+            one, other = a.groups[group], b.groups[group]
             counts = np.array([0.9 * one.n_samples / sums[0], 0.1 * other.n_samples / sums[1]])
             shares = counts / counts.sum()
             mean = shares[0] * one.mean.double() + shares[1] * other.mean.double()
-            assert torch.allclose(merged._groups[group].mean.double(), mean, atol=1e-6)
+            assert torch.allclose(merged.groups[group].mean.double(), mean, atol=1e-6)
         assert len(merged.of_experts(name)) == n_experts
     build_adapter(merged, allocate_ranks(merged, rank=2)).apply(model)
 
