@@ -32,7 +32,7 @@ from lora_init.adapters.initializers import as_large_as_eva, energy, random_orth
 from lora_init.collection.collect import collect
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import compare
-from lora_init.statistics.incremental_svd import IncrementalSVD, Steps
+from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.statistics import Statistics
 
 RANK = 8
@@ -107,12 +107,12 @@ def start(file: Path, text: str) -> Callable[[nn.Module, int], Any]:
 
 def vary(exponent: float, tokens: str) -> None:
     """Have `compare` collect other statistics. Nothing in the package has a place for such a choice."""
-    plain = IncrementalSVD.steps
+    plain = IncrementalSVD.project
 
-    def raised(svd: IncrementalSVD, rows: Tensor, norms: Tensor | None = None, weights: Tensor | None = None) -> Steps:
-        return plain(svd, rows, norms, None if weights is None else weights**exponent)
+    def raised(svd: IncrementalSVD, rows: Tensor, weights: Tensor | None = None) -> None:
+        plain(svd, rows, None if weights is None else weights**exponent)
 
-    IncrementalSVD.steps = raised  # type: ignore[method-assign, assignment]
+    IncrementalSVD.project = raised  # type: ignore[method-assign]
     workbench.collect = functools.partial(collect, token_mask=tokens)  # type: ignore[attr-defined]
 
 

@@ -22,7 +22,7 @@ def test_it_can_be_imported(name):
 def test_statistics_of_ideas_weight_rows_by_a_power_of_the_gradient(monkeypatch):
     from benchmarks import ideas
 
-    monkeypatch.setattr(IncrementalSVD, "steps", IncrementalSVD.steps)
+    monkeypatch.setattr(IncrementalSVD, "project", IncrementalSVD.project)
     monkeypatch.setattr(workbench, "collect", workbench.collect)
     model, settings = tiny_llama(), {"rank": 4, "gradients": True, "target_modules": ["q_proj"]}
     plain = collect(model, batches_for("llama"), **settings)
