@@ -41,6 +41,8 @@ class _State(NamedTuple):
         (G V^T - Q^T Q G V^T) (Q G V^T)^+, of which only well-determined parts are inverted.
         """
         outputs, left, right = self.outputs.double(), self.left.double(), self.right.double()
+        if len(self.inputs) == self.inputs.shape[1]:  # V has all directions: nothing is to be estimated
+            return left.T, self.inputs.double()
         of_left, of_right = _balancing(left), _balancing(right)
         core = outputs @ left.T  # Q G V^T
         inverse = torch.linalg.pinv(of_right[:, None] * core * of_left, rtol=_AGREEMENT)
@@ -106,8 +108,7 @@ class MeanGradient:
         state = self._pending or self._state or self._empty(g, x)
         state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
         is_first = state.n_samples == 0
-        is_whole = len(state.left) == min(g.shape[1], x.shape[1])  # nothing is missed, so nothing is lost
-        if is_whole or 4 * state.n_samples >= 5 * state.n_chosen:
+        if 4 * state.n_samples >= 5 * state.n_chosen:
             left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=2 if is_first else 1)
             n_chosen = len(g) if is_first else state.n_samples
         else:
