@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -411,37 +410,3 @@ def _page(plan: RankAllocation, stats: Statistics) -> str:
             notes=plan.notes,
         )
     )
-
-
-# What the report of a comparison takes from here until it has templates of its own.
-
-
-def html_page(title: str, style: str, body: str) -> str:
-    """Put a body into a page that may load nothing.
-
-    Args:
-        title: Text.
-        style: CSS.
-        body: HTML.
-    """
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[object]], name: str = "totals") -> str:
-    """Write a table, of class `name`, that scrolls sideways where the page is too narrow."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "\n".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

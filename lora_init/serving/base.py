@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
-from lora_init.layers.targets import is_conv1d
-from lora_init.serving.trained import LINEAR, PREFIX, Layer, Trained
+from lora_init.layers.targets import PREFIX, is_conv1d
+from lora_init.serving.trained import LINEAR, Layer, Trained
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError
 from lora_init.files import write_json
+from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import VLLM_RANKS, alpha_for
 from lora_init.serving.base import Base
 from lora_init.serving.trained import (
     CONFIG_FILE,
     EMBEDDING,
-    PREFIX,
     WEIGHTS_FILE,
     Trained,
     config_of,

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json
+from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import alpha_for, scaling_of
 
 CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "lora_init.json"
 ORIGIN = "lora_init"  # key in `auto_mapping` of the config
-PREFIX = "base_model.model."
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
 _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 # Ends of the names of A and B in the file.
