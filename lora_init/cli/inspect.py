@@ -167,7 +167,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
         return describe_directory(path)
     if path.is_dir():
-        return _describe_adapter(path)
+        with _damage_of(path):
+            return _describe_adapter(path)
     if not path.exists():
         raise LoraInitError(
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."

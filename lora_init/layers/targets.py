@@ -144,6 +144,8 @@ def read_target(name: str, kind: str, in_features: int, out_features: int, extra
     """
     kernel = tuple(int(size) for size in extras.get("kernel", ()))
     groups, experts = int(extras.get("groups", 1)), int(extras.get("experts", 0))
+    if not all(0 < size < 2**31 for size in (in_features, out_features, *kernel, groups, experts + 1)):
+        raise ValueError(f"widths of layer {name!r}")
     return Target(name, str(kind), int(in_features), int(out_features), kernel, groups, experts)
 
 

@@ -319,7 +319,7 @@ class Statistics(Mapping[str, Spectrum]):
                 provenance=Provenance(**{name: part for name, part in header["provenance"].items() if name in known}),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
                 unsupported=header["unsupported"],
-                gradients=_StoredGradients(file, header.get("gradients", {})),
+                gradients=_StoredGradients(file, dict(header.get("gradients", {}))),
             )
         statistics._check(file)
         return statistics

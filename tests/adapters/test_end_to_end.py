@@ -107,5 +107,6 @@ def test_init_on_the_command_line_writes_the_same_adapter(material, tmp_path):
     assert float(lora_init.principal_angles(stats[name].components[:4], rows[:4]).max()) < 1e-3 * math.pi
 
     peft_model = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
-    before, after = train_one_step(peft_model, batches[0])
+    labelled = lora_init.load_batches(data, tokenizer, samples=4, max_length=64, **TEMPLATE)
+    before, after = train_one_step(peft_model, labelled[0])
     assert after < before

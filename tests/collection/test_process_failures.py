@@ -34,7 +34,7 @@ def different_arguments(rank, size, folder):
 def test_different_models_and_arguments_are_said_by_all(tmp_path):
     expected = {
         "weights": "rank 1 has fingerprint",
-        "model": "rank 1 has fingerprint",
+        "model": "rank 1 has layers '14 (",
         "targets": "rank 1 has layers '2 (",
         "arguments": "rank 1 has center True, rank 0 has False. Give all processes the same model and arguments.",
         "no data": "there is no batch to learn from",
