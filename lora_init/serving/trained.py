@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import alpha_for, scaling_of
@@ -187,6 +187,8 @@ def _read(directory: Path) -> Trained:
         layers = {name: _layer(name, found, config) for name, found in parts.items()}
     except LoraInitError as error:
         raise LoraInitError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
+        raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: {first_line(error)}") from error
     # With the adapter of an embedding PEFT stores the base's own weight, which has not changed.
     copies = {f"{PREFIX}{name}.base_layer.weight" for name in layers}
     return Trained(config, layers, {key: others[key] for key in others if key not in copies})
@@ -202,6 +204,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise LoraInitError(f"{directory} holds an adapter of type {config.get('peft_type')}; only LORA is exported.")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, type(None))):
+        raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: base_model_name_or_path={base!r}, expected a name.")
     other = next((key for key in _OTHER_UPDATES if config.get(key)), None)
     if other is not None:
         raise LoraInitError(f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported.")

@@ -335,7 +335,8 @@ class Statistics(Mapping[str, Spectrum]):
         if not set(self.group_of.values()) <= set(self.groups) or not self.gradients.keys() <= self.group_of.keys():
             raise file.changed("its list of layers")
         for name, group in self.group_of.items():
-            if file.shape(f"{group}/components")[1:] != (self.targets[name].in_features,):
+            target = self.targets[name]
+            if file.shape(f"{group}/components")[1:] != (target.in_features,) or not 0 < target.out_features < 2**31:
                 raise file.changed(f"the width of layer {name!r}")
 
 
