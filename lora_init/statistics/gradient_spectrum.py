@@ -13,9 +13,6 @@ from torch import Tensor
 from lora_init.statistics.mean_gradient import MeanGradient
 from lora_init.statistics.spectrum import Spectrum
 
-_SUFFIX = " by gradient"
-_MEAN = " mean gradient"
-
 
 @dataclass(frozen=True, eq=False)
 class GradientSpectrum:
@@ -82,26 +79,6 @@ class GradientSpectrum:
         n_samples = int(numbers.get("n_tokens", weighted.n_samples))
         importance = math.nan if numbers["importance"] is None else float(numbers["importance"])
         return cls(weighted, left, values, right, tensor("output_moment"), importance, n_samples)
-
-
-def weighted_group(name: str) -> str:
-    """Name the decomposition of a layer's weighted rows among those of inputs."""
-    return name + _SUFFIX
-
-
-def mean_group(name: str) -> str:
-    """Name the state of a layer's mean gradient among those of decompositions."""
-    return name + _MEAN
-
-
-def is_weighted(group: str) -> bool:
-    """Tell whether a decomposition is of weighted rows.
-
-    Example:
-        >>> is_weighted(weighted_group("q_proj")), is_weighted("q_proj")
-        (True, False)
-    """
-    return group.endswith(_SUFFIX)
 
 
 def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int, weight: Tensor | None) -> GradientSpectrum:

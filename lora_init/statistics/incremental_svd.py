@@ -227,8 +227,8 @@ class IncrementalSVD:
         if len(rows) == 0:
             return
         if state is not None and state.directions.device != rows.device:  # what was loaded or merged is on the CPU
-            settled = self._settle() or state
-            state = self._state = settled.to(rows.device)
+            known = self._take_gathered() or state
+            state = self._state = known.to(rows.device)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = rows if weights is None else rows * weights[:, None]
         try:
@@ -267,13 +267,13 @@ class IncrementalSVD:
             self._gathered = self._sums.plus(self._gathered, self._state.directions)
             n_gathered = self._gathered.moments.n_samples
             if n_gathered >= _GATHERED * self._state.moments.n_samples or self._gathered.image.shape[1] >= _WIDE:
-                self._settle()
+                self._take_gathered()
         if self._few is not None:
             self._add(self._few)
         self.held_out = self._tested
         self._forget_batch()
 
-    def _settle(self) -> _State | None:
+    def _take_gathered(self) -> _State | None:
         """Take in what was gathered."""
         if self._gathered is not None and self._state is not None:
             self._state = _State.of_sums(self._state.sums().plus(self._gathered, self._state.directions))
@@ -281,7 +281,7 @@ class IncrementalSVD:
         return self._state
 
     def _add(self, rows: _Rows) -> None:
-        state = self._settle()
+        state = self._take_gathered()
         self._state = _State.of_rows(rows.plus(state.rows() if state else None), self._n_directions)
 
     def _start(self, rows: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ class IncrementalSVD:
             LoraInitError: Other width or other `center`.
         """
         check_alike(self.center, other.center)
-        state = other._settle()
+        state = other._take_gathered()
         if state is None:
             return self
         if self._state is None:
@@ -314,7 +314,7 @@ class IncrementalSVD:
         Raises:
             LoraInitError: No rows so far.
         """
-        state = self._settle()
+        state = self._take_gathered()
         if state is None:
             raise LoraInitError(NO_ROWS)
         moments, directions, weights = state
@@ -327,7 +327,7 @@ class IncrementalSVD:
             `directions` float32 [k, d], `weights` float64 [k], the scatter along each, `mean` float64 [d], `scatter`
             float64 and `n_samples` int64.
         """
-        state = self._settle()
+        state = self._take_gathered()
         if state is None:
             return {}
         moments, directions, weights = state

@@ -107,10 +107,9 @@ class MeanGradient:
         g, x = g.float(), x.float()
         state = self._pending or self._state or self._empty(g, x)
         state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
-        is_first = state.n_samples == 0
-        if 4 * state.n_samples >= 5 * state.n_chosen:
-            left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=2 if is_first else 1)
-            n_chosen = len(g) if is_first else state.n_samples
+        if self._pending is None and 4 * state.n_samples >= 5 * state.n_chosen:
+            left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=1 if state.n_samples else 2)
+            n_chosen = state.n_samples or len(g)
         else:
             outputs, inputs, n_chosen = state.outputs, state.inputs, state.n_chosen
             left = state.left + _left_image(g, x, inputs)

@@ -125,8 +125,8 @@ class Moments:
 def _orthonormal(rows: Tensor) -> Tensor:
     """Make nearly orthonormal rows [k, d] orthonormal, each staying where it points."""
     q, r = torch.linalg.qr(rows.T)
-    turned: Tensor = (q * r.diagonal().sign()).T
-    return turned
+    directions: Tensor = (q * r.diagonal().sign()).T
+    return directions
 
 
 def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:

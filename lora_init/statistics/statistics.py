@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
-from lora_init.statistics.gradient_spectrum import GradientSpectrum, importance, weighted_group
+from lora_init.statistics.gradient_spectrum import GradientSpectrum, importance
 from lora_init.statistics.spectrum import Spectrum, Variances
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)  # 1 had no gradients
+_BY_GRADIENT = " by gradient"  # follows the name of a layer in the names of its tensors
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ class Statistics(Mapping[str, Spectrum]):
         }
         for name, gradient in self.gradients.items():
             header["gradients"][name], parts = gradient.pack()
-            tensors |= {f"{weighted_group(name)}/{part}": tensor for part, tensor in parts.items()}
+            tensors |= {f"{name}{_BY_GRADIENT}/{part}": tensor for part, tensor in parts.items()}
         return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
     @classmethod
@@ -305,7 +306,10 @@ class Statistics(Mapping[str, Spectrum]):
         """
         file = TensorFile(path, FORMAT, *_READABLE)
         with file.checking("its header"):
-            header = file.header
+            header = {"gradients": {}, **file.header}
+            for part in ("layers", "groups", "unsupported", "gradients"):
+                if not isinstance(header[part], dict):
+                    raise file.changed(f"its {part}")
             layers: dict[str, list[Any]] = header["layers"]
             shares = {name: group["held_out"] for name, group in header["groups"].items()}
             known = {one.name for one in fields(Provenance)}
@@ -319,7 +323,7 @@ class Statistics(Mapping[str, Spectrum]):
                 provenance=Provenance(**{name: part for name, part in header["provenance"].items() if name in known}),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
                 unsupported=header["unsupported"],
-                gradients=_StoredGradients(file, dict(header.get("gradients", {}))),
+                gradients=_StoredGradients(file, header["gradients"]),
             )
         statistics._check(file)
         return statistics
@@ -397,7 +401,7 @@ class _StoredGradients(Mapping[str, GradientSpectrum]):
     def __getitem__(self, name: str) -> GradientSpectrum:
         numbers = self._numbers[name]
         with self._file.checking(f"the gradient of layer {name!r}"):
-            return GradientSpectrum.unpack(numbers, lambda part: self._file.tensor(f"{weighted_group(name)}/{part}"))
+            return GradientSpectrum.unpack(numbers, lambda part: self._file.tensor(f"{name}{_BY_GRADIENT}/{part}"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)

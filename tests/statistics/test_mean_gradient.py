@@ -121,6 +121,38 @@ def test_what_was_saved_goes_on_bit_for_bit():
     assert MeanGradient(8).load_state_dict(MeanGradient(8).state_dict()).n_samples == 0
 
 
+def test_batches_that_cancel_leave_nothing_behind():
+    """Two of 100 times the size, first; then the estimate is that of the others alone."""
+    data = batches(d_out=60, d_in=80)
+    g, x = data[0]
+    left, _, right = fitted([(100 * g, x), (-100 * g, x), *data], 4).triplets(4)
+    best = torch.linalg.svdvals(exact(data))[:4].square().sum()
+    assert float((exact(data) @ right.double().T).square().sum() / best) > 0.98
+    assert float((left.double() @ exact(data)).square().sum() / best) > 0.98
+
+
+def slowly_falling(n_batches=24, width=96):
+    """Noise beside a mean of slowly falling singular values, as gradients have it."""
+    generator = torch.Generator().manual_seed(0)
+    turns = [torch.linalg.qr(torch.randn(width, width, generator=generator)).Q for _ in range(2)]
+    scale = torch.arange(1.0, width + 1) ** -0.7
+    for _ in range(n_batches):
+        code = torch.randn(200, width, generator=generator)
+        noise = torch.randn(200, width, generator=generator)
+        yield (scale * (code + noise)) @ turns[0], (code + 0.5 * noise.flip(1)) @ turns[1]
+
+
+def test_both_sides_are_near_the_best_and_so_are_the_left_vectors_after_the_first():
+    data = list(slowly_falling())
+    left, _, right = fitted(data, 16).triplets(16)
+    u, s, _ = torch.linalg.svd(exact(data))
+    best = s[:8].square().sum()
+    assert float((left[:8].double() @ exact(data)).square().sum() / best) > 0.99
+    assert float((exact(data) @ right[:8].double().T).square().sum() / best) > 0.99
+    # The B of lora-ga.
+    assert float((left[8:].double() @ u[:, 8:16]).square().sum() / 8) > 0.8
+
+
 def test_no_gradient_at_all_has_no_triplets():
     mean = fitted([(torch.zeros(9, 4), torch.randn(9, 6))], 2)
     left, values, right = mean.triplets(2)
