@@ -145,3 +145,50 @@ def test_a_place_that_cannot_be_written_is_said(stats, tmp_path):
         stats.save(tmp_path / "file" / "stats.safetensors")
     with pytest.raises(LoraInitError, match="cannot be written"):
         stats.save(tmp_path)
+
+
+def test_it_shows_itself_in_one_line_and_as_a_table(stats, path):
+    for one in (stats, Statistics.load(path)):
+        assert repr(one) == "Statistics(6 layers of LlamaForCausalLM, 4 inputs, 4 batches, 144 rows)"
+        assert one._repr_html_().startswith("<p>Statistics(6 layers")
+        table = one.to_pandas()
+        assert list(table.index) == list(one)
+        name = "model.layers.0.mlp.down_proj"
+        assert (table.loc[name, "in_features"], table.loc[name, "n_components"]) == (48, 4)
+        assert table.loc[name, "captured"] == pytest.approx(float(one.explained_variance_ratio(name).sum()))
+        assert table.loc[name, "held_out"] == one.held_out[one.group_of[name]]
+
+
+def rewritten(path, change):
+    """The file with another header, its digests right."""
+    file = TensorFile(path, FORMAT, FORMAT_VERSION)
+    header = {key: value for key, value in file.header.items() if key != "digests"}
+    change(header)
+    return write_tensors(path, FORMAT, FORMAT_VERSION, header, {n: file.tensor(n) for n in file.header["digests"]})
+
+
+def test_fields_of_provenance_come_and_go(stats, path):
+    """Those that an older file lacks have their defaults, those of a newer one are left out."""
+
+    def change(header):
+        del header["provenance"]["complete"], header["provenance"]["settings"]
+        header["provenance"]["weather"] = "fair"
+
+    made = Statistics.load(rewritten(path, change)).provenance
+    assert made.complete is True and made.settings == {} and made.data == stats.provenance.data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["provenance"].update(seconds=3),
+        lambda header: header["provenance"].update(notes=[1]),
+        lambda header: header["unsupported"].update(a=None),
+        lambda header: header.update(layers=[]),
+        lambda header: header["layers"]["model.layers.0.mlp.down_proj"].__setitem__(2, 32),
+        lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(total_variance="x"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(path, change):
+    with pytest.raises(LoraInitError, match="is not what was written"):
+        Statistics.load(rewritten(path, change))
