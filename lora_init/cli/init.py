@@ -479,6 +479,8 @@ def summarise(
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print what `summarise` returned."""
+    from lora_init.planning.plan import serving_note
+
     ranks = summary["ranks"]
     given = [rank for rank in ranks.values() if rank]
     change = summary["parameters"] / summary["uniform_parameters"] - 1
@@ -499,6 +501,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(rank_table(ranks))
     console.print()
     console.print(facts(rows))
+    console.print(serving_note(ranks), markup=False)
     for note in summary["notes"][:_SHOWN_NOTES]:
         console.print(f"note: {note}")
     if len(summary["notes"]) > _SHOWN_NOTES:

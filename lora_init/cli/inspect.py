@@ -21,6 +21,7 @@ from lora_init.cli.console import (
 )
 from lora_init.cli.tables import facts, finite, group_by_kind, rank_table
 from lora_init.errors import LoraInitError, first_line
+from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -330,6 +331,10 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
 
 
 def _adapter_view(about: Mapping[str, Any]) -> list[RenderableType]:
+    from rich.text import Text
+
+    from lora_init.planning.plan import serving_note
+
     ranks = about["ranks"]
     extras = [text for flag, text in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if about[flag]]
     head = {
@@ -355,4 +360,15 @@ def _adapter_view(about: Mapping[str, Any]) -> list[RenderableType]:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
     else:
         head["start"] = "unknown: lora_init did not make it"
-    return [facts(head), "", rank_table(ranks)]
+    return [facts(head), "", rank_table(ranks), "", Text(serving_note(_with_gaps(ranks)))]
+
+
+def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Add the layers that have no adapter while others of their kind have one: they are not in the directory."""
+    grid, whole = layer_grid(ranks), dict(ranks)
+    for kind in grid.kinds:
+        layers = grid.of_kind(kind)
+        block, name = next(iter(layers.items()))
+        gaps = [other for other in grid.blocks if other >= 0 and other not in layers]
+        whole |= {name.replace(f".{block}.", f".{other}.", 1): 0 for other in gaps if block >= 0}
+    return whole

@@ -175,3 +175,18 @@ def test_adapters_with_damage_anywhere_are_one_line(made, tmp_path):
         result = run("inspect", tmp_path)
         assert result.exit_code in (0, 1) and "unexpected" not in result.stderr, result.stderr
         assert result.exit_code == 0 or len(result.stderr.splitlines()) == 1
+
+
+def test_an_adapter_says_which_engines_take_it_and_gaps_count(made, tmp_path):
+    from lora_init import Statistics, build_adapter
+
+    stats = Statistics.load(made / "s.safetensors")
+    whole = dict.fromkeys(stats, 8)
+    first = next(iter(whole))
+    for name, ranks, part in (
+        ("whole", whole, "SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is"),
+        ("gap", whole | {first: 0}, "PEFT and vLLM (--max-lora-rank 8) take this adapter as it is"),
+    ):
+        build_adapter(stats, ranks).save_pretrained(tmp_path / name)
+        result = run("inspect", tmp_path / name)
+        assert result.exit_code == 0 and part in " ".join(result.stdout.split()), result.stdout
