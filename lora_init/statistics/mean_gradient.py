@@ -59,9 +59,9 @@ class MeanGradient:
     batches that cancel leave nothing. G is estimated from both (generalised Nystrom, Nakatsukasa 2020), which is exact
     for a sum of rank l at most.
 
-    The better Q and V fit the singular vectors, the less is missed. So whenever the rows have become a quarter more,
-    before a batch is added, they are chosen anew by one step of subspace iteration on the estimate and that batch, and
-    the estimate takes the place of the sums. That loses what it misses, so it waits for the third batch.
+    The better Q and V fit the singular vectors, the less is missed. So before a batch is added, they are chosen anew
+    whenever there are half as many rows again as the last time: by one step of subspace iteration on the estimate and
+    that batch. The estimate takes the place of the sums. That loses what it misses, so it waits for the third batch.
 
     The sum of the squares of g is exact, so that scores of layers have one unit.
 
@@ -107,7 +107,7 @@ class MeanGradient:
         g, x = g.float(), x.float()
         state = self._pending or self._state or self._empty(g, x)
         state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
-        if self._pending is None and 4 * state.n_samples >= 5 * state.n_chosen:
+        if self._pending is None and 2 * state.n_samples >= 3 * state.n_chosen:
             left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=1 if state.n_samples else 2)
             n_chosen = state.n_samples or len(g)
         else:
