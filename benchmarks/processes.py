@@ -45,7 +45,7 @@ def pass_of_one(arguments: argparse.Namespace) -> None:
     setting = getattr(settings, arguments.setting)(arguments.batches, 0)
     sent: list[int] = []
     send = Processes._send
-    Processes._send = lambda self, content: (sent.append(len(content)), send(self, content))[1]  # type: ignore[assignment,method-assign]
+    Processes._send = lambda self, content, to: (sent.append(len(content)), send(self, content, to))[1]  # type: ignore[assignment,method-assign]
     start = time.perf_counter()
     stats = collect(
         setting.model, setting.seen, rank=16, max_batches=arguments.batches, tolerance=0.0, progress=False,

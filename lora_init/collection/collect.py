@@ -264,7 +264,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     run = Pass(hooks, options, job.forward, backward)
 
     def save() -> None:
-        so_far = processes.merge(run.found, options.read)
+        so_far = processes.merge(run.found)
         if so_far is not None and file is not None and any(so_far.n_batches):
             _write(file, _frozen(job, so_far, earlier))
 

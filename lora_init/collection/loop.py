@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lora_init.collection.activations import ActivationHooks, Forward
 from lora_init.collection.backward import BackwardHooks
-from lora_init.collection.processes import Processes, Shard
+from lora_init.collection.processes import Processes, Shard, from_bytes, to_bytes
 from lora_init.collection.state import Collected, GroupRecord, falls_sharply, has_converged
 from lora_init.errors import LoraInitError, is_out_of_memory
 from lora_init.layers.wrappers import run_eagerly
@@ -53,10 +53,6 @@ class PassOptions:
     def empty_mean(self) -> MeanGradient:
         """Make the mean gradient of a layer."""
         return MeanGradient(self.n_triplets, self.seed)
-
-    def read(self, content: bytes) -> Collected:
-        """Make what another process has found of its bytes."""
-        return Collected.from_bytes(content, self.empty_svd, self.empty_mean)
 
 
 class Pass:
@@ -227,11 +223,10 @@ def run_pass(
         if processes.size > 1:  # outside of what can be interrupted in one process alone
             raise
         run.found.stop_reason = "interrupted"
-    whole = processes.merge(run.found, run.options.read)
-    if processes.size > 1:
-        whole = run.options.read(processes.share(None if whole is None else whole.to_bytes()))
-    assert whole is not None  # of one process, or shared
-    return whole
+    whole = processes.merge(run.found)
+    if processes.size > 1:  # rank 0 reads the bytes, too: all do the same with them
+        return from_bytes(processes.share(whole and to_bytes(whole)))
+    return run.found
 
 
 def _take_all(

@@ -8,16 +8,16 @@ group.
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, save
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from lora_init.collection.state import Collected
@@ -77,24 +77,18 @@ class Processes:
         return [int(number) for number in total]
 
     def gather(self, value: Any) -> list[Any]:
-        """Give all processes the JSON-serialisable values of all, by rank."""
-        if self.size == 1:
-            return [value]
-        content = _to_tensor(json.dumps(value).encode())
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._named_errors():
-            torch.distributed.all_gather(sizes, torch.tensor([len(content)]), group=self._group)
-            padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-            parts = [torch.empty_like(padded) for _ in sizes]
-            padded[: len(content)] = content
-            torch.distributed.all_gather(parts, padded, group=self._group)
-        return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
+        """Give all processes the values of all, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self._named_errors():
+                torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
 
     def check_alike(self, asked: Mapping[str, Any]) -> None:
         """Check that all processes were given the same things.
 
         Args:
-            asked: What has to be the same: setting to JSON-serialisable value.
+            asked: What has to be the same, by setting.
 
         Raises:
             LoraInitError: They differ, on every rank: says what differs and where.
@@ -108,57 +102,53 @@ class Processes:
                         "Give all processes the same model and arguments."
                     )
 
-    def merge(self, found: Collected, read: Callable[[bytes], Collected]) -> Collected | None:
-        """Merge what all processes have found, in the order of their ranks. `found` is not changed.
+    def merge(self, found: Collected) -> Collected | None:
+        """Merge what all processes have found: those of two neighbours, then of two such pairs, and so on.
 
         Args:
-            found: What this process has found.
-            read: Makes a `Collected` of its bytes.
+            found: What this process has found. Not changed.
 
         Returns:
             What all have found, on rank 0; None on the others.
         """
         if self.size == 1:
             return found
-        content = found.to_bytes()
+        whole, step = from_bytes(to_bytes(found)), 1
         with self._named_errors():
-            if self.rank:
-                self._send(content)
-                return None
-            whole = read(content)
-            for rank in range(1, self.size):
-                whole.merge(read(self._receive(rank)))
+            while step < self.size:
+                if self.rank % (2 * step):
+                    self._send(to_bytes(whole), self.rank - step)
+                    return None
+                if self.rank + step < self.size:
+                    received: list[Any] = [None]
+                    torch.distributed.recv_object_list(received, self.rank + step, group=self._group)
+                    whole.merge(from_bytes(received[0]))
+                step *= 2
         return whole
 
-    def share(self, content: bytes | None, source: int = 0) -> bytes:
-        """Give all processes the bytes that the process of rank `source` has."""
-        if self.size == 1:
-            assert content is not None
-            return content
-        tensor = _to_tensor(content or b"")
-        size = torch.tensor([len(tensor)])
-        with self._named_errors():
-            torch.distributed.broadcast(size, source, group=self._group)
-            if self.rank != source:
-                tensor = torch.empty(int(size), dtype=torch.uint8)
-            torch.distributed.broadcast(tensor, source, group=self._group)
-        return tensor.numpy().tobytes()
+    def _send(self, content: bytes, to: int) -> None:
+        torch.distributed.send_object_list([content], to, group=self._group)
 
-    def _send(self, content: bytes) -> None:
-        tensor = _to_tensor(content)
-        torch.distributed.send(torch.tensor([len(tensor)]), 0, group=self._group)
-        torch.distributed.send(tensor, 0, group=self._group)
-
-    def _receive(self, rank: int) -> bytes:
-        size = torch.zeros(1, dtype=torch.int64)
-        torch.distributed.recv(size, rank, group=self._group)
-        tensor = torch.empty(int(size), dtype=torch.uint8)
-        torch.distributed.recv(tensor, rank, group=self._group)
-        return tensor.numpy().tobytes()
+    def share(self, value: Any, source: int = 0) -> Any:
+        """Give all processes what the process of rank `source` has; no tensors but those on the CPU."""
+        values = [value]
+        if self.size > 1:
+            with self._named_errors():
+                torch.distributed.broadcast_object_list(values, source, group=self._group)
+        return values[0]
 
 
-def _to_tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+def to_bytes(found: Collected) -> bytes:
+    """Write what a pass has found as bytes, for `from_bytes`."""
+    buffer = io.BytesIO()
+    torch.save(found, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(content: bytes) -> Collected:
+    """Read what `to_bytes` wrote, here or in another process: onto the CPU, since a GPU may be another's."""
+    found: Collected = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+    return found
 
 
 class Shard(NamedTuple):
@@ -234,21 +224,11 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], i
 
 def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> Any:
     """Give a batch to run a sharded model on: the first one, or that of another process to one that has none."""
-    without = [rank for rank, found in enumerate(digests) if not found]
-    if not without or len(without) == processes.size:
-        return first[0] if first else None
-    lender = next(rank for rank, found in enumerate(digests) if found)
-    content = b""
-    if processes.rank == lender and isinstance(first[0], Mapping):
-        tensors = {name: value for name, value in first[0].items() if isinstance(value, Tensor)}
-        content = save({name: value.cpu().contiguous() for name, value in tensors.items()})
-    lent = processes.share(content, lender)
-    if not lent:
-        raise LoraInitError(
-            f"rank {without[0]} has no batch, and a sharded model runs in all processes together. Batches that are not "
-            "mappings of names to tensors cannot be lent. Give every process at least one batch."
-        )
-    return first[0] if first else load(lent)
+    having = [rank for rank, found in enumerate(digests) if found]
+    if having and len(having) < processes.size:
+        lent = processes.share(send_to_device(first, "cpu"), having[0])
+        first = first or lent
+    return first[0] if first else None
 
 
 def _gives_each_its_own(batches: Any) -> bool:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.mean_gradient import MeanGradient
 
 # Batches before which no layer can count as converged: the held-out share of so few says little.
 MIN_BATCHES = 8
-_HEADER = "header"
 
 
 @dataclass
@@ -131,54 +124,3 @@ class Collected:
         self.n_calls = dict(Counter(self.n_calls) | Counter(other.n_calls))  # the larger of each
         self.n_batches = self.n_batches + other.n_batches
         self.seconds = {part: max(value, other.seconds[part]) for part, value in self.seconds.items()}
-
-    def to_bytes(self) -> bytes:
-        """Write everything as the bytes of a safetensors file: this is what travels between processes."""
-        tensors: dict[str, Tensor] = {}
-        header: dict[str, Any] = {
-            "n_labels": self.n_labels,
-            "group_of": self.group_of,
-            "n_calls": self.n_calls,
-            "n_batches": self.n_batches,
-            "stop_reason": self.stop_reason,
-            "seconds": self.seconds,
-            "gradients": list(self.gradients),
-        }
-        for kind in ("groups", "weighted"):
-            header[kind] = {}
-            for i, (name, record) in enumerate(getattr(self, kind).items()):
-                header[kind][name] = [record.shares, record.converged_at]
-                tensors |= {f"{kind}/{i}/{part}": tensor for part, tensor in record.svd.state_dict().items()}
-        for i, mean in enumerate(self.gradients.values()):
-            tensors |= {f"gradients/{i}/{part}": tensor for part, tensor in mean.state_dict().items()}
-        tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-
-    @classmethod
-    def from_bytes(
-        cls, content: bytes, make: Callable[[bool], IncrementalSVD], make_mean: Callable[[], MeanGradient]
-    ) -> Collected:
-        """Read what `to_bytes` wrote.
-
-        Args:
-            content: The bytes.
-            make: Makes an empty decomposition, of weighted rows or of others.
-            make_mean: Makes an empty mean gradient.
-        """
-        tensors = load(content)
-        header = json.loads(tensors.pop(_HEADER).numpy().tobytes())
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, number, part = key.split("/", 2)
-            parts.setdefault(f"{kind}/{number}", {})[part] = tensor
-        found = cls(**{name: header[name] for name in ("n_labels", "group_of", "n_calls", "n_batches", "stop_reason")})
-        found.seconds = header["seconds"]
-        for kind in ("groups", "weighted"):
-            records = getattr(found, kind)
-            for i, (name, (shares, converged_at)) in enumerate(header[kind].items()):
-                svd = make(kind == "weighted").load_state_dict(parts.get(f"{kind}/{i}", {}))
-                pairs = [(step, share) for step, share in shares]  # JSON has lists
-                records[name] = GroupRecord(svd, pairs, converged_at)
-        for i, name in enumerate(header["gradients"]):
-            found.gradients[name] = make_mean().load_state_dict(parts.get(f"gradients/{i}", {}))
-        return found

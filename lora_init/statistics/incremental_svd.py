@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -307,6 +307,10 @@ class IncrementalSVD:
         check_rows(state.directions, self._state.directions.shape[1])
         self._add(state.to(self._state.directions.device).rows())
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._take_gathered()  # so that less is sent to another process
+        return vars(self)
 
     def spectrum(self) -> Spectrum:
         """Freeze the present estimate: at most `n_components` components, fewer where the rows span fewer directions.
