@@ -377,8 +377,7 @@ class StatisticsFile:
         stats = Statistics.load(self.path)
         made = stats.provenance
         if made.fingerprint != fingerprint(model):
-            origin = f"{made.model_class} {made.model_id}".strip()
-            raise LoraInitError(f"{self.path} was made from another model ({origin}). Name the file of this one.")
+            raise LoraInitError(f"{self.path} was made from another model ({made.model}). Name the file of this one.")
         found = find_targets(model, **selection)
         wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
         if wanted != there:

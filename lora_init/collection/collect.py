@@ -275,6 +275,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     if not sum(whole.n_batches) and earlier is None and whole.stop_reason != "interrupted":
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
     result = _frozen(job, whole, earlier)
+    result.gradients = _with_importance(job, result)
     if file is not None and processes.rank == 0 and result.provenance.n_batches:
         _write(file, result)
     return result
@@ -352,8 +353,7 @@ def _earlier(job: _Job) -> Statistics | None:
         if made == asked or (setting == "gradients" and made):
             continue
         if setting == "fingerprint":
-            origin = f"{earlier.provenance.model_class} {earlier.provenance.model_id}".strip()
-            raise OtherSettingsError(f"{file} was made from another model ({origin}).")
+            raise OtherSettingsError(f"{file} was made from another model ({earlier.provenance.model}).")
         raise OtherSettingsError(f"{file} was made with {setting} {made!r}, and {asked!r} is asked for.")
     earlier.provenance.settings.setdefault("used", [earlier.provenance.n_batches])
     return earlier
@@ -380,8 +380,12 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
         # A process whose first batch did not reach all layers took its input for one of its own.
         if record.svd.n_samples and found.group_of.get(name, name) == name
     }
-    gradients = _gradients(job, found)
     layers = job.targets.layers
+    gradients = {
+        name: freeze_gradient(found.gradients[name], found.weighted[name].svd.spectrum(), found.n_labels)
+        for name in layers
+        if name in found.gradients and found.gradients[name].n_samples
+    }
     ran = [
         name
         for name in layers
@@ -413,14 +417,16 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
     return result if earlier is None else _continued(job, earlier, result)
 
 
-def _gradients(job: _Job, found: Collected) -> dict[str, GradientSpectrum]:
-    frozen = {}
-    for name in job.targets.layers:  # in one order in all processes, which gather sharded weights together
-        if name in found.weighted and name in found.gradients and found.gradients[name].n_samples:
-            weighted = found.weighted[name].svd.spectrum()
-            weight = _weight(job, name)
-            frozen[name] = freeze_gradient(found.gradients[name], weighted, found.n_labels, weight)
-    return frozen
+def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectrum]:
+    """Complete the gradients by what needs the weights; all processes do it together, for they may hold parts of them.
+
+    A weight that cannot be read as such leaves the importance unknown.
+    """
+    complete = {}
+    for name, gradient in result.gradients.items():
+        weight = _weight(job, name)
+        complete[name] = gradient if weight is None else gradient.with_importance(weight)
+    return complete
 
 
 def _weight(job: _Job, name: str) -> Tensor | None:
@@ -443,10 +449,6 @@ def _continued(job: _Job, earlier: Statistics, later: Statistics) -> Statistics:
         complete=new.complete,
         settings={**new.settings, "used": used},
     )
-    for name in merged if job.provenance.gradients else ():
-        weight = _weight(job, name)
-        if weight is not None:
-            merged.set_importance(name, weight)
     return merged
 
 

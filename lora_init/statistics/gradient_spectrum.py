@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lora_init.statistics.mean_gradient import MeanGradient
 from lora_init.statistics.spectrum import Spectrum
+
+_TENSORS = ("left", "singular_values", "right", "output_moment")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +31,8 @@ class GradientSpectrum:
         singular_values: Its singular values, falling, float64 [k].
         right: Its right singular vectors, float32 [k, d_in].
         output_moment: E g^2 at each output, float64 [d_out]; its sum is E |g|^2.
-        importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets. NaN after a merge, which
-            does not know W.
+        importance: Mean of |W * G| over all entries, GoRA's measure; G from its triplets. NaN where W is not known:
+            after a merge, and in the file of a pass that has not ended.
         n_samples: Number of tokens that G and `output_moment` are of: all of the pass, while `weighted` may have seen
             enough before its end.
     """
@@ -52,14 +54,8 @@ class GradientSpectrum:
             "importance": None if math.isnan(self.importance) else self.importance,
             "n_tokens": self.n_samples,
         }
-        return numbers, {
-            "components": weighted.components,
-            "explained_variance": weighted.explained_variance,
-            "left": self.left,
-            "singular_values": self.singular_values,
-            "right": self.right,
-            "output_moment": self.output_moment,
-        }
+        tensors = {"components": weighted.components, "explained_variance": weighted.explained_variance}
+        return numbers, tensors | {name: getattr(self, name) for name in _TENSORS}
 
     @classmethod
     def unpack(cls, numbers: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> GradientSpectrum:
@@ -69,39 +65,36 @@ class GradientSpectrum:
             numbers: The plain values.
             tensor: Gives a tensor by its name.
         """
-        components = tensor("components")
-        weighted = Spectrum(
-            components, tensor("explained_variance"), float(numbers["total_variance"]),
-            torch.zeros(components.shape[1]), int(numbers["n_samples"]),
-        )  # fmt: skip
-        left, values, right = (tensor(name) for name in ("left", "singular_values", "right"))
-        # Files from before this number was kept have divided by the other one.
-        n_samples = int(numbers.get("n_tokens", weighted.n_samples))
-        importance = math.nan if numbers["importance"] is None else float(numbers["importance"])
-        return cls(weighted, left, values, right, tensor("output_moment"), importance, n_samples)
+        components, along = tensor("components"), tensor("explained_variance")
+        n_samples, total = int(numbers["n_samples"]), float(numbers["total_variance"])
+        return cls(
+            weighted=Spectrum(components, along, total, torch.zeros(components.shape[1]), n_samples),
+            importance=math.nan if numbers["importance"] is None else float(numbers["importance"]),
+            # Files from before this number was kept have divided by the other one.
+            n_samples=int(numbers.get("n_tokens", n_samples)),
+            **{name: tensor(name) for name in _TENSORS},
+        )
+
+    def with_importance(self, weight: Tensor) -> GradientSpectrum:
+        """Compute the importance from the weight of the layer, [d_out, d_in]."""
+        scaled = (self.singular_values[:, None] * self.right.double()).to(weight.device, torch.float32)  # [k, d_in]
+        total = 0.0
+        for start in range(0, len(weight), 256):  # in slices of rows, so that G is never there as a whole
+            rows = weight[start : start + 256].float()
+            total += float(
+                (rows * (self.left[:, start : start + 256].to(scaled).T @ scaled)).abs().sum(dtype=torch.float64)
+            )
+        return replace(self, importance=total / max(weight.numel(), 1))
 
 
-def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int, weight: Tensor | None) -> GradientSpectrum:
-    """Make the result of a layer.
+def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int) -> GradientSpectrum:
+    """Make the result of a layer; its importance is not known yet.
 
     Args:
         mean: Sum of the gradients of the summed loss over all batches.
         weighted: Decomposition of the weighted rows.
         n_labels: Labels of all batches: divided by them the sum is the gradient of the mean loss.
-        weight: Of the layer, [d_out, d_in]; None if it is not known.
     """
     left, values, right = mean.triplets(mean.n_components)
-    values = values / max(n_labels, 1)
-    measure = 0.0 if weight is None else importance(weight.detach(), left, values, right)
     moment = mean.squares / max(mean.n_samples, 1)
-    return GradientSpectrum(weighted, left, values, right, moment, measure, mean.n_samples)
-
-
-def importance(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> float:
-    """Average |W * G| in slices of rows, so that G is never there as a whole."""
-    scaled = (values[:, None] * right.double()).to(weight.device, torch.float32)  # [k, d_in]
-    total = 0.0
-    for start in range(0, len(weight), 256):
-        rows = weight[start : start + 256].float()
-        total += float((rows * (left[:, start : start + 256].to(scaled).T @ scaled)).abs().sum(dtype=torch.float64))
-    return total / max(weight.numel(), 1)
+    return GradientSpectrum(weighted, left, values / max(n_labels, 1), right, moment, math.nan, mean.n_samples)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from graphlib import TopologicalSorter
+from itertools import pairwise
 
 import torch
 
@@ -31,37 +34,29 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
     size = _common_size([part.variances.values() for part in parts])
     group_of, sources = _grouping(parts)
     groups: dict[str, Spectrum] = {}
-    held_out: dict[str, float] = {}
     for name, source in sources.items():
-        having = [(part, group) for part, group in zip(parts, source, strict=True) if group is not None]
-        spectra = [part.groups[group] for part, group in having]
-        if len(spectra) == 1:
-            groups[name] = _cut(spectra[0], size)
-            held_out[name] = having[0][0].held_out.get(having[0][1], math.nan)
-            continue
         shares = None
         if weights is not None:
-            of_data = [weight for weight, group in zip(weights, source, strict=True) if group is not None]
-            counts = [weight * _routed(part, group) for weight, (part, group) in zip(of_data, having, strict=True)]
+            counts = [weights[i] * _routed(parts[i], group) for i, group in source.items()]
             shares = [count / sum(counts) for count in counts]
-        groups[name] = mix(spectra, size, shares)
-        # Nobody has tested the components of several parts on rows that they had not seen.
-        held_out[name] = math.nan
-    missing = {name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of}
+        groups[name] = mix([parts[i].groups[group] for i, group in source.items()], size, shares)
+    # Nobody has tested the components of several parts on rows that they had not seen.
+    held_out = dict.fromkeys(groups, math.nan)
+    for name, source in sources.items():
+        if len(source) == 1:
+            ((i, group),) = source.items()
+            held_out[name] = parts[i].held_out.get(group, math.nan)
     targets = {name: target for part in reversed(parts) for name, target in part.targets.items()}
-    provenance = replace(
-        _provenance(parts, weights),
-        n_samples=max(one.n_samples for one in groups.values()),
-        notes=[*_origins(parts, weights, size), *_notes(parts, missing)],
-    )
+    provenance = _provenance(parts, weights)
+    provenance.notes.extend([*_origins(parts, weights, size), *_notes(parts)])
     merged = Statistics(
         groups=groups,
         group_of=group_of,
         targets={name: targets[name] for name in group_of},
-        provenance=provenance,
+        provenance=replace(provenance, n_samples=max(one.n_samples for one in groups.values())),
         held_out=held_out,
-        unsupported=missing,
-        gradients=_merge_gradients(parts, weights, list(group_of)),
+        unsupported={name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of},
+        gradients=_merge_gradients(parts, weights, list(group_of)) if provenance.gradients else {},
     )
     provenance.notes.extend(notes_on_experts(merged))
     return merged
@@ -98,6 +93,9 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         >>> torch.allclose(mix(parts, 3).explained_variance, whole.explained_variance, rtol=1e-5)
         True
     """
+    if len(spectra) == 1:
+        one = spectra[0]
+        return replace(one, components=one.components[:size], explained_variance=one.explained_variance[:size])
     n_samples = sum(one.n_samples for one in spectra)
     # How many rows each set counts for.
     counts = [one.n_samples if shares is None else shares[i] * n_samples for i, one in enumerate(spectra)]
@@ -113,16 +111,6 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         noise += one.noise_variance * degrees
     weights, directions = principal_directions(torch.cat(rows), size)
     return freeze(Moments(n_samples, mean, scatter), directions, weights + noise)
-
-
-def _cut(spectrum: Spectrum, size: int) -> Spectrum:
-    """Keep at most `size` components, in tensors of its own."""
-    return replace(
-        spectrum,
-        components=spectrum.components[:size].clone(),
-        explained_variance=spectrum.explained_variance[:size].clone(),
-        mean=spectrum.mean.clone(),
-    )
 
 
 def _common_size(variances: Iterable[Iterable[Variances]]) -> int:
@@ -158,31 +146,25 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
         )
 
 
-def _names(parts: Sequence[Statistics]) -> list[str]:
-    """Name each part for an error: its file, or which of them it is."""
-    return [str(part.path or f"part {i}") for i, part in enumerate(parts, start=1)]
-
-
 def _check_parts(parts: Sequence[Statistics]) -> None:
     """Refuse parts that are not about the same layers of one model, read the same way, or that are the same part."""
-    names = _names(parts)
-    for i, part in enumerate(parts):
-        if i:
-            _check_alike(parts[0], part, names[0], names[i])
-        for other, other_name in zip(parts[:i], names, strict=False):
-            if _are_equal(part, other):
-                raise LoraInitError(
-                    f"{names[i]} and {other_name} hold the same statistics, so the same rows would count twice. "
-                    "Leave one out."
-                )
+    names = [str(part.path or f"part {i}") for i, part in enumerate(parts, start=1)]
+    seen: dict[tuple[tuple[str, float, int], ...], str] = {}
+    for name, part in zip(names, parts, strict=True):
+        _check_alike(parts[0], part, names[0], name)
+        rows = tuple((group, one.total, one.n_samples) for group, one in part.variances.items())
+        if rows in seen:
+            raise LoraInitError(
+                f"{name} and {seen[rows]} hold the same statistics, so the same rows would count twice. Leave one out."
+            )
+        seen[rows] = name
 
 
 def _check_alike(first: Statistics, other: Statistics, first_name: str, other_name: str) -> None:
     one, two = first.provenance, other.provenance
     if one.fingerprint != two.fingerprint:
-        models = [f"{made.model_class} {made.model_id}".strip() for made in (one, two)]
         raise LoraInitError(
-            f"{other_name} was made from another model ({models[1]}) than {first_name} ({models[0]}). "
+            f"{other_name} was made from another model ({two.model}) than {first_name} ({one.model}). "
             "Merge statistics of one model."
         )
     for setting in _ALIKE:
@@ -203,69 +185,45 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
         )
 
 
-def _are_equal(part: Statistics, other: Statistics) -> bool:
-    """Tell whether two parts saw the same rows, by their variances."""
-    return part.variances.keys() == other.variances.keys() and all(
-        ours[1:] == theirs[1:] and torch.equal(ours.along, theirs.along)
-        for ours, theirs in ((part.variances[name], other.variances[name]) for name in part.variances)
-    )
-
-
-def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, list[str | None]]]:
+def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, dict[int, str]]]:
     """Group the layers that share a group in every part.
 
     Returns:
-        For each layer, in model order, the name of its group; for each group, what it is called in each part, None
-        where a part lacks it. Groups of experts follow that of their parameter.
+        For each layer, in model order, the name of its group; for each group, the parts that have it, by number, and
+        what it is called there. Groups of experts follow that of their parameter.
     """
-    leaders: dict[tuple[str | None, ...], str] = {}
+    order: TopologicalSorter[str] = TopologicalSorter({name: () for part in parts for name in part.group_of})
+    for part in parts:
+        for before, name in pairwise(part.group_of):
+            order.add(name, before)
+    leaders: dict[tuple[tuple[int, str], ...], str] = {}
     group_of: dict[str, str] = {}
-    sources: dict[str, list[str | None]] = {}
-    for name in _in_order([list(part.group_of) for part in parts]):
-        source = [part.group_of.get(name) for part in parts]
-        group_of[name] = leaders.setdefault(tuple(source), name)
+    sources: dict[str, dict[int, str]] = {}
+    for name in order.static_order():
+        source = {i: part.group_of[name] for i, part in enumerate(parts) if name in part.group_of}
+        group_of[name] = leaders.setdefault(tuple(source.items()), name)
         sources.setdefault(group_of[name], source)
-        experts = next(part.targets[name].experts for part in parts if name in part.targets)
-        for group in (expert_group(name, expert) for expert in range(experts)):
-            if any(group in part.groups for part in parts):
-                sources[group] = [group if group in part.groups else None for part in parts]
+        for expert in range(parts[min(source)].targets[name].experts):
+            group = expert_group(name, expert)
+            having = {i: group for i, part in enumerate(parts) if group in part.groups}
+            if having:
+                sources[group] = having
     return group_of, sources
-
-
-def _in_order(orders: Sequence[Sequence[str]]) -> list[str]:
-    """Unite lists that are each in model order: what only a later one has goes behind what it has before it."""
-    united = list(orders[0])
-    for order in orders[1:]:
-        known, behind, last = set(united), {"": list[str]()}, ""
-        for name in order:
-            if name in known:
-                last = name
-            else:
-                behind.setdefault(last, []).append(name)
-        united = behind[""] + [each for name in united for each in (name, *behind.get(name, ()))]
-    return united
 
 
 def _routed(part: Statistics, group: str) -> float:
     """Share of the router's choices that fell on an expert; 1 for what is no expert."""
     if group in part.targets:
         return 1.0
-    parameter = group.rpartition(".")[0]
-    groups = (expert_group(parameter, expert) for expert in range(part.targets[parameter].experts))
-    return part.variances[group].n_samples / sum(
-        part.variances[one].n_samples for one in groups if one in part.variances
-    )
-
-
-def _have_gradients(parts: Sequence[Statistics]) -> bool:
-    """Tell whether all parts have gradients. Of some alone they are not those of the whole."""
-    return all(part.provenance.gradients for part in parts)
+    name, _, expert = group.rpartition(".")
+    counts = [part.rows_of_expert(name, i) for i in range(part.targets[name].experts)]
+    return counts[int(expert)] / sum(counts)
 
 
 def _merge_gradients(
     parts: Sequence[Statistics], weights: Sequence[float] | None, names: Sequence[str]
 ) -> dict[str, GradientSpectrum]:
-    """Merge the gradients of all parts, for each of the layers `names`; nothing unless all parts have gradients.
+    """Merge the gradients of all parts, for each of the layers `names`.
 
     Weighted rows are merged like all rows, see `mix`, and the output moment is their mean: by numbers of rows, or by
     the weights. The mean gradient is that of the mean loss over the labels of all parts, and with weights that of the
@@ -273,8 +231,6 @@ def _merge_gradients(
 
     The importance is not known, NaN: it needs the weights of the layer.
     """
-    if not _have_gradients(parts):
-        return {}
     found = [dict(part.gradients) for part in parts]  # read from the files now
     size = _common_size([Variances.of(one.weighted) for one in of.values()] for of in found)
     # A pass keeps two triplets for each rank at least. A part with fewer saw few labels, or narrow layers, and lacks
@@ -286,32 +242,17 @@ def _merge_gradients(
     shares = [part.provenance.n_labels / n_labels for part in parts] if weights is None else weights
     merged = {}
     for name in names:
-        having = [i for i, of in enumerate(found) if name in of]
-        spectra, own = [found[i][name] for i in having], [shares[i] for i in having]
-        merged[name] = _mix_gradients(spectra, own, weights is not None, size, n_triplets)
+        spectra = {i: of[name] for i, of in enumerate(found) if name in of}
+        n_samples = sum(one.n_samples for one in spectra.values())
+        of_rows = None if weights is None else [weights[i] / sum(weights[j] for j in spectra) for i in spectra]
+        left = torch.cat([one.left.T for one in spectra.values()], 1)
+        right = torch.cat([shares[i] * one.singular_values[:, None] * one.right for i, one in spectra.items()])
+        u, s, v = freeze_triplets(*product_svd(left, right, n_triplets), n_triplets)
+        by_rows = of_rows or [one.n_samples / n_samples for one in spectra.values()]
+        moments = [share * one.output_moment for share, one in zip(by_rows, spectra.values(), strict=True)]
+        weighted = mix([one.weighted for one in spectra.values()], size, of_rows)
+        merged[name] = GradientSpectrum(weighted, u, s, v, torch.stack(moments).sum(0), math.nan, n_samples)
     return merged
-
-
-def _mix_gradients(
-    spectra: Sequence[GradientSpectrum], shares: Sequence[float], by_weight: bool, size: int, n_triplets: int
-) -> GradientSpectrum:
-    """Merge those of one layer; `shares` are of the loss, and with weights of the rows, too."""
-    n_samples = sum(one.n_samples for one in spectra)
-    of_rows = [share / sum(shares) for share in shares] if by_weight else [one.n_samples / n_samples for one in spectra]
-    moments = [share * one.output_moment for share, one in zip(of_rows, spectra, strict=True)]
-    weighted = [one.weighted for one in spectra]
-    scaled = [share * one.singular_values[:, None] * one.right for share, one in zip(shares, spectra, strict=True)]
-    u, s, v = product_svd(torch.cat([one.left.T for one in spectra], 1), torch.cat(scaled), n_triplets)
-    left, values, right = freeze_triplets(u, s, v, n_triplets)
-    return GradientSpectrum(
-        weighted=_cut(weighted[0], size) if len(weighted) == 1 else mix(weighted, size, of_rows if by_weight else None),
-        left=left,
-        singular_values=values,
-        right=right,
-        output_moment=torch.stack(moments).sum(0),
-        importance=math.nan,
-        n_samples=n_samples,
-    )
 
 
 def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Provenance:
@@ -320,30 +261,35 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
     if weights is not None:
         shown = [f"({text})" if "; " in text else text or "not described" for text in data]
         data = [f"{weight:g} x {text}" for weight, text in zip(weights, shown, strict=True)]
-    common = {
-        name: value
-        for name, value in made[0].settings.items()
-        if all(name in one.settings and one.settings[name] == value for one in made[1:])
-    }
+    seconds: Counter[str] = Counter()
+    versions: dict[str, list[str]] = {}
+    for one in made:
+        seconds.update(one.seconds)
+        for name, version in one.versions.items():
+            versions.setdefault(name, []).append(version)
+    gradients = all(one.gradients for one in made)  # those of some alone are not those of the whole
     return replace(
         made[0],
         data="; ".join(dict.fromkeys(text for text in data if text)),
         rank=min(one.rank for one in made),
-        gradients=_have_gradients(parts),
-        n_labels=sum(one.n_labels for one in made) if _have_gradients(parts) else 0,
+        gradients=gradients,
+        n_labels=sum(one.n_labels for one in made) if gradients else 0,
         n_batches=sum(one.n_batches for one in made),
-        stop_reason=", ".join(dict.fromkeys(reason for one in made for reason in one.stop_reason.split(", "))),
+        stop_reason=_listed(reason for one in made for reason in one.stop_reason.split(", ")),
         complete=all(one.complete for one in made),
-        seconds={
-            name: round(sum(one.seconds.get(name, 0.0) for one in made), 3)
-            for name in dict.fromkeys(name for one in made for name in one.seconds)
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        settings={
+            name: value
+            for name, value in made[0].settings.items()
+            if all(name in one.settings and one.settings[name] == value for one in made)
         },
-        settings=common,
-        versions={
-            name: ", ".join(dict.fromkeys(one.versions[name] for one in made if name in one.versions))
-            for name in dict.fromkeys(name for one in made for name in one.versions)
-        },
+        versions={name: _listed(found) for name, found in versions.items()},
+        notes=[],
     )
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:
@@ -363,17 +309,14 @@ def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size:
         yield f"part {', '.join(without)} of {len(parts)} has no gradients, so those of the others are left out."
 
 
-def _notes(parts: Sequence[Statistics], missing: Mapping[str, str]) -> list[str]:
+def _notes(parts: Sequence[Statistics]) -> Iterator[str]:
     """Keep what was said about single layers: as it is where it holds for all, else as said of one part.
 
     What was said about the experts of a parameter is said anew.
     """
-    everywhere = set.intersection(*(set(part.provenance.notes) for part in parts))
-    kept: dict[str, None] = {}
-    for i, part in enumerate(parts):
-        for note in part.provenance.notes:
-            subject = note.partition(": ")[0]
-            if subject in part.targets and part.targets[subject].experts:
-                continue
-            kept[note if note in everywhere or subject in missing else f"part {i + 1}, {note}"] = None
-    return list(kept)
+    experts = {name for part in parts for name, target in part.targets.items() if target.experts}
+    said = [[note for note in part.provenance.notes if note.partition(": ")[0] not in experts] for part in parts]
+    everywhere = [note for note in said[0] if all(note in notes for notes in said)]
+    yield from everywhere
+    for i, notes in enumerate(said, start=1):
+        yield from (f"part {i}, {note}" for note in notes if note not in everywhere)

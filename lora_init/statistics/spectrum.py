@@ -122,18 +122,13 @@ class Moments:
         return Moments(self.n_samples, torch.zeros_like(row), self.scatter + float(row @ row)), row
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Make nearly orthonormal rows [k, d] orthonormal, each staying where it points."""
-    q, r = torch.linalg.qr(rows.T)
-    directions: Tensor = (q * r.diagonal().sign()).T
-    return directions
-
-
 def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
     """Make the result: scatter becomes variance, signs are fixed, everything moves to the CPU."""
     degrees = max(moments.n_samples - 1, 1)
+    q, r = torch.linalg.qr(directions.double().T)
+    orthonormal = (q * r.diagonal().sign()).T  # each row stays where it points
     return Spectrum(
-        components=fix_signs(_orthonormal(directions.double())).to("cpu", torch.float32).contiguous(),
+        components=fix_signs(orthonormal).to("cpu", torch.float32).contiguous(),
         explained_variance=(weights / degrees).cpu(),
         total_variance=moments.scatter / degrees,
         mean=moments.mean.to("cpu", torch.float32),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from torch import Tensor
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
-from lora_init.statistics.gradient_spectrum import GradientSpectrum, importance
+from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum, Variances
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Part = TypeVar("Part")
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)  # 1 had no gradients
@@ -84,6 +86,11 @@ class Provenance:
     complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def model(self) -> str:
+        """Class and id of the model."""
+        return f"{self.model_class} {self.model_id}".strip()
+
 
 class Statistics(Mapping[str, Spectrum]):
     """One `Spectrum` per layer, in model order, with provenance.
@@ -101,10 +108,10 @@ class Statistics(Mapping[str, Spectrum]):
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         provenance: Where all this comes from.
         gradients: For each layer what the loss says about it; empty if there were no backward passes.
+        variances: For each group, what is known without its components; by default taken from `groups`.
 
     Attributes:
         path: The file that `load` read; None of others.
-        variances: For each group, what is known without its components.
     """
 
     def __init__(
@@ -116,6 +123,7 @@ class Statistics(Mapping[str, Spectrum]):
         held_out: Mapping[str, float] | None = None,
         unsupported: Mapping[str, str] | None = None,
         gradients: Mapping[str, GradientSpectrum] | None = None,
+        variances: Mapping[str, Variances] | None = None,
     ) -> None:
         self.groups = groups
         self.gradients = gradients or {}
@@ -124,11 +132,8 @@ class Statistics(Mapping[str, Spectrum]):
         self.held_out = dict(held_out or {})
         self.unsupported = dict(unsupported or {})
         self.provenance = provenance
-        self.path = groups.path if isinstance(groups, _StoredGroups) else None
-        self.variances: dict[str, Variances] = {
-            name: groups.variances(name) if isinstance(groups, _StoredGroups) else Variances.of(groups[name])
-            for name in groups
-        }
+        self.path: Path | None = None
+        self.variances = dict(variances or {name: Variances.of(group) for name, group in groups.items()})
 
     def __repr__(self) -> str:
         made = self.provenance
@@ -210,12 +215,6 @@ class Statistics(Mapping[str, Spectrum]):
             )
         return self.gradients[name]
 
-    def set_importance(self, name: str, weight: Tensor) -> None:
-        """Compute GoRA's measure of a layer, which a merge does not know, from its weight [d_out, d_in]."""
-        gradient = self.gradient(name)
-        value = importance(weight, gradient.left, gradient.singular_values, gradient.right)
-        self.gradients = {**self.gradients, name: replace(gradient, importance=value)}
-
     def of_experts(self, name: str) -> list[Spectrum]:
         """Give the spectrum of each expert of a fused parameter; with too few rows of its own, that of all together."""
         few, pooled, n_experts = set(self.experts_with_few_rows(name)), self[name], self.targets[name].experts
@@ -224,9 +223,13 @@ class Statistics(Mapping[str, Spectrum]):
     def experts_with_few_rows(self, name: str) -> list[int]:
         """Name the experts of a fused parameter that read fewer than two rows for each component to be found."""
         least = 2 * len(self.explained_variance(name))
-        groups = [expert_group(name, expert) for expert in range(self.targets[name].experts)]
-        counts = [self.variances[group].n_samples if group in self.variances else 0 for group in groups]
+        counts = [self.rows_of_expert(name, expert) for expert in range(self.targets[name].experts)]
         return [expert for expert, count in enumerate(counts) if count < least]
+
+    def rows_of_expert(self, name: str, expert: int) -> int:
+        """Count the rows that an expert of a fused parameter has read."""
+        group = expert_group(name, expert)
+        return self.variances[group].n_samples if group in self.variances else 0
 
     def merge(self, *others: Statistics, weights: Sequence[float] | None = None) -> Statistics:
         """Make the statistics of all rows that these and the others have seen; none of them is changed.
@@ -285,9 +288,13 @@ class Statistics(Mapping[str, Spectrum]):
                 "n_samples": spectrum.n_samples,
                 "held_out": None if math.isnan(share) else share,
             }
+        layers = {
+            name: [self.group_of[name], target.kind, target.in_features, target.out_features, target.extras()]
+            for name, target in self.targets.items()
+        }
         header: dict[str, Any] = {
             "provenance": asdict(self.provenance),
-            "layers": {name: [self.group_of[name], *_plain(target)] for name, target in self.targets.items()},
+            "layers": {name: layer if layer[-1] else layer[:-1] for name, layer in layers.items()},
             "groups": groups,
             "unsupported": self.unsupported,
             "gradients": {},
@@ -310,11 +317,11 @@ class Statistics(Mapping[str, Spectrum]):
             for part in ("layers", "groups", "unsupported", "gradients"):
                 if not isinstance(header[part], dict):
                     raise file.changed(f"its {part}")
-            layers: dict[str, list[Any]] = header["layers"]
-            shares = {name: group["held_out"] for name, group in header["groups"].items()}
+            layers, groups = header["layers"], header["groups"]
+            shares = {name: group["held_out"] for name, group in groups.items()}
             known = {one.name for one in fields(Provenance)}
             statistics = cls(
-                groups=_StoredGroups(file, header["groups"]),
+                groups=_Stored(groups, partial(_read_group, file)),
                 group_of={name: str(layer[0]) for name, layer in layers.items()},
                 targets={
                     name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
@@ -323,8 +330,10 @@ class Statistics(Mapping[str, Spectrum]):
                 provenance=Provenance(**{name: part for name, part in header["provenance"].items() if name in known}),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
                 unsupported=header["unsupported"],
-                gradients=_StoredGradients(file, header["gradients"]),
+                gradients=_Stored(header["gradients"], partial(_read_gradient, file)),
+                variances={name: _read_variances(file, name, group) for name, group in groups.items()},
             )
+        statistics.path = file.path
         statistics._check(file)
         return statistics
 
@@ -358,50 +367,15 @@ def notes_on_experts(stats: Statistics) -> list[str]:
     return notes
 
 
-class _StoredGroups(Mapping[str, Spectrum]):
-    """Spectra in a file, read when they are asked for."""
+class _Stored(Mapping[str, Part]):
+    """Parts of a file, read when they are asked for."""
 
-    def __init__(self, file: TensorFile, groups: Mapping[str, Mapping[str, Any]]) -> None:
-        self.path = file.path
-        self._file = file
-        self._groups = groups
-
-    def __getitem__(self, name: str) -> Spectrum:
-        components = self._file.tensor(f"{name}/components")
-        along, total, n_samples = self.variances(name)
-        mean = self._file.tensor(f"{name}/mean")
-        if components.shape != (len(along), len(mean)) or not bool(components.isfinite().all()):
-            raise self._file.changed(f"group {name!r}")
-        return Spectrum(components, along, total, mean, n_samples)
-
-    def variances(self, name: str) -> Variances:
-        """Read the variances and the number of rows alone."""
-        group = self._groups[name]
-        found = Variances(
-            self._file.tensor(f"{name}/explained_variance"), float(group["total_variance"]), int(group["n_samples"])
-        )
-        if found.along.dim() != 1 or not found.along.isfinite().all() or not math.isfinite(found.total):
-            raise self._file.changed(f"the variances of group {name!r}")
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._groups)
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-
-class _StoredGradients(Mapping[str, GradientSpectrum]):
-    """What the loss says, in a file, read when it is asked for."""
-
-    def __init__(self, file: TensorFile, numbers: Mapping[str, Mapping[str, Any]]) -> None:
-        self._file = file
+    def __init__(self, numbers: Mapping[str, Any], read: Callable[[str, Mapping[str, Any]], Part]) -> None:
         self._numbers = numbers
+        self._read = read
 
-    def __getitem__(self, name: str) -> GradientSpectrum:
-        numbers = self._numbers[name]
-        with self._file.checking(f"the gradient of layer {name!r}"):
-            return GradientSpectrum.unpack(numbers, lambda part: self._file.tensor(f"{name}{_BY_GRADIENT}/{part}"))
+    def __getitem__(self, name: str) -> Part:
+        return self._read(name, self._numbers[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -410,9 +384,24 @@ class _StoredGradients(Mapping[str, GradientSpectrum]):
         return len(self._numbers)
 
 
-def _plain(target: Target) -> tuple[Any, ...]:
-    extras = target.extras()
-    return target.kind, target.in_features, target.out_features, *([extras] if extras else [])
+def _read_variances(file: TensorFile, name: str, group: Mapping[str, Any]) -> Variances:
+    along, total = file.tensor(f"{name}/explained_variance"), float(group["total_variance"])
+    if along.dim() != 1 or not along.isfinite().all() or not math.isfinite(total):
+        raise file.changed(f"the variances of group {name!r}")
+    return Variances(along, total, int(group["n_samples"]))
+
+
+def _read_group(file: TensorFile, name: str, group: Mapping[str, Any]) -> Spectrum:
+    along, total, n_samples = _read_variances(file, name, group)
+    components, mean = file.tensor(f"{name}/components"), file.tensor(f"{name}/mean")
+    if components.shape != (len(along), len(mean)) or not components.isfinite().all():
+        raise file.changed(f"group {name!r}")
+    return Spectrum(components, along, total, mean, n_samples)
+
+
+def _read_gradient(file: TensorFile, name: str, numbers: Mapping[str, Any]) -> GradientSpectrum:
+    with file.checking(f"the gradient of layer {name!r}"):
+        return GradientSpectrum.unpack(numbers, lambda part: file.tensor(f"{name}{_BY_GRADIENT}/{part}"))
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from lora_init import Statistics, allocate_ranks, build_adapter, collect
+from lora_init.collection import loop
 from lora_init.collection.collect import fingerprint
 from lora_init.layers.wrappers import gathered, unwrapped
 from tests.collection.test_processes import SETTINGS, kept, llama, message
@@ -101,8 +102,9 @@ def with_gradients(rank, size, folder):
     models = {"plain": llama(), "ddp": torch.nn.parallel.DistributedDataParallel(llama())}
     models |= {"fsdp": fully_sharded(llama()), "fsdp-linear": fully_sharded(llama(), linear=True)}
     models["fsdp"](**batches[0])  # leaves the outermost part whole
+    loop.SAVE_EVERY = 0.0  # by one process: what needs the weights, of which each holds a part, has to wait
     for name, model in models.items():
-        stats = collect(model, uneven, **SETTINGS, gradients=True)
+        stats = collect(model, uneven, **SETTINGS, gradients=True, statistics=folder / f"{name}-file")
         found[name] = (
             kept(stats, folder, f"{name}-{rank}"),
             [n for n, p in model.named_parameters() if p.grad is not None],
