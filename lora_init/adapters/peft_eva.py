@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_init.adapters.initializers import eva, layer_generator
 from lora_init.adapters.peft_model import exact_pattern, selects
 from lora_init.collection.activations import ActivationHooks
-from lora_init.collection.loop import Pass, PassOptions, progress_bar, run_pass
+from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
@@ -124,15 +124,12 @@ def _collect(
 ) -> dict[str, Spectrum]:
     """Decompose what each layer receives; layers that had no rows are left out."""
     tau = rows.config.eva_config.tau  # type: ignore[union-attr]
-    options = PassOptions(n_components, tolerance=1.0 - tau**2)
     hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=rows.of_layer)
-    run = Pass(hooks, options, rows.forward)
+    run = Pass(hooks, rows.forward, n_components, tolerance=1.0 - tau**2)
     with Processes(alone=not gather) as processes:
         shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
         with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
             found = run_pass(run, shard, MAX_BATCHES, processes, bar)
-    if found.stop_reason == "interrupted":
-        raise KeyboardInterrupt
     if not sum(found.n_batches):
         raise ValueError("dataloader is empty")
     spectra = {name: record.svd.spectrum() for name, record in found.groups.items() if record.svd.n_samples}

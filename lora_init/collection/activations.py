@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -69,10 +68,11 @@ class ActivationHooks:
         self._rows = rows
         self._experts = {name: found for name in modules if (found := experts_of(name, modules[name]))}
         self._patches = {name: patches_of(name, module) for name, module in modules.items()}
-        head = _output_embedding(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         watched = any(head is module for module in modules.values())
         # Sharded and offloaded weights are put away at the end of a pass, so such a pass runs to its end.
-        self._head = None if watched or is_sharded(model) or is_offloaded(model) else head
+        ends_early = isinstance(head, nn.Module) and not (watched or is_sharded(model) or is_offloaded(model))
+        self._head: nn.Module | None = head if ends_early else None
         self._handles: list[Any] = []
         self._modes: list[tuple[nn.Module, bool]] = []
         self._sink: Sink | None = None
@@ -87,9 +87,7 @@ class ActivationHooks:
         self._handles += self.masks.hooks()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         for module, mode in self._modes:
@@ -204,7 +202,9 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     if isinstance(batch, Mapping):
         inputs = dict(batch)
         parameters = inspect.signature(model.forward).parameters
-        if not (with_labels or _makes_decoder_inputs_from_labels(model, inputs)):
+        given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+        of_labels = encoder_of(model) is not None and not given  # the decoder's inputs are
+        if not (with_labels or of_labels):
             inputs.pop("labels", None)  # no loss
         if "use_cache" in parameters:
             inputs.setdefault("use_cache", False)
@@ -217,14 +217,3 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
             )
         return model(**inputs)
     return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)
-
-
-def _makes_decoder_inputs_from_labels(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    given = any(key in inputs for key in ("decoder_input_ids", "decoder_inputs_embeds"))
-    return encoder_of(model) is not None and not given
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    return head if isinstance(head, nn.Module) else None

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -74,6 +73,7 @@ class BackwardHooks:
                 "Leave it out of the targets, or collect without gradients."
             )
         self._hooks = hooks
+        self._name = type(hooks.model).__name__
         self._forward = forward
         self._loss = loss
         self._sink: GradientSink | None = None
@@ -97,9 +97,7 @@ class BackwardHooks:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def run(self, batch: Any, sink: Sink, gradient_sink: GradientSink, wanted: Wanted) -> int:
@@ -137,10 +135,6 @@ class BackwardHooks:
         finally:
             self._sink, self._waiting = None, {}
         return n_labels
-
-    @property
-    def _name(self) -> str:
-        return type(self._hooks.model).__name__
 
     def _loss_of(self, batch: Any) -> Tensor:
         output = self._forward(self._hooks.model, batch)
@@ -182,8 +176,6 @@ class BackwardHooks:
     def _hook(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if self._sink is None or not torch.is_grad_enabled():
             return None  # somebody else's pass, or the first run of a reentrant checkpoint
-        if not isinstance(output, Tensor):
-            raise LoraInitError(f"layer {name!r}: output of type {type(output).__name__}, expected a tensor.")
         x = input_of(name, args, kwargs).detach()
         call = _Call(name, x, x._version, self._hooks.masks.tokens(name, x), output.shape[-1])
         if not goes_backward():

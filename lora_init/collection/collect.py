@@ -22,10 +22,11 @@ from torch import Tensor, nn
 import lora_init
 from lora_init.collection.activations import ActivationHooks, Forward, call_model
 from lora_init.collection.backward import BackwardHooks, Loss
-from lora_init.collection.loop import Pass, PassOptions, progress_bar, run_pass
+from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.collection.state import Collected
 from lora_init.errors import LoraInitError
+from lora_init.files import check_writable
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
 from lora_init.layers.wrappers import (
@@ -75,7 +76,7 @@ class _Job:
     model: nn.Module
     targets: Targets
     modules: Mapping[str, nn.Module]  # all of the model
-    options: PassOptions
+    n_components: int
     provenance: Provenance  # as it is before the pass
     forward: Forward
     loss: Loss | None
@@ -190,11 +191,8 @@ def collect(
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
     _check_targets(model, targets, rank)
-    file = _writable(statistics, overwrite)
-    options = PassOptions(
-        n_components=round(rho * rank), center=center, tolerance=tolerance, seed=seed,
-        n_triplets=max(round(rho * rank), 2 * rank) if gradients else 0,  # lora-ga needs two a rank
-    )  # fmt: skip
+    file = _writable(statistics)
+    n_components = round(rho * rank)
     provenance = Provenance(
         model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
         model_class=class_name(model),
@@ -231,46 +229,54 @@ def collect(
             return (forward or partial(call_model, with_labels=gradients))(model, batch)
 
     job = _Job(
-        model, targets, plain_names(model), options, provenance, forward_as_called, loss, file, overwrite, progress
+        model, targets, plain_names(model), n_components, provenance, forward_as_called, loss, file, overwrite, progress
     )
+    result: Statistics | None = None
     try:
         with Processes() as processes, precision.off():
             result = _run(job, batches, processes)
-    except KeyboardInterrupt:  # before the first batch, or while several processes were in the middle of one
-        raise Interrupted(None) from None
-    if result.provenance.stop_reason.endswith("interrupted"):
-        raise Interrupted(result if result.provenance.n_batches else None)
+    except KeyboardInterrupt:
+        raise Interrupted(result if result is not None and result.provenance.n_batches else None) from None
     return result
 
 
 def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     """Make the pass, or what is left of it; write the file."""
-    file, options, targets = job.file, job.options, job.targets
+    file, made, targets = job.file, job.provenance, job.targets
     there = file is not None and file.exists()
-    processes.check_alike({**_comparable(job.provenance), "statistics file": [file and str(file), there]})
+    processes.check_alike({**_comparable(made), "statistics file": [file and str(file), there]})
     earlier = _earlier(job)
     used: list[int] = [] if earlier is None else list(earlier.provenance.settings["used"])
     shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
     if earlier is not None:
-        _check_first_batch(job, earlier, shard.first)
+        if earlier.provenance.settings.get("first_batch", shard.first) != shard.first:
+            raise OtherSettingsError(f"{file} was made from other data: the first batch is another one.")
         if earlier.provenance.complete:
             return earlier
-    job.provenance.settings.update(first_batch=shard.first, common_loader=shard.common)
+    made.settings.update(first_batch=shard.first, common_loader=shard.common)
 
-    masks = TokenMasks(job.model, job.provenance.token_mask, job.provenance.gradients)
+    masks = TokenMasks(job.model, made.token_mask, made.gradients)
     modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
     hooks = ActivationHooks(job.model, modules, masks)
-    backward = BackwardHooks(hooks, targets.layers, job.forward, job.loss) if job.provenance.gradients else None
-    run = Pass(hooks, options, job.forward, backward)
+    run = Pass(
+        hooks,
+        job.forward,
+        job.n_components,
+        BackwardHooks(hooks, targets.layers, job.forward, job.loss) if made.gradients else None,
+        made.center,
+        made.settings["tolerance"],
+        made.seed,
+        n_triplets=max(job.n_components, 2 * made.rank),  # lora-ga needs two a rank
+    )
 
     def save() -> None:
         so_far = processes.merge(run.found)
         if so_far is not None and file is not None and any(so_far.n_batches):
             _write(file, _frozen(job, so_far, earlier))
 
-    max_batches = int(job.provenance.settings["max_batches"]) - sum(used)
+    max_batches = int(made.settings["max_batches"]) - sum(used)
     bar = progress_bar(batches, max_batches, job.progress if processes.rank == 0 else False)
-    with hooks, backward or nullcontext(), bar:
+    with hooks, run.backward or nullcontext(), bar:
         whole = run_pass(run, shard, max_batches, processes, bar, save if file is not None else None)
     if not sum(whole.n_batches) and earlier is None and whole.stop_reason != "interrupted":
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
@@ -284,22 +290,18 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
 def _check_types(model: Any, batches: Any) -> None:
     """Refuse what is plainly something else, such as swapped arguments, before any work."""
     if not isinstance(model, nn.Module):
-        hint = (
-            " Load it first, with AutoModelForCausalLM.from_pretrained or the like." if isinstance(model, str) else ""
-        )
-        raise LoraInitError(f"collect got a {type(model).__name__} for the model, expected a torch.nn.Module.{hint}")
-    if isinstance(batches, (str, Path)):
-        raise LoraInitError(f"collect got the path {str(batches)!r} for the batches. Read it with load_batches.")
-    if isinstance(batches, (Mapping, Tensor)):
         raise LoraInitError(
-            f"collect got one {type(batches).__name__} for the batches, expected an iterable of batches. "
-            "Put it into a list if it is one batch."
+            f"collect got a {type(model).__name__} for the model, expected a torch.nn.Module. "
+            "Load it first, with AutoModelForCausalLM.from_pretrained or the like."
         )
-    if isinstance(batches, nn.Module) or not isinstance(batches, Iterable):
-        raise LoraInitError(f"collect got a {type(batches).__name__} for the batches, expected an iterable of batches.")
     first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
-    if isinstance(first, str):
-        raise LoraInitError("collect got texts for the batches, expected tokens. Make batches with load_batches.")
+    wrong = isinstance(batches, (str, Path, Mapping, Tensor, nn.Module)) or not isinstance(batches, Iterable)
+    if wrong or isinstance(first, str):
+        got = "texts" if isinstance(first, str) else f"a {type(batches).__name__}"
+        raise LoraInitError(
+            f"collect got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
+            "load_batches; put one batch into a list."
+        )
 
 
 def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
@@ -316,16 +318,12 @@ def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
         )
 
 
-def _writable(path: str | Path | None, overwrite: bool) -> Path | None:
+def _writable(path: str | Path | None) -> Path | None:
     """Find out before the work that a file has a place."""
     if path is None:
         return None
     file = Path(path).expanduser()
-    if file.is_dir() or not file.parent.is_dir():
-        problem = "is a directory" if file.is_dir() else f"cannot be written: {file.parent} does not exist"
-        raise LoraInitError(f"{file} {problem}. Name a file in a directory that exists.")
-    if overwrite and file.exists():
-        Statistics.load(file)  # a file of another kind is not replaced
+    check_writable(file, overwrite=True, kind="statistics file")  # a file of another kind is not replaced
     for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):  # of processes that were killed while they wrote
         left.unlink(missing_ok=True)
     return file
@@ -357,11 +355,6 @@ def _earlier(job: _Job) -> Statistics | None:
         raise OtherSettingsError(f"{file} was made with {setting} {made!r}, and {asked!r} is asked for.")
     earlier.provenance.settings.setdefault("used", [earlier.provenance.n_batches])
     return earlier
-
-
-def _check_first_batch(job: _Job, earlier: Statistics, first: str) -> None:
-    if earlier.provenance.settings.get("first_batch", first) != first:
-        raise OtherSettingsError(f"{job.file} was made from other data: the first batch is another one.")
 
 
 def _write(file: Path, statistics: Statistics) -> None:
@@ -470,7 +463,7 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
     ]
     for name in dict.fromkeys(found.group_of.values()):
         spectrum = groups.get(name)
-        expected = 0 if spectrum is None else min(job.options.n_components, spectrum.components.shape[1])
+        expected = 0 if spectrum is None else min(job.n_components, spectrum.components.shape[1])
         if spectrum is not None and spectrum.n_components < expected:
             notes.append(
                 f"{name}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,32 +31,62 @@ class Processes:
     A context manager. Inside it all processes call the same methods in the same order. Tensors travel on the CPU, by
     gloo: by the default group if that is its backend, else by a group of its own.
 
+    Since the others rely on each, Ctrl-C (and any signal that Python treats so) is only noted, and raised when the
+    context ends.
+
     Args:
         alone: Take no notice of a process group.
 
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
+        interrupted: Whether there was a Ctrl-C.
     """
 
     def __init__(self, alone: bool = False) -> None:
         grouped = not alone and torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if grouped else 0
         self.size = torch.distributed.get_world_size() if grouped else 1
+        self.interrupted = False
         self._group: Any = None
+        self._raises = False
+        self._signals: list[int] = []
 
     def __enter__(self) -> Processes:
         if self.size > 1 and torch.distributed.get_backend() != "gloo":
             with self._named_errors():
                 self._group = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self._signals = [one for one in signals if signal.getsignal(one) is signal.default_int_handler]
+            for one in self._signals:
+                signal.signal(one, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for one in self._signals:
+            signal.signal(one, signal.default_int_handler)
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
+        if self.interrupted and kind is None:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.interrupted = True
+        if self._raises:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C end the block at once: nobody waits for what it does."""
+        self._raises = True
+        try:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raises = False
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -193,7 +224,8 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], i
             "works only as long as all want as many. Prepare it with dispatch_batches=False."
         )
     stream = iter(batches)
-    first = list(islice(stream, 1))
+    with processes.interruptible():
+        first = list(islice(stream, 1))
     digests = processes.gather([digest_of(batch) for batch in first])
     spare = _spare(processes, first, digests) if in_step else None
     stream = chain(first, stream)

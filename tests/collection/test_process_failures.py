@@ -10,7 +10,7 @@ import torch
 from lora_init import collect
 from lora_init.collection.processes import Processes
 from tests import processes
-from tests.collection.test_processes import SETTINGS, llama, message
+from tests.collection.test_processes import SETTINGS, Q, llama, message
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 
@@ -87,31 +87,43 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout_of_the_group(tmp
     running.running[1].kill()
 
 
-def interrupted(rank, size, folder):
+def interrupted(rank, size, folder, moment):
+    ran = []
+
     def stream():
         for position, batch in enumerate(batches_for("llama", 40)):
-            if position == 10 and rank == 1:
+            if moment == "reading" and position == 10 and rank == 1:
                 raise KeyboardInterrupt
             yield batch
 
+    def forward(model, batch):
+        ran.append(1)
+        if moment == "running" and len(ran) == 4 + rank:  # of both, in the middle of a batch
+            os.kill(os.getpid(), signal.SIGINT)
+        model(**batch)
+
     try:
-        collect(llama(), stream(), **SETTINGS, statistics=folder / "stats")
+        collect(llama(), stream(), **SETTINGS, statistics=folder / "stats", forward=forward)
     except KeyboardInterrupt as stop:
         return stop.statistics.provenance.n_batches, stop.statistics.provenance.stop_reason
     return None
 
 
-def test_ctrl_c_in_one_ends_all_with_what_there_is(tmp_path):
-    first, second = run(interrupted, 2, tmp_path)
-    assert first == second and first[1] == "interrupted" and first[0] > 8
-    # Whatever number of processes comes next, it goes on after the batches that were used.
+@pytest.mark.parametrize("moment", ["reading", "running"])
+def test_ctrl_c_in_one_ends_all_with_what_there_is(moment, tmp_path):
+    first, second = run(interrupted, 2, tmp_path, moment)
+    assert first == second and first[1] == "interrupted" and first[0] >= 8
+    whole = collect(llama(), batches_for("llama", 40), **SETTINGS)
+    # Whatever number of processes comes next, it goes on after the batches that were used: each counts once.
     for size in (1, 3):
         (tmp_path / f"stats-{size}").write_bytes((tmp_path / "stats").read_bytes())
-        assert run(go_on, size, tmp_path) == [[40, True, 40 - first[0]]] * size
+        for n_batches, complete, mean, ran in run(go_on, size, tmp_path):
+            assert (n_batches, complete, ran) == (40, True, 40 - first[0])
+            torch.testing.assert_close(torch.tensor(mean), whole[Q].mean, atol=1e-6, rtol=1e-5)
 
 
 def go_on(rank, size, folder):
-    """Batches and completeness of the whole pass, and the batches that this part of it ran in all processes."""
+    """Batches, completeness and a mean of the whole pass, and the batches that this part of it ran in all processes."""
     ran = []
 
     def forward(model, batch):
@@ -120,7 +132,8 @@ def go_on(rank, size, folder):
 
     stats = collect(llama(), batches_for("llama", 40), **SETTINGS, statistics=folder / f"stats-{size}", forward=forward)
     with Processes() as together:
-        return [stats.provenance.n_batches, stats.provenance.complete, *together.sum(len(ran))]
+        made = stats.provenance
+        return [made.n_batches, made.complete, stats[Q].mean.tolist(), *together.sum(len(ran))]
 
 
 def test_alone_everything_is_a_message_to_oneself():

@@ -154,7 +154,7 @@ def test_files_that_are_something_else_are_refused_and_stay(tmp_path):
     other = tmp_path / "data.csv"
     other.write_text("a,b\n1,2\n")
     for overwrite in (False, True):
-        with pytest.raises(LoraInitError, match="not a whole safetensors file"):
+        with pytest.raises(LoraInitError, match="exists and is not a statistics file, so it is never replaced"):
             collect(model(), batches_for("llama"), statistics=other, overwrite=overwrite, **SETTINGS)
     assert other.read_text() == "a,b\n1,2\n"
 
@@ -162,8 +162,8 @@ def test_files_that_are_something_else_are_refused_and_stay(tmp_path):
 def test_a_place_that_cannot_be_written_is_said_before_the_pass(tmp_path):
     counting = Counting()
     for file, expected in (
-        (tmp_path / "none" / "stats", "cannot be written: .*none does not exist"),
-        (tmp_path, "is a directory"),
+        (tmp_path / "none" / "stats", "there is no directory .*none. Create it first"),
+        (tmp_path, "exists and is not a statistics file"),
     ):
         with pytest.raises(LoraInitError, match=expected):
             collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
