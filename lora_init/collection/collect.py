@@ -413,22 +413,15 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
 def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectrum]:
     """Complete the gradients by what needs the weights; all processes do it together, for they may hold parts of them.
 
-    A weight that cannot be read as such leaves the importance unknown.
+    A weight that cannot be read as a matrix of floats leaves the importance unknown.
     """
-    complete = {}
-    for name, gradient in result.gradients.items():
-        weight = _weight(job, name)
-        complete[name] = gradient if weight is None else gradient.with_importance(weight)
+    complete = dict(result.gradients)
+    for name, gradient in complete.items():
+        weight = getattr(job.modules[name], "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+            whole = gathered(weight.detach())
+            complete[name] = gradient.with_importance(whole.T if result.targets[name].kind == "Conv1D" else whole)
     return complete
-
-
-def _weight(job: _Job, name: str) -> Tensor | None:
-    """Give the weight of a layer, [d_out, d_in], whole; None if it has none that can be read as such."""
-    weight = getattr(job.modules[name], "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        return None
-    plain = gathered(weight.detach())
-    return plain.T if job.targets.layers[name].kind == "Conv1D" else plain
 
 
 def _continued(job: _Job, earlier: Statistics, later: Statistics) -> Statistics:
@@ -462,12 +455,11 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
         if calls > 1
     ]
     for name in dict.fromkeys(found.group_of.values()):
-        spectrum = groups.get(name)
-        expected = 0 if spectrum is None else min(job.n_components, spectrum.components.shape[1])
-        if spectrum is not None and spectrum.n_components < expected:
-            notes.append(
-                f"{name}: {spectrum.n_samples} rows span only {spectrum.n_components} of {expected} components."
-            )
+        if name in groups:
+            kept, width = groups[name].components.shape
+            expected = min(job.n_components, width)
+            if kept < expected:
+                notes.append(f"{name}: {groups[name].n_samples} rows span only {kept} of {expected} components.")
     silent = [name for name, mean in found.gradients.items() if mean.n_samples and not mean.squares.any()]
     if silent:
         notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
