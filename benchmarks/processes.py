@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def state_bytes(shape: str) -> int:
     in_one = 0
     for width in widths:
         svd = IncrementalSVD(COMPONENTS).partial_fit(torch.randn(2 * COMPONENTS, width))
-        in_one += sum(tensor.numel() * tensor.element_size() for tensor in svd.state_dict().values())
+        in_one += len(pickle.dumps(svd))
     return in_one * blocks
 
 

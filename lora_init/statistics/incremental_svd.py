@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -227,7 +226,7 @@ class IncrementalSVD:
         check_rows(rows, state.directions.shape[1] if state else None)
         if len(rows) == 0:
             return
-        if state is not None and state.directions.device != rows.device:  # what was loaded or merged is on the CPU
+        if state is not None and state.directions.device != rows.device:  # what another process sent is on the CPU
             known = self._take_gathered() or state
             state = self._state = known.to(rows.device)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -323,38 +322,6 @@ class IncrementalSVD:
             raise LoraInitError(NO_ROWS)
         moments, directions, weights = state
         return freeze(moments, directions[: self.n_components], weights[: self.n_components])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what the decomposition has learned, empty before the first rows: views, not copies.
-
-        Returns:
-            `directions` float32 [k, d], `weights` float64 [k], the scatter along each, `mean` float64 [d], `scatter`
-            float64 and `n_samples` int64.
-        """
-        state = self._take_gathered()
-        if state is None:
-            return {}
-        moments, directions, weights = state
-        return {
-            "directions": directions,
-            "weights": weights,
-            "mean": moments.mean,
-            "scatter": torch.tensor(moments.scatter, dtype=torch.float64),
-            "n_samples": torch.tensor(moments.n_samples),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> IncrementalSVD:
-        """Go on from a copy of what `state_dict` returned.
-
-        Args:
-            state: From a decomposition with the same arguments. May be on another device than the rows to come.
-        """
-        self._state = self._gathered = self.held_out = None
-        self._forget_batch()
-        if state:
-            moments = Moments(int(state["n_samples"]), state["mean"].clone(), float(state["scatter"]))
-            self._state = _State(moments, state["directions"].clone(), state["weights"].clone().cpu())
-        return self
 
 
 def _centred(rows: Tensor) -> tuple[Moments, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -106,7 +105,7 @@ class MeanGradient:
         """
         g, x = g.float(), x.float()
         state = self._pending or self._state or self._empty(g, x)
-        state = state if state.left.device == g.device else state.to(g.device)  # what was loaded is on the CPU
+        state = state.to(g.device)  # what another process sent is on the CPU
         if self._pending is None and 2 * state.n_samples >= 3 * state.n_chosen:
             left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=1 if state.n_samples else 2)
             n_chosen = state.n_samples or len(g)
@@ -155,7 +154,7 @@ class MeanGradient:
         if bool(empty.any()):
             drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed)).to(rows)
             rows = torch.where(empty, drawn, rows)
-        # Contiguous, as what is read from a file is: products of other layouts differ in the last bits.
+        # Contiguous, whatever QR returns: products of other layouts differ in the last bits.
         basis: Tensor = torch.linalg.qr(rows.T).Q.T.contiguous()
         return basis
 
@@ -186,21 +185,6 @@ class MeanGradient:
         if self._state is None:
             raise LoraInitError("no gradients were seen. Feed rows with project and update first.")
         return self._state
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what was learned, empty before the first rows: views, not copies."""
-        if self._state is None:
-            return {}
-        return {name: torch.as_tensor(part) for name, part in self._state._asdict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> MeanGradient:
-        """Go on from a copy of what `state_dict` returned, with the same arguments."""
-        self._state = self._pending = None
-        if state:
-            outputs, inputs, left, right, squares = (state[name].clone() for name in _State._fields[:5])
-            counts = int(state["n_samples"]), int(state["n_chosen"])
-            self._state = _State(outputs, inputs, left, right, squares, *counts)
-        return self
 
 
 def _balancing(rows: Tensor) -> Tensor:
