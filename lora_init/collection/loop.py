@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -234,8 +233,8 @@ def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None
         total = min(max_batches, len(batches)) if isinstance(batches, Sized) else max_batches
     except TypeError:  # a DataLoader has a length, but not over data that has none
         total = max_batches
-    show = sys.stderr.isatty() if progress is None else progress
-    return tqdm(total=total, desc="collect", unit="batch", disable=not show, dynamic_ncols=True)
+    disable = None if progress is None else not progress  # None: shown on a terminal
+    return tqdm(total=total, desc="collect", unit="batch", disable=disable, dynamic_ncols=True)
 
 
 def _read(batches: Iterator[Any], seconds: dict[str, float], processes: Processes) -> list[Any] | None:

@@ -138,11 +138,10 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
         raise LoraInitError(
             f"weights={shown}: {len(weights)} for {len(parts)} parts. Give one for each, in their order."
         )
-    if not all(weight > 0 for weight in weights):
-        raise LoraInitError(f"weights={shown}, expected positive numbers. Leave out what should not count.")
-    if not abs(sum(weights) - 1.0) <= _SUM_TOLERANCE:
+    if not (all(weight > 0 for weight in weights) and abs(sum(weights) - 1.0) <= _SUM_TOLERANCE):
         raise LoraInitError(
-            f"weights={shown}: their sum is {sum(weights):g}, expected 1. They are shares of the whole."
+            f"weights={shown}: their sum is {sum(weights):g}, expected positive numbers whose sum is 1. "
+            "They are shares of the whole; leave out what should not count."
         )
 
 
