@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
 from lora_init.adapters.peft_model import exact_pattern, selects
-from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
-from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets
+from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear
 from lora_init.layers.wrappers import is_sharded
 from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.spectrum import Spectrum
@@ -91,21 +92,26 @@ def get_eva_state_dict(
 
         peft_config = copy.copy(peft_config)
         peft_config.eva_config = EvaConfig()
-    gather = gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized()
-    if gather:
-        warnings.warn(
-            "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore EVA merges what all "
-            "ranks have seen. Ensure the model does not receive the same inputs on different ranks.",
-            stacklevel=2,
-        )
     modules = _adapter_layers(model, adapter_name) if wrapped else _target_layers(model, peft_config)
     if not modules:
         return {}
-    rows = _Rows(peft_config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn, modules)
+    functions = _Functions(peft_config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    functions.check_names(modules)
     ranks = {name: int(_pattern_value(peft_config.rank_pattern, name, peft_config.r)) for name in modules}
     most = {name: max(1, round(rank * peft_config.eva_config.rho)) for name, rank in ranks.items()}
-    with _adapter_switched_off(model, wrapped):
-        spectra = _collect(model, modules, dataloader, max(most.values()), rows, show_progress_bar, gather)
+    with ExitStack() as stack:
+        processes = stack.enter_context(Processes(alone=not gather_distributed_inputs))
+        if processes.size > 1:
+            warnings.warn(
+                "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore EVA merges what "
+                "all ranks have seen. Ensure the model does not receive the same inputs on different ranks.",
+                stacklevel=2,
+            )
+        if wrapped:
+            for parameter in model.parameters():  # which PEFT's own context does not see to
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            stack.enter_context(model.disable_adapter())  # type: ignore[operator]
+        spectra = _collect(model, modules, dataloader, max(most.values()), functions, processes, show_progress_bar)
     state = {}
     for name, rank in _distributed(spectra, ranks, most).items():
         a = eva(spectra[name], rank, layer_generator(0, name), whiten=peft_config.eva_config.whiten)
@@ -118,18 +124,19 @@ def _collect(
     modules: Mapping[str, nn.Module],
     batches: Iterable[Any],
     n_components: int,
-    rows: _Rows,
+    functions: _Functions,
+    processes: Processes,
     progress: bool,
-    gather: bool,
 ) -> dict[str, Spectrum]:
     """Decompose what each layer receives; layers that had no rows are left out."""
-    tau = rows.config.eva_config.tau  # type: ignore[union-attr]
-    hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=rows.of_layer)
-    run = Pass(hooks, rows.forward, n_components, tolerance=1.0 - tau**2)
-    with Processes(alone=not gather) as processes:
-        shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
-        with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
-            found = run_pass(run, shard, MAX_BATCHES, processes, bar)
+    tau = functions.config.eva_config.tau  # type: ignore[union-attr]
+    hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=functions.rows)
+    run = Pass(hooks, functions.run, n_components, tolerance=1.0 - tau**2)
+    shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
+    with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
+        found = run_pass(run, shard, MAX_BATCHES, processes, bar)
+    if found.stop_reason == "interrupted":
+        raise KeyboardInterrupt
     if not sum(found.n_batches):
         raise ValueError("dataloader is empty")
     spectra = {name: record.svd.spectrum() for name, record in found.groups.items() if record.svd.n_samples}
@@ -169,12 +176,8 @@ def initialize_lora_eva_weights(
         model: A PeftModel whose adapter has `init_lora_weights="eva"`. Changed in place.
         dataloader: Batches; not needed with `eva_state_dict`.
         eva_state_dict: What `get_eva_state_dict` returned.
-        forward_fn: See `get_eva_state_dict`, as for the arguments that follow.
-        prepare_model_inputs_fn: See there.
-        prepare_layer_inputs_fn: See there.
         adapter_name: Which adapter.
-        gather_distributed_inputs: See there.
-        show_progress_bar: See there.
+        forward_fn: See `get_eva_state_dict`, as for all other arguments.
 
     Warns:
         UserWarning: Layers that the state dict doesn't name are initialized by PEFT.
@@ -202,7 +205,7 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs=gather_distributed_inputs,
             show_progress_bar=show_progress_bar,
         )
-    missing = load_eva_state_dict(model, eva_state_dict, adapter_name)
+    missing = _load(model, eva_state_dict, adapter_name)
     if missing:
         warnings.warn(
             "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
@@ -213,132 +216,104 @@ def initialize_lora_eva_weights(
 
 
 @torch.no_grad()
-def load_eva_state_dict(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: str) -> list[str]:
-    """Set A, rank and scaling of every LoRA layer from an EVA state dict, and write the config to match.
-
-    Layers of rank 0 lose their adapter. Layers that the state dict doesn't name are initialized by PEFT.
-
-    Args:
-        model: A PeftModel with the adapter.
-        eva_state_dict: Layer name, as in the PeftModel or as in the plain model, to A [rank, d_in]. Not changed.
-        adapter_name: Which adapter.
-
-    Returns:
-        Names, in the plain model, of the layers that the state dict doesn't name.
-
-    Raises:
-        LoraInitError: A tensor has another width than its layer. Nothing was changed.
-    """
+def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: str) -> list[str]:
+    """Set A, rank and scaling of every LoRA layer, write the config to match, and name the layers without a tensor."""
     from peft.tuners.lora import LoraLayer
 
     config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
+    modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
     layers: dict[str, Any] = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, LoraLayer) and adapter_name in module.r and ".base_layer." not in name
     }
     for name, layer in layers.items():
-        weight = weights.get(_plain(name))
+        weight = weights.get(name)
         if weight is not None and (weight.dim() != 2 or weight.shape[1] != layer.in_features):
             raise LoraInitError(
-                f"layer {_plain(name)!r}: the eva state_dict has a tensor of shape {tuple(weight.shape)}, expected "
+                f"layer {name!r}: the eva state_dict has a tensor of shape {tuple(weight.shape)}, expected "
                 f"[rank, {layer.in_features}]. Compute it on this model."
             )
-    others = [_plain(name) for name, _ in model.named_modules() if name not in layers]
-    kept, missing = [], []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, layer in layers.items():
-        plain = _plain(name)
-        weight = weights.get(plain)
+        weight = weights.get(name)
         old_rank = int(_pattern_value(config.rank_pattern, name, config.r))
         rank = old_rank if weight is None else len(weight)
         alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
         if rank == 0:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            setattr(modules[parent], child, layer.get_base_layer())
             continue
         if rank != old_rank and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
             # Keeps the layer's scaling. PEFT takes rank / old_rank under rsLoRA too, which changes it.
             alpha = alpha_for(scaling_of(alpha, old_rank, config.use_rslora), rank, config.use_rslora)
         _set_weights(layer, adapter_name, weight, rank, alpha, config)
-        kept.append(plain)
-        missing += [plain] if weight is None else []
-        key = f"^{re.escape(plain)}"
-        ranks |= {key: rank} if rank != config.r else {}
-        alphas |= {key: alpha} if alpha != config.lora_alpha else {}
-    # A set, as PEFT itself turns every list into one.
-    config.target_modules = set(kept) if not any(selects(kept, name) for name in others) else exact_pattern(kept)
-    config.rank_pattern, config.alpha_pattern = ranks, alphas
-    return missing
+        ranks[name], alphas[name] = rank, alpha
+    # A set, as PEFT itself makes one of every list.
+    ambiguous = any(selects(ranks, name) for name in modules if name not in layers)
+    config.target_modules = exact_pattern(ranks) if ambiguous else set(ranks)
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {f"^{re.escape(n)}": alpha for n, alpha in alphas.items() if alpha != config.lora_alpha}
+    return [name for name in ranks if name not in weights]
 
 
 def _set_weights(layer: Any, adapter_name: str, weight: Tensor | None, rank: int, alpha: float, config: Any) -> None:
     """Give one layer of PEFT its rank, alpha and A; without `weight` PEFT's own start."""
     how = copy.copy(config)
     how.init_lora_weights = True if weight is None else "eva"  # with "eva" B is 0, and A is about to be filled
-    if weight is None:
+    a = None if weight is None else layer.lora_A[adapter_name].weight
+    if a is None or rank != layer.r[adapter_name] or a.is_meta:
         layer.update_layer(adapter_name=adapter_name, r=rank, lora_alpha=alpha, config=how)
-        return
-    a = layer.lora_A[adapter_name].weight
-    if rank != layer.r[adapter_name] or a.is_meta:
-        layer.update_layer(adapter_name=adapter_name, r=rank, lora_alpha=alpha, config=how)
+    if a is not None:
         # update_layer falls back to the base layer's type; adapters of half-precision models are float32.
-        layer.lora_A[adapter_name].to(a.dtype)
+        layer.lora_A[adapter_name].to(a.dtype).weight.copy_(weight)
         layer.lora_B[adapter_name].to(a.dtype)
-    layer.lora_A[adapter_name].weight.copy_(weight)
 
 
-class _Rows:
+@dataclass
+class _Functions:
     """PEFT's three functions, as the loop over batches calls them."""
 
-    def __init__(
-        self,
-        config: LoraConfig,
-        forward: Callable[[nn.Module, Any], Any],
-        model_inputs: Callable[[Any, LoraConfig], Any] | None,
-        layer_inputs: LayerInputs | Mapping[str, LayerInputs] | None,
-        names: Iterable[str],
-    ) -> None:
-        self.config, self._forward, self._model_inputs = config, forward, model_inputs
-        self._functions: dict[str, LayerInputs | None] = {_plain(name): None for name in names}
-        if isinstance(layer_inputs, Mapping):
-            unknown = [name for name in layer_inputs if _plain(name) not in self._functions]
+    config: LoraConfig
+    forward: Callable[[nn.Module, Any], Any]
+    model_inputs: Callable[[Any, LoraConfig], Any] | None
+    layer_inputs: LayerInputs | Mapping[str, LayerInputs] | None
+    for_layers: Any = None
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse a mapping that names other layers."""
+        if isinstance(self.layer_inputs, Mapping):
+            self.layer_inputs = {_plain(name): function for name, function in self.layer_inputs.items()}
+            unknown = set(self.layer_inputs).difference(map(_plain, names))
             if unknown:
                 raise ValueError(
                     "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
-                    f"{unknown}"
+                    f"{sorted(unknown)}"
                 )
-            self._functions |= {_plain(name): function for name, function in layer_inputs.items()}
-        else:
-            self._functions = dict.fromkeys(self._functions, layer_inputs)
-        self._for_layers: Any = None
 
-    def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Run the model on a batch; before, turn the batch into what the layers' functions get."""
-        self._for_layers = batch
-        if self._model_inputs is not None:
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch; before, make of the batch what the layers' functions get."""
+        self.for_layers = batch
+        if self.model_inputs is not None:
             # PEFT's own function takes nothing but a dict, and a BatchEncoding is none.
-            own = self._model_inputs is prepare_model_inputs_fn_language_modeling and isinstance(batch, Mapping)
-            self._for_layers = self._model_inputs(dict(batch) if own else batch, self.config)
-        return self._forward(model, batch)
+            own = self.model_inputs is prepare_model_inputs_fn_language_modeling and isinstance(batch, Mapping)
+            self.for_layers = self.model_inputs(dict(batch) if own else batch, self.config)
+        return self.forward(model, batch)
 
-    def of_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Turn what a layer reads into rows [n, d_in]."""
+    def rows(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Make rows [n, d_in] of what a layer reads."""
         given = args or tuple(kwargs.values())
-        function = self._functions[_plain(name)]
+        function = self.layer_inputs
+        if isinstance(function, Mapping):
+            function = function.get(_plain(name))
         first = given[0] if given else None
         # PEFT's own function picks tokens; an input without a token dimension (a pooler's) counts whole.
         tokens = isinstance(first, Tensor) and first.dim() == 3
         if function is not None and (tokens or function is not prepare_layer_inputs_fn_language_modeling):
-            return function(given, self._for_layers, name)
-        if not isinstance(first, Tensor):
-            raise TypeError(
-                f"unsupported input type {type(first)} for prepare_layer_inputs_fn in layer {name}, "
-                "please provide a custom prepare_layer_inputs_fn"
-            )
-        return first.reshape(-1, first.shape[-1])
+            return function(given, self.for_layers, name)
+        return input_of(name, given, {}).flatten(0, -2)
 
 
 def _distributed(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
@@ -368,25 +343,22 @@ def _adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.eva import UNSUPPORTED_LORA_MODULES
 
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and not isinstance(module, UNSUPPORTED_LORA_MODULES)
-        and adapter_name in module.lora_A
-        and isinstance(module, nn.Module)
+        name: cast("nn.Module", layer)
+        for name, layer in layers.items()
+        if adapter_name in layer.lora_A and not isinstance(layer, UNSUPPORTED_LORA_MODULES)
     }
 
 
 def _target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Find the linear layers of a plain model that the config targets; without `target_modules` all of them."""
     from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers.pytorch_utils import Conv1D
 
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         # PEFT's EVA takes this for a regular expression, which matches nothing.
-        targets = find_targets(model, ALL_LINEAR, config.exclude_modules, config.task_type)
-        return {name: model.get_submodule(name) for name in targets.layers}
+        config = copy.copy(config)
+        config.target_modules = list(find_targets(model, ALL_LINEAR).layers)
     targeted = {
         name: module
         for name, module in model.named_modules()
@@ -394,19 +366,4 @@ def _target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     }
     if not targeted:
         raise LoraInitError(f"no layer of {type(model).__name__} is targeted by {config.target_modules!r}.")
-    return {name: module for name, module in targeted.items() if isinstance(module, (nn.Linear, Conv1D))}
-
-
-@contextmanager
-def _adapter_switched_off(model: Any, wrapped: bool) -> Iterator[None]:
-    """Run the base model alone; afterwards `requires_grad` is as before, which PEFT's own context doesn't see to."""
-    if not wrapped:
-        yield
-        return
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+    return {name: module for name, module in targeted.items() if is_linear(module)}

@@ -550,7 +550,7 @@ def test_only_the_named_adapter_is_touched():
     other = {n: p.clone() for n, p in model.named_parameters() if ".other" in n}
     state = quietly(ours.get_eva_state_dict, model, batches_for("llama", 4))
     assert PREFIX + "lm_head" not in state
-    ours.load_eva_state_dict(model, {n: a for n, a in state.items() if len(a)}, "default")
+    ours.initialize_lora_eva_weights(model, eva_state_dict={n: a for n, a in state.items() if len(a)})
     assert "default" not in layers_of(model)["lm_head"].r
     assert other and all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
 
