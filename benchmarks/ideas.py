@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.initializers import as_large_as_eva, energy, random_orthonormal, zero_b
+from lora_init.adapters.initializers import as_large_as_eva, energy, random_orthonormal
 from lora_init.collection.collect import collect
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import compare
@@ -98,7 +98,7 @@ def start(file: Path, text: str) -> Callable[[nn.Module, int], Any]:
         weights = {}
         for layer, rows in directions(stats, name).items():
             a = float(factor) * sized(stats, layer, rows, size)
-            zero = zero_b(stats.targets[layer].out_features, RANK)
+            zero = torch.zeros(stats.targets[layer].out_features, RANK)
             weights[layer] = (a, step[layer][1] * (rows.norm() / a.norm()) if stepping else zero)
         return dataclasses.replace(build_adapter(stats, RANK, "random"), weights=weights).apply(model)
 

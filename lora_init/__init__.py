@@ -23,7 +23,7 @@ _HOMES = {
     "allocate_ranks": "planning.allocate",
     "RankAllocation": "planning.allocate",
     "build_adapter": "adapters.build",
-    "AdapterInit": "adapters.build",
+    "AdapterInit": "adapters.adapter_init",
     "initialize": "adapters.initialize",
     "find_step_size": "adapters.step_size",
     "mean_loss": "adapters.step_size",
@@ -44,8 +44,8 @@ __all__ = sorted(_HOMES)
 
 
 if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run `__getattr__`
+    from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.adapter_init import correct_base as correct_base
-    from lora_init.adapters.build import AdapterInit as AdapterInit
     from lora_init.adapters.build import build_adapter as build_adapter
     from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders

@@ -32,11 +32,10 @@ from lora_init.adapters.peft_model import (
     read_shapes,
     remember,
     remove_adapters,
-    selects,
 )
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, write_directory
-from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, find_targets
+from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, find_targets, matches
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.statistics import Provenance
@@ -160,16 +159,16 @@ class AdapterInit:
         a, b = self.weights[name]
         return b.numel() if self.freeze_a else a.numel() + b.numel()
 
-    def to_peft_config(self) -> LoraConfig:
+    def to_peft_config(self, model: nn.Module | None = None) -> LoraConfig:
         """Describe the adapter as a plain LoRA config: ranks and scalings, no weights, no init-specific keys.
 
         Each key of `rank_pattern` and `alpha_pattern` is `^` + the escaped full name of one layer. Given to
         `get_peft_model`, it makes an adapter of the same shape with PEFT's random A. PEFT has no setting for a frozen
-        A.
+        A. `model` is as for `save_pretrained`.
         """
         from peft import LoraConfig
 
-        return LoraConfig(**self._config())
+        return LoraConfig(**self._config(model))
 
     def apply(self, model: nn.Module, adapter_name: str = "default", correct_base: bool = True) -> PeftModel:
         """Put the adapter on the model and return a PeftModel, ready for Trainer.
@@ -263,10 +262,10 @@ class AdapterInit:
         parameters += [name for name, kind in self.unsupported.items() if kind == "Parameter"]
         names = [name for name in (*self.weights, *self.unsupported) if name not in parameters]
         others = self.left_out if model is None else {name for name, _ in model.named_modules()} - set(names)
-        listed = not any(selects(names, name) for name in others)
         # Without the model, short names are not trusted: in a hand-made nn.Sequential they often end another module's
         # name. The full name of a transformer's layer starts at its root and doesn't. A heuristic.
-        listed = listed and (model is not None or all(name.count(".") >= 2 for name in names))
+        listed = model is not None or all(name.count(".") >= 2 for name in names)
+        listed = listed and not any(matches(names, name, "target_modules") for name in others)
         other = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != self.rank}
         config: dict[str, Any] = {
             "peft_type": "LORA",
@@ -297,11 +296,10 @@ class AdapterInit:
         heads = HEADS.get(self.provenance.task_type or "", ())
         whole = [*([f"the head ({' or '.join(heads)})"] if heads else []), *self.modules_to_save]
         if whole and model is None:
-            asked = [f"task_type={self.provenance.task_type!r}"] if heads else []
-            asked += [f"modules_to_save={list(self.modules_to_save)}"] if self.modules_to_save else []
             raise LoraInitError(
-                f"{' and '.join(asked)}: PEFT trains {', '.join(whole)} whole and expects its weights in the "
-                "directory. Pass model=, or save the PeftModel that apply() returns."
+                f"task_type={self.provenance.task_type!r}, modules_to_save={list(self.modules_to_save)}: PEFT trains "
+                f"{', '.join(whole)} whole and expects its weights in the directory. Pass model=, or save the "
+                "PeftModel that apply() returns."
             )
         if model is None or not (whole or self.use_dora or self.unsupported):
             tensors = {}

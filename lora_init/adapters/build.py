@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from lora_init.adapters.adapter_init import AdapterInit, check_output
-from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator, zero_b
+from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
-
-__all__ = ["AdapterInit", "build_adapter", "check_adapter_options", "rank_with_frozen_a"]
 
 
 def check_adapter_options(
@@ -39,13 +37,7 @@ def check_adapter_options(
     """Check what `build_adapter` and `AdapterInit.save_pretrained` will be given, before any data is read.
 
     Args:
-        method: See `build_adapter`, as for the arguments that follow.
-        whiten: See there.
-        lora_alpha: See there.
-        use_dora: See there.
-        lora_dropout: See there.
-        modules_to_save: See there.
-        gamma: See there.
+        method: See `build_adapter`, as for `whiten` to `gamma`.
         output: Directory that the adapter will be saved in; None if it will not be.
         overwrite: Whether an adapter directory there may be replaced.
 
@@ -145,7 +137,7 @@ def build_adapter(
     if gamma is None and method in GRADIENT_METHODS:
         gamma = GRADIENT_METHODS[method].gamma or None
     if method in GRADIENT_METHODS:
-        weights = {name: _start_by_gradient(stats, name, r, method, seed, gamma) for name, r in plan.items()}
+        weights = {name: _start_by_gradient(stats, name, r, method, gamma or 0.0) for name, r in plan.items()}
     else:
         weights = {name: _start_by_input(stats, name, r, method, seed, whiten) for name, r in plan.items()}
     return AdapterInit(
@@ -194,15 +186,12 @@ def _start_by_input(
     spectra = experts or {name: stats[name]}
     a = torch.cat([METHODS[method](s, rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
     shape_a, shape_b = stats.targets[name].shapes(rank)
-    return a.reshape(shape_a), zero_b(*shape_b)
+    return a.reshape(shape_a), torch.zeros(shape_b)
 
 
-def _start_by_gradient(
-    stats: Statistics, name: str, rank: int, method: str, seed: int, gamma: float | None
-) -> tuple[Tensor, Tensor]:
-    start = GRADIENT_METHODS[method].start
+def _start_by_gradient(stats: Statistics, name: str, rank: int, method: str, gamma: float) -> tuple[Tensor, Tensor]:
     try:
-        a, b = start(stats[name], stats.gradient(name), rank, gamma or 0.0)
+        a, b = GRADIENT_METHODS[method].start(stats[name], stats.gradient(name), rank, gamma)
     except LoraInitError as error:
         raise LoraInitError(f"layer {name!r}: {error}") from None
     return a.contiguous(), b.contiguous()

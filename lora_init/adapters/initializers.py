@@ -43,7 +43,8 @@ def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
 
     Its rows have norm 0.58 on average, where those of `eva` and `orthogonal` have norm 1.
     """
-    return kaiming(rank, spectrum.components.shape[1], generator)
+    width = spectrum.components.shape[1]
+    return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
 
 
 def gaussian(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
@@ -69,9 +70,6 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
         >>> torch.allclose(a @ a.T, torch.eye(3), atol=1e-6)
         True
     """
-    width = spectrum.components.shape[1]
-    if rank > width:
-        raise LoraInitError(f"rank {rank} is larger than the layer's input width {width}. Ask for at most {width}.")
     return random_orthonormal(rank, spectrum.components[:0].float(), generator)
 
 
@@ -124,16 +122,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def zero_b(*shape: int) -> Tensor:
-    """Start B at zero, float32 [out_features, rank] or of another shape, so that the model's output does not change."""
-    return torch.zeros(shape)
-
-
-def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
-    """Draw A [rank, width] as PEFT does."""
-    return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
-
-
 def layer_generator(seed: int, name: str) -> torch.Generator:
     """Seed a generator by the layer's name, so that a layer's numbers don't depend on which other layers there are."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -164,14 +152,9 @@ def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
     """Check that a spectrum can serve this rank.
 
     Raises:
-        LoraInitError: `rank` is larger than d_in, or the decomposition was cut off below `rank` although the data
-            holds more.
+        LoraInitError: The decomposition was cut off below `rank` although the data holds more.
     """
     found, width = spectrum.components.shape
-    if rank > width:
-        raise LoraInitError(
-            f"{where}rank {rank} is larger than the layer's input width {width}. Ask for at most {width}."
-        )
     # n centred rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
     all_there = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
     if found < rank and found < min(width, spectrum.n_samples - 1) and not all_there:
@@ -182,9 +165,16 @@ def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
 
 
 def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32."""
+    """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32.
+
+    Raises:
+        LoraInitError: Both together are more than d.
+    """
     basis = against.double()
-    draw = torch.randn(n_rows, basis.shape[1], generator=generator, dtype=torch.float64)
+    rank, width = n_rows + len(basis), basis.shape[1]
+    if rank > width:
+        raise LoraInitError(f"rank {rank} is larger than the layer's input width {width}. Ask for at most {width}.")
+    draw = torch.randn(n_rows, width, generator=generator, dtype=torch.float64)
     draw = draw - (draw @ basis.T) @ basis
     q, r = torch.linalg.qr(draw.T)
     # Signs of R's diagonal make the distribution uniform; one more projection removes what rounding left of `against`.
@@ -214,11 +204,6 @@ class GradientMethod:
     gamma: float = 0.0
     corrects: bool = False
 
-    @property
-    def steps(self) -> bool:
-        """Whether the model's output changes at the start: B is not zero, and nothing makes up for it."""
-        return self.gamma > 0.0 and not self.corrects
-
 
 def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
     """Start A from the directions of the rows |g_t| x_t that hold most of their energy; B is zero.
@@ -226,7 +211,7 @@ def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: f
     dL/dB for one token is g_t (A x_t)^T, so among all A with orthonormal rows this one has the largest expected squared
     gradient of B: EVA's theorem 3.2 (arXiv 2410.07170) without its assumption that g and x are independent.
     """
-    return gradient.weighted.components[:rank].clone(), zero_b(gradient.left.shape[1], rank)
+    return gradient.weighted.components[:rank].clone(), torch.zeros(gradient.left.shape[1], rank)
 
 
 def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -235,7 +220,7 @@ def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: flo
     Among all A with orthonormal rows this one has the largest squared mean gradient of B, |G A^T|^2: what `eva_grad`
     does with the square inside the mean.
     """
-    return gradient.right[:rank].clone(), zero_b(gradient.left.shape[1], rank)
+    return gradient.right[:rank].clone(), torch.zeros(gradient.left.shape[1], rank)
 
 
 def natural_gradient(
@@ -243,7 +228,7 @@ def natural_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero."""
     _, _, right = natural_step(spectrum, gradient, rank)
-    return right, zero_b(gradient.left.shape[1], rank)
+    return right, torch.zeros(gradient.left.shape[1], rank)
 
 
 def natural_gradient_scaled(
@@ -359,5 +344,6 @@ GRADIENT_METHODS: dict[str, GradientMethod] = {
 
 
 def changes_output(method: str) -> bool:
-    """Tell whether the model's output is another one with the start of a method, see `GradientMethod.steps`."""
-    return method in GRADIENT_METHODS and GRADIENT_METHODS[method].steps
+    """Tell whether the model's output is another one with the start of a method: B is not zero, the weights stay."""
+    found = GRADIENT_METHODS.get(method)
+    return found is not None and found.gamma > 0.0 and not found.corrects

@@ -19,13 +19,13 @@ from peft.tuners.lora.eva import (
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
-from lora_init.adapters.peft_model import exact_pattern, selects
+from lora_init.adapters.peft_model import exact_pattern
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
-from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear
+from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear, matches
 from lora_init.layers.wrappers import is_sharded
 from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.spectrum import Spectrum
@@ -252,7 +252,7 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
         _set_weights(layer, adapter_name, weight, rank, alpha, config)
         ranks[name], alphas[name] = rank, alpha
     # A set, as PEFT itself makes one of every list.
-    ambiguous = any(selects(ranks, name) for name in modules if name not in layers)
+    ambiguous = any(matches(ranks, name, "target_modules") for name in modules if name not in layers)
     config.target_modules = exact_pattern(ranks) if ambiguous else set(ranks)
     config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {f"^{re.escape(n)}": alpha for n, alpha in alphas.items() if alpha != config.lora_alpha}

@@ -33,11 +33,7 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read the configuration of an adapter directory.
-
-    Raises:
-        LoraInitError: There is none, it is damaged, or the adapter is not LoRA.
-    """
+    """Read the configuration of an adapter directory; refuse one that is missing, damaged, or not LoRA's."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise LoraInitError(
@@ -75,11 +71,7 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
 
 
 def read_shapes(directory: Path) -> dict[str, list[int]]:
-    """Read names and shapes of an adapter's tensors.
-
-    Raises:
-        LoraInitError: There is no safetensors file, or it is damaged.
-    """
+    """Read names and shapes of an adapter's tensors; refuse a file that is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = directory / WEIGHTS_FILE
@@ -102,23 +94,8 @@ def exact_pattern(names: Iterable[str]) -> str:
     return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
 
 
-def selects(target_modules: str | Collection[str], name: str) -> bool:
-    """Tell whether PEFT's `target_modules` selects the module of this full name."""
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return name in target_modules or any(name.endswith(f".{ending}") for ending in target_modules)
-
-
 def check_plain(model: Any, taker: str) -> None:
-    """Check that what was given for a model is one, without an adapter.
-
-    Args:
-        model: What was given.
-        taker: Name of the function that it was given to, for the message.
-
-    Raises:
-        LoraInitError: It is something else, or has an adapter.
-    """
+    """Refuse what is no model, or has an adapter already, as an argument of the function `taker`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model, str):
@@ -136,11 +113,7 @@ def check_plain(model: Any, taker: str) -> None:
 
 
 def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
-    """Check that each name is the ending of a module's, as PEFT matches it, which leaves out silently what is not.
-
-    Raises:
-        LoraInitError: One is not.
-    """
+    """Refuse a name that is not the ending of a module's, as PEFT matches it, which leaves it out silently."""
     names = [name for name, _ in model.named_modules() if name]
     for ending in modules_to_save:
         if not any(name.endswith(ending) for name in names):
@@ -151,12 +124,7 @@ def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) ->
 
 
 def check_model(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
-    """Check, changing nothing, that the model can take this adapter under this name of PEFT's.
-
-    Raises:
-        LoraInitError: The model has an adapter already, or a layer is missing or of another kind or width. The first
-            difference is named.
-    """
+    """Refuse a model that has an adapter already, or lacks a layer, or has one of another kind or width."""
     if not adapter_name or "." in adapter_name or adapter_name in "lora_":
         raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
     check_plain(model, "apply()")
@@ -168,20 +136,20 @@ def check_model(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
             "model, and wrap what it returns."
         )
     origin, targets = init.provenance.model_id or init.provenance.model_class, init.targets
-    parameters = dict(model.named_parameters())
-    for name in [*targets, *init.unsupported]:
-        if name not in modules and name not in parameters:
-            raise LoraInitError(
-                f"layer {name!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
-                "Apply the adapter to the model that the statistics come from."
-            )
+    there: dict[str, Any] = {**modules, **dict(model.named_parameters())}
+    missing = next((name for name in [*targets, *init.unsupported] if name not in there), None)
+    if missing is not None:
+        raise LoraInitError(
+            f"layer {missing!r} of the statistics (from {origin}) is not in {type(model).__name__}. "
+            "Apply the adapter to the model that the statistics come from."
+        )
     fused = [name for name, target in targets.items() if target.experts]
     plain = exact_pattern(name for name in targets if name not in fused) if len(targets) > len(fused) else []
     found = find_targets(model, plain, target_parameters=fused).layers
     for name, expected in targets.items():
         got = found.get(name)
         if got is None or _shape(got) != _shape(expected):
-            shown = type(modules.get(name, parameters.get(name))).__name__ if got is None else _described(got)
+            shown = type(there[name]).__name__ if got is None else _described(got)
             raise LoraInitError(
                 f"layer {name!r}: the statistics (from {origin}) have {_described(expected)}, "
                 f"{type(model).__name__} has {shown}. Apply the adapter to the model that the statistics come from."
@@ -196,19 +164,17 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
         model: Any torch model.
         weights: Keep a copy of the weights too. It takes as much memory as the model.
     """
-    wiring = [(module, dict(vars(module)), _dicts(module)) for module in model.modules()]
+    wiring = [(module, dict(vars(module))) for module in model.modules()]
+    # Their dicts stay the same objects, since whoever added a hook holds on to one.
+    dicts = [(value, dict(value)) for _, found in wiring for value in found.values() if isinstance(value, dict)]
     trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     kept = [*model.buffers(), *(model.parameters() if weights else ())]
     values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
 
     def restore() -> None:
-        for module, attributes, contents in wiring:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, content in contents.items():
-                # The same dict as before, since whoever added a hook holds on to it.
-                attributes[key].clear()
-                attributes[key].update(content)
+        for attributes, content in [*((vars(module), found) for module, found in wiring), *dicts]:
+            attributes.clear()
+            attributes.update(content)
         for parameter, requires_grad, grad in trainable:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
@@ -217,10 +183,6 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
             tensor.data.copy_(value)
 
     return restore
-
-
-def _dicts(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    return {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
 
 
 def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
@@ -239,21 +201,11 @@ def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
 
 
 def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
-    """Wrap a model that passed `check_model` by `get_peft_model` and copy A and B in.
-
-    On any failure the model is as it was.
-
-    Raises:
-        LoraInitError: PEFT adapted other layers, or in another way, than planned.
-    """
+    """Wrap a model that passed `check_model` by `get_peft_model` and copy A and B in, or leave it as it was."""
     from peft import get_peft_model
 
-    config = init.to_peft_config()
-    planned = {*init.weights, *init.unsupported}
+    config = init.to_peft_config(model)
     config.base_model_name_or_path = None  # get_peft_model sets the model's own name, and warns if another was there
-    modules = planned - set(config.target_parameters or ())
-    if {name for name, _ in model.named_modules() if selects(config.target_modules or (), name)} != modules:
-        config.target_modules = exact_pattern(modules)
     restore = remember(model)
     try:
         with warnings.catch_warnings():

@@ -15,7 +15,6 @@ from lora_init.adapters.initializers import (
     random,
     random_scaled,
     whitening_scale,
-    zero_b,
 )
 from lora_init.errors import LoraInitError
 from lora_init.statistics.exact_pca import ExactPCA
@@ -148,10 +147,6 @@ def test_the_global_generator_is_left_alone():
     for method in METHODS.values():
         method(spectrum(n_samples=5), 8, layer_generator(0, "x"))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_b_is_zero():
-    assert torch.equal(zero_b(5, 3), torch.zeros(5, 3))
 
 
 def test_gaussian_is_pefts_draw():
