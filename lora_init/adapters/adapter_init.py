@@ -27,14 +27,13 @@ from lora_init.adapters.peft_model import (
     check_model,
     check_plain,
     exact_pattern,
-    freeze_lora_a,
     read_config,
     read_shapes,
     remember,
     remove_adapters,
 )
 from lora_init.errors import LoraInitError
-from lora_init.files import check_free, write_directory
+from lora_init.files import write_directory
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, find_targets, matches
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.plan import alpha_for, scaling_of
@@ -45,16 +44,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 CARD_FILE = "README.md"
-_FILES = (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)
-
-
-def check_output(directory: str | Path, overwrite: bool) -> None:
-    """Check that an adapter can be saved in a directory.
-
-    Raises:
-        LoraInitError: It is a file, or holds something that may not be replaced.
-    """
-    check_free(Path(directory).expanduser().resolve(), overwrite, marker=CONFIG_FILE, replaceable=_FILES)
+_FREEZE = """# A is meant to stay as it is. PEFT has no setting for that, so say it before the trainer is made:
+for name, parameter in model.named_parameters():
+    parameter.requires_grad &= ".lora_A." not in name
+"""
+FILES = (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -202,7 +196,8 @@ class AdapterInit:
         elif self.corrects_base:
             correct_outputs(model, self.weights, self.scaling)
         if self.freeze_a:
-            freeze_lora_a(adapted)
+            for name, parameter in adapted.named_parameters():  # PEFT has no setting for it
+                parameter.requires_grad &= ".lora_A." not in name
         return adapted
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False, model: nn.Module | None = None) -> Path:
@@ -231,7 +226,6 @@ class AdapterInit:
         """
         from safetensors.torch import save
 
-        check_output(directory, overwrite)
         model = None if model is None else unwrapped(model)
         contents = (
             save(self._tensors(model), metadata={"format": "pt"}),
@@ -239,8 +233,8 @@ class AdapterInit:
             _json(self._origin()),
             self._card().encode(),
         )
-        files = dict(zip(_FILES, contents, strict=True))
-        return write_directory(directory, files, overwrite, marker=CONFIG_FILE, replaceable=_FILES)
+        files = dict(zip(FILES, contents, strict=True))
+        return write_directory(directory, files, overwrite, marker=CONFIG_FILE, replaceable=FILES)
 
     def start_in_words(self) -> str:
         """Say what the adapter does to the model before it is trained, and what of it is trained."""
@@ -348,7 +342,7 @@ class AdapterInit:
     def _card(self) -> str:
         from huggingface_hub import ModelCardData
 
-        origin = self.provenance
+        origin, ranks = self.provenance, self.ranks.values()
         # A path of this machine is no model id: it says nothing elsewhere, and the hub refuses it.
         base = origin.model_id if origin.model_id and not Path(origin.model_id).exists() else None
         data = ModelCardData(
@@ -357,33 +351,22 @@ class AdapterInit:
             pipeline_tag="text-generation" if origin.task_type == "CAUSAL_LM" else None,  # as PEFT's own card
             tags=[*([f"base_model:adapter:{base}"] if base else []), "lora", "lora_init"],
         )
-        ranks = self.ranks.values()
-        code = ["from peft import PeftModel", ""]
-        if self.corrects_base:
-            code += ["import lora_init", "", "lora_init.correct_base(base_model, directory)"]
-        code += ["model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)"]
-        if self.freeze_a:
-            code += [
-                "# A is meant to stay as it is. PEFT has no setting for that, so say it before the trainer is made:",
-                "for name, parameter in model.named_parameters():",
-                '    parameter.requires_grad &= ".lora_A." not in name',
-            ]
-        return "\n".join([
-            "---",
-            data.to_yaml(),
-            "---",
-            "",
-            "# A LoRA adapter before training",
-            "",
-            f"Made by lora_init for {base or origin.model_class}: method `{self.method}`, {len(self.weights)} layers, "
-            f"rank {min(ranks)} to {max(ranks)} (average {self.rank}), {self.n_parameters():,} trainable parameters. "
-            f"{self.start_in_words()}:",
-            "",
-            "```python",
-            *code,
-            "```",
-            "",
-        ])  # fmt: skip
+        corrected = "import lora_init\n\nlora_init.correct_base(base_model, directory)\n" if self.corrects_base else ""
+        return f"""---
+{data.to_yaml()}
+---
+
+# A LoRA adapter before training
+
+Made by lora_init for {base or origin.model_class}: method `{self.method}`, {len(ranks)} layers, rank {min(ranks)} to \
+{max(ranks)} (average {self.rank}), {self.n_parameters():,} trainable parameters. {self.start_in_words()}:
+
+```python
+from peft import PeftModel
+
+{corrected}model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)
+{_FREEZE if self.freeze_a else ""}```
+"""
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.adapters.adapter_init import AdapterInit, check_output
+from lora_init.adapters.adapter_init import FILES, AdapterInit
 from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator
+from lora_init.adapters.peft_model import CONFIG_FILE
 from lora_init.errors import LoraInitError
+from lora_init.files import check_free
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.plan import RankAllocation
@@ -66,7 +68,7 @@ def check_adapter_options(
     if isinstance(modules_to_save, str):
         raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
     if output is not None:
-        check_output(output, overwrite)
+        check_free(Path(output).expanduser().resolve(), overwrite, marker=CONFIG_FILE, replaceable=FILES)
 
 
 def build_adapter(
@@ -126,12 +128,10 @@ def build_adapter(
         )
     asked, rank = _ranks_asked(stats, ranks)
     plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
+    if not any(asked.values()):
+        raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
-        raise LoraInitError(
-            f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build."
-            if any(asked.values())
-            else f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for a higher rank."
-        )
+        raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
     plan = _ranks_there(stats, plan, method)
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     if gamma is None and method in GRADIENT_METHODS:
@@ -191,10 +191,9 @@ def _start_by_input(
 
 def _start_by_gradient(stats: Statistics, name: str, rank: int, method: str, gamma: float) -> tuple[Tensor, Tensor]:
     try:
-        a, b = GRADIENT_METHODS[method].start(stats[name], stats.gradient(name), rank, gamma)
+        return GRADIENT_METHODS[method].start(stats[name], stats.gradient(name), rank, gamma)
     except LoraInitError as error:
         raise LoraInitError(f"layer {name!r}: {error}") from None
-    return a.contiguous(), b.contiguous()
 
 
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
@@ -221,11 +220,7 @@ def _ranks_asked(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tu
     unknown = next((name for name in ranks if name not in stats), None)
     if unknown is not None:
         close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
-        raise LoraInitError(
-            f"ranks name {unknown!r}, which the statistics don't have. Closest: {close[0]!r}."
-            if close
-            else "the statistics hold no layer. Collect them from a model with linear layers."
-        )
+        raise LoraInitError(f"ranks name {unknown!r}, which the statistics don't have. Closest: {close}.")
     asked = {name: _whole_number(ranks[name], f"layer {name!r}: rank ") for name in stats if name in ranks}
     for name, rank in asked.items():
         target = stats.targets[name]
@@ -260,16 +255,13 @@ def _ranks_there(stats: Statistics, plan: Mapping[str, int], method: str) -> dic
 
 def _directions(stats: Statistics, name: str, rank: int, method: str) -> int:
     """Count the directions that a method can take from the data of a layer; as many as it likes where it takes none."""
-    if method == "eva":
-        spectrum = stats[name]
-    elif method == "eva-grad":
-        spectrum = stats.gradient(name).weighted
-    elif method in GRADIENT_METHODS and method != "lora-ga":  # lora-ga needs two a rank and says so itself
+    if method in ("eva", "eva-grad"):
+        spectrum = stats[name] if method == "eva" else stats.gradient(name).weighted
+        check_rank(spectrum, rank, f"layer {name!r}: ")
+        return spectrum.n_components
+    if method in GRADIENT_METHODS and method != "lora-ga":  # lora-ga needs two a rank and says so itself
         return len(stats.gradient(name).singular_values)
-    else:
-        return rank
-    check_rank(spectrum, rank, f"layer {name!r}: ")
-    return spectrum.n_components
+    return rank
 
 
 def _whole_number(value: Any, where: str) -> int:

@@ -63,10 +63,9 @@ def initialize(
             before any batch is read, where that can be known then.
     """
     check_plain(model, "initialize()")
-    check_adapter_options(
-        method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save, gamma=gamma,
-    )  # fmt: skip
+    options: dict[str, Any] = dict(method=method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora)
+    options |= dict(lora_dropout=lora_dropout, modules_to_save=modules_to_save)
+    check_adapter_options(**options, gamma=gamma)
     check_modules_to_save(model, modules_to_save)
     searched = gamma is None and changes_output(method)
     aside, others = set_aside(batches) if searched else ([], batches)
@@ -74,9 +73,8 @@ def initialize(
         collect_options.setdefault("gradients", True)
     stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **collect_options)
     build = partial(
-        build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), method=method, whiten=whiten,
-        lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save, seed=seed, freeze_a=freeze_a,
+        build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), use_rslora=use_rslora, seed=seed,
+        freeze_a=freeze_a, **options,
     )  # fmt: skip
     if not searched:
         return build(gamma=gamma).apply(model, adapter_name)

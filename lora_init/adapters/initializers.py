@@ -2,8 +2,8 @@
 
 Those of `METHODS` take the spectrum of what the layer reads, a rank (at most d_in) and a source of random numbers, and
 return A, float32 [rank, d_in]; B is zero. Those of `GRADIENT_METHODS` take the spectrum, what the loss says about the
-layer (`GradientSpectrum`), a rank (at most the number of its directions) and gamma, and return A and B, float32
-[d_out, rank].
+layer (`GradientSpectrum`) and a rank (at most the number of its directions), and return A and B, float32
+[d_out, rank]. Where B is not zero, `GradientMethod.start` scales both.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator)
 
 # Share of the mean of a second moment that is added to it before it is inverted.
 _DAMPING = 0.01
-# The function of a start: (input spectrum, gradient spectrum, rank, gamma) -> A, B
-Start = Callable[[Spectrum, GradientSpectrum, int, float], tuple[Tensor, Tensor]]
+# (input spectrum, gradient spectrum, rank) -> A, B
+Directions = Callable[[Spectrum, GradientSpectrum, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -194,18 +194,26 @@ class GradientMethod:
     """A start and what it does to the model.
 
     Attributes:
-        start: Computes A float32 [rank, d_in] and B float32 [d_out, rank].
+        directions: Computes A float32 [rank, d_in] and B float32 [d_out, rank].
         gamma: Default of the number that A and B are divided by the root of; 0 where B is zero and there is none. For
             a step 1024, which is a small one: how large it can be depends on model and data, see `find_step_size`.
         corrects: Whether the base weights give up what B A adds, so that the output stays.
     """
 
-    start: Start
+    directions: Directions
     gamma: float = 0.0
     corrects: bool = False
 
+    def start(
+        self, spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Compute A and B, scaled by d_out^(1/4) / sqrt(gamma), LoRA-GA's stable scale, if B is not zero."""
+        a, b = self.directions(spectrum, gradient, rank)
+        scale = len(b) ** 0.25 / gamma**0.5 if self.gamma else 1.0
+        return (a * scale).contiguous(), (b * scale).contiguous()
 
-def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+
+def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start A from the directions of the rows |g_t| x_t that hold most of their energy; B is zero.
 
     dL/dB for one token is g_t (A x_t)^T, so among all A with orthonormal rows this one has the largest expected squared
@@ -214,7 +222,7 @@ def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: f
     return gradient.weighted.components[:rank].clone(), torch.zeros(gradient.left.shape[1], rank)
 
 
-def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start A from the right singular vectors of the mean gradient G; B is zero.
 
     Among all A with orthonormal rows this one has the largest squared mean gradient of B, |G A^T|^2: what `eva_grad`
@@ -223,17 +231,13 @@ def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: flo
     return gradient.right[:rank].clone(), torch.zeros(gradient.left.shape[1], rank)
 
 
-def natural_gradient(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def natural_gradient(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero."""
     _, _, right = natural_step(spectrum, gradient, rank)
     return right, torch.zeros(gradient.left.shape[1], rank)
 
 
-def natural_gradient_scaled(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def natural_gradient_scaled(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start as `natural_gradient`, with as much energy in A x as with EVA's A, see `initializers.random_scaled`.
 
     The preconditioner prefers directions of little variance, along which A x is small and B learns slowly.
@@ -242,18 +246,16 @@ def natural_gradient_scaled(
     return as_large_as_eva(spectrum, a), b
 
 
-def natural_gradient_step(
-    spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float
-) -> tuple[Tensor, Tensor]:
+def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start from a step of rank r along the natural gradient, see `natural_step`, of the size that `lora_one` has."""
-    return _step(*natural_step(spectrum, gradient, rank), rank, gamma)
+    return _step(*natural_step(spectrum, gradient, rank), rank)
 
 
-def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
+def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start as LoRA-GA does (Wang et al., arXiv 2407.05000): A = V[:r], B = U[:, r:2r], from the mean gradient U S V.
 
-    Both are scaled by d_out^(1/4) / sqrt(gamma), the paper's stable scale. The base weight gives up what B A adds.
-    PEFT's `init_lora_weights="lora_ga"` with the same directions and scale also multiplies B by its S.
+    The base weight gives up what B A adds. PEFT's `init_lora_weights="lora_ga"` with the same directions and scale
+    also multiplies B by its S.
 
     Raises:
         LoraInitError: There are fewer than 2 r singular vectors.
@@ -264,18 +266,17 @@ def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: fl
             f"{len(gradient.singular_values)}. Give all layers the rank that was collected for (rho=1, --rho 1), or "
             "collect for a larger one."
         )
-    scale = _stable(gradient.left.shape[1], gamma)
-    return gradient.right[:rank] * scale, gradient.left[rank : 2 * rank].T * scale
+    return gradient.right[:rank], gradient.left[rank : 2 * rank].T
 
 
-def lora_one(spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
+def lora_one(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start as LoRA-One does (Zhang et al., arXiv 2502.01235): from the best rank-r part of a step down the gradient.
 
-    With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled by d_out^(1/4) / sqrt(gamma),
-    the paper's stable scale. The authors' later code scales both by 1 / sqrt(gamma) alone: the same step has a gamma
-    there that is smaller by sqrt(d_out). The model's output changes.
+    With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled as in `GradientMethod.start`.
+    The authors' later code scales both by 1 / sqrt(gamma) alone: the same step has a gamma there that is smaller by
+    sqrt(d_out). The model's output changes.
     """
-    return _step(-gradient.left, gradient.singular_values, gradient.right, rank, gamma)
+    return _step(-gradient.left, gradient.singular_values, gradient.right, rank)
 
 
 def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,15 +322,10 @@ def _thin_svd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return (q_left @ u).T, values, v @ q_right.T
 
 
-def _step(left: Tensor, values: Tensor, right: Tensor, rank: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """Give A and B whose product is the best rank-r part of left^T values right, of norm sqrt(d_out) / gamma."""
+def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Give A and B whose product is the best rank-r part of left^T values right, of norm 1."""
     root = (values[:rank] / values[0]).sqrt().float()  # [r]
-    scale = _stable(left.shape[1], gamma)
-    return scale * root[:, None] * right[:rank], scale * left[:rank].T * root
-
-
-def _stable(d_out: int, gamma: float) -> float:
-    return float(d_out**0.25 / gamma**0.5)
+    return root[:, None] * right[:rank], left[:rank].T * root
 
 
 GRADIENT_METHODS: dict[str, GradientMethod] = {

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,16 +54,10 @@ class LayerIntruders:
         return sum(similarity < self.threshold for similarity in self.similarities)
 
     @property
-    def energy(self) -> float:
-        """Energy of the intruders."""
-        pairs = zip(self.similarities, self.energies, strict=True)
-        return sum((energy for similarity, energy in pairs if similarity < self.threshold), 0.0)
-
-    @property
     def energy_share(self) -> float:
         """Energy of the intruders over that of all vectors looked at, in [0, 1]."""
-        total = sum(self.energies)
-        return self.energy / total if total > 0.0 else 0.0
+        pairs = zip(self.similarities, self.energies, strict=True)
+        return sum(energy for similarity, energy in pairs if similarity < self.threshold) / (sum(self.energies) or 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +72,6 @@ class Intruders:
     layers: Mapping[str, LayerIntruders]
     skipped: Mapping[str, str]
 
-    def __post_init__(self) -> None:
-        for name in ("layers", "skipped"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-
     @property
     def count(self) -> int:
         """Intruders of all layers."""
@@ -96,8 +85,9 @@ class Intruders:
     @property
     def energy_share(self) -> float:
         """Energy of the intruders of all layers over that of all vectors looked at, in [0, 1]."""
-        total = sum(sum(layer.energies) for layer in self.layers.values())
-        return sum(layer.energy for layer in self.layers.values()) / total if total > 0.0 else 0.0
+        totals = [sum(layer.energies) for layer in self.layers.values()]
+        shares = [layer.energy_share for layer in self.layers.values()]
+        return sum(share * total for share, total in zip(shares, totals, strict=True)) / (sum(totals) or 1.0)
 
 
 def intruder_dimensions(
@@ -146,8 +136,6 @@ def intruder_dimensions(
         return _examine(model, base, k, threshold)
     check_plain(model, "intruder_dimensions()")
     directory = Path(adapter).expanduser()
-    if not directory.is_dir():
-        raise LoraInitError(f"{directory}: no such adapter directory.")
     # Loading an adapter that began as PiSSA or the like takes the plain weights apart again.
     own_weights = isinstance(read_config(directory).get("init_lora_weights"), str)
     if own_weights and base is None:
@@ -192,7 +180,7 @@ def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, thresh
             continue
         if base is not None and name not in base:
             raise LoraInitError(f"layer {name!r} has an adapter, and base= has no singular vectors for it.")
-        before = base[name] if base is not None else _left_vectors(plain, name)
+        before = _left_vectors(plain, name) if base is None else base[name]
         vectors, values = _leading(_trained_weight(layer, name), k)
         cosines = (vectors.T @ before).abs().amax(dim=1)  # [k]
         layers[name] = LayerIntruders(tuple(cosines.tolist()), tuple(values.double().square().tolist()), threshold)
@@ -232,16 +220,10 @@ def _left_vectors(layer: nn.Module, name: str) -> Tensor:
 
 def _leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Compute the first k left singular vectors, columns [d_out, k], and singular values, falling, [k]."""
-    if min(weight.shape) >= max(_SMALL, 2 * k):
-        import numpy as np
-        from scipy.sparse.linalg import ArpackError, svds
+    if min(weight.shape) < max(_SMALL, 2 * k) or not weight.any():
+        u, s, _ = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :k], s[:k]
+    from scipy.sparse.linalg import svds
 
-        # A start of its own keeps the result the same in every run.
-        start = np.random.default_rng(0).standard_normal(min(weight.shape)).astype(np.float32)
-        try:
-            u, s, _ = svds(weight.numpy(), k=k, v0=start, return_singular_vectors="u")
-            return torch.from_numpy(u[:, ::-1].copy()), torch.from_numpy(s[::-1].copy())
-        except ArpackError:
-            pass  # a weight of zeros, say; the long way always ends
-    u, s, _ = torch.linalg.svd(weight, full_matrices=False)
-    return u[:, :k], s[:k]
+    u, s, _ = svds(weight.numpy(), k=k, rng=0, return_singular_vectors="u")
+    return torch.from_numpy(u[:, ::-1].copy()), torch.from_numpy(s[::-1].copy())

@@ -35,6 +35,8 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 def read_config(directory: Path) -> dict[str, Any]:
     """Read the configuration of an adapter directory; refuse one that is missing, damaged, or not LoRA's."""
     path = directory / CONFIG_FILE
+    if not directory.is_dir():
+        raise LoraInitError(f"{directory}: no such adapter directory.")
     if not path.is_file():
         raise LoraInitError(
             f"{directory} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes one."
@@ -234,13 +236,6 @@ def match_modes(peft_model: PeftModel) -> None:
     peft_model.training = peft_model.base_model.training = peft_model.get_base_model().training
 
 
-def freeze_lora_a(peft_model: PeftModel) -> None:
-    """Take A out of the training. PEFT has no setting for that, and loading an adapter turns it on again."""
-    for name, parameter in peft_model.named_parameters():
-        if ".lora_A." in name:
-            parameter.requires_grad = False
-
-
 def remove_adapters(model: nn.Module) -> None:
     """Put the plain layers back in the place of PEFT's, as `PeftModel.unload` does, on the model inside a PeftModel."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -291,15 +286,10 @@ def _described(target: Target) -> str:
 
 
 def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> PeftModel:
-    """Put an adapter directory on a model, and make sure that all of it found its place.
+    """Put an adapter directory on a plain model, in place, and make sure that all of it found its place.
 
     PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
     If this fails, the model may be half wrapped: `remember` puts it back.
-
-    Args:
-        model: The plain model. Wrapped in place.
-        directory: What PEFT's or our `save_pretrained` wrote.
-        trainable: Load it to be trained.
 
     Raises:
         LoraInitError: No such directory, no LoRA adapter in it, damaged, or for another model.
@@ -308,8 +298,6 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
     from peft.utils import get_peft_model_state_dict
 
     path = Path(directory).expanduser()
-    if not path.is_dir():
-        raise LoraInitError(f"{path}: no such adapter directory.")
     read_config(path)
     in_file = {key for key in read_shapes(path) if ".lora_A" in key or ".lora_B" in key}
     try:
