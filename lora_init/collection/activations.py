@@ -163,7 +163,7 @@ class ActivationHooks:
         hidden, chosen = routed(experts.name, args, kwargs)
         tokens = self.masks.tokens(experts.name, hidden)
         if tokens is not None:
-            hidden, chosen = hidden[tokens.counting], chosen[tokens.counting]
+            hidden, chosen = hidden[tokens], chosen[tokens]
         for group, rows in experts.rows(hidden, chosen, self._wanted):
             sink(group, rows)
 

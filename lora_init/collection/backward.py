@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wanted, input_of
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
-from lora_init.layers.masks import IGNORED, Tokens, shifts_labels
+from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
 
@@ -33,13 +33,13 @@ class _Call:
     name: str
     x: Tensor
     version: int
-    tokens: Tokens | None
+    tokens: Tensor | None
     out_features: int
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Take the rows of the tokens that count."""
         rows = tensor.reshape(-1, tensor.shape[-1])
-        return rows if self.tokens is None else rows.index_select(0, self.tokens.counting)
+        return rows if self.tokens is None else rows.index_select(0, self.tokens)
 
 
 class BackwardHooks:
@@ -177,7 +177,7 @@ class BackwardHooks:
         if self._sink is None or not torch.is_grad_enabled():
             return None  # somebody else's pass, or the first run of a reentrant checkpoint
         x = input_of(name, args, kwargs).detach()
-        call = _Call(name, x, x._version, self._hooks.masks.tokens(name, x), output.shape[-1])
+        call = _Call(name, x, x._version, self._hooks.masks.tokens(name, x, predicting=True), output.shape[-1])
         if not goes_backward():
             self._waiting[call] = None
         wanting: Tensor = _wanting_gradient(module, args, output)

@@ -38,21 +38,11 @@ class Experts:
     in_features: int
     out_features: int
 
-    def group(self, expert: int) -> str:
-        """Name the input group of one expert; that of all experts has the name of the parameter."""
-        return expert_group(self.name, expert)
-
-    def groups(self) -> list[str]:
-        """Name all input groups of the parameter."""
-        return [self.name, *(self.group(expert) for expert in range(self.n_experts))]
-
-    def rows(
-        self, hidden: Tensor, chosen: Tensor, wanted: Callable[[str], bool] = lambda group: True
-    ) -> Iterator[tuple[str, Tensor]]:
+    def rows(self, hidden: Tensor, chosen: Tensor, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts.
 
-        A token that went to k experts counts in each. In the group of all it counts k times too, or once where its rows
-        are k times the same.
+        A token that went to k experts counts in each. In the group of all, which has the name of the parameter, it
+        counts k times too, or once where its rows are k times the same.
 
         Args:
             hidden: What the module gets, tokens that count only, [tokens, d].
@@ -64,17 +54,16 @@ class Experts:
             yield self.name, hidden
         pooled = []
         for expert in range(self.n_experts):
-            mine = wanted(self.group(expert))
-            if not mine and (first or not wanted(self.name)):
-                continue
+            group = expert_group(self.name, expert)
             rows = hidden[(chosen == expert).any(-1)]
-            if not len(rows):
+            if not len(rows) or not (wanted(group) or (wanted(self.name) and not first)):
                 continue
-            rows = rows if first else self._inside(rows, expert)
-            if mine:
-                yield self.group(expert), rows
-            pooled.append(rows)
-        if not first and pooled and wanted(self.name):
+            if not first:
+                rows = self._inside(rows, expert)
+                pooled.append(rows)
+            if wanted(group):
+                yield group, rows
+        if pooled and wanted(self.name):
             yield self.name, torch.cat(pooled)
 
     def _inside(self, rows: Tensor, expert: int) -> Tensor:
@@ -112,57 +101,43 @@ def find_parameters(
 ) -> dict[str, Experts | None]:
     """Find what PEFT's `target_parameters` selects, by full name; None for a parameter that A cannot start from data.
 
-    Args:
-        modules: All modules of the model by name.
-        wanted: Names of parameters, or dot-separated endings of names.
-        adapted: Modules that have an adapter of their own.
-        model_class: What to call the model.
-
-    Raises:
-        LoraInitError: A name selects nothing, or something that PEFT cannot adapt.
+    Refuses a name that selects nothing, or something that PEFT cannot adapt, as the modules `adapted` already are.
     """
     if isinstance(wanted, str):
         raise LoraInitError(f"target_parameters={wanted!r} must be a list of names, as in PEFT.")
+    # PEFT wraps the module of a parameter, and cannot wrap the model itself.
+    parameters = {
+        f"{owner}.{ending}": (module, parameter)
+        for owner, module in modules.items()
+        if owner
+        for ending, parameter in module.named_parameters(recurse=False)
+    }
     found: dict[str, Experts | None] = {}
-    hit: set[str] = set()
-    for owner, module in modules.items():
-        # PEFT wraps the module of a parameter, and cannot wrap the model itself.
-        for ending in module._parameters if owner else ():
-            name = f"{owner}.{ending}"
-            matching = [key for key in wanted if name == key or name.endswith(f".{key}")]
-            if matching and module._parameters[ending] is not None:
-                hit.update(matching)
-                found[name] = _checked(name, module, owner in adapted)
-    missing = [key for key in wanted if key not in hit]
-    if missing:
-        parameters = (pair for module in modules.values() for pair in module.named_parameters(recurse=False))
-        fused = sorted({name for name, parameter in parameters if parameter.dim() == 3})
-        hint = f"Parameters of three dimensions are named {', '.join(fused)}." if fused else "It has no fused experts."
-        raise LoraInitError(f"target_parameters: {missing[0]!r} matches no parameter of {model_class}. {hint}")
-    return found
-
-
-def _checked(name: str, module: nn.Module, has_adapter: bool) -> Experts | None:
-    owner, _, ending = name.rpartition(".")
-    if has_adapter:
-        raise LoraInitError(
-            f"target_parameters selects {name!r}, and target_modules its layer. PEFT takes one of the two: "
-            "name target_modules that leave it out."
-        )
-    experts = experts_of(name, module)
-    shape = tuple(getattr(module, ending).shape)
-    others = any(experts_of(f"{owner}.{other}", module) for other in module._parameters)
-    if experts is None and (others or len(shape) not in (2, 3)):
-        raise LoraInitError(f"target_parameters selects {name!r} of shape {shape}, which is no weight to adapt.")
-    return experts
+    for key in wanted:
+        names = [name for name in parameters if f".{name}".endswith(f".{key}")]
+        if not names:
+            fused = sorted({name.rpartition(".")[2] for name, (_, p) in parameters.items() if p.dim() == 3})
+            hint = f"Parameters of three dimensions: {', '.join(fused)}." if fused else "It has no fused experts."
+            raise LoraInitError(f"target_parameters: {key!r} matches no parameter of {model_class}. {hint}")
+        for name in names:
+            owner = name.rpartition(".")[0]
+            if owner in adapted:
+                raise LoraInitError(
+                    f"target_parameters selects {name!r}, and target_modules its layer. PEFT takes one of the two: "
+                    "name target_modules that leave it out."
+                )
+            module, parameter = parameters[name]
+            found[name] = experts_of(name, module)
+            others = any(experts_of(f"{owner}.{other}", module) for other in module._parameters)
+            if found[name] is None and (others or parameter.dim() not in (2, 3)):
+                raise LoraInitError(
+                    f"target_parameters selects {name!r} of shape {tuple(parameter.shape)}, which is no weight."
+                )
+    return {name: found[name] for name in parameters if name in found}  # in model order
 
 
 def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Find the hidden states [tokens, d] and the chosen experts [tokens, k] among the arguments of such a module.
-
-    Raises:
-        LoraInitError: They are not there.
-    """
+    """Find the hidden states [tokens, d] and the chosen experts [tokens, k] among the arguments of such a module."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     hidden = next((x for x in tensors if x.is_floating_point()), None)
     chosen = next((x for x in tensors if not x.is_floating_point()), None)

@@ -60,20 +60,18 @@ def _labels(kinds: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     labels = {kind: _ending(kind[1], [rest for _, rest in kinds]) for kind in kinds}
     if len(set(labels.values())) == len(kinds):
         return labels
-    stacks = list(dict.fromkeys(stack for stack, _ in kinds))  # encoder and decoder blocks both have a q
-    return {
-        (stack, rest): f"{_start(stack, stacks)} {_ending(rest, [r for s, r in kinds if s == stack])}".strip()
-        for stack, rest in kinds
-    }
+    stacks = dict.fromkeys(_backwards(stack) for stack, _ in kinds)  # encoder and decoder blocks both have a q
+    for stack, rest in kinds:
+        start = _backwards(_ending(_backwards(stack), stacks))
+        labels[stack, rest] = f"{start} {_ending(rest, [r for s, r in kinds if s == stack])}".strip()
+    return labels
 
 
-def _ending(text: str, all_texts: list[str]) -> str:
+def _ending(text: str, others: Iterable[str]) -> str:
     parts = text.split(".")
     endings = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-    return next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in all_texts) == 1), text)
+    return next((end for end in endings if sum(f".{other}".endswith(f".{end}") for other in others) == 1), text)
 
 
-def _start(text: str, others: list[str]) -> str:
-    parts = text.split(".")
-    starts = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    return next((start for start in starts if sum(f"{other}.".startswith(f"{start}.") for other in others) == 1), text)
+def _backwards(text: str) -> str:
+    return ".".join(reversed(text.split(".")))

@@ -15,11 +15,11 @@ from lora_init.layers.wrappers import plain_names
 IGNORED = -100
 
 
-class Tokens(NamedTuple):
-    """Numbers of the rows of a tensor that count, and of those that do not."""
+class _Mask(NamedTuple):
+    """The tokens of a batch that count, [batch, length], and their numbers; None for all."""
 
-    counting: Tensor
-    others: Tensor
+    kept: Tensor
+    numbers: Tensor | None
 
 
 class TokenMasks:
@@ -33,7 +33,7 @@ class TokenMasks:
     By labels, a pass without gradients counts the tokens that have a label: the answer as it stands in the text, since
     its inputs are described whatever is predicted from them. A pass with gradients counts the rows that the loss is
     computed from. In a causal language model these are the tokens *before* those with a label; anywhere else the two
-    are the same.
+    are the same. Padding before the first token of a row predicts it: that padding has a gradient, which counts.
 
     Args:
         model: Any torch model.
@@ -54,13 +54,12 @@ class TokenMasks:
         self._gradients = gradients
         self._shifted = gradients and shifts_labels(model)
         self._encoder = encoder_of(model)
-        name = next((n for n, m in model.named_modules() if m is self._encoder), "") if self._encoder else ""
-        self._encoder_prefix = name + "."
+        self._encoder_prefix = next((f"{name}." for name, m in model.named_modules() if m is self._encoder), ".")
         self._part_of = _text_parts(model)
         self._encoder_output: weakref.ref[Tensor] | None = None
-        self._main: Tensor | None = None
-        self._encoder_rows: Tensor | None = None
-        self._tokens: dict[int, Tokens | None] = {}
+        self._main: _Mask | None = None
+        self._predicting: _Mask | None = None
+        self._encoder_rows: _Mask | None = None
 
     def hooks(self) -> list[Any]:
         """Watch what the encoder returns."""
@@ -71,32 +70,22 @@ class TokenMasks:
         self._encoder_output = weakref.ref(hidden)
 
     def start(self, batch: Any) -> None:
-        """Take the masks of a batch.
-
-        Raises:
-            LoraInitError: A mask has another shape than the tokens, no token counts, labels are missing where they
-                count, or, in a pass with gradients, labels are on padding.
-        """
+        """Take the masks of a batch; refuse those that are missing, of another shape, or keep no token."""
         batch = batch if isinstance(batch, Mapping) else {}
         self._check_shapes(batch)
         attention, decoder = _as_mask(batch.get("attention_mask")), _as_mask(batch.get("decoder_attention_mask"))
         labels = batch.get("labels")
         labelled = labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        own = attention if self._encoder is None else decoder
         if self._gradients and labelled is not None and not labels.is_floating_point():
-            _check_padding(labelled, decoder if self._encoder is not None else attention)
+            _check_padding(labelled, own)
         if self._shifted and labelled is not None:
             labelled = nn.functional.pad(labelled[:, 1:], (0, 1))
-        if self._encoder is None:
-            self._main = _both(attention, labelled) if self.by_labels else attention
-        else:
-            self._encoder_rows = attention
-            self._main = _both(decoder, labelled) if self.by_labels or decoder is None else decoder
-        for mask in (self._main, self._encoder_rows):
-            if mask is not None and not bool(mask.any()):
-                raise LoraInitError(
-                    f"the mask keeps 0 of {mask.numel()} tokens, so no layer received rows. "
-                    "Check attention_mask and labels."
-                )
+        main = _both(own, labelled) if self.by_labels or (own is None and self._encoder is not None) else own
+        self._main = self._predicting = _numbered(main)
+        if self._shifted and main is not None and labelled is not None and labelled.shape == main.shape:
+            self._predicting = _numbered(main | labelled)
+        self._encoder_rows = _numbered(attention) if self._encoder is not None else None
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
         """Compare the shapes of masks and labels with that of the tokens, before the model does so in its own words."""
@@ -118,36 +107,29 @@ class TokenMasks:
 
     def stop(self) -> None:
         """Forget the batch."""
-        self._main = self._encoder_rows = self._encoder_output = None
-        self._tokens = {}
+        self._main = self._predicting = self._encoder_rows = self._encoder_output = None
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """Flatten a layer's input [..., d] to the rows [n, d] that count."""
         x = x[None] if x.dim() == 1 else x
         flat = x.reshape(-1, x.shape[-1])
         tokens = self.tokens(name, x)
-        return flat if tokens is None else flat.index_select(0, tokens.counting)
+        return flat if tokens is None else flat.index_select(0, tokens)
 
-    def tokens(self, name: str, x: Tensor) -> Tokens | None:
-        """Say which rows of a layer's input [..., d] count; None if all do."""
-        mask = self._main
+    def tokens(self, name: str, x: Tensor, predicting: bool = False) -> Tensor | None:
+        """Give the numbers of the rows of a layer's input [..., d] that count, or have a gradient; None if all do."""
+        mask = self._predicting if predicting else self._main
         if self._encoder is not None:
             from_encoder = self._encoder_output is not None and self._encoder_output() is x
             if from_encoder or name.startswith(self._encoder_prefix):
                 mask = self._encoder_rows
-            elif mask is None or x.shape[:2] != mask.shape:
-                mask = self._encoder_rows if self._encoder_rows is not None else mask
-        if mask is None or not self._is_text(name):
+            elif mask is None or x.shape[:2] != mask.kept.shape:
+                mask = self._encoder_rows or mask
+        if mask is None or mask.numbers is None or not self._is_text(name):
             return None
-        per_token = x.dim() == 3 and x.shape[:2] == mask.shape
-        flattened = x.dim() == 2 and x.shape[0] == mask.numel()
-        if not (per_token or flattened):
-            return None
-        if id(mask) not in self._tokens:
-            parts = (part.flatten().nonzero().flatten() for part in (mask, ~mask))
-            self._tokens[id(mask)] = None if bool(mask.all()) else Tokens(*parts)
-        tokens = self._tokens[id(mask)]
-        return None if tokens is None else Tokens(*(part.to(x.device) for part in tokens))
+        per_token = x.dim() == 3 and x.shape[:2] == mask.kept.shape
+        flattened = x.dim() == 2 and x.shape[0] == mask.kept.numel()
+        return mask.numbers.to(x.device) if per_token or flattened else None
 
     def _is_text(self, name: str) -> bool:
         while name not in self._part_of:
@@ -171,9 +153,8 @@ def _text_parts(model: nn.Module) -> dict[str, bool]:
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
     """Find the encoder of an encoder-decoder; None for every other model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return None
-    encoder = model.get_encoder()  # type: ignore[operator]
+    is_one = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder")
+    encoder = model.get_encoder() if is_one else None  # type: ignore[operator]
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
@@ -185,6 +166,17 @@ def shifts_labels(model: nn.Module) -> bool:
     if kind is None:  # the loss of transformers for heads that it has no other name for, such as GPT2LMHeadModel
         return getattr(model, "get_output_embeddings", lambda: None)() is not None
     return kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
+
+def _numbered(kept: Tensor | None) -> _Mask | None:
+    if kept is None:
+        return None
+    numbers = kept.flatten().nonzero().flatten()
+    if not len(numbers):
+        raise LoraInitError(
+            f"the mask keeps 0 of {kept.numel()} tokens, so no layer received rows. Check attention_mask and labels."
+        )
+    return _Mask(kept, numbers if len(numbers) < kept.numel() else None)
 
 
 def _as_mask(mask: Any) -> Tensor | None:

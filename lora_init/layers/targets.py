@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,7 @@ def is_in(name: str, modules: Collection[str]) -> bool:
 
 
 def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
-    """Tell whether a regular expression, or one of several names or endings, selects a layer.
-
-    Raises:
-        LoraInitError: The expression is none.
-    """
+    """Tell whether a regular expression, or one of several names or endings, selects a layer, as in PEFT."""
     if isinstance(patterns, str):
         try:
             return re.fullmatch(patterns, name) is not None
@@ -122,8 +118,7 @@ class Target:
 
     def parameters(self, rank: int) -> int:
         """Count the trainable parameters of a LoRA pair of this rank."""
-        a, b = self.shapes(rank)
-        return math.prod(a) + math.prod(b)
+        return rank * self.cost
 
     def extras(self) -> dict[str, Any]:
         """Give the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""
@@ -137,11 +132,7 @@ class Target:
 
 
 def read_target(name: str, kind: str, in_features: int, out_features: int, extras: Mapping[str, Any]) -> Target:
-    """Make a target again from its plain values.
-
-    Raises:
-        TypeError, ValueError: They are none.
-    """
+    """Make a target again from its plain values, with a TypeError or ValueError if they are none."""
     kernel = tuple(int(size) for size in extras.get("kernel", ()))
     groups, experts = int(extras.get("groups", 1)), int(extras.get("experts", 0))
     if not all(0 < size < 2**31 for size in (in_features, out_features, *kernel, groups, experts + 1)):
@@ -150,20 +141,15 @@ def read_target(name: str, kind: str, in_features: int, out_features: int, extra
 
 
 def file_prefixes(targets: Iterable[Target]) -> dict[str, str]:
-    """Say what stands before `lora_A` in the names of an adapter's tensors, by the name of the layer.
+    """Say what stands before `lora_A` in the names of an adapter's tensors, for all its layers in model order.
 
     PEFT wraps the module of a fused parameter once for each of its parameters that has an adapter, the last outermost.
-
-    Args:
-        targets: All layers that have an adapter, in model order.
     """
     prefixes: dict[str, str] = {}
-    inside: dict[str, int] = {}
+    inside: Counter[str] = Counter()
     for target in reversed(list(targets)):
-        prefixes[target.name] = PREFIX + target.module
-        if target.experts:
-            prefixes[target.name] += ".base_layer" * inside.get(target.module, 0)
-            inside[target.module] = inside.get(target.module, 0) + 1
+        prefixes[target.name] = PREFIX + target.module + ".base_layer" * inside[target.module]
+        inside[target.module] += 1
     return prefixes
 
 
@@ -183,11 +169,7 @@ class Targets:
     reasons: Mapping[str, str]
 
     def check_layers(self) -> None:
-        """Refuse a selection without a single layer whose A can start from data.
-
-        Raises:
-            LoraInitError: There is none; says why for the first.
-        """
+        """Refuse a selection without a single layer whose A can start from data; say why for the first."""
         if not self.layers:
             name, reason = next(iter(self.reasons.items()))
             raise LoraInitError(
@@ -243,8 +225,9 @@ def find_targets(
     layers: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
     reasons: dict[str, str] = {}
-    for name in sorted([*selected, *parameters], key=_model_order(named)):
-        found = _fused_target(name, parameters[name]) if name in parameters else _target(name, modules[name])
+    order = {name: i for i, name in enumerate(named)}
+    for name in sorted([*selected, *parameters], key=lambda n: order[n if n in order else n.rpartition(".")[0]]):
+        found = _target(name, modules[name]) if name in modules else _fused_target(name, parameters[name])
         if isinstance(found, Target):
             layers[name] = found
         else:
@@ -269,15 +252,6 @@ def _selected(
     if not isinstance(target_modules, str):
         _warn_of_unmatched(model, modules, names, "target_modules")
     return selected
-
-
-def _model_order(modules: Mapping[str, nn.Module]) -> Callable[[str], int]:
-    order: dict[str, int] = {}
-    for owner, module in modules.items():
-        order.setdefault(owner, len(order))
-        for ending, _ in module.named_parameters(recurse=False):
-            order.setdefault(f"{owner}.{ending}", len(order))
-    return lambda name: order[name]
 
 
 def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str]:

@@ -21,13 +21,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         >>> unwrapped(torch.compile(nn.Linear(2, 2)))
         Linear(in_features=2, out_features=2, bias=True)
     """
-    while True:
-        inner = next((model._modules[name] for name in _INSIDE if model._modules.get(name) is not None), None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    names = (*_INSIDE, "module") if parallel else _INSIDE
+    inner = next((model._modules[name] for name in names if model._modules.get(name) is not None), None)
+    return model if inner is None else unwrapped(inner)
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,14 +47,12 @@ def plain_name(name: str) -> str:
 
 def class_name(module: nn.Module) -> str:
     """Name a module's class as it was before `fully_shard` made another one of it."""
-    fsdp = _fsdp_module()
-    return next(kind.__name__ for kind in type(module).__mro__ if fsdp is None or not issubclass(kind, fsdp))
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, _fsdp_module()))
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward pass needs all processes at once (FSDP2)."""
-    fsdp = _fsdp_module()
-    return fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
+    return any(isinstance(module, _fsdp_module()) for module in model.modules())
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
@@ -71,8 +66,8 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def _fsdp_module() -> Any:
-    # Importing it takes a second, and where it was not imported nothing is sharded.
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    # Importing it takes a second, and where it was not imported nothing is sharded: no class.
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 def _offloaded_weights(module: nn.Module) -> Any:
@@ -107,9 +102,8 @@ def gathered(tensor: Any) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Let each process hold its parts alone, also of what FSDP2 keeps whole between a forward and a backward pass."""
-    fsdp = _fsdp_module()
     for module in model.modules():
-        if fsdp is not None and isinstance(module, fsdp):
+        if isinstance(module, _fsdp_module()):
             module.reshard()
 
 
@@ -132,18 +126,14 @@ class Precision:
         devices = ["cpu", *([accelerator.type] if accelerator is not None else [])]
         self._dtypes = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
 
+    def off(self) -> AbstractContextManager[None]:
+        """Compute in the precision of the tensors themselves."""
+        return self.on(enabled=False)
+
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self, enabled: bool = True) -> Iterator[None]:
         """Have autocast on as it was."""
         with ExitStack() as stack:
             for device, dtype in self._dtypes.items():
-                stack.enter_context(torch.autocast(device, dtype))
-            yield
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Compute in the precision of the tensors themselves."""
-        with ExitStack() as stack:
-            for device in self._dtypes:
-                stack.enter_context(torch.autocast(device, enabled=False))
+                stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             yield
