@@ -118,7 +118,7 @@ class AdapterInit:
                 "in_features": self.targets[name].in_features,
                 "out_features": self.targets[name].out_features,
                 "rank": rank,
-                "parameters": self._trainable(name),
+                "parameters": self.targets[name].parameters(rank, self.freeze_a),
                 "explained_variance": self.explained[name],
             }
             for name, rank in self.ranks.items()
@@ -147,11 +147,7 @@ class AdapterInit:
 
     def n_parameters(self) -> int:
         """Count the trainable parameters: those of all A and B, or of all B if A is frozen."""
-        return sum(self._trainable(name) for name in self.weights)
-
-    def _trainable(self, name: str) -> int:
-        a, b = self.weights[name]
-        return b.numel() if self.freeze_a else a.numel() + b.numel()
+        return sum(self.targets[name].parameters(rank, self.freeze_a) for name, rank in self.ranks.items())
 
     def to_peft_config(self, model: nn.Module | None = None) -> LoraConfig:
         """Describe the adapter as a plain LoRA config: ranks and scalings, no weights, no init-specific keys.

@@ -173,8 +173,7 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
         16
     """
     targets = list(targets)
-    both = sum(target.parameters(rank) for target in targets)
-    b_alone = sum(math.prod(target.shapes(rank)[1]) for target in targets)
+    both, b_alone = (sum(target.parameters(rank, frozen) for target in targets) for frozen in (False, True))
     return rank * both // b_alone
 
 

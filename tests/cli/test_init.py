@@ -44,6 +44,10 @@ def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
     assert "A stays as it is in training, see README.md" in json.loads(made.stdout)["notes"][0]
     assert 'parameter.requires_grad &= ".lora_A." not in name' in (tmp_path / "out/README.md").read_text()
     assert json.loads((tmp_path / "out/lora_init.json").read_text())["freeze_a"] is True
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    said = json.loads(made.stdout)  # what is trained, and what would be at one rank everywhere: B alone
+    assert said["parameters"] == sum(tensor.numel() for name, tensor in written.items() if ".lora_B." in name)
+    assert said["uniform_parameters"] == 4 * sum(len(tensor) for name, tensor in written.items() if ".lora_B." in name)
 
 
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):
