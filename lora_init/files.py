@@ -151,9 +151,7 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
     if not present:
         return
     if not overwrite:
-        raise LoraInitError(
-            f"{final} exists and is not empty. Choose another directory, or pass overwrite=True (--overwrite)."
-        )
+        raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
     if marker not in present:
         raise LoraInitError(
             f"{final} has no {marker}, so it is not an adapter directory and is not overwritten. "

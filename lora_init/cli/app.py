@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -38,9 +39,11 @@ app.command()(export.export)
 def main() -> None:
     """Run the command line and exit: 0, 1 after an error that was explained, 2 after wrong usage, 130 after Ctrl-C.
 
+    SIGTERM is treated as Ctrl-C.
     In several processes all do the pass of `init`; everything else is done by the first, which alone
     writes and speaks.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if process_rank():
         silence()
         if sys.argv[1:2] != ["init"]:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
-from lora_init.errors import explain
+from lora_init.errors import LoraInitError, explain
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
-    from lora_init.collection.processes import Processes
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON, and nothing else, to stdout.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    bool, Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
 ]
+Template = Annotated[str | None, Option(help='Text of an example, as in "{passage}\\nQuestion: {question}?".')]
+Completion = Annotated[str | None, Option(help="What the model should answer; --template is then the prompt.")]
+Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
+MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]
 
 FAILED, INTERRUPTED = 1, 130
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.
@@ -42,16 +44,15 @@ def make_console(stderr: bool = False) -> Console:
     return console
 
 
+def busy(text: str) -> Status:
+    """Show on stderr what is going on, where that is a terminal; a context manager."""
+    return make_console(stderr=True).status(text)
+
+
 def say(text: str) -> None:
     """Print one line to stderr; of several processes the first one does."""
     if not process_rank():
         print(text, file=sys.stderr, flush=True)
-
-
-def _complain(text: str) -> None:
-    """Print one line to stderr, also from processes that are not the first: what went wrong may be theirs alone."""
-    rank = process_rank()
-    print(f"rank {rank}: {text}" if rank else text, file=sys.stderr, flush=True)
 
 
 def print_json(content: Any) -> None:
@@ -63,10 +64,10 @@ def print_json(content: Any) -> None:
 def one_line_errors() -> Iterator[None]:
     """Turn what a user or a machine can cause into one line on stderr, and an exit code.
 
-    SIGTERM is treated as Ctrl-C. `LORA_INIT_DEBUG=1` lets the traceback through.
+    `LORA_INIT_DEBUG=1` lets the traceback through.
     """
     try:
-        with _quiet_libraries(), _sigterm_as_ctrl_c():
+        with _quiet_libraries():
             yield
     except KeyboardInterrupt:
         say("interrupted")
@@ -78,20 +79,10 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LORA_INIT_DEBUG"):
             raise
-        _complain(f"error: {in_words_of_the_command(explain(error))}")
+        rank = process_rank()
+        text = in_words_of_the_command(explain(error))
+        print(f"rank {rank}: error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # where Python has no signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # Options of the command that runs, by the name of the argument: as it is switched on, and off.
@@ -166,23 +157,17 @@ def silence() -> None:
 
 
 @contextmanager
-def process_group() -> Iterator[Processes]:
-    """Join the processes of one launch.
-
-    Yields:
-        The processes; this one alone without a launcher.
-    """
-    from lora_init.collection.processes import Processes
-
+def process_group() -> Iterator[None]:
+    """Join the processes of one launch, if there is one."""
     if process_rank() is None:
-        yield Processes(alone=True)
+        yield
         return
     import torch
 
     # Only statistics travel, and they travel by gloo, also between GPUs.
     torch.distributed.init_process_group("gloo")
     try:
-        yield Processes()
+        yield
     finally:
         torch.distributed.destroy_process_group()
 
@@ -194,9 +179,18 @@ def read_modules(text: str) -> str | list[str]:
     return read_names(text)
 
 
-def read_names(text: str) -> list[str]:
+def read_names(text: str | None) -> list[str]:
     """Read names separated by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def read_numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
+    """Read numbers separated by commas."""
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise LoraInitError(f"{option} {text!r}: expected {what} separated by commas.") from None
 
 
 def unescape(template: str | None) -> str | None:

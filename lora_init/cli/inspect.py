@@ -5,60 +5,61 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from lora_init.cli.console import (
     AsJson,
     TrustRemoteCode,
+    busy,
     make_console,
     one_line_errors,
     print_json,
     quiet_transformers,
 )
-from lora_init.cli.tables import facts, finite, group_by_kind, rank_table
+from lora_init.cli.tables import columns, facts, finite, rank_table
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
+    from rich.table import Table
 
 _WORST = 5
 
 
+@one_line_errors()
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="Statistics, plan, or directory of an adapter or a comparison.", show_default=False),
+        Argument(help="Statistics, plan, or directory of an adapter or a comparison.", show_default=False),
     ],
     intruders: Annotated[
         bool,
-        typer.Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
+        Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="With --intruders: base model. Default: the one that the adapter names.")
+        str | None, Option(help="With --intruders: base model. Default: the one that the adapter names.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
-    with one_line_errors():
-        with _damage_of(path):
-            description = describe(path)
-        if intruders:
-            description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
-        elif model is not None:
-            raise LoraInitError("--model is for --intruders; without it no model is loaded.")
-        if as_json:
-            print_json(description)
-            return
-        with _damage_of(path):
-            show(make_console(), description)
-        if intruders:
-            show_intruders(make_console(), description["intruders"])
+    with _damage_of(path):
+        description = describe(path)
+    if intruders:
+        description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
+    elif model is not None:
+        raise LoraInitError("--model is for --intruders; without it no model is loaded.")
+    if as_json:
+        print_json(description)
+        return
+    with _damage_of(path):
+        show(make_console(), description)
 
 
 @contextmanager
@@ -75,13 +76,7 @@ def _damage_of(path: Path) -> Iterator[None]:
 def describe_intruders(
     path: Path, about: Mapping[str, Any], model: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Load the base model of an adapter directory and count the adapter's intruder dimensions.
-
-    Args:
-        path: The directory.
-        about: What `describe` said of it.
-        model: Base model; None for the one that the adapter names.
-        trust_remote_code: Allow code that comes with the model to run.
+    """Load the base model of an adapter directory, and count the adapter's intruder dimensions.
 
     Returns:
         Plain values that `json.dumps` takes, layers in model order.
@@ -96,15 +91,15 @@ def describe_intruders(
     source = model or about["base_model"]
     if not source:
         raise LoraInitError(f"{path} does not name its base model. Name it with --model.")
-    with make_console(stderr=True).status("importing torch and transformers"):
+    with busy("importing torch and transformers"):
         from lora_init.adapters.intruders import THRESHOLD, K, intruder_dimensions
         from lora_init.loading.models import TASK_TYPES, load_model
 
         quiet_transformers()
     task_type = about["task_type"] if about["task_type"] in TASK_TYPES else None
-    with make_console(stderr=True).status(f"loading {source}"):
+    with busy(f"loading {source}"):
         loaded = load_model(source, task_type=task_type, device="cpu", trust_remote_code=trust_remote_code)
-    with make_console(stderr=True).status("decomposing the weights"):
+    with busy("decomposing the weights"):
         found = intruder_dimensions(loaded.model, path)
     return {
         "model": source,
@@ -126,30 +121,6 @@ def describe_intruders(
     }
 
 
-def show_intruders(console: Console, about: Mapping[str, Any]) -> None:
-    """Print what `describe_intruders` returned: totals, the layers with most of them, and all layers by block."""
-    layers = about["layers"]
-    worst = sorted(layers, key=lambda name: (-layers[name]["count"], -layers[name]["energy_share"]))[:_WORST]
-    head = {
-        "intruders": f"{about['count']:,} of {about['of']:,}, the first {about['k']} directions of each weight",
-        "criterion": f"|cosine| below {about['threshold']} with every direction of the same weight of {about['model']}",
-        "energy": f"{about['energy_share']:.1%} of that of these directions",
-    }
-    lines = [
-        f"{layers[name]['count']} of {layers[name]['of']}, {layers[name]['energy_share']:.1%} of the energy: {name}"
-        for name in worst
-        if layers[name]["count"]
-    ]
-    head |= {"worst layers" if i == 0 else " " * i: line for i, line in enumerate(lines)}
-    console.print("")
-    console.print(facts(head))
-    for name, kind in about["skipped"].items():
-        console.print(f"{name} ({kind}) has no singular vectors to compare.")
-    if about["count"]:
-        console.print("")
-        console.print(rank_table({name: layer["count"] for name, layer in layers.items()}))
-
-
 def describe(path: str | Path) -> dict[str, Any]:
     """Read what statistics, a plan, an adapter or a comparison are, from which model and data, and what is in them.
 
@@ -168,8 +139,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
         return describe_directory(path)
     if path.is_dir():
-        with _damage_of(path):
-            return _describe_adapter(path)
+        return _describe_adapter(path)
     if not path.exists():
         raise LoraInitError(
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
@@ -187,8 +157,6 @@ def _describe_plan(path: Path) -> dict[str, Any]:
 
 
 def _describe_statistics(path: Path) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from lora_init.statistics.statistics import Statistics
 
     stats = Statistics.load(path)
@@ -215,14 +183,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from lora_init.adapters.peft_model import (
-        LORA_A,
-        LORA_B,
-        adapted_layers,
-        origin_of,
-        read_config,
-        read_shapes,
-    )
+    from lora_init.adapters.peft_model import LORA_A, LORA_B, adapted_layers, origin_of, read_config, read_shapes
     from lora_init.layers.targets import PREFIX
 
     config = read_config(path)
@@ -248,14 +209,16 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     }
 
 
-def show(console: Console, description: Mapping[str, Any]) -> None:
+def show(console: Console, about: Mapping[str, Any]) -> None:
     """Print what `describe` returned."""
     views = {"statistics": _statistics_view, "plan": _plan_view, "adapter": _adapter_view, "comparison": _runs_view}
-    for renderable in views[description["what"]](description):
-        console.print(renderable)
+    head, *body = views[about["what"]](about, console.width)
+    console.print(facts(head))
+    for renderable in body:
+        console.print(renderable, markup=False)
 
 
-def _plan_view(about: Mapping[str, Any]) -> list[RenderableType]:
+def _plan_view(about: Mapping[str, Any], width: int) -> list[Any]:
     totals, made = about["totals"], about["provenance"] or {}
     head = {
         "file": f"{about['path']}: plan for {totals['layers']} of {len(about['layers'])} layers",
@@ -266,31 +229,48 @@ def _plan_view(about: Mapping[str, Any]) -> list[RenderableType]:
         "model": f"{made.get('model_class', 'any')} {made.get('model_id', '')}".strip(),
         "data": made.get("data") or "not described",
     }
-    return [facts(head), "", rank_table(about["ranks"]), *about["notes"]]
+    return [head, "", rank_table(about["ranks"], width), *about["notes"]]
 
 
-def _statistics_view(about: Mapping[str, Any]) -> list[RenderableType]:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+def _statistics_view(about: Mapping[str, Any], width: int) -> list[Any]:
+    excluded = f" without {about['exclude_modules']}" if about["exclude_modules"] else ""
     head = {
         "file": f"{about['path']}: statistics of {len(about['layers'])} layers",
         "model": f"{about['model_class']} {about['model_id']}".strip(),
         "fingerprint": about["fingerprint"],
-        "targets": str(about["target_modules"])
-        + (f" without {about['exclude_modules']}" if about["exclude_modules"] else ""),
+        "targets": f"{about['target_modules']}{excluded}",
         "data": about["data"] or "not described",
         "tokens": "those with a label" if about["token_mask"] == "labels" else "all but padding",
         "rows": f"{about['n_samples']:,} in {about['n_batches']} batches, stopped: {about['stop_reason']}",
         "decomposition": "centred (PCA)" if about["center"] else "not centred (second moment)",
         "made for": f"rank {about['rank']} with seed {about['seed']}",
-        "made with": versions,
+        "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
     }
     notes = [*about["notes"], *(f"{name} ({kind}) has no spectrum." for name, kind in about["unsupported"].items())]
-    return [facts(head), "", _spectrum_table(about["layers"]), *notes]
+    return [head, "", _spectrum_table(about["layers"]), *notes]
 
 
-def _runs_view(about: Mapping[str, Any]) -> list[RenderableType]:
-    from rich.table import Table
+def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Show the share of variance that the first components capture, median over the layers of a kind."""
+    collected = max((len(layer["explained_variance_ratio"]) for layer in layers.values()), default=0)
+    counts = [count for count in (1, 4, 16, 64, 256) if count < collected] + [collected]
+    table = columns("layers", "count", "d_in", *(f"top {count}" for count in counts), "held out")
+    grid = layer_grid(layers)
+    for kind in grid.kinds:
+        group = [layers[name] for name in grid.of_kind(kind).values()]
+        shares = [[sum(layer["explained_variance_ratio"][:count]) for layer in group] for count in counts]
+        held_out = [layer["held_out"] for layer in group if layer["held_out"] is not None]
+        table.add_row(
+            kind,
+            str(len(group)),
+            "/".join(dict.fromkeys(str(layer["in_features"]) for layer in group)),
+            *(f"{median(share):.1%}" for share in shares),
+            f"{median(held_out):.1%}" if held_out else "-",
+        )
+    return table
 
+
+def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
     asked = about["settings"]
     head = {
         "directory": f"{about['path']}: comparison of {len(about['starts'])} starts",
@@ -299,68 +279,39 @@ def _runs_view(about: Mapping[str, Any]) -> list[RenderableType]:
         "runs": ", ".join(f"{n} {status}" for status, n in about["runs"].items()) or "none yet",
         "found": about["headline"],
     }
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name in ("start", "learning rate", "loss"):
-        table.add_column(name, justify="left" if name == "start" else "right")
+    table = columns("start", "learning rate", "loss")
     for label, start in about["starts"].items():
         rate, loss = start["learning_rate"], start["loss"]
         table.add_row(label, "-" if rate is None else f"{rate:g}", "-" if loss is None else f"{loss:.4f}")
-    return [facts(head), "", table, *about["notes"]]
+    return [head, "", table, *about["notes"]]
 
 
-def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """Show the share of variance that the first components capture, median over the layers of a kind."""
-    from rich.table import Table
-
-    collected = max((len(layer["explained_variance_ratio"]) for layer in layers.values()), default=0)
-    counts = [count for count in (1, 4, 16, 64, 256) if count < collected] + [collected]
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name in ("layers", "count", "d_in", *(f"top {count}" for count in counts), "held out"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
-    for label, names in group_by_kind(layers).items():
-        spectra = [layers[name]["explained_variance_ratio"] for name in names]
-        held_out = [layers[name]["held_out"] for name in names if layers[name]["held_out"] is not None]
-        table.add_row(
-            label,
-            str(len(names)),
-            "/".join(str(width) for width in dict.fromkeys(layers[name]["in_features"] for name in names)),
-            *(f"{median(sum(spectrum[:count]) for spectrum in spectra):.1%}" for count in counts),
-            f"{median(held_out):.1%}" if held_out else "-",
-        )
-    return table
-
-
-def _adapter_view(about: Mapping[str, Any]) -> list[RenderableType]:
-    from rich.text import Text
-
+def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
     from lora_init.planning.plan import serving_note
 
-    ranks = about["ranks"]
+    ranks, origin = about["ranks"], about["origin"]
     extras = [text for flag, text in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if about[flag]]
     head = {
         "directory": f"{about['path']}: LoRA adapter of {len(ranks)} layers",
         "base model": str(about["base_model"] or "not named"),
         "task type": str(about["task_type"] or "none"),
         "rank": f"{about['rank']} on average, {min(ranks.values(), default=0)} to {max(ranks.values(), default=0)}",
-        "lora_alpha": f"{about['lora_alpha']}{' with ' + ' and '.join(extras) if extras else ''}",
+        "lora_alpha": " with ".join([str(about["lora_alpha"]), *extras]),
         "parameters": f"{about['parameters']:,}",
+        "start": "unknown: lora_init did not make it",
     }
-    origin = about["origin"]
     if origin:
-        source = origin.get("provenance", {})
-        head["start"] = (
-            f"{origin.get('method')}{', whitened' if origin.get('whiten') else ''}, seed {origin.get('seed')}"
-        )
+        source, shares = origin.get("provenance", {}), list(origin.get("explained", {}).values())
+        whitened = ", whitened" if origin.get("whiten") else ""
+        head["start"] = f"{origin.get('method')}{whitened}, seed {origin.get('seed')}"
         head["data"] = source.get("data") or "not described"
         head["rows"] = (
             f"{source.get('n_samples', 0):,} in {source.get('n_batches')} batches, stopped: {source.get('stop_reason')}"
         )
-        shares = list(origin.get("explained", {}).values())
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
-    else:
-        head["start"] = "unknown: lora_init did not make it"
-    return [facts(head), "", rank_table(ranks), "", Text(serving_note(_with_gaps(ranks)))]
+    views = [head, "", rank_table(ranks, width), "", serving_note(_with_gaps(ranks))]
+    return [*views, *_intruder_view(about["intruders"], width)] if "intruders" in about else views
 
 
 def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -372,3 +323,22 @@ def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:
         gaps = [other for other in grid.blocks if other >= 0 and other not in layers]
         whole |= {name.replace(f".{block}.", f".{other}.", 1): 0 for other in gaps if block >= 0}
     return whole
+
+
+def _intruder_view(about: Mapping[str, Any], width: int) -> list[Any]:
+    """Show what `describe_intruders` returned: totals, the layers with most of them, and all layers by block."""
+    layers = about["layers"]
+    worst = sorted(layers, key=lambda name: (-layers[name]["count"], -layers[name]["energy_share"]))[:_WORST]
+    head = {
+        "intruders": f"{about['count']:,} of {about['of']:,}, the first {about['k']} directions of each weight",
+        "criterion": f"|cosine| below {about['threshold']} with every direction of the same weight of {about['model']}",
+        "energy": f"{about['energy_share']:.1%} of that of these directions",
+        "worst layers": "\n".join(
+            f"{layers[name]['count']} of {layers[name]['of']}, {layers[name]['energy_share']:.1%} of the energy: {name}"
+            for name in worst
+            if layers[name]["count"]
+        ),
+    }
+    skipped = [f"{name} ({kind}) has no singular vectors to compare." for name, kind in about["skipped"].items()]
+    counts = {name: layer["count"] for name, layer in layers.items()}
+    return ["", facts(head), *skipped, "", rank_table(counts, width)]

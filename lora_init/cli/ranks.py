@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
-from lora_init.cli.console import make_console, one_line_errors, read_names, say
-from lora_init.cli.tables import facts, rank_table
+from lora_init.cli.console import AsJson, make_console, one_line_errors, print_json, read_names, read_numbers, say
+from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
 
@@ -21,25 +21,16 @@ if TYPE_CHECKING:
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+Coverage = Literal["every-layer", "total"]
+Tool = Literal["peft", "axolotl", "llama-factory", "json", "csv"]
+
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
-_LIMITS = ("rank", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
-
-
-def _ranks(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("/"))
-
-
-# How the value of an argument is read; counts such as 2.5M are read by allocate_ranks.
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    **dict.fromkeys(("rank", "min_rank", "max_rank", "multiple_of"), (int, "a whole number")),
-    **dict.fromkeys(("fraction", "megabytes", "variance", "rho"), (float, "a number")),
-    **dict.fromkeys(("total_rank", "parameters", "policy", "dtype", "coverage"), (str, "text")),
-    "allowed_ranks": (_ranks, "whole numbers with / between"),
-}
+_VARIED = (*_BUDGETS, "dtype", "coverage", "policy", "rho", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
 
 
 def read_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read limits for some layers from texts such as `"*.down_proj:max_rank=8,multiple_of=4"`.
+    """Read limits for some layers from texts such as `"*.down_proj:max_rank=8,multiple_of=4"`, not checking values.
 
     Raises:
         LoraInitError: A text is not of this form.
@@ -53,7 +44,7 @@ def read_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         pattern, colon, rest = text.partition(":")
         if not colon or not pattern.strip():
             raise LoraInitError(f"--override {text!r}: write it like '*.down_proj:max_rank=8'.")
-        overrides.setdefault(pattern.strip(), {}).update(_pairs(rest, _LIMITS, f"--override {text!r}"))
+        overrides.setdefault(pattern.strip(), {}).update(_pairs(rest, f"--override {text!r}"))
     return overrides
 
 
@@ -71,28 +62,32 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
     """
     variants = {}
     for text in texts:
-        full = text if "=" in text else f"policy={text}"
-        change = _pairs(full, tuple(_READERS), f"--compare {text!r}")
-        kept = {k: v for k, v in base.items() if k not in _BUDGETS or not any(budget in change for budget in _BUDGETS)}
-        variants[text] = {**kept, **change}
+        change = _pairs(text if "=" in text else f"policy={text}", f"--compare {text!r}")
+        unknown = next((key for key in change if key not in _VARIED), None)
+        if unknown is not None:
+            raise LoraInitError(f"--compare {text!r}: {unknown!r} is unknown. Choose from {', '.join(_VARIED)}.")
+        replaced = _BUDGETS if any(budget in change for budget in _BUDGETS) else ()
+        variants[text] = {key: value for key, value in base.items() if key not in replaced} | change
     return variants
 
 
-def _pairs(text: str, keys: Sequence[str], where: str) -> dict[str, Any]:
-    pairs = {}
+def _pairs(text: str, where: str) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = (side.strip() for side in part.partition("="))
-        key = key.replace("-", "_")
         if not equals or not value:
             raise LoraInitError(f"{where}: {part.strip()!r} is not of the form key=value.")
-        if key not in keys:
-            raise LoraInitError(f"{where}: {key!r} is unknown. Choose from {', '.join(keys)}.")
-        read, kind = _READERS[key]
-        try:
-            pairs[key] = read(value)
-        except ValueError:
-            raise LoraInitError(f"{where}: {key}={value!r} is not {kind}.") from None
+        key = key.replace("-", "_")
+        pairs[key] = tuple(map(_number, value.split("/"))) if key == "allowed_ranks" else _number(value)
     return pairs
+
+
+def _number(text: str) -> int | float | str:
+    """Read a number; what is none stays text, for allocate_ranks to read or to refuse."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        return text
 
 
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
@@ -100,10 +95,10 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
     from lora_init.planning.pictures import kind_totals, plan_text, source_text, totals_against_uniform
     from lora_init.planning.plan import serving_note
 
-    totals = _table("", "this plan", "uniform ranks, same sum")
+    totals = columns("", "this plan", "uniform ranks, same sum")
     for row in totals_against_uniform(plan, stats):
         totals.add_row(*row)
-    kinds = _table("layers", "count", "rank", "total rank", "parameters", "share", "explained")
+    kinds = columns("layers", "count", "rank", "total rank", "parameters", "share", "explained")
     for kind in kind_totals(plan).itertuples():
         kinds.add_row(
             kind.Index,
@@ -115,7 +110,7 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
             f"{kind.explained:.1%}",
         )
     rows = {"plan": plan_text(plan), "spent": _spent(plan), "from": source_text(plan)}
-    for part in (rank_table(plan), "", kinds, "", totals, "", facts(rows)):
+    for part in (rank_table(plan, console.width), "", kinds, "", totals, "", facts(rows)):
         console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
@@ -139,7 +134,7 @@ def _spent(plan: RankAllocation) -> str:
 
 def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
     """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
-    table = _table("plan", "rank", "layers", "total", "params", "MB", "explained", "least")
+    table = columns("plan", "rank", "layers", "total", "params", "MB", "explained", "least")
     for label, plan in plans.items():
         used = [rank for rank in plan.values() if rank]
         least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
@@ -153,16 +148,6 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
             f"{plan.explained_variance:.2%}",
             f"{least:.1%}",
         )
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -184,128 +169,92 @@ def comparison_values(plans: Mapping[str, RankAllocation]) -> list[dict[str, Any
     ]
 
 
-# Printed by a real run. The backspace keeps the lines as they are.
 EXAMPLE = """\b
 Example:
 $ lora-init ranks stats.safetensors --parameters 1M --compare uniform --compare cost-aware
-plan           rank  layers  total   params    MB  explained  least
-parameters=1M   1-7     202    774  999,936  4.00     22.74%   0.0%
-uniform         3-4     210    689  999,936  4.00     20.68%   3.9%
-cost-aware      1-7     186    909  999,744  4.00     23.63%   0.0%
 """
 
 
+@one_line_errors()
 def ranks(
-    statistics: Annotated[Path, typer.Argument(help="Statistics file, from lora-init init.", show_default=False)],
-    rank: Annotated[
-        int | None, typer.Option(help="Budget: average rank. The default is what the statistics are for.")
-    ] = None,
-    total_rank: Annotated[str | None, typer.Option(help="Budget: sum of all ranks.")] = None,
-    parameters: Annotated[str | None, typer.Option(help="Budget: trainable parameters, such as 2.5M.")] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="Budget: share of the model's parameters, such as 0.01.")
-    ] = None,
-    megabytes: Annotated[
-        float | None, typer.Option(help="Budget: parameters times the bytes of --dtype, in 10^6 bytes.")
-    ] = None,
-    variance: Annotated[float | None, typer.Option(help="Budget: fewest ranks that explain this share.")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="For --megabytes: of the saved adapter. Default: float32.", show_default=False),
-    ] = None,
-    coverage: Annotated[
-        Literal["every-layer", "total"] | None,
-        typer.Option(
-            help="For --variance: in every layer, or in the mean of all. Default: every-layer.", show_default=False
-        ),
-    ] = None,
+    statistics: Annotated[Path, Argument(help="Statistics file, from lora-init init.", show_default=False)],
+    rank: Annotated[int | None, Option(help="Budget: average rank. Default: what the statistics are for.")] = None,
+    total_rank: Annotated[str | None, Option(help="Budget: sum of all ranks.")] = None,
+    parameters: Annotated[str | None, Option(help="Budget: trainable parameters, such as 2.5M.")] = None,
+    fraction: Annotated[float | None, Option(help="Budget: share of the model's parameters, such as 0.01.")] = None,
+    megabytes: Annotated[float | None, Option(help="Budget: 10^6 bytes of parameters in --dtype.")] = None,
+    variance: Annotated[float | None, Option(help="Budget: fewest ranks that explain this share.")] = None,
+    dtype: Annotated[Dtype | None, Option(help="For --megabytes: of the saved adapter. Default: float32.")] = None,
+    coverage: Annotated[Coverage | None, Option(help="For --variance: where. Default: every-layer.")] = None,
     policy: Annotated[
         Literal["uniform", "eva", "cost-aware", "proportional", "gradient", "gradient-per-parameter", "gora"],
-        typer.Option(
+        Option(
             help="What ranks compete by: nothing, variance, variance per parameter, or effective rank; with gradients "
             "in FILE: squared gradient, the same per parameter, or |weight x gradient|."
         ),
     ] = "eva",
-    rho: Annotated[
-        float, typer.Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")
-    ] = 2.0,
-    min_rank: Annotated[int, typer.Option(help="Smallest rank; 0 lets a layer go without.")] = 0,
-    max_rank: Annotated[int | None, typer.Option(help="Largest rank.")] = None,
-    multiple_of: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 1,
-    allowed_ranks: Annotated[str | None, typer.Option(help="The only ranks there are, such as 8,16,32,64.")] = None,
+    rho: Annotated[float, Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")] = 2.0,
+    min_rank: Annotated[int, Option(help="Smallest rank; 0 lets a layer go without.")] = 0,
+    max_rank: Annotated[int | None, Option(help="Largest rank.")] = None,
+    multiple_of: Annotated[int, Option(help="Ranks are multiples of this.")] = 1,
+    allowed_ranks: Annotated[str | None, Option(help="The only ranks there are, such as 8,16,32,64.")] = None,
     tie: Annotated[
-        list[str] | None, typer.Option(help="Layers with one rank in each block, as q_proj,k_proj,v_proj. Repeatable.")
+        list[str] | None, Option(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")
     ] = None,
-    uniform_per_kind: Annotated[
-        bool, typer.Option("--uniform-per-kind", help="One rank for all layers of a kind, such as all q_proj.")
-    ] = False,
-    override: Annotated[
-        list[str] | None, typer.Option(help="Limits for some layers, as '*.down_proj:max_rank=8'. Repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Layers that get no rank: name, ending or wildcard.")
-    ] = None,
-    compare: Annotated[
-        list[str] | None, typer.Option(help="Show beside it: a policy, or as parameters=1M,policy=uniform. Repeatable.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Plan file to write, for lora-init init --ranks.")
-    ] = None,
-    tool: Annotated[
-        Literal["peft", "axolotl", "llama-factory", "json", "csv"] | None,
-        typer.Option("--format", help="Print what this tool reads instead of tables."),
-    ] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="For --format: scaled by lora_alpha / rank. Default: 16.", show_default=False)
-    ] = None,
-    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .html.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older plan or picture.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    uniform_per_kind: Annotated[bool, Option("--uniform-per-kind", help="One rank for each kind of layer.")] = False,
+    override: Annotated[list[str] | None, Option(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, Option(help="Layers that get no rank: name, ending or wildcard.")] = None,
+    compare: Annotated[list[str] | None, Option(help="Also plan: uniform, or parameters=1M,rho=1. Repeatable.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Plan to write, for init --ranks.")] = None,
+    tool: Annotated[Tool | None, Option("--format", help="Print what this tool reads instead of tables.")] = None,
+    lora_alpha: Annotated[float | None, Option(help="For --format: scaled by lora_alpha / rank. Default: 16.")] = None,
+    use_rslora: Annotated[bool, Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
+    plot: Annotated[Path | None, Option(help="Picture to write: .png, .svg or .html.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an older plan or picture.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
-    with one_line_errors():
-        arguments: dict[str, Any] = {
-            "rank": rank, "total_rank": total_rank, "parameters": parameters, "fraction": fraction,
-            "megabytes": megabytes, "variance": variance, "dtype": dtype or "float32",
-            "coverage": coverage or "every-layer", "policy": policy, "rho": rho, "min_rank": min_rank,
-            "max_rank": max_rank, "multiple_of": multiple_of, "allowed_ranks": _numbers(allowed_ranks),
-            "tie": [read_names(names) for names in tie or []], "uniform_per_kind": uniform_per_kind,
-            "overrides": read_overrides(override or []), "exclude": exclude or [],
-        }  # fmt: skip
-        variants = read_variants(compare or [], arguments)
-        asked = [arguments, *variants.values()]
-        _refuse(tool and (compare or as_json), "--format prints one plan for one tool. Leave --compare and --json out.")
-        _refuse(dtype and not any(one.get("megabytes") for one in asked), "--dtype is for --megabytes.")
-        _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")
-        _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
-        _check_outputs(output, plot, overwrite)
-        from lora_init.planning.allocate import allocate_ranks
-        from lora_init.planning.plan import plan_to_dict, save_plan
-        from lora_init.statistics.statistics import Statistics
+    arguments: dict[str, Any] = {
+        "rank": rank, "total_rank": total_rank, "parameters": parameters, "fraction": fraction,
+        "megabytes": megabytes, "variance": variance, "dtype": dtype or "float32",
+        "coverage": coverage or "every-layer", "policy": policy, "rho": rho, "min_rank": min_rank,
+        "max_rank": max_rank, "multiple_of": multiple_of,
+        "allowed_ranks": None if allowed_ranks is None else read_numbers("--allowed-ranks", allowed_ranks, int),
+        "tie": [read_names(names) for names in tie or []], "uniform_per_kind": uniform_per_kind,
+        "overrides": read_overrides(override or []), "exclude": exclude or [],
+    }  # fmt: skip
+    variants = read_variants(compare or [], arguments)
+    asked = [arguments, *variants.values()]
+    _refuse(tool and (compare or as_json), "--format prints one plan for one tool. Leave --compare and --json out.")
+    _refuse(dtype and not any(one.get("megabytes") for one in asked), "--dtype is for --megabytes.")
+    _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")
+    _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
+    _check_outputs(output, plot, overwrite)
+    from lora_init.planning.allocate import allocate_ranks
+    from lora_init.planning.plan import plan_to_dict, save_plan
+    from lora_init.statistics.statistics import Statistics
 
-        stats = Statistics.load(statistics)
-        plan = allocate_ranks(stats, **arguments)
-        plans = {_label(arguments, plan.rank): plan}
-        plans |= {name: allocate_ranks(stats, **changed) for name, changed in variants.items()}
-        if output is not None:
-            say(f"{save_plan(plan, output)}: written")
-        if plot is not None:
-            from lora_init.planning.pictures import save_picture
+    stats = Statistics.load(statistics)
+    plan = allocate_ranks(stats, **arguments)
+    plans = {_label(arguments, plan.rank): plan}
+    plans |= {name: allocate_ranks(stats, **changed) for name, changed in variants.items()}
+    if output is not None:
+        say(f"{save_plan(plan, output)}: written")
+    if plot is not None:
+        from lora_init.planning.pictures import save_picture
 
-            say(f"{save_picture(plan, stats, plot)}: written")
-        if tool is not None:
-            from lora_init.planning.snippets import snippet
+        say(f"{save_picture(plan, stats, plot)}: written")
+    if tool is not None:
+        from lora_init.planning.snippets import snippet
 
-            alpha = 16 if lora_alpha is None else lora_alpha
-            typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
-        elif as_json:
-            content = comparison_values(plans) if variants else plan_to_dict(plan)
-            typer.echo(json.dumps(content, indent=2, allow_nan=False))
-        elif variants:
-            make_console().print(comparison_table(plans))
-        else:
-            show_plan(make_console(), plan, stats)
+        alpha = 16 if lora_alpha is None else lora_alpha
+        typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
+    elif as_json:
+        print_json(comparison_values(plans) if variants else plan_to_dict(plan))
+    elif variants:
+        make_console().print(comparison_table(plans))
+    else:
+        show_plan(make_console(), plan, stats)
 
 
 def _refuse(condition: object, message: str) -> None:
@@ -327,10 +276,3 @@ def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> N
 def _label(arguments: dict[str, Any], default_rank: int) -> str:
     kind, value = next(((k, arguments[k]) for k in _BUDGETS if arguments[k] is not None), ("rank", default_rank))
     return f"{kind}={value}" + (f",policy={arguments['policy']}" if arguments["policy"] != "eva" else "")
-
-
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(word) for word in read_names(text))
-    except ValueError:
-        raise LoraInitError(f"--allowed-ranks {text!r}: write it like 8,16,32,64.") from None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import Group
     from rich.table import Table
 
 # Seven steps of ColorBrewer's YlGnBu, from light to dark: told apart by every kind of colour vision.
@@ -18,61 +17,48 @@ _SCALE = ("#f4fbc0", "#cdebb4", "#7acbbc", "#35aac3", "#2075b3", "#243d98", "#08
 _FIRST_DARK = 4
 
 
-def rank_table(ranks: Mapping[str, int]) -> RenderableType:
+def rank_table(ranks: Mapping[str, int], width: int) -> Group:
     """Lay ranks out as module type x block, a heat map where there are colours. A dot is rank 0, a gap no such layer.
 
-    30 blocks fit in 100 columns; more go below, in as many bands as the terminal needs.
+    30 blocks fit in 100 columns; more go below, in as many bands as the width needs.
 
     Args:
         ranks: Full layer name to rank, in model order.
+        width: Columns of the terminal.
 
     Example:
         >>> from rich.console import Console
-        >>> Console(width=40).print(rank_table({"h.0.up": 4, "h.0.down": 12, "h.1.up": 0}))
+        >>> Console().print(rank_table({"h.0.up": 4, "h.0.down": 12, "h.1.up": 0}, width=40))
               0  1
         up    4  ·
         down 12
     """
-    return _RankMap(ranks)
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
 
-
-@dataclass(frozen=True)
-class _RankMap:
-    ranks: Mapping[str, int]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        grid = layer_grid(self.ranks)
-        label_width = max((len(kind) for kind in grid.kinds), default=0)
-        cell_width = max(len(str(number)) for number in (*self.ranks.values(), *grid.blocks, 0)) + 1
-        per_band = max(1, (options.max_width - label_width) // cell_width)
-        for start in range(0, len(grid.blocks), per_band):
-            if start:
-                yield ""
-            yield self._band(grid.blocks[start : start + per_band], label_width)
-
-    def _band(self, blocks: list[int], label_width: int) -> Table:
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = layer_grid(self.ranks)
-        table = Table(box=None, padding=0, pad_edge=False, show_edge=False)
-        table.add_column("", no_wrap=True, min_width=label_width)
+    grid = layer_grid(ranks)
+    label_width = max((len(kind) for kind in grid.kinds), default=0)
+    cell_width = max(len(str(number)) for number in (*ranks.values(), *grid.blocks, 0)) + 1
+    given = [rank for rank in ranks.values() if rank] or [0]
+    per_band = max(1, (width - label_width) // cell_width)
+    bands: list[Table | str] = []
+    for start in range(0, len(grid.blocks), per_band):
+        blocks = grid.blocks[start : start + per_band]
+        band = Table(box=None, padding=0, pad_edge=False, show_edge=False)
+        band.add_column("", no_wrap=True, min_width=label_width)
         for block in blocks:
-            table.add_column("" if block < 0 else f" {block}", justify="right", no_wrap=True)
-        width = max(len(str(rank)) for rank in self.ranks.values()) + 1
-        given = [rank for rank in self.ranks.values() if rank] or [0]
-        least, most = min(given), max(given)
+            band.add_column("" if block < 0 else f" {block}", justify="right", no_wrap=True)
         for kind in grid.kinds:
-            layers = grid.of_kind(kind)
+            names = [grid.cells.get((kind, block)) for block in blocks]
             cells = [
-                Text(f"{self.ranks[layers[b]] or '·':>{width}}", heat_style(self.ranks[layers[b]], least, most))
-                if b in layers
-                else Text("")
-                for b in blocks
+                Text(f" {ranks[name] or '·'}", heat_style(ranks[name], min(given), max(given))) if name else ""
+                for name in names
             ]
-            if any(b in layers for b in blocks):
-                table.add_row(kind, *cells)
-        return table
+            if any(names):
+                band.add_row(kind, *cells)
+        bands += ["", band] if bands else [band]
+    return Group(*bands)
 
 
 def heat_style(rank: int, least: int, most: int) -> str:
@@ -86,24 +72,25 @@ def heat_style(rank: int, least: int, most: int) -> str:
 def facts(pairs: Mapping[str, str]) -> Table:
     """Lay out names and values in two columns."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # paths are long and to be copied
     for name, value in pairs.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a path may have square brackets, which are no markup
     return table
 
 
-def group_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group layers that differ only in their block, under the shortest label that tells the groups apart.
+def columns(first: str, *others: str) -> Table:
+    """Make a table without lines: the first column on the left, the others on the right."""
+    from rich.table import Table
 
-    Example:
-        >>> group_by_kind(["h.0.up", "h.0.down", "h.1.up"])
-        {'up': ['h.0.up', 'h.1.up'], 'down': ['h.0.down']}
-    """
-    grid = layer_grid(names)
-    return {kind: list(grid.of_kind(kind).values()) for kind in grid.kinds}
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def finite(value: float | None) -> float | None:

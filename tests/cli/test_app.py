@@ -49,13 +49,10 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments):
 
 
 def test_the_example_in_the_help_is_a_command_that_parses():
-    text = run("init", "--help").stdout
-    example = text[text.index("$ lora-init init ") :].split("\n\n")[0].replace("\\\n", " ")
-    arguments = shlex.split(example.splitlines()[0].removeprefix("$ lora-init init "))
+    (example,) = (line for line in run("init", "--help").stdout.splitlines() if "$ lora-init init " in line)
+    arguments = shlex.split(example.partition("$ lora-init init ")[2])
     command = typer.main.get_command(cli.app).commands["init"]
     assert command.make_context("init", arguments).params["rank"] is None
-    for part in ("\n  query ", "\n  parameters ", "\n  held out ", "\n  adapter "):
-        assert part in text[text.index("$ lora-init init ") :]
 
 
 def test_it_runs_as_a_module_and_as_a_script():

@@ -216,12 +216,3 @@ def test_messages_are_in_the_words_of_the_command(text, expected):
     assert in_words_of_the_command(text) == expected
     remember_options([])
     assert in_words_of_the_command(text) == text
-
-
-def test_sigterm_is_treated_as_ctrl_c(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end, one_line_errors():
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("not interrupted")
-    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
-    assert signal.getsignal(signal.SIGTERM) is before

@@ -191,7 +191,7 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
     [
         (["--rank", "8"], ["rank=8", "Collect again"]),
         (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
-        (["--method", "eva-grad"], ["was made without --gradients, which this needs"]),
+        (["--method", "eva-grad"], ["these statistics have no gradients"]),
         (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
     ],
 )
@@ -325,7 +325,7 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
         ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
         ({"--statistics": "text.txt"}, ["text.txt"]),
-        ({"-o": "text.txt"}, ["--output text.txt is a file"]),
+        ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
         ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
         (
             {"--target-modules": "embed_tokens"},

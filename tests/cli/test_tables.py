@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from lora_init.cli.tables import heat_style, rank_table
+from lora_init.cli.tables import facts, heat_style, rank_table
 from lora_init.planning.allocate import allocate_ranks
 from tests.planning.made import llama_like
 
@@ -18,7 +18,7 @@ def printed(*renderables, width=100):
 @pytest.mark.parametrize(("n_blocks", "width"), [(2, 40), (30, 100), (80, 100), (80, 60)])
 def test_the_terminal_shows_each_rank_once_in_as_many_bands_as_fit(n_blocks, width):
     plan = allocate_ranks(llama_like(n_blocks), rank=4, overrides={"layers.1.mlp.*": {"max_rank": 0}})
-    lines = printed(rank_table(plan), width=width).splitlines()
+    lines = printed(rank_table(plan, width), width=width).splitlines()
     assert max(map(len, lines)) <= width
     shown = {}
     for line in lines:
@@ -38,3 +38,7 @@ def test_the_heat_map_has_colours_only_for_layers_with_rank():
     light, dark = heat_style(1, 1, 9), heat_style(9, 1, 9)
     assert light.startswith("black on #") and dark.startswith("white on #") and light[-7:] != dark[-7:]
     assert heat_style(4, 4, 4).startswith("black on")
+
+
+def test_square_brackets_in_a_path_are_no_markup():
+    assert printed(facts({"file": "runs/[red]/s"})).split() == ["file", "runs/[red]/s"]

@@ -23,7 +23,7 @@ def test_it_prints_the_sizes_and_ends_with_the_command(trained, tmp_path):
     assert "rank" in done.stdout and "16" in done.stdout
     assert done.stdout.strip().splitlines()[-1].startswith("vllm serve ")
     again = run("export", trained, "-o", tmp_path / "served", "--engine", "vllm")
-    assert_one_line_error(again, "exists. Name another, or pass --overwrite.")
+    assert_one_line_error(again, "exists and is not empty", "pass --overwrite.")
     assert run("export", trained, "-o", tmp_path / "served", "--engine", "vllm", "--overwrite").exit_code == 0
 
 
