@@ -63,56 +63,45 @@ def _beginning(path: Path) -> bytes:
     return start
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it. A crash or Ctrl-C leaves the old file or the new one.
-
-    Raises:
-        OSError: The file cannot be written; no temporary file is left.
-    """
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to; the file gets its own when the block ends, and is gone if that raises."""
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield fresh
         fresh.replace(path)
     finally:
         with suppress(OSError):
             fresh.unlink()
 
 
-def write_directory(
-    directory: str | Path, files: Mapping[str, bytes], overwrite: bool, marker: str, replaceable: Collection[str]
-) -> Path:
-    """Write `files` into a new directory under a temporary name next to it, then rename that directory.
-
-    An existing empty directory is used. An existing directory with content is replaced only if `overwrite`, and only if
-    it has a file named `marker` and nothing but files named in `replaceable`, so that no checkpoint is lost to a typo.
-
-    Args:
-        directory: Where the files shall be.
-        files: Content by file name.
-        overwrite: Replace an existing directory of the same kind.
-        marker: The file that tells that a directory is of this kind.
-        replaceable: Names of the files that may be lost.
-
-    Returns:
-        The directory as an absolute path.
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it. A crash or Ctrl-C leaves the old file or the new one.
 
     Raises:
-        LoraInitError: The directory exists and may not be replaced, or cannot be written (no space, no permission).
+        OSError: The file cannot be written; no temporary file is left.
     """
-    with new_directory(directory, overwrite, marker, replaceable) as fresh:
-        for name, content in files.items():
-            (fresh / name).write_bytes(content)
-    return Path(directory).expanduser().resolve()
+    with new_file(path) as fresh, fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> Iterator[Path]:
     """Yield an empty directory to write into; it gets its name when the block ends, and is gone if that raises.
 
-    Arguments, rules and errors are those of `write_directory`.
+    An existing empty directory is used. An existing directory with content is replaced only if `overwrite`, and only if
+    it has a file named `marker` and nothing but files named in `replaceable`, so that no checkpoint is lost to a typo.
+
+    Args:
+        directory: Where the files shall be.
+        overwrite: Replace an existing directory of the same kind.
+        marker: The file that tells that a directory is of this kind.
+        replaceable: Names of the files that may be lost.
+
+    Raises:
+        LoraInitError: The directory exists and may not be replaced, or cannot be written (no space, no permission).
     """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
@@ -140,7 +129,7 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
 
 
 def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
-    """Check that `write_directory` may write here, so that nobody finds out after the work.
+    """Check that `new_directory` may write here, so that nobody finds out after the work.
 
     Raises:
         LoraInitError: It may not.

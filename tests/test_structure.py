@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "collection": {"layers", "statistics"},
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "statistics", "collection", "planning"},
-    "serving": {"layers", "statistics", "planning"},
+    "serving": {"layers", "statistics", "planning", "adapters"},
     "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
     "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "comparison"},
 }

@@ -33,7 +33,7 @@ from lora_init.adapters.peft_model import (
     remove_adapters,
 )
 from lora_init.errors import LoraInitError
-from lora_init.files import write_directory
+from lora_init.files import new_directory
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, find_targets, matches
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.plan import alpha_for, scaling_of
@@ -229,8 +229,10 @@ class AdapterInit:
             _json(self._origin()),
             self._card().encode(),
         )
-        files = dict(zip(FILES, contents, strict=True))
-        return write_directory(directory, files, overwrite, marker=CONFIG_FILE, replaceable=FILES)
+        with new_directory(directory, overwrite, marker=CONFIG_FILE, replaceable=FILES) as fresh:
+            for name, content in zip(FILES, contents, strict=True):
+                (fresh / name).write_bytes(content)
+        return Path(directory).expanduser().resolve()
 
     def start_in_words(self) -> str:
         """Say what the adapter does to the model before it is trained, and what of it is trained."""

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
 from lora_init.layers.targets import PREFIX, is_conv1d
-from lora_init.serving.trained import LINEAR, Layer, Trained
+from lora_init.serving.trained import LINEAR, Trained
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
 SHARD_BYTES = 2 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
@@ -93,10 +85,8 @@ def read_base(source: str, trained: Trained) -> Base:
             f"the base model {source!r} cannot be read: {first_line(error)} Name it by base=."
         ) from error
     mapping = trained.config.get("auto_mapping") or {}
-    classes = (
-        _AUTO_CLASSES.get(trained.config.get("task_type") or "", ""), mapping.get("base_model_class", ""),
-        *(config.architectures or ()), "AutoModel",
-    )  # fmt: skip
+    auto_classes = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
+    classes = (mapping.get("base_model_class", ""), *(config.architectures or ()), *auto_classes)
     differences = []
     kinds = (nn.Embedding, nn.Linear)
     for name in dict.fromkeys(classes):
@@ -114,13 +104,11 @@ def read_base(source: str, trained: Trained) -> Base:
 
 
 def _on_meta(model_class: Any, config: Any) -> nn.Module | None:
-    if model_class is None:
-        return None
-    make = model_class.from_config if model_class.__name__.startswith("Auto") else model_class
+    make: Any = getattr(model_class, "from_config", model_class)  # Auto classes have it
     try:
         with torch.device("meta"):
             model: nn.Module = make(config)
-    except (ValueError, AttributeError, TypeError):  # no such head for this kind of model
+    except (ValueError, AttributeError, TypeError):  # no such class, or no such head for this kind of model
         return None
     return model
 
@@ -145,87 +133,71 @@ def _difference(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> str 
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class Merge:
-    """An adapter and the checkpoint that it can be merged into; made by `plan_merge`.
+def plan_merge(base: Base, trained: Trained) -> dict[str, tuple[Path, str]]:
+    """Find what a merged model is made from, and refuse now what could not be merged later.
 
-    Attributes:
-        base: The base model.
-        files: File of each tensor of its checkpoint.
-        untied: Name of the output embedding's weight, if that was the input embedding's and is no longer.
-    """
-
-    base: Base
-    files: Mapping[str, Path]
-    untied: str
-
-    def write(self, directory: Path, trained: Trained) -> None:
-        """Write the merged model with its tokenizer: tensor by tensor, each in the type that it had."""
-        source = next(iter(self.files.values())).parent
-        for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(_NOT_COPIED):
-                shutil.copyfile(path, directory / path.name)
-        config = read_json(source / "config.json")
-        write_json(directory / "config.json", config | ({"tie_word_embeddings": False} if self.untied else {}))
-        names = [*self.files, *([self.untied] if self.untied else [])]
-        shard: dict[str, Tensor] = {}
-        index: dict[str, str] = {}
-        size = 0
-        for name in names:
-            shard[name] = self._tensor(name, trained)
-            held = sum(tensor.nbytes for tensor in shard.values())
-            if held >= SHARD_BYTES or name == names[-1]:
-                file = f"model-{len(set(index.values())) + 1:05}.safetensors"
-                save_file(shard, directory / file, metadata={"format": "pt"})
-                index |= dict.fromkeys(shard, file)
-                shard, size = {}, size + held
-        write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
-
-    def _tensor(self, name: str, trained: Trained) -> Tensor:
-        source = f"{self.base.embeddings[0]}.weight" if name == self.untied else name
-        with safe_open(self.files[source], framework="pt") as file:
-            weight: Tensor = file.get_tensor(source)
-        if PREFIX + name in trained.others:
-            return trained.others[PREFIX + name].to(weight.dtype)
-        layer = trained.layers.get(name.removesuffix(".weight"))
-        if layer is None:
-            return weight
-        return _merged(weight, layer, _is_transposed(self.base.model.get_submodule(name.removesuffix(".weight"))))
-
-
-def _merged(weight: Tensor, layer: Layer, transposed: bool) -> Tensor:
-    """Add scaling * B A to a weight, in float32, and with DoRA give each row its length."""
-    plain = weight.float().T if transposed else weight.float()
-    merged = plain + layer.scaling * (layer.b.float() @ layer.a.float())
-    if layer.magnitude is not None:
-        merged *= layer.magnitude.float()[:, None] / torch.linalg.norm(merged, dim=1, keepdim=True)
-    return (merged.T if transposed else merged).to(weight.dtype).contiguous()
-
-
-def plan_merge(base: Base, trained: Trained) -> Merge:
-    """Find the tensors that an adapter changes, and refuse now what could not be merged later.
+    Returns:
+        For each tensor of the merged model, the file that it comes from and its name there. The name is another one for
+        an output embedding that was the input embedding and is no longer.
 
     Raises:
         LoraInitError: The checkpoint is not there in safetensors files, is quantised, or lacks a tensor; or the adapter
             has parts that no merge of weights can hold.
     """
-    files = _checkpoint(base.source)
+    sources = {name: (file, name) for name, file in _checkpoint(base.source).items()}
     first, last = (f"{name}.weight" for name in base.embeddings)
     wanted = [f"{name}.weight" for name in trained.layers] + [key.removeprefix(PREFIX) for key in trained.others]
-    untied = last if base.tied and last not in files and {first, last} & set(wanted) else ""
     problem = None
-    missing = [name for name in wanted if name not in files and name != untied]
+    if base.tied and first in sources and last not in sources and {first, last} & set(wanted):
+        sources[last] = sources[first]
+        problem = "ensure_weight_tying keeps two adapters equal" if trained.config.get("ensure_weight_tying") else None
+    missing = [name for name in wanted if name not in sources]
     if missing:
         problem = f"{base.source!r} has no tensor {missing[0]!r} in its checkpoint"
-    elif untied and trained.config.get("ensure_weight_tying"):
-        problem = "ensure_weight_tying keeps two adapters equal"
     elif any(layer.magnitude is not None and layer.ends != LINEAR for layer in trained.layers.values()):
         problem = "DoRA on an embedding gives lengths to columns"
     if problem is not None:
         raise LoraInitError(
             f"{problem}, so it is not merged here. PEFT's merge_and_unload() on the loaded model does it."
         )
-    return Merge(base, files, untied)
+    return sources
+
+
+def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, tuple[Path, str]]) -> None:
+    """Write the merged model with its tokenizer: tensor by tensor, each in the type that it had."""
+    folder = next(file.parent for file, _ in sources.values())
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.endswith(_NOT_COPIED):
+            shutil.copyfile(path, directory / path.name)
+    untied = any(name != source for name, (_, source) in sources.items())
+    config = read_json(folder / "config.json")
+    write_json(directory / "config.json", config | ({"tie_word_embeddings": False} if untied else {}))
+    shard: dict[str, Tensor] = {}
+    index: dict[str, str] = {}
+    for name, (path, source) in sources.items():
+        with safe_open(path, framework="pt") as file:
+            shard[name] = _merged(name, file.get_tensor(source), trained, base)
+        if len(shard) + len(index) == len(sources) or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            part = f"model-{len(set(index.values())) + 1:05}.safetensors"
+            save_file(shard, directory / part, metadata={"format": "pt"})
+            index |= dict.fromkeys(shard, part)
+            shard = {}
+    write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": index})
+
+
+def _merged(name: str, weight: Tensor, trained: Trained, base: Base) -> Tensor:
+    """Add scaling * B A to a weight, in float32, and with DoRA give each row its length."""
+    if PREFIX + name in trained.others:
+        return trained.others[PREFIX + name].to(weight.dtype)
+    layer = trained.layers.get(name.removesuffix(".weight"))
+    if layer is None:
+        return weight
+    transposed = _is_transposed(base.model.get_submodule(name.removesuffix(".weight")))
+    plain = weight.float().T if transposed else weight.float()
+    merged = plain + layer.scaling * (layer.b.float() @ layer.a.float())
+    if layer.magnitude is not None:
+        merged *= layer.magnitude.float()[:, None] / torch.linalg.norm(merged, dim=1, keepdim=True)
+    return (merged.T if transposed else merged).to(weight.dtype).contiguous()
 
 
 def _checkpoint(source: str) -> dict[str, Path]:

@@ -14,26 +14,9 @@ from lora_init.planning.plan import VLLM_RANKS
 from lora_init.serving.trained import Layer, Trained, zero_layers
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """An adapter of the wanted size.
-
-    Attributes:
-        trained: The adapter.
-        added: Layers that got an adapter which adds nothing.
-        errors: Relative error of the update of each layer that lost rank.
-        error: The same for all layers at once.
-    """
-
-    trained: Trained
-    added: tuple[str, ...]
-    errors: Mapping[str, float]
-    error: float
-
-
 def fit(
     trained: Trained, rank: int | None, most: int | None, keep_ranks: bool, widths: Mapping[str, tuple[int, int]]
-) -> Fitted:
+) -> tuple[Trained, dict[str, float], float]:
     """Bring all layers to one rank, or with `keep_ranks` to ranks of their own.
 
     Args:
@@ -42,6 +25,9 @@ def fit(
         most: Most parameters. Without either, the smallest of `VLLM_RANKS` that is large enough.
         keep_ranks: Whether ranks may differ.
         widths: Widths of the base's layers, in model order.
+
+    Returns:
+        The adapter of that size; the relative error of the update of each layer that lost rank; and of all at once.
 
     Raises:
         LoraInitError: The budget is below rank 1 in every layer, or in any.
@@ -72,8 +58,7 @@ def fit(
     cut = {n: truncate(x, factors[n], ranks[n]) if factors else x for n, x in layers.items() if ranks[n]}
     fitted = {n: cut[n] if keep_ranks else cut[n].padded(ranks[n]) for n in widths if n in cut}
     lost = {name: error for name, error in relative.items() if ranks[name] < layers[name].rank}
-    added = tuple(name for name in layers if name not in trained.layers)
-    return Fitted(replace(trained, layers=fitted), added, lost, total)
+    return replace(trained, layers=fitted), lost, total
 
 
 @dataclass(frozen=True, eq=False)

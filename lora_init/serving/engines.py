@@ -6,28 +6,17 @@ import difflib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
 from lora_init.errors import LoraInitError
 from lora_init.files import write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import VLLM_RANKS, alpha_for
 from lora_init.serving.base import Base
-from lora_init.serving.trained import (
-    CONFIG_FILE,
-    EMBEDDING,
-    WEIGHTS_FILE,
-    Trained,
-    config_of,
-)
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-DORA = "DoRA"
+from lora_init.serving.trained import EMBEDDING, Trained, config_of
 
 
 @dataclass(frozen=True)
@@ -37,32 +26,28 @@ class Engine:
     Attributes:
         command: How it serves the adapter, with {base}, {path}, {name} and {rank} to fill in.
         write: Writes its form of an adapter of one scaling into an empty directory; for llama.cpp, a file.
-        takes: What it takes besides A and B of linear layers, by its short name in `_beyond_lora`; None for all.
+        dora: Whether it takes DoRA.
         ranks: Whether it takes layers of different ranks.
         bytes_each: Bytes of one parameter where that is not the adapter's own type.
     """
 
     command: str
     write: Callable[[Path, Trained, Base], None]
-    takes: tuple[str, ...] | None = ()
+    dora: bool = False
     ranks: bool = False
     bytes_each: int | None = None
 
 
-def _beyond_lora(trained: Trained, base: Base) -> Iterator[tuple[str, str]]:
-    """List what an adapter has besides A and B of linear layers: its short name, and a description with a name."""
+def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
+    """Describe what an adapter has besides A, B and magnitudes of linear layers."""
     for name, layer in trained.layers.items():
-        if layer.magnitude is not None:
-            yield DORA, "DoRA"
         if layer.ends == EMBEDDING:
-            yield "embedding", f"an adapter of the embedding {name!r}"
+            yield f"an adapter of the embedding {name!r}"
         if base.tied and name == base.embeddings[1]:
-            yield "tied", f"an adapter of {name!r}, whose weight is also that of the input embedding"
+            yield f"an adapter of {name!r}, whose weight is also that of the input embedding"
     for key in trained.others:
-        yield "whole", f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
-    for key in ("alora_invocation_tokens", "trainable_token_indices"):
-        if trained.config.get(key):
-            yield key, key
+        yield f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
+    yield from (key for key in ("alora_invocation_tokens", "trainable_token_indices") if trained.config.get(key))
 
 
 def check_rank(name: str | None, rank: int) -> None:
@@ -86,12 +71,14 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
     Raises:
         LoraInitError: The adapter has more than the engine takes.
     """
-    for part, described in _beyond_lora(trained, base):
-        if engine.takes is not None and part not in engine.takes:
-            raise LoraInitError(
-                f"{name} does not take {described}. Write a whole model instead: merge_into=, without an engine."
-            )
-    if engine.write is write_mlx and trained.dora and any(x.magnitude is None for x in trained.layers.values()):
+    if engine is PEFT:
+        return
+    beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(trained, base), None)
+    if beyond is not None:
+        raise LoraInitError(
+            f"{name} does not take {beyond}. Write a whole model instead: merge_into=, without an engine."
+        )
+    if trained.dora and any(layer.magnitude is None for layer in trained.layers.values()):
         raise LoraInitError(f"{name} takes DoRA in every layer or in none. Use merge_into=, without an engine.")
     if engine.write is write_mlx:
         _names_in_gguf(base)
@@ -142,29 +129,6 @@ def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     return names
 
 
-def _gguf_tensors(trained: Trained, base: Base, alpha: float) -> dict[str, NDArray[Any]]:
-    """Name and arrange the tensors as llama.cpp has them, float32.
-
-    llama.cpp scales each pair by alpha / rank with one alpha for all and the rank of the pair itself, so that a layer
-    with fewer ranks would act too strongly: its B is multiplied by the opposite.
-    """
-    _, sorts = _names_in_gguf(base)
-    tensors = {}
-    for name, new in _gguf_names(trained, base).items():
-        layer = trained.layers[name]
-        b = layer.b.float() * (layer.scaling * layer.rank / alpha)
-        heads = _heads(name, base.config) if sorts else 0
-        tensors[f"{new}.lora_a"] = layer.a.float().contiguous().numpy()
-        tensors[f"{new}.lora_b"] = (_pairs_together(b, heads) if heads else b).contiguous().numpy()
-    return tensors
-
-
-def _heads(name: str, config: Any) -> int:
-    ending = name.rpartition(".")[2]
-    heads: int = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(ending, 0)
-    return heads
-
-
 def _pairs_together(rows: Tensor, heads: int) -> Tensor:
     """Sort the rows of each head from first half and second half to pairs of one of each."""
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, -1)  # [head, half, place, rank]
@@ -204,23 +168,35 @@ def write_ollama(path: Path, trained: Trained, base: Base) -> None:
 
 
 def write_gguf(path: Path, trained: Trained, base: Base) -> None:
-    """Write a GGUF adapter."""
+    """Write a GGUF adapter, float32.
+
+    llama.cpp scales each pair by alpha / rank with one alpha for all and the rank of the pair itself, so that a layer
+    with fewer ranks would act too strongly: its B is multiplied by the opposite.
+    """
     import gguf
 
     alpha = alpha_for(trained.scaling, trained.rank)
-    writer = gguf.GGUFWriter(path, _names_in_gguf(base)[0])
+    architecture, sorts = _names_in_gguf(base)
+    heads = {"q_proj": base.config.num_attention_heads, "k_proj": base.config.num_key_value_heads} if sorts else {}
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, tensor in _gguf_tensors(trained, base, alpha).items():
-        writer.add_tensor(name, tensor)
+    for name, new in _gguf_names(trained, base).items():
+        layer, ending = trained.layers[name], name.rpartition(".")[2]
+        b = layer.b.float() * (layer.scaling * layer.rank / alpha)
+        b = _pairs_together(b, heads[ending]) if ending in heads else b
+        writer.add_tensor(f"{new}.lora_a", layer.a.float().contiguous().numpy())
+        writer.add_tensor(f"{new}.lora_b", b.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-PEFT = Engine("PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {path})", write_peft, None, True)
+PEFT = Engine(
+    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {path})", write_peft, dora=True, ranks=True
+)
 ENGINES = {
     "vllm": Engine(
         "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}", write_peft, ranks=True
@@ -234,7 +210,7 @@ ENGINES = {
     "lorax": Engine("lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local", write_peft),
     "llama.cpp": Engine("llama-server --model BASE.gguf --lora {path}", write_gguf, ranks=True, bytes_each=4),
     "ollama": Engine("ollama create {name} --file {path}/Modelfile", write_ollama, ranks=True, bytes_each=4),
-    "mlx": Engine("mlx_lm.server --model {base} --adapter-path {path}", write_mlx, (DORA,)),
+    "mlx": Engine("mlx_lm.server --model {base} --adapter-path {path}", write_mlx, dora=True),
 }
 
 

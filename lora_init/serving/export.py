@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from lora_init.adapters.peft_model import remember
 from lora_init.errors import LoraInitError
-from lora_init.files import check_free, check_writable, new_directory, write_json
+from lora_init.files import check_free, check_writable, new_directory, new_file, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.budgets import parse_count
 from lora_init.planning.plan import VLLM_RANKS
-from lora_init.serving.base import plan_merge, read_base
+from lora_init.serving.base import plan_merge, read_base, write_merged
 from lora_init.serving.compress import fit
 from lora_init.serving.engines import ENGINES, PEFT, Engine, check_engine, check_rank, find_engine, write_gguf
 from lora_init.serving.trained import Trained, read_trained
@@ -57,13 +56,9 @@ class Exported:
     n_bytes: int = 0
     intruders: tuple[int, int] | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
-
     def to_dict(self) -> dict[str, Any]:
         """Give plain values that `json.dumps` takes."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return plain | {"path": str(self.path), "errors": dict(self.errors)}
+        return asdict(self) | {"path": str(self.path)}
 
 
 def export_adapter(
@@ -129,7 +124,7 @@ def export_adapter(
     trained = read_trained(directory, start)
     model = read_base(merge_into or base or trained.base, trained)
     check_engine(engine or "PEFT", wanted, trained, model)
-    merge = None if merge_into is None else plan_merge(model, trained)
+    sources = None if merge_into is None else plan_merge(model, trained)
     intruders = None
     if reduce_intruders is not None:
         if start is not None:
@@ -137,16 +132,15 @@ def export_adapter(
         trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
-    if merge is not None:
-        return _write(result, lambda place: merge.write(place, trained), overwrite, trained)
+    if sources is not None:
+        return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
     if megabytes is not None:
         most = int(megabytes * 10**6 / (wanted.bytes_each or next(iter(trained.layers.values())).a.element_size()))
-    fitted = fit(trained, rank, most, keep_ranks, model.widths)
-    final = fitted.trained
+    final, errors, error = fit(trained, rank, most, keep_ranks, model.widths)
     check_rank(engine, final.rank)
     result = replace(
-        result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), added=fitted.added,
-        errors=fitted.errors, error=fitted.error,
+        result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
+        added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
     )  # fmt: skip
     return _write(result, lambda place: wanted.write(place, final, model), overwrite, final)
@@ -178,7 +172,7 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
 
     if trained.others or trained.dora:
         raise LoraInitError("intruder dimensions are reduced in plain LoRA only, without DoRA or modules_to_save.")
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    restore = remember(model)
     peft_model = PeftModel.from_pretrained(model, str(directory))
 
     def reduce(old: str, new: str) -> int:
@@ -190,9 +184,7 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
         counts = reduce("default", "reduced"), reduce("reduced", "again")
         state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
     finally:
-        peft_model.unload()
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        restore()
     layers = {}
     for name, layer in trained.layers.items():
         a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)
@@ -218,12 +210,8 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
     """Write a file or a directory in one piece, a directory with a card and a record of what was done."""
     path = result.path
     if result.engine == "llama.cpp":
-        fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
+        with new_file(path) as fresh:
             write(fresh)
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
         return replace(result, n_bytes=path.stat().st_size)
     with new_directory(path, overwrite, RECORD_FILE, _replaceable(path)) as fresh:
         write(fresh)

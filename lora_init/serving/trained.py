@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_init.adapters.peft_model import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, origin_of, read_config, read_shapes
 from lora_init.errors import LoraInitError, first_line
-from lora_init.files import read_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import alpha_for, scaling_of
 
-CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE = "adapter_config.json", "adapter_model.safetensors", "lora_init.json"
-ORIGIN = "lora_init"  # key in `auto_mapping` of the config
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
 _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 # Ends of the names of A and B in the file.
@@ -29,12 +27,14 @@ MAGNITUDE = "lora_magnitude_vector"
 # Starts for which PEFT, or `correct_base`, changes the plain weights.
 _CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
 # Variants of LoRA in which the update is another one than scaling * B A.
-_OTHER_UPDATES = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "layer_replication")
-# What a config says about how training began or ran. The exported adapter has no use for it, and it may be wrong there.
-_TRAINING_KEYS = (
-    "corda_config", "eva_config", "exclude_modules", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "runtime_config",
-    "use_rslora", "velora_config",
+_OTHER_UPDATES = (
+    "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "target_parameters", "use_bdlora",
+    "use_qalora",
+)  # fmt: skip
+# What a config says about more than rank, scaling and layers, and an engine or PEFT needs to know.
+_KEPT_KEYS = (
+    "alora_invocation_tokens", "auto_mapping", "ensure_weight_tying", "lora_bias", "modules_to_save", "revision",
+    "trainable_token_indices", "use_dora",
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class Trained:
     @property
     def base(self) -> str:
         """Directory or hub id of the base model, as the adapter names it; may be empty."""
-        return self.config.get("base_model_name_or_path") or ""
+        return str(self.config.get("base_model_name_or_path") or "")
 
     @property
     def scaling(self) -> float:
@@ -156,26 +156,25 @@ def _began(directory: Path, config: Mapping[str, Any]) -> str:
     method = config.get("init_lora_weights")
     if isinstance(method, str):
         return method
-    file = directory / ORIGIN_FILE
-    origin = read_json(file) if file.is_file() else (config.get("auto_mapping") or {}).get(ORIGIN, {})
+    origin = origin_of(directory)
     return str(origin.get("method", "")) if origin.get("rank", config.get("r")) == config.get("r") else ""
 
 
 def _read(directory: Path) -> Trained:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = _read_config(directory)
+    config = read_config(directory)
+    other = next((key for key in _OTHER_UPDATES if config.get(key)), None)
+    if other is not None:
+        raise LoraInitError(
+            f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported. Call PEFT's "
+            "merge_and_unload() and serve the model that it returns."
+        )
+    read_shapes(directory)  # says what is wrong with the file, if there is something
     path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        raise LoraInitError(f"{directory} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise LoraInitError(f"{path} is damaged: {error}.") from error
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
-    for key, tensor in tensors.items():
+    for key, tensor in load_file(path).items():
         match = _PART.fullmatch(key)
         if match is None:
             others[key] = tensor
@@ -194,25 +193,6 @@ def _read(directory: Path) -> Trained:
     return Trained(config, layers, {key: others[key] for key in others if key not in copies})
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise LoraInitError(f"{directory}: no such adapter directory.")
-    if not (directory / CONFIG_FILE).is_file():
-        raise LoraInitError(
-            f"{directory} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes one."
-        )
-    config = read_json(directory / CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
-        raise LoraInitError(f"{directory} holds an adapter of type {config.get('peft_type')}; only LORA is exported.")
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, (str, type(None))):
-        raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: base_model_name_or_path={base!r}, expected a name.")
-    other = next((key for key in _OTHER_UPDATES if config.get(key)), None)
-    if other is not None:
-        raise LoraInitError(f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported.")
-    return config
-
-
 def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Layer:
     ends = EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
     missing = next((end for end in ends if end not in found), None)
@@ -222,13 +202,13 @@ def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> La
     if unknown is not None:
         raise LoraInitError(f"layer {name!r} has {unknown}, which no plain LoRA has. Only lora_A and lora_B are read.")
     a, b = found[ends[0]], found[ends[1]]
-    if a.dim() != 2 or _is_fused(name, config):
+    if a.dim() > 2:
         raise LoraInitError(
-            f"layer {name!r} is {'a convolution' if a.dim() > 2 else 'fused experts'}, which the engines read no "
-            "adapter of. Call PEFT's merge_and_unload() and serve the model that it returns."
+            f"layer {name!r} is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() "
+            "and serve the model that it returns."
         )
     rank, alpha = _rank_and_alpha(name, config)
-    if b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+    if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank:
         raise LoraInitError(
             f"layer {name!r}: A is {list(a.shape)} and B {list(b.shape)}, and {CONFIG_FILE} says rank {rank}. "
             "The two files are not of one adapter."
@@ -239,21 +219,12 @@ def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> La
 
 def _rank_and_alpha(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
     """Look a layer's rank and alpha up as PEFT does: patterns end where the name ends, and the first match wins."""
+    from peft.utils.other import get_pattern_key
 
-    def find(pattern: Mapping[str, Any] | None, default: Any) -> Any:
-        matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(matching, default)
-
-    return find(config.get("rank_pattern"), config.get("r", 8)), find(
-        config.get("alpha_pattern"), config.get("lora_alpha", 8)
-    )
-
-
-def _is_fused(name: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether this module has a parameter among PEFT's `target_parameters`."""
-    module = name.replace(".base_layer", "")
-    owners = [key.rpartition(".")[0] for key in config.get("target_parameters") or ()]
-    return any(not owner or f".{module}".endswith(f".{owner}") for owner in owners)
+    ranks: dict[str, Any] = config.get("rank_pattern") or {}
+    alphas: dict[str, Any] = config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key([*ranks], name), config.get("r", 8))
+    return rank, alphas.get(get_pattern_key([*alphas], name), config.get("lora_alpha", 8))
 
 
 def _subtract(trained: Trained, start: Trained, where: str) -> Trained:
@@ -275,21 +246,21 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
 
     Keys that say nothing are left out: older readers refuse those they don't know.
     """
-    rank, scaling = trained.rank, trained.scaling
-    kept = {key: value for key, value in trained.config.items() if value and key not in _TRAINING_KEYS}
-    if ORIGIN in (kept.get("auto_mapping") or {}):  # says how training began, for PEFT nothing
+    rank, scaling, config = trained.rank, trained.scaling, trained.config
+    kept = {key: config[key] for key in _KEPT_KEYS if config.get(key)}
+    if ORIGIN in kept.get("auto_mapping", {}):  # says how training began, for PEFT nothing
         del kept["auto_mapping"]
     others = {f"^{re.escape(name)}": layer.rank for name, layer in trained.layers.items() if layer.rank != rank}
     return kept | {
         "peft_type": "LORA",
-        "task_type": trained.config.get("task_type"),
+        "task_type": config.get("task_type"),
         "base_model_name_or_path": trained.base or None,
         "r": rank,
         "lora_alpha": alpha_for(scaling, rank),
-        "lora_dropout": trained.config.get("lora_dropout", 0.0),
+        "lora_dropout": config.get("lora_dropout", 0.0),
         "target_modules": list(target_modules),
-        "fan_in_fan_out": bool(trained.config.get("fan_in_fan_out")),
-        "bias": trained.config.get("bias", "none"),
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+        "bias": config.get("bias", "none"),
         "init_lora_weights": True,
         "inference_mode": True,
         "rank_pattern": others,
