@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class LoraInitError(ValueError):
     """Says where something is wrong, what was got and expected, and what to do about it, in one line."""
@@ -24,6 +26,20 @@ def explain(error: BaseException) -> str:
             return f"{error.filename}: {error.strerror}."
         return reason
     return f"unexpected {type(error).__name__}: {reason} LORA_INIT_DEBUG=1 shows where."
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Name the choice closest to a word, if one is close, and all of them.
+
+    Example:
+        >>> did_you_mean("evva", ["eva", "random"])
+        'Did you mean eva? Choose from eva, random.'
+    """
+    import difflib
+
+    names = list(choices)
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    return (f"Did you mean {close[0]}? " if close else "") + f"Choose from {', '.join(names)}."
 
 
 def first_line(error: BaseException) -> str:

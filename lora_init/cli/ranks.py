@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from lora_init.cli.console import AsJson, make_console, one_line_errors, print_json, read_names, read_numbers, say
 from lora_init.cli.tables import columns, facts, rank_table
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
         change = _pairs(text if "=" in text else f"policy={text}", f"--compare {text!r}")
         unknown = next((key for key in change if key not in _VARIED), None)
         if unknown is not None:
-            raise LoraInitError(f"--compare {text!r}: {unknown!r} is unknown. Choose from {', '.join(_VARIED)}.")
+            raise LoraInitError(f"--compare {text!r}: {unknown!r} is unknown. {did_you_mean(unknown, _VARIED)}")
         replaced = _BUDGETS if any(budget in change for budget in _BUDGETS) else ()
         variants[text] = {key: value for key, value in base.items() if key not in replaced} | change
     return variants

@@ -35,35 +35,30 @@ class Base:
     """
 
     source: str
-    model: nn.Module
+    model: Any
     widths: Mapping[str, tuple[int, int]]
 
     @property
     def config(self) -> Any:
         """Its configuration; of a multimodal model that of the part which reads text."""
-        config: Any = self.model.config
-        return config.get_text_config()
+        return self.model.config.get_text_config()
 
     @property
     def architecture(self) -> str:
         """The class that the checkpoint was saved as."""
-        config: Any = self.model.config
-        return str((config.architectures or [type(self.model).__name__])[0])
+        return str((self.model.config.architectures or [type(self.model).__name__])[0])
 
     @property
     def embeddings(self) -> tuple[str, str]:
         """Names of the input embedding and of the output embedding, empty where there is none."""
-        model: Any = self.model
-        ends = model.get_input_embeddings(), model.get_output_embeddings()
-        names = {id(module): name for name, module in model.named_modules()}
-        first, last = (names.get(id(end), "") if end is not None else "" for end in ends)
-        return first, last
+        names = {id(module): name for name, module in self.model.named_modules()}
+        first, last = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return names.get(id(first), ""), names.get(id(last), "")
 
     @property
     def tied(self) -> bool:
         """Whether input and output embedding are one tensor."""
-        config: Any = self.model.config
-        return bool(config.tie_word_embeddings) and all(self.embeddings)
+        return bool(self.model.config.tie_word_embeddings) and all(self.embeddings)
 
 
 def read_base(source: str, trained: Trained) -> Base:
@@ -87,19 +82,18 @@ def read_base(source: str, trained: Trained) -> Base:
     mapping = trained.config.get("auto_mapping") or {}
     auto_classes = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
     classes = (mapping.get("base_model_class", ""), *(config.architectures or ()), *auto_classes)
-    differences = []
-    kinds = (nn.Embedding, nn.Linear)
+    problem = ""
     for name in dict.fromkeys(classes):
         made = _on_meta(getattr(transformers, name, None), config)
         if made is None:
             continue
-        layers = ((n, m) for n, m in made.named_modules() if isinstance(m, kinds) or is_conv1d(m))
+        layers = ((n, m) for n, m in made.named_modules() if isinstance(m, (nn.Embedding, nn.Linear)) or is_conv1d(m))
         widths = {name: _widths(module) for name, module in layers}
-        problem = _difference(trained, widths)
-        if problem is None:
+        difference = _difference(trained, widths)
+        if difference is None:
             return Base(source, made, widths)
-        differences.append(f"{problem} {type(made).__name__} {source!r}")
-    problem = differences[0] if differences else f"{source!r} is of a class that transformers does not know"
+        problem = problem or f"{difference} {type(made).__name__} {source!r}"
+    problem = problem or f"{source!r} is of a class that transformers does not know"
     raise LoraInitError(f"{problem}. Name the model that the adapter was trained on by base=.")
 
 

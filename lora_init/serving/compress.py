@@ -38,25 +38,22 @@ def fit(
         layers |= zero_layers(trained, widths)
     costs = {name: sum(layer.widths) for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in layers.items()}
-    factors: dict[str, Factors] = {}
-    if keep_ranks:
-        if rank is not None or most is not None:
-            factors = {name: factorise(layer) for name, layer in layers.items()}
-            counted = dict.fromkeys(costs, 1) if most is None else costs
-            ranks = best_ranks(factors, counted, (rank or 0) * len(costs) if most is None else most)
-    else:
+    factors = {name: factorise(layer) for name, layer in layers.items()}
+    if not keep_ranks:
         largest = max(ranks.values())
         chosen = rank or next((allowed for allowed in VLLM_RANKS if allowed >= largest), largest)
-        chosen = chosen if most is None else min(chosen, most // sum(costs.values()))
-        ranks = dict.fromkeys(ranks, chosen)
-        factors = {name: factorise(layer) for name, layer in layers.items()} if chosen < largest else {}
+        ranks = dict.fromkeys(ranks, chosen if most is None else min(chosen, most // sum(costs.values())))
+    elif most is not None:
+        ranks = best_ranks(factors, costs, most)
+    elif rank is not None:
+        ranks = best_ranks(factors, dict.fromkeys(costs, 1), rank * len(costs))
     if not any(ranks.values()):
         raise LoraInitError(
             f"a budget of {most:,} parameters: rank 1 in all {len(costs)} layers takes {sum(costs.values()):,}."
         )
     relative, total = errors(factors, ranks)
-    cut = {n: truncate(x, factors[n], ranks[n]) if factors else x for n, x in layers.items() if ranks[n]}
-    fitted = {n: cut[n] if keep_ranks else cut[n].padded(ranks[n]) for n in widths if n in cut}
+    cut = {name: truncate(layers[name], factors[name], ranks[name]) for name in widths if ranks.get(name)}
+    fitted = cut if keep_ranks else {name: layer.padded(ranks[name]) for name, layer in cut.items()}
     lost = {name: error for name, error in relative.items() if ranks[name] < layers[name].rank}
     return replace(trained, layers=fitted), lost, total
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import VLLM_RANKS, alpha_for
@@ -40,10 +39,11 @@ class Engine:
 
 def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
     """Describe what an adapter has besides A, B and magnitudes of linear layers."""
+    tied = base.embeddings[1] if base.tied else None
     for name, layer in trained.layers.items():
         if layer.ends == EMBEDDING:
             yield f"an adapter of the embedding {name!r}"
-        if base.tied and name == base.embeddings[1]:
+        if name == tied:
             yield f"an adapter of {name!r}, whose weight is also that of the input embedding"
     for key in trained.others:
         yield f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
@@ -223,7 +223,5 @@ def find_engine(name: str | None) -> Engine:
     if name is None:
         return PEFT
     if name not in ENGINES:
-        close = difflib.get_close_matches(name.lower(), ENGINES, n=1, cutoff=0.5)
-        hint = f"Closest: {close[0]}." if close else f"Choose from {', '.join(ENGINES)}."
-        raise LoraInitError(f"engine {name!r} is unknown. {hint}")
+        raise LoraInitError(f"engine {name!r} is unknown. {did_you_mean(name, ENGINES)}")
     return ENGINES[name]

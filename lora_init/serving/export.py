@@ -236,8 +236,7 @@ def _card(result: Exported, trained: Trained) -> str:
     )
     what = f"rank {result.rank} at most" if result.rank else "merged into its base model"
     lost = f" Compressed, at a relative error of {result.error:.2%}." if result.error else ""
-    language = "python" if result.engine is None and result.rank else "bash"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# A trained LoRA adapter, ready to serve\n\n"
-        f"Exported by lora_init: {what}.{lost}\n\n```{language}\n{result.command}\n```\n"
+        f"Exported by lora_init: {what}.{lost}\n\n```\n{result.command}\n```\n"
     )

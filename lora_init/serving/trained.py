@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -73,8 +72,6 @@ class Layer:
 
     def rescaled(self, scaling: float) -> Layer:
         """Multiply B so that the layer does the same under another scaling."""
-        if math.isclose(scaling, self.scaling, rel_tol=1e-9):
-            return replace(self, scaling=scaling)
         return replace(self, b=self.b * (self.scaling / scaling), scaling=scaling)
 
 
@@ -142,22 +139,16 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     trained = _read(directory)
     if start is not None:
         return _subtract(trained, _read(Path(start).expanduser()), str(start))
-    began = _began(directory, trained.config)
+    # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
+    began, origin = trained.config.get("init_lora_weights"), origin_of(directory)
+    if not isinstance(began, str):
+        began = str(origin.get("method")) if origin.get("rank") in (None, trained.config.get("r")) else ""
     if began.lower().startswith(_CHANGE_BASE):
         raise LoraInitError(
             f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Name the adapter as it was before training by start=."
         )
     return trained
-
-
-def _began(directory: Path, config: Mapping[str, Any]) -> str:
-    """Name the start, as the config says it, or what this package left; nothing if PEFT has converted it since."""
-    method = config.get("init_lora_weights")
-    if isinstance(method, str):
-        return method
-    origin = origin_of(directory)
-    return str(origin.get("method", "")) if origin.get("rank", config.get("r")) == config.get("r") else ""
 
 
 def _read(directory: Path) -> Trained:
@@ -194,6 +185,8 @@ def _read(directory: Path) -> Trained:
 
 
 def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Layer:
+    from peft.utils.other import get_pattern_key
+
     ends = EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
     missing = next((end for end in ends if end not in found), None)
     if missing is not None:
@@ -207,7 +200,11 @@ def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> La
             f"layer {name!r} is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() "
             "and serve the model that it returns."
         )
-    rank, alpha = _rank_and_alpha(name, config)
+    # As PEFT does it: patterns end where the name ends, and the first match wins.
+    ranks: dict[str, int] = config.get("rank_pattern") or {}
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key([*ranks], name), config.get("r", 8))
+    alpha = alphas.get(get_pattern_key([*alphas], name), config.get("lora_alpha", 8))
     if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank:
         raise LoraInitError(
             f"layer {name!r}: A is {list(a.shape)} and B {list(b.shape)}, and {CONFIG_FILE} says rank {rank}. "
@@ -215,16 +212,6 @@ def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> La
         )
     scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
-
-
-def _rank_and_alpha(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """Look a layer's rank and alpha up as PEFT does: patterns end where the name ends, and the first match wins."""
-    from peft.utils.other import get_pattern_key
-
-    ranks: dict[str, Any] = config.get("rank_pattern") or {}
-    alphas: dict[str, Any] = config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key([*ranks], name), config.get("r", 8))
-    return rank, alphas.get(get_pattern_key([*alphas], name), config.get("lora_alpha", 8))
 
 
 def _subtract(trained: Trained, start: Trained, where: str) -> Trained:

@@ -40,7 +40,7 @@ def test_json_has_errors_losses_and_intruders(trained, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Closest: llama.cpp."),
+        (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
         (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
         (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
         (["--parameters", "many"], "--parameters 'many' is not a count."),

@@ -256,7 +256,7 @@ def refused(message, *arguments, **options):
 
 def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "served"
-    refused("engine 'vlm' is unknown. Closest: vllm", trained, output, "vlm")
+    refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
     refused("engine 'xyz' is unknown. Choose from vllm, ", trained, output, "xyz")
     refused("rank and parameters are both given", trained, output, rank=2, parameters=9)
     refused("rank=0 must be above 0", trained, output, rank=0)
