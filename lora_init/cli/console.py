@@ -104,13 +104,13 @@ def in_words_of_the_command(text: str) -> str:
     `overwrite=True` becomes `--overwrite`, `center=False` becomes `--no-center`, `rank=64` becomes `--rank 64`. What
     stands in quotes is the user's own, and stays.
     """
-    for argument, (on, off) in _options.items():
-        found = rf"(?<![\w.,:'\"{{/-]){argument}="
-        text = re.sub(rf"{found}True\b", on, text)
-        text = re.sub(rf"{found}False\b", off, text)
-        text = re.sub(rf"{found}(?=[\w'\"\[({{-])", f"{on} ", text)
-        text = re.sub(found, on, text)
-    return text
+
+    def option(found: re.Match[str]) -> str:
+        on, off = _options[found[1]]
+        return {"True": on, "False": off, "": f"{on} "}.get(found[2], on)
+
+    names = "|".join(_options) or "(?!)"  # which matches nothing
+    return re.sub(rf"(?<![\w.,:'\"{{/-])({names})=(True\b|False\b|(?=[\w'\"\[({{-]))?", option, text)
 
 
 @contextmanager

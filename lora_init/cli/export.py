@@ -32,10 +32,7 @@ if TYPE_CHECKING:
 def export(
     directory: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="Directory or GGUF file to write.", show_default=False)],
-    engine: Annotated[
-        str | None,
-        Option(help="vllm, sglang, tgi, lorax, llama.cpp, ollama or mlx. Default: PEFT's own form, one rank."),
-    ] = None,
+    engine: Annotated[str | None, Option(help="vllm, sglang, tgi, lorax, llama.cpp, ollama or mlx; else PEFT.")] = None,
     rank: Annotated[int | None, Option(help="Rank of every layer; below the adapter's, it is compressed.")] = None,
     parameters: Annotated[str | None, Option(help="Compress to this many parameters, such as 2.5M.")] = None,
     megabytes: Annotated[float | None, Option(help="Compress to this size, in 10^6 bytes.")] = None,

@@ -47,6 +47,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _ByInput = Literal["eva", "random", "random-scaled", "gaussian", "orthogonal"]
 _ByGradient = Literal["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled"]
 _Step = Literal["natural-gradient-step", "lora-ga", "lora-one"]
+Method = Literal[_ByInput, _ByGradient, _Step]
 
 RANK, RHO = 16, 2.0
 
@@ -63,9 +64,8 @@ def init(
     data: Annotated[
         str | None,
         Argument(
-            help="JSON, JSONL, CSV, TSV, Parquet or text file, also with .gz, a pattern in quotes or a folder of them, "
-            "a hub id, or - for JSON lines on standard input, with columns text, or prompt and completion, or "
-            "messages; for others see --template. Not needed with a --statistics file that exists.",
+            help="File (JSON, JSONL, CSV, TSV, Parquet, text, also with .gz), pattern or folder of files, hub "
+            "id, or - for JSON lines on standard input. Not needed with a --statistics file that exists.",
             show_default=False,
         ),
     ] = None,
@@ -82,25 +82,14 @@ def init(
     exclude_modules: Annotated[str | None, Option(help="Names, or a regular expression, to leave out.")] = None,
     target_parameters: Annotated[str | None, Option(help="Names of fused parameters of experts.")] = None,
     statistics: Annotated[
-        Path | None,
-        Option(
-            help="Statistics file. Written every minute and at the end, also after Ctrl-C; the same command again uses "
-            "it, or goes on after the batches that it has. Without DATA it is used as it is."
-        ),
+        Path | None, Option(help="File kept every minute, and gone on from by the same command; serves without DATA.")
     ] = None,
     method: Annotated[
-        Literal[_ByInput, _ByGradient, _Step],
-        Option(
-            help="How A starts; B is zero. From eva-grad on it takes backward passes and labels; the last three start "
-            "with B other than zero."
-        ),
+        Method, Option(help="How A starts. Backward passes from eva-grad on; B is other than zero in the last three.")
     ] = "eva",
     gamma: Annotated[
         float | None,
-        Option(
-            help="With the last three methods: a larger one is a smaller step. Default: lora-ga 16; for the others the "
-            "one with the lowest loss on four batches that the statistics do not use."
-        ),
+        Option(help="With the last three methods; larger is a smaller step. Default: searched; lora-ga 16."),
     ] = None,
     gradients: Annotated[bool, Option("--gradients", help="Run backward passes, too, for later use.")] = False,
     whiten: Annotated[bool, Option("--whiten", help="With eva: scale each row by its variance.")] = False,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Coverage = Literal["every-layer", "total"]
+Policy = Literal["uniform", "eva", "cost-aware", "proportional", "gradient", "gradient-per-parameter", "gora"]
 Tool = Literal["peft", "axolotl", "llama-factory", "json", "csv"]
 
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
@@ -185,14 +186,8 @@ def ranks(
     megabytes: Annotated[float | None, Option(help="Budget: 10^6 bytes of parameters in --dtype.")] = None,
     variance: Annotated[float | None, Option(help="Budget: fewest ranks that explain this share.")] = None,
     dtype: Annotated[Dtype | None, Option(help="For --megabytes: of the saved adapter. Default: float32.")] = None,
-    coverage: Annotated[Coverage | None, Option(help="For --variance: where. Default: every-layer.")] = None,
-    policy: Annotated[
-        Literal["uniform", "eva", "cost-aware", "proportional", "gradient", "gradient-per-parameter", "gora"],
-        Option(
-            help="What ranks compete by: nothing, variance, variance per parameter, or effective rank; with gradients "
-            "in FILE: squared gradient, the same per parameter, or |weight x gradient|."
-        ),
-    ] = "eva",
+    coverage: Annotated[Coverage | None, Option(help="For --variance: in which layers. Default: every-layer.")] = None,
+    policy: Annotated[Policy, Option(help="What ranks compete by. The last three need gradients.")] = "eva",
     rho: Annotated[float, Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")] = 2.0,
     min_rank: Annotated[int, Option(help="Smallest rank; 0 lets a layer go without.")] = 0,
     max_rank: Annotated[int | None, Option(help="Largest rank.")] = None,
