@@ -162,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
     if not isinstance(content, dict):
         raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")

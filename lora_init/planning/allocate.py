@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.budgets import Budget, choose_budget, costs
-from lora_init.planning.limits import Limits, allowed_ranks, layer_limits, tie_layers, tied_ranks
+from lora_init.planning.limits import Limits, layer_limits, rank_table, tie_layers, tied_ranks
 from lora_init.planning.plan import RankAllocation
 from lora_init.planning.policies import Rule, Spectra, stack_spectra, worth
 from lora_init.statistics.statistics import Statistics
@@ -105,10 +104,20 @@ def allocate_ranks(
     )  # fmt: skip
     made = stats.provenance
     budget = choose_budget(budgets, len(limits), made.rank, made.n_parameters, dtype, coverage)
-    task = _Task(stats, stack_spectra(stats, list(limits)), limits, budget, policy, rho)
-    ranks, tops = task.share_out(tie_layers(list(limits), tie, uniform_per_kind))
+    spectra = stack_spectra(stats, list(limits))
+    uses_rho = budget.unit != "variance" and policy != "uniform"
+    task = _task(spectra, limits, budget, rho if uses_rho else None)
+    unit_of = tie_layers(list(limits), tie, uniform_per_kind)
+    if not spectra.collected.any():
+        seen = f" ({made.n_samples:,} in all)" if made.n_samples else ""
+        raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
+    allowed = tied_ranks(spectra.names, rank_table(task.limits, task.tops, spectra.most_collected), unit_of)
+    steps = make_steps(allowed, unit_of, *worth(policy, stats, spectra), task.per_rank)
+    if not len(steps.unit) and not steps.start.any():
+        raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
+    ranks = steps.ranks_after((_reach if budget.unit == "variance" else _spend)(task, steps))
     by_name = dict(zip(limits, ranks.tolist(), strict=True))
-    explained = dict(zip(limits, task.spectra.reached[np.arange(len(ranks)), ranks].tolist(), strict=True))
+    explained = dict(zip(limits, spectra.reached_at(ranks).tolist(), strict=True))
     shaping = dict(tie=tie, uniform_per_kind=uniform_per_kind, overrides=overrides, exclude=exclude)
     return RankAllocation(
         ranks={name: by_name.get(name, 0) for name in stats},
@@ -118,14 +127,14 @@ def allocate_ranks(
         policy=policy if isinstance(policy, str) else getattr(policy, "__name__", "custom"),
         budget=budget,
         settings={
-            **({"rho": rho} if task.uses_rho else {}),
+            **({"rho": rho} if uses_rho else {}),
             **{key: value for key, value in base.items() if value != getattr(Limits(), key)},
             **{key: value for key, value in shaping.items() if value},
         },
         provenance=made,
         unsupported=stats.unsupported,
         excluded=tuple(name for name in stats if name not in by_name),
-        notes=task.notes(ranks, tops),
+        notes=_notes(task, steps, ranks),
     )
 
 
@@ -141,142 +150,119 @@ def _check_statistics(stats: object) -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be shared out, by what rules, among the n layers of `spectra` and `limits`."""
+    """What is to be shared out among n layers, and what bounds the rank of each.
 
-    stats: Statistics
+    Attributes:
+        budget: What may be spent.
+        spectra: What there is to explain.
+        limits: Of each layer.
+        per_rank: Cost of one rank of each layer, [n].
+        average: Rank that the budget buys if every layer has the same.
+        rho: Times the average, the largest rank of a layer; None where nothing but its width limits it.
+        could: Largest rank that each layer could have if more were collected, [n].
+        tops: Largest rank of each layer but for its limits, with what was collected, [n].
+    """
+
+    budget: Budget
     spectra: Spectra
     limits: Mapping[str, Limits]
-    budget: Budget
-    policy: str | Rule
-    rho: float
+    per_rank: IntArray
+    average: float
+    rho: float | None
+    could: IntArray
+    tops: IntArray
 
-    @cached_property
-    def per_rank(self) -> IntArray:
-        """Cost of one rank of each layer, [n]."""
-        return costs(self.budget, self.spectra.targets)
 
-    @property
-    def average(self) -> float:
-        """Rank that the budget buys if every layer has the same."""
-        return self.budget.limit / float(self.per_rank.sum())
+def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: float | None) -> _Task:
+    per_rank = costs(budget, spectra.targets)
+    average = budget.limit / float(per_rank.sum())
+    caps = np.array([target.in_features for target in spectra.targets], dtype=np.int64)
+    if rho is not None:
+        caps = np.minimum(caps, max(1, round(rho * average)))
+    could = np.array([limit.highest(cap) for limit, cap in zip(limits.values(), caps.tolist(), strict=True)])
+    tops = np.minimum(caps, spectra.collected)
+    relaxed = dict(limits)
+    for i in np.flatnonzero(spectra.starved).tolist():
+        # Data without enough directions outrules min_rank: the layer gets those that there are.
+        name = spectra.names[i]
+        most = limits[name].highest(tops[i])
+        if most < limits[name].min_rank <= could[i]:
+            relaxed[name] = replace(limits[name], min_rank=most)
+    return _Task(budget, spectra, relaxed, per_rank, average, rho, could, tops)
 
-    @property
-    def uses_rho(self) -> bool:
-        """Whether rho limits the rank of a layer."""
-        return self.budget.unit != "variance" and self.policy != "uniform"
 
-    @cached_property
-    def caps(self) -> IntArray:
-        """Largest rank of each layer that its width and rho allow, [n]."""
-        widths = np.array([target.in_features for target in self.spectra.targets], dtype=np.int64)
-        return np.minimum(widths, max(1, round(self.rho * self.average))) if self.uses_rho else widths
+def _spend(task: _Task, steps: Steps) -> BoolArray:
+    """Take what the budget buys, [s]."""
+    budget, standing = task.budget, steps.start[steps.unit_of]
+    limit, fixed, unit = int(budget.limit), int((standing * task.per_rank).sum()), budget.unit
+    if fixed > limit:
+        raise LoraInitError(
+            f"min_rank binds: the smallest ranks allowed, on {int((standing > 0).sum())} layers, cost {fixed:,} "
+            f"{unit}, {fixed - limit:,} more than {budget} gives. Lower min_rank, or raise the budget."
+        )
+    taken = take_while_affordable(steps, limit - fixed)
+    if not taken.any() and not standing.any():
+        cheapest = int(steps.cost.min())
+        raise LoraInitError(f"{budget} buys no rank in any layer: the cheapest step costs {cheapest:,} {unit}.")
+    return taken
 
-    @cached_property
-    def could(self) -> IntArray:
-        """Largest rank that each layer could have if more were collected, [n]."""
-        return np.array([limit.highest(cap) for limit, cap in zip(self.limits.values(), self.caps, strict=True)])
 
-    def share_out(self, unit_of: IntArray) -> tuple[IntArray, IntArray]:
-        """Spend the budget.
+def _reach(task: _Task, steps: Steps) -> BoolArray:
+    """Take what explains the share of the variance asked for, [s]."""
+    budget, spectra = task.budget, task.spectra
+    share = budget.limit - 1e-12  # sums of ratios are off by rounding
+    best = spectra.reached_at(steps.top)
+    if (best.mean() if budget.coverage == "total" else best.min()) < share:
+        short, worst = best < share, int(best.argmin())
+        raise LoraInitError(
+            f"{budget} is out of reach: all that was collected and the limits allow explains {best.mean():.4f} on "
+            f"average, and too little in {short.sum()} of {len(best)} layers, least in {spectra.names[worst]!r}: "
+            f"{best[worst]:.4f}. Collect again with a larger rank, relax the limits, or ask for less."
+        )
+    if budget.coverage == "total":
+        by_unit = np.zeros((len(steps.start), spectra.reached.shape[1]))
+        np.add.at(by_unit, steps.unit_of, spectra.reached)
+        return take_until_explained(steps, by_unit, share * len(best))
+    needed = np.zeros(len(steps.start), dtype=np.int64)
+    np.maximum.at(needed, steps.unit_of, np.argmax(spectra.reached >= share, axis=1))
+    return steps.rank - steps.width < needed[steps.unit]
 
-        Args:
-            unit_of: Layers of one number get one rank, [n].
 
-        Returns:
-            Rank of each layer, and the largest that it could have with what was collected, [n].
-        """
-        spectra = self.spectra
-        if not spectra.collected.any():
-            rows = self.stats.provenance.n_samples
-            seen = f" ({rows:,} in all)" if rows else ""
-            raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
-        tops = np.minimum(self.caps, spectra.collected)
-        limits = dict(self.limits)
-        for i in np.flatnonzero(spectra.starved).tolist():
-            # Data without enough directions outrules min_rank: the layer gets those that there are.
-            limit = limits[spectra.names[i]]
-            most = limit.highest(tops[i])
-            if most < limit.min_rank <= self.could[i]:
-                limits[spectra.names[i]] = replace(limit, min_rank=most)
-        allowed = tied_ranks(spectra.names, allowed_ranks(limits, tops, spectra.most_collected), unit_of)
-        steps = make_steps(allowed, unit_of, *worth(self.policy, self.stats, spectra), self.per_rank)
-        if not len(steps.unit) and not steps.start.any():
-            raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
-        taken = self._reach(steps, unit_of) if self.budget.unit == "variance" else self._spend(steps, unit_of)
-        return ranks_after(steps, taken)[unit_of], ranks_after(steps, np.ones_like(taken))[unit_of]
+def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
+    """Say where what was collected, not the policy, decided: layers at their top that could have had more.
 
-    def _spend(self, steps: Steps, unit_of: IntArray) -> BoolArray:
-        """Take what the budget buys, [s]."""
-        standing = steps.start[unit_of]
-        limit, fixed, unit = int(self.budget.limit), int((standing * self.per_rank).sum()), self.budget.unit
-        if fixed > limit:
-            raise LoraInitError(
-                f"min_rank binds: the smallest ranks allowed, on {int((standing > 0).sum())} layers, cost {fixed:,} "
-                f"{unit}, {fixed - limit:,} more than {self.budget} gives. Lower min_rank, or raise the budget."
-            )
-        taken = take_while_affordable(steps, limit - fixed)
-        if not taken.any() and not standing.any():
-            cheapest = int(steps.cost.min())
-            raise LoraInitError(
-                f"{self.budget} buys no rank in any layer: the cheapest step costs {cheapest:,} {unit}."
-            )
-        return taken
+    Too little data in a layer is a warning.
 
-    def _reach(self, steps: Steps, unit_of: IntArray) -> BoolArray:
-        """Take what explains the share of the variance asked for, [s]."""
-        budget, spectra = self.budget, self.spectra
-        share = budget.limit - 1e-12  # sums of ratios are off by rounding
-        most = ranks_after(steps, np.ones(len(steps.unit), dtype=np.bool_))[unit_of]
-        best = spectra.reached[np.arange(len(most)), most]
-        if (best.mean() if budget.coverage == "total" else best.min()) < share:
-            short, worst = best < share, int(best.argmin())
-            raise LoraInitError(
-                f"{budget} is out of reach: all that was collected and the limits allow explains {best.mean():.4f} on "
-                f"average, and too little in {short.sum()} of {len(most)} layers, least in {spectra.names[worst]!r}: "
-                f"{best[worst]:.4f}. Collect again with a larger rank, relax the limits, or ask for less."
-            )
-        if budget.coverage == "total":
-            by_unit = np.zeros((len(steps.start), spectra.reached.shape[1]))
-            np.add.at(by_unit, unit_of, spectra.reached)
-            return take_until_explained(steps, by_unit, share * len(best))
-        needed = np.zeros(len(steps.start), dtype=np.int64)
-        np.maximum.at(needed, unit_of, np.argmax(spectra.reached >= share, axis=1))
-        return steps.rank - steps.width < needed[steps.unit]
-
-    def notes(self, ranks: IntArray, tops: IntArray) -> tuple[str, ...]:
-        """Say where what was collected, not the policy, decided: layers at their top that could have had more.
-
-        Too little data in a layer is a warning.
-
-        Raises:
-            LoraInitError: Ranks cannot be shared out as asked for, because too few components were collected.
-        """
-        if self.budget.unit == "variance":
-            return ()
-        spectra, budget = self.spectra, self.budget
-        left = budget.limit - float((ranks * self.per_rank).sum())
-        is_stuck = left > 0 and bool((ranks == tops).all())
-        wanting = (ranks == tops) & (self.could > spectra.collected)
-        needs = np.maximum(self.average, [limit.min_rank for limit in self.limits.values()])
-        short = wanting & spectra.starved & (spectra.collected < needs)
-        if short.any():
-            text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
-            warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks
-        capped = wanting & ~spectra.starved
-        if capped.any() and (self.uses_rho or is_stuck):
-            rank, rho = min(math.ceil(self.average), int(self.could.max())), f" and rho={self.rho:g}" * self.uses_rho
-            text = (
-                f"{budget} lets a layer have rank {self.could[capped].max()}, and {_some(spectra.names, capped)} would "
-                f"take more than the {spectra.most_collected} components that were collected. Collect again with "
-                f"rank={rank}{rho}, or ask for less, or allocate with max_rank={spectra.most_collected}."
-            )
-            if is_stuck or budget.unit == "ranks":
-                raise LoraInitError(text)
-            return (text,)
-        if is_stuck and not short.any():
-            text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
-            return (f"{text}: every layer has the largest rank that the limits allow.",)
+    Raises:
+        LoraInitError: Ranks cannot be shared out as asked for, because too few components were collected.
+    """
+    budget, spectra = task.budget, task.spectra
+    if budget.unit == "variance":
         return ()
+    left = budget.limit - float((ranks * task.per_rank).sum())
+    at_top = ranks == steps.top
+    is_stuck = left > 0 and bool(at_top.all())
+    wanting = at_top & (task.could > spectra.collected)
+    needs = np.maximum(task.average, [limit.min_rank for limit in task.limits.values()])
+    short = wanting & spectra.starved & (spectra.collected < needs)
+    if short.any():
+        text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
+        warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks
+    capped = wanting & ~spectra.starved
+    if capped.any() and (task.rho is not None or is_stuck):
+        rank, rho = min(math.ceil(task.average), int(task.could.max())), f" and rho={task.rho:g}" if task.rho else ""
+        text = (
+            f"{budget} lets a layer have rank {task.could[capped].max()}, and {_some(spectra.names, capped)} would "
+            f"take more than the {spectra.most_collected} components that were collected. Collect again with "
+            f"rank={rank}{rho}, or ask for less, or allocate with max_rank={spectra.most_collected}."
+        )
+        if is_stuck or budget.unit == "ranks":
+            raise LoraInitError(text)
+        return (text,)
+    if is_stuck and not short.any():
+        text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
+        return (f"{text}: every layer has the largest rank that the limits allow.",)
+    return ()
 
 
 def _some(names: Sequence[str], which: BoolArray) -> str:
@@ -289,9 +275,10 @@ def _some(names: Sequence[str], which: BoolArray) -> str:
 class Steps:
     """All the steps that units (layers, or layers that are tied) can take, from one allowed rank to the next.
 
-    Rows are sorted by unit and rank, s of them over all u units.
+    Rows are sorted by unit and rank, s of them over all u units of n layers.
 
     Attributes:
+        unit_of: Unit of each layer, [n].
         start: Smallest allowed rank of each unit, [u]: where it stands before any step.
         unit: Whose step it is, [s].
         rank: Rank after it, [s].
@@ -300,6 +287,7 @@ class Steps:
         priority: Worth per rank (or per parameter), [s]; never rises within a unit.
     """
 
+    unit_of: IntArray
     start: IntArray
     unit: IntArray
     rank: IntArray
@@ -310,6 +298,16 @@ class Steps:
     def in_order(self) -> IntArray:
         """Sort the steps by falling priority. Ties go to the earlier unit, and within a unit to the lower rank."""
         return np.argsort(-self.priority, kind="stable")
+
+    def ranks_after(self, taken: BoolArray) -> IntArray:
+        """Give the rank of each layer after the steps that were taken, [n]."""
+        widths = np.bincount(self.unit[taken], weights=self.width[taken], minlength=len(self.start))
+        return (self.start + widths.astype(np.int64))[self.unit_of]
+
+    @property
+    def top(self) -> IntArray:
+        """Rank of each layer after all steps, [n]."""
+        return self.ranks_after(np.ones(len(self.unit), dtype=np.bool_))
 
 
 def make_steps(
@@ -341,13 +339,7 @@ def make_steps(
     priority = block / (width * weight[unit])
     for i in np.flatnonzero((unit[1:] == unit[:-1]) & (priority[1:] > priority[:-1])):
         priority[i + 1] = priority[i]  # rounding again: means of equal numbers over blocks of unequal width
-    return Steps(start, unit, rank, width, width * unit_cost[unit], priority)
-
-
-def ranks_after(steps: Steps, taken: BoolArray) -> IntArray:
-    """Give the rank of each unit after the steps that were taken, [u]."""
-    widths = np.bincount(steps.unit[taken], weights=steps.width[taken], minlength=len(steps.start))
-    return steps.start + widths.astype(np.int64)
+    return Steps(unit_of, start, unit, rank, width, width * unit_cost[unit], priority)
 
 
 def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
@@ -371,13 +363,11 @@ def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
         if left < cheapest:
             break
         unit, cost = int(steps.unit[step]), int(steps.cost[step])
-        if unit in stuck:
-            continue
         if cost > left:
             stuck.add(unit)
-            continue
-        taken[step] = True
-        left -= cost
+        elif unit not in stuck:
+            taken[step] = True
+            left -= cost
     return taken
 
 
@@ -385,7 +375,7 @@ def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> B
     """Take steps in order until the units explain a share of their variance.
 
     Where steps differ in cost (grids, ties), the last one may be dearer than needed, and make an earlier one needless:
-    steps that follow are tried in its place, and what can be given back is.
+    what can be given back is.
 
     Args:
         steps: All of them explain the share.
@@ -400,26 +390,14 @@ def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> B
     order = steps.in_order()
     # All steps reach the share by another order of summation, so the last sum may fall short by rounding.
     chosen = order[: int(np.searchsorted(np.cumsum(gain[order]), missing)) + 1] if missing > 0 else order[:0]
-    while len(chosen) and np.ptp(steps.cost):
-        last = chosen[-1]
-        order = order[(steps.unit[order] != steps.unit[last]) | (steps.rank[order] < steps.rank[last])]
-        total = np.cumsum(gain[order])
-        other = order[: int(np.searchsorted(total, missing)) + 1]
-        if not len(total) or total[-1] < missing or steps.cost[other].sum() >= steps.cost[chosen].sum():
-            break
-        chosen = other
     taken = np.zeros(len(gain), dtype=np.bool_)
     taken[chosen] = True
-    if np.ptp(steps.cost):
-        _give_back(steps, taken, chosen, gain, float(gain[chosen].sum()) - missing)
-    return taken
-
-
-def _give_back(steps: Steps, taken: BoolArray, chosen: IntArray, gain: FloatArray, spare: float) -> None:
-    """Drop steps, the last ones first, that explain no more than there is to spare."""
-    ranks = ranks_after(steps, taken)
-    for step in chosen[gain[chosen] <= spare][::-1].tolist():
-        if gain[step] <= spare and ranks[steps.unit[step]] == steps.rank[step]:
+    spare = float(gain[chosen].sum()) - missing
+    kept: set[int] = set()
+    for step in chosen[::-1].tolist() if np.ptp(steps.cost) else ():
+        if gain[step] <= spare and int(steps.unit[step]) not in kept:
             taken[step] = False
-            ranks[steps.unit[step]] -= steps.width[step]
             spare -= gain[step]
+        else:
+            kept.add(int(steps.unit[step]))
+    return taken

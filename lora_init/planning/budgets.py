@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,7 @@ from lora_init.layers.targets import Target
 IntArray = NDArray[np.int64]
 
 COVERAGES = ("every-layer", "total")
-_COUNTS = ("rank", "total_rank", "parameters")
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -61,24 +62,18 @@ def parse_count(value: object, argument: str) -> int:
         >>> parse_count("2.5M", "parameters")
         2500000
     """
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:[_,]\d{3})*)(?:\.(\d+))?\s*([kmbg]?)\s*", value.lower())
-        if match is None:
-            raise LoraInitError(f'{argument}={value!r} is not a count. Write it like 2500000, "2.5M" or "800k".')
-        # Over integers: 2.3 * 10**6 is not 2300000 in floats.
-        decimals = match[2] or ""
-        digits = int(re.sub("[_,]", "", match[1]) + decimals)
-        count, rest = divmod(digits * _SUFFIXES[match[3]], int(10 ** len(decimals)))
-        is_whole = rest == 0
-    else:
-        number = math.nan if isinstance(value, bool) else _as_float(value)
-        is_whole = number.is_integer()
-        count = int(number) if is_whole else 0
-    if not is_whole:
-        raise LoraInitError(f"{argument}={value!r} is not a whole number.")
-    if count < 1:
-        raise LoraInitError(f"{argument}={value!r}: a budget of at least 1 is needed.")
-    return count
+    text = re.sub(r",(?=\d{3}(?!\d))", "", str(value)).strip().upper()
+    scale = _SUFFIXES.get(text[-1:], 1)
+    try:
+        # Decimals are exact: 2.3 * 10**6 is not 2300000 in floats.
+        count = Decimal(text[:-1] if scale > 1 else text) * scale
+    except InvalidOperation:
+        count = Decimal(0)
+    if not count.is_finite() or count < 1 or count % 1:
+        raise LoraInitError(
+            f'{argument}={value!r}: a whole number of at least 1 is needed, such as 2500000, "2.5M" or "800k".'
+        )
+    return int(count)
 
 
 def choose_budget(
@@ -102,18 +97,18 @@ def choose_budget(
         shown = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
         raise LoraInitError(f"{shown} are {len(given)} budgets. Give one.")
     kind, value = next(iter(given.items()), ("rank", default_rank))
-    if kind in _COUNTS:
+    if kind in ("rank", "total_rank", "parameters"):
         count = parse_count(value, kind)
         limit = count * n_layers if kind == "rank" else count
         return Budget(kind, count, "parameters" if kind == "parameters" else "ranks", limit)
-    number = _as_float(value)
-    if not 0.0 < number < math.inf:
-        raise LoraInitError(f"{kind}={value!r}: a number above 0 is needed.")
+    number = float(value) if isinstance(value, Real) else math.nan
+    most = math.inf if kind == "megabytes" else 1.0
+    if not 0.0 < number <= most or math.isinf(number):
+        share = " and not above 1" if kind != "megabytes" else ""
+        raise LoraInitError(f"{kind}={value!r}: a number above 0{share} is needed.")
     if kind == "megabytes":
         bytes_per_parameter(dtype)
         return Budget(kind, number, "bytes", int(number * 10**6), dtype)
-    if number > 1.0:
-        raise LoraInitError(f"{kind}={value!r} is a share: it lies above 0 and not above 1.")
     if kind == "variance":
         if coverage not in COVERAGES:
             raise LoraInitError(f"coverage={coverage!r} is unknown. Choose from {', '.join(COVERAGES)}.")
@@ -126,21 +121,13 @@ def choose_budget(
     return Budget(kind, number, "parameters", int(number * n_parameters))
 
 
-def _as_float(value: object) -> float:
-    """Convert to a float; NaN for what is no number."""
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
 def bytes_per_parameter(dtype: str) -> int:
     """Give the size of a saved parameter.
 
     Raises:
         LoraInitError: An unknown dtype.
     """
-    if dtype not in tuple(_BYTES):  # a tuple takes unhashable values, too
+    if dtype not in _BYTES:
         raise LoraInitError(f"dtype={dtype!r} is unknown. Choose from {', '.join(_BYTES)}.")
     return _BYTES[dtype]
 

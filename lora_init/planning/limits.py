@@ -149,7 +149,7 @@ def layer_limits(
     }
 
 
-def allowed_ranks(limits: Mapping[str, Limits], tops: IntArray, most: int) -> BoolArray:
+def rank_table(limits: Mapping[str, Limits], tops: IntArray, most: int) -> BoolArray:
     """Mark the ranks that each layer may have, [n, most + 1]: column r is rank r.
 
     Args:
@@ -184,17 +184,16 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
             ending. Or several such tuples.
         per_kind: Tie all layers that differ in their block only. With `tie`, the kinds that it names share one rank.
 
+    Ties that have a layer in common are one tie.
+
     Raises:
-        LoraInitError: A name matches nothing, ties nothing, or is in two ties.
+        LoraInitError: A name matches nothing, or ties nothing.
     """
-    unit = np.arange(len(names), dtype=np.int64)
     place = {name: i for i, name in enumerate(names)}
+    ties: list[list[int]] = []
     if per_kind:
         grid = layer_grid(names)
-        for kind in grid.kinds:
-            members = [place[name] for name in grid.of_kind(kind).values()]
-            unit[members] = min(members)
-    tied_by: dict[int, list[str]] = {}
+        ties += [[place[name] for name in grid.of_kind(kind).values()] for kind in grid.kinds]
     for endings in _read_ties(tie):
         groups: dict[str, list[int]] = {}
         for ending in endings:
@@ -205,16 +204,11 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
                 groups.setdefault(name[: len(name) - len(ending)], []).append(place[name])
         if all(len(members) < 2 for members in groups.values()):
             raise LoraInitError(f"tie={endings!r} ties nothing: no two of these are in one block. Name at least two.")
-        for members in groups.values():
-            twice = next((member for member in members if member in tied_by), None)
-            if twice is not None:
-                raise LoraInitError(
-                    f"tie={endings!r} and tie={tied_by[twice]!r} conflict: both hold layer {names[twice]!r}. "
-                    "Make them one tie."
-                )
-            tied_by |= dict.fromkeys(members, endings)
-            joined = np.isin(unit, unit[members])
-            unit[joined] = unit[joined].min()
+        ties += groups.values()
+    unit = np.arange(len(names), dtype=np.int64)
+    for members in ties:
+        joined = np.isin(unit, unit[members])
+        unit[joined] = unit[joined].min()
     return np.unique(unit, return_inverse=True)[1].astype(np.int64)
 
 

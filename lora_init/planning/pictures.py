@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
+import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +15,8 @@ from lora_init.errors import LoraInitError
 from lora_init.files import write_whole
 from lora_init.layers.grid import layer_grid
 from lora_init.planning.allocate import allocate_ranks
-from lora_init.planning.plan import RankAllocation
-from lora_init.planning.policies import POLICIES, stack_spectra
+from lora_init.planning.plan import RankAllocation, plan_text, source_text
+from lora_init.planning.policies import POLICIES, Spectra, stack_spectra
 from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -59,12 +58,7 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
     plan.check(stats)
     # Text as text and no date, so that the same plan gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_init", "font.family": "sans-serif"}):
-        if kind == "HTML page":
-            content = _page(plan, stats).encode()
-        else:
-            buffer = io.BytesIO()
-            make_figure(plan, stats).savefig(buffer, format=path.suffix[1:].lower(), metadata=_no_date(path.suffix))
-            content = buffer.getvalue()
+        content = _page(plan, stats) if kind == "HTML page" else _drawn(make_figure(plan, stats), path.suffix.lower())
     try:
         write_whole(path, content)
     except OSError as error:
@@ -72,8 +66,11 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
     return path
 
 
-def _no_date(suffix: str) -> dict[str, None]:
-    return {"Date": None} if suffix.lower() == ".svg" else {}
+def _drawn(figure: Figure, suffix: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format")) if suffix == ".svg" else {}
+    figure.savefig(buffer, format=suffix[1:], metadata=nothing, **options)
+    return buffer.getvalue()
 
 
 def kind_totals(plan: RankAllocation) -> pd.DataFrame:
@@ -143,25 +140,6 @@ def budget_curves(plan: RankAllocation, stats: Statistics, n_points: int = 20) -
                     continue
                 curve[at.parameters] = at.explained_variance
     return curves
-
-
-def source_text(plan: RankAllocation) -> str:
-    """Say what a plan was computed from."""
-    made = plan.provenance
-    if made is None:
-        return "a plan made by hand"
-    model = made.model_id or made.model_class or "a model without a name"
-    rows = f"{made.n_samples:,} rows in {made.n_batches} batches" if made.n_samples else "rows that were not counted"
-    centred = "centred (PCA)" if made.center else "not centred (second moment)"
-    return f"the inputs of each layer of {model} on {made.data or 'data not described'}: {rows}, {centred}"
-
-
-def plan_text(plan: RankAllocation) -> str:
-    """Say what was asked for, in the words of the command line."""
-    settings = [
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in plan.settings.items()
-    ]
-    return ", ".join([f"policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}", *settings])
 
 
 # From the palette of Okabe and Ito, distinct to every kind of colour vision, as are dashes and markers.
@@ -234,40 +212,32 @@ def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
     return figure
 
 
-def draw_spectra(axes: Any, kind: str, reached: Mapping[int, Sequence[float]], ranks: Sequence[int]) -> None:
+def draw_spectra(axes: Any, kind: str, layers: Mapping[int, str], plan: RankAllocation, spectra: Spectra) -> None:
     """Draw the cumulative explained variance of each layer of a kind, and a dot where its rank ends.
 
     Args:
         axes: Where to draw.
         kind: Label.
-        reached: By block, the share that the first r components explain, r = 0 to as many as the layer has.
-        ranks: Rank of each layer.
+        layers: Names by block.
+        plan: Their ranks.
+        spectra: Of all layers of the plan, in its order.
     """
     from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
 
-    last = max(*reached, 1)
-    for (block, shares), rank in zip(reached.items(), ranks, strict=True):
-        color = colormaps["cividis"](0.85 * max(block, 0) / last)  # the last tints vanish on white
+    for block, name in layers.items():
+        color = colormaps["cividis"](0.85 * max(block, 0) / max(*layers, 1))  # the last tints vanish on white
+        i, rank = spectra.names.index(name), plan[name]
+        shares = spectra.reached[i, : spectra.collected[i] + 1]
         axes.plot(range(len(shares)), shares, color=color, linewidth=0.7, alpha=0.55)
         axes.plot([rank], [shares[rank]], "o", color=color, markersize=4, markeredgecolor="black", markeredgewidth=0.5)
-    axes.set_title(f"{kind}: average rank {sum(ranks) / len(ranks):.1f}", fontsize=9, parse_math=False)
+    average = sum(plan[name] for name in layers.values()) / len(layers)
+    axes.set_title(f"{kind}: average rank {average:.1f}", fontsize=9, parse_math=False)
     axes.set_ylim(0, 1.02)
-    axes.set_xlim(0, max(map(len, reached.values())) - 1 or 1)
+    axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-
-
-def _spectra_by_kind(plan: RankAllocation, stats: Statistics) -> dict[str, tuple[dict[int, list[float]], list[int]]]:
-    """Collect what `draw_spectra` draws for each kind."""
-    spectra = stack_spectra(stats, list(plan))
-    counts = spectra.collected.tolist()
-    reached = {name: row[: n + 1].tolist() for name, row, n in zip(spectra.names, spectra.reached, counts, strict=True)}
-    return {
-        kind: ({block: reached[name] for block, name in layers.items()}, [plan[name] for name in layers.values()])
-        for kind, layers in _by_kind(plan).items()
-    }
 
 
 def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapping[int, float]]) -> None:
@@ -294,58 +264,49 @@ def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapp
     axes.legend(fontsize=8, loc="best", framealpha=0.9)
 
 
-def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
-    """Lay all three pictures out in one figure, sized so that every cell can be read."""
-    from matplotlib.figure import Figure
+def _explained_size(plan: RankAllocation, columns: int) -> tuple[float, float]:
+    """Give the inches that `_draw_explained` needs."""
+    rows = -(-min(len(_by_kind(plan)), _MOST_KINDS) // columns)
+    return 2.4 * columns + 0.6, 1.9 * rows + 4.2
 
-    kinds = _spectra_by_kind(plan, stats)
+
+def _draw_explained(figure: Any, plan: RankAllocation, stats: Statistics, columns: int) -> None:
+    """Draw the spectra of each kind, and below them what other budgets and policies explain."""
+    kinds = _by_kind(plan)
     shown = list(kinds.items())[:_MOST_KINDS]
-    map_width, map_height = _map_size(plan)
-    columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack
-    rows = -(-len(shown) // columns)
-    spectra_width = 2.4 * columns + 0.6
-    height = max(map_height, 1.9 * rows + 4.2)
-    figure = Figure(figsize=(map_width + spectra_width, height), dpi=110, layout="constrained")
-    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[map_width, spectra_width]))
-    draw_heat_map(left.add_subplot(), plan)
-    left.suptitle("Rank of each layer (· none)", fontsize=11)
-    upper, lower = right.subfigures(2, 1, height_ratios=[1.9 * rows, 3.4])
-    axes = upper.subplots(rows, columns, sharey=True, squeeze=False)
-    for place, (kind, (reached, ranks)) in zip(axes.flat, shown, strict=False):
-        draw_spectra(place, kind, reached, ranks)
+    width, height = _explained_size(plan, columns)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height - 4.2, 3.4])
+    axes = upper.subplots(-(-len(shown) // columns), columns, sharey=True, squeeze=False)
+    spectra = stack_spectra(stats, list(plan))
+    for place, (kind, layers) in zip(axes.flat, shown, strict=False):
+        draw_spectra(place, kind, layers, plan, spectra)
     for place in axes.flat[len(shown) :]:
         place.set_visible(False)
     left_out = f"; {len(kinds) - len(shown)} more kinds not shown" if len(kinds) > len(shown) else ""
     title = "Variance explained by the first components: a line per block, from blue to yellow; a dot at its rank"
-    upper.suptitle(_wrap(title + left_out, spectra_width), fontsize=10)
+    upper.suptitle(textwrap.fill(title + left_out, int(12 * width)), fontsize=10)
     upper.supxlabel("components", fontsize=9)
     draw_budget_curve(lower.add_subplot(), plan, budget_curves(plan, stats))
     title = "Variance explained for the parameters spent, by policy, under the same limits"
-    lower.suptitle(_wrap(title, spectra_width), fontsize=10)
-    caption = f"Plan: {plan_text(plan)}. Computed from {source_text(plan)}."
-    figure.supxlabel(_wrap(caption, 1.2 * (map_width + spectra_width)), fontsize=8, parse_math=False)
-    return figure
+    lower.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
 
 
-def _wrap(text: str, inches: float) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, int(inches * 12)))
-
-
-def inline_svg(draw: Callable[[Any], None], width: float, height: float, prefix: str) -> str:
-    """Draw on axes of width x height inches and return the <svg> element, with ids that no other on the page has."""
+def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
+    """Lay all three pictures out in one figure, sized so that every cell can be read."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure.add_subplot())
-    text = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Type": None, "Format": None}
-    figure.savefig(text, format="svg", metadata=nothing, transparent=True)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML declaration, which has no place within HTML
-    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    return svg.strip()
+    map_width, map_height = _map_size(plan)
+    columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack
+    width, height = _explained_size(plan, columns)
+    figure = Figure(figsize=(map_width + width, max(map_height, height)), dpi=110, layout="constrained")
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[map_width, width]))
+    draw_heat_map(left.add_subplot(), plan)
+    left.suptitle("Rank of each layer (· none)", fontsize=11)
+    _draw_explained(right, plan, stats, columns)
+    caption = f"Plan: {plan_text(plan)}. Computed from {source_text(plan)}."
+    caption = textwrap.fill(caption, int(14 * (map_width + width)))
+    figure.supxlabel(caption, fontsize=8, parse_math=False)
+    return figure
 
 
 def _templates() -> Environment:
@@ -380,33 +341,29 @@ def _cells(ranks: Mapping[str, int], about: Callable[[str], str]) -> tuple[list[
     return rows, grid.kinds
 
 
-def _page(plan: RankAllocation, stats: Statistics) -> str:
+def _page(plan: RankAllocation, stats: Statistics) -> bytes:
+    from matplotlib.figure import Figure
+
     model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
     rows, kinds = _cells(
         plan, lambda name: f"{name}: rank {plan[name]}, explains {plan.explained[name]:.1%} of its variance"
     )
-    spectra = [
-        inline_svg(partial(draw_spectra, kind=kind, reached=reached, ranks=ranks), 3.0, 2.2, f"s{i}")
-        for i, (kind, (reached, ranks)) in enumerate(_spectra_by_kind(plan, stats).items())
-    ]
-    curves = budget_curves(plan, stats)
+    figure = Figure(figsize=_explained_size(plan, 2), layout="constrained")
+    _draw_explained(figure, plan, stats, 2)
+    svg = _drawn(figure, ".svg", transparent=True).decode()
     by_kind = [
         (k.Index, k.layers, f"{k.least} to {k.most}", f"{k.total_rank:,}", f"{k.parameters:,}", f"{k.explained:.1%}")
         for k in kind_totals(plan).itertuples()
     ]
-    return (
-        _templates()
-        .get_template("plan.html")
-        .render(
-            title=f"Rank plan{f' for {model}' if model else ''}",
-            asked=plan_text(plan),
-            source=source_text(plan),
-            totals=totals_against_uniform(plan, stats),
-            rows=rows,
-            kinds=kinds,
-            spectra=spectra,
-            curve=inline_svg(lambda axes: draw_budget_curve(axes, plan, curves), 4.4, 3.4, "curve"),
-            by_kind=by_kind,
-            notes=plan.notes,
-        )
-    )
+    page = _templates().get_template("plan.html")
+    return page.render(
+        title=f"Rank plan{f' for {model}' if model else ''}",
+        asked=plan_text(plan),
+        source=source_text(plan),
+        totals=totals_against_uniform(plan, stats),
+        rows=rows,
+        kinds=kinds,
+        explained=svg[svg.index("<svg") :],  # without the XML declaration, which has no place within HTML
+        by_kind=by_kind,
+        notes=plan.notes,
+    ).encode()

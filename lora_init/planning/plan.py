@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.files import write_whole
+from lora_init.files import read_json, write_whole
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
@@ -65,12 +64,7 @@ class RankAllocation(Mapping[str, int]):
     def __post_init__(self) -> None:
         for name in ("ranks", "targets", "explained", "settings", "unsupported"):
             kind = _OfLayers if name in ("targets", "explained") else dict
-            object.__setattr__(self, name, MappingProxyType(kind(getattr(self, name))))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A mapping proxy can be neither pickled nor copied.
-        values = [getattr(self, item.name) for item in fields(self)]
-        return type(self), tuple(dict(value) if isinstance(value, MappingProxyType) else value for value in values)
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
     def __getitem__(self, name: str) -> int:
         return self.ranks[name]
@@ -178,6 +172,25 @@ class RankAllocation(Mapping[str, int]):
             raise LoraInitError(
                 f"the plan names layer {missing!r}, which the statistics do not have. Plan again from these statistics."
             )
+
+
+def source_text(plan: RankAllocation) -> str:
+    """Say what a plan was computed from."""
+    made = plan.provenance
+    if made is None:
+        return "a plan made by hand"
+    model = made.model_id or made.model_class or "a model without a name"
+    rows = f"{made.n_samples:,} rows in {made.n_batches} batches" if made.n_samples else "rows that were not counted"
+    centred = "centred (PCA)" if made.center else "not centred (second moment)"
+    return f"the inputs of each layer of {model} on {made.data or 'data not described'}: {rows}, {centred}"
+
+
+def plan_text(plan: RankAllocation) -> str:
+    """Say what was asked for, in the words of the command line."""
+    settings = [
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in plan.settings.items()
+    ]
+    return ", ".join([f"policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}", *settings])
 
 
 def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
@@ -309,12 +322,10 @@ def load_plan(path: str | Path) -> RankAllocation:
     """
     path = Path(path).expanduser()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = read_json(path)
     except OSError as error:
         raise LoraInitError(f"{path}: the plan could not be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise LoraInitError(f"{path} is not JSON, so it is no plan: {error}. `lora-init ranks` writes one.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise LoraInitError(f"{path} is not a plan of lora_init. `lora-init ranks STATS --output FILE` writes one.")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
@@ -328,21 +339,14 @@ def load_plan(path: str | Path) -> RankAllocation:
         raise LoraInitError(f"{path} is damaged: {type(error).__name__} {error}. Plan again.") from error
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no number")
-
-
 def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
     """Read the fields that this version knows; others, of older and later versions, are left alone."""
     layers = content["layers"]
     for name, layer in layers.items():
-        for key in ("rank", "in_features", "out_features"):
-            if type(layer[key]) is not int or layer[key] < (key != "rank"):
-                raise ValueError(f"layer {name!r} has {key}={layer[key]!r}")
-        if layer["rank"] > layer["in_features"]:
-            raise ValueError(f"layer {name!r} has rank {layer['rank']} and input width {layer['in_features']}")
-        if not 0.0 <= float(layer["explained_variance"]) <= 1.0 + 1e-9:
-            raise ValueError(f"layer {name!r} has explained_variance={layer['explained_variance']!r}")
+        numbers = [layer[key] for key in ("rank", "in_features", "out_features")]
+        possible = all(type(number) is int for number in numbers) and 0 <= numbers[0] <= numbers[1] and numbers[2] > 0
+        if not possible or not 0.0 <= float(layer["explained_variance"]) <= 1.0 + 1e-9:
+            raise ValueError(f"layer {name!r} has {layer}")
     if type(content["rank"]) is not int or content["rank"] < 1:
         raise ValueError(f"rank={content['rank']!r}")
     return RankAllocation(

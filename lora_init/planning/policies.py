@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +50,22 @@ class Spectra:
         """Components of the layer that has most: what the pass was asked for, if data and widths allowed it."""
         return int(self.ratios.shape[1])
 
+    def reached_at(self, ranks: IntArray) -> FloatArray:
+        """Give the share of its variance that each layer's rank explains, [n]."""
+        return np.take_along_axis(self.reached, ranks[:, None], axis=1)[:, 0]
+
     @property
     def widths(self) -> IntArray:
         """Parameters that one rank of each layer costs, d_in + d_out of a linear one, [n]."""
         return np.array([target.cost for target in self.targets], dtype=np.int64)
+
+
+def _stacked(rows: Sequence[Any], n_columns: int) -> FloatArray:
+    """Stack rows of unequal length, cut or filled with 0, [n, n_columns]."""
+    stacked = np.zeros((len(rows), n_columns))
+    for filled, row in zip(stacked, rows, strict=True):
+        filled[: len(row)] = row[:n_columns]
+    return stacked
 
 
 def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
@@ -64,9 +77,7 @@ def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
     targets = [stats.targets[name] for name in names]
     collected = np.array([len(row) for row in rows], dtype=np.int64)
     most = int(collected.max(initial=0))
-    ratios = np.zeros((len(rows), most))
-    for padded, row in zip(ratios, rows, strict=True):
-        padded[: len(row)] = row
+    ratios = _stacked(rows, most)
     d_in = np.array([target.in_features for target in targets], dtype=np.int64)
     # A pass asks for at least as many as its average rank. A layer with fewer, or with as many as there were rows (one
     # less where the mean is taken out), would not have more if more had been asked for.
@@ -82,7 +93,7 @@ def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
 Rule = Callable[[str, Spectrum], "FloatArray"]
 
 
-def uniform(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+def uniform(ratios: FloatArray, widths: FloatArray) -> FloatArray:
     """Value the j-th rank of every layer at 1 / (j - 1/2): all layers rise at once, as evenly as the limits allow.
 
     The baseline: LoRA (Hu et al., arXiv 2106.09685) with one rank for all layers.
@@ -92,29 +103,23 @@ def uniform(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatAr
         widths: d_in + d_out of each layer, [n]: what one rank of it costs in parameters.
 
     Returns:
-        Worth of each rank, [n, K], and what it is divided by where ranks of several layers are one step, [n].
+        Worth of each rank, [n, K].
     """
     return proportional_to(np.ones(len(ratios)), ratios.shape[1])
 
 
-def eva(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+def eva(ratios: FloatArray, widths: FloatArray) -> FloatArray:
     """Value the j-th rank at the share of the layer's variance that its j-th component explains.
 
-    Source: EVA (Paischer et al., arXiv 2410.07170, section 3.3); `peft.tuners.lora.eva` does the same.
+    Source: EVA (Paischer et al., arXiv 2410.07170, section 3.3); `peft.tuners.lora.eva` does the same. `cost-aware`
+    takes this per parameter: ratio_j / (d_in + d_out). Under a budget in parameters that is the greedy rule for the
+    knapsack problem (Dantzig 1957). Because ratios fall within a layer, its total explained variance is less than the
+    best possible by at most that of one step.
     """
-    return ratios, np.ones(len(ratios))
+    return ratios
 
 
-def cost_aware(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Value the j-th rank at the share of variance it explains per parameter: ratio_j / (d_in + d_out).
-
-    Under a budget in parameters this is the greedy rule for the knapsack problem (Dantzig 1957). Because ratios fall
-    within a layer, its total explained variance is less than the best possible by at most that of one step.
-    """
-    return ratios, widths
-
-
-def proportional(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+def proportional(ratios: FloatArray, widths: FloatArray) -> FloatArray:
     """Share ranks out in proportion to each layer's effective rank, 1 / sum_j(ratio_j^2).
 
     This is the number of equally strong directions with the same concentration of variance (the participation ratio;
@@ -127,42 +132,30 @@ def proportional(ratios: FloatArray, widths: FloatArray) -> tuple[FloatArray, Fl
     return proportional_to(effective, ratios.shape[1])
 
 
-def proportional_to(claims: FloatArray, n_ranks: int) -> tuple[FloatArray, FloatArray]:
+def proportional_to(claims: FloatArray, n_ranks: int) -> FloatArray:
     """Value the j-th rank at claim / (j - 1/2), which shares ranks out in proportion to the claims, [n].
 
     The divisor method of Webster and Sainte-Lague: no other whole numbers of the same sum lie nearer to proportion, in
     the sense that no move of one rank makes any two layers' ranks per claim more equal.
     """
-    return claims[:, None] / (np.arange(n_ranks) + 0.5), np.ones(len(claims))
+    return claims[:, None] / (np.arange(n_ranks) + 0.5)
 
 
-POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]] = {
-    "uniform": uniform,
-    "eva": eva,
-    "cost-aware": cost_aware,
-    "proportional": proportional,
-}
-
-
-def gradient(gains: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+def gradient(gains: FloatArray, widths: FloatArray) -> FloatArray:
     """Value the j-th rank at the expected squared gradient of B that its direction brings.
 
     All layers' gradients are of one loss, so these are numbers of one unit, and not shares: a layer that the loss does
-    not depend on gets nothing. q, k and v read the same tensor and differ here.
+    not depend on gets nothing. q, k and v read the same tensor and differ here. `gradient-per-parameter` takes this per
+    parameter.
 
     Args:
         gains: Explained variance of the rows weighted by the gradient, falling, [n, K].
         widths: d_in + d_out of each layer, [n].
     """
-    return gains, np.ones(len(gains))
+    return gains
 
 
-def gradient_per_parameter(gains: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Value the j-th rank at the expected squared gradient that it brings per parameter, as `cost_aware` does."""
-    return gains, widths
-
-
-def gora(importance: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatArray]:
+def gora(importance: FloatArray, widths: FloatArray) -> FloatArray:
     """Share ranks out in proportion to importance / sqrt(d_in + d_out): GoRA's rule (He et al., arXiv 2502.12171).
 
     The importance of a layer is the mean of |W * G| over its entries. The paper shares out rank x sum(sqrt(d_in +
@@ -176,28 +169,28 @@ def gora(importance: FloatArray, widths: FloatArray) -> tuple[FloatArray, FloatA
     return proportional_to(importance[:, 0] / np.sqrt(widths), importance.shape[1])
 
 
-GRADIENT_POLICIES: dict[str, Callable[[FloatArray, FloatArray], tuple[FloatArray, FloatArray]]] = {
-    "gradient": gradient,
-    "gradient-per-parameter": gradient_per_parameter,
-    "gora": gora,
-}
+Policy = Callable[[FloatArray, FloatArray], FloatArray]
+POLICIES: dict[str, Policy] = {"uniform": uniform, "eva": eva, "cost-aware": eva, "proportional": proportional}
+GRADIENT_POLICIES: dict[str, Policy] = {"gradient": gradient, "gradient-per-parameter": gradient, "gora": gora}
+PER_PARAMETER = ("cost-aware", "gradient-per-parameter")  # ranks compete by worth per parameter, others by worth
 
 
-def _from_gradients(policy: str, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
-    values = np.zeros_like(spectra.ratios)
-    for row, name in zip(values, spectra.names, strict=True):
+def _gradient_numbers(policy: str, stats: Statistics, spectra: Spectra) -> FloatArray:
+    """Read what a policy of `GRADIENT_POLICIES` takes, [n, K]."""
+    rows: list[Any] = []
+    for name in spectra.names:
         found = stats.gradient(name)
         if policy == "gora" and math.isnan(found.importance):
             raise LoraInitError(
                 f"policy='gora': the importance of {name!r} is unknown. It needs the model's weights, which a merge of "
                 "statistics does not have. Collect from all the data in one pass, or choose another policy."
             )
-        numbers = np.array([found.importance]) if policy == "gora" else found.weighted.explained_variance.numpy()
-        row[: len(numbers)] = numbers[: len(row)]
-    if not values.any():
+        rows.append([found.importance] if policy == "gora" else found.weighted.explained_variance.numpy())
+    numbers = _stacked(rows, spectra.most_collected)
+    if not numbers.any():
         why = "the weights are quantised" if policy == "gora" else "the loss depends on no layer"
         raise LoraInitError(f"policy={policy!r}: all layers are worth nothing, since {why}. Choose another policy.")
-    return GRADIENT_POLICIES[policy](values, spectra.widths.astype(np.float64))
+    return numbers
 
 
 def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
@@ -206,33 +199,34 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
     The numbers of a rule are sorted: only how many of a layer are among the best counts.
 
     Returns:
-        As the policies do.
+        Worth of each rank, [n, K], and what a layer's worth is divided by, [n].
 
     Raises:
         LoraInitError: Unknown policy; one that needs gradients, and there are none, or the model's weights, and the
             statistics were merged; or a rule that fails, returns NaN, or not one number per component.
     """
-    if isinstance(policy, str):
-        if policy in GRADIENT_POLICIES:
-            return _from_gradients(policy, stats, spectra)
-        if policy not in POLICIES:
-            known = ", ".join((*POLICIES, *GRADIENT_POLICIES))
-            raise LoraInitError(f"policy={policy!r} is unknown. Choose from {known}, or give a function.")
-        return POLICIES[policy](spectra.ratios, spectra.widths.astype(np.float64))
-    gains = np.zeros_like(spectra.ratios)
-    for row, name in zip(gains, spectra.names, strict=True):
-        spectrum = stats[name]
-        try:
-            scores = np.asarray(policy(name, spectrum), dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise LoraInitError(f"layer {name!r}: the policy failed, or returned no numbers: {error}.") from error
-        if scores.shape != (spectrum.n_components,):
-            raise LoraInitError(
-                f"layer {name!r}: the policy returned scores of shape {scores.shape}, "
-                f"and ({spectrum.n_components},) is needed, one per component."
-            )
-        if not np.isfinite(scores).all():
-            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise LoraInitError(f"layer {name!r}: the policy returned {scores[bad]} for component {bad}.")
-        row[: len(scores)] = np.sort(scores)[::-1]
-    return gains, np.ones(len(gains))
+    widths = spectra.widths.astype(np.float64)
+    divisors = widths if policy in PER_PARAMETER else np.ones(len(widths))
+    if callable(policy):
+        rows = [_rule_worth(policy, name, stats[name]) for name in spectra.names]
+        return _stacked(rows, spectra.most_collected), divisors
+    if policy in POLICIES:
+        return POLICIES[policy](spectra.ratios, widths), divisors
+    if policy not in GRADIENT_POLICIES:
+        known = ", ".join((*POLICIES, *GRADIENT_POLICIES))
+        raise LoraInitError(f"policy={policy!r} is unknown. Choose from {known}, or give a function.")
+    return GRADIENT_POLICIES[policy](_gradient_numbers(policy, stats, spectra), widths), divisors
+
+
+def _rule_worth(rule: Rule, name: str, spectrum: Spectrum) -> FloatArray:
+    """Apply somebody's own rule to a layer, [k], falling."""
+    try:
+        scores = np.asarray(rule(name, spectrum), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise LoraInitError(f"layer {name!r}: the policy failed, or returned no numbers: {error}.") from error
+    if scores.shape != (spectrum.n_components,) or not np.isfinite(scores).all():
+        raise LoraInitError(
+            f"layer {name!r}: the policy returned scores of shape {scores.shape}, {np.isfinite(scores).sum()} of them "
+            f"finite. It must return {spectrum.n_components} finite numbers, one per component."
+        )
+    return np.sort(scores)[::-1]

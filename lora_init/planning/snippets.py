@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any
 
 from lora_init.errors import LoraInitError
-from lora_init.planning.plan import RankAllocation, alpha_for, plan_to_dict, scaling_of
+from lora_init.planning.plan import RankAllocation, alpha_for, plan_text, plan_to_dict, scaling_of, source_text
 
 
 def snippet(
@@ -77,16 +78,7 @@ class _Request:
 
     def about(self) -> list[str]:
         """Describe the plan in two lines."""
-        plan = self.plan
-        used = sum(rank > 0 for rank in plan.values())
-        model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
-        data = plan.provenance.data if plan.provenance else ""
-        source = (f" for {model}" if model else "") + (f", from {data}" if data else "")
-        parameters = f", {plan.parameters:,} parameters" if plan.targets else ""
-        return [
-            f"Planned by lora_init{source}: policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}.",
-            f"{used} of {len(plan)} layers, total rank {plan.total_rank:,}{parameters}.",
-        ]
+        return [f"Planned by lora_init: {plan_text(self.plan)}.", f"{self.plan!r}, from {source_text(self.plan)}."]
 
 
 def _is_whole(value: float) -> bool:
@@ -129,28 +121,23 @@ def _peft(request: _Request) -> str:
     alpha = int(request.lora_alpha) if _is_whole(request.lora_alpha) else request.lora_alpha
     parameters = target_parameters(plan)
     arguments = {
-        "r": repr(plan.rank),
-        "lora_alpha": repr(alpha),
-        **({"use_rslora": "True"} if request.use_rslora else {}),
-        **({"task_type": repr(task)} if task else {}),
-        "target_modules": _python(target_modules(plan)),
-        **({"target_parameters": _python(parameters)} if parameters else {}),
-        "rank_pattern": _python(ranks),
-        "alpha_pattern": _python(
-            {key: alpha_for(request.scaling, rank, request.use_rslora) for key, rank in ranks.items()}
-        ),
+        "r": plan.rank,
+        "lora_alpha": alpha,
+        **({"use_rslora": True} if request.use_rslora else {}),
+        **({"task_type": task} if task else {}),
+        "target_modules": target_modules(plan),
+        **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": ranks,
+        "alpha_pattern": {key: alpha_for(request.scaling, rank, request.use_rslora) for key, rank in ranks.items()},
     }
-    body = "".join(f"    {name}={value},\n" for name, value in arguments.items())
+    # A list or mapping of names and numbers is the same in JSON and in Python.
+    lines = [
+        f"{name}={json.dumps(value, indent=4) if isinstance(value, (list, dict)) else repr(value)},\n"
+        for name, value in arguments.items()
+    ]
     start = "This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data."
+    body = indent("".join(lines), "    ")
     return f"{_comments([*request.about(), start])}from peft import LoraConfig\n\nconfig = LoraConfig(\n{body})\n"
-
-
-def _python(values: Mapping[str, float] | list[str] | str) -> str:
-    if isinstance(values, str):
-        return repr(values)
-    if isinstance(values, list):
-        return "[\n" + "".join(f"        {name!r},\n" for name in values) + "    ]"
-    return "{\n" + "".join(f"        {key!r}: {value!r},\n" for key, value in values.items()) + "    }"
 
 
 _AT_RANDOM = "This starts at random. To start from the data, make the adapter and add `{}: adapter`:"

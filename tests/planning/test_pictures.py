@@ -147,11 +147,16 @@ def test_the_page_is_one_file_with_a_cell_for_each_layer(tmp_path):
     page = Page(text)
     assert [cell.split(":")[0] for cell in page.cells] == list(plan)
     assert all(f"rank {plan[cell.split(':')[0]]}," in cell for cell in page.cells)
-    assert page.tags.count("svg") == 4 + 1  # a kind each, and the budget curve
+    assert page.tags.count("svg") == 1
     ids = [value for key, value in page.attributes if key == "id"]
     assert len(ids) == len(set(ids)) > 50
     shown = " ".join(page.texts)
-    for part in (f"{plan.parameters:,}", "some/model on some data: 500 rows in 5 batches", "uniform ranks, same sum"):
+    for part in (
+        "q_proj: average rank",
+        f"{plan.parameters:,}",
+        "some/model on some data: 500 rows in 5 batches",
+        "uniform ranks, same sum",
+    ):
         assert part in shown
     assert text == save_picture(plan, stats, tmp_path / "again.html").read_text(encoding="utf-8")
 

@@ -64,7 +64,7 @@ def test_a_plan_made_by_hand_says_what_it_does_not_know(tmp_path):
     whole = RankAllocation({"a": 3}, 3, {"a": Target("a", "Linear", 8, 8)}, {"a": 0.5})
     assert dict(load_plan(save_plan(whole, tmp_path / "plan.json"))) == {"a": 3}
     bare = RankAllocation({"a": 3}, 3)
-    assert bare.total_rank == bare.spent == 3 and "'a'" in snippet(bare, "peft")
+    assert bare.total_rank == bare.spent == 3 and '"a"' in snippet(bare, "peft")
     for ask in (
         lambda: bare.parameters, bare.megabytes, bare.to_pandas, lambda: snippet(bare, "csv"),
         lambda: save_plan(bare, tmp_path / "bare.json"), lambda: bare.explained_variance,
@@ -96,10 +96,10 @@ def put(content, *path, value):
     [
         (lambda c: put(c, "format_version", value=2), "format version 2, and this lora_init reads 1"),
         (lambda c: put(c, "format", value="x"), "is not a plan of lora_init"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=-1), "damaged: .*'h.0.q_proj' has rank=-1"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value="9"), "damaged: .*'h.0.q_proj' has rank='9'"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=65), "rank 65 and input width 64"),
-        (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=2), "has explained_variance=2"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=-1), "damaged: .*'h.0.q_proj' has .*'rank': -1"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value="9"), "damaged: .*'h.0.q_proj' has .*'rank': '9'"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "rank", value=65), "damaged: .*'rank': 65, .*'in_features': 64"),
+        (lambda c: put(c, "layers", "h.0.q_proj", "explained_variance", value=2), "damaged: .*'explained_variance': 2"),
         (lambda c: put(c, "rank", value=0), "damaged: .*rank=0"),
         (lambda c: put(c, "layers", value=[]), "damaged"),
         (lambda c: put(c, "budget", value={"a": 1}), "damaged"),
@@ -120,9 +120,11 @@ def test_a_damaged_plan_is_refused(tmp_path, change, message):
 def test_no_plan_at_all(tmp_path):
     with pytest.raises(LoraInitError, match="could not be read: No such file"):
         load_plan(tmp_path / "plan.json")
-    for text in ("{", "[" * 10**6, '{"rank": NaN}'):
+    for text, message in {
+        "{": "is not JSON", "[" * 10**6: "is not JSON", "[]": "expected a JSON object", "{}": "is not a plan",
+    }.items():  # fmt: skip
         (tmp_path / "plan.json").write_text(text)
-        with pytest.raises(LoraInitError, match="is not JSON, so it is no plan"):
+        with pytest.raises(LoraInitError, match=message):
             load_plan(tmp_path / "plan.json")
     with pytest.raises(LoraInitError, match="could not be written: No such file"):
         save_plan(full_plan()[1], tmp_path / "no" / "plan.json")

@@ -43,7 +43,7 @@ def test_json_has_errors_losses_and_intruders(trained, tmp_path):
         (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
         (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
         (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
-        (["--parameters", "many"], "--parameters 'many' is not a count."),
+        (["--parameters", "many"], "--parameters 'many': a whole number of at least 1 is needed"),
         (["--merge-into", "base", "--rank", "2"], "a merged model has no ranks"),
     ],
 )
