@@ -6,15 +6,14 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.budgets import Budget, choose_budget, costs
-from lora_init.planning.limits import Limits, layer_limits, rank_table, tie_layers, tied_ranks
+from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
 from lora_init.planning.plan import RankAllocation
 from lora_init.planning.policies import Rule, Spectra, stack_spectra, worth
 from lora_init.statistics.statistics import Statistics
@@ -111,7 +110,7 @@ def allocate_ranks(
     if not spectra.collected.any():
         seen = f" ({made.n_samples:,} in all)" if made.n_samples else ""
         raise LoraInitError(f"no layer has a direction to start from: its rows{seen} do not differ. Use more data.")
-    allowed = tied_ranks(spectra.names, rank_table(task.limits, task.tops, spectra.most_collected), unit_of)
+    allowed = allowed_by_unit(task.limits, task.tops, spectra.most_collected, unit_of)
     steps = make_steps(allowed, unit_of, *worth(policy, stats, spectra), task.per_rank)
     if not len(steps.unit) and not steps.start.any():
         raise LoraInitError("the limits leave every layer at rank 0. Raise max_rank.")
@@ -139,38 +138,25 @@ def allocate_ranks(
 
 
 def _check_statistics(stats: object) -> None:
-    if isinstance(stats, (str, Path)):
-        raise LoraInitError(f"{str(stats)!r} is a path. Load it with Statistics.load, and give what that returns.")
     if not isinstance(stats, Statistics):
-        kind = type(stats).__name__
-        raise LoraInitError(f"Statistics are needed, from collect or Statistics.load, and this is a {kind}.")
+        raise LoraInitError(
+            f"Statistics are needed, from collect or Statistics.load(path), and this is a {type(stats).__name__}."
+        )
     if not len(stats):
         raise LoraInitError("the statistics hold no layer. Collect them from a model with linear layers.")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is to be shared out among n layers, and what bounds the rank of each.
-
-    Attributes:
-        budget: What may be spent.
-        spectra: What there is to explain.
-        limits: Of each layer.
-        per_rank: Cost of one rank of each layer, [n].
-        average: Rank that the budget buys if every layer has the same.
-        rho: Times the average, the largest rank of a layer; None where nothing but its width limits it.
-        could: Largest rank that each layer could have if more were collected, [n].
-        tops: Largest rank of each layer but for its limits, with what was collected, [n].
-    """
+class _Task(NamedTuple):
+    """What is to be shared out among n layers, and what bounds the rank of each."""
 
     budget: Budget
     spectra: Spectra
     limits: Mapping[str, Limits]
-    per_rank: IntArray
-    average: float
-    rho: float | None
-    could: IntArray
-    tops: IntArray
+    per_rank: IntArray  # cost of one rank of each layer, [n]
+    average: float  # rank that the budget buys if every layer has the same
+    rho: float | None  # times the average, the largest rank of a layer; None where nothing but its width limits it
+    could: IntArray  # largest rank of each layer if more were collected, [n]
+    tops: IntArray  # largest rank of each layer but for its limits, with what was collected, [n]
 
 
 def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: float | None) -> _Task:
@@ -276,24 +262,15 @@ class Steps:
     """All the steps that units (layers, or layers that are tied) can take, from one allowed rank to the next.
 
     Rows are sorted by unit and rank, s of them over all u units of n layers.
-
-    Attributes:
-        unit_of: Unit of each layer, [n].
-        start: Smallest allowed rank of each unit, [u]: where it stands before any step.
-        unit: Whose step it is, [s].
-        rank: Rank after it, [s].
-        width: Ranks it adds to each layer of the unit, [s].
-        cost: What it costs, [s], whole numbers.
-        priority: Worth per rank (or per parameter), [s]; never rises within a unit.
     """
 
-    unit_of: IntArray
-    start: IntArray
-    unit: IntArray
-    rank: IntArray
-    width: IntArray
-    cost: IntArray
-    priority: FloatArray
+    unit_of: IntArray  # unit of each layer, [n]
+    start: IntArray  # smallest allowed rank of each unit, [u]: where it stands before any step
+    unit: IntArray  # whose step it is, [s]
+    rank: IntArray  # rank after it, [s]
+    width: IntArray  # ranks it adds to each layer of the unit, [s]
+    cost: IntArray  # what it costs, [s], whole numbers
+    priority: FloatArray  # worth per rank (or per parameter), [s]; never rises within a unit
 
     def in_order(self) -> IntArray:
         """Sort the steps by falling priority. Ties go to the earlier unit, and within a unit to the lower rank."""

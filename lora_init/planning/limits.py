@@ -59,12 +59,15 @@ class Limits:
                 checked[key] = _whole(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
         return replace(self, **checked)
 
+    def __str__(self) -> str:
+        default = asdict(Limits())
+        return ", ".join(f"{key}={value}" for key, value in asdict(self).items() if value != default[key]) or "any rank"
+
     def ranks(self, top: int) -> IntArray:
         """List the ranks allowed from 1 to `top`, rising, without regard to `min_rank`."""
         top = top if self.max_rank is None else min(top, self.max_rank)
-        if self.allowed_ranks is None:
-            return np.arange(self.multiple_of, top + 1, self.multiple_of, dtype=np.int64)
-        return np.array([rank for rank in self.allowed_ranks if rank <= top and rank % self.multiple_of == 0], np.int64)
+        ranks = np.arange(self.multiple_of, top + 1, self.multiple_of, dtype=np.int64)
+        return ranks if self.allowed_ranks is None else ranks[np.isin(ranks, self.allowed_ranks)]
 
     def highest(self, top: int) -> int:
         """Find the largest rank allowed up to `top`; 0 if there is none."""
@@ -78,11 +81,10 @@ def _whole(value: Any, argument: str, least: int) -> int:
 
 
 def _rank_list(values: Any, argument: str) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Collection):
-        raise LoraInitError(f"{argument}={values!r}: a list of ranks is needed, such as [8, 16, 32].")
-    ranks = sorted({_whole(value, argument, 0) for value in values} - {0})
+    several = isinstance(values, Collection) and not isinstance(values, str)
+    ranks = sorted({_whole(value, argument, 0) for value in values} - {0}) if several else []
     if not ranks:
-        raise LoraInitError(f"{argument}={values!r} allows no rank above 0.")
+        raise LoraInitError(f"{argument}={values!r}: a list of ranks above 0 is needed, such as [8, 16, 32].")
     return tuple(ranks)
 
 
@@ -149,29 +151,32 @@ def layer_limits(
     }
 
 
-def rank_table(limits: Mapping[str, Limits], tops: IntArray, most: int) -> BoolArray:
-    """Mark the ranks that each layer may have, [n, most + 1]: column r is rank r.
+def allowed_by_unit(limits: Mapping[str, Limits], tops: IntArray, most: int, unit_of: IntArray) -> BoolArray:
+    """Mark the ranks that every layer of a unit may have, [u, most + 1]: column r is rank r.
 
     Args:
         limits: Of each layer.
         tops: The largest rank that something else than the limits leaves each layer, [n].
         most: The largest rank of all.
+        unit_of: Unit of each layer, [n].
 
     Raises:
-        LoraInitError: A layer is left with no rank at all.
+        LoraInitError: A unit is left with no rank at all.
     """
-    allowed = np.zeros((len(limits), most + 1), dtype=np.bool_)
-    for row, (name, limit), top in zip(allowed, limits.items(), tops.tolist(), strict=True):
+    allowed = np.ones((int(unit_of.max()) + 1, most + 1), dtype=np.bool_)
+    for unit, limit, top in zip(unit_of, limits.values(), tops.tolist(), strict=True):
         ranks = limit.ranks(top)
-        row[ranks[ranks >= limit.min_rank]] = True
-        row[0] = limit.min_rank == 0
-        if not row.any():
-            default = asdict(Limits())
-            shown = ", ".join(f"{key}={value}" for key, value in asdict(limit).items() if value != default[key])
-            raise LoraInitError(
-                f"layer {name!r}: {shown} allows no rank up to {top}, and its input width, the components collected "
-                "and rho x average rank allow no more. Relax the limits."
-            )
+        of_layer = np.isin(np.arange(most + 1), ranks[ranks >= limit.min_rank])
+        of_layer[0] = limit.min_rank == 0
+        allowed[unit] &= of_layer
+    names = list(limits)
+    for unit in np.flatnonzero(~allowed.any(axis=1)).tolist():
+        members = np.flatnonzero(unit_of == unit).tolist()
+        shown = ", ".join(f"{names[i]!r} ({limits[names[i]]}; at most {tops[i]})" for i in members[:4])
+        raise LoraInitError(
+            f"{'tied layers have' if len(members) > 1 else 'a layer has'} no possible rank: {shown}. The last is what "
+            "its input width, the components collected and rho x average rank allow. Relax the limits or the tie."
+        )
     return allowed
 
 
@@ -217,18 +222,3 @@ def _read_ties(tie: Any) -> list[list[str]]:
         return [_patterns(names, "tie") for names in tie]
     names = _patterns(tie, "tie")
     return [names] if names else []
-
-
-def tied_ranks(names: Sequence[str], allowed: BoolArray, unit_of: IntArray) -> BoolArray:
-    """Mark the ranks that every layer of a unit may have, [n_units, n_columns].
-
-    Raises:
-        LoraInitError: The limits of layers that are tied exclude each other.
-    """
-    shared = np.ones((int(unit_of.max()) + 1, allowed.shape[1]), dtype=np.bool_)
-    np.logical_and.at(shared, unit_of, allowed)
-    for unit in np.flatnonzero(~shared.any(axis=1)).tolist():
-        members = np.flatnonzero(unit_of == unit)
-        spans = [f"{names[i]!r} ({', '.join(map(str, np.flatnonzero(allowed[i])[:3]))}, ...)" for i in members[:4]]
-        raise LoraInitError(f"tied layers have no rank in common: {', '.join(spans)}. Relax their limits or the tie.")
-    return shared

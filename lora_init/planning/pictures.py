@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,6 @@ from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 FORMATS = {".png": "PNG picture", ".svg": "SVG picture", ".html": "HTML page"}
@@ -151,50 +151,63 @@ _POLICY_STYLES = {
 }
 _CHOSEN = "#CC0066"
 _MOST_KINDS = 12
+_COLORS = "YlGnBu"
+_MAP_STYLES = {
+    "": "border-collapse: collapse; font-size: .8rem",
+    "td": "min-width: 2.1rem; padding: 0; text-align: center; border: 1px solid rgba(128, 128, 128, .3)",
+    ".col_heading": "writing-mode: vertical-rl; font-weight: 500",
+}
 
 
-def rank_color(rank: int, ranks: Mapping[str, int]) -> str:
-    """Pick a cell's colour, #rrggbb: light for a plan's smallest rank, dark for its largest, white for none."""
-    from matplotlib import colormaps, colors
+def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
+    """Lay ranks out as block x kind; NaN where there is no adapter."""
+    import pandas as pd
 
-    if rank == 0:
-        return "#ffffff"
-    given = [rank for rank in ranks.values() if rank]
-    height = (rank - min(given)) / max(max(given) - min(given), 1)
-    # The lightest tenth is left out, so that white stays for layers without an adapter.
-    return str(colors.to_hex(colormaps["YlGnBu"](0.08 + 0.92 * height)))
-
-
-def text_color(background: str) -> str:
-    """Pick black or white, whichever can be read on a colour."""
-    from matplotlib import colors
-
-    red, green, blue = colors.to_rgb(background)
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "#ffffff"  # luma
+    columns = {
+        kind: {block: ranks[name] or math.nan for block, name in layers.items()}
+        for kind, layers in _by_kind(ranks).items()
+    }
+    return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
 
 
-def draw_heat_map(axes: Any, plan: Mapping[str, int]) -> None:
+def _scale(grid: pd.DataFrame) -> dict[str, float]:
+    """Say which ranks are the ends of the colours: the lightest are left out, so that white stays for no adapter."""
+    given = grid.stack()
+    least, most = (given.min(), given.max()) if len(given) else (1.0, 1.0)
+    span = (most - least) or 1.0
+    return {"vmin": least - 0.1 * span, "vmax": least + span}
+
+
+def html_heat_map(ranks: Mapping[str, int], uuid: str | None = None) -> str:
+    """Write ranks as a table, blocks from top to bottom, coloured by rank; for light and dark backgrounds.
+
+    Args:
+        ranks: Layer name to rank.
+        uuid: Part of the ids on the page; random if not given.
+    """
+    grid = rank_grid(ranks)
+    style = grid.style.format(precision=0, na_rep="·").format_index(escape="html", axis=1)
+    style = style.background_gradient(_COLORS, axis=None, text_color_threshold=0.18, **_scale(grid))
+    style = style.highlight_null(props="background-color: transparent; color: inherit")
+    style = style.set_table_styles({"selector": selector, "props": props} for selector, props in _MAP_STYLES.items())
+    return str(style.to_html(table_uuid=uuid, table_attributes='class="rank-map"'))
+
+
+def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
     """Draw a cell for each layer with its rank in it, blocks from top to bottom."""
-    from matplotlib.patches import Rectangle
-
-    grid = layer_grid(plan)
-    for (kind, block), name in grid.cells.items():
-        x, y = grid.kinds.index(kind), grid.blocks.index(block)
-        color = rank_color(plan[name], plan)
-        axes.add_patch(
-            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="#dddddd", linewidth=0.4, gid=name)
-        )
-        axes.text(x, y, plan[name] or "·", ha="center", va="center", fontsize=7, color=text_color(color))
-    axes.set_xlim(-0.5, len(grid.kinds) - 0.5)
-    axes.set_ylim(len(grid.blocks) - 0.5, -0.5)
-    axes.set_xticks(
-        range(len(grid.kinds)), grid.kinds, rotation=40, ha="left", rotation_mode="anchor", fontsize=8, parse_math=False
-    )
-    axes.set_yticks(range(len(grid.blocks)), [str(b) if b >= 0 else "" for b in grid.blocks], fontsize=7)
+    grid = rank_grid(ranks)
+    cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **_scale(grid))
+    for (y, x), rank in np.ndenumerate(grid):
+        color = "white" if cells.norm(rank) > 0.68 else "black"
+        text = "·" if math.isnan(rank) else f"{rank:.0f}"
+        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=color)
+    axes.invert_yaxis()
+    places = np.arange(len(grid.columns)) + 0.5
+    axes.set_xticks(places, grid.columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8, parse_math=False)
+    axes.set_yticks(np.arange(len(grid)) + 0.5, grid.index, fontsize=7)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.set_ylabel("block")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _map_size(ranks: Mapping[str, int]) -> tuple[float, float]:
@@ -309,45 +322,11 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
     return figure
 
 
-def _templates() -> Environment:
-    from jinja2 import Environment, PackageLoader
-
-    return Environment(
-        loader=PackageLoader("lora_init.planning"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-
-
-def html_heat_map(ranks: Mapping[str, int], about: Callable[[str], str] | None = None) -> str:
-    """Write ranks as a table, blocks from top to bottom, coloured by rank; for light and dark backgrounds.
-
-    Args:
-        ranks: Layer name to rank.
-        about: What to say of a layer when a pointer rests on it; its name and rank if not given.
-    """
-    template: Any = _templates().get_template("heat_map.html").module
-    return str(template.heat_map(*_cells(ranks, about or (lambda name: f"{name}: rank {ranks[name]}"))))
-
-
-def _cells(ranks: Mapping[str, int], about: Callable[[str], str]) -> tuple[list[tuple[Any, list[Any]]], list[str]]:
-    """Give what the template of the heat map takes: rows of cells, each with its block, and the kinds."""
-    grid = layer_grid(ranks)
-    cells = {}
-    for place, name in grid.cells.items():
-        background = rank_color(ranks[name], ranks)
-        cells[place] = {
-            "rank": ranks[name], "about": about(name), "background": background, "color": text_color(background),
-        }  # fmt: skip
-    rows = [(block if block >= 0 else "", [cells.get((kind, block)) for kind in grid.kinds]) for block in grid.blocks]
-    return rows, grid.kinds
-
-
 def _page(plan: RankAllocation, stats: Statistics) -> bytes:
+    from jinja2 import Environment, PackageLoader
     from matplotlib.figure import Figure
 
     model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
-    rows, kinds = _cells(
-        plan, lambda name: f"{name}: rank {plan[name]}, explains {plan.explained[name]:.1%} of its variance"
-    )
     figure = Figure(figsize=_explained_size(plan, 2), layout="constrained")
     _draw_explained(figure, plan, stats, 2)
     svg = _drawn(figure, ".svg", transparent=True).decode()
@@ -355,15 +334,17 @@ def _page(plan: RankAllocation, stats: Statistics) -> bytes:
         (k.Index, k.layers, f"{k.least} to {k.most}", f"{k.total_rank:,}", f"{k.parameters:,}", f"{k.explained:.1%}")
         for k in kind_totals(plan).itertuples()
     ]
-    page = _templates().get_template("plan.html")
-    return page.render(
+    pages = Environment(
+        loader=PackageLoader("lora_init.planning"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = pages.get_template("plan.html").render(
         title=f"Rank plan{f' for {model}' if model else ''}",
         asked=plan_text(plan),
         source=source_text(plan),
         totals=totals_against_uniform(plan, stats),
-        rows=rows,
-        kinds=kinds,
+        heat_map=html_heat_map(plan, "ranks"),
         explained=svg[svg.index("<svg") :],  # without the XML declaration, which has no place within HTML
         by_kind=by_kind,
         notes=plan.notes,
-    ).encode()
+    )
+    return page.encode()
