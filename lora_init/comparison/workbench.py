@@ -37,7 +37,7 @@ from lora_init.comparison.training import (
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.batches import Batches
-from lora_init.loading.models import LoadedModel, load_model, load_tokenizer
+from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
 
 # Evaluations and steps that an estimate is made from.
@@ -348,7 +348,7 @@ def set_up(
     """
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     reading, loading = options
-    tokenizer = load_tokenizer(model, loading.trust_remote_code)
+    tokenizer = open_model(model, trust_remote_code=loading.trust_remote_code).tokenizer
     task = load_task(data, tokenizer, reading, training.batch_size)
     retain = load_retained(tokenizer, reading, task.kind, training.batch_size)
     loaded = _load(model, task, loading)

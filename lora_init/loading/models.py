@@ -58,7 +58,7 @@ class ModelSource:
         task_type: PEFT's task type, or None where PEFT has none for this kind of model.
         auto_class: transformers' Auto class for it.
         options: Options of every `from_pretrained`.
-        own_class: Whether it may be loaded in the class that it was saved as, in place of the Auto class.
+        saved_as: The class that it was saved as, which takes the place of the Auto class; empty if none may.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ModelSource:
     task_type: str | None
     auto_class: str
     options: dict[str, Any] = field(repr=False)
-    own_class: bool
+    saved_as: str
 
     @property
     def seq2seq(self) -> bool:
@@ -84,18 +84,14 @@ class ModelSource:
         import torch
         import transformers
 
-        architecture = (getattr(self.config, "architectures", None) or [""])[0]
-        saved_as = getattr(transformers, architecture, None) if self.own_class else None
         options = self.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        if saved_as is not None:
-            options.pop("trust_remote_code")
         if n_labels is not None:
             options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
         quantised = getattr(self.config, "quantization_config", None) is not None
         if quantised:
             options["device_map"] = {"": place}  # quantised weights cannot move afterwards
         torch.manual_seed(seed)
-        load = (saved_as or getattr(transformers, self.auto_class)).from_pretrained
+        load = getattr(transformers, self.saved_as, getattr(transformers, self.auto_class)).from_pretrained
         model, loading = _guarded(self.name, load, output_loading_info=True, **options)
         if not quantised:
             model.to(place)
@@ -132,8 +128,8 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
         )
     tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, reason, **options)
     # Remote code is reached only through the Auto classes.
-    own_class = not (task_type or trust_remote_code)
-    return ModelSource(source, config, tokenizer, task_type or found_task, auto_class, options, own_class)
+    saved_as = "" if task_type or trust_remote_code else (getattr(config, "architectures", None) or [""])[0]
+    return ModelSource(source, config, tokenizer, found_task, auto_class, options, saved_as)
 
 
 def load_model(
@@ -166,15 +162,6 @@ def load_model(
     find_device(device)
     opened = open_model(source, task_type=task_type, trust_remote_code=trust_remote_code)
     return opened.load(dtype=dtype, device=device, seed=seed, n_labels=n_labels)
-
-
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model alone.
-
-    Raises:
-        LoraInitError: See `open_model`.
-    """
-    return open_model(source, trust_remote_code=trust_remote_code).tokenizer
 
 
 def find_device(device: str) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import logging
 import random
-import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,15 +20,11 @@ from lora_init.loading.hub import why_not_asked
 
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
-_KINDS = f"{', '.join(_READERS)}, or one of these with .gz"
-# Words in a file's name, within a folder, that mark a split; the conventions of the hub.
-_SPLITS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
 # Rows of a stream among which the examples are drawn: a stream can be read from its beginning only.
 _MOST_STREAMED = 10_000
+_EMPTY = "the data is empty. Expected at least one example."
+# How `datasets` says that files are empty, or have a header and no rows.
+_NOTHING = ("StopIteration", "No columns to parse", 'Instruction "train" corresponds to no data')
 _T = TypeVar("_T")
 
 
@@ -41,24 +35,10 @@ class Rows:
     Attributes:
         table: The rows, a `datasets.Dataset`.
         label: What to call the data, without the path to it: the name goes into files that users share.
-        files: Files that the rows were read from, in this order; none if they are from elsewhere.
     """
 
     table: Any
     label: str
-    files: Sequence[Path] = ()
-
-    def place(self, index: int) -> str:
-        """Name a row: by the line where it begins if its file has lines, else by its number, from 1."""
-        before = index
-        for file in self.files:
-            for row, line in enumerate(starts := list(_first_lines(file))):
-                if row == before:
-                    return f"{self.label if len(self.files) == 1 else file.name}, line {line}"
-            if not starts:
-                break
-            before -= len(starts)
-        return f"{self.label}, row {index + 1}"
 
     def usable(
         self, columns: Sequence[str], read: Callable[[Mapping[str, Any]], _T | str], seed: int, left_out: Counter[str]
@@ -72,7 +52,7 @@ class Rows:
             left_out: Counts the rows that are left out by reason, as they are met.
 
         Raises:
-            LoraInitError: What `read` raises, with the place of the row.
+            LoraInitError: What `read` raises, with the number of the row, from 1.
         """
         table = self.table.select_columns(list(dict.fromkeys(columns)))
         order = list(range(len(table)))
@@ -81,7 +61,7 @@ class Rows:
             try:
                 example = read(table[index])
             except LoraInitError as error:
-                raise LoraInitError(f"{self.place(index)}: {error}") from error
+                raise LoraInitError(f"{self.label}, row {index + 1}: {error}") from error
             if isinstance(example, str):
                 left_out[example] += 1
             else:
@@ -101,46 +81,77 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
     Raises:
         LoraInitError: Nothing there, nothing in it, or `datasets` cannot read it.
     """
-    if isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source):
-        files, label = [Path(path).expanduser().resolve() for path in source], f"{len(source)} files"
-    elif not isinstance(source, (str, Path)):
-        files, label = [], "data in memory"
-    else:
-        files, label = _find_files(str(source), split)
-    if files and subset is not None:
-        raise LoraInitError(f"subset={subset!r} is for a data set on the hub, and {label} is local.")
-    if files:
-        table = _read_files(label, files)
-    elif not isinstance(source, (str, Path)):
-        table = _from_memory(source, split, seed)
-    elif str(source) == "-":
-        table = _from_lines(sys.stdin)
-    else:
-        label = f"{source}{f' ({subset})' if subset else ''}, {split}"
-        table = _from_hub(label, str(source), subset, split)
+    several = isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source)
+    files = [Path(path).expanduser() for path in source] if several else _find_files(source)
+    with _quiet():
+        if files is None and isinstance(source, (str, Path)):
+            label = f"{source}{f' ({subset})' if subset else ''}, {split}"
+            table = _from_hub(label, str(source), subset, split)
+        elif files and files[0].is_dir():
+            folder = files[0].resolve()
+            label = f"{folder.name}/{f' ({subset})' if subset else ''}{f', {split}' if split != 'train' else ''}"
+            table = _load(label, path=str(folder), name=subset, split=split)
+        elif subset is not None or (files and split != "train"):
+            given = f"subset={subset!r}" if subset is not None else f"split={split!r}"
+            raise LoraInitError(f"{given} is for a folder or a data set on the hub, and {source} is none.")
+        elif files:
+            label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
+            table = _from_files(label, files)
+        elif isinstance(source, str):
+            label, table = "standard input", _from_memory(_json_lines(sys.stdin), split, seed)
+        else:
+            label, table = "data in memory", _from_memory(source, split, seed)
+        if table.info.builder_name == "text":  # a blank line is no example
+            table = table.filter(lambda row: bool(row["text"].strip()))
     if len(table) == 0:
-        raise _empty(label)
-    return Rows(table, label, files)
+        raise LoraInitError(f"{label}: {_EMPTY}")
+    return Rows(table, label)
 
 
-def _empty(label: str) -> LoraInitError:
-    return LoraInitError(f"{label}: the data is empty. Expected at least one example.")
+def _find_files(source: Any) -> list[Path] | None:
+    """Find the file, the folder or the pattern that a name means: none for what is no name, None for a hub id."""
+    if not isinstance(source, (str, Path)) or str(source) == "-":
+        return []
+    path = Path(source).expanduser()
+    found = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    if found:
+        return found
+    if _suffix(path) in _READERS or str(source).startswith((".", "~", "/")) or str(source).count("/") > 1:
+        raise LoraInitError(f"data {str(source)!r}: no such file or folder.")
+    return None
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def _load(label: str, **arguments: Any) -> Any:
     import datasets
 
     try:
-        with _quiet("data_files" in arguments):
-            return datasets.load_dataset(**arguments)
-    except LoraInitError:
-        raise
+        return datasets.load_dataset(**arguments)
     except Exception as error:  # `datasets` raises what its readers, file systems and the hub's client raise
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = first_line(cause or error)
-        if "corresponds to no data" in reason:  # how it says that files have a header and no rows
-            raise _empty(label) from error
+        if reason.startswith(_NOTHING):
+            raise LoraInitError(f"{label}: {_EMPTY}") from error
         raise LoraInitError(f"{label}: datasets cannot read it: {reason}") from error
+
+
+def _from_files(label: str, files: Sequence[Path]) -> Any:
+    from pandas.errors import ParserWarning
+
+    kinds = sorted({_suffix(file) for file in files})
+    if kinds[0] not in _READERS or len(kinds) > 1:
+        raise LoraInitError(
+            f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(_READERS)}, or "
+            "one of these with .gz."
+        )
+    # pandas would take the first field for an index if the first record is too long.
+    options = {"sep": "\t" if kinds == [".tsv"] else ",", "index_col": False} if _READERS[kinds[0]] == "csv" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ParserWarning)  # of records that are longer than the header
+        return _load(label, path=_READERS[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
 
 
 def _from_hub(label: str, name: str, subset: str | None, split: str) -> Any:
@@ -157,34 +168,6 @@ def _from_hub(label: str, name: str, subset: str | None, split: str) -> Any:
         raise LoraInitError(f"data {name!r}: no such file or folder, not in the hub's cache, and {reason}.") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _read_files(label: str, files: Sequence[Path]) -> Any:
-    for file in files:
-        if not file.is_file():
-            raise LoraInitError(f"data {file.name!r}: no such file.")
-        if _suffix(file) not in _READERS:
-            raise LoraInitError(f"{file.parent.name}/{file.name}: cannot read a file of this kind. Expected {_KINDS}.")
-    kinds = sorted({"tsv" if _suffix(file) == ".tsv" else _READERS[_suffix(file)] for file in files})
-    if len(kinds) > 1:
-        raise LoraInitError(f"{label}: files of several kinds ({', '.join(kinds)}). Expected files of one kind.")
-    if not any(file.stat().st_size for file in files):
-        raise _empty(label)
-    suffix = _suffix(files[0])
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
-    tables = [file for file in files if _READERS[suffix] == "csv"]
-    for file in tables:  # pandas takes the first field for an index if the first record is too long
-        _check_fields(file, label, most=1)
-    try:
-        table = _load(label, path=_READERS[suffix], data_files=[str(f) for f in files], split="train", **options)
-    except LoraInitError:
-        for file in tables:
-            _check_fields(file, label)
-        raise
-    if suffix != ".txt":
-        return table
-    filled = [i for i, line in enumerate(table["text"]) if line.strip()]
-    return table if len(filled) == len(table) else table.select(filled)
 
 
 def _from_memory(source: Any, split: str, seed: int) -> Any:
@@ -209,121 +192,26 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
     )
 
 
-def _from_lines(lines: Iterable[str]) -> Any:
-    import datasets
-
+def _json_lines(lines: Iterable[str]) -> list[Any]:
     rows = []
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise LoraInitError(f"standard input, line {number} is not JSON: {first_line(error)}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise LoraInitError("standard input: expected JSON lines, an object with the columns on each.")
-    return datasets.Dataset.from_list(rows)
-
-
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
-
-
-def _find_files(source: str, split: str) -> tuple[list[Path], str]:
-    """Find the files that a path or a pattern names, and what to call them; none if it names something else."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path.resolve(), split)
-    if path.exists():
-        if split != "train":
-            raise LoraInitError(f"split={split!r} is for a folder or a data set on the hub, and {source} is one file.")
-        return [path.resolve()], f"{path.resolve().parent.name}/{path.name}"
-    if any(character in source for character in "*?["):
-        found = sorted(file.resolve() for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        if not found:
-            raise LoraInitError(f"data {source!r}: no file has such a name.")
-        return found, f"{len(found)} files named {path.name}"
-    if _suffix(path) in _READERS or source.startswith((".", "~", "/")) or source.count("/") > 1:
-        raise LoraInitError(f"data {source!r}: no such file or folder.")
-    return [], "standard input"
-
-
-def _folder(folder: Path, split: str) -> tuple[list[Path], str]:
-    visible = [p for p in sorted(folder.rglob("*")) if not any(part[0] in "._" for part in p.relative_to(folder).parts)]
-    files = [p for p in visible if _suffix(p) in _READERS and p.is_file()]
-    if not files:
-        raise LoraInitError(f"{folder.name}/: no data file in the folder. Expected {_KINDS}.")
-    words = {p: set(re.split(r"[^a-z]+", str(p.relative_to(folder).with_suffix("")).lower())) for p in files}
-    there = [name for name, marks in _SPLITS.items() if any(marks & found for found in words.values())]
-    if not there and split == "train":
-        return files, f"{folder.name}/"
-    files = [p for p in files if words[p] & _SPLITS.get(split, {split})]
-    if not files:
-        only = f"only {', '.join(there)}. Choose one, or name a file" if there else "no file name marks one"
-        raise LoraInitError(f"{folder.name}/, {split}: the folder has no such split, {only}.")
-    return files, f"{folder.name}/, {split}"
-
-
-def _opened(file: Path) -> Any:
-    if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
-    return file.open(encoding="utf-8-sig", newline="")
-
-
-def _first_lines(file: Path) -> Iterator[int]:
-    """Yield the line at which each row of a file begins; nothing for a file whose rows are not lines."""
-    kind = _READERS[_suffix(file)]
-    if kind == "csv":
-        yield from (line for line, _ in islice(_records(file), 1, None))
-    elif kind in ("json", "text"):
-        with _opened(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if kind == "json" and line.lstrip().startswith("["):
-                    return  # one list of rows
-                if line.strip():
-                    yield number
-
-
-def _records(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV file that are not blank, the header first, and the line at which each begins."""
-    limit = csv.field_size_limit(2**31 - 1)  # a document may be one field
-    try:
-        with _opened(file) as lines:
-            reader = csv.reader(lines, delimiter="\t" if _suffix(file) == ".tsv" else ",")
-            start = 1
-            for record in reader:
-                if len(record) > 1 or any(field.strip() for field in record):
-                    yield start, record
-                start = reader.line_num + 1
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _check_fields(file: Path, label: str, most: int | None = None) -> None:
-    """Refuse a CSV file if one of its first `most` records has more fields than the header."""
-    header: list[str] | None = None
-    try:
-        for line, record in islice(_records(file), None if most is None else most + 1):
-            header = header or record
-            if len(record) > len(header):
-                raise LoraInitError(
-                    f"{label}, line {line}: {len(record)} fields, and the header names {len(header)}. Put quotes "
-                    "around a field that has the separator in it."
-                )
-    except (csv.Error, UnicodeDecodeError):
-        return  # `datasets` says what is wrong with the file
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise LoraInitError(f"standard input, line {number} is not JSON: {first_line(error)}") from None
+    return rows
 
 
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """Keep `datasets` from printing while it converts local files: it is quick, and its errors come as exceptions."""
+def _quiet() -> Iterator[None]:
+    """Keep `datasets` from printing while it converts: it is quick, and its errors come as exceptions."""
     import datasets
 
     logger, shown = logging.getLogger("datasets"), not datasets.are_progress_bars_disabled()
     level = logger.level
     try:
-        if local:
-            datasets.disable_progress_bars()
-            logger.setLevel(logging.CRITICAL)
+        datasets.disable_progress_bars()
+        logger.setLevel(logging.CRITICAL)
         yield
     finally:
         logger.setLevel(level)
