@@ -55,8 +55,8 @@ def has_converged(shares: Sequence[float], captured: float, tolerance: float) ->
     What any k directions can capture lies between the held-out share and the share on the rows seen, which the
     components were chosen to fit. They are done when the two meet, the held-out share less its standard error: by
     luck of a few easy batches they meet too early. Nor are they done while the held-out share still rises, by more
-    than an eighth of the tolerance from the third to the last quarter of the batches: after a drift of the data the
-    components still follow it, and both shares are low together. (An eighth costs steady data nothing. Components of
+    than a twelfth of the tolerance from the third to the last quarter of the batches: after a drift of the data the
+    components still follow it, and both shares are low together. (A twelfth costs steady data nothing. Components of
     half as many batches, measured on the same rows, would tell as well, at twice the memory.)
 
     Args:
@@ -71,7 +71,7 @@ def has_converged(shares: Sequence[float], captured: float, tolerance: float) ->
     error = math.dist(later, [mean] * len(later)) / math.sqrt((len(later) - 1) * len(later))
     middle = len(later) // 2
     rise = statistics.fmean(later[middle:]) - statistics.fmean(later[:middle])
-    return captured - (mean - error) <= tolerance * captured and rise <= tolerance / 8
+    return captured - (mean - error) <= tolerance * captured and rise <= tolerance / 12
 
 
 def falls_sharply(shares: Sequence[float]) -> bool:

@@ -76,7 +76,7 @@ def test_stops_as_converged_when_unseen_rows_are_captured_as_well_as_seen_ones()
     assert stats.held_out["0"] > 0.9
 
 
-def drifting(n_other, n=64, d=128, rows=250, seed=0):
+def drifting(n_other, n=64, d=256, rows=500, seed=0):
     """Batches with variances 1/j, the first of them along other directions; and rows of the later kind to test on."""
     generator = torch.Generator().manual_seed(seed)
     kinds = [torch.linalg.qr(torch.randn(d, d, generator=generator)).Q for _ in range(2)]
@@ -90,7 +90,7 @@ def drifting(n_other, n=64, d=128, rows=250, seed=0):
 @pytest.mark.parametrize(("n_other", "least"), [(0, 0.96), (1, 0.96), (4, 0.96)])
 def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least):
     batches, unseen = drifting(n_other)
-    layer = nn.Sequential(nn.Linear(128, 4))
+    layer = nn.Sequential(nn.Linear(256, 4))
     stats = collect(layer, batches, rank=8)
     best = reference.captured(unseen, reference.pca(unseen, 16)[0])
     assert reference.captured(unseen, stats["0"].components) > least * best
@@ -100,7 +100,7 @@ def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least)
 def test_data_that_are_sorted_are_a_warning():
     batches, _ = drifting(6, n=12)
     with pytest.warns(UserWarning, match="batch 6: far less of it is captured .* in 1 of 1 inputs.*Shuffle the data"):
-        collect(nn.Sequential(nn.Linear(128, 4)), batches, rank=8)
+        collect(nn.Sequential(nn.Linear(256, 4)), batches, rank=8)
 
 
 def test_does_not_converge_on_noise_with_a_strict_tolerance():
