@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
+
+# Libraries that only some things need, and the extra of this package that installs each.
+EXTRAS = {"matplotlib": "plots", "scipy": "compare", "sklearn": "compare", "gguf": "serving"}
 
 
 class LoraInitError(ValueError):
@@ -20,12 +24,29 @@ def explain(error: BaseException) -> str:
         return " ".join(str(error).split())
     if is_out_of_memory(error):
         return "out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16."
+    if isinstance(error, ImportError) and (library := (error.name or "").partition(".")[0]) in EXTRAS:
+        return _how_to_install(library)
     reason = first_line(error)
     if isinstance(error, OSError):
         if error.filename is not None and error.strerror:
             return f"{error.filename}: {error.strerror}."
         return reason
     return f"unexpected {type(error).__name__}: {reason} LORA_INIT_DEBUG=1 shows where."
+
+
+def require(*libraries: str) -> None:
+    """Make sure, before the work, that libraries of `EXTRAS` are installed.
+
+    Raises:
+        LoraInitError: One is not; says how to install it.
+    """
+    missing = next((name for name in libraries if find_spec(name) is None), None)
+    if missing is not None:
+        raise LoraInitError(_how_to_install(missing))
+
+
+def _how_to_install(library: str) -> str:
+    return f"this needs {library}, which is not installed. Install it: pip install 'lora-init[{EXTRAS[library]}]'"
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from lora_init.comparison.starts import START_NAMES, AdapterShape, check_start
 from lora_init.comparison.tasks import DataOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require
 from lora_init.layers.targets import find_targets
 
 STARTS = ("random", "orthogonal", "eva-rho1", "eva", "eva-ranks")
@@ -116,6 +116,7 @@ def compare(
             or in use by another process.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
+    require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     options = _read_options(loading)
     names, own = _read_starts(starts)
     sweep = sweep or ("full" if torch.cuda.is_available() else "halving")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require
 from lora_init.files import write_whole
 from lora_init.layers.grid import layer_grid
 from lora_init.planning.allocate import allocate_ranks
@@ -49,6 +49,7 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
     Raises:
         LoraInitError: Another ending, a plan for another model, or a file that cannot be written.
     """
+    require("matplotlib")
     import matplotlib
 
     path = Path(path).expanduser()
@@ -218,6 +219,7 @@ def _map_size(ranks: Mapping[str, int]) -> tuple[float, float]:
 
 def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
     """Draw the heat map alone."""
+    require("matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_map_size(ranks), dpi=110, layout="constrained")

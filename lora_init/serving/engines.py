@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import VLLM_RANKS, alpha_for
@@ -113,10 +113,9 @@ def _names_in_gguf(base: Base) -> tuple[str, bool]:
 
 def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     """Give the name in GGUF of each layer's weight."""
-    try:
-        import gguf
-    except ImportError:
-        raise LoraInitError("the gguf library is not installed. Install it: pip install gguf") from None
+    require("gguf")
+    import gguf
+
     architecture, _ = _names_in_gguf(base)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(number, base.config.num_hidden_layers)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
@@ -91,6 +90,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         >>> principal_angles(torch.eye(3)[:1], torch.eye(3)[:2])
         tensor([0.], dtype=torch.float64)
     """
+    from scipy.linalg import subspace_angles
+
     angles = subspace_angles(a.double().T.numpy(force=True), b.double().T.numpy(force=True))
     return torch.from_numpy(angles[::-1].copy())
 

@@ -165,7 +165,7 @@ def test_gguf_needs_its_library(base, tmp_path, monkeypatch):
 
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused("the gguf library is not installed", trained, tmp_path / "served.gguf", "llama.cpp")
+    refused(r"needs gguf, .* pip install 'lora-init\[serving\]'", trained, tmp_path / "served.gguf", "llama.cpp")
 
 
 def test_commands_serve_what_was_written(base, tmp_path):

@@ -1,0 +1,51 @@
+"""The base installation: init, ranks, inspect and export run without the extras; all else names what it needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lora_init.errors import EXTRAS, LoraInitError, require
+from tests.commands import assert_one_line_error, run
+
+# Runs the command once for each list of words, in a Python that cannot import what the extras install.
+PROGRAM = """
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+from lora_init.cli.app import app
+for words in {commands}:
+    try: app(words)
+    except SystemExit as end: print("CODE", words[0], end.code, flush=True)
+"""
+
+
+def test_the_four_commands_run_without_the_extras(home, tmp_path):
+    stats, adapter, plan = (str(tmp_path / name) for name in ("stats", "adapter", "plan.json"))
+    commands = [
+        ["init", str(home / "model"), str(home / "text.txt"), "-o", adapter, "--statistics", stats, "--rank", "4"],
+        ["ranks", stats, "--rank", "4", "--compare", "uniform", "-o", plan],
+        ["ranks", stats, "--rank", "4"],
+        *(["inspect", path] for path in (stats, adapter, plan)),
+        ["export", adapter, "-o", str(tmp_path / "served"), "--engine", "vllm"],
+    ]
+    program = PROGRAM.format(blocked=list(EXTRAS), commands=commands)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ended = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
+    assert ended == [f"CODE {words[0]} 0" for words in commands], done.stderr
+
+
+@pytest.mark.parametrize("library", EXTRAS)
+def test_what_is_missing_is_named_with_its_extra(library, home, tmp_path, monkeypatch):
+    assert run("init", home / "model", home / "text.txt", "-o", tmp_path / "adapter", "--statistics", tmp_path / "s",
+               "--rank", 4).exit_code == 0  # fmt: skip
+    monkeypatch.setitem(sys.modules, library, None)
+    command = {
+        "matplotlib": ["ranks", tmp_path / "s", "--plot", tmp_path / "plan.png"],
+        "scipy": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
+        "sklearn": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
+        "gguf": ["export", tmp_path / "adapter", "-o", tmp_path / "a.gguf", "--engine", "llama.cpp"],
+    }[library]
+    words = f"this needs {library}, which is not installed. Install it: pip install 'lora-init[{EXTRAS[library]}]'"
+    assert_one_line_error(run(*command), words)
+    with pytest.raises(LoraInitError, match="which is not installed"):
+        require("torch", library)
