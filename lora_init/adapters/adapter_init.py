@@ -34,7 +34,7 @@ from lora_init.adapters.peft_model import (
 )
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory
-from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, find_targets, matches
+from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.statistics.statistics import Provenance
@@ -112,18 +112,12 @@ class AdapterInit:
         """Make a table with a row for each layer: kind, widths, rank, trainable parameters, explained variance."""
         import pandas as pd
 
-        rows = {
-            name: {
-                "kind": self.targets[name].kind,
-                "in_features": self.targets[name].in_features,
-                "out_features": self.targets[name].out_features,
-                "rank": rank,
-                "parameters": self.targets[name].parameters(rank, self.freeze_a),
-                "explained_variance": self.explained[name],
-            }
-            for name, rank in self.ranks.items()
-        }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+        table = pd.DataFrame([vars(self.targets[name]) for name in self.weights])
+        table = table[["name", "kind", "in_features", "out_features"]].set_index("name").rename_axis("layer")
+        table["rank"] = list(self.ranks.values())
+        table["parameters"] = [self.targets[n].parameters(rank, self.freeze_a) for n, rank in self.ranks.items()]
+        table["explained_variance"] = [self.explained[name] for name in self.weights]
+        return table
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -188,7 +182,7 @@ class AdapterInit:
             check_correctable(model, self.targets)
         adapted = attach(model, self, adapter_name)
         if self.corrects_base and correct_base:
-            correct_weights(model, self.targets, self.weights, self.scaling)
+            correct_weights(model, self.weights, self.scaling)
         elif self.corrects_base:
             correct_outputs(model, self.weights, self.scaling)
         if self.freeze_a:
@@ -314,14 +308,8 @@ class AdapterInit:
     def _origin(self, short: bool = False) -> dict[str, Any]:
         """Lay out as plain values where the adapter comes from; in short without what each layer would add."""
         provenance = asdict(self.provenance)
-        origin = {
-            "method": self.method,
-            "whiten": self.whiten,
-            "seed": self.seed,
-            "gamma": self.gamma,
-            "freeze_a": self.freeze_a,
-            "rank": self.rank,  # which PEFT doubles when it converts a start that changed the base
-        }
+        # PEFT doubles the rank when it converts a start that changed the base.
+        origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
         if short:
             kept = {key: value for key, value in provenance.items() if key not in ("notes", "seconds", "versions")}
             return origin | {"provenance": kept}
@@ -368,11 +356,7 @@ from peft import PeftModel
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
-    """Make sure that the base weights can give up what an adapter adds.
-
-    Raises:
-        LoraInitError: A layer is quantised.
-    """
+    """Refuse quantised layers, whose weights cannot give up what an adapter adds."""
     for name in names:
         weight: Any = model.get_submodule(name).weight
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
@@ -383,20 +367,13 @@ def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
 
 
 @torch.no_grad()
-def correct_weights(model: nn.Module, targets: Mapping[str, Target], weights: Weights, scaling: float) -> None:
-    """Take scaling * B A off the base weights, in place.
-
-    Args:
-        model: The plain model, or the same after PEFT has wrapped its layers.
-        targets: Kind of each layer.
-        weights: A and B of each layer.
-        scaling: What their product is multiplied by.
-    """
+def correct_weights(model: nn.Module, weights: Weights, scaling: float) -> None:
+    """Take scaling * B A off the base weights, in place, also where PEFT has wrapped the layers already."""
     for name, (a, b) in weights.items():
         layer: Any = model.get_submodule(name)
-        weight = getattr(layer, "base_layer", layer).weight
-        added = scaling * (b.to(weight.device) @ a.to(weight.device))
-        weight.copy_(weight.float() - (added.T if targets[name].kind == "Conv1D" else added))
+        plain = getattr(layer, "base_layer", layer)
+        added = scaling * (b @ a).to(plain.weight.device)
+        plain.weight.copy_(plain.weight.float() - (added.T if is_conv1d(plain) else added))
 
 
 def correct_outputs(model: nn.Module, weights: Weights, scaling: float) -> None:
@@ -437,12 +414,11 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     missing = next((name for name in names if name not in dict(model.named_modules())), None)
     if missing is not None:
         raise LoraInitError(f"{directory} has layer {missing!r}, and {type(model).__name__} does not. Give its base.")
-    found = find_targets(model, names).layers
     check_correctable(model, names)
     tensors = load_file(directory / WEIGHTS_FILE)
     weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in names}
     scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
-    correct_weights(model, found, weights, scaling)
+    correct_weights(model, weights, scaling)
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -134,9 +134,8 @@ def build_adapter(
         raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
     plan = _ranks_there(stats, plan, method)
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
-    if gamma is None and method in GRADIENT_METHODS:
-        gamma = GRADIENT_METHODS[method].gamma or None
     if method in GRADIENT_METHODS:
+        gamma = gamma or GRADIENT_METHODS[method].gamma or None
         weights = {name: _start_by_gradient(stats, name, r, method, gamma or 0.0) for name, r in plan.items()}
     else:
         weights = {name: _start_by_input(stats, name, r, method, seed, whiten) for name, r in plan.items()}

@@ -150,19 +150,12 @@ def intruder_dimensions(
 
 
 def left_singular_vectors(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """Decompose plain weights once, for `intruder_dimensions` to compare any number of trained ones with.
+    """Decompose plain weights of linear layers once, for `intruder_dimensions` to compare any number of trained ones.
 
-    Args:
-        model: The plain model.
-        layers: Names of linear layers.
-
-    Returns:
-        For each layer, its left singular vectors as columns, float32 [d_out, min(d_out, d_in)], on the CPU.
-
-    Raises:
-        LoraInitError: A layer's weights are quantised, or have NaN or inf.
+    Gives for each layer its left singular vectors as columns, float32 [d_out, min(d_out, d_in)], on the CPU, and
+    refuses weights that are quantised, or have NaN or inf.
     """
-    return {name: _left_vectors(model.get_submodule(name), name) for name in layers}
+    return {name: torch.linalg.svd(_weight(model.get_submodule(name), name), full_matrices=False).U for name in layers}
 
 
 def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, threshold: float) -> Intruders:
@@ -180,7 +173,7 @@ def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, thresh
             continue
         if base is not None and name not in base:
             raise LoraInitError(f"layer {name!r} has an adapter, and base= has no singular vectors for it.")
-        before = _left_vectors(plain, name) if base is None else base[name]
+        before = torch.linalg.svd(_weight(plain, name), full_matrices=False).U if base is None else base[name]
         vectors, values = _leading(_trained_weight(layer, name), k)
         cosines = (vectors.T @ before).abs().amax(dim=1)  # [k]
         layers[name] = LayerIntruders(tuple(cosines.tolist()), tuple(values.double().square().tolist()), threshold)
@@ -211,11 +204,6 @@ def _trained_weight(layer: Any, name: str) -> Tensor:
     merged = copy.deepcopy(layer).float()
     merged.merge()
     return _weight(merged.get_base_layer(), name)
-
-
-def _left_vectors(layer: nn.Module, name: str) -> Tensor:
-    vectors: Tensor = torch.linalg.svd(_weight(layer, name), full_matrices=False).U
-    return vectors
 
 
 def _leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import EvaConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import (
+    UNSUPPORTED_LORA_MODULES,
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
@@ -88,8 +93,6 @@ def get_eva_state_dict(
             raise ValueError("peft_config is required if model is not a PeftModel")
         peft_config = cast("LoraConfig", model.peft_config[adapter_name])  # type: ignore[index]
     if peft_config.eva_config is None:
-        from peft import EvaConfig
-
         peft_config = copy.copy(peft_config)
         peft_config.eva_config = EvaConfig()
     modules = _adapter_layers(model, adapter_name) if wrapped else _target_layers(model, peft_config)
@@ -195,15 +198,9 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("dataloader is required if eva_state_dict is not provided")
+        functions = forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn
         eva_state_dict = get_eva_state_dict(
-            model=model,
-            dataloader=dataloader,
-            forward_fn=forward_fn,
-            prepare_model_inputs_fn=prepare_model_inputs_fn,
-            prepare_layer_inputs_fn=prepare_layer_inputs_fn,
-            adapter_name=adapter_name,
-            gather_distributed_inputs=gather_distributed_inputs,
-            show_progress_bar=show_progress_bar,
+            model, dataloader, None, *functions, adapter_name, gather_distributed_inputs, show_progress_bar
         )
     missing = _load(model, eva_state_dict, adapter_name)
     if missing:
@@ -218,8 +215,6 @@ def initialize_lora_eva_weights(
 @torch.no_grad()
 def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: str) -> list[str]:
     """Set A, rank and scaling of every LoRA layer, write the config to match, and name the layers without a tensor."""
-    from peft.tuners.lora import LoraLayer
-
     config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
@@ -332,17 +327,12 @@ def _plain(name: str) -> str:
 
 def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Look a layer up in `rank_pattern` or `alpha_pattern`: the first key that its plain name ends in."""
-    from peft.utils.other import get_pattern_key
-
     # PEFT's EVA asks with the prefixed name, which no key that starts with ^ can match.
     return (pattern or {}).get(get_pattern_key(list(pattern or {}), _plain(name)), default)
 
 
 def _adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     """Find the layers of a PeftModel that have this adapter and that read rows."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.eva import UNSUPPORTED_LORA_MODULES
-
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {
         name: cast("nn.Module", layer)
@@ -353,8 +343,6 @@ def _adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]
 
 def _target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Find the linear layers of a plain model that the config targets; without `target_modules` all of them."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         # PEFT's EVA takes this for a regular expression, which matches nothing.
         config = copy.copy(config)

@@ -53,16 +53,8 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
     `AdapterInit.save_pretrained` writes it to a file of its own. `PeftModel.save_pretrained`, and with it Trainer,
     writes neither that file nor keys that it does not know into the directory of the trained adapter; but it carries
     the config's field `auto_mapping` over, where the same is written in short. PEFT overwrites that field where the
-    config has no task type, as for images: what is known of those is lost with the file.
-
-    Args:
-        directory: Any adapter directory of PEFT.
-
-    Returns:
-        What was known, as plain values; empty if lora_init did not make the adapter.
-
-    Raises:
-        LoraInitError: Not an adapter directory, or damaged.
+    config has no task type, as for images: what is known of those is lost with the file. Empty if lora_init did not
+    make the adapter.
     """
     directory = Path(directory).expanduser()
     if (directory / ORIGIN_FILE).is_file():
@@ -162,9 +154,7 @@ def check_model(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
 def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
     """Note how a model is, and return a function that puts it back: submodules, hooks, modes, attributes, buffers.
 
-    Args:
-        model: Any torch model.
-        weights: Keep a copy of the weights too. It takes as much memory as the model.
+    With `weights` it keeps a copy of the weights too, which takes as much memory as the model.
     """
     wiring = [(module, dict(vars(module))) for module in model.modules()]
     # Their dicts stay the same objects, since whoever added a hook holds on to one.
@@ -263,11 +253,8 @@ def _fill(peft_model: PeftModel, init: AdapterInit, adapter_name: str) -> None:
     for name, (a, b) in init.weights.items():
         layer = layers[name]
         if layer.r[adapter_name] != ranks[name] or not math.isclose(layer.scaling[adapter_name], scaling):
-            raise LoraInitError(
-                f"layer {name!r}: PEFT gave rank {layer.r[adapter_name]} and scaling "
-                f"{layer.scaling[adapter_name]:.4g}, planned {ranks[name]} and {scaling:.4g}. Give apply() a plain "
-                "model."
-            )
+            got = f"rank {layer.r[adapter_name]} and scaling {layer.scaling[adapter_name]:.4g}"
+            raise LoraInitError(f"layer {name!r}: PEFT gave {got}, planned {ranks[name]} and {scaling:.4g}.")
         layer.lora_A[adapter_name].weight.copy_(a)
         layer.lora_B[adapter_name].weight.copy_(b)
     match_modes(peft_model)
