@@ -16,7 +16,8 @@ from benchmarks.settings import table
 from lora_init.comparison.findings import rate_text, verdicts
 from lora_init.comparison.plots import COLORS, RANDOM_COLOR, line_style, looks
 from lora_init.comparison.report import write_report
-from lora_init.comparison.runs import RANDOM, Results, read_runs, read_settings
+from lora_init.comparison.runs import RANDOM, by_seed, rate_means, read_runs, read_settings, run_table
+from lora_init.comparison.starts import split_start
 
 UNTUNED = (1e-4, 3e-4)
 # All starts are in the table; more lines than these hide each other.
@@ -25,43 +26,43 @@ DRAWN = (
 )  # fmt: skip
 
 
-def against_random(results: Results) -> dict[str, str]:
+def against_random(runs: pd.DataFrame) -> dict[str, str]:
     """Difference to random at each one's own best rate with its 95 % interval; bold if zero is outside."""
-    mean = results.by_seed().loc[RANDOM.label].mean()
+    mean = by_seed(runs).loc[RANDOM].mean()
     found = {}
-    for verdict in verdicts(results):
+    for verdict in verdicts(runs):
         if verdict.mean is not None and verdict.low is not None and verdict.high is not None:
             ends = (verdict.low, verdict.mean, verdict.high)
             low, middle, high = (f"{100 * value / mean:+.1f}".replace("-", "−") for value in ends)
             text = f"{middle} ({low} to {high})"
-            found[verdict.label] = f"**{text}**" if verdict.outcome in ("better", "worse") else text
+            found[verdict.start] = f"**{text}**" if verdict.outcome in ("better", "worse") else text
     return found
 
 
-def regrets(results: Results) -> pd.DataFrame:
+def regrets(runs: pd.DataFrame) -> pd.DataFrame:
     """What is lost at each rate against the best of all starts and rates, in per cent; a row for each start."""
-    return 100 * (results.means / results.means.min() - 1).unstack()
+    means = rate_means(runs)
+    return 100 * (means / means.min() - 1).unstack().sort_index(axis="columns")
 
 
-def draw(tasks: dict[str, Results], target: Path) -> None:
+def draw(tasks: dict[str, pd.DataFrame], target: Path) -> None:
     """Draw a panel for each task: regret over the learning rate, a line for each start."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     drawn = {}
-    markers = looks(variant.start for results in tasks.values() for variant in results.variants.values())
+    markers = looks(split_start(start)[0] for runs in tasks.values() for start in runs["start"])
     colors = dict(zip(DRAWN, [RANDOM_COLOR, *COLORS], strict=True))
-    for axes, (name, results) in zip(panels, tasks.items(), strict=True):
-        lost = regrets(results)
-        for label in (label for label in DRAWN if label in lost.index):
-            variant = results.variants[label]
-            (drawn[label],) = axes.plot(
-                lost.columns, lost.loc[label], line_style(variant), marker=markers[variant.start][1], markersize=4,
-                linewidth=1.4, color=colors[label],
+    for axes, (name, runs) in zip(panels, tasks.items(), strict=True):
+        lost = regrets(runs)
+        for start in (start for start in DRAWN if start in lost.index):
+            (drawn[start],) = axes.plot(
+                lost.columns, lost.loc[start], line_style(start), marker=markers[start][1], markersize=4,
+                linewidth=1.4, color=colors[start],
             )  # fmt: skip
         axes.set_xscale("log")
-        axes.set_xticks(results.rates, [rate_text(rate) for rate in results.rates], minor=False)
+        axes.set_xticks(lost.columns, list(map(rate_text, lost.columns)), minor=False)
         axes.set_xticks([], minor=True)
         axes.set_yscale("symlog", linthresh=1.0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
@@ -80,17 +81,17 @@ def main(directories: Sequence[str]) -> None:
     tasks = {}
     for directory in map(Path, directories):
         write_report(directory)
-        tasks[directory.name] = Results.of(read_runs(directory), read_settings(directory)["starts"])
-    differences = {name: against_random(results) for name, results in tasks.items()}
-    lost = {name: regrets(results) for name, results in tasks.items()}
+        tasks[directory.name] = run_table(read_runs(directory), read_settings(directory)["starts"])
+    differences = {name: against_random(runs) for name, runs in tasks.items()}
+    lost = {name: regrets(runs) for name, runs in tasks.items()}
     rows = []
-    for label in dict.fromkeys(label for results in tasks.values() for label in results.variants):
+    for start in dict.fromkeys(start for runs in tasks.values() for start in runs["start"]):
         untuned = []
         for rate in UNTUNED:
-            values = [found.loc[label, rate] for found in lost.values() if label in found.index]
+            values = [found.loc[start, rate] for found in lost.values() if start in found.index]
             known = values and not pd.isna(values).any()
             untuned.append(f"{min(values):.1f} to {max(values):.1f}" if known else "–")
-        rows.append([label, *(found.get(label, "–") for found in differences.values()), *untuned])
+        rows.append([start, *(found.get(start, "–") for found in differences.values()), *untuned])
     print(table(["start", *tasks, *(f"lost at {rate_text(rate)}" for rate in UNTUNED)], rows))
     draw(tasks, Path(__file__).parent / "results" / "starts.png")
 

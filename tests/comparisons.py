@@ -52,20 +52,19 @@ def record(start="random", rate=1e-3, seed=0, final=0.17, **changes):
     """One finished run that ends at `final`."""
     losses = [2.3, final + 0.02, final + 0.005, final]
     return {
-        "task": "siqa", "start": start, "matched_scale": False, "equal_parameters": False, "seed": seed,
-        "learning_rate": rate, "status": "finished", "error": None, "trainable_parameters": 2_442_240, "ranks": None,
-        "a_scale": 0.577, "evaluation_points": POINTS, "validation_loss": losses, "training_loss": [2.0, 1.0, final],
+        "start": start, "seed": seed, "learning_rate": rate, "status": "finished", "error": None,
+        "trainable_parameters": 2_442_240, "ranks": None, "a_scale": 0.577,
+        "evaluation_points": POINTS, "validation_loss": losses, "training_loss": [2.0, 1.0, final],
         "metrics": {"accuracy": 0.6, "macro_f1": 0.59, "mcc": 0.2}, "data_order": f"order{seed}",
         "metrics_before": {"accuracy": 0.5, "macro_f1": 0.4, "mcc": 0.0},
-        "gradient_norm": 1.25, "initialisation_seconds": 0.4, "initialisation_passes": 0, "training_seconds": 61.5,
-        "peak_memory_bytes": 1_900_000_000, "retain_loss": [3.1, 3.1 + rate * 40], "intruders":
-        {"count": 12, "of": 2100, "energy_share": 0.01}, "finished_at": "2026-01-01T00:00:00+00:00",
+        "initialisation_seconds": 0.4, "training_seconds": 61.5,
+        "peak_memory_bytes": 1_900_000_000, "retain_loss": [3.1, 3.1 + rate * 40],
     } | changes  # fmt: skip
 
 
 def broken(status, error, **about):
     """A run that came to nothing."""
-    nothing = dict.fromkeys(("a_scale", "metrics", "gradient_norm", "training_seconds", "retain_loss", "intruders"))
+    nothing = dict.fromkeys(("a_scale", "metrics", "training_seconds", "retain_loss"))
     return record(**about) | nothing | {
         "status": status, "error": error, "validation_loss": [2.3], "evaluation_points": [0], "training_loss": [],
     }  # fmt: skip
@@ -84,7 +83,7 @@ def planted(shifts, rates=RATES, seeds=(0, 1, 2), noise=0.002, spread=0.0005):
 
 def settings(**changes):
     return {
-        "format": 2, "task": "siqa", "model": "tiny/model", "fingerprint": "abc", "rank": 8, "steps": 60,
+        "format": 3, "task": "siqa", "model": "tiny/model", "fingerprint": "abc", "rank": 8, "steps": 60,
         "evaluation_points": POINTS, "starts": ["random", "eva"], "learning_rates": list(RATES), "seeds": [0, 1, 2],
         "sweep": "full", "match_scale": False, "threads": 1, "processor": "", "data": "siqa.jsonl, 800 rows",
         "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "command": "lora-init compare tiny/model siqa.jsonl",

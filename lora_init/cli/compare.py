@@ -84,9 +84,7 @@ def compare(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and how long they take; do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
 ) -> None:
     """Train the same adapter on MODEL and DATA from several starts, everything else equal, and compare.
@@ -128,26 +126,13 @@ def compare(
 
 
 def _show_plan(found: Comparison, as_json: bool) -> None:
-    from lora_init.comparison.compare import duration
-
     if as_json:
-        runs = [
-            {
-                "start": run.variant.start,
-                "matched_scale": run.variant.matched_scale,
-                "equal_parameters": run.variant.equal_parameters,
-                "learning_rate": run.learning_rate,
-                "seed": run.seed,
-            }
-            for run in found.planned
-        ]
-        content = {"runs": runs, "ended": len(found.records), "seconds_left": round(found.seconds_left)}
+        content = {"runs": [asdict(run) for run in found.planned], "ended": len(found.records)}
         typer.echo(json.dumps(content, indent=2))
         return
     for run in found.planned:
         typer.echo(run.title)
-    left = f"what is left takes about {duration(found.seconds_left)}"
-    typer.echo(f"{len(found.planned)} runs, {len(found.records)} ended; {left}")
+    typer.echo(f"{len(found.planned)} runs, {len(found.records)} ended")
 
 
 def show_comparison(console: Console, summary: Summary) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from tqdm.auto import tqdm
 import lora_init
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.report import write_report
-from lora_init.comparison.runs import Plan, Record, Run, RunDirectory, Variant, check_fair, open_runs, peek
-from lora_init.comparison.starts import START_NAMES, AdapterShape, check_start
+from lora_init.comparison.runs import Plan, Record, Run, RunDirectory, open_runs, peek
+from lora_init.comparison.starts import AdapterShape, check_start
 from lora_init.comparison.tasks import DataOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
@@ -29,7 +30,6 @@ from lora_init.layers.targets import find_targets
 
 STARTS = ("random", "orthogonal", "eva-rho1", "eva", "eva-ranks")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Comparison:
         settings: What all runs share.
         records: One for each run that ended, as in its file in `runs`.
         planned: All runs that belong to the comparison, those that ended among them.
-        seconds_left: Estimate for the runs that are left; 0 if none is.
         summary: Verdicts, notes and results; see `findings`.
         files: Files of the report.
     """
@@ -50,7 +49,6 @@ class Comparison:
     settings: dict[str, Any]
     records: list[Record]
     planned: list[Run]
-    seconds_left: float
     summary: Summary
     files: list[Path]
 
@@ -105,7 +103,7 @@ def compare(
         evaluation_points: Steps after which the validation loss is measured. Default: every quarter. 0 and the last
             always count.
         statistics_batches: Batches of the run's own training data that statistics are made from.
-        dry_run: Only plan, and measure a few steps for the estimate. Nothing is written.
+        dry_run: Only plan. Nothing is written.
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
         progress: Show a progress bar on stderr; by default only on a terminal.
@@ -118,45 +116,40 @@ def compare(
     """
     require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     options = _read_options(loading)
-    names, own = _read_starts(starts)
+    for start in starts:
+        check_start(start)
+    own: dict[str, Any] = dict(start for start in starts if not isinstance(start, str))
+    names = [start if isinstance(start, str) else start[0] for start in starts]
+    if not names or len(set(names)) < len(names):
+        raise LoraInitError(f"starts={names}: expected names, each once.")
     sweep = sweep or ("full" if torch.cuda.is_available() else "halving")
-    plan = Plan(
-        names, list(learning_rates), list(range(seeds)) if isinstance(seeds, int) else list(seeds), sweep, match_scale
-    )
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    plan = Plan(names, list(learning_rates), seeds, sweep, match_scale)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     training = Training(steps, batch_size, warmup, points)
     directory = Path(output).expanduser()
     shape = AdapterShape(rank, lora_alpha, target_modules)
     bench = set_up(model, data, directory, options, shape, training, statistics_batches, own)
-    settings = {
-        "format": FORMAT,
-        **bench.settings(model_name(model)),
-        **asdict(plan),
-        **circumstances(),
-        "command": command,
-    }
+    settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), "command": command}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
-    variants = plan.variants(len({target.parameters(1) for target in targets}) == 1)
+    compared = plan.compared(len({target.parameters(1) for target in targets}) == 1)
     if dry_run:
         there = peek(directory, settings)
-        planned = plan.runs(variants, there)
-        left = sum(run not in there for run in planned)
-        seconds = left * bench.seconds_of_a_run() if left else 0.0
         records = list(there.values())
-        return Comparison(directory, settings, records, planned, seconds, summarise(records, settings), [])
+        return Comparison(directory, settings, records, plan.runs(compared, there), summarise(records, settings), [])
     with open_runs(directory, settings) as log:
         try:
-            _run_all(bench, log, plan, variants, Progress(steps, say, progress))
+            _run_all(bench, log, plan, compared, say, sys.stderr.isatty() if progress is None else progress)
         except BaseException as error:  # what went wrong matters more than the report
             if log.records:
-                with suppress(LoraInitError):
+                with suppress(LoraInitError, OSError):
                     write_report(directory)
             if isinstance(error, KeyboardInterrupt):
-                kept = f"{len(log.records)} of {len(plan.runs(variants, log.records))} runs are kept, with their report"
+                kept = f"{len(log.records)} of {len(plan.runs(compared, log.records))} runs are kept, with their report"
                 say(f"{directory}: {kept if log.records else 'no run had ended'}. The same command goes on from there.")
             raise
-        records, planned, files = list(log.records.values()), plan.runs(variants, log.records), write_report(directory)
-        return Comparison(directory, log.settings, records, planned, 0.0, summarise(records, log.settings), files)
+        records, planned, files = list(log.records.values()), plan.runs(compared, log.records), write_report(directory)
+        return Comparison(directory, log.settings, records, planned, summarise(records, log.settings), files)
 
 
 def _read_options(loading: Mapping[str, Any]) -> tuple[DataOptions, ModelOptions]:
@@ -171,37 +164,32 @@ def _read_options(loading: Mapping[str, Any]) -> tuple[DataOptions, ModelOptions
     return DataOptions(**chosen[DataOptions]), ModelOptions(**chosen[ModelOptions])
 
 
-def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    """Tell our starts from the user's own, and make sure before the work that they are there."""
-    own = {start[0]: start[1] for start in starts if not isinstance(start, str)}
-    names = [start if isinstance(start, str) else start[0] for start in starts]
-    if not names or len(set(names)) < len(names):
-        raise LoraInitError(f"starts={names}: expected names, each once.")
-    for name in names:
-        if name not in own:
-            check_start(name)
-        elif name in START_NAMES:
-            raise LoraInitError(f"start {name!r} is one of ours. Give your own another name.")
-        elif not callable(own[name]) and not Path(own[name]).expanduser().is_dir():
-            raise LoraInitError(f"start {name!r}: {own[name]} is no adapter directory.")
-    return names, own
-
-
-def _run_all(bench: Workbench, log: RunDirectory, plan: Plan, variants: Sequence[Variant], progress: Progress) -> None:
+def _run_all(
+    bench: Workbench, log: RunDirectory, plan: Plan, starts: Sequence[str], say: Callable[[str], None], show: bool
+) -> None:
     """Do what is planned and has not ended. Failed runs get one more chance each time this is called."""
     for run in [run for run, record in log.records.items() if record["status"] == "failed"]:
         del log.records[run]
-    with progress:
-        while True:
-            planned = plan.runs(variants, log.records)
-            left = [run for run in planned if run not in log.records]
-            if not left:
-                return
-            progress.begin(left[0].title, len(planned), len(left))
-            record = bench.carry_out(left[0], progress.step)
-            check_fair([*log.records.values(), record])
-            log.add(record)
-            progress.end(record)
+    seconds: list[float] = []
+    while True:
+        planned = plan.runs(starts, log.records)
+        left = [run for run in planned if run not in log.records]
+        if not left:
+            return
+        title = f"run {len(planned) - len(left) + 1}/{len(planned)} {left[0].title}"
+        with tqdm(desc=title, total=bench.training.steps, unit="step", leave=False, disable=not show) as bar:
+            record = bench.carry_out(left[0], bar.update)
+        log.add(record)
+        seconds.append(record["run_seconds"])
+        say(f"{title}: {_ended(record, len(left) - 1, seconds)}")
+
+
+def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float]) -> str:
+    """Say how a run ended, and how long those that are left may take if they are like those that ended."""
+    losses = record["validation_loss"]
+    how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
+    left = f"; {n_left} left, about {n_left * fmean(seconds) / 60:.1f} min" if n_left else ""
+    return f"{record['status']}, {how}, {record['run_seconds']:.0f} s{left}"
 
 
 def model_name(model: str) -> str:
@@ -218,65 +206,3 @@ def circumstances() -> dict[str, Any]:
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "versions": {"lora_init": lora_init.__version__, **versions, "python": platform.python_version()},
     }
-
-
-class Progress:
-    """Follows a comparison: a line for each run that ends, and a bar. Use it as a context manager around the runs.
-
-    Args:
-        steps: Steps of each run.
-        say: Receives the lines.
-        show: Show the bar; by default only on a terminal.
-    """
-
-    def __init__(self, steps: int, say: Callable[[str], None], show: bool | None = None) -> None:
-        self._steps, self._say = steps, say
-        self._show = sys.stderr.isatty() if show is None else show
-        self._bar = tqdm(unit="step", disable=not self._show, dynamic_ncols=True)
-        self._ended: list[float] = []  # seconds of each run
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def begin(self, title: str, planned: int, left: int) -> None:
-        """Say which run begins, how many there are in all and how many are left with it."""
-        self._title, self._left = f"run {planned - left + 1}/{planned} {title}", left
-        self._first = self._bar.n
-        self._bar.set_description(self._title, refresh=False)
-        self._bar.total = self._bar.n + left * self._steps
-        self._bar.refresh()
-
-    def step(self) -> None:
-        """Count a step."""
-        self._bar.update()
-
-    def end(self, record: Mapping[str, Any]) -> None:
-        """Say how a run ended, and how long the others may take."""
-        self._bar.update(self._first + self._steps - self._bar.n)
-        self._ended.append(record["run_seconds"])
-        losses, how = record["validation_loss"], record["error"]
-        if record["status"] == "finished":
-            how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-        line = f"{self._title}: {record['status']}, {how}, {record['run_seconds']:.0f} s"
-        if self._left > 1:
-            expected = (self._left - 1) * sum(self._ended) / len(self._ended)
-            line += f"; {self._left - 1} left, about {duration(expected)}"
-        if self._show:
-            tqdm.write(line, file=sys.stderr)
-        else:
-            self._say(line)
-
-
-def duration(seconds: float) -> str:
-    """Say a time as people do.
-
-    Example:
-        >>> duration(42), duration(600), duration(9000)
-        ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

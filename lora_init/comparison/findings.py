@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from lora_init.comparison.runs import RANDOM, Results
+from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
+from lora_init.comparison.starts import MATCHED_SCALE, split_start
 
 
 def number(value: float | None) -> str:
@@ -47,16 +48,6 @@ def rate_text(rate: float) -> str:
     return f"{float(digits):g}e{int(exponent)}"
 
 
-def seed_list(seeds: Iterable[int]) -> str:
-    """Write seeds with their noun.
-
-    Example:
-        >>> seed_list([1, 0])
-        'seeds 0, 1'
-    """
-    return f"seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(seeds)))}"
-
-
 Outcome = Literal["better", "worse", "no difference shown", "no statement"]
 CONFIDENCE = 0.95
 
@@ -66,7 +57,7 @@ class Verdict:
     """What may be said about one start.
 
     Attributes:
-        label: The start, with how it was run.
+        start: Name of the start.
         outcome: In a word or three. "better" or "worse" only if zero lies outside the interval, and "no statement"
             with fewer than two pairs.
         sentence: In full.
@@ -76,7 +67,7 @@ class Verdict:
         high: Upper end.
     """
 
-    label: str
+    start: str
     outcome: Outcome
     sentence: str
     differences: dict[int, float]
@@ -105,72 +96,53 @@ def interval(differences: Collection[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def paired(results: Results, label: str, column: str = "loss") -> dict[int, float]:
+def paired(table: pd.DataFrame, start: str, column: str = "loss") -> dict[int, float]:
     """Give by how much a start differs from random, each at its best rate, by seed; only seeds that both have."""
-    by_seed = results.by_seed(column)
-    if label not in by_seed.index or RANDOM.label not in by_seed.index:
+    values = by_seed(table, column)
+    if not {start, RANDOM} <= set(values.index):
         return {}
-    difference = (by_seed.loc[label] - by_seed.loc[RANDOM.label]).dropna()
-    return {int(seed): float(value) for seed, value in difference.items()}
+    return {int(seed): float(value) for seed, value in (values.loc[start] - values.loc[RANDOM]).dropna().items()}
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final validation loss against random's with the same seeds."""
-    return [_judge(results, label) for label in results.variants if label != RANDOM.label]
+    best = best_rates(table)
+    return [_judge(start, best, paired(table, start)) for start in table["start"].unique() if start != RANDOM]
 
 
-def _judge(results: Results, label: str) -> Verdict:
-    differences = paired(results, label)
-    mean = math.fsum(differences.values()) / len(differences) if differences else None
+def _judge(start: str, best: Mapping[str, float], differences: dict[int, float]) -> Verdict:
     low, high = interval(differences.values()) or (None, None)
+    mean = math.fsum(differences.values()) / len(differences) if differences else None
     outcome: Outcome = "no statement"
     if low is not None and high is not None:
         outcome = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
-    return Verdict(label, outcome, _sentence(results, label, outcome, mean, low, high), differences, mean, low, high)
-
-
-def _sentence(
-    results: Results, label: str, outcome: Outcome, mean: float | None, low: float | None, high: float | None
-) -> str:
-    best = results.best
-    if label not in best:
-        return f"{label}: no statement possible, since no learning rate has a finished run and no unstable one."
-    if RANDOM.label not in best:
-        return f"{label}: no statement possible, since random has no rate to compare with."
     if mean is None:
-        return f"{label}: no statement possible, since no seed finished both here and with random."
-    where = f"{label} at {rate_text(best[label])}, random at {rate_text(best[RANDOM.label])}"
+        why = "no seed finished both here and with random"
+        for one in (RANDOM, start):
+            why = why if one in best else f"{one} has no rate with a finished run and no unstable one"
+        sentence = f"{start}: no statement possible, since {why}."
+        return Verdict(start, outcome, sentence, differences, mean, low, high)
+    where = f"{start} at {rate_text(best[start])}, random at {rate_text(best[RANDOM])}"
     apart = f"its final validation loss is {number(abs(mean))} {'lower' if mean < 0 else 'higher'} than random's"
+    about = f"{apart} on average, with {len(differences)} runs of each (95 % interval {signed(low)} to {signed(high)}; "
     if outcome == "no statement":
-        return (
-            f"{label}: no statement possible with 1 run; {apart} with the same seed ({where}). How much of that is "
-            "chance, only more seeds can tell."
-        )
-    n = len(paired(results, label))
-    about = f"{apart} on average, with {n} runs of each (95 % interval {signed(low)} to {signed(high)}; {where})."
-    return f"{label}: no difference shown; {about}" if outcome.startswith("no") else f"{label} is {outcome}; {about}"
+        said = f"no statement possible with 1 run; {apart} with the same seed ({where}). Only more seeds can tell"
+        sentence = f"{start}: {said} how much of that is chance."
+    elif outcome == "no difference shown":
+        sentence = f"{start}: {outcome}; {about}{where})."
+    else:
+        sentence = f"{start} is {outcome}; {about}{where})."
+    return Verdict(start, outcome, sentence, differences, mean, low, high)
 
 
-# The rates that people use without a sweep.
-UNTUNED = (1e-4, 3e-4)
-# Parameter counts that differ by less than this share count as equal: whole ranks can't always meet a number.
-_EQUAL_PARAMETERS = 0.01
-_NAMED = 6
+_EQUAL_PARAMETERS = 0.01  # a share: whole ranks can't always meet a number
 
 
-def notes(results: Results, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> list[str]:
+def notes(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> list[str]:
     """Say what a reader must know beside the verdicts in whole sentences, the most serious first."""
-    if results.frame.empty:
+    if table.empty:
         return ["No run has ended yet, so there is nothing to compare."]
-    return [
-        *_missing(results, settings),
-        *_unstable(results),
-        *_failed(results),
-        *_sweeps(results),
-        *_sizes(results),
-        *_untuned(results),
-        *_chance(results, judged),
-    ]
+    return [*_missing(table, settings), *_lost(table), *_sweeps(table), *_sizes(table), *_chance(table, judged)]
 
 
 def start_names(settings: Mapping[str, Any]) -> list[str]:
@@ -178,117 +150,72 @@ def start_names(settings: Mapping[str, Any]) -> list[str]:
     return [start if isinstance(start, str) else str(start[0]) for start in settings.get("starts") or []]
 
 
-def _missing(results: Results, settings: Mapping[str, Any]) -> list[str]:
+def _seeds(seeds: Iterable[int]) -> str:
+    return f"seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(seeds)))}"
+
+
+def _missing(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     said = []
-    if RANDOM.label not in results.best:
+    if RANDOM not in best_rates(table):
         said.append(
             "Every start is compared with random, and random has no learning rate with a finished run and no unstable "
             "one. Add random to --starts, or lower rates."
         )
-    ran = {variant.start for variant in results.variants.values()}
-    absent = [start for start in start_names(settings) if start not in ran and start != RANDOM.start]
+    absent = [start for start in start_names(settings) if start not in {RANDOM, *table["start"]}]
     if absent:
         said.append(f"Not run yet: {', '.join(absent)}.")
-    for label, own in results.at_best.groupby("label", sort=False):
+    for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = set(settings.get("seeds") or []) - set(own["seed"])
         if seeds:
-            said.append(f"{label}: no finished run with {seed_list(seeds)} at its best rate.")
+            said.append(f"{start}: no finished run with {_seeds(seeds)} at its best rate.")
     return said
 
 
-def _unstable(results: Results) -> list[str]:
-    unstable = results.frame[results.frame["status"] == "unstable"]
+def _lost(table: pd.DataFrame) -> list[str]:
+    """Name the runs that came to nothing, and why."""
     said = []
-    for (label, rate), runs in unstable.groupby(["label", "learning_rate"], sort=False):
-        own = results.frame[(results.frame["label"] == label) & (results.frame["learning_rate"] < rate)]
-        lower = own["learning_rate"].max()
-        ends = own[own["learning_rate"] == lower]["loss"]
-        next_lower = "No lower rate was tried." if own.empty else f"The next lower rate, {rate_text(lower)}, "
-        if not own.empty:
-            known = ends.notna().any()
-            next_lower += f"ends at {number(ends.mean())}." if known else "has no finished run."
-        said.append(
-            f"{label} is unstable at {rate_text(rate)} ({seed_list(runs['seed'])}: {_why(runs)}), so this rate is not "
-            f"averaged. {next_lower}"
-        )
-    return said
-
-
-def _why(runs: pd.DataFrame) -> str:
-    """Give the reasons of runs that came to nothing, each once."""
-    said = [" ".join(str(error or "no finite loss").split()).rstrip(".") for error in runs["error"]]
-    return "; ".join(dict.fromkeys(said))
-
-
-def _failed(results: Results) -> list[str]:
-    failed = results.frame[results.frame["status"] == "failed"]
-    said = []
+    unstable = table[table["status"] == "unstable"]
+    for (start, rate), runs in unstable.groupby(["start", "learning_rate"], sort=False):
+        why = "; ".join(dict.fromkeys(str(error or "no finite loss").rstrip(".") for error in runs["error"]))
+        where = f"{rate_text(rate)} ({_seeds(runs['seed'])}: {why})"
+        said.append(f"{start} is unstable at {where}, so this rate is not averaged.")
+    failed = table[table["status"] == "failed"]
     for reason, runs in failed.groupby(failed["error"].fillna("no reason given"), sort=False):
-        names = [f"{r.label} at {rate_text(r.learning_rate)} with seed {r.seed}" for r in runs.itertuples()]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        said.append(f"{len(names)} failed ({reason.rstrip('.')}): {'; '.join(names[:_NAMED])}{more}.")
+        names = ", ".join(runs["start"].unique())
+        said.append(f"{len(runs)} runs failed ({reason.rstrip('.')}): {names}.")
     return said
 
 
-def _sweeps(results: Results) -> list[str]:
+def _sweeps(table: pd.DataFrame) -> list[str]:
     """Say where a better rate may lie outside those that were tried."""
     sides: dict[str, list[str]] = {"one": [], "lowest": [], "highest": []}
-    tried = results.frame[results.frame["status"] != "failed"].groupby("label")["learning_rate"].unique()
-    for label, best in results.best.items():
-        rates = sorted(tried[label])
+    tried = table[table["status"] != "failed"].groupby("start")["learning_rate"].unique()
+    for start, best in best_rates(table).items():
+        rates = sorted(tried[start])
         if len(rates) == 1:
-            sides["one"].append(label)
+            sides["one"].append(start)
         elif best in (rates[0], rates[-1]):
-            sides["lowest" if best == rates[0] else "highest"].append(label)
-    said = [f"Run at one learning rate only, so not known to be tuned: {'; '.join(sides['one'])}."] * bool(sides["one"])
-    for side, where in (("lowest", "lower"), ("highest", "higher")):
-        if sides[side]:
-            names = "; ".join(sides[side])
-            said.append(f"The best rate is the {side} that was tried, so a {where} one may be better: {names}.")
-    return said
+            sides["lowest" if best == rates[0] else "highest"].append(start)
+    said = {
+        "one": "Run at one learning rate only, so not known to be tuned",
+        "lowest": "The best rate is the lowest that was tried, so a lower one may be better",
+        "highest": "The best rate is the highest that was tried, so a higher one may be better",
+    }
+    return [f"{said[side]}: {'; '.join(starts)}." for side, starts in sides.items() if starts]
 
 
-def _sizes(results: Results) -> list[str]:
-    sizes = results.frame.groupby("label", sort=False)["trainable_parameters"].first()
-    theirs = sizes.get(RANDOM.label, math.nan)
+def _sizes(table: pd.DataFrame) -> list[str]:
+    sizes = table.groupby("start", sort=False)["trainable_parameters"].first()
+    theirs = sizes.get(RANDOM, math.nan)
     said = []
-    for label, ours in sizes.items():
-        variant = results.variants[label]
-        if variant.matched_scale or not abs(ours / theirs - 1) > _EQUAL_PARAMETERS:
-            continue
-        twin = any(v.equal_parameters and v.start == variant.start for v in results.variants.values())
-        also = f"it was {'also' if twin else 'not'} run with equal parameters"
-        if variant.equal_parameters:
-            also = "whole ranks come no closer"
-        apart = f"{abs(ours / theirs - 1):.1%} {'fewer' if ours < theirs else 'more'} than random"
-        said.append(f"{label} trains {ours:,.0f} parameters, {apart}; {also}.")
+    for start, ours in sizes.items():
+        if MATCHED_SCALE not in split_start(str(start))[1] and abs(ours / theirs - 1) > _EQUAL_PARAMETERS:
+            apart = f"{abs(ours / theirs - 1):.1%} {'fewer' if ours < theirs else 'more'} than random"
+            said.append(f"{start} trains {ours:,.0f} parameters, {apart}.")
     return said
 
 
-def _untuned(results: Results) -> list[str]:
-    """Say what is lost without a sweep."""
-    if RANDOM.label not in results.best:
-        return []
-    lost = results.means.unstack() - results.means.min()
-    seeds = f" ({seed_list(results.shared_seeds)})" if results.shared_seeds else ""
-    said = []
-    for rate in UNTUNED:
-        at = lost[rate].dropna() if rate in lost else pd.Series(dtype=float)
-        if len(at) > 1 and RANDOM.label in at:
-            least = at.idxmin()
-            closest = f"closest is {least}, {number(at[least])} above"
-            closest = "no start ends closer" if least == RANDOM.label else closest
-            said.append(
-                f"Untuned, at {rate_text(rate)}, random ends {number(at[RANDOM.label])} above the best of all starts "
-                f"and rates; {closest}{seeds}."
-            )
-    if not set(UNTUNED) & set(results.rates):
-        rates = " and ".join(map(rate_text, UNTUNED))
-        said.append(f"What is lost without a sweep is not known: {rates}, which people use untuned, were not tried.")
-    return said
-
-
-def _chance(results: Results, judged: Sequence[Verdict]) -> list[str]:
+def _chance(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     said = []
     compared = sum(verdict.low is not None for verdict in judged)
     if compared > 1:
@@ -296,7 +223,7 @@ def _chance(results: Results, judged: Sequence[Verdict]) -> list[str]:
             f"{compared} comparisons were made. With intervals of 95 %, one in twenty starts that make no difference "
             "would be called better or worse by chance."
         )
-    if results.frame.groupby("label")["learning_rate"].nunique().gt(1).any():
+    if table.groupby("start")["learning_rate"].nunique().gt(1).any():
         said.append(
             "Each start's learning rate was picked on the validation loss that is reported here, for all starts alike, "
             "so these losses are a little lower than new data would give."
@@ -313,14 +240,14 @@ class Summary:
         headline: The verdicts in one sentence, and how many runs ended how.
         verdicts: One for each start other than random, in order.
         notes: What a reader must know beside them.
-        results: The runs themselves.
+        table: The runs themselves, see `run_table`.
     """
 
     title: str
     headline: str
     verdicts: list[Verdict]
     notes: list[str]
-    results: Results
+    table: pd.DataFrame
 
 
 def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) -> Summary:
@@ -330,16 +257,13 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         records: Content of the files of the runs.
         settings: Content of `settings.json`.
     """
-    results = Results.of(records, start_names(settings))
+    table = run_table(records, start_names(settings))
+    judged = verdicts(table)
+    ended = ", ".join(f"{n} {status}" for status, n in table["status"].value_counts().items())
+    headline = f"Runs: {ended or 'none yet'}."
+    if judged:
+        outcomes = pd.Series([verdict.outcome for verdict in judged], dtype=object).value_counts(sort=False)
+        parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+        headline = f"{len(judged)} compared with random: {parts}. {headline}"
     title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
-    judged = verdicts(results)
-    return Summary(title, _headline(judged, results), judged, notes(results, judged, settings), results)
-
-
-def _headline(judged: Sequence[Verdict], results: Results) -> str:
-    outcomes = pd.Series([verdict.outcome for verdict in judged], dtype=object).value_counts(sort=False)
-    ended = results.frame["status"].value_counts()
-    how = ", ".join(f"{n} {status}" for status, n in ended.items())
-    runs = f"Runs: {how or 'none yet'}."
-    parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
-    return f"{len(judged)} compared with random: {parts}. {runs}" if judged else runs
+    return Summary(title, headline, judged, notes(table, judged, settings), table)

@@ -13,9 +13,8 @@ import pandas as pd
 
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.plots import pictures
-from lora_init.comparison.runs import read_runs, read_settings
+from lora_init.comparison.runs import best_rates, by_seed, read_runs, read_settings
 from lora_init.comparison.tables import run_tables
-from lora_init.errors import LoraInitError
 from lora_init.files import write_whole
 
 
@@ -26,20 +25,19 @@ def write_report(directory: str | Path) -> list[Path]:
         The files.
 
     Raises:
-        LoraInitError: settings.json is missing or damaged, or a file can't be written.
+        LoraInitError: settings.json is missing or damaged.
+        OSError: A file can't be written.
     """
     directory = Path(directory).expanduser()
     settings = read_settings(directory)
     summary = summarise(read_runs(directory), settings)
     drawn = pictures(summary)
-    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": _flat(settings)}
+    rows = _settings_table(settings)
+    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": rows}
     files = {f"{name}.png": png for name, png in drawn.items()}
     files |= {name: _fill(name, content).encode() for name in ("report.md", "report.html")}
-    try:
-        for name, data in files.items():
-            write_whole(directory / name, data)
-    except OSError as error:
-        raise LoraInitError(f"{directory}: the report can't be written: {error.strerror or error}.") from error
+    for name, data in files.items():
+        write_whole(directory / name, data)
     return [directory / name for name in files]
 
 
@@ -55,17 +53,17 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     settings = read_settings(path)
     summary = summarise(read_runs(path), settings)
-    results = summary.results
-    losses = results.by_seed().mean(axis=1)
+    table = summary.table
+    best, losses = best_rates(table), by_seed(table).mean(axis=1)
     return {
         "what": "comparison",
         "path": str(path),
         "settings": settings,
-        "runs": {status: int(n) for status, n in results.frame["status"].value_counts().items()},
+        "runs": {status: int(n) for status, n in table["status"].value_counts().items()},
         "headline": summary.headline,
         "starts": {
-            label: {"learning_rate": results.best.get(label), "loss": float(losses[label]) if label in losses else None}
-            for label in results.variants
+            start: {"learning_rate": best.get(start), "loss": float(losses[start]) if start in losses else None}
+            for start in table["start"].unique()
         },
         "verdicts": [asdict(verdict) for verdict in summary.verdicts],
         "notes": summary.notes,
@@ -91,8 +89,6 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#$~])", r"\\\1", " ".join(text.split()))
 
 
-def _flat(settings: dict[str, Any]) -> pd.DataFrame:
-    """Write nested settings as rows of name and value."""
-    flat = pd.json_normalize(settings).iloc[0]
-    rows = [(name, value if isinstance(value, str) else json.dumps(value, default=str)) for name, value in flat.items()]
+def _settings_table(settings: dict[str, Any]) -> pd.DataFrame:
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
     return pd.DataFrame(rows, columns=["setting", "value"])

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
 import difflib
-import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.build import build_adapter
-from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, layer_generator, random
+from lora_init.adapters.build import build_adapter, rank_with_frozen_a
+from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, kaiming, layer_generator
 from lora_init.adapters.peft_model import (
     adapter_layers,
     check_model,
@@ -32,7 +27,7 @@ from lora_init.adapters.peft_model import (
     remember,
 )
 from lora_init.adapters.step_size import find_step_size
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.policies import GRADIENT_POLICIES
@@ -42,8 +37,7 @@ from lora_init.statistics.statistics import Provenance, Statistics
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-StartFunction: TypeAlias = "Callable[[nn.Module, int], PeftModel]"
-OwnStart: TypeAlias = "tuple[str, str | Path | StartFunction]"
+OwnStart: TypeAlias = "tuple[str, str | Path | Callable[[nn.Module, int], PeftModel]]"
 
 
 @dataclass(frozen=True)
@@ -67,22 +61,6 @@ def _no_data(*_: object) -> NoReturn:
     raise LoraInitError("this start learns from data, and there is none.")
 
 
-@dataclass(frozen=True)
-class StartData:
-    """What a start may ask for beside the model.
-
-    Attributes:
-        statistics: Called with whether they are centred and whether they have gradients; for the rank with rho = 2.
-        batches: Data for `corda`, which reads some by itself. May be any iterable.
-        loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
-            take the size of their step by it, see `find_step_size`.
-    """
-
-    statistics: Callable[[bool, bool], Statistics] = _no_data
-    batches: Iterable[Any] = ()
-    loss_of: Callable[[nn.Module], float] = _no_data
-
-
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A start on a model, as `prepare` returns it.
@@ -90,14 +68,12 @@ class Prepared:
     Attributes:
         peft_model: The model with the adapter. The plain model inside it is the one that was given.
         seconds: Time that it took, without that for statistics.
-        passes: Forward passes of data that it took, without those for statistics.
         gamma: What B A was divided by, where B is not zero and the start is ours.
         release: Puts the plain model back, bit for bit; `peft_model` is of no use afterwards.
     """
 
     peft_model: PeftModel
     seconds: float
-    passes: int
     gamma: float | None
     release: Callable[[], None] = field(repr=False)
 
@@ -121,13 +97,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A start made from statistics: method, rho and policy of the ranks, whether centred, whether A stays as it is."""
+    """A start that `build_adapter` makes: method, rho and policy of the ranks, the statistics, whether A is frozen."""
 
     method: str = "eva"
     rho: float = 2.0
     center: bool = True
     frozen_a: bool = False
     policy: str = "eva"
+    data: bool = True
 
     @property
     def gradients(self) -> bool:
@@ -136,8 +113,8 @@ class _Recipe:
 
 
 PEFT_STARTS = ("pissa", "olora", "corda", "loftq")
-_WITHOUT_DATA = ("random", "gaussian", "orthogonal")
-_FROM_DATA = {
+_RECIPES = {
+    **{name: _Recipe(method=name, data=False) for name in ("random", "gaussian", "orthogonal")},
     "eva": _Recipe(),
     "eva-rho1": _Recipe(rho=1.0),
     "eva-uncentred": _Recipe(center=False),
@@ -150,7 +127,40 @@ _FROM_DATA = {
 }
 # Starts that change the base weights, which have to be put back.
 _CHANGES_BASE = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
-START_NAMES: tuple[str, ...] = (*_WITHOUT_DATA, *_FROM_DATA, *PEFT_STARTS)
+# Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
+_MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
+# Starts whose A has the size of the random one already, or another on purpose: nothing to match.
+_SAME_SIZE = ("random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks")
+# Of these A is a part of a change to the base weights, or of a step whose size is that of the product of A and B.
+_IN_A_PRODUCT = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.gamma))
+START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS)
+EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
+
+
+def split_start(name: str) -> tuple[str, set[str]]:
+    """Tell a start from how it is run.
+
+    Example:
+        >>> split_start("eva+matched-scale"), split_start("mine+yours")
+        (('eva', {'matched-scale'}), ('mine+yours', set()))
+    """
+    start, _, how = name.rpartition("+")
+    return (start, {how}) if how in (EQUAL_PARAMETERS, MATCHED_SCALE) else (name, set())
+
+
+def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
+    """Tell whether a start trains another number of parameters than `random`, so that it is run with as many, too.
+
+    Args:
+        start: Its name.
+        ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
+    """
+    return start in _MOVES_RANKS and (_RECIPES[start].frozen_a or not ranks_cost_the_same)
+
+
+def differs_in_scale(start: str) -> bool:
+    """Tell whether a start may be run with its A scaled to the size of the random one."""
+    return start not in (*_SAME_SIZE, *_IN_A_PRODUCT) and not split_start(start)[1]
 
 
 def check_start(start: str | OwnStart) -> None:
@@ -160,10 +170,12 @@ def check_start(start: str | OwnStart) -> None:
         LoraInitError: It does not. The closest name is suggested.
     """
     if isinstance(start, tuple):
-        name = start[0] if len(start) == 2 else None
-        if not isinstance(name, str) or not name or name in START_NAMES:
+        name, source = start if len(start) == 2 else ("", None)
+        if not isinstance(name, str) or not name or split_start(name)[0] in START_NAMES:
             raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
-    elif start not in START_NAMES:
+        if not callable(source) and not Path(str(source)).expanduser().is_dir():
+            raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
+    elif split_start(start)[0] not in START_NAMES:
         close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
         raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
 
@@ -173,89 +185,68 @@ def prepare(
     model: nn.Module,
     shape: AdapterShape,
     seed: int,
-    data: StartData | None = None,
-    *,
-    matched_scale: bool = False,
-    equal_parameters: bool = False,
+    statistics: Callable[[bool, bool], Statistics] = _no_data,
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    loss_of: Callable[[nn.Module], float] = _no_data,
 ) -> Prepared:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
-    Starts, with B = 0 in all of these:
+    `docs/comparing-starts.md` says what each start is. B = 0 and the model's output is as before, but for these:
 
-    - `random`, `gaussian` (PEFT's two), `orthogonal`: rank `rank` everywhere, no data;
-    - `eva`: principal directions, ranks moved between layers with rho = 2; `eva-rho1`: rank `rank` everywhere;
-      `eva-uncentred`, `eva-rho1-uncentred`: the second moment in place of the variance;
-    - `random-scaled`: the A of `random`, in each layer as large as makes E |A x|^2 that of `eva-rho1`, which tells the
-      size of A x from its directions;
-    - `eva-ranks`: the ranks of `eva` with the A of `random`, which tells redistribution from directions;
-    - `eva-frozen-a`: `eva`, but only B is trained, so it has fewer trainable parameters than the others;
-    - `eva-grad`, `grad-a`, `natural-gradient`, `natural-gradient-scaled`: A from the gradient, rank `rank` everywhere,
-      see `gradient_starts`;
-    - `gradient-ranks`: ranks by the policy `gradient` with the A of `random`.
+    - `lora-ga`, `lora-one` and `natural-gradient-step` start with B other than 0; the first changes base weights to
+      make up for it, the model's output with the others is another one.
+    - PEFT's `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775) and `corda` (arXiv 2406.05223,
+      instruction-previewed mode) take a part of each weight into A and B and leave the rest in the base, so the output
+      changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
+      of the error: its output is near that of the plain model, not equal.
 
-    `lora-ga`, `lora-one` and `natural-gradient-step` start with B other than 0; the first changes base weights to make
-    up for it, the model's output with the others is another one.
-
-    PEFT's `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775) and `corda` (arXiv 2406.05223, instruction-previewed
-    mode) take a part of each weight into A and B and leave the rest in the base, so the output changes by rounding
-    only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part of the error: its
-    output is near that of the plain model, not equal.
+    `NAME+matched-scale` scales A of each layer as `match_scale` says. `NAME+equal-parameters` gives a start from data
+    as many trainable parameters as `random` has, as nearly as whole ranks of at most 2 x `rank` allow, and never more;
+    with a frozen A the ranks are then equal.
 
     Args:
-        start: One of `START_NAMES`; or a pair of a name of one's own and its source: an adapter directory, the same for
-            every seed, or a function of the plain model and the seed that returns the PeftModel around that model. It
-            may change the weights.
+        start: A name; or a pair of a name of one's own and its source: an adapter directory, the same for every seed,
+            or a function of the plain model and the seed that returns the PeftModel around that model. It may change
+            the weights.
         model: The plain model.
         shape: Layers, rank and scaling.
         seed: The same seed gives the same adapter.
-        data: What the start may learn from; None for starts that learn from nothing.
-        matched_scale: Scale A of each layer as `match_scale` says.
-        equal_parameters: Give starts that move ranks as many trainable parameters as `random` has, as nearly as whole
-            ranks of at most 2 x `rank` allow, and never more.
+        statistics: Called by starts from data with whether the statistics are centred and whether they have gradients;
+            for the rank with rho = 2.
+        batches: Tokens with their mask for `corda`, which reads some by itself.
+        loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
+            take the size of their step by it, see `find_step_size`.
 
     Raises:
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
     """
     check_start(start)
-    data = data or StartData()
-    name = start if isinstance(start, str) else start[0]
-    if equal_parameters and not isinstance(start, str):
-        raise LoraInitError(f"start {name!r} has ranks of its own; equal parameters are for {', '.join(_FROM_DATA)}.")
+    name, how = split_start(start if isinstance(start, str) else start[0])
+    recipe = _RECIPES.get(name)
+    if EQUAL_PARAMETERS in how and not (recipe and recipe.data):
+        raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
     restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
-    recipe = _FROM_DATA.get(name)
-    passes, gamma = 0, None
+    gamma = None
     try:
-        stats = data.statistics(recipe.center, recipe.gradients) if recipe else None
+        stats = statistics(recipe.center, recipe.gradients) if recipe and recipe.data else _blank(model, shape)
         began = time.perf_counter()
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             if not isinstance(start, str):
                 peft_model = _apply_own(name, start[1], model, seed)
-            elif recipe and stats is not None:
-                plan = _ranks(stats, recipe, shape.rank, equal_parameters)
-                build = partial(build_adapter, stats, plan, recipe.method, lora_alpha=shape.lora_alpha, seed=seed)
-                stepped = changes_output(recipe.method)
-                init = find_step_size(model, lambda g: build(gamma=g), data.loss_of) if stepped else build()
+            elif recipe:
+                init = _build(stats, recipe, model, shape, seed, loss_of, EQUAL_PARAMETERS in how)
                 peft_model, gamma = init.apply(model), init.gamma
-                if recipe.frozen_a:
-                    for a in a_weights(peft_model).values():
-                        a.requires_grad_(False)
-            elif name in PEFT_STARTS:
-                peft_model, passes = _apply_peft(name, model, _plain(model, "random", shape, seed), data.batches)
             else:
-                peft_model = _plain(model, name, shape, seed).apply(model)
-            if matched_scale:
+                init = build_adapter(stats, shape.rank, "random", lora_alpha=shape.lora_alpha)
+                peft_model = _apply_peft(name, model, init, batches)
+            if MATCHED_SCALE in how:
                 match_scale(peft_model, seed)
     except BaseException:
         restore()
         raise
-    return Prepared(peft_model, time.perf_counter() - began, passes, gamma, restore)
-
-
-def blank_spectrum(width: int) -> Spectrum:
-    """Make the spectrum of a layer of which nothing is known but the width of its input."""
-    return Spectrum(torch.empty(0, width), torch.empty(0, dtype=torch.float64), 0.0, torch.zeros(width), 0)
+    return Prepared(peft_model, time.perf_counter() - began, gamma, restore)
 
 
 def a_weights(peft_model: PeftModel) -> dict[str, Tensor]:
@@ -279,7 +270,7 @@ def match_scale(peft_model: PeftModel, seed: int) -> None:
     """
     layers = adapter_layers(peft_model)
     for name, a in a_weights(peft_model).items():
-        reference = random(blank_spectrum(a.shape[1]), len(a), layer_generator(seed, name))
+        reference = kaiming(len(a), a.shape[1], layer_generator(seed, name))
         norm = float(a.double().norm())
         if norm > 0.0:
             factor = float(reference.double().norm()) / norm
@@ -287,62 +278,57 @@ def match_scale(peft_model: PeftModel, seed: int) -> None:
             next(iter(layers[name].lora_B.values())).weight.div_(factor)
 
 
-def _plain(model: nn.Module, method: str, shape: AdapterShape, seed: int) -> AdapterInit:
-    """Build an adapter that needs no data, from statistics that know nothing but the layers' widths."""
-    modules = shape.target_modules
+def _blank(model: nn.Module, shape: AdapterShape) -> Statistics:
+    """Make statistics that know nothing but the layers' widths, for starts that need no data."""
+    modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
     targets = find_targets(model, modules, task_type=shape.task_type)
-    made_for = Provenance(
-        model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
-        model_class=type(model).__name__,
-        fingerprint="",
-        target_modules=modules if isinstance(modules, str) else sorted(modules),
-        task_type=shape.task_type,
-        rank=shape.rank,
-    )
-    stats = Statistics(
-        groups={name: blank_spectrum(target.in_features) for name, target in targets.layers.items()},
+    made_for = Provenance("", type(model).__name__, "", modules, task_type=shape.task_type, rank=shape.rank)
+    none = torch.empty(0, dtype=torch.float64)
+    return Statistics(
+        groups={
+            name: Spectrum(torch.empty(0, target.in_features), none, 0.0, torch.zeros(target.in_features), 0)
+            for name, target in targets.layers.items()
+        },
         group_of={name: name for name in targets.layers},
         targets=targets.layers,
         unsupported=targets.unsupported,
         provenance=made_for,
     )
-    return build_adapter(stats, shape.rank, method, lora_alpha=shape.lora_alpha, seed=seed)
 
 
-def _ranks(stats: Statistics, recipe: _Recipe, rank: int, equal_parameters: bool) -> RankAllocation:
-    if not equal_parameters:
-        return allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
-    budget = sum(target.parameters(rank) for name, target in stats.targets.items() if name in stats)
-    if recipe.frozen_a:
-        plan = _ranks_for_b_alone(stats, recipe.rho, rank, budget)
-    else:
-        plan = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
-    return replace(plan, rank=rank)  # keeps the scaling lora_alpha / rank
-
-
-def _ranks_for_b_alone(stats: Statistics, rho: float, rank: int, budget: int) -> RankAllocation:
-    """Allocate as many ranks as B alone has budget for, at most round(rho * rank) in a layer."""
-    cap = round(rho * rank)
-    most = sum(min(cap, len(stats.explained_variance(name))) for name in stats)
-
-    def plan(total: int) -> RankAllocation:
-        return allocate_ranks(stats, total_rank=total, rho=float(cap * len(stats)), max_rank=cap)
-
-    def cost(total: int) -> int:
-        return sum(layer_rank * stats.targets[name].out_features for name, layer_rank in plan(total).items())
-
-    # With one more place a plan keeps the others, so the cost rises with the total.
-    return plan(max(1, bisect.bisect_right(range(1, most + 1), budget, key=cost)))
+def _build(
+    stats: Statistics,
+    recipe: _Recipe,
+    model: nn.Module,
+    shape: AdapterShape,
+    seed: int,
+    loss_of: Callable[[nn.Module], float],
+    equal: bool,
+) -> AdapterInit:
+    """Build an adapter from statistics; a start that steps takes the size that lowers the loss most."""
+    rank, targets = shape.rank, [stats.targets[name] for name in stats]
+    ranks: RankAllocation | int = rank
+    if recipe.data and equal and recipe.frozen_a:
+        ranks = allocate_ranks(stats, rank=min(2 * rank, rank_with_frozen_a(targets, rank)), rho=1.0)
+    elif recipe.data and equal:
+        budget = sum(target.parameters(rank) for target in targets)
+        ranks = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
+    elif recipe.data:
+        ranks = allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
+    if isinstance(ranks, RankAllocation):
+        ranks = replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
+    build = partial(
+        build_adapter, stats, ranks, recipe.method, lora_alpha=shape.lora_alpha, seed=seed, freeze_a=recipe.frozen_a
+    )
+    if changes_output(recipe.method):
+        return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
+    return build()
 
 
 def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel:
     """Put the user's adapter on the model: from a directory, or by a function that may raise what it likes."""
     from peft import PeftModel
 
-    if not callable(source) and not isinstance(source, (str, Path)):
-        raise LoraInitError(
-            f"start {name!r} is a {type(source).__name__}. Give an adapter directory, or a function of model and seed."
-        )
     try:
         if not callable(source):
             return load_adapter(model, source, trainable=True)
@@ -361,55 +347,22 @@ def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel
     return peft_model
 
 
-# Batches that CorDA sees: as many as `collect` does at most.
-_MAX_BATCHES = 64
-
-
-def _apply_peft(start: str, model: nn.Module, shape: AdapterInit, batches: Iterable[Any]) -> tuple[PeftModel, int]:
-    """Let PEFT start the adapter, which changes the model's weights, and count the batches that it took.
+def _apply_peft(start: str, model: nn.Module, shape: AdapterInit, batches: Iterable[Mapping[str, Tensor]]) -> PeftModel:
+    """Let PEFT start the adapter, which changes the model's weights.
 
     Raises:
-        LoraInitError: The start does not apply: a quantised base, layers of another kind, a layer narrower than the
-            rank, a package or a device that is missing, or what PEFT says.
+        LoraInitError: The start does not apply: layers that PEFT would start otherwise without a word, a package or a
+            device that is missing, or what PEFT says.
     """
     from peft import get_peft_model
 
     check_model(model, shape, "default")
-    _check_applies(start, model, shape)
-    config = shape.to_peft_config()
-    config.base_model_name_or_path = None
-    config.target_modules = exact_pattern(shape.targets)
-    config.init_lora_weights = start  # type: ignore[assignment]
-    passes = 0
-    try:
-        with warnings.catch_warnings():
-            # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            if start == "corda":
-                passes = _preprocess_corda(model, config, shape, batches)
-            if start == "loftq":
-                config.loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
-            peft_model = get_peft_model(model, config)
-    except LoraInitError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise LoraInitError(f"start {start!r} does not apply here, PEFT says: {first_line(error)}") from error
-    match_modes(peft_model)
-    return peft_model, passes
-
-
-def _check_applies(start: str, model: nn.Module, shape: AdapterInit) -> None:
-    if shape.unsupported:
-        name, kind = next(iter(shape.unsupported.items()))
-        raise LoraInitError(
-            f"start {start!r} is for linear layers, and {name!r} is a {kind}. Leave it out of the targets."
-        )
+    for name, kind in shape.unsupported.items():
+        raise LoraInitError(f"start {start!r} is for linear layers, {name!r} is a {kind}. Leave it out of the targets.")
     for name, target in shape.targets.items():
         weight: Any = model.get_submodule(name).weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise LoraInitError(
-                f"start {start!r} takes the plain weights apart, and {name!r} is quantised. Load the model in float."
-            )
+            raise LoraInitError(f"start {start!r} takes weights apart, {name!r} is quantised. Load the model in float.")
         if target.kind == "Conv1D" and start in ("olora", "loftq"):
             raise LoraInitError(f"start {start!r}: PEFT computes it for nn.Linear only, and {name!r} is a Conv1D.")
         narrow = min(target.in_features, target.out_features)
@@ -417,67 +370,57 @@ def _check_applies(start: str, model: nn.Module, shape: AdapterInit) -> None:
             raise LoraInitError(
                 f"start {start!r}: layer {name!r} has {narrow} singular vectors, and rank {shape.rank} asks for more."
             )
-    for needy, module, package in (("corda", "attr", "attrs"), ("loftq", "bitsandbytes", "bitsandbytes")):
-        if start == needy and importlib.util.find_spec(module) is None:
-            raise LoraInitError(f"start {start!r} needs the package {package}, which is not installed.")
-    if start == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
-        raise LoraInitError("start 'loftq' needs a GPU: PEFT rounds the weights to 4 bits there, and there is none.")
+    config = shape.to_peft_config()
+    config.base_model_name_or_path = None
+    config.target_modules = exact_pattern(shape.targets)
+    config.init_lora_weights = start  # type: ignore[assignment]
+    config.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} if start == "loftq" else {}
+    try:
+        with warnings.catch_warnings():
+            # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            if start == "corda":
+                _preprocess_corda(model, config, shape, batches)
+            peft_model = get_peft_model(model, config)
+    except Exception as error:
+        if isinstance(error, LoraInitError) or is_out_of_memory(error):
+            raise
+        raise LoraInitError(f"start {start!r} does not apply here, PEFT says: {first_line(error)}") from error
+    match_modes(peft_model)
+    return peft_model
 
 
-def _preprocess_corda(model: nn.Module, config: LoraConfig, shape: AdapterInit, batches: Iterable[Any]) -> int:
+def _preprocess_corda(
+    model: nn.Module, config: LoraConfig, shape: AdapterInit, batches: Iterable[Mapping[str, Tensor]]
+) -> None:
+    """Let PEFT's CorDA read batches. It takes one sequence at a time and knows no mask."""
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
     config.corda_config = CordaConfig(corda_method="ipm")
-    passes = 0
+    batches = list(batches)
+    if not batches:
+        raise LoraInitError("start 'corda' reads data, and there is no batch.")
 
     def run_model() -> None:
-        nonlocal passes
-        device = next(model.parameters()).device
-        for batch in islice(batches, _MAX_BATCHES):
-            for example in _examples(batch):
-                model(**send_to_device(example, device))
-            passes += 1
-        if not passes:
-            raise LoraInitError("start 'corda' reads data, and there is no batch.")
+        for batch in batches:
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                kept = ids[mask.bool()][None]
+                model(input_ids=kept, attention_mask=torch.ones_like(kept))
 
-    modes = [(module, module.training) for module in model.modules()]
-    with _with_a_token_axis([model.get_submodule(name) for name in shape.targets]):
-        preprocess_corda(model, config, run_model)
-    for module, training in modes:
-        module.training = training
-    return passes
-
-
-def _examples(batch: Any) -> Iterator[dict[str, Tensor]]:
-    """Cut a batch into its examples without padding: PEFT's CorDA takes one sequence at a time and knows no mask."""
-    if not isinstance(batch, Mapping):
-        raise LoraInitError(
-            f"start 'corda' needs batches that are mappings of tensors, and this is a {type(batch).__name__}."
-        )
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    mask = tensors.get("attention_mask")
-    for row in range(max(map(len, tensors.values()), default=0)):
-        example = {key: value[row : row + 1] for key, value in tensors.items()}
-        if mask is not None:
-            kept = mask[row].bool()
-            example = {key: v[:, kept] if tensors[key].shape == mask.shape else v for key, v in example.items()}
-        yield example
-
-
-@contextmanager
-def _with_a_token_axis(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Show a layer that reads one row [1, d] per sequence, as BERT's pooler does, to CorDA's hook as [1, 1, d].
-
-    The hook drops the first axis, and would take a row for a single number otherwise. All other axes stay as they are:
-    what follows such a layer works on the last axis alone.
-    """
+    # CorDA's hook drops the first axis. A layer that reads one row [1, d] per sequence, as BERT's pooler does, would
+    # seem to read a single number: it is shown [1, 1, d]. What follows such a layer works on the last axis alone.
     handles = [
-        layer.register_forward_pre_hook(lambda _, args: (args[0][None], *args[1:]) if args[0].dim() == 2 else None)
-        for layer in layers
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args: (args[0][None], *args[1:]) if args[0].dim() == 2 else None
+        )
+        for name in shape.targets
     ]
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield
+        preprocess_corda(model, config, run_model)
     finally:
         for handle in handles:
             handle.remove()
+        for module, training in modes:
+            module.training = training

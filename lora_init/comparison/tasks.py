@@ -4,59 +4,36 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.batches import Batches, group_by_length, load_batches, pad_batch, padding_token
+from lora_init.loading.batches import group_by_length, pad_batch, padding_token
 from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
-from lora_init.loading.sources import Rows, read_rows
+from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ChoiceRule:
-    """Where the options of a row are and where its answer is.
+def read_choices(row: Mapping[str, Any], options: str, answer: str) -> tuple[list[str], int] | None:
+    """Read the options of a row and the position of the right one; None if the row does not say.
 
-    Attributes:
-        answer: Column that says which option is right.
-        column: Column with the options; None if all rows have the same.
-        options: The options that all rows have.
+    Args:
+        row: Its columns.
+        options: Column with the options; or the options themselves, separated by commas.
+        answer: Column that says which one is right.
+
+    Example:
+        >>> read_choices({"right": "no"}, "yes, no", "right")
+        (['yes', 'no'], 1)
     """
-
-    answer: str
-    column: str | None
-    options: tuple[str, ...] = ()
-
-    def read(self, row: Mapping[str, Any]) -> tuple[list[str], int] | None:
-        """Return the options of a row and the position of the right one; None if the row does not say."""
-        options = list(self.options) if self.column is None else split_options(row[self.column])
-        right = find_answer(row[self.answer], options)
-        return None if right is None or len(options) < 2 else (options, right)
-
-
-def choice_rule(names: Sequence[str], label: str, options: str, answer: str) -> ChoiceRule:
-    """Read `--options` and `--answer`: a column with options, or the options themselves, separated by commas.
-
-    Raises:
-        LoraInitError: A column is missing.
-    """
-    columns = f"Columns of {label}: {', '.join(names)}."
-    if answer not in names:
-        raise LoraInitError(f"answer={answer!r} is not a column. {columns}")
-    if options in names:
-        return ChoiceRule(answer, options)
-    listed = tuple(option.strip() for option in options.split(",") if option.strip())
-    if len(listed) < 2:
-        raise LoraInitError(
-            f"options={options!r} is not a column, and not a list of options such as 'yes,no'. {columns}"
-        )
-    return ChoiceRule(answer, None, listed)
+    found = split_options(row[options] if options in row else options.split(","))
+    right = find_answer(row[answer], found)
+    return None if right is None or len(found) < 2 else (found, right)
 
 
 def split_options(value: Any) -> list[str]:
@@ -219,124 +196,95 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
             "compared. Use at least 1; 100 or more say something."
         )
     data = read_rows(source, asked.subset, asked.split)
-    name = data.label
-    reader = _Reader(data, tokenizer, asked)
-    usable = reader.items()
+    names, name = list(data.table.column_names), data.label
+    kind = _kind(asked, names, name)
+    classes = () if asked.label is None else _classes(data.table, name, asked.label)
+    reading = recipe(names, name, tokenizer, asked.template, _completion(asked, kind))
+    limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
+
+    def encoded(row: Mapping[str, Any]) -> Encoded | None:
+        example = reading.to_example(row)
+        return encode(example, tokenizer, limit, False) if example else None
+
+    def read(row: Mapping[str, Any]) -> Item | str:
+        """Read a row as an item, or say why it is left out."""
+        tokens = encoded(row)
+        if tokens is None:
+            return "with an empty field"
+        if asked.label is not None:
+            value = row[asked.label]
+            return "without a label" if value is None else Item((tokens[0], []), (), classes.index(str(value)))
+        if asked.options is None:
+            unlabelled = all(target == IGNORED for target in tokens[1])
+            return f"without a labelled token among the first {limit}" if unlabelled else Item(tokens)
+        found = read_choices(row, asked.options, asked.answer)
+        if found is None:
+            return "whose answer is none of the options"
+        options, right = found
+        choices = [encoded({**row, asked.answer: option}) for option in options]
+        # A shortened option would be likelier than it is.
+        whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < limit)
+        return f"with {limit} or more tokens" if len(whole) < len(options) else Item(whole[right], whole, right)
+
+    extra = [asked.label] if asked.label else [asked.answer, asked.options] if asked.options else []
+    left_out: Counter[str] = Counter()
+    columns = [*reading.columns, *(column for column in extra if column in names)]
+    usable = data.usable(columns, read, asked.data_seed, left_out)
     validation = list(islice(usable, asked.validation_samples))
     held_out = {tuple(item.tokens[0]) for item in validation}
     fresh = (item for item in usable if tuple(item.tokens[0]) not in held_out)
     train = list(islice(fresh, max(asked.train_samples, 0)))
-    skipped = [f"{count} left out {why}" for why, count in reader.left_out.items()]
-    left_out = f" ({', '.join(skipped)})" if skipped else ""
+    skipped = [f"{count} left out {why}" for why, count in left_out.items()]
+    left = f" ({', '.join(skipped)})" if skipped else ""
     if len(train) < batch_size or len(validation) < asked.validation_samples:
         raise LoraInitError(
             f"{name}: {len(train)} training and {len(validation)} validation examples; a batch needs {batch_size} "
-            f"and validation {asked.validation_samples}{left_out}. "
+            f"and validation {asked.validation_samples}{left}. "
             "Lower --validation-samples or --batch-size, raise --train-samples, or use more data."
         )
-    counted = f"{name}: {len(train)} training and {len(validation)} validation examples of {len(data.table)}"
-    described = ", ".join([counted, f"split seed {asked.data_seed}", *reader.words(), *skipped])
-    return Task(
-        reader.kind, train, validation, reader.classes, padding_token(tokenizer), asked.normalize, described, name
-    )
-
-
-def load_retained(tokenizer: Any, asked: DataOptions, kind: str, batch_size: int) -> Batches | None:
-    """Read the text whose loss tells what was forgotten; None if none is asked for.
-
-    Raises:
-        LoraInitError: It cannot be read, or the task is a classification.
-    """
-    if asked.retain_data is None:
-        return None
-    if kind == CLASSIFICATION:
-        raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
-    return load_batches(
-        asked.retain_data, tokenizer, template=asked.retain_template, samples=asked.retain_samples,
-        batch_size=batch_size, max_length=asked.max_length,
-    )  # fmt: skip
-
-
-class _Reader:
-    """Turns rows into items, and counts those that are of no use in `left_out`."""
-
-    def __init__(self, data: Rows, tokenizer: Any, asked: DataOptions) -> None:
-        rows, name = data.table, data.label
-        names = list(rows.column_names)
-        self.kind = _kind(asked, names, name)
-        self.rule = choice_rule(names, name, asked.options, asked.answer) if asked.options is not None else None
-        self.classes = _classes(rows, name, asked.label) if asked.label is not None else ()
-        completion = _completion(asked, self.rule, self.kind)
-        self.recipe = recipe(names, name, tokenizer, asked.template, completion)
-        extra = [
-            column for column in (asked.label, self.rule and self.rule.answer, self.rule and self.rule.column) if column
+    how = [f"label {asked.label}, {len(classes)} classes"] if classes else []
+    how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
+    described = ", ".join(
+        [
+            f"{name}: {len(train)} training and {len(validation)} validation examples of {len(data.table)}",
+            f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}",
+            *how,
+            *skipped,
         ]
-        self.data, self.columns = data, [*self.recipe.columns, *extra]
-        self.limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
-        self.tokenizer, self.asked = tokenizer, asked
-        self.left_out: Counter[str] = Counter()
-
-    def words(self) -> list[str]:
-        """Say how rows are read."""
-        said = [f"at most {self.limit} tokens", self.recipe.name]
-        said += [f"label {self.asked.label}, {len(self.classes)} classes"] if self.classes else []
-        return said + ([f"options {self.asked.options}, answer {self.rule.answer}"] if self.rule else [])
-
-    def items(self) -> Iterator[Item]:
-        """Yield the rows that are of use in the seeded order."""
-        return self.data.usable(self.columns, self._read, self.asked.data_seed, self.left_out)
-
-    def _read(self, row: Mapping[str, Any]) -> Item | str:
-        """Read a row as an item, or say why it is left out."""
-        encoded = self._encoded(row)
-        if encoded is None:
-            return "with an empty field"
-        if self.asked.label is not None:
-            value = row[self.asked.label]
-            return "without a label" if value is None else Item((encoded[0], []), (), self.classes.index(str(value)))
-        if self.rule is not None:
-            return self._with_choices(row, self.rule)
-        if all(target == IGNORED for target in encoded[1]):
-            return f"without a labelled token among the first {self.limit}"
-        return Item(encoded)
-
-    def _encoded(self, row: Mapping[str, Any]) -> Encoded | None:
-        example = self.recipe.to_example(row)
-        return encode(example, self.tokenizer, self.limit, False) if example else None
-
-    def _with_choices(self, row: Mapping[str, Any], rule: ChoiceRule) -> Item | str:
-        """Read a row with all its options; a shortened one would be likelier than it is, so it leaves the row out."""
-        found = rule.read(row)
-        if found is None:
-            return "whose answer is none of the options"
-        options, right = found
-        choices = [self._encoded({**row, rule.answer: option}) for option in options]
-        whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < self.limit)
-        if len(whole) < len(options):
-            return f"with {self.limit} or more tokens"
-        return Item(whole[right], whole, right)
+    )
+    return Task(kind, train, validation, classes, padding_token(tokenizer), asked.normalize, described, name)
 
 
-def _kind(asked: DataOptions, names: list[str], name: str) -> str:
+def _kind(asked: DataOptions, names: Sequence[str], name: str) -> str:
+    """Say what kind of task is asked for, whose columns are all there."""
+    columns = f"Columns of {name}: {', '.join(names)}."
     if asked.label is not None and asked.options is not None:
         raise LoraInitError("label makes this a classification, options a multiple choice. Give one of them.")
-    if asked.label is None:
-        return CAUSAL_LM if asked.options is None else MULTIPLE_CHOICE
-    if asked.label not in names:
-        raise LoraInitError(f"label={asked.label!r} is not a column. Columns of {name}: {', '.join(names)}.")
-    return CLASSIFICATION
+    if asked.label is not None:
+        if asked.label not in names:
+            raise LoraInitError(f"label={asked.label!r} is not a column. {columns}")
+        return CLASSIFICATION
+    if asked.options is None:
+        return CAUSAL_LM
+    if asked.answer not in names:
+        raise LoraInitError(f"answer={asked.answer!r} is not a column. {columns}")
+    if asked.options not in names and len(split_options(asked.options.split(","))) < 2:
+        raise LoraInitError(
+            f"options={asked.options!r} is not a column, and not a list of options such as 'yes,no'. {columns}"
+        )
+    return MULTIPLE_CHOICE
 
 
-def _completion(asked: DataOptions, rule: ChoiceRule | None, kind: str) -> str | None:
+def _completion(asked: DataOptions, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
     template, completion = asked.template, asked.completion
     if kind == CLASSIFICATION and completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
-    if rule is None:
+    if kind != MULTIPLE_CHOICE:
         return completion
     if template is None:
         raise LoraInitError("multiple choice needs a template for the prompt, such as '{question}\\nAnswer:'.")
-    named = f"{{{rule.answer}}}"
+    named = f"{{{asked.answer}}}"
     if named in template:
         raise LoraInitError(f"template={template!r} gives the answer away: it names {named}. Take it out.")
     if completion is not None and named not in completion:

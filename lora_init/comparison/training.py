@@ -69,20 +69,16 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     labels = batch["labels"]
     first = int((labels != IGNORED).any(dim=0).int().argmax())
     kept = labels.shape[1] - max(first - 1, 0)  # the logits before a label predict it
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    options: dict[str, Any] = {"logits_to_keep": kept} if _keeps_logits(model) else {}
-    logits = model(**inputs, **options, use_cache=False).logits[:, -kept:]
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if "logits_to_keep" in inspect.signature(plain.forward).parameters:
+        inputs["logits_to_keep"] = kept
+    logits = model(**inputs, use_cache=False).logits[:, -kept:]
     targets = labels[:, -kept:][:, 1:]
     losses = nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
     )
     return losses, targets != IGNORED
-
-
-def _keeps_logits(model: nn.Module) -> bool:
-    of_peft: Any = getattr(model, "get_base_model", None)
-    plain: nn.Module = model if of_peft is None else of_peft()
-    return "logits_to_keep" in inspect.signature(plain.forward).parameters
 
 
 def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -126,11 +122,20 @@ def evaluate(model: nn.Module, task: Task, with_metrics: bool) -> Score:
     """
     with _evaluating(model) as device:
         if task.kind == CLASSIFICATION:
-            return _score_classes(model, task, device, with_metrics)
-        if task.kind == MULTIPLE_CHOICE and with_metrics:
-            return _score_choices(model, task, device)
-        sums = _sequence_losses(model, [item.tokens for item in task.validation], task.padding, device)
-        return Score(sum(loss for loss, _ in sums) / sum(count for _, count in sums), None)
+            return _score_classes(model, task, device)
+        if task.kind != MULTIPLE_CHOICE or not with_metrics:
+            sums = _sequence_losses(model, [item.tokens for item in task.validation], task.padding, device)
+            return Score(sum(loss for loss, _ in sums) / sum(count for _, count in sums), None)
+        sequences = [choice for item in task.validation for choice in item.choices]
+        scored = iter(_sequence_losses(model, sequences, task.padding, device))
+    predicted, right = [], []
+    for item in task.validation:
+        options = [next(scored) for _ in item.choices]
+        losses = [loss / count if task.normalize else loss for loss, count in options]
+        predicted.append(losses.index(min(losses)))
+        right.append(options[item.answer or 0])
+    truth = [item.answer or 0 for item in task.validation]
+    return Score(sum(loss for loss, _ in right) / sum(count for _, count in right), metrics(truth, predicted))
 
 
 def text_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
@@ -154,7 +159,7 @@ def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     }
 
 
-def _score_classes(model: nn.Module, task: Task, device: torch.device, with_metrics: bool) -> Score:
+def _score_classes(model: nn.Module, task: Task, device: torch.device) -> Score:
     items = sorted(task.validation, key=item_length)
     loss, truth, predicted = 0.0, [], []
     for start in range(0, len(items), _EVALUATION_BATCH):
@@ -163,21 +168,7 @@ def _score_classes(model: nn.Module, task: Task, device: torch.device, with_metr
         loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
         truth += batch["labels"].tolist()
         predicted += logits.argmax(dim=1).tolist()
-    return Score(loss / len(truth), metrics(truth, predicted) if with_metrics else None)
-
-
-def _score_choices(model: nn.Module, task: Task, device: torch.device) -> Score:
-    sequences = [choice for item in task.validation for choice in item.choices]
-    scored = iter(_sequence_losses(model, sequences, task.padding, device))
-    truth, predicted, total, count = [], [], 0.0, 0
-    for item in task.validation:
-        of_item = [next(scored) for _ in item.choices]
-        losses = [loss / n if task.normalize else loss for loss, n in of_item]
-        right = item.answer or 0
-        total, count = total + of_item[right][0], count + of_item[right][1]
-        truth.append(right)
-        predicted.append(losses.index(min(losses)))
-    return Score(total / count, metrics(truth, predicted))
+    return Score(loss / len(truth), metrics(truth, predicted))
 
 
 def _sequence_losses(
@@ -249,10 +240,8 @@ class Trained:
         validation_loss: At each of those points.
         training_loss: Of each step's batch, before that step.
         metrics: At the end, or None.
-        gradient_norm: Norm of the gradient of all trainable parameters in the first step, before clipping.
         data_order: Hash of all batches in the order they were trained on.
         training_seconds: Wall time of the steps.
-        evaluation_seconds: Wall time of the first evaluation.
     """
 
     status: str = "finished"
@@ -261,10 +250,8 @@ class Trained:
     validation_loss: list[float] = field(default_factory=list)
     training_loss: list[float] = field(default_factory=list)
     metrics: dict[str, float] | None = None
-    gradient_norm: float | None = None
     data_order: str | None = None
     training_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
 
 
 def train(
@@ -303,9 +290,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
     model.train()
-    started = time.perf_counter()
     _evaluate(run, model, task, 0, last=False)
-    run.evaluation_seconds = time.perf_counter() - started
     for step, items in enumerate(order, 1):
         if _diverged(run, plain_loss):
             break
@@ -318,7 +303,6 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))
         run.training_loss.append(float(loss.detach()))
-        run.gradient_norm = norm if run.gradient_norm is None else run.gradient_norm
         if not (math.isfinite(run.training_loss[-1]) and math.isfinite(norm)):
             run.error = f"loss {run.training_loss[-1]:.3g}, gradient {norm:.3g} in step {step}"
             break

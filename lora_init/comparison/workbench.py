@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +13,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.collection.collect import collect, fingerprint
-from lora_init.comparison.runs import Record, Run, Variant
-from lora_init.comparison.starts import AdapterShape, Prepared, StartData, prepare
-from lora_init.comparison.tasks import CLASSIFICATION, DataOptions, Task, load_retained, load_task
+from lora_init.comparison.runs import FORMAT, Record, Run
+from lora_init.comparison.starts import AdapterShape, OwnStart, prepare, split_start
+from lora_init.comparison.tasks import CLASSIFICATION, DataOptions, Task, load_task
 from lora_init.comparison.training import (
     Score,
     Trained,
@@ -35,13 +30,10 @@ from lora_init.comparison.training import (
     training_loss,
 )
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
-from lora_init.layers.targets import HEADS, find_targets
-from lora_init.loading.batches import Batches
+from lora_init.layers.targets import HEADS
+from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
-
-# Evaluations and steps that an estimate is made from.
-_TRIAL_STEPS, _TRIAL_ITEMS = 3, 16
 
 
 @dataclass(frozen=True)
@@ -64,10 +56,7 @@ class RunRecord(Trained):
     """What is kept of a run.
 
     Attributes:
-        task: Name of the task.
-        start: Name of the start.
-        matched_scale: See `Variant`.
-        equal_parameters: See `Variant`.
+        start: Name of the start, with how it was run.
         seed: Decides the order of the data and all that is random in the start.
         learning_rate: Of the run.
         trainable_parameters: All that training changes.
@@ -76,18 +65,12 @@ class RunRecord(Trained):
         gamma: What B A was divided by, where B is not zero and the start is ours.
         metrics_before: Metrics of the plain model.
         retain_loss: Loss on text of another kind, before and after.
-        intruders: Directions of the trained weights that the plain ones did not have: count, of how many, energy.
         initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
-        initialisation_passes: Forward passes of data that the start takes with its statistics.
         peak_memory_bytes: From the start to the end of the training.
         run_seconds: Wall time of it all.
-        finished_at: When, in UTC.
     """
 
-    task: str
     start: str
-    matched_scale: bool
-    equal_parameters: bool
     seed: int
     learning_rate: float
     trainable_parameters: int | None = None
@@ -96,12 +79,9 @@ class RunRecord(Trained):
     gamma: float | None = None
     metrics_before: dict[str, float] | None = None
     retain_loss: list[float] | None = None
-    intruders: dict[str, float] | None = None
     initialisation_seconds: float | None = None
-    initialisation_passes: int | None = None
     peak_memory_bytes: int | None = None
     run_seconds: float | None = None
-    finished_at: str | None = None
 
 
 @dataclass
@@ -112,7 +92,7 @@ class Workbench:
         loaded: The plain model and its tokenizer. Each run leaves it as it was.
         task: What to learn.
         retain: Text of another kind, whose loss before and after tells forgetting.
-        name: Name of the task in the records.
+        name: Name of the task in the report.
         directory: Where statistics are kept, in a folder of their own.
         shape: Layers, rank and scaling of the adapters.
         training: How every run trains.
@@ -139,7 +119,7 @@ class Workbench:
         if run.learning_rate is None:
             raise LoraInitError(f"{run.title}: its learning rate is not known yet. Do the runs before it first.")
         began = time.perf_counter()
-        record = RunRecord(task=self.name, **asdict(run.variant), seed=run.seed, learning_rate=run.learning_rate)
+        record = RunRecord(start=run.start, seed=run.seed, learning_rate=run.learning_rate)
         try:
             self._fill(record, run, on_step)
         except (LoraInitError, RuntimeError, MemoryError) as error:
@@ -150,7 +130,6 @@ class Workbench:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         record.run_seconds = time.perf_counter() - began
-        record.finished_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return asdict(record)
 
     def settings(self, model: str) -> dict[str, Any]:
@@ -161,6 +140,7 @@ class Workbench:
         """
         weight = next(self.loaded.model.parameters())
         return {
+            "format": FORMAT,
             "task": self.name,
             "kind": self.task.kind,
             "model": model,
@@ -183,28 +163,29 @@ class Workbench:
         kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
         file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"
         if not file.exists():
-            self._collect(seed, center, gradients).save(file)
+            collect(
+                self.loaded.model,
+                self._batches(seed, 0, self._n_batches()),
+                self.shape.target_modules,
+                task_type=self.loaded.task_type,
+                rank=self.shape.rank,
+                rho=2.0,
+                center=center,
+                max_batches=self.statistics_batches,
+                seed=seed,
+                data=f"{self.task.data}; training examples in the order of seed {seed}",
+                progress=False,
+                gradients=gradients,
+                **(self._learning() if gradients else {}),
+            ).save(file)
         return Statistics.load(file)
-
-    def seconds_of_a_run(self) -> float:
-        """Estimate the time of one run from a few steps of it, as things are now."""
-        short = replace(self.task, validation=self.task.validation[:_TRIAL_ITEMS])
-        trial = replace(self.training, steps=_TRIAL_STEPS, evaluation_points=(0, _TRIAL_STEPS))
-        order = self.task.order(0, _TRIAL_STEPS, trial.batch_size)
-        prepared = self._prepare(Run(Variant("random"), 0, 1e-4), partial(self._collect, 0))
-        try:
-            done = train(prepared.peft_model, short, order, trial, learning_rate=1e-4, seed=0, plain_loss=math.inf)
-        finally:
-            prepared.release()
-        an_evaluation = done.evaluation_seconds * len(self.task.validation) / len(short.validation)
-        most_choices = max(len(item.choices) for item in self.task.validation)  # the last evaluation runs them all
-        evaluations = len(self.training.evaluation_points) - 1 + max(1, most_choices)
-        return self.training.steps * done.training_seconds / _TRIAL_STEPS + evaluations * an_evaluation
 
     def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None]) -> None:
         self._renew_head(run.seed)
-        plain_vectors = self._plain_vectors  # of the weights without an adapter
-        plain, retained = self._measure_before(run.seed)
+        if run.seed not in self._before:  # a new head depends on the seed
+            retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
+            self._before[run.seed] = evaluate(self.loaded.model, self.task, with_metrics=True), retained
+        plain, retained = self._before[run.seed]
         record.metrics_before = plain.metrics
         collected: list[Statistics] = []
 
@@ -212,8 +193,16 @@ class Workbench:
             collected.append(self.statistics(run.seed, center, gradients))
             return collected[-1]
 
+        own = split_start(run.start)[0]
+        start: str | OwnStart = (run.start, self.own[own]) if own in self.own else run.start
+        n, seed = self._n_batches(), run.seed
+
+        def loss_of(model: nn.Module) -> float:
+            """Measure the loss that training minimises on training batches that the statistics are not from."""
+            return mean_loss(model, self._batches(seed, n, N_ASIDE), **self._learning())
+
         reset_peak()
-        prepared = self._prepare(run, statistics)
+        prepared = prepare(start, self.loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of)
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
             record.gamma = prepared.gamma
@@ -221,7 +210,6 @@ class Workbench:
             record.ranks = prepared.ranks if moved else None
             seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
             record.initialisation_seconds = prepared.seconds + seconds
-            record.initialisation_passes = prepared.passes + sum(stats.provenance.n_batches for stats in collected)
             order = self.task.order(run.seed, self.training.steps, self.training.batch_size)
             done = train(
                 prepared.peft_model, self.task, order, self.training, learning_rate=record.learning_rate,
@@ -229,59 +217,20 @@ class Workbench:
             )  # fmt: skip
             vars(record).update(vars(done))
             record.peak_memory_bytes = peak_bytes()
-            if done.status == "finished":
-                if self.retain is not None and retained is not None:
-                    record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
-                if plain_vectors:
-                    found = intruder_dimensions(prepared.peft_model, base=plain_vectors)
-                    record.intruders = {"count": found.count, "of": found.of, "energy_share": found.energy_share}
+            if done.status == "finished" and self.retain is not None and retained is not None:
+                record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
         finally:
             prepared.release()
 
-    def _prepare(self, run: Run, statistics: Callable[[bool, bool], Statistics]) -> Prepared:
-        variant = run.variant
-        start: Any = (variant.start, self.own[variant.start]) if variant.start in self.own else variant.start
-        data = StartData(statistics, self._statistics_data(run.seed), self._loss_aside(run.seed))
-        return prepare(
-            start, self.loaded.model, self.shape, run.seed, data, matched_scale=variant.matched_scale,
-            equal_parameters=variant.equal_parameters,
-        )  # fmt: skip
-
-    def _collect(self, seed: int, center: bool, gradients: bool) -> Statistics:
-        learning = {"gradients": True, **self._learning()} if gradients else {}
-        return collect(
-            self.loaded.model,
-            self._statistics_data(seed),
-            self.shape.target_modules,
-            task_type=self.loaded.task_type,
-            rank=self.shape.rank,
-            rho=2.0,
-            center=center,
-            max_batches=self.statistics_batches,
-            seed=seed,
-            data=f"{self.task.data}; training examples in the order of seed {seed}",
-            progress=False,
-            **learning,
-        )
-
-    def _statistics_data(self, seed: int, skipped: int = 0, count: int | None = None) -> list[dict[str, torch.Tensor]]:
-        """Take the first batches of the run's own data, none twice; or `count` of them after some."""
-        count = self._n_batches() if count is None else count
+    def _batches(self, seed: int, skipped: int, count: int) -> list[dict[str, torch.Tensor]]:
+        """Take batches of the run's own data in its order, after some that are skipped."""
         device = next(self.loaded.model.parameters()).device
         order = self.task.order(seed, skipped + count, self.training.batch_size)[skipped:]
         return [send_to_device(self.task.batch(items), device) for items in order]
 
     def _n_batches(self) -> int:
+        """Count the batches for statistics: no example is in two of them."""
         return min(self.statistics_batches, len(self.task.train) // self.training.batch_size)
-
-    def _loss_aside(self, seed: int) -> Callable[[nn.Module], float]:
-        """Make what measures the loss that training minimises on training batches that the statistics are not from."""
-
-        @functools.cache
-        def aside() -> list[dict[str, torch.Tensor]]:
-            return self._statistics_data(seed, self._n_batches(), N_ASIDE)
-
-        return lambda model: mean_loss(model, aside(), **self._learning())
 
     def _learning(self) -> dict[str, Any]:
         """Say to `collect` and `mean_loss` what the very loss is that training minimises."""
@@ -289,22 +238,6 @@ class Workbench:
             "forward": lambda model, batch: training_loss(model, self.task, batch),
             "loss": lambda loss, batch: loss,
         }
-
-    def _measure_before(self, seed: int) -> tuple[Score, float | None]:
-        """Measure the plain model, once for each seed, since a new head depends on it."""
-        if seed not in self._before:
-            model = self.loaded.model
-            retained = None if self.retain is None else text_loss(model, self.retain)
-            self._before[seed] = evaluate(model, self.task, with_metrics=True), retained
-        return self._before[seed]
-
-    @functools.cached_property
-    def _plain_vectors(self) -> dict[str, torch.Tensor]:
-        targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.loaded.task_type)
-        try:
-            return left_singular_vectors(self.loaded.model, targets.layers)
-        except LoraInitError:  # quantised weights, which have no intruders to count
-            return {}
 
     @torch.no_grad()
     def _renew_head(self, seed: int) -> None:
@@ -339,9 +272,9 @@ def set_up(
         directory: Of the comparison.
         options: How both are read.
         shape: See `Workbench`, as for all that follow.
-        training: How every run trains.
-        statistics_batches: Batches for statistics.
-        own: Starts of the user's own.
+        training: See there.
+        statistics_batches: See there.
+        own: See there.
 
     Raises:
         LoraInitError: Data or model cannot be read, or one does not suit the other.
@@ -350,7 +283,14 @@ def set_up(
     reading, loading = options
     tokenizer = open_model(model, trust_remote_code=loading.trust_remote_code).tokenizer
     task = load_task(data, tokenizer, reading, training.batch_size)
-    retain = load_retained(tokenizer, reading, task.kind, training.batch_size)
+    retain = None
+    if reading.retain_data is not None:
+        if task.kind == CLASSIFICATION:
+            raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
+        retain = load_batches(
+            reading.retain_data, tokenizer, template=reading.retain_template, samples=reading.retain_samples,
+            batch_size=training.batch_size, max_length=reading.max_length,
+        )  # fmt: skip
     loaded = _load(model, task, loading)
     shape = replace(shape, task_type=loaded.task_type)
     name = reading.name or task.label

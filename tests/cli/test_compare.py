@@ -50,7 +50,7 @@ def test_it_compares_and_goes_on(command, tmp_path):
     assert "run 6/6" not in again.stderr
     content = json.loads(again.stdout)
     assert content["runs"] == read_runs(tmp_path / "out")
-    assert content["verdicts"][0]["label"] == "eva-rho1" and content["settings"] == read_settings(tmp_path / "out")
+    assert content["verdicts"][0]["start"] == "eva-rho1" and content["settings"] == read_settings(tmp_path / "out")
     assert content["settings"]["evaluation_points"] == [0, 1, 2, 3, 4] and content["settings"]["sweep"] == "halving"
     refused = run(*command, "--rank", 4, "--steps", 5, code=1)
     assert "rank was 2, now 4" in refused.stderr and "steps was 4, now 5" in refused.stderr
@@ -77,13 +77,12 @@ def test_options_reach_the_comparison(command, home, tmp_path):
     for part in ("32 training and 8 validation", "split seed 1", "at most 20 tokens", "answer position"):
         assert part in settings["data"]
     assert "8 of 8 examples" in settings["retain_data"]
-    assert read_runs(tmp_path / "out")[0]["task"] == "first word"
 
 
 def test_a_dry_run_lists_and_writes_nothing(command, tmp_path):
     lines = run(*command, "--dry-run").stdout.splitlines()
     assert lines[:2] == ["random, 0.001, seed 0", "eva-rho1, 0.001, seed 0"]
-    assert lines[-1].startswith("6 runs, 0 ended; what is left takes about ")
+    assert lines[-1] == "6 runs, 0 ended"
     content = json.loads(run(*command, "--dry-run", "--json").stdout)
     assert len(content["runs"]) == 6 and content["ended"] == 0 and content["runs"][-1]["learning_rate"] is None
     assert not (tmp_path / "out").exists()
@@ -104,7 +103,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
     [
         (["--starts", "random,evva"], "start 'evva' is unknown. Closest: 'eva'"),
         (["--learning-rates", "1e-3,fast"], "--learning-rates '1e-3,fast': expected numbers separated by commas."),
-        (["--learning-rates", "-1e-3"], "learning_rates: -0.001; expected positive numbers"),
+        (["--learning-rates", "-1e-3"], "--learning-rates [-0.001]: expected positive numbers"),
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
         (["--label", "class"], "--label 'class' is not a column"),

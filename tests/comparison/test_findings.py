@@ -12,7 +12,7 @@ from tests.comparisons import broken, planted, record, settings
 
 
 def verdict(summary, label="eva"):
-    return next(v for v in summary.verdicts if v.label == label)
+    return next(v for v in summary.verdicts if v.start == label)
 
 
 def cells(summary, name, label):
@@ -108,9 +108,10 @@ def test_without_random_nothing_is_said_of_any_start():
 
 
 def test_random_with_another_scale_is_not_the_random_to_compare_with():
-    runs = [{**run, "matched_scale": run["start"] == "random"} for run in planted({"eva": -0.01})]
-    summary = summarise(runs, settings())
-    assert [v.outcome for v in summary.verdicts] == ["no statement", "no statement"]
+    runs = planted({"eva": -0.01})
+    for run in runs:
+        run["start"] = run["start"].replace("random", "random+matched-scale")
+    assert [v.outcome for v in summarise(runs, settings()).verdicts] == ["no statement", "no statement"]
 
 
 def test_seeds_without_a_partner_are_left_out_and_named():
@@ -122,11 +123,11 @@ def test_seeds_without_a_partner_are_left_out_and_named():
 
 def test_variants_of_a_start_are_judged_apart():
     runs = planted({"eva": -0.01})
-    runs += [{**run, "matched_scale": True, "validation_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
+    runs += [{**run, "start": "eva+matched-scale", "validation_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
              for run in runs if run["start"] == "eva"]  # fmt: skip
     summary = summarise(runs, settings())
-    assert [(v.label, v.outcome) for v in summary.verdicts] == [("eva", "better"), ("eva, matched scale", "worse")]
-    assert cells(summary, "best", "eva, matched scale")["mean loss"] == "0.2010"
+    assert [(v.start, v.outcome) for v in summary.verdicts] == [("eva", "better"), ("eva+matched-scale", "worse")]
+    assert cells(summary, "best", "eva+matched-scale")["mean loss"] == "0.2010"
 
 
 # Rates
@@ -137,12 +138,8 @@ def test_an_unstable_run_is_named_not_averaged_and_the_next_lower_rate_is_given(
     bad = next(run for run in runs if (run["start"], run["learning_rate"], run["seed"]) == ("eva", 3e-3, 1))
     bad.update(status="unstable", error="loss rose to 9.1 at step 12", validation_loss=[2.3, 9.1])
     summary = summarise(runs, settings())
-    lower = [run["validation_loss"][-1] for run in runs if run["start"] == "eva" and run["learning_rate"] == 1e-3]
-    note = next(note for note in summary.notes if "unstable" in note)
-    assert note.startswith(
-        "eva is unstable at 3e-3 (seed 1: loss rose to 9.1 at step 12), so this rate is not averaged."
-    )
-    assert f"The next lower rate, 1e-3, ends at {sum(lower) / 3:.4f}." in note
+    said = "eva is unstable at 3e-3 (seed 1: loss rose to 9.1 at step 12), so this rate is not averaged."
+    assert said in summary.notes
     assert cells(summary, "learning_rates", "eva")["3e-3"] == "unstable, 1 of 3"
 
 
@@ -152,7 +149,7 @@ def test_a_finished_run_without_a_finite_loss_is_unstable():
     assert cells(summary, "learning_rates", "random")["1e-3"] == "0.1700*"
 
 
-def test_what_is_lost_without_a_sweep_by_hand():
+def test_rates_are_compared_on_the_seeds_that_all_have():
     losses = {("random", 1e-4): 0.30, ("random", 1e-3): 0.20, ("eva", 1e-4): 0.22, ("eva", 1e-3): 0.19}
     runs = [record(start, rate, 0, loss) for (start, rate), loss in losses.items()]
     # A second seed that only one start and rate has must not move the table.
@@ -160,16 +157,6 @@ def test_what_is_lost_without_a_sweep_by_hand():
     summary = summarise(runs, settings())
     assert cells(summary, "learning_rates", "random") == {"1e-4": "0.3000", "1e-3": "0.2000*"}
     assert cells(summary, "learning_rates", "eva") == {"1e-4": "0.2200", "1e-3": "0.1900*"}
-    assert (
-        "Untuned, at 1e-4, random ends 0.1100 above the best of all starts and rates; "
-        "closest is eva, 0.0300 above (seed 0)." in summary.notes
-    )
-
-
-def test_it_is_said_when_no_rate_that_people_use_untuned_was_tried():
-    said = "What is lost without a sweep is not known: 1e-4 and 3e-4, which people use untuned, were not tried."
-    assert said in summarise(planted({"eva": 0.0}, rates=(1e-3, 3e-3)), settings()).notes
-    assert said not in summarise(planted({"eva": 0.0}), settings()).notes
 
 
 def test_a_best_rate_at_the_end_of_the_sweep_is_pointed_out():
@@ -209,24 +196,22 @@ def test_what_a_step_does_before_training():
     assert "gamma" not in run_tables(summarise(planted({"eva": 0.0}), settings()))["best"]
 
 
-def test_fewer_parameters_are_said_and_so_is_the_run_with_equal_ones():
+def test_fewer_parameters_are_said():
     runs = planted({"eva": 0.0})
     for run in runs:
         run["trainable_parameters"] = 900 if run["start"] == "eva" else 1000
-    said = "eva trains 900 parameters, 10.0% fewer than random; it was not run with equal parameters."
+    said = "eva trains 900 parameters, 10.0% fewer than random."
     assert said in summarise(runs, settings()).notes
-    near = [{**run, "equal_parameters": True, "trainable_parameters": 950} for run in runs if run["start"] == "eva"]
-    said_of_twin = "eva, equal parameters trains 950 parameters, 5.0% fewer than random; whole ranks come no closer."
-    assert said_of_twin in summarise([*runs, *near], settings()).notes
-    twins = [{**run, "equal_parameters": True, "trainable_parameters": 999} for run in runs if run["start"] == "eva"]
-    assert said.replace("was not", "was also") in summarise([*runs, *twins], settings()).notes
+    twins = [
+        run | {"start": "eva+equal-parameters", "trainable_parameters": 999} for run in runs if run["start"] == "eva"
+    ]
+    assert len([note for note in summarise([*runs, *twins], settings()).notes if "parameters, " in note]) == 1
 
 
-def test_forgetting_and_intruders_are_averaged_over_seeds():
-    runs = [record("random", seed=s, retain_loss=[3.0, 3.0 + s], intruders={"count": s, "of": 70, "energy_share": 0.1})
-            for s in range(3)]  # fmt: skip
+def test_forgetting_is_averaged_over_seeds():
+    runs = [record("random", seed=s, retain_loss=[3.0, 3.0 + s]) for s in range(3)]
     row = cells(summarise(runs, settings()), "forgetting", "random")
-    assert (row["change"], row["intruders"], row["of"], row["share of energy"]) == ("+1.0000", "1.0", "70", "10.0%")
+    assert row["change"] == "+1.0000"
 
 
 def test_metrics_are_paired_too():
@@ -239,9 +224,7 @@ def test_metrics_are_paired_too():
 
 def test_failed_runs_are_named_by_reason():
     runs = [*planted({}), *(broken("failed", "out of memory.", start="eva", seed=s) for s in range(9))]
-    note = next(note for note in summarise(runs, settings()).notes if "failed" in note)
-    assert note.startswith("9 failed (out of memory): eva at 1e-3 with seed 0; ")
-    assert note.endswith(" and 3 more.")
+    assert "9 runs failed (out of memory): eva." in summarise(runs, settings()).notes
 
 
 @pytest.mark.parametrize("runs", [[], [record()], [broken("failed", "no", start="eva")], [broken("unstable", "no")]])

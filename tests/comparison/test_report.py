@@ -41,9 +41,6 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     runs = planted({"eva": -0.01, HOSTILE: 0.004})
-    for run in runs:
-        if run["start"] == "eva":
-            run["ranks"] = {f"h.{block}.{kind}": 3 * block for block in range(4) for kind in ("up", "down")}
     folder = write(tmp_path_factory.mktemp("full"), runs, note=HOSTILE, model=HOSTILE)
     return runs, folder, write_report(folder)
 
@@ -88,7 +85,7 @@ def test_markdown_has_a_picture_for_each_png_and_every_run(full):
     runs, folder, files = full
     markdown = (folder / "report.md").read_text()
     pngs = {path.name for path in files if path.suffix == ".png"}
-    names = ("learning_curves", "learning_rates", "differences", "forgetting", "ranks")
+    names = ("learning_curves", "learning_rates", "differences", "forgetting")
     assert pngs == {f"{name}.png" for name in names} == set(re.findall(r"\]\((.*?\.png)\)", markdown))
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
     assert all(f"{run['validation_loss'][-1]:.4f}" in markdown for run in runs)
@@ -117,10 +114,13 @@ PARTIAL = {
     "no random": ([run for run in planted({"eva": 0}) if run["start"] != "random"], "compared with random"),
     "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
     "one rate": (planted({"eva": 0}, rates=(1e-3,)), "not known to be tuned: random; eva."),
-    "all failed": ([broken("failed", "out of memory", start=s) for s in ("random", "eva")], "2 failed"),
-    "all unstable": ([broken("unstable", "nan", start=s) for s in ("random", "eva")], "No lower rate was tried."),
+    "all failed": (
+        [broken("failed", "out of memory", start=s) for s in ("random", "eva")],
+        "2 runs failed (out of memory): random, eva.",
+    ),
+    "all unstable": ([broken("unstable", "nan", start=s) for s in ("random", "eva")], "is unstable at 1e-3"),
     "without extras": (
-        [run | dict.fromkeys(("metrics", "metrics_before", "retain_loss", "intruders")) for run in planted({"eva": 0})],
+        [run | dict.fromkeys(("metrics", "metrics_before", "retain_loss")) for run in planted({"eva": 0})],
         "no difference shown",
     ),
 }
@@ -140,7 +140,7 @@ def test_many_starts_keep_looks_of_their_own_and_their_own_always():
     names = ["eva", "eva-rho1", "eva-ranks", "orthogonal", "gaussian", "eva-uncentred", "eva-frozen-a", "pissa",
              "olora", "corda", "loftq", "mine", "yours"]  # fmt: skip
     styles = looks(["random", *names])
-    assert len(set(styles.values())) == len(names) + 1
+    assert len({styles[name] for name in ["random", *names]}) == len(names) + 1
     assert looks(["pissa", "random"])["pissa"] == styles["pissa"]
 
 
@@ -148,15 +148,3 @@ def test_without_settings_there_is_one_clear_error(tmp_path):
     for asked in (write_report, describe_directory):
         with pytest.raises(LoraInitError, match=r"settings\.json: cannot be read.*Name the directory of a comparison"):
             asked(tmp_path)
-
-
-def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
-    folder = write(tmp_path / "run", [record()])
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("lora_init.comparison.report.write_whole", full_disk)
-    with pytest.raises(LoraInitError, match="No space left on device"):
-        write_report(folder)
-    assert json.loads((folder / "settings.json").read_text())

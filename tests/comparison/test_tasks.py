@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import ChoiceRule, DataOptions, choice_rule, find_answer, load_task, split_options
+from lora_init.comparison.tasks import DataOptions, find_answer, load_task, read_choices, split_options
 from lora_init.errors import LoraInitError
 from lora_init.loading.examples import IGNORED
 from tests.comparisons import make_home
@@ -108,7 +108,8 @@ def test_fixed_options(home, tokenizer):
         (dict(options="listed", template=None), "needs a template"),
         (dict(options="options", template="{passage} {answer}"), "gives the answer away"),
         (dict(options="options", completion=" {letter}"), "must name {answer}"),
-        (dict(options="listed", answer="key"), "answer='key' is not a column"),
+        (dict(options="listed", answer="key"), "answer='key' is not a column. Columns of tasks0/rows.jsonl: "),
+        (dict(options="opts"), "options='opts' is not a column, and not a list of options"),
         (dict(options="listed", answer="text"), "120 left out whose answer is none of the options"),
         (dict(completion=" {empty}"), "120 left out with an empty field"),
         (dict(completion=" {letter}", max_length=5), "120 left out without a labelled token among the first 5"),
@@ -165,23 +166,8 @@ def test_the_text_of_an_option_comes_before_letter_and_number():
     assert find_answer("b", ["b", "a"]) == 0
 
 
-def test_a_rule_reads_rows():
-    columns = choice_rule(["o", "answer"], "data", "o", "answer")
-    assert columns.read({"o": ["x", "y"], "answer": "y"}) == (["x", "y"], 1)
-    assert columns.read({"o": ["x"], "answer": "x"}) is None
-    fixed = choice_rule(["right"], "data", "True, False", "right")
-    assert fixed == ChoiceRule("right", None, ("True", "False"))
-    assert fixed.read({"right": False}) == (["True", "False"], 1)
-    assert fixed.read({"right": None}) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "answer", "message"),
-    [
-        ("o", "key", "answer='key' is not a column. Columns of data: o, a."),
-        ("opts", "a", "options='opts' is not a column, and not a list of options"),
-    ],
-)
-def test_bad_rules(options, answer, message):
-    with pytest.raises(LoraInitError, match=message):
-        choice_rule(["o", "a"], "data", options, answer)
+def test_the_options_of_a_row():
+    assert read_choices({"o": ["x", "y"], "answer": "y"}, "o", "answer") == (["x", "y"], 1)
+    assert read_choices({"o": ["x"], "answer": "x"}, "o", "answer") is None
+    assert read_choices({"right": False}, "True, False", "right") == (["True", "False"], 1)
+    assert read_choices({"right": None}, "True, False", "right") is None

@@ -68,7 +68,7 @@ def test_it_learns_and_measures(task):
     assert done.evaluation_points == [0, 4, 8] and len(done.validation_loss) == 3 and len(done.training_loss) == 8
     assert done.validation_loss[-1] < done.validation_loss[0]
     assert set(done.metrics) == {"accuracy", "macro_f1", "mcc"}
-    assert done.gradient_norm > 0 and done.training_seconds > 0
+    assert done.training_seconds > 0
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
 
 
@@ -114,15 +114,6 @@ def test_it_is_the_loop_that_one_would_write(task):
     # Only the logits of labelled positions are computed, in another order: rounding, which Adam carries on.
     for own, other in zip(ours, trained, strict=True):
         assert torch.allclose(own, other, atol=1e-4)
-
-
-def test_the_gradient_norm_is_that_before_clipping(task):
-    model = with_adapter()
-    batch = task.batch(task.order(0, 1, 4)[0])
-    model(**batch).loss.backward()
-    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-    expected = math.sqrt(float(sum(squares)))
-    assert run(task)[1].gradient_norm == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_schedule():
