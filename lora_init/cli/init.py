@@ -325,7 +325,7 @@ def summarise(
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print what `summarise` returned."""
-    from lora_init.planning.plan import serving_note
+    from lora_init.serving.engines import serving_note
 
     ranks, held_out, notes = summary["ranks"], summary["held_out"], summary["notes"]
     given = [rank for rank in ranks.values() if rank]

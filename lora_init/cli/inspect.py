@@ -287,7 +287,7 @@ def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
 
 
 def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
-    from lora_init.planning.plan import serving_note
+    from lora_init.serving.engines import serving_note
 
     ranks, origin = about["ranks"], about["origin"]
     extras = [text for flag, text in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if about[flag]]

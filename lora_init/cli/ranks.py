@@ -94,7 +94,8 @@ def _number(text: str) -> int | float | str:
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
     from lora_init.planning.pictures import kind_totals, totals_against_uniform
-    from lora_init.planning.plan import plan_text, serving_note, source_text
+    from lora_init.planning.plan import plan_text, source_text
+    from lora_init.serving.engines import serving_note
 
     totals = columns("", "this plan", "uniform ranks, same sum")
     for row in totals_against_uniform(plan, stats):

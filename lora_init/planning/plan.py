@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json, write_whole
-from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.statistics.statistics import Provenance, Statistics
@@ -211,44 +210,6 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
     near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
     exact = next((value for value in near if value / divisor == scaling), alpha)
     return int(exact) if exact.is_integer() else exact
-
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
-
-
-def serving_note(ranks: Mapping[str, int]) -> str:
-    """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
-
-    Args:
-        ranks: Of every layer that could have an adapter, 0 where it has none.
-
-    Example:
-        >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}))
-        PEFT and vLLM (--max-lora-rank 16) take this adapter as it is.
-        SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`.
-    """
-    most = max(ranks.values(), default=0)
-    if not most:
-        return "No layer has an adapter, so there is nothing to serve."
-    grid = layer_grid(ranks)
-    kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
-    is_uniform = all(kind in ({0}, {most}) for kind in kinds)
-    # TGI and LoRAX pad other ranks, and then scale all kinds of layers but the first by the padded rank.
-    is_unpadded = is_uniform and (most == 8 or most % 16 == 0)
-    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= most), "")
-    engines = {
-        "PEFT": True, f"vLLM{vllm}": bool(vllm), "SGLang": is_uniform, "llama.cpp": is_uniform, "Ollama": is_uniform,
-        "TGI": is_unpadded, "LoRAX": is_unpadded, "MLX": False,
-    }  # fmt: skip
-    ready, others = ([name for name, takes in engines.items() if takes is wanted] for wanted in (True, False))
-    return (
-        f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
-        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
-    )
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 FORMAT = "lora_init.plan"

@@ -11,6 +11,7 @@ from textwrap import indent
 from typing import Any
 
 from lora_init.errors import LoraInitError
+from lora_init.layers.targets import matches
 from lora_init.planning.plan import RankAllocation, alpha_for, plan_text, plan_to_dict, scaling_of, source_text
 
 
@@ -100,8 +101,7 @@ def target_modules(plan: RankAllocation) -> list[str] | str:
     fused = set(target_parameters(plan))
     kept = [name for name in (*(name for name, rank in plan.items() if rank), *plan.unsupported) if name not in fused]
     dropped = [name for name, rank in plan.items() if not rank]
-    chosen = set(kept)
-    if any(".".join(name.split(".")[i:]) in chosen for name in dropped for i in range(1, name.count(".") + 1)):
+    if any(matches(kept, name, "target_modules") for name in dropped):
         return f"^(?:{'|'.join(re.escape(name) for name in kept)})$"
     return kept
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
-from lora_init.planning.plan import VLLM_RANKS
+from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.trained import Layer, Trained, zero_layers
 
 

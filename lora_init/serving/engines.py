@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,13 @@ from torch import Tensor
 from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
 from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import write_json
+from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
-from lora_init.planning.plan import VLLM_RANKS, alpha_for
+from lora_init.planning.plan import alpha_for
 from lora_init.serving.base import Base
 from lora_init.serving.trained import EMBEDDING, Trained, config_of
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank of vLLM may be
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,56 @@ def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
     yield from (key for key in ("alora_invocation_tokens", "trainable_token_indices") if trained.config.get(key))
 
 
+def _is_padded(rank: int) -> bool:
+    """Tell the ranks that TGI's and LoRAX's kernels don't have.
+
+    Both pad them, and then divide alpha by the padded rank in all kinds of layers but the first.
+    """
+    return rank != 8 and rank % 16 != 0
+
+
 def check_rank(name: str | None, rank: int) -> None:
     """Refuse a rank that an engine does not take.
-
-    TGI and LoRAX pad ranks that their kernels don't have, and then divide alpha by the padded rank in all kinds of
-    layers but the first.
 
     Raises:
         LoraInitError: It does not.
     """
     if name == "vllm" and rank > VLLM_RANKS[-1]:
         raise LoraInitError(f"vllm takes at most rank {VLLM_RANKS[-1]}, and this is {rank}. Compress it by rank=.")
-    if name in ("tgi", "lorax") and rank != 8 and rank % 16:
+    if name in ("tgi", "lorax") and _is_padded(rank):
         raise LoraInitError(f"{name} takes rank 8 or a multiple of 16, and this is {rank}. Choose one by rank=.")
+
+
+def serving_note(ranks: Mapping[str, int]) -> str:
+    """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
+
+    Args:
+        ranks: Of every layer that could have an adapter, 0 where it has none.
+
+    Example:
+        >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}))
+        PEFT and vLLM (--max-lora-rank 16) take this adapter as it is.
+        SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`.
+    """
+    most = max(ranks.values(), default=0)
+    if not most:
+        return "No layer has an adapter, so there is nothing to serve."
+    grid = layer_grid(ranks)
+    kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
+    is_uniform = all(kind in ({0}, {most}) for kind in kinds)
+    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= most), "")
+    ready = {"PEFT": True, f"vLLM{vllm}": bool(vllm)}
+    ready |= dict.fromkeys(("SGLang", "llama.cpp", "Ollama"), is_uniform)
+    ready |= dict.fromkeys(("TGI", "LoRAX"), is_uniform and not _is_padded(most)) | {"MLX": False}
+    as_it_is, others = ([name for name, takes in ready.items() if takes is wanted] for wanted in (True, False))
+    return (
+        f"{_listed(as_it_is)} take{'s' * (len(as_it_is) == 1)} this adapter as it is. "
+        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
+    )
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> None:

@@ -17,10 +17,18 @@ from lora_init.errors import LoraInitError
 from lora_init.files import check_free, check_writable, new_directory, new_file, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.budgets import parse_count
-from lora_init.planning.plan import VLLM_RANKS
 from lora_init.serving.base import plan_merge, read_base, write_merged
 from lora_init.serving.compress import fit
-from lora_init.serving.engines import ENGINES, PEFT, Engine, check_engine, check_rank, find_engine, write_gguf
+from lora_init.serving.engines import (
+    ENGINES,
+    PEFT,
+    VLLM_RANKS,
+    Engine,
+    check_engine,
+    check_rank,
+    find_engine,
+    write_gguf,
+)
 from lora_init.serving.trained import Trained, read_trained
 
 RECORD_FILE, CARD_FILE = "export.json", "README.md"

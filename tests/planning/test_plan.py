@@ -10,7 +10,7 @@ from hypothesis import given
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.plan import alpha_for, load_plan, save_plan, scaling_of, serving_note
+from lora_init.planning.plan import alpha_for, load_plan, save_plan, scaling_of
 from lora_init.planning.snippets import snippet
 from tests.planning.made import QKV, WIDE, distinct, explained, full_plan, heat_map_cells, laws, statistics, widths3
 
@@ -154,29 +154,3 @@ def test_a_plan_is_short_in_text_a_heat_map_in_html_and_a_figure():
     assert [text.get_text() for text in axes.texts] == [str(rank or "·") for rank in plan.values()]
     nothing = RankAllocation({"a": 0}, 1)
     assert repr(nothing) == "RankAllocation(0 of 1 layers with rank 0, total rank 0)" and "·" in nothing._repr_html_()
-
-
-# --- Serving --------------------------------------------------------------------------------------------------------
-
-TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]
-ALL = "PEFT, vLLM (--max-lora-rank {}), SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is. MLX needs"
-SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX "
-
-
-@pytest.mark.parametrize(
-    ("ranks", "note"),
-    [
-        ([16, 16, 16, 16], ALL.format(16)),
-        ([8, 0, 8, 0], ALL.format(8)),  # no v_proj has one
-        ([48, 48, 48, 48], ALL.format(64)),
-        ([12, 12, 12, 12], "PEFT, vLLM (--max-lora-rank 16), SGLang, llama.cpp and Ollama take this adapter as it is. "
-         "TGI, LoRAX and MLX need `lora-init export`."),
-        ([8, 16, 8, 16], SOME.format(16)),
-        ([8, 8, 8, 0], SOME.format(8)),
-        ([1, 2, 3, 260], SOME.format(320)),
-        ([1, 2, 3, 513], "PEFT takes this adapter as it is. vLLM, SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need"),
-        ([0, 0, 0, 0], "nothing to serve"),
-    ],
-)  # fmt: skip
-def test_which_engines_take_the_adapter_as_it_is(ranks, note):
-    assert note in serving_note(dict(zip(TWO, ranks, strict=True)))

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
-from lora_init.serving.engines import ENGINES
+from lora_init.serving.engines import ENGINES, serving_note
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.serving.test_export import ADAPTERS, base, config_of, load, refused, train
 
@@ -199,3 +199,27 @@ def test_a_classifier_is_exported_for_peft_and_refused_for_engines(tmp_path):
     assert any("score" in key for key in load_file(tmp_path / "served/adapter_model.safetensors"))
     refused("'score.weight'", tmp_path / "trained", tmp_path / "x", "tgi")
     refused("no tensor 'score.weight'", tmp_path / "trained", tmp_path / "x", merge_into=str(tmp_path / "base"))
+
+
+TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]
+ALL = "PEFT, vLLM (--max-lora-rank {}), SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is. MLX needs"
+SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX "
+
+
+@pytest.mark.parametrize(
+    ("ranks", "note"),
+    [
+        ([16, 16, 16, 16], ALL.format(16)),
+        ([8, 0, 8, 0], ALL.format(8)),  # no v_proj has one
+        ([48, 48, 48, 48], ALL.format(64)),
+        ([12, 12, 12, 12], "PEFT, vLLM (--max-lora-rank 16), SGLang, llama.cpp and Ollama take this adapter as it is. "
+         "TGI, LoRAX and MLX need `lora-init export`."),
+        ([8, 16, 8, 16], SOME.format(16)),
+        ([8, 8, 8, 0], SOME.format(8)),
+        ([1, 2, 3, 260], SOME.format(320)),
+        ([1, 2, 3, 513], "PEFT takes this adapter as it is. vLLM, SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need"),
+        ([0, 0, 0, 0], "nothing to serve"),
+    ],
+)  # fmt: skip
+def test_which_engines_take_the_adapter_as_it_is(ranks, note):
+    assert note in serving_note(dict(zip(TWO, ranks, strict=True)))
