@@ -57,21 +57,20 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to draw.")
     plan.check(stats)
+    suffix = ".svg" if kind == "HTML page" else path.suffix.lower()
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format")) if suffix == ".svg" else {}
+    buffer = io.BytesIO()
     # Text as text and no date, so that the same plan gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_init", "font.family": "sans-serif"}):
-        content = _page(plan, stats) if kind == "HTML page" else _drawn(make_figure(plan, stats), path.suffix.lower())
+        make_figure(plan, stats).savefig(buffer, format=suffix[1:], metadata=nothing)
+    content = buffer.getvalue()
+    if kind == "HTML page":
+        content = _page(plan, stats, content.decode())
     try:
         write_whole(path, content)
     except OSError as error:
         raise LoraInitError(f"{path}: the picture could not be written: {error.strerror or error}.") from error
     return path
-
-
-def _drawn(figure: Figure, suffix: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format")) if suffix == ".svg" else {}
-    figure.savefig(buffer, format=suffix[1:], metadata=nothing, **options)
-    return buffer.getvalue()
 
 
 def kind_totals(plan: RankAllocation) -> pd.DataFrame:
@@ -179,19 +178,14 @@ def _scale(grid: pd.DataFrame) -> dict[str, float]:
     return {"vmin": least - 0.1 * span, "vmax": least + span}
 
 
-def html_heat_map(ranks: Mapping[str, int], uuid: str | None = None) -> str:
-    """Write ranks as a table, blocks from top to bottom, coloured by rank; for light and dark backgrounds.
-
-    Args:
-        ranks: Layer name to rank.
-        uuid: Part of the ids on the page; random if not given.
-    """
+def html_heat_map(ranks: Mapping[str, int]) -> str:
+    """Write ranks as a table, blocks from top to bottom, coloured by rank; for light and dark backgrounds."""
     grid = rank_grid(ranks)
     style = grid.style.format(precision=0, na_rep="·").format_index(escape="html", axis=1)
     style = style.background_gradient(_COLORS, axis=None, text_color_threshold=0.18, **_scale(grid))
     style = style.highlight_null(props="background-color: transparent; color: inherit")
     style = style.set_table_styles({"selector": selector, "props": props} for selector, props in _MAP_STYLES.items())
-    return str(style.to_html(table_uuid=uuid, table_attributes='class="rank-map"'))
+    return str(style.to_html())
 
 
 def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
@@ -227,16 +221,8 @@ def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
     return figure
 
 
-def draw_spectra(axes: Any, kind: str, layers: Mapping[int, str], plan: RankAllocation, spectra: Spectra) -> None:
-    """Draw the cumulative explained variance of each layer of a kind, and a dot where its rank ends.
-
-    Args:
-        axes: Where to draw.
-        kind: Label.
-        layers: Names by block.
-        plan: Their ranks.
-        spectra: Of all layers of the plan, in its order.
-    """
+def _draw_spectra(axes: Any, kind: str, layers: Mapping[int, str], plan: RankAllocation, spectra: Spectra) -> None:
+    """Draw the cumulative explained variance of each layer of a kind, and a dot where its rank ends."""
     from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
 
@@ -279,22 +265,25 @@ def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapp
     axes.legend(fontsize=8, loc="best", framealpha=0.9)
 
 
-def _explained_size(plan: RankAllocation, columns: int) -> tuple[float, float]:
-    """Give the inches that `_draw_explained` needs."""
-    rows = -(-min(len(_by_kind(plan)), _MOST_KINDS) // columns)
-    return 2.4 * columns + 0.6, 1.9 * rows + 4.2
+def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
+    """Lay all three pictures out in one figure, sized so that every cell can be read."""
+    from matplotlib.figure import Figure
 
-
-def _draw_explained(figure: Any, plan: RankAllocation, stats: Statistics, columns: int) -> None:
-    """Draw the spectra of each kind, and below them what other budgets and policies explain."""
     kinds = _by_kind(plan)
     shown = list(kinds.items())[:_MOST_KINDS]
-    width, height = _explained_size(plan, columns)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height - 4.2, 3.4])
-    axes = upper.subplots(-(-len(shown) // columns), columns, sharey=True, squeeze=False)
+    map_width, map_height = _map_size(plan)
+    columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack
+    rows = -(-len(shown) // columns)
+    width, height = 2.4 * columns + 0.6, 1.9 * rows + 4.2
+    figure = Figure(figsize=(map_width + width, max(map_height, height)), dpi=110, layout="constrained")
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[map_width, width]))
+    draw_heat_map(left.add_subplot(), plan)
+    left.suptitle("Rank of each layer (· none)", fontsize=11)
+    upper, lower = right.subfigures(2, 1, height_ratios=[1.9 * rows, 3.4])
+    axes = upper.subplots(rows, columns, sharey=True, squeeze=False)
     spectra = stack_spectra(stats, list(plan))
     for place, (kind, layers) in zip(axes.flat, shown, strict=False):
-        draw_spectra(place, kind, layers, plan, spectra)
+        _draw_spectra(place, kind, layers, plan, spectra)
     for place in axes.flat[len(shown) :]:
         place.set_visible(False)
     left_out = f"; {len(kinds) - len(shown)} more kinds not shown" if len(kinds) > len(shown) else ""
@@ -304,34 +293,16 @@ def _draw_explained(figure: Any, plan: RankAllocation, stats: Statistics, column
     draw_budget_curve(lower.add_subplot(), plan, budget_curves(plan, stats))
     title = "Variance explained for the parameters spent, by policy, under the same limits"
     lower.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
-
-
-def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
-    """Lay all three pictures out in one figure, sized so that every cell can be read."""
-    from matplotlib.figure import Figure
-
-    map_width, map_height = _map_size(plan)
-    columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack
-    width, height = _explained_size(plan, columns)
-    figure = Figure(figsize=(map_width + width, max(map_height, height)), dpi=110, layout="constrained")
-    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[map_width, width]))
-    draw_heat_map(left.add_subplot(), plan)
-    left.suptitle("Rank of each layer (· none)", fontsize=11)
-    _draw_explained(right, plan, stats, columns)
     caption = f"Plan: {plan_text(plan)}. Computed from {source_text(plan)}."
     caption = textwrap.fill(caption, int(14 * (map_width + width)))
     figure.supxlabel(caption, fontsize=8, parse_math=False)
     return figure
 
 
-def _page(plan: RankAllocation, stats: Statistics) -> bytes:
+def _page(plan: RankAllocation, stats: Statistics, svg: str) -> bytes:
     from jinja2 import Environment, PackageLoader
-    from matplotlib.figure import Figure
 
     model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
-    figure = Figure(figsize=_explained_size(plan, 2), layout="constrained")
-    _draw_explained(figure, plan, stats, 2)
-    svg = _drawn(figure, ".svg", transparent=True).decode()
     by_kind = [
         (k.Index, k.layers, f"{k.least} to {k.most}", f"{k.total_rank:,}", f"{k.parameters:,}", f"{k.explained:.1%}")
         for k in kind_totals(plan).itertuples()
@@ -344,8 +315,7 @@ def _page(plan: RankAllocation, stats: Statistics) -> bytes:
         asked=plan_text(plan),
         source=source_text(plan),
         totals=totals_against_uniform(plan, stats),
-        heat_map=html_heat_map(plan, "ranks"),
-        explained=svg[svg.index("<svg") :],  # without the XML declaration, which has no place within HTML
+        figure=svg[svg.index("<svg") :],  # without the XML declaration, which has no place within HTML
         by_kind=by_kind,
         notes=plan.notes,
     )
