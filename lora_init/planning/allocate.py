@@ -9,18 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
-from lora_init.planning.budgets import Budget, choose_budget, costs
+from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
 from lora_init.planning.plan import RankAllocation
 from lora_init.planning.policies import Rule, Spectra, stack_spectra, worth
 from lora_init.statistics.statistics import Statistics
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 __all__ = ["RankAllocation", "allocate_ranks"]
 
@@ -92,7 +87,9 @@ def allocate_ranks(
         LoraInitError: Two budgets, a budget of 0 or beyond what was collected; limits that contradict each other or the
             budget; a pattern that matches nothing; an unknown policy, or a function that returns NaN.
     """
-    _check_statistics(stats)
+    if not (isinstance(stats, Statistics) and len(stats)):
+        kind = type(stats).__name__
+        raise LoraInitError(f"Statistics of layers are needed, from collect or Statistics.load(path), not {kind}.")
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
         raise LoraInitError(f"rho={rho!r}: a finite number of at least 1 is needed; 1 gives all layers one rank.")
     base = dict(min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, allowed_ranks=allowed_ranks)
@@ -137,15 +134,6 @@ def allocate_ranks(
     )
 
 
-def _check_statistics(stats: object) -> None:
-    if not isinstance(stats, Statistics):
-        raise LoraInitError(
-            f"Statistics are needed, from collect or Statistics.load(path), and this is a {type(stats).__name__}."
-        )
-    if not len(stats):
-        raise LoraInitError("the statistics hold no layer. Collect them from a model with linear layers.")
-
-
 class _Task(NamedTuple):
     """What is to be shared out among n layers, and what bounds the rank of each."""
 
@@ -155,6 +143,7 @@ class _Task(NamedTuple):
     per_rank: IntArray  # cost of one rank of each layer, [n]
     average: float  # rank that the budget buys if every layer has the same
     rho: float | None  # times the average, the largest rank of a layer; None where nothing but its width limits it
+    needs: FloatArray  # rank below which too little data in a layer is worth a warning, [n]
     could: IntArray  # largest rank of each layer if more were collected, [n]
     tops: IntArray  # largest rank of each layer but for its limits, with what was collected, [n]
 
@@ -165,6 +154,7 @@ def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: f
     caps = np.array([target.in_features for target in spectra.targets], dtype=np.int64)
     if rho is not None:
         caps = np.minimum(caps, max(1, round(rho * average)))
+    needs = np.maximum(average, [limit.min_rank for limit in limits.values()])
     could = np.array([limit.highest(cap) for limit, cap in zip(limits.values(), caps.tolist(), strict=True)])
     tops = np.minimum(caps, spectra.collected)
     relaxed = dict(limits)
@@ -174,7 +164,7 @@ def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: f
         most = limits[name].highest(tops[i])
         if most < limits[name].min_rank <= could[i]:
             relaxed[name] = replace(limits[name], min_rank=most)
-    return _Task(budget, spectra, relaxed, per_rank, average, rho, could, tops)
+    return _Task(budget, spectra, relaxed, per_rank, average, rho, needs, could, tops)
 
 
 def _spend(task: _Task, steps: Steps) -> BoolArray:
@@ -229,8 +219,7 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
     at_top = ranks == steps.top
     is_stuck = left > 0 and bool(at_top.all())
     wanting = at_top & (task.could > spectra.collected)
-    needs = np.maximum(task.average, [limit.min_rank for limit in task.limits.values()])
-    short = wanting & spectra.starved & (spectra.collected < needs)
+    short = wanting & spectra.starved & (spectra.collected < task.needs)
     if short.any():
         text = f"{_some(spectra.names, short)} got as many ranks as the data has directions. Use more data."
         warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks

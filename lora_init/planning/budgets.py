@@ -16,6 +16,8 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.targets import Target
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 COVERAGES = ("every-layer", "total")
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}

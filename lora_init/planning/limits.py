@@ -10,14 +10,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target
-
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
+from lora_init.planning.budgets import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -133,11 +130,10 @@ def layer_limits(
     """
     names = list(targets)
     limits = dict.fromkeys(names, Limits().changed(base, ""))
-    if overrides is not None and not isinstance(overrides, Mapping):
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(one, Mapping) for one in overrides.values()):
         raise LoraInitError(f"overrides={overrides!r}: a mapping such as {{'up_proj': {{'max_rank': 8}}}} is needed.")
-    for pattern, settings in (overrides or {}).items():
-        if not isinstance(settings, Mapping):
-            raise LoraInitError(f"overrides[{pattern!r}]={settings!r}: a mapping such as {{'max_rank': 8}} is needed.")
+    for pattern, settings in overrides.items():
         for name in select(str(pattern), names, "overrides"):
             limits[name] = limits[name].changed(settings, f"overrides[{pattern!r}]: ")
     for pattern in _patterns(exclude, "exclude"):

@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import Target
+from lora_init.planning.budgets import BoolArray, FloatArray, IntArray
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +142,7 @@ def gradient(gains: FloatArray, widths: FloatArray) -> FloatArray:
 
     All layers' gradients are of one loss, so these are numbers of one unit, and not shares: a layer that the loss does
     not depend on gets nothing. q, k and v read the same tensor and differ here. `gradient-per-parameter` takes this per
-    parameter.
-
-    Args:
-        gains: Explained variance of the rows weighted by the gradient, falling, [n, K].
-        widths: d_in + d_out of each layer, [n].
+    parameter. The gains are the explained variance of the rows weighted by the gradient, falling, [n, K].
     """
     return gains
 
@@ -158,13 +150,9 @@ def gradient(gains: FloatArray, widths: FloatArray) -> FloatArray:
 def gora(importance: FloatArray, widths: FloatArray) -> FloatArray:
     """Share ranks out in proportion to importance / sqrt(d_in + d_out): GoRA's rule (He et al., arXiv 2502.12171).
 
-    The importance of a layer is the mean of |W * G| over its entries. The paper shares out rank x sum(sqrt(d_in +
-    d_out)) in proportion to it, of which a rank of a layer costs sqrt(d_in + d_out). Its limits are `min_rank` and
-    `max_rank`.
-
-    Args:
-        importance: Of each layer, in the first column, [n, K].
-        widths: d_in + d_out of each layer, [n].
+    The importance of a layer, in the first column, is the mean of |W * G| over its entries. The paper shares out rank x
+    sum(sqrt(d_in + d_out)) in proportion to it, of which a rank of a layer costs sqrt(d_in + d_out). Its limits are
+    `min_rank` and `max_rank`.
     """
     return proportional_to(importance[:, 0] / np.sqrt(widths), importance.shape[1])
 

@@ -371,6 +371,8 @@ def test_layers_with_fewer_directions_than_rank_get_those_that_there_are_and_one
     with pytest.warns(UserWarning, match="'h.1.up' got as many"):
         least = allocate_ranks(statistics([[0.3, 0.2, 0.1, 0.1], [0.6]]), rank=2, min_rank=2)
     assert list(least.values()) == [3, 1]  # min_rank asks for what the data does not have
+    with pytest.warns(UserWarning, match="'h.1.up' got as many"):  # and more than the average rank
+        allocate_ranks(statistics([[0.3, 0.2, 0.1, 0.1], [0.6]]), total_rank=3, min_rank=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is said where there is enough for the rank
         allocate_ranks(statistics([[0.4, 0.3, 0.2, 0.1], [0.6, 0.4]], n_samples=1000), rank=2, rho=2)
@@ -457,7 +459,7 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(overrides={"*.down": {"max_rank": 1}}), r"overrides: '\*.down' matches no layer. Names end in up"),
         (dict(overrides={"*.upp": {"max_rank": 1}}), r"overrides: '\*.upp' matches no layer. Closest: up"),
         (dict(overrides={"up": {"maximum": 1}}), r"overrides\['up'\]: 'maximum' is no limit. Choose from rank, "),
-        (dict(overrides={"up": 8}), r"overrides\['up'\]=8: a mapping"),
+        (dict(overrides={"up": 8}), "overrides={'up': 8}: a mapping such as"),
         (dict(exclude="upp"), "exclude: 'upp' matches no layer. Closest: up"),
         (dict(exclude="up"), "exclude='up' leaves none of 3 layers"),
         (dict(tie=("up", "down")), "'down' matches no layer"),
@@ -485,9 +487,9 @@ def test_ties_with_a_layer_in_common_are_one_and_limits_of_tied_layers_must_agre
 
 @pytest.mark.parametrize(
     ("stats", "message"),
-    [("x.st", r"from collect or Statistics.load\(path\), and this is a str"),
-     (torch.nn.Linear(2, 2), "this is a Linear"),
-     (Statistics({}, {}, {}, statistics(WIDE).provenance), "hold no layer")],
+    [("x.st", r"needed, from collect or Statistics.load\(path\), not str"),
+     (torch.nn.Linear(2, 2), "not Linear"),
+     (Statistics({}, {}, {}, statistics(WIDE).provenance), "Statistics of layers are needed")],
 )  # fmt: skip
 def test_what_is_no_statistics_is_one_clear_line(stats, message):
     with pytest.raises(LoraInitError, match=message):
