@@ -29,11 +29,7 @@ def why_not_asked(name: str, kind: Literal["model", "dataset"]) -> str:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS)
     except GatedRepoError:
         return ""  # the download says what has to be accepted, and where
-    except HFValidationError:
-        raise LoraInitError(
-            f"{what} {name!r}: no such file or folder, and not a name that the hub could have."
-        ) from None
-    except RepositoryNotFoundError:
+    except (HFValidationError, RepositoryNotFoundError):
         raise LoraInitError(
             f"{what} {name!r}: no such file or folder, and the hub has nothing of this name that you may read. Check "
             "the spelling; for a private one log in with `hf auth login`."

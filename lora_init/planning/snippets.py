@@ -70,7 +70,8 @@ class _Request:
         """Give the alpha of each rank, without rsLoRA, for tools that take whole numbers; None if one is not whole."""
         ranks = {self.base_rank(), *self.plan.values()} - {0}
         alphas = {rank: alpha_for(self.scaling, rank) for rank in ranks}
-        return {rank: int(alpha) for rank, alpha in alphas.items()} if all(map(_is_whole, alphas.values())) else None
+        whole = {rank: alpha for rank, alpha in alphas.items() if isinstance(alpha, int) and alpha >= 1}
+        return whole if len(whole) == len(alphas) else None
 
     def make_adapter(self, why: str) -> list[str]:
         """Say what the adapter of this plan is needed for, and give the command that makes it."""
@@ -80,10 +81,6 @@ class _Request:
     def about(self) -> list[str]:
         """Describe the plan in two lines."""
         return [f"Planned by lora_init: {plan_text(self.plan)}.", f"{self.plan!r}, from {source_text(self.plan)}."]
-
-
-def _is_whole(value: float) -> bool:
-    return value == int(value) and value >= 1
 
 
 def target_parameters(plan: RankAllocation) -> list[str]:
@@ -118,11 +115,10 @@ def _comments(lines: Sequence[str]) -> str:
 def _peft(request: _Request) -> str:
     plan, ranks = request.plan, rank_pattern(request.plan, request.plan.rank)
     task = plan.provenance.task_type if plan.provenance else None
-    alpha = int(request.lora_alpha) if _is_whole(request.lora_alpha) else request.lora_alpha
     parameters = target_parameters(plan)
     arguments = {
         "r": plan.rank,
-        "lora_alpha": alpha,
+        "lora_alpha": alpha_for(request.scaling, plan.rank, request.use_rslora),
         **({"use_rslora": True} if request.use_rslora else {}),
         **({"task_type": task} if task else {}),
         "target_modules": target_modules(plan),
