@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,12 +49,14 @@ def make_console(stderr: bool = False) -> Console:
 
 def busy(text: str) -> Status:
     """Show on stderr what is going on, where that is a terminal; a context manager."""
-    return make_console(stderr=True).status(text)
+    console = make_console(stderr=True)
+    console.quiet = _running.quiet
+    return console.status(text)
 
 
 def say(text: str) -> None:
     """Print one line to stderr; of several processes the first one does."""
-    if not process_rank():
+    if not process_rank() and not _running.quiet:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -64,7 +69,7 @@ def print_json(content: Any) -> None:
 def one_line_errors() -> Iterator[None]:
     """Turn what a user or a machine can cause into one line on stderr, and an exit code.
 
-    `LORA_INIT_DEBUG=1` lets the traceback through.
+    `-v` or `LORA_INIT_DEBUG=1` lets the traceback through.
     """
     try:
         with _quiet_libraries():
@@ -77,7 +82,7 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(FAILED) from None
     except Exception as error:
-        if os.environ.get("LORA_INIT_DEBUG"):
+        if _running.verbose:
             raise
         rank = process_rank()
         text = in_words_of_the_command(explain(error))
@@ -85,17 +90,49 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(FAILED) from None
 
 
-# Options of the command that runs, by the name of the argument: as it is switched on, and off.
-_options: dict[str, tuple[str, str]] = {}
+@dataclass
+class _Running:
+    """The command that runs: its options by the name of the argument, as switched on and off, and how much it says."""
+
+    options: dict[str, tuple[str, str]] = field(default_factory=dict)
+    quiet: bool = False
+    verbose: bool = False
 
 
-def remember_options(parameters: Iterable[Any]) -> None:
-    """Take the options of the command that runs, for `in_words_of_the_command`."""
-    _options.clear()
-    for parameter in parameters:
-        option = next((name for name in parameter.opts if name.startswith("--")), None)
-        if option is not None:
-            _options[parameter.name] = option, next(iter(parameter.secondary_opts), f"no {option}")
+_running = _Running()
+
+
+def _common(
+    context: typer.Context,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Let other libraries speak, and show tracebacks.")] = False,
+) -> None:
+    _running.options = {}
+    for parameter in context.command.params:
+        on = next((name for name in parameter.opts if name.startswith("--")), None)
+        if on is not None and parameter.name is not None:
+            _running.options[parameter.name] = on, next(iter(parameter.secondary_opts), f"no {on}")
+    _running.quiet, _running.verbose = quiet, verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function: it takes the options of `_common`, too, and what goes wrong is one line."""
+
+    @functools.wraps(function)
+    def run(context: typer.Context, quiet: bool, verbose: bool, **options: Any) -> None:
+        _common(context, quiet, verbose)
+        with one_line_errors():
+            function(**options)
+
+    signatures = (inspect.signature(part, eval_str=True) for part in (function, _common))
+    parameters = [one.replace(kind=one.KEYWORD_ONLY) for part in signatures for one in part.parameters.values()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def is_quiet() -> bool:
+    """Tell whether the command that runs was asked to say only what matters."""
+    return _running.quiet
 
 
 def in_words_of_the_command(text: str) -> str:
@@ -106,22 +143,25 @@ def in_words_of_the_command(text: str) -> str:
     """
 
     def option(found: re.Match[str]) -> str:
-        on, off = _options[found[1]]
+        on, off = _running.options[found[1]]
         return {"True": on, "False": off, "": f"{on} "}.get(found[2], on)
 
-    names = "|".join(_options) or "(?!)"  # which matches nothing
+    names = "|".join(_running.options) or "(?!)"  # which matches nothing
     return re.sub(rf"(?<![\w.,:'\"{{/-])({names})=(True\b|False\b|(?=[\w'\"\[({{-]))?", option, text)
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Let only this package's warnings through, each as one line on stderr, and once."""
+    if _running.verbose:
+        yield
+        return
     said: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = in_words_of_the_command(" ".join(str(message).split()))
-        if text not in said:
-            say(f"warning: {text}")
+        if text not in said and not process_rank():
+            print(f"warning: {text}", file=sys.stderr, flush=True)
         said.add(text)
 
     with warnings.catch_warnings():
@@ -132,7 +172,9 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """Stop transformers and the hub's client from logging and drawing bars of their own."""
+    """Stop transformers and the hub's client from logging and drawing bars of their own, unless asked to let them."""
+    if _running.verbose:
+        return
     import logging
 
     import transformers

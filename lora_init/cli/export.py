@@ -15,7 +15,6 @@ from lora_init.cli.console import (
     Template,
     busy,
     make_console,
-    one_line_errors,
     print_json,
     quiet_transformers,
     unescape,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from lora_init.serving.export import Exported
 
 
-@one_line_errors()
 def export(
     directory: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="Directory or GGUF file to write.", show_default=False)],

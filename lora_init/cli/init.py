@@ -19,8 +19,8 @@ from lora_init.cli.console import (
     Template,
     TrustRemoteCode,
     busy,
+    is_quiet,
     make_console,
-    one_line_errors,
     print_json,
     process_group,
     process_rank,
@@ -57,7 +57,6 @@ $ lora-init init sentence-transformers/all-MiniLM-L6-v2 data/boolq.jsonl --templ
 """
 
 
-@one_line_errors()
 @process_group()
 def init(
     model: Annotated[str, Argument(help="Model directory or hub id.", show_default=False)],
@@ -163,7 +162,7 @@ def init(
     else:
         settings = {
             **selection, "rank": rank, "rho": rho, "center": center, "token_mask": token_mask, "gradients": gradients,
-            "max_batches": max_batches, "seed": seed,
+            "max_batches": max_batches, "seed": seed, "progress": False if is_quiet() else None,
         }  # fmt: skip
         stats = _collect(loaded.model, batches, file, overwrite, settings)
     if process_rank():
@@ -290,6 +289,13 @@ def _with_best_step(
 _SHOWN_NOTES = 5
 
 
+def how_to_train(directory: Path, built: AdapterInit) -> str:
+    """Say how training goes on from the adapter."""
+    if built.corrects_base or built.freeze_a:
+        return f"as {directory / 'README.md'} shows"
+    return f"PeftModel.from_pretrained(base_model, {str(directory)!r}, is_trainable=True)"
+
+
 def summarise(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
@@ -319,6 +325,7 @@ def summarise(
         "loss_before": finite(before),
         "loss_at_start": finite(after),
         "seconds": made.seconds,
+        "train": how_to_train(directory, built),
         "notes": [*([f"{built.start_in_words()}."] if special else []), *made.notes, *ranks.notes],
     }
 
@@ -351,3 +358,4 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(f"note: {note}", markup=False)
     if len(notes) > _SHOWN_NOTES:
         console.print(f"and {len(notes) - _SHOWN_NOTES} more notes, all with --json")
+    console.print(f"Train it: {summary['train']}", markup=False)

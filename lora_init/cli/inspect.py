@@ -17,7 +17,6 @@ from lora_init.cli.console import (
     TrustRemoteCode,
     busy,
     make_console,
-    one_line_errors,
     print_json,
     quiet_transformers,
 )
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 _WORST = 5
 
 
-@one_line_errors()
 def inspect(
     path: Annotated[
         Path,

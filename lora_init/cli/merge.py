@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.cli.console import AsJson, make_console, one_line_errors, print_json, read_numbers
+from lora_init.cli.console import AsJson, make_console, print_json, read_numbers
 from lora_init.cli.tables import facts
 from lora_init.files import check_writable
 
@@ -20,7 +20,6 @@ $ lora-init merge chat.safetensors code.safetensors --weights 0.7,0.3 -o mixed.s
 """
 
 
-@one_line_errors()
 def merge(
     files: Annotated[
         list[Path], Argument(help="Statistics files of one model, from lora-init init.", show_default=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from lora_init.cli.console import AsJson, make_console, one_line_errors, print_json, read_names, read_numbers, say
+from lora_init.cli.console import AsJson, make_console, print_json, read_names, read_numbers, say
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
@@ -177,7 +177,6 @@ $ lora-init ranks stats.safetensors --parameters 1M --compare uniform --compare 
 """
 
 
-@one_line_errors()
 def ranks(
     statistics: Annotated[Path, Argument(help="Statistics file, from lora-init init.", show_default=False)],
     rank: Annotated[int | None, Option(help="Budget: average rank. Default: what the statistics are for.")] = None,

@@ -1,5 +1,6 @@
 """The command line as a whole: help, wrong usage, how it is started."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -8,8 +9,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
+import lora_init
 from lora_init import cli as package
 from lora_init.cli import app as cli
 from tests.commands import run
@@ -36,7 +39,9 @@ def test_wrong_usage_exits_with_2(arguments):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["init", "--help"], ["inspect", "--help"], ["init"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["init", "--help"], ["inspect", "--help"], ["init"], ["--nonsense"]]
+)
 def test_help_and_usage_errors_import_nothing_heavy(arguments):
     program = (
         "import sys\nfrom lora_init.cli.app import app\n"
@@ -46,6 +51,35 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_a_mistyped_choice_is_answered_with_the_closest():
+    arguments = ["init", "model", "data", "-o", "out"]
+    for words, closest in (
+        (["intit", "model"], "init"),
+        ([*arguments, "--method", "lora-ge"], "lora-ga"),
+        (["ranks", "stats", "--policy", "cost-awar"], "cost-aware"),
+        (["ranks", "stats", "--format", "axolotll"], "axolotl"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 2 and f"Did you mean {closest}?" in result.stderr.replace("'", ""), result.stderr
+    assert "--method" in run(*arguments, "--methd", "eva").stderr
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout == f"lora-init {lora_init.__version__}\n"
+
+
+def test_env_has_what_a_bug_report_needs():
+    about = json.loads(run("env", "--json").stdout)
+    assert about["lora-init"] == lora_init.__version__ and about["torch"] == torch.__version__
+    assert {"python", "system", "transformers", "peft", "datasets", "cores", "memory", "gpus"} <= set(about)
+    assert "torch " in run("env").stdout
+
+
+def test_the_shell_completes_commands():
+    script = run("--show-completion", "bash").stdout
+    assert "lora" in script.lower() and "complete" in script
 
 
 def test_the_example_in_the_help_is_a_command_that_parses():

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import lora_init
 from lora_init import Statistics
 from lora_init.cli import app as cli
-from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank, remember_options
+from lora_init.cli import console
+from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank
 from lora_init.errors import explain
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
@@ -124,7 +125,6 @@ def test_each_process_says_what_is_wrong_with_it_and_all_end(home, tmp_path):
     init = ["init", str(home / "model"), str(home / "text.txt"), "-o"]
     (tmp_path / "full-1").mkdir()
     (tmp_path / "full-1" / "file").touch()
-    (tmp_path / "stats-1").touch()
     missing = ["init", str(home / "model"), str(home / "none.txt"), "-o", str(tmp_path / "out")]
     ended = "error: rank 0 waited for 1 other process, of which one has ended"
     cases = [
@@ -181,10 +181,26 @@ def test_whatever_goes_wrong_is_one_line(command, monkeypatch, error, part):
     assert_one_line_error(run_here(*command), part)
 
 
-def test_debug_lets_the_traceback_through(monkeypatch):
-    monkeypatch.setenv("LORA_INIT_DEBUG", "1")
-    with pytest.raises(ZeroDivisionError), one_line_errors():
+@pytest.mark.parametrize("options", [["-v"], []])
+def test_verbose_and_debug_let_the_traceback_through(command, monkeypatch, options):
+    def fail(*_, **__):
         raise ZeroDivisionError
+
+    monkeypatch.setattr("lora_init.loading.models.open_model", fail)
+    assert isinstance(run_here(*command).exception, SystemExit)
+    if not options:
+        monkeypatch.setenv("LORA_INIT_DEBUG", "1")
+    assert isinstance(run_here(*command, *options).exception, ZeroDivisionError)
+
+
+def test_quiet_says_nothing_but_results_and_warnings(command, tmp_path):
+    command += ["--statistics", str(tmp_path / "stats"), "--target-modules", "q_prj,v_proj"]
+    assert run_here(*command).exit_code == 0
+    loud = run_here(*command, "--overwrite")
+    quiet = run_here(*command, "--overwrite", "--quiet")
+    assert "used as it is" in loud.stderr and "used as it is" not in quiet.stderr
+    assert quiet.stderr.startswith("warning: ") and quiet.stderr.count("\n") == 1
+    assert quiet.stdout == loud.stdout
 
 
 def test_an_error_of_many_lines_becomes_one():
@@ -211,8 +227,9 @@ def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
         ("data 'rank=3', '*.up:rank=8', my_rank=2, rows=", "data 'rank=3', '*.up:rank=8', my_rank=2, rows="),
     ],
 )
-def test_messages_are_in_the_words_of_the_command(text, expected):
-    remember_options(typer.main.get_command(cli.app).commands["init"].params)
-    assert in_words_of_the_command(text) == expected
-    remember_options([])
+def test_messages_are_in_the_words_of_the_command(text, expected, monkeypatch):
+    init = typer.main.get_command(cli.app).commands["init"]
+    monkeypatch.setattr(console, "_running", console._Running())
     assert in_words_of_the_command(text) == text
+    console._common(init.make_context("init", [], resilient_parsing=True))
+    assert in_words_of_the_command(text) == expected

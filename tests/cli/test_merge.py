@@ -91,7 +91,7 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
     ("arguments", "words"),
     [
         (["a"], "one part alone"),
-        (["a", "b", "--weights", "0.7,0.2"], "their sum is 0.9, expected 1"),
+        (["a", "b", "--weights", "0.7,0.2"], "their sum is 0.9, expected positive numbers whose sum is 1"),
         (["a", "b", "--weights", "1.2,-0.2"], "expected positive numbers"),
         (["a", "b", "--weights", "0.7,0.2,0.1"], "3 for 2 parts"),
         (["a", "b", "--weights", "0.7;0.3"], "expected numbers separated by commas"),
