@@ -39,7 +39,7 @@ RANK = 8
 _GAMMA = 256.0  # what the search finds for natural-gradient-step on SIQA
 _LANGUAGE: dict[str, Any] = {
     "model": "smol", "batch_size": 4, "dtype": "bfloat16", "steps": 40, "evaluation_points": [10, 20],
-    "validation_samples": 64,
+    "selection_samples": 64, "report_samples": 128,
 }  # fmt: skip
 _ENCODER: dict[str, Any] = {"model": "minilm", "max_length": 64}
 TASKS: dict[str, dict[str, Any]] = {
@@ -142,7 +142,7 @@ def main() -> None:
         statistics_batches=asked.batches, **settings,
     )  # fmt: skip
     for record in found.records:
-        losses = " / ".join(f"{loss:.4f}" for loss in record["validation_loss"])
+        losses = " / ".join(f"{loss:.4f}" for loss in record["report_loss"])
         print(f"{record['start']:32} {record['learning_rate']:g}, seed {record['seed']}: {losses}")
 
 

@@ -39,7 +39,7 @@ def make_home(home, n_rows=120):
 
 
 SMALL = dict(
-    template="{passage}", completion=" {listed}", steps=6, batch_size=4, validation_samples=12, rank=2,
+    template="{passage}", completion=" {listed}", steps=6, batch_size=4, selection_samples=8, report_samples=12, rank=2,
     learning_rates=(1e-3, 1e-2), seeds=2, statistics_batches=8, evaluation_points=[3],
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ def record(start="random", rate=1e-3, seed=0, final=0.17, **changes):
     return {
         "start": start, "seed": seed, "learning_rate": rate, "status": "finished", "error": None,
         "trainable_parameters": 2_442_240, "ranks": None, "a_scale": 0.577,
-        "evaluation_points": POINTS, "validation_loss": losses, "training_loss": [2.0, 1.0, final],
+        "evaluation_points": POINTS, "report_loss": losses, "selection_loss": final, "training_loss": [2.0, 1.0, final],
         "metrics": {"accuracy": 0.6, "macro_f1": 0.59, "mcc": 0.2}, "data_order": f"order{seed}",
         "metrics_before": {"accuracy": 0.5, "macro_f1": 0.4, "mcc": 0.0},
         "initialisation_seconds": 0.4, "training_seconds": 61.5,
@@ -66,7 +66,8 @@ def broken(status, error, **about):
     """A run that came to nothing."""
     nothing = dict.fromkeys(("a_scale", "metrics", "training_seconds", "retain_loss"))
     return record(**about) | nothing | {
-        "status": status, "error": error, "validation_loss": [2.3], "evaluation_points": [0], "training_loss": [],
+        "status": status, "error": error, "report_loss": [2.3], "selection_loss": None,
+        "evaluation_points": [0], "training_loss": [],
     }  # fmt: skip
 
 

@@ -34,8 +34,14 @@ CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content']
 SMALLER = (
     (r"\b1M\b", "3k"),
     (r"\b5M\b", "5k"),
-    (r"lora-init compare", "lora-init compare --steps 2 --seeds 1 --learning-rates 1e-3 --validation-samples 8"),
-    (r'starts=\("random", "eva"\)', r"\g<0>, steps=2, seeds=2, learning_rates=[1e-3], validation_samples=8"),
+    (
+        r"lora-init compare",
+        "lora-init compare --steps 2 --seeds 1 --learning-rates 1e-3 --selection-samples 8 --report-samples 8",
+    ),
+    (
+        r'starts=\("random", "eva"\)',
+        r"\g<0>, steps=2, seeds=2, learning_rates=[1e-3], selection_samples=8, report_samples=8",
+    ),
     (r"max_steps=20", "max_steps=2"),
 )
 

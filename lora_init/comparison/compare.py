@@ -100,7 +100,7 @@ def compare(
         steps: Steps of each run.
         batch_size: Examples in a batch.
         warmup: Share of the steps in which the learning rate rises; then it falls to zero on a cosine.
-        evaluation_points: Steps after which the validation loss is measured. Default: every quarter. 0 and the last
+        evaluation_points: Steps after which the loss to report is measured. Default: every quarter. 0 and the last
             always count.
         statistics_batches: Batches of the run's own training data that statistics are made from.
         dry_run: Only plan. Nothing is written.
@@ -186,7 +186,7 @@ def _run_all(
 
 def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float]) -> str:
     """Say how a run ended, and how long those that are left may take if they are like those that ended."""
-    losses = record["validation_loss"]
+    losses = record["report_loss"]
     how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
     left = f"; {n_left} left, about {n_left * fmean(seconds) / 60:.1f} min" if n_left else ""
     return f"{record['status']}, {how}, {record['run_seconds']:.0f} s{left}"

@@ -105,7 +105,7 @@ def paired(table: pd.DataFrame, start: str, column: str = "loss") -> dict[int, f
 
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
-    """Judge each start, at its own best rate, by its final validation loss against random's with the same seeds."""
+    """Judge each start, at its own best rate, by its final loss against random's with the same seeds."""
     best = best_rates(table)
     return [_judge(start, best, paired(table, start)) for start in table["start"].unique() if start != RANDOM]
 
@@ -123,7 +123,7 @@ def _judge(start: str, best: Mapping[str, float], differences: dict[int, float])
         sentence = f"{start}: no statement possible, since {why}."
         return Verdict(start, outcome, sentence, differences, mean, low, high)
     where = f"{start} at {rate_text(best[start])}, random at {rate_text(best[RANDOM])}"
-    apart = f"its final validation loss is {number(abs(mean))} {'lower' if mean < 0 else 'higher'} than random's"
+    apart = f"its final loss is {number(abs(mean))} {'lower' if mean < 0 else 'higher'} than random's"
     about = f"{apart} on average, with {len(differences)} runs of each (95 % interval {signed(low)} to {signed(high)}; "
     if outcome == "no statement":
         said = f"no statement possible with 1 run; {apart} with the same seed ({where}). Only more seeds can tell"
@@ -222,11 +222,6 @@ def _chance(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
         said.append(
             f"{compared} comparisons were made. With intervals of 95 %, one in twenty starts that make no difference "
             "would be called better or worse by chance."
-        )
-    if table.groupby("start")["learning_rate"].nunique().gt(1).any():
-        said.append(
-            "Each start's learning rate was picked on the validation loss that is reported here, for all starts alike, "
-            "so these losses are a little lower than new data would give."
         )
     return said
 

@@ -94,13 +94,13 @@ def _shown(best: Iterable[str], start: str) -> list[str]:
 
 
 def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> None:
-    """Draw validation loss over steps at the best rate: mean, and a band from the lowest to the highest seed.
+    """Draw the loss over steps at the best rate: mean, and a band from the lowest to the highest seed.
 
     What is before training would leave no room for what differs.
     """
     for name in _shown(best["start"], start):
         runs = best[best["start"] == name]
-        curves = pd.DataFrame(runs["validation_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
+        curves = pd.DataFrame(runs["report_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
         color = styles[split_start(name)[0]][0]
         axes.plot(curves.columns, curves.mean(), line_style(name), color=color, linewidth=1.5)
         axes.fill_between(curves.columns, curves.min(), curves.max(), color=color, alpha=0.2, linewidth=0)
@@ -108,7 +108,7 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
 
 
 def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limits: tuple[float, float]) -> None:
-    """Draw final validation loss over learning rates: means, a dot for each run, a cross on top of an unstable rate."""
+    """Draw the final loss over learning rates: means, a dot for each run, a cross on top of an unstable rate."""
     top, best = limits[1] - 0.04 * (limits[1] - limits[0]), best_rates(runs)
     for name in _shown(best, start):
         color, marker = styles[split_start(name)[0]]
@@ -151,7 +151,7 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     axes.set_ylim(len(verdicts) - 0.5, -0.6)
     axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+", 1) for verdict in verdicts])
     axes.locator_params(axis="x", nbins=5)
-    _finish(axes, "final validation loss, start − random\n← start better · random better →")
+    _finish(axes, "final loss, start − random\n← start better · random better →")
 
 
 def _draw_forgetting(axes: Any, best: pd.DataFrame, styles: Styles) -> None:
@@ -163,7 +163,7 @@ def _draw_forgetting(axes: Any, best: pd.DataFrame, styles: Styles) -> None:
             label=name, alpha=0.85, markerfacecolor="none" if split_start(name)[1] else color,
         )  # fmt: skip
     axes.locator_params(axis="x", nbins=5)
-    _finish(axes, "final validation loss (less: learned more)")
+    _finish(axes, "final loss (less: learned more)")
     axes.set_ylabel("loss on retained text, change\n(less: forgot less)", fontsize=8)
     axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 

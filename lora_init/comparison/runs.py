@@ -122,11 +122,11 @@ class Plan:
 
 METRICS = ("accuracy", "macro_f1", "mcc")
 _NUMBERS = [
-    *METRICS, "loss", "first_loss", "retained_before", "retained_after", "trainable_parameters", "a_scale", "gamma",
-    "initialisation_seconds", "training_seconds", "peak_memory_bytes",
+    *METRICS, "selection_loss", "loss", "first_loss", "retained_before", "retained_after", "trainable_parameters",
+    "a_scale", "gamma", "initialisation_seconds", "training_seconds", "peak_memory_bytes",
 ]  # fmt: skip
 _COLUMNS = [
-    "start", "learning_rate", "seed", "status", "error", "data_order", "evaluation_points", "validation_loss",
+    "start", "learning_rate", "seed", "status", "error", "data_order", "evaluation_points", "report_loss",
     *_NUMBERS,
 ]  # fmt: skip
 
@@ -140,8 +140,9 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
     Returns:
         A row for each run, by start, rate and seed. Columns are those of `RunRecord`, its metrics, and: `first_loss`
-        and `loss`, the final validation loss (NaN unless finished); `retained_before`, `retained_after`; `counts`,
-        whether the run finished at a rate with no unstable run; `best`, whether it also is at the start's best rate.
+        and `loss`, the final loss to report (NaN unless finished); `retained_before`, `retained_after`; `counts`,
+        whether the run finished at a rate with no unstable run; `best`, whether it also is at the start's best rate,
+        which is chosen by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
     bases = [RANDOM, *starts, *(split_start(row["start"])[0] for row in rows)]
@@ -150,14 +151,14 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     table[_NUMBERS] = table[_NUMBERS].astype(float)
     unstable = table["status"].eq("unstable").groupby([table["start"], table["learning_rate"]]).transform("any")
     table["counts"] = table["status"].eq("finished") & ~unstable.astype(bool)
-    best = {start: own.idxmin()[1] for start, own in rate_means(table).groupby("start")}
+    best = {start: _chosen_rate(own) for start, own in table[table["counts"]].groupby("start")}
     table["best"] = table["counts"] & table["learning_rate"].eq(table["start"].map(best))
     return table
 
 
 def _row(record: Record) -> dict[str, Any]:
     """Flatten a record; a run that finished without a finite loss was unstable."""
-    losses, kept = record.get("validation_loss") or [], record.get("retain_loss") or [None, None]
+    losses, kept = record.get("report_loss") or [], record.get("retain_loss") or [None, None]
     finite = bool(losses) and all(loss is not None and math.isfinite(loss) for loss in losses)
     status = "unstable" if record["status"] == "finished" and not finite else record["status"]
     return {
@@ -169,6 +170,13 @@ def _row(record: Record) -> dict[str, Any]:
         "retained_before": kept[0],
         "retained_after": kept[1],
     }
+
+
+def _chosen_rate(runs: pd.DataFrame) -> float:
+    """Choose among the rates of a start on the seeds that all of them have: those of the sweep."""
+    seeds = set.intersection(*(set(own) for _, own in runs.groupby("learning_rate")["seed"]))
+    kept = runs[runs["seed"].isin(seeds)] if seeds else runs
+    return float(kept.groupby("learning_rate")["selection_loss"].mean().idxmin())
 
 
 def rate_means(table: pd.DataFrame) -> pd.Series:

@@ -87,7 +87,7 @@ def _best(runs: pd.DataFrame) -> pd.DataFrame:
 def _steps_cell(runs: pd.DataFrame, target: float) -> str:
     """Say at which evaluation each run of a start is first as good as the target."""
     steps = []
-    for points, losses in zip(runs["evaluation_points"], runs["validation_loss"], strict=True):
+    for points, losses in zip(runs["evaluation_points"], runs["report_loss"], strict=True):
         reached = [step for step, loss in zip(points, losses, strict=True) if loss <= target]
         steps.append(str(reached[0]) if reached else "never")
     return "–" if math.isnan(target) else ", ".join(steps)
@@ -133,7 +133,7 @@ def _every_run(runs: pd.DataFrame) -> pd.DataFrame:
             "rate": runs["learning_rate"].map(rate_text),
             "seed": runs["seed"].map(str),
             "status": runs["status"],
-            "validation loss": runs["validation_loss"].map(lambda losses: " ".join(map(number, losses or [])) or "–"),
+            "loss": runs["report_loss"].map(lambda losses: " ".join(map(number, losses or [])) or "–"),
             **{name: _written(runs[metric], ".3f") for metric, name in _METRIC_NAMES.items()},
             "retained": runs["retained_after"].map(number),
             "training, s": _written(runs["training_seconds"], ",.1f"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import group_by_length, pad_batch, padding_token
-from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
+from lora_init.loading.examples import IGNORED, Encoded, Recipe, encode, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -83,12 +83,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples to train on and others to score by. No example is in both.
+    """Examples in three folds. No example is there twice, in another fold or in the same.
 
     Attributes:
         kind: `"causal-lm"`, `"classification"` or `"multiple-choice"`.
         train: Examples to train on, and to learn statistics from.
-        validation: Examples to score by, never used for anything else.
+        selection: Examples that learning rates are chosen by.
+        report: Examples that every figure is from.
         classes: Names of the classes, for classification.
         padding: Token to pad with.
         normalize: Whether an option's log-likelihood is divided by its number of tokens.
@@ -98,7 +99,8 @@ class Task:
 
     kind: str
     train: Sequence[Item]
-    validation: Sequence[Item]
+    selection: Sequence[Item]
+    report: Sequence[Item]
     classes: tuple[str, ...]
     padding: int
     normalize: bool
@@ -149,7 +151,8 @@ class DataOptions:
         subset: Configuration of a hub data set.
         split: Split of a hub data set or a folder.
         train_samples: Training examples at most.
-        validation_samples: Validation examples.
+        selection_samples: Examples that learning rates are chosen by.
+        report_samples: Examples that every figure is from.
         max_length: Tokens of an example at most.
         data_seed: Seed of the split.
         name: Name of the task in the report. Default: that of the data.
@@ -167,7 +170,8 @@ class DataOptions:
     subset: str | None = None
     split: str = "train"
     train_samples: int = 1024
-    validation_samples: int = 128
+    selection_samples: int = 128
+    report_samples: int = 256
     max_length: int = 256
     data_seed: int = 0
     name: str | None = None
@@ -177,9 +181,9 @@ class DataOptions:
 
 
 def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size: int) -> Task:
-    """Read a data set and split it. Validation rows come first in the seeded order, so more training moves none.
+    """Read a data set and split it: rows to report come first in the seeded order, then those to select by.
 
-    Rows are read as by `load_batches`. Training rows with the same tokens as a validation row are left out.
+    So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts.
 
     Args:
         source: A file, a folder or a hub id.
@@ -190,11 +194,9 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
     Raises:
         LoraInitError: Too few rows, missing columns, labels that are no classes, or what `load_batches` raises.
     """
-    if asked.validation_samples < 1:
-        raise LoraInitError(
-            f"validation_samples={asked.validation_samples}: no validation rows are left, so nothing could be "
-            "compared. Use at least 1; 100 or more say something."
-        )
+    for option in ("selection_samples", "report_samples"):
+        if getattr(asked, option) < 1:
+            raise LoraInitError(f"{option}={getattr(asked, option)}: expected at least 1; 100 or more say something.")
     data = read_rows(source, asked.subset, asked.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
@@ -202,6 +204,46 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
     reading = recipe(names, name, tokenizer, asked.template, _completion(asked, kind))
     limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
 
+    read = _reader(asked, reading, tokenizer, limit, classes)
+    extra = [asked.label] if asked.label else [asked.answer, asked.options] if asked.options else []
+    left_out: Counter[str] = Counter()
+    columns = [*reading.columns, *(column for column in extra if column in names)]
+    usable = data.usable(columns, read, asked.data_seed, left_out)
+    seen: set[tuple[int, ...]] = set()
+
+    def fresh() -> Iterator[Item]:
+        for item in usable:
+            if tuple(item.tokens[0]) not in seen:
+                seen.add(tuple(item.tokens[0]))
+                yield item
+
+    items = fresh()
+    report, selection = list(islice(items, asked.report_samples)), list(islice(items, asked.selection_samples))
+    train = list(islice(items, max(asked.train_samples, 0)))
+    counted = f"{name}: {len(train)} examples to train on, {len(selection)} to select by and {len(report)} to report"
+    skipped = [f"{count} left out {why}" for why, count in left_out.items()]
+    if len(train) < batch_size or len(selection) < asked.selection_samples:
+        left = f" ({', '.join(skipped)})" if skipped else ""
+        raise LoraInitError(
+            f"{counted}; expected {batch_size} or more, {asked.selection_samples} and {asked.report_samples}{left}. "
+            "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."
+        )
+    how = [f"label {asked.label}, {len(classes)} classes"] if classes else []
+    how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
+    described = ", ".join(
+        [
+            f"{counted} of {len(data.table)}",
+            f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}",
+            *how,
+            *skipped,
+        ]
+    )
+    return Task(kind, train, selection, report, classes, padding_token(tokenizer), asked.normalize, described, name)
+
+
+def _reader(
+    asked: DataOptions, reading: Recipe, tokenizer: Any, limit: int, classes: Sequence[str]
+) -> Callable[[Mapping[str, Any]], Item | str]:
     def encoded(row: Mapping[str, Any]) -> Encoded | None:
         example = reading.to_example(row)
         return encode(example, tokenizer, limit, False) if example else None
@@ -226,33 +268,7 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
         whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < limit)
         return f"with {limit} or more tokens" if len(whole) < len(options) else Item(whole[right], whole, right)
 
-    extra = [asked.label] if asked.label else [asked.answer, asked.options] if asked.options else []
-    left_out: Counter[str] = Counter()
-    columns = [*reading.columns, *(column for column in extra if column in names)]
-    usable = data.usable(columns, read, asked.data_seed, left_out)
-    validation = list(islice(usable, asked.validation_samples))
-    held_out = {tuple(item.tokens[0]) for item in validation}
-    fresh = (item for item in usable if tuple(item.tokens[0]) not in held_out)
-    train = list(islice(fresh, max(asked.train_samples, 0)))
-    skipped = [f"{count} left out {why}" for why, count in left_out.items()]
-    left = f" ({', '.join(skipped)})" if skipped else ""
-    if len(train) < batch_size or len(validation) < asked.validation_samples:
-        raise LoraInitError(
-            f"{name}: {len(train)} training and {len(validation)} validation examples; a batch needs {batch_size} "
-            f"and validation {asked.validation_samples}{left}. "
-            "Lower --validation-samples or --batch-size, raise --train-samples, or use more data."
-        )
-    how = [f"label {asked.label}, {len(classes)} classes"] if classes else []
-    how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
-    described = ", ".join(
-        [
-            f"{name}: {len(train)} training and {len(validation)} validation examples of {len(data.table)}",
-            f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}",
-            *how,
-            *skipped,
-        ]
-    )
-    return Task(kind, train, validation, classes, padding_token(tokenizer), asked.normalize, described, name)
+    return read
 
 
 def _kind(asked: DataOptions, names: Sequence[str], name: str) -> str:

@@ -51,7 +51,7 @@ _EVALUATION_BATCH = 16
 
 @dataclass(frozen=True)
 class Score:
-    """Loss on the validation examples, and metrics if they have a right answer."""
+    """Mean loss on some examples, and metrics if they have a right answer."""
 
     loss: float
     metrics: dict[str, float] | None
@@ -108,8 +108,8 @@ def _evaluating(model: nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
-def evaluate(model: nn.Module, task: Task, with_metrics: bool) -> Score:
-    """Score the validation examples in evaluation mode; the model's mode is as before afterwards.
+def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: bool = False) -> Score:
+    """Score examples in evaluation mode; the model's mode is as before afterwards.
 
     The loss is the mean over all labelled tokens, or over all examples for a classification. Metrics are accuracy,
     macro F1 and the Matthews correlation of the most probable class or option; an option's score is the log-likelihood
@@ -118,23 +118,24 @@ def evaluate(model: nn.Module, task: Task, with_metrics: bool) -> Score:
     Args:
         model: The model, on any device.
         task: The task.
+        items: Examples of it.
         with_metrics: Compute metrics, too. For multiple choice that means running every option.
     """
     with _evaluating(model) as device:
         if task.kind == CLASSIFICATION:
-            return _score_classes(model, task, device)
+            return _score_classes(model, task, items, device)
         if task.kind != MULTIPLE_CHOICE or not with_metrics:
-            sums = _sequence_losses(model, [item.tokens for item in task.validation], task.padding, device)
+            sums = _sequence_losses(model, [item.tokens for item in items], task.padding, device)
             return Score(sum(loss for loss, _ in sums) / sum(count for _, count in sums), None)
-        sequences = [choice for item in task.validation for choice in item.choices]
+        sequences = [choice for item in items for choice in item.choices]
         scored = iter(_sequence_losses(model, sequences, task.padding, device))
     predicted, right = [], []
-    for item in task.validation:
+    for item in items:
         options = [next(scored) for _ in item.choices]
         losses = [loss / count if task.normalize else loss for loss, count in options]
         predicted.append(losses.index(min(losses)))
         right.append(options[item.answer or 0])
-    truth = [item.answer or 0 for item in task.validation]
+    truth = [item.answer or 0 for item in items]
     return Score(sum(loss for loss, _ in right) / sum(count for _, count in right), metrics(truth, predicted))
 
 
@@ -159,8 +160,8 @@ def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     }
 
 
-def _score_classes(model: nn.Module, task: Task, device: torch.device) -> Score:
-    items = sorted(task.validation, key=item_length)
+def _score_classes(model: nn.Module, task: Task, items: Sequence[Item], device: torch.device) -> Score:
+    items = sorted(items, key=item_length)
     loss, truth, predicted = 0.0, [], []
     for start in range(0, len(items), _EVALUATION_BATCH):
         batch = send_to_device(task.batch(items[start : start + _EVALUATION_BATCH]), device)
@@ -194,7 +195,7 @@ class Training:
         steps: Steps of each run.
         batch_size: Examples in a batch.
         warmup: Share of the steps in which the learning rate rises; then it falls to zero on a cosine.
-        evaluation_points: Steps after which the validation loss is measured, rising, from 0 to `steps`.
+        evaluation_points: Steps after which the loss to report is measured, rising, from 0 to `steps`.
     """
 
     steps: int
@@ -236,8 +237,9 @@ class Trained:
     Attributes:
         status: `"finished"`, or `"unstable"` if the loss diverged; the run ended there.
         error: Why it is unstable.
-        evaluation_points: Steps after which the validation loss was measured.
-        validation_loss: At each of those points.
+        evaluation_points: Steps after which the loss to report was measured.
+        report_loss: At each of those points.
+        selection_loss: At the end; None unless the run finished.
         training_loss: Of each step's batch, before that step.
         metrics: At the end, or None.
         data_order: Hash of all batches in the order they were trained on.
@@ -247,7 +249,8 @@ class Trained:
     status: str = "finished"
     error: str | None = None
     evaluation_points: list[int] = field(default_factory=list)
-    validation_loss: list[float] = field(default_factory=list)
+    report_loss: list[float] = field(default_factory=list)
+    selection_loss: float | None = None
     training_loss: list[float] = field(default_factory=list)
     metrics: dict[str, float] | None = None
     data_order: str | None = None
@@ -270,18 +273,18 @@ def train(
     No weight decay; gradients are clipped to norm 1, as transformers' Trainer does. The random state (the base model's
     own dropout) starts from the seed, so a run depends on its arguments and the number of threads only.
 
-    A run is unstable, and ends, when a loss or gradient is not finite, or when the validation loss or the mean of the
+    A run is unstable, and ends, when a loss or gradient is not finite, or when the loss to report or the mean of the
     last five training losses is above twice `plain_loss` plus 0.5. That limit is the same for every start, wherever it
     begins.
 
     Args:
         model: Trained in place.
-        task: Says what the loss is and has the validation examples.
+        task: Says what the loss is and has the examples to score by.
         order: Batches, one a step.
         training: Schedule and evaluation points.
         learning_rate: At the end of the warm-up.
         seed: Seed of the random state.
-        plain_loss: Validation loss of the plain model.
+        plain_loss: Loss to report of the plain model.
         on_step: Called after each step.
     """
     torch.manual_seed(seed)
@@ -313,14 +316,16 @@ def train(
         if step in training.evaluation_points:
             _evaluate(run, model, task, step, last=step == len(order))
     run.status = "unstable" if run.error or _diverged(run, plain_loss) else "finished"
+    if run.status == "finished":
+        run.selection_loss = evaluate(model, task, task.selection).loss
     run.data_order = digest.hexdigest()[:32]
     return run
 
 
 def _evaluate(run: Trained, model: nn.Module, task: Task, step: int, last: bool) -> None:
-    score = evaluate(model, task, with_metrics=last)
+    score = evaluate(model, task, task.report, with_metrics=last)
     run.evaluation_points.append(step)
-    run.validation_loss.append(score.loss)
+    run.report_loss.append(score.loss)
     run.metrics = score.metrics
 
 
@@ -328,7 +333,7 @@ def _diverged(run: Trained, plain_loss: float) -> bool:
     """Tell whether the loss is far above that of the plain model, and note why."""
     recent = run.training_loss[-_WINDOW:]
     mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
-    for name, value in (("validation loss", run.validation_loss[-1]), ("training loss", mean)):
+    for name, value in (("loss", run.report_loss[-1]), ("training loss", mean)):
         if not value <= _FAR * plain_loss + _SLACK:  # NaN, too
             after = len(run.training_loss)
             run.error = f"{name} {value:.3g} after step {after}, {plain_loss:.3g} for the plain model"

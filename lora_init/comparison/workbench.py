@@ -184,7 +184,10 @@ class Workbench:
         self._renew_head(run.seed)
         if run.seed not in self._before:  # a new head depends on the seed
             retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
-            self._before[run.seed] = evaluate(self.loaded.model, self.task, with_metrics=True), retained
+            self._before[run.seed] = (
+                evaluate(self.loaded.model, self.task, self.task.report, with_metrics=True),
+                retained,
+            )
         plain, retained = self._before[run.seed]
         record.metrics_before = plain.metrics
         collected: list[Statistics] = []

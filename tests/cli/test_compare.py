@@ -30,7 +30,8 @@ def command(home, tmp_path):
     """The smallest comparison that works, to which tests add."""
     return [
         "compare", home / "llama", home / "rows.jsonl", "-o", tmp_path / "out", "--template", "{passage}",
-        "--completion", " {listed}", "--steps", 4, "--batch-size", 4, "--validation-samples", 8, "--rank", 2,
+        "--completion", " {listed}", "--steps", 4, "--batch-size", 4, "--selection-samples", 6,
+        "--report-samples", 8, "--rank", 2,
         "--starts", "random,eva-rho1", "--learning-rates", "1e-3,1e-2", "--seeds", 2, "--statistics-batches", 4,
     ]  # fmt: skip
 
@@ -62,7 +63,8 @@ def test_options_reach_the_comparison(command, home, tmp_path):
     listed.write_text("\n".join(["one dog run", "my green house"] * 4))
     run(
         *command[:7], "--options", "listed", "--answer", "position", "--completion", " {position}", "--normalize",
-        "--steps", 3, "--batch-size", 4, "--validation-samples", 8, "--train-samples", 32, "--max-length", 20,
+        "--steps", 3, "--batch-size", 4, "--selection-samples", 6, "--report-samples", 8,
+        "--train-samples", 32, "--max-length", 20,
         "--data-seed", 1, "--rank", 2, "--lora-alpha", 4, "--target-modules", "q_proj,v_proj", "--warmup", 0.2,
         "--eval-points", "1,2", "--starts", "random", "--learning-rates", "1e-3", "--seeds", 1, "--sweep", "full",
         "--retain-data", listed, "--retain-samples", 8, "--name", "first word", "--match-scale",
@@ -74,7 +76,12 @@ def test_options_reach_the_comparison(command, home, tmp_path):
         "match_scale": True, "seeds": [0], "dtype": "float32",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
-    for part in ("32 training and 8 validation", "split seed 1", "at most 20 tokens", "answer position"):
+    for part in (
+        "32 examples to train on, 6 to select by and 8 to report",
+        "split seed 1",
+        "at most 20 tokens",
+        "answer position",
+    ):
         assert part in settings["data"]
     assert "8 of 8 examples" in settings["retain_data"]
 
@@ -107,7 +114,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
         (["--label", "class"], "--label 'class' is not a column"),
-        (["--batch-size", 500], "a batch needs 500"),
+        (["--batch-size", 500], "expected 500 or more"),
         (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
     ],
 )

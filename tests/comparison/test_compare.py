@@ -65,7 +65,7 @@ def test_every_run_is_there_with_every_key(full):
     assert [record["status"] for record in records] == ["finished"] * len(found.planned)
     for record in records:
         assert set(record) == {field.name for field in dataclasses.fields(RunRecord)}
-        assert record["evaluation_points"] == [0, 3, 6] and len(record["validation_loss"]) == 3
+        assert record["evaluation_points"] == [0, 3, 6] and len(record["report_loss"]) == 3
         assert len(record["training_loss"]) == 6
         assert set(record["metrics"]) == set(record["metrics_before"]) == {"accuracy", "macro_f1", "mcc"}
         assert len(record["retain_loss"]) == 2
@@ -79,7 +79,7 @@ def test_every_run_is_there_with_every_key(full):
 
 def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
     records = full[0].records
-    assert len({record["validation_loss"][0] for record in records}) == 1
+    assert len({record["report_loss"][0] for record in records}) == 1
     assert len({record["retain_loss"][0] for record in records}) == 1
     for seed in (0, 1):
         assert len({record["data_order"] for record in records if record["seed"] == seed}) == 1
@@ -87,7 +87,7 @@ def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
     counts = {r["trainable_parameters"] for r in records if r["ranks"] is None and "frozen-a" not in r["start"]}
     assert len(counts) == 1
     for record in records:
-        if record["ranks"] is not None and "eva-frozen-a" not in record["start"]:
+        if record["ranks"] is not None and record["start"] in ("eva", "eva-ranks"):
             assert sum(record["ranks"].values()) <= 2 * 14
         if "+equal-parameters" in record["start"]:
             assert record["trainable_parameters"] <= counts.copy().pop()
@@ -112,7 +112,7 @@ def test_the_best_rate_of_the_first_seed_goes_to_the_other(full):
     records = full[0].records
     for start in ("random", "eva"):
         own = [record for record in records if record["start"] == start]
-        first = {r["learning_rate"]: r["validation_loss"][-1] for r in own if r["seed"] == 0}
+        first = {r["learning_rate"]: r["report_loss"][-1] for r in own if r["seed"] == 0}
         assert set(first) == {1e-3, 1e-2}
         assert [r["learning_rate"] for r in own if r["seed"] == 1] == [min(first, key=first.get)]
 
@@ -122,7 +122,7 @@ def test_the_report_has_every_run_and_the_settings(full):
     assert {path.name for path in found.files} >= {"report.html", "report.md", "learning_curves.png"}
     page = (found.directory / "report.html").read_text()
     for record in found.records:
-        assert f"{record['validation_loss'][-1]:.4f}" in page
+        assert f"{record['report_loss'][-1]:.4f}" in page
     settings = read_settings(found.directory)
     assert settings == found.settings
     assert settings["model"] == "llama" and settings["kind"] == "multiple-choice" and settings["threads"] >= 1
@@ -142,13 +142,15 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
     compare(home, tmp_path / "out", learning_rates=[1e-3], seeds=1)
     bench = set_up_bench(home, tmp_path)
     trained = {tuple(item.tokens[0]) for item in bench.task.train}
-    scored = {tuple(item.tokens[0]) for item in bench.task.validation}
+    scored = {tuple(item.tokens[0]) for item in [*bench.task.selection, *bench.task.report]}
     assert len(seen) == len(set(seen)) == 32 and set(seen) <= trained and not set(seen) & scored
 
 
 def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
     training = Training(steps, 4, 0.1, [0, 3, steps])
-    asked = DataOptions(**dict(template="{passage}", completion=" {listed}", validation_samples=12) | options)
+    asked = DataOptions(
+        **dict(template="{passage}", completion=" {listed}", selection_samples=8, report_samples=12) | options
+    )
     shape = AdapterShape(rank=2, lora_alpha=4)
     return set_up(str(home / model), home / data, directory, (asked, ModelOptions()), shape, training, 8)
 
@@ -180,8 +182,8 @@ def test_a_classifier(home, tmp_path):
     assert found.settings["kind"] == "classification" and records[0]["retain_loss"] is None
     # A new head is drawn from the seed, alike for all starts.
     for seed in (0, 1):
-        assert len({record["validation_loss"][0] for record in records if record["seed"] == seed}) == 1
-    assert len({record["validation_loss"][0] for record in records}) == 2
+        assert len({record["report_loss"][0] for record in records if record["seed"] == seed}) == 1
+    assert len({record["report_loss"][0] for record in records}) == 2
 
 
 def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
@@ -190,10 +192,18 @@ def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
 
     home = make_home(tmp_path)
     save_model(tiny_bert(), home / "trained")
-    rows = [{"text": f"the cat {'sat ' * (i % 9)}{i}", "kind": i % 2} for i in range(60)]
+    rows = [{"text": f"the cat {'sat ' * i}", "kind": i % 2} for i in range(60)]
     (home / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
     bench = set_up_bench(
-        home, tmp_path, "trained", "two.jsonl", template=None, completion=None, label="kind", validation_samples=4
+        home,
+        tmp_path,
+        "trained",
+        "two.jsonl",
+        template=None,
+        completion=None,
+        label="kind",
+        selection_samples=2,
+        report_samples=4,
     )
     head = bench.loaded.model.classifier.weight.clone()
     bench.carry_out(Run("random", 1, 1e-2))
@@ -222,7 +232,7 @@ def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(rank=3), "rank was 2, now 3"),
-    (dict(validation_samples=13), "data was "),
+    (dict(report_samples=13), "data was "),
     (dict(model="bert", label="first"), "kind was 'causal-lm', now 'classification'"),
 ])  # fmt: skip
 def test_another_configuration_is_refused(home, tmp_path, changes, message):
@@ -302,7 +312,7 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
     found = compare(home, tmp_path / "out")
     failed = [record for record in found.records if record["status"] == "failed"]
     assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-3)]
-    assert failed[0]["error"].startswith("out of memory") and failed[0]["validation_loss"] == []
+    assert failed[0]["error"].startswith("out of memory") and failed[0]["report_loss"] == []
     assert failed[0]["trainable_parameters"] > 0
     assert len(found.records) == len(found.planned) == 9
     # The next call tries it again, and what came after it is what it would have been.
@@ -363,7 +373,7 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
     outcome = {verdict.start: verdict for verdict in found.summary.verdicts}
     assert outcome["useless"].outcome == "worse"
     assert outcome["again"].outcome == "no difference shown"
-    losses = {(r["start"], r["seed"]): r["validation_loss"] for r in found.records}
+    losses = {(r["start"], r["seed"]): r["report_loss"] for r in found.records}
     for seed in range(4):
         assert losses["again", seed] == losses["random", seed]
         assert losses["useless", seed][0] == losses["useless", seed][-1] > losses["random", seed][-1]
@@ -410,9 +420,9 @@ def test_a_dry_run_writes_nothing(home, tmp_path):
         (dict(model="bert", label="first", retain_data="rows.jsonl"), "a classifier has no loss on text"),
         (dict(model="bert", label="first", dtype="bfloat16"), "the head of a classifier is trained whole"),
         (dict(label="kind"), "label='kind' is not a column"),
-        (dict(validation_samples=119), "1 training and 119 validation examples"),
-        (dict(validation_samples=0), "no validation rows are left"),
-        (dict(validation_sample=12), "compare() has no argument 'validation_sample'. Closest: 'validation_samples'."),
+        (dict(report_samples=111), "1 examples to train on, 8 to select by and 111 to report"),
+        (dict(report_samples=0), "report_samples=0: expected at least 1"),
+        (dict(report_sample=12), "compare() has no argument 'report_sample'. Closest: 'report_samples'."),
         (dict(learning_rate=1e-3), "compare() has no argument 'learning_rate'. Closest: 'learning_rates'."),
     ],
 )
@@ -431,13 +441,13 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     )
     records = {record["start"]: record for record in found.records if "+" not in record["start"]}
     assert set(records) == set(starts) and {record["status"] for record in records.values()} == {"finished"}
-    begin = {start: record["validation_loss"][0] for start, record in records.items()}
+    begin = {start: record["report_loss"][0] for start, record in records.items()}
     assert begin["lora-one"] < begin["random"] - 0.01
     for start in starts:
         if start != "lora-one":
             # lora-ga takes weights apart, which rounds
             assert begin[start] == pytest.approx(begin["random"], rel=1e-5), start
-            assert records[start]["validation_loss"][-1] < begin[start], start
+            assert records[start]["report_loss"][-1] < begin[start], start
     assert records["gradient-ranks"]["ranks"] is not None
     files = sorted(file.name for file in (tmp_path / "lm" / "statistics").iterdir())
     assert files == ["seed0-centred-gradients.safetensors", "seed0-centred.safetensors"]
@@ -457,7 +467,7 @@ def test_runs_are_held_against_the_loss_of_the_plain_model(home, tmp_path, monke
     real, limits = workbench.train, []
     monkeypatch.setattr(workbench, "train", lambda *a, **k: limits.append(k["plain_loss"]) or real(*a, **k))
     found = compare(home, tmp_path / "out", starts=["random", "lora-one"], learning_rates=[1e-4], seeds=1)
-    first = {record["start"]: record["validation_loss"][0] for record in found.records}
+    first = {record["start"]: record["report_loss"][0] for record in found.records}
     assert first["lora-one"] < first["random"] and limits == pytest.approx([first["random"]] * 2)
 
 

@@ -70,7 +70,7 @@ def test_the_same_run_twice_is_no_winner():
 
 def test_a_planted_winner_a_loser_and_a_tie():
     summary = summarise(planted({"eva": -0.01, "pissa": 0.01, "orthogonal": 0.0}), settings())
-    assert verdict(summary).sentence.startswith("eva is better; its final validation loss is 0.0")
+    assert verdict(summary).sentence.startswith("eva is better; its final loss is 0.0")
     assert "lower than random's on average, with 3 runs of each (95 % interval −" in verdict(summary).sentence
     assert verdict(summary, "pissa").outcome == "worse"
     assert verdict(summary, "orthogonal").sentence.startswith("orthogonal: no difference shown; ")
@@ -123,7 +123,7 @@ def test_seeds_without_a_partner_are_left_out_and_named():
 
 def test_variants_of_a_start_are_judged_apart():
     runs = planted({"eva": -0.01})
-    runs += [{**run, "start": "eva+matched-scale", "validation_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
+    runs += [{**run, "start": "eva+matched-scale", "report_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
              for run in runs if run["start"] == "eva"]  # fmt: skip
     summary = summarise(runs, settings())
     assert [(v.start, v.outcome) for v in summary.verdicts] == [("eva", "better"), ("eva+matched-scale", "worse")]
@@ -136,7 +136,7 @@ def test_variants_of_a_start_are_judged_apart():
 def test_an_unstable_run_is_named_not_averaged_and_the_next_lower_rate_is_given():
     runs = planted({"eva": -0.01})
     bad = next(run for run in runs if (run["start"], run["learning_rate"], run["seed"]) == ("eva", 3e-3, 1))
-    bad.update(status="unstable", error="loss rose to 9.1 at step 12", validation_loss=[2.3, 9.1])
+    bad.update(status="unstable", error="loss rose to 9.1 at step 12", report_loss=[2.3, 9.1])
     summary = summarise(runs, settings())
     said = "eva is unstable at 3e-3 (seed 1: loss rose to 9.1 at step 12), so this rate is not averaged."
     assert said in summary.notes
@@ -188,7 +188,7 @@ def test_what_a_step_does_before_training():
     for run in runs:
         if run["start"] == "lora-one":
             run["gamma"] = 64.0 * (1 + run["seed"])
-            run["validation_loss"] = [run["validation_loss"][0] / 2, *run["validation_loss"][1:]]
+            run["report_loss"] = [run["report_loss"][0] / 2, *run["report_loss"][1:]]
     summary = summarise(runs, settings(seeds=[0, 1]))
     found, plain = cells(summary, "best", "lora-one"), cells(summary, "best", "random")
     assert (found["gamma"], plain["gamma"]) == ("64, 128", "–")

@@ -51,7 +51,7 @@ def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
     page = Page(text)
     words = " ".join(page.words)
     for run in runs:
-        for loss in run["validation_loss"]:
+        for loss in run["report_loss"]:
             assert f"{loss:.4f}" in words
     for setting in ("2.13.0", "lora-init compare tiny/model siqa.jsonl", "fingerprint", "siqa.jsonl, 800 rows"):
         assert setting in words
@@ -88,7 +88,7 @@ def test_markdown_has_a_picture_for_each_png_and_every_run(full):
     names = ("learning_curves", "learning_rates", "differences", "forgetting")
     assert pngs == {f"{name}.png" for name in names} == set(re.findall(r"\]\((.*?\.png)\)", markdown))
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
-    assert all(f"{run['validation_loss'][-1]:.4f}" in markdown for run in runs)
+    assert all(f"{run['report_loss'][-1]:.4f}" in markdown for run in runs)
 
 
 def test_a_second_report_of_the_same_runs_is_the_same(full):

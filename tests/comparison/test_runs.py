@@ -132,6 +132,11 @@ def test_the_best_rate_is_picked_on_the_seeds_that_all_rates_have():
     assert best_of(record("eva", 1e-3, 0, 0.2), record("eva", 1e-4, 0, 0.2)) == 1e-4  # the lower of two that are equal
 
 
+def test_the_report_has_no_part_in_the_choice():
+    low, high = record("eva", 1e-4, 0, 0.3, selection_loss=0.1), record("eva", 1e-3, 0, 0.1, selection_loss=0.3)
+    assert best_of(low, high) == 1e-4
+
+
 def test_an_unstable_run_takes_its_rate_out_of_the_race():
     sweep = [record("eva", rate, 0, loss) for rate, loss in ((1e-4, 0.30), (1e-3, 0.20), (3e-3, 0.10))]
     assert best_of(*sweep) == 3e-3
@@ -156,9 +161,9 @@ def keep(path, *records, **changes):
 
 
 def test_runs_come_back(tmp_path):
-    lost = record(seed=1, validation_loss=[math.nan, math.inf])
+    lost = record(seed=1, report_loss=[math.nan, math.inf])
     log = keep(tmp_path / "a" / "b", record(), lost)
-    assert read_runs(tmp_path / "a" / "b") == [record(), lost | {"validation_loss": [None, None]}]
+    assert read_runs(tmp_path / "a" / "b") == [record(), lost | {"report_loss": [None, None]}]
     with open_runs(tmp_path / "a" / "b", settings()) as again:
         assert again.records == log.records
 

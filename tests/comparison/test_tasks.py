@@ -22,7 +22,7 @@ def tokenizer(home):
 
 
 def load(home, tokenizer, **changes):
-    settings = dict(template="{passage}", train_samples=40, validation_samples=10) | changes
+    settings = dict(template="{passage}", train_samples=40, selection_samples=6, report_samples=10) | changes
     batch_size = settings.pop("batch_size", 4)
     return load_task(home / "rows.jsonl", tokenizer, DataOptions(**settings), batch_size)
 
@@ -35,24 +35,26 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_example_is_trained_on_and_scored(home, tokenizer, kind):
+def test_no_example_is_in_two_folds(home, tokenizer, kind):
     task = load(home, tokenizer, **KINDS[kind])
     assert task.kind == kind
-    assert (len(task.train), len(task.validation)) == (40, 10)
-    assert not {tuple(i.tokens[0]) for i in task.train} & {tuple(i.tokens[0]) for i in task.validation}
+    assert (len(task.train), len(task.selection), len(task.report)) == (40, 6, 10)
+    assert len({tuple(item.tokens[0]) for item in [*task.train, *task.selection, *task.report]}) == 56
 
 
-def test_a_copy_of_a_validation_row_is_not_trained_on(tmp_path, tokenizer):
+def test_of_rows_that_are_alike_the_first_counts(tmp_path, tokenizer):
     rows = [json.dumps({"passage": f"the cat sat {'on ' * (i % 3)}mat", "kind": i % 2}) for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    with pytest.raises(LoraInitError, match="0 training and 10 validation examples"):
-        load_task(tmp_path / "rows.jsonl", tokenizer, DataOptions(template="{passage}", validation_samples=10), 4)
+    asked = DataOptions(template="{passage}", selection_samples=1, report_samples=1)
+    assert len(load_task(tmp_path / "rows.jsonl", tokenizer, asked, 1).train) == 1
+    with pytest.raises(LoraInitError, match="1 examples to train on, 1 to select by and 1 to report; expected 4"):
+        load_task(tmp_path / "rows.jsonl", tokenizer, asked, 4)
 
 
-def test_more_training_moves_no_validation_row(home, tokenizer):
+def test_more_training_moves_no_other_row(home, tokenizer):
     few, many = load(home, tokenizer), load(home, tokenizer, train_samples=80)
-    assert few.validation == many.validation and few.train == many.train[:40]
-    assert load(home, tokenizer, data_seed=1).validation != few.validation
+    assert (few.report, few.selection) == (many.report, many.selection) and few.train == many.train[:40]
+    assert load(home, tokenizer, data_seed=1).report != few.report
 
 
 def test_the_order_depends_on_the_seed_alone(home, tokenizer):
@@ -81,7 +83,7 @@ def test_classes(home, tokenizer):
 )  # fmt: skip
 def test_choices(home, tokenizer, changes):
     task = load(home, tokenizer, **changes)
-    for item in task.validation:
+    for item in task.report:
         assert len(item.choices) == 3 and item.tokens == item.choices[item.answer]
         texts = [tokenizer.decode([t for t in labels if t != IGNORED]) for _, labels in item.choices]
         prompt = tokenizer.decode([t for t, label in zip(*item.tokens, strict=True) if label == IGNORED])
@@ -96,10 +98,13 @@ def test_fixed_options(home, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(validation_samples=0), "no validation rows are left"),
-        (dict(validation_samples=118), "2 training and 118 validation examples; a batch needs 4"),
-        (dict(validation_samples=500), "0 training and 120 validation examples"),
-        (dict(batch_size=64), "a batch needs 64"),
+        (dict(report_samples=0), "report_samples=0: expected at least 1"),
+        (
+            dict(report_samples=112),
+            "2 examples to train on, 6 to select by and 112 to report; expected 4 or more, 6 and 112",
+        ),
+        (dict(report_samples=500), "0 examples to train on, 0 to select by and 120 to report"),
+        (dict(batch_size=64), "expected 64 or more"),
         (dict(label="class"), "label='class' is not a column. Columns of "),
         (dict(label="passage"), "column 'passage' has 120 different values"),
         (dict(label="empty"), "column 'empty' has 1 different values"),
@@ -127,15 +132,19 @@ def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
     rows = [{"question": "dog run", "options": ["the", long if i % 2 else "red"], "answer": "the"} for i in range(8)]
     rows += [{"question": f"{word} run", "options": ["the", "red"], "answer": "the"} for word in ("cat", "mat", "two")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = DataOptions(template="{question}", options="options", max_length=6, validation_samples=1)
+    asked = DataOptions(template="{question}", options="options", max_length=6, selection_samples=1, report_samples=1)
     task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 2)
     assert "4 left out with 6 or more tokens" in task.data
-    assert all(len(choice[0]) == 4 for item in [*task.train, *task.validation] for choice in item.choices)
+    assert all(len(choice[0]) == 4 for item in [*task.train, *task.selection, *task.report] for choice in item.choices)
 
 
 def test_the_description_says_what_there_is(home, tokenizer):
     task = load(home, tokenizer, options="options")
-    for part in ("rows.jsonl: 40 training and 10 validation examples of 120", "split seed 0", "options options"):
+    for part in (
+        "rows.jsonl: 40 examples to train on, 6 to select by and 10 to report of 120",
+        "split seed 0",
+        "options options",
+    ):
         assert part in task.data
     assert str(home.parent) not in task.data
 

@@ -36,7 +36,7 @@ def home(tmp_path_factory):
 
 
 def read(home, model, samples, **options):
-    asked = DataOptions(template="{passage}", validation_samples=samples, **options)
+    asked = DataOptions(template="{passage}", selection_samples=4, report_samples=samples, **options)
     return load_task(home / "rows.jsonl", AutoTokenizer.from_pretrained(home / model), asked, 8)
 
 
@@ -65,8 +65,8 @@ def run(task, seed=0, steps=8, rate=1e-2, points=(0, 4, 8), model=None, warmup=0
 def test_it_learns_and_measures(task):
     model, done = run(task)
     assert done.status == "finished" and done.error is None
-    assert done.evaluation_points == [0, 4, 8] and len(done.validation_loss) == 3 and len(done.training_loss) == 8
-    assert done.validation_loss[-1] < done.validation_loss[0]
+    assert done.evaluation_points == [0, 4, 8] and len(done.report_loss) == 3 and len(done.training_loss) == 8
+    assert done.report_loss[-1] < done.report_loss[0]
     assert set(done.metrics) == {"accuracy", "macro_f1", "mcc"}
     assert done.training_seconds > 0
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
@@ -74,7 +74,7 @@ def test_it_learns_and_measures(task):
 
 def test_the_same_run_gives_the_same_numbers(task):
     (_, first), (_, again), (_, other) = run(task), run(task), run(task, seed=1)
-    assert first.training_loss == again.training_loss and first.validation_loss == again.validation_loss
+    assert first.training_loss == again.training_loss and first.report_loss == again.report_loss
     assert first.data_order == again.data_order != other.data_order
     assert first.training_loss != other.training_loss
 
@@ -144,10 +144,10 @@ def test_a_diverging_run_is_unstable_and_ends(task, growth, status):
 @pytest.mark.parametrize(("then", "status"), [(7.0, "finished"), (9.0, "unstable")])
 def test_wherever_a_start_begins_the_limit_is_that_of_the_plain_model(task, monkeypatch, begins_at, then, status):
     """Twice the plain model's 4.0 and half a nat: a step that begins at 0.5 may go as high as random."""
-    losses = iter([begins_at, then, 3.0])
+    losses = iter([begins_at, then, 3.0, 3.0])
     monkeypatch.setattr("lora_init.comparison.training.evaluate", lambda *_, **__: Score(next(losses), None))
     _, done = run(task, rate=1e-6, plain_loss=4.0)
-    assert (done.status, done.validation_loss[:2]) == (status, [begins_at, then])
+    assert (done.status, done.report_loss[:2]) == (status, [begins_at, then])
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_the_loss_of_a_classifier_is_that_of_transformers(home, task):
 
 
 def test_options_are_scored_one_by_one(task, model):
-    score = evaluate(model, task, with_metrics=True)
+    score = evaluate(model, task, task.report, with_metrics=True)
     expected, losses = [], []
-    for item in task.validation:
+    for item in task.report:
         of_item = []
         for choice in item.choices:
             batch = pad_batch([choice], task.padding)
@@ -224,12 +224,12 @@ def test_options_are_scored_one_by_one(task, model):
             of_item.append((float(model(**batch).loss) * n, n))
         expected.append(int(np.argmin([loss for loss, _ in of_item])))
         losses.append(of_item[item.answer])
-    truth = [item.answer for item in task.validation]
+    truth = [item.answer for item in task.report]
     assert score.metrics["accuracy"] == accuracy_score(truth, expected)
     assert score.loss == pytest.approx(sum(a for a, _ in losses) / sum(n for _, n in losses), rel=1e-5)
     # With and without metrics the loss is the same thing, up to the rounding of other paddings.
-    assert evaluate(model, task, with_metrics=False).loss == pytest.approx(score.loss, rel=1e-5)
-    assert evaluate(model, task, with_metrics=False).metrics is None
+    assert evaluate(model, task, task.report, with_metrics=False).loss == pytest.approx(score.loss, rel=1e-5)
+    assert evaluate(model, task, task.report, with_metrics=False).metrics is None
 
 
 def test_normalising_divides_by_the_number_of_tokens(task):
@@ -245,12 +245,10 @@ def test_normalising_divides_by_the_number_of_tokens(task):
             logits[..., 9] = 1.0  # a little likelier than the rest
             return type("Output", (), {"logits": logits + self.weight})
 
-    item = replace(
-        task.validation[0], choices=(([5, 6, 7], [-100, -100, 7]), ([5, 6, 9, 9], [-100, -100, 9, 9])), answer=0
-    )
-    small = replace(task, validation=[item, item])
-    assert evaluate(Even(), small, True).metrics["accuracy"] == 1.0
-    assert evaluate(Even(), replace(small, normalize=True), True).metrics["accuracy"] == 0.0
+    item = replace(task.report[0], choices=(([5, 6, 7], [-100, -100, 7]), ([5, 6, 9, 9], [-100, -100, 9, 9])), answer=0)
+    small = replace(task, report=[item, item])
+    assert evaluate(Even(), small, small.report, True).metrics["accuracy"] == 1.0
+    assert evaluate(Even(), replace(small, normalize=True), small.report, True).metrics["accuracy"] == 0.0
 
 
 def test_metrics_are_those_of_scikit_learn():
@@ -267,8 +265,8 @@ def test_a_classifier_is_scored(home):
     model = AutoModelForSequenceClassification.from_pretrained(
         home / "bert", num_labels=len(task.classes), ignore_mismatched_sizes=True
     ).eval()
-    score = evaluate(model, task, True)
-    batch = task.batch(task.validation)
+    score = evaluate(model, task, task.report, True)
+    batch = task.batch(task.report)
     output = model(**batch)
     assert score.loss == pytest.approx(float(output.loss), rel=1e-5)
     assert score.metrics["accuracy"] == accuracy_score(batch["labels"], output.logits.argmax(1))
@@ -277,8 +275,8 @@ def test_a_classifier_is_scored(home):
 def test_evaluation_leaves_mode_and_weights(task, model):
     before = copy.deepcopy(model.state_dict())
     model.train()
-    first = evaluate(model, task, True)
-    assert model.training and evaluate(model, task, True) == first
+    first = evaluate(model, task, task.report, True)
+    assert model.training and evaluate(model, task, task.report, True) == first
     assert text_loss(model, batches_for("llama")) > 0 and model.training
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
