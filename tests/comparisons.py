@@ -40,7 +40,7 @@ def make_home(home, n_rows=120):
 
 SMALL = dict(
     template="{passage}", completion=" {listed}", steps=6, batch_size=4, selection_samples=8, report_samples=12, rank=2,
-    learning_rates=(1e-3, 1e-2), seeds=2, statistics_batches=8, evaluation_points=[3],
+    learning_rates=(1e-3, 1e-2), seeds=2, extend=0, statistics_batches=8, evaluation_points=[3],
 )  # fmt: skip
 
 # Records whose losses come from a seeded formula, so that tests can plant what must be found.
@@ -86,7 +86,8 @@ def settings(**changes):
     return {
         "format": 3, "task": "siqa", "model": "tiny/model", "fingerprint": "abc", "rank": 8, "steps": 60,
         "evaluation_points": POINTS, "starts": ["random", "eva"], "learning_rates": list(RATES), "seeds": [0, 1, 2],
-        "sweep": "full", "match_scale": False, "threads": 1, "processor": "", "data": "siqa.jsonl, 800 rows",
+        "sweep": "full", "extend": 2, "match_scale": False, "threads": 1, "processor": "",
+        "data": "siqa.jsonl, 800 rows",
         "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "command": "lora-init compare tiny/model siqa.jsonl",
     } | changes  # fmt: skip
 

@@ -33,15 +33,18 @@ def compare(
     starts: Annotated[
         str, typer.Option(help="Names separated by commas; mine=DIRECTORY is an adapter of your own.")
     ] = "random,orthogonal,eva-rho1,eva,eva-ranks",
-    learning_rates: Annotated[str, typer.Option(help="Tried for every start.")] = "1e-4,3e-4,1e-3,3e-3",
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on.")] = 3,
+    learning_rates: Annotated[str, typer.Option(help="Tried for every start.")] = "1e-4,3e-4,1e-3",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on.")] = 5,
     sweep: Annotated[
         Literal["halving", "full"] | None,
         typer.Option(
-            help="halving: all rates on the first seed, each start's best on the others. Default on a CPU.",
+            help="halving: all rates on two seeds, each start's best on the others. Default on a CPU.",
             show_default=False,
         ),
     ] = None,
+    extend: Annotated[
+        int, typer.Option(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
+    ] = 2,
     match_scale: Annotated[
         bool, typer.Option("--match-scale", help="Also run each start with A scaled to the size of the random one.")
     ] = False,
@@ -107,9 +110,10 @@ def compare(
 
             quiet_transformers()
         found = run_comparison(
-            model, data, output, seeds=seeds, sweep=sweep, match_scale=match_scale, label=label, options=options,
-            answer=answer, normalize=normalize, name=name, subset=subset, split=split, train_samples=train_samples,
-            selection_samples=selection_samples, report_samples=report_samples, max_length=max_length,
+            model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, label=label,
+            options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,
+            train_samples=train_samples, selection_samples=selection_samples, report_samples=report_samples,
+            max_length=max_length,
             data_seed=data_seed, rank=rank, lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
             statistics_batches=statistics_batches, retain_data=retain_data, retain_samples=retain_samples, dtype=dtype,
             device=device, trust_remote_code=trust_remote_code, dry_run=dry_run,

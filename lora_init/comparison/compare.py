@@ -29,7 +29,7 @@ from lora_init.errors import LoraInitError, require
 from lora_init.layers.targets import find_targets
 
 STARTS = ("random", "orthogonal", "eva-rho1", "eva", "eva-ranks")
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def compare(
     *,
     starts: Sequence[str | tuple[str, Any]] = STARTS,
     learning_rates: Sequence[float] = LEARNING_RATES,
-    seeds: int | Sequence[int] = 3,
+    seeds: int | Sequence[int] = 5,
     sweep: str | None = None,
+    extend: int = 2,
     match_scale: bool = False,
     rank: int = 8,
     lora_alpha: float = 16,
@@ -89,10 +90,11 @@ def compare(
         output: Directory for the runs and the report.
         starts: Names, see `starts.prepare`, or pairs of a name of your own and an adapter directory, or a function of
             model and seed that returns a PeftModel.
-        learning_rates: Tried for every start.
+        learning_rates: Tried for every start, on the first two seeds.
         seeds: How many, or which. A seed decides the order of the data and all that is random in a start.
-        sweep: `"halving"`: all rates on the first seed, the best of them on the others; `"full"`: everything. Default:
-            halving on a CPU.
+        sweep: `"halving"`: other seeds at the best rate alone; `"full"`: everything. Default: halving on a CPU.
+        extend: How often half a decade is added to a start's rates while the best is the lowest or the highest, on
+            either side.
         match_scale: Also run each start with A scaled to the size of the random one.
         rank: Average rank of a layer.
         lora_alpha: The adapter is scaled by lora_alpha / rank.
@@ -124,7 +126,7 @@ def compare(
         raise LoraInitError(f"starts={names}: expected names, each once.")
     sweep = sweep or ("full" if torch.cuda.is_available() else "halving")
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    plan = Plan(names, list(learning_rates), seeds, sweep, match_scale)
+    plan = Plan(names, list(learning_rates), seeds, sweep, extend, match_scale)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     training = Training(steps, batch_size, warmup, points)
     directory = Path(output).expanduser()

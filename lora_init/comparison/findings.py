@@ -201,7 +201,10 @@ def _sweeps(table: pd.DataFrame) -> list[str]:
         "lowest": "The best rate is the lowest that was tried, so a lower one may be better",
         "highest": "The best rate is the highest that was tried, so a higher one may be better",
     }
-    return [f"{said[side]}: {'; '.join(starts)}." for side, starts in sides.items() if starts]
+    found = [f"{said[side]}: {'; '.join(starts)}." for side, starts in sides.items() if starts]
+    if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
+        found.append("Rates were chosen on a single seed, so another may well be better.")
+    return found
 
 
 def _sizes(table: pd.DataFrame) -> list[str]:

@@ -54,19 +54,24 @@ class Run:
         return f"{quote(self.start, safe='+')}_{self.learning_rate}_seed{self.seed}.json"
 
 
+SWEEP_SEEDS = 2
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: every start at every rate, and on how many seeds.
+    """What is compared: every start at its own best learning rate, and on how many seeds.
 
-    `"full"` is every start at every rate with every seed. `"halving"` is every rate on the first seed, and on the
-    others the best of them alone. Should that one be unstable on another seed, the next best takes its place; a start
-    that has no stable rate has no other seeds.
+    All starts are run at all rates on the first two seeds, and the rate with the lowest mean loss on the examples to
+    select by is a start's best. While that is the lowest or the highest rate, half a decade more is tried on that side.
+    With `"halving"` the other seeds are run at the best rate alone, with `"full"` at every rate. Should the best be
+    unstable on another seed, the next best takes its place; a start that has no stable rate has no other seeds.
 
     Attributes:
         starts: Names of starts.
-        learning_rates: Tried for every start.
+        learning_rates: Tried for every start. A single one is not asked whether another were better.
         seeds: Each decides the order of the data and all that is random in a start.
         sweep: `"halving"` or `"full"`.
+        extend: How often rates are added on either side.
         match_scale: Also run starts with A scaled to the size of the random one, where that differs.
     """
 
@@ -74,6 +79,7 @@ class Plan:
     learning_rates: Sequence[float]
     seeds: Sequence[int]
     sweep: str
+    extend: int = 2
     match_scale: bool = False
 
     def __post_init__(self) -> None:
@@ -98,26 +104,68 @@ class Plan:
         return list(dict.fromkeys([*self.starts, *added]))
 
     def runs(self, starts: Sequence[str], records: Mapping[Run, Record]) -> list[Run]:
-        """List all runs in the order to do them in, those that have ended among them.
+        """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end.
 
         Args:
             starts: From `compared`.
             records: Runs that have ended.
         """
-        first = [Run(start, self.seeds[0], rate) for rate in self.learning_rates for start in starts]
-        if self.sweep == "full":
-            rates = self.learning_rates
-            return [Run(start, seed, rate) for seed in self.seeds for rate in rates for start in starts]
-        asked = [r for run, r in records.items() if run.seed in self.seeds and run.learning_rate in self.learning_rates]
-        best = best_rates(run_table(asked))
-        swept = {start for start in starts if all(run in records for run in first if run.start == start)}
+        grids = {start: self._grid(start, records) for start in starts}
+        rates = sorted({rate for grid in grids.values() for rate in grid})
         # Seed by seed, so that what is there when it is stopped can be paired.
-        return first + [
-            Run(start, seed, best[start] if start in swept else None)
-            for seed in self.seeds[1:]
+        sweep = [Run(x, seed, rate) for seed in self._swept for rate in rates for x in starts if rate in grids[x]]
+        waiting = {run.start for run in sweep if run not in records}
+        best = {start: self._best(start, grids[start], records) for start in starts}
+        return sweep + [
+            Run(start, seed, None if start in waiting else best[start])
+            for seed in self.seeds[len(self._swept) :]
             for start in starts
-            if start not in swept or start in best
+            if start in waiting or best[start]
         ]
+
+    @property
+    def _swept(self) -> Sequence[int]:
+        """The seeds that every rate is run with."""
+        return self.seeds if self.sweep == "full" else self.seeds[:SWEEP_SEEDS]
+
+    def _grid(self, start: str, records: Mapping[Run, Record]) -> list[float]:
+        """List the rates to try with a start, as far as the runs that ended tell."""
+        grid = asked = sorted(self.learning_rates)
+        for _ in range(2 * self.extend if len(asked) > 1 else 0):
+            runs = [Run(start, seed, rate) for seed in self._swept for rate in grid]
+            if not all(run in records for run in runs):
+                break
+            best = self._best(start, grid, records)
+            too_high = best is None and any(records[run]["status"] == "unstable" for run in runs)
+            if (best == grid[0] or too_high) and sum(rate < asked[0] for rate in grid) < self.extend:
+                grid = [half_decade(grid[0], up=False), *grid]
+            elif best == grid[-1] and sum(rate > asked[-1] for rate in grid) < self.extend:
+                grid = [*grid, half_decade(grid[-1], up=True)]
+            else:
+                break
+        return grid
+
+    def _best(self, start: str, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:
+        """Choose the stable rate with the lowest mean loss on the examples to select by; None if there is none."""
+        means: dict[float, float] = {}
+        for rate in rates:
+            own = {seed: records.get(Run(start, seed, rate), {}) for seed in self.seeds}
+            losses: list[Any] = [own[seed].get("selection_loss") for seed in self._swept]
+            if None not in losses and all(record.get("status") != "unstable" for record in own.values()):
+                means[rate] = math.fsum(losses)
+        return min(means, key=lambda rate: means[rate], default=None)
+
+
+def half_decade(rate: float, up: bool) -> float:
+    """Give the next learning rate on a grid of half decades.
+
+    Example:
+        >>> half_decade(1e-3, up=True), half_decade(3e-3, up=True), half_decade(1e-4, up=False)
+        (0.003, 0.01, 3e-05)
+    """
+    in_the_middle = 10 ** (math.log10(rate) % 1) > 2.9  # 3e-4, between two powers of ten
+    factor = 10 / 3 if in_the_middle == up else 3.0
+    return float(f"{rate * factor if up else rate / factor:.4g}")
 
 
 METRICS = ("accuracy", "macro_f1", "mcc")
@@ -206,7 +254,7 @@ SETTINGS_FILE, RUNS, LOCK = "settings.json", "runs", ".lock"
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
-_FREE = ("sweep", "match_scale", "threads", "versions", "processor", "command")
+_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command")
 
 
 @dataclass

@@ -31,8 +31,8 @@ def command(home, tmp_path):
     return [
         "compare", home / "llama", home / "rows.jsonl", "-o", tmp_path / "out", "--template", "{passage}",
         "--completion", " {listed}", "--steps", 4, "--batch-size", 4, "--selection-samples", 6,
-        "--report-samples", 8, "--rank", 2,
-        "--starts", "random,eva-rho1", "--learning-rates", "1e-3,1e-2", "--seeds", 2, "--statistics-batches", 4,
+        "--report-samples", 8, "--rank", 2, "--starts", "random,eva-rho1",
+        "--learning-rates", "1e-3,1e-2", "--seeds", 3, "--extend", 0, "--statistics-batches", 4,
     ]  # fmt: skip
 
 
@@ -45,10 +45,10 @@ def run(*arguments, code=0):
 def test_it_compares_and_goes_on(command, tmp_path):
     first = run(*command)
     assert "eva-rho1: " in first.stdout and "learning rates" in first.stdout
-    assert "run 6/6 " in first.stderr and "report.html: written" in first.stderr
+    assert "run 10/10 " in first.stderr and "report.html: written" in first.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"settings.json", "runs", "report.html", "report.md"}
     again = run(*command, "--json")
-    assert "run 6/6" not in again.stderr
+    assert "run 10/10" not in again.stderr
     content = json.loads(again.stdout)
     assert content["runs"] == read_runs(tmp_path / "out")
     assert content["verdicts"][0]["start"] == "eva-rho1" and content["settings"] == read_settings(tmp_path / "out")
@@ -89,9 +89,9 @@ def test_options_reach_the_comparison(command, home, tmp_path):
 def test_a_dry_run_lists_and_writes_nothing(command, tmp_path):
     lines = run(*command, "--dry-run").stdout.splitlines()
     assert lines[:2] == ["random, 0.001, seed 0", "eva-rho1, 0.001, seed 0"]
-    assert lines[-1] == "6 runs, 0 ended"
+    assert lines[-1] == "10 runs, 0 ended"
     content = json.loads(run(*command, "--dry-run", "--json").stdout)
-    assert len(content["runs"]) == 6 and content["ended"] == 0 and content["runs"][-1]["learning_rate"] is None
+    assert len(content["runs"]) == 10 and content["ended"] == 0 and content["runs"][-1]["learning_rate"] is None
     assert not (tmp_path / "out").exists()
 
 
@@ -156,12 +156,12 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", WAITING, *map(str, command)]
     with subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True) as process:
-        assert any(line.startswith("run 1/6") for line in process.stderr)
+        assert any(line.startswith("run 1/10") for line in process.stderr)
         process.send_signal(sent)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
     said, last = errors.splitlines()[-2:]
-    assert last == "interrupted" and "out: 1 of 6 runs are kept, with their report" in said
+    assert last == "interrupted" and "out: 1 of 10 runs are kept, with their report" in said
     assert said.endswith("The same command goes on from there.")
     assert [record["status"] for record in read_runs(tmp_path / "out")] == ["finished"]
     assert "random" in (tmp_path / "out" / "report.html").read_text()

@@ -108,13 +108,15 @@ def test_statistics_cost_time_and_are_made_once_for_each_seed(full):
     assert files == ["seed0-centred.safetensors", "seed1-centred.safetensors"]
 
 
-def test_the_best_rate_of_the_first_seed_goes_to_the_other(full):
-    records = full[0].records
-    for start in ("random", "eva"):
-        own = [record for record in records if record["start"] == start]
-        first = {r["learning_rate"]: r["report_loss"][-1] for r in own if r["seed"] == 0}
-        assert set(first) == {1e-3, 1e-2}
-        assert [r["learning_rate"] for r in own if r["seed"] == 1] == [min(first, key=first.get)]
+def test_the_best_rate_of_two_seeds_goes_to_the_other(home, tmp_path):
+    found = compare(home, tmp_path / "out", seeds=3, starts=["random", "eva-rho1"], learning_rates=[1e-4, 1e-2])
+    for start in ("random", "eva-rho1"):
+        own = [record for record in found.records if record["start"] == start]
+        swept = {rate: [r["selection_loss"] for r in own if r["learning_rate"] == rate and r["seed"] < 2]
+                 for rate in (1e-4, 1e-2)}  # fmt: skip
+        assert all(len(losses) == 2 for losses in swept.values())
+        best = min(swept, key=lambda rate: sum(swept[rate]))
+        assert [record["learning_rate"] for record in own if record["seed"] == 2] == [best]
 
 
 def test_the_report_has_every_run_and_the_settings(full):
@@ -292,7 +294,7 @@ def test_ctrl_c_leaves_a_report_of_what_ended(home, tmp_path, monkeypatch):
         compare(home, tmp_path / "out", say=lines.append)
     assert len(read_runs(tmp_path / "out")) == 2
     assert "random" in (tmp_path / "out" / "report.md").read_text()
-    kept = "2 of 9 runs are kept, with their report. The same command goes on from there."
+    kept = "2 of 12 runs are kept, with their report. The same command goes on from there."
     assert lines[2:] == [f"{tmp_path / 'out'}: {kept}"]
 
 
@@ -314,7 +316,7 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
     assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-3)]
     assert failed[0]["error"].startswith("out of memory") and failed[0]["report_loss"] == []
     assert failed[0]["trainable_parameters"] > 0
-    assert len(found.records) == len(found.planned) == 9
+    assert len(found.records) == len(found.planned) == 12
     # The next call tries it again, and what came after it is what it would have been.
     monkeypatch.setattr(workbench, "train", real)
     again = compare(home, tmp_path / "out")
@@ -399,7 +401,7 @@ def test_a_start_that_has_learned_already_wins(home, tmp_path):
 def test_a_dry_run_writes_nothing(home, tmp_path):
     found = compare(home, tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out").exists()
-    assert [run.learning_rate for run in found.planned] == [1e-3] * 3 + [1e-2] * 3 + [None] * 3
+    assert [run.learning_rate for run in found.planned] == ([1e-3] * 3 + [1e-2] * 3) * 2
     assert found.records == []
     compare(home, tmp_path / "out")
     done = compare(home, tmp_path / "out", dry_run=True)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lora_init.comparison.runs import Plan, Run, best_rates, open_runs, peek, read_runs, run_table
+from lora_init.comparison.runs import Plan, Run, best_rates, half_decade, open_runs, peek, read_runs, run_table
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
 
@@ -19,9 +19,9 @@ RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
 # The plan
 
 
-def carry_out(sweep, loss, starts=("random", "eva")):
+def carry_out(sweep, loss, starts=("random", "eva"), rates=RATES, extend=0):
     """Do what is planned, as compare() does, and return the runs in the order they were done in."""
-    plan, records, done = Plan(starts, RATES, SEEDS, sweep), {}, []
+    plan, records, done = Plan(starts, rates, SEEDS, sweep, extend), {}, []
     while True:
         planned = plan.runs(starts, records)
         left = [run for run in planned if run not in records]
@@ -29,29 +29,72 @@ def carry_out(sweep, loss, starts=("random", "eva")):
             return done, planned
         assert left[0].learning_rate is not None
         ends, status = loss(left[0])
-        records[left[0]] = record(left[0].start, left[0].learning_rate, left[0].seed, ends, status=status)
+        changes = {} if status == "finished" else {"selection_loss": None}
+        records[left[0]] = record(left[0].start, left[0].learning_rate, left[0].seed, ends, status=status, **changes)
         done.append(left[0])
 
 
-def test_halving_sweeps_one_seed_and_takes_the_best_rate_to_the_others():
+def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
     best = {"random": 1e-2, "eva": 1e-3}
-    done, planned = carry_out("halving", lambda run: (abs(run.learning_rate - best[run.start]), "finished"))
-    assert done[:4] == [Run(v, 0, rate) for rate in RATES for v in ("random", "eva")]
-    assert done[4:] == [Run(v, seed, best[v]) for seed in (1, 2) for v in ("random", "eva")]
+
+    def loss(run):
+        # On the first seed alone the other rate would be the best.
+        sign = -1 if run.seed == 0 else 2
+        return 1.0 + sign * abs(run.learning_rate - best[run.start]), "finished"
+
+    done, planned = carry_out("halving", loss)
+    assert done[:8] == [Run(start, seed, rate) for seed in (0, 1) for rate in RATES for start in ("random", "eva")]
+    assert done[8:] == [Run(start, 2, best[start]) for start in ("random", "eva")]
     assert planned == done
 
 
 def test_before_the_sweep_has_ended_the_rates_are_open():
     planned = Plan(["random"], RATES, SEEDS, "halving").runs(["random"], {})
-    assert [run.learning_rate for run in planned] == [*RATES, None, None]
+    assert [run.learning_rate for run in planned] == [*RATES, *RATES, None]
     assert planned[-1].title == "random, best rate, seed 2"
+
+
+@pytest.mark.parametrize(
+    ("optimum", "tried"),
+    [
+        (1e-3, [3e-4, 1e-3, 3e-3]),
+        (3e-3, [3e-4, 1e-3, 3e-3, 1e-2]),
+        (1.0, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]),  # twice on a side, no more
+        (1e-9, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]),
+    ],
+)
+def test_the_grid_grows_while_the_best_rate_is_at_its_edge(optimum, tried):
+    def loss(run):
+        return abs(math.log(run.learning_rate / optimum)), "finished"
+
+    done, planned = carry_out("halving", loss, ["eva"], (3e-4, 1e-3, 3e-3), extend=2)
+    assert sorted({run.learning_rate for run in done}) == tried and set(done) == set(planned)
+    assert [run.seed for run in done].count(2) == 1 and len(done) == 2 * len(tried) + 1
+
+
+def test_a_grid_that_is_unstable_throughout_grows_downwards():
+    done, _ = carry_out("halving", lambda run: (1.0, "unstable" if run.learning_rate > 2e-4 else "finished"), ["eva"],
+                        (3e-4, 1e-3), extend=2)  # fmt: skip
+    assert sorted({run.learning_rate for run in done}) == [3e-5, 1e-4, 3e-4, 1e-3]
+
+
+def test_a_single_rate_and_failed_runs_add_no_rates():
+    assert {
+        run.learning_rate for run in carry_out("halving", lambda run: (1.0, "finished"), rates=[1e-3], extend=2)[0]
+    } == {1e-3}
+    assert len(carry_out("halving", lambda run: (1.0, "failed"), ["eva"], extend=2)[0]) == 4
+
+
+@pytest.mark.parametrize(("rate", "up", "expected"), [(2e-4, True, 6e-4), (2e-4, False, 6e-5), (1e-2, True, 3e-2)])
+def test_half_decades(rate, up, expected):
+    assert half_decade(rate, up) == expected
 
 
 @pytest.mark.parametrize(
     ("unstable_on", "expected"),
     [
-        ((0, 1, 2), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (2, 1e-3)]),
-        ((1,), [(0, 1e-3), (0, 1e-2), (1, 1e-2), (1, 1e-3), (2, 1e-3)]),
+        ((0, 1, 2), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2), (2, 1e-3)]),
+        ((2,), [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2), (2, 1e-2), (2, 1e-3)]),
     ],
 )
 def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable_on, expected):
@@ -66,8 +109,8 @@ def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable
 
 def test_a_start_that_never_finishes_gets_no_more_seeds():
     done, planned = carry_out("halving", lambda run: (9.0, "unstable" if run.start == "eva" else "finished"))
-    assert len(done) == len(planned) == 4 + 2
-    assert {run.start for run in planned[4:]} == {"random"}
+    assert len(done) == len(planned) == 8 + 1
+    assert planned[8].start == "random"
 
 
 def test_full_is_everything():
