@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
+from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
-from lora_init.comparison.starts import MATCHED_SCALE, split_start
 
 
 def number(value: float | None) -> str:
@@ -48,8 +48,18 @@ def rate_text(rate: float) -> str:
     return f"{float(digits):g}e{int(exponent)}"
 
 
+def percent(share: float) -> str:
+    """Write a share as a difference in per cent.
+
+    Example:
+        >>> percent(-0.0123), percent(0.00045)
+        ('−1.2 %', '+0.05 %')
+    """
+    value = 100 * share
+    return f"{value:+.{1 if abs(value) >= 1 else 2}f} %".replace("-", "−")
+
+
 Outcome = Literal["better", "worse", "no difference shown", "no statement"]
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,14 @@ class Verdict:
         start: Name of the start.
         outcome: In a word or three. "better" or "worse" only if zero lies outside the interval, and "no statement"
             with fewer than two pairs.
-        sentence: In full.
+        sentence: In full, with the caveats.
         differences: Final loss less that of random with the same seed, by seed; only seeds that both have.
-        mean: Mean of them; None without a pair.
-        low: Lower end of the 95 % interval of the mean; None with fewer than two pairs.
+        mean: The difference as `effects` estimates it; of one pair, that; None without a pair.
+        low: Lower end of its interval; None with fewer than two pairs. See `Effect`.
         high: Upper end.
+        showable: The smallest difference that the runs could have shown, half the width of the interval.
+        reference: Mean loss of random at its best rate, which differences in per cent are relative to.
+        caveats: What changes the meaning: spreads, rates at the edge, numbers of parameters.
     """
 
     start: str
@@ -74,65 +87,79 @@ class Verdict:
     mean: float | None
     low: float | None
     high: float | None
-
-
-def interval(differences: Collection[float]) -> tuple[float, float] | None:
-    """Compute the 95 % interval of the paired t-test; None with fewer than two differences.
-
-    It takes the differences as normally distributed; a bootstrap would not, but of three seeds it can draw only ten
-    different samples, and its intervals are then too narrow.
-
-    Example:
-        >>> [round(end, 3) for end in interval([-0.1, -0.2, -0.2])]
-        [-0.31, -0.023]
-    """
-    from scipy.stats import sem, t
-
-    if len(differences) < 2:
-        return None
-    values = list(differences)
-    mean = math.fsum(values) / len(values)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
-    return mean - half, mean + half
-
-
-def paired(table: pd.DataFrame, start: str, column: str = "loss") -> dict[int, float]:
-    """Give by how much a start differs from random, each at its best rate, by seed; only seeds that both have."""
-    values = by_seed(table, column)
-    if not {start, RANDOM} <= set(values.index):
-        return {}
-    return {int(seed): float(value) for seed, value in (values.loc[start] - values.loc[RANDOM]).dropna().items()}
+    showable: float | None
+    reference: float | None
+    caveats: list[str]
 
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
-    """Judge each start, at its own best rate, by its final loss against random's with the same seeds."""
-    best = best_rates(table)
-    return [_judge(start, best, paired(table, start)) for start in table["start"].unique() if start != RANDOM]
+    """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
+    losses, best = by_seed(table), best_rates(table)
+    found, unlike = effects(losses, RANDOM), unlike_spreads(losses)
+    reference = float(losses.loc[RANDOM].mean()) if RANDOM in losses.index else None
+    judged = []
+    for start in table["start"].unique():
+        if start != RANDOM:
+            pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna() if {start, RANDOM} <= set(best) else pd.Series()
+            differences = {int(seed): float(value) for seed, value in pairs.items()}
+            caveats = _caveats(table, start, unlike)
+            judged.append(_judge(start, best, differences, found.get(start), reference, caveats))
+    return judged
 
 
-def _judge(start: str, best: Mapping[str, float], differences: dict[int, float]) -> Verdict:
-    low, high = interval(differences.values()) or (None, None)
-    mean = math.fsum(differences.values()) / len(differences) if differences else None
-    outcome: Outcome = "no statement"
-    if low is not None and high is not None:
-        outcome = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
-    if mean is None:
+def _judge(
+    start: str,
+    best: Mapping[str, float],
+    differences: dict[int, float],
+    effect: Effect | None,
+    reference: float | None,
+    caveats: list[str],
+) -> Verdict:
+    if not differences or reference is None:
         why = "no seed finished both here and with random"
         for one in (RANDOM, start):
             why = why if one in best else f"{one} has no rate with a finished run and no unstable one"
         sentence = f"{start}: no statement possible, since {why}."
-        return Verdict(start, outcome, sentence, differences, mean, low, high)
+        return Verdict(start, "no statement", sentence, differences, None, None, None, None, reference, caveats)
+    mean = effect.mean if effect else next(iter(differences.values()))
     where = f"{start} at {rate_text(best[start])}, random at {rate_text(best[RANDOM])}"
-    apart = f"its final loss is {number(abs(mean))} {'lower' if mean < 0 else 'higher'} than random's"
-    about = f"{apart} on average, with {len(differences)} runs of each (95 % interval {signed(low)} to {signed(high)}; "
-    if outcome == "no statement":
-        said = f"no statement possible with 1 run; {apart} with the same seed ({where}). Only more seeds can tell"
-        sentence = f"{start}: {said} how much of that is chance."
-    elif outcome == "no difference shown":
-        sentence = f"{start}: {outcome}; {about}{where})."
-    else:
-        sentence = f"{start} is {outcome}; {about}{where})."
-    return Verdict(start, outcome, sentence, differences, mean, low, high)
+    apart = f"its final loss is {percent(abs(mean) / reference)[1:]} {'lower' if mean < 0 else 'higher'} than random's"
+    but = "".join(f" But {caveat}." for caveat in caveats)
+    if effect is None:
+        said = f"no statement possible with 1 run; {apart} with the same seed ({signed(mean)}; {where})."
+        sentence = f"{start}: {said} Only more seeds can tell how much of that is chance.{but}"
+        return Verdict(start, "no statement", sentence, differences, mean, None, None, None, reference, caveats)
+    outcome: Outcome = "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
+    showable = (effect.high - effect.low) / 2
+    ends = f"{percent(effect.low / reference)} to {percent(effect.high / reference)}"
+    about = f"{apart} ({signed(mean)}; interval {ends}; {len(differences)} runs of each; {where})."
+    could = f" The runs could have shown {percent(showable / reference)[1:]}.{but}"
+    said = f"{start}: {outcome}; {about}" if outcome == "no difference shown" else f"{start} is {outcome}; {about}"
+    low, high = effect.low, effect.high
+    return Verdict(start, outcome, said + could, differences, mean, low, high, showable, reference, caveats)
+
+
+def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
+    """Say what changes the meaning of a comparison with this start."""
+    said = []
+    if start in unlike:
+        said.append(
+            f"its runs spread {unlike[start]:.1f} times as much as is usual here, as when one nearly diverges, so they "
+            "are not pooled with others"
+        )
+    runs, best = table[table["start"] == start], best_rates(table)
+    tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
+    if start in best and len(tried) == 1:
+        said.append(f"it was run at {rate_text(best[start])} only, so it is not known to be tuned")
+    elif start in best and best[start] in (tried[0], tried[-1]):
+        side = ("lowest", "lower") if best[start] == tried[0] else ("highest", "higher")
+        said.append(f"its best rate, {rate_text(best[start])}, is the {side[0]} tried, so a {side[1]} may be better")
+    sizes = table.groupby("start")["trainable_parameters"].first()
+    ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)
+    if abs(ratio - 1) > _EQUAL_PARAMETERS:
+        more = "fewer" if ratio < 1 else "more"
+        said.append(f"it trains {sizes[start]:,.0f} parameters, {abs(ratio - 1):.1%} {more} than random")
+    return said
 
 
 _EQUAL_PARAMETERS = 0.01  # a share: whole ranks can't always meet a number
@@ -142,7 +169,7 @@ def notes(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str,
     """Say what a reader must know beside the verdicts in whole sentences, the most serious first."""
     if table.empty:
         return ["No run has ended yet, so there is nothing to compare."]
-    return [*_missing(table, settings), *_lost(table), *_sweeps(table), *_sizes(table), *_chance(table, judged)]
+    return [*_missing(table, settings), *_shared(table, judged), *_lost(table)]
 
 
 def start_names(settings: Mapping[str, Any]) -> list[str]:
@@ -186,46 +213,18 @@ def _lost(table: pd.DataFrame) -> list[str]:
     return said
 
 
-def _sweeps(table: pd.DataFrame) -> list[str]:
-    """Say where a better rate may lie outside those that were tried."""
-    sides: dict[str, list[str]] = {"one": [], "lowest": [], "highest": []}
-    tried = table[table["status"] != "failed"].groupby("start")["learning_rate"].unique()
-    for start, best in best_rates(table).items():
-        rates = sorted(tried[start])
-        if len(rates) == 1:
-            sides["one"].append(start)
-        elif best in (rates[0], rates[-1]):
-            sides["lowest" if best == rates[0] else "highest"].append(start)
-    said = {
-        "one": "Run at one learning rate only, so not known to be tuned",
-        "lowest": "The best rate is the lowest that was tried, so a lower one may be better",
-        "highest": "The best rate is the highest that was tried, so a higher one may be better",
-    }
-    found = [f"{said[side]}: {'; '.join(starts)}." for side, starts in sides.items() if starts]
-    if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
-        found.append("Rates were chosen on a single seed, so another may well be better.")
-    return found
-
-
-def _sizes(table: pd.DataFrame) -> list[str]:
-    sizes = table.groupby("start", sort=False)["trainable_parameters"].first()
-    theirs = sizes.get(RANDOM, math.nan)
-    said = []
-    for start, ours in sizes.items():
-        if MATCHED_SCALE not in split_start(str(start))[1] and abs(ours / theirs - 1) > _EQUAL_PARAMETERS:
-            apart = f"{abs(ours / theirs - 1):.1%} {'fewer' if ours < theirs else 'more'} than random"
-            said.append(f"{start} trains {ours:,.0f} parameters, {apart}.")
-    return said
-
-
-def _chance(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
-    said = []
+def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
+    """Say what holds for all verdicts."""
+    unlike = unlike_spreads(by_seed(table))
+    said = [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
     compared = sum(verdict.low is not None for verdict in judged)
-    if compared > 1:
+    if compared:
         said.append(
-            f"{compared} comparisons were made. With intervals of 95 %, one in twenty starts that make no difference "
-            "would be called better or worse by chance."
+            f"{compared} starts are compared in one layout, and with 95 % all intervals are right together "
+            "(Dunnett's correction)."
         )
+    if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
+        said.append("Rates were chosen on a single seed, so another may well be better.")
     return said
 
 

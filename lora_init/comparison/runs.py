@@ -12,6 +12,7 @@ from textwrap import shorten
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
@@ -152,7 +153,7 @@ class Plan:
             own = {seed: records.get(Run(start, seed, rate), {}) for seed in self.seeds}
             losses: list[Any] = [own[seed].get("selection_loss") for seed in self._swept]
             if None not in losses and all(record.get("status") != "unstable" for record in own.values()):
-                means[rate] = math.fsum(losses)
+                means[rate] = float(np.mean(losses))
         return min(means, key=lambda rate: means[rate], default=None)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lora_init.comparison.findings import Summary, Verdict, interval, number, paired, rate_text, signed
+from lora_init.comparison.effects import effects
+from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, signed
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, rate_means
 
 _METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}
@@ -38,16 +39,16 @@ def _written(values: pd.Series, write: str) -> pd.Series:
 
 
 def _differences(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    rows = {
-        verdict.start: {
-            "mean difference": signed(verdict.mean),
-            "95 % interval": "–" if verdict.low is None else f"{signed(verdict.low)} to {signed(verdict.high)}",
-            "pairs": str(len(verdict.differences)),
-            "verdict": verdict.outcome,
-        }
-        for verdict in verdicts
-    }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    rows = {}
+    for verdict in verdicts:
+        row = rows[verdict.start] = {"difference": signed(verdict.mean), "verdict": verdict.outcome}
+        if verdict.mean is not None and verdict.reference:
+            row |= {"in per cent": percent(verdict.mean / verdict.reference), "pairs": str(len(verdict.differences))}
+        if verdict.low is not None and verdict.high is not None and verdict.showable is not None and verdict.reference:
+            row["interval"] = " to ".join(percent(end / verdict.reference) for end in (verdict.low, verdict.high))
+            row["could be shown"] = percent(verdict.showable / verdict.reference)[1:]
+    columns = ["difference", "in per cent", "interval", "could be shown", "pairs", "verdict"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 def _rates(runs: pd.DataFrame) -> pd.DataFrame:
@@ -98,8 +99,8 @@ def _metrics(runs: pd.DataFrame) -> pd.DataFrame:
     for metric, name in _METRIC_NAMES.items():
         values = by_seed(runs, metric)
         columns[name] = _written(values.mean(axis=1), ".3f")
-        ends = {start: interval(paired(runs, start, metric).values()) for start in values.index if start != RANDOM}
-        said = {start: f"{x[0]:+.3f} to {x[1]:+.3f}".replace("-", "−") for start, x in ends.items() if x}
+        found = effects(values, RANDOM)
+        said = {start: f"{x.low:+.3f} to {x.high:+.3f}".replace("-", "−") for start, x in found.items()}
         columns[f"{name}, start − random"] = pd.Series(said, values.index, dtype=object)
     return pd.DataFrame(columns)
 

@@ -44,7 +44,7 @@ def run(*arguments, code=0):
 
 def test_it_compares_and_goes_on(command, tmp_path):
     first = run(*command)
-    assert "eva-rho1: " in first.stdout and "learning rates" in first.stdout
+    assert "eva-rho1" in first.stdout and "learning rates" in first.stdout
     assert "run 10/10 " in first.stderr and "report.html: written" in first.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"settings.json", "runs", "report.html", "report.md"}
     again = run(*command, "--json")

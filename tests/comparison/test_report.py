@@ -113,7 +113,7 @@ PARTIAL = {
     "random alone": (planted({}), "Not run yet: eva."),
     "no random": ([run for run in planted({"eva": 0}) if run["start"] != "random"], "compared with random"),
     "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
-    "one rate": (planted({"eva": 0}, rates=(1e-3,)), "not known to be tuned: random; eva."),
+    "one rate": (planted({"eva": 0}, rates=(1e-3,)), "But it was run at 1e-3 only, so it is not known to be tuned."),
     "all failed": (
         [broken("failed", "out of memory", start=s) for s in ("random", "eva")],
         "2 runs failed (out of memory): random, eva.",

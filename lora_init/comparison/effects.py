@@ -1,0 +1,147 @@
+"""How far starts differ from the reference: one layout of starts and seeds, bounds that hold for all at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+# With this probability the effects of all starts lie inside their intervals together.
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The difference of a start to the reference.
+
+    Attributes:
+        mean: Of the start, less that of the reference, as the layout has them.
+        low: Lower end of its interval. The intervals of all starts are right together with 95 %.
+        high: Upper end.
+        pooled: Whether the residuals of other starts count, too. If not, the interval is that of the paired t-test.
+    """
+
+    mean: float
+    low: float
+    high: float
+    pooled: bool
+
+
+def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
+    """Find the starts whose losses scatter more over the seeds than those of the others do.
+
+    A start's spread is the variance over the seeds of its distance to the median of the others with the same seed, so
+    that what a seed does to all starts does not count, nor what one of the others did. It is unlike if its ratio to the
+    median spread of the others is above the F quantile of 99 %.
+
+    Args:
+        losses: A row for each start, a column for each seed; NaN where there is no run.
+
+    Returns:
+        Their standard deviations as multiples of the usual one; empty with fewer than four starts.
+    """
+    if len(losses) < 4:
+        return {}
+    distances = [losses.loc[start] - losses.drop(index=start).median() for start in losses.index]
+    spreads, counts = np.array([own.var() for own in distances]), losses.count(axis=1).to_numpy()
+    found = {}
+    for i in np.flatnonzero(counts > 1):
+        n, rest = int(counts[i]), np.delete(spreads, i)
+        usual = np.nanmedian(rest) / _median_of_variances(n)
+        limit = _f_quantile(n - 1, int((~np.isnan(rest)).sum()) * (n - 1))
+        if usual > 0.0 and spreads[i] / usual > limit:
+            found[str(losses.index[i])] = math.sqrt(spreads[i] / usual)
+    return found
+
+
+def effects(losses: pd.DataFrame, reference: str) -> dict[str, Effect]:
+    """Compare each start with the reference in a two-way layout of starts and seeds.
+
+    The model is loss = start + seed + noise, fitted by least squares, so seeds that some starts lack are no harm. The
+    noise is estimated from all starts together, and Dunnett's correction makes the intervals hold for all comparisons
+    at once. A start whose spread is unlike (`unlike_spreads`) is compared by its own pairs alone, with Bonferroni's
+    correction, and has no part in the noise of the others; if the reference is unlike, all are.
+
+    Args:
+        losses: A row for each start, a column for each seed; NaN where there is no run.
+        reference: Its row.
+
+    Returns:
+        An effect for each start that shares at least two seeds with the reference.
+    """
+    from scipy.stats import sem, t
+
+    if reference not in losses.index:
+        return {}
+    pairs = {start: (losses.loc[start] - losses.loc[reference]).dropna() for start in losses.index}
+    compared = [start for start, own in pairs.items() if start != reference and len(own) > 1]
+    unlike = unlike_spreads(losses)
+    alone = [start for start in compared if start in unlike or reference in unlike]
+    pooled = [start for start in compared if start not in alone]
+    found = {}
+    for start in alone:
+        own = pairs[start]
+        half = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * len(compared)), len(own) - 1) * sem(own))
+        found[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half, pooled=False)
+    if pooled:
+        share = len(pooled) / len(compared)  # of the errors allowed
+        found |= _dunnett(losses.loc[[reference, *pooled]], 1 - (1 - CONFIDENCE) * share)
+    return {start: found[start] for start in compared}
+
+
+def _dunnett(losses: pd.DataFrame, confidence: float) -> dict[str, Effect]:
+    """Compare all rows with the first."""
+    values = losses.to_numpy()
+    rows, columns = np.nonzero(~np.isnan(values))
+    k, n = values.shape
+    # Columns: one for each seed, then one for each start but the reference.
+    design = np.hstack([np.eye(n)[columns], np.eye(k)[rows][:, 1:]])
+    inverse = np.linalg.pinv(design.T @ design)
+    fitted = inverse @ design.T @ values[rows, columns]
+    freedom = len(design) - int(np.linalg.matrix_rank(design))
+    noise = float(np.square(values[rows, columns] - design @ fitted).sum()) / freedom
+    covariance = inverse[n:, n:]
+    errors = np.sqrt(np.diag(covariance))
+    correlation = (covariance / np.outer(errors, errors)).round(6)
+    halves = _critical(correlation.tobytes(), freedom, round(confidence, 6)) * math.sqrt(noise) * errors
+    halves = np.maximum(halves, 1e-9 * np.nanmax(np.abs(values)))  # what the fit rounds
+    return {
+        str(start): Effect(float(mean), float(mean - half), float(mean + half), pooled=True)
+        for start, mean, half in zip(losses.index[1:], fitted[n:], halves, strict=True)
+    }
+
+
+@functools.cache
+def _critical(correlation: bytes, freedom: int, confidence: float) -> float:
+    """Find what no |t| of all comparisons exceeds with this probability: Dunnett's critical value."""
+    from scipy.optimize import brentq
+    from scipy.stats import multivariate_t
+
+    flat = np.frombuffer(correlation)
+    shape = flat.reshape(math.isqrt(len(flat)), -1)
+
+    def excess(factor: float) -> float:
+        ends = np.full(len(shape), factor)
+        # With so many points the factor is right to a few thousandths.
+        inside = multivariate_t.cdf(ends, shape=shape, df=freedom, lower_limit=-ends, maxpts=40_000, random_state=0)
+        return float(inside) - confidence
+
+    return float(brentq(excess, 0.0, 1000.0, xtol=1e-3))
+
+
+@functools.cache
+def _median_of_variances(n: int) -> float:
+    """Give the median of the variance of n normal numbers, as a multiple of the true one."""
+    from scipy.stats import chi2
+
+    return float(chi2.median(n - 1)) / (n - 1)
+
+
+@functools.cache
+def _f_quantile(above: int, below: int) -> float:
+    from scipy.stats import f
+
+    return float(f.ppf(0.99, above, below))

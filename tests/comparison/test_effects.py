@@ -1,0 +1,79 @@
+"""Effects in a layout of starts and seeds: against scipy, against known effects, and with runs that are missing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lora_init.comparison.effects import effects, unlike_spreads
+
+STARTS = ("random", "a", "b", "c", "d")
+
+
+def layout(rng, n_seeds=4, noise=1.0):
+    """Losses without any effect, and a seed that moves all of them."""
+    values = rng.normal(0, noise, (len(STARTS), n_seeds)) + rng.normal(0, 5, n_seeds)
+    return pd.DataFrame(values, STARTS, range(n_seeds))
+
+
+def test_one_start_alone_is_the_paired_t_test():
+    losses = layout(np.random.default_rng(0)).loc[["random", "a"]]
+    ends = stats.ttest_rel(losses.loc["a"], losses.loc["random"]).confidence_interval(0.95)
+    found = effects(losses, "random")["a"]
+    # The critical value is right to a few thousandths.
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high), abs=2e-3 * (ends.high - ends.low))
+
+
+def test_many_starts_have_the_critical_value_of_dunnett():
+    """Scipy's test is for one-way layouts: the residuals of two-way ones have fewer degrees of freedom."""
+    losses = layout(np.random.default_rng(0), 6)
+    residuals = losses - losses.mean() - losses.mean(axis=1).to_numpy()[:, None] + losses.to_numpy().mean()
+    freedom = 4 * 5
+    error = np.sqrt(np.square(residuals.to_numpy()).sum() / freedom * 2 / 6)
+    found = effects(losses, "random")
+    # Dunnett's table for 4 comparisons with a control and 20 degrees of freedom, two-sided: 2.65.
+    for start in STARTS[1:]:
+        assert found[start].mean == pytest.approx((losses.loc[start] - losses.loc["random"]).mean())
+        assert (found[start].high - found[start].mean) / error == pytest.approx(2.65, abs=0.01)
+
+
+def test_runs_that_are_missing_do_no_harm():
+    losses = layout(np.random.default_rng(1), 6, noise=0.01)
+    losses.loc["a"] -= 1.0
+    whole = effects(losses, "random")
+    losses.loc["a", 0] = losses.loc["b", 5] = losses.loc["random", 2] = np.nan
+    found = effects(losses, "random")
+    assert found["a"].mean == pytest.approx(-1.0, abs=0.03) and found["a"].high < -0.9
+    assert set(found) == set(whole) and found["a"].high - found["a"].mean > whole["a"].high - whole["a"].mean
+
+
+def test_fewer_than_two_pairs_have_no_effect():
+    losses = layout(np.random.default_rng(0))
+    losses.loc["a", [0, 1, 2]] = np.nan
+    assert set(effects(losses, "random")) == {"b", "c", "d"}
+    assert effects(losses, "nobody") == {}
+    assert effects(losses[[0]], "random") == {}
+
+
+def test_equal_losses_have_an_interval_of_no_width():
+    losses = pd.DataFrame(0.5, ["random", "a"], range(3))
+    found = effects(losses, "random")["a"]
+    assert (found.low, found.high) == pytest.approx((0.0, 0.0), abs=1e-8) and found.low < 0.0 < found.high
+
+
+@pytest.mark.parametrize("start", ["a", "random"])
+def test_a_start_that_nearly_diverged_once_is_not_pooled(start):
+    losses = layout(np.random.default_rng(0), noise=0.01)
+    before = effects(losses, "random")
+    losses.loc[start, 1] += 3.0
+    assert list(unlike_spreads(losses)) == [start] and unlike_spreads(losses)[start] > 50
+    found = effects(losses, "random")
+    assert {name for name, effect in found.items() if not effect.pooled} == ({"a"} if start == "a" else set(STARTS[1:]))
+    if start == "a":
+        assert found["b"].high - found["b"].low < 1.5 * (before["b"].high - before["b"].low)
+
+
+def test_false_winners_are_rare_over_all_starts_together():
+    rng = np.random.default_rng(0)
+    wrong = [any(effect.high < 0 for effect in effects(layout(rng), "random").values()) for _ in range(400)]
+    assert np.mean(wrong) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)  # three standard errors
