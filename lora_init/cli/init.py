@@ -64,7 +64,7 @@ def init(
         str | None,
         Argument(
             help="File (JSON, JSONL, CSV, TSV, Parquet, text, also with .gz), pattern or folder of files, hub "
-            "id, or - for JSON lines on standard input. Not needed with a --statistics file that exists.",
+            "id, or - for JSON lines on standard input; see --format. Not needed if the --statistics file exists.",
             show_default=False,
         ),
     ] = None,
@@ -100,6 +100,10 @@ def init(
     task_type: Annotated[str | None, Option(help="PEFT's task type. Default: what the checkpoint is for.")] = None,
     template: Template = None,
     completion: Completion = None,
+    data_format: Annotated[
+        Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"] | None,
+        Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
+    ] = None,
     subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
     samples: Samples = 256,
@@ -141,7 +145,7 @@ def init(
         source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
         read = partial(
             load_batches, data, source.tokenizer, template=unescape(template), completion=unescape(completion),
-            subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
+            format=data_format, subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
             seq2seq=source.seq2seq, needs_labels=gradients or token_mask == "labels",
         )  # fmt: skip
         batches = read(samples=samples) if data is not None else None  # before the weights, which take longer

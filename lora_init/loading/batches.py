@@ -46,6 +46,7 @@ def load_batches(
     *,
     template: str | None = None,
     completion: str | None = None,
+    format: str | None = None,  # noqa: A002
     subset: str | None = None,
     split: str = "train",
     samples: int | None = 256,
@@ -58,10 +59,12 @@ def load_batches(
 ) -> Batches:
     r"""Draw a random sample of a data set and turn it into batches as fine-tuning would see them.
 
-    Columns are taken as `messages` (the tokenizer's chat template; labels on the assistant's turns), else `prompt` and
-    `completion` (labels on the completion), else `text` (labels on every token), unless a template names others. Prompt
-    and completion are joined as they are, and the tokenizer's end-of-sequence token follows. Padding is on the right
-    and, like everything without a label, -100 in `labels`. Examples longer than `max_length` lose their end. Rows with
+    Columns are taken as `messages`, or ShareGPT's `conversations` (the tokenizer's chat template, with `tools` if there
+    is such a column; labels on the assistant's turns), else `prompt` and `completion` (labels on the completion), else
+    Alpaca's `instruction`, `input` and `output` (its prompt; labels on the output), else `text` (labels on every
+    token), unless `format` or a template names others. Prompt and completion are joined as they are, and the
+    tokenizer's end-of-sequence token follows. Padding is on the right and, like everything without a label, -100 in
+    `labels`. Examples longer than `max_length` lose their end. Rows with
     an empty field are left out, and so are rows left without any label, unless `needs_labels` is off: training would
     learn nothing from them either.
 
@@ -77,6 +80,7 @@ def load_batches(
         template: Text of an example with columns in braces, `"{passage}\nQuestion: {question}?"`; the prompt, if
             `completion` is given too. `{{` is a brace. A name in braces is looked up, never evaluated.
         completion: Template of what the model should answer.
+        format: `"messages"`, `"sharegpt"`, `"prompt-completion"`, `"alpaca"` or `"text"`, if the columns fit several.
         subset: Configuration of a hub data set that has several.
         split: Split of a hub data set, or of a folder whose file names have `train`, `dev`, `test` or the like in them.
         samples: Most examples to draw; None for all.
@@ -101,7 +105,7 @@ def load_batches(
     if offset < 0 or (samples is not None and samples < 1):
         raise LoraInitError(f"samples={samples} must be at least 1 or None for all, and offset={offset} at least 0.")
     rows = read_rows(source, subset, split, seed)
-    reading = recipe(rows.table.column_names, rows.label, tokenizer, template, completion)
+    reading = recipe(rows.table.column_names, rows.label, tokenizer, template, completion, format)
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
 
     def read(row: Mapping[str, Any]) -> Encoded | str:

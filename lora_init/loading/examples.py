@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -38,32 +39,54 @@ class Recipe:
     to_example: Callable[[Mapping[str, Any]], Example | None]
 
 
-def recipe(names: list[str], label: str, tokenizer: Any, template: str | None, completion: str | None) -> Recipe:
+# Columns of each format. The first whose columns are there is taken.
+FORMATS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_OPTIONAL = ("tools", "chat_template_kwargs", "input")
+
+
+def recipe(
+    names: list[str],
+    label: str,
+    tokenizer: Any,
+    template: str | None = None,
+    completion: str | None = None,
+    data_format: str | None = None,
+) -> Recipe:
     """Decide how to read rows with columns `names`.
 
     Raises:
-        LoraInitError: A template names no column or a missing one, no columns are known, or messages meet a tokenizer
-            without a chat template.
+        LoraInitError: A template names no column or a missing one, no columns are known, the format is unknown or its
+            columns are missing, or messages meet a tokenizer without a chat template.
     """
+    if data_format is not None and (template is not None or data_format not in FORMATS):
+        unknown = f"is unknown. Choose from {', '.join(FORMATS)}."
+        both = "and a template say two things. Give one."
+        raise LoraInitError(f"format={data_format!r} {unknown if template is None else both}")
     if template is not None:
         return _template_recipe(names, label, template, completion)
     if completion is not None:
         raise LoraInitError(f"completion={completion!r} needs a template for the prompt, too.")
-    if "messages" in names:
-        if not getattr(tokenizer, "chat_template", None):
-            raise LoraInitError(
-                f"{label} has a column 'messages', but this tokenizer has no chat template. "
-                "Use an instruction-tuned model's tokenizer, or name columns in a template."
-            )
-        return Recipe("messages", ["messages"], lambda row: _chat(row["messages"], tokenizer))
-    if {"prompt", "completion"} <= set(names):
-        return Recipe("prompt and completion", ["prompt", "completion"], lambda row: _pair(row, tokenizer))
-    if "text" in names:
-        return Recipe("text", ["text"], lambda row: _plain("", row["text"]))
-    raise LoraInitError(
-        f"{label} has the columns {', '.join(names)}. Expected text, or prompt and completion, or messages; "
-        f"name others in a template, such as '{{{names[0] if names else 'column'}}}'."
-    )
+    possible = FORMATS if data_format is None else {data_format: FORMATS[data_format]}
+    found = next((name for name, columns in possible.items() if set(columns) <= set(names)), None)
+    if found is None:
+        expected = ", or ".join(" and ".join(columns) for columns in possible.values())
+        raise LoraInitError(
+            f"{label} has the columns {', '.join(names)}. Expected {expected}; "
+            f"name others in a template, such as '{{{names[0] if names else 'column'}}}'."
+        )
+    if found in ("messages", "sharegpt") and not getattr(tokenizer, "chat_template", None):
+        raise LoraInitError(
+            f"{label} has a column {FORMATS[found][0]!r}, but this tokenizer has no chat template. "
+            "Use an instruction-tuned model's tokenizer, or name columns in a template."
+        )
+    columns = [*FORMATS[found], *(name for name in _OPTIONAL if name in names)]
+    return Recipe(found.replace("-", " and "), columns, lambda row: _read(found, row, tokenizer))
 
 
 def _template_recipe(names: list[str], label: str, template: str, completion: str | None) -> Recipe:
@@ -107,41 +130,72 @@ def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[
 
 def _fill(parts: _Parts, row: Mapping[str, Any]) -> str | None:
     """Fill a template; None if a field is null or blank, so that nobody trains on the word "None"."""
-    values = {name: row[name] for _, name in parts if name is not None}
-    if any(value is None or not str(value).strip() for value in values.values()):
+    values = {name: _text(row, name) for _, name in parts if name is not None}
+    if any(value is None or not value.strip() for value in values.values()):
         return None
-    return "".join(literal + (str(values[name]) if name is not None else "") for literal, name in parts)
+    return "".join(literal + ((values[name] or "") if name is not None else "") for literal, name in parts)
 
 
-def _plain(prompt: Any, answer: Any) -> Example | None:
-    if prompt is None or answer is None or not str(answer).strip():
+def _text(row: Mapping[str, Any], name: str) -> str | None:
+    """Read a field as text, never a list as Python writes it."""
+    value = row[name]
+    if isinstance(value, (list, Mapping)):
+        kind = "a list" if isinstance(value, list) else "a mapping"
+        raise LoraInitError(f"column {name!r} holds {kind}, and text is needed. Make it text first, or name another.")
+    return None if value is None else str(value)
+
+
+def _plain(prompt: str | None, answer: str | None) -> Example | None:
+    if prompt is None or answer is None or not answer.strip():
         return None
-    return Example(f"{prompt}{answer}", [(str(prompt), f"{prompt}{answer}")])
+    return Example(f"{prompt}{answer}", [(prompt, f"{prompt}{answer}")])
 
 
-def _pair(row: Mapping[str, Any], tokenizer: Any) -> Example | None:
+# The prompt of Stanford's Alpaca, as axolotl's `type: alpaca` writes it.
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
+
+
+def _read(data_format: str, row: Mapping[str, Any], tokenizer: Any) -> Example | None:
+    """Read a row of one of `FORMATS`."""
+    if data_format == "text":
+        return _plain("", _text(row, "text"))
+    if data_format == "alpaca":
+        instruction, given = _text(row, "instruction"), _text(row, "input") if row.get("input") else None
+        context = (", paired with an input that provides further context", f"### Input:\n{given}\n\n")
+        before, after = context if given else ("", "")
+        return _plain(instruction and _ALPACA.format(before, instruction, after), _text(row, "output"))
+    if data_format != "prompt-completion":
+        return _chat(row[FORMATS[data_format][0]], row, tokenizer)
     prompt, answer = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(answer, list):  # both as messages, the other form that TRL knows
-        return _chat(prompt + answer, tokenizer, first=len(prompt))
-    return _plain(prompt, answer)
+        return _chat(prompt + answer, row, tokenizer, first=len(prompt))
+    return _plain(_text(row, "prompt"), _text(row, "completion"))
 
 
-def _chat(messages: Any, tokenizer: Any, first: int = 0) -> Example | None:
-    """Render messages; labels on the assistant's turns from `first` on."""
+def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0) -> Example | None:
+    """Render messages, with the tools of the row; labels on the assistant's turns from `first` on."""
     if not messages:
         return None
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+    known = isinstance(messages, list) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
+    if not known:
         raise LoraInitError("messages must be a list of {'role': ..., 'content': ...}.")
-    # Readers fill keys that a message lacks with null, and templates ask whether a key is there. Newer transformers
-    # drop them, too.
-    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    turns = [_turn(message) for message in _without_nulls(messages)]
+    options = _without_nulls(row.get("chat_template_kwargs") or {})
 
     def render(count: int, answer_next: bool = False) -> str:
         if count == 0:
             return ""
-        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=answer_next))
+        rendered = tokenizer.apply_chat_template(
+            turns[:count], tools, tokenize=False, add_generation_prompt=answer_next, **options
+        )
+        return str(rendered)
 
     try:
+        tools = row.get("tools") or None
+        tools = _without_nulls(json.loads(tools) if isinstance(tools, str) else tools)
         spans = [
             (render(i, answer_next=True), render(i + 1))
             for i, turn in enumerate(turns)
@@ -150,6 +204,20 @@ def _chat(messages: Any, tokenizer: Any, first: int = 0) -> Example | None:
         return Example(render(len(turns)), spans, rendered=True)
     except Exception as error:  # a template is a program: it raises what it likes
         raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
+
+
+def _turn(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Read a message as ShareGPT writes it, too."""
+    roles = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
+    who = message.get("from")
+    return message if who is None else {"role": roles.get(who, who), "content": message.get("value", "")}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop keys that are null: readers fill in those that a message lacks, and templates ask whether a key is there."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> Encoded | None:

@@ -160,6 +160,64 @@ def test_prompt_and_completion_may_be_messages(write):
     assert texts(load_batches(write(rows), tokenizer), tokenizer, "labels") == ["hello<|im_end|>\n"]
 
 
+def test_sharegpt_is_read_as_messages(write):
+    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
+    turns = [("system", "be brief"), ("human", "hi"), ("gpt", "hello"), ("observation", "42"), ("gpt", "done")]
+    path = write([{"conversations": [{"from": who, "value": said} for who, said in turns], "id": 1}])
+    roles = ["system", "user", "assistant", "tool", "assistant"]
+    messages = [{"role": role, "content": said} for role, (_, said) in zip(roles, turns, strict=True)]
+    (text,) = texts(load_batches(path, tokenizer), tokenizer)
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert texts(load_batches(path, tokenizer), tokenizer, "labels") == ["hello<|im_end|>\ndone<|im_end|>\n"]
+    assert load_batches(path, tokenizer).description.endswith("sharegpt")
+
+
+TOOLS = "{% if tools %}{{ 'tools: ' + tools | map(attribute='name') | join(',') + '\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_template_options_reach_the_template(write, as_text):
+    template = TOOLS + "{% if brief is defined %}{{ brief }}{% endif %}" + CHAT
+    tokenizer = byte_tokenizer(chat_template=template, eos_token="<|im_end|>")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"},
+    ]  # fmt: skip
+    tools = [{"name": "add"}, {"name": "sub"}]
+    row = {"messages": turns, "tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"brief": "B"}}
+    batches = load_batches(write([row]), tokenizer)
+    assert texts(batches, tokenizer) == [tokenizer.apply_chat_template(turns, tools, tokenize=False, brief="B")]
+    assert texts(batches, tokenizer)[0].startswith("tools: add,sub\nB<|im_start|>user")
+
+
+def test_alpaca_is_the_prompt_of_the_paper_and_takes_precedence_over_text(write, tokenizer):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "unused"},
+        {"instruction": "Greet.", "input": "", "output": "hi", "text": "unused"},
+    ]
+    batches = load_batches(write(rows), tokenizer)
+    assert sorted(texts(batches, tokenizer, "labels")) == ["3<eos>", "hi<eos>"]
+    brief, long = sorted(texts(batches, tokenizer), key=len)
+    assert brief == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nGreet.\n\n### Response:\nhi<eos>"
+    )
+    assert "a task, paired with an input that provides further context. Write" in long
+    assert long.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3<eos>")
+    assert set(texts(load_batches(write(rows), tokenizer, format="text"), tokenizer)) == {"unused<eos>"}
+
+
+def test_a_list_is_never_read_as_the_text_that_python_writes_for_it(write, tokenizer):
+    turns = [{"role": "user", "content": "hi"}]
+    for row, options in (
+        ({"text": ["a", "b"]}, {}), ({"prompt": turns, "completion": "a"}, {}),
+        ({"instruction": turns, "output": "a"}, {}), ({"q": turns}, {"template": "{q}"}),
+    ):  # fmt: skip
+        with pytest.raises(LoraInitError, match=r"data.jsonl, row 1: column '\w+' holds a list, and text is needed"):
+            load_batches(write([row]), tokenizer, **options)
+
+
 def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokenizer):
     path = write([{"passage": "Ice floats.", "question": "does ice float", "label": True, "a.b": "dotted"}])
     template = "{passage}\n{{Question}}: {question}?"
@@ -191,8 +249,14 @@ def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
         (dict(template="no column"), "names no column. Columns of"),
         (dict(template="{passage"), "Write {{ for a brace"),
         (dict(template="{passage}", completion="{answer}"), "completion='{answer}': "),
+        (
+            dict(format="chat"),
+            "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,",
+        ),
+        (dict(format="text", template="{passage}"), "format='text' and a template say two things. Give one"),
+        (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others in a"),
         (dict(completion="{label}"), "needs a template for the prompt"),
-        (dict(), "has the columns passage, label. Expected text, or prompt and completion, or messages"),
+        (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
         (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
         (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
         (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
