@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from lora_init.errors import LoraInitError, first_line
 
@@ -26,7 +28,13 @@ def why_not_asked(name: str, kind: Literal["model", "dataset"]) -> str:
 
     what = "model" if kind == "model" else "data"
     try:
-        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS)
+        utils: Any = huggingface_hub.utils
+        utils.validate_repo_id(name)
+        # Not by HfApi: before its first question it asks for a list of coding agents, and waits for that, too.
+        token = huggingface_hub.get_token()
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        url = f"{huggingface_hub.constants.ENDPOINT}/api/{kind}s/{name}"
+        utils.hf_raise_for_status(utils.get_session().get(url, timeout=_SECONDS, headers=headers))
     except GatedRepoError:
         return ""  # the download says what has to be accepted, and where
     except (HFValidationError, RepositoryNotFoundError):
@@ -37,3 +45,20 @@ def why_not_asked(name: str, kind: Literal["model", "dataset"]) -> str:
     except Exception as error:  # whatever its HTTP library raises without a network
         return f"the hub cannot be reached: {first_line(error).rstrip('.')}"
     return ""
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Keep the hub's clients from the network within the block."""
+    import datasets
+    import huggingface_hub
+
+    settings: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_init.errors import LoraInitError, first_line, in_one_line
-from lora_init.loading.hub import why_not_asked
+from lora_init.loading.hub import offline, why_not_asked
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
 _KINDS = {
@@ -223,7 +224,8 @@ def _guarded(source: str, load: Any, unreachable: str = "", **options: Any) -> A
 
     path = Path(source).expanduser()
     try:
-        return load(str(path) if path.is_dir() else source, **options)
+        with offline() if unreachable else nullcontext():
+            return load(str(path) if path.is_dir() else source, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise LoraInitError(

@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.loading.hub import why_not_asked
+from lora_init.loading.hub import offline, why_not_asked
 
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -92,8 +92,9 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
             label = f"{folder.name}/{f' ({subset})' if subset else ''}{f', {split}' if split != 'train' else ''}"
             table = _load(label, path=str(folder), name=subset, split=split)
         elif subset is not None or (files and split != "train"):
+            kind = source if isinstance(source, (str, Path)) else "files or data in memory"
             given = f"subset={subset!r}" if subset is not None else f"split={split!r}"
-            raise LoraInitError(f"{given} is for a folder or a data set on the hub, and {source} is none.")
+            raise LoraInitError(f"{given} is for a folder or a data set on the hub, not for {kind}.")
         elif files:
             label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
             table = _from_files(label, files)
@@ -155,19 +156,14 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
 
 
 def _from_hub(label: str, name: str, subset: str | None, split: str) -> Any:
-    import datasets
-
     reason = why_not_asked(name, "dataset")
-    before = datasets.config.HF_HUB_OFFLINE
     try:
-        datasets.config.HF_HUB_OFFLINE = before or bool(reason)  # else it would try for half a minute to reach the hub
-        return _load(label, path=name, name=subset, split=split)
+        with offline() if reason else nullcontext():  # else it would try for half a minute to reach the hub
+            return _load(label, path=name, name=subset, split=split)
     except LoraInitError as error:
         if not reason:
             raise
         raise LoraInitError(f"data {name!r}: no such file or folder, not in the hub's cache, and {reason}.") from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _from_memory(source: Any, split: str, seed: int) -> Any:

@@ -42,13 +42,8 @@ def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
     made = run(*command, "--freeze-a", "--json")
     assert made.exit_code == 0, made.output
     assert "A stays as it is in training, see README.md" in json.loads(made.stdout)["notes"][0]
-    assert json.loads(made.stdout)["train"] == f"as {tmp_path / 'out/README.md'} shows"
     assert 'parameter.requires_grad &= ".lora_A." not in name' in (tmp_path / "out/README.md").read_text()
     assert json.loads((tmp_path / "out/lora_init.json").read_text())["freeze_a"] is True
-    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    said = json.loads(made.stdout)  # what is trained, and what would be at one rank everywhere: B alone
-    assert said["parameters"] == sum(tensor.numel() for name, tensor in written.items() if ".lora_B." in name)
-    assert said["uniform_parameters"] == 4 * sum(len(tensor) for name, tensor in written.items() if ".lora_B." in name)
 
 
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):
@@ -69,8 +64,6 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
         adapted = PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
         assert torch.equal(adapted(ids).logits, before)
     assert adapted.peft_config["default"].base_model_name_or_path == str(home / "model")
-    last = f"Train it: PeftModel.from_pretrained(base_model, {str(tmp_path / 'out')!r}, is_trainable=True)"
-    assert result.stdout.splitlines()[-1] == last
 
 
 def test_the_adapter_starts_in_the_directions_of_the_data(command, home, tmp_path):
@@ -194,7 +187,7 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
     [
         (["--rank", "8"], ["rank=8", "Collect again"]),
         (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
-        (["--method", "eva-grad"], ["these statistics have no gradients"]),
+        (["--method", "eva-grad"], ["was made without --gradients, which this needs"]),
         (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
     ],
 )
@@ -328,13 +321,13 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
         ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
         ({"--statistics": "text.txt"}, ["text.txt"]),
-        ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
+        ({"-o": "text.txt"}, ["--output text.txt is a file"]),
         ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
         (
             {"--target-modules": "embed_tokens"},
             ["selects only layers that cannot start from data"],
         ),
-        ({"--split": "validation"}, ["--split 'validation' is for a folder", "text.txt is none"]),
+        ({"--split": "validation"}, ["--split 'validation' is for a folder", "not for text.txt"]),
         ({"--ranks": "text.txt"}, ["--ranks names a plan, which has all ranks. Leave --rank and --rho out."]),
         ({1: "no-tokenizer"}, ["'no-tokenizer' has no tokenizer beside it"]),
     ],

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import datasets
 import pyarrow.parquet
@@ -350,8 +351,6 @@ def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
 
 
 def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch, tokenizer):
-    import huggingface_hub
-
     tries = []
 
     def no_network(*_, **__):
@@ -360,7 +359,7 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch, tokenizer):
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", no_network)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(get=no_network))
     with pytest.raises(LoraInitError, match=r"^data 'owner/name': no such file .* be reached: no route to the hub"):
         load_batches("owner/name", tokenizer)
     assert tries == [1] and not datasets.config.HF_HUB_OFFLINE
