@@ -184,7 +184,7 @@ def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
     """
     x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
     if not isinstance(x, Tensor):
-        raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Pass rows=.")
+        raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Exclude this layer.")
     return x
 
 
@@ -210,6 +210,9 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
             inputs.setdefault("use_cache", False)
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         unknown = [] if open_ended else [key for key in inputs if key not in parameters]
+        for key in ("input_ids", "attention_mask", "labels"):
+            if isinstance(inputs.get(key), list):
+                raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
         if unknown:
             raise LoraInitError(
                 f"the batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does not take. "

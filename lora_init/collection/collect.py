@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import zip_longest
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,7 @@ def collect(
         (torch.Size([4, 8]), 'exhausted')
     """
     _check_types(model, batches)
-    if rank < 1 or rho < 1.0 or tolerance < 0.0 or max_batches < 1:
-        raise LoraInitError(
-            f"rank={rank}, rho={rho}, tolerance={tolerance}, max_batches={max_batches}; "
-            "expected at least 1, 1.0, 0.0 and 1."
-        )
+    _check_numbers(rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed)
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
     model, precision = unwrapped(model), Precision()
@@ -246,15 +243,6 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     there = file is not None and file.exists()
     processes.check_alike({**_comparable(made), "statistics file": [file and str(file), there]})
     earlier = _earlier(job)
-    used: list[int] = [] if earlier is None else list(earlier.provenance.settings["used"])
-    shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
-    if earlier is not None:
-        if earlier.provenance.settings.get("first_batch", shard.first) != shard.first:
-            raise OtherSettingsError(f"{file} was made from other data: the first batch is another one.")
-        if earlier.provenance.complete:
-            return earlier
-    made.settings.update(first_batch=shard.first, common_loader=shard.common)
-
     masks = TokenMasks(job.model, made.token_mask, made.gradients)
     modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
     hooks = ActivationHooks(job.model, modules, masks)
@@ -268,6 +256,14 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         made.seed,
         n_triplets=max(job.n_components, 2 * made.rank),  # lora-ga needs two a rank
     )
+    used: list[int] = [] if earlier is None else list(earlier.provenance.settings["used"])
+    shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
+    if earlier is not None:
+        if earlier.provenance.settings.get("first_batch", shard.first) != shard.first:
+            raise OtherSettingsError(f"{file} was made from other data: the first batch is another one.")
+        if earlier.provenance.complete:
+            return earlier
+    made.settings.update(first_batch=shard.first, common_loader=shard.common)
 
     def save() -> None:
         so_far = processes.merge(run.found)
@@ -281,6 +277,11 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     if not sum(whole.n_batches) and earlier is None and whole.stop_reason != "interrupted":
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
     result = _frozen(job, whole, earlier)
+    if not result and result.provenance.complete:
+        raise LoraInitError(
+            f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are "
+            "empty. Check target_modules and the batches."
+        )
     result.gradients = _with_importance(job, result)
     if file is not None and processes.rank == 0 and result.provenance.n_batches:
         _write(file, result)
@@ -294,6 +295,12 @@ def _check_types(model: Any, batches: Any) -> None:
             f"collect got a {type(model).__name__} for the model, expected a torch.nn.Module. "
             "Load it first, with AutoModelForCausalLM.from_pretrained or the like."
         )
+    # By name: peft need not be imported.
+    if any(kind.__name__ == "BaseTunerLayer" for module in model.modules() for kind in type(module).__mro__):
+        raise LoraInitError(
+            f"collect got a {type(model).__name__} with an adapter, and would take its parts for layers. Call its "
+            "unload() or merge_and_unload() first, or give collect the plain model."
+        )
     first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
     wrong = isinstance(batches, (str, Path, Mapping, Tensor, nn.Module)) or not isinstance(batches, Iterable)
     if wrong or isinstance(first, str):
@@ -302,6 +309,14 @@ def _check_types(model: Any, batches: Any) -> None:
             f"collect got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
             "load_batches; put one batch into a list."
         )
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        kind, of = (Real, "number") if name in ("rho", "tolerance") else (Integral, "whole number")
+        least = {"tolerance": 0, "seed": -(2**63)}.get(name, 1)
+        if not isinstance(number, kind) or not least <= number < 2**63:
+            raise LoraInitError(f"{name}={number!r}, expected a {of} of at least {least}.")
 
 
 def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_init import LoraInitError, collect, principal_angles
@@ -263,8 +264,25 @@ def test_fewer_rows_than_components_are_used_and_said():
 
 def test_mistakes_get_one_clear_line():
     model = two_layers()
+    for settings in (
+        {"rank": "8"},
+        {"rank": 2.5},
+        {"rho": math.inf},
+        {"tolerance": math.nan},
+        {"seed": "a"},
+        {"seed": 2**70},
+    ):
+        ((name, value),) = settings.items()
+        with pytest.raises(LoraInitError, match=f"^{name}={value!r}, expected a (whole )?number of at least"):
+            collect(model, low_rank_inputs(2), **{"rank": 2, **settings})
     with pytest.raises(LoraInitError, match="the data is empty"):
         collect(model, [], rank=2)
+    with pytest.raises(LoraInitError, match="no targeted layer received rows in 2 batches"):
+        collect(model, [torch.randn(0, 24)] * 2, rank=2)
+    with pytest.raises(LoraInitError, match=r"a list of 'input_ids', expected a tensor.*return_tensors='pt'"):
+        collect(tiny_llama(), [{"input_ids": [[3, 4, 5]]}], rank=2)
+    with pytest.raises(LoraInitError, match=r"a PeftModel with an adapter.* give collect the plain model"):
+        collect(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), batches_for("llama"), rank=2)
     with pytest.raises(LoraInitError, match="rank=0"):
         collect(model, low_rank_inputs(2), rank=0)
     with pytest.raises(LoraInitError, match=r"rho=0\.5"):
@@ -279,6 +297,17 @@ def test_mistakes_get_one_clear_line():
 
     with pytest.raises(LoraInitError, match=r"out of memory\. Use a smaller batch"):
         collect(model, low_rank_inputs(2), rank=2, forward=exhausted)
+
+
+def test_what_can_be_refused_is_refused_before_any_batch_is_read():
+    def stream():
+        pytest.fail("a batch was read")
+        yield
+
+    convolution = nn.Sequential(nn.Conv2d(2, 4, 3))
+    for model, options in ((two_layers(), {"token_mask": "all"}), (convolution, {"gradients": True})):
+        with pytest.raises(LoraInitError, match=r"token_mask='all'|gradient statistics are for linear layers"):
+            collect(model, stream(), [name for name, _ in model.named_children()][:1], rank=2, **options)
 
 
 def test_somebody_elses_error_is_passed_on():
