@@ -313,6 +313,7 @@ def _check_types(model: Any, batches: Any) -> None:
 
 def _check_numbers(**numbers: Any) -> None:
     for name, number in numbers.items():
+        kind: Any
         kind, of = (Real, "number") if name in ("rho", "tolerance") else (Integral, "whole number")
         least = {"tolerance": 0, "seed": -(2**63)}.get(name, 1)
         if not isinstance(number, kind) or not least <= number < 2**63:
