@@ -29,7 +29,7 @@ _ALIKE = ("center", "token_mask", "task_type")
 
 def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | None) -> Statistics:
     """Merge all parts at once, see `Statistics.merge`."""
-    _check_weights(parts, weights)
+    weights = _check_weights(parts, weights)
     _check_parts(parts)
     size = _common_size([part.variances.values() for part in parts])
     group_of, sources = _grouping(parts)
@@ -128,12 +128,21 @@ def _common_size(variances: Iterable[Iterable[Variances]]) -> int:
     return int(min(least, whole))
 
 
-def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> None:
-    """Refuse weights that are not one share for each part, and one part alone."""
+def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float] | None:
+    """Give the weights as numbers; refuse what is not one share for each part, and one part alone."""
+    for part in parts:
+        if not isinstance(part, Statistics):
+            raise LoraInitError(
+                f"merge got a {type(part).__name__}, expected Statistics. Read files by Statistics.load."
+            )
     if len(parts) < 2:
         raise LoraInitError("merge: one part alone, expected at least two. Give the statistics to merge it with.")
     if weights is None:
-        return
+        return None
+    try:
+        weights = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise LoraInitError(f"weights={weights!r}, expected a list with a number for each part.") from None
     shown = ", ".join(f"{weight:g}" for weight in weights)
     if len(weights) != len(parts):
         raise LoraInitError(
@@ -144,20 +153,28 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
             f"weights={shown}: their sum is {sum(weights):g}, expected positive numbers whose sum is 1. "
             "They are shares of the whole; leave out what should not count."
         )
+    return weights
 
 
 def _check_parts(parts: Sequence[Statistics]) -> None:
     """Refuse parts that are not about the same layers of one model, read the same way, or that are the same part."""
     names = [str(part.path or f"part {i}") for i, part in enumerate(parts, start=1)]
-    seen: dict[tuple[tuple[str, float, int], ...], str] = {}
-    for name, part in zip(names, parts, strict=True):
+    for i, (name, part) in enumerate(zip(names, parts, strict=True)):
         _check_alike(parts[0], part, names[0], name)
-        rows = tuple((group, one.total, one.n_samples) for group, one in part.variances.items())
-        if rows in seen:
-            raise LoraInitError(
-                f"{name} and {seen[rows]} hold the same statistics, so the same rows would count twice. Leave one out."
-            )
-        seen[rows] = name
+        for other_name, other in zip(names[:i], parts, strict=False):
+            if _have_same_rows(part, other):
+                raise LoraInitError(
+                    f"{name} and {other_name} hold the same statistics, so the same rows would count twice. "
+                    "Leave one out."
+                )
+
+
+def _have_same_rows(part: Statistics, other: Statistics) -> bool:
+    """Tell it by numbers of rows, total variances and, where these agree, the means: single rows have no variance."""
+    counts = [[(group, *found[1:]) for group, found in one.variances.items()] for one in (part, other)]
+    return counts[0] == counts[1] and all(
+        torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.variances
+    )
 
 
 def _check_alike(first: Statistics, other: Statistics, first_name: str, other_name: str) -> None:

@@ -575,10 +575,15 @@ def test_bad_weights(shards):
         ([math.nan, 1.0], "expected positive numbers"),
         ([math.inf, 1.0], "their sum is inf"),
         ([1.0], "1 for 2 parts"),
+        (0.5, "weights=0.5, expected a list with a number for each part"),
+        ([None, 1.0], "expected a list with a number for each part"),
         ([0.2, 0.3, 0.5], "3 for 2 parts"),
     ):
         with pytest.raises(LoraInitError, match=words):
             a.merge(b, weights=weights)
+    for other in ("stats.safetensors", [b], None):
+        with pytest.raises(LoraInitError, match=f"merge got a {type(other).__name__}, expected Statistics"):
+            a.merge(other)
     with pytest.raises(LoraInitError, match="one part alone"):
         a.merge()
     assert a.merge(b, weights=[1 / 3, 0.6666667]).provenance.n_batches == 7
@@ -609,3 +614,12 @@ def test_the_same_statistics_twice(shards):
         a.merge(b, a)
     with pytest.raises(LoraInitError, match="hold the same statistics"):
         a.merge(passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_single_rows_are_not_taken_for_the_same(center):
+    model = nn.Sequential(nn.Linear(4, 4))
+    a, b = (passed(model, [torch.randn(1, 4)], ["0"], rank=2, center=center) for _ in range(2))
+    assert a.merge(b)["0"].n_samples == 2 and a.merge(b)["0"].total_variance > 0
+    with pytest.raises(LoraInitError, match="hold the same statistics"):
+        a.merge(a)
