@@ -19,8 +19,8 @@ SHORT = {
     "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=60", "--output=OUTPUT"],
 }
-# tests/test_adapter.py, tests/test_rank_command.py and tests/test_launched.py run these.
-ELSEWHERE = {"quickstart", "sft_trl", "rank_budget", "two_processes"}
+# tests/adapters, tests/cli, tests/collection and tests/layers run these.
+ELSEWHERE = {"diffusion", "quickstart", "sft_trl", "rank_budget", "two_processes"}
 
 
 @pytest.fixture

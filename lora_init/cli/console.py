@@ -18,6 +18,7 @@ import typer
 from typer import Option
 
 from lora_init.errors import LoraInitError, explain
+from lora_init.layers.purposes import PURPOSES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -216,7 +217,8 @@ def process_group() -> Iterator[None]:
 
 def read_modules(text: str) -> str | list[str]:
     """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
-    if text.lower() == "all-linear" or re.search(r"[^\w.,\s-]", text):
+    keywords = ("all-linear", *PURPOSES)
+    if text.lower().replace("_", "-") in keywords or re.search(r"[^\w.,\s-]", text):
         return text
     return read_names(text)
 

@@ -76,7 +76,7 @@ def init(
     ] = None,
     ranks_from: Annotated[Path | None, Option("--ranks", help="Plan of lora-init ranks, for --rank and --rho.")] = None,
     target_modules: Annotated[
-        str, Option(help='"all-linear", names separated by commas, or a regular expression for full names.')
+        str, Option(help="all-linear, attention, mlp, cross-attention, names, or a regular expression for full names.")
     ] = "all-linear",
     exclude_modules: Annotated[str | None, Option(help="Names, or a regular expression, to leave out.")] = None,
     target_parameters: Annotated[str | None, Option(help="Names of fused parameters of experts.")] = None,

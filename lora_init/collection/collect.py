@@ -131,7 +131,8 @@ def collect(
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences, in random order. Read once. In
             several processes a loader for one of them, or one that gives all the same.
-        target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings.
+        target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings. Also `"attention"`,
+            `"mlp"` or `"cross-attention"`, see `find_targets`.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
         target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
             of the rows that the router sends to it, and there is one of all experts, which the ranks go by.

@@ -16,6 +16,7 @@ from torch import nn
 from lora_init.errors import LoraInitError
 from lora_init.layers.convolutions import CONVOLUTIONS, patches_of
 from lora_init.layers.experts import Experts, find_parameters
+from lora_init.layers.purposes import PURPOSES, by_purpose
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 
@@ -190,7 +191,8 @@ def find_targets(
     Args:
         model: Any torch model.
         target_modules: `"all-linear"`, a regular expression that matches full names, or a collection of names or
-            dot-separated name endings.
+            dot-separated name endings; or, what PEFT does not have, `"attention"`, `"mlp"` or `"cross-attention"`, see
+            `by_purpose`. An adapter is written with the full names.
         exclude_modules: Regular expression or collection of names or endings to leave out.
         task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
         target_parameters: Names of parameters, or dot-separated endings of names: those of fused experts.
@@ -239,9 +241,11 @@ def _selected(
     model: nn.Module, modules: Mapping[str, nn.Module], target_modules: str | Collection[str], optional: bool
 ) -> list[str]:
     """Name the modules that `target_modules` means."""
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+    keyword = target_modules.lower().replace("_", "-") if isinstance(target_modules, str) else ""
+    if keyword in (ALL_LINEAR, *PURPOSES):
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        return [name for name, module in modules.items() if is_linear(module) and module is not output]
+        linear = [name for name, module in modules.items() if is_linear(module) and module is not output]
+        return linear if keyword == ALL_LINEAR else _of_purpose(keyword, modules, linear, type(model).__name__)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
     if not selected and (names or not optional):
@@ -252,6 +256,18 @@ def _selected(
     if not isinstance(target_modules, str):
         _warn_of_unmatched(model, modules, names, "target_modules")
     return selected
+
+
+def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str], model_class: str) -> list[str]:
+    found = by_purpose(modules, linear)
+    if not found[purpose]:
+        there = {kind: Counter(name.rpartition(".")[2] for name in names) for kind, names in found.items() if names}
+        shown = [f"{kind} ({', '.join(endings)}: {endings.total()} layers)" for kind, endings in there.items()]
+        raise LoraInitError(
+            f"target_modules={purpose!r}: {model_class} has no such layers. It has {' and '.join(shown) or 'neither'}. "
+            "Name layers instead; target_parameters= names fused experts."
+        )
+    return found[purpose]
 
 
 def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str]:

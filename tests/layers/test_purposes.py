@@ -1,0 +1,187 @@
+"""Targets by purpose: the layers that one would name by hand, for every architecture, and full names in the adapter."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lora_init import LoraInitError, build_adapter, collect, find_targets, initialize
+from tests.commands import WORDS, run, save_model
+from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_t5
+
+SIZES = dict(
+    vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+)  # fmt: skip
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(BartConfig(**SIZES, max_position_embeddings=64)).eval()
+
+
+def whisper():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(**SIZES, num_mel_bins=8, max_source_positions=20, max_target_positions=20)
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def mllama():
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    text = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0, max_position_embeddings=64,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_global_layers=1, attention_heads=4,
+        intermediate_layers_indices=[0], vision_output_dim=64, image_size=16, patch_size=8, max_num_tiles=1,
+        supported_aspect_ratios=[[1, 1]],
+    )  # fmt: skip
+    return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text)).eval()
+
+
+def gpt2_with_cross_attention():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True)).eval()
+
+
+def mixtral():
+    from tests.layers.test_experts import mixtral
+
+    return mixtral()
+
+
+def unet():
+    pytest.importorskip("diffusers")
+    from examples.diffusion import make_pipeline
+
+    return make_pipeline().unet
+
+
+Q_K_V = ("q_proj", "k_proj", "v_proj")
+UNET = ("to_q", "to_k", "to_v", "to_out.0")
+# How the layers of each purpose end; one of cross-attention is inside the module named here.
+CASES = {
+    "llama": (tiny_llama, (*Q_K_V, "o_proj"), ("gate_proj", "up_proj", "down_proj"), None),
+    "gpt2": (tiny_gpt2, ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"), None),
+    "bert": (
+        MODELS["bert"],
+        ("self.query", "self.key", "self.value", "attention.output.dense"),
+        ("intermediate.dense", "0.output.dense", "1.output.dense"),
+        None,
+    ),
+    "vit": (MODELS["vit"], (*Q_K_V, "o_proj"), ("fc1", "fc2"), None),
+    "t5": (tiny_t5, ("n.q", "n.k", "n.v", "n.o"), ("wi_0", "wi_1", "wo"), ".EncDecAttention."),
+    "bart": (bart, (*Q_K_V, "out_proj"), ("fc1", "fc2"), ".encoder_attn."),
+    "whisper": (whisper, (*Q_K_V, "out_proj"), ("fc1", "fc2"), ".encoder_attn."),
+    "mllama": (mllama, (*Q_K_V, "o_proj"), ("fc1", "fc2", "gate_proj", "up_proj", "down_proj"), ".cross_attn."),
+    "gpt2 with cross-attention": (
+        gpt2_with_cross_attention,
+        ("attn.c_attn", "attn.c_proj", "attention.q_attn", "attention.c_attn", "attention.c_proj"),
+        ("mlp.c_fc", "mlp.c_proj"),
+        ".crossattention.",
+    ),
+    "mixtral": (mixtral, (*Q_K_V, "o_proj"), (), None),
+    "unet": (unet, UNET, ("ff.net.0.proj", "ff.net.2"), ".attn2."),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_layers_of_each_purpose(case):
+    make, attention, mlp, cross = CASES[case]
+    model = make()
+    every = list(find_targets(model).layers)
+    expected = {
+        "attention": [name for name in every if name.endswith(attention)],
+        "mlp": [name for name in every if mlp and name.endswith(mlp)],
+        "cross-attention": [name for name in every if name.endswith(attention) and cross and cross in name],
+    }
+    assert expected["attention"]
+    for purpose, names in expected.items():
+        if names:
+            assert list(find_targets(model, purpose).layers) == names, purpose
+            continue
+        with pytest.raises(LoraInitError, match=rf"^target_modules='{purpose}': \w+ has no such layers. It has att"):
+            find_targets(model, purpose)
+
+
+def test_what_a_model_lacks_is_said_with_what_it_has():
+    with pytest.raises(
+        LoraInitError,
+        match=r"^target_modules='cross-attention': LlamaForCausalLM has no such layers. It has attention \(q_proj, "
+        r"k_proj, v_proj, o_proj: 8 layers\) and mlp \(gate_proj, up_proj, down_proj: 6 layers\). Name layers instead",
+    ):
+        find_targets(tiny_llama(), "cross_attention")
+    with pytest.raises(LoraInitError, match=r"Sequential has no such layers. It has neither"):
+        find_targets(nn.Sequential(nn.Linear(2, 2)), "attention")
+
+
+def test_exclusions_and_lists_keep_their_meaning():
+    found = find_targets(tiny_t5(), "attention", exclude_modules=r"encoder\..*").layers
+    assert found and all(name.startswith("decoder.") for name in found)
+    with pytest.raises(LoraInitError, match="a LlamaMLP, and an adapter needs a linear layer"):
+        find_targets(tiny_llama(), ["mlp"])  # a list holds names, as in PEFT
+
+
+def test_a_block_without_attention_in_a_row_with_some_has_an_mlp():
+    """As in models that alternate attention with other mixers; routers and modulation are no MLP."""
+
+    class LinearAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+    def block(**parts):
+        return nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(4, 4), "gate": nn.Linear(4, 4)}), **parts})
+
+    row = nn.ModuleList([block(mixer=nn.Linear(4, 4)), block(attn=LinearAttention())])
+    model = nn.ModuleDict({"layers": row, "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)})})
+    assert list(find_targets(model, "mlp").layers) == ["layers.0.mlp.up", "layers.1.mlp.up"]
+    assert list(find_targets(model, "attention").layers) == ["layers.1.attn.q"]
+
+
+def test_the_adapter_has_full_names_and_loads_in_peft(tmp_path):
+    from peft import PeftModel
+
+    model, batches = tiny_t5(), batches_for("t5")
+    stats = collect(model, batches, "cross-attention", rank=2)
+    assert stats.provenance.target_modules == "cross-attention"
+    build_adapter(stats, 2).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == list(stats) and all(".EncDecAttention." in name for name in stats)
+    loaded = PeftModel.from_pretrained(tiny_t5(), tmp_path / "adapter")
+    adapted = {name.partition(".lora_A")[0] for name, _ in loaded.named_parameters() if ".lora_A" in name}
+    assert adapted == {f"base_model.model.{name}" for name in stats}
+    adapted = initialize(model, batches, rank=2, target_modules="mlp")
+    assert set(adapted.peft_config["default"].target_modules) == set(find_targets(tiny_t5(), "mlp").layers)
+
+
+def test_the_command_line_takes_a_purpose(tmp_path):
+    save_model(tiny_llama(), tmp_path / "model")
+    (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(20)))
+    made = run(
+        "init", tmp_path / "model", tmp_path / "data.txt", "--rank", "2", "--target-modules", "attention", "-o",
+        tmp_path / "adapter", "--json",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    assert {name.rpartition(".")[2] for name in json.loads(made.stdout)["ranks"]} == {*Q_K_V, "o_proj"}
+    refused = run(
+        "init", tmp_path / "model", tmp_path / "data.txt", "--target-modules", "cross-attention", "-o", tmp_path / "b"
+    )
+    assert refused.exit_code == 1 and "has no such layers. It has attention" in refused.stderr
+
+
+def test_a_diffusion_pipeline_from_denoising_steps_to_load_lora_weights(tmp_path):
+    pytest.importorskip("diffusers")
+    from examples.diffusion import main
+
+    found = main(tmp_path)
+    assert torch.equal(found["at_start"], found["plain"])  # the adapter changes nothing until it is trained
+    assert found["last"] < found["first"] - 0.05 and not torch.allclose(found["trained"], found["plain"], atol=1e-2)
+    # Ranks and scalings of every layer come along: diffusers alone would take a scaling of 1.
+    torch.testing.assert_close(found["loaded"], found["trained"], atol=1e-5, rtol=1e-5)
