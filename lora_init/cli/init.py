@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from lora_init.adapters.adapter_init import AdapterInit
     from lora_init.loading.batches import Batches
+    from lora_init.loading.models import ModelSource
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
@@ -116,6 +117,7 @@ def init(
     dtype: Annotated[Dtype, Option(help="Type of the weights.")] = "auto",
     device: Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
     ] = False,
@@ -141,7 +143,7 @@ def init(
     file = _check_sources(data, statistics, method if takes_step else "")
     plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
     find_device(device)
-    with busy(f"loading {model}"):
+    with busy(f"reading {model} and the data"):
         source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
         read = partial(
             load_batches, data, source.tokenizer, template=unescape(template), completion=unescape(completion),
@@ -150,13 +152,21 @@ def init(
         )  # fmt: skip
         batches = read(samples=samples) if data is not None else None  # before the weights, which take longer
         aside = _read_aside(read, batches, samples, batch_size) if takes_step and batches else []
-        loaded = source.load(dtype=dtype, device=device, seed=seed)
     selection: dict[str, Any] = {
         "target_modules": read_modules(target_modules),
         "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
         "target_parameters": read_names(target_parameters) or None,
-        "task_type": loaded.task_type,
+        "task_type": source.task_type,
     }
+    settings = {
+        "rank": rank, "rho": rho, "center": center, "token_mask": token_mask, "gradients": gradients,
+        "max_batches": max_batches, "seed": seed,
+    }  # fmt: skip
+    if dry_run:
+        _show_estimate(source, batches, selection, settings | {"dtype": dtype, "device": device}, as_json)
+        return
+    with busy(f"loading {model}"):
+        loaded = source.load(dtype=dtype, device=device, seed=seed)
     check_modules_to_save(loaded.model, options["modules_to_save"])
     if plan is not None:
         plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
@@ -164,11 +174,7 @@ def init(
         assert file is not None  # checked with the data
         stats = _as_it_is(file, loaded.model, selection)
     else:
-        settings = {
-            **selection, "rank": rank, "rho": rho, "center": center, "token_mask": token_mask, "gradients": gradients,
-            "max_batches": max_batches, "seed": seed, "progress": False if is_quiet() else None,
-        }  # fmt: skip
-        stats = _collect(loaded.model, batches, file, overwrite, settings)
+        stats = _collect(loaded.model, batches, file, overwrite, selection | settings)
     if process_rank():
         return
     ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
@@ -180,6 +186,34 @@ def init(
         print_json(summary)
     else:
         show_summary(make_console(), summary)
+
+
+def _show_estimate(
+    source: ModelSource,
+    batches: Batches | None,
+    selection: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    from lora_init.cli.dry_run import estimate
+
+    with busy("estimating"):
+        found = estimate(source, batches, selection, settings)
+    if as_json:
+        print_json(found)
+        return
+    kept = f", {len(found['unsupported'])} keep PEFT's own start" if found["unsupported"] else ""
+    weights, statistics = (found[f"{what}_bytes"] / 10**9 for what in ("weights", "statistics"))
+    speed = found["operations_per_second"] / 10**9
+    rows = {
+        "layers": f"{found['layers']} take an adapter{kept}",
+        "parameters": f"{found['parameters']:,} at rank {found['rank']} everywhere",
+        "data": found["data"] or "none: the statistics file is used as it is",
+        "pass": f"{found['batches']} batches at most, {found['tokens']:,} tokens",
+        "memory": f"weights {weights:.2f} GB, statistics {statistics:.2f} GB, and the activations of one batch",
+        "time": f"about {found['seconds']:,.0f} s, within a factor of two, at {speed:,.0f} GFLOP/s",
+    }
+    make_console().print(facts(rows))
 
 
 def _check_sources(data: str | None, statistics: Path | None, method: str) -> Path | None:
@@ -253,7 +287,8 @@ def _collect(
     """Make the pass, or what is left of it, or nothing of it if the file has all."""
     from lora_init.collection.collect import Interrupted, OtherSettingsError, collect
 
-    run = partial(collect, model, batches, data=batches.description, statistics=file, **settings)
+    progress = False if is_quiet() else None
+    run = partial(collect, model, batches, data=batches.description, statistics=file, progress=progress, **settings)
     before = file.stat().st_mtime_ns if file and file.exists() else None
     try:
         stats = run()

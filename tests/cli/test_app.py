@@ -78,8 +78,12 @@ def test_env_has_what_a_bug_report_needs():
 
 
 def test_the_shell_completes_commands():
-    script = run("--show-completion", "bash").stdout
-    assert "lora" in script.lower() and "complete" in script
+    asked = {"_LORA_INIT_COMPLETE": "complete_bash", "COMP_WORDS": "lora-init in", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv = ['lora-init']; from lora_init.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["init", "inspect"], done.stderr
 
 
 def test_the_example_in_the_help_is_a_command_that_parses():

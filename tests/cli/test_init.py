@@ -159,6 +159,28 @@ def test_the_same_command_gives_the_same_adapter(command, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the weights were read")
+
+    done = json.loads(run(*command, "--json").stdout)
+    command[command.index("-o") + 1] = str(tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_init.loading.models.ModelSource.load", never)
+        said = json.loads(run(*command, "--dry-run", "--json").stdout)
+        shown = run(*command, "--dry-run", "--statistics", tmp_path / "stats", "--method", "eva-grad").stdout
+        assert_one_line_error(run(*command, "--dry-run", "--target-modules", "qproj"), "matches no layer")
+        assert_one_line_error(run(*command, "--dry-run", "--lora-alpha", "0"), "--lora-alpha 0.0")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out"}
+    assert said["layers"] == len(done["ranks"]) and said["parameters"] == done["uniform_parameters"]
+    assert said["data"] == done["data"] and said["batches"] == done["n_batches"] and said["tokens"] >= done["n_samples"]
+    model = tiny_llama()
+    assert said["weights_bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert said["seconds"] > 0
+    for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "GFLOP/s"):
+        assert part in shown
+
+
 # The statistics file
 
 
