@@ -30,7 +30,7 @@ def command(home, tmp_path):
     """The smallest comparison that works, to which tests add."""
     return [
         "compare", home / "llama", home / "rows.jsonl", "-o", tmp_path / "out", "--template", "{passage}",
-        "--completion", " {listed}", "--steps", 4, "--batch-size", 4, "--selection-samples", 6,
+        "--completion", " {options}", "--steps", 4, "--batch-size", 4, "--selection-samples", 6,
         "--report-samples", 8, "--rank", 2, "--starts", "random,eva-rho1",
         "--learning-rates", "1e-3,1e-2", "--seeds", 3, "--extend", 0, "--statistics-batches", 4,
     ]  # fmt: skip

@@ -151,7 +151,7 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
 def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
     training = Training(steps, 4, 0.1, [0, 3, steps])
     asked = DataOptions(
-        **dict(template="{passage}", completion=" {listed}", selection_samples=8, report_samples=12) | options
+        **dict(template="{passage}", completion=" {options}", selection_samples=8, report_samples=12) | options
     )
     shape = AdapterShape(rank=2, lora_alpha=4)
     return set_up(str(home / model), home / data, directory, (asked, ModelOptions()), shape, training, 8)
