@@ -56,7 +56,7 @@ def record(start="random", rate=1e-3, seed=0, final=0.17, **changes):
         "trainable_parameters": 2_442_240, "ranks": None, "a_scale": 0.577,
         "evaluation_points": POINTS, "report_loss": losses, "selection_loss": final, "training_loss": [2.0, 1.0, final],
         "metrics": {"accuracy": 0.6, "macro_f1": 0.59, "mcc": 0.2}, "data_order": f"order{seed}",
-        "metrics_before": {"accuracy": 0.5, "macro_f1": 0.4, "mcc": 0.0},
+        "plain_loss": 2.3, "metrics_before": {"accuracy": 0.5, "macro_f1": 0.4, "mcc": 0.0},
         "initialisation_seconds": 0.4, "training_seconds": 61.5,
         "peak_memory_bytes": 1_900_000_000, "retain_loss": [3.1, 3.1 + rate * 40],
     } | changes  # fmt: skip

@@ -48,6 +48,9 @@ def compare(
     match_scale: Annotated[
         bool, typer.Option("--match-scale", help="Also run each start with A scaled to the size of the random one.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also train all weights, to say how much there is to win.")
+    ] = False,
     template: Annotated[str | None, typer.Option(help="Text of an example, or the prompt.")] = None,
     completion: Annotated[str | None, typer.Option(help="What the model should answer, as a template.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the class: trains a classifier.")] = None,
@@ -110,8 +113,8 @@ def compare(
 
             quiet_transformers()
         found = run_comparison(
-            model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, label=label,
-            options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,
+            model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, full=full,
+            label=label, options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,
             train_samples=train_samples, selection_samples=selection_samples, report_samples=report_samples,
             max_length=max_length,
             data_seed=data_seed, rank=rank, lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
@@ -148,6 +151,7 @@ def show_comparison(console: Console, summary: Summary) -> None:
     from lora_init.comparison.tables import run_tables
 
     console.print(Text(f"{summary.headline}\n", "bold"))
+    console.print(Text(f"{summary.headroom}\n"))
     for verdict in summary.verdicts:
         console.print(Text(verdict.sentence))
     console.print()

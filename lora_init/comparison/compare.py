@@ -21,7 +21,7 @@ import lora_init
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.report import write_report
 from lora_init.comparison.runs import Plan, Record, Run, RunDirectory, open_runs, peek
-from lora_init.comparison.starts import AdapterShape, check_start
+from lora_init.comparison.starts import FULL, AdapterShape, check_start
 from lora_init.comparison.tasks import DataOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
@@ -64,6 +64,7 @@ def compare(
     sweep: str | None = None,
     extend: int = 2,
     match_scale: bool = False,
+    full: bool = False,
     rank: int = 8,
     lora_alpha: float = 16,
     target_modules: str | list[str] = "all-linear",
@@ -96,6 +97,7 @@ def compare(
         extend: How often half a decade is added to a start's rates while the best is the lowest or the highest, on
             either side.
         match_scale: Also run each start with A scaled to the size of the random one.
+        full: Also train all weights, at rates of a tenth, to say how much there is to win.
         rank: Average rank of a layer.
         lora_alpha: The adapter is scaled by lora_alpha / rank.
         target_modules: See `collect`.
@@ -118,6 +120,7 @@ def compare(
     """
     require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     options = _read_options(loading)
+    starts = [*starts, FULL] if full and FULL not in starts else starts
     for start in starts:
         check_start(start)
     own: dict[str, Any] = dict(start for start in starts if not isinstance(start, str))

@@ -11,6 +11,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
+from lora_init.comparison.starts import FULL
 
 
 def number(value: float | None) -> str:
@@ -94,12 +95,12 @@ class Verdict:
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
-    losses, best = by_seed(table), best_rates(table)
+    losses, best = by_seed(table).drop(FULL, errors="ignore"), best_rates(table)
     found, unlike = effects(losses, RANDOM), unlike_spreads(losses)
     reference = float(losses.loc[RANDOM].mean()) if RANDOM in losses.index else None
     judged = []
     for start in table["start"].unique():
-        if start != RANDOM:
+        if start not in (RANDOM, FULL):
             pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna() if {start, RANDOM} <= set(best) else pd.Series()
             differences = {int(seed): float(value) for seed, value in pairs.items()}
             caveats = _caveats(table, start, unlike)
@@ -156,7 +157,7 @@ def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> li
         said.append(f"its best rate, {rate_text(best[start])}, is the {side[0]} tried, so a {side[1]} may be better")
     sizes = table.groupby("start")["trainable_parameters"].first()
     ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)
-    if abs(ratio - 1) > _EQUAL_PARAMETERS:
+    if start != FULL and abs(ratio - 1) > _EQUAL_PARAMETERS:
         more = "fewer" if ratio < 1 else "more"
         said.append(f"it trains {sizes[start]:,.0f} parameters, {abs(ratio - 1):.1%} {more} than random")
     return said
@@ -215,7 +216,7 @@ def _lost(table: pd.DataFrame) -> list[str]:
 
 def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     """Say what holds for all verdicts."""
-    unlike = unlike_spreads(by_seed(table))
+    unlike = unlike_spreads(by_seed(table).drop(FULL, errors="ignore"))
     said = [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
     compared = sum(verdict.low is not None for verdict in judged)
     if compared:
@@ -228,6 +229,31 @@ def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     return said
 
 
+def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
+    """Say how far random goes from the plain model to full fine-tuning, and whether what is left could be shown."""
+    losses, best = by_seed(table), best_rates(table)
+    if RANDOM not in losses.index:
+        return ""
+    runs = table[table["best"] & table["start"].eq(RANDOM)]
+    plain, random = runs["plain_loss"].mean(), losses.loc[RANDOM].mean()
+    begin = f"The plain model has a loss of {number(plain)}, and random ends at {number(random)}."
+    if FULL not in losses.index or not (losses.loc[FULL].notna() & losses.loc[RANDOM].notna()).any():
+        return f"{begin} How much is left to win, full fine-tuning would say (--full)."
+    left = float((losses.loc[RANDOM] - losses.loc[FULL]).mean())  # over the seeds that both have
+    but = "".join(f" But {caveat}." for caveat in _caveats(table, FULL, {}))
+    said = f"{begin} Full fine-tuning ends at {number(random - left)}, at {rate_text(best[FULL])}.{but}"
+    if left <= 0.0:
+        return f"{said} That is no lower than random: nothing to win here."
+    said += (
+        f" So random goes {(plain - random) / (plain - random + left):.0%} of the way, and {left / random:.1%} is left."
+    )
+    could = [verdict.showable for verdict in judged if verdict.showable is not None]
+    if not could:
+        return said
+    enough = "" if left > min(could) else ": nothing to win here that they could show"
+    return f"{said} The runs could have shown {min(could) / random:.1%} at best{enough}."
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a comparison found so far.
@@ -235,6 +261,7 @@ class Summary:
     Attributes:
         title: Task and model.
         headline: The verdicts in one sentence, and how many runs ended how.
+        headroom: How much of what full fine-tuning gains random gains already, in a sentence or two.
         verdicts: One for each start other than random, in order.
         notes: What a reader must know beside them.
         table: The runs themselves, see `run_table`.
@@ -242,6 +269,7 @@ class Summary:
 
     title: str
     headline: str
+    headroom: str
     verdicts: list[Verdict]
     notes: list[str]
     table: pd.DataFrame
@@ -263,4 +291,4 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
         headline = f"{len(judged)} compared with random: {parts}. {headline}"
     title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
-    return Summary(title, headline, judged, notes(table, judged, settings), table)
+    return Summary(title, headline, headroom(table, judged), judged, notes(table, judged, settings), table)

@@ -61,6 +61,7 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
         "settings": settings,
         "runs": {status: int(n) for status, n in table["status"].value_counts().items()},
         "headline": summary.headline,
+        "headroom": summary.headroom,
         "starts": {
             start: {"learning_rate": best.get(start), "loss": float(losses[start]) if start in losses else None}
             for start in table["start"].unique()

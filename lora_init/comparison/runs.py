@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from lora_init.comparison.starts import (
     EQUAL_PARAMETERS,
+    FULL,
     MATCHED_SCALE,
     differs_in_parameters,
     differs_in_scale,
@@ -69,7 +70,8 @@ class Plan:
 
     Attributes:
         starts: Names of starts.
-        learning_rates: Tried for every start. A single one is not asked whether another were better.
+        learning_rates: Tried for every start, and a tenth of them for `full`. A single one is not asked whether another
+            were better.
         seeds: Each decides the order of the data and all that is random in a start.
         sweep: `"halving"` or `"full"`.
         extend: How often rates are added on either side.
@@ -131,7 +133,7 @@ class Plan:
 
     def _grid(self, start: str, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell."""
-        grid = asked = sorted(self.learning_rates)
+        grid = asked = sorted(float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates)
         for _ in range(2 * self.extend if len(asked) > 1 else 0):
             runs = [Run(start, seed, rate) for seed in self._swept for rate in grid]
             if not all(run in records for run in runs):
@@ -171,8 +173,8 @@ def half_decade(rate: float, up: bool) -> float:
 
 METRICS = ("accuracy", "macro_f1", "mcc")
 _NUMBERS = [
-    *METRICS, "selection_loss", "loss", "first_loss", "retained_before", "retained_after", "trainable_parameters",
-    "a_scale", "gamma", "initialisation_seconds", "training_seconds", "peak_memory_bytes",
+    *METRICS, "plain_loss", "selection_loss", "loss", "first_loss", "retained_before", "retained_after",
+    "trainable_parameters", "a_scale", "gamma", "initialisation_seconds", "training_seconds", "peak_memory_bytes",
 ]  # fmt: skip
 _COLUMNS = [
     "start", "learning_rate", "seed", "status", "error", "data_order", "evaluation_points", "report_loss",

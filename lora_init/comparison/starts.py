@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,14 @@ class Prepared:
     """A start on a model, as `prepare` returns it.
 
     Attributes:
-        peft_model: The model with the adapter. The plain model inside it is the one that was given.
+        peft_model: The model with the adapter; for `full` the model itself, in float32. The plain model inside it is
+            the one that was given.
         seconds: Time that it took, without that for statistics.
         gamma: What B A was divided by, where B is not zero and the start is ours.
         release: Puts the plain model back, bit for bit; `peft_model` is of no use afterwards.
     """
 
-    peft_model: PeftModel
+    peft_model: Any
     seconds: float
     gamma: float | None
     release: Callable[[], None] = field(repr=False)
@@ -85,12 +86,14 @@ class Prepared:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that has an adapter."""
+        if not hasattr(self.peft_model, "peft_config"):
+            return {}
         return {name: int(next(iter(layer.r.values()))) for name, layer in adapter_layers(self.peft_model).items()}
 
     @property
     def a_scale(self) -> float:
         """Root mean square of the norms of all rows of A."""
-        weights = a_weights(self.peft_model).values()
+        weights = a_weights(self.peft_model).values() if hasattr(self.peft_model, "peft_config") else []
         energy = sum(float(weight.detach().double().square().sum()) for weight in weights)
         return math.sqrt(energy / max(1, sum(len(weight) for weight in weights)))
 
@@ -113,6 +116,7 @@ class _Recipe:
 
 
 PEFT_STARTS = ("pissa", "olora", "corda", "loftq")
+FULL = "full"  # no adapter: all weights are trained
 _RECIPES = {
     **{name: _Recipe(method=name, data=False) for name in ("random", "gaussian", "orthogonal")},
     "eva": _Recipe(),
@@ -126,14 +130,14 @@ _RECIPES = {
     "gradient-ranks": _Recipe(method="random", policy="gradient"),
 }
 # Starts that change the base weights, which have to be put back.
-_CHANGES_BASE = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
+_CHANGES_BASE = (FULL, *PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
 _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
 # Starts whose A has the size of the random one already, or another on purpose: nothing to match.
-_SAME_SIZE = ("random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks")
+_SAME_SIZE = (FULL, "random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks")
 # Of these A is a part of a change to the base weights, or of a step whose size is that of the product of A and B.
 _IN_A_PRODUCT = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.gamma))
-START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS)
+START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
 
 
@@ -191,7 +195,8 @@ def prepare(
 ) -> Prepared:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
-    `docs/comparing-starts.md` says what each start is. B = 0 and the model's output is as before, but for these:
+    `docs/comparing-starts.md` says what each start is; `full` has no adapter and trains all weights. B = 0 and the
+    model's output is as before, but for these:
 
     - `lora-ga`, `lora-one` and `natural-gradient-step` start with B other than 0; the first changes base weights to
       make up for it, the model's output with the others is another one.
@@ -225,8 +230,10 @@ def prepare(
     recipe = _RECIPES.get(name)
     if EQUAL_PARAMETERS in how and not (recipe and recipe.data):
         raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
+    if name == FULL and how:
+        raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
     restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
-    gamma = None
+    gamma, peft_model = None, cast("Any", model)
     try:
         stats = statistics(recipe.center, recipe.gradients) if recipe and recipe.data else _blank(model, shape)
         began = time.perf_counter()
@@ -238,6 +245,8 @@ def prepare(
             elif recipe:
                 init = _build(stats, recipe, model, shape, seed, loss_of, EQUAL_PARAMETERS in how)
                 peft_model, gamma = init.apply(model), init.gamma
+            elif name == FULL:
+                model.float().requires_grad_(True)  # steps would be lost in the rounding of bfloat16
             else:
                 init = build_adapter(stats, shape.rank, "random", lora_alpha=shape.lora_alpha)
                 peft_model = _apply_peft(name, model, init, batches)

@@ -63,6 +63,7 @@ class RunRecord(Trained):
         ranks: Rank of each layer, or None if all have the rank asked for.
         a_scale: Root mean square of the norms of all rows of A.
         gamma: What B A was divided by, where B is not zero and the start is ours.
+        plain_loss: Loss to report of the plain model.
         metrics_before: Metrics of the plain model.
         retain_loss: Loss on text of another kind, before and after.
         initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
@@ -77,6 +78,7 @@ class RunRecord(Trained):
     ranks: dict[str, int] | None = None
     a_scale: float | None = None
     gamma: float | None = None
+    plain_loss: float | None = None
     metrics_before: dict[str, float] | None = None
     retain_loss: list[float] | None = None
     initialisation_seconds: float | None = None
@@ -189,7 +191,7 @@ class Workbench:
                 retained,
             )
         plain, retained = self._before[run.seed]
-        record.metrics_before = plain.metrics
+        record.plain_loss, record.metrics_before = plain.loss, plain.metrics
         collected: list[Statistics] = []
 
         def statistics(center: bool, gradients: bool) -> Statistics:

@@ -159,6 +159,33 @@ def test_a_reference_that_nearly_diverged_is_said_first_and_nothing_is_pooled():
     assert {v.outcome for v in summary.verdicts} == {"no difference shown"}
 
 
+# Headroom
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (0.05, "So random goes 98% of the way, and 29.4% is left. The runs could have shown 3.3% at best."),
+        (0.0002, ": nothing to win here that they could show."),
+        (-0.01, "That is no lower than random: nothing to win here."),
+    ],
+)
+def test_headroom(left, said):
+    runs = planted({"eva": 0.0, "full": 0.0}, spread=0.002)
+    for run in runs:
+        if run["start"] == "full":
+            twin = next(r for r in runs if (r["start"], r["learning_rate"], r["seed"])
+                        == ("random", run["learning_rate"], run["seed"]))  # fmt: skip
+            run["report_loss"] = [*run["report_loss"][:-1], twin["report_loss"][-1] - left]
+    summary = summarise(runs, settings(starts=["random", "eva", "full"]))
+    assert said in summary.headroom and summary.headroom.startswith("The plain model has a loss of 2.3000, and random")
+    assert [verdict.start for verdict in summary.verdicts] == ["eva"]
+
+
+def test_without_full_fine_tuning_the_headroom_is_not_known():
+    assert summarise(planted({"eva": 0.0}), settings()).headroom.endswith("full fine-tuning would say (--full).")
+
+
 # Other numbers
 
 

@@ -85,6 +85,11 @@ def test_a_single_rate_and_failed_runs_add_no_rates():
     assert len(carry_out("halving", lambda run: (1.0, "failed"), ["eva"], extend=2)[0]) == 4
 
 
+def test_full_fine_tuning_has_rates_of_a_tenth():
+    done, _ = carry_out("halving", lambda run: (1.0, "finished"), ["random", "full"], (1e-3, 3e-3))
+    assert {run.learning_rate for run in done if run.start == "full"} == {1e-4, 3e-4}
+
+
 @pytest.mark.parametrize(("rate", "up", "expected"), [(2e-4, True, 6e-4), (2e-4, False, 6e-5), (1e-2, True, 3e-2)])
 def test_half_decades(rate, up, expected):
     assert half_decade(rate, up) == expected

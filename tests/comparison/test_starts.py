@@ -21,8 +21,8 @@ pytest.importorskip("peft")
 
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 RANK = 4
-# LoftQ needs a GPU; its own test stands in for the part of it that does.
-HERE = [name for name in START_NAMES if name != "loftq"]
+# LoftQ needs a GPU; its own test stands in for the part of it that does. Full fine-tuning has no adapter.
+HERE = [name for name in START_NAMES if name not in ("loftq", "full")]
 BY_GRADIENT = [*GRADIENT_METHODS, "gradient-ranks"]
 EVA = [name for name in START_NAMES if name.startswith("eva") and name not in BY_GRADIENT]
 MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]
@@ -176,6 +176,21 @@ def test_parameter_counts(case):
         full = start == "eva-frozen-a" and all(own == 2 * RANK for own in equal_ranks.values())
         assert equal <= expected and (full or equal > expected - step), start
     assert count("eva-frozen-a")[0] < 0.7 * expected
+
+
+def test_full_fine_tuning_trains_the_model_itself_in_float32():
+    case = Case("llama")
+    case.model.to(torch.bfloat16)
+    before = snapshot(case.model)
+    prepared = case.prepare("full")
+    assert prepared.peft_model is case.model and prepared.ranks == {} and prepared.a_scale == 0.0
+    assert prepared.trainable_parameters == sum(p.numel() for p in case.model.parameters())
+    assert {p.dtype for p in case.model.parameters()} == {torch.float32}
+    trained(prepared, case.batches[0])
+    prepared.release()
+    assert_same(before, snapshot(case.model))
+    with pytest.raises(LoraInitError, match="start 'full' has no adapter"):
+        case.prepare("full+matched-scale")
 
 
 def test_frozen_a_trains_b_alone(case):
