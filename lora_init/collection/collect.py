@@ -189,7 +189,7 @@ def collect(
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
     _check_targets(model, targets, rank)
-    file = _writable(statistics)
+    file = None if statistics is None else Path(statistics).expanduser()
     n_components = round(rho * rank)
     provenance = Provenance(
         model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
@@ -243,6 +243,8 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     file, made, targets = job.file, job.provenance, job.targets
     there = file is not None and file.exists()
     processes.check_alike({**_comparable(made), "statistics file": [file and str(file), there]})
+    if file is not None:
+        _check_place(file)
     earlier = _earlier(job)
     masks = TokenMasks(job.model, made.token_mask, made.gradients)
     modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
@@ -335,15 +337,11 @@ def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
         )
 
 
-def _writable(path: str | Path | None) -> Path | None:
+def _check_place(file: Path) -> None:
     """Find out before the work that a file has a place."""
-    if path is None:
-        return None
-    file = Path(path).expanduser()
     check_writable(file, overwrite=True, kind="statistics file")  # a file of another kind is not replaced
     for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):  # of processes that were killed while they wrote
         left.unlink(missing_ok=True)
-    return file
 
 
 def _comparable(provenance: Provenance) -> dict[str, Any]:
