@@ -384,10 +384,8 @@ def correct_outputs(model: nn.Module, weights: Weights, scaling: float) -> None:
         layer.register_forward_hook(partial(_subtract, a.to(device, copy=True), b.to(device) * scaling))
 
 
-def _subtract(a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    x = args[0]
-    corrected: Tensor = output - ((x.to(a.dtype) @ a.T) @ b.T).to(output.dtype)
-    return corrected
+def _subtract(a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    return output - ((args[0].to(a.dtype) @ a.T) @ b.T).to(output.dtype)
 
 
 def correct_base(model: nn.Module, directory: str | Path) -> None:

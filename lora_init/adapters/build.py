@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +14,11 @@ from torch import Tensor
 from lora_init.adapters.adapter_init import FILES, AdapterInit
 from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator
 from lora_init.adapters.peft_model import CONFIG_FILE
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_free
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, is_in
+from lora_init.planning.limits import whole_number
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
 
@@ -48,9 +47,7 @@ def check_adapter_options(
     """
     known = (*METHODS, *GRADIENT_METHODS)
     if method not in known:
-        close = difflib.get_close_matches(str(method), known, n=1, cutoff=0.6)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise LoraInitError(f"method={method!r} is unknown. {hint}Choose one of {', '.join(map(repr, known))}.")
+        raise LoraInitError(f"method={method!r} is unknown. {did_you_mean(str(method), known)}")
     has_b = method in GRADIENT_METHODS and GRADIENT_METHODS[method].gamma > 0.0
     if gamma is not None and not (has_b and 0.0 < gamma < math.inf):
         scaled = ", ".join(repr(name) for name, one in GRADIENT_METHODS.items() if one.gamma)
@@ -214,12 +211,12 @@ def _ranks_asked(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tu
     if isinstance(ranks, RankAllocation):
         ranks.check(stats)
     if not isinstance(ranks, Mapping):
-        ranks = dict.fromkeys(stats, _whole_number(ranks, "ranks="))
+        ranks = dict.fromkeys(stats, whole_number(ranks, "ranks", 0))
     unknown = next((name for name in ranks if name not in stats), None)
     if unknown is not None:
         close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
         raise LoraInitError(f"ranks name {unknown!r}, which the statistics don't have. Closest: {close}.")
-    asked = {name: _whole_number(ranks[name], f"layer {name!r}: rank ") for name in stats if name in ranks}
+    asked = {name: whole_number(ranks[name], f"layer {name!r}: rank", 0) for name in stats if name in ranks}
     for name, rank in asked.items():
         target = stats.targets[name]
         if rank > target.in_features:
@@ -260,13 +257,3 @@ def _directions(stats: Statistics, name: str, rank: int, method: str) -> int:
     if method in GRADIENT_METHODS and method != "lora-ga":  # lora-ga needs two a rank and says so itself
         return len(stats.gradient(name).singular_values)
     return rank
-
-
-def _whole_number(value: Any, where: str) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise LoraInitError(f"{where}{value!r} must be a whole number, 0 or more.")
-    return number

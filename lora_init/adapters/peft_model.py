@@ -276,10 +276,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
     """Put an adapter directory on a plain model, in place, and make sure that all of it found its place.
 
     PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
-    If this fails, the model may be half wrapped: `remember` puts it back.
-
-    Raises:
-        LoraInitError: No such directory, no LoRA adapter in it, damaged, or for another model.
+    Refuses one that is damaged or for another model. The model may then be half wrapped: `remember` puts it back.
     """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict

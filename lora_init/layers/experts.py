@@ -55,8 +55,10 @@ class Experts:
         pooled = []
         for expert in range(self.n_experts):
             group = expert_group(self.name, expert)
+            if not wanted(group) and (first or not wanted(self.name)):
+                continue
             rows = hidden[(chosen == expert).any(-1)]
-            if not len(rows) or not (wanted(group) or (wanted(self.name) and not first)):
+            if not len(rows):
                 continue
             if not first:
                 rows = self._inside(rows, expert)

@@ -53,7 +53,7 @@ class Limits:
             elif key == "allowed_ranks":
                 checked[key] = _rank_list(value, f"{where}allowed_ranks")
             else:
-                checked[key] = _whole(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
+                checked[key] = whole_number(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
         return replace(self, **checked)
 
     def __str__(self) -> str:
@@ -71,7 +71,8 @@ class Limits:
         return int(self.ranks(top).max(initial=0))
 
 
-def _whole(value: Any, argument: str, least: int) -> int:
+def whole_number(value: Any, argument: str, least: int) -> int:
+    """Refuse anything but a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise LoraInitError(f"{argument}={value!r}: a whole number of at least {least} is needed.")
     return int(value)
@@ -79,7 +80,7 @@ def _whole(value: Any, argument: str, least: int) -> int:
 
 def _rank_list(values: Any, argument: str) -> tuple[int, ...]:
     several = isinstance(values, Collection) and not isinstance(values, str)
-    ranks = sorted({_whole(value, argument, 0) for value in values} - {0}) if several else []
+    ranks = sorted({whole_number(value, argument, 0) for value in values} - {0}) if several else []
     if not ranks:
         raise LoraInitError(f"{argument}={values!r}: a list of ranks above 0 is needed, such as [8, 16, 32].")
     return tuple(ranks)

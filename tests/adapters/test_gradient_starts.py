@@ -310,7 +310,7 @@ def test_what_does_the_adapter_do_is_said(case, tmp_path):
         (dict(method="eva-grad", gamma=3.0), "gamma=3.0 with method='eva-grad': it is a positive number, for 'natural"),
         (dict(method="lora-one", gamma=-1.0), "gamma=-1.0 with method='lora-one'"),
         (dict(method="lora-one", use_dora=True), "starts with B other than zero, and DoRA"),
-        (dict(method="eva-gradd"), "Choose one of 'eva', .*'eva-grad'"),
+        (dict(method="eva-gradd"), "Did you mean eva-grad. Choose from eva, .*eva-grad"),
     ],
 )
 def test_what_cannot_be_built_is_said(case, options, message):
