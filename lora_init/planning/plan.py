@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,10 @@ class RankAllocation(Mapping[str, int]):
         span = f"{min(used)} to {max(used)}" if used else "0"
         return f"RankAllocation({len(used)} of {len(self)} layers with rank {span}, total rank {self.total_rank:,})"
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         from lora_init.planning.pictures import html_heat_map
 
-        return html_heat_map(self.ranks)
+        return html_heat_map(self.ranks) if find_spec("matplotlib") else None  # its colours; repr() takes its place
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
