@@ -58,9 +58,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """
     import difflib
 
-    names = list(choices)
+    names = {name.lower(): name for name in choices}
     close = difflib.get_close_matches(word.lower(), names, n=1)
-    return (f"Did you mean {close[0]}? " if close else "") + f"Choose from {', '.join(names)}."
+    return (f"Did you mean {names[close[0]]}? " if close else "") + f"Choose from {', '.join(names.values())}."
 
 
 def first_line(error: BaseException) -> str:

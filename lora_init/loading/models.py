@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_init.errors import LoraInitError, first_line, in_one_line
+from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line
 from lora_init.loading.hub import offline, why_not_asked
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
@@ -114,7 +114,7 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
             not read text; or the task type is unknown.
     """
     if task_type is not None and task_type not in TASK_TYPES:
-        raise LoraInitError(f"task type {task_type!r} is unknown. Choose one of {', '.join(TASK_TYPES)}.")
+        raise LoraInitError(f"task type {task_type!r} is unknown. {did_you_mean(task_type, TASK_TYPES)}")
     local = _check_source(source)
     reason = "" if local else why_not_asked(source, "model")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"local_files_only": True} if reason else {})

@@ -340,10 +340,11 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
         ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
         ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
+        ({"--task-type": "seq_class"}, ["'seq_class' is unknown. Did you mean SEQ_CLS?"]),
         ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
         ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
         ({"--statistics": "text.txt"}, ["text.txt"]),
-        ({"-o": "text.txt"}, ["--output text.txt is a file"]),
+        ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
         ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
         (
             {"--target-modules": "embed_tokens"},
