@@ -41,6 +41,7 @@ from lora_init.statistics.statistics import Provenance
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from peft import LoraConfig, PeftModel
 
 CARD_FILE = "README.md"
@@ -118,6 +119,12 @@ class AdapterInit:
         table["parameters"] = [self.targets[n].parameters(rank, self.freeze_a) for n, rank in self.ranks.items()]
         table["explained_variance"] = [self.explained[name] for name in self.weights]
         return table
+
+    def plot(self) -> Figure:
+        """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
+        from lora_init.planning.pictures import heat_map_figure
+
+        return heat_map_figure(self.ranks)
 
     @property
     def ranks(self) -> dict[str, int]:

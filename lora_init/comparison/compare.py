@@ -9,30 +9,37 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 import lora_init
 from lora_init.comparison.findings import Summary, summarise
+from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import write_report
 from lora_init.comparison.runs import Plan, Record, Run, RunDirectory, open_runs, peek
 from lora_init.comparison.starts import FULL, AdapterShape, check_start
+from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import DataOptions
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.targets import find_targets
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 STARTS = ("random", "orthogonal", "eva-rho1", "eva", "eva-ranks")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What `compare` did, or with `dry_run=True` would do.
 
@@ -51,6 +58,30 @@ class Comparison:
     planned: list[Run]
     summary: Summary
     files: list[Path]
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({len(self.records)} of {len(self.planned)} runs in {self.directory}: {self.summary.headline})"
+        )
+
+    def _repr_html_(self) -> str:
+        tables = run_tables(self.summary)
+        found = next(
+            (tables[name].to_html(index=False, border=0) for name in ("differences", "best") if name in tables), ""
+        )
+        return f"<p>{escape(repr(self))}</p>{found}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a table with a row for each run: start, learning rate, seed, losses, cost."""
+        return self.summary.table.copy()
+
+    def plot(self) -> Figure:
+        """Draw how each start's final loss differs from that of random, and return the matplotlib figure.
+
+        Raises:
+            LoraInitError: No start has been compared with random yet.
+        """
+        return difference_figure(self.summary)
 
 
 def compare(

@@ -6,13 +6,17 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from lora_init.comparison.findings import Summary, rate_text
 from lora_init.comparison.runs import RANDOM, best_rates
 from lora_init.comparison.starts import START_NAMES, split_start
+from lora_init.errors import LoraInitError, require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Told apart by every kind of colour vision: chosen so that the least distance of two, as seen with protanopia,
 # deuteranopia or tritanopia too, is 30 in CIELAB, with a contrast of 3 on white.
@@ -54,6 +58,23 @@ def pictures(summary: Summary) -> dict[str, bytes]:
         size = (5.0, 3.0 + 0.2 * math.ceil(len(drawn) / 2))
         made["forgetting"] = _draw([""], size, lambda axes, _: _draw_forgetting(axes, best, styles))
     return made
+
+
+def difference_figure(summary: Summary) -> Figure:
+    """Draw the differences alone.
+
+    Raises:
+        LoraInitError: There is none yet.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    compared = sum(verdict.mean is not None for verdict in summary.verdicts)
+    if not compared:
+        raise LoraInitError("no start has been compared with random yet, so there is nothing to draw.")
+    figure = Figure(figsize=(5.0, 1.1 + 0.36 * compared), dpi=110, layout="constrained")
+    _draw_differences(figure.add_subplot(), summary, looks(split_start(start)[0] for start in summary.table["start"]))
+    return figure
 
 
 def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, str], None]) -> bytes:

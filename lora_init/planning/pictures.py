@@ -170,20 +170,15 @@ def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
 
 
-def _scale(grid: pd.DataFrame) -> dict[str, float]:
-    """Say which ranks are the ends of the colours: the lightest are left out, so that white stays for no adapter."""
-    given = grid.stack()
-    least, most = (given.min(), given.max()) if len(given) else (1.0, 1.0)
-    span = (most - least) or 1.0
-    return {"vmin": least - 0.1 * span, "vmax": least + span}
-
-
 def html_heat_map(ranks: Mapping[str, int]) -> str:
-    """Write ranks as a table, blocks from top to bottom, coloured by rank; for light and dark backgrounds."""
-    grid = rank_grid(ranks)
-    style = grid.style.format(precision=0, na_rep="·").format_index(escape="html", axis=1)
-    style = style.background_gradient(_COLORS, axis=None, text_color_threshold=0.18, **_scale(grid))
-    style = style.highlight_null(props="background-color: transparent; color: inherit")
+    """Write ranks as a table, blocks from top to bottom, shaded by rank; for light and dark backgrounds."""
+    most = max(ranks.values(), default=0) or 1
+
+    def shade(rank: float) -> str:
+        # At most half opaque, so that the page's own text can be read on it.
+        return "" if math.isnan(rank) else f"background-color: rgba(0, 114, 178, {0.5 * rank / most:.2f})"
+
+    style = rank_grid(ranks).style.format(precision=0, na_rep="·").format_index(escape="html", axis=1).map(shade)
     style = style.set_table_styles({"selector": selector, "props": props} for selector, props in _MAP_STYLES.items())
     return str(style.to_html())
 
@@ -191,7 +186,11 @@ def html_heat_map(ranks: Mapping[str, int]) -> str:
 def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
     """Draw a cell for each layer with its rank in it, blocks from top to bottom."""
     grid = rank_grid(ranks)
-    cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **_scale(grid))
+    least, most = (grid.min(axis=None), grid.max(axis=None)) if grid.notna().any(axis=None) else (1.0, 1.0)
+    span = (most - least) or 1.0
+    # The lightest tenth is left out, so that white stays for layers without an adapter.
+    ends = {"vmin": least - 0.1 * span, "vmax": least + span}
+    cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **ends)
     for (y, x), rank in np.ndenumerate(grid):
         color = "white" if cells.norm(rank) > 0.68 else "black"
         text = "·" if math.isnan(rank) else f"{rank:.0f}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 import torch
 from torch import Tensor
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
@@ -23,6 +23,7 @@ from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Part = TypeVar("Part")
 FORMAT = "lora_init.statistics"
@@ -168,6 +169,28 @@ class Statistics(Mapping[str, Spectrum]):
             for name, group in self.group_of.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+
+    def plot(self) -> Figure:
+        """Draw the variance that each input's first components explain, and return the matplotlib figure.
+
+        Lines are in model order, from blue to yellow.
+        """
+        require("matplotlib")
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+
+        figure = Figure(figsize=(6.0, 3.6), dpi=110, layout="constrained")
+        axes = figure.add_subplot()
+        for i, group in enumerate(self.groups):
+            ratios = self.explained_variance_ratio(group).cumsum(0).tolist()
+            axes.plot([0.0, *ratios], color=colormaps["cividis"](0.85 * i / len(self.groups)), linewidth=0.8, alpha=0.6)
+        axes.set_xlabel("components")
+        axes.set_ylabel("variance explained")
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(alpha=0.25)
+        return figure
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.group_of:

@@ -297,6 +297,7 @@ def test_an_adapter_is_shown_in_a_line_and_as_a_table():
     assert repr(init) == "AdapterInit(eva: 2 layers of rank 2 to 6, r=4, scaling 4, 608 trainable parameters)"
     table = init.to_pandas()
     assert list(table["rank"]) == [2, 6] and table["parameters"].sum() == init.n_parameters()
+    assert len(init.plot().axes[0].texts) >= len(init.ranks)
     page = init._repr_html_()
     assert "model.layers.1.mlp.up_proj" in page and "AdapterInit" in page
 

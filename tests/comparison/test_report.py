@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from lora_init.comparison.compare import Comparison
+from lora_init.comparison.findings import summarise
 from lora_init.comparison.plots import looks
 from lora_init.comparison.report import describe_directory, write_report
 from lora_init.errors import LoraInitError
@@ -59,6 +61,19 @@ def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
     assert len(page.links) == sum(file.suffix == ".png" for file in files)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "url(" not in text and "@import" not in text
+
+
+def test_a_comparison_is_short_in_text_a_table_in_html_and_a_figure(full):
+    runs, folder, files = full
+    settings = json.loads((folder / "settings.json").read_text())
+    found = Comparison(folder, settings, runs, [], summarise(runs, settings), files)
+    assert repr(found).startswith(f"Comparison({len(runs)} of 0 runs in {folder}: ") and len(repr(found)) < 1000
+    html = found._repr_html_()
+    assert html.startswith("<p>Comparison(") and "difference</th>" in html and "<script" not in html
+    assert len(found.to_pandas()) == len(runs)
+    assert len(found.plot().axes[0].get_yticks()) == 2
+    with pytest.raises(LoraInitError, match="no start has been compared with random yet"):
+        Comparison(folder, settings, [], [], summarise([], settings), []).plot()
 
 
 def test_verdicts_come_before_everything_else(full):

@@ -150,6 +150,8 @@ def test_a_place_that_cannot_be_written_is_said(stats, tmp_path):
 def test_it_shows_itself_in_one_line_and_as_a_table(stats, path):
     for one in (stats, Statistics.load(path)):
         assert repr(one) == "Statistics(6 layers of LlamaForCausalLM, 4 inputs, 4 batches, 144 rows)"
+        lines = one.plot().axes[0].lines
+        assert len(lines) == len(one.groups) and all(line.get_ydata()[0] == 0.0 for line in lines)
         assert one._repr_html_().startswith("<p>Statistics(6 layers")
         table = one.to_pandas()
         assert list(table.index) == list(one)
