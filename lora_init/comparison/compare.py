@@ -60,16 +60,13 @@ class Comparison:
     files: list[Path]
 
     def __repr__(self) -> str:
-        return (
-            f"Comparison({len(self.records)} of {len(self.planned)} runs in {self.directory}: {self.summary.headline})"
-        )
+        done = f"{len(self.records)} of {len(self.planned)} runs in {self.directory}"
+        return f"Comparison({done}: {self.summary.headline})"
 
     def _repr_html_(self) -> str:
-        tables = run_tables(self.summary)
-        found = next(
-            (tables[name].to_html(index=False, border=0) for name in ("differences", "best") if name in tables), ""
-        )
-        return f"<p>{escape(repr(self))}</p>{found}"
+        found = run_tables(self.summary).get("differences")
+        table = "" if found is None else found.to_html(index=False, border=0)
+        return f"<p>{escape(repr(self))}</p>{table}"
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a table with a row for each run: start, learning rate, seed, losses, cost."""
