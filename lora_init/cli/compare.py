@@ -150,8 +150,12 @@ def show_comparison(console: Console, summary: Summary) -> None:
 
     from lora_init.comparison.tables import run_tables
 
-    console.print(Text(f"{summary.headline}\n", "bold"))
+    console.print(Text(summary.facts))
+    console.print(Text(f"{summary.answer}\n", "bold"))
+    if summary.command:
+        console.print(Text(f"{summary.command}\n"))
     console.print(Text(f"{summary.headroom}\n"))
+    console.print(Text(summary.headline))
     for verdict in summary.verdicts:
         console.print(Text(verdict.sentence))
     console.print()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -164,6 +165,7 @@ def compare(
     shape = AdapterShape(rank, lora_alpha, target_modules)
     bench = set_up(model, data, directory, options, shape, training, statistics_batches, own)
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), "command": command}
+    settings["init"] = _init_command(model, data, options, bench)
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
     compared = plan.compared(len({target.parameters(1) for target in targets}) == 1)
     if dry_run:
@@ -223,6 +225,29 @@ def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float]) -> 
     how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
     left = f"; {n_left} left, about {n_left * fmean(seconds) / 60:.1f} min" if n_left else ""
     return f"{record['status']}, {how}, {record['run_seconds']:.0f} s{left}"
+
+
+def _init_command(model: str, data: str | Path, options: tuple[DataOptions, ModelOptions], bench: Workbench) -> str:
+    """Write the command that makes an adapter as a run does, from as many examples; the start is left open."""
+    (reading, loading), modules = options, bench.shape.target_modules
+    completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
+    words = {
+        "--template": reading.template,
+        "--completion": completion,
+        "--subset": reading.subset,
+        "--split": None if reading.split == "train" else reading.split,
+        "--samples": bench.statistics_batches * bench.training.batch_size,
+        "--batch-size": bench.training.batch_size,
+        "--max-length": reading.max_length,
+        "--rank": bench.shape.rank,
+        "--lora-alpha": f"{bench.shape.lora_alpha:g}",
+        "--target-modules": modules if isinstance(modules, str) else ",".join(modules),
+        "--task-type": "SEQ_CLS" if reading.label else None,
+        "--dtype": loading.dtype,
+    }
+    given = [word for name, value in words.items() if value is not None for word in (name, str(value))]
+    switches = ["--trust-remote-code"] * loading.trust_remote_code
+    return shlex.join(["lora-init", "init", str(model), str(data), *given, *switches])
 
 
 def model_name(model: str) -> str:

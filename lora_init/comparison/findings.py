@@ -11,7 +11,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
-from lora_init.comparison.starts import FULL
+from lora_init.comparison.starts import FULL, init_options
 
 
 def number(value: float | None) -> str:
@@ -254,12 +254,44 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     return f"{said} The runs could have shown {min(could) / random:.1%} at best{enough}."
 
 
+def answer(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Say which start to use, and give the command that makes its adapter; None where `init` does not make it."""
+    best = best_rates(table)
+    better = [verdict for verdict in judged if verdict.outcome == "better"]
+    could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
+    if better:
+        winner = min(better, key=lambda verdict: verdict.mean or 0.0)
+        start, share = winner.start, (winner.mean or 0.0) / (winner.reference or math.nan)
+        said = f"Use {start}: its final loss is {percent(abs(share))[1:]} lower than random's ({signed(winner.mean)})."
+    elif could:
+        start = RANDOM
+        span = " to ".join(dict.fromkeys(percent(end)[1:] for end in (min(could), max(could))))
+        said = f"No start is shown to be better than random. The runs could have shown differences of {span}."
+    else:
+        return "The runs do not say yet which start to use.", None
+    options = init_options(start)
+    command = f"{settings['init']} {' '.join(options)} --output adapter" if options and settings.get("init") else None
+    return f"{said} Its learning rate is {rate_text(best[start])}; random's is {rate_text(best[RANDOM])}.", command
+
+
+def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    """Say in a line what was trained, on what, and how long."""
+    known = {name: settings.get(name) for name in ("model", "kind", "task", "steps", "batch_size", "rank", "data")}
+    return (
+        f"{known['model']}, rank {known['rank']}, on {known['task']} ({known['kind']}): {known['steps']} steps of "
+        f"{known['batch_size']} examples, {table['seed'].nunique()} seeds, {len(table)} runs. {known['data']}."
+    )
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a comparison found so far.
 
     Attributes:
         title: Task and model.
+        facts: What was trained, on what, and how long.
+        answer: Which start to use, in a sentence or two.
+        command: The command that makes its adapter; None if there is none.
         headline: The verdicts in one sentence, and how many runs ended how.
         headroom: How much of what full fine-tuning gains random gains already, in a sentence or two.
         verdicts: One for each start other than random, in order.
@@ -268,6 +300,9 @@ class Summary:
     """
 
     title: str
+    facts: str
+    answer: str
+    command: str | None
     headline: str
     headroom: str
     verdicts: list[Verdict]
@@ -291,4 +326,6 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
         headline = f"{len(judged)} compared with random: {parts}. {headline}"
     title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
-    return Summary(title, headline, headroom(table, judged), judged, notes(table, judged, settings), table)
+    said, command = answer(table, judged, settings)
+    left, beside = headroom(table, judged), notes(table, judged, settings)
+    return Summary(title, facts(table, settings), said, command, headline, left, judged, beside, table)

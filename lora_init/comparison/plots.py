@@ -151,7 +151,7 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
 
 
 def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
-    """Draw each start's mean difference to random with its interval, and every pair as a dot; left is better."""
+    """Draw each start's difference to random with its interval, and every pair as a dot; left is better."""
     verdicts = [verdict for verdict in summary.verdicts if verdict.mean is not None]
     dots = max(abs(difference) for verdict in verdicts for difference in verdict.differences.values())
     ends = [abs(end) for verdict in verdicts for end in (verdict.low, verdict.high) if end is not None]
@@ -173,6 +173,10 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+", 1) for verdict in verdicts])
     axes.locator_params(axis="x", nbins=5)
     _finish(axes, "final loss, start − random\n← start better · random better →")
+    reference = verdicts[0].reference or math.nan
+    above = axes.secondary_xaxis("top", functions=(lambda x: 100 * x / reference, lambda x: x * reference / 100))
+    above.set_xlabel("per cent of random's", fontsize=8)
+    above.tick_params(labelsize=8)
 
 
 def _draw_forgetting(axes: Any, best: pd.DataFrame, styles: Styles) -> None:

@@ -60,6 +60,8 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
         "path": str(path),
         "settings": settings,
         "runs": {status: int(n) for status, n in table["status"].value_counts().items()},
+        "answer": summary.answer,
+        "command": summary.command,
         "headline": summary.headline,
         "headroom": summary.headroom,
         "starts": {

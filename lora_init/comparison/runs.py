@@ -257,7 +257,7 @@ SETTINGS_FILE, RUNS, LOCK = "settings.json", "runs", ".lock"
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
-_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command")
+_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init")
 
 
 @dataclass

@@ -167,6 +167,21 @@ def differs_in_scale(start: str) -> bool:
     return start not in (*_SAME_SIZE, *_IN_A_PRODUCT) and not split_start(start)[1]
 
 
+def init_options(start: str) -> list[str] | None:
+    """Give the options with which `lora-init init` makes the adapter of a start; None if it does not make that one.
+
+    Example:
+        >>> init_options("eva-rho1"), init_options("pissa")
+        (['--method', 'eva', '--rho', '1'], None)
+    """
+    recipe = _RECIPES.get(start)
+    if recipe is None or recipe.policy != "eva":
+        return None
+    rho = f"{recipe.rho:g}" if recipe.data else "1"
+    switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.frozen_a
+    return ["--method", recipe.method, "--rho", rho, *switches]
+
+
 def check_start(start: str | OwnStart) -> None:
     """Make sure that a start of this name exists, or that a start of one's own has a name of its own.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,20 @@ def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
 
 
 # Going on
+
+
+def test_the_command_of_the_report_makes_the_adapter(full, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from lora_init.cli import app
+
+    command = full[0].summary.command
+    if command is None:
+        command = f"{full[0].settings['init']} --method eva --rho 2 --output adapter"
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app.app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):

@@ -159,6 +159,25 @@ def test_a_reference_that_nearly_diverged_is_said_first_and_nothing_is_pooled():
     assert {v.outcome for v in summary.verdicts} == {"no difference shown"}
 
 
+# The answer
+
+
+def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that_makes_it():
+    runs = planted({"eva-rho1": -0.01, "pissa": -0.005, "orthogonal": 0.0})
+    summary = summarise(runs, settings(init="lora-init init m d.jsonl --rank 8"))
+    assert summary.answer.startswith("Use eva-rho1: its final loss is 6.0 % lower than random's (−0.0102).")
+    assert summary.answer.endswith(" Its learning rate is 1e-3; random's is 1e-3.")
+    assert summary.command == "lora-init init m d.jsonl --rank 8 --method eva --rho 1 --output adapter"
+    assert summary.facts.startswith("tiny/model, rank 8, on siqa")
+
+
+def test_without_a_winner_the_answer_is_what_could_have_been_shown():
+    summary = summarise(planted({"eva": 0.0}), settings(init="lora-init init"))
+    assert summary.answer.startswith("No start is shown to be better than random. The runs could have shown ")
+    assert summary.command == "lora-init init --method random --rho 1 --output adapter"
+    assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
+
+
 # Headroom
 
 

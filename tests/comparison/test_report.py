@@ -79,7 +79,7 @@ def test_a_comparison_is_short_in_text_a_table_in_html_and_a_figure(full):
 def test_verdicts_come_before_everything_else(full):
     for name, picture in (("report.html", "<img"), ("report.md", "![")):
         text = (full[1] / name).read_text()
-        assert text.index("eva is better; ") < text.index(picture) < text.index("Settings")
+        assert text.index("Use eva: its final loss") < text.index(picture) < text.index("eva is better; ")
 
 
 def test_text_from_users_is_text_everywhere(full):
