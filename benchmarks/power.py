@@ -1,0 +1,98 @@
+"""What verdicts are worth: comparisons with known effects, judged as a report does: `python -m benchmarks.power`.
+
+Every comparison has `random` and six starts on the same seeds. A seed moves all losses alike (standard deviation 3),
+each run is noise of standard deviation 1 on top, and effects are in units of that noise. Counted are the comparisons in
+which any start that makes no difference is called better (they should be at most 5 %), and how often a start that is
+better is called so. Beside it: the paired t interval of each start alone, at 95 % each, as reports had it before.
+
+Writes `results/power/power.json` and `power.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import sem, t
+
+from benchmarks.settings import table
+from lora_init.comparison.effects import effects
+
+STARTS = ("random", "a", "b", "c", "d", "e", "f")
+OUTPUT = Path(__file__).parent / "results" / "power"
+
+
+def alone(losses: pd.DataFrame) -> set[str]:
+    """Name the starts that the paired t interval of each alone calls better."""
+    differences = losses.drop(index="random") - losses.loc["random"]
+    half = t.ppf(0.975, losses.shape[1] - 1) * sem(differences, axis=1)
+    return set(differences.index[differences.mean(axis=1) + half < 0])
+
+
+def together(losses: pd.DataFrame) -> set[str]:
+    """Name the starts that a report calls better."""
+    return {start for start, effect in effects(losses, "random").items() if effect.high < 0}
+
+
+def draw(rng: np.random.Generator, n_seeds: int, scenario: str) -> pd.DataFrame:
+    """Draw the losses of a comparison in which no start makes a difference."""
+    noise = rng.normal(size=(len(STARTS), n_seeds))
+    if scenario == "heavy tails":
+        noise = rng.standard_t(4, size=noise.shape) / np.sqrt(2.0)  # of variance 1
+    elif scenario == "one start spreads four times as much":
+        noise[-1] *= 4.0
+    elif scenario == "one run of random nearly diverged":
+        noise[0, 0] += 10.0
+    losses = noise + rng.normal(0.0, 3.0, n_seeds)
+    return pd.DataFrame(losses, STARTS, range(n_seeds))
+
+
+SCENARIOS = (
+    "equal noise", "heavy tails", "one start spreads four times as much", "one run of random nearly diverged"
+)  # fmt: skip
+
+
+def share(judge: Callable[[pd.DataFrame], set[str]], drawn: list[pd.DataFrame], effect: float = 0.0) -> float:
+    """Count comparisons with a false "better"; or, where `a` is better by an effect, those in which it is called so."""
+    if not effect:
+        return float(np.mean([bool(judge(losses)) for losses in drawn]))
+    shift = pd.Series({"a": -effect}).reindex(STARTS, fill_value=0.0)
+    return float(np.mean(["a" in judge(losses.add(shift, axis="index")) for losses in drawn]))
+
+
+def main() -> None:
+    """Simulate, and write the shares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comparisons", type=int, default=2000)
+    asked = parser.parse_args()
+    rng = np.random.default_rng(0)
+    rows = []
+    for scenario in SCENARIOS:
+        for n_seeds in (3, 5, 8):
+            drawn = [draw(rng, n_seeds, scenario) for _ in range(asked.comparisons)]
+            false = [share(judge, drawn) for judge in (together, alone)]
+            rows.append({"losses": scenario, "seeds": n_seeds, "effect": 0.0, "report": false[0], "alone": false[1]})
+            if scenario == "equal noise":
+                for effect in (2.0, 3.0, 4.0, 5.0):
+                    power = [share(judge, drawn, effect) for judge in (together, alone)]
+                    rows.append(
+                        {"losses": scenario, "seeds": n_seeds, "effect": effect, "report": power[0], "alone": power[1]}
+                    )
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    content = {"comparisons": asked.comparisons, "starts": len(STARTS) - 1, "shares": rows}
+    (OUTPUT / "power.json").write_text(json.dumps(content, indent=1) + "\n")
+    cells = [
+        [row["losses"], row["seeds"], row["effect"] or "none", f"{row['report']:.1%}", f"{row['alone']:.1%}"]
+        for row in rows
+    ]
+    text = table(["losses", "seeds", "effect", "called better by a report", "by each t interval alone"], cells)
+    (OUTPUT / "power.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
