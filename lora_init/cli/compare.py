@@ -158,6 +158,8 @@ def show_comparison(console: Console, summary: Summary) -> None:
     console.print(Text(summary.headline))
     for verdict in summary.verdicts:
         console.print(Text(verdict.sentence))
+    for sentence in summary.forgetting:
+        console.print(Text(sentence))
     console.print()
     for note in summary.notes:
         console.print(Text(f"note: {note}"))

@@ -149,6 +149,9 @@ def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> li
             "are not pooled with others"
         )
     runs, best = table[table["start"] == start], best_rates(table)
+    own, took = runs[runs["best"]], steps_of_start(table)
+    if start in best and took.get(start, 0.0) > _LONG * own["evaluation_points"].iloc[0][-1]:
+        said.append(f"its start takes as long as {took[start]:.0f} training steps, which random could train meanwhile")
     tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
     if start in best and len(tried) == 1:
         said.append(f"it was run at {rate_text(best[start])} only, so it is not known to be tuned")
@@ -163,7 +166,16 @@ def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> li
     return said
 
 
+def steps_of_start(table: pd.DataFrame) -> pd.Series:
+    """Compute how many training steps of its own each start takes as long as, with its statistics and its search."""
+    best = table[table["best"]]
+    steps = best["evaluation_points"].map(lambda points: points[-1])
+    return (best["initialisation_seconds"] * steps / best["training_seconds"]).groupby(best["start"]).mean()
+
+
 _EQUAL_PARAMETERS = 0.01  # a share: whole ranks can't always meet a number
+_EQUAL_LOSS = 0.005  # a share, too
+_LONG = 0.1  # of the training
 
 
 def notes(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> list[str]:
@@ -283,6 +295,33 @@ def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
     )
 
 
+def forgetting(table: pd.DataFrame) -> list[str]:
+    """Judge what starts forget at equal task loss, over all rates and not only at each one's best.
+
+    Of the runs of a start and a seed that end at most 0.5 % above random's best with that seed, the one counts that
+    raises the loss on other text least; so for random, too.
+    """
+    target, runs = by_seed(table), table[table["counts"] & table["retained_after"].notna()]
+    if RANDOM not in target.index or runs.empty:
+        return []
+    rise = runs["retained_after"] - runs["retained_before"]
+    equal = runs["loss"] <= (1 + _EQUAL_LOSS) * runs["seed"].map(target.loc[RANDOM])
+    least = rise[equal].groupby([runs["start"], runs["seed"]], sort=False).min().unstack()
+    found, said = effects(least, RANDOM), []
+    for start in runs["start"].unique():
+        if start in found:
+            effect, shared = found[start], least.loc[[start, RANDOM]].dropna(axis=1).mean(axis=1)
+            how = "less than" if effect.high < 0 else "more than" if effect.low > 0 else "not shown to differ from"
+            said.append(
+                f"Forgetting at equal task loss, {start}: {how} random. The loss on other text rises by "
+                f"{signed(shared[start])}, with random by {signed(shared[RANDOM])} (difference {signed(effect.mean)}, "
+                f"interval {signed(effect.low)} to {signed(effect.high)})."
+            )
+        elif start != RANDOM:
+            said.append(f"Forgetting at equal task loss, {start}: it reaches random's loss with too few seeds to tell.")
+    return said
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a comparison found so far.
@@ -295,6 +334,7 @@ class Summary:
         headline: The verdicts in one sentence, and how many runs ended how.
         headroom: How much of what full fine-tuning gains random gains already, in a sentence or two.
         verdicts: One for each start other than random, in order.
+        forgetting: What each start forgets at equal task loss, a sentence each; see `forgetting`.
         notes: What a reader must know beside them.
         table: The runs themselves, see `run_table`.
     """
@@ -306,6 +346,7 @@ class Summary:
     headline: str
     headroom: str
     verdicts: list[Verdict]
+    forgetting: list[str]
     notes: list[str]
     table: pd.DataFrame
 
@@ -328,4 +369,6 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
     title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
     said, command = answer(table, judged, settings)
     left, beside = headroom(table, judged), notes(table, judged, settings)
-    return Summary(title, facts(table, settings), said, command, headline, left, judged, beside, table)
+    return Summary(
+        title, facts(table, settings), said, command, headline, left, judged, forgetting(table), beside, table
+    )

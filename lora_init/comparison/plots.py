@@ -56,7 +56,7 @@ def pictures(summary: Summary) -> dict[str, bytes]:
         made["differences"] = _draw([""], size, lambda axes, _: _draw_differences(axes, summary, styles))
     if best["retained_after"].notna().any():
         size = (5.0, 3.0 + 0.2 * math.ceil(len(drawn) / 2))
-        made["forgetting"] = _draw([""], size, lambda axes, _: _draw_forgetting(axes, best, styles))
+        made["forgetting"] = _draw([""], size, lambda axes, _: _draw_forgetting(axes, runs, styles))
     return made
 
 
@@ -179,14 +179,14 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     above.tick_params(labelsize=8)
 
 
-def _draw_forgetting(axes: Any, best: pd.DataFrame, styles: Styles) -> None:
-    """Draw what each run forgot over what it learned, at the best rate; down and left is good."""
-    for name, own in best.groupby("start", sort=False):
+def _draw_forgetting(axes: Any, runs: pd.DataFrame, styles: Styles) -> None:
+    """Draw what starts forget over what they learn, a line over the learning rates; down and left is good."""
+    counted = runs[runs["counts"]].assign(rise=runs["retained_after"] - runs["retained_before"])
+    for name, own in counted.groupby("start", sort=False):
         color, marker = styles[split_start(name)[0]]
-        axes.plot(
-            own["loss"], own["retained_after"] - own["retained_before"], marker, color=color, markersize=5.5,
-            label=name, alpha=0.85, markerfacecolor="none" if split_start(name)[1] else color,
-        )  # fmt: skip
+        curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]
+        axes.plot(curve["loss"], curve["rise"], line_style(name), color=color, linewidth=1.0, alpha=0.7)
+        axes.plot(best["loss"], best["rise"], marker, color=color, markersize=5.5, label=name, alpha=0.85)
     axes.locator_params(axis="x", nbins=5)
     _finish(axes, "final loss (less: learned more)")
     axes.set_ylabel("loss on retained text, change\n(less: forgot less)", fontsize=8)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, signed
+from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, signed, steps_of_start
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, rate_means
 
 _METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}
@@ -27,7 +27,7 @@ def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
     if runs["best"].any():
         means = runs[runs["best"]].groupby("start", sort=False).mean(numeric_only=True)
         tables |= {"best": _best(runs), "metrics": _metrics(runs)}
-        tables |= {"cost": _cost(means), "forgetting": _forgetting(means)}
+        tables |= {"cost": _cost(means, steps_of_start(runs)), "forgetting": _forgetting(means)}
     tables = {name: table.fillna("–").rename_axis("start").reset_index() for name, table in tables.items()}
     tables["runs"] = _every_run(runs)
     tables = {name: table.loc[:, (table != "–").any()] for name, table in tables.items()}
@@ -105,12 +105,13 @@ def _metrics(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _cost(means: pd.DataFrame) -> pd.DataFrame:
+def _cost(means: pd.DataFrame, took: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "parameters": _written(means["trainable_parameters"], ",.0f"),
             "scale of A": means["a_scale"].map(number),
             "start, s": _written(means["initialisation_seconds"], ",.1f"),
+            "start, in steps": _written(took.reindex(means.index), ",.1f"),
             "training, s": _written(means["training_seconds"], ",.1f"),
             "peak, MB": _written(means["peak_memory_bytes"] / 1e6, ",.0f"),
         }

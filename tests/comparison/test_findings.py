@@ -205,6 +205,35 @@ def test_without_full_fine_tuning_the_headroom_is_not_known():
     assert summarise(planted({"eva": 0.0}), settings()).headroom.endswith("full fine-tuning would say (--full).")
 
 
+# Forgetting and cost
+
+
+def test_forgetting_is_judged_at_equal_task_loss_over_all_rates():
+    runs = planted({"eva": -0.02, "pissa": 0.02}, rates=(1e-4, 1e-3), spread=0.0002)
+    for run in runs:  # the higher rate forgets ten times as much; eva is as good as random at the lower one
+        rise = {1e-4: 0.003, 1e-3: 0.03}[run["learning_rate"]] + run["seed"] / 1e4
+        run["retain_loss"] = [3.0, 3.0 + rise]
+        if run["start"] == "eva":
+            run["report_loss"][-1] = next(
+                r["report_loss"][-1] for r in runs
+                if (r["start"], r["learning_rate"], r["seed"]) == ("random", 1e-3, run["seed"])
+            )  # fmt: skip
+    said = summarise(runs, settings()).forgetting
+    assert said[0].startswith("Forgetting at equal task loss, eva: less than random. The loss on other text rises by ")
+    assert "+0.0031, with random by +0.0301 (difference −0.0270" in said[0]
+    assert said[1] == "Forgetting at equal task loss, pissa: it reaches random's loss with too few seeds to tell."
+    assert summarise([run | {"retain_loss": None} for run in runs], settings()).forgetting == []
+
+
+def test_a_start_that_takes_long_says_so():
+    runs = planted({"eva": 0.0})
+    for run in runs:
+        run["initialisation_seconds"] = 61.5 if run["start"] == "eva" else 0.1
+    summary = summarise(runs, settings())
+    said = "its start takes as long as 60 training steps, which random could train meanwhile"
+    assert verdict(summary).caveats == [said] and cells(summary, "cost", "eva")["start, in steps"] == "60.0"
+
+
 # Other numbers
 
 
