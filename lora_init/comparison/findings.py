@@ -23,7 +23,7 @@ def number(value: float | None) -> str:
     """
     if value is None or math.isnan(value):
         return "–"
-    if not value or abs(value) >= 0.001:
+    if abs(value) >= 0.001 or abs(value) < 1e-6:  # what is less is rounding
         return f"{value:.4f}"
     return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
 
@@ -35,7 +35,8 @@ def signed(value: float | None) -> str:
         >>> signed(-0.25), signed(0.0), signed(None)
         ('−0.2500', '0.0000', '–')
     """
-    return number(value) if not value or math.isnan(value) else f"{'−' if value < 0 else '+'}{number(abs(value))}"
+    text = number(value if value is None else abs(value))
+    return text if text in ("–", "0.0000") or value is None else f"{'−' if value < 0 else '+'}{text}"
 
 
 def rate_text(rate: float) -> str:
@@ -53,7 +54,7 @@ def percent(share: float) -> str:
     """Write a share as a difference in per cent.
 
     Example:
-        >>> percent(-0.0123), percent(0.00045)
+        >>> percent(-0.0123), percent(0.0005)
         ('−1.2 %', '+0.05 %')
     """
     value = 100 * share
@@ -368,7 +369,15 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         headline = f"{len(judged)} compared with random: {parts}. {headline}"
     title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
     said, command = answer(table, judged, settings)
-    left, beside = headroom(table, judged), notes(table, judged, settings)
     return Summary(
-        title, facts(table, settings), said, command, headline, left, judged, forgetting(table), beside, table
+        title=title,
+        facts=facts(table, settings),
+        answer=said,
+        command=command,
+        headline=headline,
+        headroom=headroom(table, judged),
+        verdicts=judged,
+        forgetting=forgetting(table),
+        notes=notes(table, judged, settings),
+        table=table,
     )

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lora_init.comparison.findings import Summary, rate_text
 from lora_init.comparison.runs import RANDOM, best_rates
-from lora_init.comparison.starts import START_NAMES, split_start
+from lora_init.comparison.starts import FULL, START_NAMES, split_start
 from lora_init.errors import LoraInitError, require
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ _PER_ROW = 4
 
 def looks(starts: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Give each start a colour and a marker, those of ours always the same."""
-    names = list(dict.fromkeys(start for start in (*START_NAMES, *starts) if start != RANDOM))
+    names = list(dict.fromkeys(start for start in (*START_NAMES, *starts) if start not in (RANDOM, FULL)))
     # 42 starts before a pair of colour and marker comes again.
     styles = {name: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
-    return styles | {RANDOM: (RANDOM_COLOR, "s")}
+    return styles | {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
 
 
 def line_style(start: str) -> str:

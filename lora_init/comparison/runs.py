@@ -355,8 +355,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise LoraInitError(f"{file}: not an object. Name the directory of a comparison.")
     if content.get("format") != FORMAT:
         raise LoraInitError(
-            f"{path} is a comparison of another version (format {content.get('format')}, this one has {FORMAT}). Its "
-            "runs cannot be compared with new ones. Name another directory."
+            f"{path} is a comparison of another version (format {content.get('format')}, this one has {FORMAT}): up to "
+            "format 2 rates were chosen on the examples that are reported, so new runs would not be comparable. Name "
+            "another directory."
         )
     return content
 
