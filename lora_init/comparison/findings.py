@@ -232,7 +232,7 @@ def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     unlike = unlike_spreads(by_seed(table).drop(FULL, errors="ignore"))
     said = [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
     compared = sum(verdict.low is not None for verdict in judged)
-    if compared:
+    if compared > 1:
         said.append(
             f"{compared} starts are compared in one layout, and with 95 % all intervals are right together "
             "(Dunnett's correction)."
