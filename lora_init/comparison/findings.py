@@ -150,9 +150,6 @@ def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> li
             "are not pooled with others"
         )
     runs, best = table[table["start"] == start], best_rates(table)
-    own, took = runs[runs["best"]], steps_of_start(table)
-    if start in best and took.get(start, 0.0) > _LONG * own["evaluation_points"].iloc[0][-1]:
-        said.append(f"its start takes as long as {took[start]:.0f} training steps, which random could train meanwhile")
     tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
     if start in best and len(tried) == 1:
         said.append(f"it was run at {rate_text(best[start])} only, so it is not known to be tuned")
@@ -237,6 +234,11 @@ def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
             f"{compared} starts are compared in one layout, and with 95 % all intervals are right together "
             "(Dunnett's correction)."
         )
+    for start, took in steps_of_start(table).items():
+        if took > _LONG * table[table["best"]]["evaluation_points"].iloc[0][-1]:
+            said.append(
+                f"{start}: its start takes as long as {took:.0f} training steps, which random could train, too."
+            )
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
         said.append("Rates were chosen on a single seed, so another may well be better.")
     return said
