@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,7 +255,7 @@ def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     return best.pivot(index="start", columns="seed", values=column).reindex(best["start"].unique())
 
 
-SETTINGS_FILE, RUNS, LOCK = "settings.json", "runs", ".lock"
+SETTINGS_FILE, RUNS, LOCK, HOLDER = "settings.json", "runs", ".lock", ".lock-holder"
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
@@ -308,17 +310,20 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         OSError: It cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if not (path / SETTINGS_FILE).exists() and {entry.name for entry in path.iterdir()} - {LOCK, RUNS}:
+    if not (path / SETTINGS_FILE).exists() and {entry.name for entry in path.iterdir()} - {LOCK, HOLDER, RUNS}:
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
     try:
         lock = FileLock(path / LOCK, timeout=0).acquire()
     except Timeout:
+        holder = path / HOLDER  # a file of its own: opening the lock empties it
+        who = holder.read_text() if holder.exists() else "another process"
         raise LoraInitError(
-            f"{path} is in use by another process. Wait until that comparison has ended, or name another directory."
+            f"{path} is in use by {who}. Wait until that comparison has ended, or name another directory."
         ) from None
     with lock:
+        write_whole(path / HOLDER, f"process {os.getpid()} on {platform.node()}".encode())
         there = peek(path, settings)
         (path / RUNS).mkdir(exist_ok=True)
         merged = dict(settings)
