@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import logging
 import random
@@ -35,10 +37,17 @@ class Rows:
     Attributes:
         table: The rows, a `datasets.Dataset`.
         label: What to call the data, without the path to it: the name goes into files that users share.
+        file: The file, if it is one.
     """
 
     table: Any
     label: str
+    file: Path | None = None
+
+    def place(self, index: int) -> str:
+        """Name a row: by the line where it begins if its file has lines, else by its number, from 1."""
+        line = _first_line_of(self.file, index) if self.file and self.file.is_file() else None
+        return f"{self.label}, line {line}" if line else f"{self.label}, row {index + 1}"
 
     def usable(
         self, columns: Sequence[str], read: Callable[[Mapping[str, Any]], _T | str], seed: int, left_out: Counter[str]
@@ -52,7 +61,7 @@ class Rows:
             left_out: Counts the rows that are left out by reason, as they are met.
 
         Raises:
-            LoraInitError: What `read` raises, with the number of the row, from 1.
+            LoraInitError: What `read` raises, with the place of the row.
         """
         table = self.table.select_columns(list(dict.fromkeys(columns)))
         order = list(range(len(table)))
@@ -61,7 +70,7 @@ class Rows:
             try:
                 example = read(table[index])
             except LoraInitError as error:
-                raise LoraInitError(f"{self.label}, row {index + 1}: {error}") from error
+                raise LoraInitError(f"{self.place(index)}: {error}") from error
             if isinstance(example, str):
                 left_out[example] += 1
             else:
@@ -106,7 +115,7 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
             table = table.filter(lambda row: bool(row["text"].strip()))
     if len(table) == 0:
         raise LoraInitError(f"{label}: {_EMPTY}")
-    return Rows(table, label)
+    return Rows(table, label, files[0] if files and len(files) == 1 else None)
 
 
 def _find_files(source: Any) -> list[Path] | None:
@@ -124,6 +133,22 @@ def _find_files(source: Any) -> list[Path] | None:
 
 def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _first_line_of(file: Path, index: int) -> int | None:
+    """Find the line at which row `index` of a file begins, counted from 0; None if its rows are not lines."""
+    suffix = _suffix(file)
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
+        if suffix == ".jsonl":
+            return next(islice((number for number, line in enumerate(lines, 1) if line.strip()), index, None), None)
+        if suffix not in (".csv", ".tsv"):
+            return None
+        starts, begins, reader = [], 1, csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+        for record in reader:
+            starts += [begins] if record else []
+            begins = reader.line_num + 1
+        return starts[index + 1]  # after the header
 
 
 def _load(label: str, **arguments: Any) -> Any:

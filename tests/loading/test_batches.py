@@ -19,6 +19,7 @@ import lora_init
 from lora_init import LoraInitError, load_batches
 from lora_init.loading.batches import Batches
 from lora_init.loading.models import open_model
+from lora_init.loading.sources import read_rows
 
 CHAT = (
     "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -215,7 +216,7 @@ def test_a_list_is_never_read_as_the_text_that_python_writes_for_it(write, token
         ({"text": ["a", "b"]}, {}), ({"prompt": turns, "completion": "a"}, {}),
         ({"instruction": turns, "output": "a"}, {}), ({"q": turns}, {"template": "{q}"}),
     ):  # fmt: skip
-        with pytest.raises(LoraInitError, match=r"data.jsonl, row 1: column '\w+' holds a list, and text is needed"):
+        with pytest.raises(LoraInitError, match=r"data.jsonl, line 1: column '\w+' holds a list, and text is needed"):
             load_batches(write([row]), tokenizer, **options)
 
 
@@ -283,9 +284,9 @@ def test_bad_messages_name_the_row(write, tokenizer):
         load_batches(path, tokenizer)
     chatty = byte_tokenizer(chat_template=CHAT)
     path = write([{"messages": [{"role": "tool", "content": "x"}]}])
-    with pytest.raises(LoraInitError, match=r"data.jsonl, row 1: the chat template refuses .* no tools here"):
+    with pytest.raises(LoraInitError, match=r"data.jsonl, line 1: the chat template refuses .* no tools here"):
         load_batches(path, chatty)
-    with pytest.raises(LoraInitError, match="row 1: messages must be a list of"):
+    with pytest.raises(LoraInitError, match="line 1: messages must be a list of"):
         load_batches(write([{"messages": "hi"}]), chatty)
 
 
@@ -537,3 +538,13 @@ def test_batches_train_a_model(write):
     for batch in load_batches(path, tokenizer, batch_size=2):
         assert torch.isfinite(model(**batch).loss)
     assert lora_init.load_batches is load_batches
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separator):
+    lines = [separator.join(fields) for fields in (["text", "note"], ['"two\nlines"', "a"], [], ["one", "b"], ["", ""])]
+    file = tmp_path / f"data.{'csv' if separator == ',' else 'tsv'}.gz"
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    rows = read_rows(file)
+    assert [rows.place(i).rpartition(", ")[2] for i in range(2)] == ["line 2", "line 5"]
+    assert read_rows([{"text": "one"}]).place(0) == "data in memory, row 1"
