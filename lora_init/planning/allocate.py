@@ -341,7 +341,7 @@ def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> B
     """Take steps in order until the units explain a share of their variance.
 
     Where steps differ in cost (grids, ties), the last one may be dearer than needed, and make an earlier one needless:
-    what can be given back is.
+    steps that follow are tried in its place, and what can be given back is.
 
     Args:
         steps: All of them explain the share.
@@ -356,6 +356,14 @@ def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> B
     order = steps.in_order()
     # All steps reach the share by another order of summation, so the last sum may fall short by rounding.
     chosen = order[: int(np.searchsorted(np.cumsum(gain[order]), missing)) + 1] if missing > 0 else order[:0]
+    while len(chosen) and np.ptp(steps.cost):
+        last = chosen[-1]
+        order = order[(steps.unit[order] != steps.unit[last]) | (steps.rank[order] < steps.rank[last])]
+        total = np.cumsum(gain[order])
+        other = order[: int(np.searchsorted(total, missing)) + 1]
+        if not len(total) or total[-1] < missing or steps.cost[other].sum() >= steps.cost[chosen].sum():
+            break
+        chosen = other
     taken = np.zeros(len(gain), dtype=np.bool_)
     taken[chosen] = True
     spare = float(gain[chosen].sum()) - missing

@@ -245,6 +245,12 @@ def test_budgets_in_ranks_parameters_and_shares_agree():
         assert dict(allocate_ranks(stats, **budget)) == expected, budget
 
 
+def test_a_narrow_last_step_that_is_enough_takes_the_place_of_a_wide_one():
+    stats = statistics([[0.5, 0.3], [0.35, 0.01]])
+    plan = allocate_ranks(stats, variance=0.15, coverage="total", overrides={"h.0.up": {"multiple_of": 2}})
+    assert list(plan.values()) == [0, 1]
+
+
 @laws
 @given(spectra, st.sampled_from([0.25, 0.5, 0.75, 0.9]))
 def test_variance_takes_the_fewest_ranks(ratios, share):
