@@ -192,7 +192,7 @@ def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
     ends = {"vmin": least - 0.1 * span, "vmax": least + span}
     cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **ends)
     for (y, x), rank in np.ndenumerate(grid):
-        color = "white" if cells.norm(rank) > 0.68 else "black"
+        color = "white" if cells.norm(rank) > 0.675 else "black"  # the contrast is 4.5 at least
         text = "·" if math.isnan(rank) else f"{rank:.0f}"
         axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=color)
     axes.invert_yaxis()
