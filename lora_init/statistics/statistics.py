@@ -233,8 +233,7 @@ class Statistics(Mapping[str, Spectrum]):
             raise KeyError(name)
         if name not in self.gradients:
             raise LoraInitError(
-                "these statistics have no gradients. Collect them with gradients=True, on the command line with "
-                "--gradients, from data with labels."
+                "these statistics have no gradients. Collect them with gradients=True, from data with labels."
             )
         return self.gradients[name]
 

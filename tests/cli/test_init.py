@@ -209,7 +209,7 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
     [
         (["--rank", "8"], ["rank=8", "Collect again"]),
         (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
-        (["--method", "eva-grad"], ["was made without --gradients, which this needs"]),
+        (["--method", "eva-grad"], ["have no gradients. Collect them with --gradients, from data"]),
         (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
     ],
 )

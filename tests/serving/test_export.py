@@ -227,7 +227,7 @@ def break_rank(directory):
 
 
 BROKEN = {
-    "not there": (lambda directory: directory.rename(directory.with_name("gone")), "has no adapter_config.json"),
+    "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
     "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     "half a pair": (break_pair, r"layer '.*' has no lora_B.weight"),
