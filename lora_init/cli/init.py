@@ -302,6 +302,8 @@ def _collect(
         if file is not None and stop.statistics is not None:
             n_batches = stop.statistics.provenance.n_batches
             say(f"{file}: kept the statistics of {n_batches} batches. The same command goes on after them.")
+        else:
+            say("nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.")
         raise
     if file is not None and before is not None and file.stat().st_mtime_ns == before:
         _say_used(file, stats)

@@ -312,7 +312,8 @@ def test_a_pass_that_was_interrupted_goes_on_when_the_command_is_given_again(com
 def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch):
     interrupt_at(batch, monkeypatch)
     result = run(*command)
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    kept = "nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", kept + "interrupted\n")
     assert not (tmp_path / "out").exists()
 
 
