@@ -24,9 +24,11 @@ from lora_init.adapters.peft_model import (
     Weights,
     adapted_layers,
     attach,
+    card_header,
     check_model,
     check_plain,
     exact_pattern,
+    hub_id,
     read_config,
     read_shapes,
     remember,
@@ -333,25 +335,13 @@ class AdapterInit:
         }
 
     def _card(self) -> str:
-        from huggingface_hub import ModelCardData
-
         origin, ranks = self.provenance, self.ranks.values()
-        # A path of this machine is no model id: it says nothing elsewhere, and the hub refuses it.
-        base = origin.model_id if origin.model_id and not Path(origin.model_id).exists() else None
-        data = ModelCardData(
-            base_model=base,
-            library_name="peft",
-            pipeline_tag="text-generation" if origin.task_type == "CAUSAL_LM" else None,  # as PEFT's own card
-            tags=[*([f"base_model:adapter:{base}"] if base else []), "lora", "lora_init"],
-        )
+        base = hub_id(origin.model_id) or origin.model_class
         corrected = "import lora_init\n\nlora_init.correct_base(base_model, directory)\n" if self.corrects_base else ""
-        return f"""---
-{data.to_yaml()}
----
-
+        return f"""{card_header(origin.model_id, origin.task_type)}
 # A LoRA adapter before training
 
-Made by lora_init for {base or origin.model_class}: method `{self.method}`, {len(ranks)} layers, rank {min(ranks)} to \
+Made by lora_init for {base}: method `{self.method}`, {len(ranks)} layers, rank {min(ranks)} to \
 {max(ranks)} (average {self.rank}), {self.n_parameters():,} trainable parameters. {self.start_in_words()}:
 
 ```python

@@ -305,3 +305,28 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
         )
     match_modes(peft_model)
     return peft_model
+
+
+def hub_id(model: str | None) -> str | None:
+    """Give the id of a model; a path of this machine is none: it says nothing elsewhere, and the hub refuses it."""
+    return model if model and not Path(model).exists() else None
+
+
+def card_header(model: str | None, task_type: str | None, is_adapter: bool = True) -> str:
+    """Write the metadata at the head of a model card, with the keys that PEFT's own card has.
+
+    Args:
+        model: The base model.
+        task_type: PEFT's.
+        is_adapter: What the card is of; else a whole model.
+    """
+    from huggingface_hub import ModelCardData
+
+    base = hub_id(model)
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
+        tags=[*([f"base_model:adapter:{base}"] if base and is_adapter else []), "lora", "lora_init"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"

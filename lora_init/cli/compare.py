@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_init.cli.console import make_console, one_line_errors, quiet_transformers, read_modules, say, unescape
+from lora_init.cli.console import (
+    AsJson,
+    TrustRemoteCode,
+    busy,
+    make_console,
+    quiet_transformers,
+    read_modules,
+    read_names,
+    say,
+    unescape,
+)
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -88,49 +98,46 @@ def compare(
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the base weights.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; do nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the same adapter on MODEL and DATA from several starts, everything else equal, and compare.
 
     Given again, the same command goes on where it was stopped.
     """
-    with one_line_errors():
-        arguments: dict[str, Any] = {
-            "starts": [_start(word) for word in _words(starts)],
-            "learning_rates": _numbers("--learning-rates", learning_rates),
-            "evaluation_points": None if eval_points is None else _whole_numbers("--eval-points", eval_points),
-            "target_modules": read_modules(target_modules),
-            "template": unescape(template),
-            "completion": unescape(completion),
-            "retain_template": unescape(retain_template),
-        }
-        with make_console(stderr=True).status("importing torch and transformers"):
-            from lora_init.comparison.compare import compare as run_comparison
+    arguments: dict[str, Any] = {
+        "starts": [_start(word) for word in read_names(starts)],
+        "learning_rates": _numbers("--learning-rates", learning_rates),
+        "evaluation_points": None if eval_points is None else _whole_numbers("--eval-points", eval_points),
+        "target_modules": read_modules(target_modules),
+        "template": unescape(template),
+        "completion": unescape(completion),
+        "retain_template": unescape(retain_template),
+    }
+    with busy("importing torch and transformers"):
+        from lora_init.comparison.compare import compare as run_comparison
 
-            quiet_transformers()
-        found = run_comparison(
-            model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, full=full,
-            label=label, options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,
-            train_samples=train_samples, selection_samples=selection_samples, report_samples=report_samples,
-            max_length=max_length,
-            data_seed=data_seed, rank=rank, lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
-            statistics_batches=statistics_batches, retain_data=retain_data, retain_samples=retain_samples, dtype=dtype,
-            device=device, trust_remote_code=trust_remote_code, dry_run=dry_run,
-            command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments,
-        )  # fmt: skip
-        if dry_run:
-            _show_plan(found, as_json)
-        elif as_json:
-            content = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
-            verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
-            typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
-        else:
-            show_comparison(make_console(), found.summary)
-            say(f"{found.directory / 'report.html'}: written")
+        quiet_transformers()
+    found = run_comparison(
+        model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, full=full,
+        label=label, options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,
+        train_samples=train_samples, selection_samples=selection_samples, report_samples=report_samples,
+        max_length=max_length,
+        data_seed=data_seed, rank=rank, lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
+        statistics_batches=statistics_batches, retain_data=retain_data, retain_samples=retain_samples, dtype=dtype,
+        device=device, trust_remote_code=trust_remote_code, dry_run=dry_run,
+        command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments,
+    )  # fmt: skip
+    if dry_run:
+        _show_plan(found, as_json)
+    elif as_json:
+        content = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
+        verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
+        typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
+    else:
+        show_comparison(make_console(), found.summary)
+        say(f"{found.directory / 'report.html'}: written")
 
 
 def _show_plan(found: Comparison, as_json: bool) -> None:
@@ -176,10 +183,6 @@ def show_comparison(console: Console, summary: Summary) -> None:
         console.print(table)
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _start(word: str) -> str | tuple[str, Path]:
     name, equals, directory = word.partition("=")
     return (name, Path(directory)) if equals else word
@@ -187,7 +190,7 @@ def _start(word: str) -> str | tuple[str, Path]:
 
 def _numbers(option: str, text: str) -> list[float]:
     try:
-        return [float(word) for word in _words(text)]
+        return [float(word) for word in read_names(text)]
     except ValueError:
         raise LoraInitError(f"{option} {text!r}: expected numbers separated by commas.") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_init.adapters.peft_model import remember
+from lora_init.adapters.peft_model import card_header, remember
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, check_writable, new_directory, new_file, write_json
 from lora_init.layers.targets import PREFIX
@@ -232,19 +232,10 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
 
 
 def _card(result: Exported, trained: Trained) -> str:
-    from huggingface_hub import ModelCardData
-
-    # A path of this machine is no model id: it says nothing elsewhere, and the hub refuses it.
-    base = trained.base if trained.base and not Path(trained.base).exists() else None
-    data = ModelCardData(
-        base_model=base,
-        library_name="peft" if result.rank else "transformers",
-        pipeline_tag="text-generation" if trained.config.get("task_type") == "CAUSAL_LM" else None,
-        tags=[*([f"base_model:adapter:{base}"] if base and result.rank else []), "lora", "lora_init"],
-    )
+    header = card_header(trained.base, trained.config.get("task_type"), is_adapter=bool(result.rank))
     what = f"rank {result.rank} at most" if result.rank else "merged into its base model"
     lost = f" Compressed, at a relative error of {result.error:.2%}." if result.error else ""
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# A trained LoRA adapter, ready to serve\n\n"
+        f"{header}\n# A trained LoRA adapter, ready to serve\n\n"
         f"Exported by lora_init: {what}.{lost}\n\n```\n{result.command}\n```\n"
     )
