@@ -43,7 +43,11 @@ def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
 
     Its rows have norm 0.58 on average, where those of `eva` and `orthogonal` have norm 1.
     """
-    width = spectrum.components.shape[1]
+    return kaiming(rank, spectrum.components.shape[1], generator)
+
+
+def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draw A [rank, width] as PEFT does."""
     return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
-from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, layer_generator
+from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, kaiming, layer_generator
 from lora_init.adapters.peft_model import (
     adapter_layers,
     check_model,
@@ -294,9 +294,7 @@ def match_scale(peft_model: PeftModel, seed: int) -> None:
     """
     layers = adapter_layers(peft_model)
     for name, a in a_weights(peft_model).items():
-        reference = nn.init.kaiming_uniform_(
-            torch.empty(a.shape), a=math.sqrt(5), generator=layer_generator(seed, name)
-        )
+        reference = kaiming(len(a), a.shape[1], layer_generator(seed, name))
         norm = float(a.double().norm())
         if norm > 0.0:
             factor = float(reference.double().norm()) / norm
