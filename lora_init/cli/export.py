@@ -77,10 +77,10 @@ def export(
 
 
 def _load(directory: Path, base: str | None) -> LoadedModel:
+    from lora_init.adapters.peft_model import read_config
     from lora_init.loading.models import load_model
-    from lora_init.serving.trained import read_trained
 
-    source = base or read_trained(directory).base
+    source = base or str(read_config(directory.expanduser()).get("base_model_name_or_path") or "")
     with busy(f"loading {source}"):
         return load_model(source, dtype="float32")
 

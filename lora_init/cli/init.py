@@ -341,10 +341,13 @@ def summarise(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
+    from lora_init.serving.engines import serving_note
+
     made = stats.provenance
     shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}
     worst = min(shares, key=shares.__getitem__, default=None)
     before, after = built.losses or (None, None)
+    experts = any(built.targets[name].experts for name in built.weights)
     special = built.corrects_base or built.changes_output or built.freeze_a
     return {
         "adapter": str(directory),
@@ -366,6 +369,7 @@ def summarise(
         "loss_before": finite(before),
         "loss_at_start": finite(after),
         "seconds": made.seconds,
+        "serving": serving_note(ranks, built.use_dora, experts),
         "train": how_to_train(directory, built),
         "notes": [*([f"{built.start_in_words()}."] if special else []), *made.notes, *ranks.notes],
     }
@@ -373,8 +377,6 @@ def summarise(
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print what `summarise` returned."""
-    from lora_init.serving.engines import serving_note
-
     ranks, held_out, notes = summary["ranks"], summary["held_out"], summary["notes"]
     given = [rank for rank in ranks.values() if rank]
     change = summary["parameters"] / summary["uniform_parameters"] - 1
@@ -394,7 +396,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(rank_table(ranks, console.width))
     console.print()
     console.print(facts(rows))
-    console.print(serving_note(ranks), markup=False)
+    console.print(summary["serving"], markup=False)
     for note in notes[:_SHOWN_NOTES]:
         console.print(f"note: {note}", markup=False)
     if len(notes) > _SHOWN_NOTES:

@@ -181,15 +181,13 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from lora_init.adapters.peft_model import LORA_A, LORA_B, adapted_layers, origin_of, read_config, read_shapes
-    from lora_init.layers.targets import PREFIX
+    from lora_init.adapters.peft_model import LORA_A, LORA_B, origin_of, read_config, read_shapes
+    from lora_init.serving.trained import ranks_in_file
 
     config = read_config(path)
     shapes = read_shapes(path)
     origin = origin_of(path)
-    ranks = {name: shapes[f"{PREFIX}{name}{LORA_A}"][0] for name in adapted_layers(shapes)}
-    for name, one in origin.get("experts", {}).items():
-        ranks[name] = ranks.pop(one["tensors"]) // one["experts"]
+    ranks = ranks_in_file(config, shapes)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
     return {
@@ -201,6 +199,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "lora_alpha": config.get("lora_alpha"),
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
+        "target_parameters": config.get("target_parameters") or [],
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
@@ -308,7 +307,8 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         )
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
-    views = [head, "", rank_table(ranks, width), "", serving_note(_with_gaps(ranks))]
+    note = serving_note(_with_gaps(ranks), about["use_dora"], bool(about["target_parameters"]))
+    views = [head, "", rank_table(ranks, width), "", note]
     return [*views, *_intruder_view(about["intruders"], width)] if "intruders" in about else views
 
 

@@ -116,7 +116,8 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
         console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(serving_note(plan), markup=False)
+    experts = any(rank and name in plan.targets and plan.targets[name].experts for name, rank in plan.items())
+    console.print(serving_note(plan, experts=experts), markup=False)
 
 
 def _range(ranks: Sequence[int]) -> str:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
-from lora_init.layers.targets import PREFIX, is_conv1d
-from lora_init.serving.trained import LINEAR, Trained
+from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
+from lora_init.serving.trained import LINEAR, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
 SHARD_BYTES = 2 * 10**9
@@ -32,11 +33,13 @@ class Base:
         source: Directory or hub id.
         model: The model on the meta device.
         widths: d_in and d_out of each linear layer and embedding by name, in model order.
+        parameters: What the adapter's `target_parameters` selects, by the name in its file, in model order.
     """
 
     source: str
     model: Any
     widths: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, Target]
 
     @property
     def config(self) -> Any:
@@ -73,6 +76,8 @@ def read_base(source: str, trained: Trained) -> Base:
     """
     import transformers
 
+    if not source:
+        raise LoraInitError("the adapter names no base model. Name it by base=.")
     try:
         config = transformers.AutoConfig.from_pretrained(str(Path(source).expanduser()))
     except (OSError, ValueError, KeyError) as error:
@@ -88,13 +93,36 @@ def read_base(source: str, trained: Trained) -> Base:
         if made is None:
             continue
         layers = ((n, m) for n, m in made.named_modules() if isinstance(m, (nn.Embedding, nn.Linear)) or is_conv1d(m))
-        widths = {name: _widths(module) for name, module in layers}
-        difference = _difference(trained, widths)
+        base = Base(source, made, {n: _widths(m) for n, m in layers}, _parameters(made, trained.config))
+        difference = _difference(trained, base)
         if difference is None:
-            return Base(source, made, widths)
+            return base
         problem = problem or f"{difference} {type(made).__name__} {source!r}"
     problem = problem or f"{source!r} is of a class that transformers does not know"
     raise LoraInitError(f"{problem}. Name the model that the adapter was trained on by base=.")
+
+
+def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
+    """Find what `target_parameters` selects as PEFT does, by the names in the adapter's file, in model order.
+
+    A weight of two dimensions counts as that of one expert; that of a linear layer is adapted as the layer is.
+    """
+    wanted, found, linear = config.get("target_parameters") or (), [], {}
+    for owner, module in model.named_modules():
+        for ending, parameter in module.named_parameters(recurse=False):
+            name = f"{owner}.{ending}"
+            if parameter.dim() not in (2, 3) or not any(f".{name}".endswith(f".{key}") for key in wanted):
+                continue
+            if type(module) is nn.Linear:  # some routers are linear layers that return more
+                linear[owner] = Target(name, "Linear", module.in_features, module.out_features)
+                continue
+            experts, d_out, d_in = (1, *parameter.shape)[-3:]
+            if parameter.dim() == 3 and getattr(module, "is_transposed", False):
+                d_out, d_in = d_in, d_out
+            found.append(Target(name, type(module).__name__, d_in, d_out, experts=experts))
+    named = {target.name: target for target in found}
+    prefixes = {name: prefix.removeprefix(PREFIX) for name, prefix in file_prefixes(found).items()}
+    return linear | {prefixes[name]: target for name, target in named.items()}
 
 
 def _on_meta(model_class: Any, config: Any) -> nn.Module | None:
@@ -117,39 +145,71 @@ def _is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
-def _difference(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> str | None:
+def _difference(trained: Trained, base: Base) -> str | None:
     """Say which layer of the adapter is not in the model, or of other widths there."""
-    for name, layer in trained.layers.items():
-        if name not in widths:
-            return f"the adapter's layer {name!r} is no linear layer or embedding of"
-        if layer.widths != widths[name]:
-            return "the adapter's layer {!r} is {} -> {}, and {} -> {} in".format(name, *layer.widths, *widths[name])
+    there = {
+        **base.widths,
+        **{name: (target.in_features, target.out_features) for name, target in base.parameters.items()},
+    }
+    layers = {name: layer.widths for name, layer in trained.layers.items()}
+    for name, found in trained.unnamed.items():
+        a, b = (found[end] for end in ends_of(found))
+        layers[name] = (a.shape[-1], b.shape[0])
+    for name, widths in layers.items():
+        if name not in there:
+            fused = ", nor fused parameters," * bool(trained.unnamed)
+            return f"the adapter's layer {name!r} is no linear layer or embedding{fused} of"
+        if widths != there[name]:
+            return "the adapter's layer {!r} is {} -> {}, and {} -> {} in".format(name, *widths, *there[name])
     return None
 
 
-def plan_merge(base: Base, trained: Trained) -> dict[str, tuple[Path, str]]:
-    """Find what a merged model is made from, and refuse now what could not be merged later.
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of a merged model comes from.
 
-    Returns:
-        For each tensor of the merged model, the file that it comes from and its name there. The name is another one for
-        an output embedding that was the input embedding and is no longer.
+    Attributes:
+        file: File of the checkpoint.
+        name: Its name there; another one for an output embedding that was the input embedding and is no longer.
+        shape: Its shape there.
+        parameter: The model's parameter that it is, or is a part of, if the adapter changes that; else empty.
+        expert: Which expert of the parameter it is; None for all.
+        piece: What transformers calls it when it brings the parameter, or one expert alone, into the form of
+            checkpoints; empty where the checkpoint has the model's form.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    parameter: str = ""
+    expert: int | None = None
+    piece: str = ""
+
+
+def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
+    """Find what each tensor of a merged model is made from, and refuse now what could not be merged later.
 
     Raises:
-        LoraInitError: The checkpoint is not there in safetensors files, is quantised, or lacks a tensor; or the adapter
-            has parts that no merge of weights can hold.
+        LoraInitError: The checkpoint is not there in safetensors files, is quantised, lacks a tensor, or holds one in a
+            form that is not known here; or the adapter has parts that no merge of weights can hold.
     """
-    sources = {name: (file, name) for name, file in _checkpoint(base.source).items()}
+    sources = _checkpoint(base.source)
     first, last = (f"{name}.weight" for name in base.embeddings)
-    wanted = [f"{name}.weight" for name in trained.layers] + [key.removeprefix(PREFIX) for key in trained.others]
+    layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}
+    wanted = [*layers, *(key.removeprefix(PREFIX) for key in trained.others)]
     problem = None
     if base.tied and first in sources and last not in sources and {first, last} & set(wanted):
         sources[last] = sources[first]
         problem = "ensure_weight_tying keeps two adapters equal" if trained.config.get("ensure_weight_tying") else None
-    missing = [name for name in wanted if name not in sources]
-    if missing:
-        problem = f"{base.source!r} has no tensor {missing[0]!r} in its checkpoint"
-    elif any(layer.magnitude is not None and layer.ends != LINEAR for layer in trained.layers.values()):
-        problem = "DoRA on an embedding gives lengths to columns"
+    for name in wanted:
+        pieces = _pieces(base, name, sources)
+        if not pieces:
+            problem = problem or f"{base.source!r} has no tensor {name!r} in its checkpoint, or in another form"
+        elif name in layers and layers[name].magnitude is not None and next(iter(pieces.values())).piece:
+            problem = problem or f"DoRA: {base.source!r} has {name!r} in another form in its checkpoint"
+        sources |= pieces
+    if any(layer.magnitude is not None and layer.ends != LINEAR for layer in layers.values()):
+        problem = problem or "DoRA on an embedding gives lengths to columns"
     if problem is not None:
         raise LoraInitError(
             f"{problem}, so it is not merged here. PEFT's merge_and_unload() on the loaded model does it."
@@ -157,45 +217,108 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, tuple[Path, str]]:
     return sources
 
 
-def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, tuple[Path, str]]) -> None:
+def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Find the tensors of the checkpoint that a parameter of the model is in; none if that is not known."""
+    try:
+        parameter = base.model.get_parameter(name)
+        whole = _as_saved(base.model, name, parameter)
+        one = whole if parameter.dim() < 3 else _as_saved(base.model, name, parameter[:1])
+    except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):
+        return {}  # no such parameter, or a conversion that needs more than it to be undone
+    if whole.get(name) is parameter or not all(piece in sources for piece in whole):
+        # Saved as the model has it. The model may also read experts transposed, where shapes tell.
+        shapes = (parameter.shape, parameter.mT.shape if parameter.dim() == 3 else parameter.shape)
+        stored = sources.get(name)
+        return {name: replace(stored, parameter=name)} if stored and stored.shape in shapes else {}
+    found: dict[str, Source] = {}
+    for piece, tensor in one.items():
+        places: dict[str, int | None] = {piece: None}
+        if parameter.dim() == 3 and whole[piece].shape == tensor.shape:  # one for each expert; this is that of 0
+            head, _, tail = piece.rpartition(".0.")
+            places = {f"{head}.{expert}.{tail}": expert for expert in range(len(parameter))}
+        elif parameter.dim() == 3 and whole[piece].shape != (len(parameter), *tensor.shape[1:]):
+            return {}
+        for place, expert in places.items():
+            if place not in whole or sources[place].shape != whole[place].shape:
+                return {}
+            found[place] = replace(sources[place], parameter=name, expert=expert, piece=piece)
+    return found
+
+
+def _as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Bring a tensor of a parameter's form into that of checkpoints, as `save_pretrained` does: one tensor or several.
+
+    What transformers does there (rename, split, transpose) it does to sums and to single experts alike.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    pieces: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return pieces
+
+
+def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, Source]) -> None:
     """Write the merged model with its tokenizer: tensor by tensor, each in the type that it had."""
-    folder = next(file.parent for file, _ in sources.values())
+    folder = next(source.file.parent for source in sources.values())
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
-    untied = any(name != source for name, (_, source) in sources.items())
+    untied = any(name != source.name for name, source in sources.items())
     config = read_json(folder / "config.json")
     write_json(directory / "config.json", config | ({"tie_word_embeddings": False} if untied else {}))
     shard: dict[str, Tensor] = {}
     index: dict[str, str] = {}
-    for name, (path, source) in sources.items():
+    for path, group in groupby(sources.items(), key=lambda item: item[1].file):
         with safe_open(path, framework="pt") as file:
-            shard[name] = _merged(name, file.get_tensor(source), trained, base)
-        if len(shard) + len(index) == len(sources) or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
-            part = f"model-{len(set(index.values())) + 1:05}.safetensors"
-            save_file(shard, directory / part, metadata={"format": "pt"})
-            index |= dict.fromkeys(shard, part)
-            shard = {}
+            for name, source in group:
+                shard[name] = _merged(file.get_tensor(source.name), source, trained, base)
+                is_last = len(shard) + len(index) == len(sources)
+                if is_last or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+                    part = f"model-{len(set(index.values())) + 1:05}.safetensors"
+                    save_file(shard, directory / part, metadata={"format": "pt"})
+                    index |= dict.fromkeys(shard, part)
+                    shard = {}
     write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": index})
 
 
-def _merged(name: str, weight: Tensor, trained: Trained, base: Base) -> Tensor:
-    """Add scaling * B A to a weight, in float32, and with DoRA give each row its length."""
-    if PREFIX + name in trained.others:
-        return trained.others[PREFIX + name].to(weight.dtype)
-    layer = trained.layers.get(name.removesuffix(".weight"))
-    if layer is None:
+def _merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
+    """Change a tensor of the checkpoint as the adapter says, in its own type; of experts, one after another."""
+    name = source.parameter
+    if not name:
         return weight
-    transposed = _is_transposed(base.model.get_submodule(name.removesuffix(".weight")))
-    plain = weight.float().T if transposed else weight.float()
-    merged = plain + layer.scaling * (layer.b.float() @ layer.a.float())
-    if layer.magnitude is not None:
-        merged *= layer.magnitude.float()[:, None] / torch.linalg.norm(merged, dim=1, keepdim=True)
-    return (merged.T if transposed else merged).to(weight.dtype).contiguous()
+    fused = base.model.get_parameter(name).dim() == 3
+    if fused and source.expert is None:
+        for expert, part in enumerate(weight):  # in place: no second copy of all experts
+            part.copy_(_merged(part, replace(source, expert=expert), trained, base))
+        return weight
+    new = trained.others.get(PREFIX + name)
+    if new is None:
+        change = _change(weight, source, trained, base)
+        tensor = change[None] if fused else change
+    else:
+        tensor = new[source.expert : source.expert + 1] if source.expert is not None else new
+    if source.piece:
+        tensor = _as_saved(base.model, name, tensor)[source.piece]
+    tensor = tensor[0] if tensor.dim() > weight.dim() else tensor
+    tensor = tensor if tensor.shape == weight.shape else tensor.mT
+    return (tensor if new is not None else weight.float() + tensor).to(weight.dtype).contiguous()
 
 
-def _checkpoint(source: str) -> dict[str, Path]:
-    """Find the file of each tensor of a checkpoint."""
+def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
+    """Compute what the adapter adds to a weight of the model or to that of one expert, in float32 and in its form."""
+    name, owner = source.parameter, source.parameter.rpartition(".")[0]
+    layer, module = trained.layers.get(name) or trained.layers[owner], base.model.get_submodule(owner)
+    a, b = (factor[source.expert or 0] if layer.experts else factor for factor in (layer.a, layer.b))
+    change = layer.scaling * (b.float() @ a.float())
+    transposed = getattr(module, "is_transposed", False) if layer.experts else _is_transposed(module)
+    if layer.magnitude is not None:  # each row of the sum gets its length
+        plain = weight.float().T if transposed else weight.float()
+        summed = plain + change
+        change = summed * (layer.magnitude.float()[:, None] / torch.linalg.norm(summed, dim=1, keepdim=True)) - plain
+    return change.T if transposed else change
+
+
+def _checkpoint(source: str) -> dict[str, Source]:
+    """Find all tensors of a checkpoint, file by file."""
     directory = Path(source).expanduser()
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
@@ -203,10 +326,20 @@ def _checkpoint(source: str) -> dict[str, Path]:
         directory = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*/*"]))
     if "quantization_config" in read_json(directory / "config.json"):
         raise LoraInitError(f"{source!r} is quantised. Merge into the model that it was made from.")
-    if (directory / INDEX_FILE).is_file():
-        return {name: directory / file for name, file in read_json(directory / INDEX_FILE)["weight_map"].items()}
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        raise LoraInitError(f"{source!r} has no model.safetensors. Only safetensors checkpoints are merged into.")
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
+    index, files = directory / INDEX_FILE, ["model.safetensors"]
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+        if not files or any(Path(file).name != file for file in files):
+            raise LoraInitError(f"{index} names no files of this directory. The file is damaged.")
+    sources: dict[str, Source] = {}
+    for path in (directory / file for file in files):
+        if not path.is_file():
+            raise LoraInitError(f"{source!r} has no {path.name}. Only whole safetensors checkpoints are merged into.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    sources[name] = Source(path, name, tuple(file.get_slice(name).get_shape()))
+        except SafetensorError as error:
+            raise LoraInitError(f"{path} is damaged: {error}.") from error
+    return sources

@@ -36,37 +36,42 @@ def fit(
     # A layer with DoRA and without an adapter has no magnitude to give it.
     if not keep_ranks and not trained.dora:
         layers |= zero_layers(trained, widths)
-    costs = {name: sum(layer.widths) for name, layer in layers.items()}
+    costs = {name: layer.cost for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in layers.items()}
-    factors = {name: factorise(layer) for name, layer in layers.items()}
-    if not keep_ranks:
+    factors: dict[str, Factors] = {}
+    if keep_ranks and (most is not None or rank is not None):
+        factors = {name: factorise(layer) for name, layer in layers.items()}
+        prices, budget = (costs, most) if most is not None else (dict.fromkeys(costs, 1), (rank or 0) * len(costs))
+        ranks = best_ranks(factors, prices, budget)
+    elif not keep_ranks:
         largest = max(ranks.values())
         chosen = rank or next((allowed for allowed in VLLM_RANKS if allowed >= largest), largest)
         ranks = dict.fromkeys(ranks, chosen if most is None else min(chosen, most // sum(costs.values())))
-    elif most is not None:
-        ranks = best_ranks(factors, costs, most)
-    elif rank is not None:
-        ranks = best_ranks(factors, dict.fromkeys(costs, 1), rank * len(costs))
     if not any(ranks.values()):
         raise LoraInitError(
             f"a budget of {most:,} parameters: rank 1 in all {len(costs)} layers takes {sum(costs.values()):,}."
         )
-    relative, total = errors(factors, ranks)
-    cut = {name: truncate(layers[name], factors[name], ranks[name]) for name in widths if ranks.get(name)}
+    order = [name for name in dict.fromkeys([*widths, *layers]) if ranks.get(name)]
+    lossy = [name for name, layer in layers.items() if ranks[name] < layer.rank]
+    if lossy and not factors:
+        factors = {name: factorise(layer) for name, layer in layers.items()}
+    relative, total = errors(factors, ranks) if lossy else ({}, 0.0)
+    cut = {
+        name: truncate(layers[name], factors[name], ranks[name]) if name in lossy else layers[name] for name in order
+    }
     fitted = cut if keep_ranks else {name: layer.padded(ranks[name]) for name, layer in cut.items()}
-    lost = {name: error for name, error in relative.items() if ranks[name] < layers[name].rank}
-    return replace(trained, layers=fitted), lost, total
+    return replace(trained, layers=fitted), {name: relative[name] for name in lossy}, total
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The singular value decomposition of one layer's B A, without its scaling.
+    """The singular value decomposition of one layer's B A, without its scaling; of each expert for itself.
 
     Attributes:
-        left: Left singular vectors, float32 [d_out, k].
+        left: Left singular vectors, float32 [d_out, k], or [experts, d_out, k] as all of these.
         values: Singular values, falling, float32 [k].
         right: Right singular vectors, float32 [k, d_in].
-        energies: Squared singular values of scaling * B A: what each rank takes off the squared error.
+        energies: Squared singular values of scaling * B A: what each rank takes off the squared error, of all experts.
     """
 
     left: Tensor
@@ -78,19 +83,19 @@ class Factors:
 def factorise(layer: Layer) -> Factors:
     """Decompose B A through QR of both: cost O((d_in + d_out) r^2), and no [d_out, d_in] is ever made."""
     q_out, r_out = torch.linalg.qr(layer.b.float())
-    q_in, r_in = torch.linalg.qr(layer.a.float().T)
+    q_in, r_in = torch.linalg.qr(layer.a.float().mT)
     # The small product in float64: it costs nothing, and float32 loses the small values of a wide spectrum.
-    u, values, vh = torch.linalg.svd(r_out.double() @ r_in.double().T, full_matrices=False)
-    energies = (layer.scaling * values).square().tolist()
-    return Factors(q_out @ u.float(), values.float(), vh.float() @ q_in.T, tuple(energies))
+    u, values, vh = torch.linalg.svd(r_out.double() @ r_in.double().mT, full_matrices=False)
+    energies = (layer.scaling * values).square().reshape(-1, values.shape[-1]).sum(0).tolist()
+    return Factors(q_out @ u.float(), values.float(), vh.float() @ q_in.mT, tuple(energies))
 
 
 def truncate(layer: Layer, factors: Factors, rank: int) -> Layer:
-    """Make the best approximation of a rank (Eckart-Young); a layer of no higher rank stays as it is."""
+    """Make the best approximation of a rank (Eckart-Young), of each expert; one of no higher rank stays as it is."""
     if rank >= layer.rank:
         return layer
-    root = factors.values[:rank].sqrt()
-    a, b = root[:, None] * factors.right[:rank], factors.left[:, :rank] * root
+    root = factors.values[..., :rank].sqrt()
+    a, b = root[..., None] * factors.right[..., :rank, :], factors.left[..., :rank] * root[..., None, :]
     return replace(layer, a=a.to(layer.a.dtype), b=b.to(layer.b.dtype))
 
 

@@ -46,6 +46,8 @@ def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
     for name, layer in trained.layers.items():
         if layer.ends == EMBEDDING:
             yield f"an adapter of the embedding {name!r}"
+        if layer.experts:
+            yield f"an adapter of the parameter {name!r} of {layer.experts} experts"
         if name == tied:
             yield f"an adapter of {name!r}, whose weight is also that of the input embedding"
     for key in trained.others:
@@ -73,11 +75,13 @@ def check_rank(name: str | None, rank: int) -> None:
         raise LoraInitError(f"{name} takes rank 8 or a multiple of 16, and this is {rank}. Choose one by rank=.")
 
 
-def serving_note(ranks: Mapping[str, int]) -> str:
+def serving_note(ranks: Mapping[str, int], dora: bool = False, experts: bool = False) -> str:
     """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
 
     Args:
         ranks: Of every layer that could have an adapter, 0 where it has none.
+        dora: Whether it has DoRA.
+        experts: Whether it has parameters of experts.
 
     Example:
         >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}))
@@ -87,6 +91,10 @@ def serving_note(ranks: Mapping[str, int]) -> str:
     most = max(ranks.values(), default=0)
     if not most:
         return "No layer has an adapter, so there is nothing to serve."
+    if dora or experts:
+        mlx = "" if experts else "MLX needs `lora-init export`. "
+        what = "adapter of experts" if experts else "DoRA"
+        return f"PEFT takes this adapter as it is. {mlx}Others take no {what}: `lora-init export --merge-into MODEL`."
     grid = layer_grid(ranks)
     kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
     is_uniform = all(kind in ({0}, {most}) for kind in kinds)
@@ -177,7 +185,8 @@ def _pairs_together(rows: Tensor, heads: int) -> Tensor:
 def write_peft(path: Path, trained: Trained, base: Base) -> None:
     """Write a PEFT directory; patterns only where ranks differ."""
     save_file(trained.tensors(), path / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(path / CONFIG_FILE, config_of(trained, _target_modules(base, trained.layers)))
+    plain = [name for name, layer in trained.layers.items() if not layer.experts]
+    write_json(path / CONFIG_FILE, config_of(trained, _target_modules(base, plain)))
 
 
 def _target_modules(base: Base, layers: Collection[str]) -> list[str]:

@@ -29,7 +29,7 @@ from lora_init.serving.engines import (
     find_engine,
     write_gguf,
 )
-from lora_init.serving.trained import Trained, read_trained
+from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
 RECORD_FILE, CARD_FILE = "export.json", "README.md"
 
@@ -131,6 +131,9 @@ def export_adapter(
         check_free(path, overwrite, RECORD_FILE, _replaceable(path))
     trained = read_trained(directory, start)
     model = read_base(merge_into or base or trained.base, trained)
+    trained = with_parameters(trained, model.parameters)
+    if start is not None:
+        trained = subtract(trained, with_parameters(read_trained(start, start), model.parameters), str(start))
     check_engine(engine or "PEFT", wanted, trained, model)
     sources = None if merge_into is None else plan_merge(model, trained)
     intruders = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_init.adapters.peft_model import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, origin_of, read_config, read_shapes
+from lora_init.adapters.peft_model import (
+    CONFIG_FILE,
+    LORA_A,
+    ORIGIN,
+    WEIGHTS_FILE,
+    adapted_layers,
+    origin_of,
+    read_config,
+    read_shapes,
+)
 from lora_init.errors import LoraInitError, first_line
-from lora_init.layers.targets import PREFIX
+from lora_init.layers.targets import PREFIX, Target, file_prefixes
 from lora_init.planning.plan import alpha_for, scaling_of
 
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
@@ -26,10 +35,7 @@ MAGNITUDE = "lora_magnitude_vector"
 # Starts for which PEFT, or `correct_base`, changes the plain weights.
 _CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
 # Variants of LoRA in which the update is another one than scaling * B A.
-_OTHER_UPDATES = (
-    "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "target_parameters", "use_bdlora",
-    "use_qalora",
-)  # fmt: skip
+_OTHER_UPDATES = ("arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora")
 # What a config says about more than rank, scaling and layers, and an engine or PEFT needs to know.
 _KEPT_KEYS = (
     "alora_invocation_tokens", "auto_mapping", "ensure_weight_tying", "lora_bias", "modules_to_save", "revision",
@@ -39,11 +45,11 @@ _KEPT_KEYS = (
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The adapter of one linear layer or embedding.
+    """The adapter of one linear layer, embedding, or parameter such as that of fused experts.
 
     Attributes:
-        a: What reads the input, [r, d_in].
-        b: What writes the output, [d_out, r].
+        a: What reads the input, [r, d_in]; of a parameter one for each expert, [experts, r, d_in].
+        b: What writes the output, [d_out, r] or [experts, d_out, r].
         scaling: What B A is multiplied by.
         ends: Ends of the names of A and B in the file.
         magnitude: DoRA's length of each output's weights, [d_out].
@@ -57,13 +63,23 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        """Number of rows of A."""
-        return len(self.a)
+        """Number of rows of A, of each expert."""
+        return int(self.a.shape[-2])
+
+    @property
+    def experts(self) -> int:
+        """Number of experts of a parameter, at least 1; 0 for a layer."""
+        return len(self.a) if self.a.dim() == 3 else 0
 
     @property
     def widths(self) -> tuple[int, int]:
         """Widths d_in and d_out."""
-        return int(self.a.shape[1]), int(self.b.shape[0])
+        return int(self.a.shape[-1]), int(self.b.shape[-2])
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank."""
+        return max(self.experts, 1) * sum(self.widths)
 
     def padded(self, rank: int) -> Layer:
         """Append zero rows to A and zero columns to B, which changes nothing."""
@@ -81,13 +97,16 @@ class Trained:
 
     Attributes:
         config: adapter_config.json.
-        layers: The adapter of each layer, by the name of the layer in the plain model.
+        layers: The adapter of each layer, by the name of the layer or parameter in the plain model.
         others: Further tensors by their full names: of modules that were trained whole, and the like.
+        unnamed: With `target_parameters`, the tensors of all adapters by the names in the file, and no `layers`: which
+            parameters they are for, only the model tells. `with_parameters` takes them from here.
     """
 
     config: Mapping[str, Any]
     layers: Mapping[str, Layer]
     others: Mapping[str, Tensor]
+    unnamed: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -107,10 +126,15 @@ class Trained:
     def tensors(self) -> dict[str, Tensor]:
         """Give all tensors by their full names."""
         tensors = dict(self.others)
-        for name, layer in self.layers.items():
-            for end, tensor in zip((*layer.ends, MAGNITUDE), (layer.a, layer.b, layer.magnitude), strict=True):
+        targets = [Target(name, "", *layer.widths, experts=layer.experts) for name, layer in self.layers.items()]
+        for name, prefix in file_prefixes(targets).items():
+            layer = self.layers[name]
+            a, b = layer.a, layer.b
+            if layer.experts:  # A expert by expert, B rank by rank, as PEFT's ParamWrapper reads them
+                a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+            for end, tensor in zip((*layer.ends, MAGNITUDE), (a, b, layer.magnitude), strict=True):
                 if tensor is not None:
-                    tensors[f"{PREFIX}{name}.{end}"] = tensor.contiguous()
+                    tensors[f"{prefix}.{end}"] = tensor.contiguous()
         return tensors
 
     @property
@@ -129,31 +153,15 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
 
     Args:
         directory: What PEFT's `save_pretrained`, or ours, wrote.
-        start: The same adapter before training, for a start that changed the base weights: what it added there is
-            taken off again, which doubles the rank.
+        start: The same adapter before training, for a start that changed the base weights. `subtract` takes off what it
+            added there.
 
     Raises:
         LoraInitError: No LoRA adapter is there, it is damaged or incomplete, or a start is needed and not given.
     """
-    directory = Path(directory).expanduser()
-    trained = _read(directory)
-    if start is not None:
-        return _subtract(trained, _read(Path(start).expanduser()), str(start))
-    # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
-    began, origin = trained.config.get("init_lora_weights"), origin_of(directory)
-    if not isinstance(began, str):
-        began = str(origin.get("method")) if origin.get("rank") in (None, trained.config.get("r")) else ""
-    if began.lower().startswith(_CHANGE_BASE):
-        raise LoraInitError(
-            f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
-            "Name the adapter as it was before training by start=."
-        )
-    return trained
-
-
-def _read(directory: Path) -> Trained:
     from safetensors.torch import load_file
 
+    directory = Path(directory).expanduser()
     config = read_config(directory)
     other = next((key for key in _OTHER_UPDATES if config.get(key)), None)
     if other is not None:
@@ -173,49 +181,132 @@ def _read(directory: Path) -> Trained:
             parts.setdefault(match["name"], {})[match["part"]] = tensor
     if not parts:
         raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export.")
-    try:
-        layers = {name: _layer(name, found, config) for name, found in parts.items()}
-    except LoraInitError as error:
-        raise LoraInitError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
-        raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: {first_line(error)}") from error
     # With the adapter of an embedding PEFT stores the base's own weight, which has not changed.
-    copies = {f"{PREFIX}{name}.base_layer.weight" for name in layers}
-    return Trained(config, layers, {key: others[key] for key in others if key not in copies})
+    copies = {f"{PREFIX}{name}.base_layer.weight" for name in parts}
+    trained = Trained(config, {}, {key: others[key] for key in others if key not in copies}, parts)
+    for name, found in parts.items():
+        _check_pair(name, found, path)
+    if not config.get("target_parameters"):
+        trained = with_parameters(trained, {})
+    # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
+    began, origin = config.get("init_lora_weights"), origin_of(directory)
+    if not isinstance(began, str):
+        began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
+    if start is None and began.lower().startswith(_CHANGE_BASE):
+        raise LoraInitError(
+            f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
+            "Name the adapter as it was before training by start=."
+        )
+    return trained
 
 
-def _layer(name: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Layer:
-    from peft.utils.other import get_pattern_key
-
-    ends = EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
+def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what is no A and B of a linear layer or embedding, or of parameters."""
+    ends = ends_of(found)
+    problem = None
     missing = next((end for end in ends if end not in found), None)
-    if missing is not None:
-        raise LoraInitError(f"layer {name!r} has no {missing}. The adapter is incomplete; save it again.")
     unknown = next((end for end in found if end not in (*ends, MAGNITUDE)), None)
-    if unknown is not None:
-        raise LoraInitError(f"layer {name!r} has {unknown}, which no plain LoRA has. Only lora_A and lora_B are read.")
+    if missing is not None:
+        problem = f"has no {missing}. The adapter is incomplete; save it again."
+    elif unknown is not None:
+        problem = f"has {unknown}, which no plain LoRA has. Only lora_A and lora_B are read."
+    elif found[ends[0]].dim() > 2:
+        problem = (
+            "is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() and serve the "
+            "model that it returns."
+        )
+    if problem is not None:
+        raise LoraInitError(f"{path}: layer {name!r} {problem}")
+
+
+def ends_of(found: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Tell how the names of A and B end among the tensors of one layer."""
+    return EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
+
+
+def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Trained:
+    """Name the layers, and bring those of parameters into a shape of one A and B for each expert.
+
+    Args:
+        trained: The adapter, as read.
+        parameters: What `target_parameters` selects, by the name in the file, in model order.
+
+    Raises:
+        LoraInitError: The tensors are not of the rank that the configuration says.
+    """
+    if not trained.unnamed:
+        return trained
+    missing = next((target.name for name, target in parameters.items() if name not in trained.unnamed), None)
+    if missing is not None:
+        raise LoraInitError(
+            f"target_parameters selects {missing!r}, and {WEIGHTS_FILE} holds nothing for it. The adapter is "
+            "incomplete; save it again."
+        )
+    layers = {}
+    plain = (name for name in trained.unnamed if name not in parameters)
+    try:
+        for name in (*plain, *parameters):
+            target = parameters.get(name, Target(name, "", 0, 0))
+            # The weight of a linear layer, selected as a parameter, is adapted as the layer is.
+            layers[target.name if target.experts else name] = _layer(target, trained.unnamed[name], trained.config)
+    except LoraInitError:
+        raise
+    except (TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
+        raise LoraInitError(f"{CONFIG_FILE} is damaged: {first_line(error)}") from error
+    return replace(trained, layers=layers, unnamed={})
+
+
+def _layer(target: Target, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layer:
+    rank, alpha = (
+        _said("rank_pattern", "r", target.name, config),
+        _said("alpha_pattern", "lora_alpha", target.name, config),
+    )
+    ends, experts = ends_of(found), target.experts
     a, b = found[ends[0]], found[ends[1]]
-    if a.dim() > 2:
+    if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank * max(experts, 1):
+        each = f" for each of {experts} experts" if experts else ""
         raise LoraInitError(
-            f"layer {name!r} is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() "
-            "and serve the model that it returns."
+            f"layer {target.name!r}: A is {list(a.shape)} and B {list(b.shape)}, and {CONFIG_FILE} says rank "
+            f"{rank}{each}. The two files are not of one adapter."
         )
-    # As PEFT does it: patterns end where the name ends, and the first match wins.
-    ranks: dict[str, int] = config.get("rank_pattern") or {}
-    alphas: dict[str, float] = config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key([*ranks], name), config.get("r", 8))
-    alpha = alphas.get(get_pattern_key([*alphas], name), config.get("lora_alpha", 8))
-    if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank:
-        raise LoraInitError(
-            f"layer {name!r}: A is {list(a.shape)} and B {list(b.shape)}, and {CONFIG_FILE} says rank {rank}. "
-            "The two files are not of one adapter."
-        )
+    if experts:
+        a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
     scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
 
 
-def _subtract(trained: Trained, start: Trained, where: str) -> Trained:
-    """Append the start to the trained adapter with the opposite sign."""
+def _said(patterns: str, key: str, name: str, config: Mapping[str, Any]) -> Any:
+    """Look up a number as PEFT does: patterns end where the name ends, and the first match wins."""
+    from peft.utils.other import get_pattern_key
+
+    found = config.get(patterns) or {}
+    return found.get(get_pattern_key([*found], name), config.get(key, 8))
+
+
+def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, int]:
+    """Tell the rank of each layer without its model.
+
+    What nests deepest is taken for the first matrix of experts, as it is in transformers' modules of experts.
+
+    Args:
+        config: adapter_config.json.
+        shapes: Shapes of the tensors, from `read_shapes`.
+    """
+    ranks = {}
+    for name in adapted_layers(shapes):
+        module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
+        keys = [key for key in config.get("target_parameters") or () if "." in key or module.endswith("experts")]
+        endings = (key.rpartition(".")[2] for key in keys if f".{module}.{key.rpartition('.')[2]}".endswith(f".{key}"))
+        parameters = sorted({f"{module}.{ending}" for ending in endings}, key=lambda one: not one.endswith("down_proj"))
+        if depth < len(parameters):
+            ranks[parameters[depth]] = _said("rank_pattern", "r", parameters[depth], config)
+        else:
+            ranks[name] = shapes[f"{PREFIX}{name}{LORA_A}"][0]
+    return ranks
+
+
+def subtract(trained: Trained, start: Trained, where: str) -> Trained:
+    """Append the adapter as it was before training with the opposite sign, which doubles the rank."""
     if trained.dora:
         raise LoraInitError(f"start={where}: an adapter with DoRA cannot give up what it began with.")
     layers = {}
@@ -224,12 +315,14 @@ def _subtract(trained: Trained, start: Trained, where: str) -> Trained:
         if before is None or before.widths != layer.widths:
             raise LoraInitError(f"start={where} has no layer {name!r} of these widths. It is another's start.")
         opposite = -before.rescaled(layer.scaling).b
-        layers[name] = replace(layer, a=torch.cat([layer.a, before.a]), b=torch.cat([layer.b, opposite], dim=1))
+        layers[name] = replace(layer, a=torch.cat([layer.a, before.a], -2), b=torch.cat([layer.b, opposite], -1))
     return replace(trained, layers=layers)
 
 
 def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, Any]:
     """Describe layers of one scaling for PEFT: by `r` and `lora_alpha`, and by patterns only where ranks differ.
+
+    Parameters of experts get their full names in `target_parameters`, which PEFT has patterns for too.
 
     Keys that say nothing are left out: older readers refuse those they don't know.
     """
@@ -238,6 +331,8 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
     if ORIGIN in kept.get("auto_mapping", {}):  # says how training began, for PEFT nothing
         del kept["auto_mapping"]
     others = {f"^{re.escape(name)}": layer.rank for name, layer in trained.layers.items() if layer.rank != rank}
+    parameters = [name for name, layer in trained.layers.items() if layer.experts]
+    kept |= {"target_parameters": parameters} if parameters else {}
     return kept | {
         "peft_type": "LORA",
         "task_type": config.get("task_type"),

@@ -223,3 +223,11 @@ SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, l
 )  # fmt: skip
 def test_which_engines_take_the_adapter_as_it_is(ranks, note):
     assert note in serving_note(dict(zip(TWO, ranks, strict=True)))
+
+
+def test_what_only_peft_takes_needs_a_merge():
+    ranks = dict(zip(TWO, [8, 8, 8, 8], strict=True))
+    start, end = "PEFT takes this adapter as it is. ", "`lora-init export --merge-into MODEL`."
+    assert serving_note(ranks, experts=True) == f"{start}Others take no adapter of experts: {end}"
+    assert serving_note(ranks, dora=True) == f"{start}MLX needs `lora-init export`. Others take no DoRA: {end}"
+    assert "as it is. MLX" in serving_note(ranks)

@@ -298,21 +298,13 @@ def test_only_what_an_export_wrote_is_replaced(base, tmp_path):
         export_adapter(trained, tmp_path / "a.gguf", "llama.cpp", overwrite=True)
 
 
-def test_convolutions_and_fused_experts_are_refused(tmp_path):
+def test_convolutions_and_adapters_of_no_base_are_refused(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
     model.save_pretrained(tmp_path / "convolution")
     refused("layer '0' is a convolution", tmp_path / "convolution", tmp_path / "served")
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    mixtral = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=2,
-        )
-    )  # fmt: skip
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    get_peft_model(mixtral, config).save_pretrained(tmp_path / "experts")
-    refused("was trained with target_parameters.*merge_and_unload", tmp_path / "experts", tmp_path / "served")
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 4)), LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path / "linear")
+    refused("the adapter names no base model. Name it by base=", tmp_path / "linear", tmp_path / "served")
 
 
 @pytest.mark.slow

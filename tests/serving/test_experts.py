@@ -1,0 +1,297 @@
+"""Adapters of fused experts (PEFT's `target_parameters`) are exported, compressed and merged; engines refuse them."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_init import export_adapter
+from lora_init.cli.inspect import describe
+from lora_init.serving import base as base_room
+from lora_init.serving.engines import ENGINES
+from lora_init.serving.trained import read_trained
+from tests.commands import run
+from tests.layers.test_experts import BOTH, COMMON, MODELS
+from tests.serving.test_export import IDS, config_of, refused
+
+
+def llama4():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    settings = dict(head_dim=8, intermediate_size_mlp=20, num_local_experts=4, interleave_moe_layer_step=1)
+    return Llama4ForCausalLM(Llama4TextConfig(**COMMON, **settings)).eval()
+
+
+# Mixtral and Qwen are saved as single experts. GPT-OSS is saved as [experts, in, out], and PEFT knows that; Llama 4 is
+# too, and PEFT takes in for out.
+MODELS = MODELS | {"llama4": llama4}
+ADAPTERS = {
+    "experts alone": dict(target_modules=[], lora_alpha=5),
+    "ranks and alphas": dict(
+        target_modules=["q_proj"], rank_pattern={"down_proj": 2, "q_proj": 9},
+        alpha_pattern={r"layers\.0\.[\w.]*gate_up_proj": 3},
+    ),
+    "rsLoRA": dict(target_modules=["v_proj"], use_rslora=True, rank_pattern={r"1\..*gate_up_proj": 1}),
+    "one parameter": dict(target_modules=["o_proj"], target_parameters=["layers.1.mlp.experts.down_proj",
+                          "layers.1.feed_forward.experts.down_proj"]),
+    "the router": dict(target_modules=[], target_parameters=[*BOTH, "gate.weight", "router.weight"]),
+    "the weight of a layer": dict(target_modules=["k_proj"], target_parameters=["q_proj.weight", *BOTH]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base(request, tmp_path_factory):
+    torch.manual_seed(2)
+    directory = tmp_path_factory.mktemp(request.param) / "base"
+    model = MODELS[request.param]()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # so that experts matter
+    model.save_pretrained(directory)
+    return directory
+
+
+def only(*names):
+    return pytest.mark.parametrize("base", names, indirect=True)
+
+
+def load(base):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def train(base, directory, **settings):
+    """Make an adapter as PEFT saves it, with random numbers in place of training."""
+    model = adapted(load(base), **settings)
+    model.save_pretrained(directory)
+    return directory
+
+
+def adapted(model, **settings):
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_parameters": BOTH} | settings
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+@torch.no_grad()
+def logits(base, adapter=None):
+    model = load(base).double()
+    model.set_experts_implementation("eager")  # the other one knows no float64
+    return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval())(IDS).logits
+
+
+def deltas(base, adapter):
+    """What PEFT adds to each parameter, of two parameters of one module too."""
+    found = {}
+    for name, module in PeftModel.from_pretrained(load(base), adapter).get_base_model().named_modules():
+        if hasattr(module, "get_delta_weight"):
+            ending = getattr(module, "parameter_name", "weight")
+            found[f"{name.replace('.base_layer', '')}.{ending}"] = module.get_delta_weight("default").detach().double()
+    return found
+
+
+@only("mixtral", "gpt_oss")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS[name])
+    exported = export_adapter(trained, tmp_path / "served")
+    config, tensors = config_of(tmp_path / "served"), load_file(tmp_path / "served/adapter_model.safetensors")
+    assert config["r"] == exported.rank in (8, 16) and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert config["lora_alpha"] / config["r"] == exported.scaling
+    rows = {t.shape[0] for key, t in tensors.items() if "lora_A" in key and "experts" in key}
+    assert rows == {4 * exported.rank} and exported.parameters == sum(t.numel() for t in tensors.values())
+    expected = logits(base, trained)
+    assert (expected - logits(base)).abs().max() > 0.01  # there is something to get wrong
+    torch.testing.assert_close(logits(base, tmp_path / "served"), expected, atol=1e-6, rtol=1e-6)
+    assert exported.error == 0.0
+    served = export_adapter(tmp_path / "served", tmp_path / "again", rank=exported.rank)  # what we write we read
+    assert served.parameters == exported.parameters
+
+
+@only("mixtral")
+def test_own_ranks_are_kept_as_patterns_of_parameters(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    export_adapter(trained, tmp_path / "served", keep_ranks=True)
+    config = config_of(tmp_path / "served")
+    assert sorted(config["rank_pattern"].values()) == [2, 2, 4, 4] and config["r"] == 9
+    torch.testing.assert_close(logits(base, tmp_path / "served"), logits(base, trained), atol=1e-6, rtol=1e-6)
+
+
+@only("mixtral", "llama4")
+@pytest.mark.parametrize(
+    "size", [dict(rank=2), dict(parameters=4000), dict(megabytes=0.016), dict(rank=2, keep_ranks=True)]
+)
+def test_each_expert_becomes_the_closest_of_its_rank(size, base, tmp_path):
+    trained = train(base, tmp_path / "trained", r=5, target_modules=["q_proj"])
+    exported = export_adapter(trained, tmp_path / "served", **size)
+    before, after = deltas(base, trained), deltas(base, tmp_path / "served")
+    ranks = {name: layer.rank for name, layer in resolved(tmp_path / "served", base).items()}
+    lost = whole = 0.0
+    for name, delta in before.items():
+        rank = ranks.get(name, ranks.get(name.removesuffix(".weight"), 0))
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        best = (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+        torch.testing.assert_close(after.get(name, torch.zeros_like(delta)), best, atol=1e-5, rtol=1e-5)
+        lost, whole = lost + float((delta - best).square().sum()), whole + float(delta.square().sum())
+    assert exported.error == pytest.approx(math.sqrt(lost / whole), abs=1e-5) and 0 < exported.error < 1
+    assert exported.parameters <= {"parameters": 4000, "megabytes": 4000}.get(next(iter(size)), 10**6)
+
+
+def resolved(directory, base):
+    from lora_init.serving.base import read_base
+    from lora_init.serving.trained import with_parameters
+
+    trained = read_trained(directory)
+    return with_parameters(trained, read_base(str(base), trained).parameters).layers
+
+
+def digests(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@only("mixtral", "gpt_oss")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_merged_model_does_what_peft_does(name, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_room, "SHARD_BYTES", 50_000)
+    trained, before = train(base, tmp_path / "trained", **ADAPTERS[name]), digests(base)
+    export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    assert digests(base) == before and len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    assert shapes(tmp_path / "merged") == shapes(base)
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
+
+
+@only("qwen2_moe", "qwen3_moe", "llama4")
+def test_other_architectures_are_exported_and_merged(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    export_adapter(trained, tmp_path / "served")
+    export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    expected = logits(base, trained)
+    assert (expected - logits(base)).abs().max() > 0.01
+    torch.testing.assert_close(logits(base, tmp_path / "served"), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, atol=1e-5, rtol=1e-5)
+
+
+@only("mixtral", "qwen3_moe")
+def test_experts_that_were_saved_as_the_model_has_them(base, tmp_path):
+    load(base).save_pretrained(tmp_path / "fused", save_original_format=False)
+    trained = train(base, tmp_path / "trained")
+    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "fused"))
+    assert shapes(tmp_path / "merged") == shapes(tmp_path / "fused") != shapes(base)
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
+
+
+def rewrite(directory, change):
+    """Change the tensors of a directory's only safetensors file."""
+    path = next(directory.glob("*.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path, {"format": "pt"})
+
+
+def test_experts_that_were_saved_transposed(tmp_path):
+    """The checkpoints of Qwen3-VL-MoE are so; transformers turns them where the shapes say it."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = COMMON | dict(head_dim=8, moe_intermediate_size=20, num_experts=4, num_experts_per_tok=2)
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=4
+    )
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision | dict(deepstack_visual_indexes=[]))
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    expected = adapted(model, target_modules=[])
+    expected.save_pretrained(tmp_path / "trained")
+    rewrite(
+        tmp_path / "base", lambda found: {n: t.mT if t.dim() == 3 and "experts" in n else t for n, t in found.items()}
+    )
+    export_adapter(tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    merged = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    assert shapes(tmp_path / "merged") == shapes(tmp_path / "base")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, expected(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@only("mixtral")
+def test_a_checkpoint_in_another_form_is_refused_before_anything_is_written(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    trained = train(base, tmp_path / "trained")
+    rewrite(tmp_path / "base", lambda found: {n: t[:-1] if "experts.2.w3" in n else t for n, t in found.items()})
+    refused("no tensor '.*gate_up_proj' in its checkpoint, or in another form.*merge_and_unload", trained,
+            tmp_path / "merged", merge_into=str(tmp_path / "base"))  # fmt: skip
+
+
+@only("mixtral", "gpt_oss")
+def test_a_start_that_changed_the_base_is_taken_off_each_expert(base, tmp_path):
+    start = train(base, tmp_path / "start", r=2, rank_pattern={"down_proj": 3}, target_modules=["q_proj"])
+    (start / "lora_init.json").write_text('{"method": "lora-ga"}')
+    shutil.copytree(start, tmp_path / "trained")
+    rewrite(tmp_path / "trained", lambda found: {n: t + 0.1 * torch.randn_like(t) for n, t in found.items()})
+    refused("began as lora-ga.*start=", tmp_path / "trained", tmp_path / "served")
+    exported = export_adapter(tmp_path / "trained", tmp_path / "served", start=start)
+    assert exported.rank == 8  # twice 3, rounded up
+    served, after, before = (deltas(base, d) for d in (tmp_path / "served", tmp_path / "trained", start))
+    for name, delta in served.items():
+        torch.testing.assert_close(delta, after[name] - before[name], atol=1e-5, rtol=1e-5)
+
+
+@only("mixtral", "gpt_oss")
+def test_what_does_not_belong_together_is_said(base, tmp_path):
+    from tests.conftest import tiny_llama
+
+    trained = train(base, tmp_path / "trained")
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    refused("experts.*' is no linear layer or embedding, nor fused parameters, of LlamaForCausalLM", trained,
+            tmp_path / "served", base=str(tmp_path / "llama"))  # fmt: skip
+    (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"r": 3}))
+    refused(r"gate_up_proj': A is \[16, 32\] and B .*says rank 3 for each of 4 experts", trained, tmp_path / "served")
+    (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"r": 4}))
+    rewrite(trained, lambda found: {n: t for n, t in found.items() if "1.mlp.experts.base_layer" not in n})
+    refused("selects 'model.layers.1.mlp.experts.*', and .* holds nothing for it", trained, tmp_path / "served")
+
+
+def shapes(directory):
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+@only("mixtral", "gpt_oss")
+def test_a_merge_keeps_the_type_of_the_base(base, tmp_path):
+    load(base).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=[])
+    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    assert shapes(tmp_path / "merged") == shapes(tmp_path / "base")
+    expected, plain = logits(tmp_path / "base", trained), logits(tmp_path / "base")
+    # The merged weights are rounded to bfloat16, to 8 bits; the adapter's effect is far above that.
+    assert (logits(tmp_path / "merged") - expected).abs().max() < (expected - plain).abs().max() / 5
+
+
+@only("mixtral")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_are_refused_with_the_way_out(engine, base, tmp_path):
+    trained = train(base, tmp_path / "trained")
+    message = rf"{re.escape(engine)} does not take .*experts.gate_up_proj' of 4 experts.*merge_into="
+    refused(message, trained, tmp_path / "served", engine)
+
+
+@only("qwen3_moe", "gpt_oss")
+def test_inspect_tells_ranks_and_engines_of_what_peft_trained(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
+    expected = {name: layer.rank for name, layer in resolved(trained, base).items()}
+    assert describe(trained)["ranks"] == expected and set(expected.values()) == {2, 4, 9}
+    done = run("inspect", trained)
+    assert done.exit_code == 0, done.output
+    assert "PEFT takes this adapter as it is. Others take no adapter of experts: `lora-init export --merge-into" in (
+        " ".join(done.stdout.split())
+    )
