@@ -52,9 +52,10 @@ def export(
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
     with busy("importing torch and transformers"):
         from lora_init.loading.batches import load_batches
-        from lora_init.serving.export import export_adapter
+        from lora_init.serving.export import check_output, export_adapter
 
         quiet_transformers()
+    check_output(output, engine, overwrite)  # before a model is loaded
     loaded = _load(directory, base) if data is not None or reduce_intruders else None
     batches = None
     if loaded is not None and data is not None:

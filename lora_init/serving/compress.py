@@ -30,12 +30,15 @@ def fit(
         The adapter of that size; the relative error of the update of each layer that lost rank; and of all at once.
 
     Raises:
-        LoraInitError: The budget is below rank 1 in every layer, or in any.
+        LoraInitError: The budget is below rank 1 in every layer, or in any; or the rank is above that of any weight.
     """
     layers = dict(trained.layers)
     # A layer with DoRA and without an adapter has no magnitude to give it.
     if not keep_ranks and not trained.dora:
         layers |= zero_layers(trained, widths)
+    widest = max(min(layer.widths) for layer in layers.values())
+    if rank is not None and rank > max(widest, VLLM_RANKS[-1]):
+        raise LoraInitError(f"rank={rank}: no layer of this adapter can have more than rank {widest}. Choose less.")
     costs = {name: layer.cost for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in layers.items()}
     factors: dict[str, Factors] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,16 +232,20 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    n_bytes = 0
     for name, new in _gguf_names(trained, base).items():
         layer, ending = trained.layers[name], name.rpartition(".")[2]
         b = layer.b.float() * (layer.scaling * layer.rank / alpha)
         b = _pairs_together(b, heads[ending]) if ending in heads else b
+        n_bytes += 4 * (layer.a.numel() + b.numel())
         writer.add_tensor(f"{new}.lora_a", layer.a.float().contiguous().numpy())
         writer.add_tensor(f"{new}.lora_b", b.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if path.stat().st_size < n_bytes:  # numpy loses what does not fit at the end of a full disk without a word
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 PEFT = Engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.peft_model import card_header, remember
@@ -124,11 +126,11 @@ def export_adapter(
     sizes = {name: value for name, value in limits.items() if value is not None}
     _check_options(engine, wanted, sizes, keep_ranks, merge_into)
     most = None if parameters is None else parse_count(parameters, "parameters")
-    path = Path(output).expanduser().resolve()
-    if wanted.write is write_gguf:
-        check_writable(path, overwrite, "GGUF file")
-    else:
-        check_free(path, overwrite, RECORD_FILE, _replaceable(path))
+    if rank is not None:
+        check_rank(engine, rank)
+    path = check_output(output, engine, overwrite)
+    if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
+        raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
     trained = read_trained(directory, start)
     model = read_base(merge_into or base or trained.base, trained)
     trained = with_parameters(trained, model.parameters)
@@ -157,14 +159,28 @@ def export_adapter(
     return _write(result, lambda place: wanted.write(place, final, model), overwrite, final)
 
 
+def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Path:
+    """Find out, before the work, whether an export for an engine may be written there; give the absolute path.
+
+    Raises:
+        LoraInitError: It may not, or the engine is unknown.
+    """
+    path = Path(output).expanduser().resolve()
+    if find_engine(engine).write is write_gguf:
+        check_writable(path, overwrite, "GGUF file")
+    else:
+        check_free(path, overwrite, RECORD_FILE, _replaceable(path))
+    return path
+
+
 def _check_options(
     name: str | None, engine: Engine, sizes: Mapping[str, int | str | float], keep_ranks: bool, merge_into: str | None
 ) -> None:
     if len(sizes) > 1:
         raise LoraInitError(f"{' and '.join(sizes)} are both given. One of them says how large it may be.")
     for word, value in sizes.items():
-        if not isinstance(value, str) and value <= 0:
-            raise LoraInitError(f"{word}={value} must be above 0.")
+        if not isinstance(value, str) and not 0 < value < math.inf:
+            raise LoraInitError(f"{word}={value} must be above 0 and finite.")
     if merge_into is not None and (name is not None or sizes or keep_ranks):
         raise LoraInitError("a merged model has no ranks and is for every engine: leave engine, rank and budgets away.")
     if keep_ranks and not engine.ranks:
@@ -181,8 +197,8 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
-    if trained.others or trained.dora:
-        raise LoraInitError("intruder dimensions are reduced in plain LoRA only, without DoRA or modules_to_save.")
+    if trained.others or trained.dora or any(layer.experts for layer in trained.layers.values()):
+        raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
     restore = remember(model)
     peft_model = PeftModel.from_pretrained(model, str(directory))
 
@@ -221,14 +237,24 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
     """Write a file or a directory in one piece, a directory with a card and a record of what was done."""
     path = result.path
     if result.engine == "llama.cpp":
-        with new_file(path) as fresh:
-            write(fresh)
+        try:
+            with new_file(path) as fresh:
+                write(fresh)
+        except OSError as error:
+            raise LoraInitError(
+                f"{path}: cannot be written: {error.strerror or error}. Nothing was changed."
+            ) from error
         return replace(result, n_bytes=path.stat().st_size)
     with new_directory(path, overwrite, RECORD_FILE, _replaceable(path)) as fresh:
-        write(fresh)
+        try:
+            write(fresh)
+        except SafetensorError as error:  # no space, as a rule: what a full disk is elsewhere
+            raise OSError(str(error)) from error
         if not (fresh / CARD_FILE).exists():
             (fresh / CARD_FILE).write_text(_card(result, trained), encoding="utf-8")
-        files = sorted(file for file in fresh.iterdir())
+        files = sorted(fresh.iterdir())
+        for file in files:  # safetensors lets only the owner read its files, and an engine may be another user
+            file.chmod((fresh / CARD_FILE).stat().st_mode)
         result = replace(result, n_bytes=sum(file.stat().st_size for file in files))
         write_json(fresh / RECORD_FILE, {"files": [file.name for file in files], **result.to_dict()})
     return result

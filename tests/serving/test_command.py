@@ -51,3 +51,9 @@ def test_wrong_usage_is_one_line(options, message, trained, tmp_path):
     done = run("export", trained, "-o", tmp_path / "served", *options)
     assert_one_line_error(done, message)
     assert not (tmp_path / "served").exists()
+
+
+def test_an_output_that_exists_is_said_before_a_model_is_loaded(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.loading.models.load_model", lambda *_, **__: pytest.fail("loaded"))
+    done = run("export", trained, "-o", tmp_path, "--data", tmp_path / "data.jsonl")
+    assert_one_line_error(done, "exists and is not empty", "pass --overwrite.")

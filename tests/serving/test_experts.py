@@ -281,6 +281,7 @@ def test_a_merge_keeps_the_type_of_the_base(base, tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_are_refused_with_the_way_out(engine, base, tmp_path):
     trained = train(base, tmp_path / "trained")
+    refused("without DoRA, modules_to_save and experts", trained, tmp_path / "served", reduce_intruders=load(base))
     message = rf"{re.escape(engine)} does not take .*experts.gate_up_proj' of 4 experts.*merge_into="
     refused(message, trained, tmp_path / "served", engine)
 

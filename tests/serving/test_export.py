@@ -260,6 +260,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     refused("engine 'xyz' is unknown. Choose from vllm, ", trained, output, "xyz")
     refused("rank and parameters are both given", trained, output, rank=2, parameters=9)
     refused("rank=0 must be above 0", trained, output, rank=0)
+    for number in (math.nan, math.inf, -1):
+        refused(f"megabytes={number} must be above 0 and finite", trained, output, megabytes=number)
+    refused(
+        "rank=100000: no layer of this adapter can have more than rank 32. Choose less", trained, output, rank=10**5
+    )
+    refused("start=.*trained is the trained adapter itself", trained, output, start=trained)
     refused("tgi takes one rank", trained, output, "tgi", keep_ranks=True)
     refused("a merged model has no ranks", trained, output, rank=2, merge_into=str(base))
     refused("a budget of 10 parameters: rank 1 in all 6 layers takes", trained, output, parameters=10)
@@ -280,6 +286,63 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     biased = train(base, tmp_path / "biased", target_modules=["q_proj"], lora_bias=True)
     refused("has lora_B.bias, which no plain LoRA has", biased, output)
     refused("has no layer 'model.layers.0.mlp.down_proj'", trained, output, start=pissa)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(engine="llama.cpp"), dict(engine="ollama"), dict(merge_into="base")])
+@pytest.mark.parametrize("what", ["full disk", "Ctrl-C"])
+def test_nothing_half_written_is_left(what, options, base, tmp_path, monkeypatch):
+    """The kernel's answer to a full disk is that of a limit on the size of files."""
+    import resource
+    import signal
+
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    options |= {"merge_into": str(base)} if "merge_into" in options else {}
+    if what == "Ctrl-C":
+        for room in ("base", "engines"):
+            monkeypatch.setattr(f"lora_init.serving.{room}.save_file", interrupted)
+        if "engine" in options:
+            monkeypatch.setattr(pytest.importorskip("gguf").GGUFWriter, "write_tensors_to_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_adapter(trained, tmp_path / "served", **options)
+        assert not [path for path in tmp_path.iterdir() if "served" in path.name]
+        return
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1][1]))
+        refused("served.*: cannot be written: .*Nothing was changed", trained, tmp_path / "served", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old[1])
+        signal.signal(signal.SIGXFSZ, old[0])
+
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_all_that_is_written_may_be_read_by_an_engine_of_another_user(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    (tmp_path / "plain.txt").write_text("")
+    for directory in (export_adapter(trained, tmp_path / "served"),
+                      export_adapter(trained, tmp_path / "merged", merge_into=str(base))):  # fmt: skip
+        modes = {path.stat().st_mode for path in directory.path.iterdir()}
+        assert modes == {(tmp_path / "plain.txt").stat().st_mode}
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(base, tmp_path):
+    trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "merged"
+    index = base / "model.safetensors.index.json"
+    for files, message in (
+        ({"a": "model-1.safetensors"}, "has no model-1.safetensors. Only whole safetensors checkpoints"),
+        ({"a": "../trained/adapter_model.safetensors"}, "index.json names no files of this directory"),
+        (None, "index.json names no files of this directory"),
+    ):
+        index.write_text(json.dumps({"weight_map": files}))
+        refused(message, trained, output, merge_into=str(base))
+    index.unlink()
+    (base / "model.safetensors").write_bytes(b"\x00" * 9)
+    refused("model.safetensors is damaged", trained, output, merge_into=str(base))
+    (base / "model.safetensors").unlink()
+    refused("has no model.safetensors", trained, output, merge_into=str(base))
 
 
 def test_only_what_an_export_wrote_is_replaced(base, tmp_path):
