@@ -154,7 +154,7 @@ def _difference(trained: Trained, base: Base) -> str | None:
     layers = {name: layer.widths for name, layer in trained.layers.items()}
     for name, found in trained.unnamed.items():
         a, b = (found[end] for end in ends_of(found))
-        layers[name] = (a.shape[-1], b.shape[0])
+        layers[name] = (a.shape[-1], b.shape[0]) if a.dim() == b.dim() == 2 else (0, 0)
     for name, widths in layers.items():
         if name not in there:
             fused = ", nor fused parameters," * bool(trained.unnamed)

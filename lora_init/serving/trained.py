@@ -169,6 +169,9 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
             f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported. Call PEFT's "
             "merge_and_unload() and serve the model that it returns."
         )
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: target_parameters is no list of names.")
     read_shapes(directory)  # says what is wrong with the file, if there is something
     path = directory / WEIGHTS_FILE
     parts: dict[str, dict[str, Tensor]] = {}
@@ -186,7 +189,7 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     trained = Trained(config, {}, {key: others[key] for key in others if key not in copies}, parts)
     for name, found in parts.items():
         _check_pair(name, found, path)
-    if not config.get("target_parameters"):
+    if not parameters:
         trained = with_parameters(trained, {})
     # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
     began, origin = config.get("init_lora_weights"), origin_of(directory)
@@ -215,6 +218,8 @@ def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:
             "is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() and serve the "
             "model that it returns."
         )
+    elif not all(tensor.isfinite().all() for tensor in found.values()):
+        problem = "holds NaN or infinite numbers: its training went wrong. Save a checkpoint from before."
     if problem is not None:
         raise LoraInitError(f"{path}: layer {name!r} {problem}")
 

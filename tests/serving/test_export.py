@@ -226,7 +226,19 @@ def break_rank(directory):
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
+def diverge(directory):
+    tensors = load_file(directory / "adapter_model.safetensors")
+    next(tensor for key, tensor in tensors.items() if "lora_B" in key)[0, 0] = math.nan
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def name_no_parameters(directory):
+    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"target_parameters": 3}))
+
+
 BROKEN = {
+    "diverged": (diverge, "layer '.*' holds NaN or infinite numbers"),
+    "no parameters": (name_no_parameters, "adapter_config.json is damaged: target_parameters is no list of names"),
     "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
     "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
