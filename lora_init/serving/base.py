@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -99,7 +100,10 @@ def read_base(source: str, trained: Trained) -> Base:
             return base
         problem = problem or f"{difference} {type(made).__name__} {source!r}"
     problem = problem or f"{source!r} is of a class that transformers does not know"
-    raise LoraInitError(f"{problem}. Name the model that the adapter was trained on by base=.")
+    remedy = "Name the model that the adapter was trained on by base=."
+    if re.search(r"\.experts\.\d+\.", problem):  # as transformers 4 had them
+        remedy = "Load it with PEFT, which brings adapters of single experts into the model's form, and save it again."
+    raise LoraInitError(f"{problem}. {remedy}")
 
 
 def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
@@ -147,18 +151,16 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _difference(trained: Trained, base: Base) -> str | None:
     """Say which layer of the adapter is not in the model, or of other widths there."""
-    there = {
-        **base.widths,
-        **{name: (target.in_features, target.out_features) for name, target in base.parameters.items()},
-    }
+    fused = {name: (target.in_features, target.out_features) for name, target in base.parameters.items()}
+    there = {**base.widths, **fused}
     layers = {name: layer.widths for name, layer in trained.layers.items()}
     for name, found in trained.unnamed.items():
         a, b = (found[end] for end in ends_of(found))
         layers[name] = (a.shape[-1], b.shape[0]) if a.dim() == b.dim() == 2 else (0, 0)
     for name, widths in layers.items():
         if name not in there:
-            fused = ", nor fused parameters," * bool(trained.unnamed)
-            return f"the adapter's layer {name!r} is no linear layer or embedding{fused} of"
+            more = ", nor fused parameters," * bool(trained.unnamed)
+            return f"the adapter's layer {name!r} is no linear layer or embedding{more} of"
         if widths != there[name]:
             return "the adapter's layer {!r} is {} -> {}, and {} -> {} in".format(name, *widths, *there[name])
     return None
@@ -309,7 +311,9 @@ def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
     layer, module = trained.layers.get(name) or trained.layers[owner], base.model.get_submodule(owner)
     a, b = (factor[source.expert or 0] if layer.experts else factor for factor in (layer.a, layer.b))
     change = layer.scaling * (b.float() @ a.float())
-    transposed = getattr(module, "is_transposed", False) if layer.experts else _is_transposed(module)
+    transposed = _is_transposed(module) and not layer.experts
+    if base.model.get_parameter(name).dim() == 3:
+        transposed = getattr(module, "is_transposed", False)
     if layer.magnitude is not None:  # each row of the sum gets its length
         plain = weight.float().T if transposed else weight.float()
         summed = plain + change

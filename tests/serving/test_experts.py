@@ -1,6 +1,7 @@
 """Adapters of fused experts (PEFT's `target_parameters`) are exported, compressed and merged; engines refuse them."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -42,6 +43,7 @@ ADAPTERS = {
     "one parameter": dict(target_modules=["o_proj"], target_parameters=["layers.1.mlp.experts.down_proj",
                           "layers.1.feed_forward.experts.down_proj"]),
     "the router": dict(target_modules=[], target_parameters=[*BOTH, "gate.weight", "router.weight"]),
+    "biases of all experts": dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj_bias", *BOTH]),
     "the weight of a layer": dict(target_modules=["k_proj"], target_parameters=["q_proj.weight", *BOTH]),
 }  # fmt: skip
 
@@ -110,7 +112,8 @@ def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     assert config["r"] == exported.rank in (8, 16) and not config["rank_pattern"] and not config["alpha_pattern"]
     assert config["lora_alpha"] / config["r"] == exported.scaling
     rows = {t.shape[0] for key, t in tensors.items() if "lora_A" in key and "experts" in key}
-    assert rows == {4 * exported.rank} and exported.parameters == sum(t.numel() for t in tensors.values())
+    assert 4 * exported.rank in rows <= {4 * exported.rank, exported.rank}  # experts, and their biases as one matrix
+    assert exported.parameters == sum(t.numel() for t in tensors.values())
     expected = logits(base, trained)
     assert (expected - logits(base)).abs().max() > 0.01  # there is something to get wrong
     torch.testing.assert_close(logits(base, tmp_path / "served"), expected, atol=1e-6, rtol=1e-6)
@@ -168,6 +171,16 @@ def test_a_merged_model_does_what_peft_does(name, base, tmp_path, monkeypatch):
     export_adapter(trained, tmp_path / "merged", merge_into=str(base))
     assert digests(base) == before and len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     assert shapes(tmp_path / "merged") == shapes(base)
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
+
+
+@only("mixtral", "gpt_oss")
+def test_experts_that_were_trained_whole_are_merged(base, tmp_path):
+    settings = dict(target_modules=["q_proj"], target_parameters=None, modules_to_save=["experts"])
+    trained = train(base, tmp_path / "trained", **settings)
+    rewrite(trained, lambda found: {n: t * 1.5 if "experts" in n else t for n, t in found.items()})
+    export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    assert (logits(base, trained) - logits(base)).abs().max() > 0.01
     torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
 
 
@@ -241,6 +254,27 @@ def test_a_start_that_changed_the_base_is_taken_off_each_expert(base, tmp_path):
     served, after, before = (deltas(base, d) for d in (tmp_path / "served", tmp_path / "trained", start))
     for name, delta in served.items():
         torch.testing.assert_close(delta, after[name] - before[name], atol=1e-5, rtol=1e-5)
+
+
+@only("mixtral")
+def test_adapters_of_single_experts_go_by_way_of_peft(base, tmp_path):
+    """As they were made with transformers 4. PEFT converts them while it loads."""
+    widths = {"w1": (32, 24), "w3": (32, 24), "w2": (24, 32)}
+    tensors = {}
+    for layer, expert, (name, (d_in, d_out)) in itertools.product(range(2), range(4), widths.items()):
+        prefix = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(2, d_in) * 0.3
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, 2) * 0.3
+    old = tmp_path / "old"
+    old.mkdir()
+    save_file(tensors, old / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=[*widths])
+    (old / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    refused("experts.0.w1.*Load it with PEFT, which brings .* and save it again", old, tmp_path / "served")
+    PeftModel.from_pretrained(load(base), old).save_pretrained(tmp_path / "new")
+    export_adapter(tmp_path / "new", tmp_path / "served")
+    assert (logits(base, old) - logits(base)).abs().max() > 0.01
+    torch.testing.assert_close(logits(base, tmp_path / "served"), logits(base, old), atol=1e-6, rtol=1e-6)
 
 
 @only("mixtral", "gpt_oss")
