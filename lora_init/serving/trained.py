@@ -262,10 +262,8 @@ def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Train
 
 
 def _layer(target: Target, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layer:
-    rank, alpha = (
-        _said("rank_pattern", "r", target.name, config),
-        _said("alpha_pattern", "lora_alpha", target.name, config),
-    )
+    rank = _said("rank_pattern", "r", target.name, config)
+    alpha = _said("alpha_pattern", "lora_alpha", target.name, config)
     ends, experts = ends_of(found), target.experts
     a, b = found[ends[0]], found[ends[1]]
     if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank * max(experts, 1):
@@ -297,10 +295,11 @@ def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) ->
         config: adapter_config.json.
         shapes: Shapes of the tensors, from `read_shapes`.
     """
-    ranks = {}
+    ranks, wanted = {}, config.get("target_parameters")
+    wanted = wanted if isinstance(wanted, list) else []
     for name in adapted_layers(shapes):
         module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
-        keys = [key for key in config.get("target_parameters") or () if "." in key or module.endswith("experts")]
+        keys = [key for key in map(str, wanted) if "." in key or module.endswith("experts")]
         endings = (key.rpartition(".")[2] for key in keys if f".{module}.{key.rpartition('.')[2]}".endswith(f".{key}"))
         parameters = sorted({f"{module}.{ending}" for ending in endings}, key=lambda one: not one.endswith("down_proj"))
         if depth < len(parameters):
@@ -317,7 +316,7 @@ def subtract(trained: Trained, start: Trained, where: str) -> Trained:
     layers = {}
     for name, layer in trained.layers.items():
         before = start.layers.get(name)
-        if before is None or before.widths != layer.widths:
+        if before is None or (before.widths, before.experts) != (layer.widths, layer.experts):
             raise LoraInitError(f"start={where} has no layer {name!r} of these widths. It is another's start.")
         opposite = -before.rescaled(layer.scaling).b
         layers[name] = replace(layer, a=torch.cat([layer.a, before.a], -2), b=torch.cat([layer.b, opposite], -1))

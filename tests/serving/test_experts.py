@@ -330,3 +330,5 @@ def test_inspect_tells_ranks_and_engines_of_what_peft_trained(base, tmp_path):
     assert "PEFT takes this adapter as it is. Others take no adapter of experts: `lora-init export --merge-into" in (
         " ".join(done.stdout.split())
     )
+    (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"target_parameters": 3}))
+    assert run("inspect", trained).exit_code == 0  # shapes are all that is known
