@@ -14,9 +14,8 @@ import typer
 from lora_init.cli.console import (
     AsJson,
     TrustRemoteCode,
-    busy,
+    importing,
     make_console,
-    quiet_transformers,
     read_modules,
     read_names,
     say,
@@ -115,10 +114,8 @@ def compare(
         "completion": unescape(completion),
         "retain_template": unescape(retain_template),
     }
-    with busy("importing torch and transformers"):
+    with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-
-        quiet_transformers()
     found = run_comparison(
         model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, full=full,
         label=label, options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,

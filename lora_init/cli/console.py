@@ -172,17 +172,29 @@ def _quiet_libraries() -> Iterator[None]:
         yield
 
 
-def quiet_transformers() -> None:
-    """Stop transformers and the hub's client from logging and drawing bars of their own, unless asked to let them."""
-    if _running.verbose:
-        return
-    import logging
+@contextmanager
+def importing(model: str | None = None, data: str | None = None) -> Iterator[None]:
+    """Import torch and transformers in the block, after a look whether a model and data can be had, which is quick.
 
-    import transformers
+    Afterwards transformers and the hub's client neither log nor draw bars of their own, unless asked to.
+    """
+    from lora_init.loading.models import check_model
+    from lora_init.loading.sources import check_data
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if model is not None:
+        check_model(model)
+    if data is not None:
+        check_data(data)
+    with busy("importing torch and transformers"):
+        yield
+        if not _running.verbose:
+            import logging
+
+            import transformers
+
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+            transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def process_rank() -> int | None:

@@ -14,9 +14,9 @@ from lora_init.cli.console import (
     Samples,
     Template,
     busy,
+    importing,
     make_console,
     print_json,
-    quiet_transformers,
     unescape,
 )
 from lora_init.cli.tables import facts
@@ -50,11 +50,9 @@ def export(
     """Bring the trained adapter in DIRECTORY into the form that an engine loads, with the same outputs."""
     if data is not None and (merge_into or start or engine in ("llama.cpp", "ollama", "mlx")):
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
-    with busy("importing torch and transformers"):
+    with importing():
         from lora_init.loading.batches import load_batches
         from lora_init.serving.export import check_output, export_adapter
-
-        quiet_transformers()
     check_output(output, engine, overwrite)  # before a model is loaded
     loaded = _load(directory, base) if data is not None or reduce_intruders else None
     batches = None

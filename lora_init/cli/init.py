@@ -19,12 +19,12 @@ from lora_init.cli.console import (
     Template,
     TrustRemoteCode,
     busy,
+    importing,
     is_quiet,
     make_console,
     print_json,
     process_group,
     process_rank,
-    quiet_transformers,
     read_modules,
     read_names,
     say,
@@ -124,7 +124,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
-    with busy("importing torch and transformers"):
+    with importing(model, data):
         from lora_init.adapters.build import build_adapter, check_adapter_options
         from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
         from lora_init.adapters.peft_model import check_modules_to_save
@@ -132,8 +132,6 @@ def init(
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import find_device, open_model
         from lora_init.planning.allocate import allocate_ranks
-
-        quiet_transformers()
     options: dict[str, Any] = {
         "method": method, "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
         "modules_to_save": read_names(modules_to_save),

@@ -16,9 +16,9 @@ from lora_init.cli.console import (
     AsJson,
     TrustRemoteCode,
     busy,
+    importing,
     make_console,
     print_json,
-    quiet_transformers,
 )
 from lora_init.cli.tables import columns, facts, finite, rank_table
 from lora_init.errors import LoraInitError, first_line
@@ -89,11 +89,9 @@ def describe_intruders(
     source = model or about["base_model"]
     if not source:
         raise LoraInitError(f"{path} does not name its base model. Name it with --model.")
-    with busy("importing torch and transformers"):
+    with importing(source):
         from lora_init.adapters.intruders import THRESHOLD, K, intruder_dimensions
         from lora_init.loading.models import TASK_TYPES, load_model
-
-        quiet_transformers()
     task_type = about["task_type"] if about["task_type"] in TASK_TYPES else None
     with busy(f"loading {source}"):
         loaded = load_model(source, task_type=task_type, device="cpu", trust_remote_code=trust_remote_code)

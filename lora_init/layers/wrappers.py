@@ -122,7 +122,8 @@ class Precision:
     """What autocast is on for, where this is made: the model shall run in it, and statistics be computed without it."""
 
     def __init__(self) -> None:
-        accelerator = torch.accelerator.current_accelerator()
+        # Without an accelerator torch 2.6 raises where later releases give None.
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         devices = ["cpu", *([accelerator.type] if accelerator is not None else [])]
         self._dtypes = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
 

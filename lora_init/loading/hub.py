@@ -5,11 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from lora_init.errors import LoraInitError, first_line
 
 _SECONDS = 3.0
+
+
+def check_hub(name: str, kind: Literal["model", "dataset"]) -> None:
+    """Refuse what cannot be had. It takes a second: neither torch nor transformers nor `datasets` is imported.
+
+    Raises:
+        LoraInitError: No cache has the model or data set, and the hub cannot be asked, or has nothing of this name.
+    """
+    from huggingface_hub import constants
+
+    places = [Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")]
+    kept = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")).expanduser()
+    if kind == "dataset" and kept.is_dir():  # `datasets` spells the name as it likes, only the owner's as it is
+        places += [place for place in kept.iterdir() if place.name.startswith(name.partition("/")[0])]
+    if not any(place.is_dir() for place in places) and (reason := why_not_asked(name, kind)):
+        what = "model" if kind == "model" else "data"
+        raise LoraInitError(f"{what} {name!r}: no such file or folder, not in the hub's cache, and {reason}.")
 
 
 def why_not_asked(name: str, kind: Literal["model", "dataset"]) -> str:
@@ -23,7 +41,7 @@ def why_not_asked(name: str, kind: Literal["model", "dataset"]) -> str:
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "TRUE", "YES"}:
         return "the hub is not asked, because HF_HUB_OFFLINE is set"
-    import huggingface_hub
+    import huggingface_hub.utils
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     what = "model" if kind == "model" else "data"

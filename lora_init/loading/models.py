@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line
-from lora_init.loading.hub import offline, why_not_asked
+from lora_init.loading.hub import check_hub, offline, why_not_asked
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
 _KINDS = {
@@ -99,6 +99,16 @@ class ModelSource:
         reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
         drawn = frozenset([*loading["missing_keys"], *reshaped])
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
+
+
+def check_model(source: str) -> None:
+    """Refuse, before anything large is imported, a name that can be no model or one that cannot be had.
+
+    Raises:
+        LoraInitError: Such a name.
+    """
+    if not _check_source(source):
+        check_hub(source, "model")
 
 
 def open_model(source: str, *, task_type: str | None = None, trust_remote_code: bool = False) -> ModelSource:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.loading.hub import offline, why_not_asked
+from lora_init.loading.hub import check_hub, offline, why_not_asked
 
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -116,6 +116,16 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
     if len(table) == 0:
         raise LoraInitError(f"{label}: {_EMPTY}")
     return Rows(table, label, files[0] if files and len(files) == 1 else None)
+
+
+def check_data(source: str) -> None:
+    """Refuse a name that is neither here nor can be had, before `datasets` is imported.
+
+    Raises:
+        LoraInitError: Such a name.
+    """
+    if _find_files(source) is None:
+        check_hub(source, "dataset")
 
 
 def _find_files(source: Any) -> list[Path] | None:
