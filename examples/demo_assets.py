@@ -156,6 +156,8 @@ def _convert(source: Path, target: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
+    settings_file = target / "tokenizer_config.json"  # transformers 4 does not know the name that transformers 5 writes
+    settings_file.write_text(settings_file.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 if __name__ == "__main__":

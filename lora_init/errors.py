@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from importlib.util import find_spec
 
 # Libraries that only some things need, and the extra of this package that installs each.
@@ -47,6 +48,17 @@ def require(*libraries: str) -> None:
 
 def _how_to_install(library: str) -> str:
     return f"this needs {library}, which is not installed. Install it: pip install 'lora-init[{EXTRAS[library]}]'"
+
+
+def require_version(library: str, release: str, what: str) -> None:
+    """Make sure, before the work, that a library is as new as one feature needs, such as `"0.19"`.
+
+    Raises:
+        LoraInitError: It is older.
+    """
+    found = version(library)
+    if [int(part) for part in found.split(".")[:2]] < [int(part) for part in release.split(".")]:
+        raise LoraInitError(f"{what} needs {library} {release} or newer, and {found} is installed.")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
 from lora_init.adapters.peft_model import exact_pattern
+from lora_init.adapters.peft_versions import Batch, update_layer
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
@@ -260,7 +261,7 @@ def _set_weights(layer: Any, adapter_name: str, weight: Tensor | None, rank: int
     how.init_lora_weights = True if weight is None else "eva"  # with "eva" B is 0, and A is about to be filled
     a = None if weight is None else layer.lora_A[adapter_name].weight
     if a is None or rank != layer.r[adapter_name] or a.is_meta:
-        layer.update_layer(adapter_name=adapter_name, r=rank, lora_alpha=alpha, config=how)
+        update_layer(layer, adapter_name, rank, alpha, how)
     if a is not None:
         # update_layer falls back to the base layer's type; adapters of half-precision models are float32.
         layer.lora_A[adapter_name].to(a.dtype).weight.copy_(weight)
@@ -294,7 +295,7 @@ class _Functions:
         if self.model_inputs is not None:
             # PEFT's own function takes nothing but a dict, and a BatchEncoding is none.
             own = self.model_inputs is prepare_model_inputs_fn_language_modeling and isinstance(batch, Mapping)
-            self.for_layers = self.model_inputs(dict(batch) if own else batch, self.config)
+            self.for_layers = self.model_inputs(Batch(batch) if own else batch, self.config)
         return self.forward(model, batch)
 
     def rows(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

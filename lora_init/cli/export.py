@@ -20,7 +20,7 @@ from lora_init.cli.console import (
     unescape,
 )
 from lora_init.cli.tables import facts
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require_version
 
 if TYPE_CHECKING:
     from lora_init.loading.models import LoadedModel
@@ -50,6 +50,8 @@ def export(
     """Bring the trained adapter in DIRECTORY into the form that an engine loads, with the same outputs."""
     if data is not None and (merge_into or start or engine in ("llama.cpp", "ollama", "mlx")):
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
+    if reduce_intruders:
+        require_version("peft", "0.19", "--reduce-intruders")
     with importing():
         from lora_init.loading.batches import load_batches
         from lora_init.serving.export import check_output, export_adapter

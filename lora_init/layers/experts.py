@@ -119,7 +119,8 @@ def find_parameters(
         names = [name for name in parameters if f".{name}".endswith(f".{key}")]
         if not names:
             fused = sorted({name.rpartition(".")[2] for name, (_, p) in parameters.items() if p.dim() == 3})
-            hint = f"Parameters of three dimensions: {', '.join(fused)}." if fused else "It has no fused experts."
+            none = "It has no fused experts, as models of transformers have them since 5.0."
+            hint = f"Parameters of three dimensions: {', '.join(fused)}." if fused else none
             raise LoraInitError(f"target_parameters: {key!r} matches no parameter of {model_class}. {hint}")
         for name in names:
             owner = name.rpartition(".")[0]

@@ -25,8 +25,10 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".p
 # Rows of a stream among which the examples are drawn: a stream can be read from its beginning only.
 _MOST_STREAMED = 10_000
 _EMPTY = "the data is empty. Expected at least one example."
-# How `datasets` says that files are empty, or have a header and no rows.
-_NOTHING = ("StopIteration", "No columns to parse", 'Instruction "train" corresponds to no data')
+# How `datasets` says that files are empty, or have a header and no rows; the last of them until 4.8.
+_NOTHING = (
+    "StopIteration", "No columns to parse", 'Instruction "train" corresponds to no data', "Please pass `features` or"
+)  # fmt: skip
 _T = TypeVar("_T")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.peft_model import card_header, remember
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, new_directory, new_file, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.budgets import parse_count
@@ -194,6 +194,7 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     PEFT counts while it reduces, so the count after is that of a second reduction, which is thrown away. The model is
     wrapped meanwhile, and afterwards as it was.
     """
+    require_version("peft", "0.19", "reduce_intruders")
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 

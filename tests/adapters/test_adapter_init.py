@@ -18,6 +18,7 @@ from lora_init import LoraInitError, build_adapter, collect, initialize
 from lora_init.adapters.peft_model import origin_of
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
+from tests.versions import NO_CONFIG
 
 peft = pytest.importorskip("peft")
 
@@ -371,7 +372,7 @@ def test_one_module_under_two_names_is_one_layer():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.config = None
+            self.config = NO_CONFIG
             self.first = nn.Linear(8, 8)
             self.second = self.first
             self.third = nn.Linear(8, 8)
@@ -393,7 +394,7 @@ def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.config = None
+            self.config = NO_CONFIG
             self.table, self.used, self.never = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 4)
             self.conv_never = nn.Conv1d(4, 6, 3, groups=2)
 

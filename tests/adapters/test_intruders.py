@@ -15,6 +15,7 @@ from lora_init.layers.targets import find_targets
 from tests.commands import assert_one_line_error, run, save_model
 from tests.comparison.test_starts import assert_same, snapshot
 from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
+from tests.versions import needs_intruders
 
 NAMES = ["q_proj", "down_proj", "up_proj"]
 
@@ -66,6 +67,7 @@ def test_against_brute_force(make):
     assert found.energy_share == pytest.approx(energy / total, rel=1e-4)
 
 
+@needs_intruders
 def test_against_peft():
     """PEFT says how many it would reduce in each layer."""
     peft_model = with_adapter(tiny_llama())

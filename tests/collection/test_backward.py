@@ -389,7 +389,7 @@ def test_running_out_of_memory_in_the_backward_pass_is_one_line():
 def test_convolutions_are_refused():
     model = tiny_vit()
     with pytest.raises(LoraInitError, match="is a Conv2d: gradient statistics are for linear layers"):
-        collect(model, labelled("vit"), rank=4, gradients=True, target_modules=["projection", "q_proj"])
+        collect(model, labelled("vit"), rank=4, gradients=True, target_modules=["projection", "classifier"])
 
 
 def test_the_file_keeps_gradients(tmp_path):

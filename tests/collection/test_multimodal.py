@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from lora_init import allocate_ranks, build_adapter, collect
 from tests.collection.test_activations import recorded
+from tests.versions import OLD_TRANSFORMERS
 
 TEXT = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -44,8 +45,9 @@ def llava():
 def qwen2_vl():
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+    rope = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
     config = Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)},
+        text_config=TEXT | {("rope_scaling" if OLD_TRANSFORMERS else "rope_parameters"): rope},
         vision_config=dict(
             depth=2, embed_dim=32, num_heads=4, hidden_size=32, patch_size=4, spatial_merge_size=2,
             temporal_patch_size=2, mlp_ratio=2,
@@ -58,7 +60,7 @@ def qwen2_vl():
             **(made := tokens(16, 4, generator)),
             "pixel_values": torch.randn(64, 96, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * 4),
-            "mm_token_type_ids": (made["input_ids"] == 63).int(),
+            **({} if OLD_TRANSFORMERS else {"mm_token_type_ids": (made["input_ids"] == 63).int()}),
         }
 
     return Qwen2VLForConditionalGeneration(config), batch, "language_model"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lora_init import ExactPCA, LoraInitError, allocate_ranks, build_adapter, collect, find_targets, principal_angles
 from lora_init.layers.convolutions import MAX_PATCHES, patches_of
+from tests.versions import NO_CONFIG
 
 # A convolution and the shape of its input: what varies in the world.
 CONVOLUTIONS = {
@@ -35,7 +36,7 @@ class Net(nn.Module):
     def __init__(self, convolution):
         super().__init__()
         self.conv = convolution
-        self.config = None
+        self.config = NO_CONFIG
 
     def forward(self, x):
         return self.conv(x)

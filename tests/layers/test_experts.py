@@ -26,6 +26,7 @@ from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks
 from tests.collection.test_activations import run
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama
+from tests.versions import NO_CONFIG, needs_fused_experts
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 COMMON = dict(
@@ -35,6 +36,7 @@ COMMON = dict(
 
 
 def mixtral(**changes):
+    needs_fused_experts()
     from transformers import MixtralConfig, MixtralForCausalLM
 
     settings = dict(COMMON, num_local_experts=4, num_experts_per_tok=2)
@@ -42,6 +44,7 @@ def mixtral(**changes):
 
 
 def qwen2_moe():
+    needs_fused_experts()
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     return Qwen2MoeForCausalLM(
@@ -56,6 +59,7 @@ def qwen2_moe():
 
 
 def qwen3_moe():
+    needs_fused_experts()
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     return Qwen3MoeForCausalLM(
@@ -64,6 +68,7 @@ def qwen3_moe():
 
 
 def gpt_oss():
+    needs_fused_experts()
     from transformers import GptOssConfig, GptOssForCausalLM
 
     model = GptOssForCausalLM(GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2)).eval()
@@ -349,7 +354,7 @@ def test_what_has_no_known_input_is_left_to_peft(tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.config = None
+            self.config = NO_CONFIG
             self.linear, self.odd = nn.Linear(8, 8), Odd()
 
         def forward(self, x):

@@ -35,6 +35,7 @@ def mllama():
     text = dict(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0, max_position_embeddings=64,
+        rope_scaling={"rope_type": "default"},
     )  # fmt: skip
     vision = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_global_layers=1, attention_heads=4,
@@ -75,7 +76,12 @@ CASES = {
         ("intermediate.dense", "0.output.dense", "1.output.dense"),
         None,
     ),
-    "vit": (MODELS["vit"], (*Q_K_V, "o_proj"), ("fc1", "fc2"), None),
+    "vit": (  # transformers 4 names the layers as BERT's
+        MODELS["vit"],
+        (*Q_K_V, "o_proj", "query", "key", "value", "attention.output.dense"),
+        ("fc1", "fc2", "intermediate.dense", "0.output.dense", "1.output.dense"),
+        None,
+    ),
     "t5": (tiny_t5, ("n.q", "n.k", "n.v", "n.o"), ("wi_0", "wi_1", "wo"), ".EncDecAttention."),
     "bart": (bart, (*Q_K_V, "out_proj"), ("fc1", "fc2"), ".encoder_attn."),
     "whisper": (whisper, (*Q_K_V, "out_proj"), ("fc1", "fc2"), ".encoder_attn."),

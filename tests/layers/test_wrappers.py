@@ -214,6 +214,8 @@ def test_what_else_a_model_returns_makes_no_difference(name, switch, where):
     model, batches = MODELS[name](), batches_for(name)
     if switch == "output_attentions":
         model.set_attn_implementation("eager")
+        if model.config._attn_implementation != "eager":
+            pytest.skip("transformers 4 does not switch every model")
     if switch == "use_cache" and name == "bert":
         pytest.skip("no cache")
     expected = collect(model, batches, rank=2)

@@ -7,6 +7,7 @@ import pytest
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_llama
 from tests.serving.test_export import ADAPTERS, train
+from tests.versions import OLD_PEFT
 
 
 @pytest.fixture
@@ -28,13 +29,21 @@ def test_it_prints_the_sizes_and_ends_with_the_command(trained, tmp_path):
 
 
 def test_json_has_errors_losses_and_intruders(trained, tmp_path):
-    options = ["--rank", "1", "--data", tmp_path / "data.jsonl", "--max-length", "32", "--reduce-intruders", "--json"]
-    done = run("export", trained, "-o", tmp_path / "served", *options)
+    options = ["--rank", "1", "--data", tmp_path / "data.jsonl", "--max-length", "32", "--json"]
+    done = run("export", trained, "-o", tmp_path / "served", *options, *([] if OLD_PEFT else ["--reduce-intruders"]))
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
-    assert summary["rank"] == 1 and 0 < summary["error"] < 1 and len(summary["intruders"]) == 2
+    assert summary["rank"] == 1 and 0 < summary["error"] < 1 and (OLD_PEFT or len(summary["intruders"]) == 2)
     before, after = summary["losses"]
     assert before > 0 and after > 0 and before != after
+
+
+@pytest.mark.parametrize("found", ["0.18.1", "0.19.0"])
+def test_an_old_peft_reduces_no_intruders(found, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.errors.version", lambda _: found)
+    done = run("export", trained, "-o", tmp_path / "served", "--reduce-intruders", "--engine", "sglang", "--rank", "0")
+    words = "--reduce-intruders needs peft 0.19 or newer, and 0.18.1 is installed."
+    assert_one_line_error(done, words if found == "0.18.1" else "rank")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lora_init.serving.trained import read_trained
 from tests import assets
 from tests.adapters.test_build import made_up_statistics
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.versions import needs_intruders
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -28,7 +29,7 @@ def base(tmp_path):
 def load(base):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(base).eval()
+    return AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
 
 
 def train(base, directory, **settings):
@@ -189,6 +190,7 @@ def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path,
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(load(base), trained), atol=1e-5, rtol=1e-5)
 
 
+@needs_intruders
 def test_intruders_are_reduced_as_peft_does_it(base, tmp_path):
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
@@ -401,7 +403,7 @@ def test_logits_of_a_real_model_stay_within_1e_4(settings, tmp_path):
     adapted = get_peft_model(load(model), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.003)
+            parameter.data.normal_(std=0.005)
     adapted.save_pretrained(tmp_path / "trained")
     export_adapter(tmp_path / "trained", tmp_path / "served", base=str(model))
     # In float64: float32 alone moves these logits, of up to 20, by 1e-3 when sums are taken in another order.

@@ -1,0 +1,22 @@
+"""Which tests need more than the oldest versions that the package works with."""
+
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+
+
+def older(library, release):
+    return Version(version(library)) < Version(release)
+
+
+OLD_TRANSFORMERS = older("transformers", "5.0")
+OLD_PEFT = older("peft", "0.19")
+# It takes a model without a config, but none whose config is None.
+NO_CONFIG = {} if OLD_PEFT else None
+needs_intruders = pytest.mark.skipif(OLD_PEFT, reason="PEFT reduces intruder dimensions since 0.19")
+
+
+def needs_fused_experts():
+    if OLD_TRANSFORMERS:
+        pytest.skip("transformers fuses experts since 5.0")
