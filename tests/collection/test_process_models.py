@@ -17,6 +17,7 @@ from lora_init.layers.wrappers import gathered, unwrapped
 from tests.collection.test_processes import SETTINGS, kept, llama, message
 from tests.conftest import batches_for
 from tests.processes import Processes, run
+from tests.versions import needs_fsdp_on_cpu
 
 
 def assert_same(one, other):
@@ -75,6 +76,7 @@ def wrapped_and_sharded(rank, size, folder):
     return found
 
 
+@needs_fsdp_on_cpu
 def test_wrapped_and_sharded_models(tmp_path):
     first, second = run(wrapped_and_sharded, 2, tmp_path)
     assert all(first[name] == second[name] for name in first if isinstance(first[name], str))
@@ -119,6 +121,7 @@ def with_gradients(rank, size, folder):
     return found
 
 
+@needs_fsdp_on_cpu
 def test_gradients_of_wrapped_and_sharded_models(tmp_path):
     first, second = run(with_gradients, 2, tmp_path)
     plain = Statistics.load(tmp_path / "plain-0")
@@ -156,6 +159,7 @@ def broken_halfway(rank, size, folder, moment):
     return found[0] != ""
 
 
+@needs_fsdp_on_cpu
 @pytest.mark.parametrize("moment", ["forward", "loss"])
 def test_a_sharded_model_that_breaks_in_one_process_ends_the_other(moment, tmp_path):
     processes = Processes(broken_halfway, 2, tmp_path, moment)
