@@ -35,16 +35,9 @@ batches = lora_init.load_batches(data, tokenizer, samples=args.samples, **settin
 held_out = lora_init.load_batches(data, tokenizer, samples=max(args.samples // 8, 4), offset=args.samples, **settings)
 print(f"train on {batches.description}")
 
-# What each layer reads decides where its adapter starts and how much rank it gets.
-stats = lora_init.collect(model, batches, rank=16, rho=2.0, task_type="CAUSAL_LM", data=batches.description)
-ranks = lora_init.allocate_ranks(stats, rank=16, rho=2.0)
-init = lora_init.build_adapter(stats, ranks, method="eva", lora_alpha=16, freeze_a=args.freeze_a)
-print(f"ranks {min(ranks.values())} to {max(ranks.values())}, {init.n_parameters():,} parameters")
-peft_model = init.apply(model)
-
-# From here on nothing knows about lora_init. The batches are made already: Trainer takes them one at a time.
+# The batches are made already: Trainer takes them one at a time.
 trainer = Trainer(
-    model=peft_model,
+    model=model,
     args=TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
@@ -60,6 +53,11 @@ trainer = Trainer(
     eval_dataset=held_out,
     data_collator=lambda items: items[0],
 )
+
+# What the trainer is about to train on decides where its adapter starts and how much rank each layer gets.
+peft_model = lora_init.initialize(trainer, rank=16, rho=2.0, lora_alpha=16, freeze_a=args.freeze_a)
+peft_model.print_trainable_parameters()
+
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 print(f"held-out loss of the answer: {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -34,19 +35,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.model or make_tiny_model(Path(folder) / "model")
         data = arguments.data or make_sums(Path(folder) / "sums.jsonl")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
 
-        # The one addition to a TRL script: a sample of the training data decides where the adapter starts.
-        batches = lora_init.load_batches(data, tokenizer, samples=128, batch_size=8)
-        model = lora_init.initialize(
-            model, batches, rank=arguments.rank, freeze_a=arguments.freeze_a, task_type="CAUSAL_LM",
-            data=batches.description,
-        )  # fmt: skip
-        model.print_trainable_parameters()
-
         trainer = SFTTrainer(
-            model=model,  # a PeftModel: no peft_config here
+            model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
             processing_class=tokenizer,
             train_dataset=load_dataset("json", data_files=str(data), split="train"),
             args=SFTConfig(
@@ -59,9 +51,12 @@ def main() -> None:
                 save_strategy="no",
                 report_to=[],
                 bf16=torch.cuda.is_available(),
-                gradient_checkpointing=False,
             ),
+            peft_config=LoraConfig(r=arguments.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
+        # The one addition to a TRL script: what the trainer is about to train on decides where its adapter starts.
+        model = lora_init.initialize(trainer, freeze_a=arguments.freeze_a)
+        model.print_trainable_parameters()
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

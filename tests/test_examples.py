@@ -20,7 +20,7 @@ SHORT = {
     "finetune_vit": ["--steps=60", "--output=OUTPUT"],
 }
 # tests/adapters, tests/cli, tests/collection and tests/layers run these.
-ELSEWHERE = {"diffusion", "quickstart", "sft_trl", "rank_budget", "two_processes"}
+ELSEWHERE = {"diffusion", "dpo_trl", "quickstart", "sft_trl", "rank_budget", "two_processes"}
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""initialize(): from a model and data to a model with an adapter, in one call."""
+"""initialize(): from a model and data, or from a trainer, to a model with an adapter, in one call."""
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
@@ -13,8 +14,10 @@ from lora_init.adapters.build import build_adapter, check_adapter_options
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
+from lora_init.adapters.trainers import hand_over, is_trainer, opened
 from lora_init.collection.collect import collect
 from lora_init.collection.processes import Processes
+from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def initialize(
-    model: nn.Module,
-    batches: Iterable[Any],
+    model: nn.Module | Any,
+    batches: Iterable[Any] | None = None,
     rank: int = 16,
     rho: float = 2.0,
     method: str = "eva",
@@ -43,9 +46,15 @@ def initialize(
 ) -> PeftModel:
     """Do all of it in one call: collect statistics, allocate ranks, build the adapter, put it on the model.
 
+    Given a trainer, it learns from the very batches that the trainer is about to train on (its collator, its template,
+    its packing, its labels, in its order), and the trainer then trains the adapter. A trainer that was made with a
+    `peft_config`, a `LoraConfig`, gets an adapter of that rank, alpha, dropout and of those layers; `rho` still moves
+    ranks between them. A trainer that was made with a plain model gets what the arguments say. With `DPOTrainer` give a
+    `peft_config`: without one it has loaded a second model as its reference, which stays.
+
     Args:
-        model: The plain model.
-        batches: What `collect` takes.
+        model: The plain model; or a `Trainer` of transformers or one of TRL's, before `train()`.
+        batches: What `collect` takes. Default: those of the trainer.
         rank: Average rank of a layer.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
         method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout`,
@@ -58,10 +67,29 @@ def initialize(
         seed: Seed of the decomposition and of random initializations.
         **collect_options: Passed on to `collect`: `exclude_modules`, `target_parameters`, `task_type` and so on.
 
+    Returns:
+        The PeftModel; also `trainer.model` from then on.
+
     Raises:
         LoraInitError: As `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and `AdapterInit.apply` do;
-            before any batch is read, where that can be known then.
+            before any batch is read, where that can be known then. A trainer that has begun, or whose adapter is not a
+            fresh LoRA adapter; it is as it was then.
     """
+    if is_trainer(model):
+        shape: dict[str, Any] = dict(rank=rank, target_modules=target_modules, lora_alpha=lora_alpha)
+        shape |= dict(use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout)
+        shape |= dict(modules_to_save=modules_to_save)
+        defaults = {name: one.default for name, one in inspect.signature(initialize).parameters.items()}
+        given = {name: value for name, value in shape.items() if value != defaults[name]}
+        with opened(model, method, given, collect_options) as found:
+            adapted = initialize(
+                found.model, found.batches if batches is None else batches, rho=rho, method=method, whiten=whiten,
+                gamma=gamma, freeze_a=freeze_a, adapter_name=adapter_name, seed=seed, **found.options,
+            )  # fmt: skip
+        hand_over(model, adapted)
+        return adapted
+    if batches is None:
+        raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
     check_plain(model, "initialize()")
     options: dict[str, Any] = dict(method=method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora)
     options |= dict(lora_dropout=lora_dropout, modules_to_save=modules_to_save)

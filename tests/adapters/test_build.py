@@ -182,11 +182,18 @@ def test_it_trains_in_transformers_trainer(tmp_path):
 
 @pytest.mark.parametrize(
     ("example", "arguments"),
-    [("quickstart", []), ("sft_trl", ["--steps", "8"]), ("sft_trl", ["--steps", "12", "--freeze-a"])],
+    [
+        ("quickstart", []),
+        ("sft_trl", ["--steps", "8"]),
+        ("sft_trl", ["--steps", "12", "--freeze-a"]),
+        ("dpo_trl", ["--steps", "16", "--learning-rate", "5e-3"]),
+    ],
 )
 def test_the_examples_run_and_learn(example, arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [example, *arguments])
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(Path(__file__).parents[2] / "examples" / f"{example}.py"), run_name="__main__")
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    runpy.run_path(str(examples / f"{example}.py"), run_name="__main__")
     losses = [float(number) for number in re.findall(r"(?:loss|->) (\d+\.\d+)", capsys.readouterr().out)]
     assert len(losses) >= 2 and losses[-1] < losses[0] and not list(tmp_path.iterdir())

@@ -1,0 +1,191 @@
+"""A trainer of transformers or TRL -> its model, its batches, the adapter it asks for; and an adapter back into it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.initializers import GRADIENT_METHODS
+from lora_init.adapters.peft_model import adapter_layers, exact_pattern, remember, remove_adapters
+from lora_init.collection.activations import call_model
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import IGNORED
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# What an adapter of a trainer may be set to: these go on to the adapter that takes its place.
+_SHAPE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
+# These select layers, and which they selected is read off the model; the rest is bookkeeping.
+_READ = (
+    "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "task_type",
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "runtime_config",
+)  # fmt: skip
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# Their loss is what the model computes from labels. Other trainers compute their own, of two answers for example.
+_PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
+
+
+def is_trainer(model: Any) -> bool:
+    """Tell a trainer from a model, without importing transformers."""
+    return hasattr(model, "get_train_dataloader") and hasattr(model, "train_dataset")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a trainer holds, with its adapter taken off.
+
+    Attributes:
+        model: The plain model.
+        options: For `initialize`: what the trainer's `peft_config` says of the adapter, and how its batches are run.
+        batches: What the trainer is about to train on, in its order.
+    """
+
+    model: nn.Module
+    options: dict[str, Any]
+    batches: Iterator[Any]
+
+
+@contextmanager
+def opened(trainer: Any, method: str, given: Mapping[str, Any], collect_options: Mapping[str, Any]) -> Iterator[Opened]:
+    """Take a trainer's untrained adapter off its model, if it has one, and open its data; put it back on an exception.
+
+    Args:
+        trainer: Before training.
+        method: The start that is asked for.
+        given: Arguments of `initialize` about the adapter that are not at their defaults.
+        collect_options: Arguments of `collect`.
+
+    Raises:
+        LoraInitError: Training has begun; the adapter was trained or has settings that cannot be kept; `given` says
+            again what the `peft_config` says; or a start from gradients is asked of a trainer with a loss of its own.
+    """
+    name, options = type(trainer).__name__, dict(collect_options)
+    if trainer.optimizer is not None:
+        raise LoraInitError(f"the {name} has an optimizer already. Call initialize() right after it is made.")
+    gradients = method in GRADIENT_METHODS or bool(options.get("gradients"))
+    if gradients and (trainer.compute_loss_func or _defines(trainer, "compute_loss") not in _PLAIN_LOSS):
+        raise LoraInitError(
+            f"method={method!r}: a start from gradients needs the gradient of the training loss, and this {name} "
+            "computes a loss of its own. Take method='eva', or another that reads inputs alone."
+        )
+    model = trainer.model
+    shape = _shape_of(model, given) if hasattr(model, "peft_config") else _task_of(model, options)
+    restore = remember(model)
+    try:
+        if hasattr(model, "peft_config"):
+            model = model.get_base_model()
+            remove_adapters(model)
+        taken = inspect.signature(type(model).forward).parameters
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            kept = {key: value for key, value in batch.items() if key in taken}
+            return call_model(model, kept, with_labels=gradients)
+
+        options.setdefault("data", f"training batches of {name}")
+        options.setdefault("forward", forward)
+        with _batches(trainer) as batches:
+            yield Opened(model, {**given, **options, **shape}, batches)
+    except BaseException:
+        restore()
+        raise
+
+
+def hand_over(trainer: Any, adapted: PeftModel) -> None:
+    """Let a trainer train this model, as if it had been made with it."""
+    before = trainer.model
+    if hasattr(before, "peft_config"):
+        kept = next((p.dtype for n, p in before.named_parameters() if ".lora_A." in n), torch.float32)
+        for name, parameter in adapted.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:  # TRL trains the adapter of a quantised model in bfloat16
+                parameter.data = parameter.data.to(kept)
+    elif trainer.args.gradient_checkpointing:
+        adapted.enable_input_require_grads()  # as TRL does for an adapter of its own
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
+
+
+def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what a trainer's adapter is to be like, as arguments of `initialize`."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import ParamWrapper
+
+    adapter = next(iter(model.peft_config))
+    config, layers = model.peft_config[adapter], adapter_layers(model)
+    if len(model.peft_config) > 1 or not isinstance(config, LoraConfig):
+        raise LoraInitError(
+            f"the trainer's model has the adapters {', '.join(model.peft_config)} ({config.peft_type}), and one LoRA "
+            "adapter is expected. Give the trainer the plain model and a LoraConfig as peft_config."
+        )
+    if given:
+        raise LoraInitError(f"{', '.join(given)}: the trainer's peft_config decides that. Leave it out here.")
+    if any(bool(layer.lora_B[adapter].weight.any()) for layer in layers.values() if adapter in layer.lora_B):
+        raise LoraInitError(
+            f"the trainer's adapter is no fresh one: B is not zero (init_lora_weights={config.init_lora_weights!r}). "
+            "Give the trainer the plain model and a LoraConfig as peft_config."
+        )
+    default = LoraConfig(init_lora_weights=config.init_lora_weights)
+    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_READ)]
+    changed = [name for name in other if getattr(config, name) != getattr(default, name)]
+    if changed:
+        raise LoraInitError(
+            f"the trainer's peft_config sets {', '.join(changed)}, which initialize() decides itself or cannot keep. "
+            "Leave it out."
+        )
+    plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+    return {
+        "rank": config.r,
+        **{name: getattr(config, name) for name in _SHAPE},
+        "modules_to_save": config.modules_to_save or (),
+        "target_modules": exact_pattern(plain) if plain else [],
+        "target_parameters": config.target_parameters,
+        "task_type": config.task_type,
+    }
+
+
+def _task_of(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    ending = next((ending for ending in _TASKS if type(model).__name__.endswith(ending)), "")
+    return {"task_type": options.get("task_type", _TASKS.get(ending))}
+
+
+@contextmanager
+def _batches(trainer: Any) -> Iterator[Iterator[Any]]:
+    """Open a trainer's own batches, and leave no trace: the trainer will draw the same ones in the same order."""
+    with torch.random.fork_rng(devices=[]):
+        loader = trainer.get_train_dataloader()
+        try:
+            yield _labelled(trainer, loader)
+        finally:
+            loaders = getattr(trainer.accelerator, "_dataloaders", [])
+            loaders[:] = [other for other in loaders if other is not loader]
+            if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
+                loader.end()
+
+
+def _labelled(trainer: Any, loader: Any) -> Iterator[Any]:
+    for batch in loader:
+        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+            raise LoraInitError(
+                f"{type(trainer).__name__} makes its batches of tokens while it trains, so there are none to learn "
+                "from yet. Initialize the plain model on load_batches(...), and give the trainer the result."
+            )
+        if "labels" not in batch and "completion_mask" in batch:  # of DPOTrainer: both answers count
+            yield {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
+        else:
+            yield batch
+
+
+def _defines(trainer: Any, method: str) -> str:
+    """Name the class that a method of an object is from."""
+    return next(kind.__name__ for kind in type(trainer).__mro__ if method in vars(kind))

@@ -1,0 +1,234 @@
+"""initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import lora_init
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.errors import LoraInitError
+from tests.conftest import tiny_llama
+
+WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
+trl = pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    made.chat_template = CHAT
+    return made
+
+
+def sentences(n=40):
+    return [" ".join(WORDS[(i * k) % 12] for k in range(3, 9)) for i in range(1, n + 1)]
+
+
+def chats():
+    return Dataset.from_list([{"prompt": f"what is {text}", "completion": f" {text}"} for text in sentences()])
+
+
+def pairs():
+    both = zip(sentences(), sentences()[::-1], strict=True)
+    return Dataset.from_list([{"prompt": f"what {a}", "chosen": f" {a}", "rejected": f" {b}"} for a, b in both])
+
+
+def settings(kind, tmp_path, **more):
+    base = dict(output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, logging_steps=1)
+    base |= dict(report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
+    return kind(**base | more)
+
+
+def plain(tmp_path, tokenizer, model=None, **more):
+    ids = [tokenizer(text)["input_ids"] for text in sentences()]
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    return Trainer(model or tiny_llama(), settings(TrainingArguments, tmp_path, **more), collator, data)
+
+
+def sft(tmp_path, tokenizer, model=None, peft_config=None, **more):
+    args = settings(trl.SFTConfig, tmp_path, bf16=False, max_length=32, **more)
+    model = model or tiny_llama()
+    return trl.SFTTrainer(model, args, train_dataset=chats(), processing_class=tokenizer, peft_config=peft_config)
+
+
+def dpo(tmp_path, tokenizer, model=None, peft_config=None, **more):
+    args = settings(trl.DPOConfig, tmp_path, bf16=False, max_length=32, **more)
+    model = model or tiny_llama()
+    return trl.DPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer, peft_config=peft_config)
+
+
+def batches_of(trainer, n=3):
+    """The batches that a trainer trains on, as the model gets them."""
+    seen, inner = [], trainer.training_step
+
+    def step(model, inputs, *rest, **more):
+        seen.append(inputs["input_ids"].clone())
+        return inner(model, inputs, *rest, **more)
+
+    trainer.training_step = step
+    trainer.train()
+    return seen[:n]
+
+
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+MADE = {
+    "Trainer": plain,
+    "SFTTrainer": sft,
+    "SFTTrainer with peft_config": lambda *a, **k: sft(*a, peft_config=LoraConfig(**LORA), **k),
+    "DPOTrainer with peft_config": lambda *a, **k: dpo(*a, peft_config=LoraConfig(**LORA), **k),
+}
+RANK = {made: {} if "peft" in made else {"rank": 4} for made in MADE}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("made", MADE)
+def test_the_trainer_trains_the_adapter(made, checkpointing, tmp_path, tokenizer):
+    trainer = MADE[made](tmp_path, tokenizer, gradient_checkpointing=checkpointing)
+    base = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    adapted = lora_init.initialize(trainer, **RANK[made])
+    assert isinstance(adapted, PeftModel) and trainer.model is adapted
+    layers = adapter_layers(adapted)
+    start = {name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()}
+    assert all((a @ a.T - torch.eye(len(a))).abs().max() < 1e-4 for a in start.values())  # directions, not random
+    if "peft" in made:
+        assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "v_proj"}
+        assert sum(layer.r["default"] for layer in layers.values()) == 4 * len(layers)
+        assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+        assert adapted.peft_config["default"].lora_dropout == 0.1
+    else:
+        assert len(layers) == 14
+    trainer.train()
+    for name, layer in layers.items():
+        assert layer.lora_B["default"].weight.abs().max() > 0, name
+        assert not torch.equal(layer.lora_A["default"].weight, start[name]), name
+    after = adapted.get_base_model().state_dict()
+    for name, value in base.items():
+        plain_name = name.removeprefix("base_model.model.")
+        if "lora_" not in name:
+            key = plain_name if plain_name in after else plain_name.replace(".weight", ".base_layer.weight")
+            assert torch.equal(after[key], value), name
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, tokenizer, monkeypatch):
+    seen = []
+    trainer, other = (MADE[made](tmp_path, tokenizer) for _ in range(2))
+    inner = lora_init.adapters.trainers._labelled
+
+    def record(trainer, loader):
+        for batch in inner(trainer, loader):
+            seen.append(batch["input_ids"].clone())
+            yield batch
+
+    monkeypatch.setattr(lora_init.adapters.trainers, "_labelled", record)
+    lora_init.initialize(trainer, **RANK[made])
+    assert len(seen) > 3
+    trained, without = batches_of(trainer), batches_of(other)
+    assert len(trained) == 3
+    for ours, theirs, undisturbed in zip(seen, trained, without, strict=False):
+        assert torch.equal(ours, theirs) and torch.equal(theirs, undisturbed)
+
+
+def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
+    """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
+    trainer = sft(tmp_path, tokenizer)
+    before, open_before = torch.random.get_rng_state(), trainer.accelerator.gradient_state.dataloader_references[:]
+    lora_init.initialize(trainer, rank=4, max_batches=2)
+    assert trainer.accelerator.gradient_state.dataloader_references == open_before
+    assert trainer.accelerator._dataloaders == []
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_the_reference_of_dpo_is_the_plain_model(with_config, tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    model = type(tiny_llama()).from_pretrained(tmp_path / "model")
+    config = LoraConfig(**LORA | {"lora_dropout": 0.0}) if with_config else None
+    trainer = dpo(tmp_path, tokenizer, model, config, max_steps=6)
+    lora_init.initialize(trainer, **({} if with_config else {"rank": 4}))
+    assert (trainer.ref_model is None) == with_config
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=2e-4)  # ln 2: the model is the reference yet
+    assert min(losses) < 0.66
+
+
+def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
+    every, answers = (dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA)) for _ in range(2))
+    counted = []
+    for trainer, mask in ((every, "attention"), (answers, "labels")):
+        lora_init.initialize(trainer, token_mask=mask, statistics=tmp_path / f"{mask}.safetensors")
+        counted.append(lora_init.Statistics.load(tmp_path / f"{mask}.safetensors").provenance)
+    assert counted[1].n_samples < counted[0].n_samples
+    assert counted[0].data == "training batches of DPOTrainer"
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "natural-gradient-step"])
+def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer)
+    adapted = lora_init.initialize(trainer, rank=2, rho=1, method=method, task_type="CAUSAL_LM")
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapter_layers(adapted).values())
+    trainer.train()
+
+
+def trained(trainer):
+    trainer.train()
+    return trainer
+
+
+REFUSED = {
+    "after training": (lambda *a: trained(sft(*a)), {}, r"the SFTTrainer has an optimizer already"),
+    "said twice": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"rank": 8}, r"^rank: the trainer's peft_config decides"
+    ),
+    "ranks of its own": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA, rank_pattern={"q_proj": 2})), {}, r"sets rank_pattern, which"
+    ),
+    "not fresh": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA, init_lora_weights="pissa")), {}, r"is no fresh one: B is not"
+    ),
+    "two adapters": (
+        lambda *a: dpo(*a, model=sft(*a, peft_config=LoraConfig(**LORA)).model), {}, r"has the adapters default, ref"
+    ),
+    "a loss of its own": (
+        lambda *a: dpo(*a, peft_config=LoraConfig(**LORA)), {"method": "lora-one"}, r"this DPOTrainer computes a loss"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case, tmp_path, tokenizer):
+    make, arguments, message = REFUSED[case]
+    trainer = make(tmp_path, tokenizer)
+    before = trainer.model
+    with pytest.raises(LoraInitError, match=message):
+        lora_init.initialize(trainer, **arguments)
+    assert trainer.model is before
+
+
+def test_a_failure_leaves_the_trainer_as_it_was(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    before, state = trainer.model, {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.data_collator = lambda rows: {"texts": ["made while it trains"]}
+    with pytest.raises(LoraInitError, match="SFTTrainer makes its batches of tokens while it trains"):
+        lora_init.initialize(trainer)
+    assert trainer.model is before and state.keys() == before.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
+
+
+def test_a_model_needs_batches():
+    with pytest.raises(LoraInitError, match="batches are missing"):
+        lora_init.initialize(tiny_llama())
