@@ -17,6 +17,7 @@ from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 from lora_init.adapters.trainers import hand_over, is_trainer, opened
 from lora_init.collection.collect import collect
 from lora_init.collection.processes import Processes
+from lora_init.collection.tokenized import as_batches
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 
@@ -96,7 +97,7 @@ def initialize(
     check_adapter_options(**options, gamma=gamma)
     check_modules_to_save(model, modules_to_save)
     searched = gamma is None and changes_output(method)
-    aside, others = set_aside(batches) if searched else ([], batches)
+    aside, others = set_aside(as_batches(batches, model, seed)) if searched else ([], batches)
     if method in GRADIENT_METHODS:
         collect_options.setdefault("gradients", True)
     stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **collect_options)

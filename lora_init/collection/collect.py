@@ -26,6 +26,7 @@ from lora_init.collection.backward import BackwardHooks, Loss
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.collection.state import Collected
+from lora_init.collection.tokenized import as_batches
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
 from lora_init.layers.masks import TokenMasks
@@ -130,7 +131,8 @@ def collect(
     Args:
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences, in random order. Read once. In
-            several processes a loader for one of them, or one that gives all the same.
+            several processes a loader for one of them, or one that gives all the same. A tokenized `datasets.Dataset`
+            (with `input_ids`) is shuffled and padded in batches of four.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings. Also `"attention"`,
             `"mlp"` or `"cross-attention"`, see `find_targets`.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
@@ -186,6 +188,7 @@ def collect(
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
     model, precision = unwrapped(model), Precision()
+    batches = as_batches(batches, model, seed)
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
     _check_targets(model, targets, rank)

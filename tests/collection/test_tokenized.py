@@ -1,0 +1,87 @@
+"""A tokenized data set goes straight to collect."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+import lora_init
+from lora_init.collection.collect import collect
+from lora_init.collection.tokenized import as_batches
+from lora_init.errors import LoraInitError
+from tests.conftest import tiny_bert, tiny_llama, tiny_vit
+
+
+def tokenized(n=24, **columns):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 64, (5 + i % 7,), generator=generator).tolist() for i in range(n)]
+    return Dataset.from_dict({"input_ids": ids, "text": ["left out"] * n, **{k: v(ids) for k, v in columns.items()}})
+
+
+def spectra(stats):
+    return [stats[name].explained_variance for name in stats]
+
+
+@pytest.mark.parametrize("form", ["Dataset", "torch format", "IterableDataset"])
+def test_every_row_is_read_once_and_padding_does_not_count(form):
+    rows, model = tokenized(), tiny_llama()
+    n_tokens = sum(map(len, rows["input_ids"]))
+    given = {"Dataset": rows, "torch format": rows.with_format("torch"), "IterableDataset": rows.to_iterable_dataset()}[
+        form
+    ]
+    found = collect(model, given, rank=2, tolerance=0)
+    assert (found.provenance.n_batches, found.provenance.n_samples) == (6, n_tokens)
+    exact = collect(model, [{"input_ids": torch.tensor([ids])} for ids in rows["input_ids"]], rank=2, tolerance=0)
+    for ours, theirs in zip(spectra(found), spectra(exact), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0.1)  # the same rows; the order decides how much of the tail is kept
+
+
+def test_order_is_random_and_the_seed_decides_it():
+    rows = tokenized(n=40)
+    first, again, other = (
+        [b["input_ids"].tolist() for b in as_batches(rows, tiny_llama(), seed)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert sorted(map(tuple, rows["input_ids"][:4])) != sorted(tuple(x for x in ids if x) for ids in first[0])
+
+
+def test_a_batch_is_as_a_collator_makes_it():
+    rows = tokenized(n=4, labels=lambda ids: [[-100, *row[1:]] for row in ids])
+    (batch,) = as_batches(rows, tiny_llama(pad_token_id=9), 0)
+    longest = max(map(len, rows["input_ids"]))
+    assert {name: tuple(t.shape) for name, t in batch.items()} == dict.fromkeys(
+        ["input_ids", "labels", "attention_mask"], (4, longest)
+    )
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and (batch["input_ids"][padding] == 9).all() and (batch["labels"][padding] == -100).all()
+
+
+def test_columns_that_are_no_tokens():
+    (batch,) = as_batches(tokenized(n=4, label=lambda ids: [i % 2 for i in range(len(ids))]), tiny_bert(), 0)
+    assert batch["labels"].shape == (4,)
+    images = Dataset.from_dict({"pixel_values": torch.randn(8, 1, 16, 16).tolist()})
+    assert collect(tiny_vit(), images, rank=2).provenance.n_batches == 2
+
+
+def test_initialize_takes_it_too_and_sets_batches_aside():
+    rows = tokenized(n=40, labels=lambda ids: ids)
+    adapted = lora_init.initialize(tiny_llama(), rows, rank=2, method="natural-gradient-step")
+    assert adapted.peft_config["default"].r == 2
+
+
+def test_a_loader_goes_as_it_is():
+    rows = tokenized().remove_columns("text").select(range(8)).with_format("torch")
+    loader = DataLoader(rows, batch_size=1)
+    assert collect(tiny_llama(), loader, rank=2).provenance.n_batches == 8
+
+
+def test_texts_are_refused_with_what_to_do():
+    with pytest.raises(LoraInitError, match=r"the columns text, and LlamaForCausalLM takes none .* load_batches"):
+        collect(tiny_llama(), Dataset.from_dict({"text": ["a", "b"]}))
+
+
+def test_the_file_of_a_pass_is_of_the_same_order(tmp_path):
+    model = tiny_llama()
+    first = collect(model, tokenized(), rank=2, statistics=tmp_path / "s.safetensors")
+    again = collect(model, tokenized(), rank=2, statistics=tmp_path / "s.safetensors")
+    assert again.provenance.settings == first.provenance.settings
