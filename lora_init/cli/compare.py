@@ -13,8 +13,12 @@ import typer
 
 from lora_init.cli.console import (
     AsJson,
+    Completion,
+    DataFormat,
+    Template,
     TrustRemoteCode,
     importing,
+    is_quiet,
     make_console,
     read_modules,
     read_names,
@@ -60,8 +64,9 @@ def compare(
     full: Annotated[
         bool, typer.Option("--full", help="Also train all weights, to say how much there is to win.")
     ] = False,
-    template: Annotated[str | None, typer.Option(help="Text of an example, or the prompt.")] = None,
-    completion: Annotated[str | None, typer.Option(help="What the model should answer, as a template.")] = None,
+    template: Template = None,
+    completion: Completion = None,
+    data_format: DataFormat = None,
     label: Annotated[str | None, typer.Option(help="Column of the class: trains a classifier.")] = None,
     options: Annotated[
         str | None, typer.Option(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
@@ -124,7 +129,8 @@ def compare(
         data_seed=data_seed, rank=rank, lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
         statistics_batches=statistics_batches, retain_data=retain_data, retain_samples=retain_samples, dtype=dtype,
         device=device, trust_remote_code=trust_remote_code, dry_run=dry_run,
-        command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments,
+        command=shlex.join(["lora-init", *sys.argv[1:]]), say=say,
+        format=data_format, progress=False if is_quiet() else None, **arguments,
     )  # fmt: skip
     if dry_run:
         _show_plan(found, as_json)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -30,6 +30,10 @@ TrustRemoteCode = Annotated[
 ]
 Template = Annotated[str | None, Option(help='Text of an example, as in "{passage}\\nQuestion: {question}?".')]
 Completion = Annotated[str | None, Option(help="What the model should answer; --template is then the prompt.")]
+DataFormat = Annotated[
+    Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"] | None,
+    Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
+]
 Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
 MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]
 

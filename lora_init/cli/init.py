@@ -14,6 +14,7 @@ from typer import Argument, Option
 from lora_init.cli.console import (
     AsJson,
     Completion,
+    DataFormat,
     MaxLength,
     Samples,
     Template,
@@ -101,10 +102,7 @@ def init(
     task_type: Annotated[str | None, Option(help="PEFT's task type. Default: what the checkpoint is for.")] = None,
     template: Template = None,
     completion: Completion = None,
-    data_format: Annotated[
-        Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"] | None,
-        Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
-    ] = None,
+    data_format: DataFormat = None,
     subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
     samples: Samples = 256,

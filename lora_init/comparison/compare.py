@@ -233,6 +233,7 @@ def _init_command(model: str, data: str | Path, options: tuple[DataOptions, Mode
     completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
     words = {
         "--template": reading.template,
+        "--format": reading.format,
         "--completion": completion,
         "--subset": reading.subset,
         "--split": None if reading.split == "train" else reading.split,

@@ -26,7 +26,7 @@ from lora_init.comparison.starts import (
     differs_in_scale,
     split_start,
 )
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import write_whole
 
 Record = dict[str, Any]
@@ -94,7 +94,9 @@ class Plan:
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise LoraInitError(f"seeds={list(seeds)}: expected whole numbers from 0 on, each once.")
         if self.sweep not in ("halving", "full"):
-            raise LoraInitError(f"sweep={self.sweep!r} is unknown. Choose halving or full.")
+            raise LoraInitError(
+                f"sweep={self.sweep!r} is unknown. {did_you_mean(str(self.sweep), ('halving', 'full'))}"
+            )
 
     def compared(self, ranks_cost_the_same: bool) -> list[str]:
         """List the starts, and after them the same with what makes them comparable.

@@ -141,6 +141,7 @@ class DataOptions:
 
     Attributes:
         template: Text of an example, or the prompt if there is a completion.
+        format: As for `load_batches`.
         completion: What the model should answer. For multiple choice it names the column `answer`; that is its
             default, after a space.
         label: Column of the class; makes this a classification.
@@ -162,6 +163,7 @@ class DataOptions:
     """
 
     template: str | None = None
+    format: str | None = None
     completion: str | None = None
     label: str | None = None
     options: str | None = None
@@ -201,7 +203,7 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
     classes = () if asked.label is None else _classes(data.table, name, asked.label)
-    reading = recipe(names, name, tokenizer, asked.template, _completion(asked, kind))
+    reading = recipe(names, name, tokenizer, asked.template, _completion(asked, kind), asked.format)
     limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
 
     read = _reader(asked, reading, tokenizer, limit, classes)

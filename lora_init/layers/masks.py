@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.wrappers import plain_names
 
 # The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
@@ -49,7 +49,7 @@ class TokenMasks:
 
     def __init__(self, model: nn.Module, token_mask: str, gradients: bool = False) -> None:
         if token_mask not in ("attention", "labels"):
-            raise LoraInitError(f"token_mask={token_mask!r}, expected 'attention' or 'labels'.")
+            raise LoraInitError(f"token_mask={token_mask!r}: {did_you_mean(str(token_mask), ('attention', 'labels'))}")
         self.by_labels = token_mask == "labels"
         self._gradients = gradients
         self._shifted = gradients and shifts_labels(model)

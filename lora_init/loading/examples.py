@@ -9,7 +9,7 @@ from itertools import takewhile
 from string import Formatter
 from typing import Any
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 IGNORED = -100  # the label of a token that has none, as in layers.masks
@@ -65,7 +65,7 @@ def recipe(
             columns are missing, or messages meet a tokenizer without a chat template.
     """
     if data_format is not None and (template is not None or data_format not in FORMATS):
-        unknown = f"is unknown. Choose from {', '.join(FORMATS)}."
+        unknown = f"is unknown. {did_you_mean(str(data_format), FORMATS)}"
         both = "and a template say two things. Give one."
         raise LoraInitError(f"format={data_format!r} {unknown if template is None else both}")
     if template is not None:

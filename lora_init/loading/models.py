@@ -81,7 +81,7 @@ class ModelSource:
         """Read the weights; see `load_model`."""
         place = find_device(device)
         if dtype not in DTYPES:
-            raise LoraInitError(f"dtype {dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+            raise LoraInitError(f"dtype {dtype!r} is unknown. {did_you_mean(str(dtype), DTYPES)}")
         import torch
         import transformers
 

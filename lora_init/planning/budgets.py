@@ -12,7 +12,7 @@ from numbers import Real
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.targets import Target
 
 IntArray = NDArray[np.int64]
@@ -113,7 +113,7 @@ def choose_budget(
         return Budget(kind, number, "bytes", int(number * 10**6), dtype)
     if kind == "variance":
         if coverage not in COVERAGES:
-            raise LoraInitError(f"coverage={coverage!r} is unknown. Choose from {', '.join(COVERAGES)}.")
+            raise LoraInitError(f"coverage={coverage!r} is unknown. {did_you_mean(str(coverage), COVERAGES)}")
         return Budget(kind, number, "variance", number, coverage=coverage)
     if n_parameters < 1:
         raise LoraInitError(
@@ -130,7 +130,7 @@ def bytes_per_parameter(dtype: str) -> int:
         LoraInitError: An unknown dtype.
     """
     if dtype not in _BYTES:
-        raise LoraInitError(f"dtype={dtype!r} is unknown. Choose from {', '.join(_BYTES)}.")
+        raise LoraInitError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _BYTES)}")
     return _BYTES[dtype]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import Target
 from lora_init.planning.budgets import BoolArray, IntArray
@@ -45,7 +45,7 @@ class Limits:
         known = [field.name for field in fields(Limits)]
         unknown = next((key for key in settings if key not in known), None)
         if unknown is not None:
-            raise LoraInitError(f"{where}{unknown!r} is no limit. Choose from rank, {', '.join(known)}.")
+            raise LoraInitError(f"{where}{unknown!r} is no limit. {did_you_mean(unknown, ('rank', *known))}")
         checked: dict[str, Any] = {}
         for key, value in settings.items():
             if value is None:

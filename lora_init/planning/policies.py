@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.targets import Target
 from lora_init.planning.budgets import BoolArray, FloatArray, IntArray
 from lora_init.statistics.spectrum import Spectrum
@@ -201,8 +201,8 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
     if policy in POLICIES:
         return POLICIES[policy](spectra.ratios, widths), divisors
     if policy not in GRADIENT_POLICIES:
-        known = ", ".join((*POLICIES, *GRADIENT_POLICIES))
-        raise LoraInitError(f"policy={policy!r} is unknown. Choose from {known}, or give a function.")
+        known = did_you_mean(str(policy), (*POLICIES, *GRADIENT_POLICIES))
+        raise LoraInitError(f"policy={policy!r} is unknown. {known} A function is one, too.")
     return GRADIENT_POLICIES[policy](_gradient_numbers(policy, stats, spectra), widths), divisors
 
 

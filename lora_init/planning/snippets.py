@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import Any
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.targets import matches
 from lora_init.planning.plan import RankAllocation, alpha_for, plan_text, plan_to_dict, scaling_of, source_text
 
@@ -36,7 +36,7 @@ def snippet(
             made by hand, without widths.
     """
     if tool not in FORMATS:
-        raise LoraInitError(f"format={tool!r} is unknown. Choose from {', '.join(FORMATS)}.")
+        raise LoraInitError(f"format={tool!r} is unknown. {did_you_mean(str(tool), FORMATS)}")
     if not 0.0 < lora_alpha < math.inf:
         raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
     if not plan.total_rank:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,10 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from torch import nn
+from typer.testing import CliRunner
 
 import lora_init
+from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init import cli as package
 from lora_init.cli import app as cli
+from lora_init.comparison.runs import Plan
+from lora_init.errors import LoraInitError
+from lora_init.loading.models import open_model
+from lora_init.planning.snippets import snippet
+from lora_init.serving.engines import find_engine
 from tests.commands import run
 
 
@@ -107,3 +116,51 @@ def test_it_runs_as_a_module_and_as_a_script():
 def test_nothing_names_this_machine():
     # The example in the help was printed by a real run; it must not tell where.
     assert os.sep + "work" + os.sep not in Path(cli.__file__).read_text()
+
+
+@pytest.mark.parametrize(
+    ("call", "closest"),
+    [
+        (lambda: allocate_ranks(statistics(), rank=2, policy="evaa"), "eva"),
+        (lambda: allocate_ranks(statistics(), megabytes=1, dtype="float23"), "float32"),
+        (lambda: allocate_ranks(statistics(), variance=0.9, coverage="totl"), "total"),
+        (lambda: allocate_ranks(statistics(), rank=2, overrides={"0": {"max_rnk": 2}}), "max_rank"),
+        (lambda: snippet(allocate_ranks(statistics(), rank=2), "axolotll"), "axolotl"),
+        (lambda: build_adapter(statistics(), 2, "evva"), "eva"),
+        (lambda: collect(nn.Sequential(nn.Linear(8, 8)), [torch.randn(8, 8)], rank=2, token_mask="label"), "labels"),
+        (lambda: load_batches([{"text": "x"}], None, format="alpacca"), "alpaca"),
+        (lambda: open_model("x", task_type="CAUSALLM"), "CAUSAL_LM"),
+        (lambda: find_engine("vlm"), "vllm"),
+        (lambda: Plan(["random"], [1e-3], [0], "halvin"), "halving"),
+    ],
+)
+def test_every_choice_that_is_none_is_answered_with_the_closest(call, closest):
+    with pytest.raises(LoraInitError, match=rf"Did you mean {closest}\?"):
+        call()
+
+
+def statistics():
+    torch.manual_seed(0)
+    return collect(nn.Sequential(nn.Linear(8, 8)), [torch.randn(8, 8) for _ in range(3)], rank=2)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("lora-init in", ["init", "inspect"]), ("lora-init init m d --method ev", ["eva", "eva-grad"]),
+     ("lora-init compare m d --form", ["--format"])],
+)  # fmt: skip
+def test_the_shell_completes_commands_options_and_choices(shell, typed, offered):
+    environment = {"_LORA_INIT_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": typed}
+    if shell == "bash":
+        environment |= {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    if shell == "fish":
+        environment |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    result = CliRunner().invoke(cli.app, [], env=environment, prog_name="lora-init")
+    said = re.findall(r"[\w-]+", result.output)
+    assert [word for word in offered if word not in said] == [], result.output
+
+
+def test_completion_can_be_installed():
+    shown = CliRunner().invoke(cli.app, ["--help"]).output
+    assert "--install-completion" in shown and "--show-completion" in shown

@@ -16,6 +16,7 @@ from lora_init.cli import app as cli
 from lora_init.cli.compare import show_comparison
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import read_runs, read_settings
+from tests.commands import WORDS
 from tests.comparisons import make_home, planted
 from tests.comparisons import settings as planted_settings
 
@@ -165,3 +166,22 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     assert said.endswith("The same command goes on from there.")
     assert [record["status"] for record in read_runs(tmp_path / "out")] == ["finished"]
     assert "random" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_quiet_and_format_reach_the_comparison(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lora_init.comparison.compare.compare", lambda *_, **options: asked.append(options) or 1 / 0)
+    for more in ([], ["-q", "--format", "alpaca"]):
+        run(*command, *more, code=1)
+    assert [(options["progress"], options["format"]) for options in asked] == [(None, None), (False, "alpaca")]
+
+
+def test_the_format_decides_how_rows_are_read(home, tmp_path):
+    texts = [" ".join(WORDS[i % 19 :] + WORDS[: i % 7]) for i in range(40)]
+    rows = [{"instruction": "say", "output": "sat", "text": text} for text in texts]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["compare", home / "llama", tmp_path / "two.jsonl", "-o", tmp_path / "out", "--steps", 1, "--seeds", 1]
+    words += ["--starts", "random", "--learning-rates", "1e-3", "--selection-samples", 6, "--report-samples", 8]
+    run(*words, "--batch-size", 4, "--rank", 2, "--format", "text", "-q")
+    settings = read_settings(tmp_path / "out")
+    assert settings["data"].endswith(", text") and "--format text" in settings["init"]
