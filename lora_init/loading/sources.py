@@ -180,6 +180,8 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
     from pandas.errors import ParserWarning
 
     kinds = sorted({_suffix(file) for file in files})
+    if not any(file.exists() for file in files):
+        raise LoraInitError(f"{label}: no such files. For texts in memory, make rows of them: [{{'text': ...}}, ...].")
     if kinds[0] not in _READERS or len(kinds) > 1:
         raise LoraInitError(
             f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(_READERS)}, or "

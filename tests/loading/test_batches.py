@@ -91,8 +91,9 @@ def test_every_kind_of_file_gives_the_same_batches(write, tokenizer, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     (tmp_path / "data.txt").write_text("\n\n".join(row["text"] for row in rows))  # a blank line is no example
     Dataset.from_list(rows).to_csv(tmp_path / "data.csv", index=False)
+    Dataset.from_list(rows).to_csv(tmp_path / "data.tsv", index=False, sep="\t")
     Dataset.from_list(rows).to_parquet(tmp_path / "DATA.PARQUET")
-    for name in ("data.jsonl", "data.json", "data.txt", "data.csv", "DATA.PARQUET"):
+    for name in ("data.jsonl", "data.json", "data.txt", "data.csv", "data.tsv", "DATA.PARQUET"):
         batches = load_batches(str(tmp_path / name), tokenizer)
         assert sorted(texts(batches, tokenizer)) == sorted(row["text"] + "<eos>" for row in rows), name
         assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
@@ -407,6 +408,7 @@ def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tm
     for source, message in {
         str(tmp_path / "parts" / "*.csv"): "no such file or folder",
         (path, tmp_path / "missing.jsonl"): "2 files: datasets cannot read it: .*missing.jsonl",
+        ("how are you?", "well"): r"no such files. For texts in memory, make rows of them: \[{'text': ...}, ...\]",
         3: "data of type int: expected a path",
         (1, 2): "data of type tuple: expected a path",
     }.items():

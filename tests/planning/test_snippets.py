@@ -5,6 +5,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.snippets import FORMATS, snippet
 from tests.conftest import tiny_llama
 from tests.planning.made import model_and_statistics
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def ranks_and_scalings(config):
@@ -154,3 +157,42 @@ def test_what_is_in_a_name_stays_in_a_comment():
     stats = model_and_statistics()[1]
     plan = replace(allocated(stats)[0], provenance=replace(stats.provenance, data="a\nimport os  # b"))
     assert "\nimport os" not in snippet(plan, "peft") + snippet(plan, "axolotl")
+
+
+def axolotl_reads(config):
+    schema = pytest.importorskip("axolotl.utils.schemas.config", reason="axolotl is not installed")
+    whole = yaml.safe_load((EXAMPLES / "axolotl.yaml").read_text())
+    read = schema.AxolotlInputConfig(**whole | config)
+    assert {name: getattr(read, name) for name in config} == config
+    return read
+
+
+def llama_factory_reads(config, monkeypatch):
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
+    parser = pytest.importorskip("llamafactory.hparams", reason="LLaMA-Factory is not installed")
+    whole = yaml.safe_load((EXAMPLES / "llama_factory.yaml").read_text())
+    if "lora_rank" in config:
+        whole = {
+            name: value for name, value in whole.items() if name not in ("adapter_name_or_path", "create_new_adapter")
+        }
+    model, _, _, tuning, _ = parser.get_train_args(whole | config)
+    return model, tuning
+
+
+def test_the_examples_and_snippets_pass_the_schema_of_axolotl():
+    read = axolotl_reads({})
+    assert read.lora_model_dir == "adapter" and read.datasets[0].path == "chat.jsonl"
+    plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
+    for alpha in (8, 7):  # the second is no whole alpha for every rank, and needs the adapter
+        axolotl_reads(yaml.safe_load(snippet(plan, "axolotl", alpha)))
+
+
+def test_the_examples_and_snippets_pass_the_parser_of_llama_factory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, tuning = llama_factory_reads({}, monkeypatch)
+    assert model.adapter_name_or_path == ["adapter"] and not tuning.create_new_adapter
+    stats = model_and_statistics("CAUSAL_LM")[1]
+    same = allocate_ranks(stats, rank=4, policy="uniform")
+    assert llama_factory_reads(yaml.safe_load(snippet(same, "llama-factory", 24)), monkeypatch)[1].lora_rank == 4
+    unequal = yaml.safe_load(snippet(allocated(stats)[0], "llama-factory", 24))
+    assert llama_factory_reads(unequal, monkeypatch)[0].adapter_name_or_path == ["adapter"]
