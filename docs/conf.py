@@ -5,14 +5,21 @@ from pathlib import Path
 
 import lora_init
 
-sys.path.insert(0, str(Path(__file__).parent))  # for cli_reference
+sys.path.insert(0, str(Path(__file__).parent))  # for cli_reference and notebook_page
 
 project = "lora_init"
 author = "lora_init contributors"
 copyright = "lora_init contributors"  # noqa: A001
 version = release = lora_init.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cli_reference", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "cli_reference",
+    "notebook_page",
+    "sphinx_copybutton",
+]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 

@@ -14,6 +14,7 @@ from lora_init.comparison.findings import Summary, rate_text
 from lora_init.comparison.runs import RANDOM, best_rates
 from lora_init.comparison.starts import FULL, START_NAMES, split_start
 from lora_init.errors import LoraInitError, require
+from lora_init.statistics.figures import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def difference_figure(summary: Summary) -> Figure:
         raise LoraInitError("no start has been compared with random yet, so there is nothing to draw.")
     figure = Figure(figsize=(5.0, 1.1 + 0.36 * compared), dpi=110, layout="constrained")
     _draw_differences(figure.add_subplot(), summary, looks(split_start(start)[0] for start in summary.table["start"]))
-    return figure
+    return shown(figure)
 
 
 def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, str], None]) -> bytes:

@@ -18,6 +18,7 @@ from lora_init.layers.grid import layer_grid
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation, plan_text, source_text
 from lora_init.planning.policies import POLICIES, Spectra, stack_spectra
+from lora_init.statistics.figures import shown
 from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
 
     figure = Figure(figsize=_map_size(ranks), dpi=110, layout="constrained")
     draw_heat_map(figure.add_subplot(), ranks)
-    return figure
+    return shown(figure)
 
 
 def _draw_spectra(axes: Any, kind: str, layers: Mapping[int, str], plan: RankAllocation, spectra: Spectra) -> None:

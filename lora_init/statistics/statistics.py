@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
+from lora_init.statistics.figures import shown
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum, Variances
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
@@ -190,7 +191,7 @@ class Statistics(Mapping[str, Spectrum]):
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
-        return figure
+        return shown(figure)
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.group_of:
