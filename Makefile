@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help venv test test-serving check format docs demo bench clean
 
 help:
-	@echo 'make demo    fetch a small model and BoolQ, compute an adapter, train it against a random one'
+	@echo 'make demo    a small model and real questions: compute an adapter, train it, export it, and write a page about it'
 	@echo 'make test    run the tests'
 	@echo 'make test-serving  serve exported adapters in real engines; needs python3.11, a compiler and an hour'
 	@echo 'make check   ruff, mypy --strict'

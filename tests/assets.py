@@ -24,6 +24,10 @@ def boolq(file="combined.jsonl"):
     return _asset("dataset", "BoolQ", file)
 
 
+def siqa():
+    return _asset("dataset", "SIQA", "test.jsonl")
+
+
 @cache
 def _fetched(function, *arguments):
     try:

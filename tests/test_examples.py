@@ -14,7 +14,7 @@ from tests.assets import EXAMPLES, demo_assets
 
 # Which arguments make a script short. "OUTPUT" becomes a folder of the test.
 SHORT = {
-    "demo": ["--samples=16", "--steps=2", "--held-out=4", "--output=OUTPUT"],
+    "demo": ["--samples=24", "--steps=2", "--held-out=8", "--output=OUTPUT", "--page=OUTPUT.html"],
     "finetune_classifier": ["--samples=40", "--steps=2", "--output=OUTPUT"],
     "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=60", "--output=OUTPUT"],
@@ -54,7 +54,7 @@ def numbers(pattern, text):
 
 @pytest.mark.slow
 def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
-    assets.smollm2(), assets.boolq()
+    assets.smollm2(), assets.siqa()
     out = run("demo")
     assert "q_proj" in out and str(tmp_path / "output") in out
     sizes = re.findall(r"Training .* start: ([\d,]+) parameters", out)
@@ -67,6 +67,10 @@ def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
     assert (tmp_path / "output/adapter_config.json").exists()
     assert numbers(r"within (\S+) of its own", out)[0] < 1e-4
     assert f"--lora-modules output-served={tmp_path / 'output-served'}" in out
+    page = (tmp_path / "output.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2 == len(re.findall(r'role="img" aria-label="[^"]{60,}"', page))
+    assert page.count('<dd class="after">') == 1 and "<script" not in page and "http-equiv" in page
+    assert f"{at_start[0]:.2f} before" in page and str(tmp_path / "output.html") in out
 
 
 def test_finetune_llm_learns_the_answer(run, tmp_path):

@@ -76,9 +76,10 @@ def recipe(
     found = next((name for name, columns in possible.items() if set(columns) <= set(names)), None)
     if found is None:
         expected = ", or ".join(" and ".join(columns) for columns in possible.values())
+        answer = f" with the completion ' {{{names[1]}}}'" if len(names) == 2 else ""
         raise LoraInitError(
             f"{label} has the columns {', '.join(names)}. Expected {expected}; "
-            f"name others in a template, such as '{{{names[0] if names else 'column'}}}'."
+            f"name others in a template, such as '{{{names[0] if names else 'column'}}}'{answer}."
         )
     if found in ("messages", "sharegpt") and not getattr(tokenizer, "chat_template", None):
         raise LoraInitError(

@@ -260,6 +260,7 @@ def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
         (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others in a"),
         (dict(completion="{label}"), "needs a template for the prompt"),
         (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
+        (dict(), "name others in a template, such as '{passage}' with the completion ' {label}'."),
         (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
         (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
         (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
