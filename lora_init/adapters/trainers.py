@@ -16,6 +16,7 @@ from lora_init.adapters.peft_model import adapter_layers, exact_pattern, remembe
 from lora_init.collection.activations import call_model
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
+from lora_init.layers.targets import HEADS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -143,11 +144,13 @@ def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             f"the trainer's peft_config sets {', '.join(changed)}, which initialize() decides itself or cannot keep. "
             "Leave it out."
         )
+    heads = HEADS.get(config.task_type or "", ())
     plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     return {
         "rank": config.r,
         **{name: getattr(config, name) for name in _SHAPE},
-        "modules_to_save": config.modules_to_save or (),
+        # PEFT adds the names that heads of this task may have, and will again.
+        "modules_to_save": [name for name in config.modules_to_save or () if name not in heads],
         "target_modules": exact_pattern(plain) if plain else [],
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_bert, tiny_llama
 
 WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
@@ -232,3 +232,38 @@ def test_a_failure_leaves_the_trainer_as_it_was(tmp_path, tokenizer):
 def test_a_model_needs_batches():
     with pytest.raises(LoraInitError, match="batches are missing"):
         lora_init.initialize(tiny_llama())
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_batches_are_read_as_they_are(strategy, tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA), packing=True, packing_strategy=strategy)
+    file = tmp_path / "packed.safetensors"
+    lora_init.initialize(trainer, statistics=file, tolerance=0)
+    assert lora_init.Statistics.load(file).provenance.n_samples == sum(map(len, trainer.train_dataset["input_ids"]))
+    trainer.train()
+
+
+def test_a_stream_is_read_as_far_as_asked(tmp_path, tokenizer):
+    args = settings(trl.SFTConfig, tmp_path, bf16=False, max_length=32)
+    stream = chats().to_iterable_dataset()
+    trainer = trl.SFTTrainer(tiny_llama(), args, train_dataset=stream, processing_class=tokenizer)
+    lora_init.initialize(trainer, rank=2, max_batches=4)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (32, 8), generator=generator).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": [i % 2 for i in range(32)]})
+    config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert(), config) if with_adapter else tiny_bert()
+    trainer = Trainer(model, settings(TrainingArguments, tmp_path), train_dataset=data)
+    adapted = lora_init.initialize(trainer, **({} if with_adapter else {"rank": 4}))
+    head = {
+        name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name
+    }
+    assert head and all("classifier" in name for name in head)
+    trainer.train()
+    assert all(not torch.equal(adapted.get_parameter(name), before) for name, before in head.items())
