@@ -7,7 +7,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 # Libraries that only some things need, and the extra of this package that installs each.
-EXTRAS = {"matplotlib": "plots", "scipy": "compare", "sklearn": "compare", "gguf": "serving"}
+EXTRAS = {"matplotlib": "plots", "scipy": "compare", "sklearn": "compare", "gguf": "serving", "ray": "ray"}
 
 
 class LoraInitError(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from lora_init.cli.console import (
     AsJson,
     Completion,
     DataFormat,
+    MaxLength,
     Template,
     TrustRemoteCode,
     importing,
@@ -22,6 +24,7 @@ from lora_init.cli.console import (
     make_console,
     read_modules,
     read_names,
+    read_numbers,
     say,
     unescape,
 )
@@ -47,7 +50,9 @@ def compare(
         str, typer.Option(help="Names separated by commas; mine=DIRECTORY is an adapter of your own.")
     ] = "random,orthogonal,eva-rho1,eva,eva-ranks",
     learning_rates: Annotated[str, typer.Option(help="Tried for every start.")] = "1e-4,3e-4,1e-3",
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
+    ] = None,
     sweep: Annotated[
         Literal["halving", "full"] | None,
         typer.Option(
@@ -81,7 +86,7 @@ def compare(
     train_samples: Annotated[int, typer.Option(min=1, help="Training examples at most.")] = 1024,
     selection_samples: Annotated[int, typer.Option(min=1, help="Examples that learning rates are chosen by.")] = 128,
     report_samples: Annotated[int, typer.Option(min=1, help="Examples that every figure is from.")] = 256,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 256,
+    max_length: MaxLength = 256,
     data_seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
     rank: Annotated[int, typer.Option(min=1, help="Average rank of a layer.")] = 8,
     lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
@@ -93,8 +98,18 @@ def compare(
         str | None, typer.Option(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
     ] = None,
     statistics_batches: Annotated[
-        int, typer.Option(min=1, help="Training batches that statistics are made from.")
-    ] = 32,
+        str, typer.Option(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
+    ] = "32",
+    time: Annotated[
+        str | None, typer.Option(help="Limit, such as 2h or 30m: seeds are spent where they still decide.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Add seeds until every verdict is this precise, such as 1%.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
     retain_data: Annotated[str | None, typer.Option(help="Text of another kind, to measure forgetting.")] = None,
     retain_template: Annotated[str | None, typer.Option(help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, typer.Option(min=1, help="Examples of it.")] = 64,
@@ -110,28 +125,26 @@ def compare(
 
     Given again, the same command goes on where it was stopped.
     """
-    arguments: dict[str, Any] = {
+    given = locals() | {
         "starts": [_start(word) for word in read_names(starts)],
-        "learning_rates": _numbers("--learning-rates", learning_rates),
-        "evaluation_points": None if eval_points is None else _whole_numbers("--eval-points", eval_points),
+        "learning_rates": read_numbers("--learning-rates", learning_rates, float),
+        "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),
         "target_modules": read_modules(target_modules),
         "template": unescape(template),
         "completion": unescape(completion),
         "retain_template": unescape(retain_template),
+        "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
+        "time": None if time is None else _read_seconds(time),
+        "precision": None if precision is None else _read_share(precision),
+        "format": data_format,
+        "progress": False if is_quiet() else None,
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-    found = run_comparison(
-        model, data, output, seeds=seeds, sweep=sweep, extend=extend, match_scale=match_scale, full=full,
-        label=label, options=options, answer=answer, normalize=normalize, name=name, subset=subset, split=split,
-        train_samples=train_samples, selection_samples=selection_samples, report_samples=report_samples,
-        max_length=max_length,
-        data_seed=data_seed, rank=rank, lora_alpha=lora_alpha, steps=steps, batch_size=batch_size, warmup=warmup,
-        statistics_batches=statistics_batches, retain_data=retain_data, retain_samples=retain_samples, dtype=dtype,
-        device=device, trust_remote_code=trust_remote_code, dry_run=dry_run,
-        command=shlex.join(["lora-init", *sys.argv[1:]]), say=say,
-        format=data_format, progress=False if is_quiet() else None, **arguments,
-    )  # fmt: skip
+    arguments: dict[str, Any] = {
+        name: value for name, value in given.items() if name not in ("eval_points", "data_format", "as_json")
+    }
+    found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if dry_run:
         _show_plan(found, as_json)
     elif as_json:
@@ -141,6 +154,8 @@ def compare(
     else:
         show_comparison(make_console(), found.summary)
         say(f"{found.directory / 'report.html'}: written")
+        if (found.directory / "best").exists():
+            say(f"{found.directory / 'best'}: the trained adapter of the best start")
 
 
 def _show_plan(found: Comparison, as_json: bool) -> None:
@@ -168,7 +183,7 @@ def show_comparison(console: Console, summary: Summary) -> None:
     console.print(Text(summary.headline))
     for verdict in summary.verdicts:
         console.print(Text(verdict.sentence))
-    for sentence in summary.forgetting:
+    for sentence in [*summary.equal_time, *summary.forgetting]:
         console.print(Text(sentence))
     console.print()
     for note in summary.notes:
@@ -191,15 +206,16 @@ def _start(word: str) -> str | tuple[str, Path]:
     return (name, Path(directory)) if equals else word
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _read_seconds(text: str) -> float:
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.replace(" ", ""))
+    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+        raise LoraInitError(f"--time {text!r}: expected a duration such as 90s, 30m, 2h or 1h30m.")
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
+def _read_share(text: str) -> float:
     try:
-        return [float(word) for word in read_names(text)]
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise LoraInitError(f"{option} {text!r}: expected numbers separated by commas.") from None
-
-
-def _whole_numbers(option: str, text: str) -> list[int]:
-    numbers = _numbers(option, text)
-    if not all(number.is_integer() for number in numbers):
-        raise LoraInitError(f"{option} {text!r}: expected whole numbers separated by commas.")
-    return [int(number) for number in numbers]
+        raise LoraInitError(f"--precision {text!r}: expected a share such as 1% or 0.01.") from None

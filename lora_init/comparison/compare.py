@@ -8,27 +8,29 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 import lora_init
+from lora_init.comparison.budget import STAGES, Budget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import write_report
-from lora_init.comparison.runs import Plan, Record, Run, RunDirectory, open_runs, peek
-from lora_init.comparison.starts import FULL, AdapterShape, check_start
+from lora_init.comparison.runs import Plan, Record, Run, open_runs, peek
+from lora_init.comparison.starts import FULL, AdapterShape, by_batches, check_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import DataOptions
 from lora_init.comparison.training import Training
+from lora_init.comparison.winner import keep_best
 from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
+from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.targets import find_targets
 
@@ -89,7 +91,7 @@ def compare(
     *,
     starts: Sequence[str | tuple[str, Any]] = STARTS,
     learning_rates: Sequence[float] = LEARNING_RATES,
-    seeds: int | Sequence[int] = 5,
+    seeds: int | Sequence[int] | None = None,
     sweep: str | None = None,
     extend: int = 2,
     match_scale: bool = False,
@@ -101,7 +103,11 @@ def compare(
     batch_size: int = 8,
     warmup: float = 0.1,
     evaluation_points: Sequence[int] | None = None,
-    statistics_batches: int = 32,
+    statistics_batches: int | Sequence[int] = 32,
+    time: float | None = None,
+    precision: float | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     dry_run: bool = False,
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
@@ -121,7 +127,8 @@ def compare(
         starts: Names, see `starts.prepare`, or pairs of a name of your own and an adapter directory, or a function of
             model and seed that returns a PeftModel.
         learning_rates: Tried for every start, on the first two seeds.
-        seeds: How many, or which. A seed decides the order of the data and all that is random in a start.
+        seeds: How many, or which. A seed decides the order of the data and all that is random in a start. Default: 5,
+            with `time` or `precision` at most 32.
         sweep: `"halving"`: other seeds at the best rate alone; `"full"`: everything. Default: halving on a CPU.
         extend: How often half a decade is added to a start's rates while the best is the lowest or the highest, on
             either side.
@@ -135,7 +142,13 @@ def compare(
         warmup: Share of the steps in which the learning rate rises; then it falls to zero on a cosine.
         evaluation_points: Steps after which the loss to report is measured. Default: every quarter. 0 and the last
             always count.
-        statistics_batches: Batches of the run's own training data that statistics are made from.
+        statistics_batches: Batches of the run's own training data that statistics are made from. With several numbers
+            each start from data is run with each, as `NAME+16-batches`.
+        time: Seconds that it may take. Then, and with `precision`, seeds are spent where they still decide, see
+            `Budget`.
+        precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
+        workers: Processes that do runs side by side, each with a GPU of its own if there are any.
+        ray: `"auto"` or the address of a Ray cluster whose workers do the runs.
         dry_run: Only plan. Nothing is written.
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
@@ -149,42 +162,66 @@ def compare(
     """
     require("matplotlib", "scipy", "sklearn")  # for the report, at the end
     options = _read_options(loading)
-    starts = [*starts, FULL] if full and FULL not in starts else starts
-    for start in starts:
-        check_start(start)
-    own: dict[str, Any] = dict(start for start in starts if not isinstance(start, str))
-    names = [start if isinstance(start, str) else start[0] for start in starts]
-    if not names or len(set(names)) < len(names):
-        raise LoraInitError(f"starts={names}: expected names, each once.")
-    sweep = sweep or ("full" if torch.cuda.is_available() else "halving")
+    batches = [statistics_batches] if isinstance(statistics_batches, int) else list(statistics_batches)
+    names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts, batches)
+    budget = Budget(time, precision)
+    sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
+    seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     plan = Plan(names, list(learning_rates), seeds, sweep, extend, match_scale)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     training = Training(steps, batch_size, warmup, points)
-    directory = Path(output).expanduser()
+    directory = Path(output).expanduser().absolute()
     shape = AdapterShape(rank, lora_alpha, target_modules)
-    bench = set_up(model, data, directory, options, shape, training, statistics_batches, own)
-    settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), "command": command}
-    settings["init"] = _init_command(model, data, options, bench)
+    make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own)
+    bench = make()
+    settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
+    settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
-    compared = plan.compared(len({target.parameters(1) for target in targets}) == 1)
+    due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)
         records = list(there.values())
-        return Comparison(directory, settings, records, plan.runs(compared, there), summarise(records, settings), [])
-    with open_runs(directory, settings) as log:
+        return Comparison(Path(output), settings, records, due(there)[0], summarise(records, settings), [])
+    crew: list[Worker] = [Here(bench, sys.stderr.isatty() if progress is None else progress)]
+    if workers or ray:
+        del bench  # a GPU may have room for those of the workers only
+        crew = find_workers(make, workers, ray)
+    with open_runs(directory, settings) as log, ExitStack() as stack:
+        for worker in crew:
+            stack.callback(worker.close)
         try:
-            _run_all(bench, log, plan, compared, say, sys.stderr.isatty() if progress is None else progress)
+            run_all(due, log, crew, budget, say)
+            if budget.fits(0.0):
+                keep_best(log, crew[0], say)
         except BaseException as error:  # what went wrong matters more than the report
             if log.records:
                 with suppress(LoraInitError, OSError):
                     write_report(directory)
             if isinstance(error, KeyboardInterrupt):
-                kept = f"{len(log.records)} of {len(plan.runs(compared, log.records))} runs are kept, with their report"
-                say(f"{directory}: {kept if log.records else 'no run had ended'}. The same command goes on from there.")
+                kept = f"{len(log.records)} of {len(due(log.records)[0])} runs are kept, with their report"
+                say(f"{output}: {kept if log.records else 'no run had ended'}. The same command goes on from there.")
             raise
-        records, planned, files = list(log.records.values()), plan.runs(compared, log.records), write_report(directory)
-        return Comparison(directory, log.settings, records, planned, summarise(records, log.settings), files)
+        records, planned, files = list(log.records.values()), due(log.records)[0], write_report(directory)
+        return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
+
+
+def _read_starts(starts: Sequence[str | tuple[str, Any]], batches: Sequence[int]) -> tuple[list[str], dict[str, Any]]:
+    """Check starts, and tell their names from where those of the user's own are."""
+    for start in starts:
+        check_start(start)
+    if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
+        raise LoraInitError(f"statistics_batches={list(batches)}: expected numbers of batches, each once.")
+    names = by_batches([start if isinstance(start, str) else start[0] for start in starts], batches)
+    if not names or len(set(names)) < len(names):
+        raise LoraInitError(f"starts={names}: expected names, each once.")
+    return names, {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
+
+
+def _absolute(source: Any) -> Any:
+    """Let a path mean the same in another process; a hub id, a function and data in memory stay."""
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    return str(path.absolute()) if path is not None and path.exists() else source
 
 
 def _read_options(loading: Mapping[str, Any]) -> tuple[DataOptions, ModelOptions]:
@@ -196,35 +233,9 @@ def _read_options(loading: Mapping[str, Any]) -> tuple[DataOptions, ModelOptions
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close!r}.")
     chosen = {group: {name: loading[name] for name in names if name in loading} for group, names in groups.items()}
+    for name in {"retain_data"} & set(loading):
+        chosen[DataOptions][name] = _absolute(loading[name])
     return DataOptions(**chosen[DataOptions]), ModelOptions(**chosen[ModelOptions])
-
-
-def _run_all(
-    bench: Workbench, log: RunDirectory, plan: Plan, starts: Sequence[str], say: Callable[[str], None], show: bool
-) -> None:
-    """Do what is planned and has not ended. Failed runs get one more chance each time this is called."""
-    for run in [run for run, record in log.records.items() if record["status"] == "failed"]:
-        del log.records[run]
-    seconds: list[float] = []
-    while True:
-        planned = plan.runs(starts, log.records)
-        left = [run for run in planned if run not in log.records]
-        if not left:
-            return
-        title = f"run {len(planned) - len(left) + 1}/{len(planned)} {left[0].title}"
-        with tqdm(desc=title, total=bench.training.steps, unit="step", leave=False, disable=not show) as bar:
-            record = bench.carry_out(left[0], bar.update)
-        log.add(record)
-        seconds.append(record["run_seconds"])
-        say(f"{title}: {_ended(record, len(left) - 1, seconds)}")
-
-
-def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float]) -> str:
-    """Say how a run ended, and how long those that are left may take if they are like those that ended."""
-    losses = record["report_loss"]
-    how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
-    left = f"; {n_left} left, about {n_left * fmean(seconds) / 60:.1f} min" if n_left else ""
-    return f"{record['status']}, {how}, {record['run_seconds']:.0f} s{left}"
 
 
 def _init_command(model: str, data: str | Path, options: tuple[DataOptions, ModelOptions], bench: Workbench) -> str:

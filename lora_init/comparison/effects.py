@@ -57,7 +57,7 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-def effects(losses: pd.DataFrame, reference: str) -> dict[str, Effect]:
+def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE) -> dict[str, Effect]:
     """Compare each start with the reference in a two-way layout of starts and seeds.
 
     The model is loss = start + seed + noise, fitted by least squares, so seeds that some starts lack are no harm. The
@@ -68,6 +68,7 @@ def effects(losses: pd.DataFrame, reference: str) -> dict[str, Effect]:
     Args:
         losses: A row for each start, a column for each seed; NaN where there is no run.
         reference: Its row.
+        confidence: With which all intervals are right together.
 
     Returns:
         An effect for each start that shares at least two seeds with the reference.
@@ -84,11 +85,11 @@ def effects(losses: pd.DataFrame, reference: str) -> dict[str, Effect]:
     found = {}
     for start in alone:
         own = pairs[start]
-        half = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * len(compared)), len(own) - 1) * sem(own))
+        half = float(t.ppf(1 - (1 - confidence) / (2 * len(compared)), len(own) - 1) * sem(own))
         found[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half, pooled=False)
     if pooled:
         share = len(pooled) / len(compared)  # of the errors allowed
-        found |= _dunnett(losses.loc[[reference, *pooled]], 1 - (1 - CONFIDENCE) * share)
+        found |= _dunnett(losses.loc[[reference, *pooled]], 1 - (1 - confidence) * share)
     return {start: found[start] for start in compared}
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
-from lora_init.comparison.starts import FULL, init_options
+from lora_init.comparison.starts import FULL, init_options, own_number
 
 
 def number(value: float | None) -> str:
@@ -94,14 +94,25 @@ class Verdict:
     caveats: list[str]
 
 
+def is_judged(start: str) -> bool:
+    """Tell whether a start is compared with random: random itself is not, nor full, nor what trains longer."""
+    return start not in (RANDOM, FULL) and own_number(start, "steps") is None
+
+
+def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
+    """Arrange the final losses of random and of all that are compared with it: a row for each, a column for a seed."""
+    losses = by_seed(table)
+    return losses[[start == RANDOM or is_judged(start) for start in losses.index]]
+
+
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
-    losses, best = by_seed(table).drop(FULL, errors="ignore"), best_rates(table)
+    losses, best = judged_losses(table), best_rates(table)
     found, unlike = effects(losses, RANDOM), unlike_spreads(losses)
     reference = float(losses.loc[RANDOM].mean()) if RANDOM in losses.index else None
     judged = []
     for start in table["start"].unique():
-        if start not in (RANDOM, FULL):
+        if is_judged(start):
             pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna() if {start, RANDOM} <= set(best) else pd.Series()
             differences = {int(seed): float(value) for seed, value in pairs.items()}
             caveats = _caveats(table, start, unlike)
@@ -204,7 +215,7 @@ def _missing(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
         said.append(f"Not run yet: {', '.join(absent)}.")
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = set(settings.get("seeds") or []) - set(own["seed"])
-        if seeds:
+        if seeds and not settings.get("budget") and (is_judged(start) or start in (RANDOM, FULL)):
             said.append(f"{start}: no finished run with {_seeds(seeds)} at its best rate.")
     return said
 
@@ -226,7 +237,7 @@ def _lost(table: pd.DataFrame) -> list[str]:
 
 def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     """Say what holds for all verdicts."""
-    unlike = unlike_spreads(by_seed(table).drop(FULL, errors="ignore"))
+    unlike = unlike_spreads(judged_losses(table))
     said = [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
     compared = sum(verdict.low is not None for verdict in judged)
     if compared > 1:
@@ -235,7 +246,7 @@ def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
             "(Dunnett's correction)."
         )
     for start, took in steps_of_start(table).items():
-        if took > _LONG * table[table["best"]]["evaluation_points"].iloc[0][-1]:
+        if is_judged(start) and took > _LONG * table[table["best"]]["evaluation_points"].iloc[0][-1]:
             said.append(
                 f"{start}: its start takes as long as {took:.0f} training steps, which random could train, too."
             )
@@ -269,9 +280,8 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     return f"{said} The runs could have shown {min(could) / random:.1%} at best{enough}."
 
 
-def answer(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Say which start to use, and give the command that makes its adapter; None where `init` does not make it."""
-    best = best_rates(table)
+def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, str | None]:
+    """Say which start to use, and name it; None if the runs do not say yet."""
     better = [verdict for verdict in judged if verdict.outcome == "better"]
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
     if better:
@@ -284,9 +294,60 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str
         said = f"No start is shown to be better than random. The runs could have shown differences of {span}."
     else:
         return "The runs do not say yet which start to use.", None
-    options = init_options(start)
-    command = f"{settings['init']} {' '.join(options)} --output adapter" if options and settings.get("init") else None
-    return f"{said} Its learning rate is {rate_text(best[start])}; random's is {rate_text(best[RANDOM])}.", command
+    return f"{said} Its learning rate is {rate_text(best[start])}; random's is {rate_text(best[RANDOM])}.", start
+
+
+def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
+    """Write the command that makes the adapter of a start; None where `init` does not make it."""
+    options = init_options(start) if start else None
+    batches = own_number(start, "batches") if start else None
+    samples = f" --samples {batches * settings['batch_size']}" if batches else ""
+    return (
+        f"{settings['init']} {' '.join(options)}{samples} --output adapter"
+        if options and settings.get("init")
+        else None
+    )
+
+
+def longer_random(table: pd.DataFrame) -> str:
+    """Name the start that is random with twice the steps."""
+    return f"{RANDOM}+{2 * table[table['start'].eq(RANDOM)]['evaluation_points'].iloc[0][-1]}-steps"
+
+
+def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
+    """Judge the better starts at equal total time: random trains for the time of statistics, start and search, too.
+
+    Its loss after more steps is read, seed by seed, between that after the steps of all and that after twice as many,
+    on a line over the logarithm of the number of steps.
+    """
+    losses, took, said = by_seed(table), steps_of_start(table), []
+    for verdict in judged:
+        if verdict.outcome != "better" or verdict.mean is None:
+            continue
+        start, longer, steps = verdict.start, longer_random(table), table["evaluation_points"].iloc[0][-1]
+        begin = f"At equal total time, {start}"
+        if longer not in losses.index or took[start] > steps:
+            why = "was not trained longer" if longer not in losses.index else "could train more than twice as long"
+            said.append(f"{begin}: no statement possible, since random {why}.")
+            continue
+        gained = (losses.loc[RANDOM] - losses.loc[longer]) / math.log(
+            2
+        )  # by a number of steps that is e times as large
+        rows = losses.loc[[other.start for other in judged if other.start in losses.index]]
+        later = (losses.loc[RANDOM] - gained * math.log1p(took[start] / steps)).rename(RANDOM).to_frame().T
+        effect = effects(pd.concat([later, rows]), RANDOM).get(start)
+        if effect is None:
+            continue
+        reference, worth = float(later.loc[RANDOM].mean()), math.expm1(min(-verdict.mean / gained.mean(), 50.0))
+        outcome = "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
+        lead = f"{worth:.0%} further steps" if 0 < worth <= 1 else "more than twice the steps"
+        said.append(
+            f"{begin}: {outcome}; its final loss differs by {percent(effect.mean / reference)} (interval "
+            f"{percent(effect.low / reference)} to {percent(effect.high / reference)}). Its start takes as long as "
+            f"{took[start]:.1f} steps, and its lead is worth {lead} of random, so it pays from "
+            f"{took[start] / (worth if 0 < worth <= 1 else 1):.0f} steps on, if it is the same share of other numbers."
+        )
+    return said
 
 
 def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
@@ -312,7 +373,7 @@ def forgetting(table: pd.DataFrame) -> list[str]:
     least = rise[equal].groupby([runs["start"], runs["seed"]], sort=False).min().unstack()
     found, said = effects(least, RANDOM), []
     for start in runs["start"].unique():
-        if start in found:
+        if is_judged(start) and start in found:
             effect, shared = found[start], least.loc[[start, RANDOM]].dropna(axis=1).mean(axis=1)
             how = "less than" if effect.high < 0 else "more than" if effect.low > 0 else "not shown to differ from"
             said.append(
@@ -320,7 +381,7 @@ def forgetting(table: pd.DataFrame) -> list[str]:
                 f"{signed(shared[start])}, with random by {signed(shared[RANDOM])} (difference {signed(effect.mean)}, "
                 f"interval {signed(effect.low)} to {signed(effect.high)})."
             )
-        elif start != RANDOM:
+        elif is_judged(start):
             said.append(f"Forgetting at equal task loss, {start}: it reaches random's loss with too few seeds to tell.")
     return said
 
@@ -333,10 +394,12 @@ class Summary:
         title: Task and model.
         facts: What was trained, on what, and how long.
         answer: Which start to use, in a sentence or two.
+        start: Its name; None if the runs do not say yet.
         command: The command that makes its adapter; None if there is none.
         headline: The verdicts in one sentence, and how many runs ended how.
         headroom: How much of what full fine-tuning gains random gains already, in a sentence or two.
         verdicts: One for each start other than random, in order.
+        equal_time: What is left of each better start at equal total time; see `equal_time`.
         forgetting: What each start forgets at equal task loss, a sentence each; see `forgetting`.
         notes: What a reader must know beside them.
         table: The runs themselves, see `run_table`.
@@ -345,10 +408,12 @@ class Summary:
     title: str
     facts: str
     answer: str
+    start: str | None
     command: str | None
     headline: str
     headroom: str
     verdicts: list[Verdict]
+    equal_time: list[str]
     forgetting: list[str]
     notes: list[str]
     table: pd.DataFrame
@@ -370,15 +435,17 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
         headline = f"{len(judged)} compared with random: {parts}. {headline}"
     title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
-    said, command = answer(table, judged, settings)
+    said, start = answer(judged, best_rates(table))
     return Summary(
         title=title,
         facts=facts(table, settings),
         answer=said,
-        command=command,
+        start=start,
+        command=make_command(start, settings),
         headline=headline,
         headroom=headroom(table, judged),
         verdicts=judged,
+        equal_time=equal_time(table, judged),
         forgetting=forgetting(table),
         notes=notes(table, judged, settings),
         table=table,

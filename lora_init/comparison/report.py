@@ -69,6 +69,7 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
             for start in table["start"].unique()
         },
         "verdicts": [asdict(verdict) for verdict in summary.verdicts],
+        "equal_time": summary.equal_time,
         "forgetting": summary.forgetting,
         "notes": summary.notes,
     }

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from textwrap import shorten
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
@@ -153,14 +153,28 @@ class Plan:
         return grid
 
     def _best(self, start: str, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:
-        """Choose the stable rate with the lowest mean loss on the examples to select by; None if there is none."""
-        means: dict[float, float] = {}
+        """Choose among the rates without an unstable run; None if there is none."""
+        losses: dict[float, dict[int, float]] = {}
         for rate in rates:
-            own = {seed: records.get(Run(start, seed, rate), {}) for seed in self.seeds}
-            losses: list[Any] = [own[seed].get("selection_loss") for seed in self._swept]
-            if None not in losses and all(record.get("status") != "unstable" for record in own.values()):
-                means[rate] = float(np.mean(losses))
-        return min(means, key=lambda rate: means[rate], default=None)
+            own = {seed: records[run] for seed in self.seeds if (run := Run(start, seed, rate)) in records}
+            if all(_status(record) != "unstable" for record in own.values()):
+                ended = {seed: record for seed, record in own.items() if record["status"] == "finished"}
+                losses[rate] = {seed: record["selection_loss"] for seed, record in ended.items()}
+        return choose_rate(losses)
+
+
+def choose_rate(losses: Mapping[float, Mapping[int, float]]) -> float | None:
+    """Choose the rate with the lowest mean loss over the seeds that all rates have, or over each one's own if none.
+
+    With `halving` the seeds that all have are those of the sweep.
+
+    Args:
+        losses: By rate and seed, on the examples to select by; of finished runs at rates with no unstable one.
+    """
+    losses = {rate: own for rate, own in losses.items() if own}
+    shared: set[int] = set.intersection(*map(set, losses.values())) if losses else set()
+    means = {rate: fmean(own[seed] for seed in shared or own) for rate, own in losses.items()}
+    return min(means, key=lambda rate: (means[rate], rate), default=None)
 
 
 def half_decade(rate: float, up: bool) -> float:
@@ -206,16 +220,25 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     table[_NUMBERS] = table[_NUMBERS].astype(float)
     unstable = table["status"].eq("unstable").groupby([table["start"], table["learning_rate"]]).transform("any")
     table["counts"] = table["status"].eq("finished") & ~unstable.astype(bool)
-    best = {start: _chosen_rate(own) for start, own in table[table["counts"]].groupby("start")}
+    losses: dict[str, dict[float, dict[int, float]]] = {}
+    for run in table[table["counts"]].itertuples():
+        losses.setdefault(run.start, {}).setdefault(run.learning_rate, {})[run.seed] = run.selection_loss
+    best = {start: choose_rate(own) for start, own in losses.items()}
     table["best"] = table["counts"] & table["learning_rate"].eq(table["start"].map(best))
     return table
 
 
-def _row(record: Record) -> dict[str, Any]:
-    """Flatten a record; a run that finished without a finite loss was unstable."""
-    losses, kept = record.get("report_loss") or [], record.get("retain_loss") or [None, None]
+def _status(record: Mapping[str, Any]) -> str:
+    """Say how a run ended; one that finished without a finite loss was unstable."""
+    losses = record.get("report_loss") or []
     finite = bool(losses) and all(loss is not None and math.isfinite(loss) for loss in losses)
-    status = "unstable" if record["status"] == "finished" and not finite else record["status"]
+    return "unstable" if record["status"] == "finished" and not finite else str(record["status"])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """Flatten a record."""
+    losses, kept = record.get("report_loss") or [], record.get("retain_loss") or [None, None]
+    status = _status(record)
     return {
         **record,
         **(record.get("metrics") or {}),
@@ -225,13 +248,6 @@ def _row(record: Record) -> dict[str, Any]:
         "retained_before": kept[0],
         "retained_after": kept[1],
     }
-
-
-def _chosen_rate(runs: pd.DataFrame) -> float:
-    """Choose among the rates of a start on the seeds that all of them have: those of the sweep."""
-    seeds = set.intersection(*(set(own) for _, own in runs.groupby("learning_rate")["seed"]))
-    kept = runs[runs["seed"].isin(seeds)] if seeds else runs
-    return float(kept.groupby("learning_rate")["selection_loss"].mean().idxmin())
 
 
 def rate_means(table: pd.DataFrame) -> pd.Series:
@@ -261,7 +277,7 @@ SETTINGS_FILE, RUNS, LOCK, HOLDER = "settings.json", "runs", ".lock", ".lock-hol
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
-_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init")
+_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init", "budget")
 
 
 @dataclass
@@ -288,7 +304,8 @@ class RunDirectory:
         run = Run.of(record)
         for other, theirs in self.records.items():
             finished = record["status"] == theirs["status"] == "finished"
-            if finished and other.seed == run.seed and theirs["data_order"] != record["data_order"]:
+            alike = other.seed == run.seed and theirs["evaluation_points"][-1:] == record["evaluation_points"][-1:]
+            if finished and alike and theirs["data_order"] != record["data_order"]:
                 raise LoraInitError(
                     f"{run.title} saw other data than {other.title}. The data or the library changed between runs; "
                     "start again in another directory."

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import torch
@@ -139,6 +141,8 @@ _SAME_SIZE = (FULL, "random", "random-scaled", "natural-gradient-scaled", "eva-r
 _IN_A_PRODUCT = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.gamma))
 START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
+# How a start may be run: `eva+16-batches` has statistics of 16 batches, `random+120-steps` trains for 120 steps.
+_HOW = re.compile(rf"{EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(batches|steps)")
 
 
 def split_start(name: str) -> tuple[str, set[str]]:
@@ -149,7 +153,31 @@ def split_start(name: str) -> tuple[str, set[str]]:
         (('eva', {'matched-scale'}), ('mine+yours', set()))
     """
     start, _, how = name.rpartition("+")
-    return (start, {how}) if how in (EQUAL_PARAMETERS, MATCHED_SCALE) else (name, set())
+    return (start, {how}) if _HOW.fullmatch(how) else (name, set())
+
+
+def own_number(name: str, of: str) -> int | None:
+    """Give the number of batches or of steps that the name of a start asks for, if it does.
+
+    Example:
+        >>> own_number("eva+16-batches", "batches"), own_number("eva+16-batches", "steps")
+        (16, None)
+    """
+    how = next(iter(split_start(name)[1]), "")
+    return int(how.partition("-")[0]) if how.endswith(f"-{of}") else None
+
+
+def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
+    """Put in the place of each start from data the same with statistics of each number of batches.
+
+    Example:
+        >>> by_batches(["random", "eva"], [4, 16]), by_batches(["eva"], [4])
+        (['random', 'eva+4-batches', 'eva+16-batches'], ['eva'])
+    """
+    if len(numbers) < 2:
+        return list(starts)
+    varied = {name: [f"{name}+{n}-batches" for n in numbers] for name, recipe in _RECIPES.items() if recipe.data}
+    return [name for start in starts for name in varied.get(start, [start])]
 
 
 def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
@@ -174,7 +202,8 @@ def init_options(start: str) -> list[str] | None:
         >>> init_options("eva-rho1"), init_options("pissa")
         (['--method', 'eva', '--rho', '1'], None)
     """
-    recipe = _RECIPES.get(start)
+    batches = own_number(start, "batches")
+    recipe = _RECIPES.get(split_start(start)[0] if batches else start)
     if recipe is None or recipe.policy != "eva":
         return None
     rho = f"{recipe.rho:g}" if recipe.data else "1"
@@ -300,6 +329,19 @@ def match_scale(peft_model: PeftModel, seed: int) -> None:
             factor = float(reference.double().norm()) / norm
             a.mul_(factor)
             next(iter(layers[name].lora_B.values())).weight.div_(factor)
+
+
+def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
+    """Give the files that PEFT saves of an adapter: name to content."""
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the base model's configuration, which need not be at hand
+        peft_model.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def can_be_kept(start: str) -> bool:
+    """Tell whether the trained adapter of a start is one for the plain model: not where weights were changed."""
+    return split_start(start)[0] not in _CHANGES_BASE
 
 
 def _blank(model: nn.Module, shape: AdapterShape) -> Statistics:

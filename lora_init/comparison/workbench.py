@@ -16,7 +16,7 @@ from torch import nn
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.comparison.runs import FORMAT, Record, Run
-from lora_init.comparison.starts import AdapterShape, OwnStart, prepare, split_start
+from lora_init.comparison.starts import AdapterShape, OwnStart, adapter_files, own_number, prepare, split_start
 from lora_init.comparison.tasks import CLASSIFICATION, DataOptions, Task, load_task
 from lora_init.comparison.training import (
     Score,
@@ -113,17 +113,23 @@ class Workbench:
     own: Mapping[str, Any] = field(default_factory=dict)
     _before: dict[int, tuple[Score, float | None]] = field(default_factory=dict, repr=False)
 
-    def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None) -> Record:
+    def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None, keep: bool = False) -> Record:
         """Prepare the start, train, measure, and put the plain model back.
 
         Running out of memory, or a start that does not apply to this model, makes a record of status `"failed"`.
+
+        Args:
+            run: What to do.
+            on_step: Called after each step.
+            keep: Add the files of the trained adapter to the record, as `"adapter"`: name to bytes.
         """
         if run.learning_rate is None:
             raise LoraInitError(f"{run.title}: its learning rate is not known yet. Do the runs before it first.")
         began = time.perf_counter()
         record = RunRecord(start=run.start, seed=run.seed, learning_rate=run.learning_rate)
+        files: dict[str, bytes] = {}
         try:
-            self._fill(record, run, on_step)
+            self._fill(record, run, on_step, files if keep else None)
         except (LoraInitError, RuntimeError, MemoryError) as error:
             if not isinstance(error, LoraInitError) and not is_out_of_memory(error):
                 raise
@@ -132,7 +138,7 @@ class Workbench:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         record.run_seconds = time.perf_counter() - began
-        return asdict(record)
+        return asdict(record) | ({"adapter": files} if keep else {})
 
     def settings(self, model: str) -> dict[str, Any]:
         """Describe in plain values all that shapes a run, for `settings.json`.
@@ -160,20 +166,28 @@ class Workbench:
             "statistics_batches": self.statistics_batches,
         }
 
-    def statistics(self, seed: int, center: bool, gradients: bool) -> Statistics:
-        """Collect the statistics of a seed's training data, or take them from the directory."""
+    def statistics(self, seed: int, center: bool, gradients: bool, n_batches: int | None = None) -> Statistics:
+        """Collect the statistics of a seed's training data, or take them from the directory.
+
+        Args:
+            seed: Of the run.
+            center: Whether the mean is subtracted.
+            gradients: Whether gradients are collected, too.
+            n_batches: How many batches they are from. Default: as many as for all starts that do not say.
+        """
         kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
+        kind += f"-{n_batches}" if n_batches else ""
         file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"
-        if not file.exists():
+        if not file.exists():  # workers that come here together write the same
             collect(
                 self.loaded.model,
-                self._batches(seed, 0, self._n_batches()),
+                self._batches(seed, 0, self._n_batches(n_batches)),
                 self.shape.target_modules,
                 task_type=self.loaded.task_type,
                 rank=self.shape.rank,
                 rho=2.0,
                 center=center,
-                max_batches=self.statistics_batches,
+                max_batches=n_batches or self.statistics_batches,
                 seed=seed,
                 data=f"{self.task.data}; training examples in the order of seed {seed}",
                 progress=False,
@@ -182,7 +196,7 @@ class Workbench:
             ).save(file)
         return Statistics.load(file)
 
-    def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None]) -> None:
+    def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None) -> None:
         self._renew_head(run.seed)
         if run.seed not in self._before:  # a new head depends on the seed
             retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
@@ -193,14 +207,21 @@ class Workbench:
         plain, retained = self._before[run.seed]
         record.plain_loss, record.metrics_before = plain.loss, plain.metrics
         collected: list[Statistics] = []
+        n_own = own_number(run.start, "batches")
 
         def statistics(center: bool, gradients: bool) -> Statistics:
-            collected.append(self.statistics(run.seed, center, gradients))
+            collected.append(self.statistics(run.seed, center, gradients, n_own))
             return collected[-1]
 
         own = split_start(run.start)[0]
         start: str | OwnStart = (run.start, self.own[own]) if own in self.own else run.start
-        n, seed = self._n_batches(), run.seed
+        seed, n = run.seed, self._n_batches(n_own)
+        steps = own_number(run.start, "steps") or self.training.steps
+        training = (
+            self.training
+            if steps == self.training.steps
+            else replace(self.training, steps=steps, evaluation_points=[0, steps])
+        )
 
         def loss_of(model: nn.Module) -> float:
             """Measure the loss that training minimises on training batches that the statistics are not from."""
@@ -215,15 +236,17 @@ class Workbench:
             record.ranks = prepared.ranks if moved else None
             seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
             record.initialisation_seconds = prepared.seconds + seconds
-            order = self.task.order(run.seed, self.training.steps, self.training.batch_size)
+            order = self.task.order(run.seed, steps, training.batch_size)
             done = train(
-                prepared.peft_model, self.task, order, self.training, learning_rate=record.learning_rate,
+                prepared.peft_model, self.task, order, training, learning_rate=record.learning_rate,
                 seed=run.seed, plain_loss=plain.loss, on_step=on_step,
             )  # fmt: skip
             vars(record).update(vars(done))
             record.peak_memory_bytes = peak_bytes()
             if done.status == "finished" and self.retain is not None and retained is not None:
                 record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
+            if files is not None:
+                files.update(adapter_files(prepared.peft_model))
         finally:
             prepared.release()
 
@@ -233,9 +256,9 @@ class Workbench:
         order = self.task.order(seed, skipped + count, self.training.batch_size)[skipped:]
         return [send_to_device(self.task.batch(items), device) for items in order]
 
-    def _n_batches(self) -> int:
+    def _n_batches(self, wanted: int | None) -> int:
         """Count the batches for statistics: no example is in two of them."""
-        return min(self.statistics_batches, len(self.task.train) // self.training.batch_size)
+        return min(wanted or self.statistics_batches, len(self.task.train) // self.training.batch_size)
 
     def _learning(self) -> dict[str, Any]:
         """Say to `collect` and `mean_loss` what the very loss is that training minimises."""

@@ -1,0 +1,125 @@
+"""What is run next: all that is planned or, under a budget, what can still decide; and until when."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lora_init.comparison.effects import CONFIDENCE, effects
+from lora_init.comparison.findings import judged_losses, longer_random, percent, verdicts
+from lora_init.comparison.runs import RANDOM, Plan, Record, Run, best_rates, run_table
+from lora_init.errors import LoraInitError
+
+# Numbers of seeds after which a budget asks what still decides. The last is where it ends at the latest.
+STAGES = (3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be spent on a comparison; without any limit, what is planned is run.
+
+    Attributes:
+        seconds: No run begins that would probably not end in this time, of which that of one run is kept for the
+            adapter of the best start.
+        precision: A verdict is precise if half the width of its interval is at most this share of random's loss.
+        began: When the time began.
+    """
+
+    seconds: float | None = None
+    precision: float | None = None
+    began: float = field(default_factory=time.monotonic, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("time", self.seconds), ("precision", self.precision)):
+            if value is not None and not 0.0 < value < math.inf:
+                raise LoraInitError(f"{name}={value}: expected a number above zero.")
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return self.seconds is not None or self.precision is not None
+
+    def settings(self) -> dict[str, Any]:
+        """Describe it in plain values."""
+        limits = {"time": self.seconds, "precision": self.precision}
+        return {"budget": limits} if self.limited else {}
+
+    def fits(self, seconds: float) -> bool:
+        """Tell whether what takes so long would end in time."""
+        return self.seconds is None or time.monotonic() - self.began + seconds <= self.seconds
+
+    def due(self, plan: Plan, starts: Sequence[str], records: Mapping[Run, Record]) -> tuple[list[Run], list[str]]:
+        """List the runs to do as far as is known, those that ended among them, and say why the others are left out.
+
+        Under a limit seeds are added in stages, see `STAGES`. After each the starts that `stops` names get no more, and
+        all ends when none is left. What it lists depends on the runs alone, in whatever order they ended.
+
+        Args:
+            plan: With as many seeds as may be needed.
+            starts: From `Plan.compared`.
+            records: Runs that have ended.
+        """
+        planned = plan.runs(starts, records)
+        said: list[str] = []
+        going, seeds = list(starts), list(plan.seeds)
+        if self.limited:
+            for n in STAGES:
+                now = [run for run in planned if run in records or (run.start in going and run.seed in seeds[:n])]
+                if any(run not in records for run in now):
+                    return now, said
+                table = run_table([record for run, record in records.items() if run.seed in seeds[:n]])
+                over, left = stops(judged_losses(table), self.precision)
+                said.append(f"{n} seeds: {'; '.join([*over.values(), *left.values()]) or 'nothing to compare'}")
+                going = [start for start in going if start == RANDOM or start in left]
+                planned = now if not left else planned
+                if not left or n >= len(seeds):
+                    break
+            planned = [run for run in planned if run in records]
+        if all(run in records for run in planned):
+            planned = [*planned, *longer_runs(records)]
+        return planned, said
+
+
+def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Say which starts get no more seeds, and which go on.
+
+    A start cannot win any more if its interval lies above zero, or above that of another start. Since that is asked
+    after each of the `STAGES`, the 5 % of errors are divided among them; the intervals of one stage hold for all starts
+    together, see `effects`. A start is also left alone when it is known precisely enough. A start that is better goes
+    on until it is, so that nothing is called better because somebody looked often.
+
+    Args:
+        losses: A row for each start, a column for each seed; NaN where there is no run.
+        precision: Half the width of an interval that is wanted, as a share of random's loss, if any is.
+
+    Returns:
+        Start to reason, of those that stop and of those that go on.
+    """
+    careful = effects(losses, RANDOM, 1 - (1 - CONFIDENCE) / len(STAGES))
+    usual = effects(losses, RANDOM)
+    best = min(careful, key=lambda start: careful[start].high, default=RANDOM)
+    rival, bound = (best, careful[best].high) if careful and careful[best].high < 0.0 else (RANDOM, 0.0)
+    over, left = {}, {}
+    for start, effect in careful.items():
+        known = (usual[start].high - usual[start].low) / 2 / float(losses.loc[RANDOM].mean())
+        if effect.low > bound:
+            over[start] = f"{start} stops, as it cannot win any more against {rival}"
+        elif precision is not None and known <= precision:
+            over[start] = f"{start} is known to {percent(known)[1:]}"
+        else:
+            wanted = "" if precision is None else f", {percent(precision)[1:]} is wanted"
+            left[start] = f"{start} goes on, known to {percent(known)[1:]}{wanted}"
+    return over, left
+
+
+def longer_runs(records: Mapping[Run, Record]) -> list[Run]:
+    """List the runs of random with twice the steps, if a start is better: what that is worth in time, they tell."""
+    table = run_table(records.values())
+    better = [verdict for verdict in verdicts(table) if verdict.outcome == "better"]
+    seeds = dict.fromkeys(seed for verdict in better for seed in verdict.differences)
+    return [Run(longer_random(table), seed, best_rates(table)[RANDOM]) for seed in seeds]

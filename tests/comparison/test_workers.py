@@ -1,0 +1,148 @@
+"""Who does the runs: processes and a local Ray give the numbers of one, and one that dies costs its run only."""
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lora_init.comparison import workers
+from lora_init.comparison.budget import Budget
+from lora_init.comparison.runs import Run, open_runs, read_runs
+from lora_init.comparison.workers import WorkerDied, find_workers, run_all
+from lora_init.errors import LoraInitError
+from tests.comparison.test_compare import again, compare, set_up_bench, without_clock
+from tests.comparisons import make_home, record, settings
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("workers"))
+
+
+@pytest.fixture(scope="module")
+def alone(home, tmp_path_factory):
+    return compare(home, tmp_path_factory.mktemp("alone") / "out", learning_rates=[1e-2], seeds=3)
+
+
+def die(model, seed):
+    """Run as `again`, but end the process that does it, the first time that it is called."""
+    mark = Path(os.environ["MARK"])
+    if seed == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return again(model, seed)
+
+
+def test_two_processes_give_the_numbers_of_one(home, alone, tmp_path):
+    found = compare(home, tmp_path / "out", learning_rates=[1e-2], seeds=3, workers=2)
+    assert without_clock(read_runs(tmp_path / "out")) == without_clock(read_runs(alone.directory))
+    assert [verdict.mean for verdict in found.summary.verdicts] == [v.mean for v in alone.summary.verdicts]
+    assert (tmp_path / "out" / "best" / "adapter_model.safetensors").read_bytes() == (
+        alone.directory / "best" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_costs_its_run_only(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    lines = []
+    starts = ["random", ("mine", die)]
+    found = compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-2], seeds=3, workers=2, say=lines.append)
+    assert [line for line in lines if "the worker that did it is gone; it is done again" in line]
+    assert {record["status"] for record in found.records} == {"finished"} and len(found.records) == 6
+    losses = {(record["start"], record["seed"]): record["report_loss"] for record in found.records}
+    assert all(losses["mine", seed] == losses["random", seed] for seed in range(3))
+
+
+class Stub:
+    """A worker without a process, that dies as often as it is told."""
+
+    def __init__(self, deaths=()):
+        self.deaths, self.closed = list(deaths), False
+
+    def carry_out(self, run, title, keep=False):
+        if run in self.deaths:
+            self.deaths.remove(run)
+            raise WorkerDied
+        return record(run.start, run.learning_rate, run.seed, run_seconds=1.0)
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path):
+    runs = [Run("random", seed, 1e-3) for seed in range(4)]
+    with open_runs(tmp_path / "out", settings()) as log:
+        crew = [Stub([runs[1]] * 2), Stub([runs[1]] * 2)]
+        run_all(lambda records: (runs, []), log, crew, Budget(), lambda text: None)
+        ended = {run.seed: record["status"] for run, record in log.records.items()}
+    assert ended == {0: "finished", 1: "failed", 2: "finished", 3: "finished"}
+
+
+def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
+    runs, now, lines = [Run("random", seed, 1e-3) for seed in range(9)], [0.0], []
+    monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: now[0])
+
+    class Slow(Stub):
+        def carry_out(self, run, title, keep=False):
+            now[0] += 10.0
+            return super().carry_out(run, title) | {"run_seconds": 10.0}
+
+    with open_runs(tmp_path / "out", settings()) as log:
+        monkeypatch.setattr(workers, "Here", Slow)  # called in this thread
+        run_all(lambda records: (runs, []), log, [Slow()], Budget(45.0, began=0.0), lines.append)
+        # After three runs, at 30 s, there is no time for one more and the one that is kept for the adapter.
+        assert len(log.records) == 3
+    assert lines[-1] == "The time is out with 6 runs left; the same command goes on from there."
+
+
+def test_a_start_that_cannot_be_sent_is_refused():
+    with pytest.raises(LoraInitError, match=r"a start cannot be sent to a worker: .*Define its function in a module"):
+        find_workers(partial(set_up_bench, lambda model, seed: model), 2, None)
+
+
+def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
+    (worker,) = find_workers(partial(set_up_bench, home, tmp_path, "nothing-here"), 1, None)
+    with pytest.raises(LoraInitError, match="nothing-here"):
+        worker.carry_out(Run("random", 0, 1e-3), "")
+    worker.close()
+
+
+def test_without_ray_one_line_says_how_to_install_it(home, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("lora_init.errors.find_spec", lambda name: None if name == "ray" else find(name))
+    with pytest.raises(LoraInitError, match=r"this needs ray.*pip install 'lora-init\[ray\]'"):
+        compare(home, tmp_path / "out", ray="auto")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_local_ray_of_two_gives_the_numbers_of_one(home, alone, tmp_path, cluster):
+    compare(home, tmp_path / "out", learning_rates=[1e-2], seeds=3, ray="auto")
+    assert without_clock(read_runs(tmp_path / "out")) == without_clock(read_runs(alone.directory))
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_costs_its_run_only(home, tmp_path, cluster, monkeypatch):
+    actor = workers.RayActor(partial(set_up_bench, home, tmp_path), gpus=0)
+    run = Run("random", 0, 1e-2)
+    first = actor.carry_out(run, "")
+    cluster.kill(actor._actor)
+    with pytest.raises(WorkerDied):
+        actor.carry_out(run, "")
+    assert without_clock([actor.carry_out(run, "")]) == without_clock([first])
+    actor.close()
+    broken = workers.RayActor(partial(set_up_bench, home, tmp_path, "nothing-here"), gpus=0)
+    with pytest.raises(LoraInitError, match="nothing-here"):
+        broken.carry_out(run, "")
