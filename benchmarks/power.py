@@ -5,6 +5,10 @@ each run is noise of standard deviation 1 on top, and effects are in units of th
 which any start that makes no difference is called better (they should be at most 5 %), and how often a start that is
 better is called so. Beside it: the paired t interval of each start alone, at 95 % each, as reports had it before.
 
+The second table is about a comparison under a limit (`--time`, `--precision`), where starts stop early: how often one
+that is as good as the best is stopped, how often one that makes no difference is called better at the end, and how many
+runs it takes. The last is what no analysis of three seeds can exceed: the power if the noise were known exactly.
+
 Writes `results/power/power.json` and `power.md`.
 """
 
@@ -17,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import sem, t
+from scipy.stats import norm, sem, t
 
 from benchmarks.settings import table
+from lora_init.comparison.budget import STAGES, stops
 from lora_init.comparison.effects import effects
 
 STARTS = ("random", "a", "b", "c", "d", "e", "f")
@@ -64,10 +69,59 @@ def share(judge: Callable[[pd.DataFrame], set[str]], drawn: list[pd.DataFrame], 
     return float(np.mean(["a" in judge(losses.add(shift, axis="index")) for losses in drawn]))
 
 
+def spend(losses: pd.DataFrame, precision: float | None) -> tuple[pd.DataFrame, set[str]]:
+    """Take the runs that a limited comparison does, and name the starts that were stopped as they cannot win."""
+    going, stopped = list(STARTS), set()
+    taken = losses * np.nan
+    for n in [stage for stage in STAGES if stage <= losses.shape[1]]:
+        taken.loc[going, range(n)] = losses.loc[going, range(n)]
+        over, left = stops(taken[list(range(n))], precision)
+        stopped |= {start for start, why in over.items() if "cannot win" in why}
+        going = ["random", *left]
+        if not left:
+            break
+    return taken, stopped
+
+
+def limited(
+    rng: np.random.Generator, n: int, scenario: str, effects_of: dict[str, float], precision: float | None
+) -> list[str]:
+    """Simulate limited comparisons of at most 12 seeds, in losses of 100: a precision of 0.01 is the noise itself."""
+    shift = pd.Series(effects_of).reindex(STARTS, fill_value=0.0)
+    best = {start for start in STARTS if shift[start] == shift.min()}
+    wrong, dropped, right, runs = 0, 0, 0, 0
+    for _ in range(n):
+        taken, stopped = spend(draw(rng, 12, scenario).add(shift + 100.0, axis="index"), precision)
+        called = together(taken)
+        wrong += any(shift[start] >= 0.0 for start in called)
+        dropped += bool(stopped & best)
+        right += "a" in called
+        runs += int(taken.notna().to_numpy().sum())
+    shares = [f"{count / n:.1%}" for count in (dropped, wrong, right)]
+    return [*shares, f"{runs / n / (12 * len(STARTS)):.0%}"]
+
+
+def bound(effect: float, sides: int) -> float:
+    """Compute the power with three seeds and six starts if the noise were known, for one- or two-sided verdicts."""
+    rng = np.random.default_rng(0)
+    null = (rng.normal(size=(200_000, len(STARTS) - 1)) + rng.normal(size=(200_000, 1))) / np.sqrt(2.0)
+    most = (np.abs(null) if sides == 2 else null).max(axis=1)
+    return float(norm.cdf(effect / np.sqrt(2 / 3) - np.quantile(most, 0.95)))
+
+
+LIMITED: tuple[tuple[str, str, dict[str, float]], ...] = (
+    ("no start differs", "equal noise", {}),
+    ("no start differs, heavy tails", "heavy tails", {}),
+    ("a is better by 2", "equal noise", {"a": -2.0}),
+    ("a is better by 2, three are worse by 3", "equal noise", {"a": -2.0, "b": 3.0, "c": 3.0, "d": 3.0}),
+)
+
+
 def main() -> None:
     """Simulate, and write the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparisons", type=int, default=2000)
+    parser.add_argument("--limited", type=int, default=400, help="Comparisons under a limit.")
     asked = parser.parse_args()
     rng = np.random.default_rng(0)
     rows = []
@@ -83,13 +137,30 @@ def main() -> None:
                         {"losses": scenario, "seeds": n_seeds, "effect": effect, "report": power[0], "alone": power[1]}
                     )
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    content = {"comparisons": asked.comparisons, "starts": len(STARTS) - 1, "shares": rows}
+    content = {
+        "comparisons": asked.comparisons,
+        "starts": len(STARTS) - 1,
+        "shares": rows,
+    }  # the limited ones are in the text
     (OUTPUT / "power.json").write_text(json.dumps(content, indent=1) + "\n")
     cells = [
         [row["losses"], row["seeds"], row["effect"] or "none", f"{row['report']:.1%}", f"{row['alone']:.1%}"]
         for row in rows
     ]
     text = table(["losses", "seeds", "effect", "called better by a report", "by each t interval alone"], cells)
+    held = [
+        [
+            what,
+            f"{precision:.1%}" if precision else "none",
+            *limited(rng, asked.limited, scenario, shift, precision or None),
+        ]
+        for what, scenario, shift in LIMITED
+        for precision in (0.0, 0.01)
+    ]
+    header = ["under a limit", "precision", "best stopped", "falsely better", "a called better", "runs of all"]
+    text += f"\n\n{table(header, held)}"
+    bounds = [[effect, f"{bound(effect, 2):.1%}", f"{bound(effect, 1):.1%}"] for effect in (2.0, 3.0, 4.0)]
+    text += f"\n\n{table(['effect, three seeds', 'noise known, two-sided', 'one-sided'], bounds)}"
     (OUTPUT / "power.md").write_text(text + "\n")
     print(text)
 

@@ -89,6 +89,7 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
         found[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half, pooled=False)
     if pooled:
         share = len(pooled) / len(compared)  # of the errors allowed
+        pooled.sort(key=lambda start: len(pairs[start]))  # so that critical values are found again
         found |= _dunnett(losses.loc[[reference, *pooled]], 1 - (1 - confidence) * share)
     return {start: found[start] for start in compared}
 

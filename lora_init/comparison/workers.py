@@ -151,10 +151,13 @@ class RayActor:
 
 class _Actor:
     def __init__(self, make: Callable[[], Workbench], threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._bench = make()
+        self._make, self._threads = make, threads
+        self._bench: Workbench | None = None
 
     def carry_out(self, run: Run, keep: bool) -> Record:
+        if self._bench is None:  # not before: what an actor raises while it is made has no type
+            torch.set_num_threads(self._threads)
+            self._bench = self._make()
         return self._bench.carry_out(run, keep=keep)
 
 

@@ -1,0 +1,132 @@
+"""What is run under a limit: seeds in stages, starts that cannot win or are known well enough stop, and all ends."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lora_init.comparison.budget import STAGES, Budget, longer_runs, stops
+from lora_init.comparison.effects import effects
+from lora_init.comparison.findings import summarise
+from lora_init.comparison.runs import Plan, Run
+from lora_init.errors import LoraInitError
+from tests.comparisons import planted, record, settings
+
+
+def layout(shifts, n_seeds, noise=0.01):
+    rng = np.random.default_rng(0)
+    losses = {start: shift + rng.normal(0, noise, n_seeds) for start, shift in {"random": 1.0, **shifts}.items()}
+    return pd.DataFrame(losses).T
+
+
+def test_who_is_worse_than_random_or_than_another_stops_and_who_may_win_goes_on():
+    over, left = stops(layout({"good": 0.8, "bad": 1.2, "like random": 1.0}, 4), None)
+    assert over["bad"] == "bad stops, as it cannot win any more against good"
+    assert set(over) == {"bad", "like random"} and left["good"].startswith("good goes on, known to ")
+    over, left = stops(layout({"bad": 1.2, "like random": 1.0}, 4), None)
+    assert over == {"bad": "bad stops, as it cannot win any more against random"} and set(left) == {"like random"}
+
+
+def test_who_is_known_well_enough_stops_better_or_not():
+    losses = layout({"good": 0.8, "like random": 1.0}, 4)
+    over, left = stops(losses, 0.05)
+    assert over["good"].startswith("good is known to ") and "like random" in over and not left
+    assert set(stops(losses, 0.001)[1]) == {"good"}
+
+
+def test_no_one_stops_for_a_difference_that_a_single_look_would_call_worse():
+    losses = layout({"a": 1.012, "b": 1.0, "c": 1.0}, 4)
+    assert effects(losses, "random")["a"].low > 0
+    assert "a" in stops(losses, None)[1]
+
+
+def spend(losses, budget, plan, order=1):
+    """Do what is due, in the order given or from its end, and return what was done and said."""
+    records = {}
+    while True:
+        due, said = budget.due(plan, plan.starts, records)
+        left = [run for run in due if run not in records and run.learning_rate is not None]
+        if not left:
+            return records, said
+        run = left[::order][0]
+        records[run] = record(run.start, run.learning_rate, run.seed, losses(run), run_seconds=1.0)
+
+
+def loss(run):
+    rng = np.random.default_rng([run.seed, len(run.start)])
+    best = {"random": 1.0, "eva": 0.99, "orthogonal": 1.3, "full": 0.5}[run.start.partition("+")[0]]
+    return best + 0.2 * (run.learning_rate != 1e-3) + 0.01 * rng.normal() + 0.1 * np.sin(run.seed)
+
+
+PLAN = Plan(["random", "eva", "orthogonal", "full"], [1e-3, 1e-2], range(STAGES[-1]), "halving", extend=0)
+
+
+def test_seeds_are_added_until_every_verdict_is_precise_in_whatever_order_runs_end():
+    records, said = spend(loss, Budget(precision=0.012), PLAN)
+    counts = {start: len({run.seed for run in records if run.start == start}) for start in PLAN.starts}
+    assert counts["full"] == counts["orthogonal"] == 3 < counts["eva"] == counts["random"] <= 16
+    assert said[0].startswith("3 seeds: orthogonal stops, as it cannot win any more against random; eva goes on, known")
+    assert "1.2 % is wanted" in said[0] and "eva is known to 0." in said[-1]
+    backwards, again = spend(loss, Budget(precision=0.012), PLAN, order=-1)
+    assert backwards == records and again == said
+
+
+def test_without_precision_it_ends_with_the_last_stage():
+    plan = Plan(["random", "eva"], [1e-3], range(6), "halving")
+    records, said = spend(loss, Budget(seconds=1e9), plan)
+    assert {run.seed for run in records} == set(range(6)) and [line.split()[0] for line in said] == ["3", "4", "6"]
+
+
+def test_without_a_limit_everything_planned_is_due():
+    plan = Plan(["random", "eva"], [1e-3], range(5), "halving")
+    assert Budget().due(plan, plan.starts, {}) == (plan.runs(plan.starts, {}), [])
+
+
+@pytest.mark.parametrize("limits", [dict(seconds=0.0), dict(precision=-0.1), dict(precision=float("nan"))])
+def test_a_limit_is_above_zero(limits):
+    with pytest.raises(LoraInitError, match="expected a number above zero"):
+        Budget(**limits)
+
+
+# What a better start is worth in time
+
+
+def timed(took, longer, better=-0.01):
+    """Runs of 60 steps of 1 s; eva takes `took` s to start, and random with twice the steps ends `longer` lower."""
+    runs = planted({"eva": better}, rates=(1e-3,), spread=0.0002)
+    for run in runs:
+        run["training_seconds"], run["initialisation_seconds"] = 60.0, took if run["start"] == "eva" else 0.0
+    twins = [run for run in runs if run["start"] == "random"]
+    return runs + [
+        run | {"start": "random+120-steps", "evaluation_points": [0, 120], "data_order": "longer",
+               "report_loss": [2.3, run["report_loss"][-1] - longer]} for run in twins
+    ]  # fmt: skip
+
+
+def test_if_a_start_is_better_random_trains_twice_as_long():
+    runs = {Run.of(run): run for run in timed(10.0, 0.0) if "steps" not in run["start"]}
+    assert longer_runs(runs) == [Run("random+120-steps", seed, 1e-3) for seed in range(3)]
+    assert longer_runs({run: found for run, found in runs.items() if run.start == "random"}) == []
+
+
+def test_the_verdict_at_equal_total_time():
+    # Twice the steps lower the loss by 0.02, and so 30 more, as the start takes, by 0.02 * log2(1.5) = 0.0117.
+    found = summarise(timed(30.0, 0.02), settings())
+    assert [verdict.start for verdict in found.verdicts] == ["eva"]
+    (said,) = found.equal_time
+    # The lead of 0.01 is worth 2 ** 0.5 - 1 = 41 % more steps, and 30 steps are 41 % of 73.
+    assert said.startswith("At equal total time, eva: worse; its final loss differs by +1.2 %")
+    assert "takes as long as 30.0 steps, and its lead is worth 40% further steps of random" in said
+    assert "so it pays from 74 steps on" in said
+    cheap = summarise(timed(3.0, 0.02), settings()).equal_time[0]
+    assert cheap.startswith("At equal total time, eva: better; ")
+
+
+@pytest.mark.parametrize(
+    ("runs", "why"),
+    [
+        ([run for run in timed(30.0, 0.02) if "steps" not in run["start"]], "since random was not trained longer"),
+        (timed(90.0, 0.02), "since random could train more than twice as long"),
+    ],
+)
+def test_what_is_not_known_at_equal_time(runs, why):
+    assert why in summarise(runs, settings()).equal_time[0]
