@@ -76,9 +76,9 @@ def spend(losses: pd.DataFrame, precision: float | None) -> tuple[pd.DataFrame, 
     for n in [stage for stage in STAGES if stage <= losses.shape[1]]:
         taken.loc[going, range(n)] = losses.loc[going, range(n)]
         over, left = stops(taken[list(range(n))], precision)
-        stopped |= {start for start, why in over.items() if "cannot win" in why}
-        going = ["random", *left]
-        if not left:
+        stopped |= {start for start in going if "cannot win" in over.get(start, "")}
+        going = [start for start in going if start == "random" or start in left]
+        if going == ["random"]:
             break
     return taken, stopped
 

@@ -74,10 +74,10 @@ class Budget:
                     return now, said
                 table = run_table([record for run, record in records.items() if run.seed in seeds[:n]])
                 over, left = stops(judged_losses(table), self.precision)
-                said.append(f"{n} seeds: {'; '.join([*over.values(), *left.values()]) or 'nothing to compare'}")
+                why = [{**over, **left}[start] for start in going if start in over or start in left]
+                said.append(f"{n} seeds: {'; '.join(why) or 'nothing to compare'}")
                 going = [start for start in going if start == RANDOM or start in left]
-                planned = now if not left else planned
-                if not left or n >= len(seeds):
+                if going in ([], [RANDOM]) or n >= len(seeds):
                     break
             planned = [run for run in planned if run in records]
         if all(run in records for run in planned):

@@ -96,6 +96,14 @@ def test_a_dry_run_lists_and_writes_nothing(command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_limits_reach_the_comparison(command, tmp_path):
+    result = run(*command[:-6], "--seeds", 3, "--extend", 0, "--statistics-batches", "2,4", "--time", "1h30m",
+                 "--precision", "90%", "--learning-rates", "1e-2")  # fmt: skip
+    assert read_settings(tmp_path / "out")["budget"] == {"time": 5400.0, "precision": 0.9}
+    assert "3 seeds: eva-rho1+2-batches is known to " in result.stderr and "best: the trained adapter" in result.stderr
+    assert {record["start"] for record in read_runs(tmp_path / "out")} >= {"eva-rho1+2-batches", "eva-rho1+4-batches"}
+
+
 def test_an_adapter_of_ones_own(command, home, tmp_path):
     run("init", home / "llama", home / "rows.jsonl", "-o", tmp_path / "mine", "--template", "{passage}", "--rank", 2,
         "--rho", 1)  # fmt: skip
@@ -116,6 +124,11 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
         (["--label", "class"], "--label 'class' is not a column"),
         (["--batch-size", 500], "expected 500 or more"),
+        (["--time", "2 weeks"], "--time '2 weeks': expected a duration such as 90s, 30m, 2h or 1h30m."),
+        (["--time", "0s"], "--time 0.0: expected a number above zero"),
+        (["--precision", "little"], "--precision 'little': expected a share such as 1% or 0.01."),
+        (["--statistics-batches", "4,4"], "--statistics-batches [4, 4]: expected numbers of batches, each once."),
+        (["--statistics-batches", "few"], "--statistics-batches 'few': expected whole numbers"),
         (["--starts", "random,mine=nowhere"], "start 'mine': nowhere is no adapter directory"),
     ],
 )

@@ -178,6 +178,12 @@ def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
 
+def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_samples():
+    runs = planted({"eva-rho1+16-batches": -0.01, "eva-rho1+64-batches": 0.0})
+    summary = summarise(runs, settings(init="lora-init init m d.jsonl", batch_size=8))
+    assert summary.command == "lora-init init m d.jsonl --method eva --rho 1 --samples 128 --output adapter"
+
+
 # Headroom
 
 
