@@ -344,8 +344,8 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
         said.append(
             f"{begin}: {outcome}; its final loss differs by {percent(effect.mean / reference)} (interval "
             f"{percent(effect.low / reference)} to {percent(effect.high / reference)}). Its start takes as long as "
-            f"{took[start]:.1f} steps, and its lead is worth {lead} of random, so it pays from "
-            f"{took[start] / (worth if 0 < worth <= 1 else 1):.0f} steps on, if it is the same share of other numbers."
+            f"{took[start]:.1f} steps, and its lead is worth {lead} of random: it pays from "
+            f"{took[start] / (worth if 0 < worth <= 1 else 1):.0f} steps on, if that share is the same there."
         )
     return said
 

@@ -13,9 +13,9 @@ import pandas as pd
 
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.plots import pictures
-from lora_init.comparison.runs import best_rates, by_seed, read_runs, read_settings
+from lora_init.comparison.runs import BEST, BEST_RUN, best_rates, by_seed, read_runs, read_settings
 from lora_init.comparison.tables import run_tables
-from lora_init.files import write_whole
+from lora_init.files import read_json, write_whole
 
 
 def write_report(directory: str | Path) -> list[Path]:
@@ -33,7 +33,9 @@ def write_report(directory: str | Path) -> list[Path]:
     summary = summarise(read_runs(directory), settings)
     drawn = pictures(summary)
     rows = _settings_table(settings)
-    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": rows}
+    file = directory / BEST / BEST_RUN
+    kept = file.exists() and read_json(file).get("start") == summary.start
+    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": rows, "kept": kept}
     files = {f"{name}.png": png for name, png in drawn.items()}
     files |= {name: _fill(name, content).encode() for name in ("report.md", "report.html")}
     for name, data in files.items():

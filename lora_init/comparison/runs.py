@@ -214,7 +214,7 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
         which is chosen by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
-    bases = [RANDOM, *starts, *(split_start(row["start"])[0] for row in rows)]
+    bases = [RANDOM, *(split_start(name)[0] for name in [*starts, *(row["start"] for row in rows)])]
     rows.sort(key=lambda r: (bases.index(split_start(r["start"])[0]), r["start"], r["learning_rate"], r["seed"]))
     table = pd.DataFrame(rows, columns=_COLUMNS)
     table[_NUMBERS] = table[_NUMBERS].astype(float)
@@ -274,6 +274,7 @@ def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
 
 
 SETTINGS_FILE, RUNS, LOCK, HOLDER = "settings.json", "runs", ".lock", ".lock-holder"
+BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in it the record of its run
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")

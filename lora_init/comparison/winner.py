@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from lora_init.adapters.peft_model import card_header
 from lora_init.comparison.findings import Summary, number, rate_text, summarise
-from lora_init.comparison.runs import Record, Run, RunDirectory
+from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory
 from lora_init.comparison.starts import can_be_kept
 from lora_init.comparison.workers import Worker, WorkerDied
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory, read_json
 
-BEST, RUN_FILE, _CARD = "best", "run.json", "README.md"
+_CARD = "README.md"
 
 
 def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> None:
@@ -36,7 +36,7 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
         say(f"{run.start} changes the weights of the model, so its trained adapter is not kept.")
         return
     if path.exists() and any(path.iterdir()):
-        there = Run.of(read_json(path / RUN_FILE)) if (path / RUN_FILE).exists() else None
+        there = Run.of(read_json(path / BEST_RUN)) if (path / BEST_RUN).exists() else None
         if there != run:
             held = there.title if there else "something else"
             say(f"{path} holds {held} and stays; the best is now {run.title}. Remove {path} to have that one made.")
@@ -49,8 +49,8 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
     if not files:
         say(f"{path} is not made: {record['error']}")
         return
-    files |= {RUN_FILE: f"{json.dumps(record)}\n".encode(), _CARD: _card(summary, log, record).encode()}
-    with new_directory(path, overwrite=False, marker=RUN_FILE, replaceable=()) as fresh:
+    files |= {BEST_RUN: f"{json.dumps(record)}\n".encode(), _CARD: _card(summary, log, record).encode()}
+    with new_directory(path, overwrite=False, marker=BEST_RUN, replaceable=()) as fresh:
         for name, content in files.items():
             (fresh / name).write_bytes(content)
 
@@ -74,5 +74,5 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "{BEST}")
 ```
 
-Compared by lora_init; the runs are beside this directory, the one of this adapter in `{RUN_FILE}`.
+Compared by lora_init; the runs are beside this directory, the one of this adapter in `{BEST_RUN}`.
 """
