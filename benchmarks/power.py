@@ -9,7 +9,7 @@ The second table is about a comparison under a limit (`--time`, `--precision`), 
 that is as good as the best is stopped, how often one that makes no difference is called better at the end, and how many
 runs it takes. The last is what no analysis of three seeds can exceed: the power if the noise were known exactly.
 
-Writes `results/power/power.json` and `power.md`.
+Writes `results/power/power.json`, `power.md` and `limited.md`.
 """
 
 from __future__ import annotations
@@ -123,11 +123,20 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=2000)
     parser.add_argument("--limited", type=int, default=400, help="Comparisons under a limit.")
     asked = parser.parse_args()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    if asked.comparisons:
+        verdicts(asked.comparisons)
+    if asked.limited:
+        limits(asked.limited)
+
+
+def verdicts(comparisons: int) -> None:
+    """Count verdicts on comparisons without a limit."""
     rng = np.random.default_rng(0)
     rows = []
     for scenario in SCENARIOS:
         for n_seeds in (3, 5, 8):
-            drawn = [draw(rng, n_seeds, scenario) for _ in range(asked.comparisons)]
+            drawn = [draw(rng, n_seeds, scenario) for _ in range(comparisons)]
             false = [share(judge, drawn) for judge in (together, alone)]
             rows.append({"losses": scenario, "seeds": n_seeds, "effect": 0.0, "report": false[0], "alone": false[1]})
             if scenario == "equal noise":
@@ -136,32 +145,29 @@ def main() -> None:
                     rows.append(
                         {"losses": scenario, "seeds": n_seeds, "effect": effect, "report": power[0], "alone": power[1]}
                     )
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    content = {
-        "comparisons": asked.comparisons,
-        "starts": len(STARTS) - 1,
-        "shares": rows,
-    }  # the limited ones are in the text
+    content = {"comparisons": comparisons, "starts": len(STARTS) - 1, "shares": rows}
     (OUTPUT / "power.json").write_text(json.dumps(content, indent=1) + "\n")
     cells = [
         [row["losses"], row["seeds"], row["effect"] or "none", f"{row['report']:.1%}", f"{row['alone']:.1%}"]
         for row in rows
     ]
     text = table(["losses", "seeds", "effect", "called better by a report", "by each t interval alone"], cells)
+    (OUTPUT / "power.md").write_text(text + "\n")
+    print(text)
+
+
+def limits(comparisons: int) -> None:
+    """Count what a limit does, and compute what no analysis can exceed."""
+    rng = np.random.default_rng(0)
     held = [
-        [
-            what,
-            f"{precision:.1%}" if precision else "none",
-            *limited(rng, asked.limited, scenario, shift, precision or None),
-        ]
+        [what, f"{precision:.0%}" if precision else "none", *limited(rng, comparisons, scenario, shift, precision)]
         for what, scenario, shift in LIMITED
-        for precision in (0.0, 0.01)
+        for precision in (None, 0.01)
     ]
     header = ["under a limit", "precision", "best stopped", "falsely better", "a called better", "runs of all"]
-    text += f"\n\n{table(header, held)}"
     bounds = [[effect, f"{bound(effect, 2):.1%}", f"{bound(effect, 1):.1%}"] for effect in (2.0, 3.0, 4.0)]
-    text += f"\n\n{table(['effect, three seeds', 'noise known, two-sided', 'one-sided'], bounds)}"
-    (OUTPUT / "power.md").write_text(text + "\n")
+    text = f"{table(header, held)}\n\n{table(['effect, three seeds', 'noise known, two-sided', 'one-sided'], bounds)}"
+    (OUTPUT / "limited.md").write_text(f"{comparisons} comparisons of each kind.\n\n{text}\n")
     print(text)
 
 

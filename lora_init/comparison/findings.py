@@ -120,6 +120,10 @@ def verdicts(table: pd.DataFrame) -> list[Verdict]:
     return judged
 
 
+def _outcome(effect: Effect) -> Outcome:
+    return "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
+
+
 def _judge(
     start: str,
     best: Mapping[str, float],
@@ -142,7 +146,7 @@ def _judge(
         said = f"no statement possible with 1 run; {apart} with the same seed ({signed(mean)}; {where})."
         sentence = f"{start}: {said} Only more seeds can tell how much of that is chance.{but}"
         return Verdict(start, "no statement", sentence, differences, mean, None, None, None, reference, caveats)
-    outcome: Outcome = "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
+    outcome = _outcome(effect)
     showable = (effect.high - effect.low) / 2
     ends = f"{percent(effect.low / reference)} to {percent(effect.high / reference)}"
     about = f"{apart} ({signed(mean)}; interval {ends}; {len(differences)} runs of each; {where})."
@@ -339,10 +343,9 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
         if effect is None:
             continue
         reference, worth = float(later.loc[RANDOM].mean()), math.expm1(min(-verdict.mean / gained.mean(), 50.0))
-        outcome = "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
         lead = f"{worth:.0%} further steps" if 0 < worth <= 1 else "more than twice the steps"
         said.append(
-            f"{begin}: {outcome}; its final loss differs by {percent(effect.mean / reference)} (interval "
+            f"{begin}: {_outcome(effect)}; its final loss differs by {percent(effect.mean / reference)} (interval "
             f"{percent(effect.low / reference)} to {percent(effect.high / reference)}). Its start takes as long as "
             f"{took[start]:.1f} steps, and its lead is worth {lead} of random: it pays from "
             f"{took[start] / (worth if 0 < worth <= 1 else 1):.0f} steps on, if that share is the same there."
