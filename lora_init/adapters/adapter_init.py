@@ -18,13 +18,13 @@ from lora_init.adapters.peft_model import (
     CONFIG_FILE,
     LORA_A,
     LORA_B,
-    ORIGIN,
     ORIGIN_FILE,
     WEIGHTS_FILE,
     Weights,
     adapted_layers,
     attach,
     card_header,
+    carrying,
     check_model,
     check_plain,
     exact_pattern,
@@ -280,10 +280,7 @@ class AdapterInit:
             config["target_parameters"] = parameters
         if self.modules_to_save:
             config["modules_to_save"] = list(self.modules_to_save)
-        if self.provenance.task_type:
-            # The one field that PEFT carries from the config it reads to the one it writes after training, and that it
-            # uses only where there is no task type.
-            config["auto_mapping"] = {ORIGIN: self._origin(short=True)}
+        config |= carrying(self._origin(short=True), self.provenance.task_type)
         return config | {flag: True for flag in ("use_rslora", "use_dora") if getattr(self, flag)}
 
     def _tensors(self, model: nn.Module | None) -> dict[str, Tensor]:

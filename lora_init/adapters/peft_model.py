@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
-ORIGIN = "lora_init"  # key in `auto_mapping` of the config
+ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -51,17 +53,28 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
     """Find what lora_init knew when it made an adapter, also after training: method, options, provenance.
 
     `AdapterInit.save_pretrained` writes it to a file of its own. `PeftModel.save_pretrained`, and with it Trainer,
-    writes neither that file nor keys that it does not know into the directory of the trained adapter; but it carries
-    the config's field `auto_mapping` over, where the same is written in short. PEFT overwrites that field where the
-    config has no task type, as for images: what is known of those is lost with the file. Empty if lora_init did not
-    make the adapter.
+    writes neither that file nor keys that it does not know into the directory of the trained adapter; but fields of the
+    config are carried over, and one of them has the same in short, see `carrying`. Empty if lora_init did not make the
+    adapter.
     """
     directory = Path(directory).expanduser()
     if (directory / ORIGIN_FILE).is_file():
         return read_json(directory / ORIGIN_FILE)
-    mapping = read_config(directory).get("auto_mapping")
-    origin = mapping.get(ORIGIN) if isinstance(mapping, dict) else None
-    return origin if isinstance(origin, dict) else {}
+    config = read_config(directory)
+    fields = [config.get("auto_mapping")]
+    with suppress(TypeError, ValueError):
+        fields.append(json.loads(config.get("megatron_core", "")))
+    origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
+    return origins[0] if origins and isinstance(origins[0], dict) else {}
+
+
+def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
+    """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes.
+
+    It uses `auto_mapping` only where there is no task type, and then it overwrites it. `megatron_core` it carries
+    always, and uses only where `megatron_config` is set; but that is a string.
+    """
+    return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
 
 
 def read_shapes(directory: Path) -> dict[str, list[int]]:

@@ -223,12 +223,13 @@ def test_a_failed_rename_puts_the_old_directory_back(monkeypatch, tmp_path, erro
 
 @pytest.mark.parametrize("loaded", [True, False])
 @pytest.mark.parametrize("by_trainer", [True, False])
-def test_a_trained_adapter_knows_where_it_comes_from(tmp_path, loaded, by_trainer):
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_a_trained_adapter_knows_where_it_comes_from(tmp_path, loaded, by_trainer, task_type):
     """What `init` knew goes along whoever saves, whether the start was read from its directory or put on a model."""
     from transformers import Trainer, TrainingArguments
 
     model = tiny_llama()
-    stats = made_up_statistics(model, task_type="CAUSAL_LM", model_id="org/name")
+    stats = made_up_statistics(model, task_type=task_type, model_id="org/name")
     init = build_adapter(stats, 2, method="random", seed=7, freeze_a=True)
     start = init.save_pretrained(tmp_path / "start")
     peft_model = peft.PeftModel.from_pretrained(model, start, is_trainable=True) if loaded else init.apply(model)
