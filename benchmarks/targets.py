@@ -1,0 +1,73 @@
+"""Attention, MLP or all layers, at equal parameters: `python -m benchmarks.targets [TASK...]`, resumable.
+
+`lora-init compare` does the work. `random` adapts all linear layers at rank 8, and two starts of our own put the same
+number of parameters, within 1.2 %, into attention alone (rank 21) and into the MLP alone (rank 13). Every one has the
+scaling 2, PEFT's random start, its own best of the same learning rates, and the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+import lora_init
+from benchmarks import bare_options
+from benchmarks.settings import table
+from lora_init.comparison.tables import run_tables
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+RANKS = {"attention": 21, "mlp": 13}
+TASKS = {
+    "siqa": ("SIQA", "{passage} {question}\nAnswer:"),
+    "openbookqa": ("OpenBookQA", "{question}\nAnswer:"),
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def adapt(purpose: str, model: nn.Module, seed: int) -> PeftModel:
+    """Put PEFT's random adapter on the layers of one purpose."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    names = list(lora_init.find_targets(model, purpose).layers)
+    rank = RANKS[purpose]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM"))
+
+
+def main(tasks: list[str]) -> None:
+    """Run what is left of each comparison, and print its verdicts."""
+    for name in tasks or TASKS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = _compare(name, Path(folder, name, "all.jsonl"))
+        print(f"\n{name}: {found.summary.headline}")
+        for verdict in found.summary.verdicts:
+            print(verdict.sentence)
+        for cells in run_tables(found.summary).values():
+            print(table(list(cells.columns), cells.to_numpy().tolist()))
+
+
+def _compare(name: str, data: Path) -> lora_init.Comparison:
+    import demo_assets
+
+    folder, template = TASKS[name]
+    bare_options.main(str(demo_assets.dataset(folder, "test.jsonl")), str(data))
+    return lora_init.compare(
+        str(demo_assets.smollm2()), data, RESULTS / f"targets-{name}",
+        starts=["random", *((purpose, partial(adapt, purpose)) for purpose in RANKS)],
+        learning_rates=[1e-3, 3e-3], seeds=3, sweep="halving", extend=0, rank=8, steps=20, batch_size=4,
+        template=template, completion=" {answer}", max_length=96, selection_samples=24, report_samples=48,
+        evaluation_points=[20], dtype="bfloat16", name=name, command=f"python -m benchmarks.targets {name}",
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
