@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-serving check format docs demo bench clean
+.PHONY: help venv test test-oldest test-serving check format docs demo bench clean
 
 help:
 	@echo 'make demo    a small model and real questions: compute an adapter, train it, export it, and write a page about it'
 	@echo 'make test    run the tests'
+	@echo 'make test-oldest   the same with the oldest versions that pyproject.toml allows (PYTHON=python3.11 or newer)'
 	@echo 'make test-serving  serve exported adapters in real engines; needs python3.11, a compiler and an hour'
 	@echo 'make check   ruff, mypy --strict'
 	@echo 'make format  let ruff rewrite the files'
@@ -33,6 +35,18 @@ $(VENV)/.docs-installed: $(INSTALLED)
 # The tests build what they need. The hub is never asked. One thread each, in as many processes as there are cores.
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+# The floors of pyproject.toml, see tests/oldest.py. A torch of the interpreter's own is used as it is: Debian 13 has 2.6.0
+# (apt-get install python3-torch libopenblas0-pthread, PYTHON=/usr/bin/python3.13), without libuv. Others get the newest.
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv --clear --system-site-packages $(OLDEST)
+	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/floors.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/floors.txt -e '.[demo,test]'
+	@touch $@
+
+# The examples' model is made anew: what one version of transformers saved, an older one need not read.
+test-oldest: $(OLDEST)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 USE_LIBUV=0 LORA_INIT_CACHE=$(abspath $(OLDEST))/assets $(OLDEST)/bin/python -m pytest -n auto $(ARGS)
 
 # By hand, not in CI. Each engine has an environment of its own in .venv-serving.
 test-serving: $(INSTALLED)
@@ -58,5 +72,5 @@ bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.statistics $(ARGS)
 
 clean:
-	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest-* docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lora_init tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
