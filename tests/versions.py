@@ -16,6 +16,9 @@ OLD_PEFT = older("peft", "0.19")
 NO_CONFIG = {} if OLD_PEFT else None
 needs_intruders = pytest.mark.skipif(OLD_PEFT, reason="PEFT reduces intruder dimensions since 0.19")
 needs_fsdp_on_cpu = pytest.mark.skipif(older("torch", "2.7"), reason="torch 2.6 cannot run FSDP2 on a CPU")
+needs_torchrun = pytest.mark.skipif(
+    "debian" in version("torch"), reason="torchrun needs libuv, Debian's torch has none"
+)
 
 
 def needs_fused_experts():

@@ -24,6 +24,7 @@ from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
 from tests.conftest import tiny_llama
 from tests.processes import free_port, run
+from tests.versions import needs_torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,7 @@ def torchrun(*arguments, cwd=None):
     return out
 
 
+@needs_torchrun
 def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch):
     arguments = ["-m", "lora_init", "init", "model", "text.txt", "-o", str(tmp_path / "out"), "--rank", "4", "--json"]
     out = torchrun(*arguments, "--statistics", str(tmp_path / "stats"), cwd=home)
@@ -72,6 +74,7 @@ def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch)
         assert next(shares) == pytest.approx(next(shares), rel=0.02)
 
 
+@needs_torchrun
 def test_a_step_start_under_torchrun_searches_its_size_once(home, tmp_path):
     data = home / "answers.jsonl"
     data.write_text(
@@ -95,6 +98,7 @@ def test_a_step_start_under_torchrun_searches_its_size_once(home, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@needs_torchrun
 def test_the_example_trains_what_two_processes_found(tmp_path):
     out = torchrun(str(ROOT / "examples" / "two_processes.py"), "--output", str(tmp_path / "adapter"))
     assert "2 processes: 24 batches, 3072 tokens" in out
@@ -121,6 +125,7 @@ def command_line(rank, size, folder, *arguments):
     return [code, *(file.read_text() for file in read)]
 
 
+@needs_torchrun
 def test_each_process_says_what_is_wrong_with_it_and_all_end(home, tmp_path):
     init = ["init", str(home / "model"), str(home / "text.txt"), "-o"]
     (tmp_path / "full-1").mkdir()
