@@ -72,15 +72,16 @@ def share(judge: Callable[[pd.DataFrame], set[str]], drawn: list[pd.DataFrame], 
 def spend(losses: pd.DataFrame, precision: float | None) -> tuple[pd.DataFrame, set[str]]:
     """Take the runs that a limited comparison does, and name the starts that were stopped as they cannot win."""
     going, stopped = list(STARTS), set()
-    taken = losses * np.nan
+    taken = pd.Series(0, STARTS)
     for n in [stage for stage in STAGES if stage <= losses.shape[1]]:
-        taken.loc[going, range(n)] = losses.loc[going, range(n)]
-        over, left = stops(taken[list(range(n))], precision)
+        taken[going] = n
+        there = losses.where(np.arange(losses.shape[1]) < taken.to_numpy()[:, None])
+        over, left = stops(there, precision)
         stopped |= {start for start in going if "cannot win" in over.get(start, "")}
         going = [start for start in going if start == "random" or start in left]
         if going == ["random"]:
             break
-    return taken, stopped
+    return there, stopped
 
 
 def limited(

@@ -88,6 +88,8 @@ class Process:
         except (EOFError, OSError):
             self._process.join()
             code, self._process = self._process.exitcode, None
+            if code < 0:  # killed
+                raise WorkerDied from None
             raise LoraInitError(
                 f"a worker ended while it started (exit code {code}). In a script of your own, call "
                 "compare() under `if __name__ == '__main__':`, as new processes read the script again."

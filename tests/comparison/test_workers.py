@@ -105,6 +105,19 @@ def test_a_start_that_cannot_be_sent_is_refused():
         find_workers(partial(set_up_bench, lambda model, seed: model), 2, None)
 
 
+def dies_at_once(how):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+@pytest.mark.parametrize(("how", "error"), [("killed", WorkerDied), ("exits", LoraInitError)])
+def test_a_worker_that_dies_while_it_starts_costs_its_run_and_one_that_never_starts_is_said(how, error):
+    (worker,) = find_workers(partial(dies_at_once, how), 1, None)
+    with pytest.raises(error):
+        worker.carry_out(Run("random", 0, 1e-3), "")
+
+
 def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
     (worker,) = find_workers(partial(set_up_bench, home, tmp_path, "nothing-here"), 1, None)
     with pytest.raises(LoraInitError, match="nothing-here"):
