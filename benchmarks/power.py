@@ -88,7 +88,7 @@ def limited(
     rng: np.random.Generator, n: int, scenario: str, effects_of: dict[str, float], precision: float | None
 ) -> list[str]:
     """Simulate limited comparisons of at most 12 seeds, in losses of 100: a precision of 0.01 is the noise itself."""
-    shift = pd.Series(effects_of).reindex(STARTS, fill_value=0.0)
+    shift = pd.Series(effects_of, dtype=float).reindex(STARTS, fill_value=0.0)
     best = {start for start in STARTS if shift[start] == shift.min()}
     wrong, dropped, right, runs = 0, 0, 0, 0
     for _ in range(n):

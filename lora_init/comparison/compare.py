@@ -160,7 +160,7 @@ def compare(
             or in use by another process.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
-    require("matplotlib", "scipy", "sklearn")  # for the report, at the end
+    require("matplotlib", "scipy", "sklearn", *(["ray"] if ray else []))  # most are for the report, at the end
     options = _read_options(loading)
     batches = [statistics_batches] if isinstance(statistics_batches, int) else list(statistics_batches)
     names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts, batches)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lora_init.comparison.budget import Budget
 from lora_init.comparison.runs import Record, Run, RunDirectory
 from lora_init.comparison.workbench import RunRecord, Workbench
-from lora_init.errors import LoraInitError, first_line, require
+from lora_init.errors import LoraInitError, first_line
 
 
 class WorkerDied(Exception):
@@ -58,22 +58,28 @@ class Process:
     def __init__(self, make: Callable[[], Workbench], place: int) -> None:
         self._arguments = (make, torch.get_num_threads(), place)
         self._process: Any = None
+        self._busy = False
 
     def carry_out(self, run: Run, title: str, keep: bool = False) -> Record:
         """See `Worker`."""
+        self._busy = True
         if self._process is None:
             self._start()
         try:
             self._pipe.send((run, keep))
-            return dict(self._answer())
+            record = dict(self._answer())
         except (EOFError, OSError):
             self.close()
             raise WorkerDied from None
+        self._busy = False
+        return record
 
     def close(self) -> None:
         """See `Worker`."""
         if self._process is not None:
-            self._process.kill()
+            if self._busy:
+                self._process.kill()
+            self._pipe.close()  # upon which an idle one ends
             self._process.join()
         self._process = None
 
@@ -172,7 +178,7 @@ def find_workers(make: Callable[[], Workbench], count: int | None, ray: str | No
         ray: `"auto"` or the address of a cluster.
 
     Raises:
-        LoraInitError: Ray is missing or has no cluster there, or a start cannot be sent to another process.
+        LoraInitError: Ray has no cluster there, or a start cannot be sent to another process.
     """
     if ray is None:
         try:
@@ -182,7 +188,6 @@ def find_workers(make: Callable[[], Workbench], count: int | None, ray: str | No
                 f"a start cannot be sent to a worker: {first_line(error)} Define its function in a module of its own."
             ) from error
         return [Process(make, place) for place in range(count or 1)]
-    require("ray")
     import ray as cluster
 
     if not cluster.is_initialized():

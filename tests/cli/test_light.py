@@ -51,6 +51,7 @@ def test_what_is_missing_is_named_with_its_extra(library, home, tmp_path, monkey
         "matplotlib": ["ranks", tmp_path / "s", "--plot", tmp_path / "plan.png"],
         "scipy": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
         "sklearn": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out"],
+        "ray": ["compare", home / "model", home / "text.txt", "-o", tmp_path / "out", "--ray", "auto"],
         "gguf": ["export", tmp_path / "adapter", "-o", tmp_path / "a.gguf", "--engine", "llama.cpp"],
     }[library]
     words = f"this needs {library}, which is not installed. Install it: pip install 'lora-init[{EXTRAS[library]}]'"
