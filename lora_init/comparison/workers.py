@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -14,6 +15,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 
 from lora_init.comparison.budget import Budget
@@ -111,6 +113,8 @@ class Process:
 def _serve(pipe: Any, make: Callable[[], Workbench], threads: int, place: int) -> None:
     """Do runs as they come, until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
+    warnings.simplefilter("ignore")  # the first process has shown them
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
     with suppress(EOFError, OSError):
