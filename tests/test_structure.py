@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "statistics": {"layers"},
     "collection": {"layers", "statistics"},
     "planning": {"layers", "statistics"},
-    "adapters": {"layers", "statistics", "collection", "planning"},
+    "adapters": {"layers", "loading", "statistics", "collection", "planning"},
     "serving": {"layers", "statistics", "planning", "adapters"},
     "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
     "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "comparison"},

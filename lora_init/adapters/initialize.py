@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from lora_init.collection.collect import collect
 from lora_init.collection.processes import Processes
 from lora_init.collection.tokenized import as_batches
 from lora_init.errors import LoraInitError
+from lora_init.layers.masks import encoder_of
+from lora_init.loading.batches import Batches, load_batches
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 
 def initialize(
     model: nn.Module | Any,
-    batches: Iterable[Any] | None = None,
+    batches: Any = None,
     rank: int = 16,
     rho: float = 2.0,
     method: str = "eva",
     *,
+    tokenizer: Any = None,
     target_modules: str | Collection[str] = "all-linear",
     whiten: bool = False,
     lora_alpha: float = 16,
@@ -43,9 +46,9 @@ def initialize(
     freeze_a: bool = False,
     adapter_name: str = "default",
     seed: int = 0,
-    **collect_options: Any,
+    **options: Any,
 ) -> PeftModel:
-    """Do all of it in one call: collect statistics, allocate ranks, build the adapter, put it on the model.
+    """Do all of it in one call: read data, collect statistics, allocate ranks, build the adapter, put it on the model.
 
     Given a trainer, it learns from the very batches that the trainer is about to train on (its collator, its template,
     its packing, its labels, in its order), and the trainer then trains the adapter. A trainer that was made with a
@@ -55,26 +58,29 @@ def initialize(
 
     Args:
         model: The plain model; or a `Trainer` of transformers or one of TRL's, before `train()`.
-        batches: What `collect` takes. Default: those of the trainer.
+        batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
+            in memory. Default: those of the trainer.
         rank: Average rank of a layer.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
         method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout`,
             `modules_to_save` and `freeze_a`.
+        tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
         target_modules: See `collect`.
         gamma: See `build_adapter`. By default a method that steps sets the first four batches aside and takes the size
             of its step by the loss on them, see `find_step_size`. Where there are no more than four, they serve for
             both, with a warning.
         adapter_name: PEFT's name for the adapter.
         seed: Seed of the decomposition and of random initializations.
-        **collect_options: Passed on to `collect`: `exclude_modules`, `target_parameters`, `task_type` and so on.
+        **options: Passed on to `collect` (`exclude_modules`, `task_type` and so on) and, with a tokenizer, to
+            `load_batches` (`template`, `format`, `samples` and so on).
 
     Returns:
         The PeftModel; also `trainer.model` from then on.
 
     Raises:
-        LoraInitError: As `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and `AdapterInit.apply` do;
-            before any batch is read, where that can be known then. A trainer that has begun, or whose adapter is not a
-            fresh LoRA adapter; it is as it was then.
+        LoraInitError: As `load_batches`, `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and
+            `AdapterInit.apply` do; before any batch is read, where that can be known then. A trainer that has begun, or
+            whose adapter is not a fresh LoRA adapter; it is as it was then.
     """
     if is_trainer(model):
         shape: dict[str, Any] = dict(rank=rank, target_modules=target_modules, lora_alpha=lora_alpha)
@@ -82,36 +88,52 @@ def initialize(
         shape |= dict(modules_to_save=modules_to_save)
         defaults = {name: one.default for name, one in inspect.signature(initialize).parameters.items()}
         given = {name: value for name, value in shape.items() if value != defaults[name]}
-        with opened(model, method, given, collect_options) as found:
+        with opened(model, method, given, options) as found:
+            source = dict(batches=found.batches) if batches is None else dict(batches=batches, tokenizer=tokenizer)
             adapted = initialize(
-                found.model, found.batches if batches is None else batches, rho=rho, method=method, whiten=whiten,
-                gamma=gamma, freeze_a=freeze_a, adapter_name=adapter_name, seed=seed, **found.options,
+                found.model, **source, rho=rho, method=method, whiten=whiten, gamma=gamma, freeze_a=freeze_a,
+                adapter_name=adapter_name, seed=seed, **found.options,
             )  # fmt: skip
         hand_over(model, adapted)
         return adapted
     if batches is None:
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
     check_plain(model, "initialize()")
-    options: dict[str, Any] = dict(method=method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora)
-    options |= dict(lora_dropout=lora_dropout, modules_to_save=modules_to_save)
-    check_adapter_options(**options, gamma=gamma)
+    adapter: dict[str, Any] = dict(method=method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora)
+    adapter |= dict(lora_dropout=lora_dropout, modules_to_save=modules_to_save)
+    check_adapter_options(**adapter, gamma=gamma)
     check_modules_to_save(model, modules_to_save)
+    if method in GRADIENT_METHODS:
+        options.setdefault("gradients", True)
+    if tokenizer is not None:
+        batches, options = _read(model, batches, tokenizer, seed, options)
     searched = gamma is None and changes_output(method)
     aside, others = set_aside(as_batches(batches, model, seed)) if searched else ([], batches)
-    if method in GRADIENT_METHODS:
-        collect_options.setdefault("gradients", True)
-    stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **collect_options)
+    stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **options)
     build = partial(
         build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), use_rslora=use_rslora, seed=seed,
-        freeze_a=freeze_a, **options,
+        freeze_a=freeze_a, **adapter,
     )  # fmt: skip
     if not searched:
         return build(gamma=gamma).apply(model, adapter_name)
 
     def loss_of(model: nn.Module) -> float:
-        return _mean_of_processes(mean_loss(model, aside, collect_options.get("forward"), collect_options.get("loss")))
+        return _mean_of_processes(mean_loss(model, aside, options.get("forward"), options.get("loss")))
 
     return find_step_size(model, lambda candidate: build(gamma=candidate), loss_of).apply(model, adapter_name)
+
+
+def _read(
+    model: nn.Module, source: Any, tokenizer: Any, seed: int, options: Mapping[str, Any]
+) -> tuple[Batches, dict[str, Any]]:
+    """Draw batches of texts; also return the options that are left, for `collect`."""
+    names = inspect.signature(load_batches).parameters
+    reading = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    reading.setdefault("seq2seq", encoder_of(model) is not None)
+    reading.setdefault("needs_labels", rest.get("gradients", False) or rest.get("token_mask") == "labels")
+    batches = load_batches(source, tokenizer, seed=seed, **reading)
+    return batches, {"data": batches.description, **rest}
 
 
 def _mean_of_processes(value: float) -> float:
