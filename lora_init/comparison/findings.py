@@ -304,13 +304,11 @@ def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, s
 def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
     """Write the command that makes the adapter of a start; None where `init` does not make it."""
     options = init_options(start) if start else None
-    batches = own_number(start, "batches") if start else None
-    samples = f" --samples {batches * settings['batch_size']}" if batches else ""
-    return (
-        f"{settings['init']} {' '.join(options)}{samples} --output adapter"
-        if options and settings.get("init")
-        else None
-    )
+    if start is None or not options or not settings.get("init"):
+        return None
+    batches = own_number(start, "batches")
+    samples = ["--samples", str(batches * settings["batch_size"])] if batches else []
+    return " ".join([settings["init"], *options, *samples, "--output adapter"])
 
 
 def longer_random(table: pd.DataFrame) -> str:
@@ -334,9 +332,7 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
             why = "was not trained longer" if longer not in losses.index else "could train more than twice as long"
             said.append(f"{begin}: no statement possible, since random {why}.")
             continue
-        gained = (losses.loc[RANDOM] - losses.loc[longer]) / math.log(
-            2
-        )  # by a number of steps that is e times as large
+        gained = (losses.loc[RANDOM] - losses.loc[longer]) / math.log(2)  # by e times as many steps
         rows = losses.loc[[other.start for other in judged if other.start in losses.index]]
         later = (losses.loc[RANDOM] - gained * math.log1p(took[start] / steps)).rename(RANDOM).to_frame().T
         effect = effects(pd.concat([later, rows]), RANDOM).get(start)
