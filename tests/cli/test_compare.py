@@ -157,6 +157,8 @@ from lora_init.comparison import workbench
 train, calls = workbench.train, []
 def waiting(*arguments, **options):
     calls.append(1)
+    if len(calls) == 2:
+        print("the second run waits", file=sys.stderr, flush=True)
     while len(calls) == 2:
         time.sleep(0.01)
     return train(*arguments, **options)
@@ -170,9 +172,17 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", WAITING, *map(str, command)]
     with subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True) as process:
-        assert any(line.startswith("run 1/10") for line in process.stderr)
+        seen = []
+        for line in process.stderr:
+            seen.append(line)
+            if line == "the second run waits\n":
+                break
+        assert any(line.startswith("run 1/10") for line in seen), seen
         process.send_signal(sent)
-        out, errors = process.communicate(timeout=60)
+        try:
+            out, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()  # one that does not end must not hold up the suite
     assert process.returncode == 130 and out == ""
     said, last = errors.splitlines()[-2:]
     assert last == "interrupted" and "out: 1 of 10 runs are kept, with their report" in said
