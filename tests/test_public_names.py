@@ -35,7 +35,7 @@ def test_mypy_sees_every_name_with_its_type_and_a_misspelt_one(tmp_path):
     # From the root of the repository: its settings and its cache.
     command = [sys.executable, "-m", "mypy", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SOURCE.parents[1], check=False)
-    errors = [line for line in done.stdout.splitlines() if line.startswith(str(script)) and ": error: " in line]
+    errors = [line for line in done.stdout.splitlines() if f"{script.name}:" in line and ": error: " in line]
     assert len(errors) == 2, done.stdout
     assert 'expression has type "RankAllocation", variable has type "int"' in errors[0]
     assert 'Module has no attribute "build_adaptor"' in errors[1]

@@ -60,11 +60,16 @@ def full(home, tmp_path_factory):
 # Records
 
 
+def of_equal_steps(records):
+    """All but the runs of random with twice the steps, which come where a start happens to be better."""
+    return [record for record in records if "-steps" not in record["start"]]
+
+
 def test_every_run_is_there_with_every_key(full):
     found, _ = full
     records = read_runs(found.directory)
     assert [record["status"] for record in records] == ["finished"] * len(found.planned)
-    for record in records:
+    for record in of_equal_steps(records):
         assert set(record) == {field.name for field in dataclasses.fields(RunRecord)}
         assert record["evaluation_points"] == [0, 3, 6] and len(record["report_loss"]) == 3
         assert len(record["training_loss"]) == 6
@@ -79,7 +84,7 @@ def test_every_run_is_there_with_every_key(full):
 
 
 def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
-    records = full[0].records
+    records = of_equal_steps(full[0].records)
     assert len({record["report_loss"][0] for record in records}) == 1
     assert len({record["retain_loss"][0] for record in records}) == 1
     for seed in (0, 1):
