@@ -1,6 +1,7 @@
 """One run learns, repeats, and says when it diverges; losses are those of transformers, metrics of scikit-learn."""
 
 import copy
+import gc
 import math
 from dataclasses import replace
 
@@ -184,6 +185,7 @@ def test_a_loss_that_is_not_finite_is_unstable_at_once(task):
 def test_peak_memory_is_that_since_the_reset():
     if not peak_bytes():
         pytest.skip("no peak on this system")
+    gc.collect()  # else what earlier tests left may be freed in between
     reset_peak()
     before = peak_bytes()
     block = torch.ones(30_000_000)
