@@ -321,11 +321,6 @@ class AdapterInit:
             return origin | {"provenance": kept}
         return origin | {
             "left_out": list(self.left_out),
-            "experts": {
-                name: {"tensors": prefix.removeprefix(PREFIX), "experts": self.targets[name].experts}
-                for name, prefix in file_prefixes(self.targets.values()).items()
-                if self.targets[name].experts
-            },
             "unsupported": dict(self.unsupported),
             "explained": {name: round(share, 4) for name, share in self.explained.items()},
             "provenance": provenance,

@@ -1,4 +1,4 @@
-"""The running decomposition of rows that arrive in batches: k x d of state, two thin products a batch."""
+"""The running decomposition of rows that arrive in batches: 2 k x d of state, two thin products a batch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _MOSTLY = 0.9
 
 
 class HeldOut(NamedTuple):
-    """What the components found before a batch captured of that batch.
+    """What the directions chosen before a batch captured of that batch.
 
     Attributes:
-        captured: Sum of squares along each component, about the mean known before, float64 [k].
+        captured: Sum of squares along each direction, about the mean known before, float64 [k].
         total: Sum of squares over all directions, about the same mean.
         n_samples: Rows of the batch.
     """
@@ -173,7 +173,7 @@ class IncrementalSVD:
         seed: Seed of the random start of the first batch.
 
     Attributes:
-        held_out: What the components found before the last batch captured of it; None if there was nothing before.
+        held_out: What the directions chosen before the last batch captured of it; None if there was nothing before.
 
     Raises:
         LoraInitError: `n_components` is not positive.
