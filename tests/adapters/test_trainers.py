@@ -219,11 +219,21 @@ def test_what_cannot_be_is_refused(case, tmp_path, tokenizer):
     assert trainer.model is before
 
 
-def test_a_failure_leaves_the_trainer_as_it_was(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"texts": ["made while it trains"]}, "SFTTrainer makes its batches of tokens while it trains"),
+        (
+            {"prompt_input_ids": torch.ones(2, 3), "chosen_input_ids": torch.ones(2, 3)},
+            "has prompt_input_ids, chosen_input_ids, and LlamaForCausalLM takes none of these. TRL 0.29",
+        ),
+    ],
+)
+def test_a_failure_leaves_the_trainer_as_it_was(batch, message, tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
     before, state = trainer.model, {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    trainer.data_collator = lambda rows: {"texts": ["made while it trains"]}
-    with pytest.raises(LoraInitError, match="SFTTrainer makes its batches of tokens while it trains"):
+    trainer.data_collator = lambda rows: batch
+    with pytest.raises(LoraInitError, match=message):
         lora_init.initialize(trainer)
     assert trainer.model is before and state.keys() == before.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
