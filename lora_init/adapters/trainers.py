@@ -95,8 +95,8 @@ def opened(trainer: Any, method: str, given: Mapping[str, Any], collect_options:
             kept = {key: value for key, value in batch.items() if key in taken}
             if not kept:  # DPOTrainer before TRL 0.29: prompts and answers apart
                 raise LoraInitError(
-                    f"a batch of {name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. TRL 0.29 "
-                    "or newer makes whole texts; or initialize the plain model on load_batches(...)."
+                    f"a batch of {name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. TRL "
+                    "0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
                 )
             return call_model(model, kept, with_labels=gradients)
 
