@@ -108,7 +108,6 @@ def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) ->
         max_steps=args.steps,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="linear",
-        train_sampling_strategy="sequential",  # load_batches has shuffled them: the same order in both trainings
         per_device_train_batch_size=1,  # of these, each is a batch of BATCH_SIZE examples already
         per_device_eval_batch_size=1,
         logging_steps=1,

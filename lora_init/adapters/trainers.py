@@ -111,8 +111,10 @@ def opened(trainer: Any, method: str, given: Mapping[str, Any], collect_options:
 
 def hand_over(trainer: Any, adapted: PeftModel) -> None:
     """Let a trainer train this model, as if it had been made with it."""
+    from peft import PeftModel
+
     before = trainer.model
-    if hasattr(before, "peft_config"):
+    if isinstance(before, PeftModel):
         kept = next((p.dtype for n, p in before.named_parameters() if ".lora_A." in n), torch.float32)
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:  # TRL trains the adapter of a quantised model in bfloat16

@@ -252,8 +252,10 @@ def _as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
     What transformers does there (rename, split, transpose) it does to sums and to single experts alike.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 saves parameters as they are
+        return {name: tensor}
     pieces: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
     return pieces
 

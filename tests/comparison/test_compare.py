@@ -190,7 +190,9 @@ def test_full_fine_tuning_trains_all_weights_and_leaves_them(home, tmp_path, mod
     full, random = records["full", 0], records["random", 0]
     assert (full["learning_rate"], full["ranks"], full["a_scale"]) == (1e-3, None, 0.0)
     assert full["trainable_parameters"] > 5 * random["trainable_parameters"]
-    assert full["report_loss"][0] == random["report_loss"][0] == pytest.approx(full["plain_loss"])
+    # An adapter in the way may change the last bit.
+    assert full["report_loss"][0] == pytest.approx(random["report_loss"][0], rel=1e-6)
+    assert full["report_loss"][0] == pytest.approx(full["plain_loss"], rel=1e-6)
     assert full["report_loss"][-1] < full["report_loss"][0]
     assert "Full fine-tuning ends at" in found.summary.headroom and found.settings["starts"] == ["random", "full"]
 
