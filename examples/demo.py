@@ -153,7 +153,7 @@ def asked(batches: Any, tokenizer: Any) -> list[dict[str, str]]:
 
 def answer(model: Any, tokenizer: Any, question: str) -> str:
     """Let the model go on, always with the likeliest token."""
-    inputs = tokenizer(question, return_tensors="pt")
+    inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False)
     model.eval()
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
