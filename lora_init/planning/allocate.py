@@ -54,7 +54,7 @@ def allocate_ranks(
     and a warning says so.
 
     Args:
-        stats: From `collect`, or loaded. Only variances are read, no components, unless `policy` is a function.
+        stats: From `collect`, or loaded.
         rank: Budget: average rank of the layers that take part. Without any budget: the rank that the statistics were
             collected for.
         rho: At most round(rho x average rank) in one layer, under every budget but `variance` and every policy but

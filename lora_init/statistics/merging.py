@@ -15,7 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.mean_gradient import freeze_triplets, product_svd
-from lora_init.statistics.spectrum import Moments, Spectrum, Variances, freeze, principal_directions
+from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
 from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
 
 # A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
@@ -31,7 +31,7 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
     """Merge all parts at once, see `Statistics.merge`."""
     weights = _check_weights(parts, weights)
     _check_parts(parts)
-    size = _common_size([part.variances.values() for part in parts])
+    size = _common_size([part.groups.values() for part in parts])
     group_of, sources = _grouping(parts)
     groups: dict[str, Spectrum] = {}
     for name, source in sources.items():
@@ -114,17 +114,17 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
     return freeze(Moments(n_samples, mean, scatter), directions, weights + noise)
 
 
-def _common_size(variances: Iterable[Iterable[Variances]]) -> int:
+def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
     """Say how many components to keep, given the groups of each part: as many as every part has that left any out.
 
     A part that saw few rows has few components and lacks nothing. One that was asked for fewer than another lacks the
     rest, and what is known of that from the other alone would pass for the whole.
     """
     least, whole = math.inf, 0
-    for part in map(list, variances):
-        cut = [len(one.along) for one in part if float(one.along.sum()) < (1.0 - _NOTHING) * one.total]
+    for part in map(list, spectra):
+        cut = [s.n_components for s in part if float(s.explained_variance.sum()) < (1.0 - _NOTHING) * s.total_variance]
         least = min(least, max(cut, default=math.inf))
-        whole += max(len(one.along) + 1 for one in part)
+        whole += max(one.n_components + 1 for one in part)
     return int(min(least, whole))
 
 
@@ -171,9 +171,9 @@ def _check_parts(parts: Sequence[Statistics]) -> None:
 
 def _have_same_rows(part: Statistics, other: Statistics) -> bool:
     """Tell it by numbers of rows, total variances and, where these agree, the means: single rows have no variance."""
-    counts = [[(group, *found[1:]) for group, found in one.variances.items()] for one in (part, other)]
+    counts = [[(group, s.total_variance, s.n_samples) for group, s in one.groups.items()] for one in (part, other)]
     return counts[0] == counts[1] and all(
-        torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.variances
+        torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.groups
     )
 
 
@@ -248,8 +248,8 @@ def _merge_gradients(
 
     The importance is not known, NaN: it needs the weights of the layer.
     """
-    found = [dict(part.gradients) for part in parts]  # read from the files now
-    size = _common_size([Variances.of(one.weighted) for one in of.values()] for of in found)
+    found = [part.gradients for part in parts]
+    size = _common_size([one.weighted for one in of.values()] for of in found)
     # A pass keeps two triplets for each rank at least. A part with fewer saw few labels, or narrow layers, and lacks
     # nothing; so as many are kept as every part has that may have left any out.
     counts = [max(len(one.singular_values) for one in of.values()) for of in found]
@@ -318,7 +318,7 @@ def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size:
             f"part {i + 1} of {len(parts)}{weight}: {made.n_samples:,} rows in {made.n_batches} batches, stopped: "
             f"{made.stop_reason}, seed {made.seed}, {made.data or 'data not described'}."
         )
-    most = [max(len(one.along) for one in part.variances.values()) for part in parts]
+    most = [max(one.n_components for one in part.groups.values()) for part in parts]
     if max(most) > size:
         yield f"the parts have up to {' and '.join(map(str, most))} components of a layer; {size} are kept."
     without = [str(i + 1) for i, part in enumerate(parts) if not part.provenance.gradients]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,19 +48,6 @@ class Spectrum:
         if self.total_variance <= 0.0:
             return torch.zeros_like(self.explained_variance)
         return self.explained_variance / self.total_variance
-
-
-class Variances(NamedTuple):
-    """What a `Spectrum` says without its components: variance along each, over all directions, number of rows."""
-
-    along: Tensor
-    total: float
-    n_samples: int
-
-    @classmethod
-    def of(cls, spectrum: Spectrum) -> Variances:
-        """Take them from a spectrum."""
-        return cls(spectrum.explained_variance.clone(), spectrum.total_variance, spectrum.n_samples)
 
 
 def fix_signs(components: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from html import escape
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, require
@@ -19,14 +18,13 @@ from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.figures import shown
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
-from lora_init.statistics.spectrum import Spectrum, Variances
+from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Part = TypeVar("Part")
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)  # 1 had no gradients
@@ -98,8 +96,7 @@ class Statistics(Mapping[str, Spectrum]):
     """One `Spectrum` per layer, in model order, with provenance.
 
     Layers that read the same tensor (q, k and v) share one stored decomposition; `stats[name]` returns tensors of its
-    own each time, so that nothing a caller does to them reaches another layer. `explained_variance` and its neighbours
-    answer without touching the components.
+    own each time, so that nothing a caller does to them reaches another layer.
 
     Args:
         groups: Decomposition of each input group, by the name of its first layer.
@@ -110,7 +107,6 @@ class Statistics(Mapping[str, Spectrum]):
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         provenance: Where all this comes from.
         gradients: For each layer what the loss says about it; empty if there were no backward passes.
-        variances: For each group, what is known without its components; by default taken from `groups`.
 
     Attributes:
         path: The file that `load` read; None of others.
@@ -125,7 +121,6 @@ class Statistics(Mapping[str, Spectrum]):
         held_out: Mapping[str, float] | None = None,
         unsupported: Mapping[str, str] | None = None,
         gradients: Mapping[str, GradientSpectrum] | None = None,
-        variances: Mapping[str, Variances] | None = None,
     ) -> None:
         self.groups = groups
         self.gradients = gradients or {}
@@ -135,7 +130,6 @@ class Statistics(Mapping[str, Spectrum]):
         self.unsupported = dict(unsupported or {})
         self.provenance = provenance
         self.path: Path | None = None
-        self.variances = dict(variances or {name: Variances.of(group) for name, group in groups.items()})
 
     def __repr__(self) -> str:
         made = self.provenance
@@ -161,9 +155,9 @@ class Statistics(Mapping[str, Spectrum]):
                 "in_features": self.targets[name].in_features,
                 "out_features": self.targets[name].out_features,
                 "group": group,
-                "n_components": len(self.variances[group].along),
-                "n_samples": self.variances[group].n_samples,
-                "total_variance": self.variances[group].total,
+                "n_components": self.groups[group].n_components,
+                "n_samples": self.groups[group].n_samples,
+                "total_variance": self.groups[group].total_variance,
                 "captured": float(self.explained_variance_ratio(name).sum()),
                 "held_out": self.held_out.get(group, math.nan),
             }
@@ -183,8 +177,8 @@ class Statistics(Mapping[str, Spectrum]):
 
         figure = Figure(figsize=(6.0, 3.6), dpi=110, layout="constrained")
         axes = figure.add_subplot()
-        for i, group in enumerate(self.groups):
-            ratios = self.explained_variance_ratio(group).cumsum(0).tolist()
+        for i, group in enumerate(self.groups.values()):
+            ratios = group.explained_variance_ratio.cumsum(0).tolist()
             axes.plot([0.0, *ratios], color=colormaps["cividis"](0.85 * i / len(self.groups)), linewidth=0.8, alpha=0.6)
         axes.set_xlabel("components")
         axes.set_ylabel("variance explained")
@@ -211,18 +205,16 @@ class Statistics(Mapping[str, Spectrum]):
         return len(self.group_of)
 
     def explained_variance(self, name: str) -> Tensor:
-        """Variance along each component of a layer, float64 [k], without reading the components."""
-        return self.variances[self.group_of[name]].along.clone()
+        """Variance along each component of a layer, float64 [k]."""
+        return self.groups[self.group_of[name]].explained_variance.clone()
 
     def total_variance(self, name: str) -> float:
         """Variance of a layer's rows over all directions."""
-        return self.variances[self.group_of[name]].total
+        return self.groups[self.group_of[name]].total_variance
 
     def explained_variance_ratio(self, name: str) -> Tensor:
         """Share of the total variance along each component of a layer, float64 [k]."""
-        total = self.total_variance(name)
-        variance = self.explained_variance(name)
-        return variance / total if total > 0.0 else torch.zeros_like(variance)
+        return self.groups[self.group_of[name]].explained_variance_ratio
 
     def gradient(self, name: str) -> GradientSpectrum:
         """Give what the loss says about a layer.
@@ -252,7 +244,7 @@ class Statistics(Mapping[str, Spectrum]):
     def rows_of_expert(self, name: str, expert: int) -> int:
         """Count the rows that an expert of a fused parameter has read."""
         group = expert_group(name, expert)
-        return self.variances[group].n_samples if group in self.variances else 0
+        return self.groups[group].n_samples if group in self.groups else 0
 
     def merge(self, *others: Statistics, weights: Sequence[float] | None = None) -> Statistics:
         """Make the statistics of all rows that these and the others have seen; none of them is changed.
@@ -329,35 +321,33 @@ class Statistics(Mapping[str, Spectrum]):
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read a file that `save` wrote. Components are read when a layer is asked for, everything else now.
+        """Read a file that `save` wrote, and check all of it.
 
         Raises:
             LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
         """
         file = TensorFile(path, FORMAT, *_READABLE)
-        with file.checking("its header"):
+        with file.checking("its content"):
             header = {"gradients": {}, **file.header}
-            for part in ("layers", "groups", "unsupported", "gradients"):
-                if not isinstance(header[part], dict):
-                    raise file.changed(f"its {part}")
-            layers, groups = header["layers"], header["groups"]
+            groups, made = header["groups"], header["provenance"]
             shares = {name: group["held_out"] for name, group in groups.items()}
-            known = {one.name for one in fields(Provenance)}
             statistics = cls(
-                groups=_Stored(groups, partial(_read_group, file)),
-                group_of={name: str(layer[0]) for name, layer in layers.items()},
+                groups={name: _read_group(file, name, group) for name, group in groups.items()},
+                group_of={name: str(layer[0]) for name, layer in header["layers"].items()},
                 targets={
                     name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
-                    for name, (_, kind, d_in, d_out, *extras) in layers.items()
+                    for name, (_, kind, d_in, d_out, *extras) in header["layers"].items()
                 },
-                provenance=Provenance(**{name: part for name, part in header["provenance"].items() if name in known}),
+                provenance=Provenance(**{one.name: made[one.name] for one in fields(Provenance) if one.name in made}),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
                 unsupported=header["unsupported"],
-                gradients=_Stored(header["gradients"], partial(_read_gradient, file)),
-                variances={name: _read_variances(file, name, group) for name, group in groups.items()},
+                gradients={
+                    name: GradientSpectrum.unpack(numbers, partial(_gradient_part, file, name))
+                    for name, numbers in header["gradients"].items()
+                },
             )
+            statistics._check(file)
         statistics.path = file.path
-        statistics._check(file)
         return statistics
 
     def _check(self, file: TensorFile) -> None:
@@ -368,11 +358,11 @@ class Statistics(Mapping[str, Spectrum]):
                 raise file.changed(f"its provenance, {name}={value!r},")
         if not _is_of(self.unsupported, dict[str, str]):
             raise file.changed("its list of unsupported layers")
-        if not set(self.group_of.values()) <= set(self.groups) or not self.gradients.keys() <= self.group_of.keys():
+        if not self.gradients.keys() <= self.group_of.keys():
             raise file.changed("its list of layers")
         for name, group in self.group_of.items():
             target = self.targets[name]
-            if file.shape(f"{group}/components")[1:] != (target.in_features,) or not 0 < target.out_features < 2**31:
+            if len(self.groups[group].mean) != target.in_features or not 0 < target.out_features < 2**31:
                 raise file.changed(f"the width of layer {name!r}")
 
 
@@ -390,41 +380,17 @@ def notes_on_experts(stats: Statistics) -> list[str]:
     return notes
 
 
-class _Stored(Mapping[str, Part]):
-    """Parts of a file, read when they are asked for."""
-
-    def __init__(self, numbers: Mapping[str, Any], read: Callable[[str, Mapping[str, Any]], Part]) -> None:
-        self._numbers = numbers
-        self._read = read
-
-    def __getitem__(self, name: str) -> Part:
-        return self._read(name, self._numbers[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-
-def _read_variances(file: TensorFile, name: str, group: Mapping[str, Any]) -> Variances:
-    along, total = file.tensor(f"{name}/explained_variance"), float(group["total_variance"])
-    if along.dim() != 1 or not along.isfinite().all() or not math.isfinite(total):
-        raise file.changed(f"the variances of group {name!r}")
-    return Variances(along, total, int(group["n_samples"]))
-
-
 def _read_group(file: TensorFile, name: str, group: Mapping[str, Any]) -> Spectrum:
-    along, total, n_samples = _read_variances(file, name, group)
-    components, mean = file.tensor(f"{name}/components"), file.tensor(f"{name}/mean")
-    if components.shape != (len(along), len(mean)) or not components.isfinite().all():
+    components, along, mean = (file.tensor(f"{name}/{part}") for part in ("components", "explained_variance", "mean"))
+    total = float(group["total_variance"])
+    finite = components.isfinite().all() and along.isfinite().all() and math.isfinite(total)
+    if along.dim() != 1 or components.shape != (len(along), len(mean)) or not finite:
         raise file.changed(f"group {name!r}")
-    return Spectrum(components, along, total, mean, n_samples)
+    return Spectrum(components, along, total, mean, int(group["n_samples"]))
 
 
-def _read_gradient(file: TensorFile, name: str, numbers: Mapping[str, Any]) -> GradientSpectrum:
-    with file.checking(f"the gradient of layer {name!r}"):
-        return GradientSpectrum.unpack(numbers, lambda part: file.tensor(f"{name}{_BY_GRADIENT}/{part}"))
+def _gradient_part(file: TensorFile, layer: str, part: str) -> Tensor:
+    return file.tensor(f"{layer}{_BY_GRADIENT}/{part}")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -98,10 +98,6 @@ class TensorFile:
             raise self.changed(f"tensor {name!r}")
         return tensor
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of a tensor without reading it; nothing for one that is missing."""
-        return tuple(self._file.get_slice(name).get_shape()) if name in self._names else ()
-
     @contextmanager
     def checking(self, what: str) -> Iterator[None]:
         """Put errors of reading something that was written otherwise into words."""

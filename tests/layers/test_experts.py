@@ -258,6 +258,7 @@ def test_the_statistics_file_keeps_the_experts(tmp_path):
     again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
     assert again.targets == stats.targets
     assert again.provenance.target_parameters == sorted(BOTH)
+    assert len(again.plot().axes[0].lines) == len(stats.groups)
     a, b = (build_adapter(s, 2).weights for s in (stats, again))
     assert all(torch.equal(a[layer][0], b[layer][0]) for layer in a)
 

@@ -15,7 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.budgets import parse_count
 from lora_init.planning.policies import POLICIES
-from lora_init.statistics.spectrum import Variances
+from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 from tests.planning.made import (
     QKV,
@@ -271,7 +271,7 @@ def test_variance_takes_the_fewest_ranks(ratios, share):
 
 def test_constant_rows_need_no_rank_to_be_explained():
     stats = statistics([[0.5, 0.25], [0.0, 0.0]])
-    stats.variances["h.1.up"] = Variances(torch.zeros(2, dtype=torch.float64), 0.0, 9)
+    stats.groups["h.1.up"] = Spectrum(torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64), 0.0, torch.zeros(1), 9)
     plan = allocate_ranks(stats, variance=0.6)
     assert list(plan.values()) == [2, 0]
     assert plan.explained["h.1.up"] == 1.0
