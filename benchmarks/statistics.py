@@ -27,8 +27,8 @@ from benchmarks import memory, peft_eva, scaling, settings
 from benchmarks.settings import Setting, median, table, timed
 from lora_init.collection.activations import ActivationHooks, call_model
 from lora_init.layers.masks import TokenMasks
-from lora_init.statistics.exact_pca import ExactPCA
 from lora_init.statistics.incremental_svd import IncrementalSVD
+from lora_init.statistics.spectrum import ExactPCA
 
 RANK, RHO = 16, 2.0
 N_COMPONENTS = round(RANK * RHO)

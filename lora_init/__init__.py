@@ -15,7 +15,7 @@ _HOMES = {
     "Spectrum": "statistics.spectrum",
     "principal_angles": "statistics.spectrum",
     "IncrementalSVD": "statistics.incremental_svd",
-    "ExactPCA": "statistics.exact_pca",
+    "ExactPCA": "statistics.spectrum",
     "Statistics": "statistics.statistics",
     "Provenance": "statistics.statistics",
     "collect": "collection.collect",
@@ -66,9 +66,9 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
-    from lora_init.statistics.exact_pca import ExactPCA as ExactPCA
     from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum
     from lora_init.statistics.incremental_svd import IncrementalSVD as IncrementalSVD
+    from lora_init.statistics.spectrum import ExactPCA as ExactPCA
     from lora_init.statistics.spectrum import Spectrum as Spectrum
     from lora_init.statistics.spectrum import principal_angles as principal_angles
     from lora_init.statistics.statistics import Provenance as Provenance

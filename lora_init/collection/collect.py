@@ -23,9 +23,8 @@ from torch import Tensor, nn
 import lora_init
 from lora_init.collection.activations import ActivationHooks, Forward, call_model
 from lora_init.collection.backward import BackwardHooks, Loss
-from lora_init.collection.loop import Pass, progress_bar, run_pass
+from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
-from lora_init.collection.state import Collected
 from lora_init.collection.tokenized import as_batches
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable

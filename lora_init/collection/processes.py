@@ -15,14 +15,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from lora_init.collection.state import Collected
 from lora_init.errors import LoraInitError, first_line
+
+if TYPE_CHECKING:
+    from lora_init.collection.loop import Collected
 
 
 class Processes:

@@ -14,7 +14,7 @@ from lora_init.comparison.findings import Summary, rate_text
 from lora_init.comparison.runs import RANDOM, best_rates
 from lora_init.comparison.starts import FULL, START_NAMES, split_start
 from lora_init.errors import LoraInitError, require
-from lora_init.statistics.figures import shown
+from lora_init.statistics.statistics import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,8 +18,7 @@ from lora_init.layers.grid import layer_grid
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation, plan_text, source_text
 from lora_init.planning.policies import POLICIES, Spectra, stack_spectra
-from lora_init.statistics.figures import shown
-from lora_init.statistics.statistics import Statistics
+from lora_init.statistics.statistics import Statistics, shown
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,19 +1,25 @@
-"""What the loss says about one layer: the frozen result of the backward passes, and its place in a file."""
+"""What the loss says about one layer: the running mean of its weight's gradient, and the frozen result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_init.statistics.mean_gradient import MeanGradient
+from lora_init.errors import LoraInitError
 from lora_init.statistics.spectrum import Spectrum
 
 _TENSORS = ("left", "singular_values", "right", "output_moment")
+# Directions beyond those to report. With 16 the left vectors r to 2 r of r = 8 lie within 0.8 of the exact ones.
+_MARGIN = 16
+# Parts of the core that the two sides agree on to less than this share are not inverted.
+_AGREEMENT = 0.1
+# A row this many times smaller than the largest is float32 rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,209 @@ class GradientSpectrum:
                 (rows * (self.left[:, start : start + 256].to(scaled).T @ scaled)).abs().sum(dtype=torch.float64)
             )
         return replace(self, importance=total / max(weight.numel(), 1))
+
+
+class _State(NamedTuple):
+    """A sum of gradients G by what it does to l directions of either side. Replaced as a whole."""
+
+    outputs: Tensor  # Q, orthonormal rows [l, d_out]
+    inputs: Tensor  # V, orthonormal rows [l, d_in]
+    left: Tensor  # V G^T, [l, d_out]
+    right: Tensor  # Q G, [l, d_in]
+    squares: Tensor  # [d_out], float64: sum of the squares of all rows g
+    n_samples: int
+    n_chosen: int  # rows that had been seen when Q and V were chosen
+
+    def to(self, device: torch.device) -> _State:
+        """Move to a device."""
+        outputs, inputs, left, right, squares = (part.to(device) for part in self[:5])
+        return _State(outputs, inputs, left, right, squares, self.n_samples, self.n_chosen)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Estimate G by A B with A [d_out, l] and B [l, d_in] in float64.
+
+        B is Q G. A is Q^T, which alone gives G as far as Q reaches, and for the rest of G V^T what brings it about:
+        (G V^T - Q^T Q G V^T) (Q G V^T)^+, of which only well-determined parts are inverted.
+        """
+        outputs, left, right = self.outputs.double(), self.left.double(), self.right.double()
+        if len(self.inputs) == self.inputs.shape[1]:  # V has all directions: nothing is to be estimated
+            return left.T, self.inputs.double()
+        of_left, of_right = _balancing(left), _balancing(right)
+        core = outputs @ left.T  # Q G V^T
+        inverse = torch.linalg.pinv(of_right[:, None] * core * of_left, rtol=_AGREEMENT)
+        beyond = left.T - outputs.T @ core
+        return outputs.T + beyond @ (of_left[:, None] * inverse * of_right), right
+
+
+class MeanGradient:
+    """Estimate the leading singular triplets of G = sum of g_t x_t^T, for tokens that arrive in batches.
+
+    g_t is the gradient with respect to a layer's output at a token and x_t what the layer reads there, so G is the
+    gradient of its weight. Keeps V G^T and Q G for l directions V of inputs and Q of outputs. For a batch these are
+    thin products, (x V^T)^T g and (g Q^T)^T x, so nothing of d_out x d_in is ever made; and they are sums, so that
+    batches that cancel leave nothing. G is estimated from both (generalised Nystrom, Nakatsukasa 2020), which is exact
+    for a sum of rank l at most.
+
+    The better Q and V fit the singular vectors, the less is missed. So before a batch is added, they are chosen anew
+    whenever there are half as many rows again as the last time: by one step of subspace iteration on the estimate and
+    that batch. The estimate takes the place of the sums. That loses what it misses, so it waits for the third batch.
+
+    The sum of the squares of g is exact, so that scores of layers have one unit.
+
+    Cost: 4 l (d_in + d_out) operations a row, half as much again where the directions change. Memory:
+    2 l (d_in + d_out) float32, twice that within a batch.
+
+    Error: of 27 layers of a real 135M model, 24 batches and 16 triplets, the leading 8 left or right vectors captured
+    at least 0.99 and in the median 0.9995 of the energy that any 8 could.
+
+    Args:
+        n_components: Triplets to report; 16 more directions are kept.
+        seed: Seed of the random start.
+
+    Example:
+        >>> g, x = torch.ones(5, 2), torch.ones(5, 3)
+        >>> mean = MeanGradient(1)
+        >>> mean.project(g, x); mean.update()
+        >>> [round(float(t.norm()), 3) for t in mean.triplets(1)]
+        [1.0, 12.247, 1.0]
+    """
+
+    def __init__(self, n_components: int, seed: int = 0) -> None:
+        self.n_components = n_components
+        self.seed = seed
+        self._state: _State | None = None
+        self._pending: _State | None = None
+
+    @property
+    def n_samples(self) -> int:
+        """Rows taken in so far."""
+        return self._state.n_samples if self._state else 0
+
+    @property
+    def squares(self) -> Tensor:
+        """Sum of g_t^2 over the rows, float64 [d_out]."""
+        return self._known().squares.cpu()
+
+    def project(self, g: Tensor, x: Tensor) -> None:
+        """Take in rows g [n, d_out] and x [n, d_in] of any float type; they count once `update` is called.
+
+        Projecting again before that adds to the same batch.
+        """
+        g, x = g.float(), x.float()
+        state = self._pending or self._state or self._empty(g, x)
+        state = state.to(g.device)  # what another process sent is on the CPU
+        if self._pending is None and 2 * state.n_samples >= 3 * state.n_chosen:
+            left, right, outputs, inputs = self._chosen_for(state, g, x, n_steps=1 if state.n_samples else 2)
+            n_chosen = state.n_samples or len(g)
+        else:
+            outputs, inputs, n_chosen = state.outputs, state.inputs, state.n_chosen
+            left = state.left + _left_image(g, x, inputs)
+            right = state.right + _right_image(g, x, outputs)
+        squares = state.squares + g.square().sum(0)
+        self._pending = _State(outputs, inputs, left, right, squares, state.n_samples + len(g), n_chosen)
+
+    def update(self) -> None:
+        """Complete the batch.
+
+        Raises:
+            LoraInitError: It has NaN or inf; nothing was updated.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if not bool(torch.isfinite(pending.squares.sum() + pending.left.sum() + pending.right.sum())):
+            raise LoraInitError("its gradient has NaN or inf. The model produces them; statistics were not updated.")
+        self._state = pending
+
+    def _empty(self, g: Tensor, x: Tensor) -> _State:
+        size = min(self.n_components + _MARGIN, g.shape[1], x.shape[1])
+        left, right = torch.zeros_like(g[:1]).expand(size, -1), torch.zeros_like(x[:1]).expand(size, -1)
+        inputs = self._basis(right)
+        return _State(self._basis(left), inputs, left, right, left.new_zeros(g.shape[1], dtype=torch.float64), 0, 0)
+
+    def _chosen_for(self, state: _State, g: Tensor, x: Tensor, n_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose Q and V anew for the sum of what is known and a batch; give its V G^T, Q G, Q and V."""
+        a, b = (part.float() for part in state.factors())
+        inputs = state.inputs
+        left = inputs @ b.T @ a.T + _left_image(g, x, inputs)
+        for _ in range(n_steps):
+            outputs = self._basis(left)
+            right = outputs @ a @ b + _right_image(g, x, outputs)
+            inputs = self._basis(right)
+            left = inputs @ b.T @ a.T + _left_image(g, x, inputs)
+        return left, right, outputs, inputs
+
+    def _basis(self, rows: Tensor) -> Tensor:
+        """Make rows orthonormal; random ones take the place of those that are rounding."""
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        empty = norms <= _ROUNDING * norms.max()
+        if bool(empty.any()):
+            drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(self.seed)).to(rows)
+            rows = torch.where(empty, drawn, rows)
+        # Contiguous, whatever QR returns: products of other layouts differ in the last bits.
+        basis: Tensor = torch.linalg.qr(rows.T).Q.T.contiguous()
+        return basis
+
+    def merge(self, other: MeanGradient) -> MeanGradient:
+        """Take in what another one has seen; exact up to the truncation to l directions. `other` is not changed."""
+        if other._state is None:
+            return self
+        if self._state is None:
+            self._state = other._state
+            return self
+        one, two = self._state, other._state.to(self._state.left.device)
+        (a, b), (c, d) = one.factors(), two.factors()
+        u, s, v = product_svd(torch.cat([a, c], 1), torch.cat([b, d]), len(one.left))
+        n_samples = one.n_samples + two.n_samples
+        outputs, inputs = u.T.float().contiguous(), v.float().contiguous()
+        left, right = (s[:, None] * u.T).float(), (s[:, None] * v).float()
+        self._state = _State(outputs, inputs, left, right, one.squares + two.squares, n_samples, n_samples)
+        return self
+
+    def triplets(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the leading singular triplets of G: left [k, d_out], values [k] float64, right [k, d_in], on the CPU.
+
+        Rows are orthonormal; there are fewer where G has fewer directions.
+        """
+        return freeze_triplets(*product_svd(*self._known().factors(), k), k)
+
+    def _known(self) -> _State:
+        if self._state is None:
+            raise LoraInitError("no gradients were seen. Feed rows with project and update first.")
+        return self._state
+
+
+def _balancing(rows: Tensor) -> Tensor:
+    """Give factors that bring entries of the core to one size: singular values span orders of magnitude."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    factors: Tensor = norms.clamp_min(max(_ROUNDING * float(norms.max()), 1e-300)).rsqrt()
+    return factors
+
+
+def _left_image(g: Tensor, x: Tensor, inputs: Tensor) -> Tensor:
+    return (x @ inputs.T).T @ g
+
+
+def _right_image(g: Tensor, x: Tensor, outputs: Tensor) -> Tensor:
+    return (g @ outputs.T).T @ x
+
+
+def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose left @ right, of thin factors [d_out, m] and [m, d_in], without making it.
+
+    Returns:
+        The `size` leading left singular vectors in columns, values and right ones in rows, float64; fewer if there are.
+    """
+    left, r_left = torch.linalg.qr(left.double())
+    right, r_right = torch.linalg.qr(right.double().T)
+    u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return left @ u[:, :size], s[:size], v[:size] @ right.T
+
+
+def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep k singular triplets, fewer where the rest is rounding: as `MeanGradient.triplets` gives them."""
+    kept = min(k, int((s > s[:1] * _ROUNDING).sum()))
+    return u[:, :kept].T.float().cpu().contiguous(), s[:kept].cpu(), v[:kept].float().cpu().contiguous()
 
 
 def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int) -> GradientSpectrum:

@@ -13,8 +13,7 @@ import torch
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.experts import expert_group
-from lora_init.statistics.gradient_spectrum import GradientSpectrum
-from lora_init.statistics.mean_gradient import freeze_triplets, product_svd
+from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_triplets, product_svd
 from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
 from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
 

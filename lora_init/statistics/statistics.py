@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,7 +17,6 @@ from torch import Tensor
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.experts import expert_group
 from lora_init.layers.targets import Target, read_target
-from lora_init.statistics.figures import shown
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
@@ -90,6 +90,18 @@ class Provenance:
     def model(self) -> str:
         """Class and id of the model."""
         return f"{self.model_class} {self.model_id}".strip()
+
+
+def shown(figure: Figure) -> Figure:
+    """Let a notebook show a figure that was made without pyplot, which it would print as `<Figure size ...>`."""
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 class Statistics(Mapping[str, Spectrum]):

@@ -17,8 +17,7 @@ from lora_init.adapters.initializers import (
     whitening_scale,
 )
 from lora_init.errors import LoraInitError
-from lora_init.statistics.exact_pca import ExactPCA
-from lora_init.statistics.spectrum import Spectrum, principal_angles
+from lora_init.statistics.spectrum import ExactPCA, Spectrum, principal_angles
 
 
 def spectrum(k=4, width=12, n_samples=100, variances=None, total=None):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_init.errors import LoraInitError
-from lora_init.statistics.mean_gradient import MeanGradient
+from lora_init.statistics.gradient_spectrum import MeanGradient
 
 
 def batches(rank=None, d_out=24, d_in=40, n_batches=6, seed=0):
