@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -50,7 +49,6 @@ class ActivationHooks:
 
     Attributes:
         group_of: Name of the group of every layer that ran so far.
-        n_calls: Largest number of times that a layer ran in one pass.
     """
 
     def __init__(
@@ -64,7 +62,6 @@ class ActivationHooks:
         self.modules = modules
         self.masks = masks
         self.group_of: dict[str, str] = {}
-        self.n_calls: Counter[str] = Counter()
         self._rows = rows
         self._experts = {name: found for name in modules if (found := experts_of(name, modules[name]))}
         self._patches = {name: patches_of(name, module) for name, module in modules.items()}
@@ -115,7 +112,6 @@ class ActivationHooks:
         if self._rows is None:
             self.masks.start(batch)
         self._sink, self._wanted, self._to_the_end = sink, wanted, to_the_end
-        self._calls: Counter[str] = Counter()
         # Tensors read in this pass: id and way of reading -> (weak reference, version, groups). Weak: no activation is
         # kept, and an id that Python gave to a second tensor is told from the first.
         self._read: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
@@ -123,7 +119,6 @@ class ActivationHooks:
             with suppress(_EndOfPass):
                 yield batch
         finally:
-            self.n_calls |= self._calls  # the larger of each
             self._sink, self._read = None, {}
             self.masks.stop()
 
@@ -134,7 +129,6 @@ class ActivationHooks:
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._sink is None or goes_backward():  # somebody else's forward pass, or one that is run again
             return
-        self._calls[name] += 1
         with torch.no_grad(), Precision().off():
             if self._rows is not None:
                 group = self.group_of.setdefault(name, name)

@@ -272,7 +272,7 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
 
     def save() -> None:
         so_far = processes.merge(run.found)
-        if so_far is not None and file is not None and any(so_far.n_batches):
+        if processes.rank == 0 and file is not None and any(so_far.n_batches):
             _write(file, _frozen(job, so_far, earlier))
 
     max_batches = int(made.settings["max_batches"]) - sum(used)
@@ -466,11 +466,6 @@ def _hash_of(targets: Targets) -> str:
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
     notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in job.targets.reasons.items()]
     notes += [f"{name}: never ran; PEFT's own initialisation." for name in never_ran]
-    notes += [
-        f"{name}: runs up to {calls} times in a forward pass; all its inputs count."
-        for name, calls in found.n_calls.items()
-        if calls > 1
-    ]
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:
             kept, width = groups[name].components.shape

@@ -6,11 +6,11 @@ import math
 import statistics
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wanted
 from lora_init.collection.backward import BackwardHooks, GradientSink
-from lora_init.collection.processes import Processes, Shard, from_bytes, to_bytes
+from lora_init.collection.processes import Processes, Shard
 from lora_init.errors import LoraInitError, is_out_of_memory
 from lora_init.layers.wrappers import run_eagerly
 from lora_init.statistics.gradient_spectrum import MeanGradient
@@ -49,7 +49,7 @@ class GroupRecord:
         """Record how well batch number `step` was predicted; tell whether it could be compared with earlier ones."""
         if self.svd.held_out is None:
             return False
-        captured, total, _ = self.svd.held_out
+        captured, total = self.svd.held_out
         leading = float(captured[: self.svd.n_components].sum())
         self.shares.append((step, leading / total if total > 0 else 1.0))
         return True
@@ -109,7 +109,6 @@ class Collected:
         gradients: Running mean gradient of each layer, likewise.
         n_labels: Labels whose loss the gradients are of.
         group_of: Group of every layer that ran.
-        n_calls: Largest number of runs of each layer in one forward pass.
         n_batches: Batches taken in, by process.
         stop_reason: `"converged"`, `"exhausted"`, `"max_batches"` or `"interrupted"`.
         seconds: Wall time of the parts `forward`, `decomposition` and `data`.
@@ -120,7 +119,6 @@ class Collected:
     gradients: dict[str, MeanGradient] = field(default_factory=dict)
     n_labels: int = 0
     group_of: dict[str, str] = field(default_factory=dict)
-    n_calls: dict[str, int] = field(default_factory=dict)
     n_batches: list[int] = field(default_factory=lambda: [0])
     stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
@@ -137,7 +135,6 @@ class Collected:
             self.gradients[name] = self.gradients[name].merge(mean) if name in self.gradients else mean
         self.n_labels += other.n_labels
         self.group_of = other.group_of | self.group_of
-        self.n_calls = dict(Counter(self.n_calls) | Counter(other.n_calls))  # the larger of each
         self.n_batches = self.n_batches + other.n_batches
         self.seconds = {part: max(value, other.seconds[part]) for part, value in self.seconds.items()}
 
@@ -186,16 +183,7 @@ class Pass:
         return chain(self.found.groups.values(), self.found.weighted.values())
 
     def take(self, batch: Any, number: int, interruptible: AbstractContextManager[None]) -> None:
-        """Take in a batch.
-
-        Args:
-            batch: The batch.
-            number: Its number among the batches of this process, from 0.
-            interruptible: The model runs inside it.
-
-        Raises:
-            LoraInitError: See `collect`; nothing of the batch was taken in.
-        """
+        """Take in batch `number` of this process, from 0, or nothing of it; the model runs inside `interruptible`."""
         found, seconds = self.found, self.found.seconds
         start, before = time.perf_counter(), seconds["decomposition"]
         try:
@@ -212,7 +200,7 @@ class Pass:
         seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)
         found.n_batches[0] += 1
         found.n_labels += n_labels
-        found.group_of, found.n_calls = dict(self.hooks.group_of), dict(self.hooks.n_calls)
+        found.group_of = dict(self.hooks.group_of)
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
@@ -293,18 +281,8 @@ def run_pass(
     """Take in batches until there is a reason to stop, the same for all processes, and merge what all have found.
 
     Before each batch all processes tell each other whether they have one, have seen enough, or were interrupted. Those
-    that share the parts of one model run it together: one that has no batch runs its spare one.
-
-    Args:
-        run: Takes them in.
-        shard: The batches of this process.
-        max_batches: Bound on the number of batches, of all processes together.
-        processes: The processes.
-        progress: Counts batches, of all processes.
-        save: Called about once a minute, in all processes at the same time.
-
-    Returns:
-        What all processes have found, the same in all of them.
+    that share the parts of one model run it together: one that has no batch runs its spare one. `max_batches` bounds
+    the batches of all together. `save` is called about once a minute, in all processes at the same time.
     """
     found, total, saved = run.found, 0, time.monotonic()
     alone = processes.size == 1
@@ -336,18 +314,12 @@ def run_pass(
     limit = "max_batches" if total >= max_batches else "exhausted"
     ended = "converged" if converged == processes.size else limit
     found.stop_reason = "interrupted" if interrupts else ended
-    whole = processes.merge(found)
-    if alone:
-        return found
-    return from_bytes(processes.share(whole and to_bytes(whole)))  # rank 0 reads the bytes, too: all do the same
+    return processes.merge(found)
 
 
 def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None) -> tqdm[Any]:
     """Make a progress bar on stderr; by default it is shown on a terminal only."""
-    try:
-        total = min(max_batches, len(batches)) if isinstance(batches, Sized) else max_batches
-    except TypeError:  # a DataLoader has a length, but not over data that has none
-        total = max_batches
+    total = min(max_batches, length_hint(batches, max_batches))
     disable = None if progress is None else not progress  # None: shown on a terminal
     return tqdm(total=total, desc="collect", unit="batch", disable=disable, dynamic_ncols=True)
 

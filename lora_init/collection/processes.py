@@ -118,14 +118,7 @@ class Processes:
         return values
 
     def check_alike(self, asked: Mapping[str, Any]) -> None:
-        """Check that all processes were given the same things.
-
-        Args:
-            asked: What has to be the same, by setting.
-
-        Raises:
-            LoraInitError: They differ, on every rank: says what differs and where.
-        """
+        """Refuse, in all processes, to go on if they were given different things; say what differs and where."""
         everywhere = self.gather(dict(asked))
         for rank, theirs in enumerate(everywhere):
             for setting, first in everywhere[0].items():
@@ -135,32 +128,25 @@ class Processes:
                         "Give all processes the same model and arguments."
                     )
 
-    def merge(self, found: Collected) -> Collected | None:
-        """Merge what all processes have found: those of two neighbours, then of two such pairs, and so on.
+    def merge(self, found: Collected) -> Collected:
+        """Give all processes what all have found: that of two neighbours, then of two such pairs, and so on.
 
-        Args:
-            found: What this process has found. Not changed.
-
-        Returns:
-            What all have found, on rank 0; None on the others.
+        What this process has found is not changed.
         """
         if self.size == 1:
             return found
         whole, step = from_bytes(to_bytes(found)), 1
         with self._named_errors():
-            while step < self.size:
+            while step < self.size and self.rank % step == 0:
                 if self.rank % (2 * step):
-                    self._send(to_bytes(whole), self.rank - step)
-                    return None
-                if self.rank + step < self.size:
+                    torch.distributed.send_object_list([to_bytes(whole)], self.rank - step, group=self._group)
+                elif self.rank + step < self.size:
                     received: list[Any] = [None]
                     torch.distributed.recv_object_list(received, self.rank + step, group=self._group)
                     whole.merge(from_bytes(received[0]))
                 step *= 2
-        return whole
-
-    def _send(self, content: bytes, to: int) -> None:
-        torch.distributed.send_object_list([content], to, group=self._group)
+        content = to_bytes(whole) if self.rank == 0 else None
+        return from_bytes(self.share(content))  # rank 0 reads the bytes, too: all do the same
 
     def share(self, value: Any, source: int = 0) -> Any:
         """Give all processes what the process of rank `source` has; no tensors but those on the CPU."""
@@ -201,24 +187,12 @@ class Shard(NamedTuple):
 
 
 def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], in_step: bool) -> Shard:
-    """Open the batches that are this process's.
+    """Open the batches that are this process's, past those that an earlier pass has used.
 
     A loader that gives each process its own is read as it is. One that gives all of them the same, which the hash of
-    the first batch tells, is read as one data set: the process of rank r takes batches r, r + size, and so on.
-
-    Args:
-        processes: The processes.
-        batches: Any iterable.
-        used: Batches that each process of an earlier pass has used, or all of them of a loader that they had in
-            common: they are read and passed over.
-        in_step: All processes run the model together (it is sharded), so one without a batch gets one to run it on.
-
-    Raises:
-        LoraInitError: A loader that cannot be read by one process alone; or an earlier pass by another number of
-            processes, each with data of its own.
-
-    Warns:
-        UserWarning: A loader that is made to give each process its own gives all the same; or some of them the same.
+    the first batch tells, is read as one data set: the process of rank r takes batches r, r + size, and so on. `used`
+    has a number for each process of the earlier pass, or one for all of a loader that they had in common. Processes
+    that run a sharded model together (`in_step`) get a spare batch.
     """
     if type(batches).__name__ == "DataLoaderDispatcher" and processes.size > 1:
         raise LoraInitError(
@@ -233,12 +207,6 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], i
     stream = chain(first, stream)
     same = [rank for rank, found in enumerate(digests) if found and digests.count(found) > 1]
     if len(same) == processes.size:
-        if _gives_each_its_own(batches) and processes.rank == 0:
-            warnings.warn(
-                f"the loader has a sampler for several processes, but all {processes.size} ranks got the same first "
-                "batch. Their data is taken as one data set, each reads its part. Check num_replicas and rank.",
-                stacklevel=2,
-            )
         stream = islice(stream, sum(used) + processes.rank, None, processes.size)
     else:
         if same and processes.rank == 0:
@@ -263,15 +231,6 @@ def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> 
         lent = processes.share(send_to_device(first, "cpu"), having[0])
         first = first or lent
     return first[0] if first else None
-
-
-def _gives_each_its_own(batches: Any) -> bool:
-    """Tell whether a loader was made for one of several processes, by its sampler, by accelerate or by datasets."""
-    samplers = [getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
-    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
-    if any(hasattr(sampler, "num_replicas") or hasattr(sampler, "process_index") for sampler in samplers):
-        return True
-    return getattr(getattr(batches, "dataset", None), "_distributed", None) is not None
 
 
 def digest_of(batch: Any) -> str:

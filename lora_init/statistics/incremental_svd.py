@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,18 +42,16 @@ class HeldOut(NamedTuple):
     Attributes:
         captured: Sum of squares along each direction, about the mean known before, float64 [k].
         total: Sum of squares over all directions, about the same mean.
-        n_samples: Rows of the batch.
     """
 
     captured: Tensor
     total: float
-    n_samples: int
 
     def plus(self, other: HeldOut | None) -> HeldOut:
         """Add further rows of the same batch."""
         if other is None:
             return self
-        return HeldOut(self.captured + other.captured, self.total + other.total, self.n_samples + other.n_samples)
+        return HeldOut(self.captured + other.captured, self.total + other.total)
 
 
 class _Rows(NamedTuple):
@@ -261,7 +259,7 @@ class IncrementalSVD:
         gap = moments.mean - state.moments.mean
         tested = gram.diagonal() + len(rows) * (directions @ gap.to(directions.dtype)).double().square().cpu()
         total = moments.scatter + len(rows) * float(gap @ gap)
-        self._tested = HeldOut(tested, total, len(rows)).plus(self._tested)
+        self._tested = HeldOut(tested, total).plus(self._tested)
         if len(rows) <= self._n_directions or len(state.weights) < min(self._n_directions, rows.shape[1]):
             self._take_exactly(moments, rows - mean)
             return
@@ -322,10 +320,6 @@ class IncrementalSVD:
         check_rows(state.directions, self._state.directions.shape[1])
         self._add(state.to(self._state.directions.device).rows())
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._take_gathered()  # so that less is sent to another process
-        return vars(self)
 
     def spectrum(self) -> Spectrum:
         """Freeze the present estimate: at most `n_components` components, fewer where the rows span fewer directions.

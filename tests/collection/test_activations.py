@@ -124,7 +124,7 @@ def test_the_output_embedding_and_the_loss_never_run(name):
     assert calls == ["lm_head"]
 
 
-def test_a_module_that_runs_twice_gives_all_its_rows_and_is_counted():
+def test_a_module_that_runs_twice_gives_all_its_rows():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -135,7 +135,6 @@ def test_a_module_that_runs_twice_gives_all_its_rows_and_is_counted():
 
     rows, hooks = rows_of(Twice(), torch.randn(5, 4), passes=2)
     assert rows["a"].shape == (10, 4)
-    assert hooks.n_calls["a"] == 2
     assert "unused" not in hooks.group_of
 
 
