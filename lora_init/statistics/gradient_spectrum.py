@@ -65,12 +65,7 @@ class GradientSpectrum:
 
     @classmethod
     def unpack(cls, numbers: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> GradientSpectrum:
-        """Read what `pack` wrote.
-
-        Args:
-            numbers: The plain values.
-            tensor: Gives a tensor by its name.
-        """
+        """Read what `pack` wrote; `tensor` gives a tensor by its name."""
         components, along = tensor("components"), tensor("explained_variance")
         n_samples, total = int(numbers["n_samples"]), float(numbers["total_variance"])
         return cls(
@@ -279,10 +274,9 @@ def _right_image(g: Tensor, x: Tensor, outputs: Tensor) -> Tensor:
 
 
 def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose left @ right, of thin factors [d_out, m] and [m, d_in], without making it.
+    """Decompose left @ right, of thin factors [d_out, m] and [m, d_in], without making it, in float64.
 
-    Returns:
-        The `size` leading left singular vectors in columns, values and right ones in rows, float64; fewer if there are.
+    The `size` leading left singular vectors stand in columns, the right ones in rows; fewer if there are.
     """
     left, r_left = torch.linalg.qr(left.double())
     right, r_right = torch.linalg.qr(right.double().T)
@@ -297,13 +291,7 @@ def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def freeze_gradient(mean: MeanGradient, weighted: Spectrum, n_labels: int) -> GradientSpectrum:
-    """Make the result of a layer; its importance is not known yet.
-
-    Args:
-        mean: Sum of the gradients of the summed loss over all batches.
-        weighted: Decomposition of the weighted rows.
-        n_labels: Labels of all batches: divided by them the sum is the gradient of the mean loss.
-    """
+    """Make the result of a layer, its importance not known yet: the sum over all labels becomes the mean."""
     left, values, right = mean.triplets(mean.n_components)
     moment = mean.squares / max(mean.n_samples, 1)
     return GradientSpectrum(weighted, left, values / max(n_labels, 1), right, moment, math.nan, mean.n_samples)

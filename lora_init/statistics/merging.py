@@ -39,12 +39,6 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
             counts = [weights[i] * _routed(parts[i], group) for i, group in source.items()]
             shares = [count / sum(counts) for count in counts]
         groups[name] = mix([parts[i].groups[group] for i, group in source.items()], size, shares)
-    # Nobody has tested the components of several parts on rows that they had not seen.
-    held_out = dict.fromkeys(groups, math.nan)
-    for name, source in sources.items():
-        if len(source) == 1:
-            ((i, group),) = source.items()
-            held_out[name] = parts[i].held_out.get(group, math.nan)
     targets = {name: target for part in reversed(parts) for name, target in part.targets.items()}
     provenance = _provenance(parts, weights)
     provenance.notes.extend([*_origins(parts, weights, size), *_notes(parts)])
@@ -53,7 +47,8 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
         group_of=group_of,
         targets={name: targets[name] for name in group_of},
         provenance=replace(provenance, n_samples=max(one.n_samples for one in groups.values())),
-        held_out=held_out,
+        # Nobody has tested the components of several parts on rows that they had not seen.
+        held_out=dict.fromkeys(groups, math.nan),
         unsupported={name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of},
         gradients=_merge_gradients(parts, weights, list(group_of)) if provenance.gradients else {},
     )
@@ -70,28 +65,9 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
     Mean and total variance are exact, up to the float32 of the means. Of what a set has beyond its own components only
     the sum is known. It is taken to be the same along all directions, as in probabilistic PCA (Tipping and Bishop
     1999): the components mix with what they have above it, and its mean over the sets is added to each of the result.
-    Sets that kept all their directions lose nothing.
-
-    Of made-up rows 576 wide, of variances that fall as j^-0.5 to j^-1.2, the 32 components of 2 or 8 sets captured at
-    least 0.97 of what any 32 could. They were said to capture 0.90 to 1.0005 of what they did, and 0.98 at least where
-    each set has directions of its own. What is missing is what running decompositions understate: of exact ones merged
-    components are said to capture 0.998 to 1.002 of what they do.
-
-    Args:
-        spectra: One for each set, all of one width and all centred or all not.
-        size: Most components to keep.
-        shares: One for each set; their sum is 1.
-
-    Returns:
-        The spectrum; `n_samples` is the number of rows seen, with shares too.
-
-    Example:
-        >>> from lora_init import ExactPCA
-        >>> rows = torch.randn(30, 3)
-        >>> parts = [ExactPCA().partial_fit(part).spectrum() for part in rows.split(10)]
-        >>> whole = ExactPCA().partial_fit(rows).spectrum()
-        >>> torch.allclose(mix(parts, 3).explained_variance, whole.explained_variance, rtol=1e-5)
-        True
+    Sets that kept all their directions lose nothing. Of made-up rows whose variances fall as j^-0.5 to j^-1.2, the 32
+    components of 2 or 8 sets captured at least 0.97 of what any 32 could, and were said to capture 0.90 to 1.0005 of
+    what they did.
     """
     if len(spectra) == 1:
         one = spectra[0]
@@ -131,9 +107,7 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
     """Give the weights as numbers; refuse what is not one share for each part, and one part alone."""
     for part in parts:
         if not isinstance(part, Statistics):
-            raise LoraInitError(
-                f"merge got a {type(part).__name__}, expected Statistics. Read files by Statistics.load."
-            )
+            raise LoraInitError(f"merge got a {type(part).__name__}, not Statistics. Read files by Statistics.load.")
     if len(parts) < 2:
         raise LoraInitError("merge: one part alone, expected at least two. Give the statistics to merge it with.")
     if weights is None:
@@ -142,15 +116,11 @@ def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None)
         weights = [float(weight) for weight in weights]
     except (TypeError, ValueError):
         raise LoraInitError(f"weights={weights!r}, expected a list with a number for each part.") from None
-    shown = ", ".join(f"{weight:g}" for weight in weights)
-    if len(weights) != len(parts):
+    off = abs(sum(weights) - 1.0)
+    if len(weights) != len(parts) or not (all(weight > 0 for weight in weights) and off <= _SUM_TOLERANCE):
         raise LoraInitError(
-            f"weights={shown}: {len(weights)} for {len(parts)} parts. Give one for each, in their order."
-        )
-    if not (all(weight > 0 for weight in weights) and abs(sum(weights) - 1.0) <= _SUM_TOLERANCE):
-        raise LoraInitError(
-            f"weights={shown}: their sum is {sum(weights):g}, expected positive numbers whose sum is 1. "
-            "They are shares of the whole; leave out what should not count."
+            f"weights={', '.join(f'{weight:g}' for weight in weights)}: {len(weights)} for {len(parts)} parts, and "
+            f"their sum is {sum(weights):g}, expected positive numbers whose sum is 1, one for each part in order."
         )
     return weights
 
@@ -239,13 +209,9 @@ def _routed(part: Statistics, group: str) -> float:
 def _merge_gradients(
     parts: Sequence[Statistics], weights: Sequence[float] | None, names: Sequence[str]
 ) -> dict[str, GradientSpectrum]:
-    """Merge the gradients of all parts, for each of the layers `names`.
+    """Merge the gradients of all parts, for each of the layers `names`, as `Statistics.merge` says.
 
-    Weighted rows are merged like all rows, see `mix`, and the output moment is their mean: by numbers of rows, or by
-    the weights. The mean gradient is that of the mean loss over the labels of all parts, and with weights that of the
-    weighted sum of their mean losses. A part in which a layer did not run adds no gradient to it.
-
-    The importance is not known, NaN: it needs the weights of the layer.
+    A part in which a layer did not run adds no gradient to it.
     """
     found = [part.gradients for part in parts]
     size = _common_size([one.weighted for one in of.values()] for of in found)
@@ -278,11 +244,8 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
         shown = [f"({text})" if "; " in text else text or "not described" for text in data]
         data = [f"{weight:g} x {text}" for weight, text in zip(weights, shown, strict=True)]
     seconds: Counter[str] = Counter()
-    versions: dict[str, list[str]] = {}
     for one in made:
         seconds.update(one.seconds)
-        for name, version in one.versions.items():
-            versions.setdefault(name, []).append(version)
     gradients = all(one.gradients for one in made)  # those of some alone are not those of the whole
     return replace(
         made[0],
@@ -291,7 +254,7 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
         gradients=gradients,
         n_labels=sum(one.n_labels for one in made) if gradients else 0,
         n_batches=sum(one.n_batches for one in made),
-        stop_reason=_listed(reason for one in made for reason in one.stop_reason.split(", ")),
+        stop_reason=", ".join(dict.fromkeys(reason for one in made for reason in one.stop_reason.split(", "))),
         complete=all(one.complete for one in made),
         seconds={name: round(value, 3) for name, value in seconds.items()},
         settings={
@@ -299,13 +262,8 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
             for name, value in made[0].settings.items()
             if all(name in one.settings and one.settings[name] == value for one in made)
         },
-        versions={name: _listed(found) for name, found in versions.items()},
         notes=[],
     )
-
-
-def _listed(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(texts))
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:

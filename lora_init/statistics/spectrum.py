@@ -51,16 +51,7 @@ class Spectrum:
 
 
 def fix_signs(components: Tensor) -> Tensor:
-    """Flip each row so that its entry of largest magnitude is positive: the one sign rule of the package.
-
-    Args:
-        components: [..., k, d].
-
-    Example:
-        >>> import torch
-        >>> fix_signs(torch.tensor([[0.6, -0.8]]))
-        tensor([[-0.6000,  0.8000]])
-    """
+    """Flip each row of [..., k, d] so that its entry of largest magnitude is positive: the sign rule of the package."""
     index = components.abs().argmax(dim=-1, keepdim=True)
     return components * torch.where(components.gather(-1, index) < 0, -1.0, 1.0).to(components.dtype)
 
@@ -124,11 +115,10 @@ def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
 
 
 def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Decompose rows^T rows for rows [m, d] of float64, by way of the smaller of its two Gram matrices.
+    """Give the `size` largest eigenvalues of rows^T rows, falling, [k], and their directions [k, d], all in float64.
 
-    Returns:
-        The `size` largest eigenvalues, falling, [k], and their directions [k, d]; fewer where the rest is rounding.
-        Those of the smallest eigenvalues are orthonormal to fewer digits: `freeze` mends that.
+    They are those of the smaller of the two Gram matrices; fewer where the rest is rounding. Directions of the smallest
+    eigenvalues are orthonormal to fewer digits: `freeze` mends that.
     """
     wide = len(rows) < rows.shape[1]
     weights, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)

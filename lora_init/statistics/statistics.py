@@ -270,8 +270,8 @@ class Statistics(Mapping[str, Spectrum]):
         directions, see `merging.mix`. As many components are kept as all parts have. Layers that ran in some parts only
         come from those. Gradients are merged if all have them: the mean gradient is that of the mean loss over all
         labels, with weights of the weighted sum of the mean losses; the importance, which needs the model's weights, is
-        unknown, NaN, so that the policy `gora` is refused. `held_out` is unknown, NaN, for layers of several parts:
-        nobody has measured how much of new rows their common components capture.
+        unknown, NaN, so that the policy `gora` is refused. `held_out` is unknown, NaN: nobody has measured how
+        much of new rows the common components capture.
 
         Rows that two parts share count twice. Merge more than two in one call: each call leaves something out. What
         `provenance` has no sum or list for, such as the seed, is that of the first; its notes describe every part.

@@ -22,16 +22,6 @@ def write_tensors(
 ) -> Path:
     """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one.
 
-    Args:
-        path: The file; its directory is made if needed.
-        kind: Name of the format.
-        version: Version of the format.
-        header: JSON-serialisable description.
-        tensors: Tensors by name.
-
-    Returns:
-        The path.
-
     Raises:
         LoraInitError: The file cannot be written (no space, no permission, a directory of that name).
     """
@@ -62,20 +52,17 @@ class TensorFile:
         if not self.path.is_file():
             raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
         try:
-            opened: Any = safe_open(self.path, framework="pt")
-            self._file = opened
+            self._file: Any = safe_open(self.path, framework="pt")
             metadata = self._file.metadata() or {}
-            self._names = set(self._file.keys())
         except (SafetensorError, OSError) as error:
             raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
-        if metadata.get("format") != kind:
+        found, version = metadata.get("format"), metadata.get("version")
+        if found != kind:
+            raise LoraInitError(f"{self.path} is of format {found!r}, expected {kind!r}. Give another file.")
+        readable = [str(number) for number in versions]
+        if version not in readable:
             raise LoraInitError(
-                f"{self.path} is of format {metadata.get('format')!r}, expected {kind!r}. Give another file."
-            )
-        if metadata.get("version") not in [str(version) for version in versions]:
-            raise LoraInitError(
-                f"{self.path} has version {metadata.get('version')!r} of its format, this lora_init reads "
-                f"{' and '.join(map(str, versions))}. "
+                f"{self.path} has version {version!r} of its format, this lora_init reads {' and '.join(readable)}. "
                 "Update lora_init, or make the file again."
             )
         text = metadata.get("header", "")
@@ -91,9 +78,10 @@ class TensorFile:
         Raises:
             LoraInitError: It is missing, or not what was written.
         """
-        if name not in self._names:
-            raise self.changed(f"tensor {name!r}")
-        tensor: Tensor = self._file.get_tensor(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise self.changed(f"tensor {name!r}") from error
         if _digest(tensor) != self.header["digests"].get(name):
             raise self.changed(f"tensor {name!r}")
         return tensor

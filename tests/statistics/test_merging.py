@@ -1,7 +1,6 @@
 """Statistics of several passes, merged: the reference is one pass over all rows, or the rows written out."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -324,11 +323,7 @@ def test_where_it_comes_from(shards):
     assert a.provenance.n_batches == 5 and not a.provenance.notes[0].startswith("part")
 
     stopped = passed(batches=batches_for("llama", seed=3), max_batches=2)
-    both = replace(stopped.provenance, versions={**made.versions, "torch": "9.9"})
-    other = Statistics(stopped.groups, stopped.group_of, stopped.targets, both, unsupported=stopped.unsupported)
-    made = a.merge(other).provenance
-    assert made.stop_reason == "exhausted, max_batches"
-    assert made.versions["torch"] == f"{torch.__version__}, 9.9"
+    assert a.merge(stopped).provenance.stop_reason == "exhausted, max_batches"
 
 
 def test_what_was_measured_for_one_part_is_not_said_of_both(shards):
@@ -363,7 +358,7 @@ def test_layers_that_ran_in_one_part_only_come_from_it():
     assert merged.unsupported == {} and list(merged.targets) == list(merged)
     assert torch.equal(merged["left"].components, a["left"].components)
     assert torch.equal(merged["right"].components, b["right"].components)
-    assert merged.held_out["left"] == a.held_out["left"] and math.isnan(merged.held_out["both"])
+    assert all(math.isnan(share) for share in merged.held_out.values())
     assert merged["both"].n_samples == 120
     assert "part 1, right: never ran; PEFT's own initialisation." in merged.provenance.notes
     assert list(b.merge(a)) == ["left", "both", "right"]
@@ -582,7 +577,7 @@ def test_bad_weights(shards):
         with pytest.raises(LoraInitError, match=words):
             a.merge(b, weights=weights)
     for other in ("stats.safetensors", [b], None):
-        with pytest.raises(LoraInitError, match=f"merge got a {type(other).__name__}, expected Statistics"):
+        with pytest.raises(LoraInitError, match=f"merge got a {type(other).__name__}, not Statistics"):
             a.merge(other)
     with pytest.raises(LoraInitError, match="one part alone"):
         a.merge()
