@@ -52,7 +52,8 @@ class TensorFile:
         if not self.path.is_file():
             raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
         try:
-            self._file: Any = safe_open(self.path, framework="pt")
+            opened: Any = safe_open(self.path, framework="pt")
+            self._file = opened
             metadata = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
