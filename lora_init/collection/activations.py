@@ -46,9 +46,6 @@ class ActivationHooks:
         masks: Tells which tokens count.
         rows: Takes the place of the masks: gives the rows of one layer from its arguments. Layers are then not
             grouped, since it may treat each its own way.
-
-    Attributes:
-        group_of: Name of the group of every layer that ran so far.
     """
 
     def __init__(
@@ -95,18 +92,8 @@ class ActivationHooks:
     def watch(self, batch: Any, sink: Sink, wanted: Wanted, to_the_end: bool = False) -> Iterator[Any]:
         """Call `sink(group, rows)` for every group that gets rows in a forward pass that runs inside the block.
 
-        Args:
-            batch: Mapping, tensor, sequence, or whatever the forward pass takes. Not changed.
-            sink: Called inside the pass, without autocast and gradients, with rows [n, d_in] of the tokens that count.
-                It must not keep them.
-            wanted: Tells whether a group still needs rows.
-            to_the_end: Let the pass go on to the loss.
-
-        Yields:
-            The batch on the model's device.
-
-        Raises:
-            LoraInitError: The mask keeps no token, or labels are missing.
+        Yields the batch on the model's device. The sink is called inside the pass, without autocast and gradients, with
+        rows [n, d_in] of the tokens that count, and must not keep them; `wanted` tells whether a group still needs any.
         """
         batch = on_device_of(self.model, batch)
         if self._rows is None:
@@ -171,11 +158,7 @@ def on_device_of(model: nn.Module, batch: Any) -> Any:
 
 
 def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Find the tensor that a layer reads among its arguments.
-
-    Raises:
-        LoraInitError: There is none.
-    """
+    """Find the tensor that a layer reads among its arguments."""
     x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
     if not isinstance(x, Tensor):
         raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Exclude this layer.")
@@ -185,13 +168,7 @@ def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
 def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
     """Run a model on a batch: a mapping goes in as keywords, a sequence as positions.
 
-    Args:
-        model: The model.
-        batch: The batch.
-        with_labels: Keep `labels`, from which a model of transformers computes its loss.
-
-    Raises:
-        LoraInitError: The model does not take what is in the batch.
+    `labels`, from which a model of transformers computes its loss, are left out unless `with_labels`.
     """
     if isinstance(batch, Mapping):
         inputs = dict(batch)
@@ -202,15 +179,8 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
             inputs.pop("labels", None)  # no loss
         if "use_cache" in parameters:
             inputs.setdefault("use_cache", False)
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        unknown = [] if open_ended else [key for key in inputs if key not in parameters]
         for key in ("input_ids", "attention_mask", "labels"):
             if isinstance(inputs.get(key), list):
                 raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
-        if unknown:
-            raise LoraInitError(
-                f"the batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does not take. "
-                "Leave them out, or pass forward=."
-            )
         return model(**inputs)
     return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)

@@ -53,14 +53,8 @@ class BackwardHooks:
     token's g does not depend on the batch that it came in, sums over batches are sums over tokens, and a sum of
     g_t x_t^T over all batches, divided by all labels, is the gradient of the mean loss over all of them.
 
-    Args:
-        hooks: Hands out what layers read.
-        targets: The layers, by name.
-        forward: Runs the model on a batch, labels included.
-        loss: Computes the loss from what that returns and the batch; by default it is the model's own.
-
-    Raises:
-        LoraInitError: A layer is not linear.
+    `forward` runs the model on a batch, labels included; `loss` computes the loss from what that returns and the batch,
+    by default it is the model's own.
     """
 
     def __init__(
@@ -101,20 +95,10 @@ class BackwardHooks:
         self._stack.close()
 
     def run(self, batch: Any, sink: Sink, gradient_sink: GradientSink, wanted: Wanted) -> int:
-        """Run one batch forward and backward.
+        """Run one batch forward and backward; return its number of labels.
 
-        Args:
-            batch: Mapping, tensor, sequence, or whatever `forward` takes. Not changed.
-            sink: Called in the forward pass for every group that gets rows, see `ActivationHooks.watch`.
-            gradient_sink: Called in the backward pass, without autocast, for each run of each layer; after it, with
-                zeros, for those that the loss does not depend on.
-            wanted: Tells whether a group still needs rows.
-
-        Returns:
-            The number of labels.
-
-        Raises:
-            LoraInitError: There is no loss, it is not finite, or the model gives no gradients.
+        `sink` and `wanted` are as for `ActivationHooks.watch`. `gradient_sink` is called in the backward pass, without
+        autocast, for each run of each layer; after it, with zeros, for those that the loss does not depend on.
         """
         self._sink = gradient_sink
         try:

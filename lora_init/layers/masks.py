@@ -34,17 +34,6 @@ class TokenMasks:
     its inputs are described whatever is predicted from them. A pass with gradients counts the rows that the loss is
     computed from. In a causal language model these are the tokens *before* those with a label; anywhere else the two
     are the same. Padding before the first token of a row predicts it: that padding has a gradient, which counts.
-
-    Args:
-        model: Any torch model.
-        token_mask: `"attention"` for all tokens but padding, `"labels"` for those that labels say.
-        gradients: Whether the pass computes a loss and its gradients.
-
-    Attributes:
-        by_labels: Whether labels say which tokens count.
-
-    Raises:
-        LoraInitError: `token_mask` is none of the two.
     """
 
     def __init__(self, model: nn.Module, token_mask: str, gradients: bool = False) -> None:

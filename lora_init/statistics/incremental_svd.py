@@ -80,17 +80,9 @@ class _Sums(NamedTuple):
         if other is None:
             return self
         moments, drift = self.moments.plus(other.moments)
-        return _Sums(moments, self.gram + other.gram, self.image + other.image)._with(drift, directions)
-
-    def about_zero(self, directions: Tensor) -> _Sums:
-        """Give the same rows with their second moment in place of the scatter about the mean."""
-        moments, row = self.moments.about_zero()
-        return self._replace(moments=moments)._with(row, directions)
-
-    def _with(self, row: Tensor, directions: Tensor) -> _Sums:
-        along = directions.double() @ row
-        gram = self.gram + torch.outer(along, along).cpu()
-        return _Sums(self.moments, gram, self.image + torch.outer(along, row))
+        along = directions.double() @ drift
+        gram = self.gram + other.gram + torch.outer(along, along).cpu()
+        return _Sums(moments, gram, self.image + other.image + torch.outer(along, drift))
 
 
 class _State(NamedTuple):
@@ -246,7 +238,7 @@ class IncrementalSVD:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = rows if weights is None else rows * weights[:, None]
         try:
-            moments, rows, mean = _centred(rows)
+            moments, rows, mean = _centred(rows, self.center)
         except LoraInitError:
             self._forget_batch()
             raise
@@ -264,14 +256,10 @@ class IncrementalSVD:
             self._take_exactly(moments, rows - mean)
             return
         sums = _Sums(moments, gram, along.T @ rows)  # the mean would add nothing: each column of `along` sums to zero
-        sums = sums if self.center else sums.about_zero(directions)
         self._sums = sums.plus(self._sums, directions)
 
     def _take_exactly(self, moments: Moments, offsets: Tensor) -> None:
         """Take in a batch of few rows, or one for which too few directions are known, without `directions`."""
-        if not self.center:
-            moments, row = moments.about_zero()
-            offsets = torch.cat([offsets.double(), row[None]])
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.randn(self._n_directions, offsets.shape[1], generator=generator).to(offsets)
         if self._state is not None:
@@ -334,20 +322,17 @@ class IncrementalSVD:
         return freeze(moments, directions[: self.n_components], weights[: self.n_components])
 
 
-def _centred(rows: Tensor) -> tuple[Moments, Tensor, Tensor]:
+def _centred(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
     """Give the moments of rows [n, d], and rows and a mean [d] whose difference is exact.
 
     Those are the rows as they came and their mean, so that nothing of n x d is made, unless the mean is so large that
     the difference of products would be rounding: then the rows are centred and the mean given is zero. They are in
-    float64 if squares demand it.
-
-    Raises:
-        LoraInitError: Rows with NaN or inf.
+    float64 if squares demand it. Uncentred, the mean is zero.
     """
-    mean = rows.mean(0)
+    mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
     squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
     if rows.dtype != torch.float64 and not _SMALLEST < squares < _LARGEST:
-        return _centred(rows.double())
+        return _centred(rows.double(), center)
     if not math.isfinite(squares):
         raise_if_not_finite(rows.square().sum(1))
     of_mean = len(rows) * float(mean.double() @ mean.double())

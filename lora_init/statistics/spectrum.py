@@ -94,11 +94,6 @@ class Moments:
         mean = self.mean + drift * (other.n_samples / n)
         return Moments(n, mean, self.scatter + other.scatter + float(row @ row)), row
 
-    def about_zero(self) -> tuple[Moments, Tensor]:
-        """Count squares about zero; also return the row by which the mean counts, [d]."""
-        row = self.mean * self.n_samples**0.5
-        return Moments(self.n_samples, torch.zeros_like(row), self.scatter + float(row @ row)), row
-
 
 def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
     """Make the result: scatter becomes variance, signs are fixed, everything moves to the CPU."""
