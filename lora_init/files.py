@@ -29,15 +29,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     """Find out, before the work, whether a command may write a file of its own to this path.
 
-    Args:
-        path: Where the file shall be.
-        overwrite: Whether a file of the same kind may be replaced.
-        kind: `"plan"`, `"statistics file"`, `"PNG picture"`, `"SVG picture"`, `"HTML page"` or
-            `"GGUF file"`.
-
-    Raises:
-        LoraInitError: The path exists and `overwrite` is off, or is not of this kind; or its directory does not exist
-            or cannot be written to.
+    An existing file is replaced only if `overwrite`, and only if it is of the same kind, one of `_BEGINNINGS`.
     """
     path = Path(path).expanduser()
     if not path.parent.is_dir():
@@ -94,12 +86,6 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
     An existing empty directory is used. An existing directory with content is replaced only if `overwrite`, and only if
     it has a file named `marker` and nothing but files named in `replaceable`, so that no checkpoint is lost to a typo.
 
-    Args:
-        directory: Where the files shall be.
-        overwrite: Replace an existing directory of the same kind.
-        marker: The file that tells that a directory is of this kind.
-        replaceable: Names of the files that may be lost.
-
     Raises:
         LoraInitError: The directory exists and may not be replaced, or cannot be written (no space, no permission).
     """
@@ -129,11 +115,7 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
 
 
 def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
-    """Check that `new_directory` may write here, so that nobody finds out after the work.
-
-    Raises:
-        LoraInitError: It may not.
-    """
+    """Check that `new_directory` may write here, so that nobody finds out after the work."""
     if final.exists() and not final.is_dir():
         raise LoraInitError(f"{final} is a file, and a directory is needed. Choose another name.")
     present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []
@@ -155,11 +137,7 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        LoraInitError: The file is damaged.
-    """
+    """Read a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

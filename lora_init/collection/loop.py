@@ -33,17 +33,12 @@ SAVE_EVERY = 60.0
 
 @dataclass
 class GroupRecord:
-    """The running decomposition of one input group and how well it predicted the batches it had not seen.
-
-    Attributes:
-        svd: The decomposition.
-        shares: For each batch but the first: its number, and the share of its variance that all components captured.
-        converged_at: Number of batches after which the group needed no more; None while it does.
-    """
+    """The running decomposition of one input group and how well it predicted the batches it had not seen."""
 
     svd: IncrementalSVD
+    # For each batch but the first its number, and the share of its variance that all components captured.
     shares: list[tuple[int, float]] = field(default_factory=list)
-    converged_at: int | None = None
+    converged_at: int | None = None  # number of batches after which the group needed no more
 
     def compare(self, step: int) -> bool:
         """Record how well batch number `step` was predicted; tell whether it could be compared with earlier ones."""
@@ -72,13 +67,8 @@ def has_converged(shares: Sequence[float], captured: float, tolerance: float) ->
     components were chosen to fit. They are done when the two meet, the held-out share less its standard error: by
     luck of a few easy batches they meet too early. Nor are they done while the held-out share still rises, by more
     than a twelfth of the tolerance from the third to the last quarter of the batches: after a drift of the data the
-    components still follow it, and both shares are low together. (A twelfth costs steady data nothing. Components of
-    half as many batches, measured on the same rows, would tell as well, at twice the memory.)
-
-    Args:
-        shares: Held-out share of each batch but the first.
-        captured: Share captured of all rows seen.
-        tolerance: Largest gap, relative to `captured`.
+    components still follow it, and both shares are low together. A twelfth costs steady data nothing. `shares` are the
+    held-out ones, `captured` is that of the rows seen, and `tolerance` is relative to it.
     """
     if len(shares) + 1 < MIN_BATCHES:
         return False
@@ -101,25 +91,14 @@ def falls_sharply(shares: Sequence[float]) -> bool:
 
 @dataclass
 class Collected:
-    """What one pass found: a decomposition per input group, before anything is frozen.
+    """What one pass found, before anything is frozen; see `Provenance` for what is not explained here."""
 
-    Attributes:
-        groups: Record of each group, by the name of its first layer.
-        weighted: Record of the rows weighted by the size of their gradient, by layer, if gradients were asked for.
-        gradients: Running mean gradient of each layer, likewise.
-        n_labels: Labels whose loss the gradients are of.
-        group_of: Group of every layer that ran.
-        n_batches: Batches taken in, by process.
-        stop_reason: `"converged"`, `"exhausted"`, `"max_batches"` or `"interrupted"`.
-        seconds: Wall time of the parts `forward`, `decomposition` and `data`.
-    """
-
-    groups: dict[str, GroupRecord] = field(default_factory=dict)
-    weighted: dict[str, GroupRecord] = field(default_factory=dict)
+    groups: dict[str, GroupRecord] = field(default_factory=dict)  # by the name of a group's first layer
+    weighted: dict[str, GroupRecord] = field(default_factory=dict)  # of rows times the size of their gradient, by layer
     gradients: dict[str, MeanGradient] = field(default_factory=dict)
     n_labels: int = 0
-    group_of: dict[str, str] = field(default_factory=dict)
-    n_batches: list[int] = field(default_factory=lambda: [0])
+    group_of: dict[str, str] = field(default_factory=dict)  # of every layer that ran
+    n_batches: list[int] = field(default_factory=lambda: [0])  # by process
     stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
@@ -141,28 +120,16 @@ class Collected:
 
 @dataclass
 class Pass:
-    """Take in batches, one at a time, and know when there have been enough.
-
-    Attributes:
-        hooks: Hands out what layers read.
-        forward: Runs the model on a batch.
-        n_components: Components of each group.
-        backward: Hands out gradients as well.
-        center: Subtract the mean. Weighted rows keep theirs, for it is part of the gradient.
-        tolerance: See `collect`.
-        seed: Seed of the decompositions.
-        n_triplets: Singular triplets of each mean gradient.
-        found: What this process has found so far.
-    """
+    """Take in batches, one at a time, and know when there have been enough; `found` is what this process has so far."""
 
     hooks: ActivationHooks
     forward: Forward
-    n_components: int
+    n_components: int  # of each group
     backward: BackwardHooks | None = None
-    center: bool = True
+    center: bool = True  # weighted rows keep their mean, for it is part of the gradient
     tolerance: float = 0.02
     seed: int = 0
-    n_triplets: int = 0
+    n_triplets: int = 0  # of each mean gradient
     found: Collected = field(default_factory=Collected, init=False)
     _warned: bool = field(default=False, init=False)
 

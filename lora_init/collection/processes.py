@@ -34,15 +34,7 @@ class Processes:
     gloo: by the default group if that is its backend, else by a group of its own.
 
     Since the others rely on each, Ctrl-C (and any signal that Python treats so) is only noted, and raised when the
-    context ends.
-
-    Args:
-        alone: Take no notice of a process group.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-        interrupted: Whether there was a Ctrl-C.
+    context ends. `alone` takes no notice of a process group.
     """
 
     def __init__(self, alone: bool = False) -> None:
@@ -171,19 +163,12 @@ def from_bytes(content: bytes) -> Collected:
 
 
 class Shard(NamedTuple):
-    """The batches of one process.
+    """The batches of one process."""
 
-    Attributes:
-        batches: Those that are still to be read.
-        spare: A batch to run a sharded model on when there is none left; None if no process has a batch.
-        first: Hash of the first batch of rank 0, empty if there is none: another one means other data.
-        common: Whether all processes have the same loader and each reads its part of it.
-    """
-
-    batches: Iterator[Any]
-    spare: Any
-    first: str
-    common: bool
+    batches: Iterator[Any]  # those that are still to be read
+    spare: Any  # one to run a sharded model on when there is none left; None if no process has a batch
+    first: str  # hash of the first one of rank 0, empty if there is none: another one means other data
+    common: bool  # all processes have the same loader and each reads its part of it
 
 
 def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], in_step: bool) -> Shard:

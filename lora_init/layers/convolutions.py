@@ -23,16 +23,11 @@ class Patches:
 
     PEFT gives `lora_A` the kernel, stride and padding of the layer, all of its input channels whatever its groups,
     zeros for padding whatever its `padding_mode`, and no dilation. The rows are those of `lora_A`, not of the layer.
-
-    Attributes:
-        kernel: Size of the kernel, one number for each dimension.
-        stride: Steps between patches.
-        padding: Zeros before and after, for each dimension.
     """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
+    padding: tuple[tuple[int, int], ...]  # zeros before and after, for each dimension
 
     def rows(self, x: Tensor, most: int = MAX_PATCHES) -> Tensor:
         """Cut x [batch, channels, *size] into rows [n, channels * prod(kernel)], each laid out as a row of A's weight.
@@ -55,19 +50,14 @@ class Patches:
 
 
 def patches_of(name: str, module: nn.Module) -> Patches | None:
-    """Describe the patches of a convolution; None for any other layer.
-
-    Raises:
-        LoraInitError: A dilated convolution whose adapter in PEFT has an output of another size.
-    """
+    """Describe the patches of a convolution; None for any other layer. Refuse one that PEFT's adapter does not fit."""
     if not isinstance(module, CONVOLUTIONS):
         return None
-    if isinstance(module.padding, str):
-        before = [(size - 1) // 2 if module.padding == "same" else 0 for size in module.kernel_size]
-        whole = [size - 1 if module.padding == "same" else 0 for size in module.kernel_size]
-        padding = tuple((b, w - b) for b, w in zip(before, whole, strict=True))
+    if module.padding == "same":
+        padding = tuple(((size - 1) // 2, size // 2) for size in module.kernel_size)
     else:
-        padding = tuple((zeros, zeros) for zeros in module.padding)
+        zeros = (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding
+        padding = tuple((size, size) for size in zeros)
     spread = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     if spread and module.padding != "same":
         raise LoraInitError(

@@ -22,14 +22,8 @@ class Experts:
 
     Such a module is called with hidden states [tokens, d] and the experts that the router chose for each [tokens, k].
     Its first parameter multiplies the tokens, its second what the gate made of them, which is computed here once more:
-    how the module computes it (in a loop, batched, grouped) shows no one what an expert reads.
-
-    Attributes:
-        name: Full name of the parameter.
-        module: The module.
-        n_experts: Number of experts.
-        in_features: Width d_in of the rows.
-        out_features: Width d_out of what comes out.
+    how the module computes it (in a loop, batched, grouped) shows no one what an expert reads. `name` is the full name
+    of the parameter.
     """
 
     name: str
@@ -39,15 +33,10 @@ class Experts:
     out_features: int
 
     def rows(self, hidden: Tensor, chosen: Tensor, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts.
+        """Yield the group and the rows [n, d_in] of each expert that was chosen, and of all experts, if wanted.
 
-        A token that went to k experts counts in each. In the group of all, which has the name of the parameter, it
-        counts k times too, or once where its rows are k times the same.
-
-        Args:
-            hidden: What the module gets, tokens that count only, [tokens, d].
-            chosen: The experts chosen for each, [tokens, k].
-            wanted: Tells whether a group still needs rows.
+        A token [d] that went to k experts, chosen [tokens, k], counts in each. In the group of all, which has the name
+        of the parameter, it counts k times too, or once where its rows are k times the same.
         """
         first = self.name.endswith(_FIRST)
         if first and wanted(self.name):

@@ -31,10 +31,6 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
     A layer belongs to an attention if a module around it does by its class or attribute. One that does not is of an
     MLP if its name says so within a block, one of a numbered row of which some have an attention. Embeddings, heads,
     poolers, projections between the towers of a model, routers, and layers that modulate norms are neither.
-
-    Args:
-        modules: All modules of a model by name.
-        linear: Names of its linear layers.
     """
     attention = {name: _is_cross(name, module) for name, module in modules.items() if _is_attention(name, module)}
     rows = {owner.rpartition(".")[0] for name in attention for owner in _owners(name) if _is_numbered(owner)}

@@ -15,12 +15,7 @@ _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Take a model out of `torch.compile`, `DistributedDataParallel` and the like.
-
-    Example:
-        >>> unwrapped(torch.compile(nn.Linear(2, 2)))
-        Linear(in_features=2, out_features=2, bias=True)
-    """
+    """Take a model out of `torch.compile`, `DistributedDataParallel` and the like."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     names = (*_INSIDE, "module") if parallel else _INSIDE
     inner = next((model._modules[name] for name in names if model._modules.get(name) is not None), None)
@@ -36,12 +31,7 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain_name(name: str) -> str:
-    """Name a module or parameter as it is named where nothing is wrapped.
-
-    Example:
-        >>> plain_name("layers.0._orig_mod.mlp.weight")
-        'layers.0.mlp.weight'
-    """
+    """Name a module or parameter as it is named where nothing is wrapped."""
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 

@@ -140,17 +140,6 @@ class MeanGradient:
 
     Error: of 27 layers of a real 135M model, 24 batches and 16 triplets, the leading 8 left or right vectors captured
     at least 0.99 and in the median 0.9995 of the energy that any 8 could.
-
-    Args:
-        n_components: Triplets to report; 16 more directions are kept.
-        seed: Seed of the random start.
-
-    Example:
-        >>> g, x = torch.ones(5, 2), torch.ones(5, 3)
-        >>> mean = MeanGradient(1)
-        >>> mean.project(g, x); mean.update()
-        >>> [round(float(t.norm()), 3) for t in mean.triplets(1)]
-        [1.0, 12.247, 1.0]
     """
 
     def __init__(self, n_components: int, seed: int = 0) -> None:

@@ -37,15 +37,10 @@ _MOSTLY = 0.9
 
 
 class HeldOut(NamedTuple):
-    """What the directions chosen before a batch captured of that batch.
+    """What the directions chosen before a batch captured of that batch, about the mean known before."""
 
-    Attributes:
-        captured: Sum of squares along each direction, about the mean known before, float64 [k].
-        total: Sum of squares over all directions, about the same mean.
-    """
-
-    captured: Tensor
-    total: float
+    captured: Tensor  # sum of squares along each direction, float64 [k]
+    total: float  # sum of squares over all directions
 
     def plus(self, other: HeldOut | None) -> HeldOut:
         """Add further rows of the same batch."""
@@ -217,16 +212,10 @@ class IncrementalSVD:
         return self
 
     def project(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Do the part of `partial_fit` that needs the rows; `update` does the rest.
+        """Do the part of `partial_fit` that needs the rows, times weights [n] if there are any; `update` does the rest.
 
-        Projecting again before that adds to the same batch (a module that runs twice in one forward pass).
-
-        Args:
-            rows: [n, d], of any float type.
-            weights: Factors of the rows, [n]; for uncentred decompositions only.
-
-        Raises:
-            LoraInitError: Rows of another width than before, or with NaN or inf; the whole batch is dropped.
+        Projecting again before that adds to the same batch (a module that runs twice in one forward pass). Rows that
+        are refused drop the whole batch.
         """
         state = self._state
         check_rows(rows, state.directions.shape[1] if state else None)
@@ -346,12 +335,7 @@ def _centred(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
 
 
 def _compressed(offsets: Tensor, start: Tensor) -> Tensor:
-    """Reduce centred rows [n, d] to at most k with nearly the same scatter matrix: a randomised SVD.
-
-    Args:
-        offsets: The rows.
-        start: Directions [k, d] to start from, random where none are known.
-    """
+    """Reduce centred rows [n, d] to k at most of nearly the same scatter matrix: a randomised SVD from start [k, d]."""
     size = min(start.shape)
     if len(offsets) <= size:
         return offsets
