@@ -8,37 +8,26 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 # Resolved on first use, so that importing the package, and `lora-init --help`, do not import torch.
-_HOMES = {
-    "LoraInitError": "errors",
-    "find_targets": "layers.targets",
-    "Target": "layers.targets",
-    "Spectrum": "statistics.spectrum",
-    "principal_angles": "statistics.spectrum",
-    "IncrementalSVD": "statistics.incremental_svd",
-    "ExactPCA": "statistics.spectrum",
-    "Statistics": "statistics.statistics",
-    "Provenance": "statistics.statistics",
-    "collect": "collection.collect",
-    "Interrupted": "collection.collect",
-    "allocate_ranks": "planning.allocate",
-    "RankAllocation": "planning.allocate",
-    "build_adapter": "adapters.build",
-    "AdapterInit": "adapters.adapter_init",
-    "initialize": "adapters.initialize",
-    "find_step_size": "adapters.step_size",
-    "mean_loss": "adapters.step_size",
-    "correct_base": "adapters.adapter_init",
-    "GradientSpectrum": "statistics.gradient_spectrum",
-    "get_eva_state_dict": "adapters.peft_eva",
-    "initialize_lora_eva_weights": "adapters.peft_eva",
-    "load_batches": "loading.batches",
-    "export_adapter": "serving.export",
-    "Exported": "serving.export",
-    "compare": "comparison.compare",
-    "Comparison": "comparison.compare",
-    "intruder_dimensions": "adapters.intruders",
-    "Intruders": "adapters.intruders",
+_NAMES = {
+    "errors": ["LoraInitError"],
+    "layers.targets": ["find_targets", "Target"],
+    "statistics.spectrum": ["Spectrum", "principal_angles", "ExactPCA"],
+    "statistics.incremental_svd": ["IncrementalSVD"],
+    "statistics.gradient_spectrum": ["GradientSpectrum"],
+    "statistics.statistics": ["Statistics", "Provenance"],
+    "collection.collect": ["collect", "Interrupted"],
+    "planning.allocate": ["allocate_ranks", "RankAllocation"],
+    "adapters.build": ["build_adapter"],
+    "adapters.adapter_init": ["AdapterInit", "correct_base"],
+    "adapters.initialize": ["initialize"],
+    "adapters.step_size": ["find_step_size", "mean_loss"],
+    "adapters.intruders": ["intruder_dimensions", "Intruders"],
+    "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+    "loading.batches": ["load_batches"],
+    "serving.export": ["export_adapter", "Exported"],
+    "comparison.compare": ["compare", "Comparison"],
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOMES)
 

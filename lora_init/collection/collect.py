@@ -424,7 +424,7 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
         gradients=gradients,
     )
     provenance.notes.extend(notes_on_experts(result))
-    return result if earlier is None else _continued(job, earlier, result)
+    return result if earlier is None else _continued(earlier, result)
 
 
 def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectrum]:
@@ -441,7 +441,7 @@ def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectru
     return complete
 
 
-def _continued(job: _Job, earlier: Statistics, later: Statistics) -> Statistics:
+def _continued(earlier: Statistics, later: Statistics) -> Statistics:
     """Merge the two parts of a pass that was interrupted."""
     old, new = earlier.provenance, later.provenance
     merged = earlier.merge(later) if new.n_batches else copy.copy(earlier)
@@ -484,13 +484,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
 
 
-def _flat(weight: Tensor) -> Tensor:
-    try:
-        return weight.reshape(-1)
-    except NotImplementedError:  # a quantised weight in a tensor class of its own, such as torchao's
-        return weight.dequantize().reshape(-1)
-
-
 def fingerprint(model: nn.Module) -> str:
     """Tell models apart: a hash of the names and shapes of the weights and of 16 values of each.
 
@@ -503,7 +496,10 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in weights(unwrapped(model)):
         digest.update(f"{name}:{tuple(weight.shape)};".encode())
         if weight.device.type != "meta" and weight.numel():
-            flat = _flat(weight)
+            try:
+                flat = weight.reshape(-1)
+            except NotImplementedError:  # a quantised weight in a tensor class of its own, such as torchao's
+                flat = weight.dequantize().reshape(-1)
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
             digest.update(values.view(torch.int16).numpy().tobytes())

@@ -56,7 +56,7 @@ def patches_of(name: str, module: nn.Module) -> Patches | None:
     if module.padding == "same":
         padding = tuple(((size - 1) // 2, size // 2) for size in module.kernel_size)
     else:
-        zeros = (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding
+        zeros = (0,) * len(module.kernel_size) if isinstance(module.padding, str) else module.padding
         padding = tuple((size, size) for size in zeros)
     spread = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     if spread and module.padding != "same":

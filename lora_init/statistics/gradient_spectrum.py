@@ -80,11 +80,9 @@ class GradientSpectrum:
         """Compute the importance from the weight of the layer, [d_out, d_in]."""
         scaled = (self.singular_values[:, None] * self.right.double()).to(weight.device, torch.float32)  # [k, d_in]
         total = 0.0
-        for start in range(0, len(weight), 256):  # in slices of rows, so that G is never there as a whole
-            rows = weight[start : start + 256].float()
-            total += float(
-                (rows * (self.left[:, start : start + 256].to(scaled).T @ scaled)).abs().sum(dtype=torch.float64)
-            )
+        # In slices of rows, so that G is never there as a whole.
+        for rows, left in zip(torch.split(weight, 256), torch.split(self.left.to(scaled), 256, dim=1), strict=True):
+            total += float((rows.float() * (left.T @ scaled)).abs().sum(dtype=torch.float64))
         return replace(self, importance=total / max(weight.numel(), 1))
 
 

@@ -104,44 +104,33 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+@dataclass(eq=False, repr=False)
 class Statistics(Mapping[str, Spectrum]):
     """One `Spectrum` per layer, in model order, with provenance.
 
     Layers that read the same tensor (q, k and v) share one stored decomposition; `stats[name]` returns tensors of its
     own each time, so that nothing a caller does to them reaches another layer.
 
-    Args:
+    Attributes:
         groups: Decomposition of each input group, by the name of its first layer.
         group_of: For each layer, in model order, the name of its group.
         targets: For each layer, its kind and widths.
+        provenance: Where all this comes from.
         held_out: For each group, the share of the variance of the last batches that the components found before them
             captured, in [0, 1]; NaN where fewer than two batches were seen, and where statistics were merged.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
-        provenance: Where all this comes from.
         gradients: For each layer what the loss says about it; empty if there were no backward passes.
-
-    Attributes:
         path: The file that `load` read; None of others.
     """
 
-    def __init__(
-        self,
-        groups: Mapping[str, Spectrum],
-        group_of: Mapping[str, str],
-        targets: Mapping[str, Target],
-        provenance: Provenance,
-        held_out: Mapping[str, float] | None = None,
-        unsupported: Mapping[str, str] | None = None,
-        gradients: Mapping[str, GradientSpectrum] | None = None,
-    ) -> None:
-        self.groups = groups
-        self.gradients = gradients or {}
-        self.group_of = dict(group_of)
-        self.targets = dict(targets)
-        self.held_out = dict(held_out or {})
-        self.unsupported = dict(unsupported or {})
-        self.provenance = provenance
-        self.path: Path | None = None
+    groups: Mapping[str, Spectrum]
+    group_of: Mapping[str, str]
+    targets: Mapping[str, Target]
+    provenance: Provenance
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    gradients: Mapping[str, GradientSpectrum] = field(default_factory=dict)
+    path: Path | None = None
 
     def __repr__(self) -> str:
         made = self.provenance
@@ -357,9 +346,9 @@ class Statistics(Mapping[str, Spectrum]):
                     name: GradientSpectrum.unpack(numbers, partial(_gradient_part, file, name))
                     for name, numbers in header["gradients"].items()
                 },
+                path=file.path,
             )
             statistics._check(file)
-        statistics.path = file.path
         return statistics
 
     def _check(self, file: TensorFile) -> None:
