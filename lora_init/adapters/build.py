@@ -16,7 +16,7 @@ from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_ran
 from lora_init.adapters.peft_model import CONFIG_FILE
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_free
-from lora_init.layers.experts import expert_group
+from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.plan import RankAllocation

@@ -18,7 +18,7 @@ import typer
 from typer import Option
 
 from lora_init.errors import LoraInitError, explain
-from lora_init.layers.purposes import PURPOSES
+from lora_init.layers.grid import PURPOSES
 
 if TYPE_CHECKING:
     from rich.console import Console

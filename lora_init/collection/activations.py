@@ -15,9 +15,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.convolutions import Patches, patches_of
-from lora_init.layers.experts import Experts, experts_of, routed
 from lora_init.layers.masks import TokenMasks, encoder_of
+from lora_init.layers.rows import Experts, Patches, experts_of, patches_of, routed
 from lora_init.layers.wrappers import Precision, goes_backward, is_offloaded, is_sharded
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]

@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.convolutions import CONVOLUTIONS, patches_of
-from lora_init.layers.experts import Experts, find_parameters
-from lora_init.layers.purposes import PURPOSES, by_purpose
+from lora_init.layers.grid import PURPOSES, by_purpose
+from lora_init.layers.rows import CONVOLUTIONS, Experts, find_parameters, patches_of
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 

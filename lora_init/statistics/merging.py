@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.experts import expert_group
+from lora_init.layers.rows import expert_group
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_triplets, product_svd
 from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
 from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, require
-from lora_init.layers.experts import expert_group
+from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum

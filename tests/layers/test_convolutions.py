@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_init import ExactPCA, LoraInitError, allocate_ranks, build_adapter, collect, find_targets, principal_angles
-from lora_init.layers.convolutions import MAX_PATCHES, patches_of
+from lora_init.layers.rows import MAX_PATCHES, patches_of
 from tests.versions import NO_CONFIG
 
 # A convolution and the shape of its input: what varies in the world.
