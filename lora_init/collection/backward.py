@@ -110,7 +110,15 @@ class BackwardHooks:
                 n_labels = count_labels(self._hooks.model, moved)
                 loss = self._loss_of(moved) * n_labels
                 n_calls = len(self._waiting)
-                self._backward(loss)
+                try:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    raise LoraInitError(
+                        f"the backward pass of {self._name} failed: {first_line(error)} Some quantised layers give no "
+                        "gradient of their input: collect from the model in float."
+                    ) from error
             if n_calls == len(self._waiting) > 0:
                 raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
             for call in self._waiting:
@@ -124,18 +132,15 @@ class BackwardHooks:
         output = self._forward(self._hooks.model, batch)
         loss = self._loss(output, batch) if self._loss else own_loss(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
+            hint = "Pass loss=, a function of what the model returns and the batch."
             if self._loss is None and isinstance(batch, Mapping) and "labels" not in batch:
-                raise LoraInitError(
-                    f"the batch has {', '.join(map(repr, batch))} and no 'labels', so there is no loss to "
-                    "differentiate. load_batches makes labels from columns 'messages', 'prompt' and 'completion', or "
-                    "'text', and from completion=. Otherwise pass loss=."
+                hint = (
+                    f"The batch has {', '.join(map(repr, batch))} and no 'labels'. load_batches makes labels from "
+                    f"columns 'messages', 'prompt' and 'completion', or 'text', and from completion=. {hint}"
                 )
             where = "loss=" if self._loss else f"{self._name}.forward"
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
-            raise LoraInitError(
-                f"{where} returned {got} for a loss, expected one number. "
-                "Pass loss=, a function of what the model returns and the batch."
-            )
+            raise LoraInitError(f"{where} returned {got} for a loss, expected one number. {hint}")
         value = float(loss.detach())
         if not math.isfinite(value):
             raise LoraInitError(f"the loss is {value:g}. The model produces it; statistics were not updated.")
@@ -145,17 +150,6 @@ class BackwardHooks:
                 "one. Leave torch.no_grad() and detach() out of forward= and loss=."
             )
         return loss.reshape(())
-
-    def _backward(self, loss: Tensor) -> None:
-        try:
-            loss.backward()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise LoraInitError(
-                f"the backward pass of {self._name} failed: {first_line(error)} Some quantised layers give no gradient "
-                "of their input: collect from the model in float."
-            ) from error
 
     def _hook(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if self._sink is None or not torch.is_grad_enabled():

@@ -131,7 +131,6 @@ class Pass:
     seed: int = 0
     n_triplets: int = 0  # of each mean gradient
     found: Collected = field(default_factory=Collected, init=False)
-    _warned: bool = field(default=False, init=False)
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -228,8 +227,7 @@ class Pass:
             falls += falls_sharply(shares)
             if has_converged(shares, record.svd.captured, self.tolerance):
                 record.converged_at = number + 1
-        if 2 * falls > len(compared) and not self._warned:
-            self._warned = True
+        if 2 * falls > len(compared):
             warnings.warn(
                 f"batch {number}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
                 "inputs, as if another kind of data began. Shuffle the data: sorted, its end counts for too little.",

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 ATTENTION, CROSS_ATTENTION, MLP = "attention", "cross-attention", "mlp"
 PURPOSES = (ATTENTION, CROSS_ATTENTION, MLP)
 
-# Purposes are told by how transformers and diffusers name classes and attributes, and by the blocks that a model repeats:
+# Purposes are told by how transformers and diffusers name classes and attributes, and by the blocks of a model:
 # LlamaAttention, FalconFlashAttention2; self_attn, attn2, EncDecAttention, but no whole block that is named after it.
 _CLASS, _ATTRIBUTE = re.compile(r"Attention\d*$"), re.compile(r"(attn|attention)\d*$", re.IGNORECASE)
 _BLOCK = re.compile(r"Block|Layer$")
