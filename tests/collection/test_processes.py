@@ -103,17 +103,31 @@ def own_and_common_data(rank, size, folder):
     return found
 
 
+@pytest.fixture(scope="module")
+def by_one_process():
+    """What one finds, centred and not; the rows of each layer, and the most that any eight directions capture."""
+    model, batches = llama(), batches_for("llama", 16)
+    alone = {center: collect(model, batches, **SETTINGS, center=center) for center in (True, False)}
+    rows = {layer: all_rows(model, batches, layer) for layer in alone[True]}
+    best = {
+        (layer, center): reference.captured(of, reference.pca(of, 8, center)[0], center)
+        for layer, of in rows.items()
+        for center in alone
+    }
+    return alone, rows, best
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_several_processes_find_what_one_finds_on_the_same_rows(size, tmp_path):
+def test_several_processes_find_what_one_finds_on_the_same_rows(size, tmp_path, by_one_process):
     ranks = run(own_and_common_data, size, tmp_path)
     assert all(
         {name: of for name, (of, _) in one.items()} == {n: of for n, (of, _) in ranks[0].items()} for one in ranks
     )
     batches, inputs = batches_for("llama", 16), low_rank_inputs(60)
-    model = llama()
+    by_center, rows_of, best_of = by_one_process
     for name in ("common", "own", "generator", "uneven", "empty", "uncentred"):
         stats, center = Statistics.load(tmp_path / f"{name}-0"), name != "uncentred"
-        alone = collect(model, batches, **SETTINGS, center=center)
+        alone = by_center[center]
         assert list(stats) == list(alone) and stats.group_of == alone.group_of
         assert stats.provenance.n_batches == 16 and stats.provenance.stop_reason == "exhausted"
         assert stats.provenance.notes == alone.provenance.notes
@@ -121,8 +135,7 @@ def test_several_processes_find_what_one_finds_on_the_same_rows(size, tmp_path):
             assert stats[layer].n_samples == alone[layer].n_samples
             assert stats.total_variance(layer) == pytest.approx(alone.total_variance(layer), rel=1e-6)
             torch.testing.assert_close(stats[layer].mean, alone[layer].mean, atol=1e-5, rtol=1e-5)
-            rows = all_rows(model, batches, layer)
-            best = reference.captured(rows, reference.pca(rows, 8, center)[0], center)
+            rows, best = rows_of[layer], best_of[layer, center]
             # What test_svd.py allows any split and merge, on rows whose spectrum falls as slowly as these.
             assert reference.captured(rows, stats[layer].components, center) > 0.98 * best
             assert float(stats.explained_variance(layer).sum()) * (len(rows) - 1) < best * (1 + 1e-5)
@@ -147,7 +160,7 @@ def test_several_processes_find_what_one_finds_on_the_same_rows(size, tmp_path):
     assert stats.provenance.stop_reason == "converged" and 8 <= stats.provenance.n_batches < 30
     stats = Statistics.load(tmp_path / "bounded-0")
     assert stats.provenance.stop_reason == "max_batches" and stats.provenance.n_batches == 9
-    expected = collect(model, batches, **SETTINGS, max_batches=9)  # the same nine batches
+    expected = collect(llama(), batches, **SETTINGS, max_batches=9)  # the same nine batches
     assert {name: stats[name].n_samples for name in stats} == {name: expected[name].n_samples for name in expected}
     warned = {name: messages for name, (_, messages) in ranks[0].items() if messages}
     assert warned.keys() == ({"alike"} if size > 2 else set())
@@ -190,13 +203,19 @@ def gradients_of_all(rank, size, folder):
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_gradients_of_several_processes_are_those_of_one(size, tmp_path):
-    ranks = run(gradients_of_all, size, tmp_path)
-    assert all(one == ranks[0] for one in ranks)
+@pytest.fixture(scope="module")
+def gradients_by_one_process():
+    """What one finds, and what autograd says."""
     model, batches = llama(), batches_for("llama", 16)
     alone = collect(model, batches, **WITH_GRADIENTS)
-    truth = exact(model, batches, list(alone), counts_of(model, batches))
+    return alone, exact(model, batches, list(alone), counts_of(model, batches))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_of_several_processes_are_those_of_one(size, tmp_path, gradients_by_one_process):
+    ranks = run(gradients_of_all, size, tmp_path)
+    assert all(one == ranks[0] for one in ranks)
+    alone, truth = gradients_by_one_process
     for name in ("common", "uneven"):
         stats = Statistics.load(tmp_path / f"{name}-{size}-0")
         for part in ("gradients", "n_labels", "n_batches", "n_samples", "stop_reason", "notes"):
