@@ -6,8 +6,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 import lora_init
-from lora_init.collection.collect import collect
-from lora_init.collection.tokenized import as_batches
+from lora_init.collection.collect import as_batches, collect
 from lora_init.errors import LoraInitError
 from tests.conftest import tiny_bert, tiny_llama, tiny_vit
 
