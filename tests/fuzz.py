@@ -25,7 +25,8 @@ import lora_init
 from lora_init.adapters.peft_model import ORIGIN_FILE, origin_of
 from lora_init.errors import LoraInitError
 from lora_init.planning.plan import load_plan, save_plan
-from lora_init.statistics.statistics import Statistics, TensorFile, write_tensors
+from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION, Statistics
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
 from tests.conftest import batches_for, tiny_llama
 
 _JUNK = (None, True, -1, 0, 3, 2.5, 1e308, 10**30, "", "x", "q_proj", [], [1], [None], {}, {"a": 1}, float("nan"))
@@ -122,12 +123,12 @@ def _json(file: Path, dice: random.Random) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = dict(opened.metadata() or {})
     if "header" in metadata:
-        opened = TensorFile(file)
+        opened = TensorFile(file, FORMAT, FORMAT_VERSION)
         _change(opened.header, dice)
         tensors = load_file(file)
         # Digests are those of the tensors again, whatever was done to them.
         header = {key: value for key, value in opened.header.items() if key != "digests"}
-        write_tensors(file, header, tensors)
+        write_tensors(file, FORMAT, FORMAT_VERSION, header, tensors)
     else:
         _change(metadata, dice)
         strings = {str(key): str(value) for key, value in metadata.items()}
@@ -179,7 +180,7 @@ def _tensors(file: Path, dice: random.Random) -> None:
         metadata = dict(opened.metadata() or {})
     if "header" in metadata and dice.random() < 0.8:
         header = {key: value for key, value in json.loads(metadata["header"]).items() if key != "digests"}
-        write_tensors(file, header, tensors)
+        write_tensors(file, FORMAT, FORMAT_VERSION, header, tensors)
     else:
         save_file(tensors, file, metadata)
 

@@ -178,6 +178,13 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
             inputs.pop("labels", None)  # no loss
         if "use_cache" in parameters:
             inputs.setdefault("use_cache", False)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        unknown = [repr(key) for key in inputs if not open_ended and key not in parameters]
+        if unknown:
+            raise LoraInitError(
+                f"the batch has {', '.join(unknown)}, which {type(model).__name__}.forward does not take. Leave them "
+                "out, or pass forward=."
+            )
         for key in ("input_ids", "attention_mask", "labels"):
             if isinstance(inputs.get(key), list):
                 raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")

@@ -1,13 +1,10 @@
-"""What was learned from the data: one spectrum per layer, where it came from, and its file, checked when it is read."""
+"""What was learned from the data: one spectrum per layer, where it came from, and its file."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from html import escape
@@ -15,16 +12,14 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from lora_init.errors import LoraInitError, first_line, require
-from lora_init.files import write_whole
+from lora_init.errors import LoraInitError, require
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
-_READABLE = ("1", "2")  # 1 had no gradients
+_READABLE = (1, FORMAT_VERSION)  # 1 had no gradients
 _BY_GRADIENT = " by gradient"  # follows the name of a layer in the names of its tensors
 
 
@@ -323,7 +318,7 @@ class Statistics(Mapping[str, Spectrum]):
         for name, gradient in self.gradients.items():
             header["gradients"][name], parts = gradient.pack()
             tensors |= {f"{name}{_BY_GRADIENT}/{part}": tensor for part, tensor in parts.items()}
-        return write_tensors(path, header, tensors)
+        return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -332,7 +327,7 @@ class Statistics(Mapping[str, Spectrum]):
         Raises:
             LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
         """
-        file = TensorFile(path)
+        file = TensorFile(path, FORMAT, *_READABLE)
         with file.checking("its content"):
             header = {"gradients": {}, **file.header}
             groups, made = header["groups"], header["provenance"]
@@ -411,96 +406,3 @@ def _is_of(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, (int, float))
     return hint is Any or isinstance(value, hint)
-
-
-def write_tensors(
-    path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], version: int = FORMAT_VERSION
-) -> Path:
-    """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one.
-
-    Raises:
-        LoraInitError: The file cannot be written (no space, no permission, a directory of that name).
-    """
-    path = Path(path).expanduser()
-    text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
-    metadata = {"format": FORMAT, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-    except OSError as error:
-        raise LoraInitError(
-            f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error
-    return path
-
-
-class TensorFile:
-    """A file from `write_tensors`, opened; its header is checked now, each tensor when it is read.
-
-    The file stays mapped: another file renamed over it does not reach this object.
-
-    Raises:
-        LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        if not self.path.is_file():
-            raise LoraInitError(f"{self.path} is not a file. Give the path of a {FORMAT} file.")
-        try:
-            opened: Any = safe_open(self.path, framework="pt")
-            self._file = opened
-            metadata = self._file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
-        found, version = metadata.get("format"), metadata.get("version")
-        if found != FORMAT:
-            raise LoraInitError(f"{self.path} is of format {found!r}, expected {FORMAT!r}. Give another file.")
-        if version not in _READABLE:
-            raise LoraInitError(
-                f"{self.path} has version {version!r} of its format, this lora_init reads {' and '.join(_READABLE)}. "
-                "Update lora_init, or make the file again."
-            )
-        text = metadata.get("header", "")
-        if _sha256(text.encode()) != metadata.get("sha256"):
-            raise self.changed("its header")
-        self.header: dict[str, Any] = json.loads(text)
-        if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
-            raise self.changed("its header")
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            LoraInitError: It is missing, or not what was written.
-        """
-        try:
-            tensor: Tensor = self._file.get_tensor(name)
-        except SafetensorError as error:
-            raise self.changed(f"tensor {name!r}") from error
-        if _digest(tensor) != self.header["digests"].get(name):
-            raise self.changed(f"tensor {name!r}")
-        return tensor
-
-    @contextmanager
-    def checking(self, what: str) -> Iterator[None]:
-        """Put errors of reading something that was written otherwise into words."""
-        try:
-            yield
-        except LoraInitError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            raise self.changed(f"{what} ({first_line(error)})") from error
-
-    def changed(self, what: str) -> LoraInitError:
-        """Make the error for a file that isn't what was written."""
-        return LoraInitError(f"{self.path}: {what} is not what was written. The file was changed; make it again.")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _digest(tensor: Tensor) -> str:
-    described = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return _sha256(described + tensor.contiguous().numpy().tobytes())

@@ -224,6 +224,15 @@ def test_somebody_elses_forward_pass_is_not_touched():
     assert len(seen) == n_seen == 8
 
 
+class OneLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x)
+
+
 def test_mistakes_in_a_batch_get_one_clear_line():
     model, batch = tiny_llama(), batches_for("llama")[0]
     with pytest.raises(LoraInitError, match="keeps 0 of 48 tokens"):
@@ -232,5 +241,7 @@ def test_mistakes_in_a_batch_get_one_clear_line():
         rows_of(model, {"input_ids": batch["input_ids"]}, token_mask="labels")
     with pytest.raises(LoraInitError, match=r"got labels of shape \(4,\)"):
         rows_of(model, {**batch, "labels": torch.zeros(4)}, token_mask="labels")
+    with pytest.raises(LoraInitError, match=r"'idx', which OneLinear\.forward does not take"):
+        rows_of(OneLinear(), {"x": torch.randn(2, 4), "idx": torch.arange(4)})
     with pytest.raises(LoraInitError, match="token_mask='all'"):
         rows_of(model, batch, token_mask="all")

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_init import LoraInitError, Statistics, collect
-from lora_init.statistics.statistics import FORMAT_VERSION, TensorFile, write_tensors
+from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
 from tests.conftest import batches_for, tiny_llama
 
 
@@ -116,10 +117,10 @@ def test_other_formats_and_newer_versions_are_refused(path, tmp_path):
 
 def test_the_first_version_is_still_read(stats, path):
     """It has no gradients; what else it has is the same."""
-    file = TensorFile(path)
+    file = TensorFile(path, FORMAT, FORMAT_VERSION)
     old = {key: value for key, value in file.header.items() if key not in ("gradients", "digests")}
     old["provenance"] = {k: v for k, v in old["provenance"].items() if k not in ("gradients", "n_labels")}
-    write_tensors(path, old, {name: file.tensor(name) for name in file.header["digests"]}, version=1)
+    write_tensors(path, FORMAT, 1, old, {name: file.tensor(name) for name in file.header["digests"]})
     loaded = Statistics.load(path)
     assert list(loaded) == list(stats) and not loaded.provenance.gradients
     assert all(torch.equal(loaded[name].components, stats[name].components) for name in stats)
@@ -162,10 +163,10 @@ def test_it_shows_itself_in_one_line_and_as_a_table(stats, path):
 
 def rewritten(path, change):
     """The file with another header, its digests right."""
-    file = TensorFile(path)
+    file = TensorFile(path, FORMAT, FORMAT_VERSION)
     header = {key: value for key, value in file.header.items() if key != "digests"}
     change(header)
-    return write_tensors(path, header, {n: file.tensor(n) for n in file.header["digests"]})
+    return write_tensors(path, FORMAT, FORMAT_VERSION, header, {n: file.tensor(n) for n in file.header["digests"]})
 
 
 def test_fields_of_provenance_come_and_go(stats, path):

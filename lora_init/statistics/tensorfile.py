@@ -1,0 +1,111 @@
+"""A safetensors file with a checked JSON header: written in one piece, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lora_init.errors import LoraInitError, first_line
+from lora_init.files import write_whole
+
+
+def write_tensors(
+    path: str | Path, kind: str, version: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one.
+
+    Raises:
+        LoraInitError: The file cannot be written (no space, no permission, a directory of that name).
+    """
+    path = Path(path).expanduser()
+    text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
+    metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    except OSError as error:
+        raise LoraInitError(
+            f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another place."
+        ) from error
+    return path
+
+
+class TensorFile:
+    """A file from `write_tensors`, opened; its header is checked now, each tensor when it is read.
+
+    The file stays mapped: another file renamed over it does not reach this object.
+
+    Raises:
+        LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
+    """
+
+    def __init__(self, path: str | Path, kind: str, *versions: int) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
+        try:
+            opened: Any = safe_open(self.path, framework="pt")
+            self._file = opened
+            metadata = self._file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
+        found, version = metadata.get("format"), metadata.get("version")
+        if found != kind:
+            raise LoraInitError(f"{self.path} is of format {found!r}, expected {kind!r}. Give another file.")
+        readable = [str(number) for number in versions]
+        if version not in readable:
+            raise LoraInitError(
+                f"{self.path} has version {version!r} of its format, this lora_init reads {' and '.join(readable)}. "
+                "Update lora_init, or make the file again."
+            )
+        text = metadata.get("header", "")
+        if _sha256(text.encode()) != metadata.get("sha256"):
+            raise self.changed("its header")
+        self.header: dict[str, Any] = json.loads(text)
+        if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
+            raise self.changed("its header")
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            LoraInitError: It is missing, or not what was written.
+        """
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise self.changed(f"tensor {name!r}") from error
+        if _digest(tensor) != self.header["digests"].get(name):
+            raise self.changed(f"tensor {name!r}")
+        return tensor
+
+    @contextmanager
+    def checking(self, what: str) -> Iterator[None]:
+        """Put errors of reading something that was written otherwise into words."""
+        try:
+            yield
+        except LoraInitError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise self.changed(f"{what} ({first_line(error)})") from error
+
+    def changed(self, what: str) -> LoraInitError:
+        """Make the error for a file that isn't what was written."""
+        return LoraInitError(f"{self.path}: {what} is not what was written. The file was changed; make it again.")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    described = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return _sha256(described + tensor.contiguous().numpy().tobytes())
