@@ -9,7 +9,7 @@ from lora_init.adapters.peft_model import card_header
 from lora_init.comparison.findings import Summary, number, rate_text, summarise
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory
 from lora_init.comparison.starts import can_be_kept
-from lora_init.comparison.workers import Worker, WorkerDied
+from lora_init.comparison.workers import Worker
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory, read_json
 
@@ -41,10 +41,9 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
             held = there.title if there else "something else"
             say(f"{path} holds {held} and stays; the best is now {run.title}. Remove {path} to have that one made.")
         return
-    try:
-        record = worker.carry_out(run, f"{BEST}: {run.title}", keep=True)
-    except WorkerDied:
-        raise LoraInitError(f"the worker that trained {path} died. The same command makes it.") from None
+    record = worker.take(worker.submit(run, f"{BEST}: {run.title}", keep=True))
+    if record is None:
+        raise LoraInitError(f"the worker that trained {path} died. The same command makes it.")
     files = record.pop("adapter") if record["status"] == "finished" else {}
     if not files:
         say(f"{path} is not made: {record['error']}")

@@ -4,15 +4,18 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import sys
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lora_init.comparison import workers
 from lora_init.comparison.budget import Budget
 from lora_init.comparison.runs import Run, open_runs, read_runs
-from lora_init.comparison.workers import WorkerDied, find_workers, run_all
+from lora_init.comparison.workers import find_workers, run_all
 from lora_init.errors import LoraInitError
 from tests.comparison.test_compare import again, compare, set_up_bench, without_clock
 from tests.comparisons import make_home, record, settings
@@ -62,16 +65,19 @@ class Stub:
     """A worker without a process, that dies as often as it is told."""
 
     def __init__(self, deaths=()):
-        self.deaths, self.closed = list(deaths), False
+        self.deaths = list(deaths)
 
-    def carry_out(self, run, title, keep=False):
+    def submit(self, run, title, keep=False):
+        future = Future()
+        future.set_result(record(run.start, run.learning_rate, run.seed, run_seconds=1.0))
         if run in self.deaths:
             self.deaths.remove(run)
-            raise WorkerDied
-        return record(run.start, run.learning_rate, run.seed, run_seconds=1.0)
+            future = Future()
+            future.set_result(None)
+        return future
 
-    def close(self):
-        self.closed = True
+    def take(self, future):
+        return future.result()
 
 
 def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path):
@@ -88,12 +94,11 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: now[0])
 
     class Slow(Stub):
-        def carry_out(self, run, title, keep=False):
+        def take(self, future):
             now[0] += 10.0
-            return super().carry_out(run, title) | {"run_seconds": 10.0}
+            return super().take(future) | {"run_seconds": 10.0}
 
     with open_runs(tmp_path / "out", settings()) as log:
-        monkeypatch.setattr(workers, "Here", Slow)  # called in this thread
         run_all(lambda records: (runs, []), log, [Slow()], Budget(45.0, began=0.0), lines.append)
         # After three runs, at 30 s, there is no time for one more and the one that is kept for the adapter.
         assert len(log.records) == 3
@@ -105,23 +110,28 @@ def test_a_start_that_cannot_be_sent_is_refused():
         find_workers(partial(set_up_bench, lambda model, seed: model), 2, None)
 
 
-def dies_at_once(how):
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    os._exit(1)
+def dies_at_once():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("how", "error"), [("killed", WorkerDied), ("exits", LoraInitError)])
-def test_a_worker_that_dies_while_it_starts_costs_its_run_and_one_that_never_starts_is_said(how, error):
-    (worker,) = find_workers(partial(dies_at_once, how), 1, None)
-    with pytest.raises(error):
-        worker.carry_out(Run("random", 0, 1e-3), "")
+def test_a_worker_that_dies_while_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(tmp_path, monkeypatch):
+    (worker,) = find_workers(dies_at_once, 1, None)
+    assert carry_out(worker, Run("random", 0, 1e-3)) is None
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(1)")  # as one that calls compare() without a guard ends
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None, __file__=str(script)))
+    with pytest.raises(LoraInitError, match="a worker ended while it started"):
+        carry_out(worker, Run("random", 0, 1e-3))
+
+
+def carry_out(worker, run):
+    return worker.take(worker.submit(run, ""))
 
 
 def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
     (worker,) = find_workers(partial(set_up_bench, home, tmp_path, "nothing-here"), 1, None)
     with pytest.raises(LoraInitError, match="nothing-here"):
-        worker.carry_out(Run("random", 0, 1e-3), "")
+        carry_out(worker, Run("random", 0, 1e-3))
     worker.close()
 
 
@@ -150,12 +160,11 @@ def test_a_local_ray_of_two_gives_the_numbers_of_one(home, alone, tmp_path, clus
 def test_an_actor_that_is_killed_costs_its_run_only(home, tmp_path, cluster, monkeypatch):
     actor = workers.RayActor(partial(set_up_bench, home, tmp_path), gpus=0)
     run = Run("random", 0, 1e-2)
-    first = actor.carry_out(run, "")
+    first = carry_out(actor, run)
     cluster.kill(actor._actor)
-    with pytest.raises(WorkerDied):
-        actor.carry_out(run, "")
-    assert without_clock([actor.carry_out(run, "")]) == without_clock([first])
+    assert carry_out(actor, run) is None
+    assert without_clock([carry_out(actor, run)]) == without_clock([first])
     actor.close()
     broken = workers.RayActor(partial(set_up_bench, home, tmp_path, "nothing-here"), gpus=0)
     with pytest.raises(LoraInitError, match="nothing-here"):
-        broken.carry_out(run, "")
+        carry_out(broken, run)
