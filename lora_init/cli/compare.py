@@ -177,14 +177,9 @@ def show_comparison(console: Console, summary: Summary) -> None:
 
     console.print(Text(summary.facts))
     console.print(Text(f"{summary.answer}\n", "bold"))
-    if summary.command:
-        console.print(Text(f"{summary.command}\n"))
-    console.print(Text(f"{summary.headroom}\n"))
-    console.print(Text(summary.headline))
-    for verdict in summary.verdicts:
-        console.print(Text(verdict.sentence))
-    for sentence in [*summary.equal_time, *summary.forgetting]:
-        console.print(Text(sentence))
+    sentences = [summary.headroom, summary.headline, *(verdict.sentence for verdict in summary.verdicts)]
+    for text in [*([summary.command] if summary.command else []), *sentences, *summary.equal_time, *summary.forgetting]:
+        console.print(Text(text))
     console.print()
     for note in summary.notes:
         console.print(Text(f"note: {note}"))

@@ -206,7 +206,12 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
 
 def show(console: Console, about: Mapping[str, Any]) -> None:
     """Print what `describe` returned."""
-    views = {"statistics": _statistics_view, "plan": _plan_view, "adapter": _adapter_view, "comparison": _runs_view}
+    views = {
+        "statistics": _statistics_view,
+        "plan": _plan_view,
+        "adapter": _adapter_view,
+        "comparison": _runs_view,
+    }
     head, *body = views[about["what"]](about, console.width)
     console.print(facts(head))
     for renderable in body:
@@ -266,19 +271,14 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
-    asked = about["settings"]
     head = {
-        "directory": f"{about['path']}: comparison of {len(about['starts'])} starts",
-        "model": str(asked.get("model", "not named")),
-        "data": str(asked.get("data", "not described")),
-        "runs": ", ".join(f"{n} {status}" for status, n in about["runs"].items()) or "none yet",
+        "directory": f"{about['path']}: comparison of starts",
+        "from": about["facts"],
         "found": about["headline"],
+        "answer": about["answer"],
     }
-    table = columns("start", "learning rate", "loss")
-    for label, start in about["starts"].items():
-        rate, loss = start["learning_rate"], start["loss"]
-        table.add_row(label, "-" if rate is None else f"{rate:g}", "-" if loss is None else f"{loss:.4f}")
-    return [head, "", table, *about["notes"]]
+    sentences = [verdict["sentence"] for verdict in about["verdicts"]]
+    return [head, "", about["headroom"], *sentences, *about["equal_time"], *about["forgetting"], *about["notes"]]
 
 
 def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:

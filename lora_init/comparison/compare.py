@@ -22,13 +22,12 @@ import lora_init
 from lora_init.comparison.budget import STAGES, Budget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
-from lora_init.comparison.report import write_report
+from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import Plan, Record, Run, open_runs, peek
 from lora_init.comparison.starts import FULL, AdapterShape, by_batches, check_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import DataOptions
 from lora_init.comparison.training import Training
-from lora_init.comparison.winner import keep_best
 from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, require

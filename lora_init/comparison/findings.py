@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,29 +15,14 @@ from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
 from lora_init.comparison.starts import FULL, init_options, own_number
 
 
-def number(value: float | None) -> str:
-    """Write a loss or a difference of losses, small ones with two digits; a dash for what is not known.
+def number(value: float | None, sign: str = "") -> str:
+    """Write a loss, or with the sign "+" a difference of losses; a dash for what is not known.
 
     Example:
-        >>> number(0.25), number(0.00012), number(None)
-        ('0.2500', '0.00012', '–')
+        >>> number(0.25), number(-0.25, "+"), number(None)
+        ('0.2500', '−0.2500', '–')
     """
-    if value is None or math.isnan(value):
-        return "–"
-    if abs(value) >= 0.001 or abs(value) < 1e-6:  # what is less is rounding
-        return f"{value:.4f}"
-    return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
-
-
-def signed(value: float | None) -> str:
-    """Write a difference.
-
-    Example:
-        >>> signed(-0.25), signed(0.0), signed(None)
-        ('−0.2500', '0.0000', '–')
-    """
-    text = number(value if value is None else abs(value))
-    return text if text in ("–", "0.0000") or value is None else f"{'−' if value < 0 else '+'}{text}"
+    return "–" if value is None or math.isnan(value) else f"{value:{sign}.4f}".replace("-", "−")
 
 
 def rate_text(rate: float) -> str:
@@ -107,53 +93,46 @@ def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
-    losses, best = judged_losses(table), best_rates(table)
+    losses = judged_losses(table)
     found, unlike = effects(losses, RANDOM), unlike_spreads(losses)
-    reference = float(losses.loc[RANDOM].mean()) if RANDOM in losses.index else None
-    judged = []
-    for start in table["start"].unique():
-        if is_judged(start):
-            pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna() if {start, RANDOM} <= set(best) else pd.Series()
-            differences = {int(seed): float(value) for seed, value in pairs.items()}
-            caveats = _caveats(table, start, unlike)
-            judged.append(_judge(start, best, differences, found.get(start), reference, caveats))
-    return judged
+    starts = [start for start in table["start"].unique() if is_judged(start)]
+    return [_judge(table, start, losses, found.get(start), _caveats(table, start, unlike)) for start in starts]
 
 
 def _outcome(effect: Effect) -> Outcome:
     return "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
 
 
-def _judge(
-    start: str,
-    best: Mapping[str, float],
-    differences: dict[int, float],
-    effect: Effect | None,
-    reference: float | None,
-    caveats: list[str],
-) -> Verdict:
+def _judge(table: pd.DataFrame, start: str, losses: pd.DataFrame, effect: Effect | None, caveats: list[str]) -> Verdict:
+    best, differences = best_rates(table), dict[int, float]()
+    outcome: Outcome = "no statement"
+    mean = low = high = showable = reference = None
+    if RANDOM in best:
+        reference = float(losses.loc[RANDOM].mean())
+        if start in best:
+            pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna()
+            differences = {int(seed): float(value) for seed, value in pairs.items()}
     if not differences or reference is None:
         why = "no seed finished both here and with random"
         for one in (RANDOM, start):
             why = why if one in best else f"{one} has no rate with a finished run and no unstable one"
         sentence = f"{start}: no statement possible, since {why}."
-        return Verdict(start, "no statement", sentence, differences, None, None, None, None, reference, caveats)
+        return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, caveats)
     mean = effect.mean if effect else next(iter(differences.values()))
     where = f"{start} at {rate_text(best[start])}, random at {rate_text(best[RANDOM])}"
     apart = f"its final loss is {percent(abs(mean) / reference)[1:]} {'lower' if mean < 0 else 'higher'} than random's"
-    but = "".join(f" But {caveat}." for caveat in caveats)
     if effect is None:
-        said = f"no statement possible with 1 run; {apart} with the same seed ({signed(mean)}; {where})."
-        sentence = f"{start}: {said} Only more seeds can tell how much of that is chance.{but}"
-        return Verdict(start, "no statement", sentence, differences, mean, None, None, None, reference, caveats)
-    outcome = _outcome(effect)
-    showable = (effect.high - effect.low) / 2
-    ends = f"{percent(effect.low / reference)} to {percent(effect.high / reference)}"
-    about = f"{apart} ({signed(mean)}; interval {ends}; {len(differences)} runs of each; {where})."
-    could = f" The runs could have shown {percent(showable / reference)[1:]}.{but}"
-    said = f"{start}: {outcome}; {about}" if outcome == "no difference shown" else f"{start} is {outcome}; {about}"
-    low, high = effect.low, effect.high
-    return Verdict(start, outcome, said + could, differences, mean, low, high, showable, reference, caveats)
+        said = f"{start}: no statement possible with 1 run; {apart} with the same seed ({number(mean, '+')}; {where})."
+    else:
+        outcome, low, high, showable = _outcome(effect), effect.low, effect.high, (effect.high - effect.low) / 2
+        ends = f"{percent(low / reference)} to {percent(high / reference)}"
+        said = (
+            f"{start}{':' if outcome == 'no difference shown' else ' is'} {outcome}; {apart} ({number(mean, '+')}; "
+            f"interval {ends}; {len(differences)} runs of each; {where}). The runs could have shown "
+            f"{percent(showable / reference)[1:]}."
+        )
+    sentence = said + "".join(f" But {caveat}." for caveat in caveats)
+    return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, caveats)
 
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
@@ -188,40 +167,34 @@ def steps_of_start(table: pd.DataFrame) -> pd.Series:
 
 _EQUAL_PARAMETERS = 0.01  # a share: whole ranks can't always meet a number
 _EQUAL_LOSS = 0.005  # a share, too
-_LONG = 0.1  # of the training
 
 
-def notes(table: pd.DataFrame, judged: Sequence[Verdict], settings: Mapping[str, Any]) -> list[str]:
+def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     """Say what a reader must know beside the verdicts in whole sentences, the most serious first."""
     if table.empty:
         return ["No run has ended yet, so there is nothing to compare."]
-    return [*_missing(table, settings), *_shared(table, judged), *_lost(table)]
-
-
-def start_names(settings: Mapping[str, Any]) -> list[str]:
-    """Name the starts that the settings ask for; a user's own is a name with where it is."""
-    return [start if isinstance(start, str) else str(start[0]) for start in settings.get("starts") or []]
-
-
-def _seeds(seeds: Iterable[int]) -> str:
-    return f"seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(seeds)))}"
-
-
-def _missing(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     said = []
     if RANDOM not in best_rates(table):
         said.append(
             "Every start is compared with random, and random has no learning rate with a finished run and no unstable "
             "one. Add random to --starts, or lower rates."
         )
-    absent = [start for start in start_names(settings) if start not in {RANDOM, *table["start"]}]
+    absent = [start for start in settings.get("starts") or [] if start not in {RANDOM, *table["start"]}]
     if absent:
         said.append(f"Not run yet: {', '.join(absent)}.")
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = set(settings.get("seeds") or []) - set(own["seed"])
-        if seeds and not settings.get("budget") and (is_judged(start) or start in (RANDOM, FULL)):
+        if seeds and not settings.get("budget") and own_number(start, "steps") is None:
             said.append(f"{start}: no finished run with {_seeds(seeds)} at its best rate.")
-    return said
+    unlike = unlike_spreads(judged_losses(table))
+    said += [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
+    if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
+        said.append("Rates were chosen on a single seed, so another may well be better.")
+    return said + _lost(table)
+
+
+def _seeds(seeds: Iterable[int]) -> str:
+    return f"seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(seeds)))}"
 
 
 def _lost(table: pd.DataFrame) -> list[str]:
@@ -233,29 +206,8 @@ def _lost(table: pd.DataFrame) -> list[str]:
         where = f"{rate_text(rate)} ({_seeds(runs['seed'])}: {why})"
         said.append(f"{start} is unstable at {where}, so this rate is not averaged.")
     failed = table[table["status"] == "failed"]
-    for reason, runs in failed.groupby(failed["error"].fillna("no reason given"), sort=False):
-        names = ", ".join(runs["start"].unique())
-        said.append(f"{len(runs)} runs failed ({reason.rstrip('.')}): {names}.")
-    return said
-
-
-def _shared(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
-    """Say what holds for all verdicts."""
-    unlike = unlike_spreads(judged_losses(table))
-    said = [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
-    compared = sum(verdict.low is not None for verdict in judged)
-    if compared > 1:
-        said.append(
-            f"{compared} starts are compared in one layout, and with 95 % all intervals are right together "
-            "(Dunnett's correction)."
-        )
-    for start, took in steps_of_start(table).items():
-        if is_judged(start) and took > _LONG * table[table["best"]]["evaluation_points"].iloc[0][-1]:
-            said.append(
-                f"{start}: its start takes as long as {took:.0f} training steps, which random could train, too."
-            )
-    if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
-        said.append("Rates were chosen on a single seed, so another may well be better.")
+    for reason, runs in failed.groupby("error", sort=False):
+        said.append(f"{len(runs)} runs failed ({reason.rstrip('.')}): {', '.join(runs['start'].unique())}.")
     return said
 
 
@@ -290,8 +242,8 @@ def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, s
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
     if better:
         winner = min(better, key=lambda verdict: verdict.mean or 0.0)
-        start, share = winner.start, (winner.mean or 0.0) / (winner.reference or math.nan)
-        said = f"Use {start}: its final loss is {percent(abs(share))[1:]} lower than random's ({signed(winner.mean)})."
+        start, share = winner.start, percent(-(winner.mean or 0.0) / (winner.reference or math.nan))[1:]
+        said = f"Use {start}: its final loss is {share} lower than random's ({number(winner.mean, '+')})."
     elif could:
         start = RANDOM
         span = " to ".join(dict.fromkeys(percent(end)[1:] for end in (min(could), max(could))))
@@ -377,8 +329,8 @@ def forgetting(table: pd.DataFrame) -> list[str]:
             how = "less than" if effect.high < 0 else "more than" if effect.low > 0 else "not shown to differ from"
             said.append(
                 f"Forgetting at equal task loss, {start}: {how} random. The loss on other text rises by "
-                f"{signed(shared[start])}, with random by {signed(shared[RANDOM])} (difference {signed(effect.mean)}, "
-                f"interval {signed(effect.low)} to {signed(effect.high)})."
+                f"{number(shared[start], '+')}, with random by {number(shared[RANDOM], '+')} (difference "
+                f"{number(effect.mean, '+')}, interval {number(effect.low, '+')} to {number(effect.high, '+')})."
             )
         elif is_judged(start):
             said.append(f"Forgetting at equal task loss, {start}: it reaches random's loss with too few seeds to tell.")
@@ -425,18 +377,16 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         records: Content of the files of the runs.
         settings: Content of `settings.json`.
     """
-    table = run_table(records, start_names(settings))
+    table = run_table(records, settings.get("starts") or [])
     judged = verdicts(table)
     ended = ", ".join(f"{n} {status}" for status, n in table["status"].value_counts().items())
     headline = f"Runs: {ended or 'none yet'}."
     if judged:
-        outcomes = pd.Series([verdict.outcome for verdict in judged], dtype=object).value_counts(sort=False)
-        parts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+        parts = ", ".join(f"{n} {outcome}" for outcome, n in Counter(verdict.outcome for verdict in judged).items())
         headline = f"{len(judged)} compared with random: {parts}. {headline}"
-    title = " · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")]))
     said, start = answer(judged, best_rates(table))
     return Summary(
-        title=title,
+        title=" · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")])),
         facts=facts(table, settings),
         answer=said,
         start=start,
@@ -446,6 +396,6 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         verdicts=judged,
         equal_time=equal_time(table, judged),
         forgetting=forgetting(table),
-        notes=notes(table, judged, settings),
+        notes=notes(table, settings),
         table=table,
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
@@ -27,7 +26,7 @@ from lora_init.comparison.starts import (
     split_start,
 )
 from lora_init.errors import LoraInitError, did_you_mean
-from lora_init.files import write_whole
+from lora_init.files import read_json, write_whole
 
 Record = dict[str, Any]
 RANDOM = "random"
@@ -153,25 +152,22 @@ class Plan:
         return grid
 
     def _best(self, start: str, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:
-        """Choose among the rates without an unstable run; None if there is none."""
-        losses: dict[float, dict[int, float]] = {}
-        for rate in rates:
-            own = {seed: records[run] for seed in self.seeds if (run := Run(start, seed, rate)) in records}
-            if all(_status(record) != "unstable" for record in own.values()):
-                ended = {seed: record for seed, record in own.items() if record["status"] == "finished"}
-                losses[rate] = {seed: record["selection_loss"] for seed, record in ended.items()}
-        return choose_rate(losses)
+        runs = [Run(start, seed, rate) for seed in self.seeds for rate in rates]
+        return choose_rate(records[run] for run in runs if run in records)
 
 
-def choose_rate(losses: Mapping[float, Mapping[int, float]]) -> float | None:
-    """Choose the rate with the lowest mean loss over the seeds that all rates have, or over each one's own if none.
+def choose_rate(records: Iterable[Record]) -> float | None:
+    """Choose the best rate of a start: the lowest mean loss on the examples to select by.
 
-    With `halving` the seeds that all have are those of the sweep.
-
-    Args:
-        losses: By rate and seed, on the examples to select by; of finished runs at rates with no unstable one.
+    The mean is over the seeds that all rates have (with `halving` those of the sweep), or over each one's own if none.
+    A rate with an unstable run is not chosen; None if there is no other.
     """
-    losses = {rate: own for rate, own in losses.items() if own}
+    records = list(records)
+    unstable = {record["learning_rate"] for record in records if _status(record) == "unstable"}
+    losses: dict[float, dict[int, float]] = {}
+    for record in records:
+        if _status(record) == "finished" and record["learning_rate"] not in unstable:
+            losses.setdefault(record["learning_rate"], {})[record["seed"]] = record["selection_loss"]
     shared: set[int] = set.intersection(*map(set, losses.values())) if losses else set()
     means = {rate: fmean(own[seed] for seed in shared or own) for rate, own in losses.items()}
     return min(means, key=lambda rate: (means[rate], rate), default=None)
@@ -220,10 +216,7 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     table[_NUMBERS] = table[_NUMBERS].astype(float)
     unstable = table["status"].eq("unstable").groupby([table["start"], table["learning_rate"]]).transform("any")
     table["counts"] = table["status"].eq("finished") & ~unstable.astype(bool)
-    losses: dict[str, dict[float, dict[int, float]]] = {}
-    for run in table[table["counts"]].itertuples():
-        losses.setdefault(run.start, {}).setdefault(run.learning_rate, {})[run.seed] = run.selection_loss
-    best = {start: choose_rate(own) for start, own in losses.items()}
+    best = {start: choose_rate(own) for start, own in groupby(rows, key=lambda row: row["start"])}
     table["best"] = table["counts"] & table["learning_rate"].eq(table["start"].map(best))
     return table
 
@@ -255,11 +248,9 @@ def rate_means(table: pd.DataFrame) -> pd.Series:
 
     With `halving` the seeds that all have are those of the sweep.
     """
-    counted = table[table["counts"]]
-    seeds = [set(own) for _, own in counted.groupby(["start", "learning_rate"])["seed"]]
-    shared = set.intersection(*seeds) if seeds else set()
-    kept = counted[counted["seed"].isin(shared)] if shared else counted
-    return kept.groupby(["start", "learning_rate"], sort=False)["loss"].mean()
+    losses = table[table["counts"]].pivot(index=["start", "learning_rate"], columns="seed", values="loss")
+    shared = losses.dropna(axis="columns")
+    return (losses if shared.empty else shared).mean(axis="columns")
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
@@ -273,7 +264,7 @@ def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     return best.pivot(index="start", columns="seed", values=column).reindex(best["start"].unique())
 
 
-SETTINGS_FILE, RUNS, LOCK, HOLDER = "settings.json", "runs", ".lock", ".lock-holder"
+SETTINGS_FILE, RUNS, LOCK = "settings.json", "runs", ".lock"
 BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in it the record of its run
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
@@ -330,20 +321,17 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         OSError: It cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if not (path / SETTINGS_FILE).exists() and {entry.name for entry in path.iterdir()} - {LOCK, HOLDER, RUNS}:
+    if not (path / SETTINGS_FILE).exists() and {entry.name for entry in path.iterdir()} - {LOCK, RUNS}:
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
     try:
         lock = FileLock(path / LOCK, timeout=0).acquire()
     except Timeout:
-        holder = path / HOLDER  # a file of its own: opening the lock empties it
-        who = holder.read_text() if holder.exists() else "another process"
         raise LoraInitError(
-            f"{path} is in use by {who}. Wait until that comparison has ended, or name another directory."
+            f"{path} is in use by another process. Wait until that comparison has ended, or name another directory."
         ) from None
     with lock:
-        write_whole(path / HOLDER, f"process {os.getpid()} on {platform.node()}".encode())
         there = peek(path, settings)
         (path / RUNS).mkdir(exist_ok=True)
         merged = dict(settings)
@@ -371,13 +359,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         LoraInitError: It is missing or no JSON object, or the directory is of an older version.
     """
-    file = path / SETTINGS_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoraInitError(f"{file}: cannot be read ({error}). Name the directory of a comparison.") from error
-    if not isinstance(content, dict):
-        raise LoraInitError(f"{file}: not an object. Name the directory of a comparison.")
+    if not (path / SETTINGS_FILE).exists():
+        raise LoraInitError(f"{path / SETTINGS_FILE}: no such file. Name the directory of a comparison.")
+    content = read_json(path / SETTINGS_FILE)
     if content.get("format") != FORMAT:
         raise LoraInitError(
             f"{path} is a comparison of another version (format {content.get('format')}, this one has {FORMAT}): up to "

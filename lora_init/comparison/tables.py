@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, signed, steps_of_start
+from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, steps_of_start
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, rate_means
 
 _METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}
@@ -41,7 +41,7 @@ def _written(values: pd.Series, write: str) -> pd.Series:
 def _differences(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     rows = {}
     for verdict in verdicts:
-        row = rows[verdict.start] = {"difference": signed(verdict.mean), "verdict": verdict.outcome}
+        row = rows[verdict.start] = {"difference": number(verdict.mean, "+"), "verdict": verdict.outcome}
         if verdict.mean is not None and verdict.reference:
             row |= {"in per cent": percent(verdict.mean / verdict.reference), "pairs": str(len(verdict.differences))}
         if verdict.low is not None and verdict.high is not None and verdict.showable is not None and verdict.reference:
@@ -69,7 +69,6 @@ def _rate_cell(runs: pd.DataFrame) -> str:
 
 def _best(runs: pd.DataFrame) -> pd.DataFrame:
     losses, best = by_seed(runs), runs[runs["best"]].groupby("start", sort=False)
-    target = runs[runs["counts"] & runs["start"].eq(RANDOM)]["loss"].min()
     gammas = {start: ", ".join(f"{g:g}" for g in sorted(own["gamma"].dropna().unique())) for start, own in best}
     return pd.DataFrame(
         {
@@ -77,21 +76,11 @@ def _best(runs: pd.DataFrame) -> pd.DataFrame:
             "runs": losses.count(axis=1).map(str),
             "mean loss": losses.mean(axis=1).map(number),
             "lowest to highest": losses.min(axis=1).map(number) + " to " + losses.max(axis=1).map(number),
-            "steps to random's best": pd.Series({start: _steps_cell(own, target) for start, own in best}),
             "loss at step 0": best["first_loss"].mean().map(number),
             "gamma": pd.Series(gammas).replace("", "–"),
         },
         losses.index,
     )
-
-
-def _steps_cell(runs: pd.DataFrame, target: float) -> str:
-    """Say at which evaluation each run of a start is first as good as the target."""
-    steps = []
-    for points, losses in zip(runs["evaluation_points"], runs["report_loss"], strict=True):
-        reached = [step for step, loss in zip(points, losses, strict=True) if loss <= target]
-        steps.append(str(reached[0]) if reached else "never")
-    return "–" if math.isnan(target) else ", ".join(steps)
 
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +112,7 @@ def _forgetting(means: pd.DataFrame) -> pd.DataFrame:
         {
             "retained before": means["retained_before"].map(number),
             "retained after": means["retained_after"].map(number),
-            "change": (means["retained_after"] - means["retained_before"]).map(signed),
+            "change": (means["retained_after"] - means["retained_before"]).map(lambda change: number(change, "+")),
         }
     )
 
