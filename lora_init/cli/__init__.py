@@ -1,7 +1,4 @@
-"""The command line `lora-init`. Thin: it reads arguments, calls the package, prints.
-
-One file for each command.
-"""
+"""The command line `lora-init`. Thin: it reads arguments, calls the package, prints."""
 
 from lora_init.cli.app import main
 

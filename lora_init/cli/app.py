@@ -1,18 +1,23 @@
-"""The command line: `lora-init` and its commands, a file each."""
+"""The command line: `lora-init`, its commands, and `env`, what a bug report needs to say."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import signal
 import sys
+from collections.abc import Callable
+from importlib.metadata import distributions
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import lora_init
-from lora_init.cli import compare, env, export, init, inspect, merge, ranks
-from lora_init.cli.console import command, process_rank, silence
+from lora_init.cli import compare, export, init, inspect, ranks
+from lora_init.cli.console import AsJson, busy, command, print_result, process_rank, silence
+from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
 
 
@@ -55,9 +60,41 @@ def _before(
     pass
 
 
-for _module in (init, inspect, ranks, merge, compare, export, env):
-    _name = _module.__name__.rpartition(".")[2]
-    app.command(_name, epilog=getattr(_module, "EXAMPLE", None))(command(getattr(_module, _name)))
+_PACKAGES = (
+    "lora-init", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy",
+    "pandas", "typer", "matplotlib", "scikit-learn", "scipy", "gguf",
+)  # fmt: skip
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE")
+
+
+def env(as_json: AsJson = False) -> None:
+    """Print what a bug report needs: versions, processor, memory, GPUs, and variables that change what runs."""
+    with busy("importing torch"):
+        import torch
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    about = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{found.name: found.version for found in distributions() if found.name in _PACKAGES},
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} of them for torch",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 10**9:.0f} GB",
+        "gpus": ", ".join(f"{gpu.name} {gpu.total_memory / 10**9:.0f} GB" for gpu in gpus) or "none",
+        **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+    print_result(about, as_json, lambda console, values: console.print(facts(values)))
+
+
+_COMMANDS: dict[Callable[..., None], str | None] = {
+    init.init: init.EXAMPLE,
+    inspect.inspect: None,
+    ranks.ranks: ranks.EXAMPLE,
+    inspect.merge: inspect.MERGE_EXAMPLE,
+    compare.compare: compare.EXAMPLE,
+    export.export: None,
+    env: None,
+}
+for _function, _example in _COMMANDS.items():
+    app.command(epilog=_example)(command(_function))
 
 
 def main() -> None:
@@ -65,8 +102,7 @@ def main() -> None:
 
     SIGTERM is treated as Ctrl-C.
 
-    In several processes all do the pass of `init`; everything else is done by the first, which alone
-    writes and speaks.
+    In several processes all do the pass of `init`; everything else is done by the first, which alone writes and speaks.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if process_rank():

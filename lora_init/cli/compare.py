@@ -16,6 +16,8 @@ from lora_init.cli.console import (
     AsJson,
     Completion,
     DataFormat,
+    Device,
+    Dtype,
     MaxLength,
     Template,
     TrustRemoteCode,
@@ -113,10 +115,8 @@ def compare(
     retain_data: Annotated[str | None, typer.Option(help="Text of another kind, to measure forgetting.")] = None,
     retain_template: Annotated[str | None, typer.Option(help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, typer.Option(min=1, help="Examples of it.")] = 64,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the base weights.")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; do nothing.")] = False,
     as_json: AsJson = False,

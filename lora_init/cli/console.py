@@ -34,6 +34,8 @@ DataFormat = Annotated[
     Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"] | None,
     Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
 ]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
+Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
 MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]
 
@@ -68,6 +70,14 @@ def say(text: str) -> None:
 def print_json(content: Any) -> None:
     """Print plain values as JSON on stdout."""
     typer.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+def print_result(content: Any, as_json: bool, show: Callable[[Console, Any], None]) -> None:
+    """Print plain values as JSON, or as `show` does."""
+    if as_json:
+        print_json(content)
+    else:
+        show(make_console(), content)
 
 
 @contextmanager

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_init.cli.tables import facts
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import find_device
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
     from lora_init.loading.batches import Batches
@@ -95,3 +97,19 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
         (a @ a)[0, 0].item()  # which waits for a GPU
         n_products += 1
     return 2 * 1024**3 * n_products / (time.perf_counter() - start)
+
+
+def show_estimate(console: Console, found: Mapping[str, Any]) -> None:
+    """Print what `estimate` returned."""
+    kept = f", {len(found['unsupported'])} keep PEFT's own start" if found["unsupported"] else ""
+    weights, statistics = (found[f"{what}_bytes"] / 10**9 for what in ("weights", "statistics"))
+    speed = found["operations_per_second"] / 10**9
+    rows = {
+        "layers": f"{found['layers']} take an adapter{kept}",
+        "parameters": f"{found['parameters']:,} at rank {found['rank']} everywhere",
+        "data": found["data"] or "none: the statistics file is used as it is",
+        "pass": f"{found['batches']} batches at most, {found['tokens']:,} tokens",
+        "memory": f"weights {weights:.2f} GB, statistics {statistics:.2f} GB, and the activations of one batch",
+        "time": f"about {found['seconds']:,.0f} s, within a factor of two, at {speed:,.0f} GFLOP/s",
+    }
+    console.print(facts(rows))

@@ -15,14 +15,15 @@ from lora_init.cli.console import (
     Template,
     busy,
     importing,
-    make_console,
-    print_json,
+    print_result,
     unescape,
 )
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require_version
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lora_init.loading.models import LoadedModel
     from lora_init.serving.export import Exported
 
@@ -71,10 +72,7 @@ def export(
     summary = exported.to_dict()
     if loaded is not None and batches is not None:
         summary["losses"] = [_loss(loaded, place, batches) for place in (directory, exported.path)]
-    if as_json:
-        print_json(summary)
-    else:
-        _show(exported, summary.get("losses"))
+    print_result(summary, as_json, lambda console, values: _show(console, exported, values.get("losses")))
 
 
 def _load(directory: Path, base: str | None) -> LoadedModel:
@@ -97,7 +95,7 @@ def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
         restore()
 
 
-def _show(exported: Exported, losses: list[float] | None) -> None:
+def _show(console: Console, exported: Exported, losses: list[float] | None) -> None:
     rows = {"written": f"{exported.path}: {exported.n_bytes / 10**6:.2f} MB"}
     if exported.rank:
         rows["rank"] = f"{exported.rank}, scaling {exported.scaling:g}, {exported.parameters:,} parameters"
@@ -113,6 +111,5 @@ def _show(exported: Exported, losses: list[float] | None) -> None:
         rows["loss"] = "{:.4f} before, {:.4f} after".format(*losses)
     if exported.intruders is not None:
         rows["intruders"] = "{} before, {} after".format(*exported.intruders)
-    console = make_console()
     console.print(facts(rows))
     console.print(f"\n{exported.command}", markup=False)

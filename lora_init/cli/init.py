@@ -15,6 +15,8 @@ from lora_init.cli.console import (
     AsJson,
     Completion,
     DataFormat,
+    Device,
+    Dtype,
     MaxLength,
     Samples,
     Template,
@@ -22,8 +24,7 @@ from lora_init.cli.console import (
     busy,
     importing,
     is_quiet,
-    make_console,
-    print_json,
+    print_result,
     process_group,
     process_rank,
     read_modules,
@@ -40,12 +41,10 @@ if TYPE_CHECKING:
 
     from lora_init.adapters.adapter_init import AdapterInit
     from lora_init.loading.batches import Batches
-    from lora_init.loading.models import ModelSource
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
 TokenMask = Literal["attention", "labels"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _ByInput = Literal["eva", "random", "random-scaled", "gaussian", "orthogonal"]
 _ByGradient = Literal["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled"]
 _Step = Literal["natural-gradient-step", "lora-ga", "lora-one"]
@@ -112,8 +111,8 @@ def init(
     token_mask: Annotated[TokenMask, Option(help="Count all tokens but padding, or those with a label.")] = "attention",
     center: Annotated[bool, Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
     seed: Annotated[int, Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
-    dtype: Annotated[Dtype, Option(help="Type of the weights.")] = "auto",
-    device: Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
     overwrite: Annotated[
@@ -159,7 +158,10 @@ def init(
         "max_batches": max_batches, "seed": seed,
     }  # fmt: skip
     if dry_run:
-        _show_estimate(source, batches, selection, settings | {"dtype": dtype, "device": device}, as_json)
+        from lora_init.cli.dry_run import estimate, show_estimate
+
+        found = estimate(source, batches, selection, settings | {"dtype": dtype, "device": device})
+        print_result(found, as_json, show_estimate)
         return
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device, seed=seed)
@@ -177,39 +179,7 @@ def init(
     build = partial(build_adapter, stats, ranks, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed)
     built = _with_best_step(loaded.model, build, aside, gamma) if takes_step else build()
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-    summary = summarise(stats, ranks, directory, file, built)
-    if as_json:
-        print_json(summary)
-    else:
-        show_summary(make_console(), summary)
-
-
-def _show_estimate(
-    source: ModelSource,
-    batches: Batches | None,
-    selection: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    as_json: bool,
-) -> None:
-    from lora_init.cli.dry_run import estimate
-
-    with busy("estimating"):
-        found = estimate(source, batches, selection, settings)
-    if as_json:
-        print_json(found)
-        return
-    kept = f", {len(found['unsupported'])} keep PEFT's own start" if found["unsupported"] else ""
-    weights, statistics = (found[f"{what}_bytes"] / 10**9 for what in ("weights", "statistics"))
-    speed = found["operations_per_second"] / 10**9
-    rows = {
-        "layers": f"{found['layers']} take an adapter{kept}",
-        "parameters": f"{found['parameters']:,} at rank {found['rank']} everywhere",
-        "data": found["data"] or "none: the statistics file is used as it is",
-        "pass": f"{found['batches']} batches at most, {found['tokens']:,} tokens",
-        "memory": f"weights {weights:.2f} GB, statistics {statistics:.2f} GB, and the activations of one batch",
-        "time": f"about {found['seconds']:,.0f} s, within a factor of two, at {speed:,.0f} GFLOP/s",
-    }
-    make_console().print(facts(rows))
+    print_result(summarise(stats, ranks, directory, file, built), as_json, show_summary)
 
 
 def _check_sources(data: str | None, statistics: Path | None, method: str) -> Path | None:
@@ -318,12 +288,7 @@ def _with_best_step(
     """Build an adapter that takes a step, of the size with the least loss on batches set aside."""
     from lora_init.adapters.step_size import find_step_size, mean_loss
 
-    return find_step_size(
-        model, lambda candidate: build(gamma=candidate), lambda changed: mean_loss(changed, aside), gamma
-    )
-
-
-_SHOWN_NOTES = 5
+    return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
 
 
 def how_to_train(directory: Path, built: AdapterInit) -> str:
@@ -373,7 +338,7 @@ def summarise(
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print what `summarise` returned."""
-    ranks, held_out, notes = summary["ranks"], summary["held_out"], summary["notes"]
+    ranks, held_out = summary["ranks"], summary["held_out"]
     given = [rank for rank in ranks.values() if rank]
     change = summary["parameters"] / summary["uniform_parameters"] - 1
     rows = {
@@ -393,8 +358,6 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print()
     console.print(facts(rows))
     console.print(summary["serving"], markup=False)
-    for note in notes[:_SHOWN_NOTES]:
+    for note in summary["notes"]:
         console.print(f"note: {note}", markup=False)
-    if len(notes) > _SHOWN_NOTES:
-        console.print(f"and {len(notes) - _SHOWN_NOTES} more notes, all with --json")
     console.print(f"Train it: {summary['train']}", markup=False)

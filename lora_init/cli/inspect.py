@@ -1,4 +1,4 @@
-"""The command `lora-init inspect`: what a statistics file, a plan, an adapter or a comparison holds."""
+"""The commands `lora-init inspect` and `merge`: what files and directories hold, and several statistics as one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.cli.console import (
-    AsJson,
-    TrustRemoteCode,
-    busy,
-    importing,
-    make_console,
-    print_json,
-)
+from lora_init.cli.console import AsJson, TrustRemoteCode, busy, importing, print_result, read_numbers
 from lora_init.cli.tables import columns, facts, finite, rank_table
 from lora_init.errors import LoraInitError, first_line
+from lora_init.files import check_writable
 from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
@@ -53,11 +47,35 @@ def inspect(
         description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
     elif model is not None:
         raise LoraInitError("--model is for --intruders; without it no model is loaded.")
-    if as_json:
-        print_json(description)
-        return
     with _damage_of(path):
-        show(make_console(), description)
+        print_result(description, as_json, show)
+
+
+MERGE_EXAMPLE = """\b
+Example:
+$ lora-init merge chat.safetensors code.safetensors --weights 0.7,0.3 -o mixed.safetensors
+"""
+
+
+def merge(
+    files: Annotated[
+        list[Path], Argument(help="Statistics files of one model, from lora-init init.", show_default=False)
+    ],
+    output: Annotated[Path, Option("--output", "-o", help="Statistics file to write.", show_default=False)],
+    weights: Annotated[
+        str | None, Option(help="Share of each file, as 0.7,0.3. Default: each row counts once.")
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge statistics FILES of one model: shards of one data set, data that came later, or a mixture by weights."""
+    check_writable(output, overwrite, "statistics file")
+    shares = None if weights is None else read_numbers("--weights", weights, float)
+    from lora_init.statistics.statistics import Statistics
+
+    parts = [Statistics.load(file) for file in files]
+    merged = parts[0].merge(*parts[1:], weights=shares)
+    print_result(describe(merged.save(output.expanduser())), as_json, show)
 
 
 @contextmanager

@@ -154,24 +154,6 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
     return table
 
 
-def comparison_values(plans: Mapping[str, RankAllocation]) -> list[dict[str, Any]]:
-    """Give the content of `comparison_table` as plain values, with the ranks."""
-    return [
-        {
-            "plan": label,
-            "policy": plan.policy,
-            "budget": str(plan.budget),
-            "total_rank": plan.total_rank,
-            "parameters": plan.parameters,
-            "megabytes_float32": round(plan.megabytes(), 6),
-            "explained_variance": round(plan.explained_variance, 9),
-            "ranks": dict(plan),
-            "notes": list(plan.notes),
-        }
-        for label, plan in plans.items()
-    ]
-
-
 EXAMPLE = """\b
 Example:
 $ lora-init ranks stats.safetensors --parameters 1M --compare uniform --compare cost-aware
@@ -246,7 +228,8 @@ def ranks(
         alpha = 16 if lora_alpha is None else lora_alpha
         typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
     elif as_json:
-        print_json(comparison_values(plans) if variants else plan_to_dict(plan))
+        several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
+        print_json(several if variants else plan_to_dict(plan))
     elif variants:
         make_console().print(comparison_table(plans))
     else:

@@ -89,7 +89,7 @@ def test_it_compares(file):
     assert lines[1].split()[4] == f"{plan.parameters:,}" and lines[1].split()[6] == f"{plan.explained_variance:.2%}"
     rows = json.loads(run(file, "--rank", 4, "--compare", "uniform", "--json").stdout)
     assert [row["policy"] for row in rows] == ["eva", "uniform"]
-    assert set(rows[1]["ranks"].values()) == {4}
+    assert {layer["rank"] for layer in rows[1]["layers"].values()} == {4}
 
 
 def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
