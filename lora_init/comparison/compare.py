@@ -26,9 +26,9 @@ from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import Plan, Record, Run, open_runs, peek
 from lora_init.comparison.starts import FULL, AdapterShape, by_batches, check_start
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.tasks import DataOptions
+from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import ModelOptions, Workbench, set_up
+from lora_init.comparison.workbench import Workbench, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.targets import find_targets
@@ -152,7 +152,7 @@ def compare(
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
         progress: Show a progress bar on stderr; by default only on a terminal.
-        **loading: How model and data are read: the fields of `tasks.DataOptions` and `workbench.ModelOptions`.
+        **loading: How model and data are read: the fields of `tasks.Loading`.
 
     Raises:
         LoraInitError: Anything a user can get wrong: arguments, data, starts, rates, or a directory with other settings
@@ -223,23 +223,19 @@ def _absolute(source: Any) -> Any:
     return str(path.absolute()) if path is not None and path.exists() else source
 
 
-def _read_options(loading: Mapping[str, Any]) -> tuple[DataOptions, ModelOptions]:
-    """Tell arguments about the data from those about the model, and refuse those that are about neither."""
-    groups = {group: [field.name for field in fields(group)] for group in (DataOptions, ModelOptions)}
-    known = [*(name for names in groups.values() for name in names), *inspect.signature(compare).parameters]
-    for name in loading:
+def _read_options(given: Mapping[str, Any]) -> Loading:
+    """Refuse what is no argument of `compare`."""
+    known = [field.name for field in fields(Loading)]
+    for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close!r}.")
-    chosen = {group: {name: loading[name] for name in names if name in loading} for group, names in groups.items()}
-    for name in {"retain_data"} & set(loading):
-        chosen[DataOptions][name] = _absolute(loading[name])
-    return DataOptions(**chosen[DataOptions]), ModelOptions(**chosen[ModelOptions])
+            close = difflib.get_close_matches(name, [*known, *inspect.signature(compare).parameters], n=1, cutoff=0.0)
+            raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close[0]!r}.")
+    return Loading(**{**given, "retain_data": _absolute(given.get("retain_data"))})
 
 
-def _init_command(model: str, data: str | Path, options: tuple[DataOptions, ModelOptions], bench: Workbench) -> str:
+def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str:
     """Write the command that makes an adapter as a run does, from as many examples; the start is left open."""
-    (reading, loading), modules = options, bench.shape.target_modules
+    modules = bench.shape.target_modules
     completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
     words = {
         "--template": reading.template,
@@ -254,10 +250,10 @@ def _init_command(model: str, data: str | Path, options: tuple[DataOptions, Mode
         "--lora-alpha": f"{bench.shape.lora_alpha:g}",
         "--target-modules": modules if isinstance(modules, str) else ",".join(modules),
         "--task-type": "SEQ_CLS" if reading.label else None,
-        "--dtype": loading.dtype,
+        "--dtype": reading.dtype,
     }
     given = [word for name, value in words.items() if value is not None for word in (name, str(value))]
-    switches = ["--trust-remote-code"] * loading.trust_remote_code
+    switches = ["--trust-remote-code"] * reading.trust_remote_code
     return shlex.join(["lora-init", "init", str(model), str(data), *given, *switches])
 
 

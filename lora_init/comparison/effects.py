@@ -43,6 +43,8 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     Returns:
         Their standard deviations as multiples of the usual one; empty with fewer than four starts.
     """
+    from scipy.stats import chi2, f
+
     if len(losses) < 4:
         return {}
     distances = [losses.loc[start] - losses.drop(index=start).median() for start in losses.index]
@@ -50,8 +52,8 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     found = {}
     for i in np.flatnonzero(counts > 1):
         n, rest = int(counts[i]), np.delete(spreads, i)
-        usual = np.nanmedian(rest) / _median_of_variances(n)
-        limit = _f_quantile(n - 1, int((~np.isnan(rest)).sum()) * (n - 1))
+        usual = np.nanmedian(rest) / (chi2.median(n - 1) / (n - 1))  # by the median of the variance of n numbers
+        limit = f.ppf(0.99, n - 1, int((~np.isnan(rest)).sum()) * (n - 1))
         if usual > 0.0 and spreads[i] / usual > limit:
             found[str(losses.index[i])] = math.sqrt(spreads[i] / usual)
     return found
@@ -132,18 +134,3 @@ def _critical(correlation: bytes, freedom: int, confidence: float) -> float:
         return float(inside) - confidence
 
     return float(brentq(excess, 0.0, 1000.0, xtol=1e-3))
-
-
-@functools.cache
-def _median_of_variances(n: int) -> float:
-    """Give the median of the variance of n normal numbers, as a multiple of the true one."""
-    from scipy.stats import chi2
-
-    return float(chi2.median(n - 1)) / (n - 1)
-
-
-@functools.cache
-def _f_quantile(above: int, below: int) -> float:
-    from scipy.stats import f
-
-    return float(f.ppf(0.99, above, below))

@@ -25,6 +25,7 @@ INK, RANDOM_COLOR = "#1a1a1a", "#444444"
 COLORS = ("#3803f1", "#d87917", "#7e3106", "#c075aa", "#4b88f7", "#65067c")
 _MARKERS = "o^Dvp<>"
 _PER_ROW = 4
+_LOOK = {"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}
 
 
 def looks(starts: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -42,23 +43,30 @@ def line_style(start: str) -> str:
 
 def pictures(summary: Summary) -> dict[str, bytes]:
     """Draw the pictures that there is something to draw for: PNG by name."""
-    runs, made = summary.table, {}
+    runs, figures = summary.table, {}
     best = runs[runs["best"]]
     styles = looks(split_start(start)[0] for start in runs["start"])
     drawn = {split_start(start)[0] for start in best["start"]}
     panels = [start for start in styles if start in drawn - {RANDOM}] or list(drawn)
     if panels:
         top = _rate_limits(runs)
-        made["learning_curves"] = _draw(panels, (2.1, 1.8), lambda axes, start: _draw_curves(axes, start, best, styles))
-        made["learning_rates"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_rates(axes, s, runs, styles, top))
-    compared = sum(verdict.mean is not None for verdict in summary.verdicts)
-    if compared:
-        size = (5.0, 1.1 + 0.36 * compared)
-        made["differences"] = _draw([""], size, lambda axes, _: _draw_differences(axes, summary, styles))
+        figures["learning_curves"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_curves(axes, s, best, styles))
+        figures["learning_rates"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_rates(axes, s, runs, styles, top))
+    if any(verdict.mean is not None for verdict in summary.verdicts):
+        figures["differences"] = difference_figure(summary)
     if best["retained_after"].notna().any():
         size = (5.0, 3.0 + 0.2 * math.ceil(len(drawn) / 2))
-        made["forgetting"] = _draw([""], size, lambda axes, _: _draw_forgetting(axes, runs, styles))
-    return made
+        figures["forgetting"] = _draw([""], size, lambda axes, _: _draw_forgetting(axes, runs, styles))
+    return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(_LOOK):  # labels of ticks are made as they are drawn
+        figure.savefig(out, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
 
 
 def difference_figure(summary: Summary) -> Figure:
@@ -68,34 +76,29 @@ def difference_figure(summary: Summary) -> Figure:
         LoraInitError: There is none yet.
     """
     require("matplotlib")
-    from matplotlib.figure import Figure
-
     compared = sum(verdict.mean is not None for verdict in summary.verdicts)
     if not compared:
         raise LoraInitError("no start has been compared with random yet, so there is nothing to draw.")
-    figure = Figure(figsize=(5.0, 1.1 + 0.36 * compared), dpi=110, layout="constrained")
-    _draw_differences(figure.add_subplot(), summary, looks(split_start(start)[0] for start in summary.table["start"]))
-    return shown(figure)
+    styles = looks(split_start(start)[0] for start in summary.table["start"])
+    return shown(_draw([""], (5.0, 1.1 + 0.36 * compared), lambda axes, _: _draw_differences(axes, summary, styles)))
 
 
-def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, str], None]) -> bytes:
+def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, str], None]) -> Figure:
     """Draw a panel of `size` inches for each name, four in a row."""
     import matplotlib
     from matplotlib.figure import Figure
 
     columns = min(len(names), _PER_ROW)
     rows = math.ceil(len(names) / columns)
-    with matplotlib.rc_context({"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}):
-        figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.4), dpi=150, layout="constrained")
+    with matplotlib.rc_context(_LOOK):
+        figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.4), layout="constrained")
         places = list(figure.subplots(rows, columns, squeeze=False, sharey=len(names) > 1).flat)
         for name, axes in zip(names, places, strict=False):
             draw(axes, name)
             axes.set_title("\n".join(wrap(name, 28)), fontsize=9)
         for axes in places[len(names) :]:
             axes.set_visible(False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", facecolor="white", metadata={"Software": None})
-    return out.getvalue()
+    return figure
 
 
 def _rate_limits(runs: pd.DataFrame) -> tuple[float, float]:
@@ -154,22 +157,15 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
 def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     """Draw each start's difference to random with its interval, and every pair as a dot; left is better."""
     verdicts = [verdict for verdict in summary.verdicts if verdict.mean is not None]
-    dots = max(abs(difference) for verdict in verdicts for difference in verdict.differences.values())
-    ends = [abs(end) for verdict in verdicts for end in (verdict.low, verdict.high) if end is not None]
-    reach = min(3.2 * dots, 1.05 * max([1.6 * dots, *ends])) or 1.0
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, verdict in enumerate(verdicts):
         color, marker = styles[split_start(verdict.start)[0]]
         pairs = list(verdict.differences.values())
         axes.plot(pairs, [y + 0.22] * len(pairs), ".", color=color, markersize=4, alpha=0.7)
-        if verdict.low is not None and verdict.high is not None:
-            axes.plot([max(verdict.low, -reach), min(verdict.high, reach)], [y, y], color=color, linewidth=1.8)
-            for end, arrow in ((verdict.low, "<"), (verdict.high, ">")):
-                if abs(end) > reach:
-                    axes.plot([math.copysign(reach, end)], [y], arrow, color=color, markersize=5)
+        if verdict.low is not None:
+            axes.plot([verdict.low, verdict.high], [y, y], color=color, linewidth=1.8)
         face = "none" if verdict.low is None else color
         axes.plot([verdict.mean], [y], marker, color=color, markerfacecolor=face, markersize=6.5)
-    axes.set_xlim(-1.03 * reach, 1.03 * reach)
     axes.set_ylim(len(verdicts) - 0.5, -0.6)
     axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+", 1) for verdict in verdicts])
     axes.locator_params(axis="x", nbins=5)

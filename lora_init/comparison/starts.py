@@ -145,15 +145,15 @@ EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
 _HOW = re.compile(rf"{EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(batches|steps)")
 
 
-def split_start(name: str) -> tuple[str, set[str]]:
+def split_start(name: str) -> tuple[str, str]:
     """Tell a start from how it is run.
 
     Example:
         >>> split_start("eva+matched-scale"), split_start("mine+yours")
-        (('eva', {'matched-scale'}), ('mine+yours', set()))
+        (('eva', 'matched-scale'), ('mine+yours', ''))
     """
     start, _, how = name.rpartition("+")
-    return (start, {how}) if _HOW.fullmatch(how) else (name, set())
+    return (start, how) if _HOW.fullmatch(how) else (name, "")
 
 
 def own_number(name: str, of: str) -> int | None:
@@ -163,8 +163,8 @@ def own_number(name: str, of: str) -> int | None:
         >>> own_number("eva+16-batches", "batches"), own_number("eva+16-batches", "steps")
         (16, None)
     """
-    how = next(iter(split_start(name)[1]), "")
-    return int(how.partition("-")[0]) if how.endswith(f"-{of}") else None
+    number, _, what = split_start(name)[1].partition("-")
+    return int(number) if what == of else None
 
 
 def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
@@ -272,7 +272,7 @@ def prepare(
     check_start(start)
     name, how = split_start(start if isinstance(start, str) else start[0])
     recipe = _RECIPES.get(name)
-    if EQUAL_PARAMETERS in how and not (recipe and recipe.data):
+    if how == EQUAL_PARAMETERS and not (recipe and recipe.data):
         raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
     if name == FULL and how:
         raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
@@ -287,14 +287,14 @@ def prepare(
             if not isinstance(start, str):
                 peft_model = _apply_own(name, start[1], model, seed)
             elif recipe:
-                init = _build(stats, recipe, model, shape, seed, loss_of, EQUAL_PARAMETERS in how)
+                init = _build(stats, recipe, model, shape, seed, loss_of, how == EQUAL_PARAMETERS)
                 peft_model, gamma = init.apply(model), init.gamma
             elif name == FULL:
                 model.float().requires_grad_(True)  # steps would be lost in the rounding of bfloat16
             else:
                 init = build_adapter(stats, shape.rank, "random", lora_alpha=shape.lora_alpha)
                 peft_model = _apply_peft(name, model, init, batches)
-            if MATCHED_SCALE in how:
+            if how == MATCHED_SCALE:
                 match_scale(peft_model, seed)
     except BaseException:
         restore()

@@ -94,7 +94,7 @@ class Task:
         padding: Token to pad with.
         normalize: Whether an option's log-likelihood is divided by its number of tokens.
         data: Which examples of which data these are, in words.
-        label: Short name of the data.
+        label: Name of the task in the report.
     """
 
     kind: str
@@ -136,8 +136,8 @@ def item_length(item: Item) -> int:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """How examples are read from a data set, and how it is split.
+class Loading:
+    """How examples are read from a data set, how it is split, and how the model is loaded.
 
     Attributes:
         template: Text of an example, or the prompt if there is a completion.
@@ -160,6 +160,9 @@ class DataOptions:
         retain_data: Text of another kind: its loss before and after training tells what was forgotten.
         retain_template: How an example of it reads.
         retain_samples: Examples of it.
+        dtype: Of the base model's weights; adapters are float32.
+        device: Where the model runs.
+        trust_remote_code: Allow code that comes with the model.
     """
 
     template: str | None = None
@@ -180,9 +183,12 @@ class DataOptions:
     retain_data: str | Path | None = None
     retain_template: str | None = None
     retain_samples: int = 64
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
 
 
-def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size: int) -> Task:
+def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: int) -> Task:
     """Read a data set and split it: rows to report come first in the seeded order, then those to select by.
 
     So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts.
@@ -232,19 +238,14 @@ def load_task(source: str | Path, tokenizer: Any, asked: DataOptions, batch_size
         )
     how = [f"label {asked.label}, {len(classes)} classes"] if classes else []
     how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
-    described = ", ".join(
-        [
-            f"{counted} of {len(data.table)}",
-            f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}",
-            *how,
-            *skipped,
-        ]
-    )
-    return Task(kind, train, selection, report, classes, padding_token(tokenizer), asked.normalize, described, name)
+    split = f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}"
+    described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
+    padding, label = padding_token(tokenizer), asked.name or name
+    return Task(kind, train, selection, report, classes, padding, asked.normalize, described, label)
 
 
 def _reader(
-    asked: DataOptions, reading: Recipe, tokenizer: Any, limit: int, classes: Sequence[str]
+    asked: Loading, reading: Recipe, tokenizer: Any, limit: int, classes: Sequence[str]
 ) -> Callable[[Mapping[str, Any]], Item | str]:
     def encoded(row: Mapping[str, Any]) -> Encoded | None:
         example = reading.to_example(row)
@@ -273,7 +274,7 @@ def _reader(
     return read
 
 
-def _kind(asked: DataOptions, names: Sequence[str], name: str) -> str:
+def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
     """Say what kind of task is asked for, whose columns are all there."""
     columns = f"Columns of {name}: {', '.join(names)}."
     if asked.label is not None and asked.options is not None:
@@ -293,7 +294,7 @@ def _kind(asked: DataOptions, names: Sequence[str], name: str) -> str:
     return MULTIPLE_CHOICE
 
 
-def _completion(asked: DataOptions, kind: str) -> str | None:
+def _completion(asked: Loading, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
     template, completion = asked.template, asked.completion
     if kind == CLASSIFICATION and completion is not None:

@@ -17,7 +17,7 @@ from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import AdapterShape, OwnStart, adapter_files, own_number, prepare, split_start
-from lora_init.comparison.tasks import CLASSIFICATION, DataOptions, Task, load_task
+from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
 from lora_init.comparison.training import (
     Score,
     Trained,
@@ -34,21 +34,6 @@ from lora_init.layers.targets import HEADS
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How the model is loaded.
-
-    Attributes:
-        dtype: Of the base model's weights; adapters are float32.
-        device: Where the model runs.
-        trust_remote_code: Allow code that comes with the model.
-    """
-
-    dtype: str = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass(kw_only=True)
@@ -94,7 +79,6 @@ class Workbench:
         loaded: The plain model and its tokenizer. Each run leaves it as it was.
         task: What to learn.
         retain: Text of another kind, whose loss before and after tells forgetting.
-        name: Name of the task in the report.
         directory: Where statistics are kept, in a folder of their own.
         shape: Layers, rank and scaling of the adapters.
         training: How every run trains.
@@ -105,7 +89,6 @@ class Workbench:
     loaded: LoadedModel
     task: Task
     retain: Batches | None
-    name: str
     directory: Path
     shape: AdapterShape
     training: Training
@@ -149,7 +132,7 @@ class Workbench:
         weight = next(self.loaded.model.parameters())
         return {
             "format": FORMAT,
-            "task": self.name,
+            "task": self.task.label,
             "kind": self.task.kind,
             "model": model,
             "model_class": type(self.loaded.model).__name__,
@@ -216,12 +199,9 @@ class Workbench:
         own = split_start(run.start)[0]
         start: str | OwnStart = (run.start, self.own[own]) if own in self.own else run.start
         seed, n = run.seed, self._n_batches(n_own)
-        steps = own_number(run.start, "steps") or self.training.steps
-        training = (
-            self.training
-            if steps == self.training.steps
-            else replace(self.training, steps=steps, evaluation_points=[0, steps])
-        )
+        training, steps = self.training, own_number(run.start, "steps")
+        if steps:
+            training = replace(training, steps=steps, evaluation_points=[0, steps])
 
         def loss_of(model: nn.Module) -> float:
             """Measure the loss that training minimises on training batches that the statistics are not from."""
@@ -236,7 +216,7 @@ class Workbench:
             record.ranks = prepared.ranks if moved else None
             seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
             record.initialisation_seconds = prepared.seconds + seconds
-            order = self.task.order(run.seed, steps, training.batch_size)
+            order = self.task.order(seed, training.steps, training.batch_size)
             done = train(
                 prepared.peft_model, self.task, order, training, learning_rate=record.learning_rate,
                 seed=run.seed, plain_loss=plain.loss, on_step=on_step,
@@ -286,56 +266,40 @@ def set_up(
     model: str,
     data: str | Path,
     directory: Path,
-    options: tuple[DataOptions, ModelOptions],
+    options: Loading,
     shape: AdapterShape,
     training: Training,
     statistics_batches: int,
     own: Mapping[str, Any] | None = None,
 ) -> Workbench:
-    """Read the data, load the model in the class that the task needs, and put both on a workbench.
-
-    Args:
-        model: Directory or hub id.
-        data: See `load_task`.
-        directory: Of the comparison.
-        options: How both are read.
-        shape: See `Workbench`, as for all that follow.
-        training: See there.
-        statistics_batches: See there.
-        own: See there.
+    """Read the data, load the model in the class that the task needs, and put both on a `Workbench`.
 
     Raises:
         LoraInitError: Data or model cannot be read, or one does not suit the other.
     """
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
-    reading, loading = options
-    tokenizer = open_model(model, trust_remote_code=loading.trust_remote_code).tokenizer
-    task = load_task(data, tokenizer, reading, training.batch_size)
-    retain = None
-    if reading.retain_data is not None:
-        if task.kind == CLASSIFICATION:
+    tokenizer = open_model(model, trust_remote_code=options.trust_remote_code).tokenizer
+    task = load_task(data, tokenizer, options, training.batch_size)
+    classifies, retain = task.kind == CLASSIFICATION, None
+    if options.retain_data is not None:
+        if classifies:
             raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
         retain = load_batches(
-            reading.retain_data, tokenizer, template=reading.retain_template, samples=reading.retain_samples,
-            batch_size=training.batch_size, max_length=reading.max_length,
+            options.retain_data, tokenizer, template=options.retain_template, samples=options.retain_samples,
+            batch_size=training.batch_size, max_length=options.max_length,
         )  # fmt: skip
-    loaded = _load(model, task, loading)
-    shape = replace(shape, task_type=loaded.task_type)
-    name = reading.name or task.label
-    return Workbench(loaded, task, retain, name, directory, shape, training, statistics_batches, own or {})
-
-
-def _load(model: str, task: Task, options: ModelOptions) -> LoadedModel:
-    if task.kind == CLASSIFICATION:
-        loaded = load_model(model, task_type="SEQ_CLS", n_labels=len(task.classes), **asdict(options))
+    loaded = load_model(
+        model, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
+        dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    if classifies:
         loaded.model.config.pad_token_id = task.padding
         if loaded.model.dtype != torch.float32:
             raise LoraInitError(f"dtype={options.dtype!r}: the head of a classifier is trained whole, in float32.")
-        return loaded
-    loaded = load_model(model, **asdict(options))
-    if loaded.task_type != "CAUSAL_LM":
+    elif loaded.task_type != "CAUSAL_LM":
         raise LoraInitError(
             f"model {model!r} is a {type(loaded.model).__name__}, and a comparison trains causal language models, or "
             "classifiers with --label COLUMN."
         )
-    return loaded
+    shape = replace(shape, task_type=loaded.task_type)
+    return Workbench(loaded, task, retain, directory, shape, training, statistics_batches, own or {})

@@ -17,9 +17,9 @@ from lora_init.comparison.compare import circumstances, model_name
 from lora_init.comparison.runs import Run, read_runs, read_settings
 from lora_init.comparison.starts import AdapterShape, prepare
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.tasks import DataOptions
+from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import ModelOptions, RunRecord, set_up
+from lora_init.comparison.workbench import RunRecord, set_up
 from lora_init.errors import LoraInitError
 from tests.comparisons import SMALL, make_home
 
@@ -156,11 +156,11 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
 
 def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
     training = Training(steps, 4, 0.1, [0, 3, steps])
-    asked = DataOptions(
+    asked = Loading(
         **dict(template="{passage}", completion=" {options}", selection_samples=8, report_samples=12) | options
     )
     shape = AdapterShape(rank=2, lora_alpha=4)
-    return set_up(str(home / model), home / data, directory, (asked, ModelOptions()), shape, training, 8)
+    return set_up(str(home / model), home / data, directory, asked, shape, training, 8)
 
 
 def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):

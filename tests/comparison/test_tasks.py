@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import DataOptions, find_answer, load_task, read_choices, split_options
+from lora_init.comparison.tasks import Loading, find_answer, load_task, read_choices, split_options
 from lora_init.errors import LoraInitError
 from lora_init.loading.examples import IGNORED
 from tests.comparisons import make_home
@@ -24,7 +24,7 @@ def tokenizer(home):
 def load(home, tokenizer, **changes):
     settings = dict(template="{passage}", train_samples=40, selection_samples=6, report_samples=10) | changes
     batch_size = settings.pop("batch_size", 4)
-    return load_task(home / "rows.jsonl", tokenizer, DataOptions(**settings), batch_size)
+    return load_task(home / "rows.jsonl", tokenizer, Loading(**settings), batch_size)
 
 
 KINDS = {
@@ -45,7 +45,7 @@ def test_no_example_is_in_two_folds(home, tokenizer, kind):
 def test_of_rows_that_are_alike_the_first_counts(tmp_path, tokenizer):
     rows = [json.dumps({"passage": f"the cat sat {'on ' * (i % 3)}mat", "kind": i % 2}) for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    asked = DataOptions(template="{passage}", selection_samples=1, report_samples=1)
+    asked = Loading(template="{passage}", selection_samples=1, report_samples=1)
     assert len(load_task(tmp_path / "rows.jsonl", tokenizer, asked, 1).train) == 1
     with pytest.raises(LoraInitError, match="1 examples to train on, 1 to select by and 1 to report; expected 4"):
         load_task(tmp_path / "rows.jsonl", tokenizer, asked, 4)
@@ -132,7 +132,7 @@ def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
     rows = [{"question": "dog run", "options": ["the", long if i % 2 else "red"], "answer": "the"} for i in range(8)]
     rows += [{"question": f"{word} run", "options": ["the", "red"], "answer": "the"} for word in ("cat", "mat", "two")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = DataOptions(template="{question}", options="options", max_length=6, selection_samples=1, report_samples=1)
+    asked = Loading(template="{question}", options="options", max_length=6, selection_samples=1, report_samples=1)
     task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 2)
     assert "4 left out with 6 or more tokens" in task.data
     assert all(len(choice[0]) == 4 for item in [*task.train, *task.selection, *task.report] for choice in item.choices)

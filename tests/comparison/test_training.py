@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_init.comparison.tasks import DataOptions, load_task
+from lora_init.comparison.tasks import Loading, load_task
 from lora_init.comparison.training import (
     Score,
     Training,
@@ -37,7 +37,7 @@ def home(tmp_path_factory):
 
 
 def read(home, model, samples, **options):
-    asked = DataOptions(template="{passage}", selection_samples=4, report_samples=samples, **options)
+    asked = Loading(template="{passage}", selection_samples=4, report_samples=samples, **options)
     return load_task(home / "rows.jsonl", AutoTokenizer.from_pretrained(home / model), asked, 8)
 
 
