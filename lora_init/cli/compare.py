@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -23,7 +22,7 @@ from lora_init.cli.console import (
     TrustRemoteCode,
     importing,
     is_quiet,
-    make_console,
+    print_result,
     read_modules,
     read_names,
     read_numbers,
@@ -35,7 +34,6 @@ from lora_init.errors import LoraInitError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_init.comparison.compare import Comparison
     from lora_init.comparison.findings import Summary
 
 EXAMPLE = """\b
@@ -146,26 +144,19 @@ def compare(
     }
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if dry_run:
-        _show_plan(found, as_json)
-    elif as_json:
-        content = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
-        verdicts = [asdict(verdict) for verdict in found.summary.verdicts]
-        typer.echo(json.dumps({**content, "verdicts": verdicts, "notes": found.summary.notes}, indent=2))
-    else:
-        show_comparison(make_console(), found.summary)
+        titles = [run.title for run in found.planned]
+        plan = {"runs": [asdict(run) for run in found.planned], "ended": len(found.records)}
+        last = f"{len(titles)} runs, {len(found.records)} ended"
+        print_result(plan, as_json, lambda *_: typer.echo("\n".join([*titles, last])))
+        return
+    about = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
+    about["verdicts"] = [asdict(verdict) for verdict in found.summary.verdicts]
+    about["notes"] = found.summary.notes
+    print_result(about, as_json, lambda console, _: show_comparison(console, found.summary))
+    if not as_json:
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():
             say(f"{found.directory / 'best'}: the trained adapter of the best start")
-
-
-def _show_plan(found: Comparison, as_json: bool) -> None:
-    if as_json:
-        content = {"runs": [asdict(run) for run in found.planned], "ended": len(found.records)}
-        typer.echo(json.dumps(content, indent=2))
-        return
-    for run in found.planned:
-        typer.echo(run.title)
-    typer.echo(f"{len(found.planned)} runs, {len(found.records)} ended")
 
 
 def show_comparison(console: Console, summary: Summary) -> None:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_WORST = 5
-
 
 def inspect(
     path: Annotated[
@@ -340,18 +338,12 @@ def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:
 
 
 def _intruder_view(about: Mapping[str, Any], width: int) -> list[Any]:
-    """Show what `describe_intruders` returned: totals, the layers with most of them, and all layers by block."""
+    """Show what `describe_intruders` returned: totals, and all layers by block."""
     layers = about["layers"]
-    worst = sorted(layers, key=lambda name: (-layers[name]["count"], -layers[name]["energy_share"]))[:_WORST]
     head = {
         "intruders": f"{about['count']:,} of {about['of']:,}, the first {about['k']} directions of each weight",
         "criterion": f"|cosine| below {about['threshold']} with every direction of the same weight of {about['model']}",
         "energy": f"{about['energy_share']:.1%} of that of these directions",
-        "worst layers": "\n".join(
-            f"{layers[name]['count']} of {layers[name]['of']}, {layers[name]['energy_share']:.1%} of the energy: {name}"
-            for name in worst
-            if layers[name]["count"]
-        ),
     }
     skipped = [f"{name} ({kind}) has no singular vectors to compare." for name, kind in about["skipped"].items()]
     counts = {name: layer["count"] for name, layer in layers.items()}

@@ -21,13 +21,11 @@ class Effect:
         mean: Of the start, less that of the reference, as the layout has them.
         low: Lower end of its interval. The intervals of all starts are right together with 95 %.
         high: Upper end.
-        pooled: Whether the residuals of other starts count, too. If not, the interval is that of the paired t-test.
     """
 
     mean: float
     low: float
     high: float
-    pooled: bool
 
 
 def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
@@ -88,7 +86,7 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
     for start in alone:
         own = pairs[start]
         half = float(t.ppf(1 - (1 - confidence) / (2 * len(compared)), len(own) - 1) * sem(own))
-        found[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half, pooled=False)
+        found[start] = Effect(float(own.mean()), float(own.mean()) - half, float(own.mean()) + half)
     if pooled:
         share = len(pooled) / len(compared)  # of the errors allowed
         pooled.sort(key=lambda start: len(pairs[start]))  # so that critical values are found again
@@ -113,7 +111,7 @@ def _dunnett(losses: pd.DataFrame, confidence: float) -> dict[str, Effect]:
     halves = _critical(correlation.tobytes(), freedom, round(confidence, 6)) * math.sqrt(noise) * errors
     halves = np.maximum(halves, 1e-9 * np.nanmax(np.abs(values)))  # what the fit rounds
     return {
-        str(start): Effect(float(mean), float(mean - half), float(mean + half), pooled=True)
+        str(start): Effect(float(mean), float(mean - half), float(mean + half))
         for start, mean, half in zip(losses.index[1:], fitted[n:], halves, strict=True)
     }
 

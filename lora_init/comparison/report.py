@@ -62,20 +62,14 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     settings = read_settings(path)
     summary = summarise(read_runs(path), settings)
+    said = ("facts", "answer", "command", "headline", "headroom", "equal_time", "forgetting", "notes")
     return {
         "what": "comparison",
         "path": str(path),
         "settings": settings,
         "runs": {status: int(n) for status, n in summary.table["status"].value_counts().items()},
-        "facts": summary.facts,
-        "answer": summary.answer,
-        "command": summary.command,
-        "headline": summary.headline,
-        "headroom": summary.headroom,
+        **{name: getattr(summary, name) for name in said},
         "verdicts": [asdict(verdict) for verdict in summary.verdicts],
-        "equal_time": summary.equal_time,
-        "forgetting": summary.forgetting,
-        "notes": summary.notes,
     }
 
 

@@ -9,9 +9,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, steps_of_start
-from lora_init.comparison.runs import RANDOM, best_rates, by_seed, rate_means
-
-_METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}
+from lora_init.comparison.runs import METRICS, RANDOM, best_rates, by_seed, rate_means
 
 
 def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
@@ -85,7 +83,7 @@ def _best(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame:
     columns = {}
-    for metric, name in _METRIC_NAMES.items():
+    for metric, name in METRICS.items():
         values = by_seed(runs, metric)
         columns[name] = _written(values.mean(axis=1), ".3f")
         found = effects(values, RANDOM)
@@ -125,7 +123,7 @@ def _every_run(runs: pd.DataFrame) -> pd.DataFrame:
             "seed": runs["seed"].map(str),
             "status": runs["status"],
             "loss": runs["report_loss"].map(lambda losses: " ".join(map(number, losses or [])) or "–"),
-            **{name: _written(runs[metric], ".3f") for metric, name in _METRIC_NAMES.items()},
+            **{name: _written(runs[metric], ".3f") for metric, name in METRICS.items()},
             "retained": runs["retained_after"].map(number),
             "training, s": _written(runs["training_seconds"], ",.1f"),
         }

@@ -35,12 +35,13 @@ class Worker(Protocol):
 
     def take(self, future: Future[Record]) -> Record | None:
         """Wait for what `submit` began; None if the process that did it is gone, after which one may submit again."""
+        return future.result()
 
     def close(self) -> None:
         """End, at once."""
 
 
-class Here:
+class Here(Worker):
     """This process, with a bar for the steps. A run is done when `submit` returns."""
 
     def __init__(self, bench: Workbench, show: bool) -> None:
@@ -53,13 +54,6 @@ class Here:
         with tqdm(desc=title, total=steps, unit="step", leave=False, disable=not self._show) as bar:
             future.set_result(self._bench.carry_out(run, bar.update, keep))
         return future
-
-    def take(self, future: Future[Record]) -> Record | None:
-        """See `Worker`."""
-        return future.result()
-
-    def close(self) -> None:
-        """See `Worker`."""
 
 
 class _Other:

@@ -52,6 +52,7 @@ def full(home, tmp_path_factory):
     lines = []
     found = compare(
         home, output, options="options", match_scale=True, retain_data=retain, retain_samples=8, say=lines.append,
+        learning_rates=[1e-3],
         starts=("random", "orthogonal", "eva-rho1", "eva", "eva-ranks", "eva-frozen-a"),
     )  # fmt: skip
     return found, lines
@@ -296,12 +297,12 @@ def waiting(*arguments, **options):
         time.sleep(0.01)
     return train(*arguments, **options)
 workbench.train = waiting
-compare(Path(sys.argv[1]), sys.argv[2], say=lambda t: print(t, flush=True))
+compare(Path(sys.argv[1]), sys.argv[2], learning_rates=[1e-2], seeds=3, say=lambda t: print(t, flush=True))
 """
 
 
 def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_path):
-    uninterrupted = compare(home, tmp_path / "whole")
+    uninterrupted = compare(home, tmp_path / "whole", learning_rates=[1e-2], seeds=3)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WAITING, str(home), str(tmp_path / "killed")]
     for _ in range(2):
@@ -309,7 +310,7 @@ def test_killed_in_the_middle_of_a_run_it_ends_with_the_same_table(home, tmp_pat
             assert all(": finished" in process.stdout.readline() for _ in range(2))
             process.kill()
     assert len(read_runs(tmp_path / "killed")) == 4 < len(uninterrupted.records)
-    resumed = compare(home, tmp_path / "killed")
+    resumed = compare(home, tmp_path / "killed", learning_rates=[1e-2], seeds=3)
     assert without_clock(read_runs(tmp_path / "killed")) == without_clock(read_runs(tmp_path / "whole"))
     tables, expected = run_tables(resumed.summary), run_tables(uninterrupted.summary)
     assert all(tables[name].equals(expected[name]) for name in expected if name not in ("cost", "runs"))
@@ -348,17 +349,17 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
         return real(model, *arguments, **options)
 
     monkeypatch.setattr(workbench, "train", greedy)
-    found = compare(home, tmp_path / "out")
+    found = compare(home, tmp_path / "out", learning_rates=[1e-2])
     failed = [record for record in found.records if record["status"] == "failed"]
-    assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-3)]
+    assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-2)]
     assert failed[0]["error"].startswith("out of memory") and failed[0]["report_loss"] == []
     assert failed[0]["trainable_parameters"] > 0
-    assert len(found.records) == len(found.planned) == 12
+    assert len(found.records) == len(found.planned) == 4
     # The next call tries it again, and what came after it is what it would have been.
     monkeypatch.setattr(workbench, "train", real)
-    again = compare(home, tmp_path / "out")
+    again = compare(home, tmp_path / "out", learning_rates=[1e-2])
     assert {record["status"] for record in again.records} == {"finished"}
-    clean = compare(home, tmp_path / "clean")
+    clean = compare(home, tmp_path / "clean", learning_rates=[1e-2])
     key = lambda r: (r["start"], r["learning_rate"], r["seed"])  # noqa: E731
     assert sorted(without_clock(again.records), key=key) == sorted(without_clock(clean.records), key=key)
 
