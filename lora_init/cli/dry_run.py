@@ -41,10 +41,15 @@ def estimate(
     Raises:
         LoraInitError: The model or the layers cannot be had.
     """
-    model, rank = _without_weights(source), settings["rank"]
+    import transformers
+
+    rank, loader = settings["rank"], getattr(transformers, source.auto_class)
+    with torch.device("meta"):  # no weights
+        model = loader.from_config(source.config, trust_remote_code=source.options["trust_remote_code"])
     found = find_targets(model, **selection)
     found.check_layers()
-    dtype = _dtype(source, settings["dtype"])
+    dtype = getattr(source.config, "dtype", None) if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
     used = (batches or [])[: settings["max_batches"]]
     tokens = sum(batch["input_ids"].numel() for batch in used)
@@ -67,25 +72,10 @@ def estimate(
     }
 
 
-def _without_weights(source: ModelSource) -> nn.Module:
-    import transformers
-
-    with torch.device("meta"):
-        model: nn.Module = getattr(transformers, source.auto_class).from_config(
-            source.config, trust_remote_code=source.options["trust_remote_code"]
-        )
-    return model
-
-
 def _matrices(model: Any) -> list[nn.Parameter]:
     """List the weights that a pass multiplies with: not those of embeddings, of which the last is not reached."""
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     return [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in ends]
-
-
-def _dtype(source: ModelSource, asked: str) -> torch.dtype:
-    own = getattr(source.config, "dtype", None) if asked == "auto" else getattr(torch, asked)
-    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:

@@ -25,7 +25,7 @@ INK, RANDOM_COLOR = "#1a1a1a", "#444444"
 COLORS = ("#3803f1", "#d87917", "#7e3106", "#c075aa", "#4b88f7", "#65067c")
 _MARKERS = "o^Dvp<>"
 _PER_ROW = 4
-_LOOK = {"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}
+_LOOK: dict[Any, Any] = {"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}
 
 
 def looks(starts: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -39,10 +39,11 @@ def write_report(directory: str | Path) -> list[Path]:
     settings = read_settings(directory)
     summary = summarise(read_runs(directory), settings)
     drawn = pictures(summary)
-    rows = _settings_table(settings)
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
+    listed = pd.DataFrame(rows, columns=["setting", "value"])
     file = directory / BEST / BEST_RUN
     kept = file.exists() and read_json(file).get("start") == summary.start
-    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": rows, "kept": kept}
+    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": listed, "kept": kept}
     files = {f"{name}.png": png for name, png in drawn.items()}
     files |= {name: _fill(name, content).encode() for name in ("report.md", "report.html")}
     for name, data in files.items():
@@ -90,11 +91,6 @@ def _fill(template: str, content: dict[str, Any]) -> str:
 def _plain(text: str) -> str:
     """Keep Markdown from reading signs in text as its own."""
     return re.sub(r"([\\`*_\[\]<>|#$~])", r"\\\1", " ".join(text.split()))
-
-
-def _settings_table(settings: dict[str, Any]) -> pd.DataFrame:
-    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
-    return pd.DataFrame(rows, columns=["setting", "value"])
 
 
 def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> None:

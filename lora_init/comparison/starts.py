@@ -135,10 +135,10 @@ _RECIPES = {
 _CHANGES_BASE = (FULL, *PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
 # Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
 _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
-# Starts whose A has the size of the random one already, or another on purpose: nothing to match.
-_SAME_SIZE = (FULL, "random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks")
-# Of these A is a part of a change to the base weights, or of a step whose size is that of the product of A and B.
-_IN_A_PRODUCT = (*PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.gamma))
+# Starts whose A has the size of the random one already, or another on purpose, or is a part of a change to the base
+# weights, or of a step whose size is that of the product of A and B.
+_KEEPS_SCALE = {FULL, "random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks", *PEFT_STARTS}
+_KEEPS_SCALE |= {name for name, method in GRADIENT_METHODS.items() if method.gamma}
 START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
 # How a start may be run: `eva+16-batches` has statistics of 16 batches, `random+120-steps` trains for 120 steps.
@@ -192,7 +192,7 @@ def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
 
 def differs_in_scale(start: str) -> bool:
     """Tell whether a start may be run with its A scaled to the size of the random one."""
-    return start not in (*_SAME_SIZE, *_IN_A_PRODUCT) and not split_start(start)[1]
+    return start not in _KEEPS_SCALE and not split_start(start)[1]
 
 
 def init_options(start: str) -> list[str] | None:

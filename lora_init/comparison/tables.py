@@ -67,6 +67,7 @@ def _rate_cell(runs: pd.DataFrame) -> str:
 
 def _best(runs: pd.DataFrame) -> pd.DataFrame:
     losses, best = by_seed(runs), runs[runs["best"]].groupby("start", sort=False)
+    target = runs[runs["counts"] & runs["start"].eq(RANDOM)]["loss"].min()
     gammas = {start: ", ".join(f"{g:g}" for g in sorted(own["gamma"].dropna().unique())) for start, own in best}
     return pd.DataFrame(
         {
@@ -74,11 +75,21 @@ def _best(runs: pd.DataFrame) -> pd.DataFrame:
             "runs": losses.count(axis=1).map(str),
             "mean loss": losses.mean(axis=1).map(number),
             "lowest to highest": losses.min(axis=1).map(number) + " to " + losses.max(axis=1).map(number),
+            "steps to random's best": pd.Series({start: _steps_cell(own, target) for start, own in best}),
             "loss at step 0": best["first_loss"].mean().map(number),
             "gamma": pd.Series(gammas).replace("", "–"),
         },
         losses.index,
     )
+
+
+def _steps_cell(runs: pd.DataFrame, target: float) -> str:
+    """Say at which evaluation each run of a start is first as good as the target."""
+    steps = []
+    for points, losses in zip(runs["evaluation_points"], runs["report_loss"], strict=True):
+        reached = [step for step, loss in zip(points, losses, strict=True) if loss <= target]
+        steps.append(str(reached[0]) if reached else "never")
+    return "–" if math.isnan(target) else ", ".join(steps)
 
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame:

@@ -55,6 +55,9 @@ class Here(Worker):
             future.set_result(self._bench.carry_out(run, bar.update, keep))
         return future
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
 
 class _Other:
     """What another process holds: a workbench that the first run sets up."""

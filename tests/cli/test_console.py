@@ -18,7 +18,7 @@ import lora_init
 from lora_init import Statistics
 from lora_init.cli import app as cli
 from lora_init.cli import console
-from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank
+from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank, read_modules, unescape
 from lora_init.errors import explain
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
@@ -238,3 +238,15 @@ def test_messages_are_in_the_words_of_the_command(text, expected, monkeypatch):
     assert in_words_of_the_command(text) == text
     console._common(init.make_context("init", [], resilient_parsing=True))
     assert in_words_of_the_command(text) == expected
+
+
+def test_modules_are_read_as_names_or_as_a_regular_expression():
+    assert read_modules("all-linear") == "all-linear"
+    assert read_modules("q_proj") == ["q_proj"]
+    assert read_modules("q_proj, self_attn.v_proj") == ["q_proj", "self_attn.v_proj"]
+    assert read_modules(r".*\.q_proj") == r".*\.q_proj"
+
+
+def test_newlines_and_tabs():
+    assert unescape(r"a\nb\tc") == "a\nb\tc"
+    assert unescape(None) is None

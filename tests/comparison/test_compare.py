@@ -354,7 +354,7 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
     assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-2)]
     assert failed[0]["error"].startswith("out of memory") and failed[0]["report_loss"] == []
     assert failed[0]["trainable_parameters"] > 0
-    assert len(found.records) == len(found.planned) == 4
+    assert len(found.records) == len(found.planned) == 6
     # The next call tries it again, and what came after it is what it would have been.
     monkeypatch.setattr(workbench, "train", real)
     again = compare(home, tmp_path / "out", learning_rates=[1e-2])

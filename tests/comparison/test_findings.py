@@ -241,6 +241,20 @@ def test_what_a_start_takes_is_given_in_training_steps():
 # Other numbers
 
 
+def test_steps_until_the_best_random_run_is_reached():
+    runs = [record("random", final=0.17), record("eva", final=0.15), record("random", final=0.16, seed=1)]
+    summary = summarise([*runs, record("eva", final=0.17, seed=1)], settings(seeds=[0, 1]))
+    # Of random the run with seed 1 is the best, 0.16; eva has 0.155 at step 40 with seed 0, never with seed 1.
+    assert cells(summary, "best", "eva")["steps to random's best"] == "40, never"
+    assert cells(summary, "best", "random")["steps to random's best"] == "never, 60"
+
+
+def test_an_unstable_rate_sets_no_target_for_the_others():
+    runs = [record("random", 3e-3, 0, 0.10), broken("unstable", "nan", start="random", rate=3e-3, seed=1)]
+    runs += [record("random", 1e-3, s, 0.17) for s in range(2)] + [record("eva", 1e-3, s, 0.16) for s in range(2)]
+    assert cells(summarise(runs, settings()), "best", "eva")["steps to random's best"] == "40, 40"
+
+
 def test_what_a_step_does_before_training():
     runs = planted({"eva": 0.0, "lora-one": 0.0}, seeds=(0, 1))
     for run in runs:
