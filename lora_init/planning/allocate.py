@@ -207,10 +207,7 @@ def _reach(task: _Task, steps: Steps) -> BoolArray:
 def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
     """Say where what was collected, not the policy, decided: layers at their top that could have had more.
 
-    Too little data in a layer is a warning.
-
-    Raises:
-        LoraInitError: Ranks cannot be shared out as asked for, because too few components were collected.
+    Too little data in a layer is a warning; too few components for a budget in ranks, or to spend it, an error.
     """
     budget, spectra = task.budget, task.spectra
     if budget.unit == "variance":
@@ -281,12 +278,8 @@ def make_steps(
 ) -> Steps:
     """Lay out the steps of every unit.
 
-    Args:
-        allowed: Ranks each unit may have, [u, K + 1].
-        unit_of: Unit of each layer, [n].
-        gains: Worth of each rank of each layer, falling, [n, K].
-        weights: What a layer's worth is divided by, [n].
-        per_rank: Cost of one rank of each layer, [n].
+    `allowed` marks the ranks of each unit, [u, K + 1]; `gains` is the worth of each layer's ranks, falling, [n, K];
+    `weights` what a layer's worth is divided by, and `per_rank` the cost of one rank, [n].
     """
     n_units = len(allowed)
     gain = np.zeros((n_units, gains.shape[1]))
@@ -309,31 +302,20 @@ def make_steps(
 
 
 def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
-    """Take steps in order until the budget is spent. A unit whose next step does not fit stays where it is.
+    """Take steps in order until the budget is spent, [s]. A unit whose next step does not fit stays where it is.
 
     No unit could take one more step with what is left. Where priority is gain per cost, more budget never means less
     gain, and the gain is within one step's of the best possible.
-
-    Returns:
-        Which steps are taken, [s].
     """
-    order = steps.in_order()
-    taken = np.zeros(len(order), dtype=np.bool_)
-    spent = np.cumsum(steps.cost[order])
-    n_fit = int(np.searchsorted(spent, budget, side="right"))
-    taken[order[:n_fit]] = True
-    left = budget - (int(spent[n_fit - 1]) if n_fit else 0)
-    cheapest = int(steps.cost.min(initial=budget + 1))
+    taken = np.zeros(len(steps.unit), dtype=np.bool_)
     stuck: set[int] = set()
-    for step in order[n_fit:].tolist():
-        if left < cheapest:
-            break
+    for step in steps.in_order().tolist():
         unit, cost = int(steps.unit[step]), int(steps.cost[step])
-        if cost > left:
+        if cost > budget:
             stuck.add(unit)
         elif unit not in stuck:
             taken[step] = True
-            left -= cost
+            budget -= cost
     return taken
 
 

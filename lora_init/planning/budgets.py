@@ -55,10 +55,7 @@ class Budget:
 
 
 def parse_count(value: object, argument: str) -> int:
-    """Read a count such as `2500000` or `"2.5M"` (k, M, B or G after a number, in either case).
-
-    Raises:
-        LoraInitError: It is no whole number, or not at least 1.
+    """Read a count such as `2500000` or `"2.5M"` (k, M, B or G after a number, in either case), at least 1.
 
     Example:
         >>> parse_count("2.5M", "parameters")
@@ -81,19 +78,7 @@ def parse_count(value: object, argument: str) -> int:
 def choose_budget(
     values: Mapping[str, object], n_layers: int, default_rank: int, n_parameters: int, dtype: str, coverage: str
 ) -> Budget:
-    """Make a limit of the one budget that was given.
-
-    Args:
-        values: By kind; None where it was not given.
-        n_layers: Layers that take part.
-        default_rank: The budget if none is given: average rank.
-        n_parameters: Parameters of the base model; 0 if unknown.
-        dtype: For `"megabytes"`.
-        coverage: For `"variance"`.
-
-    Raises:
-        LoraInitError: Two budgets at once, one out of range, or a fraction of an unknown model size.
-    """
+    """Make a limit of the one budget that was given, by kind; `default_rank` on average if none was."""
     given = {kind: value for kind, value in values.items() if value is not None}
     if len(given) > 1:
         shown = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
@@ -124,11 +109,7 @@ def choose_budget(
 
 
 def bytes_per_parameter(dtype: str) -> int:
-    """Give the size of a saved parameter.
-
-    Raises:
-        LoraInitError: An unknown dtype.
-    """
+    """Give the size of a saved parameter."""
     if dtype not in _BYTES:
         raise LoraInitError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _BYTES)}")
     return _BYTES[dtype]

@@ -34,11 +34,7 @@ class Limits:
     allowed_ranks: tuple[int, ...] | None = None
 
     def changed(self, settings: Mapping[str, Any], where: str) -> Limits:
-        """Return a copy with some limits replaced, checked. `rank` fixes it: `min_rank` and `max_rank` at once.
-
-        Raises:
-            LoraInitError: Unknown name or impossible value.
-        """
+        """Return a copy with some limits replaced, checked. `rank` fixes it: `min_rank` and `max_rank` at once."""
         settings = dict(settings)
         if "rank" in settings:
             settings["min_rank"] = settings["max_rank"] = settings.pop("rank")
@@ -94,11 +90,7 @@ def _patterns(value: Any, argument: str) -> list[str]:
 
 
 def select(pattern: str, names: Sequence[str], argument: str) -> list[str]:
-    """List the layers that a pattern means: a name or an ending of it after a dot, either with wildcards.
-
-    Raises:
-        LoraInitError: There is none.
-    """
+    """List the layers that a pattern means, at least one: a name or an ending of it after a dot, with wildcards."""
     found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
     found = found or [name for name in names if name == pattern]  # a name with a bracket in it is no wildcard
     if found:
@@ -115,19 +107,10 @@ def layer_limits(
     overrides: Mapping[str, Mapping[str, Any]] | None,
     exclude: str | Collection[str],
 ) -> dict[str, Limits]:
-    """Work out the limits of each layer; a later override wins over an earlier one, limit by limit.
+    """Work out the limits of each layer that takes part, in the order of `targets`.
 
-    Args:
-        targets: All layers. PEFT takes a grouped convolution only at ranks that its groups divide.
-        base: Limits of all layers.
-        overrides: Limits of the layers that a pattern means.
-        exclude: Patterns of layers that take no part.
-
-    Returns:
-        Limits of the layers that take part, in the order of `targets`; those excluded are missing.
-
-    Raises:
-        LoraInitError: A pattern matches nothing, a limit is unknown or impossible, or every layer is excluded.
+    `base` are those of all layers; a later override wins over an earlier one, limit by limit. PEFT takes a grouped
+    convolution only at ranks that its groups divide.
     """
     names = list(targets)
     limits = dict.fromkeys(names, Limits().changed(base, ""))
@@ -149,16 +132,9 @@ def layer_limits(
 
 
 def allowed_by_unit(limits: Mapping[str, Limits], tops: IntArray, most: int, unit_of: IntArray) -> BoolArray:
-    """Mark the ranks that every layer of a unit may have, [u, most + 1]: column r is rank r.
+    """Mark the ranks that every layer of a unit may have, [u, most + 1]: column r is rank r. Each has one at least.
 
-    Args:
-        limits: Of each layer.
-        tops: The largest rank that something else than the limits leaves each layer, [n].
-        most: The largest rank of all.
-        unit_of: Unit of each layer, [n].
-
-    Raises:
-        LoraInitError: A unit is left with no rank at all.
+    `tops` are the largest ranks that something else than the limits leaves the layers, [n].
     """
     allowed = np.ones((int(unit_of.max()) + 1, most + 1), dtype=np.bool_)
     for unit, limit, top in zip(unit_of, limits.values(), tops.tolist(), strict=True):
@@ -180,16 +156,8 @@ def allowed_by_unit(limits: Mapping[str, Limits], tops: IntArray, most: int, uni
 def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]], per_kind: bool = False) -> IntArray:
     """Number the units that get one rank each, [n]: layers that are tied share a number, all others have their own.
 
-    Args:
-        names: Layers.
-        tie: `("q_proj", "k_proj", "v_proj")` ties these three within each block: layers of equal name up to that
-            ending. Or several such tuples.
-        per_kind: Tie all layers that differ in their block only. With `tie`, the kinds that it names share one rank.
-
-    Ties that have a layer in common are one tie.
-
-    Raises:
-        LoraInitError: A name matches nothing, or ties nothing.
+    `("q_proj", "k_proj", "v_proj")` ties these three within each block: layers of equal name up to that ending.
+    `per_kind` ties all layers that differ in their block only. Ties that have a layer in common are one tie.
     """
     place = {name: i for i, name in enumerate(names)}
     ties: list[list[int]] = []

@@ -152,11 +152,6 @@ _POLICY_STYLES = {
 _CHOSEN = "#CC0066"
 _MOST_KINDS = 12
 _COLORS = "YlGnBu"
-_MAP_STYLES = {
-    "": "border-collapse: collapse; font-size: .8rem",
-    "td": "min-width: 2.1rem; padding: 0; text-align: center; border: 1px solid rgba(128, 128, 128, .3)",
-    ".col_heading": "writing-mode: vertical-rl; font-weight: 500",
-}
 
 
 def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
@@ -168,19 +163,6 @@ def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
         for kind, layers in _by_kind(ranks).items()
     }
     return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
-
-
-def html_heat_map(ranks: Mapping[str, int]) -> str:
-    """Write ranks as a table, blocks from top to bottom, shaded by rank; for light and dark backgrounds."""
-    most = max(ranks.values(), default=0) or 1
-
-    def shade(rank: float) -> str:
-        # At most half opaque, so that the page's own text can be read on it.
-        return "" if math.isnan(rank) else f"background-color: rgba(0, 114, 178, {0.5 * rank / most:.2f})"
-
-    style = rank_grid(ranks).style.format(precision=0, na_rep="·").format_index(escape="html", axis=1).map(shade)
-    style = style.set_table_styles({"selector": selector, "props": props} for selector, props in _MAP_STYLES.items())
-    return str(style.to_html())
 
 
 def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +80,10 @@ class RankAllocation(Mapping[str, int]):
         span = f"{min(used)} to {max(used)}" if used else "0"
         return f"RankAllocation({len(used)} of {len(self)} layers with rank {span}, total rank {self.total_rank:,})"
 
-    def _repr_html_(self) -> str | None:
-        from lora_init.planning.pictures import html_heat_map
+    def _repr_html_(self) -> str:
+        from lora_init.planning.pictures import rank_grid
 
-        return html_heat_map(self.ranks) if find_spec("matplotlib") else None  # its colours; repr() takes its place
+        return str(rank_grid(self.ranks).to_html(na_rep="·", float_format="{:.0f}".format, border=0))
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
@@ -143,15 +143,7 @@ class RankAllocation(Mapping[str, int]):
         return self.parameters * (bytes_per_parameter(self.budget.dtype) if self.budget.unit == "bytes" else 1)
 
     def check_model(self, fingerprint: str, name: str) -> None:
-        """Make sure that the plan was made for a model.
-
-        Args:
-            fingerprint: Of the model, from `collection.fingerprint`.
-            name: What to call the model.
-
-        Raises:
-            LoraInitError: The weights have another fingerprint. A plan made by hand has none and fits any model.
-        """
+        """Make sure that the plan was made for the model with a fingerprint. One made by hand has none and fits any."""
         made = self.provenance
         if made is not None and made.fingerprint and fingerprint and made.fingerprint != fingerprint:
             raise LoraInitError(
@@ -160,11 +152,7 @@ class RankAllocation(Mapping[str, int]):
             )
 
     def check(self, stats: Statistics) -> None:
-        """Make sure that the plan fits these statistics.
-
-        Raises:
-            LoraInitError: It was made for another model, or names a layer that the statistics do not have.
-        """
+        """Make sure that the plan fits these statistics: of the same model, with all its layers."""
         made = stats.provenance
         self.check_model(made.fingerprint, f"the model of the statistics, {made.model_id or made.model_class}")
         missing = next((name for name in self.ranks if name not in stats), None)
@@ -211,6 +199,25 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
     near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
     exact = next((value for value in near if value / divisor == scaling), alpha)
     return int(exact) if exact.is_integer() else exact
+
+
+def exact_pattern(names: Iterable[str]) -> str:
+    """Write a regular expression that matches these full names and nothing else."""
+    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
+
+
+def rank_settings(ranks: Mapping[str, int], rank: int, scaling: float, use_rslora: bool = False) -> dict[str, Any]:
+    """Give the settings of LoraConfig by which each layer gets its rank, and all layers one scaling.
+
+    Each key of the patterns is `^` + the escaped full name of one layer. Layers of rank 0 have none.
+    """
+    others = {f"^{re.escape(name)}": own for name, own in ranks.items() if own not in (0, rank)}
+    return {
+        "r": rank,
+        "lora_alpha": alpha_for(scaling, rank, use_rslora),
+        "rank_pattern": others,
+        "alpha_pattern": {key: alpha_for(scaling, own, use_rslora) for key, own in others.items()},
+    }
 
 
 FORMAT = "lora_init.plan"

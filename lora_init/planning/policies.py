@@ -92,14 +92,9 @@ Rule = Callable[[str, Spectrum], "FloatArray"]
 def uniform(ratios: FloatArray, widths: FloatArray) -> FloatArray:
     """Value the j-th rank of every layer at 1 / (j - 1/2): all layers rise at once, as evenly as the limits allow.
 
-    The baseline: LoRA (Hu et al., arXiv 2106.09685) with one rank for all layers.
-
-    Args:
-        ratios: Explained-variance ratio of each component, by falling ratio, [n, K]; 0 where a layer has fewer than K.
-        widths: d_in + d_out of each layer, [n]: what one rank of it costs in parameters.
-
-    Returns:
-        Worth of each rank, [n, K].
+    The baseline: LoRA (Hu et al., arXiv 2106.09685) with one rank for all layers. A policy takes the explained-variance
+    ratio of each component, falling, [n, K], 0 where a layer has fewer than K, and d_in + d_out of each layer, [n]; it
+    returns the worth of each rank, [n, K].
     """
     return proportional_to(np.ones(len(ratios)), ratios.shape[1])
 
@@ -182,16 +177,9 @@ def _gradient_numbers(policy: str, stats: Statistics, spectra: Spectra) -> Float
 
 
 def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
-    """Apply a policy by name, or somebody's own rule.
+    """Apply a policy by name, or somebody's own rule, whose numbers are sorted.
 
-    The numbers of a rule are sorted: only how many of a layer are among the best counts.
-
-    Returns:
-        Worth of each rank, [n, K], and what a layer's worth is divided by, [n].
-
-    Raises:
-        LoraInitError: Unknown policy; one that needs gradients, and there are none, or the model's weights, and the
-            statistics were merged; or a rule that fails, returns NaN, or not one number per component.
+    Returns the worth of each rank, [n, K], and what a layer's worth is divided by, [n].
     """
     widths = spectra.widths.astype(np.float64)
     divisors = widths if policy in PER_PARAMETER else np.ones(len(widths))

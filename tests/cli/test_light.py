@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from lora_init import RankAllocation
 from lora_init.errors import EXTRAS, LoraInitError, require
 from tests.commands import assert_one_line_error, run
 
@@ -33,13 +32,6 @@ def test_the_four_commands_run_without_the_extras(home, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     ended = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
     assert ended == [f"CODE {words[0]} 0" for words in commands], done.stderr
-
-
-def test_a_notebook_shows_a_plan_without_colours_as_text(monkeypatch):
-    plan = RankAllocation({"h.0.up": 4, "h.1.up": 2}, 3)
-    assert "4" in plan._repr_html_()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plan._repr_html_() is None and "2 of 2 layers" in repr(plan)
 
 
 @pytest.mark.parametrize("library", EXTRAS)

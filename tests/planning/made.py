@@ -79,7 +79,7 @@ def full_plan(**changes):
 
 def heat_map_cells(html):
     """What the cells of a heat map say, row by row."""
-    return re.findall(r'class="data row\d+ col\d+" >(.*?)</td>', html)
+    return re.findall(r"<td>(.*?)</td>", html)
 
 
 def cumulative(row):

@@ -75,46 +75,19 @@ def test_axolotl_gets_what_it_forwards_to_peft(lora_alpha, use_rslora, scaling):
 
 
 @pytest.mark.parametrize(("lora_alpha", "use_rslora"), [(7, False), (0.5, False), (7, True)])
-def test_axolotl_takes_other_scalings_from_the_adapter(lora_alpha, use_rslora):
+def test_axolotl_takes_whole_alphas(lora_alpha, use_rslora):
     plan, _ = allocated(model_and_statistics()[1])
-    text = snippet(plan, "axolotl", lora_alpha, use_rslora)
-    config = yaml.safe_load(text)
-    assert config["lora_model_dir"] == "adapter" and "lora_alpha_pattern" not in config
-    assert type(config["lora_alpha"]) is int and config["lora_alpha"] >= 1
-    assert "axolotl takes whole alphas, and this plan needs others. Make the adapter first:" in text
+    with pytest.raises(LoraInitError, match=r"axolotl takes whole numbers .* such as lora_alpha=4 without rsLoRA"):
+        snippet(plan, "axolotl", lora_alpha, use_rslora)
 
 
-def test_one_rank_of_all_is_the_base_whatever_the_average_is():
-    stats = model_and_statistics()[1]
-    plan = allocate_ranks(stats, total_rank=8 * 7, allowed_ranks=(8,), rho=4)
-    assert set(plan.values()) == {0, 8} and plan.rank == 4
-    # Relative to rank 4, 6 is 12 at rank 8.
-    config = yaml.safe_load(snippet(plan, "axolotl", lora_alpha=6))
-    assert config["lora_r"] == 8 and config["lora_alpha"] == 12 and "lora_rank_pattern" not in config
-    config = yaml.safe_load(snippet(plan, "llama-factory", lora_alpha=6))
-    assert config["lora_rank"] == 8 and config["lora_alpha"] == 12
-
-
-def test_llama_factory_gets_a_finished_adapter_and_its_own_words_where_it_has_them():
-    stats = model_and_statistics()[1]
-    plan, _ = allocated(stats)
+def test_llama_factory_gets_a_finished_adapter():
+    plan, _ = allocated(model_and_statistics()[1])
+    text = snippet(plan, "llama-factory", lora_alpha=6.5, plan_path="p.json")
+    assert "LLaMA-Factory has one rank for all layers. Make the adapter first:" in text
+    assert "lora-init init MODEL DATA --ranks p.json --lora-alpha 6.5 --output adapter" in text
     adapter = {"finetuning_type": "lora", "adapter_name_or_path": "adapter", "create_new_adapter": False}
-    for unequal in (plan, allocate_ranks(stats, rank=4, policy="uniform")):
-        text = snippet(unequal, "llama-factory", lora_alpha=6.5, plan_path="p.json")
-        assert "LLaMA-Factory has one rank and a whole alpha for all. Make the adapter first:" in text
-        assert "lora-init init MODEL DATA --ranks p.json --lora-alpha 6.5 --output adapter" in text
-        assert yaml.safe_load(text) == adapter
-    same = allocate_ranks(stats, rank=4, policy="uniform")
-    text = snippet(same, "llama-factory", lora_alpha=24)
-    config = yaml.safe_load(text)
-    assert "lora-init init MODEL DATA" in text and "`adapter_name_or_path: adapter`" in text
-    # As LLaMA-Factory 0.9.5 does: lora_target is split at commas.
-    ranks, scalings = ranks_and_scalings(
-        LoraConfig(
-            r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=config["lora_target"].split(",")
-        )
-    )
-    assert ranks == dict(same) and scalings == {6.0}
+    assert yaml.safe_load(text) == adapter
 
 
 def test_a_name_that_ends_another_is_told_apart():
@@ -171,10 +144,6 @@ def llama_factory_reads(config, monkeypatch):
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     parser = pytest.importorskip("llamafactory.hparams", reason="LLaMA-Factory is not installed")
     whole = yaml.safe_load((EXAMPLES / "llama_factory.yaml").read_text())
-    if "lora_rank" in config:
-        whole = {
-            name: value for name, value in whole.items() if name not in ("adapter_name_or_path", "create_new_adapter")
-        }
     model, _, _, tuning, _ = parser.get_train_args(whole | config)
     return model, tuning
 
@@ -183,16 +152,12 @@ def test_the_examples_and_snippets_pass_the_schema_of_axolotl():
     read = axolotl_reads({})
     assert read.lora_model_dir == "adapter" and read.datasets[0].path == "chat.jsonl"
     plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
-    for alpha in (8, 7):  # the second is no whole alpha for every rank, and needs the adapter
-        axolotl_reads(yaml.safe_load(snippet(plan, "axolotl", alpha)))
+    axolotl_reads(yaml.safe_load(snippet(plan, "axolotl", 8)))
 
 
 def test_the_examples_and_snippets_pass_the_parser_of_llama_factory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model, tuning = llama_factory_reads({}, monkeypatch)
     assert model.adapter_name_or_path == ["adapter"] and not tuning.create_new_adapter
-    stats = model_and_statistics("CAUSAL_LM")[1]
-    same = allocate_ranks(stats, rank=4, policy="uniform")
-    assert llama_factory_reads(yaml.safe_load(snippet(same, "llama-factory", 24)), monkeypatch)[1].lora_rank == 4
-    unequal = yaml.safe_load(snippet(allocated(stats)[0], "llama-factory", 24))
+    unequal = yaml.safe_load(snippet(allocated(model_and_statistics("CAUSAL_LM")[1])[0], "llama-factory", 24))
     assert llama_factory_reads(unequal, monkeypatch)[0].adapter_name_or_path == ["adapter"]
