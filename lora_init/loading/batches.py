@@ -28,12 +28,10 @@ class Batches(list["dict[str, Tensor]"]):
 
     Attributes:
         description: Which examples of which data these are, in words, for `collect(..., data=batches.description)`.
-        n_examples: Examples in all batches.
         settings: What they were made with. `collect` keeps it, and notices if a file is of other ones.
     """
 
     description: str = ""
-    n_examples: int = 0
 
     def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(batches)
@@ -138,7 +136,6 @@ def load_batches(
         "batch_size": batch_size, "seed of the sample": seed,
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad) for group in groups), settings)
-    batches.n_examples = len(examples)
     parts = [
         f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
         f"seed {seed}", f"at most {limit} tokens", reading.name, skipped,

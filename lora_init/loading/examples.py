@@ -58,12 +58,7 @@ def recipe(
     completion: str | None = None,
     data_format: str | None = None,
 ) -> Recipe:
-    """Decide how to read rows with columns `names`.
-
-    Raises:
-        LoraInitError: A template names no column or a missing one, no columns are known, the format is unknown or its
-            columns are missing, or messages meet a tokenizer without a chat template.
-    """
+    """Decide how to read rows with columns `names`, and refuse what the columns or the tokenizer do not allow."""
     if data_format is not None and (template is not None or data_format not in FORMATS):
         unknown = f"is unknown. {did_you_mean(str(data_format), FORMATS)}"
         both = "and a template say two things. Give one."

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line
-from lora_init.loading.hub import check_hub, offline, why_not_asked
+from lora_init.loading.hub import check_hub
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
 _KINDS = {
@@ -31,11 +30,9 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as the command line needs it.
+    """A model as the command line needs it, in evaluation mode on its device.
 
     Attributes:
-        model: The model in evaluation mode on its device.
-        tokenizer: Its tokenizer.
         task_type: PEFT's task type, or None where PEFT has none for this kind of model.
         seq2seq: Whether it is an encoder-decoder: prompts go to the encoder, completions to the decoder.
         drawn: Names of the parameters that the checkpoint lacks, or has in another shape: they are random.
@@ -53,9 +50,6 @@ class ModelSource:
     """A model whose configuration and tokenizer are read and whose weights are not, so that data can be read first.
 
     Attributes:
-        name: The directory or hub id.
-        config: Its configuration.
-        tokenizer: Its tokenizer.
         task_type: PEFT's task type, or None where PEFT has none for this kind of model.
         auto_class: transformers' Auto class for it.
         options: Options of every `from_pretrained`.
@@ -78,7 +72,14 @@ class ModelSource:
     def load(
         self, *, dtype: str = "auto", device: str = "auto", seed: int = 0, n_labels: int | None = None
     ) -> LoadedModel:
-        """Read the weights; see `load_model`."""
+        """Read the weights, in the class that they were saved as, or for a task in that for the task.
+
+        Args:
+            dtype: One of `DTYPES`; `"auto"` keeps the checkpoint's.
+            device: A torch device; `"auto"` is the first GPU if there is one.
+            seed: Seed of weights that the checkpoint lacks, such as those of a new head.
+            n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced.
+        """
         place = find_device(device)
         if dtype not in DTYPES:
             raise LoraInitError(f"dtype {dtype!r} is unknown. {did_you_mean(str(dtype), DTYPES)}")
@@ -102,42 +103,27 @@ class ModelSource:
 
 
 def check_model(source: str) -> None:
-    """Refuse, before anything large is imported, a name that can be no model or one that cannot be had.
-
-    Raises:
-        LoraInitError: Such a name.
-    """
+    """Refuse, before anything large is imported, what can be no model or cannot be had."""
     if not _check_source(source):
         check_hub(source, "model")
 
 
 def open_model(source: str, *, task_type: str | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """Read the configuration and the tokenizer of a model.
-
-    Args:
-        source: A directory with a config.json, or a hub id.
-        task_type: One of `TASK_TYPES`. Default: what the checkpoint's class is for.
-        trust_remote_code: Allow code that comes with the model to run.
-
-    Raises:
-        LoraInitError: There is no such model, or no tokenizer with it, it cannot be read, runs code of its own, or does
-            not read text; or the task type is unknown.
-    """
+    """Read configuration and tokenizer of a directory or hub id, for a task or what it was saved for."""
     if task_type is not None and task_type not in TASK_TYPES:
         raise LoraInitError(f"task type {task_type!r} is unknown. {did_you_mean(task_type, TASK_TYPES)}")
     local = _check_source(source)
-    reason = "" if local else why_not_asked(source, "model")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"local_files_only": True} if reason else {})
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     import transformers
 
-    config = _guarded(source, transformers.AutoConfig.from_pretrained, reason, **options)
+    config = _guarded(source, transformers.AutoConfig.from_pretrained, **options)
     found_task, auto_class = _kind(source, config, task_type)
     if local and not any(any(Path(source).expanduser().glob(name)) for name in _TOKENIZER_FILES):
         raise LoraInitError(
             f"model {source!r} has no tokenizer beside it. Save the tokenizer of the base model there: "
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(DIRECTORY)."
         )
-    tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, reason, **options)
+    tokenizer = _guarded(source, transformers.AutoTokenizer.from_pretrained, **options)
     # Remote code is reached only through the Auto classes.
     saved_as = "" if task_type or trust_remote_code else (getattr(config, "architectures", None) or [""])[0]
     return ModelSource(source, config, tokenizer, found_task, auto_class, options, saved_as)
@@ -153,34 +139,14 @@ def load_model(
     seed: int = 0,
     n_labels: int | None = None,
 ) -> LoadedModel:
-    """Load a language model and its tokenizer.
-
-    The class is the one that the checkpoint was saved as. With `task_type` it is the class for that task, and a head
-    that the checkpoint lacks starts at random from `seed`.
-
-    Args:
-        source: A directory with a config.json, or a hub id.
-        task_type: One of `TASK_TYPES`. Default: what the checkpoint's class is for.
-        dtype: One of `DTYPES`; `"auto"` keeps the checkpoint's.
-        device: A torch device; `"auto"` is the first GPU if there is one.
-        trust_remote_code: Allow code that comes with the model to run.
-        seed: Seed of weights that the checkpoint lacks.
-        n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced.
-
-    Raises:
-        LoraInitError: See `open_model`; or the weights cannot be read, or an argument is none of the values above.
-    """
+    """Load a language model and its tokenizer; arguments as for `open_model` and `ModelSource.load`."""
     find_device(device)
     opened = open_model(source, task_type=task_type, trust_remote_code=trust_remote_code)
     return opened.load(dtype=dtype, device=device, seed=seed, n_labels=n_labels)
 
 
 def find_device(device: str) -> Any:
-    """Find a torch device by name; `"auto"` is the first GPU if there is one.
-
-    Raises:
-        LoraInitError: It cannot be used here.
-    """
+    """Find a torch device by name; `"auto"` is the first GPU if there is one."""
     import torch
 
     if device == "auto":
@@ -216,33 +182,34 @@ def _kind(source: str, config: Any, task_type: str | None) -> tuple[str | None, 
     if task_type is not None:
         return task_type, _CLASS_OF_TASK[task_type]
     architecture = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
-    kind = next((kind for ending, kind in _KINDS.items() if architecture.endswith(ending)), None)
+    kind = kind_of(architecture, config.is_encoder_decoder)
     if kind is None:
         raise LoraInitError(
             f"model {source!r} is a {architecture}, which the command line cannot feed: it reads text only. "
             "In Python, lora_init.collect takes any model and any batches."
         )
+    return kind
+
+
+def kind_of(architecture: str, is_encoder_decoder: bool) -> tuple[str | None, str] | None:
+    """Give PEFT's task type and transformers' Auto class of a class of models; None if they are not known."""
+    kind = next((kind for ending, kind in _KINDS.items() if architecture.endswith(ending)), None)
     # A multimodal model generates too, but has no encoder that takes the text.
-    if kind[0] == "SEQ_2_SEQ_LM" and not config.is_encoder_decoder:
+    if kind is not None and kind[0] == "SEQ_2_SEQ_LM" and not is_encoder_decoder:
         return "CAUSAL_LM", "AutoModelForImageTextToText"
     return kind
 
 
-def _guarded(source: str, load: Any, unreachable: str = "", **options: Any) -> Any:
+def _guarded(source: str, load: Any, **options: Any) -> Any:
     """Call a `from_pretrained`, and turn what it raises into one line about the model."""
     from safetensors import SafetensorError
 
     path = Path(source).expanduser()
     try:
-        with offline() if unreachable else nullcontext():
-            return load(str(path) if path.is_dir() else source, **options)
+        return load(str(path) if path.is_dir() else source, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise LoraInitError(
                 f"model {source!r} needs code that comes with it. Read that code, then pass --trust-remote-code."
-            ) from error
-        if unreachable and isinstance(error, OSError):
-            raise LoraInitError(
-                f"model {source!r} is no directory here and not in the hub's cache, and {unreachable}."
             ) from error
         raise LoraInitError(f"model {source!r} cannot be loaded: {in_one_line(error)}") from error

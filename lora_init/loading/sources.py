@@ -11,14 +11,14 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.loading.hub import check_hub, offline, why_not_asked
+from lora_init.loading.hub import check_hub
 
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -54,16 +54,9 @@ class Rows:
     def usable(
         self, columns: Sequence[str], read: Callable[[Mapping[str, Any]], _T | str], seed: int, left_out: Counter[str]
     ) -> Iterator[_T]:
-        """Read rows in an order that the seed alone decides.
+        """Read some columns of the rows, in an order that the seed alone decides.
 
-        Args:
-            columns: Columns to read.
-            read: Makes an example of a row, or says why the row is left out.
-            seed: Seed of the order.
-            left_out: Counts the rows that are left out by reason, as they are met.
-
-        Raises:
-            LoraInitError: What `read` raises, with the place of the row.
+        `read` makes an example of a row, or says why it is left out; `left_out` counts these reasons, as they are met.
         """
         table = self.table.select_columns(list(dict.fromkeys(columns)))
         order = list(range(len(table)))
@@ -80,24 +73,16 @@ class Rows:
 
 
 def read_rows(source: Any, subset: str | None = None, split: str = "train", seed: int = 0) -> Rows:
-    """Read a data set.
+    """Read a data set: what `load_batches` takes, a split and a configuration of it.
 
-    Args:
-        source: A file, a folder, a pattern such as `"data/*.jsonl"`, several files, `"-"` for JSON lines on standard
-            input; else a hub id; or a `datasets.Dataset` or `IterableDataset`, a list of mappings, a pandas DataFrame.
-        subset: Configuration of a hub data set.
-        split: Split of a hub data set, or of a folder whose file names tell splits apart.
-        seed: Seed of the order in which a stream is read.
-
-    Raises:
-        LoraInitError: Nothing there, nothing in it, or `datasets` cannot read it.
+    Of a stream only the beginning is read; `seed` is that of the order in which it is.
     """
     several = isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source)
     files = [Path(path).expanduser() for path in source] if several else _find_files(source)
     with _quiet():
         if files is None and isinstance(source, (str, Path)):
             label = f"{source}{f' ({subset})' if subset else ''}, {split}"
-            table = _from_hub(label, str(source), subset, split)
+            table = _load(label, path=str(source), name=subset, split=split)
         elif files and files[0].is_dir():
             folder = files[0].resolve()
             label = f"{folder.name}/{f' ({subset})' if subset else ''}{f', {split}' if split != 'train' else ''}"
@@ -121,11 +106,7 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
 
 
 def check_data(source: str) -> None:
-    """Refuse a name that is neither here nor can be had, before `datasets` is imported.
-
-    Raises:
-        LoraInitError: Such a name.
-    """
+    """Refuse a name that is neither here nor can be had, before `datasets` is imported."""
     if _find_files(source) is None:
         check_hub(source, "dataset")
 
@@ -192,17 +173,6 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # of records that are longer than the header
         return _load(label, path=_READERS[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
-
-
-def _from_hub(label: str, name: str, subset: str | None, split: str) -> Any:
-    reason = why_not_asked(name, "dataset")
-    try:
-        with offline() if reason else nullcontext():  # else it would try for half a minute to reach the hub
-            return _load(label, path=name, name=subset, split=split)
-    except LoraInitError as error:
-        if not reason:
-            raise
-        raise LoraInitError(f"data {name!r}: no such file or folder, not in the hub's cache, and {reason}.") from error
 
 
 def _from_memory(source: Any, split: str, seed: int) -> Any:

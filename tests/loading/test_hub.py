@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.hub import check_hub
@@ -36,13 +38,22 @@ def test_a_hub_id_that_cannot_be_had_is_refused_before_torch_is_imported(command
     assert f"error: {what} 'nobody/nothing': no such file or folder, not in the hub's cache, and the hub" in done.stderr
 
 
+def no_network(*_, **__):
+    raise ConnectionError("no route to the hub\nwith details")
+
+
 @pytest.mark.parametrize("place", ["hub/datasets--owner--Name", "data/owner___name"])
-def test_what_a_cache_may_have_is_left_to_those_who_read_it(place, tmp_path, monkeypatch):
+def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(get=no_network))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "data"))
-    with pytest.raises(LoraInitError, match="HF_HUB_OFFLINE is set"):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(LoraInitError, match=r"^data 'owner/Name': no such file .* be reached: no route to the hub\.$"):
         check_hub("owner/Name", "dataset")
+    assert not constants.HF_HUB_OFFLINE
     (tmp_path / place).mkdir(parents=True)
     check_hub("owner/Name", "dataset")
-    with pytest.raises(LoraInitError, match="model 'owner/Name'"):
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(LoraInitError, match=r"model 'owner/Name': .*HF_HUB_OFFLINE is set"):
         check_hub("owner/Name", "model")
