@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +25,6 @@ from lora_init.adapters.peft_model import (
     carrying,
     check_model,
     check_plain,
-    exact_pattern,
     hub_id,
     read_config,
     read_shapes,
@@ -35,10 +32,10 @@ from lora_init.adapters.peft_model import (
     remove_adapters,
 )
 from lora_init.errors import LoraInitError
-from lora_init.files import new_directory
+from lora_init.files import new_directory, write_json
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
 from lora_init.layers.wrappers import unwrapped
-from lora_init.planning.plan import alpha_for, scaling_of
+from lora_init.planning.plan import exact_pattern, rank_settings, scaling_of
 from lora_init.statistics.statistics import Provenance
 
 if TYPE_CHECKING:
@@ -226,15 +223,12 @@ class AdapterInit:
         from safetensors.torch import save
 
         model = None if model is None else unwrapped(model)
-        contents = (
-            save(self._tensors(model), metadata={"format": "pt"}),
-            _json(self._config(model) | {"inference_mode": True}),
-            _json(self._origin()),
-            self._card().encode(),
-        )
+        tensors = self._tensors(model)
         with new_directory(directory, overwrite, marker=CONFIG_FILE, replaceable=FILES) as fresh:
-            for name, content in zip(FILES, contents, strict=True):
-                (fresh / name).write_bytes(content)
+            (fresh / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+            write_json(fresh / CONFIG_FILE, self._config(model) | {"inference_mode": True})
+            write_json(fresh / ORIGIN_FILE, self._origin())
+            (fresh / CARD_FILE).write_text(self._card(), encoding="utf-8")
         return Path(directory).expanduser().resolve()
 
     def start_in_words(self) -> str:
@@ -261,20 +255,16 @@ class AdapterInit:
         # name. The full name of a transformer's layer starts at its root and doesn't. A heuristic.
         listed = model is not None or all(name.count(".") >= 2 for name in names)
         listed = listed and not any(matches(names, name, "target_modules") for name in others)
-        other = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != self.rank}
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": self.provenance.task_type,
             "base_model_name_or_path": self.provenance.model_id or None,
-            "r": self.rank,
-            "lora_alpha": alpha_for(self.scaling, self.rank, self.use_rslora),
+            **rank_settings(self.ranks, self.rank, self.scaling, self.use_rslora),
             "lora_dropout": self.lora_dropout,
             "target_modules": names if listed else exact_pattern(names),
             "fan_in_fan_out": any(target.kind == "Conv1D" for target in self.targets.values()),
             "bias": "none",
             "init_lora_weights": True,
-            "rank_pattern": other,
-            "alpha_pattern": {key: alpha_for(self.scaling, rank, self.use_rslora) for key, rank in other.items()},
         }
         if parameters:
             config["target_parameters"] = parameters
@@ -345,9 +335,12 @@ from peft import PeftModel
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse quantised layers, whose weights cannot give up what an adapter adds."""
+    """Refuse layers that are not there or quantised: their weights cannot give up what an adapter adds."""
+    modules = dict(model.named_modules())
     for name in names:
-        weight: Any = model.get_submodule(name).weight
+        if name not in modules:
+            raise LoraInitError(f"{type(model).__name__} has no layer {name!r}. Give the base of this adapter.")
+        weight = modules[name].weight
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise LoraInitError(
                 f"layer {name!r} is quantised, so that its weight cannot give up what B A adds. "
@@ -398,15 +391,8 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     model, directory = unwrapped(model), Path(directory).expanduser()
     config = read_config(directory)
     names = adapted_layers(read_shapes(directory))
-    missing = next((name for name in names if name not in dict(model.named_modules())), None)
-    if missing is not None:
-        raise LoraInitError(f"{directory} has layer {missing!r}, and {type(model).__name__} does not. Give its base.")
     check_correctable(model, names)
     tensors = load_file(directory / WEIGHTS_FILE)
     weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in names}
     scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
     correct_weights(model, weights, scaling)
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -37,13 +37,7 @@ def check_adapter_options(
 ) -> None:
     """Check what `build_adapter` and `AdapterInit.save_pretrained` will be given, before any data is read.
 
-    Args:
-        method: See `build_adapter`, as for `whiten` to `gamma`.
-        output: Directory that the adapter will be saved in; None if it will not be.
-        overwrite: Whether an adapter directory there may be replaced.
-
-    Raises:
-        LoraInitError: One of them is impossible, or they do not go with each other.
+    `output` is the directory that the adapter will be saved in; None if it will not be.
     """
     known = (*METHODS, *GRADIENT_METHODS)
     if method not in known:
@@ -133,7 +127,8 @@ def build_adapter(
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     if method in GRADIENT_METHODS:
         gamma = gamma or GRADIENT_METHODS[method].gamma or None
-        weights = {name: _start_by_gradient(stats, name, r, method, gamma or 0.0) for name, r in plan.items()}
+        start = GRADIENT_METHODS[method].start
+        weights = {name: start(stats[name], stats.gradient(name), r, gamma or 0.0) for name, r in plan.items()}
     else:
         weights = {name: _start_by_input(stats, name, r, method, seed, whiten) for name, r in plan.items()}
     return AdapterInit(
@@ -182,13 +177,6 @@ def _start_by_input(
     a = torch.cat([METHODS[method](s, rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
     shape_a, shape_b = stats.targets[name].shapes(rank)
     return a.reshape(shape_a), torch.zeros(shape_b)
-
-
-def _start_by_gradient(stats: Statistics, name: str, rank: int, method: str, gamma: float) -> tuple[Tensor, Tensor]:
-    try:
-        return GRADIENT_METHODS[method].start(stats[name], stats.gradient(name), rank, gamma)
-    except LoraInitError as error:
-        raise LoraInitError(f"layer {name!r}: {error}") from None
 
 
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:

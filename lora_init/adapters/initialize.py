@@ -87,11 +87,11 @@ def initialize(
         shape |= dict(modules_to_save=modules_to_save)
         defaults = {name: one.default for name, one in inspect.signature(initialize).parameters.items()}
         given = {name: value for name, value in shape.items() if value != defaults[name]}
-        with opened(model, method, given, options) as found:
-            source = dict(batches=found.batches) if batches is None else dict(batches=batches, tokenizer=tokenizer)
+        with opened(model, method, given, options) as (plain, settings, own):
+            source = dict(batches=own) if batches is None else dict(batches=batches, tokenizer=tokenizer)
             adapted = initialize(
-                found.model, **source, rho=rho, method=method, whiten=whiten, gamma=gamma, freeze_a=freeze_a,
-                adapter_name=adapter_name, seed=seed, **found.options,
+                plain, **source, rho=rho, method=method, whiten=whiten, gamma=gamma, freeze_a=freeze_a,
+                adapter_name=adapter_name, seed=seed, **settings,
             )  # fmt: skip
         hand_over(model, adapted)
         return adapted
@@ -117,7 +117,9 @@ def initialize(
         return build(gamma=gamma).apply(model, adapter_name)
 
     def loss_of(model: nn.Module) -> float:
-        return _mean_of_processes(mean_loss(model, aside, options.get("forward"), options.get("loss")))
+        loss = mean_loss(model, aside, options.get("forward"), options.get("loss"))
+        with Processes() as processes:  # each has batches of its own, and all must take the same step
+            return statistics.fmean(processes.gather(loss))
 
     return find_step_size(model, lambda candidate: build(gamma=candidate), loss_of).apply(model, adapter_name)
 
@@ -133,9 +135,3 @@ def _read(
     reading.setdefault("needs_labels", rest.get("gradients", False) or rest.get("token_mask") == "labels")
     batches = load_batches(source, tokenizer, seed=seed, **reading)
     return batches, {"data": batches.description, **rest}
-
-
-def _mean_of_processes(value: float) -> float:
-    """Average over the processes of a distributed run: each has batches of its own, and all must take the same step."""
-    with Processes() as processes:
-        return statistics.fmean(processes.gather(value))

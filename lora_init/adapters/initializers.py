@@ -153,11 +153,7 @@ def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
 
 
 def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
-    """Check that a spectrum can serve this rank.
-
-    Raises:
-        LoraInitError: The decomposition was cut off below `rank` although the data holds more.
-    """
+    """Refuse a rank below which the decomposition was cut off although the data holds more."""
     found, width = spectrum.components.shape
     # n centred rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
     all_there = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
@@ -169,11 +165,7 @@ def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
 
 
 def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32.
-
-    Raises:
-        LoraInitError: Both together are more than d.
-    """
+    """Draw orthonormal rows [n_rows, d] orthogonal to the orthonormal rows `against` [k, d], float32."""
     basis = against.double()
     rank, width = n_rows + len(basis), basis.shape[1]
     if rank > width:

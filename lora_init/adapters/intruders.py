@@ -85,9 +85,9 @@ class Intruders:
     @property
     def energy_share(self) -> float:
         """Energy of the intruders of all layers over that of all vectors looked at, in [0, 1]."""
-        totals = [sum(layer.energies) for layer in self.layers.values()]
-        shares = [layer.energy_share for layer in self.layers.values()]
-        return sum(share * total for share, total in zip(shares, totals, strict=True)) / (sum(totals) or 1.0)
+        totals = {name: sum(layer.energies) for name, layer in self.layers.items()}
+        of_intruders = sum(layer.energy_share * totals[name] for name, layer in self.layers.items())
+        return of_intruders / (sum(totals.values()) or 1.0)
 
 
 def intruder_dimensions(

@@ -24,8 +24,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
-from lora_init.adapters.peft_model import exact_pattern
-from lora_init.adapters.peft_versions import Batch, update_layer
+from lora_init.adapters.peft_model import adapter_layers, match_modes
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
@@ -33,7 +32,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear, matches
 from lora_init.layers.wrappers import is_sharded
-from lora_init.planning.plan import alpha_for, scaling_of
+from lora_init.planning.plan import alpha_for, exact_pattern, scaling_of
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -219,11 +218,7 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
-    layers: dict[str, Any] = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, LoraLayer) and adapter_name in module.r and ".base_layer." not in name
-    }
+    layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}  # type: ignore[arg-type]
     for name, layer in layers.items():
         weight = weights.get(name)
         if weight is not None and (weight.dim() != 2 or weight.shape[1] != layer.in_features):
@@ -233,39 +228,46 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
             )
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for name, layer in layers.items():
-        weight = weights.get(name)
+    for name in layers:
         old_rank = int(_pattern_value(config.rank_pattern, name, config.r))
-        rank = old_rank if weight is None else len(weight)
+        rank = old_rank if name not in weights else len(weights[name])
         alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        if rank == 0:
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, layer.get_base_layer())
-            continue
-        if rank != old_rank and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
+        if 0 < rank != old_rank and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
             # Keeps the layer's scaling. PEFT takes rank / old_rank under rsLoRA too, which changes it.
             alpha = alpha_for(scaling_of(alpha, old_rank, config.use_rslora), rank, config.use_rslora)
-        _set_weights(layer, adapter_name, weight, rank, alpha, config)
         ranks[name], alphas[name] = rank, alpha
-    # A set, as PEFT itself makes one of every list.
-    ambiguous = any(matches(ranks, name, "target_modules") for name in modules if name not in layers)
-    config.target_modules = exact_pattern(ranks) if ambiguous else set(ranks)
-    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {f"^{re.escape(n)}": alpha for n, alpha in alphas.items() if alpha != config.lora_alpha}
-    return [name for name in ranks if name not in weights]
+    kept = [name for name in layers if ranks[name]]
+    ambiguous = any(matches(kept, name, "target_modules") for name in modules if name not in kept)
+    config.target_modules = exact_pattern(kept) if ambiguous else set(kept)  # a set, as PEFT makes one of every list
+    config.rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in kept if ranks[name] != config.r}
+    config.alpha_pattern = {f"^{re.escape(n)}": alphas[n] for n in kept if alphas[n] != config.lora_alpha}
+    peft_model: Any = model
+    active = peft_model.active_adapters
+    dtype = next((layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if layer.lora_A), torch.float32)
+    peft_model.delete_adapter(adapter_name)
+    for name, layer in layers.items():
+        if not layer.r:  # no other adapter
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, layer.get_base_layer())
+    peft_model.add_adapter(adapter_name, config)
+    peft_model.set_adapter(active[0])
+    match_modes(peft_model)
+    for name, layer in adapter_layers(peft_model).items():
+        if name in weights and adapter_name in layer.r:
+            for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+                part.to(dtype)  # of a half-precision model they are float32; PEFT before 0.19 takes the model's own
+            layer.lora_A[adapter_name].weight.copy_(weights[name])
+    return [name for name in kept if name not in weights]
 
 
-def _set_weights(layer: Any, adapter_name: str, weight: Tensor | None, rank: int, alpha: float, config: Any) -> None:
-    """Give one layer of PEFT its rank, alpha and A; without `weight` PEFT's own start."""
-    how = copy.copy(config)
-    how.init_lora_weights = True if weight is None else "eva"  # with "eva" B is 0, and A is about to be filled
-    a = None if weight is None else layer.lora_A[adapter_name].weight
-    if a is None or rank != layer.r[adapter_name] or a.is_meta:
-        update_layer(layer, adapter_name, rank, alpha, how)
-    if a is not None:
-        # update_layer falls back to the base layer's type; adapters of half-precision models are float32.
-        layer.lora_A[adapter_name].to(a.dtype).weight.copy_(weight)
-        layer.lora_B[adapter_name].to(a.dtype)
+class _Batch(dict[str, Any]):
+    """A batch as PEFT's EVA takes it. PEFT before 0.20 looks for the labels among its attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Give an entry as an attribute."""
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
 
 
 @dataclass
@@ -295,7 +297,7 @@ class _Functions:
         if self.model_inputs is not None:
             # PEFT's own function takes nothing but a dict, and a BatchEncoding is none.
             own = self.model_inputs is prepare_model_inputs_fn_language_modeling and isinstance(batch, Mapping)
-            self.for_layers = self.model_inputs(Batch(batch) if own else batch, self.config)
+            self.for_layers = self.model_inputs(_Batch(batch) if own else batch, self.config)
         return self.forward(model, batch)
 
     def rows(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

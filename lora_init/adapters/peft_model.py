@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, in_one_line
 from lora_init.files import read_json
 from lora_init.layers.targets import PREFIX, Target, find_targets
 from lora_init.layers.wrappers import plain_name
+from lora_init.planning.plan import exact_pattern as exact_pattern
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,12 +50,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def origin_of(directory: str | Path) -> dict[str, Any]:
-    """Find what lora_init knew when it made an adapter, also after training: method, options, provenance.
+    """Find what lora_init knew when it made an adapter, also after training; empty if it did not.
 
-    `AdapterInit.save_pretrained` writes it to a file of its own. `PeftModel.save_pretrained`, and with it Trainer,
-    writes neither that file nor keys that it does not know into the directory of the trained adapter; but fields of the
-    config are carried over, and one of them has the same in short, see `carrying`. Empty if lora_init did not make the
-    adapter.
+    `AdapterInit.save_pretrained` writes it to a file of its own, which PEFT does not keep, and in short to a field of
+    the config, see `carrying`.
     """
     directory = Path(directory).expanduser()
     if (directory / ORIGIN_FILE).is_file():
@@ -71,8 +69,7 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
 def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
     """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes.
 
-    It uses `auto_mapping` only where there is no task type, and then it overwrites it. `megatron_core` it carries
-    always, and uses only where `megatron_config` is set; but that is a string.
+    It overwrites `auto_mapping` where there is no task type. `megatron_core` it carries always, but that is a string.
     """
     return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
 
@@ -96,22 +93,13 @@ def adapted_layers(shapes: Iterable[str]) -> list[str]:
     return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in shapes if key.endswith(LORA_A)]
 
 
-def exact_pattern(names: Iterable[str]) -> str:
-    """Write a regular expression that matches these full names and nothing else."""
-    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
-
-
 def check_plain(model: Any, taker: str) -> None:
     """Refuse what is no model, or has an adapter already, as an argument of the function `taker`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if isinstance(model, str):
-        raise LoraInitError(
-            f"{taker} takes a model, and {model!r} is only its name. Load it first, as in "
-            f"AutoModelForCausalLM.from_pretrained({model!r})."
-        )
     if not isinstance(model, nn.Module):
-        raise LoraInitError(f"{taker} takes a model in this place and got a {type(model).__name__}.")
+        got = f"its name, {model!r}. Load it by from_pretrained()" if isinstance(model, str) else type(model).__name__
+        raise LoraInitError(f"{taker} takes a model in this place and got {got}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise LoraInitError(
             f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, or give "
@@ -279,10 +267,8 @@ def _shape(target: Target) -> Target:
 
 
 def _described(target: Target) -> str:
-    if not target.kernel:
-        return f"{target.kind} {target.in_features} -> {target.out_features}"
-    channels, kernel = target.shapes(1)[0][1], "x".join(map(str, target.kernel))
-    return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"
+    convolution = f", kernel {target.kernel}, groups {target.groups}" if target.kernel else ""
+    return f"{target.kind} {target.in_features} -> {target.out_features}{convolution}"
 
 
 def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> PeftModel:
@@ -302,10 +288,13 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
             # What matters of it is checked below; the rest is about magnitudes and heads that PEFT fills in.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+            no_weights = any(parameter.is_meta for parameter in model.parameters())
+            peft_model = PeftModel.from_pretrained(
+                model, str(path), is_trainable=trainable, low_cpu_mem_usage=no_weights
+            )
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, OSError) as error:
         raise LoraInitError(
-            f"{path} cannot be put on {type(model).__name__}: {first_line(error)} Name the model it was made for."
+            f"{path} cannot be put on {type(model).__name__}: {in_one_line(error)} Name the model it was made for."
         ) from error
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     on_model = {key for key in state if ".lora_A" in key or ".lora_B" in key}
@@ -314,7 +303,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
         raise LoraInitError(
             f"{path} does not fit {type(model).__name__}: {len(differing)} tensors are only "
             f"{'in the file' if differing[0] in in_file else 'on the model'}, the first is {differing[0]!r}. "
-            "Name the model it was made for."
+            "Name the model it was made for, or load it there and save it again."
         )
     match_modes(peft_model)
     return peft_model
@@ -326,13 +315,7 @@ def hub_id(model: str | None) -> str | None:
 
 
 def card_header(model: str | None, task_type: str | None, is_adapter: bool = True) -> str:
-    """Write the metadata at the head of a model card, with the keys that PEFT's own card has.
-
-    Args:
-        model: The base model.
-        task_type: PEFT's.
-        is_adapter: What the card is of; else a whole model.
-    """
+    """Write the metadata at the head of the card of an adapter or a whole model, with the keys of PEFT's own card."""
     from huggingface_hub import ModelCardData
 
     base = hub_id(model)

@@ -93,13 +93,9 @@ def _lowest(measure: Callable[[float], float]) -> float:
 
 
 def set_aside(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
-    """Take the first four batches for the search; if there are no others, they serve for the statistics, too.
+    """Take the first four batches for the search, and give the iterable of the others, for the statistics.
 
-    Returns:
-        At most four batches, and the iterable of the others.
-
-    Warns:
-        UserWarning: There are no others.
+    If there are no others, all serve for both, with a warning.
     """
     stream = iter(batches)
     aside = list(islice(stream, N_ASIDE))

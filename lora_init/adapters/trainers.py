@@ -5,18 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import GRADIENT_METHODS
-from lora_init.adapters.peft_model import adapter_layers, exact_pattern, remember, remove_adapters
+from lora_init.adapters.peft_model import adapter_layers, remember, remove_adapters
 from lora_init.collection.activations import call_model
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.targets import HEADS
+from lora_init.loading.models import kind_of
+from lora_init.planning.plan import exact_pattern
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,12 +31,6 @@ _READ = (
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "runtime_config",
 )  # fmt: skip
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 # Their loss is what the model computes from labels. Other trainers compute their own, of two answers for example.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
 
@@ -44,30 +40,15 @@ def is_trainer(model: Any) -> bool:
     return hasattr(model, "get_train_dataloader") and hasattr(model, "train_dataset")
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What a trainer holds, with its adapter taken off.
-
-    Attributes:
-        model: The plain model.
-        options: For `initialize`: what the trainer's `peft_config` says of the adapter, and how its batches are run.
-        batches: What the trainer is about to train on, in its order.
-    """
-
-    model: nn.Module
-    options: dict[str, Any]
-    batches: Iterator[Any]
-
-
 @contextmanager
-def opened(trainer: Any, method: str, given: Mapping[str, Any], collect_options: Mapping[str, Any]) -> Iterator[Opened]:
+def opened(
+    trainer: Any, method: str, given: Mapping[str, Any], collect_options: Mapping[str, Any]
+) -> Iterator[tuple[nn.Module, dict[str, Any], Iterator[Any]]]:
     """Take a trainer's untrained adapter off its model, if it has one, and open its data; put it back on an exception.
 
-    Args:
-        trainer: Before training.
-        method: The start that is asked for.
-        given: Arguments of `initialize` about the adapter that are not at their defaults.
-        collect_options: Arguments of `collect`.
+    Gives the plain model; options for `initialize`, what the trainer's `peft_config` says of the adapter and how its
+    batches are run; and the batches that the trainer is about to train on, in its order. `given` are the arguments
+    about the adapter that are not at their defaults.
 
     Raises:
         LoraInitError: Training has begun; the adapter was trained or has settings that cannot be kept; `given` says
@@ -77,13 +58,18 @@ def opened(trainer: Any, method: str, given: Mapping[str, Any], collect_options:
     if trainer.optimizer is not None:
         raise LoraInitError(f"the {name} has an optimizer already. Call initialize() right after it is made.")
     gradients = method in GRADIENT_METHODS or bool(options.get("gradients"))
-    if gradients and (trainer.compute_loss_func or _defines(trainer, "compute_loss") not in _PLAIN_LOSS):
+    source = next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    if gradients and (trainer.compute_loss_func or source not in _PLAIN_LOSS):
         raise LoraInitError(
             f"method={method!r}: a start from gradients needs the gradient of the training loss, and this {name} "
             "computes a loss of its own. Take method='eva', or another that reads inputs alone."
         )
     model = trainer.model
-    shape = _shape_of(model, given) if hasattr(model, "peft_config") else _task_of(model, options)
+    if hasattr(model, "peft_config"):
+        shape = _shape_of(model, given)
+    else:
+        kind = kind_of(type(model).__name__, bool(getattr(model.config, "is_encoder_decoder", False)))
+        shape = {"task_type": options.get("task_type", kind and kind[0])}
     restore = remember(model)
     try:
         if hasattr(model, "peft_config"):
@@ -103,7 +89,7 @@ def opened(trainer: Any, method: str, given: Mapping[str, Any], collect_options:
         options.setdefault("data", f"training batches of {name}")
         options.setdefault("forward", forward)
         with _batches(trainer) as batches:
-            yield Opened(model, {**given, **options, **shape}, batches)
+            yield model, {**given, **options, **shape}, batches
     except BaseException:
         restore()
         raise
@@ -164,11 +150,6 @@ def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _task_of(model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    ending = next((ending for ending in _TASKS if type(model).__name__.endswith(ending)), "")
-    return {"task_type": options.get("task_type", _TASKS.get(ending))}
-
-
 @contextmanager
 def _batches(trainer: Any) -> Iterator[Iterator[Any]]:
     """Open a trainer's own batches, and leave no trace: the trainer will draw the same ones in the same order."""
@@ -194,8 +175,3 @@ def _labelled(trainer: Any, loader: Any) -> Iterator[Any]:
             yield {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
         else:
             yield batch
-
-
-def _defines(trainer: Any, method: str) -> str:
-    """Name the class that a method of an object is from."""
-    return next(kind.__name__ for kind in type(trainer).__mro__ if method in vars(kind))

@@ -97,11 +97,11 @@ def test_what_is_no_plain_model_or_no_statistics_is_one_clear_line(tmp_path):
         lambda model: lora_init.correct_base(model, tmp_path),
     )
     for take in takers:
-        with pytest.raises(LoraInitError, match=r"takes a model, and 'org/name' is only its name. Load it first"):
+        with pytest.raises(LoraInitError, match=r"takes a model in this place and got its name, 'org/name'. Load it"):
             take("org/name")
         with pytest.raises(LoraInitError, match=r"PeftModel.* already has an adapter"):
             take(peft_model)
-        with pytest.raises(LoraInitError, match="takes a model in this place and got a list"):
+        with pytest.raises(LoraInitError, match="takes a model in this place and got list"):
             take(batches)
     with pytest.raises(LoraInitError, match=r"takes statistics first and got a LlamaForCausalLM.*Statistics.load"):
         build_adapter(tiny_llama(), 2)

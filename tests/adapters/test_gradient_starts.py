@@ -275,7 +275,7 @@ def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
         lora_init.correct_base(base, tmp_path / "start")
         right = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True).eval()
         assert (logits(right, batches) - output).abs().max() < 1e-4 * output.abs().max()
-    with pytest.raises(LoraInitError, match=r"has layer 'model.layers.0.mlp.down_proj', and GPT2LMHeadModel does not"):
+    with pytest.raises(LoraInitError, match=r"GPT2LMHeadModel has no layer 'model.layers.0.mlp.down_proj'"):
         lora_init.correct_base(tiny_gpt2(), tmp_path / "start")
 
 
