@@ -17,7 +17,9 @@ def setup(app: Any) -> dict[str, bool]:
 def _append_commands(app: Any, page: str, source: list[str]) -> None:
     if page == "command-line":
         group = typer.main.get_command(cli)
-        source[0] += "".join(_describe(name, command) for name, command in group.commands.items())
+        for name, command in group.commands.items():
+            parts = {f"{name} {own}": part for own, part in getattr(command, "commands", {}).items()} or {name: command}
+            source[0] += "".join(_describe(*part) for part in parts.items())
 
 
 def _describe(name: str, command: Any) -> str:

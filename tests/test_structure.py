@@ -15,8 +15,9 @@ MAY_IMPORT = {
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "loading", "statistics", "collection", "planning"},
     "serving": {"layers", "statistics", "planning", "adapters"},
-    "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
-    "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "comparison"},
+    "bank": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
+    "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank"},
+    "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank", "comparison"},
 }
 ROOT_FILES = {"__init__", "__main__", "errors", "files"}
 KNOW_PEFT = {"adapters", "serving", "comparison"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
+from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.adapters.peft_model import (
     CONFIG_FILE,
     LORA_A,
@@ -70,7 +70,8 @@ class AdapterInit:
         whiten: Whether A's rows were divided by `initializers.whitening_scale`.
         seed: Seed of the random numbers.
         left_out: Layers without an adapter: of rank 0, without a direction in the data, or trained whole.
-        explained: For each layer, the share of the variance of its input that its first r components capture.
+        explained: For each layer, the share of the variance of its input that its first r components capture; empty if
+            it is not known.
         provenance: Where the statistics come from.
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole.
         gamma: What B A was divided by, where B is not zero.
@@ -116,7 +117,7 @@ class AdapterInit:
         table = table[["name", "kind", "in_features", "out_features"]].set_index("name").rename_axis("layer")
         table["rank"] = list(self.ranks.values())
         table["parameters"] = [self.targets[n].parameters(rank, self.freeze_a) for n, rank in self.ranks.items()]
-        table["explained_variance"] = [self.explained[name] for name in self.weights]
+        table["explained_variance"] = [self.explained.get(name) for name in self.weights]
         return table
 
     def plot(self) -> Figure:
@@ -143,7 +144,7 @@ class AdapterInit:
     @property
     def changes_output(self) -> bool:
         """Whether the model's output is another one with this adapter, before any training."""
-        return changes_output(self.method)
+        return self.gamma is not None and not self.corrects_base
 
     def n_parameters(self) -> int:
         """Count the trainable parameters: those of all A and B, or of all B if A is frozen."""
@@ -240,7 +241,7 @@ class AdapterInit:
                 f"while it is saved (path_initial_model_for_weight_conversion){frozen}"
             )
         if self.changes_output:
-            words = "B is not zero: the adapter is a step down the gradient, and the model's output is another one"
+            words = "B is not zero, and the model's output is another one"
             measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
             return f"{words} (gamma {self.gamma:g}{measured}){frozen}"
         return f"B is zero, so the adapter changes nothing until it is trained{frozen}"

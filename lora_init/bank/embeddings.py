@@ -1,0 +1,77 @@
+"""Prompts -> vectors: by the base model's own middle layer, or by a sentence encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.collection.activations import on_device_of
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import IGNORED
+from lora_init.loading.models import LoadedModel
+
+MOST_PROMPTS = 128  # as many as one condition of Drag-and-Drop LLMs has (arXiv 2506.16406, its code)
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module, batches: Iterable[Any], tokenizer: Any = None, encoder: LoadedModel | None = None
+) -> Tensor:
+    """Embed the prompts of some batches, at most 128: the mean hidden state over a prompt's tokens.
+
+    A prompt is what has no label: the text before the answer. Of a text without an answer it is the whole.
+
+    Args:
+        model: The plain base model, a text model of transformers. Its middle layer is read.
+        batches: Mappings with `input_ids`, `attention_mask` and perhaps `labels`.
+        tokenizer: Of the base model; needed with an encoder, which gets the prompts as text.
+        encoder: A sentence encoder, whose last layer is read in place of the base model's middle one.
+
+    Returns:
+        float32 [n, d].
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    found: list[Tensor] = []
+    try:
+        for ids, prompt in islice(_prompts(batches), MOST_PROMPTS):
+            if encoder is None:
+                found.append(_mean_state(model, ids[prompt][None], middle=True))
+            else:
+                text = tokenizer.decode(ids[prompt], skip_special_tokens=True)
+                read = encoder.tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
+                found.append(_mean_state(encoder.model, read, middle=False))
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not found:
+        raise LoraInitError("there is no prompt to embed: the batches have no text. Pass at least one example.")
+    return torch.stack(found)
+
+
+def _prompts(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the tokens of each text, int64 [n], and which of them are its prompt, bool [n]."""
+    for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise LoraInitError("a batch has no input_ids, and a bank embeds text. Pass batches of load_batches().")
+        ids = batch["input_ids"]
+        mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+        labels = batch.get("labels")
+        unlabelled = mask & (labels == IGNORED) if labels is not None and labels.shape == ids.shape else mask
+        for row, attended, prompt in zip(ids, mask, unlabelled, strict=True):
+            yield row, prompt if prompt.any() else attended
+
+
+def _mean_state(model: nn.Module, ids: Tensor, middle: bool) -> Tensor:
+    of_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    body: Any = model.get_encoder() if of_encoder else getattr(model, "base_model", model)  # type: ignore[operator]
+    moved = on_device_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    states = getattr(body(**moved, output_hidden_states=True), "hidden_states", None)
+    if not states:
+        raise LoraInitError(f"{type(model).__name__} returns no hidden states to embed prompts by. Pass an encoder.")
+    state: Tensor = states[len(states) // 2 if middle else -1][0]
+    return state.float().mean(0).cpu()

@@ -1,0 +1,263 @@
+"""Prompts -> the weights of an adapter: the decoder of Drag-and-Drop LLMs (arXiv 2506.16406), sized to a bank.
+
+As in the paper, a batch of prompts is the condition, a cascade of hyper-convolutions turns its embeddings into a grid
+of weights, and pairs of a batch of prompts and a checkpoint of the same task teach it by the squared error.
+What differs: one vector for each prompt in place of one for each of its tokens; weights less their mean over the
+bank, over the standard deviation of each A and B; before that, each adapter is rotated (B A stays) to be as near as
+possible to the first one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.bank.store import GENERATOR, Bank, one_form
+from lora_init.errors import LoraInitError
+from lora_init.serving.compress import factorise, truncate
+from lora_init.serving.trained import Layer
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
+
+N_PROMPTS = 32  # of one condition
+STEPS = 400
+_BATCH = 2  # conditions a step
+_LEARNING_RATE = 1e-3
+_HEIGHT, _WIDTH = 10, 128  # of a token, near the paper's 10 x 130
+_CHANNELS = 64
+_FORMAT, _VERSION = "lora_init.generator", 1
+
+
+class HyperConv(nn.Module):
+    """Turn a grid [n, l, c] into one of another size by three convolutions, each with one axis as its channels."""
+
+    def __init__(self, size: tuple[int, int, int], new_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        (n, l, c), (new_n, new_l, new_c) = size, new_size  # noqa: E741 - the paper's letters
+        self.along_c = nn.Conv2d(c, new_c, 3, padding=1)
+        self.along_l = nn.Conv2d(l, new_l, 3, padding=1)
+        self.along_n = nn.Conv2d(n, new_n, 3, padding=1)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Map [batch, n, l, c] to [batch, n', l', c']."""
+        grid = self.along_c(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        grid = self.along_l(nn.functional.leaky_relu(grid).transpose(1, 2)).transpose(1, 2)
+        mapped: Tensor = self.along_n(nn.functional.leaky_relu(grid))
+        return mapped
+
+
+class Decoder(nn.Module):
+    """A cascade of hyper-convolutions from embeddings [batch, prompts, d] to a grid of weights [batch, n, 10, 128]."""
+
+    def __init__(self, width: int, n_tokens: int) -> None:
+        super().__init__()
+        self.columns = math.ceil(width / _HEIGHT)
+        sizes = [
+            (N_PROMPTS, _HEIGHT, self.columns), (N_PROMPTS, _HEIGHT, _CHANNELS), (_CHANNELS, _HEIGHT, _WIDTH),
+            (n_tokens, _HEIGHT, _WIDTH),
+        ]  # fmt: skip
+        self.blocks = nn.ModuleList(HyperConv(a, b) for a, b in pairwise(sizes))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Map a batch of conditions to a batch of grids."""
+        more = self.columns * _HEIGHT - embeddings.shape[-1]
+        padded = nn.functional.pad(embeddings, (0, more))
+        grid = padded.view(*padded.shape[:-1], _HEIGHT, self.columns)
+        for i, block in enumerate(self.blocks):
+            grid = block(nn.functional.leaky_relu(grid) if i else grid)
+        return grid
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A trained decoder with what its numbers mean.
+
+    Attributes:
+        shapes: For each layer, its rank, d_in and d_out.
+        center: Mean of the weights over the bank, float32 [n weights].
+        scale: Standard deviation of each layer's A and of its B, spread over their weights, float32 [n weights].
+        shift: Mean of the embeddings of the bank's prompts, float32 [d].
+        spread: Their standard deviation, float32 [d].
+        tasks: Tasks of the bank when it was trained.
+        explained: Share of the variance of the bank's weights that it reproduces from prompts that it did not see.
+    """
+
+    decoder: Decoder
+    shapes: Mapping[str, tuple[int, int, int]]
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+    spread: Tensor
+    tasks: Sequence[str]
+    explained: float
+
+    @torch.no_grad()
+    def generate(self, embeddings: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Make A and B of each layer from the embeddings of prompts, float32 [n, d]."""
+        condition = _conditions((embeddings - self.shift) / self.spread, torch.arange(N_PROMPTS))
+        grid = self.decoder(condition[None])[0]
+        flat = grid.flatten()[: len(self.center)] * self.scale + self.center
+        return _unflattened(flat, self.shapes)
+
+    def save(self, bank: Bank) -> Path:
+        """Write it into the bank, in place of an earlier one."""
+        state = {f"decoder {name}": value for name, value in self.decoder.state_dict().items()}
+        own = {name: getattr(self, name) for name in ("center", "scale", "shift", "spread")}
+        header = {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()}, "tasks": list(self.tasks),
+            "explained": self.explained, "fingerprint": bank.fingerprint,
+        }  # fmt: skip
+        return write_tensors(bank.path / GENERATOR, _FORMAT, _VERSION, header, state | own)
+
+
+def load_generator(bank: Bank) -> Generator:
+    """Read the generator of a bank."""
+    path = bank.path / GENERATOR
+    if not path.is_file():
+        raise LoraInitError(f"{bank.path} has no generator yet. Train it: lora-init bank train {bank.path}.")
+    file = TensorFile(path, _FORMAT, _VERSION)
+    with file.checking("the generator"):
+        header = file.header
+        if header["fingerprint"] != bank.fingerprint:
+            raise LoraInitError(f"{path} is for another base model. Train it again: lora-init bank train {bank.path}.")
+        shapes = {str(name): (int(r), int(d_in), int(d_out)) for name, (r, d_in, d_out) in header["shapes"].items()}
+        center, scale, shift, spread = (file.tensor(name) for name in ("center", "scale", "shift", "spread"))
+        decoder = Decoder(len(shift), _n_tokens(shapes))
+        decoder.load_state_dict({name: file.tensor(f"decoder {name}") for name in decoder.state_dict()})
+        return Generator(
+            decoder.eval(), shapes, center, scale, shift, spread, list(header["tasks"]), float(header["explained"])
+        )
+
+
+def train_generator(
+    bank: Bank,
+    rank: int | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+    say: Callable[[int, float], None] = lambda step, loss: None,
+) -> Generator:
+    """Train a generator on the adapters of a bank, all entries of all tasks, and their prompts.
+
+    Args:
+        bank: The bank; two tasks at least.
+        rank: Of what it generates; adapters of higher rank are cut to it. Default: the least of the bank's.
+        steps: Steps of AdamW.
+        seed: The same seed gives the same generator.
+        say: Receives the step and its loss, the mean squared error over the variance of the weights.
+    """
+    if len(bank.tasks) < 2:
+        raise LoraInitError(f"{bank.path} has one task, and a generator learns from what differs. Add another task.")
+    rank = rank or min(entry.rank for entry in bank.entries.values())
+    adapters = _aligned(bank, rank)
+    first = next(iter(adapters.values()))
+    shapes = {name: (rank, a.shape[1], b.shape[0]) for name, (a, b) in first.items()}
+    weights = {name: _flattened(adapter) for name, adapter in adapters.items()}
+    del adapters
+    center = torch.stack(list(weights.values())).mean(0)
+    scale = _scales([flat - center for flat in weights.values()], shapes)
+    prompts = {name: bank.embeddings(name) for name in bank.entries}
+    few = next((name for name, rows in prompts.items() if len(rows) < 2), None)
+    if few is not None:
+        raise LoraInitError(f"entry {few!r} of {bank.path} has a single prompt. Add it with more of its data.")
+    everything = torch.cat(list(prompts.values()))
+    shift, spread = everything.mean(0), everything.std(0).clamp_min(1e-6)
+    # The last eighth of each task's prompts is never trained on: `explained` is measured with it.
+    ready = {name: (rows - shift) / spread for name, rows in prompts.items()}
+    seen = {name: rows[: max(1, len(rows) * 7 // 8)] for name, rows in ready.items()}
+    unseen = {name: rows[len(seen[name]) :] for name, rows in ready.items()}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder(everything.shape[1], _n_tokens(shapes))
+    optimizer = torch.optim.AdamW(decoder.parameters(), _LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
+    names = list(weights)
+
+    def error(name: str, rows: Tensor, chosen: Tensor) -> Tensor:
+        grid = decoder(_conditions(rows, chosen)[None])[0]
+        off: Tensor = grid.flatten()[: len(center)] - (weights[name] - center) / scale
+        return off.square().mean()
+
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses = []
+        for place in torch.randint(len(names), (_BATCH,), generator=generator).tolist():
+            rows = seen[names[place]]
+            loss = error(names[place], rows, torch.randint(len(rows), (N_PROMPTS,), generator=generator)) / _BATCH
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()))
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        say(step + 1, sum(losses))
+    decoder.eval()
+    with torch.no_grad():
+        left = [float(error(name, unseen[name], torch.arange(N_PROMPTS))) for name in names]
+        whole = [float(((weights[name] - center) / scale).square().mean()) for name in names]
+    explained = 1.0 - sum(left) / sum(whole)
+    return Generator(decoder, shapes, center, scale, shift, spread, list(bank.tasks), explained)
+
+
+def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Bring all adapters to one rank, and rotate each to be as near as possible to the first one.
+
+    B A is the same for R B^T and R A with R orthogonal. The R that brings both nearest to those of another adapter is
+    the polar factor of A_0 A^T + B_0^T B (orthogonal Procrustes problem, Schoenemann 1966).
+    """
+    adapters: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for name in bank.entries:
+        cut = {n: balanced(layer, rank) for n, layer in bank.layers(name).items()}
+        first = next(iter(adapters.values()), None)
+        if first is not None:
+            if {n: (a.shape, b.shape) for n, (a, b) in cut.items()} != {
+                n: (a.shape, b.shape) for n, (a, b) in first.items()
+            }:
+                raise LoraInitError(f"entry {name!r} of {bank.path} adapts other layers than the first. Leave it out.")
+            cut = {n: _rotated(cut[n], first[n]) for n in first}
+        adapters[name] = cut
+    return adapters
+
+
+def balanced(layer: Layer, rank: int) -> tuple[Tensor, Tensor]:
+    """Give A [rank, d_in] and B [d_out, rank] of the update's best approximation, with A A^T = B^T B."""
+    a, b = one_form({"": layer})[""]
+    whole = Layer(a.float(), b.float(), 1.0).padded(max(rank + 1, len(a)))  # one more, so that `truncate` always acts
+    cut = truncate(whole, factorise(whole), rank).padded(rank)
+    return cut.a, cut.b
+
+
+def _rotated(pair: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    u, _, vh = torch.linalg.svd((to[0] @ pair[0].T + to[1].T @ pair[1]).double())
+    rotation = (u @ vh).float()
+    return rotation @ pair[0], pair[1] @ rotation.T
+
+
+def _flattened(adapter: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.cat([part.flatten() for a, b in adapter.values() for part in (a, b.T)])
+
+
+def _unflattened(flat: Tensor, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
+    sizes = [size for rank, d_in, d_out in shapes.values() for size in (rank * d_in, rank * d_out)]
+    parts = iter(torch.split(flat, sizes))
+    return {name: (next(parts).view(rank, -1), next(parts).view(rank, -1).T) for name, (rank, _, _) in shapes.items()}
+
+
+def _scales(differences: Sequence[Tensor], shapes: Mapping[str, tuple[int, int, int]]) -> Tensor:
+    """Compute the standard deviation of each A and each B over the bank, spread over its weights."""
+    squares = torch.stack(list(differences)).square().mean(0)
+    parts = [part for pair in _unflattened(squares, shapes).values() for part in (pair[0], pair[1].T)]
+    return torch.cat([part.mean().sqrt().clamp_min(1e-12).expand(part.numel()) for part in parts])
+
+
+def _n_tokens(shapes: Mapping[str, tuple[int, int, int]]) -> int:
+    return math.ceil(sum(r * (d_in + d_out) for r, d_in, d_out in shapes.values()) / (_HEIGHT * _WIDTH))
+
+
+def _conditions(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Take the chosen rows, from the beginning again where there are fewer, [prompts, d]."""
+    return rows[chosen % len(rows)]

@@ -1,0 +1,89 @@
+"""Which adapters of a bank are for data like these: by the embeddings of prompts, by statistics, or by both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_init.bank.store import Bank
+from lora_init.errors import LoraInitError
+from lora_init.statistics.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An adapter of the bank, and how close its data are.
+
+    Attributes:
+        name: The entry.
+        task: Its task.
+        distance: Between the mean embeddings, in standard deviations of one prompt, root mean square over the
+            dimensions; 0 is the same.
+        overlap: Mean squared cosine of the principal angles between the leading directions of the layers' inputs, in
+            [0, 1]; None where statistics were not compared.
+    """
+
+    name: str
+    task: str
+    distance: float
+    overlap: float | None = None
+
+    def in_words(self) -> str:
+        """Say how close it is."""
+        overlap = "" if self.overlap is None else f", subspaces overlap by {self.overlap:.0%}"
+        return f"{self.name} ({self.task}): {self.distance:.2f} standard deviations away{overlap}"
+
+
+def neighbours(
+    bank: Bank, embeddings: Tensor, statistics: Statistics | None = None, similarity: str = "embeddings"
+) -> list[Neighbour]:
+    """Order the tasks of a bank by how close their data are, the nearest first; of each task the last entry.
+
+    Hidden states have a few dimensions that are hundreds of times larger than the rest, and a cosine sees these alone.
+    So each dimension is divided by its standard deviation over the prompts of the bank, within the tasks.
+
+    Args:
+        bank: The bank.
+        embeddings: Of the new prompts, by the bank's encoder, float32 [n, d].
+        statistics: Of the new data.
+        similarity: `"embeddings"`, `"subspaces"`, or `"both"`: the sum of the places in the two orders.
+    """
+    if similarity != "embeddings" and statistics is None:
+        raise LoraInitError(f"similarity={similarity!r} compares statistics, and there are none. Pass --statistics.")
+    known = {name: bank.embeddings(name) for name in bank.last_of_task}
+    within = torch.cat([rows - rows.mean(0) for rows in known.values()])
+    spread = within.double().square().mean(0).sqrt().clamp_min(1e-12)
+    mean = embeddings.double().mean(0)
+    distances = {
+        name: float(((rows.double().mean(0) - mean) / spread).square().mean().sqrt()) for name, rows in known.items()
+    }
+    overlaps: dict[str, float | None] = dict.fromkeys(known)
+    if statistics is not None and similarity != "embeddings":
+        overlaps = {name: _overlap(bank, name, statistics) for name in known}
+    by_distance = sorted(known, key=lambda name: distances[name])
+    by_overlap = sorted(known, key=lambda name: -(overlaps[name] or 0.0))
+    places = {
+        "embeddings": by_distance.index,
+        "subspaces": by_overlap.index,
+        "both": lambda name: by_distance.index(name) + by_overlap.index(name),
+    }[similarity]
+    order = sorted(by_distance, key=places)
+    return [Neighbour(name, bank.entries[name].task, distances[name], overlaps[name]) for name in order]
+
+
+def _overlap(bank: Bank, name: str, statistics: Statistics) -> float:
+    """Average over layers the share of the r leading directions of one data set that lies within those of another."""
+    other = bank.statistics(name)
+    if other is None:
+        raise LoraInitError(f"entry {name!r} of {bank.path} has no statistics. Compare by embeddings alone.")
+    groups = dict.fromkeys(statistics.group_of[layer] for layer in statistics if layer in other)
+    shares = []
+    for group in groups:
+        a, b = statistics[group].components, other[group].components
+        rank = min(len(a), len(b), bank.entries[name].rank)
+        shares.append(float((a[:rank] @ b[:rank].T).square().sum()) / rank)
+    if not shares:
+        raise LoraInitError(f"the statistics of entry {name!r} are about other layers. Compare by embeddings alone.")
+    return sum(shares) / len(shares)

@@ -1,0 +1,165 @@
+"""From a bank and examples of a new task to an adapter that starts where others ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.peft_model import check_plain
+from lora_init.adapters.step_size import NoStepError, find_step_size
+from lora_init.bank.generator import balanced, load_generator
+from lora_init.bank.mixture import MOST_ADAPTERS, Pairs, find_weights, stack
+from lora_init.bank.similarity import Neighbour, neighbours
+from lora_init.bank.store import Bank, check_base, one_form
+from lora_init.collection.collect import count_parameters, fingerprint
+from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.layers.targets import find_targets
+from lora_init.layers.wrappers import class_name, unwrapped
+from lora_init.planning.plan import scaling_of
+from lora_init.serving.trained import Layer
+from lora_init.statistics.statistics import Provenance, Statistics
+
+WAYS = ("nearest", "mixture", "generated", "mean")
+
+
+@dataclass(frozen=True, eq=False)
+class BankStart:
+    """A start from a bank.
+
+    Attributes:
+        init: The adapter, B other than zero.
+        neighbours: The tasks of the bank, the nearest first.
+        weights: Of each adapter that is in it; empty for one that was generated.
+        passes: How often the loss was measured for the weights.
+    """
+
+    init: AdapterInit
+    neighbours: Sequence[Neighbour]
+    weights: Mapping[str, float]
+    passes: int = 0
+
+
+def start_from_bank(
+    bank: Bank,
+    model: nn.Module,
+    embeddings: Tensor,
+    loss_of: Callable[[nn.Module], float] | None,
+    by: str = "nearest",
+    *,
+    rank: int = 16,
+    lora_alpha: float = 16,
+    task_type: str | None = None,
+    gamma: float | None = None,
+    similarity: str = "embeddings",
+    statistics: Statistics | None = None,
+    leave_out: Sequence[str] = (),
+) -> BankStart:
+    """Start an adapter from those of a bank, and step as far towards it as lowers the loss most.
+
+    Args:
+        bank: Adapters of this base model.
+        model: The plain model; as it was afterwards.
+        embeddings: Of the new task's prompts, by the bank's encoder, see `embed`.
+        loss_of: Measures the loss of the model as it is, on labelled examples that are set aside, see `mean_loss`.
+            None: there are none, and the adapter is taken at its full size, unchecked.
+        by: `"nearest"`: the adapter whose data are closest. `"mixture"`: weights over at most 8 nearest that lower the
+            loss most. `"generated"`: by the bank's generator. `"mean"`: of the last adapter of each task, as a control.
+        rank: Of the adapter; sums are brought back to it by their singular value decomposition.
+        lora_alpha: The adapter is scaled by lora_alpha / rank.
+        task_type: PEFT's.
+        gamma: Divide the update by this in place of searching; 1 is its full size.
+        similarity: See `neighbours`.
+        statistics: Of the new data, for a similarity by subspaces.
+        leave_out: Tasks of the bank that count as not there.
+
+    Raises:
+        LoraInitError: Another base model; no bank of that kind; no labels for a mixture; nothing in the bank lowers the
+            loss: take none.
+    """
+    if by not in WAYS:
+        raise LoraInitError(f"by={by!r} is unknown. {did_you_mean(by, WAYS)}")
+    check_plain(model, "start_from_bank()")
+    model = unwrapped(model)
+    check_base(bank, fingerprint(model), class_name(model))
+    if by == "mixture" and loss_of is None:
+        raise LoraInitError("a mixture is chosen by the loss on labelled examples, and there are none. Take nearest.")
+    kept = {name: entry for name, entry in bank.entries.items() if entry.task not in leave_out}
+    if not kept:
+        raise LoraInitError(f"{bank.path} has no task but those left out. Add another.")
+    bank = Bank(bank.path, bank.fingerprint, bank.model, bank.encoder, kept)
+    order = neighbours(bank, embeddings, statistics, similarity)
+    about = Provenance(
+        model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        model_class=class_name(model),
+        fingerprint=bank.fingerprint,
+        target_modules=[],
+        n_parameters=count_parameters(model),
+        task_type=task_type,
+        data=f"adapters of {', '.join(bank.tasks)}",
+    )
+    weights: dict[str, float] = {}
+    passes = 0
+    if by == "generated":
+        generator = load_generator(bank)
+        if set(leave_out) & set(generator.tasks):
+            raise LoraInitError(f"the generator of {bank.path} has learned from {', '.join(leave_out)}. Train another.")
+        update = generator.generate(embeddings)
+    else:
+        names = [found.name for found in order]
+        names = {"nearest": names[:1], "mixture": names[:MOST_ADAPTERS], "mean": names}[by]
+        adapters = [one_form(bank.layers(name)) for name in names]
+        shares = [1.0 / len(names)] * len(names)
+        if by == "mixture" and loss_of is not None:
+            shares, passes = find_weights(model, adapters, partial(_adapter, model, about, by), loss_of)
+        weights = dict(zip(names, shares, strict=True))
+        update = stack(adapters, shares)
+    cut = {name: balanced(Layer(a, b, 1.0), rank) for name, (a, b) in update.items()}
+    build = partial(_adapter, model, about, by, cut, rank, lora_alpha)
+    if loss_of is None:
+        return BankStart(build(gamma or 1.0), order, weights, passes)
+    try:
+        init = find_step_size(model, build, loss_of, gamma, first=1.0)
+    except NoStepError as error:
+        raise LoraInitError(
+            f"{bank.path}: take none. No size of the adapter by {by!r} lowers the loss on the examples set aside "
+            f"(nearest: {order[0].in_words()}). Use --method eva, or a bank of tasks like yours."
+        ) from error
+    return BankStart(init, order, weights, passes)
+
+
+def _adapter(
+    model: nn.Module,
+    about: Provenance,
+    by: str,
+    update: Pairs,
+    rank: int = 1,
+    lora_alpha: float = 1.0,
+    gamma: float | None = None,
+) -> AdapterInit:
+    """Put an update into an adapter: as it is, or divided by gamma and with half of the scaling in A, half in B."""
+    found = find_targets(model, list(update), task_type=about.task_type).layers
+    targets = {name: target for name, target in found.items() if name in update}
+    root = 1.0 if gamma is None else (gamma * scaling_of(lora_alpha, rank, False)) ** 0.5
+    return AdapterInit(
+        weights={
+            name: ((update[name][0] / root).contiguous(), (update[name][1] / root).contiguous()) for name in targets
+        },
+        targets=targets,
+        unsupported={},
+        rank=rank,
+        lora_alpha=lora_alpha,
+        use_rslora=False,
+        use_dora=False,
+        lora_dropout=0.0,
+        method=f"bank-{by}",
+        whiten=False,
+        seed=0,
+        left_out=(),
+        explained={},
+        provenance=replace(about, target_modules=sorted(targets), rank=rank),
+        gamma=gamma,
+    )

@@ -1,0 +1,228 @@
+"""The directory of a bank: an index, and a file for each adapter with the embeddings of its prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from torch import Tensor
+
+from lora_init.errors import LoraInitError
+from lora_init.files import read_json, write_whole
+from lora_init.serving.trained import LINEAR, Layer, Trained
+from lora_init.statistics.statistics import Statistics
+from lora_init.statistics.tensorfile import TensorFile, write_tensors
+
+INDEX = "bank.json"
+GENERATOR = "generator.safetensors"
+_FORMAT, _VERSION, _ENTRY = "lora_init.bank", 1, "lora_init.bank_entry"
+# Names of entries become names of files, also those that stand in an index from elsewhere.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index says of an adapter; checkpoints of one training are entries of one task."""
+
+    task: str
+    data: str
+    rank: int
+    n_prompts: int
+    sha256: str
+    statistics_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Adapters of one base model.
+
+    Attributes:
+        path: The directory.
+        fingerprint: That of the base model, see `fingerprint`.
+        model: Class and id of the base model, in words.
+        encoder: Directory or hub id of the encoder of prompts; empty for the base model itself.
+        entries: By name, in the order in which they came.
+    """
+
+    path: Path
+    fingerprint: str
+    model: str
+    encoder: str
+    entries: Mapping[str, Entry]
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """Names of the entries of each task."""
+        tasks: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            tasks.setdefault(entry.task, []).append(name)
+        return tasks
+
+    @property
+    def last_of_task(self) -> list[str]:
+        """The entry of each task that came last: of checkpoints along a training, the one that trained longest."""
+        return [names[-1] for names in self.tasks.values()]
+
+    def in_words(self) -> str:
+        """Say what is in it, with a hash of all files."""
+        digest = hashlib.sha256("".join(entry.sha256 for entry in self.entries.values()).encode()).hexdigest()
+        return f"{self.path.name}: {len(self.entries)} adapters of {', '.join(self.tasks)} ({digest[:16]})"
+
+    def layers(self, name: str) -> dict[str, Layer]:
+        """Read A, B and scaling of each layer of an entry."""
+        file = self._open(name)
+        with file.checking("a layer"):
+            scalings = {str(layer): float(scaling) for layer, scaling in file.header["scalings"].items()}
+        return {n: Layer(file.tensor(f"A {n}"), file.tensor(f"B {n}"), scaling) for n, scaling in scalings.items()}
+
+    def embeddings(self, name: str) -> Tensor:
+        """Read the embeddings of an entry's prompts, float32 [n, d]."""
+        return self._open(name).tensor("embeddings")
+
+    def statistics(self, name: str) -> Statistics | None:
+        """Read the statistics of an entry's data, if it came with some."""
+        digest, path = self.entries[name].statistics_sha256, self._statistics_path(name)
+        if not digest:
+            return None
+        _check_hash(path, digest)
+        return Statistics.load(path)
+
+    def _open(self, name: str) -> TensorFile:
+        path = self.path / f"{name}.safetensors"
+        _check_hash(path, self.entries[name].sha256)
+        return TensorFile(path, _ENTRY, _VERSION)
+
+    def _statistics_path(self, name: str) -> Path:
+        return self.path / f"{name}.statistics.safetensors"
+
+
+def open_bank(path: str | Path) -> Bank:
+    """Read the index of a bank, which must not be empty."""
+    path = Path(path).expanduser()
+    if not (path / INDEX).is_file():
+        raise LoraInitError(f"{path} is no bank: it has no {INDEX}. Make one: lora-init bank add {path} ADAPTER.")
+    content = read_json(path / INDEX)
+    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+        raise LoraInitError(f"{path / INDEX} is of another format than {_FORMAT} {_VERSION}. Give another directory.")
+    try:
+        entries = {name: Entry(**entry) for name, entry in content["entries"].items()}
+        bank = Bank(path, content["fingerprint"], content["model"], content["encoder"], entries)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LoraInitError(f"{path / INDEX} is damaged ({error}). Add the adapters to a new bank.") from error
+    for name in entries:
+        check_name(name)
+    if not entries:
+        raise LoraInitError(f"{path} is an empty bank. Add an adapter: lora-init bank add {path} ADAPTER.")
+    return bank
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain name of a file."""
+    if not _NAME.fullmatch(name) or name == "generator":
+        raise LoraInitError(f"entry {name!r}: a name has letters, digits, - and _, at most 80. Pass another --name.")
+
+
+def add_entry(
+    path: str | Path,
+    name: str,
+    trained: Trained,
+    embeddings: Tensor,
+    *,
+    task: str,
+    data: str,
+    fingerprint: str,
+    model: str,
+    encoder: str = "",
+    statistics: Path | None = None,
+) -> Bank:
+    """Add a trained adapter to a bank, which is made if there is none. Two processes may add at once.
+
+    Nothing is ever replaced, and adapters of another base, or prompts embedded by another encoder, are refused.
+
+    Args:
+        trained: The adapter, see `serving.trained.read_trained`.
+        embeddings: Of the prompts it was trained on, float32 [n, d].
+        model: Its base model in words.
+        encoder: What the embeddings are from; empty for the base model.
+        statistics: File with the statistics of its data.
+    """
+    path = Path(path).expanduser()
+    check_name(name)
+    check_plain_lora(trained)
+    with _locked(path):
+        bank = open_bank(path) if (path / INDEX).is_file() else Bank(path, fingerprint, model, encoder, {})
+        check_base(bank, fingerprint, model)
+        if bank.encoder != encoder:
+            raise LoraInitError(f"{path} embeds prompts by {bank.encoder or 'its base'}, got {encoder or 'the base'}.")
+        if name in bank.entries:
+            raise LoraInitError(f"{path} has an entry {name!r} already and replaces none. Pass another --name.")
+        tensors = {"embeddings": embeddings.float().cpu()}
+        for layer_name, layer in trained.layers.items():
+            tensors |= {f"A {layer_name}": layer.a.float(), f"B {layer_name}": layer.b.float()}
+        header = {"scalings": {n: layer.scaling for n, layer in trained.layers.items()}, "task": task}
+        file = write_tensors(path / f"{name}.safetensors", _ENTRY, _VERSION, header, tensors)
+        digest = ""
+        if statistics is not None:
+            stats = Statistics.load(statistics)
+            if stats.provenance.fingerprint != fingerprint:
+                raise LoraInitError(f"{statistics} has statistics of another model. Name those of the adapter's base.")
+            digest = _hash_of(stats.save(bank._statistics_path(name)))
+        entry = Entry(task, data, trained.rank, len(embeddings), _hash_of(file), digest)
+        bank = Bank(path, fingerprint, bank.model, encoder, {**bank.entries, name: entry})
+        _write_index(bank)
+    return bank
+
+
+def check_base(bank: Bank, fingerprint: str, model: str) -> None:
+    """Refuse another base model than the bank's."""
+    if bank.fingerprint != fingerprint:
+        raise LoraInitError(f"{bank.path} holds adapters of {bank.model}, and {model} is another model. Name its bank.")
+
+
+def check_plain_lora(trained: Trained) -> None:
+    """Refuse DoRA, experts, embeddings and modules that were trained whole, which have no common form."""
+    odd = next((name for name, layer in trained.layers.items() if layer.experts or layer.ends != LINEAR), None)
+    reason = "DoRA" if trained.dora else odd or next(iter(trained.others), None)
+    if reason is not None:
+        raise LoraInitError(f"the adapter has {reason}: a bank holds plain LoRA of linear layers. Train one of those.")
+
+
+def _write_index(bank: Bank) -> None:
+    entries = {name: asdict(entry) for name, entry in bank.entries.items()}
+    about = {"fingerprint": bank.fingerprint, "model": bank.model, "encoder": bank.encoder, "entries": entries}
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, **about}, indent=2) + "\n"
+    try:
+        write_whole(bank.path / INDEX, content.encode())
+    except OSError as error:
+        raise LoraInitError(f"{bank.path}: cannot be written: {error.strerror or error}. Free some space.") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock").acquire()
+    except OSError as error:
+        raise LoraInitError(f"{path}: cannot be written: {error.strerror or error}. Choose another place.") from error
+    with lock:
+        yield
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if not path.is_file() or _hash_of(path) != expected:
+        raise LoraInitError(f"{path} is missing or not what was added to the bank. Add the adapter anew.")
+
+
+def one_form(layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Take the scaling of each layer into its B: A [r, d_in] and B [d_out, r] whose product is the whole update."""
+    return {name: (layer.a, layer.b * layer.scaling) for name, layer in layers.items()}

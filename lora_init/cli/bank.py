@@ -1,0 +1,222 @@
+"""The commands `lora-init bank add`, `list` and `train`, and what `init --method from-bank` does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from lora_init.cli.console import (
+    AsJson,
+    Completion,
+    DataFormat,
+    MaxLength,
+    Template,
+    TrustRemoteCode,
+    busy,
+    command,
+    importing,
+    print_result,
+    say,
+    unescape,
+)
+from lora_init.cli.tables import columns, facts, finite
+from lora_init.errors import LoraInitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_init.loading.models import LoadedModel
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keep trained adapters as starts for new tasks.")
+
+BankPath = Annotated[Path, Argument(help="Directory of the bank.", show_default=False)]
+
+
+def add(
+    bank: BankPath,
+    adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
+    data: Annotated[str, Option(help="What it was trained on, as for init.", show_default=False)],
+    statistics: Annotated[Path | None, Option(help="Statistics of this data, from init.")] = None,
+    name: Annotated[str | None, Option(help="Name of the entry. Default: that of the adapter's directory.")] = None,
+    task: Annotated[
+        str | None, Option(help="What it was trained for; checkpoints of one training share it. Default: the name.")
+    ] = None,
+    model: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
+    encoder: Annotated[
+        str | None, Option(help="Sentence encoder for prompts. Default: the base model's middle layer.")
+    ] = None,
+    template: Template = None,
+    completion: Completion = None,
+    data_format: DataFormat = None,
+    samples: Annotated[int, Option(min=2, help="Prompts to keep embeddings of.")] = 128,
+    max_length: MaxLength = 512,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add the trained ADAPTER to BANK, with embeddings of the prompts that it was trained on."""
+    with importing(model, data):
+        from lora_init.bank.embeddings import embed
+        from lora_init.bank.store import INDEX, add_entry, check_name, check_plain_lora, open_bank
+        from lora_init.collection.collect import fingerprint
+        from lora_init.loading.batches import load_batches
+        from lora_init.loading.models import load_model
+        from lora_init.serving.trained import read_trained
+    name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", adapter.expanduser().resolve().name).strip("-_")
+    check_name(name)
+    trained = read_trained(adapter)
+    check_plain_lora(trained)
+    there = open_bank(bank) if (bank.expanduser() / INDEX).is_file() else None
+    if there is not None and name in there.entries:
+        raise LoraInitError(f"{bank} has an entry {name!r} already and replaces none. Pass another --name.")
+    encoder = encoder or (there.encoder if there else "")
+    source = model or trained.base
+    if not source:
+        raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
+    with busy(f"loading {source}"):
+        loaded = load_model(source, trust_remote_code=trust_remote_code)
+    batches = load_batches(
+        data, loaded.tokenizer, template=unescape(template), completion=unescape(completion), format=data_format,
+        samples=samples, max_length=max_length, seq2seq=loaded.seq2seq,
+    )  # fmt: skip
+    with busy("embedding the prompts"):
+        embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(encoder))
+    found = add_entry(
+        bank, name, trained, embeddings, task=task or name, data=batches.description, encoder=encoder,
+        fingerprint=fingerprint(loaded.model), model=f"{type(loaded.model).__name__} {source}", statistics=statistics,
+    )  # fmt: skip
+    summary = {"bank": str(found.path), "entry": name, **asdict(found.entries[name]), "tasks": len(found.tasks)}
+    entry = found.entries[name]
+    line = (
+        f"{found.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
+        f"{len(found.entries)} adapters of {len(found.tasks)} tasks."
+    )
+    print_result(summary, as_json, lambda console, _: console.print(line, markup=False))
+
+
+def list_(bank: BankPath, as_json: AsJson = False) -> None:
+    """List the adapters in BANK."""
+    with importing():
+        from lora_init.bank.store import GENERATOR, open_bank
+    found = open_bank(bank)
+    entries = {name: asdict(entry) for name, entry in found.entries.items()}
+    head = {
+        "bank": f"{found.path}: {len(found.entries)} adapters of {len(found.tasks)} tasks",
+        "base": found.model,
+        "prompts": f"embedded by {found.encoder or 'the middle layer of the base'}",
+        "generator": "trained" if (found.path / GENERATOR).is_file() else f"none: lora-init bank train {found.path}",
+    }
+
+    def show(console: Console, _: Any) -> None:
+        table = columns("entry", "task", "rank", "prompts", "statistics", "data")
+        for name, entry in found.entries.items():
+            numbers = str(entry.rank), str(entry.n_prompts), "yes" if entry.statistics_sha256 else "-"
+            table.add_row(name, entry.task, *numbers, entry.data.partition(":")[0])
+        console.print(facts(head), "", table, markup=False)
+
+    about = {"bank": str(found.path), "model": found.model, "encoder": found.encoder, "entries": entries}
+    print_result(about, as_json, show)
+
+
+def train(
+    bank: BankPath,
+    rank: Annotated[int | None, Option(min=1, help="Rank to generate. Default: the least in the bank.")] = None,
+    steps: Annotated[int, Option(min=1, help="Steps of training.")] = 400,
+    seed: Annotated[int, Option(min=0, help="Seed of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train the generator of BANK: from prompts to the weights of an adapter."""
+    with importing():
+        from lora_init.bank.generator import train_generator
+        from lora_init.bank.store import open_bank
+    every = max(1, steps // 8)
+
+    def report(step: int, loss: float) -> None:
+        if step % every == 0:
+            say(f"step {step} of {steps}: error {loss:.3f} of the variance of the weights")
+
+    found = open_bank(bank)
+    generator = train_generator(found, rank, steps, seed, report)
+    path = generator.save(found)
+    parameters = sum(p.numel() for p in generator.decoder.parameters())
+    summary = {"generator": str(path), "parameters": parameters, "explained": finite(generator.explained)}
+    line = (
+        f"{path}: {parameters:,} parameters. From prompts of its {len(found.tasks)} tasks that it did not see it "
+        f"reproduces {generator.explained:.0%} of what distinguishes their adapters."
+    )
+    print_result(summary, as_json, lambda console, _: console.print(line, markup=False))
+
+
+for _name, _function in (("add", add), ("list", list_), ("train", train)):
+    app.command(_name)(command(_function))
+
+
+def start_from(
+    path: Path,
+    loaded: LoadedModel,
+    batches: Any,
+    aside: list[Any],
+    statistics: Path | None,
+    *,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Start from a bank, save the adapter and print what came of it, for `init --method from-bank`."""
+    from lora_init.adapters.step_size import mean_loss
+    from lora_init.bank.embeddings import embed
+    from lora_init.bank.start import start_from_bank
+    from lora_init.bank.store import open_bank
+    from lora_init.statistics.statistics import Statistics
+
+    bank = open_bank(path)
+    with busy(f"starting from {path}"):
+        embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(bank.encoder))
+        stats = Statistics.load(statistics) if statistics else None
+        labelled = any("labels" in batch for batch in aside)
+        loss_of = partial(mean_loss, batches=aside) if labelled else None
+        found = start_from_bank(
+            bank, loaded.model, embeddings, loss_of, task_type=loaded.task_type, statistics=stats, **how
+        )
+    init = found.init
+    before, after = init.losses or (None, None)
+    summary = {
+        "adapter": str(init.save_pretrained(output, overwrite=overwrite, model=loaded.model)),
+        "method": init.method, "ranks": init.ranks, "parameters": init.n_parameters(),
+        "neighbours": [asdict(one) | {"said": one.in_words()} for one in found.neighbours],
+        "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
+        "loss_before": finite(before), "loss_at_start": finite(after),
+    }  # fmt: skip
+    print_result(summary, as_json, _show_start)
+
+
+def _show_start(console: Console, summary: dict[str, Any]) -> None:
+    """Print a start from a bank."""
+    weights = ", ".join(f"{weight:+.2f} {name}" for name, weight in summary["weights"].items())
+    loss = "not measured: no labelled examples"
+    if summary["loss_before"] is not None:
+        loss = "{loss_before:.4f} -> {loss_at_start:.4f} before any training".format(**summary)
+    rows = {
+        "nearest": "\n".join(one["said"] for one in summary["neighbours"][:3]),
+        "weights": weights or "none: generated from the prompts",
+        "size": f"the update / {summary['gamma']:g}",
+        "loss": loss,
+        "parameters": f"{summary['parameters']:,}",
+        "adapter": summary["adapter"],
+    }
+    console.print(facts(rows))
+
+
+def _encoder(name: str) -> LoadedModel | None:
+    from lora_init.loading.models import load_model
+
+    if not name:
+        return None
+    with busy(f"loading {name}"):
+        return load_model(name, task_type="FEATURE_EXTRACTION")

@@ -1,0 +1,284 @@
+"""The ways from a bank to a start: each finds the task it is for, and an unrelated bank is refused."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from lora_init.adapters.step_size import mean_loss
+from lora_init.bank.embeddings import embed
+from lora_init.bank.generator import balanced, load_generator, train_generator
+from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
+from lora_init.bank.similarity import neighbours
+from lora_init.bank.start import _adapter, start_from_bank
+from lora_init.bank.store import one_form
+from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
+from lora_init.serving.trained import Layer
+from lora_init.statistics.statistics import Provenance
+from tests.bank import made
+
+
+def start(bank, task, by="nearest", **more):
+    aside = more.pop("aside", made.batches(task, 4, seed=5))
+    loss_of = None if aside is None else partial(mean_loss, batches=aside)
+    embeddings = embed(made.base(), made.batches(task, 8, seed=4))
+    return start_from_bank(bank, made.base(), embeddings, loss_of, by, rank=4, **more)
+
+
+def test_embeddings_are_of_prompts_alone():
+    model, batches = made.base(), made.batches(1)
+    other = [dict(batch, input_ids=batch["input_ids"].masked_fill(batch["labels"] != -100, 7)) for batch in batches]
+    assert torch.equal(embed(model, batches), embed(model, other))
+    states = model.model(batches[0]["input_ids"][:1, :6], output_hidden_states=True).hidden_states
+    assert torch.allclose(embed(model, batches)[0], states[1][0].mean(0), atol=1e-6)
+
+
+def test_padding_and_other_texts_of_a_batch_change_nothing():
+    model = made.base()
+    alone = {"input_ids": torch.tensor([[5, 6, 7]])}
+    padded = {
+        "input_ids": torch.tensor([[5, 6, 7, 0], [9, 9, 9, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    }
+    assert torch.equal(embed(model, [alone])[0], embed(model, [padded])[0])
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_the_nearest_is_the_task_itself(task, bank):
+    found = start(bank, task)
+    assert found.neighbours[0].name == f"task{task}" and found.weights == {f"task{task}": 1.0}
+    assert found.neighbours[0].distance < 0.5 < found.neighbours[1].distance
+    before, after = found.init.losses
+    assert after < before - 0.3
+
+
+def test_distances_do_not_depend_on_the_scale_of_a_dimension(bank, monkeypatch):
+    new = embed(made.base(), made.batches(1, seed=4))
+    before = neighbours(bank, new)
+    factor = torch.logspace(-2, 3, new.shape[1])
+    plain = type(bank).embeddings
+    monkeypatch.setattr(type(bank), "embeddings", lambda self, name: plain(self, name) * factor)
+    after = neighbours(bank, new * factor)
+    assert [one.name for one in after] == [one.name for one in before]
+    assert after[0].distance == pytest.approx(before[0].distance, rel=1e-4)
+
+
+@pytest.mark.parametrize("similarity", ["subspaces", "both"])
+def test_statistics_find_the_nearest_too(similarity, trained, tmp_path):
+    for task in range(3):
+        file = tmp_path / f"{task}.safetensors"
+        collect(made.base(), made.batches(task), "all-linear", rank=4, statistics=file)
+        bank = made.add(tmp_path / "bank", task, trained[f"task{task}"], statistics=file)
+    stats = collect(made.base(), made.batches(2, seed=4), "all-linear", rank=4)
+    found = neighbours(bank, embed(made.base(), made.batches(2, seed=4)), stats, similarity)
+    assert found[0].task == "task2" and 1.0 >= found[0].overlap > found[1].overlap
+    with pytest.raises(LoraInitError, match="compares statistics, and there are none"):
+        neighbours(bank, embed(made.base(), made.batches(2)), None, similarity)
+
+
+def test_entries_without_statistics_cannot_be_compared_by_them(bank):
+    stats = collect(made.base(), made.batches(2), rank=4)
+    with pytest.raises(LoraInitError, match="has no statistics"):
+        start(bank, 2, similarity="subspaces", statistics=stats)
+
+
+def test_a_stack_is_the_weighted_sum(bank):
+    adapters = [one_form(bank.layers(name)) for name in ("task0", "task1")]
+    for name, (a, b) in stack(adapters, [0.7, -0.2]).items():
+        wanted = 0.7 * adapters[0][name][1] @ adapters[0][name][0] - 0.2 * adapters[1][name][1] @ adapters[1][name][0]
+        assert torch.allclose(b @ a, wanted, atol=1e-6)
+
+
+def test_a_stack_takes_layers_that_only_one_has():
+    one = {"x": (torch.ones(2, 3), torch.ones(4, 2))}
+    two = {"y": (torch.ones(1, 3), torch.ones(4, 1))}
+    found = stack([one, two], [2.0, 3.0])
+    assert torch.equal(found["x"][1] @ found["x"][0], torch.full((4, 3), 4.0))
+    assert torch.equal(found["y"][1] @ found["y"][0], torch.full((4, 3), 3.0))
+
+
+def test_weights_are_those_with_the_lowest_loss(bank):
+    """A planted loss: the weights 0.5 and -0.25 of two adapters are the best, and the search does not see them."""
+    adapters = [one_form(bank.layers(name)) for name in ("task0", "task1")]
+    wanted = stack(adapters, [0.5, -0.25])
+    model = made.base()
+
+    def loss_of(model):
+        error = 0.0
+        for name, (a, b) in wanted.items():
+            layer = model.get_submodule(name)
+            error += float((layer.lora_B["default"].weight @ layer.lora_A["default"].weight - b @ a).square().sum())
+        return error
+
+    about = Provenance("", "LlamaForCausalLM", bank.fingerprint, [])
+    weights, passes = find_weights(model, adapters, partial(_adapter, model, about, "mixture"), loss_of)
+    assert weights == pytest.approx([0.5, -0.25], abs=0.02) and passes <= MOST_PASSES
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_mixture_is_no_worse_than_each_of_its_adapters(bank):
+    aside = made.batches(1, 4, seed=5)
+    found = start(bank, 1, "mixture")
+    assert found.passes <= MOST_PASSES and set(found.weights) == {"task0", "task1", "task2"}
+    for name in found.weights:
+        alone = start(bank, 1, "nearest", leave_out=[task for task in bank.tasks if task != name])
+        assert found.init.losses[1] <= alone.init.losses[1] + 0.01
+    model = made.base()
+    assert mean_loss(found.init.apply(model), aside) == pytest.approx(found.init.losses[1], rel=1e-5)
+
+
+def test_the_mean_has_all_tasks_alike(bank):
+    assert start(bank, 1, "mean").weights == dict.fromkeys(("task1", "task0", "task2"), 1 / 3)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_balanced_factors_are_the_best_of_their_rank(rank):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 10, generator=generator), torch.randn(8, 4, generator=generator)
+    cut_a, cut_b = balanced(Layer(a, b, 2.0), rank)
+    assert cut_a.shape == (rank, 10) and cut_b.shape == (8, rank)
+    u, values, vh = torch.linalg.svd(2.0 * b @ a)
+    best = u[:, :rank] * values[:rank] @ vh[:rank]
+    assert torch.allclose(cut_b @ cut_a, best, atol=1e-4)
+    assert torch.allclose(cut_a @ cut_a.T, cut_b.T @ cut_b, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def with_generator(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("generator") / "bank"
+    for task in range(3):
+        bank = made.add(path, task, trained[f"task{task}"])
+    train_generator(bank, steps=120).save(bank)
+    return bank
+
+
+def test_what_is_generated_is_for_the_prompts(with_generator):
+    """From prompts that it did not see, the weights are nearer to those of their task than to any other's."""
+    generator = load_generator(with_generator)
+    assert generator.explained > 0.3
+    for task in range(3):
+        made_for = generator.generate(embed(made.base(), made.batches(task, seed=9)))
+        apart = {}
+        for name in with_generator.entries:
+            wanted = one_form(with_generator.layers(name))
+            differences = (b @ a - wanted[n][1] @ wanted[n][0] for n, (a, b) in made_for.items())
+            apart[name] = sum(float(difference.square().sum()) for difference in differences)
+        assert min(apart, key=apart.get) == f"task{task}"
+        before, after = start(with_generator, task, "generated").init.losses
+        assert after < before - 0.3
+
+
+def test_the_same_seed_gives_the_same_generator(with_generator):
+    one, two = (train_generator(with_generator, steps=2, seed=3) for _ in range(2))
+    other = train_generator(with_generator, steps=2, seed=4)
+    states = [found.decoder.state_dict() for found in (one, two, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
+    """The same adapter twice, once with its A and B rotated: there is nothing left to tell apart."""
+    from lora_init.bank.generator import _aligned
+    from lora_init.bank.store import add_entry
+    from lora_init.serving.trained import read_trained
+
+    bank = made.add(tmp_path / "bank", 0, trained["task0"])
+    found = read_trained(trained["task0"])
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
+    for name, layer in found.layers.items():
+        found.layers[name] = Layer(rotation @ layer.a, layer.b @ rotation.T, layer.scaling)
+    bank = add_entry(
+        bank.path, "rotated", found, bank.embeddings("task0"), task="rotated", data="", fingerprint=bank.fingerprint,
+        model=bank.model,
+    )  # fmt: skip
+    adapters = _aligned(bank, 4)
+    for name, (a, b) in adapters["task0"].items():
+        assert torch.allclose(adapters["rotated"][name][0], a, atol=1e-4)
+        assert torch.allclose(adapters["rotated"][name][1], b, atol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["nearest", "mean"])
+def test_an_unrelated_bank_says_take_none(by, trained, tmp_path):
+    """The bank's adapters push answers that are wrong for this task: no size of them lowers the loss."""
+    bank = made.add(tmp_path / "bank", 0, trained["task0"])
+    flipped = [
+        dict(batch, labels=batch["labels"].where(batch["labels"] == -100, batch["labels"] - 30))
+        for batch in made.batches(0, 4, seed=5)
+    ]
+    with pytest.raises(LoraInitError, match="take none") as error:
+        start(bank, 0, by, aside=flipped)
+    assert "\n" not in str(error.value) and "--method eva" in str(error.value)
+
+
+def test_never_worse_than_the_plain_model(bank):
+    for task in range(4):
+        for by in ("nearest", "mixture", "mean"):
+            try:
+                before, after = start(bank, task, by).init.losses
+            except LoraInitError as error:
+                assert "take none" in str(error)
+            else:
+                assert after < before
+
+
+def test_a_mixture_needs_labels_and_others_do_not(bank):
+    with pytest.raises(LoraInitError, match="a mixture is chosen by the loss on labelled examples"):
+        start(bank, 1, "mixture", aside=None)
+    found = start(bank, 1, aside=None)
+    assert found.init.losses is None and found.init.gamma == 1.0
+
+
+@pytest.mark.parametrize("gamma", [1.0, 4.0])
+def test_the_update_is_that_of_the_entry_over_gamma(gamma, bank):
+    found = start(bank, 1, aside=None, gamma=gamma).init
+    for name, (a, b) in found.weights.items():
+        layer = bank.layers("task1")[name]
+        assert torch.allclose(found.scaling * b @ a, layer.scaling * layer.b @ layer.a / gamma, atol=1e-5)
+
+
+def test_the_adapter_is_one_that_peft_trains(bank, tmp_path):
+    from peft import PeftModel
+
+    found = start(bank, 1).init
+    path = found.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(made.base(), path, is_trainable=True)
+    assert mean_loss(model, made.batches(1, 4, seed=5)) == pytest.approx(found.losses[1], rel=1e-5)
+    assert all(not math.isnan(float(p.detach().sum())) for p in model.parameters())
+    assert "B is not zero" in (path / "README.md").read_text() and found.method == "bank-nearest"
+    model(**made.batches(1)[0]).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("by", "more", "message"),
+    [
+        ("neerest", {}, "by='neerest' is unknown. Did you mean nearest"),
+        ("generated", {}, "has no generator yet. Train it: lora-init bank train"),
+        ("nearest", {"leave_out": ["task0", "task1", "task2"]}, "has no task but those left out"),
+    ],
+)
+def test_what_cannot_be_is_refused(by, more, message, bank):
+    with pytest.raises(LoraInitError, match=message):
+        start(bank, 1, by, **more)
+
+
+def test_another_model_is_refused(bank):
+    torch.manual_seed(7)
+    with pytest.raises(LoraInitError, match="holds adapters of a Llama, and LlamaForCausalLM is another model"):
+        start_from_bank(bank, made.tiny_llama(), torch.ones(2, 32), None)
+
+
+def test_a_generator_needs_two_tasks(trained, tmp_path):
+    bank = made.add(tmp_path / "bank", 0, trained["task0"])
+    with pytest.raises(LoraInitError, match="has one task"):
+        train_generator(bank)
+
+
+def test_a_generator_needs_adapters_of_the_same_layers(bank, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(made.base(), LoraConfig(r=4, target_modules=["o_proj"])).save_pretrained(tmp_path / "other")
+    bank = made.add(bank.path, 1, tmp_path / "other", name="other")
+    with pytest.raises(LoraInitError, match="adapts other layers than the first"):
+        train_generator(bank, steps=1)

@@ -1,0 +1,147 @@
+"""The directory: what is added comes back, what is foreign or damaged is refused in one line, nothing is replaced."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_init.bank.store import open_bank
+from lora_init.collection.collect import collect
+from lora_init.errors import LoraInitError
+from lora_init.serving.trained import read_trained
+from tests.bank import made
+
+
+def test_what_was_added_comes_back(bank, trained):
+    again = open_bank(bank.path)
+    assert again == bank
+    assert again.tasks == {"task0": ["task0-early", "task0"], "task1": ["task1"], "task2": ["task2"]}
+    assert again.last_of_task == ["task0", "task1", "task2"]
+    for name, layer in read_trained(trained["task1"]).layers.items():
+        kept = again.layers("task1")[name]
+        assert torch.equal(kept.a, layer.a) and torch.equal(kept.b, layer.b) and kept.scaling == layer.scaling
+    assert again.embeddings("task1").shape == (32, 32)
+
+
+def test_a_name_is_never_given_twice(bank, trained):
+    with pytest.raises(LoraInitError, match="has an entry 'task1' already"):
+        made.add(bank.path, 1, trained["task1"])
+    assert open_bank(bank.path) == bank
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../out", "a.b", "generator", "x" * 81, "-a"])
+def test_a_name_is_a_plain_name_of_a_file(name, bank, trained):
+    with pytest.raises(LoraInitError, match="a name has letters"):
+        made.add(bank.path, 1, trained["task1"], name=name or " ")
+
+
+def test_a_name_in_the_index_is_not_trusted(bank):
+    index = json.loads((bank.path / "bank.json").read_text())
+    index["entries"]["../../elsewhere"] = index["entries"].pop("task1")
+    (bank.path / "bank.json").write_text(json.dumps(index))
+    with pytest.raises(LoraInitError, match="a name has letters"):
+        open_bank(bank.path)
+
+
+def test_another_base_is_refused(bank, trained):
+    with pytest.raises(LoraInitError, match="holds adapters of a Llama, and a Bert is another model"):
+        made.add(bank.path, 1, trained["task1"], name="new", fingerprint="0" * 32, model="a Bert")
+    assert open_bank(bank.path) == bank
+
+
+def test_another_encoder_is_refused(bank, trained):
+    with pytest.raises(LoraInitError, match="embeds prompts by its base, got minilm"):
+        made.add(bank.path, 1, trained["task1"], name="new", encoder="minilm")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "task1.safetensors").unlink(), "task1.safetensors is missing or not what was added"),
+        (lambda path: (path / "task1.safetensors").write_bytes(b"x" * 100), "is missing or not what was added"),
+        (
+            lambda path: (path / "task1.safetensors").write_bytes((path / "task2.safetensors").read_bytes()),
+            "is missing or not what was added",
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_entry_is_refused(damage, message, bank):
+    damage(bank.path)
+    with pytest.raises(LoraInitError, match=message):
+        open_bank(bank.path).layers("task1")
+    assert open_bank(bank.path).layers("task2")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "lora_init.bank", "version": 1, "entries": {"a": 1}}'])
+def test_a_damaged_index_is_refused(text, bank):
+    (bank.path / "bank.json").write_text(text)
+    with pytest.raises(LoraInitError, match=r"damaged|another format"):
+        open_bank(bank.path)
+
+
+def test_no_bank_and_an_empty_one(bank, tmp_path):
+    with pytest.raises(LoraInitError, match="is no bank"):
+        open_bank(tmp_path)
+    index = json.loads((bank.path / "bank.json").read_text()) | {"entries": {}}
+    (bank.path / "bank.json").write_text(json.dumps(index))
+    with pytest.raises(LoraInitError, match="is an empty bank"):
+        open_bank(bank.path)
+
+
+@pytest.mark.parametrize("what", ["modules_to_save", "use_dora"])
+def test_only_plain_lora_is_kept(what, bank, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"modules_to_save": ["lm_head"]} if what == "modules_to_save" else {"use_dora": True}
+    get_peft_model(made.base(), LoraConfig(target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "odd")
+    with pytest.raises(LoraInitError, match="a bank holds plain LoRA of linear layers"):
+        made.add(bank.path, 1, tmp_path / "odd", name="odd")
+
+
+def test_statistics_come_along(bank, trained, tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    stats = collect(made.base(), made.batches(1), rank=4, statistics=file)
+    found = made.add(bank.path, 1, trained["task1"], name="with", statistics=file)
+    assert found.statistics("with").provenance == stats.provenance and found.statistics("task1") is None
+    (bank.path / "with.statistics.safetensors").write_bytes(b"x")
+    with pytest.raises(LoraInitError, match="not what was added"):
+        found.statistics("with")
+
+
+def test_statistics_of_another_model_are_refused(bank, trained, tmp_path):
+    torch.manual_seed(5)
+    file = tmp_path / "statistics.safetensors"
+    collect(made.tiny_llama(), made.batches(1), rank=4, statistics=file)
+    with pytest.raises(LoraInitError, match="of another model"):
+        made.add(bank.path, 1, trained["task1"], name="with", statistics=file)
+    assert open_bank(bank.path) == bank
+
+
+def test_pickled_weights_are_not_read(bank, trained, tmp_path):
+    tensors = load_file(trained["task1"] / "adapter_model.safetensors")
+    (tmp_path / "pickled").mkdir()
+    torch.save(tensors, tmp_path / "pickled/adapter_model.bin")
+    (tmp_path / "pickled/adapter_config.json").write_text((trained["task1"] / "adapter_config.json").read_text())
+    with pytest.raises(LoraInitError, match="safetensors"):
+        read_trained(tmp_path / "pickled")
+    save_file(tensors, tmp_path / "pickled/adapter_model.safetensors")
+    assert read_trained(tmp_path / "pickled").layers
+
+
+def _add(path, folder, name):
+    torch.set_num_threads(1)
+    made.add(path, 1, folder, name=name)
+
+
+def test_two_processes_add_at_once(bank, trained):
+    context = multiprocessing.get_context("spawn")
+    names = [f"new{i}" for i in range(2)]
+    workers = [context.Process(target=_add, args=(bank.path, trained["task1"], name)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert set(open_bank(bank.path).entries) == {*bank.entries, *names}
