@@ -97,6 +97,7 @@ def compare(
     eval_points: Annotated[
         str | None, typer.Option(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
     ] = None,
+    bank: Annotated[Path | None, typer.Option(help="Bank for bank-nearest, -mixture, -generated and -mean.")] = None,
     statistics_batches: Annotated[
         str, typer.Option(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
     ] = "32",

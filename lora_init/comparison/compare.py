@@ -24,7 +24,7 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import Plan, Record, Run, open_runs, peek
-from lora_init.comparison.starts import FULL, AdapterShape, by_batches, check_start
+from lora_init.comparison.starts import BANK_STARTS, FULL, AdapterShape, by_batches, check_start, split_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
@@ -103,6 +103,7 @@ def compare(
     warmup: float = 0.1,
     evaluation_points: Sequence[int] | None = None,
     statistics_batches: int | Sequence[int] = 32,
+    bank: str | Path | None = None,
     time: float | None = None,
     precision: float | None = None,
     workers: int | None = None,
@@ -143,6 +144,8 @@ def compare(
             always count.
         statistics_batches: Batches of the run's own training data that statistics are made from. With several numbers
             each start from data is run with each, as `NAME+16-batches`.
+        bank: Directory of a bank of this model, for the starts `bank-nearest`, `bank-mixture`, `bank-generated` and
+            `bank-mean`. It should not hold the task that is compared on.
         time: Seconds that it may take. Then, and with `precision`, seeds are spent where they still decide, see
             `Budget`.
         precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
@@ -163,6 +166,8 @@ def compare(
     options = _read_options(loading)
     batches = [statistics_batches] if isinstance(statistics_batches, int) else list(statistics_batches)
     names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts, batches)
+    if bank is None and any(split_start(name)[0] in BANK_STARTS for name in names):
+        raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     budget = Budget(time, precision)
     sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
@@ -172,7 +177,9 @@ def compare(
     training = Training(steps, batch_size, warmup, points)
     directory = Path(output).expanduser().absolute()
     shape = AdapterShape(rank, lora_alpha, target_modules)
-    make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own)
+    make = partial(
+        set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own, _absolute(bank)
+    )
     bench = make()
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}

@@ -29,6 +29,9 @@ from lora_init.adapters.peft_model import (
     remember,
 )
 from lora_init.adapters.step_size import find_step_size
+from lora_init.bank.embeddings import embed
+from lora_init.bank.start import WAYS, start_from_bank
+from lora_init.bank.store import Bank
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
@@ -139,7 +142,9 @@ _MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
 # weights, or of a step whose size is that of the product of A and B.
 _KEEPS_SCALE = {FULL, "random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks", *PEFT_STARTS}
 _KEEPS_SCALE |= {name for name, method in GRADIENT_METHODS.items() if method.gamma}
-START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, FULL)
+BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other tasks, see the room `bank`
+_KEEPS_SCALE |= BANK_STARTS.keys()
+START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, *BANK_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
 # How a start may be run: `eva+16-batches` has statistics of 16 batches, `random+120-steps` trains for 120 steps.
 _HOW = re.compile(rf"{EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(batches|steps)")
@@ -202,6 +207,8 @@ def init_options(start: str) -> list[str] | None:
         >>> init_options("eva-rho1"), init_options("pissa")
         (['--method', 'eva', '--rho', '1'], None)
     """
+    if start in BANK_STARTS:
+        return ["--method", "from-bank", "--by", BANK_STARTS[start], "--bank", "BANK"]
     batches = own_number(start, "batches")
     recipe = _RECIPES.get(split_start(start)[0] if batches else start)
     if recipe is None or recipe.policy != "eva":
@@ -236,6 +243,7 @@ def prepare(
     statistics: Callable[[bool, bool], Statistics] = _no_data,
     batches: Iterable[Mapping[str, Tensor]] = (),
     loss_of: Callable[[nn.Module], float] = _no_data,
+    bank: Bank | None = None,
 ) -> Prepared:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
@@ -244,6 +252,8 @@ def prepare(
 
     - `lora-ga`, `lora-one` and `natural-gradient-step` start with B other than 0; the first changes base weights to
       make up for it, the model's output with the others is another one.
+    - `bank-nearest`, `bank-mixture`, `bank-generated` and `bank-mean` start where adapters of other tasks ended, on
+      their layers, and step towards them as far as lowers the loss most.
     - PEFT's `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775) and `corda` (arXiv 2406.05223,
       instruction-previewed mode) take a part of each weight into A and B and leave the rest in the base, so the output
       changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
@@ -262,9 +272,11 @@ def prepare(
         seed: The same seed gives the same adapter.
         statistics: Called by starts from data with whether the statistics are centred and whether they have gradients;
             for the rank with rho = 2.
-        batches: Tokens with their mask for `corda`, which reads some by itself.
+        batches: Tokens with their mask for `corda`, which reads some by itself, and labels for starts from a bank,
+            which tell prompts by them.
         loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
             take the size of their step by it, see `find_step_size`.
+        bank: For starts from a bank; its prompts are embedded by the base model.
 
     Raises:
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
@@ -288,6 +300,9 @@ def prepare(
                 peft_model = _apply_own(name, start[1], model, seed)
             elif recipe:
                 init = _build(stats, recipe, model, shape, seed, loss_of, how == EQUAL_PARAMETERS)
+                peft_model, gamma = init.apply(model), init.gamma
+            elif name in BANK_STARTS:
+                init = _from_bank(bank, model, shape, batches, loss_of, BANK_STARTS[name])
                 peft_model, gamma = init.apply(model), init.gamma
             elif name == FULL:
                 model.float().requires_grad_(True)  # steps would be lost in the rounding of bfloat16
@@ -389,6 +404,22 @@ def _build(
     if changes_output(recipe.method):
         return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
     return build()
+
+
+def _from_bank(
+    bank: Bank | None,
+    model: nn.Module,
+    shape: AdapterShape,
+    batches: Iterable[Any],
+    loss_of: Callable[[nn.Module], float],
+    by: str,
+) -> AdapterInit:
+    if bank is None or bank.encoder:
+        raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
+    embeddings = embed(model, batches)
+    return start_from_bank(
+        bank, model, embeddings, loss_of, by, rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type
+    ).init
 
 
 def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel:

@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
+from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import AdapterShape, OwnStart, adapter_files, own_number, prepare, split_start
@@ -84,6 +85,7 @@ class Workbench:
         training: How every run trains.
         statistics_batches: Batches of the run's own training data that statistics are made from.
         own: Starts that are not ours: name to an adapter directory, or a function of model and seed.
+        bank: Adapters of other tasks, for starts from a bank.
     """
 
     loaded: LoadedModel
@@ -94,6 +96,7 @@ class Workbench:
     training: Training
     statistics_batches: int
     own: Mapping[str, Any] = field(default_factory=dict)
+    bank: Bank | None = None
     _before: dict[int, tuple[Score, float | None]] = field(default_factory=dict, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None, keep: bool = False) -> Record:
@@ -147,6 +150,7 @@ class Workbench:
             "schedule": "linear warm-up, cosine to zero",
             "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
             "statistics_batches": self.statistics_batches,
+            **({"bank": self.bank.in_words()} if self.bank else {}),
         }
 
     def statistics(self, seed: int, center: bool, gradients: bool, n_batches: int | None = None) -> Statistics:
@@ -208,7 +212,9 @@ class Workbench:
             return mean_loss(model, self._batches(seed, n, N_ASIDE), **self._learning())
 
         reset_peak()
-        prepared = prepare(start, self.loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of)
+        prepared = prepare(
+            start, self.loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank
+        )
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
             record.gamma = prepared.gamma
@@ -271,6 +277,7 @@ def set_up(
     training: Training,
     statistics_batches: int,
     own: Mapping[str, Any] | None = None,
+    bank: str | None = None,
 ) -> Workbench:
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`.
 
@@ -302,4 +309,7 @@ def set_up(
             "classifiers with --label COLUMN."
         )
     shape = replace(shape, task_type=loaded.task_type)
-    return Workbench(loaded, task, retain, directory, shape, training, statistics_batches, own or {})
+    adapters = None if bank is None else open_bank(bank)
+    if adapters is not None:
+        check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
+    return Workbench(loaded, task, retain, directory, shape, training, statistics_batches, own or {}, adapters)

@@ -8,6 +8,7 @@ from lora_init.adapters.initializers import GRADIENT_METHODS, layer_generator
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
 from lora_init.comparison.starts import (
+    BANK_STARTS,
     PEFT_STARTS,
     START_NAMES,
     AdapterShape,
@@ -22,7 +23,7 @@ pytest.importorskip("peft")
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 RANK = 4
 # LoftQ needs a GPU; its own test stands in for the part of it that does. Full fine-tuning has no adapter.
-HERE = [name for name in START_NAMES if name not in ("loftq", "full")]
+HERE = [name for name in START_NAMES if name not in ("loftq", "full", *BANK_STARTS)]
 BY_GRADIENT = [*GRADIENT_METHODS, "gradient-ranks"]
 EVA = [name for name in START_NAMES if name.startswith("eva") and name not in BY_GRADIENT]
 MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]

@@ -1,0 +1,82 @@
+"""Starts from a bank beside the others: what they cost and change is in their records, and a bank is needed."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import lora_init
+from lora_init.bank.embeddings import embed
+from lora_init.bank.generator import train_generator
+from lora_init.bank.store import add_entry
+from lora_init.collection.collect import fingerprint
+from lora_init.errors import LoraInitError
+from lora_init.loading.batches import load_batches
+from lora_init.loading.models import load_model
+from lora_init.serving.trained import read_trained
+from tests.comparisons import SMALL, make_home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="module")
+def bank(home):
+    """Two adapters for the data that the comparison is on, one of them trained the wrong way."""
+    from peft import LoraConfig, get_peft_model
+
+    for number in range(2):
+        loaded = load_model(str(home / "llama"))
+        batches = load_batches(home / "rows.jsonl", loaded.tokenizer, template="{passage}", completion=" {options}")
+        about = {"fingerprint": fingerprint(loaded.model), "embeddings": embed(loaded.model, batches)}
+        torch.manual_seed(number)
+        model = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["v_proj", "down_proj"]))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            (loss if number == 0 else -loss).backward()
+            optimizer.step()
+        model.save_pretrained(home / f"trained{number}")
+        trained = read_trained(home / f"trained{number}")
+        found = add_entry(
+            home / "bank", f"task{number}", trained, task=f"task{number}", data="", model="a Llama", **about
+        )
+    train_generator(found, steps=4).save(found)
+    return home / "bank"
+
+
+def compare(home, output, **changes):
+    return lora_init.compare(str(home / "llama"), home / "rows.jsonl", output, **SMALL | changes)
+
+
+def test_starts_from_a_bank_are_runs_as_any_other(home, bank, tmp_path):
+    starts = ["random", "bank-nearest", "bank-mixture", "bank-mean", "bank-generated"]
+    found = compare(home, tmp_path / "out", starts=starts, bank=bank, learning_rates=[1e-3], seeds=1)
+    records = {record["start"]: record for record in found.records if "-steps" not in record["start"]}
+    assert set(records) == set(starts)
+    before = records["random"]["report_loss"][0]
+    for start in ("bank-nearest", "bank-mixture"):
+        record = records[start]
+        assert record["status"] == "finished" and record["gamma"] > 0 and record["initialisation_seconds"] > 0
+        assert record["report_loss"][0] < before  # a head start: it was trained on such data
+    for record in records.values():  # a mean with a wrong one, or hardly trained weights, may be of no use
+        assert record["status"] == "finished" or "take none" in record["error"]
+    assert found.settings["bank"].startswith("bank: 2 adapters of task0, task1 (")
+    # The same again does nothing; with another bank it would be another comparison.
+    assert compare(home, tmp_path / "out", starts=starts, bank=bank, learning_rates=[1e-3], seeds=1).records
+    assert dataclasses.is_dataclass(found)
+
+
+def test_a_bank_is_needed_and_of_this_model(home, bank, tmp_path):
+    with pytest.raises(LoraInitError, match="those from a bank need bank="):
+        compare(home, tmp_path / "out", starts=["random", "bank-nearest"])
+    with pytest.raises(LoraInitError, match="holds adapters of a Llama, and BertForSequenceClassification is another"):
+        lora_init.compare(
+            str(home / "bert"), home / "rows.jsonl", tmp_path / "out", bank=bank, starts=["random", "bank-nearest"],
+            **SMALL | {"completion": None, "label": "first"},
+        )  # fmt: skip
+    with pytest.raises(LoraInitError, match="is no bank"):
+        compare(home, tmp_path / "out", starts=["random", "bank-nearest"], bank=home)
