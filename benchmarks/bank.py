@@ -1,24 +1,32 @@
-"""A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank DIRECTORY [TASK...]`, resumable.
+"""A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank train|start DIRECTORY [TASK...]`, resumable.
 
-For each task it writes its examples as prompts and completions, trains an adapter from PEFT's random start, and adds
-three checkpoints of it to DIRECTORY/bank. Data and adapters stay out of the repository.
+`train` writes the examples of each task as prompts and completions, trains an adapter from PEFT's random start, and
+adds three checkpoints of it to DIRECTORY/bank. `start` holds a task out, trains a generator on the others, and measures the
+loss before any training with each way to start from the bank; it appends to `results/bank/before.jsonl`. Data and
+adapters stay out of the repository.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_init.adapters.step_size import mean_loss
 from lora_init.bank.embeddings import embed
-from lora_init.bank.store import INDEX, add_entry, open_bank
+from lora_init.bank.generator import train_generator
+from lora_init.bank.start import start_from_bank
+from lora_init.bank.store import INDEX, Bank, add_entry, open_bank
 from lora_init.collection.collect import fingerprint
+from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained
@@ -43,6 +51,7 @@ TASKS = {
     "truthfulqa": ("TruthfulQA/combined.jsonl", ("question",)),
     "nq-open": ("NQ-open/test.jsonl", ("question",)),
 }
+HELD_OUT = ("siqa", "medmcqa", "disflqa", "consumer-contracts")
 _MOST_CHARACTERS = 200  # of each column, so that the answer is within MAX_LENGTH tokens
 
 
@@ -112,14 +121,73 @@ def train(task: str, directory: Path) -> None:
     print(f"{task}: {sum(losses[:6]) / 6:.3f} -> {sum(losses[-6:]) / 6:.3f}, {seconds:.0f} s", flush=True)
 
 
-def main(directory: Path, tasks: list[str]) -> None:
-    """Train what is left."""
-    bank = directory / "bank"
-    for task in tasks or TASKS:
-        there = open_bank(bank).entries if (bank / INDEX).is_file() else {}
-        if f"{task}-{STEPS}" not in there:
-            train(task, directory)
+def without(task: str, directory: Path) -> Bank:
+    """Copy the bank but for one task, and train a generator on what is left."""
+    whole, target = open_bank(directory / "bank"), directory / f"without-{task}"
+    target.mkdir(exist_ok=True)
+    kept = {name: entry for name, entry in whole.entries.items() if entry.task != task}
+    for name in kept:
+        shutil.copyfile(whole.path / f"{name}.safetensors", target / f"{name}.safetensors")
+    index = json.loads((whole.path / INDEX).read_text(encoding="utf-8"))
+    index["entries"] = {name: entry for name, entry in index["entries"].items() if name in kept}
+    (target / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    return open_bank(target)
+
+
+def start(task: str, directory: Path) -> dict[str, Any]:
+    """Measure the loss on 128 examples that nothing else has seen, with each start as it is before training."""
+    import demo_assets
+
+    bank = without(task, directory)
+    began = time.perf_counter()
+    generator = train_generator(bank)
+    generator.save(bank)
+    found: dict[str, Any] = {"task": task, "tasks": list(bank.tasks), "explained": generator.explained}
+    found["seconds"] = {"training the generator": round(time.perf_counter() - began)}
+    loaded = load_model(str(demo_assets.smollm2()), dtype="float32")
+    model, settings = loaded.model, dict(max_length=MAX_LENGTH, format="prompt-completion", batch_size=4)
+    read = partial(load_batches, prepare(task, directory), loaded.tokenizer, **settings)
+    prompts, aside, test = read(samples=64), read(offset=64, samples=16), read(offset=80, samples=128)
+    embeddings = embed(model, prompts)
+    found["loss"] = {"plain": mean_loss(model, test)}
+    for way in ("mean", "nearest", "mixture", "generated"):
+        began = time.perf_counter()
+        try:
+            made = start_from_bank(bank, model, embeddings, partial(mean_loss, batches=aside), way, rank=RANK)
+        except LoraInitError as error:
+            found[way] = str(error)
+            continue
+        found["seconds"][way] = round(time.perf_counter() - began)
+        found[way] = {
+            "gamma": made.init.gamma,
+            "weights": dict(made.weights),
+            "on examples set aside": made.init.losses,
+        }
+        adapted = made.init.apply(model)
+        found["loss"][way] = mean_loss(adapted, test)
+        model = adapted.unload()
+        found["nearest tasks"] = [one.in_words() for one in made.neighbours[:3]]
+    return found
+
+
+def main(what: str, directory: Path, tasks: list[str]) -> None:
+    """Do what is left."""
+    if what == "train":
+        for task in tasks or TASKS:
+            there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
+            if f"{task}-{STEPS}" not in there:
+                train(task, directory)
+        return
+    results = Path(__file__).parent / "results" / "bank" / "before.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line)["task"] for line in results.read_text().splitlines()] if results.exists() else []
+    for task in tasks or HELD_OUT:
+        if task not in done:
+            found = start(task, directory)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+            print(task, {name: round(loss, 3) for name, loss in found["loss"].items()}, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).expanduser(), sys.argv[2:])
+    main(sys.argv[1], Path(sys.argv[2]).expanduser(), sys.argv[3:])

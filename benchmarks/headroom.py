@@ -1,0 +1,88 @@
+"""How much there is to win, and who wins it: `python -m benchmarks.headroom [TASK...]`, resumable.
+
+`lora-init compare` does the work, in `results/headroom-TASK/`. Every task has the plain model and full fine-tuning as
+the ends of its scale, few starts, and five seeds, since few starts with more seeds show smaller differences than many
+starts with few.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lora_init
+from benchmarks import bare_options, siqa_kinds
+
+RESULTS = Path(__file__).parent / "results"
+STARTS = ("random", "eva-rho1", "natural-gradient-step")
+SMALL_MODEL = {"steps": 48, "rank": 8, "report_samples": 192, "selection_samples": 96, "evaluation_points": [48]}
+ENCODER = {
+    "steps": 200,
+    "rank": 8,
+    "report_samples": 400,
+    "selection_samples": 200,
+    "evaluation_points": [50, 100, 200],
+}
+# Folder and file of the data, what is made of it, and the settings of the comparison.
+TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, Any]]] = {
+    "minilm-siqa-kinds": (
+        "SIQA", "test.jsonl", siqa_kinds.main,
+        {**ENCODER, "template": "{passage} {answer}", "label": "kind", "max_length": 64},
+    ),
+    "minilm-boolq": (
+        "BoolQ", "dev.jsonl", None,
+        {**ENCODER, "template": "{question}? {passage}", "label": "answer", "max_length": 64},
+    ),
+    "openbookqa": (
+        "OpenBookQA", "test.jsonl", bare_options.main,
+        {**SMALL_MODEL, "template": "{question}\nAnswer:", "completion": " {answer}", "max_length": 96,
+         "report_samples": 128, "selection_samples": 64},
+    ),
+    "siqa": (
+        "SIQA", "test.jsonl", bare_options.main,
+        {**SMALL_MODEL, "template": "{passage} {question}\nAnswer:", "completion": " {answer}", "max_length": 96},
+    ),
+    "hellaswag": ("HellaSwag", "test.jsonl", None, {**SMALL_MODEL, "template": "{question}", "max_length": 96}),
+    "piqa": ("PIQA", "validation.jsonl", None, {**SMALL_MODEL, "template": "{question}\n{options}", "max_length": 96}),
+    "boolq": (
+        "BoolQ", "dev.jsonl", None,
+        {**SMALL_MODEL, "template": "{passage}\nQuestion: {question}?\nAnswer:", "completion": " {answer}"},
+    ),
+}  # fmt: skip
+
+
+def main(tasks: list[str]) -> None:
+    """Run what is left of each comparison, and print what it found."""
+    for name in tasks or TASKS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = _compare(name, Path(folder, name, "all.jsonl"))
+        print(f"\n{name}: {found.summary.headline}")
+        for verdict in found.summary.verdicts:
+            print(verdict.sentence)
+
+
+def _compare(name: str, made: Path) -> lora_init.Comparison:
+    import demo_assets
+
+    folder, file, make, settings = TASKS[name]
+    data = demo_assets.dataset(folder, file)
+    if make is not None:
+        make(str(data), str(made))
+        data = made
+    if "label" not in settings:
+        other = demo_assets.dataset(*(("SIQA", "test.jsonl") if folder == "BoolQ" else ("BoolQ", "dev.jsonl")))
+        settings = {**settings, "retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
+    model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
+    return lora_init.compare(
+        str(model), data, RESULTS / f"headroom-{name}",
+        starts=STARTS, learning_rates=[3e-4, 1e-3, 3e-3], seeds=5, sweep="halving", extend=1, full=True,
+        name=name, command=f"python -m benchmarks.headroom {name}",
+        say=lambda text: print(text, file=sys.stderr, flush=True), **settings,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
