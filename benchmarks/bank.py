@@ -1,8 +1,8 @@
 """A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank train|start DIRECTORY [TASK...]`, resumable.
 
 `train` writes the examples of each task as prompts and completions, trains an adapter from PEFT's random start, and
-adds three checkpoints of it to DIRECTORY/bank. `start` holds a task out, trains a generator on the others, and measures the
-loss before any training with each way to start from the bank; it appends to `results/bank/before.jsonl`. Data and
+adds three checkpoints of it to DIRECTORY/bank. `start` holds a task out, trains a generator on the others, and measures
+the loss before any training with each way to start from the bank; it appends to `results/bank/before.jsonl`. Data and
 adapters stay out of the repository.
 """
 
