@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
-from lora_init.collection.activations import Forward, call_model, on_device_of
+from lora_init.collection.activations import Forward, call_model, evaluating, on_device_of
 from lora_init.collection.backward import Loss, own_loss
 from lora_init.errors import LoraInitError
 from lora_init.layers.wrappers import unwrapped
@@ -132,17 +132,12 @@ def mean_loss(
     Raises:
         LoraInitError: There is no batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     losses = []
-    try:
+    with evaluating(model):
         for batch in batches:
             moved = on_device_of(model, batch)
             output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
             losses.append(float(loss(output, moved) if loss else own_loss(output)))
-    finally:
-        for module, training in modes:
-            module.training = training
     if not losses:
         raise LoraInitError("there is no batch to measure the loss on. Pass at least one.")
     return statistics.fmean(losses)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.collection.activations import on_device_of
+from lora_init.collection.activations import evaluating, on_device_of
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.loading.models import LoadedModel
@@ -34,10 +34,8 @@ def embed(
     Returns:
         float32 [n, d].
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     found: list[Tensor] = []
-    try:
+    with evaluating(model):
         for ids, prompt in islice(_prompts(batches), MOST_PROMPTS):
             if encoder is None:
                 found.append(_mean_state(model, ids[prompt][None], middle=True))
@@ -45,9 +43,6 @@ def embed(
                 text = tokenizer.decode(ids[prompt], skip_special_tokens=True)
                 read = encoder.tokenizer(text, return_tensors="pt", truncation=True)["input_ids"]
                 found.append(_mean_state(encoder.model, read, middle=False))
-    finally:
-        for module, training in modes:
-            module.training = training
     if not found:
         raise LoraInitError("there is no prompt to embed: the batches have no text. Pass at least one example.")
     return torch.stack(found)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -67,12 +67,11 @@ class ActivationHooks:
         ends_early = isinstance(head, nn.Module) and not (watched or is_sharded(model) or is_offloaded(model))
         self._head: nn.Module | None = head if ends_early else None
         self._handles: list[Any] = []
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self._mode = ExitStack()
         self._sink: Sink | None = None
 
     def __enter__(self) -> ActivationHooks:
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        self._mode.enter_context(evaluating(self.model))
         for name, module in self.modules.items():
             self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
         if self._head is not None:
@@ -83,9 +82,8 @@ class ActivationHooks:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for module, mode in self._modes:
-            module.training = mode
-        self._handles, self._modes = [], []
+        self._mode.close()
+        self._handles = []
 
     @contextmanager
     def watch(self, batch: Any, sink: Sink, wanted: Wanted, to_the_end: bool = False) -> Iterator[Any]:
@@ -146,6 +144,18 @@ class ActivationHooks:
             hidden, chosen = hidden[tokens], chosen[tokens]
         for group, rows in experts.rows(hidden, chosen, self._wanted):
             sink(group, rows)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def on_device_of(model: nn.Module, batch: Any) -> Any:

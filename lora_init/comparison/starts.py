@@ -32,6 +32,7 @@ from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import WAYS, start_from_bank
 from lora_init.bank.store import Bank
+from lora_init.collection.activations import evaluating
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
@@ -513,11 +514,9 @@ def _preprocess_corda(
         )
         for name in shape.targets
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        preprocess_corda(model, config, run_model)
+        with evaluating(model):
+            preprocess_corda(model, config, run_model)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training

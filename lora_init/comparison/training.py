@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from lora_init.collection.activations import evaluating
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import pad_batch
@@ -97,15 +98,9 @@ def training_loss(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put a model into evaluation mode without gradients, and each of its modules into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield next(model.parameters()).device
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Put a model into evaluation mode without gradients, and give its device."""
+    with evaluating(model), torch.inference_mode():
+        yield next(model.parameters()).device
 
 
 def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: bool = False) -> Score:
