@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -236,11 +236,11 @@ class Workbench:
         finally:
             prepared.release()
 
-    def _batches(self, seed: int, skipped: int, count: int) -> list[dict[str, torch.Tensor]]:
-        """Take batches of the run's own data in its order, after some that are skipped."""
+    def _batches(self, seed: int, skipped: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Make batches of the run's own data in its order, as they are asked for, after some that are skipped."""
         device = next(self.loaded.model.parameters()).device
         order = self.task.order(seed, skipped + count, self.training.batch_size)[skipped:]
-        return [send_to_device(self.task.batch(items), device) for items in order]
+        return (send_to_device(self.task.batch(items), device) for items in order)
 
     def _n_batches(self, wanted: int | None) -> int:
         """Count the batches for statistics: no example is in two of them."""

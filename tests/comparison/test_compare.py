@@ -144,6 +144,7 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
     real = workbench.collect
 
     def spy(model, batches, *arguments, **options):
+        batches = list(batches)
         seen.extend(tuple(row[row != 0].tolist()) for batch in batches for row in batch["input_ids"])
         return real(model, batches, *arguments, **options)
 
