@@ -267,8 +267,10 @@ def _shape(target: Target) -> Target:
 
 
 def _described(target: Target) -> str:
-    convolution = f", kernel {target.kernel}, groups {target.groups}" if target.kernel else ""
-    return f"{target.kind} {target.in_features} -> {target.out_features}{convolution}"
+    if not target.kernel:
+        return f"{target.kind} {target.in_features} -> {target.out_features}"
+    channels, kernel = target.shapes(1)[0][1], "x".join(map(str, target.kernel))
+    return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"
 
 
 def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> PeftModel:

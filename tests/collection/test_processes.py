@@ -11,7 +11,8 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 
 from lora_init import LoraInitError, Statistics, collect, principal_angles
-from lora_init.statistics.statistics import TensorFile
+from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION
+from lora_init.statistics.tensorfile import TensorFile
 from tests import reference
 from tests.collection.test_backward import counts_of, exact
 from tests.collection.test_collect import all_rows, low_rank_inputs, two_layers
@@ -34,7 +35,7 @@ def net():
 
 def kept(stats, folder, name):
     """Keep statistics; return a hash of all of their file: its header has the hash of every tensor."""
-    file = TensorFile(stats.save(folder / name))
+    file = TensorFile(stats.save(folder / name), FORMAT, FORMAT_VERSION)
     return sha256(json.dumps(file.header).encode()).hexdigest()
 
 
