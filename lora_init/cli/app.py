@@ -76,6 +76,7 @@ def env(as_json: AsJson = False) -> None:
         "python": platform.python_version(),
         "system": platform.platform(),
         **{found.name: found.version for found in distributions() if found.name in _PACKAGES},
+        "torch": torch.__version__,  # says for which CUDA it was built, as its distribution need not
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} of them for torch",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 10**9:.0f} GB",
         "gpus": ", ".join(f"{gpu.name} {gpu.total_memory / 10**9:.0f} GB" for gpu in gpus) or "none",
