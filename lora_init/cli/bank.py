@@ -86,15 +86,16 @@ def add(
     )  # fmt: skip
     with busy("embedding the prompts"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(encoder))
+    called = f"{type(loaded.model).__name__} {Path(source).name}"
     found = add_entry(
         bank, name, trained, embeddings, task=task or name, data=batches.description, encoder=encoder,
-        fingerprint=fingerprint(loaded.model), model=f"{type(loaded.model).__name__} {source}", statistics=statistics,
+        fingerprint=fingerprint(loaded.model), model=called, statistics=statistics,
     )  # fmt: skip
     summary = {"bank": str(found.path), "entry": name, **asdict(found.entries[name]), "tasks": len(found.tasks)}
     entry = found.entries[name]
     line = (
         f"{found.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
-        f"{len(found.entries)} adapters of {len(found.tasks)} tasks."
+        f"In all {len(found.entries)}, tasks: {len(found.tasks)}."
     )
     print_result(summary, as_json, lambda console, _: console.print(line, markup=False))
 
@@ -147,7 +148,7 @@ def train(
     summary = {"generator": str(path), "parameters": parameters, "explained": finite(generator.explained)}
     line = (
         f"{path}: {parameters:,} parameters. From prompts of its {len(found.tasks)} tasks that it did not see it "
-        f"reproduces {generator.explained:.0%} of what distinguishes their adapters."
+        f"reproduces {max(0.0, generator.explained):.0%} of what distinguishes their adapters."
     )
     print_result(summary, as_json, lambda console, _: console.print(line, markup=False))
 
@@ -205,7 +206,7 @@ def _show_start(console: Console, summary: dict[str, Any]) -> None:
     rows = {
         "nearest": "\n".join(one["said"] for one in summary["neighbours"][:3]),
         "weights": weights or "none: generated from the prompts",
-        "size": f"the update / {summary['gamma']:g}",
+        "size": f"{1.0 / summary['gamma']:g} x the update",
         "loss": loss,
         "parameters": f"{summary['parameters']:,}",
         "adapter": summary["adapter"],
