@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError, in_one_line
 from lora_init.files import read_json
 from lora_init.layers.targets import PREFIX, Target, find_targets
 from lora_init.layers.wrappers import plain_name
-from lora_init.planning.plan import exact_pattern as exact_pattern
+from lora_init.planning.plan import exact_pattern
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -290,10 +290,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
             # What matters of it is checked below; the rest is about magnitudes and heads that PEFT fills in.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            no_weights = any(parameter.is_meta for parameter in model.parameters())
-            peft_model = PeftModel.from_pretrained(
-                model, str(path), is_trainable=trainable, low_cpu_mem_usage=no_weights
-            )
+            peft_model = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, OSError) as error:
         raise LoraInitError(
             f"{path} cannot be put on {type(model).__name__}: {in_one_line(error)} Name the model it was made for."

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_init.bank.store import GENERATOR, Bank, one_form
+from lora_init.bank.store import GENERATOR, Bank
 from lora_init.errors import LoraInitError
 from lora_init.serving.compress import factorise, truncate
 from lora_init.serving.trained import Layer
@@ -154,8 +154,7 @@ def train_generator(
         raise LoraInitError(f"{bank.path} has one task, and a generator learns from what differs. Add another task.")
     rank = rank or min(entry.rank for entry in bank.entries.values())
     adapters = _aligned(bank, rank)
-    first = next(iter(adapters.values()))
-    shapes = {name: (rank, a.shape[1], b.shape[0]) for name, (a, b) in first.items()}
+    shapes = _shapes(next(iter(adapters.values())))
     weights = {name: _flattened(adapter) for name, adapter in adapters.items()}
     del adapters
     center = torch.stack(list(weights.values())).mean(0)
@@ -214,9 +213,7 @@ def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]
         cut = {n: balanced(layer, rank) for n, layer in bank.layers(name).items()}
         first = next(iter(adapters.values()), None)
         if first is not None:
-            if {n: (a.shape, b.shape) for n, (a, b) in cut.items()} != {
-                n: (a.shape, b.shape) for n, (a, b) in first.items()
-            }:
+            if _shapes(cut) != _shapes(first):
                 raise LoraInitError(f"entry {name!r} of {bank.path} adapts other layers than the first. Leave it out.")
             cut = {n: _rotated(cut[n], first[n]) for n in first}
         adapters[name] = cut
@@ -225,8 +222,7 @@ def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]
 
 def balanced(layer: Layer, rank: int) -> tuple[Tensor, Tensor]:
     """Give A [rank, d_in] and B [d_out, rank] of the update's best approximation, with A A^T = B^T B."""
-    a, b = one_form({"": layer})[""]
-    whole = Layer(a.float(), b.float(), 1.0).padded(max(rank + 1, len(a)))  # one more, so that `truncate` always acts
+    whole = layer.rescaled(1.0).padded(max(rank + 1, layer.rank))  # one more, so that `truncate` always acts
     cut = truncate(whole, factorise(whole), rank).padded(rank)
     return cut.a, cut.b
 
@@ -235,6 +231,11 @@ def _rotated(pair: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> tuple[Te
     u, _, vh = torch.linalg.svd((to[0] @ pair[0].T + to[1].T @ pair[1]).double())
     rotation = (u @ vh).float()
     return rotation @ pair[0], pair[1] @ rotation.T
+
+
+def _shapes(adapter: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[int, int, int]]:
+    """Give rank, d_in and d_out of each layer."""
+    return {name: (len(a), a.shape[1], len(b)) for name, (a, b) in adapter.items()}
 
 
 def _flattened(adapter: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -18,7 +18,7 @@ from lora_init.bank.store import Bank, check_base, one_form
 from lora_init.collection.collect import count_parameters, fingerprint
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.targets import find_targets
-from lora_init.layers.wrappers import class_name, unwrapped
+from lora_init.layers.wrappers import class_name, model_id, unwrapped
 from lora_init.planning.plan import scaling_of
 from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance, Statistics
@@ -93,7 +93,7 @@ def start_from_bank(
     bank = Bank(bank.path, bank.fingerprint, bank.model, bank.encoder, kept)
     order = neighbours(bank, embeddings, statistics, similarity)
     about = Provenance(
-        model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        model_id=model_id(model),
         model_class=class_name(model),
         fingerprint=bank.fingerprint,
         target_modules=[],

@@ -225,4 +225,4 @@ def _check_hash(path: Path, expected: str) -> None:
 
 def one_form(layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
     """Take the scaling of each layer into its B: A [r, d_in] and B [d_out, r] whose product is the whole update."""
-    return {name: (layer.a, layer.b * layer.scaling) for name, layer in layers.items()}
+    return {name: (layer.a, layer.rescaled(1.0).b) for name, layer in layers.items()}

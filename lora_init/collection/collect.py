@@ -38,6 +38,7 @@ from lora_init.layers.wrappers import (
     gathered,
     is_sharded,
     is_tensor_parallel,
+    model_id,
     plain_names,
     unwrapped,
     weights,
@@ -198,7 +199,7 @@ def collect(
     file = None if statistics is None else Path(statistics).expanduser()
     n_components = round(rho * rank)
     provenance = Provenance(
-        model_id=str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        model_id=model_id(model),
         model_class=class_name(model),
         # Before the pass: bitsandbytes repacks weights when they are first used.
         fingerprint=fingerprint(model),

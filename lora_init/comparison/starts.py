@@ -23,7 +23,6 @@ from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, ka
 from lora_init.adapters.peft_model import (
     adapter_layers,
     check_model,
-    exact_pattern,
     load_adapter,
     match_modes,
     remember,
@@ -36,6 +35,7 @@ from lora_init.collection.activations import evaluating
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.plan import exact_pattern
 from lora_init.planning.policies import GRADIENT_POLICIES
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics

@@ -40,6 +40,11 @@ def class_name(module: nn.Module) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, _fsdp_module()))
 
 
+def model_id(model: nn.Module) -> str:
+    """Give the directory or hub id that a model of transformers was loaded from; empty for others."""
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward pass needs all processes at once (FSDP2)."""
     return any(isinstance(module, _fsdp_module()) for module in model.modules())
