@@ -8,13 +8,13 @@ starts with few.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lora_init
 from benchmarks import bare_options, siqa_kinds
+from benchmarks.settings import compare_each
 
 RESULTS = Path(__file__).parent / "results"
 STARTS = ("random", "eva-rho1", "natural-gradient-step")
@@ -56,12 +56,8 @@ TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, An
 
 def main(tasks: list[str]) -> None:
     """Run what is left of each comparison, and print what it found."""
-    for name in tasks or TASKS:
-        with tempfile.TemporaryDirectory() as folder:
-            found = _compare(name, Path(folder, name, "all.jsonl"))
-        print(f"\n{name}: {found.summary.headline}")
-        for verdict in found.summary.verdicts:
-            print(verdict.sentence)
+    for _ in compare_each(tasks or TASKS, _compare):
+        pass
 
 
 def _compare(name: str, made: Path) -> lora_init.Comparison:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from lora_init import Comparison
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -143,3 +147,14 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     """Markdown."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> Iterator[Comparison]:
+    """Do what is left of each comparison, with a place for its data, and print its verdicts."""
+    for name in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare(name, Path(folder, name, "all.jsonl"))
+        print(f"\n{name}: {found.summary.headline}")
+        for verdict in found.summary.verdicts:
+            print(verdict.sentence)
+        yield found

@@ -8,7 +8,6 @@ scaling 2, PEFT's random start, its own best of the same learning rates, and the
 from __future__ import annotations
 
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from torch import nn
 
 import lora_init
 from benchmarks import bare_options
-from benchmarks.settings import table
+from benchmarks.settings import compare_each, table
 from lora_init.comparison.tables import run_tables
 
 if TYPE_CHECKING:
@@ -44,12 +43,7 @@ def adapt(purpose: str, model: nn.Module, seed: int) -> PeftModel:
 
 def main(tasks: list[str]) -> None:
     """Run what is left of each comparison, and print its verdicts."""
-    for name in tasks or TASKS:
-        with tempfile.TemporaryDirectory() as folder:
-            found = _compare(name, Path(folder, name, "all.jsonl"))
-        print(f"\n{name}: {found.summary.headline}")
-        for verdict in found.summary.verdicts:
-            print(verdict.sentence)
+    for found in compare_each(tasks or TASKS, _compare):
         for cells in run_tables(found.summary).values():
             print(table(list(cells.columns), cells.to_numpy().tolist()))
 

@@ -50,3 +50,17 @@ def add(bank, task, folder, name=None, **more):
     model = base()
     about = dict(task=f"task{task}", data="made", fingerprint=fingerprint(model), model="a Llama")
     return add_entry(bank, name or f"task{task}", read_trained(folder), embed(model, batches(task)), **(about | more))
+
+
+def fit(base, batches, seed, wrong=False):
+    """Put an adapter of rank 2 on a model and train it on each batch once; the wrong way round, if asked."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        (-loss if wrong else loss).backward()
+        optimizer.step()
+    return model

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
+from tests.bank.made import fit
 from tests.commands import assert_one_line_error, run
 
 READ = ["--template", "{passage}", "--completion", " {question}"]
@@ -21,16 +21,7 @@ def adapters(home, tmp_path_factory):
     loaded = load_model(str(home / "model"))
     batches = load_batches(home / "rows.jsonl", loaded.tokenizer, template="{passage}", completion=" {question}")
     for number in range(2):
-        torch.manual_seed(number)
-        base = AutoModelForCausalLM.from_pretrained(home / "model")
-        config = LoraConfig(r=2, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-        for batch in batches:
-            optimizer.zero_grad()
-            loss = model(**batch).loss
-            (loss if number == 0 else -loss).backward()
-            optimizer.step()
+        model = fit(AutoModelForCausalLM.from_pretrained(home / "model"), batches, number, wrong=number == 1)
         model.save_pretrained(folder / f"task {number}")
     return folder
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 import lora_init
 from lora_init.bank.embeddings import embed
@@ -14,6 +13,7 @@ from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained
+from tests.bank.made import fit
 from tests.comparisons import SMALL, make_home
 
 
@@ -25,20 +25,11 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(home):
     """Two adapters for the data that the comparison is on, one of them trained the wrong way."""
-    from peft import LoraConfig, get_peft_model
-
     for number in range(2):
         loaded = load_model(str(home / "llama"))
         batches = load_batches(home / "rows.jsonl", loaded.tokenizer, template="{passage}", completion=" {options}")
         about = {"fingerprint": fingerprint(loaded.model), "embeddings": embed(loaded.model, batches)}
-        torch.manual_seed(number)
-        model = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["v_proj", "down_proj"]))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-        for batch in batches:
-            optimizer.zero_grad()
-            loss = model(**batch).loss
-            (loss if number == 0 else -loss).backward()
-            optimizer.step()
+        model = fit(loaded.model, batches, number, wrong=number == 1)
         model.save_pretrained(home / f"trained{number}")
         trained = read_trained(home / f"trained{number}")
         found = add_entry(
