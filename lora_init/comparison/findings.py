@@ -47,6 +47,16 @@ def percent(share: float) -> str:
     return f"{value:+.{1 if abs(value) >= 1 else 2}f} %".replace("-", "−")
 
 
+def share(part: float) -> str:
+    """Write a share.
+
+    Example:
+        >>> share(0.79), share(-0.2)
+        ('79 %', '−20 %')
+    """
+    return f"{100 * part:.0f} %".replace("-", "−")
+
+
 Outcome = Literal["better", "worse", "no difference shown", "no statement"]
 
 
@@ -65,6 +75,8 @@ class Verdict:
         high: Upper end.
         showable: The smallest difference that the runs could have shown, half the width of the interval.
         reference: Mean loss of random at its best rate, which differences in per cent are relative to.
+        closed: Share of the headroom that the start closes: its gain over random by that of full fine-tuning. None
+            where the latter is not known, or so small that the runs could not have shown it.
         caveats: What changes the meaning: spreads, rates at the edge, numbers of parameters.
     """
 
@@ -77,6 +89,7 @@ class Verdict:
     high: float | None
     showable: float | None
     reference: float | None
+    closed: float | None
     caveats: list[str]
 
 
@@ -106,7 +119,7 @@ def _outcome(effect: Effect) -> Outcome:
 def _judge(table: pd.DataFrame, start: str, losses: pd.DataFrame, effect: Effect | None, caveats: list[str]) -> Verdict:
     best, differences = best_rates(table), dict[int, float]()
     outcome: Outcome = "no statement"
-    mean = low = high = showable = reference = None
+    mean = low = high = showable = reference = closed = None
     if RANDOM in best:
         reference = float(losses.loc[RANDOM].mean())
         if start in best:
@@ -117,7 +130,7 @@ def _judge(table: pd.DataFrame, start: str, losses: pd.DataFrame, effect: Effect
         for one in (RANDOM, start):
             why = why if one in best else f"{one} has no rate with a finished run and no unstable one"
         sentence = f"{start}: no statement possible, since {why}."
-        return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, caveats)
+        return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, closed, caveats)
     mean = effect.mean if effect else next(iter(differences.values()))
     where = f"{start} at {rate_text(best[start])}, random at {rate_text(best[RANDOM])}"
     apart = f"its final loss is {percent(abs(mean) / reference)[1:]} {'lower' if mean < 0 else 'higher'} than random's"
@@ -131,8 +144,18 @@ def _judge(table: pd.DataFrame, start: str, losses: pd.DataFrame, effect: Effect
             f"interval {ends}; {len(differences)} runs of each; {where}). The runs could have shown "
             f"{percent(showable / reference)[1:]}."
         )
+        left = _left(table)
+        if left > showable:
+            closed = -mean / left
+            said += f" It closes {share(closed)} of the headroom ({share(-high / left)} to {share(-low / left)})."
     sentence = said + "".join(f" But {caveat}." for caveat in caveats)
-    return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, caveats)
+    return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, closed, caveats)
+
+
+def _left(table: pd.DataFrame) -> float:
+    """Compute how much lower full fine-tuning ends than random, over the seeds that both have; NaN if there is none."""
+    losses = by_seed(table)
+    return float((losses.loc[RANDOM] - losses.loc[FULL]).mean()) if FULL in losses.index else math.nan
 
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
@@ -219,21 +242,20 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     runs = table[table["best"] & table["start"].eq(RANDOM)]
     plain, random = runs["plain_loss"].mean(), losses.loc[RANDOM].mean()
     begin = f"The plain model has a loss of {number(plain)}, and random ends at {number(random)}."
-    if FULL not in losses.index or not (losses.loc[FULL].notna() & losses.loc[RANDOM].notna()).any():
+    left = _left(table)
+    if math.isnan(left):
         return f"{begin} How much is left to win, full fine-tuning would say (--full)."
-    left = float((losses.loc[RANDOM] - losses.loc[FULL]).mean())  # over the seeds that both have
     but = "".join(f" But {caveat}." for caveat in _caveats(table, FULL, {}))
     said = f"{begin} Full fine-tuning ends at {number(random - left)}, at {rate_text(best[FULL])}.{but}"
     if left <= 0.0:
         return f"{said} That is no lower than random: nothing to win here."
-    said += (
-        f" So random goes {(plain - random) / (plain - random + left):.0%} of the way, and {left / random:.1%} is left."
-    )
+    gone = (plain - random) / (plain - random + left)
+    said += f" So random goes {share(gone)} of the way, and {percent(left / random)[1:]} is left."
     could = [verdict.showable for verdict in judged if verdict.showable is not None]
     if not could:
         return said
     enough = "" if left > min(could) else ": nothing to win here that they could show"
-    return f"{said} The runs could have shown {min(could) / random:.1%} at best{enough}."
+    return f"{said} The runs could have shown {percent(min(could) / random)[1:]} at best{enough}."
 
 
 def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, str | None]:
@@ -242,8 +264,8 @@ def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, s
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
     if better:
         winner = min(better, key=lambda verdict: verdict.mean or 0.0)
-        start, share = winner.start, percent(-(winner.mean or 0.0) / (winner.reference or math.nan))[1:]
-        said = f"Use {start}: its final loss is {share} lower than random's ({number(winner.mean, '+')})."
+        start, gain = winner.start, percent(-(winner.mean or 0.0) / (winner.reference or math.nan))[1:]
+        said = f"Use {start}: its final loss is {gain} lower than random's ({number(winner.mean, '+')})."
     elif could:
         start = RANDOM
         span = " to ".join(dict.fromkeys(percent(end)[1:] for end in (min(could), max(could))))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, steps_of_start
+from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, share, steps_of_start
 from lora_init.comparison.runs import METRICS, RANDOM, best_rates, by_seed, rate_means
 
 
@@ -45,7 +45,9 @@ def _differences(verdicts: Sequence[Verdict]) -> pd.DataFrame:
         if verdict.low is not None and verdict.high is not None and verdict.showable is not None and verdict.reference:
             row["interval"] = " to ".join(percent(end / verdict.reference) for end in (verdict.low, verdict.high))
             row["could be shown"] = percent(verdict.showable / verdict.reference)[1:]
-    columns = ["difference", "in per cent", "interval", "could be shown", "pairs", "verdict"]
+        if verdict.closed is not None:
+            row["of the headroom"] = share(verdict.closed)
+    columns = ["difference", "in per cent", "interval", "could be shown", "of the headroom", "pairs", "verdict"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 

@@ -190,21 +190,36 @@ def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_
 @pytest.mark.parametrize(
     ("left", "said"),
     [
-        (0.05, "So random goes 98% of the way, and 29.4% is left. The runs could have shown 3.3% at best."),
+        (0.05, "So random goes 98 % of the way, and 29.4 % is left. The runs could have shown 3.3 % at best."),
         (0.0002, ": nothing to win here that they could show."),
         (-0.01, "That is no lower than random: nothing to win here."),
     ],
 )
 def test_headroom(left, said):
-    runs = planted({"eva": 0.0, "full": 0.0}, spread=0.002)
-    for run in runs:
-        if run["start"] == "full":
-            twin = next(r for r in runs if (r["start"], r["learning_rate"], r["seed"])
-                        == ("random", run["learning_rate"], run["seed"]))  # fmt: skip
-            run["report_loss"] = [*run["report_loss"][:-1], twin["report_loss"][-1] - left]
-    summary = summarise(runs, settings(starts=["random", "eva", "full"]))
+    summary = summarise(with_headroom(left, 0.0), settings(starts=["random", "eva", "full"]))
     assert said in summary.headroom and summary.headroom.startswith("The plain model has a loss of 2.3000, and random")
     assert [verdict.start for verdict in summary.verdicts] == ["eva"]
+
+
+def with_headroom(left, gain):
+    """Runs in which full fine-tuning ends `left` below random on each seed, and eva about `gain`."""
+    runs = planted({"eva": -gain, "full": 0.0}, spread=0.002)
+    random = {(r["learning_rate"], r["seed"]): r["report_loss"][-1] for r in runs if r["start"] == "random"}
+    for run in runs:
+        if run["start"] == "full":
+            run["report_loss"] = [*run["report_loss"][:-1], random[run["learning_rate"], run["seed"]] - left]
+    return runs
+
+
+def test_the_share_of_the_headroom_that_a_start_closes_is_said_if_there_is_any_that_could_be_shown():
+    summary = summarise(with_headroom(0.05, 0.04), settings())
+    (eva,) = summary.verdicts
+    assert eva.closed == pytest.approx(-eva.mean / 0.05) and 0.7 < eva.closed < 0.9
+    ends = [f"{100 * -end / 0.05:.0f} %" for end in (eva.high, eva.low)]
+    assert f"It closes {100 * eva.closed:.0f} % of the headroom ({ends[0]} to {ends[1]})." in eva.sentence
+    assert run_tables(summary)["differences"]["of the headroom"].tolist() == [f"{100 * eva.closed:.0f} %"]
+    small = summarise(with_headroom(0.0002, 0.04), settings())
+    assert small.verdicts[0].closed is None and "of the headroom" not in run_tables(small)["differences"]
 
 
 def test_without_full_fine_tuning_the_headroom_is_not_known():

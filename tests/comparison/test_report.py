@@ -108,7 +108,9 @@ def test_markdown_has_a_picture_for_each_png_and_every_run(full):
     markdown = (folder / "report.md").read_text()
     pngs = {path.name for path in files if path.suffix == ".png"}
     names = ("learning_curves", "learning_rates", "differences", "forgetting")
-    assert pngs == {f"{name}.png" for name in names} == set(re.findall(r"\]\((.*?\.png)\)", markdown))
+    shown = re.findall(r"\]\((.*?\.png)\)", markdown)
+    assert pngs == {f"{name}.png" for name in names} == set(shown)
+    assert shown[:2] == ["differences.png", "forgetting.png"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
     assert all(f"{run['report_loss'][-1]:.4f}" in markdown for run in runs)
 
