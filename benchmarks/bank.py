@@ -1,10 +1,10 @@
 """A bank of sixteen tasks for SmolLM2-135M: `python -m benchmarks.bank WHAT DIRECTORY [TASK...]`, resumable.
 
-WHAT is `train` or `compare`. `train` writes the examples of each task as prompts and completions, trains an adapter
-from PEFT's random start, and adds three checkpoints of it to DIRECTORY/bank. `compare` holds a task out, trains a
-generator on the others, and then trains on the task from each start of the bank and from three others, by
-`lora_init.compare`, in `results/bank-TASK/`; what the generator learned goes to `results/bank/TASK.json`. Data and
-adapters stay out of the repository.
+WHAT is one of three. `train` writes the examples of each task as prompts and completions, trains an adapter from PEFT's
+random start, and adds three checkpoints of it to DIRECTORY/bank. `compare` holds a task out, trains a generator on the
+others, and then trains on the task from each start of the bank and from three others, by `lora_init.compare`, in
+`results/bank-TASK/`; what the generator learned goes to `results/bank/TASK.json`. `table` prints the loss of each start
+before training and after 12 and 48 steps. Data and adapters stay out of the repository.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 import lora_init
-from benchmarks.settings import compare_each
+from benchmarks.settings import compare_each, table
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.store import INDEX, Bank, add_entry, open_bank
 from lora_init.collection.collect import fingerprint
+from lora_init.comparison.runs import read_runs, run_table
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained
@@ -181,11 +183,31 @@ def compare(task: str, directory: Path) -> lora_init.Comparison:
     )  # fmt: skip
 
 
+def show(task: str) -> None:
+    """Print the losses of a task that was held out, means over seeds, and the step at which random's is no higher."""
+    runs = run_table(read_runs(Path(__file__).parent / "results" / f"bank-{task}"), STARTS)
+    points = runs["evaluation_points"].iloc[0]
+    curves = pd.DataFrame(runs["report_loss"].tolist(), columns=points).groupby(runs["start"], sort=False).mean()
+    seconds = runs.groupby("start")[["initialisation_seconds", "training_seconds"]].mean()
+    rows = [["plain", f"{runs['plain_loss'].mean():.3f}", "", "", "", ""]]
+    for start, curve in curves.iterrows():
+        overtaken = next((str(step) for step in points if step and curves.loc["random", step] <= curve[step]), "never")
+        losses = [f"{curve[step]:.3f}" for step in (0, 12, STEPS)]
+        rows.append([start, *losses, "" if start == "random" else overtaken, f"{seconds.loc[start].iloc[0]:.0f}"])
+    trained = seconds["training_seconds"].mean()
+    print(f"\n{task}: {runs['seed'].nunique()} seeds, {trained:.0f} s of training a run\n")
+    print(table(["start", "before", "12 steps", f"{STEPS} steps", "random as low at", "s to start"], rows))
+
+
 def main(what: str, directory: Path, tasks: list[str]) -> None:
     """Do what is left."""
     if what == "compare":
         for _ in compare_each(tasks or HELD_OUT, lambda task, _: compare(task, directory)):
             pass
+        return
+    if what == "table":
+        for task in tasks or HELD_OUT:
+            show(task)
         return
     for task in tasks or TASKS:
         there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
