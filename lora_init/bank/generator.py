@@ -25,11 +25,13 @@ from lora_init.serving.trained import Layer
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 N_PROMPTS = 32  # of one condition
-STEPS = 400
-_BATCH = 2  # conditions a step
+STEPS = 1600  # of one condition each
 _LEARNING_RATE = 1e-3
 _HEIGHT, _WIDTH = 10, 128  # of a token, near the paper's 10 x 130
-_CHANNELS = 64
+# Between the blocks, and fewer where there is less to write. For 15 tasks of a 135M model at rank 4 that is 2.9M
+# parameters. They reproduce 20 % of what distinguishes the tasks' adapters after 400 s on one core; with 64 channels it
+# was 13 % after 350 s.
+_CHANNELS = 256
 _FORMAT, _VERSION = "lora_init.generator", 1
 
 
@@ -57,8 +59,9 @@ class Decoder(nn.Module):
     def __init__(self, width: int, n_tokens: int) -> None:
         super().__init__()
         self.columns = math.ceil(width / _HEIGHT)
+        channels = min(_CHANNELS, max(32, n_tokens // 3))
         sizes = [
-            (N_PROMPTS, _HEIGHT, self.columns), (N_PROMPTS, _HEIGHT, _CHANNELS), (_CHANNELS, _HEIGHT, _WIDTH),
+            (N_PROMPTS, _HEIGHT, self.columns), (N_PROMPTS, _HEIGHT, channels), (channels, _HEIGHT, _WIDTH),
             (n_tokens, _HEIGHT, _WIDTH),
         ]  # fmt: skip
         self.blocks = nn.ModuleList(HyperConv(a, b) for a, b in pairwise(sizes))
@@ -183,17 +186,15 @@ def train_generator(
         return off.square().mean()
 
     for step in range(steps):
+        name = names[int(torch.randint(len(names), (1,), generator=generator))]
+        rows = seen[name]
+        loss = error(name, rows, torch.randint(len(rows), (N_PROMPTS,), generator=generator))
         optimizer.zero_grad()
-        losses = []
-        for place in torch.randint(len(names), (_BATCH,), generator=generator).tolist():
-            rows = seen[names[place]]
-            loss = error(names[place], rows, torch.randint(len(rows), (N_PROMPTS,), generator=generator)) / _BATCH
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        say(step + 1, sum(losses))
+        say(step + 1, float(loss.detach()))
     decoder.eval()
     with torch.no_grad():
         left = [float(error(name, unseen[name], torch.arange(N_PROMPTS))) for name in names]

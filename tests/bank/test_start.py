@@ -150,7 +150,7 @@ def with_generator(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("generator") / "bank"
     for task in range(3):
         bank = made.add(path, task, trained[f"task{task}"])
-    train_generator(bank, steps=120).save(bank)
+    train_generator(bank, steps=240).save(bank)
     return bank
 
 
