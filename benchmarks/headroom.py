@@ -18,7 +18,15 @@ from benchmarks.settings import compare_each
 
 RESULTS = Path(__file__).parent / "results"
 STARTS = ("random", "eva-rho1", "natural-gradient-step")
-SMALL_MODEL = {"steps": 48, "rank": 8, "report_samples": 192, "selection_samples": 96, "evaluation_points": [48]}
+# The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
+SMALL_MODEL = {
+    "dtype": "bfloat16",
+    "steps": 48,
+    "rank": 8,
+    "report_samples": 192,
+    "selection_samples": 96,
+    "evaluation_points": [48],
+}
 ENCODER = {
     "steps": 200,
     "rank": 8,

@@ -132,16 +132,19 @@ _RECIPES = {
     "random-scaled": _Recipe(method="random-scaled", rho=1.0),
     "eva-ranks": _Recipe(method="random"),
     "eva-frozen-a": _Recipe(frozen_a=True),
+    "random-frozen-a": _Recipe(method="random", frozen_a=True, data=False),
+    "natural-gradient-frozen-a": _Recipe(method="natural-gradient", rho=1.0, frozen_a=True),
     **{name: _Recipe(method=name, rho=1.0) for name in GRADIENT_METHODS},
     "gradient-ranks": _Recipe(method="random", policy="gradient"),
 }
 # Starts that change the base weights, which have to be put back.
 _CHANGES_BASE = (FULL, *PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
-# Starts whose ranks move between layers and with them the number of parameters; eva-frozen-a also trains no A.
-_MOVES_RANKS = ("eva", "eva-uncentred", "eva-frozen-a", "gradient-ranks")
+# Starts whose ranks move between layers and with them the number of parameters.
+_MOVES_RANKS = ("eva", "eva-uncentred", "gradient-ranks")
 # Starts whose A has the size of the random one already, or another on purpose, or is a part of a change to the base
 # weights, or of a step whose size is that of the product of A and B.
-_KEEPS_SCALE = {FULL, "random", "random-scaled", "natural-gradient-scaled", "eva-ranks", "gradient-ranks", *PEFT_STARTS}
+_KEEPS_SCALE = {FULL, "random", "random-frozen-a", "random-scaled", "natural-gradient-scaled", *PEFT_STARTS}
+_KEEPS_SCALE |= {"eva-ranks", "gradient-ranks"}
 _KEEPS_SCALE |= {name for name, method in GRADIENT_METHODS.items() if method.gamma}
 BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other tasks, see the room `bank`
 _KEEPS_SCALE |= BANK_STARTS.keys()
@@ -193,7 +196,8 @@ def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
         start: Its name.
         ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
     """
-    return start in _MOVES_RANKS and (_RECIPES[start].frozen_a or not ranks_cost_the_same)
+    frozen = start in _RECIPES and _RECIPES[start].frozen_a
+    return frozen or (start in _MOVES_RANKS and not ranks_cost_the_same)
 
 
 def differs_in_scale(start: str) -> bool:
@@ -285,7 +289,7 @@ def prepare(
     check_start(start)
     name, how = split_start(start if isinstance(start, str) else start[0])
     recipe = _RECIPES.get(name)
-    if how == EQUAL_PARAMETERS and not (recipe and recipe.data):
+    if how == EQUAL_PARAMETERS and not (recipe and (recipe.data or recipe.frozen_a)):
         raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
     if name == FULL and how:
         raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
@@ -390,18 +394,19 @@ def _build(
     """Build an adapter from statistics; a start that steps takes the size that lowers the loss most."""
     rank, targets = shape.rank, [stats.targets[name] for name in stats]
     ranks: RankAllocation | int = rank
-    if recipe.data and equal and recipe.frozen_a:
-        ranks = allocate_ranks(stats, rank=min(2 * rank, rank_with_frozen_a(targets, rank)), rho=1.0)
+    if equal and recipe.frozen_a:
+        ranks = min(2 * rank, rank_with_frozen_a(targets, rank))  # the statistics are for twice the rank
+        ranks = allocate_ranks(stats, rank=ranks, rho=1.0) if recipe.data else ranks
     elif recipe.data and equal:
         budget = sum(target.parameters(rank) for target in targets)
         ranks = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
     elif recipe.data:
         ranks = allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
     if isinstance(ranks, RankAllocation):
-        ranks = replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
-    build = partial(
-        build_adapter, stats, ranks, recipe.method, lora_alpha=shape.lora_alpha, seed=seed, freeze_a=recipe.frozen_a
-    )
+        alpha, ranks = shape.lora_alpha, replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
+    else:
+        alpha = shape.lora_alpha * ranks / rank
+    build = partial(build_adapter, stats, ranks, recipe.method, lora_alpha=alpha, seed=seed, freeze_a=recipe.frozen_a)
     if changes_output(recipe.method):
         return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
     return build()
