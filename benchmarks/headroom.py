@@ -1,8 +1,9 @@
-"""How much there is to win, and who wins it: `python -m benchmarks.headroom [TASK...]`, resumable.
+"""How much there is to win, and who wins it: `python -m benchmarks.headroom [TASK[/STUDY]...]`, resumable.
 
 `lora-init compare` does the work, in `results/headroom-TASK/`. Every task has the plain model and full fine-tuning as
 the ends of its scale, few starts, and five seeds, since few starts with more seeds show smaller differences than many
-starts with few.
+starts with few. A study asks more of a task, in `results/STUDY-TASK/`: `rank-1` and `rank-2` how much low ranks leave,
+`starts` which of nine starts closes most, `batches` how many batches statistics need.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from benchmarks.settings import compare_each
 
 RESULTS = Path(__file__).parent / "results"
 STARTS = ("random", "eva-rho1", "natural-gradient-step")
+FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "natural-gradient")]
+STUDIES: dict[str, dict[str, Any]] = {
+    "headroom": {"starts": STARTS, "full": True},
+    "rank-1": {"starts": ["random"], "full": True, "rank": 1, "lora_alpha": 2},
+    "rank-2": {"starts": ["random"], "full": True, "rank": 2, "lora_alpha": 4},
+    "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
+    "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64]},
+}
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
 SMALL_MODEL = {
     "dtype": "bfloat16",
@@ -68,12 +77,15 @@ def main(tasks: list[str]) -> None:
         pass
 
 
-def _compare(name: str, made: Path) -> lora_init.Comparison:
+def _compare(asked: str, made: Path) -> lora_init.Comparison:
     import demo_assets
 
+    name, _, study = asked.partition("/")
+    study = study or "headroom"
     folder, file, make, settings = TASKS[name]
     data = demo_assets.dataset(folder, file)
     if make is not None:
+        made.parent.mkdir(parents=True, exist_ok=True)  # the name of a study has a slash
         make(str(data), str(made))
         data = made
     if "label" not in settings:
@@ -81,10 +93,10 @@ def _compare(name: str, made: Path) -> lora_init.Comparison:
         settings = {**settings, "retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     return lora_init.compare(
-        str(model), data, RESULTS / f"headroom-{name}",
-        starts=STARTS, learning_rates=[3e-4, 1e-3, 3e-3], seeds=5, sweep="halving", extend=1, full=True,
-        name=name, command=f"python -m benchmarks.headroom {name}",
-        say=lambda text: print(text, file=sys.stderr, flush=True), **settings,
+        str(model), data, RESULTS / f"{study}-{name}",
+        learning_rates=[3e-4, 1e-3, 3e-3], seeds=5, sweep="halving", extend=1,
+        name=name, command=f"python -m benchmarks.headroom {asked}",
+        say=lambda text: print(text, file=sys.stderr, flush=True), **settings | STUDIES[study],
     )  # fmt: skip
 
 
