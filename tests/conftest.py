@@ -10,6 +10,11 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Run the slow tests first: at the end one would keep a process alone, while the others are idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _libraries():
     """Load the large libraries first, and let no garbage collection look through them: a third of a second each."""

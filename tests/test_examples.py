@@ -73,6 +73,7 @@ def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
     assert f"{at_start[0]:.2f} before" in page and str(tmp_path / "output.html") in out
 
 
+@pytest.mark.slow
 def test_finetune_llm_learns_the_answer(run, tmp_path):
     assets.smollm2(), assets.boolq()
     before, after = numbers(r"held-out loss of the answer: (\S+) before, (\S+) after", run("finetune_llm"))
