@@ -272,6 +272,8 @@ def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, s
         said = f"No start is shown to be better than random. The runs could have shown differences of {span}."
     else:
         return "The runs do not say yet which start to use.", None
+    if start == RANDOM:
+        return f"{said} Random's learning rate is {rate_text(best[RANDOM])}.", start
     return f"{said} Its learning rate is {rate_text(best[start])}; random's is {rate_text(best[RANDOM])}.", start
 
 

@@ -174,6 +174,7 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
 def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     summary = summarise(planted({"eva": 0.0}), settings(init="lora-init init"))
     assert summary.answer.startswith("No start is shown to be better than random. The runs could have shown ")
+    assert summary.answer.endswith(" Random's learning rate is 1e-3.")
     assert summary.command == "lora-init init --method random --rho 1 --output adapter"
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
