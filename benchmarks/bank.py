@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def prepare(task: str, directory: Path) -> Path:
     return data
 
 
+def entries(directory: Path) -> Collection[str]:
+    """Name the adapters that are in the bank already."""
+    return open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else ()
+
+
 def train(task: str, directory: Path) -> None:
     """Train an adapter for a task, and add its checkpoints with the prompts of its training data."""
     import demo_assets
@@ -101,7 +106,7 @@ def train(task: str, directory: Path) -> None:
     batches = load_batches(data, loaded.tokenizer, samples=STEPS * BATCH, **settings)
     about = {"task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model)}
     embeddings = embed(loaded.model, batches)
-    there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
+    there = entries(directory)
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(loaded.model, config)
@@ -211,8 +216,7 @@ def main(what: str, directory: Path, tasks: list[str]) -> None:
             show(task)
         return
     for task in tasks or TASKS:
-        there = open_bank(directory / "bank").entries if (directory / "bank" / INDEX).is_file() else {}
-        if f"{task}-{STEPS}" not in there:
+        if f"{task}-{STEPS}" not in entries(directory):
             train(task, directory)
 
 

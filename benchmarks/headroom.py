@@ -116,7 +116,6 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     folder, file, make, settings = TASKS[name]
     data = demo_assets.dataset(folder, file)
     if make is not None:
-        made.parent.mkdir(parents=True, exist_ok=True)  # the name of a study has a slash
         make(str(data), str(made))
         data = made
     settings = dict(settings)

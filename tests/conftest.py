@@ -1,6 +1,5 @@
 """Shared fixtures: tiny random models of every architecture the package promises to work on. Nothing is downloaded."""
 
-import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,15 +12,6 @@ import torch
 def pytest_collection_modifyitems(items):
     """Run the slow tests first: at the end one would keep a process alone, while the others are idle."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _libraries():
-    """Load the large libraries first, and let no garbage collection look through them: a third of a second each."""
-    import pandas  # noqa: F401
-    import peft  # noqa: F401
-
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -106,17 +106,19 @@ def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
     """Judge each start, at its own best rate, by its final loss against random's, all in one layout, see `effects`."""
-    losses = judged_losses(table)
+    losses, left = judged_losses(table), _left(table)
     found, unlike = effects(losses, RANDOM), unlike_spreads(losses)
     starts = [start for start in table["start"].unique() if is_judged(start)]
-    return [_judge(table, start, losses, found.get(start), _caveats(table, start, unlike)) for start in starts]
+    return [_judge(table, start, losses, left, found.get(start), _caveats(table, start, unlike)) for start in starts]
 
 
 def _outcome(effect: Effect) -> Outcome:
     return "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
 
 
-def _judge(table: pd.DataFrame, start: str, losses: pd.DataFrame, effect: Effect | None, caveats: list[str]) -> Verdict:
+def _judge(
+    table: pd.DataFrame, start: str, losses: pd.DataFrame, left: float, effect: Effect | None, caveats: list[str]
+) -> Verdict:
     best, differences = best_rates(table), dict[int, float]()
     outcome: Outcome = "no statement"
     mean = low = high = showable = reference = closed = None
@@ -144,7 +146,6 @@ def _judge(table: pd.DataFrame, start: str, losses: pd.DataFrame, effect: Effect
             f"interval {ends}; {len(differences)} runs of each; {where}). The runs could have shown "
             f"{percent(showable / reference)[1:]}."
         )
-        left = _left(table)
         if left > showable:
             closed = -mean / left
             said += f" It closes {share(closed)} of the headroom ({share(-high / left)} to {share(-low / left)})."
