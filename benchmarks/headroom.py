@@ -1,10 +1,10 @@
 """How much there is to win, and who wins it: `python -m benchmarks.headroom [TASK[/STUDY]...]`, resumable.
 
 `lora-init compare` does the work, in `results/headroom-TASK/`. Every task has the plain model and full fine-tuning as
-the ends of its scale, few starts, and five seeds, since few starts with more seeds show smaller differences than many
-starts with few. A study asks more of a task, in `results/STUDY-TASK/`: `rank-1` and `rank-2` how much low ranks leave,
-`starts` which of nine starts closes most, `batches` how many batches statistics need, `planned` whether a small budget
-(a quarter of the parameters of rank 2 everywhere) is better planned than spread evenly.
+the ends of its scale, `random` at ranks 8, 2 and 1, two more starts, and five seeds, since few starts with more seeds
+show smaller differences than many starts with few. A study asks more of a task, in `results/STUDY-TASK/`: `starts`
+which of nine starts closes most, `batches` how many batches statistics need, `planned` whether a small budget (a
+quarter of the parameters of rank 2 everywhere) is better planned than spread evenly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -29,9 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 STARTS = ("random", "eva-rho1", "natural-gradient-step")
 FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "natural-gradient")]
 STUDIES: dict[str, dict[str, Any]] = {
-    "headroom": {"starts": STARTS, "full": True},
-    "rank-1": {"starts": ["random"], "full": True, "rank": 1, "lora_alpha": 2},
-    "rank-2": {"starts": ["random"], "full": True, "rank": 2, "lora_alpha": 4},
+    "headroom": {"starts": STARTS, "full": True},  # and the two of `low_rank`
     "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
     "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64]},
     "planned": {"starts": ["random"], "rank": 1, "lora_alpha": 2},  # and the two of `small`
@@ -80,6 +78,15 @@ TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, An
 }  # fmt: skip
 
 
+def low_rank(rank: int, settings: Mapping[str, Any], model: Any, seed: int) -> PeftModel:
+    """Put PEFT's random adapter of a low rank on a model, scaled as that of rank 8 is."""
+    from peft import LoraConfig, get_peft_model
+
+    task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type)
+    return cast("PeftModel", get_peft_model(model, config))
+
+
 def small(planned: bool, data: Path, settings: Mapping[str, Any], model: nn.Module, seed: int) -> PeftModel:
     """Put PEFT's random adapter on a model, with a quarter of the parameters of rank 2 everywhere.
 
@@ -123,6 +130,9 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         other = demo_assets.dataset(*(("SIQA", "test.jsonl") if folder == "BoolQ" else ("BoolQ", "dev.jsonl")))
         settings |= {"retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
     settings |= STUDIES[study]
+    if study == "headroom":
+        lower = [(f"random-rank-{rank}", partial(low_rank, rank, settings)) for rank in (1, 2)]
+        settings["starts"] = [*settings["starts"], *lower]
     if study == "planned":
         planned, even = (partial(small, planned, data, settings) for planned in (True, False))
         settings["starts"] = [*settings["starts"], ("planned", planned), ("every-other-block", even)]
