@@ -1,20 +1,23 @@
 """How much there is to win, and who wins it: `python -m benchmarks.headroom [TASK[/STUDY]...]`, resumable.
 
-`lora-init compare` does the work, in `results/headroom-TASK/`. Every task has the plain model and full fine-tuning as
-the ends of its scale, `random` at ranks 8, 2 and 1, two more starts, and five seeds, since few starts with more seeds
-show smaller differences than many starts with few. A study asks more of a task, in `results/STUDY-TASK/`: `starts`
-which of nine starts closes most, `batches` how many batches statistics need, `planned` whether a small budget (a
-quarter of the parameters of rank 2 everywhere) is better planned than spread evenly.
+`lora-init compare` does the work, in `results/headroom-TASK/`, with as many workers as there are processors for the
+threads of each (`OMP_NUM_THREADS`). Every task has the plain model and full fine-tuning as the ends of its scale,
+`random` at ranks 8, 2 and 1, two more starts, and five seeds, since few starts with more seeds show smaller differences
+than many starts with few. A study asks more of a task, in `results/STUDY-TASK/`: `starts` which of nine starts closes
+most, `batches` how many batches statistics need, `planned` whether a small budget (a quarter of the parameters of rank
+2 everywhere) is better planned than spread evenly.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 import lora_init
@@ -31,7 +34,8 @@ FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "n
 STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and the two of `low_rank`
     "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
-    "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64]},
+    # What changes is the start's data alone, so all at one rate.
+    "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64], "learning_rates": [1e-3]},
     "planned": {"starts": ["random"], "rank": 1, "lora_alpha": 2},  # and the two of `small`
 }
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
@@ -129,7 +133,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     if "label" not in settings:
         other = demo_assets.dataset(*(("SIQA", "test.jsonl") if folder == "BoolQ" else ("BoolQ", "dev.jsonl")))
         settings |= {"retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
-    settings |= STUDIES[study]
+    settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], **STUDIES[study]}
     if study == "headroom":
         lower = [(f"random-rank-{rank}", partial(low_rank, rank, settings)) for rank in (1, 2)]
         settings["starts"] = [*settings["starts"], *lower]
@@ -139,7 +143,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     return lora_init.compare(
         str(model), data, RESULTS / f"{study}-{name}",
-        learning_rates=[3e-4, 1e-3, 3e-3], seeds=5, sweep="halving", extend=1,
+        seeds=5, sweep="halving", extend=1, workers=(os.cpu_count() or 1) // torch.get_num_threads() or 1,
         name=name, command=f"python -m benchmarks.headroom {asked}",
         say=lambda text: print(text, file=sys.stderr, flush=True), **settings,
     )  # fmt: skip
