@@ -27,6 +27,11 @@ class Effect:
     low: float
     high: float
 
+    @property
+    def showable(self) -> float:
+        """The smallest difference that could have been shown: half the width of the interval."""
+        return (self.high - self.low) / 2
+
 
 def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     """Find the starts whose losses scatter more over the seeds than those of the others do.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
@@ -83,14 +83,14 @@ class Verdict:
     start: str
     outcome: Outcome
     sentence: str
-    differences: dict[int, float]
-    mean: float | None
-    low: float | None
-    high: float | None
-    showable: float | None
-    reference: float | None
-    closed: float | None
-    caveats: list[str]
+    differences: dict[int, float] = field(default_factory=dict)
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    showable: float | None = None
+    reference: float | None = None
+    closed: float | None = None
+    caveats: list[str] = field(default_factory=list)
 
 
 def is_judged(start: str) -> bool:
@@ -100,8 +100,11 @@ def is_judged(start: str) -> bool:
 
 def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Arrange the final losses of random and of all that are compared with it: a row for each, a column for a seed."""
-    losses = by_seed(table)
-    return losses[[start == RANDOM or is_judged(start) for start in losses.index]]
+    return _judged(by_seed(table))
+
+
+def _judged(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[[start == RANDOM or is_judged(start) for start in rows.index]]
 
 
 def verdicts(table: pd.DataFrame) -> list[Verdict]:
@@ -119,31 +122,28 @@ def _outcome(effect: Effect) -> Outcome:
 def _judge(
     table: pd.DataFrame, start: str, losses: pd.DataFrame, left: float, effect: Effect | None, caveats: list[str]
 ) -> Verdict:
-    best, differences = best_rates(table), dict[int, float]()
-    outcome: Outcome = "no statement"
-    mean = low = high = showable = reference = closed = None
-    if RANDOM in best:
-        reference = float(losses.loc[RANDOM].mean())
-        if start in best:
-            pairs = (losses.loc[start] - losses.loc[RANDOM]).dropna()
-            differences = {int(seed): float(value) for seed, value in pairs.items()}
-    if not differences or reference is None:
+    best = best_rates(table)
+    lacking = [one for one in (RANDOM, start) if one not in best]
+    pairs = pd.Series() if lacking else (losses.loc[start] - losses.loc[RANDOM]).dropna()
+    reference = float(losses.loc[RANDOM].mean()) if RANDOM in best else math.nan
+    if pairs.empty:
         why = "no seed finished both here and with random"
-        for one in (RANDOM, start):
-            why = why if one in best else f"{one} has no rate with a finished run and no unstable one"
-        sentence = f"{start}: no statement possible, since {why}."
-        return Verdict(start, outcome, sentence, differences, mean, low, high, showable, reference, closed, caveats)
-    mean = effect.mean if effect else next(iter(differences.values()))
+        if lacking:
+            why = f"{lacking[-1]} has no rate with a finished run and no unstable one"
+        return Verdict(start, "no statement", f"{start}: no statement possible, since {why}.", caveats=caveats)
+    differences = {int(seed): float(value) for seed, value in pairs.items()}
+    outcome: Outcome = "no statement"
+    low = high = showable = closed = None
+    mean = effect.mean if effect else float(pairs.iloc[0])
     where = f"{start} at {rate_text(best[start])}, random at {rate_text(best[RANDOM])}"
     apart = f"its final loss is {percent(abs(mean) / reference)[1:]} {'lower' if mean < 0 else 'higher'} than random's"
-    if effect is None:
-        said = f"{start}: no statement possible with 1 run; {apart} with the same seed ({number(mean, '+')}; {where})."
-    else:
-        outcome, low, high, showable = _outcome(effect), effect.low, effect.high, (effect.high - effect.low) / 2
+    said = f"{start}: no statement possible with 1 run; {apart} with the same seed ({number(mean, '+')}; {where})."
+    if effect:
+        outcome, low, high, showable = _outcome(effect), effect.low, effect.high, effect.showable
         ends = f"{percent(low / reference)} to {percent(high / reference)}"
         said = (
             f"{start}{':' if outcome == 'no difference shown' else ' is'} {outcome}; {apart} ({number(mean, '+')}; "
-            f"interval {ends}; {len(differences)} runs of each; {where}). The runs could have shown "
+            f"interval {ends}; {len(pairs)} runs of each; {where}). The runs could have shown "
             f"{percent(showable / reference)[1:]}."
         )
         if left > showable:
@@ -346,7 +346,7 @@ def forgetting(table: pd.DataFrame) -> list[str]:
         return []
     rise = runs["retained_after"] - runs["retained_before"]
     equal = runs["loss"] <= (1 + _EQUAL_LOSS) * runs["seed"].map(target.loc[RANDOM])
-    least = rise[equal].groupby([runs["start"], runs["seed"]], sort=False).min().unstack()
+    least = _judged(rise[equal].groupby([runs["start"], runs["seed"]], sort=False).min().unstack())
     found, said = effects(least, RANDOM), []
     for start in runs["start"].unique():
         if is_judged(start) and start in found:

@@ -31,7 +31,7 @@ from lora_init.comparison.training import (
     training_loss,
 )
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
-from lora_init.layers.targets import HEADS
+from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
@@ -46,7 +46,7 @@ class RunRecord(Trained):
         seed: Decides the order of the data and all that is random in the start.
         learning_rate: Of the run.
         trainable_parameters: All that training changes.
-        ranks: Rank of each layer, or None if all have the rank asked for.
+        ranks: Rank of each layer that has an adapter; None if all layers have the rank asked for, or for `full`.
         a_scale: Root mean square of the norms of all rows of A.
         gamma: What B A was divided by, where B is not zero and the start is ours.
         plain_loss: Loss to report of the plain model.
@@ -211,6 +211,8 @@ class Workbench:
             """Measure the loss that training minimises on training batches that the statistics are not from."""
             return mean_loss(model, self._batches(seed, n, N_ASIDE), **self._learning())
 
+        targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.shape.task_type)
+        everywhere = dict.fromkeys(targets.layers, self.shape.rank)
         reset_peak()
         prepared = prepare(
             start, self.loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank
@@ -218,8 +220,7 @@ class Workbench:
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
             record.gamma = prepared.gamma
-            moved = any(rank != self.shape.rank for rank in prepared.ranks.values())
-            record.ranks = prepared.ranks if moved else None
+            record.ranks = None if prepared.ranks == everywhere else prepared.ranks or None
             seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
             record.initialisation_seconds = prepared.seconds + seconds
             order = self.task.order(seed, training.steps, training.batch_size)

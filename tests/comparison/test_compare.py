@@ -406,6 +406,20 @@ def again(model, seed):
     return prepare("random", model, AdapterShape(rank=2, lora_alpha=16), seed).peft_model
 
 
+def one_layer(model, seed):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=["layers.1.self_attn.q_proj"])
+    return get_peft_model(model, config)
+
+
+def test_the_ranks_of_a_start_that_leaves_layers_out_are_recorded(home, tmp_path):
+    starts = ["random", ("some", one_layer)]
+    found = compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=1)
+    ranks = {record["start"]: record["ranks"] for record in found.records}
+    assert ranks["random"] is None and ranks["some"] == {"model.layers.1.self_attn.q_proj": 2}
+
+
 def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_path):
     found = compare(
         home, tmp_path / "out", starts=["random", ("useless", useless), ("again", again)], learning_rates=[1e-2],

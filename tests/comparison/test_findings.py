@@ -244,6 +244,9 @@ def test_forgetting_is_judged_at_equal_task_loss_over_all_rates():
     assert said[0].startswith("Forgetting at equal task loss, eva: less than random. The loss on other text rises by ")
     assert "+0.0031, with random by +0.0301 (difference −0.0270" in said[0]
     assert said[1] == "Forgetting at equal task loss, pissa: it reaches random's loss with too few seeds to tell."
+    noise = [0.5, -0.4, 0.9]  # of what is a reference and not compared
+    full = [run | {"start": "full", "retain_loss": [3.0, 3.0 + noise[run["seed"]]]} for run in runs[:6]]
+    assert {run["start"] for run in runs[:6]} == {"random"} and summarise([*runs, *full], settings()).forgetting == said
     assert summarise([run | {"retain_loss": None} for run in runs], settings()).forgetting == []
 
 
