@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,11 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
             axes.plot([verdict.low, verdict.high], [y, y], color=color, linewidth=1.8)
         face = "none" if verdict.low is None else color
         axes.plot([verdict.mean], [y], marker, color=color, markerfacecolor=face, markersize=6.5)
+    # An interval that is far longer than usual leaves the picture, so that the others can be told apart.
+    usual = median([verdict.showable for verdict in verdicts if verdict.showable is not None] or [0.0])
+    reach = max(4 * usual, *(abs(pair) for verdict in verdicts for pair in verdict.differences.values())) * 1.1
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -reach or low), min(high, reach or high))
     axes.set_ylim(len(verdicts) - 0.5, -0.6)
     axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+", 1) for verdict in verdicts])
     axes.locator_params(axis="x", nbins=5)

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import Comparison
 from lora_init.comparison.findings import summarise
-from lora_init.comparison.plots import looks
+from lora_init.comparison.plots import difference_figure, looks
 from lora_init.comparison.report import describe_directory, write_report
 from lora_init.comparison.runs import Run
 from lora_init.comparison.training import evaluate
 from lora_init.errors import LoraInitError
 from tests.comparison.test_compare import compare, set_up_bench
-from tests.comparisons import broken, make_home, planted, record, write
+from tests.comparisons import broken, make_home, planted, record, settings, write
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
 
@@ -113,6 +113,16 @@ def test_markdown_has_a_picture_for_each_png_and_every_run(full):
     assert shown[:2] == ["differences.png", "forgetting.png"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
     assert all(f"{run['report_loss'][-1]:.4f}" in markdown for run in runs)
+
+
+def test_one_interval_that_is_far_longer_than_the_others_does_not_hide_them():
+    wild = [record("wild", seed=seed, final=0.17 + 0.05 * (seed == 1)) for seed in range(3)]
+    runs = [*planted(dict.fromkeys(("eva", "gaussian", "orthogonal"), 0.0), rates=(1e-3,)), *wild]
+    summary = summarise(runs, settings())
+    verdicts = {verdict.start: verdict for verdict in summary.verdicts}
+    low, high = difference_figure(summary).axes[0].get_xlim()
+    assert verdicts["wild"].high > 1.5 * high and low < min(v.low for v in verdicts.values() if v.start != "wild")
+    assert all(low < pair < high for verdict in verdicts.values() for pair in verdict.differences.values())
 
 
 def test_a_second_report_of_the_same_runs_is_the_same(full):
