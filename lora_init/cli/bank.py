@@ -127,14 +127,15 @@ def list_(bank: BankPath, as_json: AsJson = False) -> None:
 def train(
     bank: BankPath,
     rank: Annotated[int | None, Option(min=1, help="Rank to generate. Default: the least in the bank.")] = None,
-    steps: Annotated[int, Option(min=1, help="Steps of training.")] = 400,
+    steps: Annotated[int | None, Option(min=1, help="Steps of training. Default: 1600.")] = None,
     seed: Annotated[int, Option(min=0, help="Seed of all that is random.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train the generator of BANK: from prompts to the weights of an adapter."""
     with importing():
-        from lora_init.bank.generator import train_generator
+        from lora_init.bank.generator import STEPS, train_generator
         from lora_init.bank.store import open_bank
+    steps = steps or STEPS
     every = max(1, steps // 8)
 
     def report(step: int, loss: float) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lora_init.bank import generator
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from tests.bank.made import fit
@@ -71,6 +72,12 @@ def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
     assert any(float(p.detach().abs().max()) > 0 for name, p in model.named_parameters() if "lora_B" in name)
     shown = run("inspect", said["adapter"])
     assert shown.exit_code == 0 and f"bank-{by}" in shown.stdout
+
+
+def test_the_generator_is_trained_as_long_as_in_python_unless_told(bank, monkeypatch):
+    assert f"Default: {generator.STEPS}." in " ".join(run("bank", "train", "--help").stdout.split())
+    monkeypatch.setattr(generator, "STEPS", 8)
+    assert "step 8 of 8" in run("bank", "train", bank).stderr
 
 
 def test_what_is_said_of_the_nearest(bank, home):
