@@ -125,6 +125,14 @@ def test_one_interval_that_is_far_longer_than_the_others_does_not_hide_them():
     assert all(low < pair < high for verdict in verdicts.values() for pair in verdict.differences.values())
 
 
+@pytest.mark.parametrize("starts", [["random", "eva"], ["random", "eva", "pissa"]])
+def test_there_is_no_heading_over_nothing(starts, tmp_path):
+    write(tmp_path, planted({"eva": 0.0}, rates=(3e-4, 1e-3, 3e-3)), starts=starts)
+    write_report(tmp_path)
+    for name in ("report.md", "report.html"):  # a note: pissa has not been run yet
+        assert ("What else to know" in (tmp_path / name).read_text()) == ("pissa" in starts)
+
+
 def test_a_second_report_of_the_same_runs_is_the_same(full):
     _, folder, files = full
     before = {path: path.read_bytes() for path in files}
