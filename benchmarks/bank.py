@@ -104,8 +104,10 @@ def train(task: str, directory: Path) -> None:
     loaded = load_model(model, dtype="float32")
     settings = dict(max_length=MAX_LENGTH, batch_size=BATCH, format="prompt-completion")
     batches = load_batches(data, loaded.tokenizer, samples=STEPS * BATCH, **settings)
-    about = {"task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model)}
-    about["model"] = f"LlamaForCausalLM {Path(model).name}"
+    about = {
+        "task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model),
+        "model": f"LlamaForCausalLM {Path(model).name}",
+    }  # fmt: skip
     embeddings = embed(loaded.model, batches)
     there = entries(directory)
     torch.manual_seed(0)

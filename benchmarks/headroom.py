@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import lora_init
 from benchmarks import bare_options, siqa_kinds
-from benchmarks.settings import compare_each
+from benchmarks.settings import compare_each, random_adapter
 from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 STARTS = ("random", "eva-rho1", "natural-gradient-step")
 FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "natural-gradient")]
 STUDIES: dict[str, dict[str, Any]] = {
-    "headroom": {"starts": STARTS, "full": True},  # and the two of `low_rank`
+    "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
     "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
     # What changes is the start's data alone, so all at one rate.
     "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64], "learning_rates": [1e-3]},
@@ -82,16 +82,9 @@ TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, An
 }  # fmt: skip
 
 
-def low_rank(rank: int, settings: Mapping[str, Any], model: Any, seed: int) -> PeftModel:
-    """Put PEFT's random adapter of a low rank on a model, scaled as that of rank 8 is."""
-    from peft import LoraConfig, get_peft_model
-
-    task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type)
-    return cast("PeftModel", get_peft_model(model, config))
-
-
-def small(planned: bool, data: Path, settings: Mapping[str, Any], model: nn.Module, seed: int) -> PeftModel:
+def small(
+    planned: bool, data: Path, settings: Mapping[str, Any], task_type: str, model: nn.Module, seed: int
+) -> PeftModel:
     """Put PEFT's random adapter on a model, with a quarter of the parameters of rank 2 everywhere.
 
     Ranks are planned by EVA's rule from the training data, at most 8 in a layer, or are 1 in every other block.
@@ -103,7 +96,6 @@ def small(planned: bool, data: Path, settings: Mapping[str, Any], model: nn.Modu
         completion=settings.get("completion"), max_length=settings["max_length"], samples=256, batch_size=8,
         offset=settings["report_samples"] + settings["selection_samples"], needs_labels=False,
     )  # fmt: skip
-    task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
     stats = lora_init.collect(model, batches, task_type=task_type, rank=2, rho=4, max_batches=32, progress=False)
     grid = layer_grid(stats)
     ranks: Mapping[str, int] = {name: 1 for (_, block), name in grid.cells.items() if block % 2 == 0}
@@ -134,11 +126,12 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         other = demo_assets.dataset(*(("SIQA", "test.jsonl") if folder == "BoolQ" else ("BoolQ", "dev.jsonl")))
         settings |= {"retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
     settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], **STUDIES[study]}
+    task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
     if study == "headroom":
-        lower = [(f"random-rank-{rank}", partial(low_rank, rank, settings)) for rank in (1, 2)]
+        lower = [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
         settings["starts"] = [*settings["starts"], *lower]
     if study == "planned":
-        planned, even = (partial(small, planned, data, settings) for planned in (True, False))
+        planned, even = (partial(small, planned, data, settings, task_type) for planned in (True, False))
         settings["starts"] = [*settings["starts"], ("planned", planned), ("every-other-block", even)]
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     return lora_init.compare(

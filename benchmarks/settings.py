@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_init import find_targets
+
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lora_init import Comparison
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -147,6 +151,15 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     """Markdown."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def random_adapter(purpose: str, rank: int, task_type: str, model: nn.Module, seed: int) -> PeftModel:
+    """Put PEFT's random adapter, with the scaling 2, on the layers of one purpose."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    names = list(find_targets(model, purpose, task_type=task_type).layers)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type=task_type))
 
 
 def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> Iterator[Comparison]:

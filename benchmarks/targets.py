@@ -10,18 +10,11 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
 
 import lora_init
 from benchmarks import bare_options
-from benchmarks.settings import compare_each, table
+from benchmarks.settings import compare_each, random_adapter, table
 from lora_init.comparison.tables import run_tables
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 RANKS = {"attention": 21, "mlp": 13}
 TASKS = {
@@ -29,16 +22,6 @@ TASKS = {
     "openbookqa": ("OpenBookQA", "{question}\nAnswer:"),
 }
 RESULTS = Path(__file__).parent / "results"
-
-
-def adapt(purpose: str, model: nn.Module, seed: int) -> PeftModel:
-    """Put PEFT's random adapter on the layers of one purpose."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    names = list(lora_init.find_targets(model, purpose).layers)
-    rank = RANKS[purpose]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM"))
 
 
 def main(tasks: list[str]) -> None:
@@ -55,7 +38,7 @@ def _compare(name: str, data: Path) -> lora_init.Comparison:
     bare_options.main(str(demo_assets.dataset(folder, "test.jsonl")), str(data))
     return lora_init.compare(
         str(demo_assets.smollm2()), data, RESULTS / f"targets-{name}",
-        starts=["random", *((purpose, partial(adapt, purpose)) for purpose in RANKS)],
+        starts=["random", *((on, partial(random_adapter, on, rank, "CAUSAL_LM")) for on, rank in RANKS.items())],
         learning_rates=[1e-3, 3e-3], seeds=3, sweep="halving", extend=0, rank=8, steps=20, batch_size=4,
         template=template, completion=" {answer}", max_length=96, selection_samples=24, report_samples=48,
         evaluation_points=[20], dtype="bfloat16", name=name, command=f"python -m benchmarks.targets {name}",

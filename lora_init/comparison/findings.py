@@ -125,12 +125,13 @@ def _judge(
     best = best_rates(table)
     lacking = [one for one in (RANDOM, start) if one not in best]
     pairs = pd.Series() if lacking else (losses.loc[start] - losses.loc[RANDOM]).dropna()
-    reference = float(losses.loc[RANDOM].mean()) if RANDOM in best else math.nan
-    if pairs.empty:
+    reference = float(losses.loc[RANDOM].mean()) if RANDOM in best else None
+    if pairs.empty or reference is None:
         why = "no seed finished both here and with random"
         if lacking:
             why = f"{lacking[-1]} has no rate with a finished run and no unstable one"
-        return Verdict(start, "no statement", f"{start}: no statement possible, since {why}.", caveats=caveats)
+        said = f"{start}: no statement possible, since {why}."
+        return Verdict(start, "no statement", said, reference=reference, caveats=caveats)
     differences = {int(seed): float(value) for seed, value in pairs.items()}
     outcome: Outcome = "no statement"
     low = high = showable = closed = None

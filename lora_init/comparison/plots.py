@@ -169,9 +169,10 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
         axes.plot([verdict.mean], [y], marker, color=color, markerfacecolor=face, markersize=6.5)
     # An interval that is far longer than usual leaves the picture, so that the others can be told apart.
     usual = median([verdict.showable for verdict in verdicts if verdict.showable is not None] or [0.0])
-    reach = max(4 * usual, *(abs(pair) for verdict in verdicts for pair in verdict.differences.values())) * 1.1
+    farthest = max(abs(pair) for verdict in verdicts for pair in verdict.differences.values())
+    reach = 1.1 * max(4 * usual, farthest) or math.inf
     low, high = axes.get_xlim()
-    axes.set_xlim(max(low, -reach or low), min(high, reach or high))
+    axes.set_xlim(max(low, -reach), min(high, reach))
     axes.set_ylim(len(verdicts) - 0.5, -0.6)
     axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+", 1) for verdict in verdicts])
     axes.locator_params(axis="x", nbins=5)

@@ -220,7 +220,8 @@ class Workbench:
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
             record.gamma = prepared.gamma
-            record.ranks = None if prepared.ranks == everywhere else prepared.ranks or None
+            ranks = prepared.ranks
+            record.ranks = None if ranks in ({}, everywhere) else ranks
             seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
             record.initialisation_seconds = prepared.seconds + seconds
             order = self.task.order(seed, training.steps, training.batch_size)

@@ -87,6 +87,16 @@ def test_without_random_nothing_is_said_of_any_start():
     assert summary.notes[0].startswith("Every start is compared with random")
 
 
+def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
+    random = [record(seed=seed) for seed in (0, 1)]
+    apart = verdict(summarise([*random, record("eva", seed=2)], settings()))
+    assert apart.sentence == "eva: no statement possible, since no seed finished both here and with random."
+    failed = verdict(summarise([*random, broken("failed", "no room", start="eva")], settings()))
+    assert failed.sentence.endswith("since eva has no rate with a finished run and no unstable one.")
+    for found in (apart, failed):
+        assert (found.differences, found.mean, found.reference) == ({}, None, pytest.approx(0.17))
+
+
 def test_random_with_another_scale_is_not_the_random_to_compare_with():
     runs = planted({"eva": -0.01})
     for run in runs:
