@@ -157,7 +157,8 @@ def _judge(
 def _left(table: pd.DataFrame) -> float:
     """Compute how much lower full fine-tuning ends than random, over the seeds that both have; NaN if there is none."""
     losses = by_seed(table)
-    return float((losses.loc[RANDOM] - losses.loc[FULL]).mean()) if FULL in losses.index else math.nan
+    there = RANDOM in losses.index and FULL in losses.index
+    return float((losses.loc[RANDOM] - losses.loc[FULL]).mean()) if there else math.nan
 
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
@@ -232,7 +233,8 @@ def _lost(table: pd.DataFrame) -> list[str]:
         said.append(f"{start} is unstable at {where}, so this rate is not averaged.")
     failed = table[table["status"] == "failed"]
     for reason, runs in failed.groupby("error", sort=False):
-        said.append(f"{len(runs)} runs failed ({reason.rstrip('.')}): {', '.join(runs['start'].unique())}.")
+        n = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+        said.append(f"{n} failed ({reason.rstrip('.')}): {', '.join(runs['start'].unique())}.")
     return said
 
 

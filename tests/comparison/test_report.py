@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
@@ -153,6 +154,12 @@ PARTIAL = {
     "one run": ([record()], "Not run yet: eva."),
     "random alone": (planted({}), "Not run yet: eva."),
     "no random": ([run for run in planted({"eva": 0}) if run["start"] != "random"], "compared with random"),
+    "full alone": ([record("full", 1e-4)], "Not run yet: eva."),
+    "full, but no random": ([record("full", 1e-4), record("eva")], "compared with random"),
+    "full, and random failed": (
+        [record("full", 1e-4), broken("failed", "out of memory")],
+        "1 run failed (out of memory): random.",
+    ),
     "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
     "one rate": (planted({"eva": 0}, rates=(1e-3,)), "But it was run at 1e-3 only, so it is not known to be tuned."),
     "all failed": (
@@ -174,7 +181,7 @@ def test_partial_directories_give_a_valid_report_that_says_what_is_missing(name,
     page = (tmp_path / "run" / "report.html").read_text()
     assert said in " ".join(Page(page).words)
     assert all(path.stat().st_size for path in files)
-    assert describe_directory(tmp_path / "run")["runs"] == ({} if not runs else {runs[0]["status"]: len(runs)})
+    assert describe_directory(tmp_path / "run")["runs"] == Counter(run["status"] for run in runs)
 
 
 def test_many_starts_keep_looks_of_their_own_and_their_own_always():
