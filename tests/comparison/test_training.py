@@ -207,6 +207,14 @@ def test_the_loss_is_that_of_transformers(make, task):
         assert float(losses.sum() / labelled.sum()) == pytest.approx(float(model(**text).loss), rel=1e-5)
 
 
+def test_the_output_layer_is_given_what_it_can_multiply_without_a_copy(task):
+    model, seen = tiny_llama(), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = task.batch(task.train[:6])
+    training_loss(model, task, batch)
+    assert seen[0].shape[1] < batch["labels"].shape[1] and seen[0].is_contiguous()
+
+
 def test_the_loss_of_a_classifier_is_that_of_transformers(home, task):
     model, labels = tiny_bert(), torch.tensor([0, 1, 1])
     batch = {**task.batch(task.train[:3]), "labels": labels}
