@@ -6,6 +6,7 @@ threads of each (`OMP_NUM_THREADS`). Every task has the plain model and full fin
 most eight. A study asks more of a task:
 
 - `starts`: which of nine starts closes most. They join the same directory.
+- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. In the same directory, too.
 - `batches`: how many batches statistics need, in `results/batches-TASK/`.
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block, in `results/planned-TASK/`.
@@ -36,6 +37,7 @@ FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "n
 STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
     "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN], "full": True},
+    "default-rate": {},  # larger A x than usual
     # What changes is the start's data alone, so all at one rate.
     "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64], "learning_rates": [1e-3]},
     # Rank 1 in every other block, and two plans with as many parameters.
@@ -94,23 +96,35 @@ TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, An
 def planned(
     policy: str, data: Path, settings: Mapping[str, Any], task_type: str, model: nn.Module, seed: int
 ) -> PeftModel:
-    """Put PEFT's random adapter on a model, with a quarter of the parameters of rank 2 everywhere.
+    """Put PEFT's random adapter on a model: a quarter of the parameters of rank 2 everywhere, at most 8 in a layer."""
+    stats = _statistics(model, data, settings, task_type, rank=2, rho=4, gradients=policy == "gradient")
+    budget = sum(target.parameters(2) for target in stats.targets.values()) // 4
+    ranks = lora_init.allocate_ranks(stats, parameters=budget, policy=policy, rho=16, max_rank=8)
+    return lora_init.build_adapter(stats, ranks, "random", lora_alpha=2, seed=seed).apply(model)
 
-    Ranks are planned from 32 batches of the training data, at most 8 in a layer.
-    """
+
+def larger_eva(
+    factor: float, data: Path, settings: Mapping[str, Any], task_type: str, model: nn.Module, seed: int
+) -> PeftModel:
+    """Put EVA's adapter on a model, the same rank everywhere, with a multiple of the scaling of all others."""
+    rank = settings["rank"]
+    stats = _statistics(model, data, settings, task_type, rank=rank, rho=1)
+    return lora_init.build_adapter(stats, rank, "eva", lora_alpha=2 * rank * factor).apply(model)
+
+
+def _statistics(
+    model: nn.Module, data: Path, settings: Mapping[str, Any], task_type: str, **options: Any
+) -> lora_init.Statistics:
+    """Collect from 32 batches of the training data."""
     from transformers import AutoTokenizer
 
     batches = lora_init.load_batches(
         data, AutoTokenizer.from_pretrained(model.config.name_or_path), template=settings["template"],
         completion=settings.get("completion"), max_length=settings["max_length"], samples=256, batch_size=8,
-        offset=settings["report_samples"] + settings["selection_samples"], needs_labels=policy == "gradient",
+        offset=settings["report_samples"] + settings["selection_samples"],
+        needs_labels=options.get("gradients", False),
     )  # fmt: skip
-    stats = lora_init.collect(
-        model, batches, task_type=task_type, rank=2, rho=4, gradients=policy == "gradient", progress=False
-    )
-    budget = sum(target.parameters(2) for target in stats.targets.values()) // 4
-    ranks = lora_init.allocate_ranks(stats, parameters=budget, policy=policy, rho=16, max_rank=8)
-    return lora_init.build_adapter(stats, ranks, "random", lora_alpha=2, seed=seed).apply(model)
+    return lora_init.collect(model, batches, task_type=task_type, progress=False, **options)
 
 
 def main(tasks: list[str]) -> None:
@@ -124,6 +138,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
 
     name, _, study = asked.partition("/")
     study = study or "headroom"
+    where = study if study in ("batches", "planned") else "headroom"
     folder, file, make, settings = TASKS[name]
     data = demo_assets.dataset(folder, file)
     if make is not None:
@@ -133,7 +148,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     if "label" not in settings:
         other = demo_assets.dataset(*(("SIQA", "test.jsonl") if folder == "BoolQ" else ("BoolQ", "dev.jsonl")))
         settings |= {"retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
-    settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], **STUDIES[study]}
+    settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, **STUDIES[study]}
     task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
     if study in ("headroom", "starts"):
         lower = [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
@@ -142,10 +157,14 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         policies = ("eva", "gradient") if task_type == "CAUSAL_LM" else ("eva",)
         plans = [(f"planned-{policy}", partial(planned, policy, data, settings, task_type)) for policy in policies]
         settings["starts"] = [*settings["starts"], *plans]
+    if study == "default-rate":
+        sizes = [(f"eva-rho1-x{f}", partial(larger_eva, f, data, settings, task_type)) for f in (2, 4)]
+        random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
+        settings |= {"starts": [*sizes, ("random-x10", random)], "learning_rates": [2e-4], "extend": 0}
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     return lora_init.compare(
-        str(model), data, RESULTS / f"{'headroom' if study == 'starts' else study}-{name}",
-        seeds=8, precision=0.02, sweep="halving", extend=1,
+        str(model), data, RESULTS / f"{where}-{name}",
+        seeds=8, precision=0.02, sweep="halving",
         workers=(os.cpu_count() or 1) // torch.get_num_threads() or 1,
         name=name, command=f"python -m benchmarks.headroom {asked}",
         say=lambda text: print(text, file=sys.stderr, flush=True), **settings,

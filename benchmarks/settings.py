@@ -153,20 +153,24 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def random_adapter(purpose: str, rank: int, task_type: str, model: nn.Module, seed: int) -> PeftModel:
-    """Put PEFT's random adapter, with the scaling 2, on the layers of one purpose."""
+def random_adapter(
+    purpose: str, rank: int, task_type: str, model: nn.Module, seed: int, *, scaling: int = 2
+) -> PeftModel:
+    """Put PEFT's random adapter on the layers of one purpose."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     names = list(find_targets(model, purpose, task_type=task_type).layers)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type=task_type))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=names, task_type=task_type)
+    )
 
 
 def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> Iterator[Comparison]:
     """Do what is left of each comparison, with a place for its data, and print its verdicts."""
     for name in tasks:
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(name, Path(folder, name, "all.jsonl"))
+            found = compare(name, Path(folder, name.partition("/")[0], "all.jsonl"))
         print(f"\n{name}: {found.summary.headline}")
         for verdict in found.summary.verdicts:
             print(verdict.sentence)
