@@ -13,7 +13,7 @@ import pandas as pd
 
 from lora_init.comparison.findings import Summary, rate_text
 from lora_init.comparison.runs import RANDOM, best_rates
-from lora_init.comparison.starts import FULL, START_NAMES, split_start
+from lora_init.comparison.starts import FULL, split_start
 from lora_init.errors import LoraInitError, require
 from lora_init.statistics.statistics import shown
 
@@ -30,9 +30,8 @@ _LOOK: dict[Any, Any] = {"font.family": "sans-serif", "text.color": INK, "text.p
 
 
 def looks(starts: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Give each start a colour and a marker, those of ours always the same."""
-    names = list(dict.fromkeys(start for start in (*START_NAMES, *starts) if start not in (RANDOM, FULL)))
-    # 42 starts before a pair of colour and marker comes again.
+    """Give each start a colour and a marker, in the order given: six before a colour comes again, 42 before a pair."""
+    names = [start for start in dict.fromkeys(starts) if start not in (RANDOM, FULL)]
     styles = {name: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
     return styles | {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
 
@@ -191,6 +190,12 @@ def _draw_forgetting(axes: Any, runs: pd.DataFrame, styles: Styles) -> None:
         curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]
         axes.plot(curve["loss"], curve["rise"], line_style(name), color=color, linewidth=1.0, alpha=0.7)
         axes.plot(best["loss"], best["rise"], marker, color=color, markersize=5.5, label=name, alpha=0.85)
+    # What matters is near the best rates: rates far from them leave the picture.
+    near = counted[counted["best"]]
+    for column, limit in (("loss", axes.set_xlim), ("rise", axes.set_ylim)):
+        low, high = near[column].min(), near[column].max()
+        room = 0.4 * (high - low) or 0.1 * abs(high) or 1.0
+        limit(low - room, high + room)
     axes.locator_params(axis="x", nbins=5)
     _finish(axes, "final loss (less: learned more)")
     axes.set_ylabel("loss on retained text, change\n(less: forgot less)", fontsize=8)
