@@ -38,8 +38,8 @@ STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
     "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN], "full": True},
     "default-rate": {},  # larger A x than usual
-    # What changes is the start's data alone, so all at one rate.
-    "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64], "learning_rates": [1e-3]},
+    # What changes is the start's data alone, so all at one rate, between the best of the two starts.
+    "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64], "learning_rates": [5e-4]},
     # Rank 1 in every other block, and two plans with as many parameters.
     "planned": {
         "starts": ["random"],
