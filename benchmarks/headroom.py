@@ -158,7 +158,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         plans = [(f"planned-{policy}", partial(planned, policy, data, settings, task_type)) for policy in policies]
         settings["starts"] = [*settings["starts"], *plans]
     if study == "default-rate":
-        sizes = [(f"eva-rho1-x{f}", partial(larger_eva, f, data, settings, task_type)) for f in (2, 4)]
+        sizes = [(f"eva-rho1-x{f}", partial(larger_eva, f, data, settings, task_type)) for f in (2, 3, 4)]
         random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
         settings |= {"starts": [*sizes, ("random-x10", random)], "learning_rates": [2e-4], "extend": 0}
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
