@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from torch import nn
 import lora_init
 from benchmarks import bare_options, siqa_kinds
 from benchmarks.settings import compare_each, random_adapter
+from lora_init.comparison.tasks import Loading, load_task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,37 +95,31 @@ TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, An
 }  # fmt: skip
 
 
-def planned(
-    policy: str, data: Path, settings: Mapping[str, Any], task_type: str, model: nn.Module, seed: int
-) -> PeftModel:
+def planned(policy: str, data: Path, settings: Mapping[str, Any], model: nn.Module, seed: int) -> PeftModel:
     """Put PEFT's random adapter on a model: a quarter of the parameters of rank 2 everywhere, at most 8 in a layer."""
-    stats = _statistics(model, data, settings, task_type, rank=2, rho=4, gradients=policy == "gradient")
+    stats = _statistics(model, data, settings, seed, rank=2, rho=4, gradients=policy == "gradient")
     budget = sum(target.parameters(2) for target in stats.targets.values()) // 4
     ranks = lora_init.allocate_ranks(stats, parameters=budget, policy=policy, rho=16, max_rank=8)
     return lora_init.build_adapter(stats, ranks, "random", lora_alpha=2, seed=seed).apply(model)
 
 
-def larger_eva(
-    factor: float, data: Path, settings: Mapping[str, Any], task_type: str, model: nn.Module, seed: int
-) -> PeftModel:
+def larger_eva(factor: float, data: Path, settings: Mapping[str, Any], model: nn.Module, seed: int) -> PeftModel:
     """Put EVA's adapter on a model, the same rank everywhere, with a multiple of the scaling of all others."""
     rank = settings["rank"]
-    stats = _statistics(model, data, settings, task_type, rank=rank, rho=1)
+    stats = _statistics(model, data, settings, seed, rank=rank, rho=1)
     return lora_init.build_adapter(stats, rank, "eva", lora_alpha=2 * rank * factor).apply(model)
 
 
 def _statistics(
-    model: nn.Module, data: Path, settings: Mapping[str, Any], task_type: str, **options: Any
+    model: nn.Module, data: Path, settings: Mapping[str, Any], seed: int, **options: Any
 ) -> lora_init.Statistics:
-    """Collect from 32 batches of the training data."""
+    """Collect from the batches that starts of `compare` learn from."""
     from transformers import AutoTokenizer
 
-    batches = lora_init.load_batches(
-        data, AutoTokenizer.from_pretrained(model.config.name_or_path), template=settings["template"],
-        completion=settings.get("completion"), max_length=settings["max_length"], samples=256, batch_size=8,
-        offset=settings["report_samples"] + settings["selection_samples"],
-        needs_labels=options.get("gradients", False),
-    )  # fmt: skip
+    reading = Loading(**{field.name: settings[field.name] for field in fields(Loading) if field.name in settings})
+    task = load_task(data, AutoTokenizer.from_pretrained(model.config.name_or_path), reading, 8)
+    batches = [task.batch(items) for items in task.order(seed, 32, 8)]
+    task_type = "SEQ_CLS" if reading.label else "CAUSAL_LM"
     return lora_init.collect(model, batches, task_type=task_type, progress=False, **options)
 
 
@@ -154,11 +150,10 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         lower = [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
         settings["starts"] = [*settings["starts"], *lower]
     if study == "planned":
-        policies = ("eva", "gradient") if task_type == "CAUSAL_LM" else ("eva",)
-        plans = [(f"planned-{policy}", partial(planned, policy, data, settings, task_type)) for policy in policies]
+        plans = [(f"planned-{policy}", partial(planned, policy, data, settings)) for policy in ("eva", "gradient")]
         settings["starts"] = [*settings["starts"], *plans]
     if study == "default-rate":
-        sizes = [(f"eva-rho1-x{f}", partial(larger_eva, f, data, settings, task_type)) for f in (2, 3, 4)]
+        sizes = [(f"eva-rho1-x{f}", partial(larger_eva, f, data, settings)) for f in (2, 3, 4)]
         random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
         settings |= {"starts": [*sizes, ("random-x10", random)], "learning_rates": [2e-4], "extend": 0}
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
