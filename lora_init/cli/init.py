@@ -335,7 +335,8 @@ def summarise(
     worst = min(shares, key=shares.__getitem__, default=None)
     before, after = built.losses or (None, None)
     experts = any(built.targets[name].experts for name in built.weights)
-    special = built.corrects_base or built.changes_output or built.freeze_a
+    is_special = built.corrects_base or built.changes_output or built.freeze_a
+    special = [f"{built.start_in_words()}."] if is_special else []
     return {
         "adapter": str(directory),
         "statistics": str(file) if file else None,
@@ -358,10 +359,8 @@ def summarise(
         "seconds": made.seconds,
         "serving": serving_note(ranks, built.use_dora, experts),
         "train": how_to_train(directory, built),
-        "notes": [
-            *([f"{built.start_in_words()}."] if special else []), *made.notes, *ranks.notes, *_untuned(built),
-        ],
-    }  # fmt: skip
+        "notes": [*special, *made.notes, *ranks.notes, *_untuned(built)],
+    }
 
 
 def _untuned(built: AdapterInit) -> list[str]:

@@ -156,9 +156,8 @@ def _judge(
 
 def _left(table: pd.DataFrame) -> float:
     """Compute how much lower full fine-tuning ends than random, over the seeds that both have; NaN if there is none."""
-    losses = by_seed(table)
-    there = RANDOM in losses.index and FULL in losses.index
-    return float((losses.loc[RANDOM] - losses.loc[FULL]).mean()) if there else math.nan
+    losses = by_seed(table).reindex([RANDOM, FULL])
+    return float((losses.loc[RANDOM] - losses.loc[FULL]).mean())
 
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:

@@ -105,8 +105,12 @@ def _rate_limits(runs: pd.DataFrame) -> tuple[float, float]:
     """Find the losses to show by rate: not those so high that the others would look alike."""
     means = runs[runs["counts"]].groupby(["start", "learning_rate"])["loss"].mean()
     low, high = means.min(), means.max()
-    high = min(high, low + 4 * (means.median() - low) or high)
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return _with_room(low, min(high, low + 4 * (means.median() - low) or high), 0.06)
+
+
+def _with_room(low: float, high: float, share: float) -> tuple[float, float]:
+    """Widen a range by a share of it on both sides; what has no width gets some."""
+    room = share * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
 
 
@@ -192,10 +196,8 @@ def _draw_forgetting(axes: Any, runs: pd.DataFrame, styles: Styles) -> None:
         axes.plot(best["loss"], best["rise"], marker, color=color, markersize=5.5, label=name, alpha=0.85)
     # What matters is near the best rates: rates far from them leave the picture.
     near = counted[counted["best"]]
-    for column, limit in (("loss", axes.set_xlim), ("rise", axes.set_ylim)):
-        low, high = near[column].min(), near[column].max()
-        room = 0.4 * (high - low) or 0.1 * abs(high) or 1.0
-        limit(low - room, high + room)
+    axes.set_xlim(*_with_room(near["loss"].min(), near["loss"].max(), 0.4))
+    axes.set_ylim(*_with_room(near["rise"].min(), near["rise"].max(), 0.4))
     axes.locator_params(axis="x", nbins=5)
     _finish(axes, "final loss (less: learned more)")
     axes.set_ylabel("loss on retained text, change\n(less: forgot less)", fontsize=8)

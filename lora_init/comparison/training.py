@@ -73,8 +73,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if "logits_to_keep" in inspect.signature(plain.forward).parameters:
-        # As positions, not as their number: a slice is not contiguous, and on a CPU torch multiplies what is not
-        # contiguous with a frozen lm_head by copying that for each sequence.
+        # As positions, not as their number: a number makes a slice, which is not contiguous, and to multiply that with
+        # a frozen lm_head torch on a CPU copies the lm_head for each sequence.
         inputs["logits_to_keep"] = torch.arange(labels.shape[1] - kept, labels.shape[1], device=labels.device)
     logits = model(**inputs, use_cache=False).logits[:, -kept:]
     targets = labels[:, -kept:][:, 1:]
