@@ -205,8 +205,7 @@ def show(task: str) -> None:
 def main(what: str, directory: Path, tasks: list[str]) -> None:
     """Do what is left."""
     if what == "compare":
-        for _ in compare_each(tasks or HELD_OUT, lambda task, _: compare(task, directory)):
-            pass
+        compare_each(tasks or HELD_OUT, lambda task, _: compare(task, directory))
         return
     if what == "table":
         for task in tasks or HELD_OUT:

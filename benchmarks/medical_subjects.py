@@ -17,7 +17,7 @@ SUBJECTS = (
 EACH = 500  # the smallest has 523
 
 
-def main(source: str, target: str) -> None:
+def main(source: str | Path, target: str | Path) -> None:
     """Write question and subject of as many questions of each subject, one subject after another."""
     questions = {subject: _questions(Path(source), subject)[:EACH] for subject in SUBJECTS}
     rows = [

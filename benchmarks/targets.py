@@ -31,11 +31,12 @@ def main(tasks: list[str]) -> None:
             print(table(list(cells.columns), cells.to_numpy().tolist()))
 
 
-def _compare(name: str, data: Path) -> lora_init.Comparison:
+def _compare(name: str, made: Path) -> lora_init.Comparison:
     import demo_assets
 
     folder, template = TASKS[name]
-    bare_options.main(str(demo_assets.dataset(folder, "test.jsonl")), str(data))
+    data = made / name / "all.jsonl"
+    bare_options.main(demo_assets.dataset(folder, "test.jsonl"), data)
     return lora_init.compare(
         str(demo_assets.smollm2()), data, RESULTS / f"targets-{name}",
         starts=["random", *((on, partial(random_adapter, on, rank, "CAUSAL_LM")) for on, rank in RANKS.items())],
