@@ -7,12 +7,13 @@ most eight. A study asks more of a task:
 
 - `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. It joins the same directory.
 - `frozen`: what a frozen A costs at rank 8, in the same directory, too; `frozen-32` at rank 32.
+- `long`: the same starts and full fine-tuning after 200 steps.
 - `starts`: which of nine starts closes most at rank 1, where there is most to win.
 - `batches`: how many batches statistics need.
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block.
 
-The last three and `frozen-32` have directories of their own, `results/STUDY-TASK/`.
+The last four and `frozen-32` have directories of their own, `results/STUDY-TASK/`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ STUDIES: dict[str, dict[str, Any]] = {
     "default-rate": {},  # larger A x than usual
     "frozen": {"starts": ["random", *FROZEN]},
     "frozen-32": {"starts": ["random", *FROZEN], "rank": 32},
+    "long": {
+        "starts": STARTS,
+        "full": True,
+        "steps": 200,
+        "evaluation_points": [50, 100, 200],
+        "learning_rates": [1e-3, 3e-3],
+    },
     "starts": {
         "starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN],
         "rank": 1,
