@@ -5,21 +5,20 @@ threads of each (`OMP_NUM_THREADS`). Every task has the plain model and full fin
 `random` at ranks 8, 2 and 1, and two more starts. Seeds are added until each verdict is known to 2 %, from three to at
 most eight. A study asks more of a task:
 
-- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. It joins the same directory.
-- `frozen`: what a frozen A costs at rank 8, in the same directory, too; `frozen-32` at rank 32.
-- `long`: the same starts and full fine-tuning after 200 steps.
-- `starts`: which of nine starts closes most at rank 1, where there is most to win.
+- `starts`: six starts more, in the same directory, for tasks where there is something to win.
+- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. It joins the same directory, too.
+- `long`: 200 steps, where 48 leave nothing to win.
+- `frozen-32`: what a frozen A costs at rank 32, and saves.
 - `batches`: how many batches statistics need.
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block.
 
-The last four and `frozen-32` have directories of their own, `results/STUDY-TASK/`.
+All but the first two have directories of their own, `results/STUDY-TASK/`.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -43,20 +42,14 @@ STARTS = ("random", "eva-rho1", "natural-gradient-step")
 FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "natural-gradient")]
 STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
+    "starts": {"starts": ["random", "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
     "default-rate": {},  # larger A x than usual
-    "frozen": {"starts": ["random", *FROZEN]},
     "frozen-32": {"starts": ["random", *FROZEN], "rank": 32},
     "long": {
         "starts": STARTS,
         "full": True,
         "steps": 200,
         "evaluation_points": [50, 100, 200],
-        "learning_rates": [1e-3, 3e-3],
-    },
-    "starts": {
-        "starts": [*STARTS, "random-scaled", "natural-gradient", "lora-one", *FROZEN],
-        "rank": 1,
-        "full": True,
         "learning_rates": [1e-3, 3e-3],
     },
     # What changes is the start's data alone, so all at one rate, between the best of the two starts.
@@ -68,7 +61,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
 }
-JOINED = ("headroom", "default-rate", "frozen")
+JOINED = ("headroom", "starts", "default-rate")
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
 SMALL_MODEL = {
     "dtype": "bfloat16",
@@ -141,10 +134,6 @@ def _statistics(
     return lora_init.collect(model, batches, task_type=task_type, progress=False, **options)
 
 
-def _not_full(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if not name.startswith("full_")]
-
-
 def main(tasks: list[str]) -> None:
     """Run what is left of each comparison, and print what it found."""
     compare_each(tasks or TASKS, _compare)
@@ -167,8 +156,6 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, **STUDIES[study]}
     settings["lora_alpha"] = 2 * settings["rank"]
     task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
-    if study == "starts" and not directory.exists():  # full fine-tuning has no rank, so its runs are the same
-        shutil.copytree(RESULTS / f"headroom-{name}" / "runs", directory / "runs", ignore=_not_full)
     if study == "headroom":
         lower = [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
         settings["starts"] = [*settings["starts"], *lower]
