@@ -122,6 +122,7 @@ _held: list[_Other] = []  # in another process: one
 
 def _begin(place: int, *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and outlives one that is killed
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
