@@ -179,7 +179,7 @@ def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> li
     ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)
     if start != FULL and abs(ratio - 1) > _EQUAL_PARAMETERS:
         more = "fewer" if ratio < 1 else "more"
-        said.append(f"it trains {sizes[start]:,.0f} parameters, {abs(ratio - 1):.1%} {more} than random")
+        said.append(f"it trains {sizes[start]:,.0f} parameters, {percent(abs(ratio - 1))[1:]} {more} than random")
     return said
 
 
@@ -318,7 +318,7 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
         if effect is None:
             continue
         reference, worth = float(later.loc[RANDOM].mean()), math.expm1(min(-verdict.mean / gained.mean(), 50.0))
-        lead = f"{worth:.0%} further steps" if 0 < worth <= 1 else "more than twice the steps"
+        lead = f"{share(worth)} further steps" if 0 < worth <= 1 else "more than twice the steps"
         said.append(
             f"{begin}: {_outcome(effect)}; its final loss differs by {percent(effect.mean / reference)} (interval "
             f"{percent(effect.low / reference)} to {percent(effect.high / reference)}). Its start takes as long as "

@@ -109,7 +109,7 @@ def _cost(means: pd.DataFrame, took: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "parameters": _written(means["trainable_parameters"], ",.0f"),
-            "scale of A": means["a_scale"].map(number),
+            "scale of A": means["a_scale"].where(means["a_scale"] > 0).map(number),
             "start, s": _written(means["initialisation_seconds"], ",.1f"),
             "start, in steps": _written(took.reindex(means.index), ",.1f"),
             "training, s": _written(means["training_seconds"], ",.1f"),

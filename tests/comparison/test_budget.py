@@ -115,7 +115,7 @@ def test_the_verdict_at_equal_total_time():
     (said,) = found.equal_time
     # The lead of 0.01 is worth 2 ** 0.5 - 1 = 41 % more steps, and 30 steps are 41 % of 73.
     assert said.startswith("At equal total time, eva: worse; its final loss differs by +1.2 %")
-    assert "takes as long as 30.0 steps, and its lead is worth 40% further steps of random" in said
+    assert "takes as long as 30.0 steps, and its lead is worth 40 % further steps of random" in said
     assert "it pays from 74 steps on" in said
     cheap = summarise(timed(3.0, 0.02), settings()).equal_time[0]
     assert cheap.startswith("At equal total time, eva: better; ")

@@ -302,8 +302,8 @@ def test_fewer_parameters_are_a_part_of_the_verdict():
     for run in runs:
         run["trainable_parameters"] = 900 if run["start"] == "eva" else 1000
     found = verdict(summarise(runs, settings()))
-    assert found.caveats == ["it trains 900 parameters, 10.0% fewer than random"]
-    assert found.sentence.endswith("But it trains 900 parameters, 10.0% fewer than random.")
+    assert found.caveats == ["it trains 900 parameters, 10.0 % fewer than random"]
+    assert found.sentence.endswith("But it trains 900 parameters, 10.0 % fewer than random.")
     for run in runs:
         run["trainable_parameters"] = 999 if run["start"] == "eva" else 1000
     assert verdict(summarise(runs, settings())).caveats == []
