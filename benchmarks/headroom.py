@@ -8,13 +8,14 @@ most eight. A study asks more of a task:
 - `starts`: six starts more, for tasks where there is something to win.
 - `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4.
 - `forgetting`: five seeds of `random` and `natural-gradient-step` at the two rates that are best for either.
+- `more-seeds`: 24 seeds of `random` and `natural-gradient-step`, where seeds differ much.
 - `long`: 200 steps, where 48 leave nothing to win.
 - `frozen-32`: what a frozen A costs at rank 32, and saves.
 - `batches`: how many batches statistics need.
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block.
 
-The first three join the directory of the task, the others have their own, `results/STUDY-TASK/`.
+The first four join the directory of the task, the others have their own, `results/STUDY-TASK/`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "seeds": 5,
         "precision": None,
     },
+    "more-seeds": {"starts": ["random", "natural-gradient-step"], "seeds": 24, "precision": None},
     "frozen-32": {"starts": ["random", *FROZEN], "rank": 32},
     "long": {
         "starts": STARTS,
@@ -71,7 +73,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
 }
-JOINED = ("headroom", "starts", "default-rate", "forgetting")
+JOINED = ("headroom", "more-seeds", "starts", "default-rate", "forgetting")
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
 SMALL_MODEL = {
     "dtype": "bfloat16",
