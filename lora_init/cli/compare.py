@@ -170,7 +170,8 @@ def show_comparison(console: Console, summary: Summary) -> None:
     console.print(Text(summary.facts))
     console.print(Text(f"{summary.answer}\n", "bold"))
     sentences = [summary.headroom, summary.headline, *(verdict.sentence for verdict in summary.verdicts)]
-    for text in [*([summary.command] if summary.command else []), *sentences, *summary.equal_time, *summary.forgetting]:
+    sentences += [*summary.equal_time, *summary.forgetting, *summary.data_needed]
+    for text in [*([summary.command] if summary.command else []), *sentences]:
         console.print(Text(text))
     console.print()
     for note in summary.notes:

@@ -294,7 +294,8 @@ def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "answer": about["answer"],
     }
     sentences = [verdict["sentence"] for verdict in about["verdicts"]]
-    return [head, "", about["headroom"], *sentences, *about["equal_time"], *about["forgetting"], *about["notes"]]
+    more = [sentence for name in ("equal_time", "forgetting", "data_needed", "notes") for sentence in about[name]]
+    return [head, "", about["headroom"], *sentences, *more]
 
 
 def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:

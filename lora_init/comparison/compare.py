@@ -241,7 +241,7 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
 
 
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str:
-    """Write the command that makes an adapter as a run does, from as many examples; the start is left open."""
+    """Write the command that makes an adapter as a run does; the start and its number of examples are left open."""
     modules = bench.shape.target_modules
     completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
     words = {
@@ -250,7 +250,6 @@ def _init_command(model: str, data: str | Path, reading: Loading, bench: Workben
         "--completion": completion,
         "--subset": reading.subset,
         "--split": None if reading.split == "train" else reading.split,
-        "--samples": bench.statistics_batches * bench.training.batch_size,
         "--batch-size": bench.training.batch_size,
         "--max-length": reading.max_length,
         "--rank": bench.shape.rank,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
-from lora_init.comparison.starts import FULL, init_options, own_number
+from lora_init.comparison.starts import FULL, init_options, own_number, split_start
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -285,9 +285,9 @@ def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
     options = init_options(start) if start else None
     if start is None or not options or not settings.get("init"):
         return None
-    batches = own_number(start, "batches")
-    samples = ["--samples", str(batches * settings["batch_size"])] if batches else []
-    return " ".join([settings["init"], *options, *samples, "--output adapter"])
+    batches = own_number(start, "batches") or settings["statistics_batches"]
+    samples = f"--samples {batches * settings['batch_size']}"
+    return " ".join([settings["init"], samples, *options, "--output adapter"])
 
 
 def longer_random(table: pd.DataFrame) -> str:
@@ -364,6 +364,22 @@ def forgetting(table: pd.DataFrame) -> list[str]:
     return said
 
 
+def data_needed(table: pd.DataFrame) -> list[str]:
+    """Compare each start with statistics of fewer batches with the same start with most, each at its own best rate."""
+    losses, said = by_seed(table), []
+    numbers = {start: n for start in losses.index if (n := own_number(start, "batches"))}
+    for name in dict.fromkeys(split_start(start)[0] for start in numbers):
+        own = sorted((start for start in numbers if split_start(start)[0] == name), key=numbers.__getitem__)
+        most, reference = own[-1], float(losses.loc[own[-1]].mean())
+        for start, effect in effects(losses.loc[own], most).items():
+            said.append(
+                f"{name} with {numbers[start]} batches in place of {numbers[most]}: {_outcome(effect)}; its final loss "
+                f"differs by {percent(effect.mean / reference)} (interval {percent(effect.low / reference)} to "
+                f"{percent(effect.high / reference)})."
+            )
+    return said
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a comparison found so far.
@@ -379,6 +395,7 @@ class Summary:
         verdicts: One for each start other than random, in order.
         equal_time: What is left of each better start at equal total time; see `equal_time`.
         forgetting: What each start forgets at equal task loss, a sentence each; see `forgetting`.
+        data_needed: How each start ends with statistics of fewer batches, a sentence each; see `data_needed`.
         notes: What a reader must know beside them.
         table: The runs themselves, see `run_table`.
     """
@@ -393,6 +410,7 @@ class Summary:
     verdicts: list[Verdict]
     equal_time: list[str]
     forgetting: list[str]
+    data_needed: list[str]
     notes: list[str]
     table: pd.DataFrame
 
@@ -423,6 +441,7 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         verdicts=judged,
         equal_time=equal_time(table, judged),
         forgetting=forgetting(table),
+        data_needed=data_needed(table),
         notes=notes(table, settings),
         table=table,
     )

@@ -147,7 +147,7 @@ def test_inspect_a_comparison(tmp_path, records):
     result = run("inspect", tmp_path / "runs")
     assert result.exit_code == 0, result.stderr
     for part in ("comparison of", "tiny/model", "siqa.jsonl, 800 rows"):
-        assert part in result.stdout
+        assert part in " ".join(result.stdout.split())
     assert ("eva" in result.stdout) == bool(records)
     about = json.loads(run("inspect", tmp_path / "runs", "--json").stdout)
     assert about["what"] == "comparison" and sum(about["runs"].values()) == len(records)
