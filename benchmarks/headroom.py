@@ -70,6 +70,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "planned": {
         "starts": ["random"],
         "rank": 1,
+        "learning_rates": [1e-3, 3e-3],
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
 }
