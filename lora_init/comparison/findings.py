@@ -213,9 +213,25 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
             said.append(f"{start}: no finished run with {_seeds(seeds)} at its best rate.")
     unlike = unlike_spreads(judged_losses(table))
     said += [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
+    said += _hardly_learned(table)
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
         said.append("Rates were chosen on a single seed, so another may well be better.")
     return said + _lost(table)
+
+
+def _hardly_learned(table: pd.DataFrame) -> list[str]:
+    """Count the seeds on which a start, at its best rate, learned less than half of what the best start did."""
+    losses = by_seed(table)
+    plain = table.groupby("seed")["plain_loss"].mean()
+    few = (plain - losses) < (plain - losses.min()) / 2
+    counts = [
+        f"{start} on {own.sum()} of {losses.loc[start].count()} seeds" for start, own in few.iterrows() if any(own)
+    ]
+    return (
+        [f"Learned less than half of what the best start with the same seed did: {', '.join(counts)}."]
+        if counts
+        else []
+    )
 
 
 def _seeds(seeds: Iterable[int]) -> str:

@@ -209,6 +209,16 @@ def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
     assert summarise(planted({"eva": 0.0}), settings()).data_needed == []
 
 
+def test_a_start_that_hardly_learned_from_a_seed_is_named():
+    runs = planted({"eva": 0.0, "pissa": 0.0})
+    (stuck,) = (run for run in runs if (run["start"], run["learning_rate"], run["seed"]) == ("random", 1e-3, 1))
+    halfway = (stuck["plain_loss"] + stuck["report_loss"][-1]) / 2
+    for loss, said in ((halfway + 0.05, True), (halfway - 0.05, False)):
+        stuck["report_loss"][-1] = loss
+        note = "Learned less than half of what the best start with the same seed did: random on 1 of 3 seeds."
+        assert (note in summarise(runs, settings()).notes) == said
+
+
 # Headroom
 
 
