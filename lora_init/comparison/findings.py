@@ -385,7 +385,7 @@ def data_needed(table: pd.DataFrame) -> list[str]:
     losses, said = by_seed(table), []
     numbers = {start: n for start in losses.index if (n := own_number(start, "batches"))}
     for name in dict.fromkeys(split_start(start)[0] for start in numbers):
-        own = sorted((start for start in numbers if split_start(start)[0] == name), key=numbers.__getitem__)
+        own = [start for start in numbers if split_start(start)[0] == name]  # from few to many
         most, reference = own[-1], float(losses.loc[own[-1]].mean())
         for start, effect in effects(losses.loc[own], most).items():
             said.append(

@@ -23,6 +23,7 @@ from lora_init.comparison.starts import (
     MATCHED_SCALE,
     differs_in_parameters,
     differs_in_scale,
+    own_number,
     split_start,
 )
 from lora_init.errors import LoraInitError, did_you_mean
@@ -201,7 +202,8 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
     Args:
         records: Content of the files of the runs.
-        starts: Their order. Random comes first in any case, and a start that is scaled or resized after itself.
+        starts: Their order. Random comes first in any case, and a start that is scaled or resized after itself, few
+            batches before many.
 
     Returns:
         A row for each run, by start, rate and seed. Columns are those of `RunRecord`, its metrics, and: `first_loss`
@@ -211,7 +213,13 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     """
     rows = [_row(record) for record in records]
     bases = [RANDOM, *(split_start(name)[0] for name in [*starts, *(row["start"] for row in rows)])]
-    rows.sort(key=lambda r: (bases.index(split_start(r["start"])[0]), r["start"], r["learning_rate"], r["seed"]))
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        start = row["start"]
+        base, batches = split_start(start)[0], own_number(start, "batches") or 0
+        return bases.index(base), batches, start, row["learning_rate"], row["seed"]
+
+    rows.sort(key=place)
     table = pd.DataFrame(rows, columns=_COLUMNS)
     table[_NUMBERS] = table[_NUMBERS].astype(float)
     unstable = table["status"].eq("unstable").groupby([table["start"], table["learning_rate"]]).transform("any")

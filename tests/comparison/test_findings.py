@@ -203,7 +203,9 @@ def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
         "pissa": 0.0,
         "eva-rho1+4-batches": 0.0,
     }
-    few, enough = summarise(planted(planned, spread=0.001), settings()).data_needed
+    found = summarise(planted(planned, spread=0.001), settings())
+    assert [verdict.start for verdict in found.verdicts[:3]] == ["eva+4-batches", "eva+16-batches", "eva+64-batches"]
+    few, enough = found.data_needed
     assert few.startswith("eva with 4 batches in place of 64: worse; its final loss differs by +")
     assert enough.startswith("eva with 16 batches in place of 64: no difference shown; its final loss differs by ")
     assert summarise(planted({"eva": 0.0}), settings()).data_needed == []
