@@ -11,6 +11,8 @@ import pandas as pd
 
 # With this probability the effects of all starts lie inside their intervals together.
 CONFIDENCE = 0.95
+# Starts with the same seed, from which it can be told whose loss scatters.
+_ENOUGH = 4
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,19 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
 
     A start's spread is the variance over the seeds of its distance to the median of the others with the same seed, so
     that what a seed does to all starts does not count, nor what one of the others did. It is unlike if its ratio to the
-    median spread of the others is above the F quantile of 99 %.
+    median spread of the others is above the F quantile of 99 %. Seeds with fewer than four starts have no part: of so
+    few, nobody can tell which one scattered.
 
     Args:
         losses: A row for each start, a column for each seed; NaN where there is no run.
 
     Returns:
-        Their standard deviations as multiples of the usual one; empty with fewer than four starts.
+        Their standard deviations as multiples of the usual one.
     """
     from scipy.stats import chi2, f
 
-    if len(losses) < 4:
+    losses = losses.loc[:, losses.count() >= _ENOUGH]
+    if losses.empty:
         return {}
     distances = [losses.loc[start] - losses.drop(index=start).median() for start in losses.index]
     spreads, counts = np.array([own.var() for own in distances]), losses.count(axis=1).to_numpy()

@@ -76,6 +76,15 @@ def test_a_start_that_nearly_diverged_once_is_not_pooled(start):
         assert found["b"].high - found["b"].low < 1.5 * (before["b"].high - before["b"].low)
 
 
+def test_of_two_starts_with_the_same_seed_neither_is_said_to_scatter():
+    losses = layout(np.random.default_rng(0), noise=0.01, n_seeds=8)
+    losses.loc[STARTS[2:], 3:] = np.nan
+    losses.loc["a", 5] += 3.0
+    assert unlike_spreads(losses) == {}
+    losses.loc["a", 2] += 3.0  # the others have that seed
+    assert list(unlike_spreads(losses)) == ["a"]
+
+
 def test_false_winners_are_rare_over_all_starts_together():
     rng = np.random.default_rng(0)
     wrong = [any(effect.high < 0 for effect in effects(layout(rng), "random").values()) for _ in range(400)]
