@@ -207,10 +207,12 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     absent = [start for start in settings.get("starts") or [] if start not in {RANDOM, *table["start"]}]
     if absent:
         said.append(f"Not run yet: {', '.join(absent)}.")
+    lacking: dict[str, list[str]] = {}
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = set(settings.get("seeds") or []) - set(own["seed"])
         if seeds and not settings.get("budget") and own_number(start, "steps") is None:
-            said.append(f"{start}: no finished run with {_seeds(seeds)} at its best rate.")
+            lacking.setdefault(_seeds(seeds), []).append(start)
+    said += [f"{', '.join(own)}: no finished run with {seeds} at the best rate." for seeds, own in lacking.items()]
     unlike = unlike_spreads(judged_losses(table))
     said += [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
     said += _hardly_learned(table)
@@ -235,7 +237,10 @@ def _hardly_learned(table: pd.DataFrame) -> list[str]:
 
 
 def _seeds(seeds: Iterable[int]) -> str:
-    return f"seed{'s' * (len(set(seeds)) > 1)} {', '.join(map(str, sorted(seeds)))}"
+    own = sorted(set(seeds))
+    if len(own) > 2 and own[-1] - own[0] == len(own) - 1:
+        return f"seeds {own[0]} to {own[-1]}"
+    return f"seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}"
 
 
 def _lost(table: pd.DataFrame) -> list[str]:

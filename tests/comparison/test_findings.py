@@ -108,7 +108,9 @@ def test_seeds_without_a_partner_are_left_out_and_named():
     runs = [run for run in planted({"eva": -0.01}) if (run["start"], run["seed"]) != ("eva", 2)]
     summary = summarise(runs, settings())
     assert list(verdict(summary).differences) == [0, 1]
-    assert "eva: no finished run with seed 2 at its best rate." in summary.notes
+    assert "eva: no finished run with seed 2 at the best rate." in summary.notes
+    later = summarise(runs, settings(seeds=[0, 1, 2, 3, 4, 5])).notes
+    assert "random: no finished run with seeds 3 to 5 at the best rate." in later
 
 
 def test_variants_of_a_start_are_judged_apart():
