@@ -119,6 +119,11 @@ def _outcome(effect: Effect) -> Outcome:
     return "better" if effect.high < 0 else "worse" if effect.low > 0 else "no difference shown"
 
 
+def _differs(effect: Effect, reference: float) -> str:
+    mean, low, high = (percent(value / reference) for value in (effect.mean, effect.low, effect.high))
+    return f"{_outcome(effect)}; its final loss differs by {mean} (interval {low} to {high})."
+
+
 def _judge(
     table: pd.DataFrame, start: str, losses: pd.DataFrame, left: float, effect: Effect | None, caveats: list[str]
 ) -> Verdict:
@@ -341,9 +346,8 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
         reference, worth = float(later.loc[RANDOM].mean()), math.expm1(min(-verdict.mean / gained.mean(), 50.0))
         lead = f"{share(worth)} further steps" if 0 < worth <= 1 else "more than twice the steps"
         said.append(
-            f"{begin}: {_outcome(effect)}; its final loss differs by {percent(effect.mean / reference)} (interval "
-            f"{percent(effect.low / reference)} to {percent(effect.high / reference)}). Its start takes as long as "
-            f"{took[start]:.1f} steps, and its lead is worth {lead} of random: it pays from "
+            f"{begin}: {_differs(effect, reference)} Its start takes as long as {took[start]:.1f} steps, "
+            f"and its lead is worth {lead} of random: it pays from "
             f"{took[start] / (worth if 0 < worth <= 1 else 1):.0f} steps on, if that share is the same there."
         )
     return said
@@ -393,11 +397,8 @@ def data_needed(table: pd.DataFrame) -> list[str]:
         own = [start for start in numbers if split_start(start)[0] == name]  # from few to many
         most, reference = own[-1], float(losses.loc[own[-1]].mean())
         for start, effect in effects(losses.loc[own], most).items():
-            said.append(
-                f"{name} with {numbers[start]} batches in place of {numbers[most]}: {_outcome(effect)}; its final loss "
-                f"differs by {percent(effect.mean / reference)} (interval {percent(effect.low / reference)} to "
-                f"{percent(effect.high / reference)})."
-            )
+            fewer = f"{name} with {numbers[start]} batches in place of {numbers[most]}"
+            said.append(f"{fewer}: {_differs(effect, reference)}")
     return said
 
 
