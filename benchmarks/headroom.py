@@ -8,7 +8,7 @@ most eight. A study asks more of a task:
 - `starts`: six starts more, for tasks where there is something to win.
 - `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4.
 - `forgetting`: five seeds of `random` and `natural-gradient-step` at the two rates that are best for either.
-- `more-seeds`: 24 seeds of `random` and `natural-gradient-step`, where seeds differ much.
+- `more-seeds`: 24 seeds of `random`, `natural-gradient-step` and full fine-tuning, where seeds differ much.
 - `long`: 200 steps, where 48 leave nothing to win.
 - `frozen-32`: what a frozen A costs at rank 32, and saves.
 - `batches`: how many batches statistics need.
@@ -55,7 +55,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         "seeds": 5,
         "precision": None,
     },
-    "more-seeds": {"starts": ["random", "natural-gradient-step"], "seeds": 24, "precision": None},
+    "more-seeds": {"starts": ["random", "natural-gradient-step"], "full": True, "seeds": 24, "precision": None},
     "frozen-32": {"starts": ["random", *FROZEN], "rank": 32},
     "long": {
         "starts": STARTS,
