@@ -14,10 +14,9 @@ import pandas as pd
 
 from benchmarks.settings import table
 from lora_init.comparison.findings import rate_text, verdicts
-from lora_init.comparison.plots import COLORS, RANDOM_COLOR, line_style, looks
+from lora_init.comparison.plots import COLORS, RANDOM_COLOR, looks
 from lora_init.comparison.report import write_report
 from lora_init.comparison.runs import RANDOM, by_seed, rate_means, read_runs, read_settings, run_table
-from lora_init.comparison.starts import split_start
 
 UNTUNED = (1e-4, 3e-4)
 # All starts are in the table; more lines than these hide each other.
@@ -52,13 +51,13 @@ def draw(tasks: dict[str, pd.DataFrame], target: Path) -> None:
     figure = Figure(figsize=(3.1 * len(tasks), 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     drawn = {}
-    markers = looks(split_start(start)[0] for runs in tasks.values() for start in runs["start"])
+    styles = looks(start for runs in tasks.values() for start in runs["start"])
     colors = dict(zip(DRAWN, [RANDOM_COLOR, *COLORS], strict=True))
     for axes, (name, runs) in zip(panels, tasks.items(), strict=True):
         lost = regrets(runs)
         for start in (start for start in DRAWN if start in lost.index):
             (drawn[start],) = axes.plot(
-                lost.columns, lost.loc[start], line_style(start), marker=markers[start][1], markersize=4,
+                lost.columns, lost.loc[start], styles[start].line, marker=styles[start].marker, markersize=4,
                 linewidth=1.4, color=colors[start],
             )  # fmt: skip
         axes.set_xscale("log")

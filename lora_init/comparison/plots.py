@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from statistics import median
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -25,32 +26,47 @@ if TYPE_CHECKING:
 INK, RANDOM_COLOR = "#1a1a1a", "#444444"
 COLORS = ("#3803f1", "#d87917", "#7e3106", "#c075aa", "#4b88f7", "#65067c")
 _MARKERS = "o^Dvp<>"
+_WAYS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "right"))
 _PER_ROW = 4
 _LOOK: dict[Any, Any] = {"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}
 
 
-def looks(starts: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Give each start a colour and a marker, in the order given: six before a colour comes again, 42 before a pair."""
-    names = [start for start in dict.fromkeys(starts) if start not in (RANDOM, FULL)]
-    styles = {name: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
-    return styles | {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
+class Look(NamedTuple):
+    """How a start is drawn: colour and marker are the start's, line and filling of the marker tell how it was run."""
+
+    color: str
+    marker: str
+    line: str
+    fill: Any  # matplotlib's `fillstyle`
 
 
-def line_style(start: str) -> str:
-    """Draw a start as it is with a whole line, with matched scale or equal parameters dashed."""
-    return "--" if split_start(start)[1] else "-"
+def looks(starts: Iterable[str]) -> dict[str, Look]:
+    """Give each start a colour and a marker, in the order given: six before a colour comes again, 42 before a pair.
+
+    The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
+    """
+    names = list(dict.fromkeys(starts))
+    bases = [start for start in dict.fromkeys(split_start(name)[0] for name in names) if start not in (RANDOM, FULL)]
+    own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
+    own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
+    found: dict[str, Look] = {}
+    for base in own:
+        ways = [name for name in names if split_start(name)[0] == base]
+        found |= {name: Look(*own[base], *way) for name, way in zip(ways, cycle(_WAYS), strict=False)}
+    return found
 
 
 def pictures(summary: Summary) -> dict[str, bytes]:
     """Draw the pictures that there is something to draw for: PNG by name."""
     runs, figures = summary.table, {}
     best = runs[runs["best"]]
-    styles = looks(split_start(start)[0] for start in runs["start"])
-    drawn = {split_start(start)[0] for start in best["start"]}
-    panels = [start for start in styles if start in drawn - {RANDOM}] or list(drawn)
+    styles = looks(runs["start"])
+    drawn = list(dict.fromkeys(split_start(start)[0] for start in best["start"]))
+    panels = [start for start in drawn if start != RANDOM] or drawn
     if panels:
         top = _rate_limits(runs)
-        figures["learning_curves"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_curves(axes, s, best, styles))
+        if best["evaluation_points"].map(len).max() > 2:  # from one point after the first no line can be drawn
+            figures["learning_curves"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_curves(axes, s, best, styles))
         figures["learning_rates"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_rates(axes, s, runs, styles, top))
     if any(verdict.mean is not None for verdict in summary.verdicts):
         figures["differences"] = difference_figure(summary)
@@ -79,7 +95,7 @@ def difference_figure(summary: Summary) -> Figure:
     compared = sum(verdict.mean is not None for verdict in summary.verdicts)
     if not compared:
         raise LoraInitError("no start has been compared with random yet, so there is nothing to draw.")
-    styles = looks(split_start(start)[0] for start in summary.table["start"])
+    styles = looks(summary.table["start"])
     return shown(_draw([""], (5.0, 1.1 + 0.36 * compared), lambda axes, _: _draw_differences(axes, summary, styles)))
 
 
@@ -114,7 +130,7 @@ def _with_room(low: float, high: float, share: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-Styles = Mapping[str, tuple[str, str]]
+Styles = Mapping[str, Look]
 
 
 def _shown(best: Iterable[str], start: str) -> list[str]:
@@ -130,8 +146,8 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
     for name in _shown(best["start"], start):
         runs = best[best["start"] == name]
         curves = pd.DataFrame(runs["report_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
-        color = styles[split_start(name)[0]][0]
-        axes.plot(curves.columns, curves.mean(), line_style(name), color=color, linewidth=1.5)
+        color, _, line, _ = styles[name]
+        axes.plot(curves.columns, curves.mean(), line, color=color, linewidth=1.5)
         axes.fill_between(curves.columns, curves.min(), curves.max(), color=color, alpha=0.2, linewidth=0)
     _finish(axes, "steps")
 
@@ -140,13 +156,13 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
     """Draw the final loss over learning rates: means, a dot for each run, a cross on top of an unstable rate."""
     top, best = limits[1] - 0.04 * (limits[1] - limits[0]), best_rates(runs)
     for name in _shown(best, start):
-        color, marker = styles[split_start(name)[0]]
+        color, marker, line, fill = styles[name]
         own = runs[runs["start"] == name]
         counted = own[own["counts"]]
         means = counted.groupby("learning_rate")["loss"].mean()
-        axes.plot(means.index, means, line_style(name), color=color, linewidth=1.5)
+        axes.plot(means.index, means, line, color=color, linewidth=1.5)
         axes.plot(counted["learning_rate"], counted["loss"], ".", color=color, markersize=3)
-        axes.plot([best[name]], [means[best[name]]], marker, color=color, markersize=6)
+        axes.plot([best[name]], [means[best[name]]], marker, color=color, markersize=6, fillstyle=fill)
         unstable = own[own["status"] == "unstable"]["learning_rate"].unique()
         axes.plot(unstable, [top] * len(unstable), "x", color=color, markersize=6, markeredgewidth=1.6)
     rates = sorted(runs["learning_rate"].unique())
@@ -163,7 +179,7 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     verdicts = [verdict for verdict in summary.verdicts if verdict.mean is not None]
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, verdict in enumerate(verdicts):
-        color, marker = styles[split_start(verdict.start)[0]]
+        color, marker, *_ = styles[verdict.start]
         pairs = list(verdict.differences.values())
         axes.plot(pairs, [y + 0.22] * len(pairs), ".", color=color, markersize=4, alpha=0.7)
         if verdict.low is not None:
@@ -190,10 +206,11 @@ def _draw_forgetting(axes: Any, runs: pd.DataFrame, styles: Styles) -> None:
     """Draw what starts forget over what they learn, a line over the learning rates; down and left is good."""
     counted = runs[runs["counts"]].assign(rise=runs["retained_after"] - runs["retained_before"])
     for name, own in counted.groupby("start", sort=False):
-        color, marker = styles[split_start(name)[0]]
+        color, marker, line, fill = styles[name]
+        look: dict[str, Any] = {"color": color, "fillstyle": fill, "markersize": 5.5, "alpha": 0.85}
         curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]
-        axes.plot(curve["loss"], curve["rise"], line_style(name), color=color, linewidth=1.0, alpha=0.7)
-        axes.plot(best["loss"], best["rise"], marker, color=color, markersize=5.5, label=name, alpha=0.85)
+        axes.plot(curve["loss"], curve["rise"], line, color=color, linewidth=1.0, alpha=0.7)
+        axes.plot(best["loss"], best["rise"], marker, label=name, **look)
     # What matters is near the best rates: rates far from them leave the picture.
     near = counted[counted["best"]]
     axes.set_xlim(*_with_room(near["loss"].min(), near["loss"].max(), 0.4))

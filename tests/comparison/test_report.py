@@ -188,7 +188,17 @@ def test_many_starts_have_looks_of_their_own_and_few_a_colour_each():
     names = ["random", "full", *map(str, range(42))]
     styles = looks(names)
     assert len(set(styles.values())) == len(names)
-    assert len({styles[name][0] for name in names[:8]}) == 8
+    assert len({styles[name].color for name in names[:8]}) == 8
+    ways = looks(["eva+4-batches", "eva+16-batches", "eva+64-batches", "random", "random+96-steps"])
+    assert len({look[2:] for look in ways.values()}) == 3 and len({look[:2] for look in ways.values()}) == 2
+
+
+def test_a_curve_is_drawn_from_two_evaluations_on(tmp_path):
+    runs = [
+        run | {"evaluation_points": [0, 8], "report_loss": run["report_loss"][-2:]} for run in planted({"eva": 0.0})
+    ]
+    drawn = {path.name for path in write_report(write(tmp_path / "one", runs))}
+    assert "differences.png" in drawn and "learning_curves.png" not in drawn
 
 
 def test_without_settings_there_is_one_clear_error(tmp_path):
