@@ -167,24 +167,24 @@ def _left(table: pd.DataFrame) -> float:
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
     """Say what changes the meaning of a comparison with this start."""
-    said = []
+    said, it, its = [], *(("random", "random's") if start == RANDOM else ("it", "its"))
     if start in unlike:
         said.append(
-            f"its runs spread {unlike[start]:.1f} times as much as is usual here, as when one nearly diverges, so they "
-            "are not pooled with others"
+            f"{its} runs spread {unlike[start]:.1f} times as much as is usual here, as when one nearly diverges, so "
+            "they are not pooled with others"
         )
     runs, best = table[table["start"] == start], best_rates(table)
     tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
     if start in best and len(tried) == 1:
-        said.append(f"it was run at {rate_text(best[start])} only, so it is not known to be tuned")
+        said.append(f"{it} was run at {rate_text(best[start])} only, so it is not known to be tuned")
     elif start in best and best[start] in (tried[0], tried[-1]):
         side = ("lowest", "lower") if best[start] == tried[0] else ("highest", "higher")
-        said.append(f"its best rate, {rate_text(best[start])}, is the {side[0]} tried, so a {side[1]} may be better")
+        said.append(f"{its} best rate, {rate_text(best[start])}, is the {side[0]} tried, so a {side[1]} may be better")
     sizes = table.groupby("start")["trainable_parameters"].first()
     ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)
     if start != FULL and abs(ratio - 1) > _EQUAL_PARAMETERS:
         more = "fewer" if ratio < 1 else "more"
-        said.append(f"it trains {sizes[start]:,.0f} parameters, {percent(abs(ratio - 1))[1:]} {more} than random")
+        said.append(f"{it} trains {sizes[start]:,.0f} parameters, {percent(abs(ratio - 1))[1:]} {more} than random")
     return said
 
 
@@ -218,8 +218,6 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
         if seeds and not settings.get("budget") and own_number(start, "steps") is None:
             lacking.setdefault(_seeds(seeds), []).append(start)
     said += [f"{', '.join(own)}: no finished run with {seeds} at the best rate." for seeds, own in lacking.items()]
-    unlike = unlike_spreads(judged_losses(table))
-    said += [f"All are compared with random. But {caveat}." for caveat in _caveats(table, RANDOM, unlike)]
     said += _hardly_learned(table)
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
         said.append("Rates were chosen on a single seed, so another may well be better.")
@@ -287,23 +285,26 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     return f"{said} The runs could have shown {percent(min(could) / random)[1:]} at best{enough}."
 
 
-def answer(judged: Sequence[Verdict], best: Mapping[str, float]) -> tuple[str, str | None]:
-    """Say which start to use, and name it; None if the runs do not say yet."""
+def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | None]:
+    """Say which start to use, with all that changes the meaning, and name it; None if the runs do not say yet."""
+    best, unlike = best_rates(table), unlike_spreads(judged_losses(table))
+    doubts = _caveats(table, RANDOM, unlike)
     better = [verdict for verdict in judged if verdict.outcome == "better"]
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
     if better:
         winner = min(better, key=lambda verdict: verdict.mean or 0.0)
         start, gain = winner.start, percent(-(winner.mean or 0.0) / (winner.reference or math.nan))[1:]
         said = f"Use {start}: its final loss is {gain} lower than random's ({number(winner.mean, '+')})."
+        doubts = [*winner.caveats, *doubts]
     elif could:
         start = RANDOM
         span = " to ".join(dict.fromkeys(percent(end)[1:] for end in (min(could), max(could))))
         said = f"No start is shown to be better than random. The runs could have shown differences of {span}."
     else:
         return "The runs do not say yet which start to use.", None
-    if start == RANDOM:
-        return f"{said} Random's learning rate is {rate_text(best[RANDOM])}.", start
-    return f"{said} Its learning rate is {rate_text(best[start])}; random's is {rate_text(best[RANDOM])}.", start
+    its = f"Its learning rate is {rate_text(best[start])}; random's is" if better else "Random's learning rate is"
+    but = f" But {'; and '.join(doubts)}." if doubts else ""
+    return f"{said} {its} {rate_text(best[RANDOM])}.{but}", start
 
 
 def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
@@ -451,7 +452,7 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
     if judged:
         parts = ", ".join(f"{n} {outcome}" for outcome, n in Counter(verdict.outcome for verdict in judged).items())
         headline = f"{len(judged)} compared with random: {parts}. {headline}"
-    said, start = answer(judged, best_rates(table))
+    said, start = answer(table, judged)
     return Summary(
         title=" · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")])),
         facts=facts(table, settings),

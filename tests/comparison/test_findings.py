@@ -167,7 +167,7 @@ def test_a_reference_that_nearly_diverged_is_said_first_and_nothing_is_pooled():
         if (run["start"], run["seed"]) == ("random", 1):
             run["report_loss"][-1] += 0.5
     summary = summarise(runs, settings())
-    assert summary.notes[0].startswith("All are compared with random. But its runs spread ")
+    assert summary.answer.startswith("No start is shown ") and " But random's runs spread " in summary.answer
     assert {v.outcome for v in summary.verdicts} == {"no difference shown"}
 
 
@@ -181,6 +181,9 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
     assert summary.answer.endswith(" Its learning rate is 1e-3; random's is 1e-3.")
     assert summary.command == "lora-init init m d.jsonl --rank 8 --samples 8 --method eva --rho 1 --output adapter"
     assert summary.facts.startswith("tiny/model, rank 8, on siqa")
+    summary = summarise([run for run in runs if run["learning_rate"] == 1e-3], settings())
+    only = "was run at 1e-3 only, so it is not known to be tuned"
+    assert summary.answer.endswith(f" Its learning rate is 1e-3; random's is 1e-3. But it {only}; and random {only}.")
 
 
 def test_without_a_winner_the_answer_is_what_could_have_been_shown():
