@@ -132,7 +132,7 @@ def accuracy(setting: Setting) -> dict[str, Any]:
 def peaks(name: str) -> dict[str, float]:
     """Peak memory of each phase in MiB, each in a process of its own."""
     return {
-        phase: memory.in_fresh_process("benchmarks.gradients", "--setting", name, "--phase", phase)
+        phase: memory.in_fresh_process("benchmarks.gradients", "--setting", name, "--phase", phase) / 2**20
         for phase in ("bare", "collect")
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -17,14 +18,14 @@ _N_BATCHES = 6
 
 def peaks(setting: str, rank: int, rho: float) -> dict[str, float]:
     """Peak memory of each phase in MiB, each measured in a fresh process (on a GPU: memory allocated on it)."""
-    return {phase: in_fresh_process("benchmarks.memory", phase, setting, rank, rho) for phase in PHASES}
+    return {phase: in_fresh_process("benchmarks.memory", phase, setting, rank, rho) / 2**20 for phase in PHASES}
 
 
-def in_fresh_process(module: str, *arguments: object) -> float:
-    """Run a module that prints its peak in bytes, as JSON in its last line; return it in MiB."""
+def in_fresh_process(module: str, *arguments: object) -> Any:
+    """Run a module that prints what it measured, as JSON in its last line; return that."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1])) / 2**20
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(phase: str, name: str, rank: int, rho: float) -> None:
