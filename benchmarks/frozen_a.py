@@ -17,6 +17,7 @@ import torch
 from benchmarks import settings
 from benchmarks.memory import in_fresh_process
 from lora_init.adapters.build import rank_with_frozen_a
+from lora_init.adapters.peft_model import adapter_layers
 from lora_init.comparison.training import peak_bytes, reset_peak
 from lora_init.layers.targets import find_targets
 
@@ -28,12 +29,12 @@ def measure(rank: int, frozen: bool) -> dict[str, Any]:
     """Train a few steps with a random adapter, of which A may be frozen and B as large as both were."""
     setting = settings.smollm2(_N_STEPS, 0)
     if frozen:
-        rank = rank_with_frozen_a(
-            find_targets(setting.model, "all-linear", task_type="CAUSAL_LM").layers.values(), rank
-        )
+        targets = find_targets(setting.model, "all-linear", task_type="CAUSAL_LM").layers
+        rank = rank_with_frozen_a(targets.values(), rank)
     model = settings.random_adapter("all-linear", rank, "CAUSAL_LM", setting.model, 0).train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_B" in name or ("lora_A" in name and not frozen))
+    if frozen:
+        for layer in adapter_layers(model).values():
+            layer.lora_A.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
 

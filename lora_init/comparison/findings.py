@@ -167,7 +167,8 @@ def _left(table: pd.DataFrame) -> float:
 
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
     """Say what changes the meaning of a comparison with this start."""
-    said, it, its = [], *(("random", "random's") if start == RANDOM else ("it", "its"))
+    said = []
+    it, its = ("random", "random's") if start == RANDOM else ("it", "its")
     if start in unlike:
         said.append(
             f"{its} runs spread {unlike[start]:.1f} times as much as is usual here, as when one nearly diverges, so "
@@ -287,8 +288,7 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
 
 def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | None]:
     """Say which start to use, with all that changes the meaning, and name it; None if the runs do not say yet."""
-    best, unlike = best_rates(table), unlike_spreads(judged_losses(table))
-    doubts = _caveats(table, RANDOM, unlike)
+    best, doubts = best_rates(table), _caveats(table, RANDOM, unlike_spreads(judged_losses(table)))
     better = [verdict for verdict in judged if verdict.outcome == "better"]
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
     if better:
@@ -302,9 +302,9 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | N
         said = f"No start is shown to be better than random. The runs could have shown differences of {span}."
     else:
         return "The runs do not say yet which start to use.", None
-    its = f"Its learning rate is {rate_text(best[start])}; random's is" if better else "Random's learning rate is"
+    rates = f"Its learning rate is {rate_text(best[start])}; random's is" if better else "Random's learning rate is"
     but = f" But {'; and '.join(doubts)}." if doubts else ""
-    return f"{said} {its} {rate_text(best[RANDOM])}.{but}", start
+    return f"{said} {rates} {rate_text(best[RANDOM])}.{but}", start
 
 
 def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import cycle
 from statistics import median
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 INK, RANDOM_COLOR = "#1a1a1a", "#444444"
 COLORS = ("#3803f1", "#d87917", "#7e3106", "#c075aa", "#4b88f7", "#65067c")
 _MARKERS = "o^Dvp<>"
+# Line and filling of the marker (matplotlib's fillstyle) for each way in which a start is run.
 _WAYS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "right"))
 _PER_ROW = 4
 _LOOK: dict[Any, Any] = {"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}
@@ -37,7 +37,7 @@ class Look(NamedTuple):
     color: str
     marker: str
     line: str
-    fill: Any  # matplotlib's `fillstyle`
+    fill: str
 
 
 def looks(starts: Iterable[str]) -> dict[str, Look]:
@@ -45,14 +45,14 @@ def looks(starts: Iterable[str]) -> dict[str, Look]:
 
     The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
     """
-    names = list(dict.fromkeys(starts))
-    bases = [start for start in dict.fromkeys(split_start(name)[0] for name in names) if start not in (RANDOM, FULL)]
+    base_of = {name: split_start(name)[0] for name in starts}
+    bases = [base for base in dict.fromkeys(base_of.values()) if base not in (RANDOM, FULL)]
     own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
     own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
     found: dict[str, Look] = {}
-    for base in own:
-        ways = [name for name in names if split_start(name)[0] == base]
-        found |= {name: Look(*own[base], *way) for name, way in zip(ways, cycle(_WAYS), strict=False)}
+    for name, base in base_of.items():
+        n_before = sum(base_of[other] == base for other in found)
+        found[name] = Look(*own[base], *_WAYS[n_before % len(_WAYS)])
     return found
 
 
@@ -207,10 +207,11 @@ def _draw_forgetting(axes: Any, runs: pd.DataFrame, styles: Styles) -> None:
     counted = runs[runs["counts"]].assign(rise=runs["retained_after"] - runs["retained_before"])
     for name, own in counted.groupby("start", sort=False):
         color, marker, line, fill = styles[name]
-        look: dict[str, Any] = {"color": color, "fillstyle": fill, "markersize": 5.5, "alpha": 0.85}
         curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]
         axes.plot(curve["loss"], curve["rise"], line, color=color, linewidth=1.0, alpha=0.7)
-        axes.plot(best["loss"], best["rise"], marker, label=name, **look)
+        axes.plot(
+            best["loss"], best["rise"], marker, color=color, fillstyle=fill, markersize=5.5, alpha=0.85, label=name
+        )
     # What matters is near the best rates: rates far from them leave the picture.
     near = counted[counted["best"]]
     axes.set_xlim(*_with_room(near["loss"].min(), near["loss"].max(), 0.4))
