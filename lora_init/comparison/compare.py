@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
 from importlib.metadata import version
@@ -143,7 +143,8 @@ def compare(
         evaluation_points: Steps after which the loss to report is measured. Default: every quarter. 0 and the last
             always count.
         statistics_batches: Batches of the run's own training data that statistics are made from. With several numbers
-            each start from data is run with each, as `NAME+16-batches`.
+            each start from data is run with each, as `NAME+16-batches`. No example is read twice: where the data make
+            fewer, with four set aside for the size of a step, that is the number.
         bank: Directory of a bank of this model, for the starts `bank-nearest`, `bank-mixture`, `bank-generated` and
             `bank-mean`. It should not hold the task that is compared on.
         time: Seconds that it may take. Then, and with `precision`, seeds are spent where they still decide, see
@@ -164,8 +165,8 @@ def compare(
     """
     require("matplotlib", "scipy", "sklearn", *(["ray"] if ray else []))  # most are for the report, at the end
     options = _read_options(loading)
-    batches = [statistics_batches] if isinstance(statistics_batches, int) else list(statistics_batches)
-    names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts, batches)
+    batches = _read_batches(statistics_batches)
+    names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts)
     if bank is None and any(split_start(name)[0] in BANK_STARTS for name in names):
         raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     budget = Budget(time, precision)
@@ -181,6 +182,7 @@ def compare(
         set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own, _absolute(bank)
     )
     bench = make()
+    plan = replace(plan, starts=by_batches(names, _there_are(bench, batches, say)))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
@@ -212,16 +214,28 @@ def compare(
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
 
 
-def _read_starts(starts: Sequence[str | tuple[str, Any]], batches: Sequence[int]) -> tuple[list[str], dict[str, Any]]:
+def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], dict[str, Any]]:
     """Check starts, and tell their names from where those of the user's own are."""
     for start in starts:
         check_start(start)
-    if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
-        raise LoraInitError(f"statistics_batches={list(batches)}: expected numbers of batches, each once.")
-    names = by_batches([start if isinstance(start, str) else start[0] for start in starts], batches)
+    names = [start if isinstance(start, str) else start[0] for start in starts]
     if not names or len(set(names)) < len(names):
         raise LoraInitError(f"starts={names}: expected names, each once.")
     return names, {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
+
+
+def _read_batches(given: int | Sequence[int]) -> list[int]:
+    batches = [given] if isinstance(given, int) else list(given)
+    if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
+        raise LoraInitError(f"statistics_batches={batches}: expected numbers of batches, each once.")
+    return batches
+
+
+def _there_are(bench: Workbench, batches: Sequence[int], say: Callable[[str], None]) -> list[int]:
+    """Put what the data make in the place of numbers of batches that are larger."""
+    if (most := bench.n_batches(max(batches))) < max(batches):
+        say(f"Statistics are from at most {most} batches: with those set aside, the training data make no more.")
+    return list(dict.fromkeys(min(number, most) for number in batches))
 
 
 def _absolute(source: Any) -> Any:

@@ -168,7 +168,7 @@ class Workbench:
         if not file.exists():  # workers that come here together write the same
             collect(
                 self.loaded.model,
-                self._batches(seed, 0, self._n_batches(n_batches)),
+                self._batches(seed, 0, self.n_batches(n_batches)),
                 self.shape.target_modules,
                 task_type=self.loaded.task_type,
                 rank=self.shape.rank,
@@ -182,6 +182,14 @@ class Workbench:
                 **(self._learning() if gradients else {}),
             ).save(file)
         return Statistics.load(file)
+
+    def n_batches(self, wanted: int | None = None) -> int:
+        """Count the batches for statistics: fewer than wanted if an example would be read twice.
+
+        The batches that the size of a step is measured on are others, unless there are hardly any.
+        """
+        there = len(self.task.train) // self.training.batch_size - N_ASIDE
+        return min(wanted or self.statistics_batches, max(1, there))
 
     def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None) -> None:
         self._renew_head(run.seed)
@@ -202,7 +210,7 @@ class Workbench:
 
         own = split_start(run.start)[0]
         start: str | OwnStart = (run.start, self.own[own]) if own in self.own else run.start
-        seed, n = run.seed, self._n_batches(n_own)
+        seed, n = run.seed, self.n_batches(n_own)
         training, steps = self.training, own_number(run.start, "steps")
         if steps:
             training = replace(training, steps=steps, evaluation_points=[0, steps])
@@ -243,10 +251,6 @@ class Workbench:
         device = next(self.loaded.model.parameters()).device
         order = self.task.order(seed, skipped + count, self.training.batch_size)[skipped:]
         return (send_to_device(self.task.batch(items), device) for items in order)
-
-    def _n_batches(self, wanted: int | None) -> int:
-        """Count the batches for statistics: no example is in two of them."""
-        return min(wanted or self.statistics_batches, len(self.task.train) // self.training.batch_size)
 
     def _learning(self) -> dict[str, Any]:
         """Say to `collect` and `mean_loss` what the very loss is that training minimises."""

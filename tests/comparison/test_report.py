@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora_init.adapters.step_size import N_ASIDE
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import Comparison
 from lora_init.comparison.findings import summarise
@@ -271,7 +272,15 @@ def test_numbers_of_statistics_batches_are_compared(home, tmp_path):
         stats[0].groups.keys() == stats[1].groups.keys()
         and not torch.equal(*(next(iter(one.groups.values())).components[:1] for one in stats))
     )
+    said = []
     more = compare(
-        home, tmp_path / "out", starts=["random", "eva-rho1"], learning_rates=[1e-2], seeds=1, statistics_batches=[2, 4]
-    )
-    assert {run["start"] for run in more.records} == {*starts, "eva-rho1+4-batches"}
+        home, tmp_path / "out", starts=["random", "eva-rho1"], learning_rates=[1e-2], seeds=1,
+        statistics_batches=[2, 99, 100], say=said.append,
+    )  # fmt: skip
+    # The name says how many there were, and no example is in two, nor in those that gamma is chosen by.
+    bench = set_up_bench(home, tmp_path / "out")
+    most = bench.n_batches(99)
+    assert {run["start"] for run in more.records} == {*starts, f"eva-rho1+{most}-batches"}
+    assert f"at most {most} batches" in said[0]
+    read = [id(item) for items in bench.task.order(0, most + N_ASIDE, 4) for item in items]
+    assert len(set(read)) == len(read) > len(bench.task.train) - 4
