@@ -32,6 +32,9 @@ _MARGIN = 16
 _GATHERED, _WIDE = 1 / 4, 4096
 # Sums of squares outside of this range are computed in float64.
 _SMALLEST, _LARGEST = 1e-30, torch.finfo(torch.float32).max
+# A batch of so many times the mean square of the rows before is taken in exactly: the directions to project on are not
+# its own, and what it has beside the new ones would be less than the rounding of these.
+_JUMP = 100.0
 # Share of the sum of squares from which the mean is subtracted before the products. Of real inputs it is 0.1 to 0.8.
 _MOSTLY = 0.9
 
@@ -106,15 +109,16 @@ class _State(NamedTuple):
         scaled = sums.gram * scale * scale.T
         scaled.diagonal().add_(_RIDGE)
         root = torch.linalg.cholesky(scaled).to(sums.image.device)
-        scaled_image = scale.to(root) * sums.image
-        factor = torch.linalg.solve_triangular(root, scaled_image, upper=False)  # F^T F is the new C
+        factor = torch.linalg.solve_triangular(root, scale.to(root) * sums.image, upper=False)  # F^T F is the new C
         weights, directions = principal_directions(factor, len(factor))
         # What the old rows had outside of V is forgotten. For the next T, they are taken to have it as the new ones do,
         # the less so the fewer new rows there are for a direction: then it is mostly noise.
         image = new.image.double()
         outside = image - (image @ directions.T) @ directions
         guess = sums.image + self.moments.n_samples / (new.moments.n_samples + image.shape[1]) * outside
-        _, tests = principal_directions(guess, len(guess))
+        # Scaled like F, so that directions are told apart by their spread and not by its square.
+        factor = torch.linalg.solve_triangular(root, scale.to(root) * guess, upper=False)
+        _, tests = principal_directions(factor, len(factor))
         return _State(sums.moments, directions.float(), weights.cpu(), tests.float())
 
     def rows(self) -> _Rows:
@@ -133,7 +137,8 @@ class IncrementalSVD:
     Keeps C ~ V^T diag(w) V with V of k x d. Rows X, less their own mean, update it by a Nystrom step on the sum of old
     and new: with a test matrix T of k x d, Y = C T^T + X^T (X T^T) and M = T Y, the new C is Y M^-1 Y^T. That is one
     step of subspace iteration on all rows seen, at two thin products a batch. It never overstates the variance along
-    a direction. Batches of fewer than k rows, and `merge`, are exact up to the truncation to k.
+    a direction. Batches of fewer than k rows or of far larger ones than before, and `merge`, are exact up to the
+    truncation to k.
 
     C has forgotten what the rows so far had outside of V, so that a direction which is missing there would come in
     slowly: only new rows speak for it. So the next T spans Y as it would be if the rows so far had outside of V what
@@ -241,11 +246,14 @@ class IncrementalSVD:
         tested = gram.diagonal() + len(rows) * (directions @ gap.to(directions.dtype)).double().square().cpu()
         total = moments.scatter + len(rows) * float(gap @ gap)
         self._tested = HeldOut(tested, total).plus(self._tested)
-        if len(rows) <= self._n_directions or len(state.weights) < min(self._n_directions, rows.shape[1]):
+        jumps = total * state.moments.n_samples > _JUMP * state.moments.scatter * len(rows)
+        if jumps or len(rows) <= self._n_directions or len(state.weights) < min(self._n_directions, rows.shape[1]):
             self._take_exactly(moments, rows - mean)
             return
-        sums = _Sums(moments, gram, along.T @ rows)  # the mean would add nothing: each column of `along` sums to zero
-        self._sums = sums.plus(self._sums, directions)
+        # Each column of `along` sums to zero but for rounding, which counts where the mean is large.
+        rest = along.double().sum(0).to(along.dtype)
+        image = torch.addr(along.T @ rows, rest, mean, alpha=-1)
+        self._sums = _Sums(moments, gram, image).plus(self._sums, directions)
 
     def _take_exactly(self, moments: Moments, offsets: Tensor) -> None:
         """Take in a batch of few rows, or one for which too few directions are known, without `directions`."""
