@@ -64,10 +64,13 @@ def record(start="random", rate=1e-3, seed=0, final=0.17, **changes):
 
 def broken(status, error, **about):
     """A run that came to nothing."""
-    nothing = dict.fromkeys(("a_scale", "metrics", "training_seconds", "retain_loss"))
+    nothing, begun = (
+        dict.fromkeys(("a_scale", "metrics", "training_seconds", "retain_loss")),
+        [0] * (status != "failed"),
+    )
     return record(**about) | nothing | {
-        "status": status, "error": error, "report_loss": [2.3], "selection_loss": None,
-        "evaluation_points": [0], "training_loss": [],
+        "status": status, "error": error, "report_loss": [2.3] * len(begun), "selection_loss": None,
+        "evaluation_points": begun, "training_loss": [],
     }  # fmt: skip
 
 

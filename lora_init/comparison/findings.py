@@ -319,7 +319,12 @@ def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
 
 def longer_random(table: pd.DataFrame) -> str:
     """Name the start that is random with twice the steps."""
-    return f"{RANDOM}+{2 * table[table['start'].eq(RANDOM)]['evaluation_points'].iloc[0][-1]}-steps"
+    return f"{RANDOM}+{2 * _steps(table)}-steps"
+
+
+def _steps(table: pd.DataFrame) -> int:
+    """Read the steps of all from a run of random that finished."""
+    return int(table[table["best"] & table["start"].eq(RANDOM)]["evaluation_points"].iloc[0][-1])
 
 
 def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
@@ -332,7 +337,7 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     for verdict in judged:
         if verdict.outcome != "better" or verdict.mean is None:
             continue
-        start, longer, steps = verdict.start, longer_random(table), table["evaluation_points"].iloc[0][-1]
+        start, longer, steps = verdict.start, longer_random(table), _steps(table)
         begin = f"At equal total time, {start}"
         if longer not in losses.index or took[start] > steps:
             why = "was not trained longer" if longer not in losses.index else "could train more than twice as long"

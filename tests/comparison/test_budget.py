@@ -9,7 +9,7 @@ from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import Plan, Run
 from lora_init.errors import LoraInitError
-from tests.comparisons import planted, record, settings
+from tests.comparisons import broken, planted, record, settings
 
 
 def layout(shifts, n_seeds, noise=0.01):
@@ -119,6 +119,17 @@ def test_the_verdict_at_equal_total_time():
     assert "it pays from 74 steps on" in said
     cheap = summarise(timed(3.0, 0.02), settings()).equal_time[0]
     assert cheap.startswith("At equal total time, eva: better; ")
+
+
+@pytest.mark.parametrize(("status", "points"), [("failed", []), ("unstable", [0, 20])])
+def test_runs_that_came_to_nothing_do_not_say_how_many_steps_all_have(status, points):
+    lost = broken(status, "why", rate=1e-4) | {"evaluation_points": points, "report_loss": [2.3] * len(points)}
+    assert (
+        summarise([lost, *timed(30.0, 0.02)], settings()).equal_time
+        == summarise(timed(30.0, 0.02), settings()).equal_time
+    )
+    runs = [lost, *(run for run in timed(10.0, 0.0) if "steps" not in run["start"])]
+    assert longer_runs({Run.of(run): run for run in runs})[0].start == "random+120-steps"
 
 
 @pytest.mark.parametrize(
