@@ -231,8 +231,8 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
 def _status(record: Mapping[str, Any]) -> str:
     """Say how a run ended; one that finished without a finite loss was unstable."""
-    losses = record.get("report_loss") or []
-    finite = bool(losses) and all(loss is not None and math.isfinite(loss) for loss in losses)
+    losses = [*(record.get("report_loss") or [None]), record.get("selection_loss")]
+    finite = all(loss is not None and math.isfinite(loss) for loss in losses)
     return "unstable" if record["status"] == "finished" and not finite else str(record["status"])
 
 

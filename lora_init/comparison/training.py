@@ -217,7 +217,7 @@ class Training:
         warm = round(self.warmup * self.steps)
         if step < warm:
             return (step + 1) / warm
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
 # A loss this many times that of the plain model, plus half a nat for tasks near zero, is no progress any more.

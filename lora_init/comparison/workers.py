@@ -89,8 +89,13 @@ class Process:
             spawn = multiprocessing.get_context("spawn")  # a fork would share CUDA, and threads that are in the middle
             self._pool = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=self._arguments)
             self._id = self._pool.submit(os.getpid)
+        try:
+            future = self._pool.submit(_carry_out, run, keep)
+        except BrokenProcessPool:  # it was killed while it had nothing to do
+            self._pool = None
+            return self.submit(run, title, keep)
         self._busy = True
-        return self._pool.submit(_carry_out, run, keep)
+        return future
 
     def take(self, future: Future[Record]) -> Record | None:
         """See `Worker`."""

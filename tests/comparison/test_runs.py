@@ -216,6 +216,13 @@ def test_runs_come_back(tmp_path):
         assert again.records == log.records
 
 
+@pytest.mark.parametrize("loss", [None, math.nan])
+def test_a_run_without_a_loss_to_select_by_is_unstable(loss):
+    lost = record(rate=1e-2, selection_loss=loss)
+    table = run_table([record(), lost])
+    assert list(table["status"]) == ["finished", "unstable"] and best_rates(table) == {"random": 1e-3}
+
+
 def test_of_two_records_of_a_run_the_later_counts(tmp_path):
     keep(tmp_path, broken("failed", "disk full"), record(seed=1), record())
     assert [(r["seed"], r["status"]) for r in read_runs(tmp_path)] == [(0, "finished"), (1, "finished")]

@@ -91,6 +91,10 @@ def test_the_state_of_the_random_numbers_does_not_matter(task):
     assert first.training_loss == second.training_loss
 
 
+def test_a_warm_up_may_last_for_all_steps():
+    assert Training(6, 4, 0.95, [0, 6]).factor(6) == 1.0  # asked for after the last step
+
+
 def test_the_first_step_is_as_large_as_adamw_makes_it(task):
     """In its first step Adam moves every parameter that has a gradient by the rate."""
     model, _ = run(task, steps=1, rate=1e-3, points=(0, 1), warmup=0.0)

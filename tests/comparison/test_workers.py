@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,27 @@ def test_two_processes_give_the_numbers_of_one(home, alone, tmp_path):
         alone.directory / "best" / "adapter_model.safetensors"
     ).read_bytes()
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monkeypatch):
+    class Pool:
+        gone = True
+
+        def __init__(self, *args, **options):
+            pass
+
+        def submit(self, function, *args):
+            if function is workers._carry_out and Pool.gone:
+                Pool.gone = False
+                raise BrokenProcessPool
+            future = Future()
+            future.set_result(args)
+            return future
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    worker = workers.Process(set_up_bench, 0)
+    run = Run("random", 0, 1e-3)
+    assert worker.take(worker.submit(run, "")) == (run, False)
 
 
 def test_a_worker_that_is_killed_costs_its_run_only(home, tmp_path, monkeypatch):
