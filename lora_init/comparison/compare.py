@@ -24,7 +24,15 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import Plan, Record, Run, open_runs, peek
-from lora_init.comparison.starts import BANK_STARTS, FULL, AdapterShape, by_batches, check_start, split_start
+from lora_init.comparison.starts import (
+    BANK_STARTS,
+    FULL,
+    AdapterShape,
+    by_batches,
+    check_start,
+    own_number,
+    split_start,
+)
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
@@ -182,7 +190,7 @@ def compare(
         set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own, _absolute(bank)
     )
     bench = make()
-    plan = replace(plan, starts=by_batches(names, _there_are(bench, batches, say)))
+    plan = replace(plan, starts=by_batches(names, _there_are(bench, names, batches, say)))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
@@ -219,9 +227,13 @@ def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], di
     for start in starts:
         check_start(start)
     names = [start if isinstance(start, str) else start[0] for start in starts]
+    own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
+    for name in own:
+        if split_start(name)[1]:
+            raise LoraInitError(f"start {name!r}: what follows a plus says how a start is run. Choose another name.")
     if not names or len(set(names)) < len(names):
         raise LoraInitError(f"starts={names}: expected names, each once.")
-    return names, {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
+    return names, own
 
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:
@@ -231,8 +243,12 @@ def _read_batches(given: int | Sequence[int]) -> list[int]:
     return batches
 
 
-def _there_are(bench: Workbench, batches: Sequence[int], say: Callable[[str], None]) -> list[int]:
-    """Put what the data make in the place of numbers of batches that are larger."""
+def _there_are(bench: Workbench, names: Sequence[str], batches: Sequence[int], say: Callable[[str], None]) -> list[int]:
+    """Put what the data make in the place of numbers of batches that are larger; refuse names that ask for more."""
+    for name in names:
+        wanted = own_number(name, "batches") or 1
+        if bench.n_batches(wanted) < wanted:
+            raise LoraInitError(f"start {name!r}: the training data make {bench.n_batches(wanted)} batches for it.")
     if (most := bench.n_batches(max(batches))) < max(batches):
         say(f"Statistics are from at most {most} batches: with those set aside, the training data make no more.")
     return list(dict.fromkeys(min(number, most) for number in batches))

@@ -313,7 +313,7 @@ def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
     if start is None or not options or not settings.get("init"):
         return None
     batches = own_number(start, "batches") or settings["statistics_batches"]
-    samples = f"--samples {batches * settings['batch_size']}"
+    samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
     return " ".join([settings["init"], samples, *options, "--output adapter"])
 
 

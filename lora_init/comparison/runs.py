@@ -278,6 +278,8 @@ FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
 _FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init", "budget")
+# Hashes by name, which directories of before lack: those that both have must be equal, and the others are added.
+_HASHES = ("examples", "own")
 
 
 @dataclass
@@ -346,6 +348,7 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         if (path / SETTINGS_FILE).exists():
             old = read_settings(path)
             merged |= {name: list(dict.fromkeys([*old[name], *merged[name]])) for name in _GROWING}
+            merged |= {name: old.get(name, {}) | merged.get(name, {}) for name in _HASHES if name in {**old, **merged}}
         write_whole(path / SETTINGS_FILE, (json.dumps(merged, indent=2) + "\n").encode())
         yield RunDirectory(path, merged, there)
 
@@ -400,10 +403,17 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     differing = [
         f"{name} was {shorten(repr(old.get(name)), 120)}, now {shorten(repr(new.get(name)), 120)}"
         for name in dict.fromkeys([*new, *old])
-        if name not in (*_GROWING, *_FREE) and old.get(name) != new.get(name)
+        if name not in (*_GROWING, *_FREE, *_HASHES) and old.get(name) != new.get(name)
     ]
     if differing:
         raise LoraInitError(
             f"{path} has runs of another configuration: {'; '.join(differing)}. "
             "Name another directory, or use the settings of this one."
+        )
+    hashes = [(name, which, now) for name in _HASHES for which, now in new.get(name, {}).items()]
+    changed = [which for name, which, now in hashes if old.get(name, {}).get(which, now) != now]
+    if changed:
+        raise LoraInitError(
+            f"{path} has runs of which this was other content: {', '.join(changed)}. New ones could not be compared "
+            "with them: name another directory or, for a start of your own, another start."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import re
 import time
@@ -21,6 +22,8 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, kaiming, layer_generator
 from lora_init.adapters.peft_model import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     adapter_layers,
     check_model,
     load_adapter,
@@ -233,11 +236,20 @@ def check_start(start: str | OwnStart) -> None:
         name, source = start if len(start) == 2 else ("", None)
         if not isinstance(name, str) or not name or split_start(name)[0] in START_NAMES:
             raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
-        if not callable(source) and not Path(str(source)).expanduser().is_dir():
+        if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
     elif split_start(start)[0] not in START_NAMES:
         close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
         raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
+
+
+def hash_own(source: str | Path | Callable[..., Any]) -> str:
+    """Hash the files of an adapter, to notice another one under the same name; of a function, give its name."""
+    if callable(source):
+        function = getattr(source, "func", source)  # of a partial
+        return str(getattr(function, "__qualname__", type(function).__name__))
+    files = [Path(source) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def prepare(

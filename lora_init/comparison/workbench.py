@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,15 @@ from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.comparison.runs import FORMAT, Record, Run
-from lora_init.comparison.starts import AdapterShape, OwnStart, adapter_files, own_number, prepare, split_start
+from lora_init.comparison.starts import (
+    AdapterShape,
+    OwnStart,
+    adapter_files,
+    hash_own,
+    own_number,
+    prepare,
+    split_start,
+)
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
 from lora_init.comparison.training import (
     Score,
@@ -143,15 +152,24 @@ class Workbench:
             "data": self.task.data,
             "normalize": self.task.normalize,
             "retain_data": None if self.retain is None else self.retain.description,
+            "examples": self._hashes(),
             **asdict(self.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type,
             **asdict(self.training),
             "schedule": "linear warm-up, cosine to zero",
             "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
-            "statistics_batches": self.statistics_batches,
+            "statistics_batches": self.n_batches(),
             **({"bank": self.bank.in_words()} if self.bank else {}),
+            **({"own": {name: hash_own(source) for name, source in self.own.items()}} if self.own else {}),
         }
+
+    def _hashes(self) -> dict[str, str]:
+        """Hash the examples that figures are from; those to train on are hashed with each run."""
+        retain = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in self.retain or ()]
+        named: dict[str, Any] = {"examples to report": self.task.report, "examples to select by": self.task.selection}
+        named |= {"text to retain": retain} if retain else {}
+        return {name: hashlib.sha256(repr(content).encode()).hexdigest()[:16] for name, content in named.items()}
 
     def statistics(self, seed: int, center: bool, gradients: bool, n_batches: int | None = None) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init.comparison import workbench
@@ -283,6 +284,23 @@ def test_another_configuration_is_refused(home, tmp_path, changes, message):
         with pytest.raises(LoraInitError, match=message):
             compare(home, tmp_path / "out", dry_run=dry_run, **changes)
     assert read_runs(tmp_path / "out") == written
+
+
+def test_other_examples_to_report_or_another_adapter_of_the_same_name_are_refused(home, tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        again(AutoModelForCausalLM.from_pretrained(home / "llama"), seed).save_pretrained(tmp_path / name)
+    options = dict(learning_rates=[1e-2], starts=["random", ("mine", tmp_path / "one")], seeds=1)
+    compare(home, tmp_path / "out", **options)
+    compare(home, tmp_path / "out", **options | dict(starts=["random", ("other", tmp_path / "two")]))
+    with pytest.raises(LoraInitError, match="of which this was other content: mine"):
+        compare(home, tmp_path / "out", **options | dict(starts=["random", ("mine", tmp_path / "two")]))
+    edited = tmp_path / home.name / "rows.jsonl"  # the name of the data is that of folder and file
+    edited.parent.mkdir()
+    edited.write_text(
+        (home / "rows.jsonl").read_text().replace("sat", "SAT").replace("mat", "sat").replace("SAT", "mat")
+    )
+    with pytest.raises(LoraInitError, match="other content: examples to report, examples to select by"):
+        lora_init.compare(str(home / "llama"), edited, tmp_path / "out", **SMALL | options)
 
 
 # Its third run waits to be killed, so that nothing depends on how fast the machine is.

@@ -179,7 +179,10 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
     summary = summarise(runs, settings(init="lora-init init m d.jsonl --rank 8"))
     assert summary.answer.startswith("Use eva-rho1: its final loss is 6.0 % lower than random's (−0.0102).")
     assert summary.answer.endswith(" Its learning rate is 1e-3; random's is 1e-3.")
-    assert summary.command == "lora-init init m d.jsonl --rank 8 --samples 8 --method eva --rho 1 --output adapter"
+    assert (
+        summary.command
+        == "lora-init init m d.jsonl --rank 8 --samples 8 --max-batches 4 --method eva --rho 1 --output adapter"
+    )
     assert summary.facts.startswith("tiny/model, rank 8, on siqa")
     summary = summarise([run for run in runs if run["learning_rate"] == 1e-3], settings())
     only = "was run at 1e-3 only, so it is not known to be tuned"
@@ -190,14 +193,17 @@ def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     summary = summarise(planted({"eva": 0.0}), settings(init="lora-init init"))
     assert summary.answer.startswith("No start is shown to be better than random. The runs could have shown ")
     assert summary.answer.endswith(" Random's learning rate is 1e-3.")
-    assert summary.command == "lora-init init --samples 8 --method random --rho 1 --output adapter"
+    assert summary.command == "lora-init init --samples 8 --max-batches 4 --method random --rho 1 --output adapter"
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
 
 def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_samples():
     runs = planted({"eva-rho1+16-batches": -0.01, "eva-rho1+64-batches": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl", batch_size=8))
-    assert summary.command == "lora-init init m d.jsonl --samples 128 --method eva --rho 1 --output adapter"
+    assert (
+        summary.command
+        == "lora-init init m d.jsonl --samples 128 --max-batches 16 --method eva --rho 1 --output adapter"
+    )
 
 
 def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
