@@ -21,6 +21,8 @@ _CLASS, _ATTRIBUTE = re.compile(r"Attention\d*$"), re.compile(r"(attn|attention)
 _BLOCK = re.compile(r"Block|Layer$")
 # Where a module does not say so itself: cross_attn, EncDecAttention, BART's encoder_attn, attn2 of diffusers.
 _CROSS = re.compile(r"cross|encdec|encoder_att|attn2$", re.IGNORECASE)
+# What a cross-attention reads from elsewhere goes into k, v_proj, key, to_v, and GPT-2's c_attn.
+_KEY_OR_VALUE = re.compile(r"[._](k|v|kv|key|value|c_attn)(_\w+)?$")
 # Within a block: mlp.up_proj, ff.net.2, feed_forward.w1, DenseReluDense.wi_0, intermediate.dense, experts.0.w1, fc1.
 _MLP = re.compile(r"mlp|ffn|\bff|\bfc|feed_?forward|dense|expert|^linear[12]$", re.IGNORECASE)
 _ROUTER = re.compile(r"(gate|router)(\.|$)")
@@ -114,6 +116,11 @@ def by_purpose(modules: Mapping[str, nn.Module], linear: Collection[str]) -> dic
         if any(inside):
             found[CROSS_ATTENTION].append(name)
     return found
+
+
+def cross_inputs(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Name the layers that make keys and values of cross-attention: they read what an encoder has computed."""
+    return set(filter(_KEY_OR_VALUE.search, by_purpose(modules, modules)[CROSS_ATTENTION]))
 
 
 def _owners(name: str) -> Iterator[str]:

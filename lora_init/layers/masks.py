@@ -6,9 +6,11 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.layers.grid import cross_inputs
 from lora_init.layers.wrappers import plain_names
 
 # The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
@@ -26,9 +28,10 @@ class TokenMasks:
     """Decide which rows of a layer's input are tokens that count.
 
     A decoder, an encoder and the encoder of an encoder-decoder take `attention_mask`; the decoder of an encoder-decoder
-    takes `decoder_attention_mask`, else the labels; a layer of the decoder that reads the encoder's output
-    (cross-attention keys and values) takes the encoder's mask. Inputs of another shape than any mask count whole, and
-    so do those of the towers for images and sound, and of what joins them to the text model, whatever their shape.
+    takes `decoder_attention_mask`, else the labels, else counts all inputs that it is given. What reads the encoder's
+    output, and keys and values of cross-attention by their names, take the encoder's mask, which a decoder alone is
+    given as `encoder_attention_mask`. Inputs of another shape than any mask count whole, and so do those of the towers
+    for images and sound, and of what joins them to the text model, whatever their shape.
 
     By labels, a pass without gradients counts the tokens that have a label: the answer as it stands in the text, since
     its inputs are described whatever is predicted from them. A pass with gradients counts the rows that the loss is
@@ -44,6 +47,7 @@ class TokenMasks:
         self._shifted = gradients and shifts_labels(model)
         self._encoder = encoder_of(model)
         self._encoder_prefix = next((f"{name}." for name, m in model.named_modules() if m is self._encoder), ".")
+        self._cross_inputs = cross_inputs(plain_names(model))
         self._part_of = _text_parts(model)
         self._encoder_output: weakref.ref[Tensor] | None = None
         self._main: _Mask | None = None
@@ -62,19 +66,19 @@ class TokenMasks:
         """Take the masks of a batch; refuse those that are missing, of another shape, or keep no token."""
         batch = batch if isinstance(batch, Mapping) else {}
         self._check_shapes(batch)
-        attention, decoder = _as_mask(batch.get("attention_mask")), _as_mask(batch.get("decoder_attention_mask"))
         labels = batch.get("labels")
         labelled = labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
-        own = attention if self._encoder is None else decoder
+        alone = self._encoder is None
+        own = _as_mask(batch, "attention_mask") if alone else _decoder_mask(batch, labelled)
         if self._gradients and labelled is not None and not labels.is_floating_point():
             _check_padding(labelled, own)
         if self._shifted and labelled is not None:
             labelled = nn.functional.pad(labelled[:, 1:], (0, 1))
-        main = _both(own, labelled) if self.by_labels or (own is None and self._encoder is not None) else own
+        main = _both(own, labelled) if self.by_labels else own
         self._main = self._predicting = _numbered(main)
         if self._shifted and main is not None and labelled is not None and labelled.shape == main.shape:
             self._predicting = _numbered(main | labelled)
-        self._encoder_rows = _numbered(attention) if self._encoder is not None else None
+        self._encoder_rows = _numbered(_as_mask(batch, "encoder_attention_mask" if alone else "attention_mask"))
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
         """Compare the shapes of masks and labels with that of the tokens, before the model does so in its own words."""
@@ -108,12 +112,11 @@ class TokenMasks:
     def tokens(self, name: str, x: Tensor, predicting: bool = False) -> Tensor | None:
         """Give the numbers of the rows of a layer's input [..., d] that count, or have a gradient; None if all do."""
         mask = self._predicting if predicting else self._main
-        if self._encoder is not None:
-            from_encoder = self._encoder_output is not None and self._encoder_output() is x
-            if from_encoder or name.startswith(self._encoder_prefix):
-                mask = self._encoder_rows
-            elif mask is None or x.shape[:2] != mask.kept.shape:
-                mask = self._encoder_rows or mask
+        from_encoder = self._encoder_output is not None and self._encoder_output() is x
+        if from_encoder or name.startswith(self._encoder_prefix) or name in self._cross_inputs:
+            mask = self._encoder_rows
+        elif self._encoder is not None and (mask is None or x.shape[:2] != mask.kept.shape):
+            mask = self._encoder_rows or mask
         if mask is None or mask.numbers is None or not self._is_text(name):
             return None
         per_token = x.dim() == 3 and x.shape[:2] == mask.kept.shape
@@ -168,9 +171,23 @@ def _numbered(kept: Tensor | None) -> _Mask | None:
     return _Mask(kept, numbers if len(numbers) < kept.numel() else None)
 
 
-def _as_mask(mask: Any) -> Tensor | None:
+def _as_mask(batch: Mapping[str, Any], key: str) -> Tensor | None:
+    mask, tokens = batch.get(key), batch.get("input_ids")
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 3 and isinstance(tokens, Tensor) and mask.shape == tokens.shape:
+        mask = mask.flatten(0, 1)  # multiple choice, [batch, choices, length]
     # Other than two-dimensional masks say who attends to whom, not which tokens exist.
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return mask.bool() if mask.dim() == 2 else None
+
+
+def _decoder_mask(batch: Mapping[str, Any], labelled: Tensor | None) -> Tensor | None:
+    """Tell which inputs of a decoder count; None if they are made of the encoder's."""
+    mask = _as_mask(batch, "decoder_attention_mask")
+    mask = labelled if mask is None else mask
+    given = [batch.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
+    whole = (torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in given if isinstance(x, Tensor))
+    return next(whole, None) if mask is None else mask
 
 
 def _check_padding(labelled: Tensor, attended: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from lora_init import LoraInitError, collect
 from lora_init.layers.masks import TokenMasks, shifts_labels
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.layers.test_purposes import bart, gpt2_with_cross_attention
 
 
 def counted(model, batch, layer, token_mask="labels", gradients=True, width=4):
@@ -76,6 +77,78 @@ def test_padding_that_predicts_the_first_token_of_a_row_has_a_gradient(token_mas
         mean = found.left.double().T @ torch.diag(found.singular_values) @ found.right.double()
         exact = model.get_submodule(name).weight.grad
         torch.testing.assert_close(mean.float(), exact, rtol=0.0, atol=1e-4 * float(exact.abs().max()))
+
+
+LENGTHS = torch.tensor([5, 6, 7, 10])
+SHORT = (torch.arange(10) < LENGTHS[:, None]).long()  # 28 tokens
+SHORTER = (torch.arange(10) < torch.tensor([[3], [4], [5], [6]])).long()  # 18 tokens
+IDS = torch.full((4, 10), 5)
+INPUT = {"input_ids": IDS, "attention_mask": SHORT}
+
+
+def bert_to_bert():
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    sizes = dict(vocab_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    sides = [BertConfig(**sizes, hidden_size=width, is_decoder=width > 32).to_dict() for width in (32, 40)]
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*(BertConfig(**side) for side in sides))
+    config.pad_token_id, config.decoder_start_token_id = 0, 1
+    return EncoderDecoderModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "expected"),
+    [
+        (
+            tiny_t5,
+            {**INPUT, "decoder_input_ids": IDS},
+            {"decoder.block.0.layer.0.SelfAttention.q": 40, "decoder.block.0.layer.1.EncDecAttention.k": 28},
+        ),
+        (
+            tiny_t5,
+            {**INPUT, "decoder_inputs_embeds": torch.zeros(4, 10, 32)},
+            {"decoder.block.0.layer.0.SelfAttention.q": 40},
+        ),
+        (
+            bart,  # without inputs of its own the decoder reads the encoder's
+            INPUT,
+            {"model.decoder.layers.0.self_attn.q_proj": 28, "model.decoder.layers.0.encoder_attn.v_proj": 28},
+        ),
+        (
+            bert_to_bert,  # a projection is between the encoder's output and what reads it
+            {**INPUT, "labels": IDS.masked_fill(SHORTER == 0, -100)},
+            {
+                "enc_to_dec_proj": 28,
+                "decoder.bert.encoder.layer.0.crossattention.self.query": 18,
+                "decoder.bert.encoder.layer.0.crossattention.self.key": 28,
+                "decoder.bert.encoder.layer.0.crossattention.output.dense": 18,
+            },
+        ),
+        (
+            gpt2_with_cross_attention,
+            {
+                **INPUT,
+                "encoder_hidden_states": torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(0)),
+                "encoder_attention_mask": SHORTER,
+            },
+            {
+                "transformer.h.0.attn.c_attn": 28,
+                "transformer.h.0.crossattention.q_attn": 28,
+                "transformer.h.0.crossattention.c_attn": 18,
+            },
+        ),
+        (
+            lambda: tiny_bert("MultipleChoice"),
+            {"input_ids": IDS.reshape(2, 2, 10), "attention_mask": SHORT.reshape(2, 2, 10)},
+            {"bert.encoder.layer.0.attention.self.query": 28, "classifier": 4},
+        ),
+    ],
+    ids=["t5", "t5 by embeddings", "bart", "encoder-decoder", "gpt2", "multiple choice"],
+)
+def test_padding_is_left_out_of_what_each_side_reads(build, batch, expected):
+    """Encoder and decoder are of equal length, so the shape of an input says nothing."""
+    stats = collect(build(), [batch], list(expected), rank=2)
+    assert {name: stats[name].n_samples for name in expected} == expected
 
 
 def test_which_models_shift():
