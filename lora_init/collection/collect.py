@@ -27,7 +27,7 @@ import lora_init
 from lora_init.collection.activations import ActivationHooks, Forward, call_model
 from lora_init.collection.backward import BackwardHooks, Loss
 from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
-from lora_init.collection.processes import Processes, own_batches
+from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
 from lora_init.layers.masks import IGNORED, TokenMasks
@@ -160,8 +160,8 @@ def collect(
         progress: Show a progress bar on stderr; by default only on a terminal.
         statistics: File for the result. It is written every minute, after Ctrl-C and at the end, in one piece, and
             says whether the pass was complete. If it is there already: a complete one is returned as it is; one that
-            is not is gone on with after the batches that it has used, and merged; `batches` then have to begin with
-            the same ones.
+            is not is gone on with after the batches that it has used, and merged; `batches` then have to be the same
+            ones. Those in a list are all compared, of a loader the first; of functions it is the names.
         overwrite: Begin again in place of what is in that file.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
             need labels. No weight's gradient is computed, so the memory is that of the activations and of
@@ -226,6 +226,8 @@ def collect(
             "rho": rho,
             "tolerance": tolerance,
             "max_batches": max_batches,
+            "forward": _name_of(forward),
+            **({"loss": _name_of(loss)} if gradients else {}),
         },
     )
 
@@ -268,12 +270,13 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     )
     used: list[int] = [] if earlier is None else list(earlier.provenance.settings["used"])
     shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
+    data = {"first_batch": shard.first} | processes.share(_digest_of_list(batches, made.settings["max_batches"]))
     if earlier is not None:
-        if earlier.provenance.settings.get("first_batch", shard.first) != shard.first:
-            raise OtherSettingsError(f"{file} was made from other data: the first batch is another one.")
+        if any(earlier.provenance.settings.get(name, digest) != digest for name, digest in data.items()):
+            raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
         if earlier.provenance.complete:
             return earlier
-    made.settings.update(first_batch=shard.first, common_loader=shard.common)
+    made.settings.update(data, common_loader=shard.common)
 
     def save() -> None:
         so_far = processes.merge(run.found)
@@ -410,7 +413,9 @@ def _earlier(job: _Job) -> Statistics | None:
     theirs = _comparable(earlier.provenance)
     for setting, asked in _comparable(ours).items():
         made = theirs.get(setting, asked)  # a file of an earlier version does not say
-        if made == asked or (setting == "gradients" and made):
+        # With gradients, labels count at other rows; and going on without them would drop those that there are.
+        beside = earlier.provenance.complete and ours.token_mask != "labels"
+        if made == asked or (setting == "gradients" and made and beside):
             continue
         if setting == "fingerprint":
             raise OtherSettingsError(f"{file} was made from another model ({earlier.provenance.model}).")
@@ -502,6 +507,15 @@ def _continued(earlier: Statistics, later: Statistics) -> Statistics:
 
 def _listed(patterns: str | Collection[str]) -> str | list[str]:
     return patterns if isinstance(patterns, str) else sorted(patterns)
+
+
+def _name_of(function: Any) -> str | None:
+    return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _digest_of_list(batches: Any, max_batches: int) -> dict[str, str]:
+    """Hash all batches that a pass may read, where they are in memory."""
+    return {"batches": digest_of(batches[:max_batches])} if isinstance(batches, list) else {}
 
 
 def _hash_of(targets: Targets) -> str:

@@ -153,7 +153,8 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
             f"{other_name} was made from another model ({two.model}) than {first_name} ({one.model}). "
             "Merge statistics of one model."
         )
-    for setting in _ALIKE:
+    # With gradients, labels count at other rows.
+    for setting in (*_ALIKE, "gradients") if one.token_mask == "labels" else _ALIKE:
         if getattr(one, setting) != getattr(two, setting):
             raise LoraInitError(
                 f"{other_name} was made with {setting}={getattr(two, setting)!r}, "

@@ -87,21 +87,27 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout_of_the_group(tmp
     running.running[1].kill()
 
 
-def interrupted(rank, size, folder, moment):
-    ran = []
+class Forward:
+    """Run a batch, and be interrupted in the middle of one."""
 
+    def __init__(self, interrupted_at=0):
+        self.n, self.interrupted_at = 0, interrupted_at
+
+    def __call__(self, model, batch):
+        self.n += 1
+        if self.n == self.interrupted_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        model(**batch)
+
+
+def interrupted(rank, size, folder, moment):
     def stream():
         for position, batch in enumerate(batches_for("llama", 40)):
             if moment == "reading" and position == 10 and rank == 1:
                 raise KeyboardInterrupt
             yield batch
 
-    def forward(model, batch):
-        ran.append(1)
-        if moment == "running" and len(ran) == 4 + rank:  # of both, in the middle of a batch
-            os.kill(os.getpid(), signal.SIGINT)
-        model(**batch)
-
+    forward = Forward(4 + rank if moment == "running" else 0)  # in both
     try:
         collect(llama(), stream(), **SETTINGS, statistics=folder / "stats", forward=forward)
     except KeyboardInterrupt as stop:
@@ -124,16 +130,11 @@ def test_ctrl_c_in_one_ends_all_with_what_there_is(moment, tmp_path):
 
 def go_on(rank, size, folder):
     """Batches, completeness and a mean of the whole pass, and the batches that this part of it ran in all processes."""
-    ran = []
-
-    def forward(model, batch):
-        ran.append(1)
-        model(**batch)
-
+    forward = Forward()
     stats = collect(llama(), batches_for("llama", 40), **SETTINGS, statistics=folder / f"stats-{size}", forward=forward)
     with Processes() as together:
         made = stats.provenance
-        return [made.n_batches, made.complete, stats[Q].mean.tolist(), *together.sum(len(ran))]
+        return [made.n_batches, made.complete, stats[Q].mean.tolist(), *together.sum(forward.n)]
 
 
 def test_alone_everything_is_a_message_to_oneself():

@@ -45,11 +45,15 @@ class Counting:
         model(**batch)
 
 
+def own_loss(output, batch):
+    return output.loss
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("center", [True, False])
 def test_a_pass_that_was_interrupted_goes_on_after_the_batches_it_has_used(name, center, tmp_path):
     batches, file = batches_for(name, n_batches=6), tmp_path / "stats"
-    interrupt(file, 4, name, center=center)
+    interrupt(file, 4, name, center=center, forward=Counting())
     partial = Statistics.load(file).provenance
     assert (partial.complete, partial.n_batches, partial.stop_reason) == (False, 4, "interrupted")
     counting = Counting()
@@ -121,21 +125,68 @@ def test_a_file_of_a_version_that_knew_no_settings_is_used(tmp_path):
         ({"target_modules": ["q_proj"]}, r"with layers '14 \(\w+\)', and '2 \(\w+\)'"),
         ({"gradients": True}, "with gradients False, and True"),
         ({"model": "other"}, r"from another model \(LlamaForCausalLM\)"),
-        ({"batches": batches_for("llama", seed=1)}, "from other data: the first batch is another one"),
+        ({"batches": batches_for("llama", seed=1)}, "from other data: the batches are other ones"),
     ],
 )
 def test_other_settings_data_and_models_are_refused(complete, changes, expected, tmp_path):
     file, counting = tmp_path / "stats", Counting()
     if complete:
-        collect(model(), batches_for("llama", n_batches=6), statistics=file, **SETTINGS)
+        collect(model(), batches_for("llama", n_batches=6), statistics=file, forward=counting, **SETTINGS)
+        counting.n = 0
     else:
-        interrupt(file)
+        interrupt(file, forward=Counting())
     content, changes = file.read_bytes(), dict(changes)
     other = tiny_llama() if changes.pop("model", None) else model()
     batches = changes.pop("batches", batches_for("llama", n_batches=6))
     with pytest.raises(OtherSettingsError, match=expected):
         collect(other, batches, statistics=file, forward=counting, **SETTINGS | changes)
     assert file.read_bytes() == content and counting.n == 0
+
+
+@pytest.mark.parametrize(
+    ("token_mask", "complete", "used"),
+    [("attention", True, True), ("attention", False, False), ("labels", True, False)],
+)
+def test_a_file_with_gradients_serves_a_pass_without_if_it_has_the_same_rows(token_mask, complete, used, tmp_path):
+    """With gradients, labels count one token before; and going on without them would drop those that there are."""
+    file, batches = tmp_path / "stats", batches_for("llama", n_batches=6)
+    settings, with_gradients = SETTINGS | {"token_mask": token_mask}, {"gradients": True, "loss": own_loss}
+    if complete:
+        collect(model(), batches, statistics=file, **settings, **with_gradients)
+    else:
+        interrupt(file, token_mask=token_mask, **with_gradients)
+    content = file.read_bytes()
+    if used:
+        assert collect(model(), batches, statistics=file, **settings).provenance.gradients
+    else:
+        with pytest.raises(OtherSettingsError, match="with gradients True, and False is asked for"):
+            collect(model(), batches, statistics=file, **settings)
+    assert file.read_bytes() == content
+
+
+def test_later_batches_of_a_list_count(tmp_path):
+    file, batches, others = tmp_path / "stats", batches_for("llama"), batches_for("llama", seed=1)
+    first = collect(model(), batches, statistics=file, **SETTINGS, max_batches=3)
+    for changed in ([*batches[:2], others[2]], batches[:2]):
+        with pytest.raises(OtherSettingsError, match="from other data: the batches are other ones"):
+            collect(model(), changed, statistics=file, **SETTINGS, max_batches=3)
+    # Negative: what is beyond the bound is never read.
+    again = collect(model(), [*batches[:3], others[3]], statistics=file, **SETTINGS, max_batches=3)
+    assert again.provenance == first.provenance
+
+
+def test_other_functions_are_refused(tmp_path):
+    def ten_times(output, batch):
+        return 10 * output.loss
+
+    file, settings = tmp_path / "stats", SETTINGS | {"gradients": True}
+    collect(model(), batches_for("llama"), statistics=file, loss=own_loss, **settings)
+    for changes, expected in (
+        ({"loss": ten_times}, r"with loss 'own_loss', and '\S*\.ten_times' is asked for"),
+        ({"loss": own_loss, "forward": Counting()}, "with forward None, and 'Counting'"),
+    ):
+        with pytest.raises(OtherSettingsError, match=expected):
+            collect(model(), batches_for("llama"), statistics=file, **settings, **changes)
 
 
 def test_settings_that_batches_bring_along_count(tmp_path):

@@ -603,6 +603,14 @@ def test_parts_that_do_not_fit(shards, tmp_path):
         files[0].merge(files[1])
 
 
+def test_by_labels_rows_of_passes_with_and_without_gradients_are_other_ones():
+    one, other = (passed(token_mask="labels", gradients=gradients) for gradients in (False, True))
+    with pytest.raises(LoraInitError, match="part 2 was made with gradients=True, part 1 with gradients=False"):
+        one.merge(other)
+    # Negative: both with gradients.
+    other.merge(passed(batches=batches_for("llama", seed=1), token_mask="labels", gradients=True))
+
+
 def test_the_same_statistics_twice(shards):
     a, b, _ = shards
     with pytest.raises(LoraInitError, match="part 3 and part 1 hold the same statistics"):
