@@ -73,7 +73,8 @@ def load_batches(
         source: A JSON, JSONL, CSV, TSV, Parquet or text file (one example a line), also with .gz, several of them, a
             pattern such as `"data/*.jsonl"`, a folder with files of one kind, `"-"` for JSON lines on standard input,
             a hub id; or what is in memory: a `datasets.Dataset`, an `IterableDataset` (its beginning), a list of
-            mappings from column to value, a pandas DataFrame.
+            mappings from column to value, a pandas DataFrame. What a CSV file holds is text, an empty cell an empty
+            field; in a folder and on the hub it is what `datasets` makes of it.
         tokenizer: The model's Hugging Face tokenizer. It may lack a padding token.
         template: Text of an example with columns in braces, `"{passage}\nQuestion: {question}?"`; the prompt, if
             `completion` is given too. `{{` is a brace. A name in braces is looked up, never evaluated.

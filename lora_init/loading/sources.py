@@ -7,13 +7,14 @@ import gzip
 import json
 import logging
 import random
+import re
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from lora_init.loading.hub import check_hub
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 # Rows of a stream among which the examples are drawn: a stream can be read from its beginning only.
 _MOST_STREAMED = 10_000
+# pandas would make 7.0 of 007, and nothing of None. It knows columns by number; more than there are do no harm.
+_CELLS_AS_TEXT = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(range(1000), str)}
 _EMPTY = "the data is empty. Expected at least one example."
 # How `datasets` says that files are empty, or have a header and no rows; the last of them until 4.8.
 _NOTHING = (
@@ -131,8 +134,7 @@ def _suffix(path: Path) -> str:
 def _first_line_of(file: Path, index: int) -> int | None:
     """Find the line at which row `index` of a file begins, counted from 0; None if its rows are not lines."""
     suffix = _suffix(file)
-    opened = gzip.open if file.suffix.lower() == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
+    with _opened(file) as lines:
         if suffix == ".jsonl":
             return next(islice((number for number, line in enumerate(lines, 1) if line.strip()), index, None), None)
         if suffix not in (".csv", ".tsv"):
@@ -144,11 +146,17 @@ def _first_line_of(file: Path, index: int) -> int | None:
         return starts[index + 1]  # after the header
 
 
+def _opened(file: Path) -> Any:
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    return opened(file, "rt", encoding="utf-8-sig", newline="")
+
+
 def _load(label: str, **arguments: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(**arguments)
+        table = datasets.load_dataset(**arguments)
+        return _as_written(table, arguments["data_files"]) if arguments["path"] == "json" else table
     except Exception as error:  # `datasets` raises what its readers, file systems and the hub's client raise
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = first_line(cause or error)
@@ -168,11 +176,43 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
             f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(_READERS)}, or "
             "one of these with .gz."
         )
-    # pandas would take the first field for an index if the first record is too long.
-    options = {"sep": "\t" if kinds == [".tsv"] else ",", "index_col": False} if _READERS[kinds[0]] == "csv" else {}
+    options: dict[str, Any] = {}
+    if _READERS[kinds[0]] == "csv":  # pandas would take the first field for an index if the first record is too long
+        options = {"sep": "\t" if kinds == [".tsv"] else ",", "index_col": False, **_CELLS_AS_TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # of records that are longer than the header
         return _load(label, path=_READERS[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
+
+
+def _as_written(table: Any, files: Sequence[str]) -> Any:
+    """Read again, as text, columns of JSON of which `datasets` makes points in time, or 7.0 of 7 beside 1.5."""
+    import datasets
+
+    kinds = re.sub(r'"timestamp\[\w+\]"', '"string"', json.dumps(table.features.to_dict()))
+    features = datasets.Features.from_dict(json.loads(kinds))
+    text, number = datasets.Value("string"), datasets.Value("float64")
+    features = {name: text if kind == number else kind for name, kind in features.items()}
+    changed = {name: kind for name, kind in features.items() if kind != table.features[name]}
+    if not changed:
+        return table
+    columns: dict[str, list[Any]] = {name: [] for name in changed}
+    for row in chain.from_iterable(_json_rows(Path(file)) for file in files):
+        for name, values in columns.items():
+            values.append(row.get(name))
+    read = datasets.Dataset.from_dict(columns, datasets.Features(changed))
+    others = table.remove_columns(list(changed))
+    return datasets.concatenate_datasets([others, read], axis=1) if others.column_names else read
+
+
+def _json_rows(file: Path) -> Iterator[Any]:
+    """Read rows one after the other, on lines or not, or an array of them."""
+    with _opened(file) as opened:
+        content, at = opened.read().strip(), 0
+    decoder, space = json.JSONDecoder(strict=False), re.compile(r"\s*")
+    while at < len(content):
+        rows, at = decoder.raw_decode(content, at)
+        yield from rows if isinstance(rows, list) else [rows]
+        at = space.match(content, at).end()  # type: ignore[union-attr]
 
 
 def _from_memory(source: Any, split: str, seed: int) -> Any:

@@ -519,6 +519,29 @@ def test_batches_train_a_model(write):
     assert lora_init.load_batches is load_batches
 
 
+def test_a_cell_of_a_table_is_read_as_its_text(tmp_path, tokenizer):
+    cells = ["007", "None", "1.50", "true", "NA", "2009-02-13", "1e5"]
+    (tmp_path / "data.csv").write_text("prompt,completion\n" + "".join(f"q,{cell}\n" for cell in [*cells, ""]))
+    with pytest.warns(UserWarning, match="of the first 8 rows 1 left out with an empty field"):
+        batches = load_batches(tmp_path / "data.csv", tokenizer)
+    assert sorted(texts(batches, tokenizer, "labels")) == sorted(cell + "<eos>" for cell in cells)
+
+
+@pytest.mark.parametrize("form", ["{}\n{}\n{}\n", "[{},\n {},\n {}]"])
+def test_dates_and_numbers_in_json_are_read_as_their_text(tmp_path, form):
+    rows = [
+        {"a": "2009-02-13", "b": 7, "c": [{"at": "2009-02-13T10:00:00"}], "d": "plain"},
+        {"a": "2009-02-14", "b": 1.5, "c": [], "d": "plain"},
+        {"a": None, "b": None, "c": [{"at": "2009-02-13"}]},
+    ]
+    (tmp_path / "data.json.gz").write_bytes(gzip.compress(form.format(*map(json.dumps, rows)).encode()))
+    table = read_rows(tmp_path / "data.json.gz").table
+    assert table["a"][:] == ["2009-02-13", "2009-02-14", None]
+    assert table["b"][:] == ["7", "1.5", None]
+    assert table["c"][:] == [row["c"] for row in rows]
+    assert table["d"][:] == ["plain", "plain", None]
+
+
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separator):
     lines = [separator.join(fields) for fields in (["text", "note"], ['"two\nlines"', "a"], [], ["one", "b"], ["", ""])]
