@@ -219,8 +219,8 @@ def _without_nulls(value: Any) -> Any:
 def encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> Encoded | None:
     """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts."""
 
-    def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
+    def tokens(text: str, role: str = "text") -> list[int]:
+        return list(tokenizer(**{role: text}, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
 
     if seq2seq:
         before = example.labelled[0][0] if len(example.labelled) == 1 else ""
@@ -228,7 +228,8 @@ def encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> Encod
             raise LoraInitError(
                 "an encoder-decoder model needs a prompt and one completion. Use prompt and completion."
             )
-        return _cut(tokens(before), tokenizer, limit), _cut(tokens(example.text[len(before) :]), tokenizer, limit)
+        answer = tokens(example.text[len(before) :], "text_target")  # in the target language, if there are two
+        return _cut(tokens(before), tokenizer, limit), _cut(answer, tokenizer, limit)
     ids = tokens(example.text)
     if not ids:
         return None

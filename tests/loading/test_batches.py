@@ -484,6 +484,22 @@ def test_seq2seq_puts_the_completion_into_labels_of_their_own(write):
     assert batch["labels"].shape == (2, 5) and batch["input_ids"].shape == (2, 6)
 
 
+def test_seq2seq_tokenises_the_completion_as_the_target_language(write):
+    tokenizer = bert_tokenizer()  # with modes, as those of mBART and NLLB, whose first token is the language
+    modes = [f"{language} $A [SEP]" for language in ("i", "j")]
+    source, target = (
+        processors.TemplateProcessing(single=mode, special_tokens=[(mode[0], ord(mode[0]) - 93), ("[SEP]", 2)])
+        for mode in modes
+    )
+    core = tokenizer.backend_tokenizer
+    tokenizer._switch_to_target_mode = lambda: setattr(core, "post_processor", target)
+    tokenizer._switch_to_input_mode = lambda: setattr(core, "post_processor", source)
+    tokenizer._switch_to_input_mode()
+    (batch,) = load_batches(write([{"prompt": "a b", "completion": "c d"}]), tokenizer, seq2seq=True)
+    assert tokenizer.decode(batch["input_ids"][0]) == "i a b [SEP]"
+    assert tokenizer.decode(batch["labels"][0]) == "j c d [SEP]"
+
+
 def test_description_says_which_examples_in_words(write, tokenizer):
     path = write([{"text": f"row {i}"} for i in range(9)], "BoolQ/combined.jsonl")
     batches = load_batches(path, tokenizer, samples=3, offset=2, seed=5, max_length=64)
