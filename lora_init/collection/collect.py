@@ -189,6 +189,9 @@ def collect(
     """
     _check_types(model, batches)
     _check_numbers(rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed)
+    _check_flags(center=center, gradients=gradients)
+    rank, max_batches, seed, rho, tolerance = int(rank), int(max_batches), int(seed), float(rho), float(tolerance)
+    center, gradients, data = bool(center), bool(gradients), str(data or "")  # the file knows no scalars of numpy
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
     model, precision = unwrapped(model), Precision()
@@ -371,6 +374,12 @@ def _check_numbers(**numbers: Any) -> None:
         least = {"tolerance": 0, "seed": -(2**63)}.get(name, 1)
         if not isinstance(number, kind) or not least <= number < 2**63:
             raise LoraInitError(f"{name}={number!r}, expected a {of} of at least {least}.")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if flag not in (True, False):
+            raise LoraInitError(f"{name}={flag!r}, expected True or False.")
 
 
 def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:

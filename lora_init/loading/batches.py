@@ -103,6 +103,8 @@ def load_batches(
             raise LoraInitError(f"{name}={value} must be at least {least}.")
     if offset < 0 or (samples is not None and samples < 1):
         raise LoraInitError(f"samples={samples} must be at least 1 or None for all, and offset={offset} at least 0.")
+    batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
+    samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
     rows = read_rows(source, subset, split, seed)
     reading = recipe(rows.table.column_names, rows.label, tokenizer, template, completion, format)
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))

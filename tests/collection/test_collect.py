@@ -275,6 +275,8 @@ def test_mistakes_get_one_clear_line():
         ((name, value),) = settings.items()
         with pytest.raises(LoraInitError, match=f"^{name}={value!r}, expected a (whole )?number of at least"):
             collect(model, low_rank_inputs(2), **{"rank": 2, **settings})
+    with pytest.raises(LoraInitError, match="center='no', expected True or False"):
+        collect(model, low_rank_inputs(2), rank=2, center="no")
     with pytest.raises(LoraInitError, match="the data is empty"):
         collect(model, [], rank=2)
     with pytest.raises(LoraInitError, match="no targeted layer received rows in 2 batches"):

@@ -2,7 +2,9 @@
 
 import os
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,6 +189,21 @@ def test_other_functions_are_refused(tmp_path):
     ):
         with pytest.raises(OtherSettingsError, match=expected):
             collect(model(), batches_for("llama"), statistics=file, **settings, **changes)
+
+
+def test_scalars_of_numpy_and_a_path_for_the_data_are_kept_as_what_they_mean(tmp_path):
+    given = dict(
+        rank=np.int64(2), max_batches=np.int64(2), seed=np.int64(3), rho=np.float32(1.5), tolerance=np.float32(0.5),
+        center=np.False_, gradients=0, data=Path("rows.csv"),
+    )  # fmt: skip
+    for changes in ({}, {"data": None}):
+        asked = given | changes
+        stats = collect(model(), batches_for("llama"), statistics=tmp_path / "stats", overwrite=True, **asked)
+        made = Statistics.load(tmp_path / "stats").provenance
+        assert made == stats.provenance
+        assert (made.rank, made.seed, made.center, made.gradients) == (2, 3, False, False)
+        assert (made.n_batches, made.settings["rho"], made.settings["tolerance"]) == (2, 1.5, 0.5)
+        assert made.data == str(asked["data"] or "")
 
 
 def test_settings_that_batches_bring_along_count(tmp_path):

@@ -7,6 +7,7 @@ import logging
 import re
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
@@ -421,6 +422,14 @@ def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, token
     assert len(sample(samples=None)) == len(sample(samples=1000)) == 100
     first, second = (load_batches(path, tokenizer, samples=20) for _ in range(2))
     assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
+
+
+def test_numbers_of_numpy_are_kept_as_json_has_them(write, tokenizer):
+    path = write([{"text": f"row {i:03d}"} for i in range(20)])
+    asked = dict(samples=8, offset=2, batch_size=2, max_length=9, seed=1)
+    plain, given = (load_batches(path, tokenizer, **{k: of(v) for k, v in asked.items()}) for of in (int, np.int64))
+    assert json.dumps(given.settings) == json.dumps(plain.settings)
+    assert texts(given, tokenizer) == texts(plain, tokenizer)
 
 
 def test_batches_have_little_padding_and_every_stretch_is_mixed(write, tokenizer):
