@@ -81,6 +81,11 @@ HEADS = {
 }
 
 
+# What a file may say of a layer; more is damage, and would take minutes and gigabytes before anybody notices.
+_WIDEST = 2**24  # the largest vocabularies have about 2**18 tokens
+_MOST_EXPERTS = 2**16  # Switch-C, which has most, has 2**11 (Fedus et al. 2021)
+
+
 @dataclass(frozen=True)
 class Target:
     """One layer that takes an adapter.
@@ -135,7 +140,8 @@ def read_target(name: str, kind: str, in_features: int, out_features: int, extra
     """Make a target again from its plain values, with a TypeError or ValueError if they are none."""
     kernel = tuple(int(size) for size in extras.get("kernel", ()))
     groups, experts = int(extras.get("groups", 1)), int(extras.get("experts", 0))
-    if not all(0 < size < 2**31 for size in (in_features, out_features, *kernel, groups, experts + 1)):
+    possible = all(0 < size <= _WIDEST for size in (in_features, out_features, *kernel, groups))
+    if not possible or not 0 <= experts <= _MOST_EXPERTS or in_features % math.prod(kernel):
         raise ValueError(f"widths of layer {name!r}")
     return Target(name, str(kind), int(in_features), int(out_features), kernel, groups, experts)
 

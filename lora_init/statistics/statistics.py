@@ -343,7 +343,7 @@ class Statistics(Mapping[str, Spectrum]):
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
                 unsupported=header["unsupported"],
                 gradients={
-                    name: GradientSpectrum.unpack(numbers, partial(_gradient_part, file, name))
+                    name: GradientSpectrum.unpack(numbers, partial(_floats, file, f"{name}{_BY_GRADIENT}"))
                     for name, numbers in header["gradients"].items()
                 },
                 path=file.path,
@@ -362,8 +362,7 @@ class Statistics(Mapping[str, Spectrum]):
         if not self.gradients.keys() <= self.group_of.keys():
             raise file.changed("its list of layers")
         for name, group in self.group_of.items():
-            target = self.targets[name]
-            if len(self.groups[group].mean) != target.in_features or not 0 < target.out_features < 2**31:
+            if len(self.groups[group].mean) != self.targets[name].in_features:
                 raise file.changed(f"the width of layer {name!r}")
 
 
@@ -382,16 +381,20 @@ def notes_on_experts(stats: Statistics) -> list[str]:
 
 
 def _read_group(file: TensorFile, name: str, group: Mapping[str, Any]) -> Spectrum:
-    components, along, mean = (file.tensor(f"{name}/{part}") for part in ("components", "explained_variance", "mean"))
-    total = float(group["total_variance"])
-    finite = components.isfinite().all() and along.isfinite().all() and math.isfinite(total)
-    if along.dim() != 1 or components.shape != (len(along), len(mean)) or not finite:
+    components, along, mean = (_floats(file, name, part) for part in ("components", "explained_variance", "mean"))
+    total, n_samples = float(group["total_variance"]), int(group["n_samples"])
+    fit = along.dim() == 1 and components.shape == (len(along), len(mean))
+    possible = 0.0 <= total < math.inf and n_samples >= 0 and bool((along >= 0.0).all())
+    if not fit or not possible or bool((components.square().sum(1) > 1.001).any()):  # rows are of length 1, in float32
         raise file.changed(f"group {name!r}")
-    return Spectrum(components, along, total, mean, int(group["n_samples"]))
+    return Spectrum(components, along, total, mean, n_samples)
 
 
-def _gradient_part(file: TensorFile, layer: str, part: str) -> Tensor:
-    return file.tensor(f"{layer}{_BY_GRADIENT}/{part}")
+def _floats(file: TensorFile, name: str, part: str) -> Tensor:
+    tensor = file.tensor(f"{name}/{part}")
+    if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        raise file.changed(f"tensor {name + '/' + part!r}")
+    return tensor
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -69,7 +69,10 @@ class TensorFile:
         text = metadata.get("header", "")
         if _sha256(text.encode()) != metadata.get("sha256"):
             raise self.changed("its header")
-        self.header: dict[str, Any] = json.loads(text)
+        try:
+            self.header: dict[str, Any] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.changed("its header") from error
         if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
             raise self.changed("its header")
 

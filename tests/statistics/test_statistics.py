@@ -1,5 +1,6 @@
 """The statistics file: what comes back, and what is refused."""
 
+import hashlib
 import math
 import os
 
@@ -161,12 +162,13 @@ def test_it_shows_itself_in_one_line_and_as_a_table(stats, path):
         assert table.loc[name, "held_out"] == one.held_out[one.group_of[name]]
 
 
-def rewritten(path, change):
-    """The file with another header, its digests right."""
+def rewritten(path, change, tensors=None):
+    """The file with another header or other tensors, its digests right."""
     file = TensorFile(path, FORMAT, FORMAT_VERSION)
     header = {key: value for key, value in file.header.items() if key != "digests"}
     change(header)
-    return write_tensors(path, FORMAT, FORMAT_VERSION, header, {n: file.tensor(n) for n in file.header["digests"]})
+    tensors = {n: file.tensor(n) for n in file.header["digests"]} | (tensors or {})
+    return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
 
 
 def test_fields_of_provenance_come_and_go(stats, path):
@@ -189,8 +191,35 @@ def test_fields_of_provenance_come_and_go(stats, path):
         lambda header: header.update(layers=[]),
         lambda header: header["layers"]["model.layers.0.mlp.down_proj"].__setitem__(2, 32),
         lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(total_variance="x"),
+        lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(total_variance=-1.0),
+        lambda header: header["groups"]["model.layers.0.mlp.down_proj"].update(n_samples=-5),
+        lambda header: header["layers"]["model.layers.0.mlp.down_proj"].append({"experts": 20_000_000}),
+        lambda header: header["layers"]["model.layers.0.mlp.down_proj"].append({"kernel": [3, 3]}),
+        lambda header: header["layers"]["model.layers.0.mlp.down_proj"].__setitem__(3, 2**31 - 1),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(path, change):
     with pytest.raises(LoraInitError, match="is not what was written"):
         Statistics.load(rewritten(path, change))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("mean", lambda mean: mean * math.nan),
+        ("explained_variance", lambda along: -along),
+        ("components", lambda rows: rows * 1e30),
+        ("components", lambda rows: rows.int()),
+    ],
+)
+def test_numbers_that_no_pass_can_have_found_are_refused(path, part, change):
+    name = f"model.layers.0.self_attn.q_proj/{part}"
+    with pytest.raises(LoraInitError, match=r"q_proj.* is not what was written"):
+        Statistics.load(rewritten(path, lambda header: None, {name: change(load_file(path)[name])}))
+
+
+@pytest.mark.parametrize("header", ["no JSON", "[" * 100_000])
+def test_a_header_that_is_no_json_is_refused(path, header):
+    changed(path, metadata={"header": header, "sha256": hashlib.sha256(header.encode()).hexdigest()})
+    with pytest.raises(LoraInitError, match="its header is not what was written"):
+        Statistics.load(path)
