@@ -28,7 +28,7 @@ from lora_init.collection.activations import ActivationHooks, Forward, call_mode
 from lora_init.collection.backward import BackwardHooks, Loss
 from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, digest_of, own_batches
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line
 from lora_init.files import check_writable
 from lora_init.layers.masks import IGNORED, TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
@@ -358,10 +358,16 @@ def as_batches(batches: Any, model: nn.Module, seed: int) -> Any:
 def _collated(pad: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     batch = {}
     for column in rows[0]:
-        tensors = [torch.as_tensor(row[column]) for row in rows]
-        of_tokens = tensors[0].dim() == 1 and not tensors[0].is_floating_point()
         name = "labels" if column == "label" else column
-        batch[name] = pad_sequence(tensors, True, pad.get(name, 0)) if of_tokens else torch.stack(tensors)
+        try:
+            tensors = [torch.as_tensor(row[column]) for row in rows]
+            of_tokens = tensors[0].dim() == 1 and not tensors[0].is_floating_point()
+            batch[name] = pad_sequence(tensors, True, pad.get(name, 0)) if of_tokens else torch.stack(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LoraInitError(
+                f"column {column!r} of the data set: {first_line(error).rstrip('.')}. Expected numbers in each row, of "
+                "one shape unless they are tokens. Leave out the column, or such rows."
+            ) from error
     if "input_ids" in batch and "attention_mask" not in batch:
         batch["attention_mask"] = pad_sequence([torch.ones(len(row["input_ids"])).long() for row in rows], True)
     return batch

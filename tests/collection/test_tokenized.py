@@ -55,6 +55,17 @@ def test_a_batch_is_as_a_collator_makes_it():
     assert padding.any() and (batch["input_ids"][padding] == 9).all() and (batch["labels"][padding] == -100).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("label", [0, None]), ("label", ["yes", "no"]), ("pixel_values", [[0.5], [0.5, 1.0]]), ("labels", [[1], None])],
+)
+def test_a_column_that_makes_no_batch_is_named(name, values):
+    model = tiny_vit() if name == "pixel_values" else tiny_llama()
+    rows = tokenized(n=2, **{name: lambda ids: values})
+    with pytest.raises(LoraInitError, match=rf"column '{name}' of the data set: .*\. Expected numbers in each row"):
+        collect(model, rows, rank=2)
+
+
 def test_columns_that_are_no_tokens():
     (batch,) = as_batches(tokenized(n=4, label=lambda ids: [i % 2 for i in range(len(ids))]), tiny_bert(), 0)
     assert batch["labels"].shape == (4,)
