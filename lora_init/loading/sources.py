@@ -185,22 +185,17 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
 
 
 def _as_written(table: Any, files: Sequence[str]) -> Any:
-    """Read again, as text, columns of JSON of which `datasets` makes points in time, or 7.0 of 7 beside 1.5."""
+    """Read columns of JSON again of which `datasets` makes points in time: they are text in the file."""
     import datasets
 
-    kinds = re.sub(r'"timestamp\[\w+\]"', '"string"', json.dumps(table.features.to_dict()))
-    features = datasets.Features.from_dict(json.loads(kinds))
-    text, number = datasets.Value("string"), datasets.Value("float64")
-    features = {name: text if kind == number else kind for name, kind in features.items()}
-    changed = {name: kind for name, kind in features.items() if kind != table.features[name]}
-    if not changed:
+    columns: dict[str, list[Any]] = {name: [] for name, kind in table.features.items() if "timestamp" in str(kind)}
+    if not columns:
         return table
-    columns: dict[str, list[Any]] = {name: [] for name in changed}
     for row in chain.from_iterable(_json_rows(Path(file)) for file in files):
         for name, values in columns.items():
             values.append(row.get(name))
-    read = datasets.Dataset.from_dict(columns, datasets.Features(changed))
-    others = table.remove_columns(list(changed))
+    others = table.remove_columns(list(columns))
+    read = datasets.Dataset.from_dict(columns)
     return datasets.concatenate_datasets([others, read], axis=1) if others.column_names else read
 
 

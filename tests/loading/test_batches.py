@@ -553,16 +553,15 @@ def test_a_cell_of_a_table_is_read_as_its_text(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("form", ["{}\n{}\n{}\n", "[{},\n {},\n {}]"])
-def test_dates_and_numbers_in_json_are_read_as_their_text(tmp_path, form):
+def test_dates_in_json_are_read_as_their_text(tmp_path, form):
     rows = [
-        {"a": "2009-02-13", "b": 7, "c": [{"at": "2009-02-13T10:00:00"}], "d": "plain"},
-        {"a": "2009-02-14", "b": 1.5, "c": [], "d": "plain"},
-        {"a": None, "b": None, "c": [{"at": "2009-02-13"}]},
+        {"a": "2009-02-13", "c": [{"at": "2009-02-13T10:00:00"}], "d": "plain"},
+        {"a": "2009-02-14", "c": [], "d": "plain"},
+        {"a": None, "c": [{"at": "2009-02-13"}]},
     ]
     (tmp_path / "data.json.gz").write_bytes(gzip.compress(form.format(*map(json.dumps, rows)).encode()))
     table = read_rows(tmp_path / "data.json.gz").table
     assert table["a"][:] == ["2009-02-13", "2009-02-14", None]
-    assert table["b"][:] == ["7", "1.5", None]
     assert table["c"][:] == [row["c"] for row in rows]
     assert table["d"][:] == ["plain", "plain", None]
 
