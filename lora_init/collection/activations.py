@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks, encoder_of
@@ -37,7 +38,8 @@ class ActivationHooks:
     submodule are as before, also after an exception. Layers that read the same tensor object form a group, named after
     the first of them to run; a group takes each tensor once. Of a convolution the rows are patches, see `Patches`; a
     fused parameter of experts, see `Experts`, has a group for each expert and one for all experts. A pass ends before
-    the output embedding (`lm_head`) and the loss, unless the output embedding is itself a layer to watch.
+    the output embedding (`lm_head`) and the loss, unless the output embedding is itself a layer to watch. Layers that
+    read the same tensor when they were first seen, and others later, are refused: their rows would be mixed.
 
     Args:
         model: Any torch model.
@@ -45,6 +47,7 @@ class ActivationHooks:
         masks: Tells which tokens count.
         rows: Takes the place of the masks: gives the rows of one layer from its arguments. Layers are then not
             grouped, since it may treat each its own way.
+        to_the_end: Let a pass run to its end, since something comes after the output embedding.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ActivationHooks:
         modules: Mapping[str, nn.Module],
         masks: TokenMasks,
         rows: RowsFunction | None = None,
+        to_the_end: bool = False,
     ) -> None:
         self.model = model
         self.modules = modules
@@ -62,10 +66,10 @@ class ActivationHooks:
         self._experts = {name: found for name in modules if (found := experts_of(name, modules[name]))}
         self._patches = {name: patches_of(name, module) for name, module in modules.items()}
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        watched = any(head is module for module in modules.values())
+        to_the_end |= any(head is module for module in modules.values())
         # Sharded and offloaded weights are put away at the end of a pass, so such a pass runs to its end.
-        ends_early = isinstance(head, nn.Module) and not (watched or is_sharded(model) or is_offloaded(model))
-        self._head: nn.Module | None = head if ends_early else None
+        to_the_end |= is_sharded(model) or is_offloaded(model)
+        self._head = head if isinstance(head, nn.Module) and not to_the_end else None
         self._handles: list[Any] = []
         self._mode = ExitStack()
         self._sink: Sink | None = None
@@ -86,7 +90,7 @@ class ActivationHooks:
         self._handles = []
 
     @contextmanager
-    def watch(self, batch: Any, sink: Sink, wanted: Wanted, to_the_end: bool = False) -> Iterator[Any]:
+    def watch(self, batch: Any, sink: Sink, wanted: Wanted) -> Iterator[Any]:
         """Call `sink(group, rows)` for every group that gets rows in a forward pass that runs inside the block.
 
         Yields the batch on the model's device. The sink is called inside the pass, without autocast and gradients, with
@@ -95,19 +99,21 @@ class ActivationHooks:
         batch = on_device_of(self.model, batch)
         if self._rows is None:
             self.masks.start(batch)
-        self._sink, self._wanted, self._to_the_end = sink, wanted, to_the_end
+        self._sink, self._wanted = sink, wanted
         # Tensors read in this pass: id and way of reading -> (weak reference, version, groups). Weak: no activation is
         # kept, and an id that Python gave to a second tensor is told from the first.
         self._read: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
+        self._inputs: dict[str, list[list[str]]] = {}  # the groups of what each layer read
         try:
             with suppress(_EndOfPass):
                 yield batch
+            self._check_groups()
         finally:
             self._sink, self._read = None, {}
             self.masks.stop()
 
     def _end_pass(self, module: nn.Module, args: Any) -> None:
-        if self._sink is not None and not self._to_the_end:
+        if self._sink is not None:
             raise _EndOfPass
 
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,14 +133,25 @@ class ActivationHooks:
         version = 0 if x.is_inference() else x._version
         patches = self._patches[name]
         seen, seen_version, groups = self._read.get((id(x), patches), (None, 0, []))
-        if seen is None or seen() is not x or seen_version != version:
+        if seen is None or seen() is not x or seen_version != version or x.is_inference():  # that has no version
             groups = []
             self._read[id(x), patches] = (weakref.ref(x), version, groups)
+        self._inputs.setdefault(name, []).append(groups)
         group = self.group_of.setdefault(name, groups[0] if groups else name)
         if group not in groups:
             groups.append(group)
             if self._wanted(group):
                 sink(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
+
+    def _check_groups(self) -> None:
+        """Make sure that the layers of each group read the same in this pass, too."""
+        read = {name: set(map(id, inputs)) for name, inputs in self._inputs.items()}
+        for name, group in self.group_of.items():
+            if read.get(name) != read.get(group):
+                raise LoraInitError(
+                    f"layers {group!r} and {name!r} read the same tensor in batches before, and not in this one, so "
+                    "their rows would be mixed. Let a batch like this one come first."
+                )
 
     def _read_experts(self, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         self.group_of.setdefault(experts.name, experts.name)
@@ -171,7 +188,7 @@ def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
     x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
     if not isinstance(x, Tensor):
         raise LoraInitError(f"layer {name!r}: input of type {type(x).__name__}, expected a tensor. Exclude this layer.")
-    return x
+    return torch.cat(x.unbind()) if x.is_nested else x  # nn.TransformerEncoder leaves out what is padding
 
 
 def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
@@ -184,7 +201,8 @@ def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
         parameters = inspect.signature(model.forward).parameters
         given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
         of_labels = encoder_of(model) is not None and not given  # the decoder's inputs are
-        if not (with_labels or of_labels):
+        own = "labels" in parameters and not isinstance(model, PreTrainedModel)  # what they are for, it alone knows
+        if not (with_labels or of_labels or own):
             inputs.pop("labels", None)  # no loss
         if "use_cache" in parameters:
             inputs.setdefault("use_cache", False)

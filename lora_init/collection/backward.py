@@ -103,7 +103,7 @@ class BackwardHooks:
         self._sink = gradient_sink
         try:
             with (
-                self._hooks.watch(batch, sink, wanted, to_the_end=True) as moved,
+                self._hooks.watch(batch, sink, wanted) as moved,
                 run_eagerly(),
                 torch.enable_grad(),
             ):

@@ -260,7 +260,9 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     earlier = _earlier(job)
     masks = TokenMasks(job.model, made.token_mask, made.gradients)
     modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
-    hooks = ActivationHooks(job.model, modules, masks)
+    # A function of the caller's may run the model twice, and a loss needs what comes after the output embedding.
+    to_the_end = made.gradients or made.settings["forward"] is not None
+    hooks = ActivationHooks(job.model, modules, masks, to_the_end=to_the_end)
     run = Pass(
         hooks,
         job.forward,

@@ -356,3 +356,75 @@ class OfUnknownLength(torch.utils.data.IterableDataset):
 def test_a_loader_over_data_without_a_length():
     loader = torch.utils.data.DataLoader(OfUnknownLength(), batch_size=None)
     assert collect(two_layers(), loader, rank=3).provenance.n_batches == 3
+
+
+# What once gave other rows than those that were read
+
+
+class Attention(nn.Module):
+    """Self-attention or, with `mem`, cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mem=None):
+        return self.q(x) + self.k(x if mem is None else mem)
+
+
+def test_layers_that_read_the_same_in_some_batches_only():
+    alone, with_memory = {"x": torch.randn(4, 8)}, {"x": torch.randn(4, 8), "mem": 100 + torch.randn(4, 8)}
+    with pytest.raises(LoraInitError, match=r"batch 1: layers 'q' and 'k' read the same tensor in batches before"):
+        collect(Attention(), [alone, with_memory], rank=2)
+    stats = collect(Attention(), [with_memory, alone], rank=2)
+    torch.testing.assert_close(stats["q"].mean, torch.cat([with_memory["x"], alone["x"]]).mean(0))
+    torch.testing.assert_close(stats["k"].mean, torch.cat([with_memory["mem"], alone["x"]]).mean(0))
+
+
+def test_a_forward_of_the_callers_may_run_the_model_twice():
+    batches = [{"chosen": torch.randint(3, 60, (4, 6)), "rejected": torch.randint(3, 60, (4, 6))}]
+    stats = collect(
+        tiny_llama(),
+        batches,
+        rank=2,
+        forward=lambda model, b: [model(input_ids=b[name]) for name in ("chosen", "rejected")],
+    )
+    assert {spectrum.n_samples for spectrum in stats.values()} == {48}
+
+
+def test_labels_are_left_to_a_model_that_is_not_of_transformers():
+    class Guided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+        def forward(self, x, labels):
+            return self.layer(x + self.embed(labels))
+
+    model, batch = Guided(), {"x": torch.randn(5, 8), "labels": torch.arange(5)}
+    stats = collect(model, [batch], ["layer"], rank=2)
+    torch.testing.assert_close(stats["layer"].mean, (batch["x"] + model.embed(batch["labels"])).mean(0))
+
+
+def test_a_tensor_of_inference_mode_that_is_changed_in_place_is_another():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        @torch.inference_mode()
+        def forward(self, x):
+            h = x * 1
+            return self.a(h) + self.b(h.mul_(3))
+
+    x = torch.randn(6, 8)
+    stats = collect(InPlace(), [x], rank=2)
+    torch.testing.assert_close(stats["b"].mean, 3 * stats["a"].mean)
+
+
+def test_padding_that_torchs_encoder_leaves_out_does_not_count():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(4, 10, 16), torch.arange(10) >= torch.tensor([[5], [6], [7], [8]])
+    stats = collect(model, [(x, padding)], rank=2, forward=lambda model, b: model(b[0], src_key_padding_mask=b[1]))
+    assert {spectrum.n_samples for spectrum in stats.values()} == {26}
