@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lora_init import find_targets
+from lora_init.comparison.workbench import processor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -115,18 +116,10 @@ def _boolq(tokenizer: Any, n_batches: int, batch_size: int) -> list[dict[str, to
 def machine() -> dict[str, str]:
     """Versions, threads, processor and card."""
     facts = {package: version(package) for package in ("torch", "transformers", "peft", "numpy", "scikit-learn")}
-    facts |= {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "processor": _processor()}
+    facts |= {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "processor": processor()}
     if torch.cuda.is_available():
         facts["card"] = torch.cuda.get_device_name()
     return facts
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # Of this process alone where there is no GPU: what else the processor does meanwhile does not count.

@@ -124,7 +124,10 @@ def compare(
 
     Given again, the same command goes on where it was stopped.
     """
-    given = locals() | {
+    given = locals()
+    if data == "-" and (workers or ray):
+        raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
+    given |= {
         "starts": [_start(word) for word in read_names(starts)],
         "learning_rates": read_numbers("--learning-rates", learning_rates, float),
         "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +11,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import lora_init
 from lora_init.comparison.budget import STAGES, Budget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
@@ -36,7 +33,7 @@ from lora_init.comparison.starts import (
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import Workbench, set_up
+from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, require
 from lora_init.layers.targets import find_targets
@@ -270,8 +267,13 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
     return Loading(**{**given, "retain_data": _absolute(given.get("retain_data"))})
 
 
-def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str:
-    """Write the command that makes an adapter as a run does; the start and its number of examples are left open."""
+def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:
+    """Write the command that makes an adapter as a run does; the start and its number of examples are left open.
+
+    None if `init` cannot read the answers, since their column has letters or positions.
+    """
+    if not bench.task.spelled_out:
+        return None
     modules = bench.shape.target_modules
     completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
     words = {
@@ -297,13 +299,3 @@ def model_name(model: str) -> str:
     """Name a model without the path to it: settings are shared."""
     path = Path(model).expanduser()
     return path.absolute().name if path.is_dir() else model
-
-
-def circumstances() -> dict[str, Any]:
-    """Describe what may differ between runs that are compared: threads, processor, versions."""
-    versions = {package: version(package) for package in ("torch", "transformers", "peft")}
-    return {
-        "threads": torch.get_num_threads(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {"lora_init": lora_init.__version__, **versions, "python": platform.python_version()},
-    }

@@ -222,13 +222,26 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     said += _hardly_learned(table)
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
         said.append("Rates were chosen on a single seed, so another may well be better.")
-    return said + _lost(table)
+    return said + _circumstances(table) + _lost(table)
+
+
+def _circumstances(table: pd.DataFrame) -> list[str]:
+    """Say that not all runs are from one machine, on which alone the same run has the same numbers."""
+    known = [run for run in table["circumstances"] if isinstance(run, dict)]
+    facts = [{**{name: run.get(name) for name in ("processor", "threads")}, **run.get("versions", {})} for run in known]
+    said = []
+    for name in dict.fromkeys(name for run in facts for name in run):
+        counts = Counter(str(run.get(name)) for run in facts)
+        if len(counts) > 1:
+            said.append(f"{name} ({', '.join(f'{value}: {n} runs' for value, n in counts.items())})")
+    return [f"Runs differ in {'; '.join(said)}, so equal ones may differ by rounding."] if said else []
 
 
 def _hardly_learned(table: pd.DataFrame) -> list[str]:
     """Count the seeds on which a start, at its best rate, learned less than half of what the best start did."""
     losses = by_seed(table)
     plain = table.groupby("seed")["plain_loss"].mean()
+    losses = losses.loc[:, losses.min() < plain.reindex(losses.columns)]
     few = (plain - losses) < (plain - losses.min()) / 2
     counts = [
         f"{start} on {own.sum()} of {losses.loc[start].count()} seeds" for start, own in few.iterrows() if any(own)

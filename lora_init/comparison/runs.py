@@ -193,6 +193,7 @@ _NUMBERS = [
 ]  # fmt: skip
 _COLUMNS = [
     "start", "learning_rate", "seed", "status", "error", "data_order", "evaluation_points", "report_loss",
+    "circumstances",
     *_NUMBERS,
 ]  # fmt: skip
 
@@ -331,7 +332,10 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         OSError: It cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if not (path / SETTINGS_FILE).exists() and {entry.name for entry in path.iterdir()} - {LOCK, RUNS}:
+    there_is = {
+        entry.name for entry in path.iterdir() if not entry.name.startswith(".")
+    }  # but lock and temporary files
+    if not (path / SETTINGS_FILE).exists() and there_is - {RUNS}:
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ class Task:
         normalize: Whether an option's log-likelihood is divided by its number of tokens.
         data: Which examples of which data these are, in words.
         label: Name of the task in the report.
+        spelled_out: Whether the column of the answer has its text, as `init` reads it, and no letter or position.
     """
 
     kind: str
@@ -106,6 +108,7 @@ class Task:
     normalize: bool
     data: str
     label: str
+    spelled_out: bool = True
 
     def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Pad examples to a batch, with the class as label for classification."""
@@ -241,7 +244,15 @@ def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: in
     split = f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}"
     described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
     padding, label = padding_token(tokenizer), asked.name or name
-    return Task(kind, train, selection, report, classes, padding, asked.normalize, described, label)
+    spelled_out = not asked.options or all(
+        map(partial(_has_text, asked.options, asked.answer), islice(data.table, 100))
+    )
+    return Task(kind, train, selection, report, classes, padding, asked.normalize, described, label, spelled_out)
+
+
+def _has_text(options: str, answer: str, row: Mapping[str, Any]) -> bool:
+    found = read_choices(row, options, answer)
+    return found is None or str(row[answer]).strip() == found[0][found[1]]
 
 
 def _reader(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+import lora_init
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
@@ -46,6 +50,24 @@ from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
 
 
+def circumstances() -> dict[str, Any]:
+    """Describe what may differ between runs that are compared: processor, threads, versions."""
+    versions = {package: version(package) for package in ("torch", "transformers", "peft")}
+    return {
+        "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "versions": {"lora_init": lora_init.__version__, **versions, "python": platform.python_version()},
+    }
+
+
+def processor() -> str:
+    """Name the processor: on another one sums are rounded otherwise."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
 @dataclass(kw_only=True)
 class RunRecord(Trained):
     """What is kept of a run.
@@ -64,6 +86,7 @@ class RunRecord(Trained):
         initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
         peak_memory_bytes: From the start to the end of the training.
         run_seconds: Wall time of it all.
+        circumstances: What may differ between runs of a comparison, see `circumstances`.
     """
 
     start: str
@@ -79,6 +102,7 @@ class RunRecord(Trained):
     initialisation_seconds: float | None = None
     peak_memory_bytes: int | None = None
     run_seconds: float | None = None
+    circumstances: dict[str, Any] = field(default_factory=circumstances)
 
 
 @dataclass

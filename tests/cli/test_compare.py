@@ -138,6 +138,13 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_standard_input_is_not_for_several_processes():
+    result = run("compare", "model", "-", "--output", "out", "--workers", 2, code=1)
+    assert result.stderr == (
+        "error: DATA '-': workers read the data, too, and standard input is read once. Name a file.\n"
+    )
+
+
 def test_on_a_terminal_every_verdict_is_a_line_and_no_cell_is_cut():
     summary = summarise(planted({"eva": -0.01, "[red]own[/red]": 0.0}), planted_settings())
     written = io.StringIO()

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init.comparison import workbench
-from lora_init.comparison.compare import circumstances, model_name
+from lora_init.comparison.compare import model_name
 from lora_init.comparison.runs import Run, read_runs, read_settings
 from lora_init.comparison.starts import AdapterShape, prepare
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import RunRecord, set_up
+from lora_init.comparison.workbench import RunRecord, circumstances, set_up
 from lora_init.errors import LoraInitError
 from tests.comparisons import SMALL, make_home
 
@@ -253,6 +253,12 @@ def test_the_command_of_the_report_makes_the_adapter(full, tmp_path, monkeypatch
     result = CliRunner().invoke(app.app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(("options", "known"), [(dict(options="listed", answer="letter"), False), ({}, True)])
+def test_there_is_no_command_where_init_cannot_read_the_answers(home, tmp_path, options, known):
+    found = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"], seeds=1, dry_run=True, **options)
+    assert bool(found.settings["init"]) == known
 
 
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):

@@ -222,6 +222,23 @@ def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
     assert summarise(planted({"eva": 0.0}), settings()).data_needed == []
 
 
+def test_runs_of_two_processors_are_named():
+    here, there = ({"processor": name, "threads": 1, "versions": {"torch": "2"}} for name in ("Xeon", "EPYC"))
+    runs = planted({"eva": -0.01})
+    assert "Runs differ" not in " ".join(summarise(runs, settings()).notes)  # runs of before do not say
+    for i, run in enumerate(runs):
+        run["circumstances"] = here if i else there
+    said = f"Runs differ in processor (EPYC: 1 runs, Xeon: {len(runs) - 1} runs), so equal ones may differ by rounding."
+    assert said in summarise(runs, settings()).notes
+
+
+def test_where_no_start_learned_none_learned_less_than_the_best():
+    runs = planted({"eva": -0.01})
+    for run in runs:
+        run["plain_loss"] = 0.1
+    assert "less than half" not in " ".join(summarise(runs, settings()).notes)
+
+
 def test_a_start_that_hardly_learned_from_a_seed_is_named():
     runs = planted({"eva": 0.0, "pissa": 0.0})
     (stuck,) = (run for run in runs if (run["start"], run["learning_rate"], run["seed"]) == ("random", 1e-3, 1))

@@ -223,6 +223,11 @@ def test_a_run_without_a_loss_to_select_by_is_unstable(loss):
     assert list(table["status"]) == ["finished", "unstable"] and best_rates(table) == {"random": 1e-3}
 
 
+def test_a_temporary_file_of_a_process_that_was_killed_is_no_hindrance(tmp_path):
+    (tmp_path / ".settings.json.1.tmp").touch()
+    assert len(keep(tmp_path, record()).records) == 1
+
+
 def test_of_two_records_of_a_run_the_later_counts(tmp_path):
     keep(tmp_path, broken("failed", "disk full"), record(seed=1), record())
     assert [(r["seed"], r["status"]) for r in read_runs(tmp_path)] == [(0, "finished"), (1, "finished")]
