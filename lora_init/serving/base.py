@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -199,9 +199,12 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     first, last = (f"{name}.weight" for name in base.embeddings)
     layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}
     wanted = [*layers, *(key.removeprefix(PREFIX) for key in trained.others)]
+    _check_ties(base, wanted, {first, last})
     problem = None
-    if base.tied and first in sources and last not in sources and {first, last} & set(wanted):
-        sources[last] = sources[first]
+    if base.tied and {first, last} & set(wanted):
+        for name, other in ((first, last), (last, first)):
+            if other in sources:
+                sources.setdefault(name, sources[other])
         problem = "ensure_weight_tying keeps two adapters equal" if trained.config.get("ensure_weight_tying") else None
     for name in wanted:
         pieces = _pieces(base, name, sources)
@@ -217,6 +220,20 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
             f"{problem}, so it is not merged here. PEFT's merge_and_unload() on the loaded model does it."
         )
     return sources
+
+
+def _check_ties(base: Base, wanted: Collection[str], pair: set[str]) -> None:
+    """Refuse to change a weight that the model has under further names than those of the embeddings."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in base.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    for same in names.values():
+        changed = sorted(same.intersection(wanted))
+        if changed and len(same) > 1 and not same <= pair:
+            raise LoraInitError(
+                f"{changed[0]!r} is also {', '.join(sorted(same - {changed[0]}))} in {type(base.model).__name__}. "
+                "Files of this model have one weight for all, so it is not merged. Serve model and adapter with PEFT."
+            )
 
 
 def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -266,7 +283,8 @@ def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
-    untied = any(name != source.name for name, source in sources.items())
+    changed = {source.parameter for source in sources.values()}
+    untied = base.tied and not changed.isdisjoint(f"{name}.weight" for name in base.embeddings)
     config = read_json(folder / "config.json")
     write_json(directory / "config.json", config | ({"tie_word_embeddings": False} if untied else {}))
     shard: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ from lora_init import LoraInitError, build_adapter, correct_base, export_adapter
 from lora_init.serving.trained import read_trained
 from tests import assets
 from tests.adapters.test_build import made_up_statistics
-from tests.conftest import tiny_gpt2, tiny_llama
+from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
 from tests.versions import needs_intruders
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -177,6 +177,33 @@ def test_a_merged_model_does_what_peft_does(name, kind, tmp_path):
     effect = (expected - load(tmp_path / "base").float()(IDS).logits).abs().max()
     # The merged weights are rounded to bfloat16, to 8 bits; the adapter's effect is far above that.
     assert (expected - merged.float()(IDS).logits).abs().max() < effect / 5 and effect > 0.03
+
+
+@pytest.mark.parametrize("settings", [dict(target_modules=["q", "lm_head"]), dict(modules_to_save=["shared"])])
+def test_a_weight_with_more_than_two_names_is_not_merged(settings, tmp_path):
+    """Encoder and decoder read the input embedding under names of their own, which no file has."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    tiny_t5().save_pretrained(tmp_path / "base")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", **{"target_modules": ["q"]} | settings))
+    adapted.save_pretrained(tmp_path / "trained")
+    merged = dict(merge_into=str(tmp_path / "base"))
+    refused("is also decoder.embed_tokens.weight, .*Serve .* PEFT", tmp_path / "trained", tmp_path / "merged", **merged)
+
+
+@pytest.mark.parametrize("kept", [("model.embed_tokens", "lm_head"), ("lm_head",)], ids=["both", "the last alone"])
+def test_embeddings_that_were_tied_are_no_longer_whatever_the_checkpoint_holds(kept, tmp_path):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["q_proj", "lm_head"])
+    expected = logits(load(tmp_path / "base"), trained)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    tensors |= {f"{name}.weight": embedding.clone() for name in kept}
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path, monkeypatch):
