@@ -186,9 +186,10 @@ def check_base(bank: Bank, fingerprint: str, model: str) -> None:
 
 
 def check_plain_lora(trained: Trained) -> None:
-    """Refuse DoRA, experts, embeddings and modules that were trained whole, which have no common form."""
+    """Refuse DoRA, aLoRA, experts, embeddings and modules that were trained whole, which have no common form."""
     odd = next((name for name, layer in trained.layers.items() if layer.experts or layer.ends != LINEAR), None)
-    reason = "DoRA" if trained.dora else odd or next(iter(trained.others), None)
+    kind = "DoRA" if trained.dora else "aLoRA" if trained.config.get("alora_invocation_tokens") else None
+    reason = kind or odd or next(iter(trained.others), None)
     if reason is not None:
         raise LoraInitError(f"the adapter has {reason}: a bank holds plain LoRA of linear layers. Train one of those.")
 

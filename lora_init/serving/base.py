@@ -195,6 +195,8 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
         LoraInitError: The checkpoint is not there in safetensors files, is quantised, lacks a tensor, or holds one in a
             form that is not known here; or the adapter has parts that no merge of weights can hold.
     """
+    if trained.config.get("alora_invocation_tokens"):
+        raise LoraInitError("aLoRA leaves tokens before its invocation as they are, and merged it would not. Use PEFT.")
     sources = _checkpoint(base.source)
     first, last = (f"{name}.weight" for name in base.embeddings)
     layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}

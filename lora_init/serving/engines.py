@@ -125,9 +125,9 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
         return
     beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(trained, base), None)
     if beyond is not None:
-        raise LoraInitError(
-            f"{name} does not take {beyond}. Write a whole model instead: merge_into=, without an engine."
-        )
+        merged = "Write a whole model instead: merge_into=, without an engine."
+        remedy = "Serve it with PEFT." if trained.config.get("alora_invocation_tokens") else merged
+        raise LoraInitError(f"{name} does not take {beyond}. {remedy}")
     if trained.dora and any(layer.magnitude is None for layer in trained.layers.values()):
         raise LoraInitError(f"{name} takes DoRA in every layer or in none. Use merge_into=, without an engine.")
     if engine.write is write_mlx:

@@ -90,11 +90,13 @@ def test_no_bank_and_an_empty_one(bank, tmp_path):
         open_bank(bank.path)
 
 
-@pytest.mark.parametrize("what", ["modules_to_save", "use_dora"])
-def test_only_plain_lora_is_kept(what, bank, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}],
+)
+def test_only_plain_lora_is_kept(options, bank, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    options = {"modules_to_save": ["lm_head"]} if what == "modules_to_save" else {"use_dora": True}
     get_peft_model(made.base(), LoraConfig(target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "odd")
     with pytest.raises(LoraInitError, match="a bank holds plain LoRA of linear layers"):
         made.add(bank.path, 1, tmp_path / "odd", name="odd")

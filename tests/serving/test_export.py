@@ -327,6 +327,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     biased = train(base, tmp_path / "biased", target_modules=["q_proj"], lora_bias=True)
     refused("has lora_B.bias, which no plain LoRA has", biased, output)
     refused("has no layer 'model.layers.0.mlp.down_proj'", trained, output, start=pissa)
+    activated = train(base, tmp_path / "activated", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    refused("aLoRA .* merged it would not", activated, output, merge_into=str(base))
+    refused("vllm does not take alora_invocation_tokens. Serve it with PEFT", activated, output, "vllm")
 
 
 @pytest.mark.parametrize("options", [dict(), dict(engine="llama.cpp"), dict(engine="ollama"), dict(merge_into="base")])
