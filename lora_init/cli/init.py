@@ -328,13 +328,13 @@ def summarise(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
+    from lora_init.adapters.peft_model import read_config, read_shapes
     from lora_init.serving.engines import serving_note
 
     made = stats.provenance
     shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}
     worst = min(shares, key=shares.__getitem__, default=None)
     before, after = built.losses or (None, None)
-    experts = any(built.targets[name].experts for name in built.weights)
     is_special = built.corrects_base or built.changes_output or built.freeze_a
     special = [f"{built.start_in_words()}."] if is_special else []
     return {
@@ -357,7 +357,7 @@ def summarise(
         "loss_before": finite(before),
         "loss_at_start": finite(after),
         "seconds": made.seconds,
-        "serving": serving_note(ranks, built.use_dora, experts),
+        "serving": serving_note(ranks, read_config(directory), read_shapes(directory)),
         "train": how_to_train(directory, built),
         "notes": [*special, *made.notes, *ranks.notes, *_untuned(built)],
     }

@@ -196,6 +196,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
     from lora_init.adapters.peft_model import LORA_A, LORA_B, origin_of, read_config, read_shapes
+    from lora_init.serving.engines import serving_note
     from lora_init.serving.trained import ranks_in_file
 
     config = read_config(path)
@@ -217,6 +218,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
+        "serving": serving_note(_with_gaps(ranks), config, shapes),
     }
 
 
@@ -299,8 +301,6 @@ def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
 
 
 def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
-    from lora_init.serving.engines import serving_note
-
     ranks, origin = about["ranks"], about["origin"]
     extras = [text for flag, text in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if about[flag]]
     head = {
@@ -322,8 +322,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         )
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
-    note = serving_note(_with_gaps(ranks), about["use_dora"], bool(about["target_parameters"]))
-    views = [head, "", rank_table(ranks, width), "", note]
+    views = [head, "", rank_table(ranks, width), "", about["serving"]]
     return [*views, *_intruder_view(about["intruders"], width)] if "intruders" in about else views
 
 

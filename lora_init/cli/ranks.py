@@ -95,6 +95,7 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
     from lora_init.planning.pictures import kind_totals, totals_against_uniform
     from lora_init.planning.plan import plan_text, source_text
+    from lora_init.planning.snippets import target_parameters
     from lora_init.serving.engines import serving_note
 
     totals = columns("", "this plan", "uniform ranks, same sum")
@@ -116,8 +117,7 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
         console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
-    experts = any(rank and name in plan.targets and plan.targets[name].experts for name, rank in plan.items())
-    console.print(serving_note(plan, experts=experts), markup=False)
+    console.print(serving_note(plan, {"target_parameters": target_parameters(plan)}), markup=False)
 
 
 def _range(ranks: Sequence[int]) -> str:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
+from lora_init.adapters.peft_model import CONFIG_FILE, LORA_A, LORA_B, WEIGHTS_FILE
 from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import write_json
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.plan import alpha_for
 from lora_init.serving.base import Base
-from lora_init.serving.trained import EMBEDDING, Trained, config_of
+from lora_init.serving.trained import EMBEDDING, MAGNITUDE, OTHER_UPDATES, Trained, config_of, scalings
 
+# What an adapter may be trained with that neither an engine nor a merged model does.
+_PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank of vLLM may be
 
 
@@ -77,38 +81,56 @@ def check_rank(name: str | None, rank: int) -> None:
         raise LoraInitError(f"{name} takes rank 8 or a multiple of 16, and this is {rank}. Choose one by rank=.")
 
 
-def serving_note(ranks: Mapping[str, int], dora: bool = False, experts: bool = False) -> str:
+def serving_note(ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str:
     """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
 
     Args:
         ranks: Of every layer that could have an adapter, 0 where it has none.
-        dora: Whether it has DoRA.
-        experts: Whether it has parameters of experts.
+        config: adapter_config.json, or what is known of it. Without a `lora_alpha` all layers have one scaling.
+        tensors: Names of the tensors in its file.
 
     Example:
-        >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}))
+        >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}, {}))
         PEFT and vLLM (--max-lora-rank 16) take this adapter as it is.
         SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`.
     """
+    alone = next((key for key in _PEFT_ALONE if config.get(key)), None)
+    if alone is not None:
+        return f"PEFT takes this adapter as it is. It was trained with {alone}, which no other does."
+    beyond = next(_beyond_layers(config, tensors), None)
+    if beyond is not None:
+        mlx = "MLX needs `lora-init export`. " if beyond == "DoRA" else ""
+        return f"PEFT takes this adapter as it is. {mlx}Others take no {beyond}: `lora-init export --merge-into MODEL`."
     most = max(ranks.values(), default=0)
     if not most:
         return "No layer has an adapter, so there is nothing to serve."
-    if dora or experts:
-        mlx = "" if experts else "MLX needs `lora-init export`. "
-        what = "adapter of experts" if experts else "DoRA"
-        return f"PEFT takes this adapter as it is. {mlx}Others take no {what}: `lora-init export --merge-into MODEL`."
     grid = layer_grid(ranks)
     kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
-    is_uniform = all(kind in ({0}, {most}) for kind in kinds)
-    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= most), "")
+    scales = sorted(scalings(config, ranks).values() if "lora_alpha" in config else [1.0])
+    scales_alike = math.isclose(scales[0], scales[-1], rel_tol=1e-6)  # no alpha makes some of them exactly the same
+    is_uniform = scales_alike and all(kind in ({0}, {most}) for kind in kinds)
+    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= most and scales_alike), "")
     ready = {"PEFT": True, f"vLLM{vllm}": bool(vllm)}
-    ready |= dict.fromkeys(("SGLang", "llama.cpp", "Ollama"), is_uniform)
+    # These three divide alpha by the rank, whatever use_rslora says.
+    ready |= dict.fromkeys(("SGLang", "llama.cpp", "Ollama"), is_uniform and not config.get("use_rslora"))
     ready |= dict.fromkeys(("TGI", "LoRAX"), is_uniform and not _is_padded(most)) | {"MLX": False}
     as_it_is, others = ([name for name, takes in ready.items() if takes is wanted] for wanted in (True, False))
     return (
         f"{_listed(as_it_is)} take{'s' * (len(as_it_is) == 1)} this adapter as it is. "
         f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
     )
+
+
+def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:
+    """Describe what an adapter directory has besides A and B of linear layers."""
+    if config.get("target_parameters"):
+        yield "adapter of experts"
+    known = (LORA_A, LORA_B, f".{MAGNITUDE}")
+    yield from (f"tensor {name.removeprefix(PREFIX)!r}" for name in tensors if not name.endswith(known))
+    if config.get("bias") not in (None, "none"):
+        yield f"bias={config['bias']!r}"
+    if config.get("use_dora"):
+        yield "DoRA"
 
 
 def _listed(words: list[str]) -> str:

@@ -35,12 +35,15 @@ MAGNITUDE = "lora_magnitude_vector"
 # Starts for which PEFT, or `correct_base`, changes the plain weights.
 _CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
 # Variants of LoRA in which the update is another one than scaling * B A.
-_OTHER_UPDATES = ("arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora")
+OTHER_UPDATES = ("arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora")
 # What a config says about more than rank, scaling and layers, and an engine or PEFT needs to know.
 _KEPT_KEYS = (
     "alora_invocation_tokens", "auto_mapping", "ensure_weight_tying", "lora_bias", "modules_to_save", "revision",
     "trainable_token_indices", "use_dora",
 )  # fmt: skip
+
+# What numbers and patterns of a damaged config end in.
+_DAMAGE = (TypeError, AttributeError, ValueError, OverflowError, re.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +166,7 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
 
     directory = Path(directory).expanduser()
     config = read_config(directory)
-    other = next((key for key in _OTHER_UPDATES if config.get(key)), None)
+    other = next((key for key in OTHER_UPDATES if config.get(key)), None)
     if other is not None:
         raise LoraInitError(
             f"{directory} was trained with {other}; only plain LoRA, rsLoRA and DoRA are exported. Call PEFT's "
@@ -256,7 +259,7 @@ def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Train
             layers[target.name if target.experts else name] = _layer(target, trained.unnamed[name], trained.config)
     except LoraInitError:
         raise
-    except (TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
+    except _DAMAGE as error:
         raise LoraInitError(f"{CONFIG_FILE} is damaged: {first_line(error)}") from error
     return replace(trained, layers=layers, unnamed={})
 
@@ -307,6 +310,15 @@ def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) ->
         else:
             ranks[name] = shapes[f"{PREFIX}{name}{LORA_A}"][0]
     return ranks
+
+
+def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Tell what PEFT multiplies B A by, for each layer of a rank above 0."""
+    try:
+        alphas = {name: _said("alpha_pattern", "lora_alpha", name, config) for name, rank in ranks.items() if rank}
+        return {name: scaling_of(alpha, ranks[name], bool(config.get("use_rslora"))) for name, alpha in alphas.items()}
+    except _DAMAGE as error:
+        raise LoraInitError(f"{CONFIG_FILE} is damaged: {first_line(error)}") from error
 
 
 def subtract(trained: Trained, start: Trained, where: str) -> Trained:

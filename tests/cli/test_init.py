@@ -114,6 +114,11 @@ def test_options_reach_the_adapter(command, tmp_path):
     }
 
 
+def test_rslora_is_not_for_engines_that_divide_alpha_by_the_rank(command):
+    serving = json.loads(run(*command, "--use-rslora", "--rho", "1", "--json").stdout)["serving"]
+    assert serving.startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang, llama.cpp, ")
+
+
 def test_settings_reach_the_statistics(home, tmp_path):
     options = "--no-center --token-mask labels --seed 3 --max-batches 2 --batch-size 2 --samples 20 --dtype bfloat16"
     columns = [

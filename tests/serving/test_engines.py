@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
+from lora_init.planning.plan import rank_settings, scaling_of
 from lora_init.serving.engines import ENGINES, serving_note
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.serving.test_export import ADAPTERS, base, config_of, load, refused, train
@@ -222,12 +223,42 @@ SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, l
     ],
 )  # fmt: skip
 def test_which_engines_take_the_adapter_as_it_is(ranks, note):
-    assert note in serving_note(dict(zip(TWO, ranks, strict=True)))
+    assert note in serving_note(dict(zip(TWO, ranks, strict=True)), {})
 
 
 def test_what_only_peft_takes_needs_a_merge():
     ranks = dict(zip(TWO, [8, 8, 8, 8], strict=True))
     start, end = "PEFT takes this adapter as it is. ", "`lora-init export --merge-into MODEL`."
-    assert serving_note(ranks, experts=True) == f"{start}Others take no adapter of experts: {end}"
-    assert serving_note(ranks, dora=True) == f"{start}MLX needs `lora-init export`. Others take no DoRA: {end}"
-    assert "as it is. MLX" in serving_note(ranks)
+    assert serving_note(ranks, {"target_parameters": ["w"]}) == f"{start}Others take no adapter of experts: {end}"
+    assert serving_note(ranks, {"use_dora": True}) == f"{start}MLX needs `lora-init export`. Others take no DoRA: {end}"
+    assert "as it is. MLX" in serving_note(ranks, {})
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_our_own_patterns_are_of_one_scaling_for_vllm(use_rslora):
+    ranks = {f"h.{i}.up": i for i in range(1, 65)}
+    for rank in range(1, 65, 7):
+        config = rank_settings(ranks, rank, scaling_of(0.7, rank, use_rslora), use_rslora)
+        assert serving_note(ranks, config | {"use_rslora": use_rslora}).startswith("PEFT and vLLM (--max-lora-rank 64)")
+
+
+PATTERNS = dict(target_modules=["q_proj", "v_proj"], r=8, rank_pattern={"v_proj": 2})
+NOTES = {
+    "rsLoRA": (ADAPTERS["plain"] | dict(use_rslora=True), "PEFT, vLLM (--max-lora-rank 8), TGI and LoRAX take this"),
+    "alphas": (ADAPTERS["alphas"], "PEFT takes this adapter as it is. vLLM, SGLang, "),
+    "ranks": (PATTERNS, "PEFT takes this adapter as it is. vLLM, SGLang, "),
+    "ranks and alphas": (PATTERNS | dict(alpha_pattern={"v_proj": 2}), "PEFT and vLLM (--max-lora-rank 8) take this"),
+    "whole head": (ADAPTERS["whole head"], "Others take no tensor 'lm_head.weight': `lora-init export --merge-into"),
+    "embedding": (ADAPTERS["embedding"], "Others take no tensor 'model.embed_tokens."),
+    "bias": (ADAPTERS["plain"] | dict(bias="all"), "Others take no bias='all': `lora-init export --merge-into"),
+    "bias of B": (ADAPTERS["plain"] | dict(lora_bias=True), "trained with lora_bias, which no other does"),
+    "aLoRA": (ADAPTERS["plain"] | dict(alora_invocation_tokens=[5]), "trained with alora_invocation_tokens, which no"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_engines_take_only_what_they_scale_and_read_as_peft_does(name, base, tmp_path):
+    from lora_init.cli.inspect import describe
+
+    settings, note = NOTES[name]
+    assert note in describe(train(base, tmp_path / "trained", **{"r": 8, "lora_alpha": 8} | settings))["serving"]
