@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
+from lora_init.layers.targets import PREFIX
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.trained import Layer, Trained, zero_layers
 
@@ -45,7 +46,18 @@ def fit(
     if keep_ranks and (most is not None or rank is not None):
         factors = {name: factorise(layer) for name, layer in layers.items()}
         prices, budget = (costs, most) if most is not None else (dict.fromkeys(costs, 1), (rank or 0) * len(costs))
-        ranks = best_ranks(factors, prices, budget)
+        # Without an adapter PEFT would not read these either.
+        kept = [
+            name
+            for name, layer in layers.items()
+            if layer.magnitude is not None or f"{PREFIX}{name}.base_layer.bias" in trained.others
+        ]
+        ranks = best_ranks(factors, prices, budget, kept)
+        dropped = next((name for name in kept if not ranks[name]), None)
+        if dropped is not None:
+            raise LoraInitError(
+                f"layer {dropped!r} has a bias or magnitudes of its own, and the budget is below rank 1. Give more."
+            )
     elif not keep_ranks:
         largest = max(ranks.values())
         chosen = rank or next((allowed for allowed in VLLM_RANKS if allowed >= largest), largest)
@@ -111,16 +123,23 @@ def errors(factors: Mapping[str, Factors], ranks: Mapping[str, int]) -> tuple[di
     return relative, math.sqrt(math.fsum(lost.values()) / total) if total else 0.0
 
 
-def best_ranks(factors: Mapping[str, Factors], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+def best_ranks(
+    factors: Mapping[str, Factors], costs: Mapping[str, int], budget: int, kept: Collection[str] = ()
+) -> dict[str, int]:
     """Give ranks to the largest singular values of the trained updates until the budget is spent.
 
     Args:
         factors: Decompositions of all layers.
         costs: What one rank of each layer costs.
         budget: The most that may be spent. Where all cost the same, no other choice has a smaller error.
+        kept: Layers whose first rank comes before all else.
     """
     ranks, spent = dict.fromkeys(factors, 0), 0
-    gains = [(energy / costs[name], name) for name, found in factors.items() for energy in found.energies]
+    gains = [
+        (math.inf if name in kept and i == 0 else energy / costs[name], name)
+        for name, found in factors.items()
+        for i, energy in enumerate(found.energies)
+    ]
     for _, name in sorted(gains, key=lambda pair: -pair[0]):
         if spent + costs[name] <= budget:
             ranks[name] += 1

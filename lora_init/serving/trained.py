@@ -378,5 +378,8 @@ def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict
     return {
         name: Layer(zeros(1, d_in), zeros(d_out, 1), trained.scaling)
         for name, (d_in, d_out) in widths.items()
-        if _BLOCK.sub("#", name, count=1) in kinds and name not in trained.layers
+        if _BLOCK.sub("#", name, count=1) in kinds
+        and name not in trained.layers
+        # A bias that was trained is read under its name only in a layer without an adapter.
+        and f"{PREFIX}{name}.bias" not in trained.others
     }

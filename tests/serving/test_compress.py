@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from lora_init import export_adapter
+from lora_init import LoraInitError, export_adapter
 from lora_init.serving.compress import Factors, best_ranks, errors, factorise, truncate
 from lora_init.serving.trained import Layer, read_trained
-from tests.serving.test_export import base, load, train
+from tests.conftest import tiny_llama
+from tests.serving.test_export import base, load, logits, randomise, train
 
 __all__ = ["base"]  # the fixture
 
@@ -122,3 +123,38 @@ def test_ranks_of_their_own_err_less_than_one_rank_for_all(base, tmp_path):
     one = export_adapter(trained, tmp_path / "one", rank=2)
     own = export_adapter(trained, tmp_path / "own", rank=2, keep_ranks=True)
     assert own.error < 0.8 * one.error
+
+
+def train_weakly(directory, **settings):
+    """Make an adapter with trained biases or magnitudes that does next to nothing in one layer but for these."""
+    tiny_llama(num_hidden_layers=2, attention_bias=True).save_pretrained(directory / "base")
+    model = get_peft_model(load(directory / "base"), LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.requires_grad:
+            parameter.data.normal_()
+        if "layers.1.self_attn.v_proj.lora_B" in name:
+            parameter.data.mul_(1e-4)
+    model.save_pretrained(directory / "trained")
+    return directory / "trained"
+
+
+@pytest.mark.parametrize("settings", [dict(bias="lora_only"), dict(use_dora=True)])
+def test_no_rank_budget_drops_a_bias_or_a_magnitude(settings, tmp_path):
+    trained = train_weakly(tmp_path, target_modules=["v_proj", "o_proj"], **settings)
+    exported = export_adapter(trained, tmp_path / "served", rank=3, keep_ranks=True)
+    assert 0 < exported.error < 0.5
+    served = read_trained(tmp_path / "served")
+    assert served.layers["model.layers.1.self_attn.v_proj"].rank == 1
+    assert served.others.keys() == read_trained(trained).others.keys()
+    expected, got = logits(load(tmp_path / "base"), trained), logits(load(tmp_path / "base"), tmp_path / "served")
+    assert (got - expected).norm() < 0.5 * (expected - logits(load(tmp_path / "base"))).norm()
+    with pytest.raises(LoraInitError, match="has a bias or magnitudes of its own, and the budget is below"):
+        export_adapter(trained, tmp_path / "smaller", parameters=150, keep_ranks=True)
+
+
+def test_a_layer_whose_bias_alone_was_trained_gets_no_adapter(tmp_path):
+    trained = train_weakly(tmp_path, target_modules=["v_proj"], layers_to_transform=[0], bias="all")
+    assert not export_adapter(trained, tmp_path / "served").added
+    expected = logits(load(tmp_path / "base"), trained)
+    torch.testing.assert_close(logits(load(tmp_path / "base"), tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
