@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -336,8 +337,9 @@ from peft import PeftModel
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse layers that are not there or quantised: their weights cannot give up what an adapter adds."""
+    """Refuse layers that are not there, quantised or tied: their weights cannot give up what an adapter adds."""
     modules = dict(model.named_modules())
+    owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
     for name in names:
         if name not in modules:
             raise LoraInitError(f"{type(model).__name__} has no layer {name!r}. Give the base of this adapter.")
@@ -346,6 +348,11 @@ def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
             raise LoraInitError(
                 f"layer {name!r} is quantised, so that its weight cannot give up what B A adds. "
                 "Load the model in float, or pass correct_base=False to apply()."
+            )
+        if owners[id(weight)] > 1:
+            raise LoraInitError(
+                f"layer {name!r} shares its weight with another module, as tied embeddings do, which must not give up "
+                "what B A adds. Leave it out of the targets, or pass correct_base=False to apply()."
             )
 
 

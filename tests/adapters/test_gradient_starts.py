@@ -290,6 +290,21 @@ def test_a_quantised_base_is_not_corrected(case):
     build_adapter(stats, RANK, "lora-ga").apply(quantised, correct_base=False)
 
 
+def test_a_tied_output_embedding_does_not_change_the_input_embedding(tmp_path):
+    model, batches = tiny_llama(tie_word_embeddings=True), labelled("llama")
+    output, plain = logits(model, batches), tiny_copy(model)
+    stats = collect(model, batches, ["lm_head", "q_proj"], rank=RANK, gradients=True)
+    init = build_adapter(stats, 2, "lora-ga", gamma=2.0)
+    init.save_pretrained(tmp_path / "start")
+    message = "layer 'lm_head' shares its weight with another module.*correct_base=False"
+    with pytest.raises(LoraInitError, match=message):
+        lora_init.correct_base(plain, tmp_path / "start")
+    with pytest.raises(LoraInitError, match=message):
+        init.apply(model)
+    peft_model = init.apply(model, correct_base=False)
+    assert (logits(peft_model, batches) - output).abs().max() < 1e-4 * output.abs().max()
+
+
 def test_what_does_the_adapter_do_is_said(case, tmp_path):
     _, _, stats = case
     for method, words in (
