@@ -391,13 +391,17 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
         directory: From `AdapterInit.save_pretrained` or `lora-init init`.
 
     Raises:
-        LoraInitError: Not an adapter directory, one of another model, or quantised weights.
+        LoraInitError: Not an adapter directory, a trained one, one of another model, or quantised weights.
     """
     from safetensors.torch import load_file
 
     check_plain(model, "correct_base()")
     model, directory = unwrapped(model), Path(directory).expanduser()
     config = read_config(directory)
+    if not (directory / ORIGIN_FILE).is_file():  # PEFT does not keep it
+        raise LoraInitError(
+            f"{directory} has no {ORIGIN_FILE}, so it is no adapter before training. Name what `lora-init init` wrote."
+        )
     names = adapted_layers(read_shapes(directory))
     check_correctable(model, names)
     tensors = load_file(directory / WEIGHTS_FILE)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_init.adapters.peft_model import (
     adapted_layers,
     adapter_layers,
+    base_change_of,
     check_plain,
     load_adapter,
     read_config,
@@ -138,6 +139,11 @@ def intruder_dimensions(
     directory = Path(adapter).expanduser()
     # Loading an adapter that began as PiSSA or the like takes the plain weights apart again.
     own_weights = isinstance(read_config(directory).get("init_lora_weights"), str)
+    if not own_weights and (began := base_change_of(directory)):
+        raise LoraInitError(
+            f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
+            "Convert it first: lora-init export, --start naming the adapter as it was before training."
+        )
     if own_weights and base is None:
         modules = dict(model.named_modules())
         names = adapted_layers(read_shapes(directory))

@@ -31,6 +31,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
+# Starts for which PEFT, or `correct_base`, changes the plain weights.
+_CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -64,6 +66,16 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
         fields.append(json.loads(config.get("megatron_core", "")))
     origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
     return origins[0] if origins and isinstance(origins[0], dict) else {}
+
+
+def base_change_of(directory: Path) -> str:
+    """Name the start that changed the plain weights of an adapter's base; empty if none did, or it was converted."""
+    config, origin = read_config(directory), origin_of(directory)
+    # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
+    began = config.get("init_lora_weights")
+    if not isinstance(began, str):
+        began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
+    return began if began.lower().startswith(_CHANGE_BASE) else ""
 
 
 def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lora_init.adapters.peft_model import (
     ORIGIN,
     WEIGHTS_FILE,
     adapted_layers,
-    origin_of,
+    base_change_of,
     read_config,
     read_shapes,
 )
@@ -32,8 +32,6 @@ _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 # Ends of the names of A and B in the file.
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
-# Starts for which PEFT, or `correct_base`, changes the plain weights.
-_CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
 # Variants of LoRA in which the update is another one than scaling * B A.
 OTHER_UPDATES = ("arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora")
 # What a config says about more than rank, scaling and layers, and an engine or PEFT needs to know.
@@ -194,11 +192,8 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
         _check_pair(name, found, path)
     if not parameters:
         trained = with_parameters(trained, {})
-    # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
-    began, origin = config.get("init_lora_weights"), origin_of(directory)
-    if not isinstance(began, str):
-        began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
-    if start is None and began.lower().startswith(_CHANGE_BASE):
+    began = base_change_of(directory)
+    if start is None and began:
         raise LoraInitError(
             f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Name the adapter as it was before training by start=."

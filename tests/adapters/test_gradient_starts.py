@@ -8,6 +8,7 @@ from torch import nn
 import lora_init
 from lora_init.adapters.build import build_adapter
 from lora_init.adapters.initializers import GRADIENT_METHODS, energy, natural_step
+from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
@@ -277,6 +278,15 @@ def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
         assert (logits(right, batches) - output).abs().max() < 1e-4 * output.abs().max()
     with pytest.raises(LoraInitError, match=r"GPT2LMHeadModel has no layer 'model.layers.0.mlp.down_proj'"):
         lora_init.correct_base(tiny_gpt2(), tmp_path / "start")
+    right.save_pretrained(tmp_path / "trained")
+    with pytest.raises(LoraInitError, match=r"trained has no lora_init.json, so it is no adapter before training"):
+        lora_init.correct_base(tiny_copy(model), tmp_path / "trained")
+    for directory in ("start", "trained"):
+        with pytest.raises(LoraInitError, match=f"{directory} began as lora-ga, .*does not fit the plain base"):
+            intruder_dimensions(tiny_copy(model), tmp_path / directory)
+    converted = dict(path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    right.save_pretrained(tmp_path / "converted", **converted)
+    assert intruder_dimensions(tiny_copy(model), tmp_path / "converted").count == 0
 
 
 def test_a_quantised_base_is_not_corrected(case):
