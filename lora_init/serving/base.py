@@ -198,22 +198,17 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     if trained.config.get("alora_invocation_tokens"):
         raise LoraInitError("aLoRA leaves tokens before its invocation as they are, and merged it would not. Use PEFT.")
     sources = _checkpoint(base.source)
-    first, last = (f"{name}.weight" for name in base.embeddings)
     layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}
     wanted = [*layers, *(key.removeprefix(PREFIX) for key in trained.others)]
-    _check_ties(base, wanted, {first, last})
-    problem = None
-    if base.tied and {first, last} & set(wanted):
-        for name, other in ((first, last), (last, first)):
-            if other in sources:
-                sources.setdefault(name, sources[other])
-        problem = "ensure_weight_tying keeps two adapters equal" if trained.config.get("ensure_weight_tying") else None
+    problem = _untie(base, trained, wanted, sources)
     for name in wanted:
         pieces = _pieces(base, name, sources)
         if not pieces:
             problem = problem or f"{base.source!r} has no tensor {name!r} in its checkpoint, or in another form"
         elif name in layers and layers[name].magnitude is not None and next(iter(pieces.values())).piece:
             problem = problem or f"DoRA: {base.source!r} has {name!r} in another form in its checkpoint"
+        elif name not in layers:
+            _check_shape(base, name, trained.others[PREFIX + name])
         sources |= pieces
     if any(layer.magnitude is not None and layer.ends != LINEAR for layer in layers.values()):
         problem = problem or "DoRA on an embedding gives lengths to columns"
@@ -224,18 +219,40 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     return sources
 
 
-def _check_ties(base: Base, wanted: Collection[str], pair: set[str]) -> None:
-    """Refuse to change a weight that the model has under further names than those of the embeddings."""
+def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[str, Source]) -> str | None:
+    """Give each of two tied embeddings a source if the adapter changes one, and say what prevents that.
+
+    Refuses to change a weight that the model has under further names.
+    """
+    first, last = pair = [f"{name}.weight" for name in base.embeddings]
     names: dict[int, set[str]] = {}
     for name, parameter in base.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
     for same in names.values():
         changed = sorted(same.intersection(wanted))
-        if changed and len(same) > 1 and not same <= pair:
+        if changed and len(same) > 1 and not same.issubset(pair):
             raise LoraInitError(
                 f"{changed[0]!r} is also {', '.join(sorted(same - {changed[0]}))} in {type(base.model).__name__}. "
                 "Files of this model have one weight for all, so it is not merged. Serve model and adapter with PEFT."
             )
+    if not base.tied or not {first, last} & set(wanted):
+        return None
+    for name, other in ((first, last), (last, first)):
+        if other in sources:
+            sources.setdefault(name, sources[other])
+    if not {first, last} <= sources.keys():
+        return f"{base.source!r} has its tied embeddings under other names in its checkpoint"
+    return "ensure_weight_tying keeps two adapters equal" if trained.config.get("ensure_weight_tying") else None
+
+
+def _check_shape(base: Base, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that was trained whole in another size, as embeddings are after new tokens."""
+    shape = base.model.get_parameter(name).shape
+    if tensor.shape != shape:
+        raise LoraInitError(
+            f"{name!r} is {list(tensor.shape)} in the adapter and {list(shape)} in {base.source!r}. After new tokens: "
+            "call resize_token_embeddings() on the base, save it, and merge into that."
+        )
 
 
 def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -323,7 +340,7 @@ def _merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
     if source.piece:
         tensor = _as_saved(base.model, name, tensor)[source.piece]
     tensor = tensor[0] if tensor.dim() > weight.dim() else tensor
-    tensor = tensor if tensor.shape == weight.shape else tensor.mT
+    tensor = tensor.mT if fused and tensor.shape != weight.shape else tensor
     return (tensor if new is not None else weight.float() + tensor).to(weight.dtype).contiguous()
 
 

@@ -206,6 +206,33 @@ def test_embeddings_that_were_tied_are_no_longer_whatever_the_checkpoint_holds(k
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_tied_embeddings_that_a_checkpoint_names_otherwise_are_not_merged(tmp_path):
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    text = tiny_llama(num_hidden_layers=1).config
+    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["embed_tokens"])
+    get_peft_model(model, settings).save_pretrained(tmp_path / "trained")
+    merged = dict(base=str(tmp_path / "base"), merge_into=str(tmp_path / "base"))
+    refused("so it is not merged here", tmp_path / "trained", tmp_path / "merged", **merged)
+
+
+def test_after_new_tokens_a_merge_wants_a_base_that_has_them(base, tmp_path):
+    model = load(base)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "resized")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "trained")
+    message = r"is \[70, 32\] in the adapter and \[64, 32\] in .*resize_token_embeddings"
+    refused(message, tmp_path / "trained", tmp_path / "merged", merge_into=str(base))
+    export_adapter(tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "resized"))
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(adapted.eval()), atol=1e-5, rtol=1e-5)
+
+
 def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path, monkeypatch):
     from lora_init.serving import base as base_room
 
