@@ -20,11 +20,11 @@ from peft.tuners.lora.eva import (
     prepare_model_inputs_fn_language_modeling,
 )
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
-from lora_init.adapters.peft_model import adapter_layers, match_modes
+from lora_init.adapters.peft_model import adapter_layers, match_modes, remember
 from lora_init.collection.activations import ActivationHooks, input_of
 from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
@@ -36,7 +36,7 @@ from lora_init.planning.plan import alpha_for, exact_pattern, scaling_of
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
 # (inputs of a layer, what prepare_model_inputs_fn returned, name of the layer) -> rows [n, d_in]
 LayerInputs = Callable[[Any, Any, str], Tensor]
@@ -215,7 +215,7 @@ def initialize_lora_eva_weights(
 @torch.no_grad()
 def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: str) -> list[str]:
     """Set A, rank and scaling of every LoRA layer, write the config to match, and name the layers without a tensor."""
-    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    config: Any = copy.copy(model.peft_config[adapter_name])  # type: ignore[index]
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
     layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}  # type: ignore[arg-type]
@@ -242,15 +242,8 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     config.rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in kept if ranks[name] != config.r}
     config.alpha_pattern = {f"^{re.escape(n)}": alphas[n] for n in kept if alphas[n] != config.lora_alpha}
     peft_model: Any = model
-    active = peft_model.active_adapters
     dtype = next((layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if layer.lora_A), torch.float32)
-    peft_model.delete_adapter(adapter_name)
-    for name, layer in layers.items():
-        if not layer.r:  # no other adapter
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, layer.get_base_layer())
-    peft_model.add_adapter(adapter_name, config)
-    peft_model.set_adapter(active[0])
+    _make_anew(peft_model, adapter_name, config)
     match_modes(peft_model)
     for name, layer in adapter_layers(peft_model).items():
         if name in weights and adapter_name in layer.r:
@@ -258,6 +251,26 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
                 part.to(dtype)  # of a half-precision model they are float32; PEFT before 0.19 takes the model's own
             layer.lora_A[adapter_name].weight.copy_(weights[name])
     return [name for name in kept if name not in weights]
+
+
+def _make_anew(model: PeftModel, adapter_name: str, config: LoraConfig) -> None:
+    """Take an adapter off and put one of another shape in its place, or leave the model as it was."""
+    active, restore = model.active_adapters, remember(model)
+    modules, layers = dict(model.get_base_model().named_modules()), adapter_layers(model)
+    try:
+        model.delete_adapter(adapter_name)
+        plain = {name: layer.get_base_layer() for name, layer in layers.items() if not layer.r}
+        for name, module in modules.items():  # PEFT refuses one that was trained whole and is left without an adapter
+            if isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+                plain[name] = module.original_module
+        for name, module in plain.items():
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, module)
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(active[0])
+    except BaseException:
+        restore()
+        raise
 
 
 class _Batch(dict[str, Any]):

@@ -520,6 +520,32 @@ def test_adapters_of_a_half_precision_model_stay_float32():
     assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}]
 
 
+def test_a_head_is_trained_whole_as_before(tmp_path):
+    model = wrap(tiny_bert(), config(target_modules=["query", "value"], task_type="SEQ_CLS"))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ours.initialize_lora_eva_weights(model, batches_for("bert"), show_progress_bar=False)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert any("classifier.modules_to_save.default" in name for name in trainable)
+    model.save_pretrained(tmp_path)
+    batch = {name: value for name, value in batches_for("bert")[0].items() if name != "labels"}
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path).eval()
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_failure_of_peft_leaves_the_adapter(monkeypatch):
+    model = wrap(structured_llama(), config())
+    before, settings = dict(model.named_modules()), copy.deepcopy(model.peft_config)
+
+    def fail(*arguments, **options):
+        raise RuntimeError
+
+    monkeypatch.setattr(PeftModel, "add_adapter", fail)
+    with pytest.raises(RuntimeError):
+        ours.initialize_lora_eva_weights(model, batches_for("llama"), show_progress_bar=False)
+    assert dict(model.named_modules()) == before and model.peft_config == settings
+
+
 def test_a_tensor_of_another_width_changes_nothing():
     model = wrap(tiny_llama(), config())
     state = quietly(ours.get_eva_state_dict, model, batches_for("llama", 4))
