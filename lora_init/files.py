@@ -125,7 +125,7 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
         raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
     if marker not in present:
         raise LoraInitError(
-            f"{final} has no {marker}, so it is not an adapter directory and is not overwritten. "
+            f"{final} has no {marker}, so lora_init did not write it, and it is not overwritten. "
             "Choose another directory, or delete this one yourself."
         )
     others = [name for name in present if name not in replaceable]

@@ -207,7 +207,7 @@ class AdapterInit:
 
         Args:
             directory: Where to. An empty directory is used as it is.
-            overwrite: Replace an existing adapter directory. One that holds anything else is never replaced.
+            overwrite: Replace a directory that this wrote. One that PEFT wrote, or that holds more, is never replaced.
             model: The model, plain or as `apply` left it; it is not changed. Needed only if modules are trained whole,
                 as a head is for some of PEFT's task types (`SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`): their weights
                 belong in the file. With `use_dora=True` it adds the magnitude vectors, and PEFT's own start of layers
@@ -226,7 +226,7 @@ class AdapterInit:
 
         model = None if model is None else unwrapped(model)
         tensors = self._tensors(model)
-        with new_directory(directory, overwrite, marker=CONFIG_FILE, replaceable=FILES) as fresh:
+        with new_directory(directory, overwrite, marker=ORIGIN_FILE, replaceable=FILES) as fresh:
             (fresh / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             write_json(fresh / CONFIG_FILE, self._config(model) | {"inference_mode": True})
             write_json(fresh / ORIGIN_FILE, self._origin())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_init.adapters.adapter_init import FILES, AdapterInit
 from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator
-from lora_init.adapters.peft_model import CONFIG_FILE
+from lora_init.adapters.peft_model import ORIGIN_FILE
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_free
 from lora_init.layers.rows import expert_group
@@ -59,7 +59,7 @@ def check_adapter_options(
     if isinstance(modules_to_save, str):
         raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
     if output is not None:
-        check_free(Path(output).expanduser().resolve(), overwrite, marker=CONFIG_FILE, replaceable=FILES)
+        check_free(Path(output).expanduser().resolve(), overwrite, marker=ORIGIN_FILE, replaceable=FILES)
 
 
 def build_adapter(

@@ -224,7 +224,8 @@ def write_mlx(path: Path, trained: Trained, base: Base) -> None:
     """Write what mlx-lm loads: A and B transposed, DoRA's magnitude as m, and the names of the layers in full."""
     tensors = {}
     for name, layer in trained.layers.items():
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = layer.a.T.contiguous(), layer.b.T.contiguous()
+        tensors[f"{name}.lora_a"] = layer.a.T.contiguous()
+        tensors[f"{name}.lora_b"] = layer.b.T.to(layer.a.dtype).contiguous()
         tensors |= {} if layer.magnitude is None else {f"{name}.m": layer.magnitude}
     save_file(tensors, path / "adapters.safetensors")
     parameters = {"rank": trained.rank, "scale": trained.scaling, "dropout": 0.0, "keys": list(trained.layers)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -88,8 +89,10 @@ class Layer:
         return replace(self, a=F.pad(self.a, (0, 0, 0, more)), b=F.pad(self.b, (0, more)))
 
     def rescaled(self, scaling: float) -> Layer:
-        """Multiply B so that the layer does the same under another scaling."""
-        return replace(self, b=self.b * (self.scaling / scaling), scaling=scaling)
+        """Multiply B so that the layer does the same under another scaling; it is float32 until it is written."""
+        if scaling == self.scaling:
+            return self
+        return replace(self, b=self.b.float() * (self.scaling / scaling), scaling=scaling)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,7 @@ class Trained:
         targets = [Target(name, "", *layer.widths, experts=layer.experts) for name, layer in self.layers.items()]
         for name, prefix in file_prefixes(targets).items():
             layer = self.layers[name]
-            a, b = layer.a, layer.b
+            a, b = layer.a, layer.b.to(layer.a.dtype)
             if layer.experts:  # A expert by expert, B rank by rank, as PEFT's ParamWrapper reads them
                 a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
             for end, tensor in zip((*layer.ends, MAGNITUDE), (a, b, layer.magnitude), strict=True):
@@ -273,6 +276,8 @@ def _layer(target: Target, found: Mapping[str, Tensor], config: Mapping[str, Any
     if experts:
         a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
     scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
+    if not 0.0 < abs(scaling) < math.inf:
+        raise LoraInitError(f"layer {target.name!r}: lora_alpha is {alpha}, and what is exported is finite and not 0.")
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
 
 

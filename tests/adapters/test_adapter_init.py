@@ -160,8 +160,11 @@ def test_what_is_not_only_an_adapter_is_never_replaced(tmp_path):
     init = build_adapter(made_up_statistics(tiny_llama()), 4)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(LoraInitError, match=r"no adapter_config.json, so it is not an adapter directory"):
+    with pytest.raises(LoraInitError, match=r"no lora_init.json, so lora_init did not write it, and it is not overwr"):
         init.save_pretrained(tmp_path / "home", overwrite=True)
+    init.apply(tiny_llama()).save_pretrained(tmp_path / "trained")
+    with pytest.raises(LoraInitError, match=r"trained has no lora_init.json"):
+        init.save_pretrained(tmp_path / "trained", overwrite=True)
     init.save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-100").mkdir()
     with pytest.raises(LoraInitError, match=r"more than an adapter \(checkpoint-100\)"):

@@ -233,6 +233,19 @@ def test_after_new_tokens_a_merge_wants_a_base_that_has_them(base, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(adapted.eval()), atol=1e-5, rtol=1e-5)
 
 
+def test_scalings_that_differ_are_not_rounded_before_the_merge(base, tmp_path):
+    """The adapter is bfloat16, the model float32."""
+    trained = train(base, tmp_path / "trained", **ADAPTERS["alphas"])
+    tensors = load_file(trained / "adapter_model.safetensors")
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, trained / "adapter_model.safetensors")
+    export_adapter(trained, tmp_path / "merged", merge_into=str(base))
+    expected = logits(load(base), trained)  # PEFT computes in float32
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+    export_adapter(trained, tmp_path / "served")
+    written = load_file(tmp_path / "served/adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in written} == {torch.bfloat16}
+
+
 def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path, monkeypatch):
     from lora_init.serving import base as base_room
 
@@ -292,7 +305,14 @@ def name_no_parameters(directory):
     (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"target_parameters": 3}))
 
 
+def set_alpha(directory, alpha):
+    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"lora_alpha": alpha}))
+
+
 BROKEN = {
+    "alpha of 0": (lambda d: set_alpha(d, 0), "lora_alpha is 0, and what is exported is finite and not 0"),
+    "infinite alpha": (lambda d: set_alpha(d, math.inf), "lora_alpha is inf, and"),
+    "alpha is no number": (lambda d: set_alpha(d, math.nan), "lora_alpha is nan, and"),
     "diverged": (diverge, "layer '.*' holds NaN or infinite numbers"),
     "no parameters": (name_no_parameters, "adapter_config.json is damaged: target_parameters is no list of names"),
     "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
