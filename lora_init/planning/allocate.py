@@ -130,7 +130,7 @@ def allocate_ranks(
         provenance=made,
         unsupported=stats.unsupported,
         excluded=tuple(name for name in stats if name not in by_name),
-        notes=_notes(task, steps, ranks),
+        notes=(*_notes(task, steps, ranks), *_uncounted(budget, stats.unsupported)),
     )
 
 
@@ -153,7 +153,7 @@ def _task(spectra: Spectra, limits: Mapping[str, Limits], budget: Budget, rho: f
     average = budget.limit / float(per_rank.sum())
     caps = np.array([target.in_features for target in spectra.targets], dtype=np.int64)
     if rho is not None:
-        caps = np.minimum(caps, max(1, round(rho * average)))
+        caps = np.minimum(caps, max(1, round(min(rho * average, float(caps.max())))))
     needs = np.maximum(average, [limit.min_rank for limit in limits.values()])
     could = np.array([limit.highest(cap) for limit, cap in zip(limits.values(), caps.tolist(), strict=True)])
     tops = np.minimum(caps, spectra.collected)
@@ -235,6 +235,13 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
         text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
         return (f"{text}: every layer has the largest rank that the limits allow.",)
     return ()
+
+
+def _uncounted(budget: Budget, unsupported: Mapping[str, str]) -> list[str]:
+    """Say that layers which no data can start, and of which widths are not known, come on top of a budget."""
+    if not unsupported or budget.unit not in ("parameters", "bytes"):
+        return []
+    return [f"{budget} does not count {', '.join(unsupported)}: PEFT adds an adapter of the average rank there."]
 
 
 def _some(names: Sequence[str], which: BoolArray) -> str:
@@ -334,6 +341,8 @@ def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> B
         Which steps are taken, [s].
     """
     gain = explained[steps.unit, steps.rank] - explained[steps.unit, steps.rank - steps.width]
+    if not len(gain):  # the limits leave no choice
+        return np.zeros(0, dtype=np.bool_)
     missing = share - explained[np.arange(len(steps.start)), steps.start].sum()
     order = steps.in_order()
     # All steps reach the share by another order of summation, so the last sum may fall short by rounding.

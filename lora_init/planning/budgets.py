@@ -21,6 +21,7 @@ BoolArray = NDArray[np.bool_]
 
 COVERAGES = ("every-layer", "total")
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_MOST = 10**12  # of anything that is counted; beyond that numbers of 64 bits overflow
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -68,9 +69,9 @@ def parse_count(value: object, argument: str) -> int:
         count = Decimal(text[:-1] if scale > 1 else text) * scale
     except InvalidOperation:
         count = Decimal(0)
-    if not count.is_finite() or count < 1 or count % 1:
+    if not count.is_finite() or not 1 <= count <= _MOST or count % 1:
         raise LoraInitError(
-            f'{argument}={value!r}: a whole number of at least 1 is needed, such as 2500000, "2.5M" or "800k".'
+            f'{argument}={value!r}: a whole number from 1 to 10^12 is needed, such as 2500000, "2.5M" or "800k".'
         )
     return int(count)
 
@@ -89,10 +90,9 @@ def choose_budget(
         limit = count * n_layers if kind == "rank" else count
         return Budget(kind, count, "parameters" if kind == "parameters" else "ranks", limit)
     number = float(value) if isinstance(value, Real) else math.nan
-    most = math.inf if kind == "megabytes" else 1.0
-    if not 0.0 < number <= most or math.isinf(number):
-        share = " and not above 1" if kind != "megabytes" else ""
-        raise LoraInitError(f"{kind}={value!r}: a number above 0{share} is needed.")
+    most = _MOST if kind == "megabytes" else 1
+    if not 0.0 < number <= most:
+        raise LoraInitError(f"{kind}={value!r}: a number above 0 and not above {most:,} is needed.")
     if kind == "megabytes":
         bytes_per_parameter(dtype)
         return Budget(kind, number, "bytes", int(number * 10**6), dtype)

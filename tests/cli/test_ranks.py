@@ -108,7 +108,7 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     ("arguments", "message"),
     [
         (["--rank", 4, "--parameters", "1M"], "--rank 4 and --parameters '1M' are 2 budgets. Give one."),
-        (["--rank", 0], "--rank 0: a whole number of at least 1"),
+        (["--rank", 0], "--rank 0: a whole number from 1"),
         (["--rank", 9], "Collect again with --rank 9"),
         (["--exclude", "q_prj"], "exclude: 'q_prj' matches no layer. Closest: q_proj"),
         (["--override", "down_proj"], "--override 'down_proj': write it like"),

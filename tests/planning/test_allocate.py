@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -416,12 +417,16 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(rank=0), "rank=0: a whole number of at least 1"),
-        (dict(rank=2.5), "rank=2.5: a whole number of at least 1 is needed, such as"),
+        (dict(rank=0), "rank=0: a whole number from 1"),
+        (dict(rank=2.5), r"rank=2.5: a whole number from 1 to 10\^12 is needed, such as"),
         (dict(rank=True), "rank=True: a whole number"),
         (dict(rank=None, parameters=[1]), r"parameters=\[1\]: a whole number"),
         (dict(rank=5), "rank=5 lets a layer have rank 10, .* more than the 4 components .* Collect again with rank=5"),
         (dict(rank="2.5"), "rank='2.5': a whole number"),
+        (dict(rank=10**20), f"rank={10**20}: a whole number from 1 to"),
+        (dict(total_rank=10**20), f"total_rank={10**20}: a whole number from 1 to"),
+        (dict(parameters="1e30"), "parameters='1e30': a whole number from 1 to"),
+        (dict(megabytes=1e300), r"megabytes=1e\+300: a number above 0 and not above 1,000,000,000,000 is needed"),
         (dict(rank="eight"), "rank='eight': a whole number"),
         (dict(rank=65), "rank=65 lets a layer have rank 64, .* Collect again with rank=64 and rho=2, or ask for less"),
         (dict(rank=5, policy="uniform"), "rank=5 lets a layer have rank 64, .* Collect again with rank=5, or"),
@@ -431,7 +436,7 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(parameters="2.5Q"), "parameters='2.5Q': a whole number"),
         (dict(parameters="2,5M"), "parameters='2,5M': a whole number"),
         (dict(parameters="nan"), "parameters='nan': a whole number"),
-        (dict(parameters="0"), "parameters='0': a whole number of at least 1"),
+        (dict(parameters="0"), "parameters='0': a whole number from 1"),
         (dict(parameters="1M"), "parameters=1,000,000 lets a layer have rank 64, and .* more than the 4 components"),
         (dict(parameters=100), "parameters=100 buys no rank in any layer: the cheapest step costs 128"),
         (dict(megabytes=0), "megabytes=0: a number above 0"),
@@ -480,6 +485,18 @@ def test_bad_input_is_one_clear_line(arguments, message):
     with pytest.raises(LoraInitError, match=message) as error:
         allocate_ranks(statistics(WIDE), **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_budget_says_what_it_does_not_count():
+    stats = replace(statistics(WIDE), unsupported={"embed": "Embedding"})
+    assert allocate_ranks(stats, parameters=300).notes[-1].startswith("parameters=300 does not count embed: PEFT adds")
+    assert not allocate_ranks(stats, rank=2).notes
+
+
+def test_limits_that_leave_no_choice_and_any_rho_are_served():
+    fixed = allocate_ranks(statistics(WIDE), variance=0.1, coverage="total", min_rank=3, max_rank=3)
+    assert set(fixed.values()) == {3}
+    assert allocate_ranks(statistics(WIDE), rank=1, rho=1e300).total_rank == 3
 
 
 def test_ties_with_a_layer_in_common_are_one_and_limits_of_tied_layers_must_agree():

@@ -52,7 +52,7 @@ def test_an_old_peft_reduces_no_intruders(found, trained, tmp_path, monkeypatch)
         (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
         (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
         (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
-        (["--parameters", "many"], "--parameters 'many': a whole number of at least 1 is needed"),
+        (["--parameters", "many"], "--parameters 'many': a whole number from 1 to 10^12 is needed"),
         (["--merge-into", "base", "--rank", "2"], "a merged model has no ranks"),
     ],
 )
