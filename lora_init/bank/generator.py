@@ -130,6 +130,8 @@ def load_generator(bank: Bank) -> Generator:
             raise LoraInitError(f"{path} is for another base model. Train it again: lora-init bank train {bank.path}.")
         shapes = {str(name): (int(r), int(d_in), int(d_out)) for name, (r, d_in, d_out) in header["shapes"].items()}
         center, scale, shift, spread = (file.tensor(name) for name in ("center", "scale", "shift", "spread"))
+        if not len(center) == len(scale) == _n_weights(shapes):  # before a decoder is made for so many
+            raise ValueError(f"{len(center)} weights in place of {_n_weights(shapes)}")
         decoder = Decoder(len(shift), _n_tokens(shapes))
         decoder.load_state_dict({name: file.tensor(f"decoder {name}") for name in decoder.state_dict()})
         return Generator(
@@ -160,6 +162,8 @@ def train_generator(
     shapes = _shapes(next(iter(adapters.values())))
     weights = {name: _flattened(adapter) for name, adapter in adapters.items()}
     del adapters
+    if all(torch.equal(flat, next(iter(weights.values()))) for flat in weights.values()):
+        raise LoraInitError(f"the adapters of {bank.path} are all the same. A generator learns from what differs.")
     center = torch.stack(list(weights.values())).mean(0)
     scale = _scales([flat - center for flat in weights.values()], shapes)
     prompts = {name: bank.embeddings(name) for name in bank.entries}
@@ -257,7 +261,11 @@ def _scales(differences: Sequence[Tensor], shapes: Mapping[str, tuple[int, int, 
 
 
 def _n_tokens(shapes: Mapping[str, tuple[int, int, int]]) -> int:
-    return math.ceil(sum(r * (d_in + d_out) for r, d_in, d_out in shapes.values()) / (_HEIGHT * _WIDTH))
+    return math.ceil(_n_weights(shapes) / (_HEIGHT * _WIDTH))
+
+
+def _n_weights(shapes: Mapping[str, tuple[int, int, int]]) -> int:
+    return sum(rank * (d_in + d_out) for rank, d_in, d_out in shapes.values())
 
 
 def _conditions(rows: Tensor, chosen: Tensor) -> Tensor:

@@ -78,10 +78,11 @@ def _overlap(bank: Bank, name: str, statistics: Statistics) -> float:
     other = bank.statistics(name)
     if other is None:
         raise LoraInitError(f"entry {name!r} of {bank.path} has no statistics. Compare by embeddings alone.")
-    groups = dict.fromkeys(statistics.group_of[layer] for layer in statistics if layer in other)
+    # A layer of each group that both have: its first may be in one alone.
+    layers = {statistics.group_of[layer]: layer for layer in statistics if layer in other}
     shares = []
-    for group in groups:
-        a, b = statistics[group].components, other[group].components
+    for layer in layers.values():
+        a, b = statistics[layer].components, other[layer].components
         rank = min(len(a), len(b), bank.entries[name].rank)
         shares.append(float((a[:rank] @ b[:rank].T).square().sum()) / rank)
     if not shares:

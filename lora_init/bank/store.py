@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from filelock import FileLock
@@ -113,6 +113,9 @@ def open_bank(path: str | Path) -> Bank:
     try:
         entries = {name: Entry(**entry) for name, entry in content["entries"].items()}
         bank = Bank(path, content["fingerprint"], content["model"], content["encoder"], entries)
+        _check_types(bank)
+        for entry in entries.values():
+            _check_types(entry)
     except (KeyError, TypeError, AttributeError) as error:
         raise LoraInitError(f"{path / INDEX} is damaged ({error}). Add the adapters to a new bank.") from error
     for name in entries:
@@ -120,6 +123,12 @@ def open_bank(path: str | Path) -> Bank:
     if not entries:
         raise LoraInitError(f"{path} is an empty bank. Add an adapter: lora-init bank add {path} ADAPTER.")
     return bank
+
+
+def _check_types(made: Bank | Entry) -> None:
+    for field in fields(made):
+        if field.type in ("str", "int") and type(getattr(made, field.name)).__name__ != field.type:
+            raise TypeError(f"{field.name} is no {field.type}")
 
 
 def check_name(name: str) -> None:

@@ -344,6 +344,13 @@ def test_modules_to_save_are_trained_whole_and_saved(tied, names, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_the_end_of_a_name_is_trained_whole_as_in_peft():
+    model = tiny_llama()
+    init = build_adapter(collect(model, batches(), ["q_proj", "lm_head"], rank=2), 2, modules_to_save=["head"])
+    assert init.left_out == ("lm_head",)
+    assert hasattr(init.apply(model).get_base_model().lm_head, "modules_to_save")
+
+
 def test_a_head_and_modules_to_save_together(tmp_path):
     model = tiny_bert()
     data = [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("bert", n_batches=3)]

@@ -81,6 +81,19 @@ def test_a_damaged_index_is_refused(text, bank):
         open_bank(bank.path)
 
 
+@pytest.mark.parametrize("place", [["fingerprint"], ["entries", "task1", "rank"], ["entries", "task1", "task"]])
+def test_an_index_of_other_types_is_damaged(place, bank):
+    index = json.loads((bank.path / "bank.json").read_text())
+    *path, last = place
+    inner = index
+    for key in path:
+        inner = inner[key]
+    inner[last] = [1]
+    (bank.path / "bank.json").write_text(json.dumps(index))
+    with pytest.raises(LoraInitError, match=f"bank.json is damaged .{last} is no "):
+        open_bank(bank.path)
+
+
 def test_no_bank_and_an_empty_one(bank, tmp_path):
     with pytest.raises(LoraInitError, match="is no bank"):
         open_bank(tmp_path)
