@@ -144,10 +144,10 @@ class ActivationHooks:
                 sink(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
 
     def _check_groups(self) -> None:
-        """Make sure that the layers of each group read the same in this pass, too."""
+        """Make sure that the layers of each group read the same in this pass, too, as far as they ran."""
         read = {name: set(map(id, inputs)) for name, inputs in self._inputs.items()}
         for name, group in self.group_of.items():
-            if read.get(name) != read.get(group):
+            if name in read and group in read and read[name] != read[group]:
                 raise LoraInitError(
                     f"layers {group!r} and {name!r} read the same tensor in batches before, and not in this one, so "
                     "their rows would be mixed. Let a batch like this one come first."
