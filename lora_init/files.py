@@ -23,6 +23,8 @@ _BEGINNINGS = {
     "HTML page": rb"<!(?i:doctype html)",
     "GGUF file": rb"GGUF",
 }
+# What a terminal obeys, but tab and ends of lines.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
@@ -136,10 +138,28 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
         )
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON that may come from elsewhere: what a terminal would obey becomes a sign that it shows.
+
+    Raises:
+        ValueError: It is no JSON.
+        RecursionError: It is nested too deeply.
+    """
+    return _shown(json.loads(text))
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, dict):
+        return {_shown(key): _shown(item) for key, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, list) else value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
     if not isinstance(content, dict):

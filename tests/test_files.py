@@ -1,4 +1,4 @@
-"""Which files a command may write to."""
+"""Which files a command may write to, and what is read from those that come from elsewhere."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_init.errors import LoraInitError
-from lora_init.files import check_writable
+from lora_init.files import check_writable, read_json
 
 KINDS = ["plan", "statistics file", "PNG picture", "SVG picture", "HTML page"]
 
@@ -55,3 +55,8 @@ def test_a_directory_is_no_file_and_has_to_exist(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(LoraInitError, match="cannot be written to"):
         check_writable(tmp_path / "plan.json", False, "plan")
+
+
+def test_what_a_terminal_would_obey_is_shown(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"a\x1b[2J": ["\x9b1m", {"b": "one\n\ttwo é"}], "n": 1.5}))
+    assert read_json(tmp_path / "a.json") == {"a\ufffd[2J": ["\ufffd1m", {"b": "one\n\ttwo é"}], "n": 1.5}

@@ -27,7 +27,7 @@ from lora_init.comparison.starts import (
     split_start,
 )
 from lora_init.errors import LoraInitError, did_you_mean
-from lora_init.files import read_json, write_whole
+from lora_init.files import parse_json, read_json, write_whole
 
 Record = dict[str, Any]
 RANDOM = "random"
@@ -395,9 +395,9 @@ def read_runs(path: Path) -> list[Record]:
     found = []
     for file in sorted((path / RUNS).glob("*.json")):
         try:
-            record = json.loads(file.read_bytes())
+            record = parse_json(file.read_bytes())
             Run.of(record)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LoraInitError(f"{file}: not a run ({error!r}). Remove the file; the run is repeated.") from error
         found.append(record)
     return found

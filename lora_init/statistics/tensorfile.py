@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.files import write_whole
+from lora_init.files import parse_json, write_whole
 
 
 def write_tensors(
@@ -70,7 +70,7 @@ class TensorFile:
         if _sha256(text.encode()) != metadata.get("sha256"):
             raise self.changed("its header")
         try:
-            self.header: dict[str, Any] = json.loads(text)
+            self.header: dict[str, Any] = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise self.changed("its header") from error
         if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
