@@ -428,10 +428,10 @@ def _earlier(job: _Job) -> Statistics | None:
         return None
     earlier = Statistics.load(file)
     theirs = _comparable(earlier.provenance)
+    # With gradients, labels count at other rows; and going on without them would drop those that there are.
+    beside = earlier.provenance.complete and ours.token_mask != "labels"
     for setting, asked in _comparable(ours).items():
         made = theirs.get(setting, asked)  # a file of an earlier version does not say
-        # With gradients, labels count at other rows; and going on without them would drop those that there are.
-        beside = earlier.provenance.complete and ours.token_mask != "labels"
         if made == asked or (setting == "gradients" and made and beside):
             continue
         if setting == "fingerprint":

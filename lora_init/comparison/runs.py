@@ -332,10 +332,9 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         OSError: It cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    there_is = {
-        entry.name for entry in path.iterdir() if not entry.name.startswith(".")
-    }  # but lock and temporary files
-    if not (path / SETTINGS_FILE).exists() and there_is - {RUNS}:
+    # Names with a dot are those of the lock, and of temporary files that a kill has left.
+    others = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {RUNS}
+    if not (path / SETTINGS_FILE).exists() and others:
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )

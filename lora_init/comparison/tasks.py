@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,12 +244,12 @@ def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: in
     described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
     padding, label = padding_token(tokenizer), asked.name or name
     spelled_out = not asked.options or all(
-        map(partial(_has_text, asked.options, asked.answer), islice(data.table, 100))
+        _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
     )
     return Task(kind, train, selection, report, classes, padding, asked.normalize, described, label, spelled_out)
 
 
-def _has_text(options: str, answer: str, row: Mapping[str, Any]) -> bool:
+def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
     found = read_choices(row, options, answer)
     return found is None or str(row[answer]).strip() == found[0][found[1]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import lora_init
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
+from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import (
     AdapterShape,
@@ -190,10 +190,9 @@ class Workbench:
 
     def _hashes(self) -> dict[str, str]:
         """Hash the examples that figures are from; those to train on are hashed with each run."""
-        retain = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in self.retain or ()]
-        named: dict[str, Any] = {"examples to report": self.task.report, "examples to select by": self.task.selection}
-        named |= {"text to retain": retain} if retain else {}
-        return {name: hashlib.sha256(repr(content).encode()).hexdigest()[:16] for name, content in named.items()}
+        named = {"examples to report": self.task.report, "examples to select by": self.task.selection}
+        hashes = {name: digest_of([vars(item) for item in items]) for name, items in named.items()}
+        return hashes | ({"text to retain": digest_of(self.retain)} if self.retain else {})
 
     def statistics(self, seed: int, center: bool, gradients: bool, n_batches: int | None = None) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory.
