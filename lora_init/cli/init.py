@@ -328,7 +328,7 @@ def summarise(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
-    from lora_init.adapters.peft_model import read_config, read_shapes
+    from lora_init.adapters.peft_model import base_change_of, read_config, read_shapes
     from lora_init.serving.engines import serving_note
 
     made = stats.provenance
@@ -357,7 +357,7 @@ def summarise(
         "loss_before": finite(before),
         "loss_at_start": finite(after),
         "seconds": made.seconds,
-        "serving": serving_note(ranks, read_config(directory), read_shapes(directory)),
+        "serving": serving_note(ranks, read_config(directory), read_shapes(directory), base_change_of(directory)),
         "train": how_to_train(directory, built),
         "notes": [*special, *made.notes, *ranks.notes, *_untuned(built)],
     }

@@ -195,7 +195,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from lora_init.adapters.peft_model import LORA_A, LORA_B, origin_of, read_config, read_shapes
+    from lora_init.adapters.peft_model import LORA_A, LORA_B, base_change_of, origin_of, read_config, read_shapes
     from lora_init.serving.engines import serving_note
     from lora_init.serving.trained import ranks_in_file
 
@@ -218,7 +218,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
-        "serving": serving_note(_with_gaps(ranks), config, shapes),
+        "serving": serving_note(_with_gaps(ranks), config, shapes, base_change_of(path)),
     }
 
 

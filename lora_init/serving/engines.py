@@ -81,19 +81,27 @@ def check_rank(name: str | None, rank: int) -> None:
         raise LoraInitError(f"{name} takes rank 8 or a multiple of 16, and this is {rank}. Choose one by rank=.")
 
 
-def serving_note(ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str:
+def serving_note(
+    ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str] = (), base_change: str = ""
+) -> str:
     """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
 
     Args:
         ranks: Of every layer that could have an adapter, 0 where it has none.
         config: adapter_config.json, or what is known of it. Without a `lora_alpha` all layers have one scaling.
         tensors: Names of the tensors in its file.
+        base_change: The start that changed the plain weights of its base, from `base_change_of`.
 
     Example:
         >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}, {}))
         PEFT and vLLM (--max-lora-rank 16) take this adapter as it is.
         SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`.
     """
+    if base_change:
+        return (
+            f"It began as {base_change}, which changes the base weights, so no engine takes it as it is. "
+            "`lora-init export --start DIRECTORY`, of the adapter before training, converts it."
+        )
     alone = next((key for key in _PEFT_ALONE if config.get(key)), None)
     if alone is not None:
         return f"PEFT takes this adapter as it is. It was trained with {alone}, which no other does."

@@ -24,6 +24,9 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
     assert made.exit_code == 0, made.output
     assert "base weights must give up what the adapter" in " ".join(made.stdout.split())
+    for output in (made.stdout, run("inspect", tmp_path / "lora-ga").stdout):
+        assert "began as lora-ga, which changes the base weights, so no engine takes it as it is." in output
+        assert "`lora-init export --start DIRECTORY`" in output and "vLLM" not in output
     command[command.index("-o") + 1] = str(tmp_path / "planned")
     again = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", "1")
     assert again.exit_code == 0 and "B is not zero" not in again.stdout
