@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ class AdapterInit:
         table = pd.DataFrame([vars(self.targets[name]) for name in self.weights])
         table = table[["name", "kind", "in_features", "out_features"]].set_index("name").rename_axis("layer")
         table["rank"] = list(self.ranks.values())
-        table["parameters"] = [self.targets[n].parameters(rank, self.freeze_a) for n, rank in self.ranks.items()]
+        table["parameters"] = list(self._parameters())
         table["explained_variance"] = [self.explained.get(name) for name in self.weights]
         return table
 
@@ -148,8 +148,12 @@ class AdapterInit:
         return self.gamma is not None and not self.corrects_base
 
     def n_parameters(self) -> int:
-        """Count the trainable parameters: those of all A and B, or of all B if A is frozen."""
-        return sum(self.targets[name].parameters(rank, self.freeze_a) for name, rank in self.ranks.items())
+        """Count the trainable parameters: those of all A and B, or of all B if A is frozen, and DoRA's magnitudes."""
+        return sum(self._parameters())
+
+    def _parameters(self) -> Iterator[int]:
+        for name, rank in self.ranks.items():
+            yield self.targets[name].parameters(rank, self.freeze_a, self.use_dora)
 
     def to_peft_config(self, model: nn.Module | None = None) -> LoraConfig:
         """Describe the adapter as a plain LoRA config: ranks and scalings, no weights, no init-specific keys.

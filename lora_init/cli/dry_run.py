@@ -32,7 +32,7 @@ def estimate(
         source: The model, of which only the configuration is read.
         batches: The data; None if there would be no pass.
         selection: Arguments of `find_targets`.
-        settings: rank, rho, gradients, max_batches, dtype and device.
+        settings: rank, rho, gradients, max_batches, freeze_a, use_dora, dtype and device.
 
     Returns:
         Plain values. The parameters are those of one rank everywhere; the time is right within a factor of two or so,
@@ -59,7 +59,9 @@ def estimate(
     return {
         "layers": len(found.layers),
         "unsupported": dict(found.unsupported),
-        "parameters": sum(target.parameters(rank) for target in found.layers.values()),
+        "parameters": sum(
+            target.parameters(rank, settings["freeze_a"], settings["use_dora"]) for target in found.layers.values()
+        ),
         "rank": rank,
         "data": batches.description if batches is not None else None,
         "batches": len(used),

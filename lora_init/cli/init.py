@@ -166,15 +166,15 @@ def init(
         "target_parameters": read_names(target_parameters) or None,
         "task_type": source.task_type,
     }
-    settings = {
+    settings: dict[str, Any] = {
         "rank": rank, "rho": rho, "center": center, "token_mask": token_mask, "gradients": gradients,
         "max_batches": max_batches, "seed": seed,
     }  # fmt: skip
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
-        found = estimate(source, batches, selection, settings | {"dtype": dtype, "device": device})
-        print_result(found, as_json, show_estimate)
+        settings |= {"dtype": dtype, "device": device, "freeze_a": freeze_a, "use_dora": use_dora}
+        print_result(estimate(source, batches, selection, settings), as_json, show_estimate)
         return
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device, seed=seed)
@@ -346,7 +346,9 @@ def summarise(
         "rank": ranks.rank,
         "ranks": dict(ranks),
         "parameters": built.n_parameters(),
-        "uniform_parameters": sum(t.parameters(ranks.rank, built.freeze_a) for t in stats.targets.values()),
+        "uniform_parameters": sum(
+            target.parameters(ranks.rank, built.freeze_a, built.use_dora) for target in stats.targets.values()
+        ),
         "n_samples": made.n_samples,
         "n_batches": made.n_batches,
         "stop_reason": made.stop_reason,

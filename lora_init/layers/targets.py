@@ -121,9 +121,10 @@ class Target:
         channels = self.in_features // math.prod(self.kernel)
         return (rank, channels, *self.kernel), (self.out_features, rank // self.groups, *(1 for _ in self.kernel))
 
-    def parameters(self, rank: int, freeze_a: bool = False) -> int:
-        """Count the trainable parameters of a LoRA pair of this rank, or of its B alone."""
-        return math.prod(self.shapes(rank)[1]) if freeze_a else rank * self.cost
+    def parameters(self, rank: int, freeze_a: bool = False, use_dora: bool = False) -> int:
+        """Count the trainable parameters of a LoRA pair of this rank, or of its B alone, with DoRA's magnitudes."""
+        magnitudes = self.out_features if use_dora and rank else 0
+        return magnitudes + (math.prod(self.shapes(rank)[1]) if freeze_a else rank * self.cost)
 
     def extras(self) -> dict[str, Any]:
         """Give the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""

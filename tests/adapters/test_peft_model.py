@@ -166,7 +166,10 @@ def test_dora_keeps_the_output_too(name):
     model, batch = MODELS[name](), batches_for(name, 1)[0]
     stats = made_up_statistics(model, task_type=TASKS[name])
     before = logits(model, batch)
-    assert torch.equal(before, logits(build_adapter(stats, uneven(stats), use_dora=True).apply(model), batch))
+    init = build_adapter(stats, uneven(stats), use_dora=True)
+    adapted = init.apply(model)
+    assert torch.equal(before, logits(adapted, batch))
+    assert sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n) == init.n_parameters()
 
 
 def test_dora_in_bfloat16_keeps_the_output_within_rounding():

@@ -182,6 +182,7 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
     def never(*_, **__):
         raise AssertionError("the weights were read")
 
+    command += ["--use-dora", "--freeze-a"]
     done = json.loads(run(*command, "--json").stdout)
     command[command.index("-o") + 1] = str(tmp_path / "other")
     with monkeypatch.context() as patch:
