@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import statistics
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from lora_init.adapters.build import build_adapter, check_adapter_options
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
-from lora_init.adapters.trainers import hand_over, is_trainer, opened
+from lora_init.adapters.trainers import adapter_dtype, hand_over, is_trainer, opened
 from lora_init.collection.collect import as_batches, collect
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
@@ -87,13 +88,20 @@ def initialize(
         shape |= dict(modules_to_save=modules_to_save)
         defaults = {name: one.default for name, one in inspect.signature(initialize).parameters.items()}
         given = {name: value for name, value in shape.items() if value != defaults[name]}
+        dtype = adapter_dtype(model)
         with opened(model, method, given, options) as (plain, settings, own):
             source = dict(batches=own) if batches is None else dict(batches=batches, tokenizer=tokenizer)
             adapted = initialize(
                 plain, **source, rho=rho, method=method, whiten=whiten, gamma=gamma, freeze_a=freeze_a,
                 adapter_name=adapter_name, seed=seed, **settings,
             )  # fmt: skip
-        hand_over(model, adapted)
+        hand_over(model, adapted, dtype)
+        if method in GRADIENT_METHODS and GRADIENT_METHODS[method].corrects:
+            warnings.warn(
+                f"method={method!r} changed the base weights. Call save_pretrained(START) of the model returned, before "
+                "training: `lora-init export --start START` needs that to make an adapter for the plain base.",
+                stacklevel=2,
+            )
         return adapted
     if batches is None:
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
@@ -101,6 +109,8 @@ def initialize(
     adapter: dict[str, Any] = dict(method=method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora)
     adapter |= dict(lora_dropout=lora_dropout, modules_to_save=modules_to_save)
     check_adapter_options(**adapter, gamma=gamma)
+    if method == "lora-ga" and round(rho * rank) > rank:
+        raise LoraInitError(f"method='lora-ga' with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
     check_modules_to_save(model, modules_to_save)
     if method in GRADIENT_METHODS:
         options.setdefault("gradients", True)

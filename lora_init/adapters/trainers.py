@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from lora_init.adapters.peft_model import adapter_layers, remember, remove_adapt
 from lora_init.collection.activations import call_model
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
-from lora_init.layers.targets import HEADS
+from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.models import kind_of
 from lora_init.planning.plan import exact_pattern
 
@@ -33,6 +36,8 @@ _READ = (
 )  # fmt: skip
 # Their loss is what the model computes from labels. Other trainers compute their own, of two answers for example.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
+# How an SFTTrainer calls that loss; older ones have no name for it.
+_OWN_LOSS = (None, "nll", "chunked_nll")
 
 
 def is_trainer(model: Any) -> bool:
@@ -51,23 +56,28 @@ def opened(
     about the adapter that are not at their defaults.
 
     Raises:
-        LoraInitError: Training has begun; the adapter was trained or has settings that cannot be kept; `given` says
-            again what the `peft_config` says; or a start from gradients is asked of a trainer with a loss of its own.
+        LoraInitError: Training has begun, or would make another model; the adapter was trained, has settings that
+            cannot be kept, or is on a head that TRL leaves out; `given` says again what the `peft_config` says; or a
+            start from gradients is asked of a trainer with a loss of its own.
     """
     name, options = type(trainer).__name__, dict(collect_options)
     if trainer.optimizer is not None:
         raise LoraInitError(f"the {name} has an optimizer already. Call initialize() right after it is made.")
+    if trainer.model_init is not None:
+        raise LoraInitError(f"the {name} makes its model anew when training begins. Give it model= for model_init=.")
     gradients = method in GRADIENT_METHODS or bool(options.get("gradients"))
     source = next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
-    if gradients and (trainer.compute_loss_func or source not in _PLAIN_LOSS):
+    if gradients and (source not in _PLAIN_LOSS or _changes_loss(trainer, source)):
         raise LoraInitError(
             f"method={method!r}: a start from gradients needs the gradient of the training loss, and this {name} "
             "computes a loss of its own. Take method='eva', or another that reads inputs alone."
         )
     model = trainer.model
     if hasattr(model, "peft_config"):
-        shape = _shape_of(model, given)
+        decided = {key for key in ("task_type", "target_parameters") if key in options}
+        shape = _shape_of(model, [*given, *sorted(decided)])
     else:
+        _check_head(model, given.get("target_modules", ()), name)
         kind = kind_of(type(model).__name__, bool(getattr(model.config, "is_encoder_decoder", False)))
         shape = {"task_type": options.get("task_type", kind and kind[0])}
     restore = remember(model)
@@ -76,9 +86,11 @@ def opened(
             model = model.get_base_model()
             remove_adapters(model)
         taken = inspect.signature(type(model).forward).parameters
+        # What a forward function does not name, Trainer hands to it all the same; TRL's trainers keep it.
+        whole = source in ("Trainer", "Seq2SeqTrainer") and any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
         def forward(model: nn.Module, batch: Any) -> Any:
-            kept = {key: value for key, value in batch.items() if key in taken}
+            kept = {key: value for key, value in batch.items() if whole or key in taken}
             if not kept:  # DPOTrainer before TRL 0.29: prompts and answers apart
                 raise LoraInitError(
                     f"a batch of {name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. TRL "
@@ -95,22 +107,44 @@ def opened(
         raise
 
 
-def hand_over(trainer: Any, adapted: PeftModel) -> None:
-    """Let a trainer train this model, as if it had been made with it."""
-    from peft import PeftModel
+def adapter_dtype(trainer: Any) -> torch.dtype | None:
+    """Read the type of a trainer's adapter; None if it has none. TRL makes that of a quantised model bfloat16."""
+    return next((p.dtype for n, p in trainer.model.named_parameters() if ".lora_A." in n), None)
 
-    before = trainer.model
-    if isinstance(before, PeftModel):
-        kept = next((p.dtype for n, p in before.named_parameters() if ".lora_A." in n), torch.float32)
+
+def hand_over(trainer: Any, adapted: PeftModel, dtype: torch.dtype | None) -> None:
+    """Let a trainer train this model, as if it had been made with it; `dtype` was that of the adapter it had."""
+    if dtype is not None:
         for name, parameter in adapted.named_parameters():
-            if ".lora_A." in name or ".lora_B." in name:  # TRL trains the adapter of a quantised model in bfloat16
-                parameter.data = parameter.data.to(kept)
+            if ".lora_A." in name or ".lora_B." in name:
+                parameter.data = parameter.data.to(dtype)
     elif trainer.args.gradient_checkpointing:
         adapted.enable_input_require_grads()  # as TRL does for an adapter of its own
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
 
 
-def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _changes_loss(trainer: Any, source: str) -> bool:
+    """Tell whether a function or a setting makes a trainer's loss another one than the model's."""
+    function = trainer.compute_loss_func or vars(trainer).get("compute_loss")
+    named = getattr(trainer.args, "loss_type", None) if source == "SFTTrainer" else None
+    return bool(function or trainer.args.label_smoothing_factor) or named not in _OWN_LOSS
+
+
+def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
+    """Refuse an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
+    code = getattr(model.forward, "__code__", None)  # of the function that TRL puts in the place of the model's own
+    if not target_modules or code is None or "fused_lm_head" not in code.co_varnames:
+        return
+    head = model.get_output_embeddings()
+    selected = find_targets(model, target_modules).layers
+    if any(model.get_submodule(layer) is head for layer in selected):
+        raise LoraInitError(
+            f"{trainer} computes its loss from the weight of the head alone, so that an adapter there would never be "
+            "trained. Leave the head out of target_modules, or train it whole: modules_to_save."
+        )
+
+
+def _shape_of(model: Any, given: Sequence[str]) -> dict[str, Any]:
     """Read what a trainer's adapter is to be like, as arguments of `initialize`."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
@@ -153,15 +187,24 @@ def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _batches(trainer: Any) -> Iterator[Iterator[Any]]:
     """Open a trainer's own batches, and leave no trace: the trainer will draw the same ones in the same order."""
-    with torch.random.fork_rng(devices=[]):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        # Collators draw from Python's and numpy's random numbers, too, or from a generator of their own.
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
+        with suppress(Exception):  # what cannot be copied is used itself
+            trainer.data_collator = copy.deepcopy(trainer.data_collator)
         loader = trainer.get_train_dataloader()
-        try:
-            yield _labelled(trainer, loader)
-        finally:
-            loaders = getattr(trainer.accelerator, "_dataloaders", [])
-            loaders[:] = [other for other in loaders if other is not loader]
-            if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
-                loader.end()
+        stack.callback(_close, trainer, loader)
+        yield _labelled(trainer, loader)
+
+
+def _close(trainer: Any, loader: Any) -> None:
+    loaders = getattr(trainer.accelerator, "_dataloaders", [])
+    loaders[:] = [other for other in loaders if other is not loader]
+    if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
+        loader.end()
 
 
 def _labelled(trainer: Any, loader: Any) -> Iterator[Any]:

@@ -1,7 +1,10 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
 import json
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -144,6 +147,59 @@ def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, toke
         assert torch.equal(ours, theirs) and torch.equal(theirs, undisturbed)
 
 
+class Noisy(DataCollatorForSeq2Seq):
+    """Draws from Python's and numpy's random numbers, and from a generator of its own."""
+
+    def __call__(self, rows, return_tensors=None):
+        batch = super().__call__(rows, return_tensors)
+        self.own = getattr(self, "own", None) or torch.Generator().manual_seed(0)
+        drawn = random.randrange(9), np.random.randint(9), int(torch.randint(9, (1,), generator=self.own))
+        batch["input_ids"][:, :3] = torch.tensor(drawn)
+        return batch
+
+
+def test_what_a_collator_draws_is_drawn_again(tmp_path, tokenizer):
+    seen = []
+    for initialized in (False, True):
+        random.seed(0)
+        np.random.seed(0)
+        trainer = plain(tmp_path, tokenizer)
+        trainer.data_collator = Noisy(tokenizer)
+        if initialized:
+            lora_init.initialize(trainer, rank=2)
+        seen.append(batches_of(trainer))
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+class HandsOn(type(tiny_llama())):
+    """Names a part of what it takes, as the model of a user does."""
+
+    def forward(self, input_ids=None, labels=None, **others):
+        return super().forward(input_ids=input_ids, labels=labels, **others)
+
+
+def test_a_model_gets_what_its_forward_does_not_name(tmp_path, tokenizer):
+    """Trainer gives all of a batch to the model, its attention mask among it."""
+    variances = []
+    for kind in (type(tiny_llama()), HandsOn):
+        trainer = plain(tmp_path, tokenizer, kind(tiny_llama().config), remove_unused_columns=False)
+        trainer.model.load_state_dict(tiny_llama().state_dict())
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"attention_mask": [1, 1, 1, 0, 0, 0]})
+        lora_init.initialize(trainer, rank=2, statistics=tmp_path / f"{kind.__name__}.safetensors")
+        found = lora_init.Statistics.load(tmp_path / f"{kind.__name__}.safetensors")
+        variances.append({name: found.total_variance(name) for name in found})
+    assert variances[0] == variances[1]
+
+
+def test_the_adapter_has_the_type_of_the_one_before(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name:  # as TRL does with a quantised model
+            parameter.data = parameter.data.bfloat16()
+    adapted = lora_init.initialize(trainer)
+    assert {p.dtype for name, p in adapted.named_parameters() if "lora_" in name} == {torch.bfloat16}
+
+
 def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
     """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
     trainer = sft(tmp_path, tokenizer)
@@ -181,13 +237,30 @@ def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
 @pytest.mark.parametrize("method", ["lora-ga", "natural-gradient-step"])
 def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer)
-    adapted = lora_init.initialize(trainer, rank=2, rho=1, method=method, task_type="CAUSAL_LM")
+    with pytest.raises(LoraInitError, match=r"rho=2.*Pass rho=1") if method == "lora-ga" else nullcontext():
+        lora_init.initialize(sft(tmp_path, tokenizer), rank=2, method=method)
+    expected = pytest.warns(UserWarning, match=r"before training.*--start") if method == "lora-ga" else nullcontext()
+    with expected:
+        adapted = lora_init.initialize(trainer, rank=2, rho=1, method=method, task_type="CAUSAL_LM")
     assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapter_layers(adapted).values())
     trainer.train()
 
 
 def trained(trainer):
     trainer.train()
+    return trainer
+
+
+def made_later(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer)
+    return Trainer(
+        None, trainer.args, trainer.data_collator, trainer.train_dataset, model_init=lambda: tiny_llama().train()
+    )
+
+
+def own_loss(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer)
+    trainer.compute_loss = lambda model, inputs, **more: model(**inputs).loss * 2
     return trainer
 
 
@@ -205,6 +278,16 @@ REFUSED = {
     "two adapters": (
         lambda *a: dpo(*a, model=sft(*a, peft_config=LoraConfig(**LORA)).model), {}, r"has the adapters default, ref"
     ),
+    "a model to come": (made_later, {}, r"makes its model anew when training begins. Give it model="),
+    "a head that TRL leaves out": (sft, {"target_modules": ["q_proj", "lm_head"]}, r"would never be trained. Leave"),
+    "a task said twice": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"task_type": "CAUSAL_LM"}, r"^task_type: the trainer's"
+    ),
+    "smoothed labels": (
+        lambda *a: plain(*a, label_smoothing_factor=0.1), {"method": "grad-a"}, r"this Trainer computes a loss of its"
+    ),
+    "another loss of SFT": (lambda *a: sft(*a, loss_type="dft"), {"method": "grad-a"}, r"this SFTTrainer computes a"),
+    "a loss put in its place": (own_loss, {"method": "grad-a"}, r"this Trainer computes a loss of its own"),
     "a loss of its own": (
         lambda *a: dpo(*a, peft_config=LoraConfig(**LORA)), {"method": "lora-one"}, r"this DPOTrainer computes a loss"
     ),
