@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from lora_init.adapters.peft_model import ORIGIN_FILE
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_free
 from lora_init.layers.rows import expert_group
-from lora_init.layers.targets import Target
+from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
@@ -119,7 +118,7 @@ def build_adapter(
             "model and data, Statistics.load() reads a file."
         )
     asked, rank = _ranks_asked(stats, ranks)
-    plan = {name: asked[name] for name in asked if asked[name] and not _trained_whole(name, modules_to_save)}
+    plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
@@ -135,9 +134,7 @@ def build_adapter(
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
-        unsupported={
-            name: kind for name, kind in stats.unsupported.items() if not _trained_whole(name, modules_to_save)
-        },
+        unsupported={name: kind for name, kind in stats.unsupported.items() if not is_in(name, modules_to_save)},
         rank=rank,
         lora_alpha=lora_alpha,
         use_rslora=use_rslora,
@@ -169,12 +166,6 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
     targets = list(targets)
     both, b_alone = (sum(target.parameters(rank, frozen) for target in targets) for frozen in (False, True))
     return rank * both // b_alone
-
-
-def _trained_whole(name: str, modules_to_save: Collection[str]) -> bool:
-    """Tell whether a layer is one of these modules or in one; PEFT's names are ends of any length, as `head` is."""
-    owners = accumulate(name.split("."), "{}.{}".format)
-    return any(owner.endswith(tuple(modules_to_save)) for owner in owners)
 
 
 def _start_by_input(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wanted, input_of
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
-from lora_init.layers.masks import IGNORED, shifts_labels
+from lora_init.layers.masks import IGNORED, NothingCountsError, shifts_labels
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
 
@@ -188,7 +188,7 @@ def count_labels(model: nn.Module, batch: Any) -> int:
     shifted = labels.dim() == 2 and shifts_labels(model)
     count = int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
     if count == 0:
-        raise LoraInitError("no token of the batch has a label, so there is no loss. Check labels and max_length.")
+        raise NothingCountsError("no token of the batch has a label, so there is no loss. Check labels and max_length.")
     return count
 
 

@@ -296,10 +296,8 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
     result = _frozen(job, whole, earlier)
     if not result and result.provenance.complete:
-        raise LoraInitError(
-            f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are "
-            "empty. Check target_modules and the batches."
-        )
+        none = f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are"
+        raise LoraInitError([*whole.empty, f"{none} empty. Check target_modules and the batches."][0])
     result.gradients = _with_importance(job, result)
     if file is not None and processes.rank == 0 and result.provenance.n_batches:
         _write(file, result)
@@ -536,7 +534,9 @@ def _digest_of_list(batches: Any, max_batches: int) -> dict[str, str]:
 
 
 def _hash_of(targets: Targets) -> str:
-    return hashlib.sha256(repr(sorted(targets.layers.values(), key=lambda t: t.name)).encode()).hexdigest()[:8]
+    named = repr(sorted(targets.layers.values(), key=lambda t: t.name))
+    others = repr(sorted(targets.unsupported.items())) if targets.unsupported else ""
+    return hashlib.sha256(f"{named}{others}".encode()).hexdigest()[:8]
 
 
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
@@ -548,6 +548,8 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
             expected = min(job.n_components, width)
             if kept < expected:
                 notes.append(f"{name}: {groups[name].n_samples} rows span only {kept} of {expected} components.")
+    if found.empty:
+        notes.append(f"{len(found.empty)} of {sum(found.n_batches)} batches were passed over. {found.empty[0]}")
     silent = [name for name, mean in found.gradients.items() if mean.n_samples and not mean.squares.any()]
     if silent:
         notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")

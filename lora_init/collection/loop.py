@@ -21,6 +21,7 @@ from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wan
 from lora_init.collection.backward import BackwardHooks, GradientSink
 from lora_init.collection.processes import Processes, Shard
 from lora_init.errors import LoraInitError, is_out_of_memory
+from lora_init.layers.masks import NothingCountsError
 from lora_init.layers.wrappers import run_eagerly
 from lora_init.statistics.gradient_spectrum import MeanGradient
 from lora_init.statistics.incremental_svd import IncrementalSVD
@@ -99,6 +100,7 @@ class Collected:
     n_labels: int = 0
     group_of: dict[str, str] = field(default_factory=dict)  # of every layer that ran
     n_batches: list[int] = field(default_factory=lambda: [0])  # by process
+    empty: list[str] = field(default_factory=list)  # why nothing of a batch counted, for each such batch
     stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
@@ -115,6 +117,7 @@ class Collected:
         self.n_labels += other.n_labels
         self.group_of = other.group_of | self.group_of
         self.n_batches = self.n_batches + other.n_batches
+        self.empty = self.empty + other.empty
         self.seconds = {part: max(value, other.seconds[part]) for part, value in self.seconds.items()}
 
 
@@ -148,14 +151,20 @@ class Pass:
     def _records(self) -> Iterator[GroupRecord]:
         return chain(self.found.groups.values(), self.found.weighted.values())
 
-    def take(self, batch: Any, number: int, interruptible: AbstractContextManager[None]) -> None:
-        """Take in batch `number` of this process, from 0, or nothing of it; the model runs inside `interruptible`."""
+    def take(self, batch: Any, number: int, interruptible: AbstractContextManager[None]) -> bool:
+        """Take in batch `number` of this process, from 0, or nothing of it; the model runs inside `interruptible`.
+
+        False if no token of the batch counts; the model has not been run then.
+        """
         found, seconds = self.found, self.found.seconds
-        start, before = time.perf_counter(), seconds["decomposition"]
+        start, before, n_labels = time.perf_counter(), seconds["decomposition"], 0
+        n_empty = len(found.empty)
         try:
             with interruptible:
                 n_labels = self._run(batch, self._take_rows, self._take_gradient, self._wanted)
             self._update(number)
+        except NothingCountsError as error:
+            found.empty.append(f"batch {number}: {error}")
         except (LoraInitError, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 message = f"batch {number}: out of memory. Use a smaller batch or shorter sequences."
@@ -167,6 +176,7 @@ class Pass:
         found.n_batches[0] += 1
         found.n_labels += n_labels
         found.group_of = dict(self.hooks.group_of)
+        return len(found.empty) == n_empty
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
@@ -264,9 +274,10 @@ def run_pass(
             save()
             saved = time.monotonic()
         try:
-            if batch is not None:
-                run.take(batch[0], found.n_batches[0], processes.interruptible() if alone else nullcontext())
-            elif shard.spare is not None:
+            ran = batch is not None and run.take(
+                batch[0], found.n_batches[0], processes.interruptible() if alone else nullcontext()
+            )
+            if not ran and shard.spare is not None:
                 run.idle(shard.spare)
         except KeyboardInterrupt:
             if not alone:

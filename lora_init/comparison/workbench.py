@@ -44,7 +44,7 @@ from lora_init.comparison.training import (
     training_loss,
 )
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
-from lora_init.layers.targets import HEADS, find_targets
+from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
@@ -307,8 +307,7 @@ class Workbench:
         heads = HEADS.get(self.loaded.task_type or "", ())
         generator = torch.Generator().manual_seed(seed)
         for name, module in model.named_modules():
-            in_head = bool(set(heads) & set(name.split(".")))
-            if in_head and isinstance(module, nn.Linear) and f"{name}.weight" in self.loaded.drawn:
+            if is_in(name, heads) and isinstance(module, nn.Linear) and f"{name}.weight" in self.loaded.drawn:
                 drawn = torch.randn(module.weight.shape, generator=generator)
                 module.weight.copy_(drawn * getattr(model.config, "initializer_range", 0.02))
                 if module.bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from lora_init.layers.wrappers import plain_names
 
 # The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
 IGNORED = -100
+
+
+class NothingCountsError(LoraInitError):
+    """No token of a batch counts, so it adds nothing."""
 
 
 class _Mask(NamedTuple):
@@ -76,6 +81,8 @@ class TokenMasks:
             labelled = nn.functional.pad(labelled[:, 1:], (0, 1))
         main = _both(own, labelled) if self.by_labels else own
         self._main = self._predicting = _numbered(main)
+        if self._gradients and "start_positions" in batch:  # the softmax of an answer's ends is over padding, too
+            self._predicting = None
         if self._shifted and main is not None and labelled is not None and labelled.shape == main.shape:
             self._predicting = _numbered(main | labelled)
         self._encoder_rows = _numbered(_as_mask(batch, "encoder_attention_mask" if alone else "attention_mask"))
@@ -155,9 +162,19 @@ def shifts_labels(model: nn.Module) -> bool:
     if encoder_of(model) is not None:
         return False
     kind = getattr(model, "loss_type", "")
+    if _has_plain_loss(model):
+        return False
     if kind is None:  # the loss of transformers for heads that it has no other name for, such as GPT2LMHeadModel
         return getattr(model, "get_output_embeddings", lambda: None)() is not None
     return kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
+
+def _has_plain_loss(model: nn.Module) -> bool:
+    """Tell the causal decoders of transformers whose loss is a plain cross entropy, such as BartForCausalLM."""
+    forward = inspect.unwrap(type(model).forward)
+    names = {*forward.__code__.co_names, *forward.__code__.co_varnames}
+    shifts = any("shift" in name or name == "loss_function" for name in names)
+    return type(model).__module__.startswith("transformers.") and "CrossEntropyLoss" in names and not shifts
 
 
 def _numbered(kept: Tensor | None) -> _Mask | None:
@@ -165,7 +182,7 @@ def _numbered(kept: Tensor | None) -> _Mask | None:
         return None
     numbers = kept.flatten().nonzero().flatten()
     if not len(numbers):
-        raise LoraInitError(
+        raise NothingCountsError(
             f"the mask keeps 0 of {kept.numel()} tokens, so no layer received rows. Check attention_mask and labels."
         )
     return _Mask(kept, numbers if len(numbers) < kept.numel() else None)
@@ -184,7 +201,8 @@ def _as_mask(batch: Mapping[str, Any], key: str) -> Tensor | None:
 def _decoder_mask(batch: Mapping[str, Any], labelled: Tensor | None) -> Tensor | None:
     """Tell which inputs of a decoder count; None if they are made of the encoder's."""
     mask = _as_mask(batch, "decoder_attention_mask")
-    mask = labelled if mask is None else mask
+    if mask is None and labelled is not None:  # up to the last label: what has none before it is read later on
+        mask = labelled.flip(1).cumsum(1).flip(1) > 0
     given = [batch.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds")]
     whole = (torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in given if isinstance(x, Tensor))
     return next(whole, None) if mask is None else mask

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -31,8 +32,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:
-    """Tell whether a layer is one of these modules or in one of them, by parts of its name, as PEFT does."""
-    return any(f".{module}." in f".{name}." for module in modules)
+    """Tell whether a layer is one of these modules or in one, as PEFT does for those that it trains whole.
+
+    It takes the names for ends of any length: with `classifier` DistilBERT's `pre_classifier` is trained whole, too.
+    """
+    owners = accumulate(name.split("."), "{}.{}".format)
+    return any(owner.endswith(tuple(modules)) for owner in owners)
 
 
 def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:

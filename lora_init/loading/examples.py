@@ -127,22 +127,22 @@ def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[
 def _fill(parts: _Parts, row: Mapping[str, Any]) -> str | None:
     """Fill a template; None if a field is null or blank, so that nobody trains on the word "None"."""
     values = {name: _text(row, name) for _, name in parts if name is not None}
-    if any(value is None or not value.strip() for value in values.values()):
+    if None in values.values():
         return None
     return "".join(literal + ((values[name] or "") if name is not None else "") for literal, name in parts)
 
 
 def _text(row: Mapping[str, Any], name: str) -> str | None:
-    """Read a field as text, never a list as Python writes it."""
+    """Read a field as text, never a list as Python writes it; None if it is null or blank."""
     value = row[name]
     if isinstance(value, (list, Mapping)):
         kind = "a list" if isinstance(value, list) else "a mapping"
         raise LoraInitError(f"column {name!r} holds {kind}, and text is needed. Make it text first, or name another.")
-    return None if value is None else str(value)
+    return None if value is None or not str(value).strip() else str(value)
 
 
 def _plain(prompt: str | None, answer: str | None) -> Example | None:
-    if prompt is None or answer is None or not answer.strip():
+    if prompt is None or answer is None:
         return None
     return Example(f"{prompt}{answer}", [(prompt, f"{prompt}{answer}")])
 
@@ -159,7 +159,7 @@ def _read(data_format: str, row: Mapping[str, Any], tokenizer: Any) -> Example |
     if data_format == "text":
         return _plain("", _text(row, "text"))
     if data_format == "alpaca":
-        instruction, given = _text(row, "instruction"), _text(row, "input") if row.get("input") else None
+        instruction, given = _text(row, "instruction"), _text(row, "input") if "input" in row else None
         context = (", paired with an input that provides further context", f"### Input:\n{given}\n\n")
         before, after = context if given else ("", "")
         return _plain(instruction and _ALPACA.format(before, instruction, after), _text(row, "output"))
@@ -181,32 +181,66 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     turns = [_turn(message) for message in _without_nulls(messages)]
     options = _without_nulls(row.get("chat_template_kwargs") or {})
 
-    def render(count: int, answer_next: bool = False) -> str:
-        if count == 0:
+    def render(some: Sequence[Mapping[str, Any]], answer_next: bool = False) -> str:
+        if not some:
             return ""
         rendered = tokenizer.apply_chat_template(
-            turns[:count], tools, tokenize=False, add_generation_prompt=answer_next, **options
+            some, tools, tokenize=False, add_generation_prompt=answer_next, **options
         )
         return str(rendered)
 
     try:
         tools = row.get("tools") or None
-        tools = _without_nulls(json.loads(tools) if isinstance(tools, str) else tools)
+        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+        whole = render(turns)
         spans = [
-            (render(i, answer_next=True), render(i + 1))
-            for i, turn in enumerate(turns)
-            if i >= first and turn["role"] == "assistant"
+            _span(turns, i, whole, render) for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"
         ]
-        return Example(render(len(turns)), spans, rendered=True)
+        return Example(whole, spans, rendered=True)
     except Exception as error:  # a template is a program: it raises what it likes
         raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
 
 
+def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callable[..., str]) -> tuple[str, str]:
+    """Give the text before turn i of a chat, the assistant's, and that up to its end.
+
+    A template may write a turn otherwise once others follow, as Qwen3's does without its thoughts, and none says where
+    the first turn begins. There the turn lies where the whole differs from what it is with other words in that turn.
+    """
+    before, until, words = render(turns[:i], True), render(turns[: i + 1]), turns[i].get("content")
+    if (i and whole.startswith(until)) or not isinstance(words, str) or not words.strip():
+        return before, until
+    letter = next(letter for letter in "XYZ" if letter not in (words.strip()[0], words.strip()[-1]))
+    others = [*turns[:i], {**turns[i], "content": 3 * letter}, *turns[i + 1 :]]
+    start, end = _difference(whole, render(others))
+    _, after = _difference(until, render(others[: i + 1]))
+    end += _common(whole[end:], until[after:])  # what ends a turn
+    return whole[:start], whole[:end]
+
+
+def _difference(text: str, other: str) -> tuple[int, int]:
+    """Say where a text begins to differ from another, and from where on it does no longer."""
+    start = _common(text, other)
+    same = _common(text[start:][::-1], other[start:][::-1])
+    return start, len(text) - same
+
+
+# Who speaks in ShareGPT's conversations, in the words of chat templates.
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "observation": "tool", "function_response": "tool",
+    **{role: role for role in ("user", "assistant", "system", "developer", "tool")},
+}  # fmt: skip
+
+
 def _turn(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Read a message as ShareGPT writes it, too."""
-    roles = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
     who = message.get("from")
-    return message if who is None else {"role": roles.get(who, who), "content": message.get("value", "")}
+    if who is None:
+        return message
+    if who not in _ROLES:
+        raise LoraInitError(f"a message is from {who!r}, and expected is one of {', '.join(_ROLES)}. Rename it.")
+    return {"role": _ROLES[who], "content": message.get("value", "")}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -253,5 +287,6 @@ def _cut(ids: list[int], tokenizer: Any, limit: int) -> list[int]:
     return ids[:limit]
 
 
-def _common(prefix: list[int], ids: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, ids, strict=False)))
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Count how far two sequences begin alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

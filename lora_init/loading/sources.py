@@ -221,11 +221,12 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
         return source
     if isinstance(source, datasets.IterableDataset):
         stream = source.shuffle(seed=seed, buffer_size=_MOST_STREAMED)
-        return datasets.Dataset.from_list(list(islice(stream, _MOST_STREAMED)))
+        return _from_memory(list(islice(stream, _MOST_STREAMED)), split, seed)
     if type(source).__name__ == "DataFrame":
         return datasets.Dataset.from_pandas(source, preserve_index=False)
     if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
-        return datasets.Dataset.from_list([dict(row) for row in source])
+        columns = dict.fromkeys(name for row in source for name in row)  # `datasets` takes those of the first row alone
+        return datasets.Dataset.from_list([{name: row.get(name) for name in columns} for row in source])
     raise LoraInitError(
         f"data of type {type(source).__name__}: expected a path, a hub id, a datasets.Dataset, a pandas DataFrame or a "
         "list of mappings from column to value."

@@ -180,10 +180,10 @@ class HandsOn(type(tiny_llama())):
 
 def test_a_model_gets_what_its_forward_does_not_name(tmp_path, tokenizer):
     """Trainer gives all of a batch to the model, its attention mask among it."""
-    variances = []
+    variances, weights = [], tiny_llama().state_dict()
     for kind in (type(tiny_llama()), HandsOn):
         trainer = plain(tmp_path, tokenizer, kind(tiny_llama().config), remove_unused_columns=False)
-        trainer.model.load_state_dict(tiny_llama().state_dict())
+        trainer.model.load_state_dict(weights)
         trainer.train_dataset = trainer.train_dataset.map(lambda row: {"attention_mask": [1, 1, 1, 0, 0, 0]})
         lora_init.initialize(trainer, rank=2, statistics=tmp_path / f"{kind.__name__}.safetensors")
         found = lora_init.Statistics.load(tmp_path / f"{kind.__name__}.safetensors")

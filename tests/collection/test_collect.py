@@ -163,13 +163,29 @@ def test_layers_of_one_group_do_not_share_storage():
 def test_the_model_is_as_before_also_after_an_exception():
     model, batches = tiny_llama().train(), batches_for("llama")
     weights = copy.deepcopy(model.state_dict())
-    batches[2]["attention_mask"] = torch.zeros(4, 12)
-    with pytest.raises(LoraInitError, match=r"^batch 2: the mask keeps 0 of 48 tokens"):
+    batches[2]["attention_mask"] = torch.zeros(4, 11)
+    with pytest.raises(LoraInitError, match=r"^batch 2: attention_mask has shape \(4, 11\)"):
         collect(model, batches, rank=2)
     assert model.training
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_batch_of_which_nothing_counts_is_passed_over(gradients):
+    batches = batches_for("llama", 4)
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batches[2]["labels"][:] = -100
+    model, options = tiny_llama(), dict(token_mask="labels", rank=2, gradients=gradients)
+    stats, others = (collect(model, some, **options) for some in (batches, [*batches[:2], batches[3]]))
+    assert stats.provenance.n_batches == 4 and stats.provenance.n_samples == others.provenance.n_samples
+    assert all(torch.equal(stats[name].components, others[name].components) for name in others)
+    (note,) = stats.provenance.notes
+    assert note.startswith("1 of 4 batches were passed over. batch 2: the mask keeps 0 of 48 tokens")
+    with pytest.raises(LoraInitError, match=r"^batch 0: the mask keeps 0 of"):
+        collect(tiny_llama(), [batches[2]] * 2, **options)
 
 
 def test_nan_is_reported_with_layer_count_and_row():

@@ -166,6 +166,14 @@ def test_a_file_with_gradients_serves_a_pass_without_if_it_has_the_same_rows(tok
     assert file.read_bytes() == content
 
 
+def test_layers_that_have_no_rows_count(tmp_path):
+    """An adapter of the embedding would come, or not, with a file that was made for other targets."""
+    file, batches = tmp_path / "stats.safetensors", batches_for("llama")
+    collect(tiny_llama(), batches, ["q_proj"], rank=2, statistics=file)
+    with pytest.raises(OtherSettingsError, match=r"was made with layers .2 "):
+        collect(tiny_llama(), batches, ["q_proj", "embed_tokens"], rank=2, statistics=file)
+
+
 def test_later_batches_of_a_list_count(tmp_path):
     file, batches, others = tmp_path / "stats", batches_for("llama"), batches_for("llama", seed=1)
     first = collect(model(), batches, statistics=file, **SETTINGS, max_batches=3)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForCausalLM
 
 from lora_init import LoraInitError, collect
 from lora_init.layers.masks import TokenMasks, shifts_labels
@@ -43,6 +44,14 @@ def test_a_label_counts_where_it_is_predicted_if_there_are_gradients(build, grad
     model = build()
     layer = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear) or "c_attn" in name)
     assert counted(model, labelled_at(7, 8), layer, gradients=gradients)[0].nonzero().flatten().tolist() == expected
+
+
+def test_inputs_before_the_last_label_count_in_a_decoder():
+    """Later tokens read what has no label itself; by labels it does not count."""
+    layer = "decoder.block.0.layer.0.SelfAttention.q"
+    for token_mask, expected in (("attention", [0, 1, 2, 3, 4]), ("labels", [0, 1, 4])):
+        found = counted(tiny_t5(), labelled_at(0, 1, 4), layer, token_mask=token_mask)
+        assert found[0].nonzero().flatten().tolist() == expected
 
 
 def test_the_decoder_of_an_encoder_decoder_is_shifted_already():
@@ -151,9 +160,30 @@ def test_padding_is_left_out_of_what_each_side_reads(build, batch, expected):
     assert {name: stats[name].n_samples for name in expected} == expected
 
 
+def tiny_bart_decoder():
+    config = BartConfig(vocab_size=64, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
+    return BartForCausalLM(config).eval()
+
+
+def test_every_row_of_an_extractive_answer_has_a_gradient():
+    """The softmax over places is over padding, too: without it the mean gradient pointed elsewhere (cosine 0.03)."""
+    model, generator = tiny_bert("QuestionAnswering"), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (4, 12), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(12) < 5).long().expand(4, -1)}
+    batch |= {"start_positions": torch.tensor([1, 2, 3, 0]), "end_positions": torch.tensor([2, 3, 4, 1])}
+    name = "bert.encoder.layer.1.output.dense"
+    stats = collect(model, [batch], [name], rank=4, gradients=True)
+    (4 * model(**batch).loss).backward()
+    exact, found = model.get_submodule(name).weight.grad / 4, stats.gradient(name)
+    estimate = found.left.T.double() * found.singular_values @ found.right.double()
+    assert float((estimate - exact).norm() / exact.norm()) < 0.1  # of 32 directions 20 are kept; it was 9
+    assert stats[name].n_samples == 20  # what the layer reads is described by the text alone
+
+
 def test_which_models_shift():
-    shifting = [shifts_labels(build()) for build in (tiny_llama, tiny_gpt2, tiny_t5, tiny_bert, tiny_vit)]
-    assert shifting == [True, True, False, False, False]
+    models = (tiny_llama, tiny_gpt2, tiny_t5, tiny_bert, tiny_vit, tiny_bart_decoder)
+    shifting = [shifts_labels(build()) for build in models]
+    assert shifting == [True, True, False, False, False, False]
     assert not shifts_labels(nn.Linear(2, 2)) and not shifts_labels(tiny_bert(None))
 
 

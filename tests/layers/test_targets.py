@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from lora_init import LoraInitError, collect, find_targets
+from lora_init import LoraInitError, collect, find_targets, initialize
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama, tiny_t5
 
 ARGUMENTS = [
@@ -61,6 +62,18 @@ def test_a_head_that_peft_trains_whole_is_left_out(task, task_type, targets):
     head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
     assert head not in found
     assert (head in find_targets(model, targets).layers) == (head in str(targets) or targets == "all-linear")
+
+
+def test_a_layer_whose_name_ends_as_the_head_does_is_trained_whole_too():
+    """PEFT takes names of modules to save for endings, and cannot adapt what it trains whole."""
+    config = DistilBertConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    model = DistilBertForSequenceClassification(config)
+    found = find_targets(model, task_type="SEQ_CLS").layers
+    assert len(found) == 6 and not any("classifier" in name for name in found)
+    batches = [{"input_ids": torch.randint(3, 64, (4, 8))} for _ in range(3)]
+    adapted = initialize(model, batches, rank=2, task_type="SEQ_CLS")
+    whole = {name.partition(".modules_to_save")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {"base_model.model.classifier", "base_model.model.pre_classifier"} < whole
 
 
 def test_widths_and_kinds():

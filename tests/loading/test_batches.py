@@ -155,6 +155,51 @@ def test_chat_template_alone_decides_on_special_tokens(write):
     assert texts(load_batches(path, tokenizer), tokenizer) == ["[CLS] a [SEP] b [SEP]"]  # each once
 
 
+# As Qwen3's: thoughts in the last answer only, and a prompt of the system that nobody wrote.
+THINKING = (
+    "<|im_start|>system\nYou help.<|im_end|>\n{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "labelled"),
+    [
+        (["hi", "hello", "?", " 4 ", "?", "XY"], "hello<|im_end|>\n4<|im_end|>\n<think>\n\n</think>\n\nXY<|im_end|>\n"),
+        (["hi", "hello", "and?"], "hello<|im_end|>\n"),
+        ([None, "I begin", "hi", "XYZ"], "I begin<|im_end|>\n<think>\n\n</think>\n\nXYZ<|im_end|>\n"),
+        ([None, "user"], "user<|im_end|>\n"),
+    ],
+)  # fmt: skip
+def test_answers_are_labelled_whatever_the_template_makes_of_earlier_ones(write, said, labelled):
+    tokenizer = byte_tokenizer(chat_template=THINKING, eos_token="<|im_end|>")
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said) if text]
+    batches = load_batches(write([{"messages": turns}]), tokenizer)
+    assert texts(batches, tokenizer, "labels") == [labelled]
+    assert texts(batches, tokenizer) == [tokenizer.apply_chat_template(turns, tokenize=False)]
+
+
+def test_rows_in_memory_keep_the_columns_that_the_first_one_lacks(write, tokenizer, monkeypatch):
+    rows = [{"instruction": "Greet.", "output": "hi"}, {"instruction": "Add.", "input": "1 and 2", "output": "3"}]
+    path = write(rows)
+    expected = sorted(texts(load_batches(path, tokenizer), tokenizer))
+    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text()))
+    assert any("1 and 2" in text for text in expected)
+    for source in (rows, "-"):
+        assert sorted(texts(load_batches(source, tokenizer), tokenizer)) == expected
+
+
+def test_a_role_that_templates_do_not_know_is_refused(write):
+    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
+    turns = [{"from": "human", "value": "1+1?"}, {"from": "function_call", "value": "add"}]
+    path = write([{"conversations": turns}])
+    assert texts(load_batches(path, tokenizer), tokenizer, "labels") == ["add<|im_end|>\n"]
+    with pytest.raises(LoraInitError, match="line 1: a message is from 'oracle', and expected is one of human, gpt"):
+        load_batches(write([{"conversations": [{"from": "oracle", "value": "?"}]}]), tokenizer)
+
+
 def test_prompt_and_completion_may_be_messages(write):
     tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
     prompt = [{"role": "assistant", "content": "ask me"}, {"role": "user", "content": "hi"}]
@@ -197,8 +242,10 @@ def test_alpaca_is_the_prompt_of_the_paper_and_takes_precedence_over_text(write,
     rows = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "unused"},
         {"instruction": "Greet.", "input": "", "output": "hi", "text": "unused"},
+        {"instruction": " ", "input": "3", "output": "left out", "text": "unused"},
     ]
-    batches = load_batches(write(rows), tokenizer)
+    with pytest.warns(UserWarning, match="1 left out with an empty field"):
+        batches = load_batches(write(rows), tokenizer)
     assert sorted(texts(batches, tokenizer, "labels")) == ["3<eos>", "hi<eos>"]
     brief, long = sorted(texts(batches, tokenizer), key=len)
     assert brief == (
