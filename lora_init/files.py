@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
         final.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
+        check_free(final, overwrite, marker, replaceable)  # another process may have written meanwhile
         if final.exists():
             final.rename(old)
         fresh.rename(final)
@@ -125,6 +127,11 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
         return
     if not overwrite:
         raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
+    if marker in present and not is_as_written(final, marker):
+        raise LoraInitError(
+            f"{final} was written by lora_init and has been changed since, as by a training that saved into it. "
+            "Choose another directory, or delete this one yourself."
+        )
     if marker not in present:
         raise LoraInitError(
             f"{final} has no {marker}, so lora_init did not write it, and it is not overwritten. "
@@ -136,6 +143,22 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
             f"{final} holds more than an adapter ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which "
             "overwriting would delete. Choose another directory, or delete this one yourself."
         )
+
+
+def digests_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hash those of these files that a directory has."""
+    there = (directory / name for name in names)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there if path.is_file()}
+
+
+def is_as_written(directory: Path, record: str) -> bool:
+    """Tell whether a record of ours is there, and the files that it has hashes of are those that it was written with.
+
+    PEFT saves into the same directory without a word, and leaves the record of what was there.
+    """
+    path = directory / record
+    digests = read_json(path).get("sha256", {}) if path.is_file() else None
+    return isinstance(digests, dict) and digests_of(directory, digests) == digests
 
 
 def parse_json(text: str | bytes) -> Any:

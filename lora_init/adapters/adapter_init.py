@@ -27,13 +27,15 @@ from lora_init.adapters.peft_model import (
     check_model,
     check_plain,
     hub_id,
+    origin_of,
     read_config,
     read_shapes,
     remember,
     remove_adapters,
 )
+from lora_init.collection.collect import fingerprint
 from lora_init.errors import LoraInitError
-from lora_init.files import new_directory, write_json
+from lora_init.files import digests_of, is_as_written, new_directory, write_json
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.plan import exact_pattern, rank_settings, scaling_of
@@ -233,7 +235,7 @@ class AdapterInit:
         with new_directory(directory, overwrite, marker=ORIGIN_FILE, replaceable=FILES) as fresh:
             (fresh / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             write_json(fresh / CONFIG_FILE, self._config(model) | {"inference_mode": True})
-            write_json(fresh / ORIGIN_FILE, self._origin())
+            write_json(fresh / ORIGIN_FILE, self._origin() | {"sha256": digests_of(fresh, [WEIGHTS_FILE])})
             (fresh / CARD_FILE).write_text(self._card(), encoding="utf-8")
         return Path(directory).expanduser().resolve()
 
@@ -402,9 +404,16 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     check_plain(model, "correct_base()")
     model, directory = unwrapped(model), Path(directory).expanduser()
     config = read_config(directory)
-    if not (directory / ORIGIN_FILE).is_file():  # PEFT does not keep it
+    if not is_as_written(directory, ORIGIN_FILE):  # PEFT does not keep it, or leaves it beside what it saves
         raise LoraInitError(
-            f"{directory} has no {ORIGIN_FILE}, so it is no adapter before training. Name what `lora-init init` wrote."
+            f"{directory} has no {ORIGIN_FILE} of its weights, so it is no adapter before training. Name what "
+            "`lora-init init` wrote."
+        )
+    made_for = origin_of(directory).get("provenance", {}).get("fingerprint")
+    if made_for and made_for != fingerprint(model):
+        raise LoraInitError(
+            f"{directory} was made for another model than this {type(model).__name__}, or its weights have been "
+            "corrected already. Load the base model anew, in float32 or bfloat16."
         )
     names = adapted_layers(read_shapes(directory))
     check_correctable(model, names)

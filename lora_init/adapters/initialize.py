@@ -98,7 +98,7 @@ def initialize(
         hand_over(model, adapted, dtype)
         if method in GRADIENT_METHODS and GRADIENT_METHODS[method].corrects:
             warnings.warn(
-                f"method={method!r} changed the base weights. Call save_pretrained(START) of the model returned, before "
+                f"method={method!r} changed the base weights. Call save_pretrained(START) of the model returned before "
                 "training: `lora-init export --start START` needs that to make an adapter for the plain base.",
                 stacklevel=2,
             )

@@ -15,6 +15,7 @@ from lora_init.adapters.peft_model import (
     adapted_layers,
     adapter_layers,
     base_change_of,
+    changes_weights,
     check_plain,
     load_adapter,
     read_config,
@@ -148,7 +149,7 @@ def intruder_dimensions(
         modules = dict(model.named_modules())
         names = adapted_layers(read_shapes(directory))
         base = left_singular_vectors(model, [name for name in names if name in modules and is_linear(modules[name])])
-    restore = remember(model, weights=own_weights)
+    restore = remember(model, weights=changes_weights(directory))
     try:
         return _examine(load_adapter(model, directory, trainable=False), base, k, threshold)
     finally:

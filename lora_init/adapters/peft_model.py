@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, in_one_line
-from lora_init.files import read_json
+from lora_init.files import is_as_written, read_json
 from lora_init.layers.targets import PREFIX, Target, find_targets
 from lora_init.layers.wrappers import plain_name
 from lora_init.planning.plan import exact_pattern
@@ -51,6 +51,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def changes_weights(directory: Path) -> bool:
+    """Tell whether loading an adapter changes weights of the plain model: by its start, or by what else it holds."""
+    return isinstance(read_config(directory).get("init_lora_weights"), str) or any(
+        ".lora_" not in key for key in read_shapes(directory)
+    )
+
+
 def origin_of(directory: str | Path) -> dict[str, Any]:
     """Find what lora_init knew when it made an adapter, also after training; empty if it did not.
 
@@ -58,7 +65,7 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
     the config, see `carrying`.
     """
     directory = Path(directory).expanduser()
-    if (directory / ORIGIN_FILE).is_file():
+    if is_as_written(directory, ORIGIN_FILE):
         return read_json(directory / ORIGIN_FILE)
     config = read_config(directory)
     fields = [config.get("auto_mapping")]

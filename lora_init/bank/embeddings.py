@@ -45,7 +45,10 @@ def embed(
                 found.append(_mean_state(encoder.model, read, middle=False))
     if not found:
         raise LoraInitError("there is no prompt to embed: the batches have no text. Pass at least one example.")
-    return torch.stack(found)
+    embeddings = torch.stack(found)
+    if not bool(embeddings.isfinite().all()):
+        raise LoraInitError(f"{type(encoder.model if encoder else model).__name__} makes NaN or inf of a prompt.")
+    return embeddings
 
 
 def _prompts(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

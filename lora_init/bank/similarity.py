@@ -52,6 +52,8 @@ def neighbours(
     """
     if similarity != "embeddings" and statistics is None:
         raise LoraInitError(f"similarity={similarity!r} compares statistics, and there are none. Pass --statistics.")
+    if statistics is not None and statistics.provenance.fingerprint != bank.fingerprint:
+        raise LoraInitError(f"the statistics are of another model ({statistics.provenance.model}) than {bank.path}.")
     known = {name: bank.embeddings(name) for name in bank.last_of_task}
     within = torch.cat([rows - rows.mean(0) for rows in known.values()])
     spread = within.double().square().mean(0).sqrt().clamp_min(1e-12)

@@ -143,6 +143,12 @@ def _adapter(
     """Put an update into an adapter: as it is, or divided by gamma and with half of the scaling in A, half in B."""
     found = find_targets(model, list(update), task_type=about.task_type).layers
     targets = {name: target for name, target in found.items() if name in update}
+    for name, (a, b) in update.items():
+        widths = a.shape[-1], b.shape[0]
+        if name not in targets or widths != (targets[name].in_features, targets[name].out_features):
+            raise LoraInitError(
+                f"the bank has an adapter of {name!r}, {widths[0]} -> {widths[1]}, which is none of this model."
+            )
     root = 1.0 if gamma is None else (gamma * scaling_of(lora_alpha, rank, False)) ** 0.5
     return AdapterInit(
         weights={

@@ -66,6 +66,7 @@ def add(
         from lora_init.collection.collect import fingerprint
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import load_model
+        from lora_init.serving.base import read_base
         from lora_init.serving.trained import read_trained
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", adapter.expanduser().resolve().name).strip("-_")
     check_name(name)
@@ -78,6 +79,7 @@ def add(
     source = model or trained.base
     if not source:
         raise LoraInitError(f"{adapter} does not name its base model. Name it with --model.")
+    read_base(source, trained)  # refuses another model
     with busy(f"loading {source}"):
         loaded = load_model(source, trust_remote_code=trust_remote_code)
     batches = load_batches(

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -110,6 +110,7 @@ class _Running:
     """The command that runs: its options by the name of the argument, as switched on and off, and how much it says."""
 
     options: dict[str, tuple[str, str]] = field(default_factory=dict)
+    given: set[str] = field(default_factory=set)  # arguments that are on the command line
     quiet: bool = False
     verbose: bool = False
 
@@ -127,6 +128,8 @@ def _common(
         on = next((name for name in parameter.opts if name.startswith("--")), None)
         if on is not None and parameter.name is not None:
             _running.options[parameter.name] = on, next(iter(parameter.secondary_opts), f"no {on}")
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    _running.given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     _running.quiet, _running.verbose = quiet, verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
 
 
@@ -143,6 +146,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [one.replace(kind=one.KEYWORD_ONLY) for part in signatures for one in part.parameters.values()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def given(arguments: Iterable[str]) -> list[str]:
+    """Name the options of those of these arguments that are on the command line."""
+    return [_running.options[name][0] for name in arguments if name in _running.given]
 
 
 def is_quiet() -> bool:

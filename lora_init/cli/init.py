@@ -23,6 +23,7 @@ from lora_init.cli.console import (
     Template,
     TrustRemoteCode,
     busy,
+    given,
     importing,
     is_quiet,
     print_result,
@@ -201,10 +202,23 @@ def init(
     print_result(summarise(stats, ranks, directory, file, built), as_json, show_summary)
 
 
+# A bank's adapters decide these; the others are for a bank alone.
+_NOT_FROM_BANK = (
+    "rho", "ranks_from", "target_modules", "exclude_modules", "target_parameters", "gradients", "whiten", "use_rslora",
+    "use_dora", "freeze_a", "modules_to_save", "max_batches", "token_mask", "center", "dry_run",
+)  # fmt: skip
+_FROM_BANK = ("by", "similarity")
+
+
 def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
+    """Tell it, and refuse options that would say nothing."""
     from_bank = method == "from-bank"
     if from_bank != (bank is not None) or (from_bank and data is None):
         raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")
+    idle = given(_NOT_FROM_BANK if from_bank else _FROM_BANK)
+    if idle:
+        why = "a bank's adapters decide that" if from_bank else "that is for --method from-bank"
+        raise LoraInitError(f"{', '.join(idle)}: {why}. Leave it out.")
     return from_bank
 
 
@@ -361,7 +375,7 @@ def summarise(
         "seconds": made.seconds,
         "serving": serving_note(ranks, read_config(directory), read_shapes(directory), base_change_of(directory)),
         "train": how_to_train(directory, built),
-        "notes": [*special, *made.notes, *ranks.notes, *_untuned(built)],
+        "notes": [*special, *made.notes, *ranks.notes, *_untuned(built), *_beyond(built, ranks)],
     }
 
 
@@ -371,6 +385,12 @@ def _untuned(built: AdapterInit) -> list[str]:
         return []
     alpha = f"{_UNTUNED_SCALING * built.rank:g}"
     return [f"tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha {alpha}."]
+
+
+def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
+    """Say that DoRA's magnitudes come on top of a budget that a plan was made for."""
+    counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
+    return [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
 
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -195,7 +195,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from lora_init.adapters.peft_model import LORA_A, LORA_B, base_change_of, origin_of, read_config, read_shapes
+    from lora_init.adapters.peft_model import base_change_of, origin_of, read_config, read_shapes
     from lora_init.serving.engines import serving_note
     from lora_init.serving.trained import ranks_in_file
 
@@ -215,10 +215,12 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
         "target_parameters": config.get("target_parameters") or [],
-        "parameters": sum(math.prod(shape) for key, shape in shapes.items() if key.endswith((LORA_A, LORA_B))),
+        "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
-        "serving": serving_note(_with_gaps(ranks), config, shapes, base_change_of(path)),
+        "serving": serving_note(
+            _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0), config, shapes, base_change_of(path)
+        ),
     }
 
 
@@ -307,7 +309,8 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "directory": f"{about['path']}: LoRA adapter of {len(ranks)} layers",
         "base model": str(about["base_model"] or "not named"),
         "task type": str(about["task_type"] or "none"),
-        "rank": f"{about['rank']} on average, {min(ranks.values(), default=0)} to {max(ranks.values(), default=0)}",
+        "rank": f"{mean(ranks.values() or [0]):.3g} on average, {min(ranks.values(), default=0)} to "
+        f"{max(ranks.values(), default=0)}; r={about['rank']}",
         "lora_alpha": " with ".join([str(about["lora_alpha"]), *extras]),
         "parameters": f"{about['parameters']:,}",
         "start": "unknown: lora_init did not make it",

@@ -23,7 +23,11 @@ from lora_init.serving.trained import LINEAR, Trained, ends_of
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
 SHARD_BYTES = 2 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json", "README.md")
+_NOT_COPIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json", "README.md",
+    "adapter_config.json",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # the one directory of a tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +60,16 @@ class Base:
     def embeddings(self) -> tuple[str, str]:
         """Names of the input embedding and of the output embedding, empty where there is none."""
         names = {id(module): name for name, module in self.model.named_modules()}
-        first, last = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        try:
+            first, last = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        except NotImplementedError:  # models of two towers, such as CLIP
+            return "", ""
         return names.get(id(first), ""), names.get(id(last), "")
 
     @property
     def tied(self) -> bool:
         """Whether input and output embedding are one tensor."""
-        return bool(self.model.config.tie_word_embeddings) and all(self.embeddings)
+        return bool(getattr(self.model.config, "tie_word_embeddings", False)) and all(self.embeddings)
 
 
 def read_base(source: str, trained: Trained) -> Base:
@@ -164,6 +171,22 @@ def _difference(trained: Trained, base: Base) -> str | None:
         if widths != there[name]:
             return "the adapter's layer {!r} is {} -> {}, and {} -> {} in".format(name, *widths, *there[name])
     return None
+
+
+def with_changed_copies(trained: Trained, base: Base) -> Trained:
+    """Keep the weights of the base that its checkpoint here has otherwise: rows of new tokens, set before training."""
+    if not trained.copies or not Path(base.source).expanduser().is_dir():
+        return trained
+    sources, changed = _checkpoint(base.source), {}
+    for key, copied in trained.copies.items():
+        name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
+        found = [one for one in (name, *(f"{other}.weight" for other in base.embeddings * base.tied)) if one in sources]
+        if found:
+            with safe_open(sources[found[0]].file, framework="pt") as file:
+                own = file.get_tensor(found[0])
+            if own.shape != copied.shape or not torch.equal(own.to(copied.dtype), copied):
+                changed[key] = copied
+    return replace(trained, others={**trained.others, **changed})
 
 
 @dataclass(frozen=True)
@@ -302,6 +325,8 @@ def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
+    if (folder / _TEMPLATES).is_dir():
+        shutil.copytree(folder / _TEMPLATES, directory / _TEMPLATES)
     changed = {source.parameter for source in sources.values()}
     untied = base.tied and not changed.isdisjoint(f"{name}.weight" for name in base.embeddings)
     config = read_json(folder / "config.json")

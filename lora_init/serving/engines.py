@@ -18,7 +18,7 @@ from lora_init.errors import LoraInitError, did_you_mean, require
 from lora_init.files import write_json
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
-from lora_init.planning.plan import alpha_for
+from lora_init.planning.plan import alpha_for, scaling_of
 from lora_init.serving.base import Base
 from lora_init.serving.trained import EMBEDDING, MAGNITUDE, OTHER_UPDATES, Trained, config_of, scalings
 
@@ -114,10 +114,15 @@ def serving_note(
         return "No layer has an adapter, so there is nothing to serve."
     grid = layer_grid(ranks)
     kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
-    scales = sorted(scalings(config, ranks).values() if "lora_alpha" in config else [1.0])
-    scales_alike = math.isclose(scales[0], scales[-1], rel_tol=1e-6)  # no alpha makes some of them exactly the same
-    is_uniform = scales_alike and all(kind in ({0}, {most}) for kind in kinds)
-    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= most and scales_alike), "")
+    named = int(config.get("r") or most)
+    scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else {1.0}
+    # What engines multiply by in every layer, whatever patterns say. No alpha makes some scalings exactly the same.
+    one = scaling_of(config["lora_alpha"], named, bool(config.get("use_rslora"))) if "lora_alpha" in config else 1.0
+    scales_alike = all(math.isclose(scale, one, rel_tol=1e-6) for scale in scales)
+    whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
+    is_uniform = scales_alike and whole and all(kind in ({0}, {most}) for kind in kinds)
+    least = max(most, named)
+    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= least and scales_alike), "")
     ready = {"PEFT": True, f"vLLM{vllm}": bool(vllm)}
     # These three divide alpha by the rank, whatever use_rslora says.
     ready |= dict.fromkeys(("SGLang", "llama.cpp", "Ollama"), is_uniform and not config.get("use_rslora"))
@@ -134,7 +139,9 @@ def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterato
     if config.get("target_parameters"):
         yield "adapter of experts"
     known = (LORA_A, LORA_B, f".{MAGNITUDE}")
-    yield from (f"tensor {name.removeprefix(PREFIX)!r}" for name in tensors if not name.endswith(known))
+    # With an adapter of an embedding or head PEFT stores a copy of the base's own weight.
+    others = (name for name in tensors if not name.endswith((*known, ".base_layer.weight")))
+    yield from (f"tensor {name.removeprefix(PREFIX)!r}" for name in others)
     if config.get("bias") not in (None, "none"):
         yield f"bias={config['bias']!r}"
     if config.get("use_dora"):
@@ -245,7 +252,9 @@ def write_mlx(path: Path, trained: Trained, base: Base) -> None:
 def write_ollama(path: Path, trained: Trained, base: Base) -> None:
     """Write a GGUF adapter and a Modelfile beside it."""
     write_gguf(path / "adapter.gguf", trained, base)
-    (path / "Modelfile").write_text(f"FROM {base.source}\nADAPTER ./adapter.gguf\n", encoding="utf-8")
+    directory = Path(base.source).expanduser()  # what is relative in a Modelfile is so to the Modelfile
+    source = directory.resolve() if directory.is_dir() else base.source
+    (path / "Modelfile").write_text(f"FROM {source}\nADAPTER ./adapter.gguf\n", encoding="utf-8")
 
 
 def write_gguf(path: Path, trained: Trained, base: Base) -> None:
@@ -263,20 +272,20 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    n_bytes = 0
     for name, new in _gguf_names(trained, base).items():
         layer, ending = trained.layers[name], name.rpartition(".")[2]
         b = layer.b.float() * (layer.scaling * layer.rank / alpha)
         b = _pairs_together(b, heads[ending]) if ending in heads else b
-        n_bytes += 4 * (layer.a.numel() + b.numel())
         writer.add_tensor(f"{new}.lora_a", layer.a.float().contiguous().numpy())
         writer.add_tensor(f"{new}.lora_b", b.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if path.stat().st_size < n_bytes:  # numpy loses what does not fit at the end of a full disk without a word
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    try:  # numpy loses what does not fit at the end of a full disk without a word
+        gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 PEFT = Engine(

@@ -14,12 +14,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_init.adapters.peft_model import card_header, remember
+from lora_init.adapters.peft_model import WEIGHTS_FILE, base_change_of, card_header, origin_of, remember
 from lora_init.errors import LoraInitError, require_version
-from lora_init.files import check_free, check_writable, new_directory, new_file, write_json
-from lora_init.layers.targets import PREFIX
+from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, write_json
+from lora_init.layers.targets import PREFIX, is_conv1d
 from lora_init.planning.budgets import parse_count
-from lora_init.serving.base import plan_merge, read_base, write_merged
+from lora_init.planning.limits import whole_number
+from lora_init.serving.base import plan_merge, read_base, with_changed_copies, write_merged
 from lora_init.serving.compress import fit
 from lora_init.serving.engines import (
     ENGINES,
@@ -127,16 +128,24 @@ def export_adapter(
     _check_options(engine, wanted, sizes, keep_ranks, merge_into)
     most = None if parameters is None else parse_count(parameters, "parameters")
     if rank is not None:
-        check_rank(engine, rank)
+        check_rank(engine, whole_number(rank, "rank", 1))
     path = check_output(output, engine, overwrite)
     if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
         raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
+    if start is not None and origin_of(directory) and not base_change_of(Path(directory).expanduser()):
+        raise LoraInitError(
+            f"start={start}: {directory} fits the plain base already, since its start left that alone or PEFT has "
+            "converted it, and it would be subtracted for nothing. Leave start away."
+        )
     trained = read_trained(directory, start)
     model = read_base(merge_into or base or trained.base, trained)
-    trained = with_parameters(trained, model.parameters)
+    trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:
         trained = subtract(trained, with_parameters(read_trained(start, start), model.parameters), str(start))
     check_engine(engine or "PEFT", wanted, trained, model)
+    if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file
+        others = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in trained.others.items()}
+        trained = replace(trained, others=others)
     sources = None if merge_into is None else plan_merge(model, trained)
     intruders = None
     if reduce_intruders is not None:
@@ -178,9 +187,9 @@ def _check_options(
 ) -> None:
     if len(sizes) > 1:
         raise LoraInitError(f"{' and '.join(sizes)} are both given. One of them says how large it may be.")
-    for word, value in sizes.items():
-        if not isinstance(value, str) and not 0 < value < math.inf:
-            raise LoraInitError(f"{word}={value} must be above 0 and finite.")
+    megabytes = sizes.get("megabytes", 1.0)
+    if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
+        raise LoraInitError(f"megabytes={megabytes!r} must be a number above 0, and finite.")
     if merge_into is not None and (name is not None or sizes or keep_ranks):
         raise LoraInitError("a merged model has no ranks and is for every engine: leave engine, rank and budgets away.")
     if keep_ranks and not engine.ranks:
@@ -200,6 +209,17 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
 
     if trained.others or trained.dora or any(layer.experts for layer in trained.layers.values()):
         raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
+    modules = dict(model.named_modules())
+    other = next(
+        (
+            name
+            for name in trained.layers
+            if name in modules and (is_conv1d(modules[name]) or isinstance(modules[name], nn.Embedding))
+        ),
+        None,
+    )
+    if other is not None:  # PEFT takes their weights for transposed ones
+        raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
     restore = remember(model)
     peft_model = PeftModel.from_pretrained(model, str(directory))
 
@@ -253,11 +273,12 @@ def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, tra
             raise OSError(str(error)) from error
         if not (fresh / CARD_FILE).exists():
             (fresh / CARD_FILE).write_text(_card(result, trained), encoding="utf-8")
-        files = sorted(fresh.iterdir())
+        files = [file for file in fresh.rglob("*") if file.is_file()]
         for file in files:  # safetensors lets only the owner read its files, and an engine may be another user
             file.chmod((fresh / CARD_FILE).stat().st_mode)
         result = replace(result, n_bytes=sum(file.stat().st_size for file in files))
-        write_json(fresh / RECORD_FILE, {"files": [file.name for file in files], **result.to_dict()})
+        record = {"files": sorted(entry.name for entry in fresh.iterdir()), "sha256": digests_of(fresh, [WEIGHTS_FILE])}
+        write_json(fresh / RECORD_FILE, record | result.to_dict())
     return result
 
 

@@ -103,6 +103,7 @@ class Trained:
         config: adapter_config.json.
         layers: The adapter of each layer, by the name of the layer or parameter in the plain model.
         others: Further tensors by their full names: of modules that were trained whole, and the like.
+        copies: Weights of the base that PEFT stores with adapters of an embedding or head, by their full names.
         unnamed: With `target_parameters`, the tensors of all adapters by the names in the file, and no `layers`: which
             parameters they are for, only the model tells. `with_parameters` takes them from here.
     """
@@ -110,6 +111,7 @@ class Trained:
     config: Mapping[str, Any]
     layers: Mapping[str, Layer]
     others: Mapping[str, Tensor]
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
     unnamed: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -137,8 +139,13 @@ class Trained:
             if layer.experts:  # A expert by expert, B rank by rank, as PEFT's ParamWrapper reads them
                 a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
             for end, tensor in zip((*layer.ends, MAGNITUDE), (a, b, layer.magnitude), strict=True):
-                if tensor is not None:
-                    tensors[f"{prefix}.{end}"] = tensor.contiguous()
+                if tensor is None:
+                    continue
+                if not bool(tensor.isfinite().all()):
+                    raise LoraInitError(
+                        f"layer {name!r}: {tensor.dtype} cannot hold it under one scaling for all layers."
+                    )
+                tensors[f"{prefix}.{end}"] = tensor.contiguous()
         return tensors
 
     @property
@@ -188,9 +195,9 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
             parts.setdefault(match["name"], {})[match["part"]] = tensor
     if not parts:
         raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export.")
-    # With the adapter of an embedding PEFT stores the base's own weight, which has not changed.
-    copies = {f"{PREFIX}{name}.base_layer.weight" for name in parts}
-    trained = Trained(config, {}, {key: others[key] for key in others if key not in copies}, parts)
+    # With the adapter of an embedding PEFT stores the base's own weight, which training has not changed.
+    copies = {key: others.pop(key) for name in parts if (key := f"{PREFIX}{name}.base_layer.weight") in others}
+    trained = Trained(config, {}, others, copies, parts)
     for name, found in parts.items():
         _check_pair(name, found, path)
     if not parameters:

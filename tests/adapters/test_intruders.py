@@ -1,5 +1,6 @@
 """Intruder dimensions: against brute force, against PEFT's criterion, and where their number was planted."""
 
+import copy
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
 from tests.commands import assert_one_line_error, run, save_model
 from tests.comparison.test_starts import assert_same, snapshot
-from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 from tests.versions import needs_intruders
 
 NAMES = ["q_proj", "down_proj", "up_proj"]
@@ -164,6 +165,18 @@ def tiny_llama_again(model):
     other = tiny_llama()
     other.load_state_dict(model.state_dict())
     return other
+
+
+def test_biases_of_an_adapter_do_not_stay_in_the_plain_model(tmp_path):
+    model, batch = tiny_gpt2(), batches_for("gpt2", 1)[0]
+    config = LoraConfig(r=2, target_modules=["c_fc"], bias="all", fan_in_fan_out=True)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    for name, parameter in adapted.named_parameters():
+        parameter.data += 0.1 * name.endswith(".bias")
+    adapted.save_pretrained(tmp_path)
+    before = model(**batch).logits
+    intruder_dimensions(model, tmp_path)
+    assert torch.equal(model(**batch).logits, before)
 
 
 def test_dora_rslora_and_half_precision():

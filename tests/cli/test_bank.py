@@ -92,8 +92,8 @@ def test_what_is_said_of_the_nearest(bank, home):
     [
         (["--by", "generated"], ["has no generator yet", "lora-init bank train"]),
         (["--similarity", "subspaces"], ["--statistics"]),
-        (["--use-dora"], ["DoRA"]),
-        (["--whiten"], ["whiten"]),
+        (["--use-dora", "--rho", "1"], ["--rho, --use-dora: a bank's adapters decide that. Leave it out."]),
+        (["--dry-run"], ["--dry-run"]),
     ],
 )
 def test_what_cannot_be_is_one_line(more, parts, bank, home):
@@ -105,6 +105,7 @@ def test_bank_and_method_go_together(bank, home, tmp_path):
     command = ["init", home / "model", home / "rows.jsonl", *READ, "-o", tmp_path / "out"]
     assert_one_line_error(run(*command, "--bank", bank), "--method from-bank and --bank go together")
     assert_one_line_error(run(*command, "--method", "from-bank"), "--method from-bank and --bank go together")
+    assert_one_line_error(run(*command, "--by", "mean"), "--by: that is for --method from-bank")
 
 
 def test_bad_banks_and_adapters_are_one_line(bank, home, adapters, tmp_path):
@@ -123,6 +124,9 @@ def test_another_base_is_one_line(bank, adapters, home, tmp_path):
     save_model(tiny_llama(), tmp_path / "other")
     done = add(bank, adapters / "task 0", home, "--name", "x", "--model", tmp_path / "other")
     assert_one_line_error(done, "holds adapters of LlamaForCausalLM", "is another model")
+    save_model(tiny_llama(num_hidden_layers=1), tmp_path / "short")
+    done = add(tmp_path / "new", adapters / "task 0", home, "--name", "x", "--model", tmp_path / "short")
+    assert_one_line_error(done, "layer 'model.layers.1.", "no linear layer or embedding of")
 
 
 def test_a_sentence_encoder(home, adapters, tmp_path):

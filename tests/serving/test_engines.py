@@ -242,6 +242,21 @@ def test_our_own_patterns_are_of_one_scaling_for_vllm(use_rslora):
         assert serving_note(ranks, config | {"use_rslora": use_rslora}).startswith("PEFT and vLLM (--max-lora-rank 64)")
 
 
+def test_engines_know_one_scaling_and_the_rank_of_the_config():
+    """vLLM multiplies by lora_alpha / r of the config, whatever patterns say, and makes room for r."""
+    ranks = dict(zip(TWO, [8, 8, 8, 8], strict=True))
+    for config in ({"r": 16, "rank_pattern": {".*": 8}}, {"r": 8, "alpha_pattern": {".*": 64}}):
+        assert serving_note(ranks, {"lora_alpha": 16, **config}).startswith(
+            "PEFT takes this adapter as it is. vLLM, SG"
+        )
+    above = serving_note(ranks, {"r": 64, "lora_alpha": 64, "rank_pattern": {".*": 8}, "alpha_pattern": {".*": 8}})
+    assert above.startswith("PEFT and vLLM (--max-lora-rank 64) take")
+    blocks = serving_note(ranks, {"r": 8, "lora_alpha": 16, "layers_to_transform": [0, 1]})
+    assert blocks.startswith("PEFT and vLLM (--max-lora-rank 8) take this")
+    copied = ["base_model.model.lm_head.base_layer.weight", "base_model.model.lm_head.lora_A.weight"]
+    assert serving_note(ranks, {}, copied) == serving_note(ranks, {})
+
+
 PATTERNS = dict(target_modules=["q_proj", "v_proj"], r=8, rank_pattern={"v_proj": 2})
 NOTES = {
     "rsLoRA": (ADAPTERS["plain"] | dict(use_rslora=True), "PEFT, vLLM (--max-lora-rank 8), TGI and LoRAX take this"),

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_init import LoraInitError, build_adapter, correct_base, export_adapter
+from lora_init import LoraInitError, build_adapter, collect, correct_base, export_adapter
 from lora_init.serving.trained import read_trained
 from tests import assets
 from tests.adapters.test_build import made_up_statistics
@@ -139,6 +139,60 @@ def test_a_start_that_changed_the_base_is_known_from_the_config_until_peft_conve
     assert "auto_mapping" not in config_of(tmp_path / "served")
 
 
+def test_a_start_of_which_nothing_is_left_is_not_taken_off_again(base, tmp_path):
+    """PEFT has converted it, or it never changed the base: subtracted it would be off by as much as was trained."""
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in ({"input_ids": IDS}, {"input_ids": IDS + 9})]
+    stats = collect(load(base), batches, ["q_proj", "v_proj"], rank=2, rho=1.0, gradients=True, task_type="CAUSAL_LM")
+    for method in ("lora-ga", "lora-one"):
+        start, trained = tmp_path / f"{method} start", tmp_path / f"{method} trained"
+        init = build_adapter(stats, 2, method)
+        init.save_pretrained(start)
+        model = init.apply(load(base))
+        converted = {"path_initial_model_for_weight_conversion": str(start)} if method == "lora-ga" else {}
+        model.save_pretrained(trained, **converted)
+        with pytest.raises(LoraInitError, match="fits the plain base already, since its start left that alone or PEFT"):
+            export_adapter(trained, tmp_path / "served", start=start, base=str(base))
+
+
+def test_rows_set_before_training_are_kept_or_refused(base, tmp_path):
+    """PEFT stores the weight of an embedding or head with its adapter, and reads it back on another base."""
+    for layer in ("embed_tokens", "lm_head"):
+        model, trained = load(base), tmp_path / layer
+        model.get_parameter("model.embed_tokens.weight" if layer == "embed_tokens" else "lm_head.weight").data[5:9] += (
+            0.5
+        )
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", layer]))
+        randomise(adapted)
+        adapted.save_pretrained(trained)
+        export_adapter(trained, tmp_path / f"{layer} served")
+        expected = logits(adapted.eval())
+        torch.testing.assert_close(logits(load(base), tmp_path / f"{layer} served"), expected, atol=1e-5, rtol=1e-5)
+        for options in (dict(engine="vllm"), dict(merge_into=str(base))):
+            with pytest.raises(LoraInitError, match=rf"{layer}.base_layer.weight|adapter of the embedding"):
+                export_adapter(trained, tmp_path / "other", **options)
+
+
+def test_a_bias_beside_an_adapter_is_merged(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["c_fc"], bias="all", fan_in_fan_out=True)
+    tensors = load_file(trained / "adapter_model.safetensors")
+    biases = {key: value + 0.1 for key, value in tensors.items() if key.endswith(".bias")}
+    assert any(".base_layer.bias" in key for key in biases)
+    save_file(tensors | biases, trained / "adapter_model.safetensors")
+    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    expected = logits(load(tmp_path / "base"), trained)
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_into_what_was_exported_is_not_overwritten(base, tmp_path):
+    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
+    export_adapter(trained, tmp_path / "served")
+    export_adapter(trained, tmp_path / "served", overwrite=True)
+    train(base, tmp_path / "served", **ADAPTERS["plain"])
+    with pytest.raises(LoraInitError, match="served was written by lora_init and has been changed since"):
+        export_adapter(trained, tmp_path / "served", overwrite=True)
+
+
 def test_gpt2_with_transposed_weights(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "base")
     settings = dict(target_modules=["c_attn", "c_proj"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True)
@@ -258,6 +312,15 @@ def test_a_merge_goes_file_by_file_and_takes_the_tokenizer_along(base, tmp_path,
 
 
 @needs_intruders
+@needs_intruders
+def test_intruders_of_transposed_weights_are_not_reduced(tmp_path):
+    """PEFT writes the transposed of a square one."""
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    with pytest.raises(LoraInitError, match=r"layer 'transformer.h.0.attn.c_proj' is a Conv1D: PEFT reduces linear"):
+        export_adapter(trained, tmp_path / "served", reduce_intruders=load(tmp_path / "base"))
+
+
 def test_intruders_are_reduced_as_peft_does_it(base, tmp_path):
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
@@ -347,7 +410,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
     refused("engine 'xyz' is unknown. Choose from vllm, ", trained, output, "xyz")
     refused("rank and parameters are both given", trained, output, rank=2, parameters=9)
-    refused("rank=0 must be above 0", trained, output, rank=0)
+    refused("rank=0: a whole number of at least 1", trained, output, rank=0)
+    refused("rank=2.5: a whole number of at least 1", trained, output, rank=2.5)
+    refused("megabytes='1' must be a number above 0", trained, output, megabytes="1")
     for number in (math.nan, math.inf, -1):
         refused(f"megabytes={number} must be above 0 and finite", trained, output, megabytes=number)
     refused(
