@@ -7,6 +7,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
 from lora_init.collection.activations import Forward, call_model, evaluating, on_device_of
-from lora_init.collection.backward import Loss, own_loss
+from lora_init.collection.backward import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError
+from lora_init.layers.masks import NothingCountsError
 from lora_init.layers.wrappers import unwrapped
 
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.
@@ -130,14 +132,16 @@ def mean_loss(
         loss: As for `collect`.
 
     Raises:
-        LoraInitError: There is no batch.
+        LoraInitError: There is no batch, or none with a label.
     """
     losses = []
     with evaluating(model):
         for batch in batches:
             moved = on_device_of(model, batch)
-            output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
-            losses.append(float(loss(output, moved) if loss else own_loss(output)))
+            with suppress(NothingCountsError):  # such a batch has no loss
+                count_labels(model, moved)
+                output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
+                losses.append(float(loss(output, moved) if loss else own_loss(output)))
     if not losses:
-        raise LoraInitError("there is no batch to measure the loss on. Pass at least one.")
+        raise LoraInitError("there is no batch with a label to measure the loss on. Pass at least one.")
     return statistics.fmean(losses)

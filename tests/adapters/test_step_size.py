@@ -111,5 +111,8 @@ def test_the_mode_of_each_submodule_stays_as_it_was(case):
 
     find_step_size(model, lambda gamma: build_adapter(stats, 4, "lora-one", gamma=gamma), loss_of)
     assert modes(model) == before
-    with pytest.raises(LoraInitError, match="no batch to measure the loss on"):
-        mean_loss(model, [])
+    empty = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
+    assert mean_loss(model, [*batches, empty]) == mean_loss(model, batches)
+    for nothing in ([], [empty]):
+        with pytest.raises(LoraInitError, match="no batch with a label to measure the loss on"):
+            mean_loss(model, nothing)

@@ -60,6 +60,17 @@ def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
     assert json.loads((tmp_path / "out/lora_init.json").read_text())["freeze_a"] is True
 
 
+def test_a_budget_does_not_count_what_dora_adds(command, tmp_path):
+    file, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    assert run(*command, "--statistics", file).exit_code == 0
+    assert run("ranks", file, "--parameters", "3000", "-o", plan).exit_code == 0
+    command[command.index("-o") + 1] = str(tmp_path / "planned")
+    command[command.index("--rank") : command.index("--rank") + 2] = ["--ranks", str(plan)]
+    notes = [json.loads(run(*command, *more, "--json", "--overwrite").stdout)["notes"] for more in ([], ["--use-dora"])]
+    said = ["parameters=3,000 does not count DoRA's magnitudes." in own for own in notes]
+    assert said == [False, True]
+
+
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # or long paths are wrapped
     result = run(*command)
