@@ -53,8 +53,8 @@ _Step = Literal["natural-gradient-step", "lora-ga", "lora-one"]
 Method = Literal[_ByInput, _ByGradient, _Step, "from-bank"]
 
 RANK, RHO = 16, 2.0
-# lora_alpha / rank with which EVA ended at most 2 % above a tuned random start at 2e-4, on three language tasks.
-_UNTUNED_SCALING = 4
+# lora_alpha / rank with which these starts did best at 2e-4 in our runs, see docs/practice.md.
+_UNTUNED_SCALING = {"eva": 4, "natural-gradient": 10}
 
 EXAMPLE = """\b
 Example:
@@ -381,9 +381,10 @@ def summarise(
 
 def _untuned(built: AdapterInit) -> list[str]:
     """Say what to do without a sweep of learning rates, where our runs say it: docs/practice.md."""
-    if built.method != "eva" or built.scaling >= _UNTUNED_SCALING or built.use_rslora:
+    scaling = _UNTUNED_SCALING.get(built.method, 0)
+    if built.scaling >= scaling or built.use_rslora:
         return []
-    alpha = f"{_UNTUNED_SCALING * built.rank:g}"
+    alpha = f"{scaling * built.rank:g}"
     return [f"tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha {alpha}."]
 
 

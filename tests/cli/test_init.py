@@ -43,13 +43,16 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
 
 def test_who_does_not_tune_the_rate_is_told_what_to_take(command, tmp_path):
     said = {}
-    for i, options in enumerate((["2"], ["8"], ["2", "--method", "random"])):
+    cases = ["2"], ["8"], ["2", "--method", "random"], ["2", "--method", "natural-gradient"]
+    for i, options in enumerate(cases):
         command[command.index("-o") + 1] = str(tmp_path / str(i))
         made = run(*command, "--rank", "2", "--rho", "1", "--json", "--lora-alpha", *options)
         assert made.exit_code == 0, made.output
         said[i] = [note for note in json.loads(made.stdout)["notes"] if "learning rate" in note]
     assert said[1] == said[2] == []
-    assert said[0] == ["tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha 8."]
+    for i, alpha in ((0, 8), (3, 20)):
+        note = f"tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha {alpha}."
+        assert said[i] == [note]
 
 
 def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
