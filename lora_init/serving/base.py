@@ -177,7 +177,10 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
     """Keep the weights of the base that its checkpoint here has otherwise: rows of new tokens, set before training."""
     if not trained.copies or not Path(base.source).expanduser().is_dir():
         return trained
-    sources, changed = _checkpoint(base.source), {}
+    try:
+        sources, changed = _checkpoint(base.source), {}
+    except LoraInitError:  # quantised, or in files of another kind: there is nothing to compare with
+        return trained
     for key, copied in trained.copies.items():
         name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
         found = [one for one in (name, *(f"{other}.weight" for other in base.embeddings * base.tied)) if one in sources]
