@@ -127,14 +127,14 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
         return
     if not overwrite:
         raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
-    if marker in present and not is_as_written(final, marker):
-        raise LoraInitError(
-            f"{final} was written by lora_init and has been changed since, as by a training that saved into it. "
-            "Choose another directory, or delete this one yourself."
-        )
     if marker not in present:
         raise LoraInitError(
             f"{final} has no {marker}, so lora_init did not write it, and it is not overwritten. "
+            "Choose another directory, or delete this one yourself."
+        )
+    if not is_as_written(final, marker):
+        raise LoraInitError(
+            f"{final} was written by lora_init and has been changed since, as by a training that saved into it. "
             "Choose another directory, or delete this one yourself."
         )
     others = [name for name in present if name not in replaceable]

@@ -18,6 +18,7 @@ from lora_init.adapters.peft_model import (
     changes_weights,
     check_plain,
     load_adapter,
+    origin_of,
     read_config,
     read_shapes,
     remember,
@@ -139,8 +140,9 @@ def intruder_dimensions(
     check_plain(model, "intruder_dimensions()")
     directory = Path(adapter).expanduser()
     # Loading an adapter that began as PiSSA or the like takes the plain weights apart again.
-    own_weights = isinstance(read_config(directory).get("init_lora_weights"), str)
-    if not own_weights and (began := base_change_of(directory)):
+    config = read_config(directory)
+    own_weights = isinstance(config.get("init_lora_weights"), str)
+    if not own_weights and (began := base_change_of(config, origin_of(directory))):
         raise LoraInitError(
             f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Convert it first: lora-init export, --start naming the adapter as it was before training."

@@ -75,9 +75,13 @@ def origin_of(directory: str | Path) -> dict[str, Any]:
     return origins[0] if origins and isinstance(origins[0], dict) else {}
 
 
-def base_change_of(directory: Path) -> str:
-    """Name the start that changed the plain weights of an adapter's base; empty if none did, or it was converted."""
-    config, origin = read_config(directory), origin_of(directory)
+def base_change_of(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """Name the start that changed the plain weights of an adapter's base; empty if none did, or it was converted.
+
+    Args:
+        config: From `read_config`.
+        origin: From `origin_of`.
+    """
     # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
     began = config.get("init_lora_weights")
     if not isinstance(began, str):

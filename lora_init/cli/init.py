@@ -342,7 +342,7 @@ def summarise(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
-    from lora_init.adapters.peft_model import base_change_of, read_config, read_shapes
+    from lora_init.adapters.peft_model import read_config, read_shapes
     from lora_init.serving.engines import serving_note
 
     made = stats.provenance
@@ -351,6 +351,7 @@ def summarise(
     before, after = built.losses or (None, None)
     is_special = built.corrects_base or built.changes_output or built.freeze_a
     special = [f"{built.start_in_words()}."] if is_special else []
+    base_change = built.method if built.corrects_base else ""
     return {
         "adapter": str(directory),
         "statistics": str(file) if file else None,
@@ -373,7 +374,7 @@ def summarise(
         "loss_before": finite(before),
         "loss_at_start": finite(after),
         "seconds": made.seconds,
-        "serving": serving_note(ranks, read_config(directory), read_shapes(directory), base_change_of(directory)),
+        "serving": serving_note(ranks, read_config(directory), read_shapes(directory), base_change),
         "train": how_to_train(directory, built),
         "notes": [*special, *made.notes, *ranks.notes, *_untuned(built), *_beyond(built, ranks)],
     }

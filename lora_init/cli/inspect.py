@@ -203,6 +203,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
     shapes = read_shapes(path)
     origin = origin_of(path)
     ranks = ranks_in_file(config, shapes)
+    everywhere = _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
     return {
@@ -218,9 +219,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
-        "serving": serving_note(
-            _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0), config, shapes, base_change_of(path)
-        ),
+        "serving": serving_note(everywhere, config, shapes, base_change_of(config, origin)),
     }
 
 

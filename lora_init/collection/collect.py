@@ -296,8 +296,11 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
     result = _frozen(job, whole, earlier)
     if not result and result.provenance.complete:
-        none = f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are"
-        raise LoraInitError([*whole.empty, f"{none} empty. Check target_modules and the batches."][0])
+        no_rows = (
+            f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are "
+            "empty. Check target_modules and the batches."
+        )
+        raise LoraInitError(next(iter(whole.empty), no_rows))
     result.gradients = _with_importance(job, result)
     if file is not None and processes.rank == 0 and result.provenance.n_batches:
         _write(file, result)

@@ -157,8 +157,8 @@ class Pass:
         False if no token of the batch counts; the model has not been run then.
         """
         found, seconds = self.found, self.found.seconds
-        start, before, n_labels = time.perf_counter(), seconds["decomposition"], 0
-        n_empty = len(found.empty)
+        start, before = time.perf_counter(), seconds["decomposition"]
+        n_labels: int | None = None
         try:
             with interruptible:
                 n_labels = self._run(batch, self._take_rows, self._take_gradient, self._wanted)
@@ -174,9 +174,9 @@ class Pass:
             raise
         seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)
         found.n_batches[0] += 1
-        found.n_labels += n_labels
+        found.n_labels += n_labels or 0
         found.group_of = dict(self.hooks.group_of)
-        return len(found.empty) == n_empty
+        return n_labels is not None
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""

@@ -148,10 +148,10 @@ def _on_meta(model_class: Any, config: Any) -> nn.Module | None:
 
 def _widths(module: Any) -> tuple[int, int]:
     first, second = module.weight.shape
-    return (int(first), int(second)) if _is_transposed(module) else (int(second), int(first))
+    return (int(first), int(second)) if is_transposed(module) else (int(second), int(first))
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Tell whether the weight is [d_in, d_out]."""
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
@@ -378,7 +378,7 @@ def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
     layer, module = trained.layers.get(name) or trained.layers[owner], base.model.get_submodule(owner)
     a, b = (factor[source.expert or 0] if layer.experts else factor for factor in (layer.a, layer.b))
     change = layer.scaling * (b.float() @ a.float())
-    transposed = _is_transposed(module) and not layer.experts
+    transposed = is_transposed(module) and not layer.experts
     if base.model.get_parameter(name).dim() == 3:
         transposed = getattr(module, "is_transposed", False)
     if layer.magnitude is not None:  # each row of the sum gets its length

@@ -115,14 +115,15 @@ def serving_note(
     grid = layer_grid(ranks)
     kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
     named = int(config.get("r") or most)
-    scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else {1.0}
-    # What engines multiply by in every layer, whatever patterns say. No alpha makes some scalings exactly the same.
-    one = scaling_of(config["lora_alpha"], named, bool(config.get("use_rslora"))) if "lora_alpha" in config else 1.0
-    scales_alike = all(math.isclose(scale, one, rel_tol=1e-6) for scale in scales)
+    scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else set()
+    # Engines have one scaling, that of the config, whatever patterns say. No alpha makes some exactly the same.
+    scales_alike = all(
+        math.isclose(scale, scaling_of(config["lora_alpha"], named, bool(config.get("use_rslora"))), rel_tol=1e-6)
+        for scale in scales
+    )
     whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
     is_uniform = scales_alike and whole and all(kind in ({0}, {most}) for kind in kinds)
-    least = max(most, named)
-    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= least and scales_alike), "")
+    vllm = next((f" (--max-lora-rank {rank})" for rank in VLLM_RANKS if rank >= max(most, named) and scales_alike), "")
     ready = {"PEFT": True, f"vLLM{vllm}": bool(vllm)}
     # These three divide alpha by the rank, whatever use_rslora says.
     ready |= dict.fromkeys(("SGLang", "llama.cpp", "Ollama"), is_uniform and not config.get("use_rslora"))

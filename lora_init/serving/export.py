@@ -17,10 +17,10 @@ from torch import nn
 from lora_init.adapters.peft_model import WEIGHTS_FILE, base_change_of, card_header, origin_of, remember
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, write_json
-from lora_init.layers.targets import PREFIX, is_conv1d
+from lora_init.layers.targets import PREFIX
 from lora_init.planning.budgets import parse_count
 from lora_init.planning.limits import whole_number
-from lora_init.serving.base import plan_merge, read_base, with_changed_copies, write_merged
+from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
 from lora_init.serving.compress import fit
 from lora_init.serving.engines import (
     ENGINES,
@@ -132,22 +132,23 @@ def export_adapter(
     path = check_output(output, engine, overwrite)
     if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
         raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
-    if start is not None and origin_of(directory) and not base_change_of(Path(directory).expanduser()):
+    trained = read_trained(directory, start)
+    origin = {} if start is None else origin_of(directory)
+    if origin and not base_change_of(trained.config, origin):
         raise LoraInitError(
             f"start={start}: {directory} fits the plain base already, since its start left that alone or PEFT has "
             "converted it, and it would be subtracted for nothing. Leave start away."
         )
-    trained = read_trained(directory, start)
     model = read_base(merge_into or base or trained.base, trained)
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:
         trained = subtract(trained, with_parameters(read_trained(start, start), model.parameters), str(start))
     check_engine(engine or "PEFT", wanted, trained, model)
+    sources = intruders = None
     if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file
         others = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in trained.others.items()}
         trained = replace(trained, others=others)
-    sources = None if merge_into is None else plan_merge(model, trained)
-    intruders = None
+        sources = plan_merge(model, trained)
     if reduce_intruders is not None:
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")
@@ -210,15 +211,8 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     if trained.others or trained.dora or any(layer.experts for layer in trained.layers.values()):
         raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
     modules = dict(model.named_modules())
-    other = next(
-        (
-            name
-            for name in trained.layers
-            if name in modules and (is_conv1d(modules[name]) or isinstance(modules[name], nn.Embedding))
-        ),
-        None,
-    )
-    if other is not None:  # PEFT takes their weights for transposed ones
+    other = next((name for name in trained.layers if name in modules and is_transposed(modules[name])), None)
+    if other is not None:  # PEFT takes its weight for that of a linear layer
         raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
     restore = remember(model)
     peft_model = PeftModel.from_pretrained(model, str(directory))

@@ -21,6 +21,7 @@ from lora_init.adapters.peft_model import (
     WEIGHTS_FILE,
     adapted_layers,
     base_change_of,
+    origin_of,
     read_config,
     read_shapes,
 )
@@ -202,8 +203,7 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
         _check_pair(name, found, path)
     if not parameters:
         trained = with_parameters(trained, {})
-    began = base_change_of(directory)
-    if start is None and began:
+    if start is None and (began := base_change_of(config, origin_of(directory))):
         raise LoraInitError(
             f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Name the adapter as it was before training by start=."
