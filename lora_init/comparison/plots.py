@@ -71,8 +71,8 @@ def pictures(summary: Summary) -> dict[str, bytes]:
     if any(verdict.mean is not None for verdict in summary.verdicts):
         figures["differences"] = difference_figure(summary)
     if best["retained_after"].notna().any():
-        size = (5.0, 3.0 + 0.2 * math.ceil(len(drawn) / 2))
-        figures["forgetting"] = _draw([""], size, lambda axes, _: _draw_forgetting(axes, runs, styles))
+        counted = runs[runs["counts"]].assign(rise=runs["retained_after"] - runs["retained_before"])
+        figures["forgetting"] = _draw(panels, (2.1, 2.1), lambda axes, s: _draw_forgetting(axes, s, counted, styles))
     return {name: _png(figure) for name, figure in figures.items()}
 
 
@@ -202,24 +202,23 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     above.tick_params(labelsize=8)
 
 
-def _draw_forgetting(axes: Any, runs: pd.DataFrame, styles: Styles) -> None:
+def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) -> None:
     """Draw what starts forget over what they learn, a line over the learning rates; down and left is good."""
-    counted = runs[runs["counts"]].assign(rise=runs["retained_after"] - runs["retained_before"])
-    for name, own in counted.groupby("start", sort=False):
+    for name in _shown(runs["start"], start):
         color, marker, line, fill = styles[name]
+        own = runs[runs["start"] == name]
         curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]
-        axes.plot(curve["loss"], curve["rise"], line, color=color, linewidth=1.0, alpha=0.7)
-        axes.plot(
-            best["loss"], best["rise"], marker, color=color, fillstyle=fill, markersize=5.5, alpha=0.85, label=name
-        )
+        axes.plot(curve["loss"], curve["rise"], line, color=color, linewidth=1.2)
+        axes.plot(best["loss"], best["rise"], ".", color=color, markersize=3)
+        axes.plot(best["loss"].mean(), best["rise"].mean(), marker, color=color, markersize=6, fillstyle=fill)
     # What matters is near the best rates: rates far from them leave the picture.
-    near = counted[counted["best"]]
-    axes.set_xlim(*_with_room(near["loss"].min(), near["loss"].max(), 0.4))
-    axes.set_ylim(*_with_room(near["rise"].min(), near["rise"].max(), 0.4))
-    axes.locator_params(axis="x", nbins=5)
-    _finish(axes, "final loss (less: learned more)")
-    axes.set_ylabel("loss on retained text, change\n(less: forgot less)", fontsize=8)
-    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    near = runs[runs["best"]]
+    axes.set_xlim(*_with_room(near["loss"].min(), near["loss"].max(), 0.2))
+    axes.set_ylim(*_with_room(near["rise"].min(), near["rise"].max(), 0.2))
+    axes.locator_params(axis="x", nbins=4)
+    if axes.get_subplotspec().is_first_col():
+        axes.set_ylabel("rise of retained loss", fontsize=8)
+    _finish(axes, "final loss")
 
 
 def _finish(axes: Any, x_label: str) -> None:
