@@ -268,7 +268,7 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
 
 
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:
-    """Write the command that makes an adapter as a run does; the start and its number of examples are left open.
+    """Write the command that makes an adapter as a run does; the start, its data and its alpha are left open.
 
     None if `init` cannot read the answers, since their column has letters or positions.
     """
@@ -285,7 +285,6 @@ def _init_command(model: str, data: str | Path, reading: Loading, bench: Workben
         "--batch-size": bench.training.batch_size,
         "--max-length": reading.max_length,
         "--rank": bench.shape.rank,
-        "--lora-alpha": f"{bench.shape.lora_alpha:g}",
         "--target-modules": modules if isinstance(modules, str) else ",".join(modules),
         "--task-type": "SEQ_CLS" if reading.label else None,
         "--dtype": reading.dtype,

@@ -327,7 +327,8 @@ def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
         return None
     batches = own_number(start, "batches") or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
-    return " ".join([settings["init"], samples, *options, "--output adapter"])
+    alpha = f"--lora-alpha {own_number(start, 'alpha') or settings['lora_alpha']:g}"
+    return " ".join([settings["init"], samples, alpha, *options, "--output adapter"])
 
 
 def longer_random(table: pd.DataFrame) -> str:

@@ -153,8 +153,9 @@ BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other
 _KEEPS_SCALE |= BANK_STARTS.keys()
 START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, *BANK_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
-# How a start may be run: `eva+16-batches` has statistics of 16 batches, `random+120-steps` trains for 120 steps.
-_HOW = re.compile(rf"{EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(batches|steps)")
+# How a start may be run: `eva+32-alpha` has lora_alpha=32, `eva+16-batches` statistics of 16 batches, and
+# `random+120-steps` trains for 120 steps.
+_HOW = re.compile(rf"{EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(alpha|batches|steps)")
 
 
 def split_start(name: str) -> tuple[str, str]:
@@ -169,7 +170,7 @@ def split_start(name: str) -> tuple[str, str]:
 
 
 def own_number(name: str, of: str) -> int | None:
-    """Give the number of batches or of steps that the name of a start asks for, if it does.
+    """Give the alpha, or the number of batches or steps, that the name of a start asks for, if it does.
 
     Example:
         >>> own_number("eva+16-batches", "batches"), own_number("eva+16-batches", "steps")
@@ -217,8 +218,8 @@ def init_options(start: str) -> list[str] | None:
     """
     if start in BANK_STARTS:
         return ["--method", "from-bank", "--by", BANK_STARTS[start], "--bank", "BANK"]
-    batches = own_number(start, "batches")
-    recipe = _RECIPES.get(split_start(start)[0] if batches else start)
+    own = own_number(start, "batches") or own_number(start, "alpha")
+    recipe = _RECIPES.get(split_start(start)[0] if own else start)
     if recipe is None or recipe.policy != "eva":
         return None
     rho = f"{recipe.rho:g}" if recipe.data else "1"
@@ -276,9 +277,9 @@ def prepare(
       changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
       of the error: its output is near that of the plain model, not equal.
 
-    `NAME+matched-scale` scales A of each layer as `match_scale` says. `NAME+equal-parameters` gives a start from data
-    as many trainable parameters as `random` has, as nearly as whole ranks of at most 2 x `rank` allow, and never more;
-    with a frozen A the ranks are then equal.
+    `NAME+32-alpha` has that lora_alpha. `NAME+matched-scale` scales A of each layer as `match_scale` says.
+    `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
+    ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal.
 
     Args:
         start: A name; or a pair of a name of one's own and its source: an adapter directory, the same for every seed,
@@ -299,8 +300,10 @@ def prepare(
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
     """
     check_start(start)
-    name, how = split_start(start if isinstance(start, str) else start[0])
+    title = start if isinstance(start, str) else start[0]
+    name, how = split_start(title)
     recipe = _RECIPES.get(name)
+    shape = replace(shape, lora_alpha=own_number(title, "alpha") or shape.lora_alpha)
     if how == EQUAL_PARAMETERS and not (recipe and (recipe.data or recipe.frozen_a)):
         raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
     if name == FULL and how:

@@ -181,7 +181,8 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
     assert summary.answer.endswith(" Its learning rate is 1e-3; random's is 1e-3.")
     assert (
         summary.command
-        == "lora-init init m d.jsonl --rank 8 --samples 8 --max-batches 4 --method eva --rho 1 --output adapter"
+        == "lora-init init m d.jsonl --rank 8 --samples 8 --max-batches 4 --lora-alpha 16 --method eva --rho 1 "
+        "--output adapter"
     )
     assert summary.facts.startswith("tiny/model, rank 8, on siqa")
     summary = summarise([run for run in runs if run["learning_rate"] == 1e-3], settings())
@@ -193,17 +194,22 @@ def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     summary = summarise(planted({"eva": 0.0}), settings(init="lora-init init"))
     assert summary.answer.startswith("No start is shown to be better than random. The runs could have shown ")
     assert summary.answer.endswith(" Random's learning rate is 1e-3.")
-    assert summary.command == "lora-init init --samples 8 --max-batches 4 --method random --rho 1 --output adapter"
+    options = "--samples 8 --max-batches 4 --lora-alpha 16 --method random --rho 1"
+    assert summary.command == f"lora-init init {options} --output adapter"
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
 
 def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_samples():
     runs = planted({"eva-rho1+16-batches": -0.01, "eva-rho1+64-batches": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl", batch_size=8))
-    assert (
-        summary.command
-        == "lora-init init m d.jsonl --samples 128 --max-batches 16 --method eva --rho 1 --output adapter"
-    )
+    options = "--samples 128 --max-batches 16 --lora-alpha 16 --method eva --rho 1"
+    assert summary.command == f"lora-init init m d.jsonl {options} --output adapter"
+
+
+def test_the_command_of_a_start_with_an_alpha_of_its_own_has_that_alpha():
+    summary = summarise(planted({"eva-rho1+80-alpha": -0.01}), settings(init="lora-init init m d.jsonl"))
+    made = "lora-init init m d.jsonl --samples 8 --max-batches 4 --lora-alpha 80 --method eva --rho 1 --output adapter"
+    assert summary.command == made
 
 
 def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():

@@ -127,6 +127,19 @@ def test_a_start_leaves_the_output_and_release_the_model(case, start, how):
 
 
 @pytest.mark.parametrize("start", HERE)
+def test_a_start_with_an_alpha_of_its_own_has_that_scaling_and_the_same_a(case, start):
+    found = []
+    for name in (start, f"{start}+24-alpha"):
+        prepared = case.prepare(name)
+        layers = adapter_layers(prepared.peft_model)
+        assert {layer.scaling["default"] for layer in layers.values()} == {(24 if "+" in name else 8) / RANK}
+        found.append({key: a.detach().clone() for key, a in a_weights(prepared.peft_model).items()})
+        prepared.release()
+    if start not in (*STEPS, *PEFT_STARTS, "lora-ga"):  # A B is a step or a part of the weight, whatever alpha is
+        assert all(torch.equal(a, found[1][key]) for key, a in found[0].items())
+
+
+@pytest.mark.parametrize("start", HERE)
 def test_seeds(case, start):
     def a_of(seed):
         prepared = case.prepare(start, seed=seed)
