@@ -345,7 +345,7 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
     """Judge the better starts at equal total time: random trains for the time of statistics, start and search, too.
 
     Its loss after more steps is read, seed by seed, between that after the steps of all and that after twice as many,
-    on a line over the logarithm of the number of steps.
+    on a line over the logarithm of the number of steps. Where more steps are no gain, it would not train on.
     """
     losses, took, said = by_seed(table), steps_of_start(table), []
     for verdict in judged:
@@ -358,6 +358,10 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
             said.append(f"{begin}: no statement possible, since random {why}.")
             continue
         gained = (losses.loc[RANDOM] - losses.loc[longer]) / math.log(2)  # by e times as many steps
+        if gained.mean() <= 0:
+            why = "since random gains nothing by more of them at its rate"
+            said.append(f"{begin}: as at equal steps, {why}. Its start takes as long as {took[start]:.1f} steps.")
+            continue
         rows = losses.loc[[other.start for other in judged if other.start in losses.index]]
         later = (losses.loc[RANDOM] - gained * math.log1p(took[start] / steps)).rename(RANDOM).to_frame().T
         effect = effects(pd.concat([later, rows]), RANDOM).get(start)

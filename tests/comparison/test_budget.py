@@ -121,6 +121,14 @@ def test_the_verdict_at_equal_total_time():
     assert cheap.startswith("At equal total time, eva: better; ")
 
 
+def test_where_random_gains_nothing_by_more_steps_it_is_not_held_against_a_run_that_nobody_would_do():
+    (said,) = summarise(timed(30.0, -0.3), settings()).equal_time
+    assert said == (
+        "At equal total time, eva: as at equal steps, since random gains nothing by more of them at its rate. "
+        "Its start takes as long as 30.0 steps."
+    )
+
+
 @pytest.mark.parametrize(("status", "points"), [("failed", []), ("unstable", [0, 20])])
 def test_runs_that_came_to_nothing_do_not_say_how_many_steps_all_have(status, points):
     lost = broken(status, "why", rate=1e-4) | {"evaluation_points": points, "report_loss": [2.3] * len(points)}
