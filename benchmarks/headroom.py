@@ -183,7 +183,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         natural = "natural-gradient"
         sizes += [(f"{natural}-x{f}", partial(larger, natural, f, 32, data, settings)) for f in (5, 8)]
         # The same from less data: in a short training 32 passes are as long as the training.
-        sizes += [(f"{natural}-x5-{n}-batches", partial(larger, natural, 5, n, data, settings)) for n in (4, 8, 16)]
+        sizes += [(f"{natural}-x5-{n}-batches", partial(larger, natural, 5, n, data, settings)) for n in (8, 16, 64)]
         random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
         settings["starts"] = [*sizes, ("random-x10", random)]
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
