@@ -228,10 +228,10 @@ def init_options(start: str) -> list[str] | None:
 
 
 def check_start(start: str | OwnStart) -> None:
-    """Make sure that a start of this name exists, or that a start of one's own has a name of its own.
+    """Make sure that a start of this name exists and can be run so, or that one's own has a name of its own.
 
     Raises:
-        LoraInitError: It does not. The closest name is suggested.
+        LoraInitError: It does not, with the closest name; or it cannot.
     """
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
@@ -242,6 +242,12 @@ def check_start(start: str | OwnStart) -> None:
     elif split_start(start)[0] not in START_NAMES:
         close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
         raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
+    name, how = split_start(start if isinstance(start, str) else start[0])
+    recipe = _RECIPES.get(name)
+    if how == EQUAL_PARAMETERS and not (recipe and (recipe.data or recipe.frozen_a)):
+        raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
+    if name == FULL and how:
+        raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:
@@ -304,10 +310,6 @@ def prepare(
     name, how = split_start(title)
     recipe = _RECIPES.get(name)
     shape = replace(shape, lora_alpha=own_number(title, "alpha") or shape.lora_alpha)
-    if how == EQUAL_PARAMETERS and not (recipe and (recipe.data or recipe.frozen_a)):
-        raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
-    if name == FULL and how:
-        raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
     restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
     gamma, peft_model = None, cast("Any", model)
     try:

@@ -13,6 +13,7 @@ from lora_init.comparison.starts import (
     START_NAMES,
     AdapterShape,
     a_weights,
+    check_start,
     prepare,
 )
 from lora_init.errors import LoraInitError
@@ -124,6 +125,12 @@ def test_a_start_leaves_the_output_and_release_the_model(case, start, how):
     prepared.release()
     assert_same(before, snapshot(case.model))
     assert torch.equal(case.logits(), output)
+
+
+@pytest.mark.parametrize("start", ["full+24-alpha", "full+matched-scale", "random+equal-parameters"])
+def test_a_way_that_a_start_cannot_be_run_is_refused_before_anything_is_loaded(start):
+    with pytest.raises(LoraInitError, match=r"cannot be run with equal|no adapter that could be scaled"):
+        check_start(start)
 
 
 @pytest.mark.parametrize("start", HERE)
