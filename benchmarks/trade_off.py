@@ -34,8 +34,7 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     random = by_seed(runs).loc[RANDOM]
     counted = runs[runs["counts"]]
     above = 100 * (counted["loss"] - counted["seed"].map(random)) / random.mean()
-    rise = counted["retained_after"] - counted["retained_before"]
-    return counted.assign(above=above, rise=rise).groupby(["start", "learning_rate"])[["above", "rise"]].mean()
+    return counted.assign(above=above).groupby(["start", "learning_rate"])[["above", "rise"]].mean()
 
 
 def draw(target: Path) -> None:

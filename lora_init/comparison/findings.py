@@ -392,12 +392,11 @@ def forgetting(table: pd.DataFrame) -> list[str]:
     Of the runs of a start and a seed that end at most 0.5 % above random's best with that seed, the one counts that
     raises the loss on other text least; so for random, too.
     """
-    target, runs = by_seed(table), table[table["counts"] & table["retained_after"].notna()]
+    target, runs = by_seed(table), table[table["counts"] & table["rise"].notna()]
     if RANDOM not in target.index or runs.empty:
         return []
-    rise = runs["retained_after"] - runs["retained_before"]
     equal = runs["loss"] <= (1 + _EQUAL_LOSS) * runs["seed"].map(target.loc[RANDOM])
-    least = _judged(rise[equal].groupby([runs["start"], runs["seed"]], sort=False).min().unstack())
+    least = _judged(runs[equal].groupby(["start", "seed"], sort=False)["rise"].min().unstack())
     found, said = effects(least, RANDOM), []
     for start in runs["start"].unique():
         if is_judged(start) and start in found:

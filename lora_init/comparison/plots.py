@@ -70,8 +70,8 @@ def pictures(summary: Summary) -> dict[str, bytes]:
         figures["learning_rates"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_rates(axes, s, runs, styles, top))
     if any(verdict.mean is not None for verdict in summary.verdicts):
         figures["differences"] = difference_figure(summary)
-    if best["retained_after"].notna().any():
-        counted = runs[runs["counts"]].assign(rise=runs["retained_after"] - runs["retained_before"])
+    if best["rise"].notna().any():
+        counted = runs[runs["counts"]]
         figures["forgetting"] = _draw(panels, (2.1, 2.1), lambda axes, s: _draw_forgetting(axes, s, counted, styles))
     return {name: _png(figure) for name, figure in figures.items()}
 

@@ -208,9 +208,9 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
     Returns:
         A row for each run, by start, rate and seed. Columns are those of `RunRecord`, its metrics, and: `first_loss`
-        and `loss`, the final loss to report (NaN unless finished); `retained_before`, `retained_after`; `counts`,
-        whether the run finished at a rate with no unstable run; `best`, whether it also is at the start's best rate,
-        which is chosen by the mean loss on the examples to select by.
+        and `loss`, the final loss to report (NaN unless finished); `retained_before`, `retained_after`, and `rise`, the
+        difference; `counts`, whether the run finished at a rate with no unstable run; `best`, whether it also is at the
+        start's best rate, which is chosen by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
     bases = [RANDOM, *(split_start(name)[0] for name in [*starts, *(row["start"] for row in rows)])]
@@ -223,6 +223,7 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     rows.sort(key=place)
     table = pd.DataFrame(rows, columns=_COLUMNS)
     table[_NUMBERS] = table[_NUMBERS].astype(float)
+    table["rise"] = table["retained_after"] - table["retained_before"]
     unstable = table["status"].eq("unstable").groupby([table["start"], table["learning_rate"]]).transform("any")
     table["counts"] = table["status"].eq("finished") & ~unstable.astype(bool)
     best = {start: choose_rate(own) for start, own in groupby(rows, key=lambda row: row["start"])}

@@ -123,7 +123,7 @@ def _forgetting(means: pd.DataFrame) -> pd.DataFrame:
         {
             "retained before": means["retained_before"].map(number),
             "retained after": means["retained_after"].map(number),
-            "change": (means["retained_after"] - means["retained_before"]).map(lambda change: number(change, "+")),
+            "change": means["rise"].map(lambda change: number(change, "+")),
         }
     )
 
