@@ -12,7 +12,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
-from lora_init.comparison.starts import FULL, init_options, own_number, split_start
+from lora_init.comparison.starts import FULL, init_options, own_number, without_batches
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -416,8 +416,8 @@ def data_needed(table: pd.DataFrame) -> list[str]:
     """Compare each start with statistics of fewer batches with the same start with most, each at its own best rate."""
     losses, said = by_seed(table), []
     numbers = {start: n for start in losses.index if (n := own_number(start, "batches"))}
-    for name in dict.fromkeys(split_start(start)[0] for start in numbers):
-        own = [start for start in numbers if split_start(start)[0] == name]  # from few to many
+    for name in dict.fromkeys(map(without_batches, numbers)):
+        own = [start for start in numbers if without_batches(start) == name]  # from few to many
         most, reference = own[-1], float(losses.loc[own[-1]].mean())
         for start, effect in effects(losses.loc[own], most).items():
             fewer = f"{name} with {numbers[start]} batches in place of {numbers[most]}"

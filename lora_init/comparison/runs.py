@@ -25,6 +25,7 @@ from lora_init.comparison.starts import (
     differs_in_scale,
     own_number,
     split_start,
+    without_batches,
 )
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import parse_json, read_json, write_whole
@@ -217,8 +218,8 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         start = row["start"]
-        base, batches = split_start(start)[0], own_number(start, "batches") or 0
-        return bases.index(base), batches, start, row["learning_rate"], row["seed"]
+        kind = bases.index(split_start(start)[0]), without_batches(start), own_number(start, "batches") or 0
+        return *kind, row["learning_rate"], row["seed"]
 
     rows.sort(key=place)
     table = pd.DataFrame(rows, columns=_COLUMNS)

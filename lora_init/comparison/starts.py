@@ -153,20 +153,20 @@ BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other
 _KEEPS_SCALE |= BANK_STARTS.keys()
 START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, *BANK_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
-# How a start may be run: `eva+32-alpha` has lora_alpha=32, `eva+16-batches` statistics of 16 batches, and
+# How a start may be run: `eva+32-alpha` has lora_alpha=32, `eva+32-alpha+16-batches` also statistics of 16 batches, and
 # `random+120-steps` trains for 120 steps.
-_HOW = re.compile(rf"{EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(alpha|batches|steps)")
+_WAYS = re.compile(rf"(\+({EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(alpha|batches|steps)))*\Z")
 
 
-def split_start(name: str) -> tuple[str, str]:
+def split_start(name: str) -> tuple[str, list[str]]:
     """Tell a start from how it is run.
 
     Example:
-        >>> split_start("eva+matched-scale"), split_start("mine+yours")
-        (('eva', 'matched-scale'), ('mine+yours', ''))
+        >>> split_start("eva+32-alpha+matched-scale"), split_start("mine+yours")
+        (('eva', ['32-alpha', 'matched-scale']), ('mine+yours', []))
     """
-    start, _, how = name.rpartition("+")
-    return (start, how) if _HOW.fullmatch(how) else (name, "")
+    start = _WAYS.sub("", name)
+    return start, name[len(start) :].split("+")[1:]
 
 
 def own_number(name: str, of: str) -> int | None:
@@ -176,21 +176,28 @@ def own_number(name: str, of: str) -> int | None:
         >>> own_number("eva+16-batches", "batches"), own_number("eva+16-batches", "steps")
         (16, None)
     """
-    number, _, what = split_start(name)[1].partition("-")
-    return int(number) if what == of else None
+    numbers = [way.removesuffix(f"-{of}") for way in split_start(name)[1] if way.endswith(f"-{of}")]
+    return int(numbers[0]) if numbers else None
 
 
-def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
-    """Put in the place of each start from data the same with statistics of each number of batches.
+def without_batches(name: str) -> str:
+    """Name a start without its own number of batches: what differs in these alone has the same name."""
+    return name.replace(f"+{own_number(name, 'batches')}-batches", "")
+
+
+def by_batches(starts: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    """Put in the place of each start from data, without a number of batches of its own, the same with each number.
 
     Example:
-        >>> by_batches(["random", "eva"], [4, 16]), by_batches(["eva"], [4])
-        (['random', 'eva+4-batches', 'eva+16-batches'], ['eva'])
+        >>> by_batches(["random", "eva+32-alpha"], [4, 16]), by_batches(["eva"], [4])
+        (['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches'], ['eva'])
     """
     if len(numbers) < 2:
         return list(starts)
-    varied = {name: [f"{name}+{n}-batches" for n in numbers] for name, recipe in _RECIPES.items() if recipe.data}
-    return [name for start in starts for name in varied.get(start, [start])]
+    from_data = {name for name, recipe in _RECIPES.items() if recipe.data}
+    varied = {name for name in starts if split_start(name)[0] in from_data and not own_number(name, "batches")}
+    each = ([f"{name}+{n}-batches" for n in numbers] if name in varied else [name] for name in starts)
+    return [name for names in each for name in names]
 
 
 def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
@@ -200,8 +207,11 @@ def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
         start: Its name.
         ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
     """
-    frozen = start in _RECIPES and _RECIPES[start].frozen_a
-    return frozen or (start in _MOVES_RANKS and not ranks_cost_the_same)
+    name, ways = split_start(start)
+    if EQUAL_PARAMETERS in ways or MATCHED_SCALE in ways:  # itself run beside another
+        return False
+    frozen = name in _RECIPES and _RECIPES[name].frozen_a
+    return frozen or (name in _MOVES_RANKS and not ranks_cost_the_same)
 
 
 def differs_in_scale(start: str) -> bool:
@@ -218,9 +228,9 @@ def init_options(start: str) -> list[str] | None:
     """
     if start in BANK_STARTS:
         return ["--method", "from-bank", "--by", BANK_STARTS[start], "--bank", "BANK"]
-    own = own_number(start, "batches") or own_number(start, "alpha")
-    recipe = _RECIPES.get(split_start(start)[0] if own else start)
-    if recipe is None or recipe.policy != "eva":
+    name, ways = split_start(start)
+    recipe = _RECIPES.get(name)
+    if recipe is None or recipe.policy != "eva" or {EQUAL_PARAMETERS, MATCHED_SCALE} & set(ways):
         return None
     rho = f"{recipe.rho:g}" if recipe.data else "1"
     switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.frozen_a
@@ -242,11 +252,13 @@ def check_start(start: str | OwnStart) -> None:
     elif split_start(start)[0] not in START_NAMES:
         close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
         raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
-    name, how = split_start(start if isinstance(start, str) else start[0])
+    name, ways = split_start(start if isinstance(start, str) else start[0])
     recipe = _RECIPES.get(name)
-    if how == EQUAL_PARAMETERS and not (recipe and (recipe.data or recipe.frozen_a)):
+    if len({way.rpartition("-")[2] for way in ways}) < len(ways):
+        raise LoraInitError(f"start {start!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches.")
+    if EQUAL_PARAMETERS in ways and not (recipe and (recipe.data or recipe.frozen_a)):
         raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
-    if name == FULL and how:
+    if name == FULL and ways:
         raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
 
 
@@ -283,7 +295,8 @@ def prepare(
       changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
       of the error: its output is near that of the plain model, not equal.
 
-    `NAME+32-alpha` has that lora_alpha. `NAME+matched-scale` scales A of each layer as `match_scale` says.
+    `NAME+32-alpha` has that lora_alpha. `NAME+matched-scale` scales A of each layer as `match_scale` says. Both may
+    follow a name.
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
     ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal.
 
@@ -307,7 +320,7 @@ def prepare(
     """
     check_start(start)
     title = start if isinstance(start, str) else start[0]
-    name, how = split_start(title)
+    name, ways = split_start(title)
     recipe = _RECIPES.get(name)
     shape = replace(shape, lora_alpha=own_number(title, "alpha") or shape.lora_alpha)
     restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
@@ -321,7 +334,7 @@ def prepare(
             if not isinstance(start, str):
                 peft_model = _apply_own(name, start[1], model, seed)
             elif recipe:
-                init = _build(stats, recipe, model, shape, seed, loss_of, how == EQUAL_PARAMETERS)
+                init = _build(stats, recipe, model, shape, seed, loss_of, EQUAL_PARAMETERS in ways)
                 peft_model, gamma = init.apply(model), init.gamma
             elif name in BANK_STARTS:
                 init = _from_bank(bank, model, shape, batches, loss_of, BANK_STARTS[name])
@@ -331,7 +344,7 @@ def prepare(
             else:
                 init = build_adapter(stats, shape.rank, "random", lora_alpha=shape.lora_alpha)
                 peft_model = _apply_peft(name, model, init, batches)
-            if how == MATCHED_SCALE:
+            if MATCHED_SCALE in ways:
                 match_scale(peft_model, seed)
     except BaseException:
         restore()

@@ -206,10 +206,15 @@ def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_
     assert summary.command == f"lora-init init m d.jsonl {options} --output adapter"
 
 
-def test_the_command_of_a_start_with_an_alpha_of_its_own_has_that_alpha():
-    summary = summarise(planted({"eva-rho1+80-alpha": -0.01}), settings(init="lora-init init m d.jsonl"))
-    made = "lora-init init m d.jsonl --samples 8 --max-batches 4 --lora-alpha 80 --method eva --rho 1 --output adapter"
-    assert summary.command == made
+def test_the_command_of_a_start_with_an_alpha_and_batches_of_its_own_has_both():
+    for how, samples, batches in (("", 8, 4), ("+6-batches", 12, 6)):
+        summary = summarise(planted({f"eva-rho1+80-alpha{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
+        own = f"--samples {samples} --max-batches {batches} --lora-alpha 80"
+        assert summary.command == f"lora-init init m d.jsonl {own} --method eva --rho 1 --output adapter"
+    for how in ("matched-scale", "80-alpha+equal-parameters"):
+        summary = summarise(planted({f"eva+{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
+        assert summary.answer.startswith(f"Use eva+{how}")
+        assert summary.command is None
 
 
 def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
@@ -219,6 +224,7 @@ def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
         "eva+64-batches": 0.0,
         "pissa": 0.0,
         "eva-rho1+4-batches": 0.0,
+        "eva+80-alpha+4-batches": 0.0,
     }
     found = summarise(planted(planned, spread=0.001), settings())
     assert [verdict.start for verdict in found.verdicts[:3]] == ["eva+4-batches", "eva+16-batches", "eva+64-batches"]

@@ -134,6 +134,9 @@ def test_what_is_run_beside_the_starts():
     assert Plan(starts, RATES, SEEDS, "full", match_scale=True).compared(False) == [*starts, *moved, *scaled]
     asked = ["random", "eva+matched-scale"]
     assert Plan(asked, RATES, SEEDS, "full", match_scale=True).compared(False) == asked
+    asked = ["random", "eva+32-alpha", "eva+4-batches"]
+    equal = [f"{start}+equal-parameters" for start in asked[1:]]
+    assert Plan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
 
 
 @pytest.mark.parametrize(
