@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -276,14 +276,15 @@ def lora_one(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple
 
 
 def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the step of rank r that lowers the loss most, by its gradient and curvature, in d k operations.
+    """Compute the step of rank r that lowers the loss most, by its gradient and curvature, without a d x d matrix.
 
     The curvature is K-FAC's, S_x = E x x^T on the side of the input and S_y = E g g^T on that of the output, so that
     without a bound on the rank the best step is the natural gradient D = -S_y^-1 G S_x^-1. Of rank r it is
     S_y^-1/2 W S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2, and the promised decrease is half the
-    sum of their values squared. Truncating D itself promises less. S_x is modelled as its leading directions, the mean
-    and an isotropic rest, so that its powers cost k x d; S_y as its diagonal. Both are damped by 0.01 of their mean
-    eigenvalue. G is known by its leading triplets alone.
+    sum of their values squared. Truncating D itself promises less. S_x is modelled as its r leading directions, the
+    mean and an isotropic rest, so that its powers cost r x d; S_y as its diagonal. Both are damped by 0.01 of their
+    mean eigenvalue. G is known by its 2 r leading triplets. Statistics collected for a larger rank know more of both,
+    which is left out: a start does not depend on what else statistics are for.
 
     LoRA-DA (arXiv 2510.24561) has the same D with d x d factors, and takes A from the first eigenvectors of
     D^T D - beta tr(S_y^-1) / N S_x^-1, whose second term is the variance of D from N samples, and B = D A^T. Between
@@ -292,6 +293,9 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
     Returns:
         The step's singular triplets: left [r, d_out], values [r], right [r, d_in], float32 but for the values.
     """
+    spectrum = replace(
+        spectrum, components=spectrum.components[:rank], explained_variance=spectrum.explained_variance[:rank]
+    )
     mean, variance, rest = spectrum.mean.double(), spectrum.explained_variance, spectrum.noise_variance
     floor = rest + _DAMPING * (spectrum.total_variance + float(mean @ mean)) / len(mean)
     leading = (variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
@@ -304,8 +308,9 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
 
     moment = gradient.output_moment
     root = (moment + _DAMPING * moment.mean()).rsqrt()  # S_y^-1/2
-    left, right = -gradient.left.double() * root, whitened(gradient.right.double())
-    left, values, right = _thin_svd(left, gradient.singular_values, right)
+    k = 2 * rank
+    left, right = -gradient.left[:k].double() * root, whitened(gradient.right[:k].double())
+    left, values, right = _thin_svd(left, gradient.singular_values[:k], right)
     left, values, right = _thin_svd(left[:rank] * root, values[:rank], whitened(right[:rank]))
     return left.float(), values, right.float()
 

@@ -1,5 +1,7 @@
 """Starts by the gradient: what they maximise, against autograd; the papers' formulas; what becomes of the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -126,14 +128,15 @@ def planted(d_in=7, d_out=5, k=3, center=True):
     return spectrum, GradientSpectrum(spectrum, axes(k, d_out), values, axes(k, d_in), moment, 1.0, 1)
 
 
-def dense(spectrum, gradient):
-    """S_x, S_y and the mean gradient of a planted layer, float64."""
-    v, mean = spectrum.components.double(), spectrum.mean.double()
-    rest = (spectrum.total_variance - spectrum.explained_variance.sum()) / (7 - 3)
-    s_x = v.T @ torch.diag(spectrum.explained_variance - rest) @ v + rest * torch.eye(7) + mean[:, None] * mean
+def dense(spectrum, gradient, rank):
+    """S_x, S_y and the mean gradient of a planted layer as a start of this rank knows them, float64."""
+    v, variance, mean = spectrum.components[:rank].double(), spectrum.explained_variance[:rank], spectrum.mean.double()
+    rest = (spectrum.total_variance - variance.sum()) / (7 - rank)
+    s_x = v.T @ torch.diag(variance - rest) @ v + rest * torch.eye(7) + mean[:, None] * mean
     s_x = s_x + 0.01 * s_x.trace() / 7 * torch.eye(7)
     s_y = torch.diag(gradient.output_moment + 0.01 * gradient.output_moment.mean())
-    return s_x, s_y, gradient.left.double().T @ torch.diag(gradient.singular_values) @ gradient.right.double()
+    u, s, v = gradient.left[: 2 * rank], gradient.singular_values[: 2 * rank], gradient.right[: 2 * rank]
+    return s_x, s_y, u.double().T @ torch.diag(s) @ v.double()
 
 
 def decrease(step, s_x, s_y, mean_gradient):
@@ -145,11 +148,13 @@ def decrease(step, s_x, s_y, mean_gradient):
 @pytest.mark.parametrize("center", [True, False])
 def test_the_natural_gradient_against_dense_inverses(center):
     spectrum, gradient = planted(center=center)
-    s_x, s_y, mean_gradient = dense(spectrum, gradient)
+    s_x, s_y, mean_gradient = dense(spectrum, gradient, 3)
     natural = -torch.linalg.inv(s_y) @ mean_gradient @ torch.linalg.inv(s_x)
     left, values, right = natural_step(spectrum, gradient, 3)
     torch.testing.assert_close(left.double().T @ torch.diag(values) @ right.double(), natural, rtol=0.0, atol=1e-5)
 
+    s_x, s_y, mean_gradient = dense(spectrum, gradient, 2)
+    natural = -torch.linalg.inv(s_y) @ mean_gradient @ torch.linalg.inv(s_x)
     root_x, root_y = (h @ torch.diag(e.sqrt()) @ h.T for e, h in map(torch.linalg.eigh, (s_x, s_y)))
     u, s, vh = torch.linalg.svd(root_y @ natural @ root_x)
     inverses = torch.linalg.inv(root_y), torch.linalg.inv(root_x)
@@ -172,7 +177,7 @@ def test_the_natural_gradient_against_dense_inverses(center):
 def test_no_other_step_of_this_rank_is_promised_a_larger_decrease(rank):
     """Half the sum of squared values between the roots of the curvature; a truncated natural gradient has less."""
     spectrum, gradient = planted()
-    model = dense(spectrum, gradient)
+    model = dense(spectrum, gradient, rank)
     left, values, right = natural_step(spectrum, gradient, rank)
     best = decrease(left.double().T @ torch.diag(values) @ right.double(), *model)
     s_x, s_y, mean_gradient = model
@@ -182,6 +187,19 @@ def test_no_other_step_of_this_rank_is_promised_a_larger_decrease(rank):
     assert decrease(u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank], *model) < 0.9999 * best
     for _ in range(50):
         assert decrease(-torch.randn(5, rank).double() @ torch.randn(rank, 7).double(), *model) <= best
+
+
+@pytest.mark.parametrize("method", ["natural-gradient", "natural-gradient-step"])
+def test_a_start_does_not_depend_on_the_rank_that_statistics_were_collected_for(method):
+    """`compare` collects for twice the rank, `init --rho 1` for the rank, and a file that is kept for any."""
+    spectrum, gradient = planted()
+    fewer = replace(spectrum, components=spectrum.components[:1], explained_variance=spectrum.explained_variance[:1])
+    two = {name: getattr(gradient, name)[:2] for name in ("left", "singular_values", "right")}
+    start = GRADIENT_METHODS[method].start
+    for many, few in zip(
+        start(spectrum, gradient, 1, 64.0), start(fewer, replace(gradient, **two), 1, 64.0), strict=True
+    ):
+        torch.testing.assert_close(many, few)
 
 
 class Dead(nn.Module):
