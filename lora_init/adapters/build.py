@@ -85,8 +85,8 @@ def build_adapter(
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
-            `"natural-gradient"`, `"natural-gradient-scaled"` (B = 0 in these), `"natural-gradient-step"`,
-            `"lora-one"` (the output changes) and `"lora-ga"` (the base weights change). See `initializers`.
+            `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
+            `"lora-ga"` (the base weights change). See `initializers`.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.

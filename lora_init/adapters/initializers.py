@@ -86,12 +86,8 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     the spectrum's components counts as isotropic.
     """
     check_rank(spectrum, rank)
-    return as_large_as_eva(spectrum, random(spectrum, rank, generator))
-
-
-def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:
-    """Multiply A [r, d_in] by the number with which its `energy` is that of `eva`; by 1 where either has none."""
-    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[: len(a)])
+    a = random(spectrum, rank, generator)
+    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[:rank])
     return a * math.sqrt(of_eva / own) if own > 0.0 and of_eva > 0.0 else a
 
 
@@ -228,18 +224,13 @@ def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[T
 
 
 def natural_gradient(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero."""
+    """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero.
+
+    The preconditioner prefers directions of little variance, along which A x is small and B learns slowly: it takes a
+    larger `lora_alpha`, or a higher rate.
+    """
     _, _, right = natural_step(spectrum, gradient, rank)
     return right, torch.zeros(gradient.left.shape[1], rank)
-
-
-def natural_gradient_scaled(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """Start as `natural_gradient`, with as much energy in A x as with EVA's A, see `initializers.random_scaled`.
-
-    The preconditioner prefers directions of little variance, along which A x is small and B learns slowly.
-    """
-    a, b = natural_gradient(spectrum, gradient, rank)
-    return as_large_as_eva(spectrum, a), b
 
 
 def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
@@ -333,7 +324,6 @@ GRADIENT_METHODS: dict[str, GradientMethod] = {
     "eva-grad": GradientMethod(eva_grad),
     "grad-a": GradientMethod(grad_a),
     "natural-gradient": GradientMethod(natural_gradient),
-    "natural-gradient-scaled": GradientMethod(natural_gradient_scaled),
     "natural-gradient-step": GradientMethod(natural_gradient_step, gamma=1024.0),
     "lora-ga": GradientMethod(lora_ga, gamma=16.0, corrects=True),
     "lora-one": GradientMethod(lora_one, gamma=1024.0),

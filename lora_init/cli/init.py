@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 TokenMask = Literal["attention", "labels"]
 _ByInput = Literal["eva", "random", "random-scaled", "gaussian", "orthogonal"]
-_ByGradient = Literal["eva-grad", "grad-a", "natural-gradient", "natural-gradient-scaled"]
+_ByGradient = Literal["eva-grad", "grad-a", "natural-gradient"]
 _Step = Literal["natural-gradient-step", "lora-ga", "lora-one"]
 Method = Literal[_ByInput, _ByGradient, _Step, "from-bank"]
 

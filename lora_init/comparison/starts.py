@@ -146,7 +146,7 @@ _CHANGES_BASE = (FULL, *PEFT_STARTS, *(name for name, method in GRADIENT_METHODS
 _MOVES_RANKS = ("eva", "eva-uncentred", "gradient-ranks")
 # Starts whose A has the size of the random one already, or another on purpose, or is a part of a change to the base
 # weights, or of a step whose size is that of the product of A and B.
-_KEEPS_SCALE = {FULL, "random", "random-frozen-a", "random-scaled", "natural-gradient-scaled", *PEFT_STARTS}
+_KEEPS_SCALE = {FULL, "random", "random-frozen-a", "random-scaled", *PEFT_STARTS}
 _KEEPS_SCALE |= {"eva-ranks", "gradient-ranks"}
 _KEEPS_SCALE |= {name for name, method in GRADIENT_METHODS.items() if method.gamma}
 BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other tasks, see the room `bank`
