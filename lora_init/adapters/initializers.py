@@ -274,8 +274,8 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
     S_y^-1/2 W S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2, and the promised decrease is half the
     sum of their values squared. Truncating D itself promises less. S_x is modelled as its r leading directions, the
     mean and an isotropic rest, so that its powers cost r x d; S_y as its diagonal. Both are damped by 0.01 of their
-    mean eigenvalue. G is known by its 2 r leading triplets. Statistics collected for a larger rank know more of both,
-    which is left out: a start does not depend on what else statistics are for.
+    mean eigenvalue. G is known by its 2 r leading triplets, or by those that there are. Statistics for a larger rank
+    know more of both, which is left out: a start does not depend on what else they are for.
 
     LoRA-DA (arXiv 2510.24561) has the same D with d x d factors, and takes A from the first eigenvectors of
     D^T D - beta tr(S_y^-1) / N S_x^-1, whose second term is the variance of D from N samples, and B = D A^T. Between
