@@ -287,7 +287,11 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     if math.isnan(left):
         return f"{begin} How much is left to win, full fine-tuning would say (--full)."
     but = "".join(f" But {caveat}." for caveat in _caveats(table, FULL, {}))
-    said = f"{begin} Full fine-tuning ends at {number(random - left)}, at {rate_text(best[FULL])}.{but}"
+    said = f"{begin} Full fine-tuning ends at {number(losses.loc[FULL].mean())}, at {rate_text(best[FULL])}"
+    for effect in effects(losses.loc[[RANDOM, FULL]], RANDOM).values():  # there is none for a single seed
+        mean, low, high = (percent(end / random) for end in (effect.mean, effect.low, effect.high))
+        said += f": {mean} against random ({low} to {high})"
+    said += f".{but}"
     if left <= 0.0:
         return f"{said} That is no lower than random: nothing to win here."
     gone = (plain - random) / (plain - random + left)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_init.comparison.findings import summarise
+from lora_init.comparison.findings import percent, summarise
 from lora_init.comparison.tables import run_tables
 from tests.comparisons import broken, planted, record, settings
 
@@ -263,6 +263,8 @@ def test_a_start_that_hardly_learned_from_a_seed_is_named():
 
 # Headroom
 
+ENDS = ("random", "full")
+
 
 @pytest.mark.parametrize(
     ("left", "said"),
@@ -275,6 +277,11 @@ def test_a_start_that_hardly_learned_from_a_seed_is_named():
 def test_headroom(left, said):
     summary = summarise(with_headroom(left, 0.0), settings(starts=["random", "eva", "full"]))
     assert said in summary.headroom and summary.headroom.startswith("The plain model has a loss of 2.3000, and random")
+    random, full = (
+        summary.table[summary.table["best"] & summary.table["start"].eq(name)]["loss"].mean() for name in ENDS
+    )
+    against = percent((full - random) / random)
+    assert f"ends at {full:.4f}, at 1e-3: {against} against random ({against} to {against})." in summary.headroom
     assert [verdict.start for verdict in summary.verdicts] == ["eva"]
 
 
