@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from lora_init.adapters.adapter_init import AdapterInit
     from lora_init.loading.batches import Batches
+    from lora_init.loading.models import ModelSource
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
@@ -139,7 +140,7 @@ def init(
         from lora_init.adapters.peft_model import check_modules_to_save
         from lora_init.collection.collect import fingerprint
         from lora_init.loading.batches import load_batches
-        from lora_init.loading.models import find_device, open_model
+        from lora_init.loading.models import find_device
         from lora_init.planning.allocate import allocate_ranks
     options: dict[str, Any] = {
         "method": method, "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
@@ -153,7 +154,7 @@ def init(
     file = _check_sources(data, statistics, method if takes_step else "")
     plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
     with busy(f"reading {model} and the data"):
-        source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
+        source = _open(model, task_type, trust_remote_code, method if gradients and data is not None else "")
         read = partial(
             load_batches, data, source.tokenizer, template=unescape(template), completion=unescape(completion),
             format=data_format, subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
@@ -252,6 +253,20 @@ def _read_budget(
         made = Statistics.load(file).provenance
         return plan, made.rank, made.settings.get("rho", RHO)
     return plan, plan.rank, max(1.0, max(plan.values()) / plan.rank)
+
+
+def _open(model: str, task_type: str | None, trust_remote_code: bool, by_gradient: str) -> ModelSource:
+    """Read what a model is; refuse gradients of a loss whose labels are classes, since data are read as texts."""
+    from lora_init.layers.targets import HEADS
+    from lora_init.loading.models import open_model
+
+    source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
+    if by_gradient and source.task_type in HEADS:
+        raise LoraInitError(
+            f"--method {by_gradient} with the task type {source.task_type}: gradients need the classes, and init reads "
+            "texts alone. In Python, lora_init.initialize takes them from a Trainer's batches."
+        )
+    return source
 
 
 def _read_aside(read: Callable[..., Batches], batches: Batches, samples: int, batch_size: int) -> list[Any]:

@@ -376,6 +376,7 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
         ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
         ({"--task-type": "seq_class"}, ["'seq_class' is unknown. Did you mean SEQ_CLS?"]),
+        ({"--task-type": "SEQ_CLS", "--method": "grad-a"}, ["need the classes, and init reads texts alone"]),
         ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
         ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
         ({"--statistics": "text.txt"}, ["text.txt"]),
