@@ -87,9 +87,8 @@ def planted(shifts, rates=RATES, seeds=(0, 1, 2), noise=0.002, spread=0.0005):
 
 def settings(**changes):
     return {
-        "format": 3, "task": "siqa", "kind": "causal-lm", "model": "tiny/model", "fingerprint": "abc",
-        "rank": 8, "lora_alpha": 16.0, "steps": 60, "batch_size": 2, "statistics_batches": 4,
-        "evaluation_points": POINTS,
+        "format": 3, "task": "siqa", "model": "tiny/model", "fingerprint": "abc", "rank": 8, "lora_alpha": 16.0,
+        "steps": 60, "batch_size": 2, "statistics_batches": 4, "evaluation_points": POINTS,
         "starts": ["random", "eva"], "learning_rates": list(RATES), "seeds": [0, 1, 2],
         "sweep": "full", "extend": 2, "match_scale": False, "threads": 1, "processor": "",
         "data": "siqa.jsonl, 800 rows",

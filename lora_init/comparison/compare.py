@@ -31,7 +31,7 @@ from lora_init.comparison.starts import (
     split_start,
 )
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.tasks import Loading
+from lora_init.comparison.tasks import CLASSIFICATION, Loading
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
@@ -270,9 +270,10 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:
     """Write the command that makes an adapter as a run does; the start, its data and its alpha are left open.
 
-    None if `init` cannot read the answers, since their column has letters or positions.
+    None if `init` cannot read the answers, since their column has letters or positions, or classes, of which it does
+    not know the number.
     """
-    if not bench.task.spelled_out:
+    if bench.task.kind == CLASSIFICATION or not bench.task.spelled_out:
         return None
     modules = bench.shape.target_modules
     completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
@@ -286,7 +287,6 @@ def _init_command(model: str, data: str | Path, reading: Loading, bench: Workben
         "--max-length": reading.max_length,
         "--rank": bench.shape.rank,
         "--target-modules": modules if isinstance(modules, str) else ",".join(modules),
-        "--task-type": "SEQ_CLS" if reading.label else None,
         "--dtype": reading.dtype,
     }
     given = [word for name, value in words.items() if value is not None for word in (name, str(value))]

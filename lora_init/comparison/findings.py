@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.comparison.effects import Effect, effects, unlike_spreads
 from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
 from lora_init.comparison.starts import FULL, init_options, own_number, without_batches
-from lora_init.comparison.tasks import CLASSIFICATION
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -327,14 +325,9 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | N
 
 
 def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
-    """Write the command that makes the adapter of a start; None where `init` does not make it.
-
-    It reads no classes, so it makes none by the gradient of a classifier's loss.
-    """
+    """Write the command that makes the adapter of a start; None where `init` does not make it."""
     options = init_options(start) if start else None
     if start is None or not options or not settings.get("init"):
-        return None
-    if settings["kind"] == CLASSIFICATION and options[1] in GRADIENT_METHODS:
         return None
     batches = own_number(start, "batches") or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"

@@ -211,8 +211,8 @@ def test_the_command_of_a_start_with_an_alpha_and_batches_of_its_own_has_both():
         summary = summarise(planted({f"eva-rho1+80-alpha{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
         own = f"--samples {samples} --max-batches {batches} --lora-alpha 80"
         assert summary.command == f"lora-init init m d.jsonl {own} --method eva --rho 1 --output adapter"
-    by_class = summarise(planted({"grad-a": -0.01}), settings(init="lora-init init", kind="classification"))
-    assert by_class.answer.startswith("Use grad-a") and by_class.command is None  # init reads no classes
+    summary = summarise(planted({"eva": -0.01}), settings(init=None))
+    assert summary.answer.startswith("Use eva:") and summary.command is None
     for how in ("matched-scale", "80-alpha+equal-parameters"):
         summary = summarise(planted({f"eva+{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
         assert summary.answer.startswith(f"Use eva+{how}")
