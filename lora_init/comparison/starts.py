@@ -185,7 +185,7 @@ def without_batches(name: str) -> str:
     return name.replace(f"+{own_number(name, 'batches')}-batches", "")
 
 
-def by_batches(starts: Sequence[str], numbers: Sequence[int]) -> list[str]:
+def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
     """Put in the place of each start from data, without a number of batches of its own, the same with each number.
 
     Example:
@@ -194,10 +194,12 @@ def by_batches(starts: Sequence[str], numbers: Sequence[int]) -> list[str]:
     """
     if len(numbers) < 2:
         return list(starts)
-    from_data = {name for name, recipe in _RECIPES.items() if recipe.data}
-    varied = {name for name in starts if split_start(name)[0] in from_data and not own_number(name, "batches")}
-    each = ([f"{name}+{n}-batches" for n in numbers] if name in varied else [name] for name in starts)
-    return [name for names in each for name in names]
+    varied: list[str] = []
+    for start in starts:
+        recipe = _RECIPES.get(split_start(start)[0])
+        as_it_is = recipe is None or not recipe.data or own_number(start, "batches")
+        varied += [start] if as_it_is else [f"{start}+{n}-batches" for n in numbers]
+    return varied
 
 
 def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
@@ -295,10 +297,9 @@ def prepare(
       changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
       of the error: its output is near that of the plain model, not equal.
 
-    `NAME+32-alpha` has that lora_alpha. `NAME+matched-scale` scales A of each layer as `match_scale` says. Both may
-    follow a name.
+    `NAME+32-alpha` has that lora_alpha. `NAME+matched-scale` scales A of each layer as `match_scale` says.
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
-    ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal.
+    ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal. Several may follow.
 
     Args:
         start: A name; or a pair of a name of one's own and its source: an adapter directory, the same for every seed,
