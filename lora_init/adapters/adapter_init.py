@@ -51,6 +51,12 @@ _FREEZE = """# A is meant to stay as it is. PEFT has no setting for that, so say
 for name, parameter in model.named_parameters():
     parameter.requires_grad &= ".lora_A." not in name
 """
+_HEAD = """from transformers import AutoModelForSequenceClassification
+
+# The adapter holds the head, whose outputs are these classes. Llama and its like also need a pad_token_id.
+labels = {labels}
+base_model = AutoModelForSequenceClassification.from_pretrained({base!r}, id2label=labels)
+"""
 FILES = (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)
 
 
@@ -326,8 +332,14 @@ class AdapterInit:
 
     def _card(self) -> str:
         origin, ranks = self.provenance, self.ranks.values()
+        classes = [str(name) for name in origin.settings.get("classes", ())]
         base = hub_id(origin.model_id) or origin.model_class
         corrected = "import lora_init\n\nlora_init.correct_base(base_model, directory)\n" if self.corrects_base else ""
+        head = (
+            _HEAD.format(base=hub_id(origin.model_id) or "BASE_MODEL", labels=dict(enumerate(classes)))
+            if classes
+            else ""
+        )
         return f"""{card_header(origin.model_id, origin.task_type)}
 # A LoRA adapter before training
 
@@ -336,7 +348,7 @@ Made by lora_init for {base}: method `{self.method}`, {len(ranks)} layers, rank 
 
 ```python
 from peft import PeftModel
-
+{head}
 {corrected}model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)
 {_FREEZE if self.freeze_a else ""}```
 """

@@ -114,6 +114,7 @@ def init(
     task_type: Annotated[str | None, Option(help="PEFT's task type. Default: what the checkpoint is for.")] = None,
     template: Template = None,
     completion: Completion = None,
+    label: Annotated[str | None, Option(help="Column of the class: an adapter and a head for a classifier.")] = None,
     data_format: DataFormat = None,
     subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
     split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
@@ -151,14 +152,15 @@ def init(
     check_adapter_options(**options | ({"method": "lora-one"} if from_bank else {}), output=output, overwrite=overwrite)
     takes_step, gradients = from_bank or changes_output(method), gradients or method in GRADIENT_METHODS
     find_device(device)
-    file = _check_sources(data, statistics, method if takes_step else "")
+    file = _check_sources(data, statistics, method if takes_step else "", label, token_mask)
     plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
     with busy(f"reading {model} and the data"):
-        source = _open(model, task_type, trust_remote_code, method if gradients and data is not None else "")
+        source = _open(model, task_type, label, trust_remote_code, gradients and data is not None)
         read = partial(
             load_batches, data, source.tokenizer, template=unescape(template), completion=unescape(completion),
             format=data_format, subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
-            seq2seq=source.seq2seq, needs_labels=gradients or token_mask == "labels",
+            seq2seq=source.seq2seq and label is None, needs_labels=gradients or token_mask == "labels", label=label,
+            known_classes=source.classes,
         )  # fmt: skip
         batches = read(samples=samples) if data is not None else None  # before the weights, which take longer
         aside = _read_aside(read, batches, samples, batch_size) if takes_step and batches else []
@@ -179,7 +181,7 @@ def init(
         print_result(estimate(source, batches, selection, settings), as_json, show_estimate)
         return
     with busy(f"loading {model}"):
-        loaded = source.load(dtype=dtype, device=device, seed=seed)
+        loaded = source.load(dtype=dtype, device=device, **_head(batches, file, seed))
     check_modules_to_save(loaded.model, options["modules_to_save"])
     if bank is not None:
         start_from(
@@ -206,7 +208,7 @@ def init(
 # A bank's adapters decide these; the others are for a bank alone.
 _NOT_FROM_BANK = (
     "rho", "ranks_from", "target_modules", "exclude_modules", "target_parameters", "gradients", "whiten", "use_rslora",
-    "use_dora", "freeze_a", "modules_to_save", "max_batches", "token_mask", "center", "dry_run",
+    "use_dora", "freeze_a", "modules_to_save", "max_batches", "token_mask", "center", "dry_run", "label",
 )  # fmt: skip
 _FROM_BANK = ("by", "similarity")
 
@@ -223,8 +225,13 @@ def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
     return from_bank
 
 
-def _check_sources(data: str | None, statistics: Path | None, method: str) -> Path | None:
+def _check_sources(
+    data: str | None, statistics: Path | None, method: str, label: str | None, token_mask: str
+) -> Path | None:
     """Refuse to go without data where the file does not replace them, or a step `method` needs them; name the file."""
+    if label is not None and (data is None or token_mask == "labels"):
+        why = "it names a column of DATA, which is missing" if data is None else "a class is no --token-mask labels"
+        raise LoraInitError(f"--label {label}: {why}. Leave it out.")
     file = statistics.expanduser() if statistics else None
     if file is not None and not file.parent.is_dir():
         raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
@@ -255,18 +262,32 @@ def _read_budget(
     return plan, plan.rank, max(1.0, max(plan.values()) / plan.rank)
 
 
-def _open(model: str, task_type: str | None, trust_remote_code: bool, by_gradient: str) -> ModelSource:
-    """Read what a model is; refuse gradients of a loss whose labels are classes, since data are read as texts."""
+def _open(
+    model: str, task_type: str | None, label: str | None, trust_remote_code: bool, by_gradient: bool
+) -> ModelSource:
+    """Read what a model is, for classes if the data have them; refuse a gradient whose loss texts do not make."""
     from lora_init.layers.targets import HEADS
     from lora_init.loading.models import open_model
 
+    if label is not None and task_type not in (None, "SEQ_CLS"):
+        raise LoraInitError(f"--label makes this a classification, and --task-type {task_type} does not. Give one.")
+    task_type = task_type if label is None else "SEQ_CLS"
     source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
-    if by_gradient and source.task_type in HEADS:
-        raise LoraInitError(
-            f"--method {by_gradient} with the task type {source.task_type}: gradients need the classes, and init reads "
-            "texts alone. In Python, lora_init.initialize takes them from a Trainer's batches."
-        )
+    if by_gradient and source.task_type in HEADS and label is None:
+        other = "Name their column: --label COLUMN." if source.task_type == "SEQ_CLS" else "Use initialize() in Python."
+        raise LoraInitError(f"gradients for the task type {source.task_type} need classes, not texts alone. {other}")
     return source
+
+
+def _head(batches: Batches | None, file: Path | None, seed: int) -> dict[str, Any]:
+    """Say how many classes a new head has and what it is drawn from: as the data say, or the file in their place."""
+    from lora_init.statistics.statistics import Statistics
+
+    if batches is not None:
+        return {"n_labels": len(batches.classes) or None, "seed": seed}
+    assert file is not None  # checked with the data
+    made = Statistics.load(file).provenance
+    return {"n_labels": len(made.settings.get("classes", ())) or None, "seed": made.seed}
 
 
 def _read_aside(read: Callable[..., Batches], batches: Batches, samples: int, batch_size: int) -> list[Any]:
@@ -348,7 +369,7 @@ def _with_best_step(
 
 def how_to_train(directory: Path, built: AdapterInit) -> str:
     """Say how training goes on from the adapter."""
-    if built.corrects_base or built.freeze_a:
+    if built.corrects_base or built.freeze_a or built.provenance.settings.get("classes"):
         return f"as {directory / 'README.md'} shows"
     return f"PeftModel.from_pretrained(base_model, {str(directory)!r}, is_trainable=True)"
 
@@ -373,6 +394,7 @@ def summarise(
         "model": made.model_id,
         "model_class": made.model_class,
         "data": made.data,
+        "classes": made.settings.get("classes", []),
         "rank": ranks.rank,
         "ranks": dict(ranks),
         "parameters": built.n_parameters(),
@@ -419,6 +441,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         "layers": f"{len(given)} with rank {min(given)} to {max(given)}, {len(ranks) - len(given)} without an adapter",
         "parameters": f"{summary['parameters']:,}, {change:+.1%} against rank {summary['rank']} everywhere",
         "data": summary["data"] or "not described",
+        **({"classes": f"{', '.join(summary['classes'])}; the adapter holds their head"} if summary["classes"] else {}),
         "pass": f"{summary['n_samples']:,} rows in {summary['n_batches']} batches, stopped: {summary['stop_reason']}",
         "held out": "not measured: fewer than two batches, or statistics that were merged"
         if held_out is None

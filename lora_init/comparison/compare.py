@@ -31,7 +31,7 @@ from lora_init.comparison.starts import (
     split_start,
 )
 from lora_init.comparison.tables import run_tables
-from lora_init.comparison.tasks import CLASSIFICATION, Loading
+from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
@@ -270,10 +270,9 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:
     """Write the command that makes an adapter as a run does; the start, its data and its alpha are left open.
 
-    None if `init` cannot read the answers, since their column has letters or positions, or classes, of which it does
-    not know the number.
+    None if `init` cannot read the answers, since their column has letters or positions.
     """
-    if bench.task.kind == CLASSIFICATION or not bench.task.spelled_out:
+    if not bench.task.spelled_out:
         return None
     modules = bench.shape.target_modules
     completion = reading.completion or (f" {{{reading.answer}}}" if reading.options else None)
@@ -281,6 +280,7 @@ def _init_command(model: str, data: str | Path, reading: Loading, bench: Workben
         "--template": reading.template,
         "--format": reading.format,
         "--completion": completion,
+        "--label": reading.label,
         "--subset": reading.subset,
         "--split": None if reading.split == "train" else reading.split,
         "--batch-size": bench.training.batch_size,

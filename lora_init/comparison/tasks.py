@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import group_by_length, pad_batch, padding_token
-from lora_init.loading.examples import IGNORED, Encoded, Recipe, encode, recipe
+from lora_init.loading.examples import IGNORED, NO_COMPLETION, Encoded, Recipe, class_names, encode, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def find_answer(value: Any, options: Sequence[str]) -> int | None:
 
 
 CAUSAL_LM, CLASSIFICATION, MULTIPLE_CHOICE = "causal-lm", "classification", "multiple-choice"
-_MOST_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,7 @@ class Task:
 
     def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Pad examples to a batch, with the class as label for classification."""
-        import torch
-
-        batch = pad_batch([item.tokens for item in items], self.padding)
-        if self.kind == CLASSIFICATION:
-            batch["labels"] = torch.tensor([item.answer for item in items])  # [batch]
-        return batch
+        return pad_batch([item.tokens for item in items], self.padding, self.kind == CLASSIFICATION)
 
     def order(self, seed: int, steps: int, batch_size: int) -> list[list[Item]]:
         """Draw the batches of a run. They depend on the seed alone: every start sees the same, in the same order.
@@ -190,7 +184,9 @@ class Loading:
     trust_remote_code: bool = False
 
 
-def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: int) -> Task:
+def load_task(
+    source: str | Path, tokenizer: Any, asked: Loading, batch_size: int, known_classes: Sequence[str] = ()
+) -> Task:
     """Read a data set and split it: rows to report come first in the seeded order, then those to select by.
 
     So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts.
@@ -200,6 +196,7 @@ def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: in
         tokenizer: The model's tokenizer.
         asked: What to read, and how.
         batch_size: Examples in a batch; there must be as many to train on.
+        known_classes: Classes of the checkpoint, see `class_names`.
 
     Raises:
         LoraInitError: Too few rows, missing columns, labels that are no classes, or what `load_batches` raises.
@@ -210,8 +207,9 @@ def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: in
     data = read_rows(source, asked.subset, asked.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
-    classes = () if asked.label is None else _classes(data.table, name, asked.label)
     reading = recipe(names, name, tokenizer, asked.template, _completion(asked, kind), asked.format)
+    label = asked.label
+    classes = () if label is None else class_names(data.table, name, label, reading.columns, known_classes)
     limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
 
     read = _reader(asked, reading, tokenizer, limit, classes)
@@ -242,11 +240,11 @@ def load_task(source: str | Path, tokenizer: Any, asked: Loading, batch_size: in
     how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
     split = f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}"
     described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
-    padding, label = padding_token(tokenizer), asked.name or name
+    padding, title = padding_token(tokenizer), asked.name or name
     spelled_out = not asked.options or all(
         _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
     )
-    return Task(kind, train, selection, report, classes, padding, asked.normalize, described, label, spelled_out)
+    return Task(kind, train, selection, report, classes, padding, asked.normalize, described, title, spelled_out)
 
 
 def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
@@ -268,14 +266,15 @@ def _reader(
             return "with an empty field"
         if asked.label is not None:
             value = row[asked.label]
-            return "without a label" if value is None else Item((tokens[0], []), (), classes.index(str(value)))
+            found = None if value is None else classes.index(str(value))
+            return "without a label" if found is None else Item((tokens[0], [found]), (), found)
         if asked.options is None:
             unlabelled = all(target == IGNORED for target in tokens[1])
             return f"without a labelled token among the first {limit}" if unlabelled else Item(tokens)
-        found = read_choices(row, asked.options, asked.answer)
-        if found is None:
+        choice = read_choices(row, asked.options, asked.answer)
+        if choice is None:
             return "whose answer is none of the options"
-        options, right = found
+        options, right = choice
         choices = [encoded({**row, asked.answer: option}) for option in options]
         # A shortened option would be likelier than it is.
         whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < limit)
@@ -290,8 +289,6 @@ def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
     if asked.label is not None and asked.options is not None:
         raise LoraInitError("label makes this a classification, options a multiple choice. Give one of them.")
     if asked.label is not None:
-        if asked.label not in names:
-            raise LoraInitError(f"label={asked.label!r} is not a column. {columns}")
         return CLASSIFICATION
     if asked.options is None:
         return CAUSAL_LM
@@ -308,7 +305,7 @@ def _completion(asked: Loading, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
     template, completion = asked.template, asked.completion
     if kind == CLASSIFICATION and completion is not None:
-        raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
+        raise LoraInitError(NO_COMPLETION)
     if kind != MULTIPLE_CHOICE:
         return completion
     if template is None:
@@ -319,13 +316,3 @@ def _completion(asked: Loading, kind: str) -> str | None:
     if completion is not None and named not in completion:
         raise LoraInitError(f"completion={completion!r} must name {named}, where one option after the other is put.")
     return completion or f" {named}"
-
-
-def _classes(rows: Any, name: str, label: str) -> tuple[str, ...]:
-    values = sorted({str(value) for value in rows[label] if value is not None})
-    if not 2 <= len(values) <= _MOST_CLASSES:
-        raise LoraInitError(
-            f"{name}: column {label!r} has {len(values)} different values, and a classification needs 2 to "
-            f"{_MOST_CLASSES} classes. Name the column of the class."
-        )
-    return tuple(values)

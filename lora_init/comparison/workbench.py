@@ -331,14 +331,14 @@ def set_up(
         LoraInitError: Data or model cannot be read, or one does not suit the other.
     """
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
-    tokenizer = open_model(model, trust_remote_code=options.trust_remote_code).tokenizer
-    task = load_task(data, tokenizer, options, training.batch_size)
+    source = open_model(model, trust_remote_code=options.trust_remote_code)
+    task = load_task(data, source.tokenizer, options, training.batch_size, source.classes)
     classifies, retain = task.kind == CLASSIFICATION, None
     if options.retain_data is not None:
         if classifies:
             raise LoraInitError("retain_data is for language models: a classifier has no loss on text. Leave it out.")
         retain = load_batches(
-            options.retain_data, tokenizer, template=options.retain_template, samples=options.retain_samples,
+            options.retain_data, source.tokenizer, template=options.retain_template, samples=options.retain_samples,
             batch_size=training.batch_size, max_length=options.max_length,
         )  # fmt: skip
     loaded = load_model(
@@ -346,7 +346,6 @@ def set_up(
         dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     if classifies:
-        loaded.model.config.pad_token_id = task.padding
         if loaded.model.dtype != torch.float32:
             raise LoraInitError(f"dtype={options.dtype!r}: the head of a classifier is trained whole, in float32.")
     elif loaded.task_type != "CAUSAL_LM":

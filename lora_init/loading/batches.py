@@ -1,4 +1,4 @@
-"""A data set on disk or on the hub -> batches of tokens with labels, and a description of them in words."""
+"""A data set on disk or on the hub -> batches of tokens with labels or classes, and a description of them in words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import IGNORED, Encoded, encode, recipe
+from lora_init.loading.examples import IGNORED, NO_COMPLETION, Encoded, Example, Recipe, class_names, encode, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -24,14 +25,16 @@ _T = TypeVar("_T")
 
 
 class Batches(list["dict[str, Tensor]"]):
-    """Batches of `input_ids`, `attention_mask` and `labels`, each int64 [batch, length].
+    """Batches of `input_ids`, `attention_mask` and `labels`, each int64 [batch, length]; of classes `labels` [batch].
 
     Attributes:
         description: Which examples of which data these are, in words, for `collect(..., data=batches.description)`.
         settings: What they were made with. `collect` keeps it, and notices if a file is of other ones.
+        classes: Names of the classes that `labels` count from 0, if the data were read with a `label`.
     """
 
     description: str = ""
+    classes: tuple[str, ...] = ()
 
     def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(batches)
@@ -54,6 +57,8 @@ def load_batches(
     seed: int = 0,
     seq2seq: bool = False,
     needs_labels: bool = True,
+    label: str | None = None,
+    known_classes: Sequence[str] = (),
 ) -> Batches:
     r"""Draw a random sample of a data set and turn it into batches as fine-tuning would see them.
 
@@ -90,13 +95,15 @@ def load_batches(
         seq2seq: For encoder-decoders: prompt in `input_ids`, completion in `labels`, which then have their own length.
         needs_labels: Leave out rows without a labelled token among the first `max_length`, and warn if that is more
             than a tenth of them. Switch it off where every token counts.
+        label: Column of the class, for a classifier: `labels` are classes, int64 [batch], as `class_names` counts them.
+        known_classes: With `label`: classes of the checkpoint, in its order.
 
     Returns:
         The batches, a list with a `description`.
 
     Raises:
-        LoraInitError: The source is missing, unreadable or empty, a column is missing, no row is usable, or an argument
-            is out of range.
+        LoraInitError: The source is missing, unreadable or empty, a column is missing, no row is usable, an argument
+            is out of range, or a label goes with a completion or is no class.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
         if value < least:
@@ -109,17 +116,17 @@ def load_batches(
     reading = recipe(rows.table.column_names, rows.label, tokenizer, template, completion, format)
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
 
-    def read(row: Mapping[str, Any]) -> Encoded | str:
-        example = reading.to_example(row)
-        encoded = encode(example, tokenizer, limit, seq2seq) if example else None
-        if encoded is None:
-            return "with an empty field"
-        if needs_labels and all(label == IGNORED for label in encoded[1]):
-            return f"without a labelled token among the first {limit}"
-        return encoded
+    classes: tuple[str, ...] = ()
+    if label is not None:
+        if completion is not None:
+            raise LoraInitError(NO_COMPLETION)
+        classes = class_names(rows.table, rows.label, label, reading.columns, known_classes)
+    read = _reader(
+        reading, partial(encode, tokenizer=tokenizer, limit=limit, seq2seq=seq2seq), limit, needs_labels, label, classes
+    )
 
     left_out: Counter[str] = Counter()
-    usable = rows.usable(reading.columns, read, seed, left_out)
+    usable = rows.usable([*reading.columns, *([label] if label else [])], read, seed, left_out)
     examples = list(islice(usable, offset, None if samples is None else offset + samples))
     skipped = ", ".join(f"{count} left out {why}" for why, count in left_out.items())
     n_read = offset + len(examples) + left_out.total()
@@ -136,15 +143,36 @@ def load_batches(
     groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
-        "batch_size": batch_size, "seed of the sample": seed,
+        "batch_size": batch_size, "seed of the sample": seed, **({"classes": [*classes]} if label else {}),
     }  # fmt: skip
-    batches = Batches((pad_batch(group, pad) for group in groups), settings)
+    batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
+    batches.classes = classes
     parts = [
         f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
-        f"seed {seed}", f"at most {limit} tokens", reading.name, skipped,
+        f"seed {seed}", f"at most {limit} tokens", reading.name,
+        f"label {label}, {len(classes)} classes" if label else "", skipped,
     ]  # fmt: skip
     batches.description = ", ".join(part for part in parts if part)
     return batches
+
+
+def _reader(
+    reading: Recipe, encode: Callable[[Example], Encoded | None], limit: int, needs_labels: bool,
+    label: str | None, classes: Sequence[str],
+) -> Callable[[Mapping[str, Any]], Encoded | str]:  # fmt: skip
+    def read(row: Mapping[str, Any]) -> Encoded | str:
+        """Read a row as tokens and their labels, or its class; or say why it is left out."""
+        example = reading.to_example(row)
+        encoded = encode(example) if example else None
+        if encoded is None:
+            return "with an empty field"
+        if label is not None:
+            return "without a label" if row[label] is None else (encoded[0], [classes.index(str(row[label]))])
+        if needs_labels and all(label == IGNORED for label in encoded[1]):
+            return f"without a labelled token among the first {limit}"
+        return encoded
+
+    return read
 
 
 def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:
@@ -164,18 +192,19 @@ def padding_token(tokenizer: Any) -> int:
     return next((token for token in found if token is not None), 0)
 
 
-def pad_batch(examples: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+def pad_batch(examples: Sequence[Encoded], pad: int, of_classes: bool = False) -> dict[str, Tensor]:
     """Pad examples on the right to one length: `input_ids`, `attention_mask`, `labels`, each int64 [batch, length].
 
+    Where an example's only label is its class, `labels` is int64 [batch].
     transformers' collators need a tokenizer with a padding token, and pad on its side.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     ids = [torch.tensor(tokens) for tokens, _ in examples]
-    labels = [torch.tensor(labels, dtype=torch.long) for _, labels in examples]  # none for a classification
+    labels = [torch.tensor(labels, dtype=torch.long) for _, labels in examples]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "labels": torch.cat(labels) if of_classes else pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }

@@ -1,9 +1,9 @@
-"""What a row says: columns, a template or chat messages -> one text -> tokens, some of them with labels."""
+"""What a row says: columns, a template or chat messages -> one text -> tokens, some of them with labels; its class."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from string import Formatter
@@ -13,6 +13,8 @@ from lora_init.errors import LoraInitError, did_you_mean
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 IGNORED = -100  # the label of a token that has none, as in layers.masks
+NO_COMPLETION = "a classification has no completion: the class is what --label names. Leave it out."
+_MOST_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,37 @@ def _template_recipe(names: list[str], label: str, template: str, completion: st
         [*dict.fromkeys(used + more)],
         lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
     )
+
+
+def class_names(rows: Any, name: str, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
+    """Name the classes of a column in the order in which labels count them.
+
+    That is the checkpoint's order if it `known` them all, so that its head keeps its meaning; else the order of their
+    numbers, if they are numbers, so that 0, 1, 2 stay what they are; else that of their names.
+
+    Args:
+        rows: A `datasets.Dataset`.
+        name: What to call the data.
+        column: Column of the class.
+        used: Columns that the text is from.
+        known: Classes of the checkpoint, in its order.
+
+    Raises:
+        LoraInitError: No such column, or it is a part of the text; too few or too many values for classes.
+    """
+    if column not in rows.column_names:
+        raise LoraInitError(f"label={column!r} is not a column. Columns of {name}: {', '.join(rows.column_names)}.")
+    values = {str(value) for value in rows[column] if value is not None}
+    if not 2 <= len(values) <= _MOST_CLASSES:
+        raise LoraInitError(
+            f"{name}: column {column!r} has {len(values)} different values, and a classification needs 2 to "
+            f"{_MOST_CLASSES} classes. Name the column of the class."
+        )
+    if column in used:
+        raise LoraInitError(f"label={column!r} is a part of the text, which gives the class away. Take it out.")
+    if values <= set(known):
+        return tuple(known)
+    return tuple(sorted(values, key=int if all(value.isdecimal() for value in values) else None))
 
 
 _Parts = list[tuple[str, str | None]]  # literal text, and the column whose value follows it

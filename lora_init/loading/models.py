@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line
+from lora_init.loading.batches import padding_token
 from lora_init.loading.hub import check_hub
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
@@ -69,6 +70,11 @@ class ModelSource:
         """Whether it is an encoder-decoder."""
         return bool(self.config.is_encoder_decoder)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Classes that the configuration names, in the order of the head's outputs."""
+        return tuple(name for _, name in sorted((getattr(self.config, "id2label", None) or {}).items()))
+
     def load(
         self, *, dtype: str = "auto", device: str = "auto", seed: int = 0, n_labels: int | None = None
     ) -> LoadedModel:
@@ -78,7 +84,8 @@ class ModelSource:
             dtype: One of `DTYPES`; `"auto"` keeps the checkpoint's.
             device: A torch device; `"auto"` is the first GPU if there is one.
             seed: Seed of weights that the checkpoint lacks, such as those of a new head.
-            n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced.
+            n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced. The model then
+                knows what batches are padded with.
         """
         place = find_device(device)
         if dtype not in DTYPES:
@@ -89,12 +96,15 @@ class ModelSource:
         options = self.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if n_labels is not None:
             options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
+            options["problem_type"] = "single_label_classification"
         quantised = getattr(self.config, "quantization_config", None) is not None
         if quantised:
             options["device_map"] = {"": place}  # quantised weights cannot move afterwards
         torch.manual_seed(seed)
         load = getattr(transformers, self.saved_as, getattr(transformers, self.auto_class)).from_pretrained
         model, loading = _guarded(self.name, load, output_loading_info=True, **options)
+        if n_labels is not None:
+            model.config.pad_token_id = padding_token(self.tokenizer)
         if not quantised:
             model.to(place)
         reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])

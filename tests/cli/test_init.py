@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import lora_init
-from tests.commands import assert_one_line_error, run, save_model
+from lora_init import build_adapter, collect, load_batches
+from lora_init.loading.models import load_model
+from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama
 
 # What it makes
@@ -182,6 +184,52 @@ def test_a_plain_encoder_can_be_given_a_task(home, tmp_path):
     heads = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("head", "again")]
     (head,) = (key for key in heads[0] if "classifier.weight" in key)
     assert torch.equal(heads[0][head], heads[1][head])  # a new head starts at random, from the seed
+
+
+def test_a_column_of_classes_makes_a_classifier(home, tmp_path):
+    """The start is that of the classes' own loss, and what the card says loads the adapter with its head."""
+    save_model(tiny_bert(task=None), tmp_path / "model")
+    file, out = tmp_path / "s.safetensors", tmp_path / "out"
+    command = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
+    command += ["--method", "natural-gradient", "--rank", 2, "--rho", 1, "--seed", 3, "--statistics", file]
+    made = run(*command, "-o", out, "--json")
+    assert made.exit_code == 0, made.output
+    said, n_classes = json.loads(made.stdout), len(WORDS[:19])
+    assert said["classes"] == sorted(WORDS[:19]) and said["train"].endswith("README.md shows")
+    loaded = load_model(str(tmp_path / "model"), task_type="SEQ_CLS", seed=3, n_labels=n_classes)
+    batches = load_batches(
+        home / "rows.jsonl", loaded.tokenizer, template="{passage}", label="question", seed=3, batch_size=4
+    )
+    stats = collect(loaded.model, batches, rank=2, rho=1, seed=3, gradients=True, task_type="SEQ_CLS")
+    expected = build_adapter(stats, 2, "natural-gradient", seed=3)
+    tensors = load_file(out / "adapter_model.safetensors")
+    for name, (a, _) in expected.weights.items():
+        torch.testing.assert_close(tensors[f"base_model.model.{name}.lora_A.weight"], a)
+    script = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    script = script.replace("'BASE_MODEL'", repr(str(tmp_path / "model")))
+    names = {"directory": str(out)}
+    exec(script, names)
+    model = names["model"]
+    assert list(model.config.id2label.values()) == said["classes"]
+    head = model.base_model.model.classifier.modules_to_save["default"].weight
+    assert torch.equal(head, loaded.model.classifier.weight) and head.requires_grad
+    # The file stands in for the data, classes and head included.
+    again = run("init", tmp_path / "model", "--task-type", "SEQ_CLS", "--statistics", file, "-o", tmp_path / "again",
+                "--method", "natural-gradient", "--rank", 2, "--rho", 1)  # fmt: skip
+    assert again.exit_code == 0, again.output
+    same = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert same.keys() == tensors.keys() and all(torch.equal(same[key], tensors[key]) for key in same)
+
+
+def test_a_causal_model_becomes_a_classifier(home, tmp_path):
+    """It needs a token to pad with, by which its head finds the last token of a text."""
+    command = ["init", home / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
+    made = run(*command, "--method", "lora-one", "--rank", 2, "--rho", 1, "-o", tmp_path / "out", "--json")
+    assert made.exit_code == 0, made.output
+    said = json.loads(made.stdout)
+    assert said["loss_at_start"] < said["loss_before"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
 
 
 def test_the_same_command_gives_the_same_adapter(command, tmp_path):
@@ -376,7 +424,11 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),
         ({"--task-type": "POETRY"}, ["'POETRY' is unknown", "CAUSAL_LM"]),
         ({"--task-type": "seq_class"}, ["'seq_class' is unknown. Did you mean SEQ_CLS?"]),
-        ({"--task-type": "SEQ_CLS", "--method": "grad-a"}, ["need the classes, and init reads texts alone"]),
+        ({"--task-type": "SEQ_CLS", "--method": "grad-a"}, ["need classes, not texts alone", "--label COLUMN"]),
+        ({"--task-type": "TOKEN_CLS", "--method": "grad-a"}, ["need classes", "Use initialize() in Python"]),
+        ({"--task-type": "CAUSAL_LM", "--label": "text"}, ["--task-type CAUSAL_LM does not. Give one."]),
+        ({"--label": "kind"}, ["--label 'kind' is not a column. Columns of"]),
+        ({"--label": "text", "--token-mask": "labels"}, ["--label text: a class is no --token-mask labels"]),
         ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
         ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
         ({"--statistics": "text.txt"}, ["text.txt"]),

@@ -208,7 +208,7 @@ def test_a_classifier(home, tmp_path):
     records = found.records
     assert [record["status"] for record in records] == ["finished"] * len(found.planned)
     assert found.settings["kind"] == "classification" and records[0]["retain_loss"] is None
-    assert found.settings["init"] is None  # `init` does not know the number of classes
+    assert " --label first " in found.settings["init"]
     # A new head is drawn from the seed, alike for all starts.
     for seed in (0, 1):
         assert len({record["report_loss"][0] for record in records if record["seed"] == seed}) == 1

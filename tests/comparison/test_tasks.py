@@ -107,6 +107,7 @@ def test_fixed_options(home, tokenizer):
         (dict(batch_size=64), "expected 64 or more"),
         (dict(label="class"), "label='class' is not a column. Columns of "),
         (dict(label="passage"), "column 'passage' has 120 different values"),
+        (dict(label="first", template="{passage} {first}"), "label='first' is a part of the text, which gives"),
         (dict(label="empty"), "column 'empty' has 1 different values"),
         (dict(label="first", completion=" {first}"), "a classification has no completion"),
         (dict(label="first", options="listed"), "Give one of them"),

@@ -287,8 +287,37 @@ def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("values", "known", "classes"),
+    [
+        (["b", "a", "b", "c"], (), ("a", "b", "c")),
+        ([10, 9, 2, 9], (), ("2", "9", "10")),  # by number, so that 0, 1, 2, ... are what they are
+        (["no", "yes", "no", "no"], ("yes", "no", "maybe"), ("yes", "no", "maybe")),  # as the checkpoint's head has it
+        (["no", "yes", "no", "no"], ("LABEL_0", "LABEL_1"), ("no", "yes")),
+    ],
+)
+def test_classes_are_labels_of_whole_texts(write, tokenizer, values, known, classes):
+    rows = [{"q": str(value) * 3, "kind": value} for value in [*values, None]]
+    batches = load_batches(write(rows), tokenizer, template="{q}", label="kind", known_classes=known, batch_size=3)
+    assert batches.classes == classes and batches.settings["classes"] == [*classes]
+    for batch in batches:
+        said = [
+            tokenizer.decode(ids[mask == 1])
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        assert batch["labels"].dtype == torch.int64
+        assert said == [classes[label] * 3 + "<eos>" for label in batch["labels"].tolist()]
+    assert f"label kind, {len(classes)} classes, 1 left out without a label" in batches.description
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(template="{passage}", label="kind"), "label='kind' is not a column. Columns of"),
+        (
+            dict(template="{passage}", label="label"),
+            "column 'label' has 1 different values, and a classification needs",
+        ),
+        (dict(template="{passage}", label="label", completion="{label}"), "a classification has no completion"),
         (dict(template="{passage.__class__}"), "has no column 'passage.__class__'. Its columns: passage, label."),
         (dict(template="{passage[0]}"), "has no column 'passage[0]'"),
         (dict(template="{passage:{label.__class__}}"), "only column names go in braces"),
