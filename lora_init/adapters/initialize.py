@@ -21,6 +21,7 @@ from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of
 from lora_init.loading.batches import Batches, load_batches
+from lora_init.loading.models import classes_of
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def initialize(
         adapter_name: PEFT's name for the adapter.
         seed: Seed of the decomposition and of random initializations.
         **options: Passed on to `collect` (`exclude_modules`, `task_type` and so on) and, with a tokenizer, to
-            `load_batches` (`template`, `format`, `samples` and so on).
+            `load_batches` (`template`, `format`, `samples` and so on; `label`, whose classes are in the order of the
+            model's `id2label` if it names them).
 
     Returns:
         The PeftModel; also `trainer.model` from then on.
@@ -141,7 +143,13 @@ def _read(
     names = inspect.signature(load_batches).parameters
     reading = {name: value for name, value in options.items() if name in names}
     rest = {name: value for name, value in options.items() if name not in names}
-    reading.setdefault("seq2seq", encoder_of(model) is not None)
+    classifies, head = "label" in reading, classes_of(getattr(model, "config", None))
+    reading = {"seq2seq": encoder_of(model) is not None and not classifies, "known_classes": head, **reading}
     reading.setdefault("needs_labels", rest.get("gradients", False) or rest.get("token_mask") == "labels")
     batches = load_batches(source, tokenizer, seed=seed, **reading)
-    return batches, {"data": batches.description, **rest}
+    if classifies and len(batches.classes) != len(head):
+        got = (
+            f"{batches.description.partition(':')[0]} has {len(batches.classes)} classes, the model's head {len(head)}"
+        )
+        raise LoraInitError(f"{got}. Load the model with num_labels={len(batches.classes)}.")
+    return batches, {"data": batches.description, **({"task_type": "SEQ_CLS"} if classifies else {}), **rest}

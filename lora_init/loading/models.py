@@ -73,7 +73,7 @@ class ModelSource:
     @property
     def classes(self) -> tuple[str, ...]:
         """Classes that the configuration names, in the order of the head's outputs."""
-        return tuple(name for _, name in sorted((getattr(self.config, "id2label", None) or {}).items()))
+        return classes_of(self.config)
 
     def load(
         self, *, dtype: str = "auto", device: str = "auto", seed: int = 0, n_labels: int | None = None
@@ -110,6 +110,11 @@ class ModelSource:
         reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
         drawn = frozenset([*loading["missing_keys"], *reshaped])
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
+
+
+def classes_of(config: Any) -> tuple[str, ...]:
+    """Name the classes of a configuration, in the order of the head's outputs."""
+    return tuple(name for _, name in sorted((getattr(config, "id2label", None) or {}).items()))
 
 
 def check_model(source: str) -> None:

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from lora_init import LoraInitError, initialize, load_batches
-from tests.conftest import tiny_llama
-from tests.loading.test_batches import byte_tokenizer
+from tests.conftest import tiny_bert, tiny_llama
+from tests.loading.test_batches import bert_tokenizer, byte_tokenizer
 
 ROWS = [{"question": f"what is {i}", "answer": f"it is {i * i}"} for i in range(12)]
 READING = dict(template="{question}?", completion=" {answer}", samples=8)
@@ -63,6 +63,25 @@ def test_options_go_where_they_belong():
         llama(), ROWS, rank=2, tokenizer=byte_tokenizer(), exclude_modules=["k_proj"], max_batches=1, **READING
     )
     assert not any("k_proj" in name for name in weights(model)) and any("q_proj" in name for name in weights(model))
+
+
+def test_classes_are_those_of_the_models_head():
+    rows = [{"text": "a b c d e f"[: 2 * i + 1], "kind": ("even", "odd")[i % 2]} for i in range(6)]
+    model, seen = tiny_bert(), []
+    model.config.id2label = {0: "odd", 1: "even"}
+
+    def loss(output, batch):
+        seen.extend(batch["labels"].tolist())
+        return output.loss
+
+    reading = dict(tokenizer=bert_tokenizer(), template="{text}", label="kind", batch_size=2)
+    adapted = initialize(model, rows, rank=2, method="natural-gradient", rho=1, loss=loss, **reading)
+    expected = load_batches(rows, known_classes=("odd", "even"), **reading)
+    assert seen == [label for batch in expected for label in batch["labels"].tolist()]
+    assert adapted.peft_config["default"].task_type == "SEQ_CLS"
+    numbered = [{**row, "kind": i} for i, row in enumerate(rows)]
+    with pytest.raises(LoraInitError, match=r"has 6 classes, the model's head 2. Load the model with num_labels=6."):
+        initialize(tiny_bert(), numbered, rank=2, **reading)
 
 
 @pytest.mark.parametrize(
