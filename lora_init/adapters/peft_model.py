@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.files import is_as_written, read_json
-from lora_init.layers.targets import PREFIX, Target, find_targets
+from lora_init.layers.targets import HEADS, PREFIX, Target, find_targets, is_in
 from lora_init.layers.wrappers import plain_name
 from lora_init.planning.plan import exact_pattern
 
@@ -130,8 +130,14 @@ def check_plain(model: Any, taker: str) -> None:
         )
 
 
-def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) -> None:
-    """Refuse a name that is not the ending of a module's, as PEFT matches it, which leaves it out silently."""
+def check_modules_to_save(
+    model: nn.Module, modules_to_save: Collection[str], task_type: str | None = None, drawn: Collection[str] = ()
+) -> None:
+    """Refuse a name that is not the ending of a module's, as PEFT matches it, which leaves it out silently.
+
+    Of parameters that the checkpoint lacks, `drawn` at random, refuse those that an adapter for this task would not
+    hold: they would be others wherever it is loaded. T5's `classification_head` is one that PEFT does not know.
+    """
     names = [name for name, _ in model.named_modules() if name]
     for ending in modules_to_save:
         if not any(name.endswith(ending) for name in names):
@@ -139,6 +145,14 @@ def check_modules_to_save(model: nn.Module, modules_to_save: Collection[str]) ->
             close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
             hint = f" Closest: {', '.join(close)}." if close else ""
             raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
+    heads = HEADS.get(task_type or "", ())
+    owners = sorted({name.rpartition(".")[0] for name in drawn})
+    lost = ",".join(owner for owner in owners if not is_in(owner, (*heads, *modules_to_save)))
+    if heads and lost:
+        raise LoraInitError(
+            f"the weights of {lost} are new and random, and an adapter holds only those of {' and '.join(heads)}. "
+            f"Take them along: modules_to_save={lost}."
+        )
 
 
 def check_model(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:

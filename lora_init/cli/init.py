@@ -182,7 +182,7 @@ def init(
         return
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device, **_head(batches, file, seed))
-    check_modules_to_save(loaded.model, options["modules_to_save"])
+    check_modules_to_save(loaded.model, options["modules_to_save"], loaded.task_type, loaded.drawn)
     if bank is not None:
         start_from(
             bank, loaded, batches, aside, file, by=by, rank=rank, lora_alpha=lora_alpha, gamma=gamma,

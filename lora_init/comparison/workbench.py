@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 import lora_init
+from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.step_size import N_ASIDE, mean_loss
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
@@ -346,6 +347,7 @@ def set_up(
         dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     if classifies:
+        check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)
         if loaded.model.dtype != torch.float32:
             raise LoraInitError(f"dtype={options.dtype!r}: the head of a classifier is trained whole, in float32.")
     elif loaded.task_type != "CAUSAL_LM":

@@ -10,7 +10,7 @@ import lora_init
 from lora_init import build_adapter, collect, load_batches
 from lora_init.loading.models import load_model
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import MODELS, tiny_bert, tiny_llama
+from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
 
 # What it makes
 
@@ -219,6 +219,21 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path):
     assert again.exit_code == 0, again.output
     same = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert same.keys() == tensors.keys() and all(torch.equal(same[key], tensors[key]) for key in same)
+
+
+def test_a_head_that_the_adapter_would_not_hold_is_taken_along(home, tmp_path):
+    """PEFT does not know T5's `classification_head` by itself."""
+    model = tiny_t5()
+    model.config.eos_token_id = 2  # by which it finds the end of a text
+    save_model(model, tmp_path / "model")
+    command = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
+    command += ["--rank", 2, "--rho", 1, "--method", "natural-gradient", "-o", tmp_path / "out"]
+    head = "classification_head.dense,classification_head.out_proj"
+    assert_one_line_error(run(*command), f"the weights of {head} are new and random", f"--modules-to-save {head}.")
+    made = run(*command, "--modules-to-save", head)
+    assert made.exit_code == 0, made.output
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("classification_head" in name for name in tensors) == 4
 
 
 def test_a_causal_model_becomes_a_classifier(home, tmp_path):
