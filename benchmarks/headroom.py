@@ -7,6 +7,7 @@ most eight. A study asks more of a task:
 
 - `starts`: six starts more, for tasks where there is something to win.
 - `default-rate`: whether a larger A x makes up for a rate that nobody tuned, 2e-4.
+- `untuned`: three of these by names that `compare` knows.
 - `between`: `random` between two rates of the grid.
 - `forgetting`: five seeds of `random` and `natural-gradient-step` at the two rates that are best for either.
 - `more-seeds`: 24 seeds of `random`, `natural-gradient-step` and full fine-tuning, where seeds differ much.
@@ -17,7 +18,7 @@ most eight. A study asks more of a task:
   every other block.
 - `confirm`: the start that won on a task, `random` and full fine-tuning, on seeds that nothing was chosen by.
 
-The first five join the directory of the task, the others have their own, `results/STUDY-TASK/`.
+The first six join the directory of the task, the others have their own, `results/STUDY-TASK/`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
     "starts": {"starts": ["random", "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
     "default-rate": {"learning_rates": [2e-4], "extend": 0},  # larger A x than usual
+    # The same with names that `compare` knows, of what was found good there, and random rows of a like size.
+    "untuned": {
+        "starts": ["natural-gradient+80-alpha", "eva-rho1+32-alpha", "random+160-alpha"],
+        "learning_rates": [2e-4],
+        "extend": 0,
+        "precision": None,
+    },
     "between": {"starts": ["random"], "extend": 0, "precision": None},
     "forgetting": {
         "starts": ["random", "natural-gradient-step"],
@@ -91,8 +99,10 @@ CONFIRM: dict[str, list[tuple[str, float, int]]] = {
     "minilm-medical-subjects": [("random", 1e-3, 20), ("full", 1e-3, 8), ("natural-gradient+80-alpha", 2e-4, 20)],
     "minilm-specialties": [("natural-gradient+80-alpha", 2e-4, 36), ("random", 2e-3, 36), ("full", 3e-3, 12)],
     "siqa": [("random", 1e-3, 4), ("random", 3e-3, 4), ("full", 1e-3, 4), ("natural-gradient+80-alpha", 2e-4, 4)],
+    # Nothing was chosen on this task: `random` has the two rates that are best for it on the others.
+    "piqa": [("natural-gradient+80-alpha", 2e-4, 6), ("random", 1e-3, 6), ("random", 3e-3, 6), ("full", 1e-3, 4)],
 }
-JOINED = ("headroom", "more-seeds", "starts", "default-rate", "between", "forgetting")
+JOINED = ("headroom", "more-seeds", "starts", "default-rate", "untuned", "between", "forgetting")
 # The base in bfloat16 trains 1.45 times as fast here as in float32; adapters are float32 in any case.
 SMALL_MODEL = {
     "dtype": "bfloat16",
