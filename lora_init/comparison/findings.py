@@ -292,14 +292,16 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
         mean, low, high = (percent(end / random) for end in (effect.mean, effect.low, effect.high))
         said += f": {mean} against random ({low} to {high})"
     said += f".{but}"
+    # What a start has won was there to win, whatever full fine-tuning gains.
+    nothing = "" if any(verdict.outcome == "better" for verdict in judged) else ": nothing to win here"
     if left <= 0.0:
-        return f"{said} That is no lower than random: nothing to win here."
+        return f"{said} That is no lower than random{nothing}."
     gone = (plain - random) / (plain - random + left)
     said += f" So random goes {share(gone)} of the way, and {percent(left / random)[1:]} is left."
     could = [verdict.showable for verdict in judged if verdict.showable is not None]
     if not could:
         return said
-    enough = "" if left > min(could) else ": nothing to win here that they could show"
+    enough = "" if left > min(could) or not nothing else f"{nothing} that they could show"
     return f"{said} The runs could have shown {percent(min(could) / random)[1:]} at best{enough}."
 
 

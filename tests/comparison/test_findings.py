@@ -287,6 +287,12 @@ def test_headroom(left, said):
     assert [verdict.start for verdict in summary.verdicts] == ["eva"]
 
 
+@pytest.mark.parametrize("left", [0.0002, -0.01])
+def test_what_a_start_has_won_was_there_to_win(left):
+    summary = summarise(with_headroom(left, 0.03), settings(starts=["random", "eva", "full"]))
+    assert summary.answer.startswith("Use eva:") and "nothing to win" not in summary.headroom
+
+
 def with_headroom(left, gain):
     """Runs in which full fine-tuning ends `left` below random on each seed, and eva about `gain`."""
     runs = planted({"eva": -gain, "full": 0.0}, spread=0.002)
