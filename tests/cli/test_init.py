@@ -51,6 +51,8 @@ def test_who_does_not_tune_the_rate_is_told_what_to_take(command, tmp_path):
         made = run(*command, "--rank", "2", "--rho", "1", "--json", "--lora-alpha", *options)
         assert made.exit_code == 0, made.output
         said[i] = [note for note in json.loads(made.stdout)["notes"] if "learning rate" in note]
+        seen = "it has seen the labels of these examples: judge what you train from it by others."
+        assert (seen in json.loads(made.stdout)["notes"]) == ("natural-gradient" in options)
     assert said[1] == said[2] == []
     for i, alpha in ((0, 8), (3, 20)):
         note = f"tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha {alpha}."
