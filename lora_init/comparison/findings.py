@@ -301,7 +301,7 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     could = [verdict.showable for verdict in judged if verdict.showable is not None]
     if not could:
         return said
-    enough = "" if left > min(could) or not nothing else f"{nothing} that they could show"
+    enough = f"{nothing} that they could show" if nothing and left <= min(could) else ""
     return f"{said} The runs could have shown {percent(min(could) / random)[1:]} at best{enough}."
 
 

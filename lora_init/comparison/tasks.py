@@ -6,13 +6,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.batches import group_by_length, pad_batch, padding_token
-from lora_init.loading.examples import IGNORED, NO_COMPLETION, Encoded, Recipe, class_names, encode, recipe
+from lora_init.loading.batches import example_reader, group_by_length, pad_batch, padding_token
+from lora_init.loading.examples import NO_COMPLETION, Encoded, Recipe, class_names, encode, recipe
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -255,29 +256,23 @@ def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
 def _reader(
     asked: Loading, reading: Recipe, tokenizer: Any, limit: int, classes: Sequence[str]
 ) -> Callable[[Mapping[str, Any]], Item | str]:
-    def encoded(row: Mapping[str, Any]) -> Encoded | None:
-        example = reading.to_example(row)
-        return encode(example, tokenizer, limit, False) if example else None
+    encoded = partial(encode, tokenizer=tokenizer, limit=limit, seq2seq=False)
+    plain = example_reader(reading, encoded, limit, asked.options is None, asked.label, classes)
 
     def read(row: Mapping[str, Any]) -> Item | str:
         """Read a row as an item, or say why it is left out."""
-        tokens = encoded(row)
-        if tokens is None:
-            return "with an empty field"
-        if asked.label is not None:
-            value = row[asked.label]
-            found = None if value is None else classes.index(str(value))
-            return "without a label" if found is None else Item((tokens[0], [found]), (), found)
+        tokens = plain(row)
+        if isinstance(tokens, str):
+            return tokens
         if asked.options is None:
-            unlabelled = all(target == IGNORED for target in tokens[1])
-            return f"without a labelled token among the first {limit}" if unlabelled else Item(tokens)
-        choice = read_choices(row, asked.options, asked.answer)
-        if choice is None:
+            return Item(tokens, answer=None if asked.label is None else tokens[1][0])
+        found = read_choices(row, asked.options, asked.answer)
+        if found is None:
             return "whose answer is none of the options"
-        options, right = choice
-        choices = [encoded({**row, asked.answer: option}) for option in options]
+        options, right = found
+        choices = [plain({**row, asked.answer: option}) for option in options]
         # A shortened option would be likelier than it is.
-        whole = tuple(choice for choice in choices if choice is not None and len(choice[0]) < limit)
+        whole = tuple(choice for choice in choices if not isinstance(choice, str) and len(choice[0]) < limit)
         return f"with {limit} or more tokens" if len(whole) < len(options) else Item(whole[right], whole, right)
 
     return read

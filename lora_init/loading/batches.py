@@ -121,7 +121,7 @@ def load_batches(
         if completion is not None:
             raise LoraInitError(NO_COMPLETION)
         classes = class_names(rows.table, rows.label, label, reading.columns, known_classes)
-    read = _reader(
+    read = example_reader(
         reading, partial(encode, tokenizer=tokenizer, limit=limit, seq2seq=seq2seq), limit, needs_labels, label, classes
     )
 
@@ -156,12 +156,13 @@ def load_batches(
     return batches
 
 
-def _reader(
+def example_reader(
     reading: Recipe, encode: Callable[[Example], Encoded | None], limit: int, needs_labels: bool,
     label: str | None, classes: Sequence[str],
 ) -> Callable[[Mapping[str, Any]], Encoded | str]:  # fmt: skip
+    """Make a function that reads a row as tokens and their labels, or its class, or says why it is left out."""
+
     def read(row: Mapping[str, Any]) -> Encoded | str:
-        """Read a row as tokens and their labels, or its class; or say why it is left out."""
         example = reading.to_example(row)
         encoded = encode(example) if example else None
         if encoded is None:
