@@ -86,8 +86,12 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     the spectrum's components counts as isotropic.
     """
     check_rank(spectrum, rank)
-    a = random(spectrum, rank, generator)
-    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[:rank])
+    return as_large_as_eva(spectrum, random(spectrum, rank, generator))
+
+
+def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:
+    """Multiply A [r, d_in] by the number with which its `energy` is that of `eva`; by 1 where either has none."""
+    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[: len(a)])
     return a * math.sqrt(of_eva / own) if own > 0.0 and of_eva > 0.0 else a
 
 
