@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -78,6 +79,7 @@ def run(function, size, folder, *arguments, seconds=150, **environment):
 
 
 def _child(module, function, own, folder, size, arguments, environment, rank):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
     launched = "MASTER_PORT" in environment
     os.environ.update(environment)
     if launched:

@@ -159,7 +159,7 @@ def test_on_a_terminal_every_verdict_is_a_line_and_no_cell_is_cut():
 # Its second run waits until a signal comes, so that nothing depends on how fast the machine is.
 WAITING = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind its back ignore this one
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 from lora_init import cli
 from lora_init.comparison import workbench
 train, calls = workbench.train, []
