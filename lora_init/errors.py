@@ -39,15 +39,19 @@ def require(*libraries: str) -> None:
     """Make sure, before the work, that libraries of `EXTRAS` are installed.
 
     Raises:
-        LoraInitError: One is not; says how to install it.
+        LoraInitError: Some are not; names all of them and the extras that install them.
     """
-    missing = next((name for name in libraries if find_spec(name) is None), None)
-    if missing is not None:
-        raise LoraInitError(_how_to_install(missing))
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise LoraInitError(_how_to_install(*missing))
 
 
-def _how_to_install(library: str) -> str:
-    return f"this needs {library}, which is not installed. Install it: pip install 'lora-init[{EXTRAS[library]}]'"
+def _how_to_install(*libraries: str) -> str:
+    extras = {EXTRAS[name] for name in libraries}
+    extras -= {"plots"} if "compare" in extras else set()  # which it includes
+    are, them = ("which is", "it") if len(libraries) == 1 else ("which are", "them")
+    command = f"pip install 'lora-init[{','.join(sorted(extras))}]'"
+    return f"this needs {', '.join(libraries)}, {are} not installed. Install {them}: {command}"
 
 
 def require_version(library: str, release: str, what: str) -> None:

@@ -7,7 +7,8 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from typing import Annotated, Any
 
@@ -16,22 +17,46 @@ from typer.core import TyperGroup
 
 import lora_init
 from lora_init.cli import bank, compare, export, init, inspect, ranks
-from lora_init.cli.console import AsJson, busy, command, print_result, process_rank, silence
+from lora_init.cli.console import (
+    WRONG_USAGE,
+    AsJson,
+    busy,
+    command,
+    print_error,
+    print_result,
+    process_rank,
+    silence,
+)
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
 
+_UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of typer's copy of it
+
+
+@contextmanager
+def _one_line_usage() -> Iterator[None]:
+    """Say in one line what is wrong with the words of a command, with the closest choice of an option."""
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).show is not _UsageError.show:
+            raise  # which prints the help, where a command has no words at all
+        word, *choices = re.findall("'([^']*)'", error.message) if "is not one of" in error.message else [""]
+        if choices:
+            error.message = f"{word!r} is none of the choices. {did_you_mean(word, choices)}"
+        text, path = " ".join(error.format_message().split()), error.ctx.command_path if error.ctx else "lora-init"
+        print_error(f"{text if text.endswith(('.', '?')) else f'{text}.'} See {path} --help.")
+        raise typer.Exit(WRONG_USAGE) from None
+
 
 class _Commands(TyperGroup):
-    """Says which choice of an option is closest to one that is none, as click does for names of options."""
+    def make_context(self, *words: Any, **more: Any) -> Any:
+        with _one_line_usage():
+            return super().make_context(*words, **more)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line_usage():
             return super().invoke(ctx)
-        except typer.BadParameter as error:
-            word, *choices = re.findall("'([^']*)'", error.message) if "is not one of" in error.message else [""]
-            if choices:
-                error.message = f"{word!r} is none of the choices. {did_you_mean(word, choices)}"
-            raise
 
 
 app = typer.Typer(

@@ -99,7 +99,7 @@ def add(
         f"{found.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
         f"In all {len(found.entries)}, tasks: {len(found.tasks)}."
     )
-    print_result(summary, as_json, lambda console, _: console.print(line, markup=False))
+    print_result(summary, as_json, lambda console, _: console.print(line, markup=False), written=True)
 
 
 def list_(bank: BankPath, as_json: AsJson = False) -> None:
@@ -153,7 +153,7 @@ def train(
         f"{path}: {parameters:,} parameters. From prompts of its {len(found.tasks)} tasks that it did not see it "
         f"reproduces {max(0.0, generator.explained):.0%} of what distinguishes their adapters."
     )
-    print_result(summary, as_json, lambda console, _: console.print(line, markup=False))
+    print_result(summary, as_json, lambda console, _: console.print(line, markup=False), written=True)
 
 
 for _name, _function in (("add", add), ("list", list_), ("train", train)):
@@ -197,7 +197,7 @@ def start_from(
         "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
         "loss_before": finite(before), "loss_at_start": finite(after),
     }  # fmt: skip
-    print_result(summary, as_json, _show_start)
+    print_result(summary, as_json, _show_start, written=True)
 
 
 def _show_start(console: Console, summary: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ def compare(
     about = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
     about["verdicts"] = [asdict(verdict) for verdict in found.summary.verdicts]
     about["notes"] = found.summary.notes
-    print_result(about, as_json, lambda console, _: show_comparison(console, found.summary))
+    print_result(about, as_json, lambda console, _: show_comparison(console, found.summary), written=True)
     if not as_json:
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from lora_init.errors import LoraInitError, explain
+from lora_init.errors import LoraInitError, explain, require
 from lora_init.layers.grid import PURPOSES
 
 if TYPE_CHECKING:
@@ -39,7 +39,19 @@ Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda
 Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
 MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]
 
-FAILED, INTERRUPTED = 1, 130
+# Libraries of extras that a command, an option, or a value of an option needs.
+_LIBRARIES = {
+    "compare": ("matplotlib", "scipy", "sklearn"),
+    "compare --ray": ("ray",),
+    "ranks --plot": ("matplotlib",),
+    "init --by mixture": ("scipy",),
+    "inspect --intruders": ("scipy",),
+    "export --reduce-intruders": ("scipy",),
+    "export --engine llama.cpp": ("gguf",),
+    "export --engine ollama": ("gguf",),
+}
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.
 _PIPE_WIDTH = 100
 
@@ -67,16 +79,17 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def print_json(content: Any) -> None:
-    """Print plain values as JSON on stdout."""
-    typer.echo(json.dumps(content, indent=2, allow_nan=False))
+def print_error(text: str) -> None:
+    """Print the one line that an error is, on stderr."""
+    rank = process_rank()
+    print(f"rank {rank}: error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
 
 
-def print_result(content: Any, as_json: bool, show: Callable[[Console, Any], None]) -> None:
-    """Print plain values as JSON, or as `show` does."""
+def print_result(content: Any, as_json: bool, show: Callable[[Console, Any], None], written: object = False) -> None:
+    """Print plain values as JSON, or as `show` does; with `-q` no summary of what was `written`."""
     if as_json:
-        print_json(content)
-    else:
+        typer.echo(json.dumps(content, indent=2, allow_nan=False))
+    elif not (written and _running.quiet):
         show(make_console(), content)
 
 
@@ -99,9 +112,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if _running.verbose:
             raise
-        rank = process_rank()
-        text = in_words_of_the_command(explain(error))
-        print(f"rank {rank}: error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
+        print_error(in_words_of_the_command(explain(error)))
         raise SystemExit(FAILED) from None
 
 
@@ -120,7 +131,9 @@ _running = _Running()
 
 def _common(
     context: typer.Context,
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", "-q", help="Print no progress and no summary of what was written.")
+    ] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Let other libraries speak, and show tracebacks.")] = False,
 ) -> None:
     _running.options = {}
@@ -140,12 +153,22 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(context: typer.Context, quiet: bool, verbose: bool, **options: Any) -> None:
         _common(context, quiet, verbose)
         with one_line_errors():
+            require(*_libraries(context.command.name, options))
             function(**options)
 
     signatures = (inspect.signature(part, eval_str=True) for part in (function, _common))
     parameters = [one.replace(kind=one.KEYWORD_ONLY) for part in signatures for one in part.parameters.values()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
+    """List the libraries of extras that a command needs with these options."""
+    for needing, libraries in _LIBRARIES.items():
+        of, option, value, *_ = *needing.split(), "", ""
+        found = options.get(option.removeprefix("--").replace("-", "_"))
+        if of == name and (not option or (found == value if value else found)):
+            yield from libraries
 
 
 def given(arguments: Iterable[str]) -> list[str]:

@@ -72,7 +72,7 @@ def export(
     summary = exported.to_dict()
     if loaded is not None and batches is not None:
         summary["losses"] = [_loss(loaded, place, batches) for place in (directory, exported.path)]
-    print_result(summary, as_json, lambda console, values: _show(console, exported, values.get("losses")))
+    print_result(summary, as_json, lambda console, values: _show(console, exported, values.get("losses")), written=True)
 
 
 def _load(directory: Path, base: str | None) -> LoadedModel:

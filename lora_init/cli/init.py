@@ -89,9 +89,7 @@ def init(
     statistics: Annotated[
         Path | None, Option(help="File kept every minute, and gone on from by the same command; serves without DATA.")
     ] = None,
-    method: Annotated[
-        Method, Option(help="How A starts. Backward passes from eva-grad on; B is other than zero in the last three.")
-    ] = "eva",
+    method: Annotated[Method, Option(help="How A starts. From eva-grad to lora-one by backward passes, too.")] = "eva",
     bank: Annotated[Path | None, Option(help="With from-bank: directory of lora-init bank.")] = None,
     by: Annotated[
         Literal["nearest", "mixture", "generated", "mean"], Option(help="With from-bank: how its adapters are used.")
@@ -102,7 +100,10 @@ def init(
     ] = "embeddings",
     gamma: Annotated[
         float | None,
-        Option(help="With the last three methods; larger is a smaller step. Default: searched; lora-ga 16."),
+        Option(
+            help="For natural-gradient-step, lora-ga, lora-one and from-bank, whose B is not zero: larger is a smaller "
+            "step. Default: searched; lora-ga 16."
+        ),
     ] = None,
     gradients: Annotated[bool, Option("--gradients", help="Run backward passes, too, for later use.")] = False,
     whiten: Annotated[bool, Option("--whiten", help="With eva: scale each row by its variance.")] = False,
@@ -202,15 +203,25 @@ def init(
     build = partial(build_adapter, stats, ranks, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed)
     built = _with_best_step(loaded.model, build, aside, gamma) if takes_step else build()
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-    print_result(summarise(stats, ranks, directory, file, built), as_json, show_summary)
+    print_result(summarise(stats, ranks, directory, file, built), as_json, show_summary, written=True)
 
 
-# A bank's adapters decide these; the others are for a bank alone.
-_NOT_FROM_BANK = (
-    "rho", "ranks_from", "target_modules", "exclude_modules", "target_parameters", "gradients", "whiten", "use_rslora",
-    "use_dora", "freeze_a", "modules_to_save", "max_batches", "token_mask", "center", "dry_run", "label",
+# Options that say nothing without the thing that they are about: how DATA are read, how the pass over them is made, ...
+_OF_DATA = (
+    "template", "completion", "label", "data_format", "subset", "split", "samples", "batch_size", "max_length",
 )  # fmt: skip
-_FROM_BANK = ("by", "similarity")
+_OF_PASS = ("gradients", "max_batches", "token_mask", "center")
+_OF_BANK = ("by", "similarity")
+_OF_OWN_START = (
+    "rho", "ranks_from", "target_modules", "exclude_modules", "target_parameters", "whiten", "use_rslora", "use_dora",
+    "freeze_a", "modules_to_save", "dry_run", "label", *_OF_PASS,
+)  # fmt: skip
+
+
+def _refuse_idle(arguments: tuple[str, ...], why: str) -> None:
+    idle = given(arguments)
+    if idle:
+        raise LoraInitError(f"{', '.join(idle)}: {why}. Leave {'it' if len(idle) == 1 else 'them'} out.")
 
 
 def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
@@ -218,10 +229,10 @@ def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
     from_bank = method == "from-bank"
     if from_bank != (bank is not None) or (from_bank and data is None):
         raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")
-    idle = given(_NOT_FROM_BANK if from_bank else _FROM_BANK)
-    if idle:
-        why = "a bank's adapters decide that" if from_bank else "that is for --method from-bank"
-        raise LoraInitError(f"{', '.join(idle)}: {why}. Leave it out.")
+    if from_bank:
+        _refuse_idle(_OF_OWN_START, "a bank's adapters decide that")
+    else:
+        _refuse_idle(_OF_BANK, "that is for --method from-bank")
     return from_bank
 
 
@@ -229,9 +240,8 @@ def _check_sources(
     data: str | None, statistics: Path | None, method: str, label: str | None, token_mask: str
 ) -> Path | None:
     """Refuse to go without data where the file does not replace them, or a step `method` needs them; name the file."""
-    if label is not None and (data is None or token_mask == "labels"):
-        why = "it names a column of DATA, which is missing" if data is None else "a class is no --token-mask labels"
-        raise LoraInitError(f"--label {label}: {why}. Leave it out.")
+    if label is not None and token_mask == "labels":
+        raise LoraInitError(f"--label {label}: a class is no --token-mask labels. Leave it out.")
     file = statistics.expanduser() if statistics else None
     if file is not None and not file.parent.is_dir():
         raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
@@ -241,6 +251,8 @@ def _check_sources(
         raise LoraInitError(
             f"--method {method} finds the size of its step by the loss on examples, and DATA is missing."
         )
+    if data is None:
+        _refuse_idle((*_OF_DATA, *_OF_PASS), f"without DATA nothing is read; {file} is used as it is")
     return file
 
 

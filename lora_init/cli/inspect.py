@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from lora_init.cli.console import AsJson, TrustRemoteCode, busy, importing, print_result, read_numbers
 from lora_init.cli.tables import columns, facts, finite, rank_table
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable
 from lora_init.layers.grid import layer_grid
 
@@ -73,7 +73,7 @@ def merge(
 
     parts = [Statistics.load(file) for file in files]
     merged = parts[0].merge(*parts[1:], weights=shares)
-    print_result(describe(merged.save(output.expanduser())), as_json, show)
+    print_result(describe(merged.save(output.expanduser())), as_json, show, written=True)
 
 
 @contextmanager
@@ -147,6 +147,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir() and (path / "settings.json").is_file() and not (path / "adapter_config.json").is_file():
+        require("scipy")  # for the intervals
         from lora_init.comparison.report import describe_directory
 
         return describe_directory(path)

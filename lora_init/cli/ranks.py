@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from lora_init.cli.console import AsJson, make_console, print_json, read_names, read_numbers, say
+from lora_init.cli.console import AsJson, print_result, read_names, read_numbers, say
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
@@ -227,13 +227,16 @@ def ranks(
 
         alpha = 16 if lora_alpha is None else lora_alpha
         typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
-    elif as_json:
-        several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
-        print_json(several if variants else plan_to_dict(plan))
-    elif variants:
-        make_console().print(comparison_table(plans))
-    else:
-        show_plan(make_console(), plan, stats)
+        return
+    several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
+
+    def show(console: Console, _: Any) -> None:
+        if variants:
+            console.print(comparison_table(plans))
+        else:
+            show_plan(console, plan, stats)
+
+    print_result(several if variants else plan_to_dict(plan), as_json, show, written=output or plot)
 
 
 def _refuse(condition: object, message: str) -> None:

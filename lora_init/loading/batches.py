@@ -81,8 +81,8 @@ def load_batches(
             mappings from column to value, a pandas DataFrame. What a CSV file holds is text, an empty cell an empty
             field; in a folder and on the hub it is what `datasets` makes of it.
         tokenizer: The model's Hugging Face tokenizer. It may lack a padding token.
-        template: Text of an example with columns in braces, `"{passage}\nQuestion: {question}?"`; the prompt, if
-            `completion` is given too. `{{` is a brace. A name in braces is looked up, never evaluated.
+        template: Text of an example with columns in braces, ``"{passage}\nQuestion: {question}?"``; the prompt,
+            if `completion` is given too. `{{` is a brace. A name in braces is looked up, never evaluated.
         completion: Template of what the model should answer.
         format: `"messages"`, `"sharegpt"`, `"prompt-completion"`, `"alpaca"` or `"text"`, if the columns fit several.
         subset: Configuration of a hub data set that has several.

@@ -24,7 +24,7 @@ from lora_init.errors import LoraInitError
 from lora_init.loading.models import open_model
 from lora_init.planning.snippets import snippet
 from lora_init.serving.engines import find_engine
-from tests.commands import run
+from tests.commands import assert_one_line_error, run
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,17 @@ from tests.commands import run
         ["init", "model", "data", "-o", "out", "--method", "magic"],
         ["init", "model", "data", "-o", "out", "--no-such-option"],
         ["inspect"],
+        ["bank", "add", "bank"],
+        ["--nonsense"],
         ["nosuchcommand"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments):
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert "Traceback" not in result.stderr
+    if arguments:
+        assert_one_line_error(run(*arguments), "--help.", code=2)
+    else:
+        result = run()
+        assert result.exit_code == 2 and "Commands:" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -198,14 +198,16 @@ def test_verbose_and_debug_let_the_traceback_through(command, monkeypatch, optio
     assert isinstance(run_here(*command, *options).exception, ZeroDivisionError)
 
 
-def test_quiet_says_nothing_but_results_and_warnings(command, tmp_path):
+def test_quiet_prints_warnings_and_what_was_asked_for_but_no_summary(command, tmp_path):
     command += ["--statistics", str(tmp_path / "stats"), "--target-modules", "q_prj,v_proj"]
     assert run_here(*command).exit_code == 0
     loud = run_here(*command, "--overwrite")
     quiet = run_here(*command, "--overwrite", "--quiet")
     assert "used as it is" in loud.stderr and "used as it is" not in quiet.stderr
     assert quiet.stderr.startswith("warning: ") and quiet.stderr.count("\n") == 1
-    assert quiet.stdout == loud.stdout
+    assert "parameters" in loud.stdout and quiet.stdout == ""
+    asked = run_here(*command, "--overwrite", "--quiet", "--json")
+    assert json.loads(asked.stdout)["adapter"] and run_here("inspect", tmp_path / "stats", "-q").stdout
 
 
 def test_an_error_of_many_lines_becomes_one():

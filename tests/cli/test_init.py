@@ -322,6 +322,23 @@ def test_without_data_a_file_that_does_not_serve_is_refused_and_kept(command, tm
     assert file.read_bytes() == before
 
 
+def test_without_data_options_about_data_and_their_pass_are_refused(command, tmp_path):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file, "-o", tmp_path / "first").exit_code == 0
+    idle = {
+        "--template": "{text}", "--completion": "x", "--label": "text", "--format": "text", "--subset": "a",
+        "--split": "train", "--samples": 256, "--batch-size": 4, "--max-length": 32, "--max-batches": 64,
+        "--token-mask": "attention",
+    }  # fmt: skip
+    words = [word for pair in idle.items() for word in pair]
+    result = run(*without_data(command), "--statistics", file, *words, "--no-center", "--gradients")
+    assert_one_line_error(result, *idle, "--gradients", "--center", f"without DATA nothing is read; {file} is used")
+    alone = run(*without_data(command), "--statistics", file, "--split", "train")
+    assert_one_line_error(alone, "error: --split: without")
+    # The rest still says something: what is drawn at random in the start, for one.
+    assert run(*without_data(command), "--statistics", file, "--seed", 5).exit_code == 0
+
+
 def test_without_data_and_without_a_file_data_are_missing(command, tmp_path):
     assert_one_line_error(run(*without_data(command)), "DATA is missing. Name it, or name with --statistics")
     absent = run(*without_data(command), "--statistics", tmp_path / "none")

@@ -136,6 +136,12 @@ def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_quiet_prints_no_table_of_what_was_written(file, tmp_path):
+    assert run(file, "--rank", 4, "-q").stdout
+    written = run(file, "--rank", 4, "-q", "-o", tmp_path / "p.json")
+    assert written.stdout == "" and (tmp_path / "p.json").exists()
+
+
 def test_nothing_is_replaced_without_overwrite_and_nothing_of_another_kind_even_then(file, tmp_path):
     statistics = file.read_bytes()
     rows = tmp_path / "rows.csv"
