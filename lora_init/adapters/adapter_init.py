@@ -166,9 +166,9 @@ class AdapterInit:
     def to_peft_config(self, model: nn.Module | None = None) -> LoraConfig:
         """Describe the adapter as a plain LoRA config: ranks and scalings, no weights, no init-specific keys.
 
-        Each key of `rank_pattern` and `alpha_pattern` is `^` + the escaped full name of one layer. Given to
-        `get_peft_model`, it makes an adapter of the same shape with PEFT's random A. PEFT has no setting for a frozen
-        A. `model` is as for `save_pretrained`.
+        `rank_pattern` and `alpha_pattern` have a key for each rank, a regular expression of the full names of its
+        layers. Given to `get_peft_model`, it makes an adapter of the same shape with PEFT's random A. PEFT has no
+        setting for a frozen A. `model` is as for `save_pretrained`.
         """
         from peft import LoraConfig
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from peft.tuners.lora.eva import (
     prepare_model_inputs_fn_language_modeling,
 )
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lora_init.adapters.initializers import eva, layer_generator
@@ -32,7 +31,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear, matches
 from lora_init.layers.wrappers import is_sharded
-from lora_init.planning.plan import alpha_for, exact_pattern, scaling_of
+from lora_init.planning.plan import alpha_for, exact_pattern, from_patterns, scaling_of, to_patterns
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -100,7 +99,9 @@ def get_eva_state_dict(
         return {}
     functions = _Functions(peft_config, forward_fn or forward_fn_dict, prepare_model_inputs_fn, prepare_layer_inputs_fn)
     functions.check_names(modules)
-    ranks = {name: int(_pattern_value(peft_config.rank_pattern, name, peft_config.r)) for name in modules}
+    # By plain names: PEFT's EVA asks with the prefixed name, which no key that starts with ^ can match.
+    given = from_patterns(peft_config.rank_pattern, map(_plain, modules), peft_config.r)
+    ranks = {name: int(given[_plain(name)]) for name in modules}
     most = {name: max(1, round(rank * peft_config.eva_config.rho)) for name, rank in ranks.items()}
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(alone=not gather_distributed_inputs))
@@ -226,21 +227,19 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
                 f"layer {name!r}: the eva state_dict has a tensor of shape {tuple(weight.shape)}, expected "
                 f"[rank, {layer.in_features}]. Compute it on this model."
             )
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name in layers:
-        old_rank = int(_pattern_value(config.rank_pattern, name, config.r))
-        rank = old_rank if name not in weights else len(weights[name])
-        alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        if 0 < rank != old_rank and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
+    old_ranks = from_patterns(config.rank_pattern, layers, config.r)
+    alphas = from_patterns(config.alpha_pattern, layers, config.lora_alpha)
+    ranks = {name: len(weights[name]) if name in weights else rank for name, rank in old_ranks.items()}
+    for name, rank in ranks.items():
+        if 0 < rank != old_ranks[name] and config.eva_config is not None and config.eva_config.adjust_scaling_factors:
             # Keeps the layer's scaling. PEFT takes rank / old_rank under rsLoRA too, which changes it.
-            alpha = alpha_for(scaling_of(alpha, old_rank, config.use_rslora), rank, config.use_rslora)
-        ranks[name], alphas[name] = rank, alpha
+            scaling = scaling_of(alphas[name], old_ranks[name], config.use_rslora)
+            alphas[name] = alpha_for(scaling, rank, config.use_rslora)
     kept = [name for name in layers if ranks[name]]
     ambiguous = any(matches(kept, name, "target_modules") for name in modules if name not in kept)
     config.target_modules = exact_pattern(kept) if ambiguous else set(kept)  # a set, as PEFT makes one of every list
-    config.rank_pattern = {f"^{re.escape(name)}": ranks[name] for name in kept if ranks[name] != config.r}
-    config.alpha_pattern = {f"^{re.escape(n)}": alphas[n] for n in kept if alphas[n] != config.lora_alpha}
+    config.rank_pattern = to_patterns({name: ranks[name] for name in kept}, config.r)
+    config.alpha_pattern = to_patterns({name: alphas[name] for name in kept}, config.lora_alpha)
     peft_model: Any = model
     dtype = next((layer.lora_A[adapter_name].weight.dtype for layer in layers.values() if layer.lora_A), torch.float32)
     _make_anew(peft_model, adapter_name, config)
@@ -339,12 +338,6 @@ def _distributed(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], most
 def _plain(name: str) -> str:
     """Name a layer as the unwrapped model does."""
     return name.removeprefix(PREFIX)
-
-
-def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Look a layer up in `rank_pattern` or `alpha_pattern`: the first key that its plain name ends in."""
-    # PEFT's EVA asks with the prefixed name, which no key that starts with ^ can match.
-    return (pattern or {}).get(get_pattern_key(list(pattern or {}), _plain(name)), default)
 
 
 def _adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:

@@ -206,12 +206,36 @@ def exact_pattern(names: Iterable[str]) -> str:
     return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
 
 
+def to_patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
+    """Write `rank_pattern` or `alpha_pattern` of a LoraConfig: one key a value, for all layers that have it.
+
+    PEFT tries every key on every layer, and Python's cache of regular expressions ends at 512: with a key a layer it
+    takes minutes for a thousand layers.
+
+    Example:
+        >>> to_patterns({"up": 8, "down": 4, "gate": 4}, default=8)
+        {'^(?:down|gate)$': 4}
+    """
+    groups: dict[float, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return {exact_pattern(names): value for value, names in groups.items() if value != default}
+
+
+def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> dict[str, Any]:
+    """Read `rank_pattern` or `alpha_pattern` as PEFT does: a key ends where the name ends, and the first match wins."""
+    patterns = patterns or {}
+    keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
+    found = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
+    return {name: patterns.get(key, default) for name, key in found.items()}
+
+
 def rank_settings(ranks: Mapping[str, int], rank: int, scaling: float, use_rslora: bool = False) -> dict[str, Any]:
     """Give the settings of LoraConfig by which each layer gets its rank, and all layers one scaling.
 
-    Each key of the patterns is `^` + the escaped full name of one layer. Layers of rank 0 have none.
+    Layers of rank 0 have none.
     """
-    others = {f"^{re.escape(name)}": own for name, own in ranks.items() if own not in (0, rank)}
+    others = to_patterns({name: own for name, own in ranks.items() if own}, rank)
     return {
         "r": rank,
         "lora_alpha": alpha_for(scaling, rank, use_rslora),

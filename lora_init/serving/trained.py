@@ -27,7 +27,7 @@ from lora_init.adapters.peft_model import (
 )
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
-from lora_init.planning.plan import alpha_for, scaling_of
+from lora_init.planning.plan import from_patterns, rank_settings, scaling_of
 
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
 _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
@@ -256,12 +256,14 @@ def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Train
             "incomplete; save it again."
         )
     layers = {}
-    plain = (name for name in trained.unnamed if name not in parameters)
+    plain = {name: Target(name, "", 0, 0) for name in trained.unnamed if name not in parameters}
+    targets = plain | dict(parameters)
     try:
-        for name in (*plain, *parameters):
-            target = parameters.get(name, Target(name, "", 0, 0))
+        ranks, alphas = _ranks_and_alphas(trained.config, [target.name for target in targets.values()])
+        for name, target in targets.items():
             # The weight of a linear layer, selected as a parameter, is adapted as the layer is.
-            layers[target.name if target.experts else name] = _layer(target, trained.unnamed[name], trained.config)
+            layer = _layer(target, trained.unnamed[name], ranks[target.name], alphas[target.name], trained.config)
+            layers[target.name if target.experts else name] = layer
     except LoraInitError:
         raise
     except _DAMAGE as error:
@@ -269,9 +271,14 @@ def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Train
     return replace(trained, layers=layers, unnamed={})
 
 
-def _layer(target: Target, found: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layer:
-    rank = _said("rank_pattern", "r", target.name, config)
-    alpha = _said("alpha_pattern", "lora_alpha", target.name, config)
+def _ranks_and_alphas(config: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return tuple(
+        from_patterns(config.get(patterns), names, config.get(key, 8))
+        for patterns, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )  # type: ignore[return-value]
+
+
+def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float, config: Mapping[str, Any]) -> Layer:
     ends, experts = ends_of(found), target.experts
     a, b = found[ends[0]], found[ends[1]]
     if not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] == rank * max(experts, 1):
@@ -288,14 +295,6 @@ def _layer(target: Target, found: Mapping[str, Tensor], config: Mapping[str, Any
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
 
 
-def _said(patterns: str, key: str, name: str, config: Mapping[str, Any]) -> Any:
-    """Look up a number as PEFT does: patterns end where the name ends, and the first match wins."""
-    from peft.utils.other import get_pattern_key
-
-    found = config.get(patterns) or {}
-    return found.get(get_pattern_key([*found], name), config.get(key, 8))
-
-
 def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, int]:
     """Tell the rank of each layer without its model.
 
@@ -305,7 +304,8 @@ def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) ->
         config: adapter_config.json.
         shapes: Shapes of the tensors, from `read_shapes`.
     """
-    ranks, wanted = {}, config.get("target_parameters")
+    ranks: dict[str, int] = {}
+    wanted = config.get("target_parameters")
     wanted = wanted if isinstance(wanted, list) else []
     for name in adapted_layers(shapes):
         module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
@@ -313,7 +313,7 @@ def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) ->
         endings = (key.rpartition(".")[2] for key in keys if f".{module}.{key.rpartition('.')[2]}".endswith(f".{key}"))
         parameters = sorted({f"{module}.{ending}" for ending in endings}, key=lambda one: not one.endswith("down_proj"))
         if depth < len(parameters):
-            ranks[parameters[depth]] = _said("rank_pattern", "r", parameters[depth], config)
+            ranks |= from_patterns(config.get("rank_pattern"), [parameters[depth]], config.get("r", 8))
         else:
             ranks[name] = shapes[f"{PREFIX}{name}{LORA_A}"][0]
     return ranks
@@ -322,7 +322,7 @@ def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) ->
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
     """Tell what PEFT multiplies B A by, for each layer of a rank above 0."""
     try:
-        alphas = {name: _said("alpha_pattern", "lora_alpha", name, config) for name, rank in ranks.items() if rank}
+        _, alphas = _ranks_and_alphas(config, [name for name, rank in ranks.items() if rank])
         return {name: scaling_of(alpha, ranks[name], bool(config.get("use_rslora"))) for name, alpha in alphas.items()}
     except _DAMAGE as error:
         raise LoraInitError(f"{CONFIG_FILE} is damaged: {first_line(error)}") from error
@@ -353,23 +353,19 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
     kept = {key: config[key] for key in _KEPT_KEYS if config.get(key)}
     if ORIGIN in kept.get("auto_mapping", {}):  # says how training began, for PEFT nothing
         del kept["auto_mapping"]
-    others = {f"^{re.escape(name)}": layer.rank for name, layer in trained.layers.items() if layer.rank != rank}
     parameters = [name for name, layer in trained.layers.items() if layer.experts]
     kept |= {"target_parameters": parameters} if parameters else {}
     return kept | {
         "peft_type": "LORA",
         "task_type": config.get("task_type"),
         "base_model_name_or_path": trained.base or None,
-        "r": rank,
-        "lora_alpha": alpha_for(scaling, rank),
+        **rank_settings({name: layer.rank for name, layer in trained.layers.items()}, rank, scaling),
         "lora_dropout": config.get("lora_dropout", 0.0),
         "target_modules": list(target_modules),
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
         "bias": config.get("bias", "none"),
         "init_lora_weights": True,
         "inference_mode": True,
-        "rank_pattern": others,
-        "alpha_pattern": {key: alpha_for(scaling, own) for key, own in others.items()},
     }
 
 
