@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 
 from lora_init.comparison.effects import CONFIDENCE, effects
-from lora_init.comparison.findings import judged_losses, longer_random, percent, verdicts
+from lora_init.comparison.findings import judged_losses, longer_random, verdicts
 from lora_init.comparison.runs import RANDOM, Plan, Record, Run, best_rates, run_table
+from lora_init.comparison.wording import percent
 from lora_init.errors import LoraInitError
 
 # Numbers of seeds after which a budget asks what still decides. The last is where it ends at the latest.
@@ -110,10 +111,10 @@ def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str]
         if effect.low > bound:
             over[start] = f"{start} stops, as it cannot win any more against {rival}"
         elif precision is not None and known <= precision:
-            over[start] = f"{start} is known to {percent(known)[1:]}"
+            over[start] = f"{start} is known to {percent(known)}"
         else:
-            wanted = "" if precision is None else f", {percent(precision)[1:]} is wanted"
-            left[start] = f"{start} goes on, known to {percent(known)[1:]}{wanted}"
+            wanted = "" if precision is None else f", {percent(precision)} is wanted"
+            left[start] = f"{start} goes on, known to {percent(known)}{wanted}"
     return over, left
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,9 @@ import pandas as pd
 CONFIDENCE = 0.95
 # Starts with the same seed, from which it can be told whose loss scatters.
 _ENOUGH = 4
+
+
+Outcome = Literal["better", "worse", "no difference shown"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,15 @@ class Effect:
     def showable(self) -> float:
         """The smallest difference that could have been shown: half the width of the interval."""
         return (self.high - self.low) / 2
+
+    @property
+    def outcome(self) -> Outcome:
+        """Better or worse only if zero lies outside the interval, of something that is to be low."""
+        return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference shown"
+
+    def over(self, reference: float) -> Effect:
+        """Give it as a share of a reference."""
+        return Effect(self.mean / reference, self.low / reference, self.high / reference)
 
 
 def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from lora_init.comparison.findings import Summary, rate_text
+from lora_init.comparison.findings import Summary
 from lora_init.comparison.runs import RANDOM, best_rates
 from lora_init.comparison.starts import FULL, split_start
+from lora_init.comparison.wording import rate_text
 from lora_init.errors import LoraInitError, require
 from lora_init.statistics.statistics import shown
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lora_init.adapters.peft_model import card_header
-from lora_init.comparison.findings import Summary, number, rate_text, summarise
+from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings
 from lora_init.comparison.starts import can_be_kept
 from lora_init.comparison.tables import run_tables
+from lora_init.comparison.wording import fill, number, rate_text
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory, read_json, write_whole
 
@@ -45,7 +44,7 @@ def write_report(directory: str | Path) -> list[Path]:
     kept = file.exists() and read_json(file).get("start") == summary.start
     content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": listed, "kept": kept}
     files = {f"{name}.png": png for name, png in drawn.items()}
-    files |= {name: _fill(name, content).encode() for name in ("report.md", "report.html")}
+    files |= {name: fill(name, content).encode() for name in ("report.md", "report.html")}
     for name, data in files.items():
         write_whole(directory / name, data)
     return [directory / name for name in files]
@@ -72,25 +71,6 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
         **{name: getattr(summary, name) for name in said},
         "verdicts": [asdict(verdict) for verdict in summary.verdicts],
     }
-
-
-def _fill(template: str, content: dict[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lora_init.comparison"),
-        autoescape=template.endswith(".html"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"plain": _plain, "base64": lambda png: base64.b64encode(png).decode()}
-    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(content)).strip() + "\n"
-
-
-def _plain(text: str) -> str:
-    """Keep Markdown from reading signs in text as its own."""
-    return re.sub(r"([\\`*_\[\]<>|#$~])", r"\\\1", " ".join(text.split()))
 
 
 def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import Summary, Verdict, number, percent, rate_text, share, steps_of_start
+from lora_init.comparison.findings import Summary, Verdict, steps_of_start
 from lora_init.comparison.runs import METRICS, RANDOM, best_rates, by_seed, rate_means
+from lora_init.comparison.wording import number, percent, rate_text, share
 
 
 def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
@@ -41,10 +42,13 @@ def _differences(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     for verdict in verdicts:
         row = rows[verdict.start] = {"difference": number(verdict.mean, "+"), "verdict": verdict.outcome}
         if verdict.mean is not None and verdict.reference:
-            row |= {"in per cent": percent(verdict.mean / verdict.reference), "pairs": str(len(verdict.differences))}
+            row |= {
+                "in per cent": percent(verdict.mean / verdict.reference, "+"),
+                "pairs": str(len(verdict.differences)),
+            }
         if verdict.low is not None and verdict.high is not None and verdict.showable is not None and verdict.reference:
-            row["interval"] = " to ".join(percent(end / verdict.reference) for end in (verdict.low, verdict.high))
-            row["could be shown"] = percent(verdict.showable / verdict.reference)[1:]
+            row["interval"] = " to ".join(percent(end / verdict.reference, "+") for end in (verdict.low, verdict.high))
+            row["could be shown"] = percent(verdict.showable / verdict.reference)
         if verdict.closed is not None:
             row["of the headroom"] = share(verdict.closed)
     columns = ["difference", "in per cent", "interval", "could be shown", "of the headroom", "pairs", "verdict"]

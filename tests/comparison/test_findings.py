@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_init.comparison.findings import percent, summarise
+from lora_init.comparison.findings import summarise
 from lora_init.comparison.tables import run_tables
+from lora_init.comparison.wording import percent
 from tests.comparisons import broken, planted, record, settings
 
 
@@ -282,7 +283,7 @@ def test_headroom(left, said):
     random, full = (
         summary.table[summary.table["best"] & summary.table["start"].eq(name)]["loss"].mean() for name in ENDS
     )
-    against = percent((full - random) / random)
+    against = percent((full - random) / random, "+")
     assert f"ends at {full:.4f}, at 1e-3: {against} against random ({against} to {against})." in summary.headroom
     assert [verdict.start for verdict in summary.verdicts] == ["eva"]
 

@@ -1,0 +1,86 @@
+"""How a comparison is put into words: numbers, the sentences of `templates/sentences.jinja`, and pages around them."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import math
+import re
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Write a loss, or with the sign "+" a difference of losses; a dash for what is not known.
+
+    Example:
+        >>> number(0.25), number(-0.25, "+"), number(None)
+        ('0.2500', '−0.2500', '–')
+    """
+    return "–" if value is None or math.isnan(value) else f"{value:{sign}.4f}".replace("-", "−")
+
+
+def rate_text(rate: float) -> str:
+    """Write a learning rate.
+
+    Example:
+        >>> rate_text(0.0003), rate_text(0.001)
+        ('3e-4', '1e-3')
+    """
+    digits, exponent = f"{rate:.6e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def percent(part: float, sign: str = "") -> str:
+    """Write a share in per cent, or with the sign "+" a difference in per cent.
+
+    Example:
+        >>> percent(0.0005), percent(-0.0123, "+"), percent(0.0005, "+")
+        ('0.05 %', '−1.2 %', '+0.05 %')
+    """
+    value = 100 * part
+    return f"{value:{sign}.{1 if abs(value) >= 1 else 2}f} %".replace("-", "−")
+
+
+def share(part: float) -> str:
+    """Write a share of something in whole per cent.
+
+    Example:
+        >>> share(0.79), share(-0.2)
+        ('79 %', '−20 %')
+    """
+    return f"{100 * part:.0f} %".replace("-", "−")
+
+
+def say(sentence: str, **facts: Any) -> str:
+    """Fill facts into a macro of `sentences.jinja`."""
+    text = getattr(_environment(html=False).get_template("sentences.jinja").module, sentence)(**facts)
+    return " ".join(text.split())
+
+
+def fill(page: str, content: dict[str, Any]) -> str:
+    """Fill content into a page, `report.md` or `report.html`."""
+    template = _environment(html=page.endswith(".html")).get_template(page)
+    return re.sub(r"\n{3,}", "\n\n", template.render(content)).strip() + "\n"
+
+
+@functools.cache
+def _environment(html: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lora_init.comparison"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number, "percent": percent, "share": share, "rate": rate_text, "plain": _plain,
+        "base64": lambda png: base64.b64encode(png).decode(),
+    }  # fmt: skip
+    return environment
+
+
+def _plain(text: str) -> str:
+    """Keep Markdown from reading signs in text as its own."""
+    return re.sub(r"([\\`*_\[\]<>|#$~])", r"\\\1", " ".join(text.split()))
