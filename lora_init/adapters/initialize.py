@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_init.adapters.build import build_adapter, check_adapter_options
+from lora_init.adapters.config import default, only_given, with_defaults
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
 def initialize(
     model: nn.Module | Any,
     batches: Any = None,
-    rank: int = 16,
+    rank: int = default(16),
     rho: float = 2.0,
     method: str = "eva",
     *,
     tokenizer: Any = None,
-    target_modules: str | Collection[str] = "all-linear",
+    target_modules: str | Collection[str] = default("all-linear"),
     whiten: bool = False,
-    lora_alpha: float = 16,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    lora_dropout: float = 0.0,
-    modules_to_save: Sequence[str] = (),
+    lora_alpha: float = default(16),
+    use_rslora: bool = default(False),
+    use_dora: bool = default(False),
+    lora_dropout: float = default(0.0),
+    modules_to_save: Sequence[str] = default(()),
     gamma: float | None = None,
     freeze_a: bool = False,
     adapter_name: str = "default",
@@ -61,7 +62,7 @@ def initialize(
         model: The plain model; or a `Trainer` of transformers or one of TRL's, before `train()`.
         batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
             in memory. Default: those of the trainer.
-        rank: Average rank of a layer.
+        rank: Average rank of a layer. What a trainer's `peft_config` says otherwise is refused, here and below.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
         method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout`,
             `modules_to_save` and `freeze_a`.
@@ -84,14 +85,13 @@ def initialize(
             `AdapterInit.apply` do; before any batch is read, where that can be known then. A trainer that has begun, or
             whose adapter is not a fresh LoRA adapter; it is as it was then.
     """
+    shape: dict[str, Any] = dict(
+        rank=rank, target_modules=target_modules, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
+        lora_dropout=lora_dropout, modules_to_save=modules_to_save,
+    )  # fmt: skip
     if is_trainer(model):
-        shape: dict[str, Any] = dict(rank=rank, target_modules=target_modules, lora_alpha=lora_alpha)
-        shape |= dict(use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout)
-        shape |= dict(modules_to_save=modules_to_save)
-        defaults = {name: one.default for name, one in inspect.signature(initialize).parameters.items()}
-        given = {name: value for name, value in shape.items() if value != defaults[name]}
         dtype = adapter_dtype(model)
-        with opened(model, method, given, options) as (plain, settings, own):
+        with opened(model, method, only_given(shape), options) as (plain, settings, own):
             source = dict(batches=own) if batches is None else dict(batches=batches, tokenizer=tokenizer)
             adapted = initialize(
                 plain, **source, rho=rho, method=method, whiten=whiten, gamma=gamma, freeze_a=freeze_a,
@@ -108,12 +108,12 @@ def initialize(
     if batches is None:
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
     check_plain(model, "initialize()")
-    adapter: dict[str, Any] = dict(method=method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora)
-    adapter |= dict(lora_dropout=lora_dropout, modules_to_save=modules_to_save)
+    adapter = with_defaults(shape) | dict(method=method, whiten=whiten)
+    rank, target_modules, use_rslora = (adapter.pop(name) for name in ("rank", "target_modules", "use_rslora"))
     check_adapter_options(**adapter, gamma=gamma)
     if method == "lora-ga" and round(rho * rank) > rank:
         raise LoraInitError(f"method='lora-ga' with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
-    check_modules_to_save(model, modules_to_save)
+    check_modules_to_save(model, adapter["modules_to_save"])
     if method in GRADIENT_METHODS:
         options.setdefault("gradients", True)
     if tokenizer is not None:

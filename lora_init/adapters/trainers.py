@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.config import check_agreement
 from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.adapters.peft_model import adapter_layers, remember, remove_adapters
 from lora_init.collection.activations import call_model
@@ -53,11 +54,11 @@ def opened(
 
     Gives the plain model; options for `initialize`, what the trainer's `peft_config` says of the adapter and how its
     batches are run; and the batches that the trainer is about to train on, in its order. `given` are the arguments
-    about the adapter that are not at their defaults.
+    about the adapter that were given.
 
     Raises:
         LoraInitError: Training has begun, or would make another model; the adapter was trained, has settings that
-            cannot be kept, or is on a head that TRL leaves out; `given` says again what the `peft_config` says; or a
+            cannot be kept, or is on a head that TRL leaves out; `given` says otherwise than the `peft_config`; or a
             start from gradients is asked of a trainer with a loss of its own.
     """
     name, options = type(trainer).__name__, dict(collect_options)
@@ -74,8 +75,8 @@ def opened(
         )
     model = trainer.model
     if hasattr(model, "peft_config"):
-        decided = {key for key in ("task_type", "target_parameters") if key in options}
-        shape = _shape_of(model, [*given, *sorted(decided)])
+        decided: dict[str, Any] = {key: options[key] for key in ("task_type", "target_parameters") if key in options}
+        shape = _shape_of(model, {**given, **decided})
     else:
         _check_head(model, given.get("target_modules", ()), name)
         kind = kind_of(type(model).__name__, bool(getattr(model.config, "is_encoder_decoder", False)))
@@ -144,7 +145,7 @@ def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
         )
 
 
-def _shape_of(model: Any, given: Sequence[str]) -> dict[str, Any]:
+def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Read what a trainer's adapter is to be like, as arguments of `initialize`."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
@@ -156,8 +157,6 @@ def _shape_of(model: Any, given: Sequence[str]) -> dict[str, Any]:
             f"the trainer's model has the adapters {', '.join(model.peft_config)} ({config.peft_type}), and one LoRA "
             "adapter is expected. Give the trainer the plain model and a LoraConfig as peft_config."
         )
-    if given:
-        raise LoraInitError(f"{', '.join(given)}: the trainer's peft_config decides that. Leave it out here.")
     if any(bool(layer.lora_B[adapter].weight.any()) for layer in layers.values() if adapter in layer.lora_B):
         raise LoraInitError(
             f"the trainer's adapter is no fresh one: B is not zero (init_lora_weights={config.init_lora_weights!r}). "
@@ -173,15 +172,17 @@ def _shape_of(model: Any, given: Sequence[str]) -> dict[str, Any]:
         )
     heads = HEADS.get(config.task_type or "", ())
     plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
-    return {
+    said = {
         "rank": config.r,
         **{name: getattr(config, name) for name in _SHAPE},
         # PEFT adds the names that heads of this task may have, and will again.
         "modules_to_save": [name for name in config.modules_to_save or () if name not in heads],
-        "target_modules": exact_pattern(plain) if plain else [],
+        "target_modules": config.target_modules,
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,
     }
+    check_agreement(given, said, "the trainer's peft_config")
+    return said | {"target_modules": exact_pattern(plain) if plain else []}
 
 
 @contextmanager

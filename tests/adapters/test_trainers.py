@@ -267,7 +267,20 @@ def own_loss(tmp_path, tokenizer):
 REFUSED = {
     "after training": (lambda *a: trained(sft(*a)), {}, r"the SFTTrainer has an optimizer already"),
     "said twice": (
-        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"rank": 8}, r"^rank: the trainer's peft_config decides"
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"rank": 8}, r"^rank=8: the trainer's peft_config decides"
+    ),
+    # These equal the defaults, which do not count as given.
+    "said twice, rank": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"rank": 16}, r"^rank=16: .* decides that and says 4\."
+    ),
+    "said twice, alpha": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA | {"lora_alpha": 9})), {"lora_alpha": 16}, "^lora_alpha=16: "
+    ),
+    "said twice, dropout": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"lora_dropout": 0.0}, "^lora_dropout=0"
+    ),
+    "said twice, layers": (
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"target_modules": "all-linear"}, "^target_modules='all-l"
     ),
     "ranks of its own": (
         lambda *a: sft(*a, peft_config=LoraConfig(**LORA, rank_pattern={"q_proj": 2})), {}, r"sets rank_pattern, which"
@@ -281,7 +294,7 @@ REFUSED = {
     "a model to come": (made_later, {}, r"makes its model anew when training begins. Give it model="),
     "a head that TRL leaves out": (sft, {"target_modules": ["q_proj", "lm_head"]}, r"would never be trained. Leave"),
     "a task said twice": (
-        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"task_type": "CAUSAL_LM"}, r"^task_type: the trainer's"
+        lambda *a: sft(*a, peft_config=LoraConfig(**LORA)), {"task_type": "SEQ_CLS"}, "^task_type='SEQ_CLS': the"
     ),
     "smoothed labels": (
         lambda *a: plain(*a, label_smoothing_factor=0.1), {"method": "grad-a"}, r"this Trainer computes a loss of its"
@@ -302,6 +315,14 @@ def test_what_cannot_be_is_refused(case, tmp_path, tokenizer):
     with pytest.raises(LoraInitError, match=message):
         lora_init.initialize(trainer, **arguments)
     assert trainer.model is before
+
+
+def test_what_the_peft_config_says_too_may_be_said_again(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    said = LORA | {"rank": LORA["r"], "target_modules": ["v_proj", "q_proj"]}
+    del said["r"]
+    adapted = lora_init.initialize(trainer, **said)
+    assert adapted.peft_config["default"].lora_alpha == 8 and len(adapter_layers(adapted)) == 4
 
 
 @pytest.mark.parametrize(
