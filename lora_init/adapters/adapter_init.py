@@ -32,6 +32,7 @@ from lora_init.adapters.peft_model import (
     read_shapes,
     remember,
     remove_adapters,
+    start_digest,
 )
 from lora_init.collection.collect import fingerprint
 from lora_init.errors import LoraInitError
@@ -320,6 +321,8 @@ class AdapterInit:
         provenance = asdict(self.provenance)
         # PEFT doubles the rank when it converts a start that changed the base.
         origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
+        if self.corrects_base:
+            origin["start"] = start_digest(self.weights)
         if short:
             kept = {key: value for key, value in provenance.items() if key not in ("notes", "seconds", "versions")}
             return origin | {"provenance": kept}

@@ -98,12 +98,6 @@ def initialize(
                 adapter_name=adapter_name, seed=seed, **settings,
             )  # fmt: skip
         hand_over(model, adapted, dtype)
-        if method in GRADIENT_METHODS and GRADIENT_METHODS[method].corrects:
-            warnings.warn(
-                f"method={method!r} changed the base weights. Call save_pretrained(START) of the model returned before "
-                "training: `lora-init export --start START` needs that to make an adapter for the plain base.",
-                stacklevel=2,
-            )
         return adapted
     if batches is None:
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
@@ -126,7 +120,16 @@ def initialize(
         freeze_a=freeze_a, **adapter,
     )  # fmt: skip
     if not searched:
-        return build(gamma=gamma).apply(model, adapter_name)
+        init = build(gamma=gamma)
+        if init.corrects_base:
+            start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
+            warnings.warn(
+                f"method={method!r} changed the base weights, so what is trained now does not fit the plain base. Call "
+                f"save_pretrained('START') of the model returned before training: `lora-init export --start {start}` "
+                "needs that to make an adapter for the plain base of what was saved after it.",
+                stacklevel=2,
+            )
+        return init.apply(model, adapter_name)
 
     def loss_of(model: nn.Module) -> float:
         loss = mean_loss(model, aside, options.get("forward"), options.get("loss"))

@@ -254,8 +254,8 @@ def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[
     if len(gradient.singular_values) < 2 * rank:
         raise LoraInitError(
             f"method 'lora-ga' at rank {rank} needs {2 * rank} singular vectors of the mean gradient, and there are "
-            f"{len(gradient.singular_values)}. Give all layers the rank that was collected for (rho=1, --rho 1), or "
-            "collect for a larger one."
+            f"{len(gradient.singular_values)}. Give no layer more than rank {len(gradient.singular_values) // 2}, or "
+            "collect from more data or for a larger rank."
         )
     return gradient.right[:rank], gradient.left[rank : 2 * rank].T
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import warnings
@@ -87,6 +88,16 @@ def base_change_of(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     if not isinstance(began, str):
         began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
     return began if began.lower().startswith(_CHANGE_BASE) else ""
+
+
+def start_digest(weights: Weights) -> str:
+    """Hash A and B of a start, by which `export` tells it from others. Rounded, since a trainer may keep bfloat16."""
+    digest = hashlib.sha256()
+    for name, pair in sorted(weights.items()):
+        digest.update(name.encode())
+        for weight in pair:
+            digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def export_adapter(
     model = read_base(merge_into or base or trained.base, trained)
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:
-        trained = subtract(trained, with_parameters(read_trained(start, start), model.parameters), str(start))
+        trained = subtract(trained, with_parameters(read_trained(start, start), model.parameters), origin, str(start))
     check_engine(engine or "PEFT", wanted, trained, model)
     sources = intruders = None
     if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file

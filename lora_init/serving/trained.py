@@ -24,6 +24,7 @@ from lora_init.adapters.peft_model import (
     origin_of,
     read_config,
     read_shapes,
+    start_digest,
 )
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
@@ -203,7 +204,9 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
         _check_pair(name, found, path)
     if not parameters:
         trained = with_parameters(trained, {})
-    if start is None and (began := base_change_of(config, origin_of(directory))):
+    origin = origin_of(directory)
+    _check_conversion(trained, origin, directory)
+    if start is None and (began := base_change_of(config, origin)):
         raise LoraInitError(
             f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Name the adapter as it was before training by start=."
@@ -328,10 +331,35 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
         raise LoraInitError(f"{CONFIG_FILE} is damaged: {first_line(error)}") from error
 
 
-def subtract(trained: Trained, start: Trained, where: str) -> Trained:
+def _check_conversion(trained: Trained, origin: Mapping[str, Any], directory: Path) -> None:
+    """Check that what PEFT converted ends in its own start, and begins with what was trained.
+
+    PEFT loads the start as an adapter named after its directory. If the trained one has that name, the start takes its
+    place, and what is saved adds nothing.
+    """
+    own = origin.get("start")
+    if own is None or trained.config.get("r") == origin.get("rank"):
+        return
+    halves = {name: (layer.a.chunk(2), layer.b.chunk(2, dim=1)) for name, layer in trained.layers.items()}
+    if start_digest({name: (a[-1], -b[-1]) for name, (a, b) in halves.items()}) != own:
+        raise LoraInitError(f"{directory} was converted from another start than its own. Export what was trained anew.")
+    if start_digest({name: (a[0], b[0]) for name, (a, b) in halves.items()}) == own:
+        raise LoraInitError(
+            f"{directory} adds nothing: it was never trained, or converted from a directory with the adapter's own "
+            "name, from which PEFT put the start in its place. Save it without a conversion, and name the start by "
+            "start=."
+        )
+
+
+def subtract(trained: Trained, start: Trained, origin: Mapping[str, Any], where: str) -> Trained:
     """Append the adapter as it was before training with the opposite sign, which doubles the rank."""
     if trained.dora:
         raise LoraInitError(f"start={where}: an adapter with DoRA cannot give up what it began with.")
+    if origin.get("start", "") not in ("", start_digest({n: (one.a, one.b) for n, one in start.layers.items()})):
+        raise LoraInitError(
+            f"start={where} holds other numbers than those that this adapter began with. Name what was saved right "
+            "before its training."
+        )
     layers = {}
     for name, layer in trained.layers.items():
         before = start.layers.get(name)

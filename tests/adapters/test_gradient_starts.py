@@ -1,5 +1,6 @@
 """Starts by the gradient: what they maximise, against autograd; the papers' formulas; what becomes of the model."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -309,6 +310,50 @@ def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
     assert intruder_dimensions(tiny_copy(model), tmp_path / "converted").count == 0
 
 
+def trained_and_its_start(folder, adapter_name="default"):
+    """Train from lora-ga by `initialize`, and save start and result as its warning says."""
+    model, batches = tiny_llama(), labelled("llama")
+    plain = tiny_copy(model)
+    start = "START" if adapter_name == "default" else f"START/{adapter_name}"
+    with pytest.warns(UserWarning, match=f"changed the base weights, .* does not fit .*--start {start}` needs that"):
+        adapted = lora_init.initialize(
+            model, batches, rank=RANK, rho=1.0, method="lora-ga", gamma=2.0, adapter_name=adapter_name
+        )
+    adapted.save_pretrained(folder / "START")
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter) * parameter.requires_grad
+    adapted.save_pretrained(folder / "trained")
+    plain.save_pretrained(folder / "base")
+    return adapted, plain, batches, folder / start
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "foo"])
+def test_initialize_says_how_a_start_that_changes_the_base_is_exported(adapter_name, tmp_path):
+    adapted, plain, batches, start = trained_and_its_start(tmp_path, adapter_name)
+    trained = tmp_path / "trained" / ("" if adapter_name == "default" else adapter_name)
+    lora_init.export_adapter(trained, tmp_path / "out", start=start, base=str(tmp_path / "base"))
+    again = PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    expected = logits(adapted, batches)
+    assert (logits(again, batches) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_start_and_what_was_trained_from_it_belong_together(case, tmp_path):
+    adapted, _, _, start = trained_and_its_start(tmp_path, "foo")
+    build_adapter(case[2], RANK, "lora-ga", gamma=3.0).save_pretrained(tmp_path / "third")
+    export = functools.partial(lora_init.export_adapter, output=tmp_path / "out", base=str(tmp_path / "base"))
+    with pytest.raises(LoraInitError, match=r"start=.*third holds other numbers than those that this adapter began"):
+        export(tmp_path / "trained/foo", start=tmp_path / "third")
+    for path, message in (
+        (tmp_path / "third", "converted/foo was converted from another start than its own"),
+        (start, "converted/foo adds nothing: it was never trained, or converted from a directory with the adapter's"),
+    ):
+        adapted.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(path))
+        with pytest.raises(LoraInitError, match=message):
+            export(tmp_path / "converted/foo")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_quantised_base_is_not_corrected(case):
     model, _, stats = case
     quantised = tiny_copy(model)
@@ -351,7 +396,11 @@ def test_what_does_the_adapter_do_is_said(case, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="lora-ga", ranks=16), "rank 16 needs 32 singular vectors of the mean gradient, and there are 16"),
+        (
+            dict(method="lora-ga", ranks=16),
+            r"rank 16 needs 32 singular vectors of the mean gradient, and there are 16. Give no layer more than rank "
+            "8, or collect from more data or for a larger rank",
+        ),
         (dict(method="eva-grad", gamma=3.0), "gamma=3.0 with method='eva-grad': it is a positive number, for 'natural"),
         (dict(method="lora-one", gamma=-1.0), "gamma=-1.0 with method='lora-one'"),
         (dict(method="lora-one", use_dora=True), "starts with B other than zero, and DoRA"),
