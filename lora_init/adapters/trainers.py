@@ -8,11 +8,13 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
+from itertools import tee
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from lora_init.adapters.config import check_agreement
 from lora_init.adapters.initializers import GRADIENT_METHODS
@@ -196,9 +198,34 @@ def _batches(trainer: Any) -> Iterator[Iterator[Any]]:
         stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
         with suppress(Exception):  # what cannot be copied is used itself
             trainer.data_collator = copy.deepcopy(trainer.data_collator)
+        rows = trainer.train_dataset
+        # Those of datasets begin anew each time, and workers read copies.
+        streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
+        if streams and not trainer.args.dataloader_num_workers:
+            trainer.train_dataset = _Twice(rows)
         loader = trainer.get_train_dataloader()
         stack.callback(_close, trainer, loader)
         yield _labelled(trainer, loader)
+
+
+class _Twice(IterableDataset[Any]):
+    """Gives its rows to the pass, and to training from the same beginning, also where they are there only once."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.streams: list[Iterator[Any]] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.streams is None:
+            self.streams = list(tee(iter(self.rows)))
+        return self.streams.pop() if self.streams else iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what Trainer asks data for, such as `set_epoch`."""
+        return getattr(self.rows, name)
 
 
 def _close(trainer: Any, loader: Any) -> None:

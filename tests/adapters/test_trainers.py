@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import lora_init
+from lora_init.adapters import trainers
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
 from tests.conftest import tiny_bert, tiny_llama
@@ -131,14 +132,14 @@ def test_the_trainer_trains_the_adapter(made, checkpointing, tmp_path, tokenizer
 def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, tokenizer, monkeypatch):
     seen = []
     trainer, other = (MADE[made](tmp_path, tokenizer) for _ in range(2))
-    inner = lora_init.adapters.trainers._labelled
+    inner = trainers._labelled
 
     def record(trainer, loader):
         for batch in inner(trainer, loader):
             seen.append(batch["input_ids"].clone())
             yield batch
 
-    monkeypatch.setattr(lora_init.adapters.trainers, "_labelled", record)
+    monkeypatch.setattr(trainers, "_labelled", record)
     lora_init.initialize(trainer, **RANK[made])
     assert len(seen) > 3
     trained, without = batches_of(trainer), batches_of(other)
@@ -168,6 +169,29 @@ def test_what_a_collator_draws_is_drawn_again(tmp_path, tokenizer):
         if initialized:
             lora_init.initialize(trainer, rank=2)
         seen.append(batches_of(trainer))
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+class Once(torch.utils.data.IterableDataset):
+    """Rows that are gone once they are read, as those of a queue or a socket."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        yield from self.rows
+
+
+@pytest.mark.parametrize("gradients", [{}, {"method": "lora-one", "gamma": 64.0}])
+def test_training_sees_the_rows_that_the_pass_has_read_of_a_stream(gradients, tmp_path, tokenizer):
+    seen = []
+    for initialized in (False, True):
+        trainer = plain(tmp_path, tokenizer, max_steps=10)
+        trainer.train_dataset = Once(list(trainer.train_dataset))
+        if initialized:
+            lora_init.initialize(trainer, rank=2, **gradients)
+        seen.append(batches_of(trainer, n=10))
+    assert len(seen[0]) == 10  # all 40 rows
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
