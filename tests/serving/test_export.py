@@ -148,6 +148,8 @@ def test_a_start_of_which_nothing_is_left_is_not_taken_off_again(base, tmp_path)
         init = build_adapter(stats, 2, method)
         init.save_pretrained(start)
         model = init.apply(load(base))
+        for name, parameter in model.named_parameters():
+            parameter.data += 0.01 * ("lora_B" in name)  # training
         converted = {"path_initial_model_for_weight_conversion": str(start)} if method == "lora-ga" else {}
         model.save_pretrained(trained, **converted)
         with pytest.raises(LoraInitError, match="fits the plain base already, since its start left that alone or PEFT"):
