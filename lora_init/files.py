@@ -183,6 +183,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise LoraInitError(f"{path} holds more than one JSON object, as data on JSON lines do.") from error
+        raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
     except (ValueError, RecursionError) as error:
         raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
     if not isinstance(content, dict):

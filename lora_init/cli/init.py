@@ -245,8 +245,10 @@ def _check_sources(
     file = statistics.expanduser() if statistics else None
     if file is not None and not file.parent.is_dir():
         raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
-    if data is None and (file is None or not file.exists()):
+    if data is None and file is None:
         raise LoraInitError("DATA is missing. Name it, or name with --statistics a file that exists.")
+    if data is None and file is not None and not file.exists():
+        raise LoraInitError(f"--statistics {file}: no such file. Name one that exists, or DATA to make it from.")
     if data is None and method:
         raise LoraInitError(
             f"--method {method} finds the size of its step by the loss on examples, and DATA is missing."

@@ -158,8 +158,12 @@ def describe(path: str | Path) -> dict[str, Any]:
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
         )
     with path.open("rb") as file:
-        is_json = file.read(1) == b"{"
-    return _describe_plan(path) if is_json else _describe_statistics(path)
+        start = file.read(9)
+    if start.startswith(b"{"):
+        return _describe_plan(path)
+    if start[8:9] != b"{":  # a safetensors file begins with a length and JSON
+        raise LoraInitError(f"{path} is neither statistics nor a plan. Name what lora-init has written.")
+    return _describe_statistics(path)
 
 
 def _describe_plan(path: Path) -> dict[str, Any]:

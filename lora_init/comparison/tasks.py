@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.batches import example_reader, group_by_length, pad_batch, padding_token
-from lora_init.loading.examples import NO_COMPLETION, Encoded, Recipe, class_names, encode, recipe
+from lora_init.loading.batches import group_by_length, pad_batch, padding_token
+from lora_init.loading.reader import Encoded, Reader, open_reader
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples in three folds. No example is there twice, in another fold or in the same.
+    """Examples in three folds. No example is there twice, and no prompt in two folds.
 
     Attributes:
         kind: `"causal-lm"`, `"classification"` or `"multiple-choice"`.
@@ -190,7 +190,8 @@ def load_task(
 ) -> Task:
     """Read a data set and split it: rows to report come first in the seeded order, then those to select by.
 
-    So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts.
+    So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts,
+    and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
 
     Args:
         source: A file, a folder or a hub id.
@@ -208,27 +209,35 @@ def load_task(
     data = read_rows(source, asked.subset, asked.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
-    reading = recipe(names, name, tokenizer, asked.template, _completion(asked, kind), asked.format)
-    label = asked.label
-    classes = () if label is None else class_names(data.table, name, label, reading.columns, known_classes)
-    limit = min(asked.max_length, getattr(tokenizer, "model_max_length", asked.max_length))
-
-    read = _reader(asked, reading, tokenizer, limit, classes)
-    extra = [asked.label] if asked.label else [asked.answer, asked.options] if asked.options else []
+    reader = open_reader(
+        data, tokenizer, asked.max_length, template=asked.template, completion=_completion(asked, kind),
+        data_format=asked.format, needs_labels=kind != MULTIPLE_CHOICE, label=asked.label, known_classes=known_classes,
+    )  # fmt: skip
     left_out: Counter[str] = Counter()
-    columns = [*reading.columns, *(column for column in extra if column in names)]
-    usable = data.usable(columns, read, asked.data_seed, left_out)
+    extra = [asked.answer, asked.options] if asked.options else []
+    columns = [*reader.columns, *(column for column in extra if column in names)]
+    usable = data.usable(columns, partial(_read, reader=reader, asked=asked), asked.data_seed, left_out)
     seen: set[tuple[int, ...]] = set()
+    elsewhere: set[str] = set()  # prompts of the folds before
 
-    def fresh() -> Iterator[Item]:
-        for item in usable:
-            if tuple(item.tokens[0]) not in seen:
-                seen.add(tuple(item.tokens[0]))
-                yield item
+    def fresh() -> Iterator[tuple[str, Item]]:
+        for prompt, item in usable:
+            if tuple(item.tokens[0]) in seen:
+                continue
+            seen.add(tuple(item.tokens[0]))
+            if prompt in elsewhere:
+                left_out["with a prompt of another fold"] += 1
+            else:
+                yield prompt, item
 
-    items = fresh()
-    report, selection = list(islice(items, asked.report_samples)), list(islice(items, asked.selection_samples))
-    train = list(islice(items, max(asked.train_samples, 0)))
+    rest = fresh()
+
+    def fold(count: int) -> list[Item]:
+        drawn = list(islice(rest, max(count, 0)))
+        elsewhere.update(prompt for prompt, _ in drawn)
+        return [item for _, item in drawn]
+
+    report, selection, train = map(fold, (asked.report_samples, asked.selection_samples, asked.train_samples))
     counted = f"{name}: {len(train)} examples to train on, {len(selection)} to select by and {len(report)} to report"
     skipped = [f"{count} left out {why}" for why, count in left_out.items()]
     if len(train) < batch_size or len(selection) < asked.selection_samples:
@@ -237,15 +246,15 @@ def load_task(
             f"{counted}; expected {batch_size} or more, {asked.selection_samples} and {asked.report_samples}{left}. "
             "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."
         )
-    how = [f"label {asked.label}, {len(classes)} classes"] if classes else []
+    how = [f"label {asked.label}, {len(reader.classes)} classes"] if asked.label else []
     how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
-    split = f"split seed {asked.data_seed}, at most {limit} tokens, {reading.name}"
+    split = f"split seed {asked.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
     described = ", ".join([f"{counted} of {len(data.table)}", split, *how, *skipped])
     padding, title = padding_token(tokenizer), asked.name or name
     spelled_out = not asked.options or all(
         _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
     )
-    return Task(kind, train, selection, report, classes, padding, asked.normalize, described, title, spelled_out)
+    return Task(kind, train, selection, report, reader.classes, padding, asked.normalize, described, title, spelled_out)
 
 
 def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
@@ -253,29 +262,24 @@ def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
     return found is None or str(row[answer]).strip() == found[0][found[1]]
 
 
-def _reader(
-    asked: Loading, reading: Recipe, tokenizer: Any, limit: int, classes: Sequence[str]
-) -> Callable[[Mapping[str, Any]], Item | str]:
-    encoded = partial(encode, tokenizer=tokenizer, limit=limit, seq2seq=False)
-    plain = example_reader(reading, encoded, limit, asked.options is None, asked.label, classes)
-
-    def read(row: Mapping[str, Any]) -> Item | str:
-        """Read a row as an item, or say why it is left out."""
-        tokens = plain(row)
-        if isinstance(tokens, str):
-            return tokens
-        if asked.options is None:
-            return Item(tokens, answer=None if asked.label is None else tokens[1][0])
-        found = read_choices(row, asked.options, asked.answer)
-        if found is None:
-            return "whose answer is none of the options"
-        options, right = found
-        choices = [plain({**row, asked.answer: option}) for option in options]
-        # A shortened option would be likelier than it is.
-        whole = tuple(choice for choice in choices if not isinstance(choice, str) and len(choice[0]) < limit)
-        return f"with {limit} or more tokens" if len(whole) < len(options) else Item(whole[right], whole, right)
-
-    return read
+def _read(row: Mapping[str, Any], reader: Reader, asked: Loading) -> tuple[str, Item] | str:
+    """Read a row as an item, and its prompt; or say why it is left out."""
+    example = reader.recipe.to_example(row)
+    tokens = reader.encode(example, row)
+    if example is None or isinstance(tokens, str):
+        return str(tokens)
+    if asked.options is None:
+        return example.prompt, Item(tokens, answer=None if asked.label is None else tokens[1][0])
+    found = read_choices(row, asked.options, asked.answer)
+    if found is None:
+        return "whose answer is none of the options"
+    options, right = found
+    choices = [reader({**row, asked.answer: option}) for option in options]
+    # A shortened option would be likelier than it is.
+    whole = tuple(choice for choice in choices if not isinstance(choice, str) and len(choice[0]) < reader.limit)
+    if len(whole) < len(options):
+        return f"with {reader.limit} or more tokens"
+    return example.prompt, Item(whole[right], whole, right)
 
 
 def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
@@ -299,8 +303,6 @@ def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
 def _completion(asked: Loading, kind: str) -> str | None:
     """Check prompt and completion against what the task needs, and complete what is plain from it."""
     template, completion = asked.template, asked.completion
-    if kind == CLASSIFICATION and completion is not None:
-        raise LoraInitError(NO_COMPLETION)
     if kind != MULTIPLE_CHOICE:
         return completion
     if template is None:

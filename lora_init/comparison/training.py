@@ -22,7 +22,7 @@ from lora_init.collection.activations import evaluating
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import pad_batch
-from lora_init.loading.examples import IGNORED, Encoded
+from lora_init.loading.reader import IGNORED, Encoded
 
 _STATUS = Path("/proc/self/status")
 

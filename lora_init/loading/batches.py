@@ -6,12 +6,11 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import IGNORED, NO_COMPLETION, Encoded, Example, Recipe, class_names, encode, recipe
+from lora_init.loading.reader import IGNORED, Encoded, open_reader
 from lora_init.loading.sources import read_rows
 
 if TYPE_CHECKING:
@@ -95,7 +94,9 @@ def load_batches(
         seq2seq: For encoder-decoders: prompt in `input_ids`, completion in `labels`, which then have their own length.
         needs_labels: Leave out rows without a labelled token among the first `max_length`, and warn if that is more
             than a tenth of them. Switch it off where every token counts.
-        label: Column of the class, for a classifier: `labels` are classes, int64 [batch], as `class_names` counts them.
+        label: Column of the class, for a classifier: `labels` are classes, int64 [batch], as `class_names` counts them,
+            and rows without one are left out. Tokens are those of `tokenizer(text)`, without an end-of-sequence token
+            beyond.
         known_classes: With `label`: classes of the checkpoint, in its order.
 
     Returns:
@@ -113,26 +114,19 @@ def load_batches(
     batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
     samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
     rows = read_rows(source, subset, split, seed)
-    reading = recipe(rows.table.column_names, rows.label, tokenizer, template, completion, format)
-    limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-
-    classes: tuple[str, ...] = ()
-    if label is not None:
-        if completion is not None:
-            raise LoraInitError(NO_COMPLETION)
-        classes = class_names(rows.table, rows.label, label, reading.columns, known_classes)
-    read = example_reader(
-        reading, partial(encode, tokenizer=tokenizer, limit=limit, seq2seq=seq2seq), limit, needs_labels, label, classes
-    )
+    reader = open_reader(
+        rows, tokenizer, max_length, template=template, completion=completion, data_format=format, seq2seq=seq2seq,
+        needs_labels=needs_labels, label=label, known_classes=known_classes,
+    )  # fmt: skip
 
     left_out: Counter[str] = Counter()
-    usable = rows.usable([*reading.columns, *([label] if label else [])], read, seed, left_out)
+    usable = rows.usable(reader.columns, reader, seed, left_out)
     examples = list(islice(usable, offset, None if samples is None else offset + samples))
     skipped = ", ".join(f"{count} left out {why}" for why, count in left_out.items())
     n_read = offset + len(examples) + left_out.total()
     if not examples:
         raise LoraInitError(
-            f"{rows.label}: no usable example among {len(rows.table)} rows read as {reading.name}"
+            f"{rows.label}: no usable example among {len(rows.table)} rows read as {reader.recipe.name}"
             + (f" after the first {offset}" if offset else "")
             + (f" ({skipped})" if skipped else "")
             + ". Check the columns and max_length."
@@ -143,37 +137,17 @@ def load_batches(
     groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
-        "batch_size": batch_size, "seed of the sample": seed, **({"classes": [*classes]} if label else {}),
+        "batch_size": batch_size, "seed of the sample": seed, **({"classes": [*reader.classes]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
-    batches.classes = classes
+    batches.classes = reader.classes
     parts = [
         f"{rows.label}: {len(examples)} of {len(rows.table)} examples", f"after the first {offset}" if offset else "",
-        f"seed {seed}", f"at most {limit} tokens", reading.name,
-        f"label {label}, {len(classes)} classes" if label else "", skipped,
+        f"seed {seed}", f"at most {reader.limit} tokens", reader.recipe.name,
+        f"label {label}, {len(reader.classes)} classes" if label else "", skipped,
     ]  # fmt: skip
     batches.description = ", ".join(part for part in parts if part)
     return batches
-
-
-def example_reader(
-    reading: Recipe, encode: Callable[[Example], Encoded | None], limit: int, needs_labels: bool,
-    label: str | None, classes: Sequence[str],
-) -> Callable[[Mapping[str, Any]], Encoded | str]:  # fmt: skip
-    """Make a function that reads a row as tokens and their labels, or its class, or says why it is left out."""
-
-    def read(row: Mapping[str, Any]) -> Encoded | str:
-        example = reading.to_example(row)
-        encoded = encode(example) if example else None
-        if encoded is None:
-            return "with an empty field"
-        if label is not None:
-            return "without a label" if row[label] is None else (encoded[0], [classes.index(str(row[label]))])
-        if needs_labels and all(label == IGNORED for label in encoded[1]):
-            return f"without a labelled token among the first {limit}"
-        return encoded
-
-    return read
 
 
 def group_by_length(items: Sequence[_T], batch_size: int, seed: int, length: Callable[[_T], int]) -> Iterator[list[_T]]:

@@ -1,9 +1,9 @@
-"""What a row says: columns, a template or chat messages -> one text -> tokens, some of them with labels; its class."""
+"""What a row says: columns, a template or chat messages -> one text, and which stretches of it have labels."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from string import Formatter
@@ -11,19 +11,22 @@ from typing import Any
 
 from lora_init.errors import LoraInitError, did_you_mean
 
-Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
-IGNORED = -100  # the label of a token that has none, as in layers.masks
-NO_COMPLETION = "a classification has no completion: the class is what --label names. Leave it out."
-_MOST_CLASSES = 100
-
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text. `labelled`: for each labelled stretch, the text before it, and the text up to its end."""
+    """One row as text.
+
+    Attributes:
+        text: All of it.
+        labelled: For each labelled stretch, the text before it, and the text up to its end.
+        prompt: What is answered; the text itself where nothing comes before the labels.
+        rendered: Whether a chat template made the text, so that special tokens are already in it.
+    """
 
     text: str
     labelled: Sequence[tuple[str, str]]
-    rendered: bool = False  # by a chat template, so special tokens are already in the text
+    prompt: str
+    rendered: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,37 +102,6 @@ def _template_recipe(names: list[str], label: str, template: str, completion: st
     )
 
 
-def class_names(rows: Any, name: str, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
-    """Name the classes of a column in the order in which labels count them.
-
-    That is the checkpoint's order if it `known` them all, so that its head keeps its meaning; else the order of their
-    numbers, if they are numbers, so that 0, 1, 2 stay what they are; else that of their names.
-
-    Args:
-        rows: A `datasets.Dataset`.
-        name: What to call the data.
-        column: Column of the class.
-        used: Columns that the text is from.
-        known: Classes of the checkpoint, in its order.
-
-    Raises:
-        LoraInitError: No such column, or it is a part of the text; too few or too many values for classes.
-    """
-    if column not in rows.column_names:
-        raise LoraInitError(f"label={column!r} is not a column. Columns of {name}: {', '.join(rows.column_names)}.")
-    values = {str(value) for value in rows[column] if value is not None}
-    if not 2 <= len(values) <= _MOST_CLASSES:
-        raise LoraInitError(
-            f"{name}: column {column!r} has {len(values)} different values, and a classification needs 2 to "
-            f"{_MOST_CLASSES} classes. Name the column of the class."
-        )
-    if column in used:
-        raise LoraInitError(f"label={column!r} is a part of the text, which gives the class away. Take it out.")
-    if values <= set(known):
-        return tuple(known)
-    return tuple(sorted(values, key=int if all(value.isdecimal() for value in values) else None))
-
-
 _Parts = list[tuple[str, str | None]]  # literal text, and the column whose value follows it
 
 
@@ -158,7 +130,7 @@ def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[
 
 
 def _fill(parts: _Parts, row: Mapping[str, Any]) -> str | None:
-    """Fill a template; None if a field is null or blank, so that nobody trains on the word "None"."""
+    """Fill a template; None if a field says nothing, so that nobody trains on the word "None"."""
     values = {name: _text(row, name) for _, name in parts if name is not None}
     if None in values.values():
         return None
@@ -166,18 +138,23 @@ def _fill(parts: _Parts, row: Mapping[str, Any]) -> str | None:
 
 
 def _text(row: Mapping[str, Any], name: str) -> str | None:
-    """Read a field as text, never a list as Python writes it; None if it is null or blank."""
+    """Read a field as text, never a list as Python writes it; None if it says nothing."""
     value = row[name]
     if isinstance(value, (list, Mapping)):
         kind = "a list" if isinstance(value, list) else "a mapping"
         raise LoraInitError(f"column {name!r} holds {kind}, and text is needed. Make it text first, or name another.")
-    return None if value is None or not str(value).strip() else str(value)
+    return None if is_missing(value) else str(value)
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a field says nothing: null, NaN or blank, as files and tables write what is not there."""
+    return value is None or value != value or not str(value).strip()
 
 
 def _plain(prompt: str | None, answer: str | None) -> Example | None:
     if prompt is None or answer is None:
         return None
-    return Example(f"{prompt}{answer}", [(prompt, f"{prompt}{answer}")])
+    return Example(f"{prompt}{answer}", [(prompt, f"{prompt}{answer}")], prompt.strip() or answer)
 
 
 # The prompt of Stanford's Alpaca, as axolotl's `type: alpaca` writes it.
@@ -229,9 +206,16 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
         spans = [
             _span(turns, i, whole, render) for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"
         ]
-        return Example(whole, spans, rendered=True)
+        return Example(whole, spans, str(turns[: first or _first_answer(turns)]), rendered=True)
     except Exception as error:  # a template is a program: it raises what it likes
         raise LoraInitError(f"the chat template refuses the messages: {error}.") from error
+
+
+def _first_answer(turns: Sequence[Mapping[str, Any]]) -> int:
+    """Find the first turn of the assistant's that follows one of the user's: a greeting answers nothing."""
+    roles = [turn["role"] for turn in turns]
+    asked = roles.index("user") if "user" in roles else 0
+    return roles.index("assistant", asked) if "assistant" in roles[asked:] else len(roles)
 
 
 def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callable[..., str]) -> tuple[str, str]:
@@ -247,14 +231,14 @@ def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callab
     others = [*turns[:i], {**turns[i], "content": 3 * letter}, *turns[i + 1 :]]
     start, end = _difference(whole, render(others))
     _, after = _difference(until, render(others[: i + 1]))
-    end += _common(whole[end:], until[after:])  # what ends a turn
+    end += count_common(whole[end:], until[after:])  # what ends a turn
     return whole[:start], whole[:end]
 
 
 def _difference(text: str, other: str) -> tuple[int, int]:
     """Say where a text begins to differ from another, and from where on it does no longer."""
-    start = _common(text, other)
-    same = _common(text[start:][::-1], other[start:][::-1])
+    start = count_common(text, other)
+    same = count_common(text[start:][::-1], other[start:][::-1])
     return start, len(text) - same
 
 
@@ -283,43 +267,6 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool) -> Encoded | None:
-    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts."""
-
-    def tokens(text: str, role: str = "text") -> list[int]:
-        return list(tokenizer(**{role: text}, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
-
-    if seq2seq:
-        before = example.labelled[0][0] if len(example.labelled) == 1 else ""
-        if not before.strip() or not example.text.startswith(before):
-            raise LoraInitError(
-                "an encoder-decoder model needs a prompt and one completion. Use prompt and completion."
-            )
-        answer = tokens(example.text[len(before) :], "text_target")  # in the target language, if there are two
-        return _cut(tokens(before), tokenizer, limit), _cut(answer, tokenizer, limit)
-    ids = tokens(example.text)
-    if not ids:
-        return None
-    labels = [IGNORED] * len(ids)
-    for before, until in example.labelled:
-        start = _common(tokens(before), ids) if before else 0
-        end = len(ids) if until == example.text else _common(tokens(until), ids)
-        labels[start:end] = ids[start:end]
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is not None and ids[-1] != eos and not example.rendered:  # where the answer ends is a thing to learn
-        ids.append(eos)
-        labels.append(eos)
-    cut = _cut(ids, tokenizer, limit)
-    return cut, labels[:limit] if cut == ids[:limit] else [*labels[: limit - 1], IGNORED]
-
-
-def _cut(ids: list[int], tokenizer: Any, limit: int) -> list[int]:
-    """Truncate at the end, but keep the separator that encoders such as BERT expect there."""
-    if len(ids) > limit and ids[-1] == getattr(tokenizer, "sep_token_id", None):
-        return [*ids[: limit - 1], ids[-1]]
-    return ids[:limit]
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Count how far two sequences begin alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -11,11 +11,14 @@ from lora_init.errors import LoraInitError, first_line
 _SECONDS = 3.0
 
 
-def check_hub(name: str, kind: Literal["model", "dataset"]) -> None:
-    """Refuse what cannot be had; without a network, leave what may be in a cache to the cache alone.
+def check_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """Refuse what cannot be had.
 
     It takes a second: neither torch nor transformers nor `datasets` is imported. Their client would try for half a
     minute to reach a hub that does not answer.
+
+    Returns:
+        Whether the hub has it; False if it cannot be asked, and there is only what a cache has.
 
     Raises:
         LoraInitError: The hub has nothing of this name, or cannot be asked and no cache has it.
@@ -36,7 +39,7 @@ def check_hub(name: str, kind: Literal["model", "dataset"]) -> None:
         url = f"{constants.ENDPOINT}/api/{kind}s/{name}"
         utils.hf_raise_for_status(utils.get_session().get(url, timeout=_SECONDS, headers=headers))
     except GatedRepoError:
-        return  # the download says what has to be accepted, and where
+        return True  # the download says what has to be accepted, and where
     except (HFValidationError, RepositoryNotFoundError):
         raise LoraInitError(
             f"{what} {name!r}: no such file or folder, and the hub has nothing of this name that you may read. Check "
@@ -52,5 +55,13 @@ def check_hub(name: str, kind: Literal["model", "dataset"]) -> None:
                 f"{what} {name!r}: no such file or folder, not in the hub's cache, and the hub cannot be reached: "
                 f"{first_line(error)}"
             ) from error
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers and `datasets` while they are imported
-        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def stay_offline() -> None:
+    """Let this process ask caches alone, before transformers and `datasets` are imported, which then read it."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True

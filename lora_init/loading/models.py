@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line
 from lora_init.loading.batches import padding_token
-from lora_init.loading.hub import check_hub
+from lora_init.loading.hub import check_hub, stay_offline
 
 # Endings of a class name in `config.architectures`, the first that fits: PEFT's task type and transformers' Auto class.
 _KINDS = {
@@ -119,8 +119,8 @@ def classes_of(config: Any) -> tuple[str, ...]:
 
 def check_model(source: str) -> None:
     """Refuse, before anything large is imported, what can be no model or cannot be had."""
-    if not _check_source(source):
-        check_hub(source, "model")
+    if not _check_source(source) and not check_hub(source, "model"):
+        stay_offline()
 
 
 def open_model(source: str, *, task_type: str | None = None, trust_remote_code: bool = False) -> ModelSource:
@@ -129,6 +129,8 @@ def open_model(source: str, *, task_type: str | None = None, trust_remote_code: 
         raise LoraInitError(f"task type {task_type!r} is unknown. {did_you_mean(task_type, TASK_TYPES)}")
     local = _check_source(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not local and not check_hub(source, "model"):
+        options["local_files_only"] = True
     import transformers
 
     config = _guarded(source, transformers.AutoConfig.from_pretrained, **options)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import io
 import json
 import logging
 import random
 import re
 import sys
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_init.errors import LoraInitError, first_line
-from lora_init.loading.hub import check_hub
+from lora_init.loading.hub import check_hub, stay_offline
 
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -28,6 +31,10 @@ _MOST_STREAMED = 10_000
 # pandas would make 7.0 of 007, and nothing of None. It knows columns by number; more than there are do no harm.
 _CELLS_AS_TEXT = {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(range(1000), str)}
 _EMPTY = "the data is empty. Expected at least one example."
+# How JSON begins whose rows are no objects; `datasets` would take numbers in a list for texts.
+_NO_OBJECT = re.compile(r'\s*(?:(?:\[\s*)?(?:-?\d|true|false|null)|\[\s*\[|")')
+# How much of a file is looked at for its encoding, before anything else reads it.
+_LOOKED_AT = 1 << 24
 # How `datasets` says that files are empty, or have a header and no rows; the last of them until 4.8.
 _NOTHING = (
     "StopIteration", "No columns to parse", 'Instruction "train" corresponds to no data', "Please pass `features` or"
@@ -84,6 +91,7 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
     files = [Path(path).expanduser() for path in source] if several else _find_files(source)
     with _quiet():
         if files is None and isinstance(source, (str, Path)):
+            check_hub(str(source), "dataset")
             label = f"{source}{f' ({subset})' if subset else ''}, {split}"
             table = _load(label, path=str(source), name=subset, split=split)
         elif files and files[0].is_dir():
@@ -110,8 +118,8 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
 
 def check_data(source: str) -> None:
     """Refuse a name that is neither here nor can be had, before `datasets` is imported."""
-    if _find_files(source) is None:
-        check_hub(source, "dataset")
+    if _find_files(source) is None and not check_hub(source, "dataset"):
+        stay_offline()
 
 
 def _find_files(source: Any) -> list[Path] | None:
@@ -147,8 +155,11 @@ def _first_line_of(file: Path, index: int) -> int | None:
 
 
 def _opened(file: Path) -> Any:
-    opened = gzip.open if file.suffix.lower() == ".gz" else open
-    return opened(file, "rt", encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(_opened_bytes(file), encoding="utf-8-sig", newline="")
+
+
+def _opened_bytes(file: Path) -> Any:
+    return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def _load(label: str, **arguments: Any) -> Any:
@@ -176,12 +187,41 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
             f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(_READERS)}, or "
             "one of these with .gz."
         )
+    for file in files:
+        if kinds[0] != ".parquet":
+            _check_text(f"{file.resolve().parent.name}/{file.name}", file, kinds[0])
     options: dict[str, Any] = {}
     if _READERS[kinds[0]] == "csv":  # pandas would take the first field for an index if the first record is too long
         options = {"sep": "\t" if kinds == [".tsv"] else ",", "index_col": False, **_CELLS_AS_TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # of records that are longer than the header
         return _load(label, path=_READERS[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
+
+
+def _check_text(label: str, file: Path, kind: str) -> None:
+    """Refuse a file in another encoding, with another separator, or with other rows than are read."""
+    try:
+        with _opened_bytes(file) as opened:
+            start = opened.read(_LOOKED_AT).removeprefix(codecs.BOM_UTF8)
+    except (OSError, EOFError, zlib.error):
+        return  # `datasets` says what is wrong with it
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut off
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
+        line = start.count(b"\n", 0, error.start) + 1
+        raise LoraInitError(
+            f"{label}, line {line}: byte 0x{start[error.start]:02x} is not valid UTF-8, the encoding expected. Save "
+            f"the file as UTF-8, for example as `CSV UTF-8` in a spreadsheet, or with iconv -f {encoding} -t UTF-8."
+        ) from None
+    if _READERS[kind] == "json" and _NO_OBJECT.match(text):
+        raise LoraInitError(f"{label}: its rows are numbers, texts or lists. Expected objects: {{'text': ...}}.")
+    header = text.partition("\n")[0]
+    if kind == ".csv" and "," not in header and (found := re.search("[;\t]", header)):
+        separator, remedy = ("a semicolon", "") if found[0] == ";" else ("a tab", ", or name it .tsv")
+        raise LoraInitError(
+            f"{label}: its columns are separated by {separator}, expected a comma. Save it with commas{remedy}."
+        )
 
 
 def _as_written(table: Any, files: Sequence[str]) -> Any:
@@ -212,6 +252,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
 
 def _from_memory(source: Any, split: str, seed: int) -> Any:
     import datasets
+    import pyarrow  # type: ignore[import-untyped]
 
     if isinstance(source, datasets.DatasetDict):
         if split not in source:
@@ -222,15 +263,27 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
     if isinstance(source, datasets.IterableDataset):
         stream = source.shuffle(seed=seed, buffer_size=_MOST_STREAMED)
         return _from_memory(list(islice(stream, _MOST_STREAMED)), split, seed)
-    if type(source).__name__ == "DataFrame":
-        return datasets.Dataset.from_pandas(source, preserve_index=False)
-    if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
-        columns = dict.fromkeys(name for row in source for name in row)  # `datasets` takes those of the first row alone
-        return datasets.Dataset.from_list([{name: row.get(name) for name in columns} for row in source])
+    try:
+        if type(source).__name__ == "DataFrame":
+            return datasets.Dataset.from_pandas(source, preserve_index=False)
+        if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
+            columns = dict.fromkeys(name for row in source for name in row)  # `datasets` takes those of the first row
+            return datasets.Dataset.from_dict({name: [_or_none(row.get(name)) for row in source] for name in columns})
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        said = " ".join(map(str, error.args))
+        raise LoraInitError(f"the rows mix kinds of values in a column: {said}. Write all of it as text.") from error
     raise LoraInitError(
         f"data of type {type(source).__name__}: expected a path, a hub id, a datasets.Dataset, a pandas DataFrame or a "
         "list of mappings from column to value."
     )
+
+
+def _or_none(value: Any) -> Any:
+    """Give None for the signs of pandas for what is not there: NaN, NA, NaT."""
+    from pandas import isna
+    from pandas.api.types import is_scalar
+
+    return None if is_scalar(value) and isna(value) else value
 
 
 def _json_lines(lines: Iterable[str]) -> list[Any]:

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
@@ -228,6 +230,10 @@ def test_a_head_that_the_adapter_would_not_hold_is_taken_along(home, tmp_path):
     model = tiny_t5()
     model.config.eos_token_id = 2  # by which it finds the end of a text
     save_model(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ends = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])  # as T5's does
+    tokenizer.backend_tokenizer.post_processor = ends
+    tokenizer.save_pretrained(tmp_path / "model")
     command = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
     command += ["--rank", 2, "--rho", 1, "--method", "natural-gradient", "-o", tmp_path / "out"]
     head = "classification_head.dense,classification_head.out_proj"
@@ -342,7 +348,7 @@ def test_without_data_options_about_data_and_their_pass_are_refused(command, tmp
 def test_without_data_and_without_a_file_data_are_missing(command, tmp_path):
     assert_one_line_error(run(*without_data(command)), "DATA is missing. Name it, or name with --statistics")
     absent = run(*without_data(command), "--statistics", tmp_path / "none")
-    assert_one_line_error(absent, "DATA is missing")
+    assert_one_line_error(absent, "none: no such file. Name one that exists, or DATA to make it from.")
 
 
 def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_path):

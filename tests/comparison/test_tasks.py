@@ -1,13 +1,15 @@
 """What is trained on, what is scored, and in which order."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
 
 from lora_init.comparison.tasks import Loading, find_answer, load_task, read_choices, split_options
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import IGNORED
+from lora_init.loading.reader import IGNORED
+from tests.commands import WORDS
 from tests.comparisons import make_home
 
 
@@ -49,6 +51,39 @@ def test_of_rows_that_are_alike_the_first_counts(tmp_path, tokenizer):
     assert len(load_task(tmp_path / "rows.jsonl", tokenizer, asked, 1).train) == 1
     with pytest.raises(LoraInitError, match="1 examples to train on, 1 to select by and 1 to report; expected 4"):
         load_task(tmp_path / "rows.jsonl", tokenizer, asked, 4)
+
+
+FORMS = {
+    "prompt": lambda question, word: {"prompt": f"the {question} sat", "completion": f" {word}"},
+    "messages": lambda question, word: {
+        "messages": [
+            {"role": "assistant", "content": "hello"},  # a greeting answers nothing
+            {"role": "user", "content": f"the {question} sat"},
+            {"role": "assistant", "content": word},
+        ]
+    },
+    "letter": lambda question, word: {"q": f"the {question} sat", "options": WORDS[15:], "answer": word},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_one_prompt_are_in_one_fold(tmp_path, tokenizer, form):
+    rows = [FORMS[form](question, word) for question in WORDS[:15] for word in WORDS[15:]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    choices = dict(template="{q}", options="options") if form == "letter" else {}
+    asked = Loading(train_samples=40, selection_samples=5, report_samples=5, **choices)
+    task = load_task(tmp_path / "rows.jsonl", tokenizer, asked, 4)
+
+    def asked_for(items):
+        return {tuple(t for t, label in zip(*item.tokens, strict=True) if label == IGNORED) for item in items}
+
+    folds = [asked_for(items) for items in (task.train, task.selection, task.report)]
+    assert not (folds[0] & folds[1] or folds[0] & folds[2] or folds[1] & folds[2])
+    assert len(folds[0]) + len(folds[1]) + len(folds[2]) == 15 and len(task.train) > len(folds[0])
+    assert "left out with a prompt of another fold" in task.data
+    more = load_task(tmp_path / "rows.jsonl", tokenizer, replace(asked, train_samples=10), 4)
+    assert (more.report, more.selection) == (task.report, task.selection)
 
 
 def test_more_training_moves_no_other_row(home, tokenizer):
@@ -108,7 +143,7 @@ def test_fixed_options(home, tokenizer):
         (dict(label="class"), "label='class' is not a column. Columns of "),
         (dict(label="passage"), "column 'passage' has 120 different values"),
         (dict(label="first", template="{passage} {first}"), "label='first' is a part of the text, which gives"),
-        (dict(label="empty"), "column 'empty' has 1 different values"),
+        (dict(label="empty"), "column 'empty' has 0 different values"),
         (dict(label="first", completion=" {first}"), "a classification has no completion"),
         (dict(label="first", options="listed"), "Give one of them"),
         (dict(options="listed", template=None), "needs a template"),

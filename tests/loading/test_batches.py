@@ -8,12 +8,13 @@ import re
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import lora_init
 from lora_init import LoraInitError, load_batches
@@ -293,10 +294,11 @@ def test_rows_with_a_missing_field_are_left_out_and_counted(write, tokenizer):
         ([10, 9, 2, 9], (), ("2", "9", "10")),  # by number, so that 0, 1, 2, ... are what they are
         (["no", "yes", "no", "no"], ("yes", "no", "maybe"), ("yes", "no", "maybe")),  # as the checkpoint's head has it
         (["no", "yes", "no", "no"], ("LABEL_0", "LABEL_1"), ("no", "yes")),
+        ([10.5, 2.5, -1.0, 2.5], (), ("-1", "2.5", "10.5")),
     ],
 )
 def test_classes_are_labels_of_whole_texts(write, tokenizer, values, known, classes):
-    rows = [{"q": str(value) * 3, "kind": value} for value in [*values, None]]
+    rows = [{"q": str(value).removesuffix(".0") * 3, "kind": value} for value in [*values, None]]
     batches = load_batches(write(rows), tokenizer, template="{q}", label="kind", known_classes=known, batch_size=3)
     assert batches.classes == classes and batches.settings["classes"] == [*classes]
     for batch in batches:
@@ -305,8 +307,67 @@ def test_classes_are_labels_of_whole_texts(write, tokenizer, values, known, clas
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
         assert batch["labels"].dtype == torch.int64
-        assert said == [classes[label] * 3 + "<eos>" for label in batch["labels"].tolist()]
+        assert said == [classes[label] * 3 for label in batch["labels"].tolist()]
     assert f"label kind, {len(classes)} classes, 1 left out without a label" in batches.description
+
+
+ROWS_WITH_GAPS = [("aa", 10), ("bb", 2), ("cc", float("nan")), ("dd", None), ("ee", 10), (float("nan"), 2)]
+
+
+@pytest.mark.parametrize("form", ["records", "jsonl", "json", "csv", "parquet", "frame", "records of a frame"])
+def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenizer, tmp_path, form):
+    rows = [{"q": text, "kind": kind} for text, kind in ROWS_WITH_GAPS]
+    frame = pd.DataFrame(rows)
+    sources = {
+        "records": lambda: rows,
+        "jsonl": lambda: write(rows),
+        "json": lambda: (tmp_path / "data.json").write_text(json.dumps(rows)) and tmp_path / "data.json",
+        "csv": lambda: frame.to_csv(tmp_path / "data.csv", index=False) or tmp_path / "data.csv",
+        "parquet": lambda: frame.to_parquet(tmp_path / "data.parquet") or tmp_path / "data.parquet",
+        "frame": lambda: frame,
+        "records of a frame": lambda: frame.convert_dtypes().to_dict("records"),  # pandas.NA
+    }
+    with pytest.warns(UserWarning, match="2 left out without a label"):
+        batches = load_batches(sources[form](), tokenizer, template="{q}", label="kind")
+    assert batches.classes == ("2", "10")
+    said = zip(map(tokenizer.decode, batches[0]["input_ids"]), batches[0]["labels"].tolist(), strict=True)
+    assert sorted(said) == [("aa", 1), ("bb", 0), ("ee", 1)]
+    assert "2 left out without a label" in batches.description
+    assert "1 left out with an empty field" in batches.description
+
+
+def test_measured_numbers_are_no_classes(tokenizer):
+    rows = [{"q": f"text {i}", "stars": i / 2, "score": i * 0.37} for i in range(21)]
+    with pytest.raises(LoraInitError, match=r"'score' has 21 different numbers with fractions, from 0 to 7.4"):
+        load_batches(rows, tokenizer, template="{q}", label="score")
+    assert len(load_batches(rows[:20], tokenizer, template="{q}", label="stars").classes) == 20
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizers_text(bos):
+    tokenizer = byte_tokenizer(eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
+    if bos:  # a tokenizer that ends texts by itself is taken at its word
+        special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+        ends = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+        tokenizer.backend_tokenizer.post_processor = ends
+    rows = [{"q": "some words", "kind": 0}, {"q": "and others, more of them", "kind": 1}, {"q": "few", "kind": 1}]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_labels=2, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+
+    def gradient(batch):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    (ours,) = load_batches(rows, tokenizer, template="{q}", label="kind")
+    theirs = tokenizer(sorted((row["q"] for row in rows), key=len), padding=True, return_tensors="pt")
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    # Exact in principle; sums of float32 may differ in the last bits.
+    torch.testing.assert_close(gradient(ours), gradient({**theirs, "labels": torch.tensor([1, 0, 1])}))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +435,19 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     (tmp_path / "nothing").mkdir()
     write([{"text": "  "}, {"text": None}], "hollow.jsonl")
+    (tmp_path / "numbers.json").write_text("[1, 2, 3]")
+    (tmp_path / "words.jsonl").write_text('"a"\n"b"\n')
+    (tmp_path / "semicolons.csv").write_text("text;kind\na, b;c\n")
+    (tmp_path / "latin.csv").write_bytes("text\nplain\ncaf\xe9\n".encode("latin-1"))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1"))
+    (tmp_path / "wide.txt").write_bytes("a line\n".encode("utf-16"))
     for name, message in {
+        "numbers.json": r"numbers.json: its rows are numbers, texts or lists. Expected objects: \{'text': ...\}",
+        "words.jsonl": "its rows are numbers, texts or lists",
+        "semicolons.csv": "columns are separated by a semicolon, expected a comma. Save it with commas",
+        "latin.csv": "latin.csv, line 3: byte 0xe9 is not valid UTF-8, .* iconv -f LATIN1 -t UTF-8",
+        "latin.jsonl": "latin.jsonl, line 1: byte 0xe9 is not valid UTF-8",
+        "wide.txt": "byte 0xff is not valid UTF-8, .* iconv -f UTF-16",
         "missing.jsonl": "missing.jsonl': no such file or folder",
         "empty.jsonl": "the data is empty",
         "blank.csv": "the data is empty",
@@ -386,6 +459,8 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
         with pytest.raises(LoraInitError, match=message) as caught:
             load_batches(tmp_path / name, tokenizer)
         assert "\n" not in str(caught.value), name
+    with pytest.raises(LoraInitError, match=r"mix kinds of values in a column: .* Write all of it as text"):
+        load_batches([{"text": "a"}, {"text": 1}], tokenizer)
 
 
 def test_folder_reads_one_kind_and_one_split(write, tokenizer, tmp_path):
@@ -417,6 +492,7 @@ def test_folder_reads_one_kind_and_one_split(write, tokenizer, tmp_path):
 
 def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
     asked = {}
+    monkeypatch.setattr("lora_init.loading.sources.check_hub", lambda *_: True)
 
     def load_dataset(**arguments):
         asked.update(arguments)

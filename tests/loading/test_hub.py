@@ -10,7 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.hub import check_hub
+from lora_init.loading.batches import load_batches
+from lora_init.loading.models import check_model, open_model
+from lora_init.loading.sources import check_data
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -42,18 +44,42 @@ def no_network(*_, **__):
     raise ConnectionError("no route to the hub\nwith details")
 
 
-@pytest.mark.parametrize("place", ["hub/datasets--owner--Name", "data/owner___name"])
-def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, monkeypatch):
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(get=no_network))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "data"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+
+@pytest.mark.parametrize("place", ["hub/datasets--owner--Name", "data/owner___name"])
+def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, no_hub):
     with pytest.raises(LoraInitError, match=r"^data 'owner/Name': no such file .* be reached: no route to the hub\.$"):
-        check_hub("owner/Name", "dataset")
+        check_data("owner/Name")
     assert not constants.HF_HUB_OFFLINE
     (tmp_path / place).mkdir(parents=True)
-    check_hub("owner/Name", "dataset")
+    check_data("owner/Name")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(LoraInitError, match=r"model 'owner/Name': .*HF_HUB_OFFLINE is set"):
-        check_hub("owner/Name", "model")
+        check_model("owner/Name")
+
+
+def test_in_python_too_a_hub_that_does_not_answer_is_one_line_and_a_cache_is_asked_alone(tmp_path, no_hub, monkeypatch):
+    asked = {}
+
+    def from_pretrained(name, **options):
+        asked.update(options)
+        raise OSError("nothing in the cache")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    monkeypatch.setattr("datasets.load_dataset", from_pretrained)
+    with pytest.raises(LoraInitError, match=r"^model 'owner/Name': no such file .* be reached: no route to the hub\.$"):
+        open_model("owner/Name")
+    with pytest.raises(LoraInitError, match=r"^data 'owner/Name': no such file .* be reached: no route to the hub\.$"):
+        load_batches("owner/Name", tokenizer=None)
+    assert not asked  # their clients would try for half a minute
+    (tmp_path / "hub/models--owner--Name").mkdir(parents=True)
+    with pytest.raises(LoraInitError, match="nothing in the cache"):
+        open_model("owner/Name")
+    assert asked["local_files_only"] and not constants.HF_HUB_OFFLINE  # what else the process asks is not our business

@@ -1,0 +1,178 @@
+"""One row -> the tokens of its text with their labels, or with its class."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_init.errors import LoraInitError
+from lora_init.loading.examples import Example, Recipe, count_common, is_missing, recipe
+from lora_init.loading.sources import Rows
+
+Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
+IGNORED = -100  # the label of a token that has none, as in layers.masks
+_MOST_CLASSES = 100
+# Numbers with fractions are classes up to this many, as half stars are; more of them are measured values.
+_MOST_FRACTIONS = 20
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How rows become tokens with labels.
+
+    Attributes:
+        recipe: Which columns make the text.
+        tokenizer: The model's.
+        limit: Most tokens an example.
+        seq2seq: Whether the completion has tokens of its own, for an encoder-decoder.
+        needs_labels: Whether rows without a labelled token are left out.
+        label: Column of the class, for a classifier.
+        classes: Its classes, in the order in which labels count them.
+    """
+
+    recipe: Recipe
+    tokenizer: Any
+    limit: int
+    seq2seq: bool = False
+    needs_labels: bool = True
+    label: str | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are read."""
+        return [*self.recipe.columns, *([self.label] if self.label else [])]
+
+    def __call__(self, row: Mapping[str, Any]) -> Encoded | str:
+        """Read a row as tokens and their labels, or its class; or say why it is left out."""
+        return self.encode(self.recipe.to_example(row), row)
+
+    def encode(self, example: Example | None, row: Mapping[str, Any]) -> Encoded | str:
+        """Do the same where the row's text is known."""
+        encoded = example and _encode(example, self.tokenizer, self.limit, self.seq2seq, ends=self.label is None)
+        if not encoded:
+            return "with an empty field"
+        if self.label is not None:
+            name = _class_of(row[self.label])
+            return "without a label" if name is None else (encoded[0], [self.classes.index(name)])
+        if self.needs_labels and all(label == IGNORED for label in encoded[1]):
+            return f"without a labelled token among the first {self.limit}"
+        return encoded
+
+
+def open_reader(
+    rows: Rows, tokenizer: Any, max_length: int, *, template: str | None, completion: str | None,
+    data_format: str | None, seq2seq: bool = False, needs_labels: bool = True, label: str | None = None,
+    known_classes: Sequence[str] = (),
+) -> Reader:  # fmt: skip
+    """Decide how to read rows; arguments as for `load_batches`.
+
+    Raises:
+        LoraInitError: Columns, template, tokenizer or labels do not allow it.
+    """
+    if label is not None and completion is not None:
+        raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
+    found = recipe(list(rows.table.column_names), rows.label, tokenizer, template, completion, data_format)
+    limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
+    classes = () if label is None else class_names(rows, label, found.columns, known_classes)
+    return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, classes)
+
+
+def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
+    """Name the classes of a column in the order in which labels count them.
+
+    That is the checkpoint's order if it `known` them all, so that its head keeps its meaning; else the order of their
+    numbers, if they are numbers, so that 0, 1, 2 stay what they are; else that of their names.
+
+    Args:
+        rows: The data.
+        column: Column of the class.
+        used: Columns that the text is from.
+        known: Classes of the checkpoint, in its order.
+
+    Raises:
+        LoraInitError: No such column, or it is a part of the text; too few or too many values for classes, or values
+            that are measured.
+    """
+    names = rows.table.column_names
+    if column not in names:
+        raise LoraInitError(f"label={column!r} is not a column. Columns of {rows.label}: {', '.join(names)}.")
+    found = {name for value in rows.table[column] if (name := _class_of(value)) is not None}
+    numbers = {name: number for name in found if (number := _number(name)) is not None}
+    are_numbers = len(numbers) == len(found)
+    if are_numbers and len(found) > _MOST_FRACTIONS and any(number % 1 for number in numbers.values()):
+        raise LoraInitError(
+            f"{rows.label}: column {column!r} has {len(found)} different numbers with fractions, from "
+            f"{min(numbers.values()):g} to {max(numbers.values()):g}. They are measured values, not classes. Round "
+            "them to a few, or put words such as 'low' and 'high' in their place."
+        )
+    if not 2 <= len(found) <= _MOST_CLASSES:
+        raise LoraInitError(
+            f"{rows.label}: column {column!r} has {len(found)} different values, and a classification needs 2 to "
+            f"{_MOST_CLASSES} classes. Name the column of the class."
+        )
+    if column in used:
+        raise LoraInitError(f"label={column!r} is a part of the text, which gives the class away. Take it out.")
+    if found <= set(known):
+        return tuple(known)
+    return tuple(sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None))
+
+
+def _class_of(value: Any) -> str | None:
+    """Name the class that a field says; None if it says nothing.
+
+    A whole number is written as one: a column of whole numbers with a gap is read as 0.0, 1.0 by pandas.
+    """
+    return None if is_missing(value) else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value))
+
+
+def _number(name: str) -> float | None:
+    try:
+        number = float(name)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: bool) -> Encoded | None:
+    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts.
+
+    The end-of-sequence token follows if the text `ends`, where its end is a thing to learn. A classifier's text does
+    not: a decoder's head reads the last token, and in training on `tokenizer(text)` that is one of the text.
+    """
+
+    def tokens(text: str, role: str = "text") -> list[int]:
+        return list(tokenizer(**{role: text}, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
+
+    if seq2seq:
+        before = example.labelled[0][0] if len(example.labelled) == 1 else ""
+        if not before.strip() or not example.text.startswith(before):
+            raise LoraInitError(
+                "an encoder-decoder model needs a prompt and one completion. Use prompt and completion."
+            )
+        answer = tokens(example.text[len(before) :], "text_target")  # in the target language, if there are two
+        return _cut(tokens(before), tokenizer, limit), _cut(answer, tokenizer, limit)
+    ids = tokens(example.text)
+    if not ids:
+        return None
+    labels = [IGNORED] * len(ids)
+    for before, until in example.labelled:
+        start = count_common(tokens(before), ids) if before else 0
+        end = len(ids) if until == example.text else count_common(tokens(until), ids)
+        labels[start:end] = ids[start:end]
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if ends and eos is not None and ids[-1] != eos and not example.rendered:
+        ids.append(eos)
+        labels.append(eos)
+    cut = _cut(ids, tokenizer, limit)
+    return cut, labels[:limit] if cut == ids[:limit] else [*labels[: limit - 1], IGNORED]
+
+
+def _cut(ids: list[int], tokenizer: Any, limit: int) -> list[int]:
+    """Truncate at the end, but keep the separator that encoders such as BERT expect there."""
+    if len(ids) > limit and ids[-1] == getattr(tokenizer, "sep_token_id", None):
+        return [*ids[: limit - 1], ids[-1]]
+    return ids[:limit]
