@@ -25,8 +25,9 @@ from torch import Tensor
 import lora_init
 from benchmarks import memory, peft_eva, scaling, settings
 from benchmarks.settings import Setting, median, table, timed
-from lora_init.collection.activations import ActivationHooks, call_model
+from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks
+from lora_init.layers.running import call_model
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from lora_init.statistics.spectrum import ExactPCA
 

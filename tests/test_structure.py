@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "layers": set(),
     "loading": set(),
     "statistics": {"layers"},
-    "collection": {"layers", "statistics"},
+    "collection": {"layers", "loading", "statistics"},
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "loading", "statistics", "collection", "planning"},
     "serving": {"layers", "statistics", "planning", "adapters"},

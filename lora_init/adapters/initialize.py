@@ -17,11 +17,11 @@ from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
 from lora_init.adapters.trainers import adapter_dtype, hand_over, is_trainer, opened
-from lora_init.collection.collect import as_batches, collect
+from lora_init.collection.collect import collect
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of
-from lora_init.loading.batches import Batches, load_batches
+from lora_init.loading.batches import Batches, as_batches, load_batches
 from lora_init.loading.models import classes_of
 from lora_init.planning.allocate import allocate_ranks
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
-from lora_init.collection.activations import Forward, call_model, evaluating, on_device_of
 from lora_init.collection.backward import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import NothingCountsError
+from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
 from lora_init.layers.wrappers import unwrapped
 
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.

@@ -19,9 +19,9 @@ from torch.utils.data import IterableDataset
 from lora_init.adapters.config import check_agreement
 from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.adapters.peft_model import adapter_layers, remember, remove_adapters
-from lora_init.collection.activations import call_model
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
+from lora_init.layers.running import call_model
 from lora_init.layers.targets import HEADS, find_targets
 from lora_init.loading.models import kind_of
 from lora_init.planning.plan import exact_pattern

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.collection.activations import evaluating, on_device_of
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
+from lora_init.layers.running import evaluating, on_device_of
 from lora_init.loading.models import LoadedModel
 
 MOST_PROMPTS = 128  # as many as one condition of Drag-and-Drop LLMs has (arXiv 2506.16406, its code)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wanted, input_of
+from lora_init.collection.activations import ActivationHooks, Sink, Wanted, input_of
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.masks import IGNORED, NothingCountsError, shifts_labels
+from lora_init.layers.running import Forward
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
 

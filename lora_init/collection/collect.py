@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import glob
 import hashlib
-import inspect
 import platform
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,17 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 import lora_init
-from lora_init.collection.activations import ActivationHooks, Forward, call_model
+from lora_init.collection.activations import ActivationHooks
 from lora_init.collection.backward import BackwardHooks, Loss
 from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, digest_of, own_batches
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
-from lora_init.layers.masks import IGNORED, TokenMasks
+from lora_init.layers.masks import TokenMasks
+from lora_init.layers.running import Forward, call_model
 from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
 from lora_init.layers.wrappers import (
     Precision,
@@ -43,11 +41,10 @@ from lora_init.layers.wrappers import (
     unwrapped,
     weights,
 )
+from lora_init.loading.batches import as_batches
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
-
-_BATCH_SIZE = 4  # of a tokenized data set, as load_batches
 
 
 class Interrupted(KeyboardInterrupt):
@@ -328,52 +325,6 @@ def _check_types(model: Any, batches: Any) -> None:
             f"collect got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
             "load_batches; put one batch into a list."
         )
-
-
-def as_batches(batches: Any, model: nn.Module, seed: int) -> Any:
-    """Make batches of a tokenized `datasets.Dataset` or `IterableDataset`; return anything else as it is.
-
-    The model's `forward` says which columns count, and its configuration what to pad with.
-
-    Raises:
-        LoraInitError: The data set has no column that the model takes, so it is not tokenized.
-    """
-    if not (type(batches).__module__.startswith("datasets.") and hasattr(batches, "select_columns")):
-        return batches
-    rows = batches.with_format(None)
-    names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them
-    taken = inspect.signature(type(model).forward).parameters
-    columns = [name for name in names if name in taken or name in ("label", "labels")]
-    if not set(columns) - {"label", "labels"}:
-        raise LoraInitError(
-            f"the data set has the columns {', '.join(names)}, and {type(model).__name__} takes none of them. Give "
-            "collect a tokenized one, with input_ids; load_batches(data, tokenizer) makes batches of texts."
-        )
-    pad = {"labels": IGNORED, "input_ids": getattr(getattr(model, "config", None), "pad_token_id", None) or 0}
-    rows, generator = rows.select_columns(columns), torch.Generator().manual_seed(seed)
-    shuffled = hasattr(rows, "__len__")
-    rows = rows if shuffled else rows.shuffle(seed)  # a stream: within a buffer of 1000 rows
-    loader: Any = DataLoader(rows, _BATCH_SIZE, shuffled, collate_fn=partial(_collated, pad), generator=generator)
-    loader.settings = {"batch_size": _BATCH_SIZE, "seed of the sample": seed}  # which collect keeps, as of load_batches
-    return loader
-
-
-def _collated(pad: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    batch = {}
-    for column in rows[0]:
-        name = "labels" if column == "label" else column
-        try:
-            tensors = [torch.as_tensor(row[column]) for row in rows]
-            of_tokens = tensors[0].dim() == 1 and not tensors[0].is_floating_point()
-            batch[name] = pad_sequence(tensors, True, pad.get(name, 0)) if of_tokens else torch.stack(tensors)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise LoraInitError(
-                f"column {column!r} of the data set: {first_line(error).rstrip('.')}. Expected numbers in each row, of "
-                "one shape unless they are tokens. Leave out the column, or such rows."
-            ) from error
-    if "input_ids" in batch and "attention_mask" not in batch:
-        batch["attention_mask"] = pad_sequence([torch.ones(len(row["input_ids"])).long() for row in rows], True)
-    return batch
 
 
 def _check_numbers(**numbers: Any) -> None:

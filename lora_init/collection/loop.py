@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_init.collection.activations import ActivationHooks, Forward, Sink, Wanted
+from lora_init.collection.activations import ActivationHooks, Sink, Wanted
 from lora_init.collection.backward import BackwardHooks, GradientSink
 from lora_init.collection.processes import Processes, Shard
 from lora_init.errors import LoraInitError, is_out_of_memory
 from lora_init.layers.masks import NothingCountsError
+from lora_init.layers.running import Forward
 from lora_init.layers.wrappers import run_eagerly
 from lora_init.statistics.gradient_spectrum import MeanGradient
 from lora_init.statistics.incremental_svd import IncrementalSVD

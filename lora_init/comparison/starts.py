@@ -34,8 +34,8 @@ from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import WAYS, start_from_bank
 from lora_init.bank.store import Bank
-from lora_init.collection.activations import evaluating
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.plan import exact_pattern

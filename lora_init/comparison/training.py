@@ -18,9 +18,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from lora_init.collection.activations import evaluating
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 from lora_init.errors import LoraInitError
+from lora_init.layers.running import evaluating
 from lora_init.loading.batches import pad_batch
 from lora_init.loading.reader import IGNORED, Encoded
 

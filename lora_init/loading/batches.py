@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, first_line
 from lora_init.loading.reader import IGNORED, Encoded, open_reader
 from lora_init.loading.sources import read_rows
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
 _POOL = 8
+_BATCH_SIZE = 4  # of load_batches, and of a tokenized data set
 # Share of rows left out above which a warning says so, where labels count.
 _MOST_LEFT_OUT = 0.1
 _T = TypeVar("_T")
@@ -51,7 +54,7 @@ def load_batches(
     split: str = "train",
     samples: int | None = 256,
     offset: int = 0,
-    batch_size: int = 4,
+    batch_size: int = _BATCH_SIZE,
     max_length: int = 512,
     seed: int = 0,
     seq2seq: bool = False,
@@ -171,15 +174,72 @@ def pad_batch(examples: Sequence[Encoded], pad: int, of_classes: bool = False) -
     """Pad examples on the right to one length: `input_ids`, `attention_mask`, `labels`, each int64 [batch, length].
 
     Where an example's only label is its class, `labels` is int64 [batch].
+    """
+    import torch
+
+    rows = [
+        {
+            "input_ids": torch.tensor(tokens),
+            "attention_mask": torch.ones(len(tokens), dtype=torch.long),
+            "labels": torch.tensor(labels[0] if of_classes else labels, dtype=torch.long),
+        }
+        for tokens, labels in examples
+    ]
+    return collate(pad, rows)
+
+
+def as_batches(batches: Any, model: Any, seed: int) -> Any:
+    """Make batches of a tokenized `datasets.Dataset` or `IterableDataset`; return anything else as it is.
+
+    The model's `forward` says which columns count, and its configuration what to pad with.
+
+    Raises:
+        LoraInitError: The data set has no column that the model takes, so it is not tokenized.
+    """
+    import torch
+
+    if not (type(batches).__module__.startswith("datasets.") and hasattr(batches, "select_columns")):
+        return batches
+    rows = batches.with_format(None)
+    names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them
+    taken = inspect.signature(type(model).forward).parameters
+    columns = [name for name in names if name in taken or name in ("label", "labels")]
+    if not set(columns) - {"label", "labels"}:
+        raise LoraInitError(
+            f"the data set has the columns {', '.join(names)}, and {type(model).__name__} takes none of them. Give "
+            "collect a tokenized one, with input_ids; load_batches(data, tokenizer) makes batches of texts."
+        )
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+    rows, generator = rows.select_columns(columns), torch.Generator().manual_seed(seed)
+    shuffled = hasattr(rows, "__len__")
+    rows = rows if shuffled else rows.shuffle(seed)  # a stream: within a buffer of 1000 rows
+    loader: Any = torch.utils.data.DataLoader(
+        rows, _BATCH_SIZE, shuffled, collate_fn=partial(collate, pad), generator=generator
+    )
+    loader.settings = {"batch_size": _BATCH_SIZE, "seed of the sample": seed}  # which collect keeps, as of load_batches
+    return loader
+
+
+def collate(pad: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Put rows into a batch: what goes with tokens is padded on the right, and all else has one shape.
+
     transformers' collators need a tokenizer with a padding token, and pad on its side.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = [torch.tensor(tokens) for tokens, _ in examples]
-    labels = [torch.tensor(labels, dtype=torch.long) for _, labels in examples]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": torch.cat(labels) if of_classes else pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
+    batch, padding = {}, {"input_ids": pad, "labels": IGNORED}
+    for column in rows[0]:
+        name = "labels" if column == "label" else column
+        try:
+            tensors = [torch.as_tensor(row[column]) for row in rows]
+            of_tokens = tensors[0].dim() == 1 and not tensors[0].is_floating_point()
+            batch[name] = pad_sequence(tensors, True, padding.get(name, 0)) if of_tokens else torch.stack(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LoraInitError(
+                f"column {column!r} of the data set: {first_line(error).rstrip('.')}. Expected numbers in each row, of "
+                "one shape unless they are tokens. Leave out the column, or such rows."
+            ) from error
+    if "input_ids" in batch and "attention_mask" not in batch:
+        batch["attention_mask"] = pad_sequence([torch.ones(len(row["input_ids"])).long() for row in rows], True)
+    return batch

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import BatchEncoding
 
 from lora_init import LoraInitError, find_targets
-from lora_init.collection.activations import ActivationHooks, call_model
+from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks
+from lora_init.layers.running import call_model
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 

@@ -6,8 +6,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 import lora_init
-from lora_init.collection.collect import as_batches, collect
+from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
+from lora_init.loading.batches import as_batches
 from tests.conftest import tiny_bert, tiny_llama, tiny_vit
 
 

@@ -1,0 +1,67 @@
+"""How a model is run on a batch: in evaluation mode, on the device of its weights, called with what it takes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import send_to_device
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import encoder_of
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def on_device_of(model: nn.Module, batch: Any) -> Any:
+    """Move the tensors of a batch to where a model has its weights; the caller's containers stay as they are."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    if device is None:
+        return batch
+    return send_to_device(copy.copy(batch) if isinstance(batch, Mapping) else batch, device)
+
+
+def call_model(model: nn.Module, batch: Any, with_labels: bool = False) -> Any:
+    """Run a model on a batch: a mapping goes in as keywords, a sequence as positions.
+
+    `labels`, from which a model of transformers computes its loss, are left out unless `with_labels`.
+    """
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        parameters = inspect.signature(model.forward).parameters
+        given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+        of_labels = encoder_of(model) is not None and not given  # the decoder's inputs are
+        own = "labels" in parameters and not isinstance(model, PreTrainedModel)  # what they are for, it alone knows
+        if not (with_labels or of_labels or own):
+            inputs.pop("labels", None)  # no loss
+        if "use_cache" in parameters:
+            inputs.setdefault("use_cache", False)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        unknown = [repr(key) for key in inputs if not open_ended and key not in parameters]
+        if unknown:
+            raise LoraInitError(
+                f"the batch has {', '.join(unknown)}, which {type(model).__name__}.forward does not take. Leave them "
+                "out, or pass forward=."
+            )
+        for key in ("input_ids", "attention_mask", "labels"):
+            if isinstance(inputs.get(key), list):
+                raise LoraInitError(f"the batch has a list of {key!r}, expected a tensor: return_tensors='pt'.")
+        return model(**inputs)
+    return model(*batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else model(batch)
