@@ -39,6 +39,7 @@ from lora_init.errors import LoraInitError
 from lora_init.files import digests_of, is_as_written, new_directory, write_json
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
 from lora_init.layers.wrappers import unwrapped
+from lora_init.planning.heat_map import heat_map_figure
 from lora_init.planning.plan import exact_pattern, rank_settings, scaling_of
 from lora_init.statistics.statistics import Provenance
 
@@ -132,8 +133,6 @@ class AdapterInit:
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
-        from lora_init.planning.pictures import heat_map_figure
-
         return heat_map_figure(self.ranks)
 
     @property

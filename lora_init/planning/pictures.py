@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import textwrap
 import warnings
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from lora_init.errors import LoraInitError, require
 from lora_init.files import write_whole
 from lora_init.layers.grid import layer_grid
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.heat_map import draw_heat_map, map_size
 from lora_init.planning.plan import RankAllocation, plan_text, source_text
 from lora_init.planning.policies import POLICIES, Spectra, stack_spectra
-from lora_init.statistics.statistics import Statistics, shown
+from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,55 +151,6 @@ _POLICY_STYLES = {
 }
 _CHOSEN = "#CC0066"
 _MOST_KINDS = 12
-_COLORS = "YlGnBu"
-
-
-def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
-    """Lay ranks out as block x kind; NaN where there is no adapter."""
-    import pandas as pd
-
-    columns = {
-        kind: {block: ranks[name] or math.nan for block, name in layers.items()}
-        for kind, layers in _by_kind(ranks).items()
-    }
-    return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
-
-
-def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
-    """Draw a cell for each layer with its rank in it, blocks from top to bottom."""
-    grid = rank_grid(ranks)
-    least, most = (grid.min(axis=None), grid.max(axis=None)) if grid.notna().any(axis=None) else (1.0, 1.0)
-    span = (most - least) or 1.0
-    # The lightest tenth is left out, so that white stays for layers without an adapter.
-    ends = {"vmin": least - 0.1 * span, "vmax": least + span}
-    cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **ends)
-    for (y, x), rank in np.ndenumerate(grid):
-        color = "white" if cells.norm(rank) > 0.675 else "black"  # the contrast is 4.5 at least
-        text = "·" if math.isnan(rank) else f"{rank:.0f}"
-        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=color)
-    axes.invert_yaxis()
-    places = np.arange(len(grid.columns)) + 0.5
-    axes.set_xticks(places, grid.columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8, parse_math=False)
-    axes.set_yticks(np.arange(len(grid)) + 0.5, grid.index, fontsize=7)
-    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_ylabel("block")
-    axes.spines[:].set_visible(False)
-
-
-def _map_size(ranks: Mapping[str, int]) -> tuple[float, float]:
-    """Give the inches at which every cell can be read."""
-    grid = layer_grid(ranks)
-    return 0.36 * len(grid.kinds) + 1.2, 0.17 * len(grid.blocks) + 2.4
-
-
-def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
-    """Draw the heat map alone."""
-    require("matplotlib")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_map_size(ranks), dpi=110, layout="constrained")
-    draw_heat_map(figure.add_subplot(), ranks)
-    return shown(figure)
 
 
 def _draw_spectra(axes: Any, kind: str, layers: Mapping[int, str], plan: RankAllocation, spectra: Spectra) -> None:
@@ -252,7 +203,7 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
 
     kinds = _by_kind(plan)
     shown = list(kinds.items())[:_MOST_KINDS]
-    map_width, map_height = _map_size(plan)
+    map_width, map_height = map_size(plan)
     columns = 4 if map_height < 9 else 2  # inches: beside a tall map, spectra go in a tall stack
     rows = -(-len(shown) // columns)
     width, height = 2.4 * columns + 0.6, 1.9 * rows + 4.2

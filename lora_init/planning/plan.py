@@ -14,6 +14,7 @@ from lora_init.errors import LoraInitError
 from lora_init.files import read_json, write_whole
 from lora_init.layers.targets import Target, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
+from lora_init.planning.heat_map import heat_map_figure, rank_grid
 from lora_init.statistics.statistics import Provenance, Statistics
 
 if TYPE_CHECKING:
@@ -81,14 +82,10 @@ class RankAllocation(Mapping[str, int]):
         return f"RankAllocation({len(used)} of {len(self)} layers with rank {span}, total rank {self.total_rank:,})"
 
     def _repr_html_(self) -> str:
-        from lora_init.planning.pictures import rank_grid
-
         return str(rank_grid(self.ranks).to_html(na_rep="·", float_format="{:.0f}".format, border=0))
 
     def plot(self) -> Figure:
         """Draw the ranks as a heat map, blocks from top to bottom, and return the matplotlib figure."""
-        from lora_init.planning.pictures import heat_map_figure
-
         return heat_map_figure(self.ranks)
 
     def to_pandas(self) -> pd.DataFrame:

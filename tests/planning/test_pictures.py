@@ -9,9 +9,9 @@ from matplotlib.colors import to_hex
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.heat_map import heat_map_figure
 from lora_init.planning.pictures import (
     budget_curves,
-    heat_map_figure,
     kind_totals,
     make_figure,
     save_picture,

@@ -1,0 +1,67 @@
+"""The heat map of ranks, block x kind of layer: of a plan and of an adapter, alone or within a larger picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_init.errors import require
+from lora_init.layers.grid import layer_grid
+from lora_init.statistics.statistics import shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_COLORS = "YlGnBu"
+
+
+def rank_grid(ranks: Mapping[str, int]) -> pd.DataFrame:
+    """Lay ranks out as block x kind; NaN where there is no adapter."""
+    import pandas as pd
+
+    grid = layer_grid(ranks)
+    columns = {
+        kind: {block: ranks[name] or math.nan for block, name in grid.of_kind(kind).items()} for kind in grid.kinds
+    }
+    return pd.DataFrame(columns, dtype=float).sort_index().rename(index={-1: ""})
+
+
+def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
+    """Draw a cell for each layer with its rank in it, blocks from top to bottom."""
+    grid = rank_grid(ranks)
+    least, most = (grid.min(axis=None), grid.max(axis=None)) if grid.notna().any(axis=None) else (1.0, 1.0)
+    span = (most - least) or 1.0
+    # The lightest tenth is left out, so that white stays for layers without an adapter.
+    ends = {"vmin": least - 0.1 * span, "vmax": least + span}
+    cells = axes.pcolormesh(grid, cmap=_COLORS, edgecolors="#dddddd", linewidth=0.4, **ends)
+    for (y, x), rank in np.ndenumerate(grid):
+        color = "white" if cells.norm(rank) > 0.675 else "black"  # the contrast is 4.5 at least
+        text = "·" if math.isnan(rank) else f"{rank:.0f}"
+        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=color)
+    axes.invert_yaxis()
+    places = np.arange(len(grid.columns)) + 0.5
+    axes.set_xticks(places, grid.columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8, parse_math=False)
+    axes.set_yticks(np.arange(len(grid)) + 0.5, grid.index, fontsize=7)
+    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_ylabel("block")
+    axes.spines[:].set_visible(False)
+
+
+def map_size(ranks: Mapping[str, int]) -> tuple[float, float]:
+    """Give the inches at which every cell can be read."""
+    grid = layer_grid(ranks)
+    return 0.36 * len(grid.kinds) + 1.2, 0.17 * len(grid.blocks) + 2.4
+
+
+def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
+    """Draw the heat map alone, in a figure that a notebook shows."""
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=map_size(ranks), dpi=110, layout="constrained")
+    draw_heat_map(figure.add_subplot(), ranks)
+    return shown(figure)
