@@ -1,4 +1,4 @@
-"""The rooms of the package: imports between them go one way, and only some of them know PEFT."""
+"""The packages of lora_init: imports between them go one way, and only some of them know PEFT."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lora_init"
-# Each room may import from those it names, and from the files of the root.
+# Each package may import from those it names, and from the files of the root.
 MAY_IMPORT = {
     "layers": set(),
     "loading": set(),
@@ -32,18 +32,18 @@ def imports(file):
             yield from (alias.name for alias in node.names)
 
 
-def test_the_rooms_are_those_listed():
+def test_the_packages_are_those_listed():
     assert {file.split("/")[0] for file in FILES} == set(MAY_IMPORT)
     assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_FILES
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_imports_between_rooms_go_one_way(file):
-    room = file.split("/")[0]
+def test_imports_between_packages_go_one_way(file):
+    package = file.split("/")[0]
     ours = {name.split(".")[1] for name in imports(file) if name.startswith("lora_init.")}
-    assert ours <= MAY_IMPORT[room] | {room, "errors", "files"}
+    assert ours <= MAY_IMPORT[package] | {package, "errors", "files"}
 
 
-def test_only_the_adapter_rooms_import_peft():
+def test_only_the_packages_about_adapters_import_peft():
     importers = {file.split("/")[0] for file in FILES if any(name.split(".")[0] == "peft" for name in imports(file))}
     assert importers <= KNOW_PEFT

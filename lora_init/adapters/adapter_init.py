@@ -24,7 +24,7 @@ from lora_init.adapters.peft_model import (
     attach,
     card_header,
     carrying,
-    check_model,
+    check_fits,
     check_plain,
     hub_id,
     origin_of,
@@ -197,7 +197,7 @@ class AdapterInit:
         """
         check_plain(model, "apply()")
         model = unwrapped(model)
-        check_model(model, self, adapter_name)
+        check_fits(model, self, adapter_name)
         if self.corrects_base and correct_base:
             check_correctable(model, self.targets)
         adapted = attach(model, self, adapter_name)
@@ -309,7 +309,7 @@ class AdapterInit:
             remove_adapters(model)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                check_model(model, self, "default")
+                check_fits(model, self, "default")
                 state = get_peft_model_state_dict(attach(model, self, "default"), save_embedding_layers=False)
             return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
         finally:

@@ -166,7 +166,7 @@ def check_modules_to_save(
         )
 
 
-def check_model(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
+def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
     """Refuse a model that has an adapter already, or lacks a layer, or has one of another kind or width."""
     if not adapter_name or "." in adapter_name or adapter_name in "lora_":
         raise LoraInitError(f"adapter_name={adapter_name!r}: use a word without dots that is not a part of 'lora_'.")
@@ -242,7 +242,7 @@ def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
 
 
 def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
-    """Wrap a model that passed `check_model` by `get_peft_model` and copy A and B in, or leave it as it was."""
+    """Wrap a model that passed `check_fits` by `get_peft_model` and copy A and B in, or leave it as it was."""
     from peft import get_peft_model
 
     config = init.to_peft_config(model)

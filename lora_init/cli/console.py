@@ -223,11 +223,11 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
 
     Afterwards transformers and the hub's client neither log nor draw bars of their own, unless asked to.
     """
-    from lora_init.loading.models import check_model
+    from lora_init.loading.models import check_model_source
     from lora_init.loading.sources import check_data
 
     if model is not None:
-        check_model(model)
+        check_model_source(model)
     if data is not None:
         check_data(data)
     with busy("importing torch and transformers"):

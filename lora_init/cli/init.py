@@ -203,7 +203,7 @@ def init(
     build = partial(build_adapter, stats, ranks, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed)
     built = _with_best_step(loaded.model, build, aside, gamma) if takes_step else build()
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-    print_result(summarise(stats, ranks, directory, file, built), as_json, show_summary, written=True)
+    print_result(summary_of(stats, ranks, directory, file, built), as_json, show_summary, written=True)
 
 
 # Options that say nothing without the thing that they are about: how DATA are read, how the pass over them is made, ...
@@ -388,7 +388,7 @@ def how_to_train(directory: Path, built: AdapterInit) -> str:
     return f"PeftModel.from_pretrained(base_model, {str(directory)!r}, is_trainable=True)"
 
 
-def summarise(
+def summary_of(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
@@ -455,7 +455,7 @@ def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
 
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print what `summarise` returned."""
+    """Print what `summary_of` returned."""
     ranks, held_out = summary["ranks"], summary["held_out"]
     given = [rank for rank in ranks.values() if rank]
     change = summary["parameters"] / summary["uniform_parameters"] - 1

@@ -42,7 +42,7 @@ class GroupRecord:
     shares: list[tuple[int, float]] = field(default_factory=list)
     converged_at: int | None = None  # number of batches after which the group needed no more
 
-    def compare(self, step: int) -> bool:
+    def record_share(self, step: int) -> bool:
         """Record how well batch number `step` was predicted; tell whether it could be compared with earlier ones."""
         if self.svd.held_out is None:
             return False
@@ -231,7 +231,7 @@ class Pass:
         for name, mean in self.found.gradients.items():
             with self._computing(name):
                 mean.update()
-        compared = [record for record in self._records if record.converged_at is None and record.compare(number)]
+        compared = [record for record in self._records if record.converged_at is None and record.record_share(number)]
         falls = 0
         for record in compared:
             shares = [share for _, share in record.shares]

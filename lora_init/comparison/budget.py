@@ -12,7 +12,7 @@ import pandas as pd
 
 from lora_init.comparison.effects import CONFIDENCE, effects
 from lora_init.comparison.findings import judged_losses, longer_random, verdicts
-from lora_init.comparison.runs import RANDOM, Plan, Record, Run, best_rates, run_table
+from lora_init.comparison.runs import RANDOM, Record, Run, RunPlan, best_rates, run_table
 from lora_init.comparison.wording import percent
 from lora_init.errors import LoraInitError
 
@@ -21,7 +21,7 @@ STAGES = (3, 4, 6, 8, 12, 16, 24, 32)
 
 
 @dataclass(frozen=True)
-class Budget:
+class RunBudget:
     """How much may be spent on a comparison; without any limit, what is planned is run.
 
     Attributes:
@@ -54,7 +54,7 @@ class Budget:
         """Tell whether what takes so long would end in time."""
         return self.seconds is None or time.monotonic() - self.began + seconds <= self.seconds
 
-    def due(self, plan: Plan, starts: Sequence[str], records: Mapping[Run, Record]) -> tuple[list[Run], list[str]]:
+    def due(self, plan: RunPlan, starts: Sequence[str], records: Mapping[Run, Record]) -> tuple[list[Run], list[str]]:
         """List the runs to do as far as is known, those that ended among them, and say why the others are left out.
 
         Under a limit seeds are added in stages, see `STAGES`. After each the starts that `stops` names get no more, and
@@ -62,7 +62,7 @@ class Budget:
 
         Args:
             plan: With as many seeds as may be needed.
-            starts: From `Plan.compared`.
+            starts: From `RunPlan.compared`.
             records: Runs that have ended.
         """
         planned = plan.runs(starts, records)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_init.comparison.budget import STAGES, Budget
+from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import Plan, Record, Run, open_runs, peek
+from lora_init.comparison.runs import Record, Run, RunPlan, open_runs, peek
 from lora_init.comparison.starts import (
     BANK_STARTS,
     FULL,
@@ -153,7 +153,7 @@ def compare(
         bank: Directory of a bank of this model, for the starts `bank-nearest`, `bank-mixture`, `bank-generated` and
             `bank-mean`. It should not hold the task that is compared on.
         time: Seconds that it may take. Then, and with `precision`, seeds are spent where they still decide, see
-            `Budget`.
+            `RunBudget`.
         precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
         workers: Processes that do runs side by side, each with a GPU of its own if there are any.
         ray: `"auto"` or the address of a Ray cluster whose workers do the runs.
@@ -174,11 +174,11 @@ def compare(
     names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts)
     if bank is None and any(split_start(name)[0] in BANK_STARTS for name in names):
         raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
-    budget = Budget(time, precision)
+    budget = RunBudget(time, precision)
     sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    plan = Plan(names, list(learning_rates), seeds, sweep, extend, match_scale)
+    plan = RunPlan(names, list(learning_rates), seeds, sweep, extend, match_scale)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     training = Training(steps, batch_size, warmup, points)
     directory = Path(output).expanduser().absolute()

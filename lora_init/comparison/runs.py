@@ -63,7 +63,7 @@ SWEEP_SEEDS = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What is compared: every start at its own best learning rate, and on how many seeds.
 
     All starts are run at all rates on the first two seeds, and the rate with the lowest mean loss on the examples to

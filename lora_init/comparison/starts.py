@@ -25,7 +25,7 @@ from lora_init.adapters.peft_model import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_layers,
-    check_model,
+    check_fits,
     load_adapter,
     match_modes,
     remember,
@@ -149,7 +149,7 @@ _MOVES_RANKS = ("eva", "eva-uncentred", "gradient-ranks")
 _KEEPS_SCALE = {FULL, "random", "random-frozen-a", "random-scaled", *PEFT_STARTS}
 _KEEPS_SCALE |= {"eva-ranks", "gradient-ranks"}
 _KEEPS_SCALE |= {name for name, method in GRADIENT_METHODS.items() if method.gamma}
-BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other tasks, see the room `bank`
+BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other tasks, see the package `bank`
 _KEEPS_SCALE |= BANK_STARTS.keys()
 START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, *BANK_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
@@ -490,7 +490,7 @@ def _apply_peft(start: str, model: nn.Module, shape: AdapterInit, batches: Itera
     """
     from peft import get_peft_model
 
-    check_model(model, shape, "default")
+    check_fits(model, shape, "default")
     for name, kind in shape.unsupported.items():
         raise LoraInitError(f"start {start!r} is for linear layers, {name!r} is a {kind}. Leave it out of the targets.")
     for name, target in shape.targets.items():

@@ -21,7 +21,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from lora_init.comparison.budget import Budget
+from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Record, Run, RunDirectory
 from lora_init.comparison.workbench import RunRecord, Workbench
 from lora_init.errors import LoraInitError, first_line
@@ -219,7 +219,7 @@ def run_all(
     due: Callable[[Mapping[Run, Record]], tuple[list[Run], list[str]]],
     log: RunDirectory,
     workers: Sequence[Worker],
-    budget: Budget,
+    budget: RunBudget,
     say: Callable[[str], None],
 ) -> None:
     """Do what is due and has not ended, until nothing is or the time is out.
@@ -228,7 +228,7 @@ def run_all(
     second time it counts as failed.
 
     Args:
-        due: Lists runs by those that ended, and says what was decided; see `Budget.due`.
+        due: Lists runs by those that ended, and says what was decided; see `RunBudget.due`.
         log: Where runs are kept.
         workers: Who does them.
         budget: How long it may take.

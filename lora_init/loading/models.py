@@ -117,7 +117,7 @@ def classes_of(config: Any) -> tuple[str, ...]:
     return tuple(name for _, name in sorted((getattr(config, "id2label", None) or {}).items()))
 
 
-def check_model(source: str) -> None:
+def check_model_source(source: str) -> None:
     """Refuse, before anything large is imported, what can be no model or cannot be had."""
     if not _check_source(source) and not check_hub(source, "model"):
         stay_offline()

@@ -19,7 +19,7 @@ import lora_init
 from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init import cli as package
 from lora_init.cli import app as cli
-from lora_init.comparison.runs import Plan
+from lora_init.comparison.runs import RunPlan
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import open_model
 from lora_init.planning.snippets import snippet
@@ -135,7 +135,7 @@ def test_nothing_names_this_machine():
         (lambda: load_batches([{"text": "x"}], None, format="alpacca"), "alpaca"),
         (lambda: open_model("x", task_type="CAUSALLM"), "CAUSAL_LM"),
         (lambda: find_engine("vlm"), "vllm"),
-        (lambda: Plan(["random"], [1e-3], [0], "halvin"), "halving"),
+        (lambda: RunPlan(["random"], [1e-3], [0], "halvin"), "halving"),
     ],
 )
 def test_every_choice_that_is_none_is_answered_with_the_closest(call, closest):

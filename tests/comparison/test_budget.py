@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_init.comparison.budget import STAGES, Budget, longer_runs, stops
+from lora_init.comparison.budget import STAGES, RunBudget, longer_runs, stops
 from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import summarise
-from lora_init.comparison.runs import Plan, Run
+from lora_init.comparison.runs import Run, RunPlan
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, planted, record, settings
 
@@ -57,34 +57,34 @@ def loss(run):
     return best + 0.2 * (run.learning_rate != 1e-3) + 0.01 * rng.normal() + 0.1 * np.sin(run.seed)
 
 
-PLAN = Plan(["random", "eva", "orthogonal", "full"], [1e-3, 1e-2], range(STAGES[-1]), "halving", extend=0)
+PLAN = RunPlan(["random", "eva", "orthogonal", "full"], [1e-3, 1e-2], range(STAGES[-1]), "halving", extend=0)
 
 
 def test_seeds_are_added_until_every_verdict_is_precise_in_whatever_order_runs_end():
-    records, said = spend(loss, Budget(precision=0.012), PLAN)
+    records, said = spend(loss, RunBudget(precision=0.012), PLAN)
     counts = {start: len({run.seed for run in records if run.start == start}) for start in PLAN.starts}
     assert counts["full"] == counts["orthogonal"] == 3 < counts["eva"] == counts["random"] <= 16
     assert said[0].startswith("3 seeds: eva goes on, known to 1.4 %, 1.2 % is wanted; orthogonal stops, as it cannot ")
     assert said[-1] == "16 seeds: eva is known to 1.1 %"
-    backwards, again = spend(loss, Budget(precision=0.012), PLAN, order=-1)
+    backwards, again = spend(loss, RunBudget(precision=0.012), PLAN, order=-1)
     assert backwards == records and again == said
 
 
 def test_without_precision_it_ends_with_the_last_stage():
-    plan = Plan(["random", "eva"], [1e-3], range(6), "halving")
-    records, said = spend(loss, Budget(seconds=1e9), plan)
+    plan = RunPlan(["random", "eva"], [1e-3], range(6), "halving")
+    records, said = spend(loss, RunBudget(seconds=1e9), plan)
     assert {run.seed for run in records} == set(range(6)) and [line.split()[0] for line in said] == ["3", "4", "6"]
 
 
 def test_without_a_limit_everything_planned_is_due():
-    plan = Plan(["random", "eva"], [1e-3], range(5), "halving")
-    assert Budget().due(plan, plan.starts, {}) == (plan.runs(plan.starts, {}), [])
+    plan = RunPlan(["random", "eva"], [1e-3], range(5), "halving")
+    assert RunBudget().due(plan, plan.starts, {}) == (plan.runs(plan.starts, {}), [])
 
 
 @pytest.mark.parametrize("limits", [dict(seconds=0.0), dict(precision=-0.1), dict(precision=float("nan"))])
 def test_a_limit_is_above_zero(limits):
     with pytest.raises(LoraInitError, match="expected a number above zero"):
-        Budget(**limits)
+        RunBudget(**limits)
 
 
 # What a better start is worth in time

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lora_init.comparison.runs import Plan, Run, best_rates, half_decade, open_runs, peek, read_runs, run_table
+from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, open_runs, peek, read_runs, run_table
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
 
@@ -21,7 +21,7 @@ RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
 
 def carry_out(sweep, loss, starts=("random", "eva"), rates=RATES, extend=0):
     """Do what is planned, as compare() does, and return the runs in the order they were done in."""
-    plan, records, done = Plan(starts, rates, SEEDS, sweep, extend), {}, []
+    plan, records, done = RunPlan(starts, rates, SEEDS, sweep, extend), {}, []
     while True:
         planned = plan.runs(starts, records)
         left = [run for run in planned if run not in records]
@@ -49,7 +49,7 @@ def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
 
 
 def test_before_the_sweep_has_ended_the_rates_are_open():
-    planned = Plan(["random"], RATES, SEEDS, "halving").runs(["random"], {})
+    planned = RunPlan(["random"], RATES, SEEDS, "halving").runs(["random"], {})
     assert [run.learning_rate for run in planned] == [*RATES, *RATES, None]
     assert planned[-1].title == "random, best rate, seed 2"
 
@@ -126,17 +126,17 @@ def test_full_is_everything():
 
 def test_what_is_run_beside_the_starts():
     starts = ["random", "eva", "eva-rho1", "eva-ranks", "eva-frozen-a", "pissa", "mine"]
-    plan = Plan(starts, RATES, SEEDS, "full")
+    plan = RunPlan(starts, RATES, SEEDS, "full")
     assert plan.compared(True) == [*starts, "eva-frozen-a+equal-parameters"]
     moved = ["eva+equal-parameters", "eva-frozen-a+equal-parameters"]
     assert plan.compared(False) == [*starts, *moved]
     scaled = [f"{start}+matched-scale" for start in ("eva", "eva-rho1", "eva-frozen-a", "mine")]
-    assert Plan(starts, RATES, SEEDS, "full", match_scale=True).compared(False) == [*starts, *moved, *scaled]
+    assert RunPlan(starts, RATES, SEEDS, "full", match_scale=True).compared(False) == [*starts, *moved, *scaled]
     asked = ["random", "eva+matched-scale"]
-    assert Plan(asked, RATES, SEEDS, "full", match_scale=True).compared(False) == asked
+    assert RunPlan(asked, RATES, SEEDS, "full", match_scale=True).compared(False) == asked
     asked = ["random", "eva+32-alpha", "eva+4-batches"]
     equal = [f"{start}+equal-parameters" for start in asked[1:]]
-    assert Plan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
+    assert RunPlan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_is_run_beside_the_starts():
 )
 def test_bad_plans(changes, message):
     with pytest.raises(LoraInitError, match=message):
-        Plan(**dict(starts=["random"], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
+        RunPlan(**dict(starts=["random"], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
 
 
 def test_other_data_is_noticed(tmp_path):

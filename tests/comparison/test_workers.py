@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lora_init.comparison import workers
-from lora_init.comparison.budget import Budget
+from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.workers import find_workers, run_all
 from lora_init.errors import LoraInitError
@@ -106,7 +106,7 @@ def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path
     runs = [Run("random", seed, 1e-3) for seed in range(4)]
     with open_runs(tmp_path / "out", settings()) as log:
         crew = [Stub([runs[1]] * 2), Stub([runs[1]] * 2)]
-        run_all(lambda records: (runs, []), log, crew, Budget(), lambda text: None)
+        run_all(lambda records: (runs, []), log, crew, RunBudget(), lambda text: None)
         ended = {run.seed: record["status"] for run, record in log.records.items()}
     assert ended == {0: "finished", 1: "failed", 2: "finished", 3: "finished"}
 
@@ -121,7 +121,7 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
             return super().take(future) | {"run_seconds": 10.0}
 
     with open_runs(tmp_path / "out", settings()) as log:
-        run_all(lambda records: (runs, []), log, [Slow()], Budget(45.0, began=0.0), lines.append)
+        run_all(lambda records: (runs, []), log, [Slow()], RunBudget(45.0, began=0.0), lines.append)
         # After three runs, at 30 s, there is no time for one more and the one that is kept for the adapter.
         assert len(log.records) == 3
     assert lines[-1] == "The time is out with 6 runs left; the same command goes on from there."
