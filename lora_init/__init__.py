@@ -25,6 +25,7 @@ _NAMES = {
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "loading.batches": ["load_batches"],
     "serving.export": ["export_adapter", "Exported"],
+    "serving.verify": ["verify", "Verification"],
     "comparison.compare": ["compare", "Comparison"],
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
@@ -55,6 +56,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
+    from lora_init.serving.verify import Verification as Verification
+    from lora_init.serving.verify import verify as verify
     from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum
     from lora_init.statistics.incremental_svd import IncrementalSVD as IncrementalSVD
     from lora_init.statistics.spectrum import ExactPCA as ExactPCA

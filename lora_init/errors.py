@@ -7,7 +7,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 # Libraries that only some things need, and the extra of this package that installs each.
-EXTRAS = {"matplotlib": "plots", "scipy": "compare", "sklearn": "compare", "gguf": "serving", "ray": "ray"}
+EXTRAS = {
+    "matplotlib": "plots",
+    "scipy": "compare",
+    "sklearn": "compare",
+    "gguf": "serving",
+    "ray": "ray",
+    "httpx2": "verify",
+}
 
 
 class LoraInitError(ValueError):

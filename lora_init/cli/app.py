@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import lora_init
-from lora_init.cli import bank, compare, export, init, inspect, ranks
+from lora_init.cli import bank, compare, export, init, inspect, ranks, verify
 from lora_init.cli.console import (
     WRONG_USAGE,
     AsJson,
@@ -117,6 +117,7 @@ _COMMANDS: dict[Callable[..., None], str | None] = {
     inspect.merge: inspect.MERGE_EXAMPLE,
     compare.compare: compare.EXAMPLE,
     export.export: None,
+    verify.verify: None,
     env: None,
 }
 for _function, _example in _COMMANDS.items():

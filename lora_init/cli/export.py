@@ -113,3 +113,5 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
         rows["intruders"] = "{} before, {} after".format(*exported.intruders)
     console.print(facts(rows))
     console.print(f"\n{exported.command}", markup=False)
+    if exported.verify:
+        console.print(exported.verify, markup=False)

@@ -37,6 +37,7 @@ class Engine:
         dora: Whether it takes DoRA.
         ranks: Whether it takes layers of different ranks.
         bytes_each: Bytes of one parameter where that is not the adapter's own type.
+        server: Where its API begins by default, as options of `lora-init verify`; empty where there is no server.
     """
 
     command: str
@@ -44,6 +45,7 @@ class Engine:
     dora: bool = False
     ranks: bool = False
     bytes_each: int | None = None
+    server: str = ""
 
 
 def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
@@ -292,21 +294,37 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
 PEFT = Engine(
     "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {path})", write_peft, dora=True, ranks=True
 )
+_LOCAL = "--url http://127.0.0.1"
 ENGINES = {
     "vllm": Engine(
-        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}", write_peft, ranks=True
+        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={path}", write_peft, ranks=True,
+        server=f"{_LOCAL}:8000/v1 --model {{name}}",
     ),
     "sglang": Engine(
         "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
         "--lora-paths {name}={path}",
-        write_peft,
+        write_peft, server=f"{_LOCAL}:30000/v1 --model {{name}}",
     ),
-    "tgi": Engine("text-generation-launcher --model-id {base} --lora-adapters {name}={path}", write_peft),
-    "lorax": Engine("lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local", write_peft),
-    "llama.cpp": Engine("llama-server --model BASE.gguf --lora {path}", write_gguf, ranks=True, bytes_each=4),
-    "ollama": Engine("ollama create {name} --file {path}/Modelfile", write_ollama, ranks=True, bytes_each=4),
-    "mlx": Engine("mlx_lm.server --model {base} --adapter-path {path}", write_mlx, dora=True),
-}
+    "tgi": Engine(
+        "text-generation-launcher --model-id {base} --lora-adapters {name}={path}", write_peft,
+        server=f"{_LOCAL}:3000/v1 --model {{name}}",
+    ),
+    "lorax": Engine(
+        "lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local", write_peft,
+        server=f"{_LOCAL}:3000/v1 --model {{path}}",
+    ),
+    "llama.cpp": Engine(
+        "llama-server --model BASE.gguf --lora {path}", write_gguf, ranks=True, bytes_each=4,
+        server=f"{_LOCAL}:8080/v1",
+    ),
+    "ollama": Engine(
+        "ollama create {name} --file {path}/Modelfile", write_ollama, ranks=True, bytes_each=4,
+        server=f"{_LOCAL}:11434/v1 --model {{name}}:latest",
+    ),
+    "mlx": Engine(
+        "mlx_lm.server --model {base} --adapter-path {path}", write_mlx, dora=True, server=f"{_LOCAL}:8080/v1"
+    ),
+}  # fmt: skip
 
 
 def find_engine(name: str | None) -> Engine:

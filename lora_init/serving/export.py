@@ -31,6 +31,7 @@ from lora_init.serving.engines import (
     check_rank,
     find_engine,
     write_gguf,
+    write_peft,
 )
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
@@ -53,6 +54,8 @@ class Exported:
         parameters: Numbers in all A and B.
         n_bytes: Size of all that was written.
         intruders: Intruder dimensions before and after `reduce_intruders`.
+        verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where the trained
+            adapter does not fit the plain base and what was written is not PEFT's to load.
     """
 
     path: Path
@@ -66,6 +69,7 @@ class Exported:
     parameters: int = 0
     n_bytes: int = 0
     intruders: tuple[int, int] | None = None
+    verify: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values that `json.dumps` takes."""
@@ -156,6 +160,8 @@ def export_adapter(
     trained = trained.with_one_scaling()
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
     if sources is not None:
+        server = ENGINES["vllm"].server.replace("{name}", "{path}")
+        result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
         return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
     if megabytes is not None:
         most = int(megabytes * 10**6 / (wanted.bytes_each or next(iter(trained.layers.values())).a.element_size()))
@@ -163,6 +169,7 @@ def export_adapter(
     check_rank(engine, final.rank)
     result = replace(
         result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
+        verify=_verify(wanted.server, path, Path(directory), wanted.write is write_peft, start is None, base),
         added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
     )  # fmt: skip
@@ -238,6 +245,15 @@ def _command(engine: Engine, path: Path, base: str, rank: int) -> str:
     quote = repr if engine is PEFT else shlex.quote
     bucket = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
     return engine.command.format(base=quote(base), path=quote(str(path)), name=quote(path.stem), rank=bucket)
+
+
+def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, base: str | None) -> str:
+    """Write the command that asks a server about what was written, by what PEFT can load of the two."""
+    if not server or not (is_peft or fits):
+        return ""
+    adapter = path if is_peft else trained.expanduser().resolve()
+    options = server.format(name=shlex.quote(path.stem), path=shlex.quote(str(path)))
+    return f"lora-init verify {shlex.quote(str(adapter))} {options}" + (f" --base {shlex.quote(base)}" if base else "")
 
 
 def _replaceable(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import lora_init
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_llama
 from tests.serving.test_export import ADAPTERS, train
@@ -18,11 +19,13 @@ def trained(tmp_path):
     return train(tmp_path / "base", tmp_path / "trained", **ADAPTERS["ranks, first match wins"])
 
 
-def test_it_prints_the_sizes_and_ends_with_the_command(trained, tmp_path):
+def test_it_prints_the_sizes_and_ends_with_the_commands(trained, tmp_path):
     done = run("export", trained, "-o", tmp_path / "served", "--engine", "vllm")
     assert done.exit_code == 0, done.output
     assert "rank" in done.stdout and "16" in done.stdout
-    assert done.stdout.strip().splitlines()[-1].startswith("vllm serve ")
+    serve, verify = done.stdout.strip().splitlines()[-2:]
+    assert serve.startswith("vllm serve ")
+    assert verify == f"lora-init verify {tmp_path / 'served'} --url http://127.0.0.1:8000/v1 --model served"
     again = run("export", trained, "-o", tmp_path / "served", "--engine", "vllm")
     assert_one_line_error(again, "exists and is not empty", "pass --overwrite.")
     assert run("export", trained, "-o", tmp_path / "served", "--engine", "vllm", "--overwrite").exit_code == 0
@@ -66,3 +69,12 @@ def test_an_output_that_exists_is_said_before_a_model_is_loaded(trained, tmp_pat
     monkeypatch.setattr("lora_init.loading.models.load_model", lambda *_, **__: pytest.fail("loaded"))
     done = run("export", trained, "-o", tmp_path, "--data", tmp_path / "data.jsonl")
     assert_one_line_error(done, "exists and is not empty", "pass --overwrite.")
+
+
+def test_the_command_that_verifies_names_what_peft_can_load(trained, tmp_path):
+    served = tmp_path / "a b.gguf"
+    exported = lora_init.export_adapter(trained, served, "llama.cpp", base=str(tmp_path / "base"))
+    assert exported.verify == f"lora-init verify {trained} --url http://127.0.0.1:8080/v1 --base {tmp_path / 'base'}"
+    merged = lora_init.export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
+    assert merged.verify == f"lora-init verify {trained} --url http://127.0.0.1:8000/v1 --model {tmp_path / 'merged'}"
+    assert lora_init.export_adapter(trained, tmp_path / "for-peft").verify == ""

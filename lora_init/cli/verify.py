@@ -1,0 +1,119 @@
+"""The command `lora-init verify`: whether a running server serves an adapter as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from lora_init.cli.console import (
+    FAILED,
+    AsJson,
+    Completion,
+    Device,
+    Dtype,
+    MaxLength,
+    Template,
+    TrustRemoteCode,
+    busy,
+    importing,
+    print_result,
+    unescape,
+)  # fmt: skip
+from lora_init.errors import LoraInitError
+
+# Asked where no data is given: what these begin with, word by word.
+_TEXTS = (
+    "Question: Why do leaves turn red in autumn? Answer: Because the tree takes back what made them green.",
+    "She was given the medicine twice a day, and after a week the doctor said that she could go home.",
+    "Write a function that adds two numbers. def add(a, b): return a + b",
+)
+
+
+def verify(
+    directory: Annotated[Path, Argument(help="Directory of the adapter, as PEFT loads it.", show_default=False)],
+    url: Annotated[str, Option(help="Where the server's API begins: http://127.0.0.1:8000/v1.", show_default=False)],
+    model: Annotated[str | None, Option(help="The adapter's name on the server. Default: the directory's.")] = None,
+    served_base: Annotated[str | None, Option(help="The base's name there. Default: what the server says.")] = None,
+    base: Annotated[str | None, Option(help="Base model here. Default: the one that the adapter names.")] = None,
+    data: Annotated[
+        str | None, Option(help="Data to take prompts from, as for init. Default: three sentences.")
+    ] = None,
+    template: Template = None,
+    completion: Completion = None,
+    n: Annotated[int, Option("--n", min=1, help="Prompts to ask: those that the adapter changes most.")] = 32,
+    max_length: MaxLength = 512,
+    api_key: Annotated[str | None, Option(envvar="LORA_INIT_API_KEY", help="Key of the server.")] = None,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds to wait for an answer.")] = 60.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a running server whether it serves the adapter in DIRECTORY as it was trained; exits with 0 only then."""
+    from lora_init.serving.server import Server
+
+    server = Server(url, api_key, timeout)
+    name, base_name = server.find(directory.expanduser().resolve().name, model, served_base)
+    with importing(data=data):
+        from lora_init.adapters.peft_model import read_config
+        from lora_init.loading.models import load_model
+        from lora_init.serving.verify import AS_TRAINED, verify
+    source = base or str(read_config(directory.expanduser()).get("base_model_name_or_path") or "")
+    chats = [] if data is None or template else _chats(data, 2 * n)
+    chat = _asks_chat(server, name, bool(chats))
+    with busy(f"loading {source}"):
+        loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if loaded.task_type != "CAUSAL_LM" or (chat and not loaded.tokenizer.chat_template):
+        what = f"a {type(loaded.model).__name__}" if loaded.task_type != "CAUSAL_LM" else "without a chat template"
+        raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")
+    prompts: list[Any] = chats
+    if not (chat and chats):
+        settings = dict(template=unescape(template), completion=unescape(completion), max_length=max_length)
+        texts = _beginnings() if data is None else _texts(data, loaded.tokenizer, samples=2 * n, **settings)
+        prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
+    with busy(f"computing and asking {n} of {len(prompts)} prompts"):
+        at_base = partial(server.ask, base_name) if base_name else None
+        found = verify(directory, loaded.model, loaded.tokenizer, prompts, partial(server.ask, name), at_base, n=n)
+    print_result(asdict(found), as_json, lambda console, _: console.print(found.text, markup=False))
+    if found.verdict != AS_TRAINED:
+        raise SystemExit(FAILED)
+
+
+def _asks_chat(server: Any, name: str, chat_first: bool) -> bool:
+    """Find out which of its two forms the server answers with log-probabilities."""
+    for chat in (chat_first, not chat_first):
+        if server.ask(name, [{"role": "user", "content": "Hello"}] if chat else "Hello"):
+            return chat
+    raise LoraInitError(f"{server.url} gives no log-probabilities, neither in completions nor in chats.")
+
+
+def _beginnings() -> Iterator[str]:
+    words = [text.split() for text in _TEXTS]
+    yield from (" ".join(text[:i]) for text in words for i in range(3, len(text)))
+
+
+def _chats(data: str, most: int) -> list[Any]:
+    """Read messages up to the first answer, if that is what the data has."""
+    from lora_init.loading.sources import read_rows
+
+    table = read_rows(data).table
+    rows = table["messages"][:most] if "messages" in table.column_names else []
+    answers = [next((i for i, one in enumerate(row) if one["role"] == "assistant"), 0) for row in rows]
+    return [row[:i] for row, i in zip(rows, answers, strict=True) if i]
+
+
+def _texts(data: str, tokenizer: Any, **settings: Any) -> Iterator[str]:
+    """Cut examples where the answer begins, and in its middle, where the text has the same tokens again."""
+    from lora_init.loading.batches import load_batches
+
+    for batch in load_batches(data, tokenizer, batch_size=1, **settings):
+        ids, labels = (batch[key][0].tolist() for key in ("input_ids", "labels"))
+        answer = [i for i, label in enumerate(labels) if label >= 0 and i] or [len(ids)]
+        for cut in (ids[: answer[0]], ids[: answer[len(answer) // 2]]):
+            text = tokenizer.decode(cut).removeprefix(tokenizer.bos_token or "")
+            yield from (one for one in {text, text.lstrip(" ")} if tokenizer(one)["input_ids"] == cut)

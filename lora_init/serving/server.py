@@ -1,0 +1,122 @@
+"""An OpenAI-compatible server: which models it has, and its log-probabilities of the token after a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_init.errors import LoraInitError, in_one_line, require
+from lora_init.files import parse_json
+
+# As much as vLLM tells, tokens by number; if that is refused, what the OpenAI API has.
+_ASKED: tuple[dict[str, Any], ...] = ({"logprobs": 20, "return_tokens_as_token_ids": True}, {"logprobs": 5})
+_REFUSED, _NOT_THERE = (400, 422), (404, 405, 501)
+
+
+class Server:
+    """A server at a URL such as `http://127.0.0.1:8000/v1`; `key` is sent to it and shown nowhere."""
+
+    def __init__(self, url: str, key: str | None = None, timeout: float = 60.0) -> None:
+        require("httpx2")
+        import httpx2
+
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            self._client = httpx2.Client(base_url=url, timeout=timeout, headers=headers)
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise LoraInitError("url= or api_key= has characters that neither can have.") from error
+        address = self._client.base_url
+        self._secrets = [secret for secret in (key, address.password) if secret]
+        self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
+        if address.scheme not in ("http", "https") or not address.host:
+            raise LoraInitError(f"url={self.url!r} is no address of a server, such as http://127.0.0.1:8000/v1.")
+
+    def find(self, name: str, model: str | None = None, base: str | None = None) -> tuple[str, str | None]:
+        """Find what an adapter of this name and its base are called there; None if the base is not served beside it.
+
+        Raises:
+            LoraInitError: The server does not answer, has no such model, or has several and none is named.
+        """
+        status, answer = self._send("models")
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        parents = {str(one.get("id")): one.get("parent") for one in entries or () if isinstance(one, dict)}
+        if model is not None and status in _NOT_THERE:  # some have no list
+            return model, base
+        wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
+        choices = (
+            [model] if model else [],
+            [name] if name in parents else [],
+            [*filter(parents.get, parents)],
+            parents,
+        )
+        found = next((one for names in choices if len(names) == 1 for one in names), None)
+        if wrong is not None or found is None:
+            what = f"no model {wrong!r}" if wrong is not None else "several models" if parents else "no models"
+            raise LoraInitError(f"{self.url} has {what}. Name one by model=: {', '.join(parents)}.")
+        others = [other for other in parents if other != found and not parents[other]]
+        return found, base or parents[found] or (others[0] if len(others) == 1 else None)
+
+    def ask(self, model: str, prompt: Any) -> dict[int | str, float]:
+        """Give log-probabilities of the token after a text, or of the first one of the answer to messages.
+
+        They go by the token's number or, where a server does not tell it, its text; empty if it tells none.
+
+        Raises:
+            LoraInitError: The server does not answer, or answers with an error or in another form.
+        """
+        chat = not isinstance(prompt, str)
+        path, key = ("chat/completions", "messages") if chat else ("completions", "prompt")
+        request = {"model": model, key: prompt, "max_tokens": 1, "temperature": 0}
+        status, answer = self._send(path, request | _form(_ASKED[0], chat))
+        if status in _REFUSED:
+            status, answer = self._send(path, request | _form(_ASKED[1], chat))
+        if status in _NOT_THERE:
+            return {}
+        if status != 200:
+            said = answer.get("error", answer) if isinstance(answer, dict) else answer
+            said = in_one_line(ValueError(said.get("message", said) if isinstance(said, dict) else said))
+            for secret in self._secrets:
+                said = said.replace(secret, "...")
+            raise LoraInitError(f"{self.url} answers {status} to model {model!r}: {said}")
+        try:
+            return _read(answer["choices"][0].get("logprobs") or {})
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise LoraInitError(f"{self.url} answers in another form than the OpenAI API's.") from error
+
+    def _send(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        import httpx2
+
+        try:
+            answer = self._client.request("GET" if body is None else "POST", path, json=body)
+        except httpx2.TimeoutException as error:
+            raise LoraInitError(f"{self.url} gives no answer in time. Let it have longer by timeout=.") from error
+        except httpx2.HTTPError as error:
+            raise LoraInitError(f"{self.url} does not answer: {in_one_line(error)} Is the server running?") from error
+        if answer.status_code in (401, 403):
+            raise LoraInitError(f"{self.url} refuses the key ({answer.status_code}). Give another one by api_key=.")
+        try:
+            return answer.status_code, parse_json(answer.content)
+        except (ValueError, RecursionError) as error:
+            if answer.status_code in _NOT_THERE:
+                return answer.status_code, None
+            raise LoraInitError(
+                f"{self.url} answers with no JSON. An OpenAI-compatible API often ends in /v1."
+            ) from error
+
+
+def _form(asked: dict[str, Any], chat: bool) -> dict[str, Any]:
+    return asked | {"logprobs": True, "top_logprobs": asked["logprobs"]} if chat else asked
+
+
+def _read(found: Mapping[str, Any]) -> dict[int | str, float]:
+    """Read the log-probabilities of the first token, in the form of completions or of chats."""
+    first: Any = next(iter(found.get("content") or found.get("top_logprobs") or ()), None) or {}
+    if "top_logprobs" in first:
+        first = {one.get("id", one["token"]): one["logprob"] for one in first["top_logprobs"] or [first]}
+    # "token_id:7" is how vLLM writes a number, and -9999 how it writes minus infinity.
+    numbers = {token: str(token).removeprefix("token_id:") for token in first}
+    return {
+        token if isinstance(token, int) or number == token else int(number): float(first[token])
+        for token, number in numbers.items()
+        if first[token] is not None and -1e3 < float(first[token]) < 0.01
+    }

@@ -1,0 +1,268 @@
+"""Whether an engine serves an adapter as it was trained: its log-probabilities against those that PEFT computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.adapters import peft_model as peft
+from lora_init.errors import LoraInitError
+from lora_init.layers.grid import layer_grid
+from lora_init.serving.engines import VLLM_RANKS
+
+AS_TRAINED = "served as trained"
+_TOP = 20  # likeliest tokens, on which the effect of an adapter counts: as many as servers tell
+_OTHER_BASE = 0.03  # share of the variance within prompts; a served base that misses more of it is another one
+# What may be left over: so many times the engine's noise, and a share of the effect. One wrong layer in two hundred
+# makes a tenth of the effect, so an adapter as trained leaves a hundredth; a fault explains nine tenths.
+_NOISES, _LEFT, _LEFT_BY_FAULT, _LEFT_WITHOUT_NOISE = 3.0, 0.01, 0.1, 0.2
+Ask = Callable[[Any], Mapping[Any, float]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. Distances are root mean squares of differences of log-probabilities.
+
+    Attributes:
+        verdict: "served as trained", "ignored", "scaled", "a part is missing", "another adapter", "another base or
+            template", or "cannot tell".
+        text: The verdict in one line, with its reason and numbers.
+        effect: How far the adapter moves the likeliest tokens.
+        noise: How far the served base is from the local one; None if it is not served.
+        residual: How far what is served is from the adapter in PEFT; None if nothing was compared.
+        prompts: Prompts with an answer.
+        values: Log-probabilities that were compared.
+    """
+
+    verdict: str
+    text: str
+    effect: float
+    noise: float | None
+    residual: float | None
+    prompts: int
+    values: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """A way to serve an adapter wrongly: factors on the scalings of layers, or DoRA without its magnitudes."""
+
+    verdict: str
+    reason: str
+    factors: Mapping[str, float]
+    magnitudes: bool = True
+
+
+def verify(
+    directory: str | Path, model: Any, tokenizer: Any, prompts: Sequence[Any], served: Ask, base: Ask | None = None,
+    *, n: int = 32,
+) -> Verification:  # fmt: skip
+    """Find out what an engine serves under the name of an adapter.
+
+    It is asked for log-probabilities of the token after those `n` prompts that the adapter changes most, which is
+    computed before. They are compared with PEFT's of the adapter; if they differ, with those of the base, of other
+    scalings and of the adapter without one kind of layer. How far the served base is from the local one is the engine's
+    noise; a fault that does less is not seen. Cost: two forward passes a prompt, and some 40 for each of the `n` where
+    something is wrong.
+
+    Args:
+        directory: The adapter, as PEFT loads it.
+        model: Its base model, plain, and afterwards as it was.
+        tokenizer: The base model's.
+        prompts: Texts, which the engine reads as `tokenizer(text)` does, or chats as lists of messages.
+        served: From a prompt to log-probabilities of the next token by number or text of a token, of as many as known.
+        base: The same for the base model in that engine.
+        n: Most prompts to ask about.
+
+    Raises:
+        LoraInitError: There is no prompt, or the adapter is damaged, of another base, or in need of its start.
+    """
+    path = Path(directory).expanduser()
+    if began := peft.base_change_of(peft.read_config(path), peft.origin_of(path)):
+        raise LoraInitError(f"{path} began as {began} and does not fit the plain base. Export it by start= first.")
+    if not prompts or n < 1:
+        raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
+    restore = peft.remember(model, weights=peft.changes_weights(path))
+    try:
+        local = _Local(peft.load_adapter(model, path, trainable=False).eval(), tokenizer)
+        faults = local.faults()
+        plain, trained = local.run(prompts, faults[0]), local.run(prompts)
+        likeliest = trained.topk(min(_TOP, trained.shape[1])).indices
+        effects = (trained - plain).gather(1, likeliest).square().mean(1)
+        chosen = effects.argsort(descending=True, stable=True)[:n]
+        plain, trained, asked = plain[chosen], trained[chosen], [prompts[i] for i in chosen.tolist()]
+        effect = float(effects[chosen].mean().sqrt())
+        observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
+        return diagnose(observed, at_base, plain, trained, effect, faults, lambda fault: local.run(asked, fault))
+    finally:
+        restore()
+
+
+def diagnose(
+    observed: Tensor, at_base: Tensor, plain: Tensor, trained: Tensor, effect: float,
+    faults: Sequence[Fault], run: Callable[[Fault], Tensor],
+) -> Verification:  # fmt: skip
+    """Compare what an engine told with what PEFT computes; all log-probabilities are [prompts, vocabulary].
+
+    Args:
+        observed: Of what is served as the adapter, NaN where the engine tells nothing.
+        at_base: The same of the served base.
+        plain: Of the local base.
+        trained: Of the local base with the adapter.
+        effect: Root mean square of the difference of the two on the likeliest tokens.
+        faults: What may have gone wrong; the first is that the base is served.
+        run: Computes log-probabilities under a fault. It is called only if the adapter does not fit.
+    """
+    told = ~observed.isnan()
+    answered, values, measured = int(told.any(1).sum()), int(told.sum()), not bool(at_base.isnan().all())
+    noise, residual, from_base = _distance(at_base, plain), _distance(observed, trained), _distance(observed, plain)
+
+    def verdict(name: str, reason: str) -> Verification:
+        known = f"noise {noise:.2g}" if measured else "noise not known: the base is not served"
+        text = f"{name}: {reason} ({answered} prompts, {values} values; effect of the adapter {effect:.2g}, {known})"
+        off = residual if values else None
+        return Verification(name, text, effect, noise if measured else None, off, answered, values)
+
+    unknown = f"the effect would have to be {2 * noise:.2g} at least" if effect < 2 * noise else ""
+    unknown = "most answers have no token that is one of the tokenizer's" if answered <= len(plain) // 2 else unknown
+    unknown = "the adapter changes nothing in PEFT either; is B zero?" if effect == 0 else unknown
+    centred = (local := plain.where(~at_base.isnan(), torch.nan)) - local.nanmean(1, keepdim=True)
+    if values and measured and noise**2 > _OTHER_BASE * float(centred.square().nanmean()):
+        return verdict("another base or template", f"the served base is {noise:.2g} off")
+    if unknown:
+        return verdict("cannot tell", unknown)
+    allowed = _NOISES * noise + _LEFT * effect if measured else _LEFT_WITHOUT_NOISE * effect
+    explained = (_NOISES * noise if measured else 0) + _LEFT_BY_FAULT * max(effect, from_base)
+    for candidates in _candidates(observed, faults, run) if residual > allowed / (1 + measured) else ():
+        distances = {fault: _distance(observed, run(fault)) for fault in candidates}
+        fault = min(distances, key=distances.__getitem__)
+        if distances[fault] <= explained and distances[fault] < 0.7 * residual:  # else hardly better than as trained
+            return verdict(fault.verdict, f"{fault.reason}; {distances[fault]:.2g} off, as trained {residual:.2g}")
+    if residual <= allowed:
+        return verdict(AS_TRAINED, f"{residual:.2g} off")
+    share = max(0.0, 1 - (residual / from_base) ** 2)
+    what = "this one with layers changed or in other places" if share > 0.5 else "that of another task, say"
+    what += "" if measured else ", or another base or template"
+    return verdict("another adapter", f"{what}; {share:.0%} fits, {residual:.2g} off")
+
+
+def _distance(observed: Tensor, local: Tensor) -> float:
+    return float((observed - local).square().nanmean().sqrt())
+
+
+def _candidates(observed: Tensor, faults: Sequence[Fault], run: Callable[[Fault], Tensor]) -> Iterator[Sequence[Fault]]:
+    """Yield the faults, and if none of them is it, the one factor on all scalings that comes closest."""
+    yield faults
+
+    def scaled(power: float) -> Fault:
+        return Fault("scaled", f"by {2**power:.3g}", dict.fromkeys(faults[0].factors, 2**power))
+
+    grid = [power / 2 for power in range(-10, 11)]
+    squares = [_distance(observed, run(scaled(power))) ** 2 for power in grid]
+    i = min(range(1, len(grid) - 1), key=squares.__getitem__)
+    before, at, after = squares[i - 1 : i + 2]  # the lowest point of the parabola through these is near theirs
+    lowest = grid[i] + 0.25 * (before - after) / max(before - 2 * at + after, 1e-12)
+    if 0.2 < abs(lowest) < 6:  # less than 15 % is noise, as a rule
+        yield [scaled(lowest)]
+
+
+class _Local:
+    """The adapter in PEFT: its log-probabilities, also under faults, and the tokens that an engine means."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.layers = model, tokenizer, peft.adapter_layers(model)
+        self.name, self.size = model.active_adapter, 0
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[Any], fault: Fault | None = None) -> Tensor:
+        """Compute log-probabilities of the next token, float32 [prompts, vocabulary]."""
+        rows, template = [], self.tokenizer.apply_chat_template
+        with self._under(fault):
+            for prompt in prompts:
+                chat = not isinstance(prompt, str)
+                text = template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
+                ids = self.tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"]
+                logits = self.model(input_ids=ids.to(self.model.device)).logits[0, -1]
+                rows.append(logits.float().log_softmax(-1).cpu())
+        self.size = len(rows[0])
+        return torch.stack(rows)
+
+    @contextmanager
+    def _under(self, fault: Fault | None) -> Iterator[None]:
+        """Put a fault on PEFT's layers while the block runs; if that raises, `verify` gives the layers up."""
+        if fault is not None and fault.verdict == "ignored":
+            with self.model.disable_adapter():
+                yield
+            return
+        changed = [(self.layers[key], factor) for key, factor in (fault.factors if fault else {}).items()]
+        kept = [(layer, layer.scaling[self.name], dict(layer.lora_variant)) for layer, _ in changed]
+        for layer, factor in changed:
+            layer.scaling[self.name] *= factor
+            if fault is not None and not (factor and fault.magnitudes):
+                layer.lora_variant.pop(self.name, None)
+        yield
+        for layer, scaling, variant in kept:
+            layer.scaling[self.name] = scaling
+            layer.lora_variant.update(variant)
+
+    def observe(self, ask: Ask | None, prompts: Sequence[Any]) -> Tensor:
+        """Ask an engine, [prompts, vocabulary]; NaN where it tells nothing, or a text that several tokens have."""
+        told = torch.full((len(prompts), self.size), torch.nan)
+        for row, prompt in zip(told, prompts, strict=True):
+            for token, value in ask(prompt).items() if ask else ():
+                number = token if isinstance(token, int) else self._numbers.get(token)
+                if number is not None and 0 <= number < self.size:
+                    row[number] = value
+        return told
+
+    @cached_property
+    def _numbers(self) -> dict[str, int | None]:
+        """Numbers of tokens by their text, as tokenizers and engines write it; None where several have it."""
+        found: dict[str, int | None] = {}
+        for number, name in enumerate(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))):
+            for text in {str(name), str(name).replace("▁", " "), self.tokenizer.decode([number])}:
+                found[text] = None if text in found else number
+        return found
+
+    def faults(self) -> list[Fault]:
+        """List what engines are known to do to an adapter; first, to leave it out."""
+        config, names = self.model.active_peft_config, [*self.layers]
+        rank, alpha, scaling = (
+            {name: getattr(layer, what)[self.name] for name, layer in self.layers.items()}
+            for what in ("r", "lora_alpha", "scaling")
+        )
+        served = {
+            "alpha doubled": {name: 2 * scaling[name] for name in names},
+            "rsLoRA not read": {name: alpha[name] / rank[name] for name in names},
+            "rsLoRA, which it was not trained with": {name: alpha[name] / rank[name] ** 0.5 for name in names},
+            "lora_alpha over each layer's own rank": {name: config.lora_alpha / rank[name] for name in names},
+            "lora_alpha / r everywhere, patterns not read": dict.fromkeys(names, config.lora_alpha / config.r),
+            "no scaling": dict.fromkeys(names, 1.0),
+        }
+        for most in {max(rank.values()), *VLLM_RANKS}:
+            padded = {name: scaling[name] * min(1, rank[name] / most) for name in names}
+            served[f"ranks padded to {most} without their scaling"] = padded
+        reasons: dict[tuple[float, ...], list[str]] = {}
+        for reason, of in served.items():
+            reasons.setdefault(tuple(round(of[name] / scaling[name], 4) for name in names), []).append(reason)
+        reasons.pop((1.0,) * len(names), None)  # which is as trained
+        parts = {kind: {*layer_grid(names).of_kind(kind).values()} for kind in layer_grid(names).kinds}
+        for name in names:
+            parts.setdefault(name.split(".")[-2:][0], set()).add(name)
+        faults = [Fault("ignored", "what answers is the base", dict.fromkeys(names, 0.0))]
+        for factors, same in reasons.items():
+            by = f"by {factors[0]:.3g}, " if len({*factors}) == 1 else ""
+            faults.append(Fault("scaled", by + " or ".join(same), dict(zip(names, factors, strict=True))))
+        for part, members in parts.items():
+            if len(members) < len(names):
+                faults.append(Fault("a part is missing", part, {name: float(name not in members) for name in names}))
+        if any(layer.lora_variant for layer in self.layers.values()):
+            faults.append(Fault("a part is missing", "the magnitudes of DoRA", dict.fromkeys(names, 1.0), False))
+        return faults

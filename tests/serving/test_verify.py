@@ -1,0 +1,220 @@
+"""`verify` names what a server does with an adapter: twelve planted faults, and none where there is none."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import lora_init
+from lora_init import LoraInitError
+from tests.commands import assert_one_line_error, run
+from tests.conftest import tiny_llama
+from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = ["q_proj", "v_proj", "up_proj"]
+ADAPTERS = {
+    "plain": dict(r=8, lora_alpha=16),
+    "ranks": dict(r=8, lora_alpha=16, rank_pattern={"v_proj": 2, "layers.0.mlp.up_proj": 3},
+                  alpha_pattern={"v_proj": 4, "layers.0.mlp.up_proj": 6}),
+    "rslora": dict(r=16, lora_alpha=16, use_rslora=True),
+    "dora": dict(r=8, lora_alpha=16, use_dora=True),
+}  # fmt: skip
+
+
+def train(base, directory, seed=1, **settings):
+    """Make an adapter as PEFT saves it, with random numbers in place of training."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=KINDS, **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.06)
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two bases with a tokenizer, adapters of the first, and prompts."""
+    home = tmp_path_factory.mktemp("verify")
+    for seed, name in enumerate(("base", "other-base")):
+        torch.manual_seed(seed)
+        tiny_llama(initializer_range=0.2, num_hidden_layers=3).save_pretrained(home / name)
+        word_tokenizer().save_pretrained(home / name)
+    for name, settings in ADAPTERS.items():
+        train(home / "base", home / name, **settings)
+    train(home / "base", home / "other-task", seed=2, **ADAPTERS["plain"])
+    rows = [{"text": " ".join(f"w{(7 * i + j * j) % 58}" for j in range(4 + i % 9))} for i in range(40)]
+    (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chats = [
+        {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": "w1"}]} for row in rows
+    ]
+    (home / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return home
+
+
+def served(home, adapter, base="base", dtype="float32"):
+    engine = Engine(word_tokenizer())
+    engine.add("the-base", home / base, dtype=DTYPES[dtype])
+    engine.add("served", home / base, adapter, DTYPES[dtype], parent="the-base")
+    return engine
+
+
+def ask(home, name, engine, *options, data="rows.jsonl"):
+    with engine.running() as url:
+        return run("verify", home / name, "--url", url, "--data", home / data, "--n", 4, *options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named(fault, dtype, home, tmp_path):
+    name, change, verdict, words = FAULTS[fault]
+    done = ask(home, name, served(home, changed(home / name, tmp_path / "served", **change), dtype=dtype))
+    assert done.exit_code == 1 and done.stdout.startswith(verdict) and words in done.stdout, done.output
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_right_adapter_is_served_as_trained(name, dtype, home):
+    done = ask(home, name, served(home, home / name, dtype=dtype))
+    assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
+
+
+def test_another_task_another_base_and_a_zero_adapter(home, tmp_path):
+    engine = served(home, home / "other-task")
+    done = ask(home, "plain", engine)
+    assert done.exit_code == 1 and done.stdout.startswith("another adapter: that of another task"), done.output
+    done = ask(home, "plain", served(home, home / "plain", base="other-base"))
+    assert done.exit_code == 1 and done.stdout.startswith("another base or template: the served base is"), done.output
+    zero = changed(home / "plain", tmp_path / "zero", tensors=without("lora"))
+    engine = served(home, zero)
+    done = ask(home, "plain", engine)
+    assert done.stdout.startswith("ignored"), done.output
+    engine.asked.clear()
+    done = ask(home, zero, engine)
+    assert done.exit_code == 1 and "changes nothing in PEFT either; is B zero?" in done.stdout, done.output
+    assert len(engine.asked) == 1  # which tells the form of its answers
+
+
+def test_chats_are_asked_as_such_and_a_template_without_the_generation_prompt_is_found(home):
+    engine = served(home, home / "plain")
+    assert ask(home, "plain", engine, data="chats.jsonl").exit_code == 0
+    assert {path for path, _ in engine.asked} == {"chat/completions"}
+    engine.generation_prompt = False
+    done = ask(home, "plain", engine, data="chats.jsonl")
+    assert done.exit_code == 1 and done.stdout.startswith("another base or template"), done.output
+    engine.generation_prompt, engine.paths = True, ["chat/completions"]  # then texts are what a user says
+    assert ask(home, "plain", engine).exit_code == 0
+
+
+def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
+    engine = served(home, home / "plain")
+    engine.by_number = False
+    done = ask(home, "plain", engine, "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["verdict"] == "served as trained" and found["values"] == 4 * 20
+    engine.tokenizer = engine.tokenizer.__class__(tokenizer_object=engine.tokenizer.backend_tokenizer)
+    engine.tokenizer.decode = lambda ids: f"other {ids}"
+    done = ask(home, "plain", engine)
+    assert done.exit_code == 1 and done.stdout.startswith("cannot tell: most answers have no token"), done.output
+
+
+def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be(home, tmp_path):
+    weak = changed(home / "plain", tmp_path / "weak", config={"lora_alpha": 1})
+    engine = served(home, weak)
+    answer = engine.answer
+
+    def noisy(path, body):
+        status, content = answer(path, body)
+        for one in content["choices"][0]["logprobs"]["top_logprobs"]:
+            for i, token in enumerate(one):
+                one[token] += 0.05 * (-1) ** i
+        return status, content
+
+    engine.answer = noisy
+    done = ask(home, weak, engine, "--model", "served")
+    assert done.exit_code == 1 and "cannot tell: the effect would have to be 0.1 at least" in done.stdout, done.output
+
+
+def test_without_a_base_on_the_server_it_says_so_and_notices_less(home, tmp_path):
+    engine = served(home, home / "plain")
+    del engine.models["the-base"], engine.parents["the-base"]
+    engine.parents["served"] = None
+    done = ask(home, "plain", engine)
+    assert done.exit_code == 0 and "the base is not served" in done.stdout
+    engine.add("served", home / "base", changed(home / "plain", tmp_path / "half", config={"lora_alpha": 10}))
+    done = ask(home, "plain", engine)
+    assert done.exit_code == 1 and done.stdout.startswith("scaled: by 0.6"), done.output
+
+
+def test_a_function_is_asked_in_place_of_a_server_and_the_model_is_left_as_it_was(home):
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    engine = served(home, home / "ranks")
+    before, state = dict(model.named_modules()), {key: t.clone() for key, t in model.state_dict().items()}
+
+    def told(name):
+        def ask(prompt):
+            logits = engine.models[name](torch.tensor([engine.tokenizer(prompt)["input_ids"]])).logits
+            return dict(enumerate(logits[0, -1].log_softmax(-1).tolist()))
+
+        return ask
+
+    prompts = [f"w{i} w{i + 3}" for i in range(9)]
+    found = lora_init.verify(home / "ranks", model, engine.tokenizer, prompts, told("served"), told("the-base"), n=4)
+    assert found.verdict == "served as trained" and found.residual < 1e-5 and (found.prompts, found.values) == (4, 256)
+    assert dict(model.named_modules()) == before and not hasattr(model, "peft_config")
+    assert all(torch.equal(state[key], t) for key, t in model.state_dict().items())
+    with pytest.raises(LoraInitError, match="verify needs a prompt"):
+        lora_init.verify(home / "ranks", model, engine.tokenizer, [], told("served"))
+
+
+def test_what_is_wrong_with_the_server_is_one_line(home):
+    def error(*options):
+        done = run("verify", home / "plain", *options)
+        assert_one_line_error(done)
+        return done.stderr
+
+    assert "127.0.0.1:9/v1 does not answer" in error("--url", "http://127.0.0.1:9/v1")
+    assert "is no address of a server" in error("--url", "127.0.0.1")
+    engine = served(home, home / "plain")
+    with engine.running() as url:
+        assert "has no model 'mine'. Name one by --model: the-base, served." in error("--url", url, "--model", "mine")
+        engine.paths = ["completions"]
+        engine.answer = lambda *_: (200, {"choices": [{"text": "w1", "logprobs": None}]})
+        assert "gives no log-probabilities" in error("--url", url)
+        engine.answer = lambda *_: (500, {"error": {"message": "it broke"}})
+        assert "answers 500 to model 'served': it broke." in error("--url", url)
+        engine.answer = lambda *_: (200, [])
+        assert "another form than the OpenAI API's" in error("--url", url)
+        engine.raw = b"<html>"
+        assert "answers with no JSON" in error("--url", url)
+
+
+def test_the_key_is_sent_and_never_shown(home, monkeypatch):
+    engine = served(home, home / "plain")
+    engine.key = "secret-key"
+    assert ask(home, "plain", engine, "--api-key", "secret-key").exit_code == 0
+    monkeypatch.setenv("LORA_INIT_API_KEY", "wrong-key")
+    done = ask(home, "plain", engine)
+    assert_one_line_error(done, "refuses the key (401). Give another one by --api-key.")
+    assert "wrong-key" not in done.output
+    engine.key, engine.answer = None, lambda *_: (500, {"error": "wrong-key is what you sent"})
+    done = ask(home, "plain", engine)
+    assert_one_line_error(done, "answers 500", "... is what you sent")
+    help_text = run("verify", "--help").output
+    assert "LORA_INIT_API_KEY" in help_text and "wrong-key" not in help_text
+
+
+def test_an_adapter_of_another_base_or_with_a_start_is_one_line(home, tmp_path):
+    tiny_llama(hidden_size=16).save_pretrained(tmp_path / "narrow")
+    word_tokenizer().save_pretrained(tmp_path / "narrow")
+    done = ask(home, "plain", served(home, home / "plain"), "--base", tmp_path / "narrow")
+    assert_one_line_error(done, "cannot be put on LlamaForCausalLM")
+    began = changed(home / "plain", tmp_path / "began", config={"init_lora_weights": "pissa"})
+    done = ask(home, began, served(home, home / "plain"), "--model", "served")
+    assert_one_line_error(done, "began as pissa and does not fit the plain base")
