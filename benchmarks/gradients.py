@@ -26,7 +26,7 @@ from torch import nn
 import lora_init
 from benchmarks import memory, settings
 from benchmarks.settings import Setting, table
-from lora_init.collection.backward import count_labels
+from lora_init.collection.losses import count_labels
 from lora_init.comparison.training import peak_bytes, reset_peak
 
 RANK, RHO = 16, 2.0

@@ -16,11 +16,12 @@ _NAMES = {
     "statistics.gradient_spectrum": ["GradientSpectrum"],
     "statistics.statistics": ["Statistics", "Provenance"],
     "collection.collect": ["collect", "Interrupted"],
+    "collection.losses": ["mean_loss"],
     "planning.allocate": ["allocate_ranks", "RankAllocation"],
     "adapters.build": ["build_adapter"],
     "adapters.adapter_init": ["AdapterInit", "correct_base"],
     "adapters.initialize": ["initialize"],
-    "adapters.step_size": ["find_step_size", "mean_loss"],
+    "adapters.step_size": ["find_step_size"],
     "adapters.intruders": ["intruder_dimensions", "Intruders"],
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "loading.batches": ["load_batches"],
@@ -43,9 +44,9 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from lora_init.adapters.step_size import find_step_size as find_step_size
-    from lora_init.adapters.step_size import mean_loss as mean_loss
     from lora_init.collection.collect import Interrupted as Interrupted
     from lora_init.collection.collect import collect as collect
+    from lora_init.collection.losses import mean_loss as mean_loss
     from lora_init.comparison.compare import Comparison as Comparison
     from lora_init.comparison.compare import compare as compare
     from lora_init.errors import LoraInitError as LoraInitError

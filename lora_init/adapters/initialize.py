@@ -15,9 +15,10 @@ from lora_init.adapters.build import build_adapter, check_adapter_options
 from lora_init.adapters.config import default, only_given, with_defaults
 from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
-from lora_init.adapters.step_size import find_step_size, mean_loss, set_aside
+from lora_init.adapters.step_size import find_step_size, set_aside
 from lora_init.adapters.trainers import adapter_dtype, hand_over, is_trainer, opened
 from lora_init.collection.collect import collect
+from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
-from lora_init.collection.backward import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError
-from lora_init.layers.masks import NothingCountsError
-from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
 from lora_init.layers.wrappers import unwrapped
 
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.
@@ -115,33 +109,3 @@ def set_aside(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
             stacklevel=3,
         )
     return aside, chain(rest, stream) if rest else aside
-
-
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module, batches: Iterable[Any], forward: Forward | None = None, loss: Loss | None = None
-) -> float:
-    """Compute the mean of the losses of some batches, in evaluation mode.
-
-    The mode of every submodule is afterwards as it was.
-
-    Args:
-        model: Any model that `collect(..., gradients=True)` takes.
-        batches: As `collect` takes them.
-        forward: As for `collect`.
-        loss: As for `collect`.
-
-    Raises:
-        LoraInitError: There is no batch, or none with a label.
-    """
-    losses = []
-    with evaluating(model):
-        for batch in batches:
-            moved = on_device_of(model, batch)
-            with suppress(NothingCountsError):  # such a batch has no loss
-                count_labels(model, moved)
-                output = forward(model, moved) if forward else call_model(model, moved, with_labels=True)
-                losses.append(float(loss(output, moved) if loss else own_loss(output)))
-    if not losses:
-        raise LoraInitError("there is no batch with a label to measure the loss on. Pass at least one.")
-    return statistics.fmean(losses)

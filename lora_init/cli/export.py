@@ -86,7 +86,7 @@ def _load(directory: Path, base: str | None) -> LoadedModel:
 
 def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
     from lora_init.adapters.peft_model import changes_weights, load_adapter, remember
-    from lora_init.adapters.step_size import mean_loss
+    from lora_init.collection.losses import mean_loss
 
     restore = remember(loaded.model, weights=changes_weights(directory.expanduser()))
     try:

@@ -376,7 +376,8 @@ def _with_best_step(
     model: nn.Module, build: Callable[..., AdapterInit], aside: list[Any], gamma: float | None
 ) -> AdapterInit:
     """Build an adapter that takes a step, of the size with the least loss on batches set aside."""
-    from lora_init.adapters.step_size import find_step_size, mean_loss
+    from lora_init.adapters.step_size import find_step_size
+    from lora_init.collection.losses import mean_loss
 
     return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
 

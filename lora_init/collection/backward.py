@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_init.collection.activations import ActivationHooks, Sink, Wanted, input_of
+from lora_init.collection.losses import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
-from lora_init.layers.masks import IGNORED, NothingCountsError, shifts_labels
 from lora_init.layers.running import Forward
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
 
-# (output of the forward pass, batch) -> the loss to differentiate, a mean over the labels of the batch
-Loss = Callable[[Any, Any], Tensor]
 # (layer name, what it read [n, d_in], gradient at its output [n, d_out]), for the tokens that count
 GradientSink = Callable[[str, Tensor, Tensor], None]
 
@@ -173,29 +171,6 @@ class BackwardHooks:
             )
         with torch.no_grad(), Precision().off():
             self._sink(call.name, call.rows(call.x), call.rows(gradient))
-
-
-def count_labels(model: nn.Module, batch: Any) -> int:
-    """Count what the loss of a batch is a mean over: its labels, else its examples.
-
-    A causal language model predicts the label of a token from those before it, so the first of each row has no part.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        values = (
-            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-        )
-        return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
-    shifted = labels.dim() == 2 and shifts_labels(model)
-    count = int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
-    if count == 0:
-        raise NothingCountsError("no token of the batch has a label, so there is no loss. Check labels and max_length.")
-    return count
-
-
-def own_loss(output: Any) -> Any:
-    """Take the loss that a model of transformers returns; None if there is none."""
-    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
 def _wanting_gradient(module: nn.Module, args: Any, output: Any) -> Any:

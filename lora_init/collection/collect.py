@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 import lora_init
 from lora_init.collection.activations import ActivationHooks
-from lora_init.collection.backward import BackwardHooks, Loss
+from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
+from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
+from lora_init.collection.losses import EVALUATION_BATCH, batch_loss, class_logits, sequence_losses
 from lora_init.comparison.tasks import CLASSIFICATION, MULTIPLE_CHOICE, Item, Task, item_length
 from lora_init.errors import LoraInitError
-from lora_init.layers.running import evaluating
-from lora_init.loading.batches import pad_batch
-from lora_init.loading.reader import IGNORED, Encoded
+from lora_init.layers.running import evaluating, on_device_of
 
 _STATUS = Path("/proc/self/status")
 
@@ -46,63 +42,12 @@ def peak_bytes() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-# Sequences of similar length in one forward pass of an evaluation: more than in training, as nothing is kept.
-_EVALUATION_BATCH = 16
-
-
 @dataclass(frozen=True)
 class Score:
     """Mean loss on some examples, and metrics if they have a right answer."""
 
     loss: float
     metrics: dict[str, float] | None
-
-
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Run a language model on a batch.
-
-    Only the logits from the first label on are computed where the model can do so; the others would be thrown away.
-
-    Returns:
-        The loss of every position, zero where there is no label, float32 [batch, k], and whether it has a label, bool
-        [batch, k].
-    """
-    labels = batch["labels"]
-    first = int((labels != IGNORED).any(dim=0).int().argmax())
-    kept = labels.shape[1] - max(first - 1, 0)  # the logits before a label predict it
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if "logits_to_keep" in inspect.signature(plain.forward).parameters:
-        # As positions, not as their number: a number makes a slice, which is not contiguous, and to multiply that with
-        # a frozen lm_head torch on a CPU copies the lm_head for each sequence.
-        inputs["logits_to_keep"] = torch.arange(labels.shape[1] - kept, labels.shape[1], device=labels.device)
-    logits = model(**inputs, use_cache=False).logits[:, -kept:]
-    targets = labels[:, -kept:][:, 1:]
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return losses, targets != IGNORED
-
-
-def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Run a classifier on a batch: float32 [batch, classes]."""
-    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits.float()
-
-
-def training_loss(model: nn.Module, task: Task, batch: Mapping[str, Tensor]) -> Tensor:
-    """Compute the mean loss of a batch: over its labelled tokens, or over its examples for a classification."""
-    if task.kind == CLASSIFICATION:
-        return nn.functional.cross_entropy(class_logits(model, batch), batch["labels"])
-    losses, labelled = token_losses(model, batch)
-    return losses.sum() / labelled.sum()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put a model into evaluation mode without gradients, and give its device."""
-    with evaluating(model), torch.inference_mode():
-        yield next(model.parameters()).device
 
 
 def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: bool = False) -> Score:
@@ -118,14 +63,12 @@ def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: 
         items: Examples of it.
         with_metrics: Compute metrics, too. For multiple choice that means running every option.
     """
-    with _evaluating(model) as device:
-        if task.kind == CLASSIFICATION:
-            return _score_classes(model, task, items, device)
-        if task.kind != MULTIPLE_CHOICE or not with_metrics:
-            sums = _sequence_losses(model, [item.tokens for item in items], task.padding, device)
-            return Score(sum(loss for loss, _ in sums) / sum(count for _, count in sums), None)
-        sequences = [choice for item in items for choice in item.choices]
-        scored = iter(_sequence_losses(model, sequences, task.padding, device))
+    if task.kind == CLASSIFICATION:
+        return _score_classes(model, task, items)
+    if task.kind != MULTIPLE_CHOICE or not with_metrics:
+        return Score(_mean(sequence_losses(model, [item.tokens for item in items], task.padding)), None)
+    sequences = [choice for item in items for choice in item.choices]
+    scored = iter(sequence_losses(model, sequences, task.padding))
     predicted, right = [], []
     for item in items:
         options = [next(scored) for _ in item.choices]
@@ -133,17 +76,11 @@ def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: 
         predicted.append(losses.index(min(losses)))
         right.append(options[item.answer or 0])
     truth = [item.answer or 0 for item in items]
-    return Score(sum(loss for loss, _ in right) / sum(count for _, count in right), metrics(truth, predicted))
+    return Score(_mean(right), metrics(truth, predicted))
 
 
-def text_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Compute the mean loss over all labelled tokens of some batches, in evaluation mode."""
-    loss, count = 0.0, 0
-    with _evaluating(model) as device:
-        for batch in batches:
-            losses, labelled = token_losses(model, send_to_device(batch, device))
-            loss, count = loss + float(losses.double().sum()), count + int(labelled.sum())
-    return loss / count
+def _mean(sums: Sequence[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
 
 
 def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
@@ -157,31 +94,17 @@ def metrics(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     }
 
 
-def _score_classes(model: nn.Module, task: Task, items: Sequence[Item], device: torch.device) -> Score:
+def _score_classes(model: nn.Module, task: Task, items: Sequence[Item]) -> Score:
     items = sorted(items, key=item_length)
     loss, truth, predicted = 0.0, [], []
-    for start in range(0, len(items), _EVALUATION_BATCH):
-        batch = send_to_device(task.batch(items[start : start + _EVALUATION_BATCH]), device)
-        logits = class_logits(model, batch)
-        loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-        truth += batch["labels"].tolist()
-        predicted += logits.argmax(dim=1).tolist()
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(items), EVALUATION_BATCH):
+            batch = on_device_of(model, task.batch(items[start : start + EVALUATION_BATCH]))
+            logits = class_logits(model, batch)
+            loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            truth += batch["labels"].tolist()
+            predicted += logits.argmax(dim=1).tolist()
     return Score(loss / len(truth), metrics(truth, predicted))
-
-
-def _sequence_losses(
-    model: nn.Module, sequences: Sequence[Encoded], padding: int, device: torch.device
-) -> list[tuple[float, int]]:
-    """Sum the loss of each sequence, and count its labelled tokens, in the order given; run in that of their length."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    found: dict[int, tuple[float, int]] = {}
-    for start in range(0, len(order), _EVALUATION_BATCH):
-        places = order[start : start + _EVALUATION_BATCH]
-        batch = send_to_device(pad_batch([sequences[i] for i in places], padding), device)
-        losses, labelled = token_losses(model, batch)
-        pairs = zip(losses.double().sum(dim=1).tolist(), labelled.sum(dim=1).tolist(), strict=True)
-        found |= dict(zip(places, pairs, strict=True))
-    return [found[i] for i in range(len(sequences))]
 
 
 @dataclass(frozen=True)
@@ -298,7 +221,7 @@ def train(
         batch = task.batch(items)
         for tensor in batch.values():
             digest.update(tensor.numpy().tobytes())
-        loss = training_loss(model, task, send_to_device(batch, parameters[0].device))
+        loss = batch_loss(model, send_to_device(batch, parameters[0].device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))

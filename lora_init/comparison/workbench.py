@@ -18,9 +18,10 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.adapters.step_size import N_ASIDE, mean_loss
+from lora_init.adapters.step_size import N_ASIDE
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
+from lora_init.collection.losses import batch_loss, mean_loss, text_loss
 from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import (
@@ -33,22 +34,15 @@ from lora_init.comparison.starts import (
     split_start,
 )
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
-from lora_init.comparison.training import (
-    Score,
-    Trained,
-    Training,
-    evaluate,
-    peak_bytes,
-    reset_peak,
-    text_loss,
-    train,
-    training_loss,
-)
+from lora_init.comparison.training import Score, Trained, Training, evaluate, peak_bytes, reset_peak, train
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, load_model, open_model
 from lora_init.statistics.statistics import Statistics
+
+# Says to `collect` and `mean_loss` that the loss is the very one that training minimises.
+_AS_TRAINED: dict[str, Any] = {"forward": batch_loss, "loss": lambda loss, batch: loss}
 
 
 def circumstances() -> dict[str, Any]:
@@ -221,7 +215,7 @@ class Workbench:
                 data=f"{self.task.data}; training examples in the order of seed {seed}",
                 progress=False,
                 gradients=gradients,
-                **(self._learning() if gradients else {}),
+                **(_AS_TRAINED if gradients else {}),
             ).save(file)
         return Statistics.load(file)
 
@@ -259,7 +253,7 @@ class Workbench:
 
         def loss_of(model: nn.Module) -> float:
             """Measure the loss that training minimises on training batches that the statistics are not from."""
-            return mean_loss(model, self._batches(seed, n, N_ASIDE), **self._learning())
+            return mean_loss(model, self._batches(seed, n, N_ASIDE), **_AS_TRAINED)
 
         targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.shape.task_type)
         everywhere = dict.fromkeys(targets.layers, self.shape.rank)
@@ -293,13 +287,6 @@ class Workbench:
         device = next(self.loaded.model.parameters()).device
         order = self.task.order(seed, skipped + count, self.training.batch_size)[skipped:]
         return (send_to_device(self.task.batch(items), device) for items in order)
-
-    def _learning(self) -> dict[str, Any]:
-        """Say to `collect` and `mean_loss` what the very loss is that training minimises."""
-        return {
-            "forward": lambda model, batch: training_loss(model, self.task, batch),
-            "loss": lambda loss, batch: loss,
-        }
 
     @torch.no_grad()
     def _renew_head(self, seed: int) -> None:

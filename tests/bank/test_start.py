@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-from lora_init.adapters.step_size import mean_loss
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
@@ -14,6 +13,7 @@ from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import _adapter, start_from_bank
 from lora_init.bank.store import one_form
 from lora_init.collection.collect import collect
+from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
 from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_init.collection.backward import count_labels
 from lora_init.collection.collect import collect
+from lora_init.collection.losses import count_labels
 from lora_init.errors import LoraInitError
 from lora_init.statistics.statistics import Statistics
 from tests.collection.test_collect import low_rank_inputs
@@ -279,29 +279,6 @@ def test_half_precision_is_near():
         # 8 bits of mantissa through two layers and back
         a, b = plain.gradient(name).singular_values[:2], half.gradient(name).singular_values[:2]
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.0)
-
-
-@pytest.mark.parametrize(
-    ("labels", "loss_type", "count"),
-    [
-        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForCausalLM", 3),
-        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), None, 3),
-        (torch.tensor([[5, 5, -100], [-100, 5, 5]]), "ForMaskedLM", 4),
-        (torch.tensor([1, 0, 1, -100]), "ForSequenceClassification", 3),
-    ],
-)
-def test_labels_are_counted_as_the_loss_averages_them(labels, loss_type, count):
-    model = nn.Linear(2, 2)
-    model.loss_type = loss_type
-    model.get_output_embeddings = lambda: model
-    assert count_labels(model, {"labels": labels}) == count
-
-
-def test_without_labels_examples_are_counted():
-    model = nn.Linear(2, 2)
-    assert count_labels(model, torch.ones(5, 2)) == 5
-    assert count_labels(model, (torch.ones(4, 2), 3)) == 4
-    assert count_labels(model, {"x": torch.ones(3, 2)}) == 3
 
 
 def nothing_to_learn(batch):

@@ -12,23 +12,13 @@ from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lora_init.collection.losses import text_loss
 from lora_init.comparison.tasks import Loading, load_task
-from lora_init.comparison.training import (
-    Score,
-    Training,
-    evaluate,
-    metrics,
-    peak_bytes,
-    reset_peak,
-    text_loss,
-    token_losses,
-    train,
-    training_loss,
-)
+from lora_init.comparison.training import Score, Training, evaluate, metrics, peak_bytes, reset_peak, train
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import pad_batch
 from tests.comparisons import make_home
-from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import batches_for, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -198,33 +188,6 @@ def test_peak_memory_is_that_since_the_reset():
     reset_peak()
     # 120 MB; half of it leaves room for what else the process does.
     assert during - before > 60e6 and during - peak_bytes() > 60e6
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_the_loss_is_that_of_transformers(make, task):
-    # float32, sums of a few hundred terms in another order
-    model = make()
-    batch = task.batch(task.train[:6])
-    assert float(training_loss(model, task, batch)) == pytest.approx(float(model(**batch).loss), rel=1e-5)
-    for text in batches_for("llama", n_batches=2):
-        losses, labelled = token_losses(model, text)
-        assert float(losses.sum() / labelled.sum()) == pytest.approx(float(model(**text).loss), rel=1e-5)
-
-
-def test_the_output_layer_is_given_what_it_can_multiply_without_a_copy(task):
-    model, seen = tiny_llama(), []
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    batch = task.batch(task.train[:6])
-    training_loss(model, task, batch)
-    assert seen[0].shape[1] < batch["labels"].shape[1] and seen[0].is_contiguous()
-
-
-def test_the_loss_of_a_classifier_is_that_of_transformers(home, task):
-    model, labels = tiny_bert(), torch.tensor([0, 1, 1])
-    batch = {**task.batch(task.train[:3]), "labels": labels}
-    batch["input_ids"] = batch["input_ids"] % 64
-    found = training_loss(model, replace(task, kind="classification"), batch)
-    assert float(found) == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
 def test_options_are_scored_one_by_one(task, model):
