@@ -135,6 +135,12 @@ def test_there_is_no_heading_over_nothing(starts, tmp_path):
         assert ("What else to know" in (tmp_path / name).read_text()) == ("pissa" in starts)
 
 
+def test_it_says_beside_the_verdicts_when_the_intervals_are_too_narrow(full):
+    for name in ("report.html", "report.md"):
+        verdicts = (full[1] / name).read_text().split("At equal steps")[1].split("At equal total time")[0]
+        assert "in 9 % of 1,500 simulated comparisons an interval missed" in " ".join(verdicts.split())
+
+
 def test_a_second_report_of_the_same_runs_is_the_same(full):
     _, folder, files = full
     before = {path: path.read_bytes() for path in files}

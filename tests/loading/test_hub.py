@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
-from lora_init.loading.models import check_model, open_model
+from lora_init.loading.models import check_model_source, open_model
 from lora_init.loading.sources import check_data
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_without_a_network_a_cache_is_asked_alone(place, tmp_path, no_hub):
     check_data("owner/Name")
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(LoraInitError, match=r"model 'owner/Name': .*HF_HUB_OFFLINE is set"):
-        check_model("owner/Name")
+        check_model_source("owner/Name")
 
 
 def test_in_python_too_a_hub_that_does_not_answer_is_one_line_and_a_cache_is_asked_alone(tmp_path, no_hub, monkeypatch):
