@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.settings import table
+from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.findings import verdicts
 from lora_init.comparison.plots import COLORS, RANDOM_COLOR, looks
 from lora_init.comparison.report import write_report
-from lora_init.comparison.runs import RANDOM, by_seed, rate_means, read_runs, read_settings, run_table
+from lora_init.comparison.runs import by_seed, rate_means, read_runs, read_settings, run_table
 from lora_init.comparison.wording import rate_text
 
 UNTUNED = (1e-4, 3e-4)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.plots import COLORS, INK, RANDOM_COLOR
-from lora_init.comparison.runs import RANDOM, best_rates, by_seed, read_runs, read_settings, run_table
+from lora_init.comparison.runs import best_rates, by_seed, read_runs, read_settings, run_table
 from lora_init.comparison.wording import rate_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import lora_init
 
-sys.path.insert(0, str(Path(__file__).parent))  # for cli_reference and notebook_page
+sys.path.insert(0, str(Path(__file__).parent))  # for our own extensions
 
 project = "lora_init"
 author = "lora_init contributors"
@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "cli_reference",
     "notebook_page",
+    "starts_table",
     "sphinx_copybutton",
 ]
 source_suffix = {".md": "markdown"}

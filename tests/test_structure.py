@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_init.adapters.starts import FROM_BANK, compared_names
+
 PACKAGE = Path(__file__).parent.parent / "lora_init"
 # Each package may import from those it names, and from the files of the root.
 MAY_IMPORT = {
@@ -47,3 +49,24 @@ def test_imports_between_packages_go_one_way(file):
 def test_only_the_packages_about_adapters_import_peft():
     importers = {file.split("/")[0] for file in FILES if any(name.split(".")[0] == "peft" for name in imports(file))}
     assert importers <= KNOW_PEFT
+
+
+# Words that are names of starts and stand for something else there.
+OTHERWISE = {
+    "adapters/peft_eva.py": {"eva"},  # PEFT's value of init_lora_weights
+    "planning/allocate.py": {"eva"},  # a policy, as in the three below
+    "planning/policies.py": {"eva"},
+    "planning/pictures.py": {"eva"},
+    "cli/ranks.py": {"eva"},
+    "comparison/compare.py": {"full"},  # a sweep, as in the two below
+    "comparison/runs.py": {"full"},
+    "cli/compare.py": {"full"},
+    "comparison/plots.py": {"full"},  # how a marker is filled
+}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "adapters/starts.py"])
+def test_names_of_starts_stand_in_the_registry_alone(file):
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert strings & {*compared_names(), FROM_BANK} <= OTHERWISE.get(file, set())

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.adapters.peft_model import (
     CONFIG_FILE,
     LORA_A,
@@ -34,6 +33,7 @@ from lora_init.adapters.peft_model import (
     remove_adapters,
     start_digest,
 )
+from lora_init.adapters.starts import Start, find_start
 from lora_init.collection.collect import fingerprint
 from lora_init.errors import LoraInitError
 from lora_init.files import digests_of, is_as_written, new_directory, write_json
@@ -141,6 +141,11 @@ class AdapterInit:
         return {name: a.shape[0] // max(self.targets[name].experts, 1) for name, (a, _) in self.weights.items()}
 
     @property
+    def start(self) -> Start:
+        """What is known of the method."""
+        return find_start(self.method)
+
+    @property
     def scaling(self) -> float:
         """What B A x is multiplied by, the same in every layer whatever its rank."""
         return scaling_of(self.lora_alpha, self.rank, self.use_rslora)
@@ -148,12 +153,12 @@ class AdapterInit:
     @property
     def corrects_base(self) -> bool:
         """Whether the base weights have to give up what B A adds, so that the output stays as it was."""
-        return self.method in GRADIENT_METHODS and GRADIENT_METHODS[self.method].corrects
+        return self.start.corrects_base
 
     @property
     def changes_output(self) -> bool:
         """Whether the model's output is another one with this adapter, before any training."""
-        return self.gamma is not None and not self.corrects_base
+        return self.start.changes_output
 
     def n_parameters(self) -> int:
         """Count the trainable parameters: those of all A and B, or of all B if A is frozen, and DoRA's magnitudes."""
@@ -256,7 +261,8 @@ class AdapterInit:
         if self.changes_output:
             words = "B is not zero, and the model's output is another one"
             measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
-            return f"{words} (gamma {self.gamma:g}{measured}){frozen}"
+            size = "" if self.gamma is None else f" (gamma {self.gamma:g}{measured})"
+            return f"{words}{size}{frozen}"
         return f"B is zero, so the adapter changes nothing until it is trained{frozen}"
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
@@ -322,6 +328,8 @@ class AdapterInit:
         origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
         if self.corrects_base:
             origin["start"] = start_digest(self.weights)
+        if self.start.package:  # which need not be installed where the adapter is trained or exported
+            origin |= {"package": self.start.package, "corrects_base": self.corrects_base}
         if short:
             kept = {key: value for key, value in provenance.items() if key not in ("notes", "seconds", "versions")}
             return origin | {"provenance": kept}

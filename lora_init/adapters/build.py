@@ -7,24 +7,27 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_init.adapters.adapter_init import FILES, AdapterInit
-from lora_init.adapters.initializers import GRADIENT_METHODS, METHODS, check_rank, layer_generator
+from lora_init.adapters.initializers import check_rank, layer_generator, scaled_by_gamma
 from lora_init.adapters.peft_model import ORIGIN_FILE
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
+from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
 from lora_init.files import check_free
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.plan import RankAllocation
+from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 
 
 def check_adapter_options(
-    method: str = "eva",
+    method: str | Start = DEFAULT,
     *,
     whiten: bool = False,
     lora_alpha: float = 16,
@@ -39,19 +42,18 @@ def check_adapter_options(
 
     `output` is the directory that the adapter will be saved in; None if it will not be.
     """
-    known = (*METHODS, *GRADIENT_METHODS)
-    if method not in known:
-        raise LoraInitError(f"method={method!r} is unknown. {did_you_mean(str(method), known)}")
-    has_b = method in GRADIENT_METHODS and GRADIENT_METHODS[method].gamma > 0.0
-    if gamma is not None and not (has_b and 0.0 < gamma < math.inf):
-        scaled = ", ".join(repr(name) for name, one in GRADIENT_METHODS.items() if one.gamma)
-        raise LoraInitError(f"gamma={gamma!r} with method={method!r}: it is a positive number, for {scaled}.")
-    if has_b and use_dora:
+    start = method if isinstance(method, Start) else buildable_start(method)
+    steps = start.gamma is not None or start.made_by == "bank"
+    if gamma is not None and not (steps and 0.0 < gamma < math.inf):
+        stepping = ", ".join(repr(one.name) for one in STARTS if one.gamma is not None)
+        raise LoraInitError(f"gamma={gamma!r} with method={start.name!r}: it is a positive number, for {stepping}.")
+    if use_dora and not start.b_is_zero:
         raise LoraInitError(
-            f"method={method!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
+            f"method={start.name!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
         )
-    if whiten and method != "eva":
-        raise LoraInitError(f"whiten=True needs method='eva'; method={method!r} has no variances to divide by.")
+    if whiten and not start.whitens:
+        able = " or ".join(repr(one.name) for one in STARTS if one.whitens)
+        raise LoraInitError(f"whiten=True needs method={able}; method={start.name!r} has no variances to divide by.")
     if not (0.0 < lora_alpha < math.inf):
         raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
     if not 0.0 <= lora_dropout < 1.0:
@@ -62,10 +64,22 @@ def check_adapter_options(
         check_free(Path(output).expanduser().resolve(), overwrite, marker=ORIGIN_FILE, replaceable=FILES)
 
 
+def buildable_start(method: str) -> Start:
+    """Look up a start that `build_adapter` makes.
+
+    Raises:
+        LoraInitError: There is none of this name, or it is made otherwise.
+    """
+    known = buildable()
+    if method not in known:
+        raise LoraInitError(f"method={method!r} is unknown. {did_you_mean(str(method), known)}")
+    return find_start(method)
+
+
 def build_adapter(
     stats: Statistics,
     ranks: Mapping[str, int] | int | None = None,
-    method: str = "eva",
+    method: str = DEFAULT,
     whiten: bool = False,
     lora_alpha: float = 16,
     use_rslora: bool = False,
@@ -86,7 +100,7 @@ def build_adapter(
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
             `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
-            `"lora-ga"` (the base weights change). See `initializers`.
+            `"lora-ga"` (the base weights change). See `starts.STARTS`. Or a start of another package.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
@@ -123,14 +137,11 @@ def build_adapter(
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
         raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
-    plan = _ranks_there(stats, plan, method)
+    start = find_start(method)
+    plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
-    if method in GRADIENT_METHODS:
-        gamma = gamma or GRADIENT_METHODS[method].gamma or None
-        start = GRADIENT_METHODS[method].start
-        weights = {name: start(stats[name], stats.gradient(name), r, gamma or 0.0) for name, r in plan.items()}
-    else:
-        weights = {name: _start_by_input(stats, name, r, method, seed, whiten) for name, r in plan.items()}
+    gamma = gamma or start.gamma
+    weights = {name: _compute(start, stats, name, r, seed, whiten, gamma) for name, r in plan.items()}
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
@@ -168,15 +179,48 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
     return rank * both // b_alone
 
 
-def _start_by_input(
-    stats: Statistics, name: str, rank: int, method: str, seed: int, whiten: bool
+def _compute(
+    start: Start, stats: Statistics, name: str, rank: int, seed: int, whiten: bool, gamma: float | None
 ) -> tuple[Tensor, Tensor]:
-    options = {"whiten": whiten} if method == "eva" else {}
+    """Compute A and B of a layer; of one with experts those of each, side by side."""
+    gradient = stats.gradient(name) if start.by_gradient else None
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-    spectra = experts or {name: stats[name]}
-    a = torch.cat([METHODS[method](s, rank, layer_generator(seed, n), **options) for n, s in spectra.items()])
+    pairs = []
+    for of, spectrum in (experts or {name: stats[name]}).items():
+        known = dict(
+            spectrum=spectrum, gradient=gradient, rank=rank, generator=layer_generator(seed, of), whiten=whiten
+        )
+        pairs.append(_called(start, stats.targets[name], known))
     shape_a, shape_b = stats.targets[name].shapes(rank)
-    return a.reshape(shape_a), torch.zeros(shape_b)
+    a = torch.cat([a for a, _ in pairs]).reshape(shape_a)
+    if start.b_is_zero:
+        return a, torch.zeros(shape_b)
+    b = torch.cat([b for _, b in pairs]).reshape(shape_b)
+    return (a, b) if gamma is None else scaled_by_gamma(a, b, gamma)
+
+
+def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
+    where = f"layer {layer.name!r}: {start}"
+    try:
+        made = start.compute(**known)
+    except LoraInitError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
+    rank, width = known["rank"], known["spectrum"].components.shape[1]
+    wanted = [[rank, width]] if start.b_is_zero else [[rank, width], [layer.out_features, rank]]
+    parts = made if isinstance(made, tuple) else (made,)
+    got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if got != wanted:
+        what = "A" if start.b_is_zero else "A and B"
+        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {wanted}.")
+    if not all(bool(part.isfinite().all()) for part in parts):
+        raise LoraInitError(f"{where}: its function returned NaN or inf.")
+    a, b = parts if len(parts) == 2 else (parts[0], torch.empty(0))
+    return a.float(), b.float()
 
 
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
@@ -218,12 +262,12 @@ def _ranks_asked(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tu
     return asked, average or max(1, round(sum(asked.values()) / max(len(asked), 1)))
 
 
-def _ranks_there(stats: Statistics, plan: Mapping[str, int], method: str) -> dict[str, int]:
+def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:
     """Give each layer at most as many ranks as its data has directions, and warn where that is fewer."""
     there = {}
     for name, rank in plan.items():
         groups = stats.targets[name].groups
-        there[name] = min(rank, _directions(stats, name, rank, method)) // groups * groups
+        there[name] = min(rank, _directions(stats, name, rank, start)) // groups * groups
     if not any(there.values()):
         raise LoraInitError("the data has no direction in any layer: its rows are all alike. Collect from more data.")
     short = [name for name, rank in plan.items() if there[name] < rank]
@@ -236,12 +280,12 @@ def _ranks_there(stats: Statistics, plan: Mapping[str, int], method: str) -> dic
     return {name: rank for name, rank in there.items() if rank}
 
 
-def _directions(stats: Statistics, name: str, rank: int, method: str) -> int:
-    """Count the directions that a method can take from the data of a layer; as many as it likes where it takes none."""
-    if method in ("eva", "eva-grad"):
-        spectrum = stats[name] if method == "eva" else stats.gradient(name).weighted
-        check_rank(spectrum, rank, f"layer {name!r}: ")
-        return spectrum.n_components
-    if method in GRADIENT_METHODS and method != "lora-ga":  # lora-ga needs two a rank and says so itself
-        return len(stats.gradient(name).singular_values)
-    return rank
+def _directions(stats: Statistics, name: str, rank: int, start: Start) -> int:
+    """Count the directions that a start can take from the data of a layer; as many as it likes where it takes none."""
+    if start.directions is None:
+        return rank
+    bound = start.directions(stats[name], stats.gradient(name) if start.by_gradient else None)
+    if not isinstance(bound, Spectrum):
+        return int(bound)
+    check_rank(bound, rank, f"layer {name!r}: ")
+    return bound.n_components

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_init.adapters.build import build_adapter, check_adapter_options
+from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
 from lora_init.adapters.config import default, only_given, with_defaults
-from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
+from lora_init.adapters.starts import DEFAULT
 from lora_init.adapters.step_size import find_step_size, set_aside
 from lora_init.adapters.trainers import adapter_dtype, hand_over, is_trainer, opened
 from lora_init.collection.collect import collect
@@ -35,7 +35,7 @@ def initialize(
     batches: Any = None,
     rank: int = default(16),
     rho: float = 2.0,
-    method: str = "eva",
+    method: str = DEFAULT,
     *,
     tokenizer: Any = None,
     target_modules: str | Collection[str] = default("all-linear"),
@@ -90,6 +90,7 @@ def initialize(
         rank=rank, target_modules=target_modules, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
         lora_dropout=lora_dropout, modules_to_save=modules_to_save,
     )  # fmt: skip
+    start = buildable_start(method)
     if is_trainer(model):
         dtype = adapter_dtype(model)
         with opened(model, method, only_given(shape), options) as (plain, settings, own):
@@ -106,14 +107,14 @@ def initialize(
     adapter = with_defaults(shape) | dict(method=method, whiten=whiten)
     rank, target_modules, use_rslora = (adapter.pop(name) for name in ("rank", "target_modules", "use_rslora"))
     check_adapter_options(**adapter, gamma=gamma)
-    if method == "lora-ga" and round(rho * rank) > rank:
-        raise LoraInitError(f"method='lora-ga' with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
+    if start.one_rank and round(rho * rank) > rank:
+        raise LoraInitError(f"method={method!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
     check_modules_to_save(model, adapter["modules_to_save"])
-    if method in GRADIENT_METHODS:
+    if start.by_gradient:
         options.setdefault("gradients", True)
     if tokenizer is not None:
         batches, options = _read(model, batches, tokenizer, seed, options)
-    searched = gamma is None and changes_output(method)
+    searched = gamma is None and start.gamma is not None and start.changes_output
     aside, others = set_aside(as_batches(batches, model, seed)) if searched else ([], batches)
     stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **options)
     build = partial(
@@ -123,10 +124,10 @@ def initialize(
     if not searched:
         init = build(gamma=gamma)
         if init.corrects_base:
-            start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
+            saved = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
             warnings.warn(
                 f"method={method!r} changed the base weights, so what is trained now does not fit the plain base. Call "
-                f"save_pretrained('START') of the model returned before training: `lora-init export --start {start}` "
+                f"save_pretrained('START') of the model returned before training: `lora-init export --start {saved}` "
                 "needs that to make an adapter for the plain base of what was saved after it.",
                 stacklevel=2,
             )

@@ -1,17 +1,15 @@
-"""How a layer's adapter starts: one function for each initialization.
+"""How a layer's adapter starts: a function for each `Start` of the registry, and the mathematics that they share.
 
-Those of `METHODS` take the spectrum of what the layer reads, a rank (at most d_in) and a source of random numbers, and
-return A, float32 [rank, d_in]; B is zero. Those of `GRADIENT_METHODS` take the spectrum, what the loss says about the
-layer (`GradientSpectrum`) and a rank (at most the number of its directions), and return A and B, float32
-[d_out, rank]. Where B is not zero, `GradientMethod.start` scales both.
+Each takes, by name, what it needs of: the spectrum of what the layer reads, what the loss says about the layer
+(`GradientSpectrum`), a rank and a source of random numbers. It returns A, float32 [rank, d_in]; or A and B, float32
+[d_out, rank], where B is not zero.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -117,15 +115,6 @@ def energy(spectrum: Spectrum, a: Tensor) -> float:
     )
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "eva": eva,
-    "random": random,
-    "random-scaled": random_scaled,
-    "gaussian": gaussian,
-    "orthogonal": orthogonal,
-}
-
-
 def layer_generator(seed: int, name: str) -> torch.Generator:
     """Seed a generator by the layer's name, so that a layer's numbers don't depend on which other layers there are."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -181,60 +170,34 @@ def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator)
 
 # Share of the mean of a second moment that is added to it before it is inverted.
 _DAMPING = 0.01
-# (input spectrum, gradient spectrum, rank) -> A, B
-Directions = Callable[[Spectrum, GradientSpectrum, int], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class GradientMethod:
-    """A start and what it does to the model.
-
-    Attributes:
-        directions: Computes A float32 [rank, d_in] and B float32 [d_out, rank].
-        gamma: Default of the number that A and B are divided by the root of; 0 where B is zero and there is none. For
-            a step 1024, which is a small one: how large it can be depends on model and data, see `find_step_size`.
-        corrects: Whether the base weights give up what B A adds, so that the output stays.
-    """
-
-    directions: Directions
-    gamma: float = 0.0
-    corrects: bool = False
-
-    def start(
-        self, spectrum: Spectrum, gradient: GradientSpectrum, rank: int, gamma: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Compute A and B, scaled by d_out^(1/4) / sqrt(gamma), LoRA-GA's stable scale, if B is not zero."""
-        a, b = self.directions(spectrum, gradient, rank)
-        scale = len(b) ** 0.25 / gamma**0.5 if self.gamma else 1.0
-        return (a * scale).contiguous(), (b * scale).contiguous()
-
-
-def eva_grad(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def eva_grad(gradient: GradientSpectrum, rank: int) -> Tensor:
     """Start A from the directions of the rows |g_t| x_t that hold most of their energy; B is zero.
 
     dL/dB for one token is g_t (A x_t)^T, so among all A with orthonormal rows this one has the largest expected squared
     gradient of B: EVA's theorem 3.2 (arXiv 2410.07170) without its assumption that g and x are independent.
     """
-    return gradient.weighted.components[:rank].clone(), torch.zeros(gradient.left.shape[1], rank)
+    return gradient.weighted.components[:rank].clone()
 
 
-def grad_a(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def grad_a(gradient: GradientSpectrum, rank: int) -> Tensor:
     """Start A from the right singular vectors of the mean gradient G; B is zero.
 
     Among all A with orthonormal rows this one has the largest squared mean gradient of B, |G A^T|^2: what `eva_grad`
     does with the square inside the mean.
     """
-    return gradient.right[:rank].clone(), torch.zeros(gradient.left.shape[1], rank)
+    return gradient.right[:rank].clone()
 
 
-def natural_gradient(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def natural_gradient(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> Tensor:
     """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero.
 
     The preconditioner prefers directions of little variance, along which A x is small and B learns slowly: it takes a
     larger `lora_alpha`, or a higher rate.
     """
     _, _, right = natural_step(spectrum, gradient, rank)
-    return right, torch.zeros(gradient.left.shape[1], rank)
+    return right
 
 
 def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
@@ -242,7 +205,7 @@ def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: 
     return _step(*natural_step(spectrum, gradient, rank), rank)
 
 
-def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def lora_ga(gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start as LoRA-GA does (Wang et al., arXiv 2407.05000): A = V[:r], B = U[:, r:2r], from the mean gradient U S V.
 
     The base weight gives up what B A adds. PEFT's `init_lora_weights="lora_ga"` with the same directions and scale
@@ -260,10 +223,10 @@ def lora_ga(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[
     return gradient.right[:rank], gradient.left[rank : 2 * rank].T
 
 
-def lora_one(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def lora_one(gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
     """Start as LoRA-One does (Zhang et al., arXiv 2502.01235): from the best rank-r part of a step down the gradient.
 
-    With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled as in `GradientMethod.start`.
+    With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled as `scaled_by_gamma` does.
     The authors' later code scales both by 1 / sqrt(gamma) alone: the same step has a gamma there that is smaller by
     sqrt(d_out). The model's output changes.
     """
@@ -318,23 +281,13 @@ def _thin_svd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return (q_left @ u).T, values, v @ q_right.T
 
 
+def scaled_by_gamma(a: Tensor, b: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Scale A and B [d_out, r] by d_out^(1/4) / sqrt(gamma), LoRA-GA's stable scale."""
+    scale = len(b) ** 0.25 / gamma**0.5
+    return (a * scale).contiguous(), (b * scale).contiguous()
+
+
 def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Give A and B whose product is the best rank-r part of left^T values right, of norm 1."""
     root = (values[:rank] / values[0]).sqrt().float()  # [r]
     return root[:, None] * right[:rank], left[:rank].T * root
-
-
-GRADIENT_METHODS: dict[str, GradientMethod] = {
-    "eva-grad": GradientMethod(eva_grad),
-    "grad-a": GradientMethod(grad_a),
-    "natural-gradient": GradientMethod(natural_gradient),
-    "natural-gradient-step": GradientMethod(natural_gradient_step, gamma=1024.0),
-    "lora-ga": GradientMethod(lora_ga, gamma=16.0, corrects=True),
-    "lora-one": GradientMethod(lora_one, gamma=1024.0),
-}
-
-
-def changes_output(method: str) -> bool:
-    """Tell whether the model's output is another one with the start of a method: B is not zero, the weights stay."""
-    found = GRADIENT_METHODS.get(method)
-    return found is not None and found.gamma > 0.0 and not found.corrects

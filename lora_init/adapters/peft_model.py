@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.starts import changes_base
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.targets import HEADS, PREFIX, Target, find_targets, is_in
@@ -32,8 +33,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "lora_init.json"
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
-# Starts for which PEFT, or `correct_base`, changes the plain weights.
-_CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "lora-ga")
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -85,9 +84,10 @@ def base_change_of(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     """
     # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
     began = config.get("init_lora_weights")
-    if not isinstance(began, str):
-        began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
-    return began if began.lower().startswith(_CHANGE_BASE) else ""
+    if isinstance(began, str):
+        return began if changes_base(began) else ""
+    began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
+    return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
 
 
 def start_digest(weights: Weights) -> str:

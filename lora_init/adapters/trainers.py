@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from lora_init.adapters.config import check_agreement
-from lora_init.adapters.initializers import GRADIENT_METHODS
 from lora_init.adapters.peft_model import adapter_layers, remember, remove_adapters
+from lora_init.adapters.starts import DEFAULT, find_start
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import call_model
@@ -68,12 +68,12 @@ def opened(
         raise LoraInitError(f"the {name} has an optimizer already. Call initialize() right after it is made.")
     if trainer.model_init is not None:
         raise LoraInitError(f"the {name} makes its model anew when training begins. Give it model= for model_init=.")
-    gradients = method in GRADIENT_METHODS or bool(options.get("gradients"))
+    gradients = find_start(method).by_gradient or bool(options.get("gradients"))
     source = next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     if gradients and (source not in _PLAIN_LOSS or _changes_loss(trainer, source)):
         raise LoraInitError(
             f"method={method!r}: a start from gradients needs the gradient of the training loss, and this {name} "
-            "computes a loss of its own. Take method='eva', or another that reads inputs alone."
+            f"computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs alone."
         )
     model = trainer.model
     if hasattr(model, "peft_config"):

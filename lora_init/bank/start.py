@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import check_plain
+from lora_init.adapters.starts import BANK_WAY, BANK_WAYS
 from lora_init.adapters.step_size import NoStepError, find_step_size
 from lora_init.bank.generator import balanced, load_generator
 from lora_init.bank.mixture import MOST_ADAPTERS, Pairs, find_weights, stack
@@ -22,8 +23,6 @@ from lora_init.layers.wrappers import class_name, model_id, unwrapped
 from lora_init.planning.plan import scaling_of
 from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance, Statistics
-
-WAYS = ("nearest", "mixture", "generated", "mean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ def start_from_bank(
     model: nn.Module,
     embeddings: Tensor,
     loss_of: Callable[[nn.Module], float] | None,
-    by: str = "nearest",
+    by: str = BANK_WAY,
     *,
     rank: int = 16,
     lora_alpha: float = 16,
@@ -80,8 +79,8 @@ def start_from_bank(
         LoraInitError: Another base model; no bank of that kind; no labels for a mixture; nothing in the bank lowers the
             loss: take none.
     """
-    if by not in WAYS:
-        raise LoraInitError(f"by={by!r} is unknown. {did_you_mean(by, WAYS)}")
+    if by not in BANK_WAYS:
+        raise LoraInitError(f"by={by!r} is unknown. {did_you_mean(by, BANK_WAYS)}")
     check_plain(model, "start_from_bank()")
     model = unwrapped(model)
     check_base(bank, fingerprint(model), class_name(model))
@@ -161,7 +160,7 @@ def _adapter(
         use_rslora=False,
         use_dora=False,
         lora_dropout=0.0,
-        method=f"bank-{by}",
+        method=BANK_WAYS[by].name,
         whiten=False,
         seed=0,
         left_out=(),

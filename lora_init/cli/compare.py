@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lora_init.adapters.starts import COMPARED
 from lora_init.cli.console import (
     AsJson,
     Completion,
@@ -48,7 +49,7 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for runs and report.", show_default=False)],
     starts: Annotated[
         str, typer.Option(help="Names separated by commas; mine=DIRECTORY is an adapter of your own.")
-    ] = "random,orthogonal,eva-rho1,eva,eva-ranks",
+    ] = ",".join(COMPARED),
     learning_rates: Annotated[str, typer.Option(help="Tried for every start.")] = "1e-4,3e-4,1e-3",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")

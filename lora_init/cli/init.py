@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from typer import Argument, Option
 
+from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, FROM_BANK, STARTS, buildable, find_start
 from lora_init.cli.bank import start_from
 from lora_init.cli.console import (
     AsJson,
@@ -48,14 +49,20 @@ if TYPE_CHECKING:
     from lora_init.statistics.statistics import Statistics
 
 TokenMask = Literal["attention", "labels"]
-_ByInput = Literal["eva", "random", "random-scaled", "gaussian", "orthogonal"]
-_ByGradient = Literal["eva-grad", "grad-a", "natural-gradient"]
-_Step = Literal["natural-gradient-step", "lora-ga", "lora-one"]
-Method = Literal[_ByInput, _ByGradient, _Step, "from-bank"]
+if TYPE_CHECKING:
+    Method: TypeAlias = str
+    BankWay: TypeAlias = str
+else:  # the registry decides what there is, starts of other packages among them
+    Method, BankWay = Literal[(*buildable(), FROM_BANK)], Literal[tuple(BANK_WAYS)]
 
 RANK, RHO = 16, 2.0
-# lora_alpha / rank with which these starts did best at 2e-4 in our runs, see docs/practice.md.
-_UNTUNED_SCALING = {"eva": 4, "natural-gradient": 10}
+
+
+def _named(**facts: bool) -> str:
+    """Name the starts of this package that `init` makes and of which all these facts are true."""
+    ours = [one for one in STARTS if one.made_by == "lora_init"]
+    return ", ".join(one.name for one in ours if all(getattr(one, fact) == value for fact, value in facts.items()))
+
 
 EXAMPLE = """\b
 Example:
@@ -89,11 +96,15 @@ def init(
     statistics: Annotated[
         Path | None, Option(help="File kept every minute, and gone on from by the same command; serves without DATA.")
     ] = None,
-    method: Annotated[Method, Option(help="How A starts. From eva-grad to lora-one by backward passes, too.")] = "eva",
+    method: Annotated[
+        Method,
+        Option(
+            help=f"How the adapter starts. With backward passes: {_named(by_gradient=True)}. B is not zero with "
+            f"{_named(b_is_zero=False)} and {FROM_BANK}.",
+        ),
+    ] = DEFAULT,
     bank: Annotated[Path | None, Option(help="With from-bank: directory of lora-init bank.")] = None,
-    by: Annotated[
-        Literal["nearest", "mixture", "generated", "mean"], Option(help="With from-bank: how its adapters are used.")
-    ] = "nearest",
+    by: Annotated[BankWay, Option(help="With from-bank: how its adapters are used.")] = BANK_WAY,
     similarity: Annotated[
         Literal["embeddings", "subspaces", "both"],
         Option(help="With from-bank: what is compared; subspaces takes the --statistics file of this data."),
@@ -101,8 +112,8 @@ def init(
     gamma: Annotated[
         float | None,
         Option(
-            help="For natural-gradient-step, lora-ga, lora-one and from-bank, whose B is not zero: larger is a smaller "
-            "step. Default: searched; lora-ga 16."
+            help="Where B is not zero: larger is a smaller step. Default: searched"
+            f"{''.join(f'; {one.name} {one.gamma:g}' for one in STARTS if one.corrects_base)}."
         ),
     ] = None,
     gradients: Annotated[bool, Option("--gradients", help="Run backward passes, too, for later use.")] = False,
@@ -138,7 +149,6 @@ def init(
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
         from lora_init.adapters.build import build_adapter, check_adapter_options
-        from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output
         from lora_init.adapters.peft_model import check_modules_to_save
         from lora_init.collection.collect import fingerprint
         from lora_init.loading.batches import load_batches
@@ -148,10 +158,10 @@ def init(
         "method": method, "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
         "modules_to_save": read_names(modules_to_save),
     }  # fmt: skip
-    from_bank = _is_from_bank(method, bank, data)
-    # What goes with a bank's adapter goes with any other start whose B is not zero.
-    check_adapter_options(**options | ({"method": "lora-one"} if from_bank else {}), output=output, overwrite=overwrite)
-    takes_step, gradients = from_bank or changes_output(method), gradients or method in GRADIENT_METHODS
+    start = BANK_WAYS[by] if _is_from_bank(method, bank, data) else find_start(method)
+    check_adapter_options(**options | {"method": start}, output=output, overwrite=overwrite)
+    takes_step = start.made_by == "bank" or (start.changes_output and start.gamma is not None)
+    gradients = gradients or start.by_gradient
     find_device(device)
     file = _check_sources(data, statistics, method if takes_step else "", label, token_mask)
     plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
@@ -226,7 +236,7 @@ def _refuse_idle(arguments: tuple[str, ...], why: str) -> None:
 
 def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
     """Tell it, and refuse options that would say nothing."""
-    from_bank = method == "from-bank"
+    from_bank = method == FROM_BANK
     if from_bank != (bank is not None) or (from_bank and data is None):
         raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")
     if from_bank:
@@ -434,19 +444,19 @@ def summary_of(
 
 def _judged(built: AdapterInit) -> list[str]:
     """Say that labels went into a start: of 256 examples, a third held out, it made a held-out loss 20 % lower."""
-    from lora_init.adapters.initializers import GRADIENT_METHODS
-
     seen = "it has seen the labels of these examples: judge what you train from it by others."
-    return [seen] if built.method in GRADIENT_METHODS else []
+    return [seen] if built.start.by_gradient else []
 
 
 def _untuned(built: AdapterInit) -> list[str]:
     """Say what to do without a sweep of learning rates, where our runs say it: docs/practice.md."""
-    scaling = _UNTUNED_SCALING.get(built.method, 0)
-    if built.scaling >= scaling or built.use_rslora:
+    from lora_init.comparison.wording import rate_text
+
+    start = built.start
+    if start.learning_rate is None or built.scaling >= start.scaling or built.use_rslora:
         return []
-    alpha = f"{scaling * built.rank:g}"
-    return [f"tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha {alpha}."]
+    rate, alpha = rate_text(start.learning_rate), f"{start.scaling * built.rank:g}"
+    return [f"tune the learning rate (lora-init compare); if you will not, take {rate} and --lora-alpha {alpha}."]
 
 
 def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:

@@ -322,7 +322,8 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
     if origin:
         source, shares = origin.get("provenance", {}), list(origin.get("explained", {}).values())
         whitened = ", whitened" if origin.get("whiten") else ""
-        head["start"] = f"{origin.get('method')}{whitened}, seed {origin.get('seed')}"
+        package = f" ({origin['package']})" if origin.get("package") else ""
+        head["start"] = f"{origin.get('method')}{package}{whitened}, seed {origin.get('seed')}"
         head["data"] = source.get("data") or "not described"
         head["rows"] = (
             f"{source.get('n_samples', 0):,} in {source.get('n_batches')} batches, stopped: {source.get('stop_reason')}"

@@ -10,9 +10,10 @@ from typing import Any
 
 import pandas as pd
 
+from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import CONFIDENCE, effects
 from lora_init.comparison.findings import judged_losses, longer_random, verdicts
-from lora_init.comparison.runs import RANDOM, Record, Run, RunPlan, best_rates, run_table
+from lora_init.comparison.runs import Record, Run, RunPlan, best_rates, run_table
 from lora_init.comparison.wording import percent
 from lora_init.errors import LoraInitError
 

@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_init.adapters.starts import COMPARED, FULL
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import Record, Run, RunPlan, open_runs, peek
 from lora_init.comparison.starts import (
-    BANK_STARTS,
-    FULL,
     AdapterShape,
     by_batches,
     check_start,
-    own_number,
-    split_start,
+    read_variant,
 )
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-STARTS = ("random", "orthogonal", "eva-rho1", "eva", "eva-ranks")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
@@ -93,7 +90,7 @@ def compare(
     data: str | Path,
     output: str | Path,
     *,
-    starts: Sequence[str | tuple[str, Any]] = STARTS,
+    starts: Sequence[str | tuple[str, Any]] = COMPARED,
     learning_rates: Sequence[float] = LEARNING_RATES,
     seeds: int | Sequence[int] | None = None,
     sweep: str | None = None,
@@ -172,7 +169,7 @@ def compare(
     options = _read_options(loading)
     batches = _read_batches(statistics_batches)
     names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts)
-    if bank is None and any(split_start(name)[0] in BANK_STARTS for name in names):
+    if bank is None and any((start := read_variant(name).start) and start.made_by == "bank" for name in names):
         raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     budget = RunBudget(time, precision)
     sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
@@ -189,7 +186,7 @@ def compare(
     bench = make()
     plan = replace(plan, starts=by_batches(names, _there_are(bench, names, batches, say)))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
-    settings |= {"command": command, "init": _init_command(model, data, options, bench)}
+    settings |= {"command": command, "init": _init_command(model, data, options, bench), **_packages(plan.starts)}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
@@ -226,11 +223,17 @@ def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], di
     names = [start if isinstance(start, str) else start[0] for start in starts]
     own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
     for name in own:
-        if split_start(name)[1]:
+        if not read_variant(name).is_plain:
             raise LoraInitError(f"start {name!r}: what follows a plus says how a start is run. Choose another name.")
     if not names or len(set(names)) < len(names):
         raise LoraInitError(f"starts={names}: expected names, each once.")
     return names, own
+
+
+def _packages(starts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Say which packages the starts come from that are not ours."""
+    found = {name: start.package for name in starts if (start := read_variant(name).start) and start.package}
+    return {"packages": found} if found else {}
 
 
 def _read_batches(given: int | Sequence[int]) -> list[int]:
@@ -243,7 +246,7 @@ def _read_batches(given: int | Sequence[int]) -> list[int]:
 def _there_are(bench: Workbench, names: Sequence[str], batches: Sequence[int], say: Callable[[str], None]) -> list[int]:
     """Put what the data make in the place of numbers of batches that are larger; refuse names that ask for more."""
     for name in names:
-        wanted = own_number(name, "batches") or 1
+        wanted = read_variant(name).batches or 1
         if bench.n_batches(wanted) < wanted:
             raise LoraInitError(f"start {name!r}: the training data make {bench.n_batches(wanted)} batches for it.")
     if (most := bench.n_batches(max(batches))) < max(batches):

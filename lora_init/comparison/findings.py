@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.effects import Effect, Outcome, effects, unlike_spreads
-from lora_init.comparison.runs import RANDOM, best_rates, by_seed, run_table
-from lora_init.comparison.starts import FULL, init_options, own_number, without_batches
+from lora_init.comparison.runs import best_rates, by_seed, run_table
+from lora_init.comparison.starts import read_variant
 from lora_init.comparison.wording import say
 
 
@@ -51,7 +52,7 @@ class Verdict:
 
 def is_judged(start: str) -> bool:
     """Tell whether a start is compared with random: random itself is not, nor full, nor what trains longer."""
-    return start not in (RANDOM, FULL) and own_number(start, "steps") is None
+    return start not in (RANDOM, FULL) and read_variant(start).steps is None
 
 
 def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
@@ -142,7 +143,7 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     lacking: dict[frozenset[int], list[str]] = {}
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = frozenset(settings.get("seeds") or []) - set(own["seed"])
-        if seeds and not settings.get("budget") and own_number(start, "steps") is None:
+        if seeds and not settings.get("budget") and read_variant(start).steps is None:
             lacking.setdefault(seeds, []).append(start)
     said += [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
     said += _hardly_learned(table)
@@ -220,12 +221,12 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | N
 
 def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
     """Write the command that makes the adapter of a start; None where `init` does not make it."""
-    options = init_options(start) if start else None
+    options = read_variant(start).init_options() if start else None
     if start is None or not options or not settings.get("init"):
         return None
-    batches = own_number(start, "batches") or settings["statistics_batches"]
+    batches = read_variant(start).batches or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
-    alpha = f"--lora-alpha {own_number(start, 'alpha') or settings['lora_alpha']:g}"
+    alpha = f"--lora-alpha {read_variant(start).alpha or settings['lora_alpha']:g}"
     return " ".join([settings["init"], samples, alpha, *options, "--output adapter"])
 
 
@@ -287,17 +288,16 @@ def forgetting(table: pd.DataFrame) -> list[str]:
     found, said = effects(least, RANDOM), []
     for start in filter(is_judged, runs["start"].unique()):
         means = least.reindex([start, RANDOM]).dropna(axis=1).mean(axis=1)
-        rises = {"effect": found.get(start), "own": means[start], "random": means[RANDOM]}
-        said.append(say("forgetting", start=start, **rises))
+        said.append(say("forgetting", start=start, effect=found.get(start), own=means[start], random=means[RANDOM]))
     return said
 
 
 def data_needed(table: pd.DataFrame) -> list[str]:
     """Compare each start with statistics of fewer batches with the same start with most, each at its own best rate."""
     losses, said = by_seed(table), []
-    numbers = {start: n for start in losses.index if (n := own_number(start, "batches"))}
-    for name in dict.fromkeys(map(without_batches, numbers)):
-        own = [start for start in numbers if without_batches(start) == name]  # from few to many
+    numbers = {start: n for start in losses.index if (n := read_variant(start).batches)}
+    for name in dict.fromkeys(read_variant(start).any_batches for start in numbers):
+        own = [start for start in numbers if read_variant(start).any_batches == name]  # from few to many
         most, reference = own[-1], float(losses.loc[own[-1]].mean())
         for start, effect in effects(losses.loc[own], most).items():
             batches = {"fewer": numbers[start], "most": numbers[most]}

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.findings import Summary
-from lora_init.comparison.runs import RANDOM, best_rates
-from lora_init.comparison.starts import FULL, split_start
+from lora_init.comparison.runs import best_rates
+from lora_init.comparison.starts import read_variant
 from lora_init.comparison.wording import rate_text
 from lora_init.errors import LoraInitError, require
 from lora_init.statistics.statistics import shown
@@ -46,7 +47,7 @@ def looks(starts: Iterable[str]) -> dict[str, Look]:
 
     The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
     """
-    base_of = {name: split_start(name)[0] for name in starts}
+    base_of = {name: read_variant(name).base for name in starts}
     bases = [base for base in dict.fromkeys(base_of.values()) if base not in (RANDOM, FULL)]
     own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
     own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
@@ -62,7 +63,7 @@ def pictures(summary: Summary) -> dict[str, bytes]:
     runs, figures = summary.table, {}
     best = runs[runs["best"]]
     styles = looks(runs["start"])
-    drawn = list(dict.fromkeys(split_start(start)[0] for start in best["start"]))
+    drawn = list(dict.fromkeys(read_variant(start).base for start in best["start"]))
     panels = [start for start in drawn if start != RANDOM] or drawn
     if panels:
         top = _rate_limits(runs)
@@ -136,7 +137,7 @@ Styles = Mapping[str, Look]
 
 def _shown(best: Iterable[str], start: str) -> list[str]:
     """List what is drawn in the panel of a start: random, then the start as it is and as it was varied."""
-    return [name for name in dict.fromkeys(best) if name == RANDOM or split_start(name)[0] == start]
+    return [name for name in dict.fromkeys(best) if name == RANDOM or read_variant(name).base == start]
 
 
 def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> None:

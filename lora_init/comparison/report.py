@@ -14,7 +14,7 @@ from lora_init.adapters.peft_model import card_header
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings
-from lora_init.comparison.starts import can_be_kept
+from lora_init.comparison.starts import read_variant
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.wording import fill, number, rate_text
 from lora_init.errors import LoraInitError
@@ -89,7 +89,7 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
     runs = summary.table[summary.table["best"] & summary.table["start"].eq(summary.start)]
     row = runs.loc[runs["selection_loss"].idxmin()]
     run, path = Run(row["start"], int(row["seed"]), float(row["learning_rate"])), log.path / BEST
-    if not can_be_kept(run.start):
+    if read_variant(run.start).changes_base:
         say(f"{run.start} changes the weights of the model, so its trained adapter is not kept.")
         return
     if path.exists() and any(path.iterdir()):

@@ -17,21 +17,12 @@ from urllib.parse import quote
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from lora_init.comparison.starts import (
-    EQUAL_PARAMETERS,
-    FULL,
-    MATCHED_SCALE,
-    differs_in_parameters,
-    differs_in_scale,
-    own_number,
-    split_start,
-    without_batches,
-)
+from lora_init.adapters.starts import FULL, RANDOM
+from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, read_variant
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import parse_json, read_json, write_whole
 
 Record = dict[str, Any]
-RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -106,8 +97,9 @@ class RunPlan:
             ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another; if not, starts that
                 move ranks, or train no A, are also run at the parameter count of the random start.
         """
-        equal = [start for start in self.starts if differs_in_parameters(start, ranks_cost_the_same)]
-        matched = [start for start in self.starts if self.match_scale and differs_in_scale(start)]
+        starts = [read_variant(start) for start in self.starts]
+        equal = [start for start in starts if start.differs_in_parameters(ranks_cost_the_same)]
+        matched = [start for start in starts if self.match_scale and start.differs_in_scale]
         added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal] + [f"{start}+{MATCHED_SCALE}" for start in matched]
         return list(dict.fromkeys([*self.starts, *added]))
 
@@ -214,11 +206,11 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
         start's best rate, which is chosen by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
-    bases = [RANDOM, *(split_start(name)[0] for name in [*starts, *(row["start"] for row in rows)])]
+    bases = [RANDOM, *(read_variant(name).base for name in [*starts, *(row["start"] for row in rows)])]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        start = row["start"]
-        kind = bases.index(split_start(start)[0]), without_batches(start), own_number(start, "batches") or 0
+        start = read_variant(row["start"])
+        kind = bases.index(start.base), start.any_batches, start.batches or 0
         return *kind, row["learning_rate"], row["seed"]
 
     rows.sort(key=place)
@@ -282,7 +274,7 @@ FORMAT = 3
 _GROWING = ("starts", "learning_rates", "seeds")
 _FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init", "budget")
 # Hashes by name, which directories of before lack: those that both have must be equal, and the others are added.
-_HASHES = ("examples", "own")
+_HASHES = ("examples", "own", "packages")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
 import math
 import re
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
-from lora_init.adapters.initializers import GRADIENT_METHODS, changes_output, kaiming, layer_generator
+from lora_init.adapters.initializers import kaiming, layer_generator
 from lora_init.adapters.peft_model import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -30,16 +30,26 @@ from lora_init.adapters.peft_model import (
     match_modes,
     remember,
 )
+from lora_init.adapters.starts import (
+    BANK_WAYS,
+    FROM_BANK,
+    FULL,
+    RANDOM,
+    Recipe,
+    Start,
+    compared_names,
+    find_recipe,
+    find_start,
+)
 from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
-from lora_init.bank.start import WAYS, start_from_bank
+from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank
-from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.plan import exact_pattern
-from lora_init.planning.policies import GRADIENT_POLICIES
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics
 
@@ -107,82 +117,114 @@ class Prepared:
         return math.sqrt(energy / max(1, sum(len(weight) for weight in weights)))
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """A start that `build_adapter` makes: method, rho and policy of the ranks, the statistics, whether A is frozen."""
-
-    method: str = "eva"
-    rho: float = 2.0
-    center: bool = True
-    frozen_a: bool = False
-    policy: str = "eva"
-    data: bool = True
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the statistics must have gradients."""
-        return self.method in GRADIENT_METHODS or self.policy in GRADIENT_POLICIES
-
-
-PEFT_STARTS = ("pissa", "olora", "corda", "loftq")
-FULL = "full"  # no adapter: all weights are trained
-_RECIPES = {
-    **{name: _Recipe(method=name, data=False) for name in ("random", "gaussian", "orthogonal")},
-    "eva": _Recipe(),
-    "eva-rho1": _Recipe(rho=1.0),
-    "eva-uncentred": _Recipe(center=False),
-    "eva-rho1-uncentred": _Recipe(rho=1.0, center=False),
-    "random-scaled": _Recipe(method="random-scaled", rho=1.0),
-    "eva-ranks": _Recipe(method="random"),
-    "eva-frozen-a": _Recipe(frozen_a=True),
-    "random-frozen-a": _Recipe(method="random", frozen_a=True, data=False),
-    "natural-gradient-frozen-a": _Recipe(method="natural-gradient", rho=1.0, frozen_a=True),
-    **{name: _Recipe(method=name, rho=1.0) for name in GRADIENT_METHODS},
-    "gradient-ranks": _Recipe(method="random", policy="gradient"),
-}
-# Starts that change the base weights, which have to be put back.
-_CHANGES_BASE = (FULL, *PEFT_STARTS, *(name for name, method in GRADIENT_METHODS.items() if method.corrects))
-# Starts whose ranks move between layers and with them the number of parameters.
-_MOVES_RANKS = ("eva", "eva-uncentred", "gradient-ranks")
-# Starts whose A has the size of the random one already, or another on purpose, or is a part of a change to the base
-# weights, or of a step whose size is that of the product of A and B.
-_KEEPS_SCALE = {FULL, "random", "random-frozen-a", "random-scaled", *PEFT_STARTS}
-_KEEPS_SCALE |= {"eva-ranks", "gradient-ranks"}
-_KEEPS_SCALE |= {name for name, method in GRADIENT_METHODS.items() if method.gamma}
-BANK_STARTS = {f"bank-{way}": way for way in WAYS}  # from the adapters of other tasks, see the package `bank`
-_KEEPS_SCALE |= BANK_STARTS.keys()
-START_NAMES: tuple[str, ...] = (*_RECIPES, *PEFT_STARTS, *BANK_STARTS, FULL)
 EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
 # How a start may be run: `eva+32-alpha` has lora_alpha=32, `eva+32-alpha+16-batches` also statistics of 16 batches, and
 # `random+120-steps` trains for 120 steps.
 _WAYS = re.compile(rf"(\+({EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(alpha|batches|steps)))*\Z")
 
 
-def split_start(name: str) -> tuple[str, list[str]]:
-    """Tell a start from how it is run.
+@dataclass(frozen=True)
+class Variant:
+    """A start and how it is run, as `read_variant` reads it from a name such as `eva+32-alpha+16-batches`.
+
+    Attributes:
+        title: The whole name.
+        base: The part that names the start.
+        alpha: lora_alpha of its own, if it has one.
+        batches: Number of batches for its statistics, if it has one of its own.
+        steps: How long it is trained, if it is not as long as all others.
+        equal_parameters: Whether it gets as many trainable parameters as the random start.
+        matched_scale: Whether its A is scaled to the size of the random one.
+        recipe: How `build_adapter` makes it; None for a start that is made otherwise, or that is the user's own.
+        start: None if it is the user's own.
+    """
+
+    title: str
+    base: str
+    alpha: int | None
+    batches: int | None
+    steps: int | None
+    equal_parameters: bool
+    matched_scale: bool
+    recipe: Recipe | None
+    start: Start | None
+
+    def __str__(self) -> str:
+        return self.title
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing says how the start is run."""
+        return self.title == self.base
+
+    @property
+    def any_batches(self) -> str:
+        """Its name without its own number of batches: what differs in these alone has the same."""
+        return self.title.replace(f"+{self.batches}-batches", "")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the trained adapter is none for the plain model, since its weights were changed."""
+        return self.start is not None and self.start.changes_base
+
+    def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
+        """Tell whether it trains another number of parameters than `random`, so that it is run with as many, too.
+
+        Args:
+            ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
+        """
+        if self.recipe is None or self.equal_parameters or self.matched_scale:  # itself run beside another
+            return False
+        return self.recipe.freeze_a or (self.recipe.moves_ranks and self.recipe.resized and not ranks_cost_the_same)
+
+    @property
+    def differs_in_scale(self) -> bool:
+        """Whether it may be run with its A scaled to the size of the random one.
+
+        Not where A has that size already, or another on purpose, or is a part of a change to the base weights, or of a
+        step whose size is that of the product of A and B.
+        """
+        ours = self.recipe and self.recipe.start
+        return self.is_plain and (ours.b_is_zero and not ours.matched if ours else self.start is None)
+
+    def init_options(self) -> list[str] | None:
+        """Give the options with which `lora-init init` makes its adapter; None if it does not make that one.
+
+        Example:
+            >>> read_variant("eva-rho1").init_options(), read_variant("pissa").init_options()
+            (['--method', 'eva', '--rho', '1'], None)
+        """
+        if self.start is not None and self.start.made_by == "bank":
+            way = next(way for way, start in BANK_WAYS.items() if start is self.start)
+            return ["--method", FROM_BANK, "--by", way, "--bank", "BANK"] if self.is_plain else None
+        recipe = self.recipe
+        if recipe is None or not recipe.is_made_by_init or self.equal_parameters or self.matched_scale:
+            return None
+        switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
+        return ["--method", recipe.start.name, "--rho", f"{recipe.rho:g}", *switches]
+
+
+@functools.cache
+def read_variant(title: str) -> Variant:
+    """Read the name of a start and how it is run. A name that is unknown is the user's own.
 
     Example:
-        >>> split_start("eva+32-alpha+matched-scale"), split_start("mine+yours")
-        (('eva', ['32-alpha', 'matched-scale']), ('mine+yours', []))
+        >>> one = read_variant("eva+32-alpha+matched-scale")
+        >>> one.base, one.alpha, one.matched_scale
+        ('eva', 32, True)
+        >>> read_variant("mine+yours").base
+        'mine+yours'
     """
-    start = _WAYS.sub("", name)
-    return start, name[len(start) :].split("+")[1:]
-
-
-def own_number(name: str, of: str) -> int | None:
-    """Give the alpha, or the number of batches or steps, that the name of a start asks for, if it does.
-
-    Example:
-        >>> own_number("eva+16-batches", "batches"), own_number("eva+16-batches", "steps")
-        (16, None)
-    """
-    numbers = [way.removesuffix(f"-{of}") for way in split_start(name)[1] if way.endswith(f"-{of}")]
-    return int(numbers[0]) if numbers else None
-
-
-def without_batches(name: str) -> str:
-    """Name a start without its own number of batches: what differs in these alone has the same name."""
-    return name.replace(f"+{own_number(name, 'batches')}-batches", "")
+    base = _WAYS.sub("", title)
+    ways = title[len(base) :].split("+")[1:]
+    numbers = {kind: int(n) for n, _, kind in (way.partition("-") for way in ways) if n.isdecimal()}
+    known = base in compared_names()
+    recipe = find_recipe(base) if known else None
+    start = recipe.start if recipe else find_start(base) if known else None
+    return Variant(
+        title, base, numbers.get("alpha"), numbers.get("batches"), numbers.get("steps"), EQUAL_PARAMETERS in ways,
+        MATCHED_SCALE in ways, recipe, start,
+    )  # fmt: skip
 
 
 def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
@@ -195,48 +237,10 @@ def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
     if len(numbers) < 2:
         return list(starts)
     varied: list[str] = []
-    for start in starts:
-        recipe = _RECIPES.get(split_start(start)[0])
-        as_it_is = recipe is None or not recipe.data or own_number(start, "batches")
-        varied += [start] if as_it_is else [f"{start}+{n}-batches" for n in numbers]
+    for start in map(read_variant, starts):
+        as_it_is = start.recipe is None or not start.recipe.reads_data or start.batches
+        varied += [start.title] if as_it_is else [f"{start}+{n}-batches" for n in numbers]
     return varied
-
-
-def differs_in_parameters(start: str, ranks_cost_the_same: bool) -> bool:
-    """Tell whether a start trains another number of parameters than `random`, so that it is run with as many, too.
-
-    Args:
-        start: Its name.
-        ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
-    """
-    name, ways = split_start(start)
-    if EQUAL_PARAMETERS in ways or MATCHED_SCALE in ways:  # itself run beside another
-        return False
-    frozen = name in _RECIPES and _RECIPES[name].frozen_a
-    return frozen or (name in _MOVES_RANKS and not ranks_cost_the_same)
-
-
-def differs_in_scale(start: str) -> bool:
-    """Tell whether a start may be run with its A scaled to the size of the random one."""
-    return start not in _KEEPS_SCALE and not split_start(start)[1]
-
-
-def init_options(start: str) -> list[str] | None:
-    """Give the options with which `lora-init init` makes the adapter of a start; None if it does not make that one.
-
-    Example:
-        >>> init_options("eva-rho1"), init_options("pissa")
-        (['--method', 'eva', '--rho', '1'], None)
-    """
-    if start in BANK_STARTS:
-        return ["--method", "from-bank", "--by", BANK_STARTS[start], "--bank", "BANK"]
-    name, ways = split_start(start)
-    recipe = _RECIPES.get(name)
-    if recipe is None or recipe.policy != "eva" or {EQUAL_PARAMETERS, MATCHED_SCALE} & set(ways):
-        return None
-    rho = f"{recipe.rho:g}" if recipe.data else "1"
-    switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.frozen_a
-    return ["--method", recipe.method, "--rho", rho, *switches]
 
 
 def check_start(start: str | OwnStart) -> None:
@@ -247,21 +251,24 @@ def check_start(start: str | OwnStart) -> None:
     """
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
-        if not isinstance(name, str) or not name or split_start(name)[0] in START_NAMES:
+        if not isinstance(name, str) or not name or read_variant(name).start is not None:
             raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
         if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
-    elif split_start(start)[0] not in START_NAMES:
-        close = difflib.get_close_matches(str(start), START_NAMES, n=1, cutoff=0.0)
-        raise LoraInitError(f"start {start!r} is unknown. Closest: {close[0]!r}. All: {', '.join(START_NAMES)}.")
-    name, ways = split_start(start if isinstance(start, str) else start[0])
-    recipe = _RECIPES.get(name)
+    else:
+        name = str(start)
+        if read_variant(name).start is None:
+            raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(name, compared_names())}")
+    asked = read_variant(name)
+    ways = name[len(asked.base) :].split("+")[1:]
     if len({way.rpartition("-")[2] for way in ways}) < len(ways):
         raise LoraInitError(f"start {start!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches.")
-    if EQUAL_PARAMETERS in ways and not (recipe and (recipe.data or recipe.frozen_a)):
-        raise LoraInitError(f"start {name!r} takes no ranks from data, so it cannot be run with equal parameters.")
-    if name == FULL and ways:
-        raise LoraInitError("start 'full' has no adapter that could be scaled or resized.")
+    if asked.equal_parameters and not (asked.recipe and (asked.recipe.reads_data or asked.recipe.freeze_a)):
+        raise LoraInitError(
+            f"start {asked.base!r} takes no ranks from data, so it cannot be run with equal parameters."
+        )
+    if asked.base == FULL and ways:
+        raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:
@@ -320,32 +327,32 @@ def prepare(
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
     """
     check_start(start)
-    title = start if isinstance(start, str) else start[0]
-    name, ways = split_start(title)
-    recipe = _RECIPES.get(name)
-    shape = replace(shape, lora_alpha=own_number(title, "alpha") or shape.lora_alpha)
-    restore = remember(model, weights=name in _CHANGES_BASE or not isinstance(start, str))
+    asked = read_variant(start if isinstance(start, str) else start[0])
+    recipe = asked.recipe
+    shape = replace(shape, lora_alpha=asked.alpha or shape.lora_alpha)
+    restore = remember(model, weights=asked.changes_base or asked.start is None)  # one's own may do anything
     gamma, peft_model = None, cast("Any", model)
     try:
-        stats = statistics(recipe.center, recipe.gradients) if recipe and recipe.data else _blank(model, shape)
+        stats = statistics(recipe.center, recipe.by_gradient) if recipe and recipe.reads_data else _blank(model, shape)
         began = time.perf_counter()
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             if not isinstance(start, str):
-                peft_model = _apply_own(name, start[1], model, seed)
+                peft_model = _apply_own(asked.base, start[1], model, seed)
             elif recipe:
-                init = _build(stats, recipe, model, shape, seed, loss_of, EQUAL_PARAMETERS in ways)
+                init = _build(stats, recipe, model, shape, seed, loss_of, asked.equal_parameters)
                 peft_model, gamma = init.apply(model), init.gamma
-            elif name in BANK_STARTS:
-                init = _from_bank(bank, model, shape, batches, loss_of, BANK_STARTS[name])
+            elif asked.start and asked.start.made_by == "bank":
+                init = _from_bank(bank, model, shape, batches, loss_of, asked.start)
                 peft_model, gamma = init.apply(model), init.gamma
-            elif name == FULL:
+            elif asked.base == FULL:
                 model.float().requires_grad_(True)  # steps would be lost in the rounding of bfloat16
             else:
-                init = build_adapter(stats, shape.rank, "random", lora_alpha=shape.lora_alpha)
-                peft_model = _apply_peft(name, model, init, batches)
-            if MATCHED_SCALE in ways:
+                init = build_adapter(stats, shape.rank, RANDOM, lora_alpha=shape.lora_alpha)
+                assert asked.start is not None  # one of PEFT's
+                peft_model = _apply_peft(asked.start, model, init, batches)
+            if asked.matched_scale:
                 match_scale(peft_model, seed)
     except BaseException:
         restore()
@@ -390,11 +397,6 @@ def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def can_be_kept(start: str) -> bool:
-    """Tell whether the trained adapter of a start is one for the plain model: not where weights were changed."""
-    return split_start(start)[0] not in _CHANGES_BASE
-
-
 def _blank(model: nn.Module, shape: AdapterShape) -> Statistics:
     """Make statistics that know nothing but the layers' widths, for starts that need no data."""
     modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
@@ -415,7 +417,7 @@ def _blank(model: nn.Module, shape: AdapterShape) -> Statistics:
 
 def _build(
     stats: Statistics,
-    recipe: _Recipe,
+    recipe: Recipe,
     model: nn.Module,
     shape: AdapterShape,
     seed: int,
@@ -425,20 +427,22 @@ def _build(
     """Build an adapter from statistics; a start that steps takes the size that lowers the loss most."""
     rank, targets = shape.rank, [stats.targets[name] for name in stats]
     ranks: RankAllocation | int = rank
-    if equal and recipe.frozen_a:
+    if equal and recipe.freeze_a:
         ranks = min(2 * rank, rank_with_frozen_a(targets, rank))  # the statistics are for twice the rank
-        ranks = allocate_ranks(stats, rank=ranks, rho=1.0) if recipe.data else ranks
-    elif recipe.data and equal:
+        ranks = allocate_ranks(stats, rank=ranks, rho=1.0) if recipe.reads_data else ranks
+    elif recipe.reads_data and equal:
         budget = sum(target.parameters(rank) for target in targets)
         ranks = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
-    elif recipe.data:
+    elif recipe.reads_data:
         ranks = allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
     if isinstance(ranks, RankAllocation):
         alpha, ranks = shape.lora_alpha, replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
     else:
         alpha = shape.lora_alpha * ranks / rank
-    build = partial(build_adapter, stats, ranks, recipe.method, lora_alpha=alpha, seed=seed, freeze_a=recipe.frozen_a)
-    if changes_output(recipe.method):
+    build = partial(
+        build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=seed, freeze_a=recipe.freeze_a
+    )
+    if recipe.start.changes_output and recipe.start.gamma is not None:
         return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
     return build()
 
@@ -449,11 +453,12 @@ def _from_bank(
     shape: AdapterShape,
     batches: Iterable[Any],
     loss_of: Callable[[nn.Module], float],
-    by: str,
+    start: Start,
 ) -> AdapterInit:
     if bank is None or bank.encoder:
         raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
     embeddings = embed(model, batches)
+    by = next(way for way, known in BANK_WAYS.items() if known is start)
     return start_from_bank(
         bank, model, embeddings, loss_of, by, rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type
     ).init
@@ -481,7 +486,9 @@ def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel
     return peft_model
 
 
-def _apply_peft(start: str, model: nn.Module, shape: AdapterInit, batches: Iterable[Mapping[str, Tensor]]) -> PeftModel:
+def _apply_peft(
+    start: Start, model: nn.Module, shape: AdapterInit, batches: Iterable[Mapping[str, Tensor]]
+) -> PeftModel:
     """Let PEFT start the adapter, which changes the model's weights.
 
     Raises:
@@ -492,34 +499,35 @@ def _apply_peft(start: str, model: nn.Module, shape: AdapterInit, batches: Itera
 
     check_fits(model, shape, "default")
     for name, kind in shape.unsupported.items():
-        raise LoraInitError(f"start {start!r} is for linear layers, {name!r} is a {kind}. Leave it out of the targets.")
+        raise LoraInitError(f"{start} is for linear layers, {name!r} is a {kind}. Leave it out of the targets.")
     for name, target in shape.targets.items():
         weight: Any = model.get_submodule(name).weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise LoraInitError(f"start {start!r} takes weights apart, {name!r} is quantised. Load the model in float.")
-        if target.kind == "Conv1D" and start in ("olora", "loftq"):
-            raise LoraInitError(f"start {start!r}: PEFT computes it for nn.Linear only, and {name!r} is a Conv1D.")
+            raise LoraInitError(f"{start} takes weights apart, {name!r} is quantised. Load the model in float.")
+        if target.kind == "Conv1D" and start.linear_only:
+            raise LoraInitError(f"{start}: PEFT computes it for nn.Linear only, and {name!r} is a Conv1D.")
         narrow = min(target.in_features, target.out_features)
         if shape.rank > narrow:
             raise LoraInitError(
-                f"start {start!r}: layer {name!r} has {narrow} singular vectors, and rank {shape.rank} asks for more."
+                f"{start}: layer {name!r} has {narrow} singular vectors, and rank {shape.rank} asks for more."
             )
     config = shape.to_peft_config()
     config.base_model_name_or_path = None
     config.target_modules = exact_pattern(shape.targets)
-    config.init_lora_weights = start  # type: ignore[assignment]
-    config.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} if start == "loftq" else {}
+    config.init_lora_weights = start.name  # type: ignore[assignment]
+    for name, value in start.settings.items():
+        setattr(config, name, dict(value))
     try:
         with warnings.catch_warnings():
             # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            if start == "corda":
+            if start.needs == "inputs":
                 _preprocess_corda(model, config, shape, batches)
             peft_model = get_peft_model(model, config)
     except Exception as error:
         if isinstance(error, LoraInitError) or is_out_of_memory(error):
             raise
-        raise LoraInitError(f"start {start!r} does not apply here, PEFT says: {first_line(error)}") from error
+        raise LoraInitError(f"{start} does not apply here, PEFT says: {first_line(error)}") from error
     match_modes(peft_model)
     return peft_model
 
@@ -534,7 +542,7 @@ def _preprocess_corda(
     config.corda_config = CordaConfig(corda_method="ipm")
     batches = list(batches)
     if not batches:
-        raise LoraInitError("start 'corda' reads data, and there is no batch.")
+        raise LoraInitError(f"start {config.init_lora_weights!r} reads data, and there is no batch.")
 
     def run_model() -> None:
         for batch in batches:

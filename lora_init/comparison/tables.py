@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import Summary, Verdict, steps_of_start
-from lora_init.comparison.runs import METRICS, RANDOM, best_rates, by_seed, rate_means
+from lora_init.comparison.runs import METRICS, best_rates, by_seed, rate_means
 from lora_init.comparison.wording import number, percent, rate_text, share
 
 

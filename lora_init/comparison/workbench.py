@@ -29,9 +29,8 @@ from lora_init.comparison.starts import (
     OwnStart,
     adapter_files,
     hash_own,
-    own_number,
     prepare,
-    split_start,
+    read_variant,
 )
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
 from lora_init.comparison.training import Score, Trained, Training, evaluate, peak_bytes, reset_peak, train
@@ -238,18 +237,16 @@ class Workbench:
         plain, retained = self._before[run.seed]
         record.plain_loss, record.metrics_before = plain.loss, plain.metrics
         collected: list[Statistics] = []
-        n_own = own_number(run.start, "batches")
+        asked = read_variant(run.start)
 
         def statistics(center: bool, gradients: bool) -> Statistics:
-            collected.append(self.statistics(run.seed, center, gradients, n_own))
+            collected.append(self.statistics(run.seed, center, gradients, asked.batches))
             return collected[-1]
 
-        own = split_start(run.start)[0]
-        start: str | OwnStart = (run.start, self.own[own]) if own in self.own else run.start
-        seed, n = run.seed, self.n_batches(n_own)
-        training, steps = self.training, own_number(run.start, "steps")
-        if steps:
-            training = replace(training, steps=steps, evaluation_points=[0, steps])
+        start: str | OwnStart = (run.start, self.own[asked.base]) if asked.base in self.own else run.start
+        seed, n, training = run.seed, self.n_batches(asked.batches), self.training
+        if asked.steps:
+            training = replace(training, steps=asked.steps, evaluation_points=[0, asked.steps])
 
         def loss_of(model: nn.Module) -> float:
             """Measure the loss that training minimises on training batches that the statistics are not from."""

@@ -117,7 +117,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--starts", "random,evva"], "start 'evva' is unknown. Closest: 'eva'"),
+        (["--starts", "random,evva"], "start 'evva' is unknown. Did you mean eva"),
         (["--learning-rates", "1e-3,fast"], "--learning-rates '1e-3,fast': expected numbers separated by commas."),
         (["--learning-rates", "-1e-3"], "--learning-rates [-0.001]: expected positive numbers"),
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),

@@ -489,7 +489,7 @@ def test_a_dry_run_writes_nothing(home, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(starts=["random", "evva"]), "start 'evva' is unknown. Closest: 'eva'"),
+        (dict(starts=["random", "evva"]), "start 'evva' is unknown. Did you mean eva"),
         (dict(starts=[]), "expected names, each once"),
         (dict(starts=["eva", "random", "eva"]), "expected names, each once"),
         (dict(starts=["random", ("eva", useless)]), "a pair is needed, of a new name and"),

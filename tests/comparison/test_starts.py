@@ -4,13 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_init.adapters.initializers import GRADIENT_METHODS, layer_generator
+from lora_init.adapters.initializers import layer_generator
 from lora_init.adapters.peft_model import adapter_layers
+from lora_init.adapters.starts import STARTS, compared_names
 from lora_init.collection.collect import collect
 from lora_init.comparison.starts import (
-    BANK_STARTS,
-    PEFT_STARTS,
-    START_NAMES,
     AdapterShape,
     a_weights,
     check_start,
@@ -24,9 +22,11 @@ pytest.importorskip("peft")
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 RANK = 4
 # LoftQ needs a GPU; its own test stands in for the part of it that does. Full fine-tuning has no adapter.
-HERE = [name for name in START_NAMES if name not in ("loftq", "full", *BANK_STARTS)]
-BY_GRADIENT = [*GRADIENT_METHODS, "natural-gradient-frozen-a", "gradient-ranks"]
-EVA = [name for name in START_NAMES if name.startswith("eva") and name not in BY_GRADIENT]
+BANK_STARTS = [start.name for start in STARTS if start.made_by == "bank"]
+PEFT_STARTS = [start.name for start in STARTS if start.made_by == "peft"]
+HERE = [name for name in compared_names() if name not in ("loftq", "full", *BANK_STARTS)]
+BY_GRADIENT = [start.name for start in STARTS if start.by_gradient] + ["natural-gradient-frozen-a", "gradient-ranks"]
+EVA = [name for name in compared_names() if name.startswith("eva") and name not in BY_GRADIENT]
 MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]
 FROZEN = ["eva-frozen-a", "random-frozen-a", "natural-gradient-frozen-a"]
 STEPS = ["lora-one", "natural-gradient-step"]
@@ -277,7 +277,7 @@ def test_only_starts_from_data_ask_for_statistics():
 
 
 def test_an_unknown_start_is_refused(case):
-    with pytest.raises(LoraInitError, match=r"start 'evva' is unknown. Closest: 'eva'"):
+    with pytest.raises(LoraInitError, match=r"start 'evva' is unknown. Did you mean eva"):
         case.prepare("evva")
 
 

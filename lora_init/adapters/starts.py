@@ -1,0 +1,361 @@
+"""The registry of starts: all that is known of one stands in its `Start`. Importing this file imports no torch.
+
+A start is a named initialization of an adapter. Everything else asks the registry: what builds adapters, the command
+line and its help, comparisons, the guard of `export`, the table in the documentation. To add a start, add a `Start` to
+`STARTS`; or publish a package of your own with an entry point of the group `lora_init.starts` that refers to one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
+from typing import Any, Literal
+
+from lora_init.errors import LoraInitError, did_you_mean, first_line
+
+ENTRY_POINTS = "lora_init.starts"
+_INITIALIZERS = "lora_init.adapters.initializers"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start, and all that is known of it.
+
+    Attributes:
+        name: What it is asked for by.
+        summary: One line for help and tables.
+        needs: What it is computed from, beside the shape of a layer: `"nothing"`, `"inputs"` (statistics of what the
+            layer reads), `"gradients"` (statistics with these), `"weights"` of the base, or a `"bank"` of adapters.
+        function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
+            parameters are, by their names, those it needs of `spectrum` (a `Spectrum`), `gradient` (a
+            `GradientSpectrum`), `rank`, `generator` (a `torch.Generator` of this layer) and `whiten`. Given as
+            `"module:name"`, it is imported when it is first used.
+        made_by: `"lora_init"` by `function`; `"peft"` by PEFT itself, under this name; `"bank"` from adapters of other
+            tasks; `"training"` for no adapter at all, but all weights. Only the first has a function.
+        directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
+            None if any rank can be had.
+        b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained.
+        corrects_base: Whether the base weights give up what B A adds.
+        gamma: Default of the number that B A is divided by, for starts whose step has a size of its own: the best is
+            searched by `find_step_size` unless the base is corrected.
+        one_rank: Whether all layers must have the rank that was collected for.
+        whitens: Whether `whiten=True` means something.
+        matched: Whether A has the size of the random one, or another on purpose: matching the size changes nothing.
+        rho: How far ranks should move between layers, recommended.
+        scaling: lora_alpha / rank, recommended.
+        learning_rate: Of AdamW with that scaling, recommended; None where none was measured.
+        linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
+        settings: Of PEFT's starts: what else its LoraConfig has.
+        package: Name and version of the package that it comes from; empty for our own.
+    """
+
+    name: str
+    summary: str
+    needs: Literal["nothing", "inputs", "gradients", "weights", "bank"] = "inputs"
+    function: Callable[..., Any] | str | None = None
+    made_by: Literal["lora_init", "peft", "bank", "training"] = "lora_init"
+    directions: Callable[[Any, Any], Any] | None = None
+    b_is_zero: bool = True
+    corrects_base: bool = False
+    gamma: float | None = None
+    one_rank: bool = False
+    whitens: bool = False
+    matched: bool = False
+    rho: float = 1.0
+    scaling: float = 2.0
+    learning_rate: float | None = None
+    linear_only: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    package: str = ""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base weights are others with this start: they give up B A, or a part of themselves."""
+        return self.corrects_base or self.made_by in ("peft", "training")
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether the model's output is another one before any training: B is not zero, and the base stays."""
+        return not self.b_is_zero and not self.changes_base
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether it needs backward passes."""
+        return self.needs == "gradients"
+
+    def __str__(self) -> str:
+        return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
+
+    def compute(self, **known: Any) -> Any:
+        """Call the function with those of these arguments that it names.
+
+        Raises:
+            LoraInitError: The function cannot be imported, or asks for something else. What it raises itself passes.
+        """
+        function = _function_of(self)
+        wanted = signature(function).parameters
+        strange = [name for name in wanted if name not in known]
+        if strange:
+            raise LoraInitError(
+                f"{self}: its function asks for {', '.join(strange)}, and there is {', '.join(known)}. Rename them."
+            )
+        return function(**{name: known[name] for name in wanted})
+
+
+@functools.cache
+def _function_of(start: Start) -> Callable[..., Any]:
+    if not isinstance(start.function, str):
+        if not callable(start.function):
+            raise LoraInitError(f"{start} is made by {start.made_by}: there is no function to call.")
+        return start.function
+    module, _, name = start.function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
+
+
+def _triplets(spectrum: Any, gradient: Any) -> int:
+    return len(gradient.singular_values)
+
+
+RANDOM, FULL, FROM_BANK = "random", "full", "from-bank"
+STARTS: tuple[Start, ...] = (
+    Start(
+        "eva",
+        "the principal directions of what the layer reads (EVA, arXiv 2410.07170)",
+        function=f"{_INITIALIZERS}:eva",
+        directions=lambda spectrum, gradient: spectrum,
+        whitens=True,
+        rho=2.0,
+        scaling=4.0,
+        learning_rate=2e-4,
+    ),
+    Start(
+        RANDOM,
+        "PEFT's default: Kaiming uniform",
+        needs="nothing",
+        function=f"{_INITIALIZERS}:random",
+        matched=True,
+    ),
+    Start(
+        "random-scaled",
+        "random, with as much energy in A x as with eva",
+        function=f"{_INITIALIZERS}:random_scaled",
+        matched=True,
+    ),
+    Start("gaussian", 'PEFT\'s init_lora_weights="gaussian"', needs="nothing", function=f"{_INITIALIZERS}:gaussian"),
+    Start(
+        "orthogonal",
+        "random orthonormal directions: eva without the data",
+        needs="nothing",
+        function=f"{_INITIALIZERS}:orthogonal",
+    ),
+    Start(
+        "eva-grad",
+        "the directions of the inputs, weighted by how much the loss depends on them",
+        needs="gradients",
+        function=f"{_INITIALIZERS}:eva_grad",
+        directions=lambda spectrum, gradient: gradient.weighted,
+    ),
+    Start(
+        "grad-a",
+        "the right singular vectors of the mean gradient",
+        needs="gradients",
+        function=f"{_INITIALIZERS}:grad_a",
+        directions=_triplets,
+    ),
+    Start(
+        "natural-gradient",
+        "the right singular vectors of a step along the natural gradient",
+        needs="gradients",
+        function=f"{_INITIALIZERS}:natural_gradient",
+        directions=_triplets,
+        scaling=10.0,
+        learning_rate=2e-4,
+    ),
+    Start(
+        "natural-gradient-step",
+        "a step along the natural gradient; B is not zero",
+        needs="gradients",
+        function=f"{_INITIALIZERS}:natural_gradient_step",
+        directions=_triplets,
+        b_is_zero=False,
+        gamma=1024.0,
+    ),
+    Start(
+        "lora-ga",
+        "LoRA-GA (arXiv 2407.05000); B is not zero, the base weights give it up",
+        needs="gradients",
+        function=f"{_INITIALIZERS}:lora_ga",
+        b_is_zero=False,
+        corrects_base=True,
+        gamma=16.0,
+        one_rank=True,
+    ),
+    Start(
+        "lora-one",
+        "LoRA-One (arXiv 2502.01235): a step down the gradient; B is not zero",
+        needs="gradients",
+        function=f"{_INITIALIZERS}:lora_one",
+        directions=_triplets,
+        b_is_zero=False,
+        gamma=1024.0,
+    ),
+    Start("pissa", "PEFT's PiSSA (arXiv 2404.02948)", needs="weights", made_by="peft", b_is_zero=False),
+    Start(
+        "olora",
+        "PEFT's OLoRA (arXiv 2406.01775)",
+        needs="weights",
+        made_by="peft",
+        b_is_zero=False,
+        linear_only=True,
+    ),
+    Start("corda", "PEFT's CorDA (arXiv 2406.05223)", made_by="peft", b_is_zero=False),
+    Start(
+        "loftq",
+        "PEFT's LoftQ (arXiv 2310.08659), which rounds the base to 4 bits",
+        needs="weights",
+        made_by="peft",
+        b_is_zero=False,
+        linear_only=True,
+        settings={"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+    ),
+    Start("bank-nearest", "the adapter of the nearest task", needs="bank", made_by="bank", b_is_zero=False),
+    Start("bank-mixture", "the mixture that lowers the loss most", needs="bank", made_by="bank", b_is_zero=False),
+    Start("bank-generated", "what the bank's generator makes", needs="bank", made_by="bank", b_is_zero=False),
+    Start("bank-mean", "the mean of all adapters, a control", needs="bank", made_by="bank", b_is_zero=False),
+    Start(FULL, "no adapter: all weights are trained", needs="nothing", made_by="training", b_is_zero=False),
+)
+DEFAULT = STARTS[0].name
+# How a bank's adapters are used, by the word of `--by`.
+BANK_WAYS = {start.name.removeprefix("bank-"): start for start in STARTS if start.made_by == "bank"}
+BANK_WAY = next(iter(BANK_WAYS))
+_OWN = {start.name: start for start in STARTS}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A start with the choices that a comparison makes for it.
+
+    Attributes:
+        start: What A and B are.
+        rho: At most rho x rank in one layer.
+        policy: What ranks compete by.
+        center: Whether the statistics are centred.
+        freeze_a: Whether A stays as it is in training.
+        resized: Whether, where ranks are moved, it is also run with as many parameters as random has.
+    """
+
+    start: Start
+    rho: float
+    policy: str = "eva"
+    center: bool = True
+    freeze_a: bool = False
+    resized: bool = True
+
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether layers get unequal ranks."""
+        return self.rho > 1.0
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the statistics must have gradients, for the start or for its ranks."""
+        return self.start.by_gradient or self.policy.startswith("gradient")
+
+    @property
+    def is_made_by_init(self) -> bool:
+        """Whether the command `init` has options for it: it allocates by explained variance."""
+        return self.policy == "eva"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether statistics are needed, for the start or for its ranks."""
+        return self.start.needs in ("inputs", "gradients") or self.moves_ranks
+
+
+_VARIATIONS = {
+    "eva-rho1": Recipe(_OWN["eva"], rho=1.0),
+    "eva-uncentred": Recipe(_OWN["eva"], rho=2.0, center=False),
+    "eva-rho1-uncentred": Recipe(_OWN["eva"], rho=1.0, center=False),
+    "eva-ranks": Recipe(_OWN[RANDOM], rho=2.0, resized=False),  # a control, of eva
+    "gradient-ranks": Recipe(_OWN[RANDOM], rho=2.0, policy="gradient"),
+    "eva-frozen-a": Recipe(_OWN["eva"], rho=2.0, freeze_a=True),
+    "random-frozen-a": Recipe(_OWN[RANDOM], rho=1.0, freeze_a=True),
+    "natural-gradient-frozen-a": Recipe(_OWN["natural-gradient"], rho=1.0, freeze_a=True),
+}
+# What a comparison runs if it is not asked for anything else.
+COMPARED = (RANDOM, "orthogonal", "eva-rho1", "eva", "eva-ranks")
+
+
+def start_names() -> tuple[str, ...]:
+    """Name all starts, those of other packages last. None of these is imported for it."""
+    return (*_OWN, *(name for name in _of_packages() if name not in _OWN))
+
+
+def buildable(names: Iterable[str] = ()) -> list[str]:
+    """Name the starts that `build_adapter` makes."""
+    return [name for name in names or start_names() if name not in _OWN or _OWN[name].made_by == "lora_init"]
+
+
+def compared_names() -> tuple[str, ...]:
+    """Name all that a comparison can run: the starts, and some of them with other choices."""
+    return (*start_names(), *_VARIATIONS)
+
+
+def find_start(name: str) -> Start:
+    """Look a start up.
+
+    Raises:
+        LoraInitError: There is none of this name; or the package that has it cannot be imported, or has no `Start`
+            there.
+    """
+    if name in _OWN:
+        return _OWN[name]
+    found = _of_packages().get(name)
+    if found is None:
+        raise LoraInitError(f"start {name!r} is unknown. {did_you_mean(str(name), start_names())}")
+    return _load(found)
+
+
+def find_recipe(name: str) -> Recipe | None:
+    """Look up how a comparison makes a start; None for those that `build_adapter` does not make."""
+    if name in _VARIATIONS:
+        return _VARIATIONS[name]
+    start = find_start(name)
+    return Recipe(start, start.rho) if start.made_by == "lora_init" else None
+
+
+def changes_base(name: str) -> bool:
+    """Tell whether a start changes the base weights, by the name that a file has, such as PEFT's `pissa_niter_4`.
+
+    A name that is unknown does not count; of a start of another package the adapter's origin says it.
+    """
+    began = name.lower().replace("_", "-")
+    return any(began.startswith(start.name) for start in STARTS if start.changes_base and start.name != FULL)
+
+
+@functools.cache
+def _of_packages() -> dict[str, EntryPoint]:
+    """Find the starts of other packages. Where two have one of the same name, that of the first package counts."""
+    found = sorted(entry_points(group=ENTRY_POINTS), key=_package, reverse=True)
+    return {entry.name: entry for entry in found}
+
+
+def _package(entry: EntryPoint) -> str:
+    return "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+
+
+@functools.cache
+def _load(entry: EntryPoint) -> Start:
+    where = f"start {entry.name!r} of {_package(entry)}"
+    try:
+        start = entry.load()
+    except Exception as error:
+        raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(start, Start) or not start.function or start.made_by != "lora_init":
+        raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
+    return replace(start, name=entry.name, package=_package(entry))

@@ -1,0 +1,124 @@
+"""The registry of starts, and starts that other packages bring."""
+
+import inspect
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+
+from lora_init import LoraInitError, Start, build_adapter, collect, initialize
+from lora_init.adapters import starts
+from lora_init.adapters.peft_model import base_change_of, origin_of, read_config
+from lora_init.adapters.starts import STARTS, _function_of, buildable, changes_base, find_start, start_names
+from tests.conftest import batches_for, tiny_llama
+
+RANK = 3
+
+
+def test_importing_the_registry_takes_no_torch():
+    program = "import sys, lora_init.adapters.starts; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("start", [start for start in STARTS if start.made_by == "lora_init"], ids=lambda s: s.name)
+def test_what_an_entry_says_is_what_its_function_takes(start):
+    wanted = inspect.signature(_function_of(start)).parameters
+    needs = "gradients" if "gradient" in wanted else "inputs" if start.needs == "inputs" else "nothing"
+    assert start.needs == needs and ("whiten" in wanted) == start.whitens
+    assert (start.gamma is None) == start.b_is_zero
+
+
+def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():
+    assert all(map(changes_base, ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "loftq", "lora_ga", "lora-ga"]))
+    assert not any(map(changes_base, ["eva", "gaussian", "lora-one", "full", "unheard-of", ""]))
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Pretend that packages with these starts are installed: name to a `Start`, or to an exception."""
+
+    def install(**made):
+        class Entry(EntryPoint):
+            def load(self):
+                if isinstance(made[self.name], Exception):
+                    raise made[self.name]
+                return made[self.name]
+
+        entries = [Entry(name, "theirs:START", starts.ENTRY_POINTS) for name in made]
+        monkeypatch.setattr(starts, "entry_points", lambda group: entries if group == starts.ENTRY_POINTS else [])
+        starts._of_packages.cache_clear(), starts._load.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    starts._of_packages.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return collect(tiny_llama(), batches_for("llama"), rank=RANK, rho=1.0, task_type="CAUSAL_LM")
+
+
+def leading(spectrum, rank):
+    return spectrum.components[:rank]
+
+
+def test_a_start_of_another_package_is_built_and_named_in_the_origin(packages, stats, tmp_path):
+    packages(lead=Start("lead", "as eva", function=leading))
+    assert start_names()[-1] == "lead" and "lead" in buildable()
+    init = build_adapter(stats, RANK, "lead")
+    for name, (a, b) in build_adapter(stats, RANK, "eva").weights.items():
+        assert torch.equal(init.weights[name][0], a) and not b.any()
+    directory = init.save_pretrained(tmp_path / "adapter")
+    assert origin_of(directory)["package"] == "an unknown package"
+    assert read_config(directory)["init_lora_weights"] is True
+
+
+def test_a_base_that_a_start_of_another_package_changed_is_known_where_it_is_not_installed(packages, stats, tmp_path):
+    def both(rank, spectrum):
+        return spectrum.components[:rank], torch.ones(spectrum.components.shape[1], rank)
+
+    square = [name for name, target in stats.targets.items() if target.in_features == target.out_features]
+    packages(swap=Start("swap", "", function=both, b_is_zero=False, corrects_base=True))
+    directory = build_adapter(stats, dict.fromkeys(square, RANK), "swap").save_pretrained(tmp_path / "adapter")
+    packages()
+    assert base_change_of(read_config(directory), origin_of(directory)) == "swap"
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (
+            lambda spectrum, rank: spectrum.components[: rank - 1],
+            r"returned \[\[2, 32\]\], expected A of shape \[\[3, 32",
+        ),
+        (lambda rank: [1.0] * rank, r"returned \['list'\]"),
+        (lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), torch.nan), "returned NaN or inf"),
+        (lambda spectrum, rank: (spectrum.components[:rank],) * 2, "expected A of shape"),
+        (lambda spectrum, rank: 1 / 0, "its function raised ZeroDivisionError: division by zero"),
+        (lambda spectra, rank: spectra, "its function asks for spectra, and there is spectrum, gradient"),
+        ("lora_init.adapters.initializers:nothing", "AttributeError"),
+    ],
+)
+def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(packages, stats, function, said):
+    packages(theirs=Start("theirs", "", function=function))
+    with pytest.raises(LoraInitError, match=said) as error:
+        build_adapter(stats, RANK, "theirs")
+    assert "'theirs' (an unknown package)" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_else(packages, stats):
+    broken = ImportError("no module named 'jax'\nand more")
+    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text")
+    assert find_start("eva").package == "" and build_adapter(stats, RANK, "eva").n_parameters() > 0
+    with pytest.raises(LoraInitError, match=r"start 'broken' of an unknown package cannot be imported: Imp"):
+        build_adapter(stats, RANK, "broken")
+    with pytest.raises(LoraInitError, match=r"start 'odd' .*: theirs:START is no lora_init.Start with a function"):
+        initialize(tiny_llama(), batches_for("llama"), method="odd")
+    with pytest.raises(LoraInitError, match=r"method='evva' is unknown. Did you mean eva"):
+        build_adapter(stats, RANK, "evva")
+    for name in ("pissa", "bank-mean", "full"):
+        with pytest.raises(LoraInitError, match=f"method='{name}' is unknown"):
+            build_adapter(stats, RANK, name)
