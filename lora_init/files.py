@@ -1,17 +1,22 @@
-"""Write a file or a directory in one piece: all of it appears under its name, or nothing."""
+"""Write a file or a directory in one piece: all of it appears under its name, or nothing; and one command at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lora_init.errors import LoraInitError
 
@@ -37,15 +42,32 @@ def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     path = Path(path).expanduser()
     if not path.parent.is_dir():
         raise LoraInitError(f"{path}: there is no directory {path.parent}. Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise LoraInitError(f"{path}: the directory {path.parent} cannot be written to. Choose another one.")
-    if not path.exists():
-        return
-    article = "an" if kind.startswith(("SVG", "HTML")) else "a"
-    if not path.is_file() or not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
-        raise LoraInitError(f"{path} exists and is not {article} {kind}, so it is never replaced. Choose another name.")
-    if not overwrite:
-        raise LoraInitError(f"{path} exists. Choose another name, or pass --overwrite to replace this {kind}.")
+    if path.exists():
+        article = "an" if kind.startswith(("SVG", "HTML")) else "a"
+        if not path.is_file() or not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
+            raise LoraInitError(
+                f"{path} exists and is not {article} {kind}, so it is never replaced. Choose another name."
+            )
+        if not overwrite:
+            raise LoraInitError(f"{path} exists. Choose another name, or pass --overwrite to replace this {kind}.")
+    _try_to_write(path)
+
+
+def _try_to_write(path: Path) -> None:
+    """Write a file of 4 KiB beside a path and remove it: permissions do not tell of a disk that is full or read-only.
+
+    Beside it, or in the nearest directory above that exists.
+    """
+    place = next(parent for parent in path.parents if parent.exists())
+    probe = _temporary(place / path.name, "tmp")
+    try:
+        probe.write_bytes(bytes(4096))
+    except OSError as error:
+        reason = error.strerror or error
+        raise LoraInitError(f"{path}: {place} cannot be written to ({reason}). Choose another place.") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def _beginning(path: Path) -> bytes:
@@ -58,10 +80,71 @@ def _beginning(path: Path) -> bytes:
     return start
 
 
+def _temporary(path: Path, ending: str) -> Path:
+    """Name a file or directory beside a path that says which process of which machine made it, for `_sweep`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{_machine()}-{uuid.uuid4().hex[:8]}.{ending}")
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _sweep(path: Path, ending: str) -> None:
+    """Remove what processes of this machine that were killed have left beside a path."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})-{_machine()}-[0-9a-f]{{8}}\.{ending}")
+    with suppress(OSError):  # no directory, or one that may not be listed
+        for left in path.parent.iterdir():
+            found = pattern.fullmatch(left.name)
+            if found is None or _runs(int(found[1])):
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+@contextmanager
+def locked(path: Path, remedy: str) -> Iterator[None]:
+    """Keep other processes that ask for the same file or directory out; they get a line that says who has it.
+
+    The kernel holds the lock, so it goes with the process, however that ends.
+
+    Raises:
+        LoraInitError: Another process has it; `remedy` is what to do then.
+        OSError: The lock file cannot be written.
+    """
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    holder = ""
+    with suppress(OSError, UnicodeDecodeError):
+        holder = _shown(lock.read_text(encoding="utf-8"))  # before: older versions of filelock empty the file
+    try:
+        held = FileLock(lock, timeout=0).acquire()
+    except Timeout:
+        raise LoraInitError(f"{path} is in use by {holder or 'another process'}. {remedy}") from None
+    with held:
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        lock.write_text(f"process {os.getpid()} on {platform.node()} since {now}", encoding="utf-8")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name to write to; the file gets its own when the block ends, and is gone if that raises."""
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    fresh = _temporary(path, "tmp")
+    _sweep(path, "tmp")
     try:
         yield fresh
         fresh.replace(path)
@@ -94,14 +177,14 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
     """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
-    check_free(final, overwrite, marker, replaceable)
-    fresh = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
-    old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
+    _check_content(final, overwrite, marker, replaceable)
+    fresh, old = _temporary(final, "tmp"), _temporary(final, "old")
+    _sweep(final, "tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
-        check_free(final, overwrite, marker, replaceable)  # another process may have written meanwhile
+        _check_content(final, overwrite, marker, replaceable)  # another process may have written meanwhile
         if final.exists():
             final.rename(old)
         fresh.rename(final)
@@ -116,10 +199,18 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+    _sweep(final, "old")  # not before: of a process that was killed between two names it is all there is
 
 
 def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
-    """Check that `new_directory` may write here, so that nobody finds out after the work."""
+    """Check that `new_directory` may write here, and can, so that nobody finds out after the work."""
+    _check_content(final, overwrite, marker, replaceable)
+    _try_to_write(final)
+
+
+def _check_content(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
+    if final.is_mount():
+        raise LoraInitError(f"{final} is a mount point, which cannot be replaced. Name a directory in it.")
     if final.exists() and not final.is_dir():
         raise LoraInitError(f"{final} is a file, and a directory is needed. Choose another name.")
     present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []

@@ -1,13 +1,19 @@
 """Which files a command may write to, and what is read from those that come from elsewhere."""
 
+import errno
 import json
+import os
+import platform
+import re
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from lora_init.errors import LoraInitError
-from lora_init.files import check_writable, read_json
+from lora_init.files import check_free, check_writable, locked, new_directory, new_file, read_json, write_whole
 
 KINDS = ["plan", "statistics file", "PNG picture", "SVG picture", "HTML page"]
 
@@ -47,14 +53,93 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_if_asked(tmp_path, ki
                 check_writable(path, True, kind)
 
 
-def test_a_directory_is_no_file_and_has_to_exist(tmp_path, monkeypatch):
+def test_a_directory_is_no_file_and_has_to_exist(tmp_path):
     with pytest.raises(LoraInitError, match="is not a plan, so it is never replaced"):
         check_writable(tmp_path, True, "plan")
     with pytest.raises(LoraInitError, match=r"there is no directory .*none. Create it first"):
         check_writable(tmp_path / "none" / "plan.json", False, "plan")
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(LoraInitError, match="cannot be written to"):
+
+
+PROC = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no directory in which not even root makes files")
+
+
+@PROC
+@pytest.mark.parametrize("below", ["plan.json", "deep/er/adapter"])
+def test_a_place_is_tried_and_not_asked_for_its_permissions(below):
+    check = check_free if "/" in below else check_writable
+    arguments = ("marker", ()) if "/" in below else ("plan",)
+    with pytest.raises(LoraInitError, match=r"^/proc/.*: /proc cannot be written to \(No such file or directory\)"):
+        check(Path("/proc", below), False, *arguments)
+
+
+def test_a_full_disk_and_a_file_in_the_way_are_found_before_the_work(tmp_path, monkeypatch):
+    def full(self, content):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(LoraInitError, match=r"out: .*/file cannot be written to \(Not a directory\)"):
+        check_free(tmp_path / "file" / "out", False, "marker", ())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(LoraInitError, match="No space left on device"):
+        check_free(tmp_path / "out", False, "marker", ())
+    with pytest.raises(LoraInitError, match="No space left on device"):
         check_writable(tmp_path / "plan.json", False, "plan")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def killed_while_writing(path, kind):
+    """Let a process write a file or a directory, and die in the middle."""
+    child = os.fork()
+    if child == 0:
+        try:
+            writing = new_file(path) if kind == "file" else new_directory(path, False, "marker", ())
+            with writing as fresh:
+                (fresh if kind == "file" else fresh / "weights").write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_a_killed_process_has_left_is_removed_by_the_next_and_what_runs_is_not(kind, tmp_path):
+    path, other = tmp_path / "out", tmp_path / "other"
+    killed_while_writing(path, kind)
+    killed_while_writing(other, kind)
+    assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
+    with new_file(path) if kind == "file" else new_directory(path, False, "marker", ()) as mine:
+        (mine if kind == "file" else mine / "weights").write_text("whole")
+        assert list(tmp_path.glob(".out.*.tmp")) == [mine]
+        if kind == "file":  # this process lives, so another save of the same file leaves alone what it writes
+            write_whole(path, b"second")
+            assert mine.exists()
+    assert path.exists() and not list(tmp_path.glob(".out*"))
+    assert len(list(tmp_path.glob(".other.*.tmp"))) == 1  # of another place
+
+
+def test_one_process_at_a_time_and_the_next_when_that_is_gone(tmp_path):
+    path, reading, writing = tmp_path / "stats", *os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with locked(path, ""):
+                os.write(writing, b".")
+                signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reading, 1) == b"."
+        who = rf"stats is in use by process {child} on {re.escape(platform.node())} since 20\d\d-\S+ \S+\. Wait"
+        with pytest.raises(LoraInitError, match=who), locked(path, "Wait."):
+            pytest.fail("two have it")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with locked(path, ""), pytest.raises(LoraInitError, match=f"process {os.getpid()} "), locked(path, ""):
+        pytest.fail("two have it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_terminal_would_obey_is_shown(tmp_path):

@@ -141,6 +141,8 @@ def _collect(
         found = run_pass(run, shard, MAX_BATCHES, processes, bar)
     if found.stop_reason == "interrupted":
         raise KeyboardInterrupt
+    if run.failure is not None:
+        raise run.failure
     if not sum(found.n_batches):
         raise ValueError("dataloader is empty")
     spectra = {name: record.svd.spectrum() for name, record in found.groups.items() if record.svd.n_samples}

@@ -37,6 +37,7 @@ from lora_init.cli.console import (
 )
 from lora_init.cli.tables import facts, finite, rank_table
 from lora_init.errors import LoraInitError
+from lora_init.files import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,6 +135,7 @@ def init(
     batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 4,
     max_length: MaxLength = 512,
     max_batches: Annotated[int, Option(min=1, help="Batches at most; fewer if nothing changes any more.")] = 64,
+    skip_bad_batches: Annotated[int, Option(min=0, help="Batches that may fail, and are then left out.")] = 0,
     token_mask: Annotated[TokenMask, Option(help="Count all tokens but padding, or those with a label.")] = "attention",
     center: Annotated[bool, Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
     seed: Annotated[int, Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
@@ -183,7 +185,7 @@ def init(
     }
     settings: dict[str, Any] = {
         "rank": rank, "rho": rho, "center": center, "token_mask": token_mask, "gradients": gradients,
-        "max_batches": max_batches, "seed": seed,
+        "max_batches": max_batches, "seed": seed, "skip_bad_batches": skip_bad_batches,
     }  # fmt: skip
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
@@ -220,7 +222,7 @@ def init(
 _OF_DATA = (
     "template", "completion", "label", "data_format", "subset", "split", "samples", "batch_size", "max_length",
 )  # fmt: skip
-_OF_PASS = ("gradients", "max_batches", "token_mask", "center")
+_OF_PASS = ("gradients", "max_batches", "skip_bad_batches", "token_mask", "center")
 _OF_BANK = ("by", "similarity")
 _OF_OWN_START = (
     "rho", "ranks_from", "target_modules", "exclude_modules", "target_parameters", "whiten", "use_rslora", "use_dora",
@@ -255,6 +257,8 @@ def _check_sources(
     file = statistics.expanduser() if statistics else None
     if file is not None and not file.parent.is_dir():
         raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
+    if file is not None and data is not None:
+        check_writable(file, overwrite=True, kind="statistics file")
     if data is None and file is None:
         raise LoraInitError("DATA is missing. Name it, or name with --statistics a file that exists.")
     if data is None and file is not None and not file.exists():
@@ -364,11 +368,12 @@ def _collect(
                 f"{error.difference} Pass --overwrite to collect again, or leave DATA out to use the file as it is."
             ) from None
         stats = run(overwrite=True)
-    except Interrupted as stop:
-        if file is not None and stop.statistics is not None:
-            n_batches = stop.statistics.provenance.n_batches
+    except (Interrupted, Exception) as stop:
+        found: Statistics | None = getattr(stop, "statistics", None)
+        if file is not None and found is not None:
+            n_batches = found.provenance.n_batches
             say(f"{file}: kept the statistics of {n_batches} batches. The same command goes on after them.")
-        else:
+        elif found is not None or isinstance(stop, Interrupted):
             say("nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.")
         raise
     if file is not None and before is not None and file.stat().st_mtime_ns == before:

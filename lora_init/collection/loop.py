@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import length_hint
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lora_init.collection.activations import ActivationHooks, Sink, Wanted
 from lora_init.collection.backward import BackwardHooks, GradientSink
 from lora_init.collection.processes import Processes, Shard
-from lora_init.errors import LoraInitError, is_out_of_memory
+from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.masks import NothingCountsError
 from lora_init.layers.running import Forward
 from lora_init.layers.wrappers import run_eagerly
@@ -102,6 +102,7 @@ class Collected:
     group_of: dict[str, str] = field(default_factory=dict)  # of every layer that ran
     n_batches: list[int] = field(default_factory=lambda: [0])  # by process
     empty: list[str] = field(default_factory=list)  # why nothing of a batch counted, for each such batch
+    bad: list[str] = field(default_factory=list)  # why a batch failed, for each that was skipped
     stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
@@ -118,7 +119,7 @@ class Collected:
         self.n_labels += other.n_labels
         self.group_of = other.group_of | self.group_of
         self.n_batches = self.n_batches + other.n_batches
-        self.empty = self.empty + other.empty
+        self.empty, self.bad = self.empty + other.empty, self.bad + other.bad
         self.seconds = {part: max(value, other.seconds[part]) for part, value in self.seconds.items()}
 
 
@@ -135,6 +136,9 @@ class Pass:
     seed: int = 0
     n_triplets: int = 0  # of each mean gradient
     found: Collected = field(default_factory=Collected, init=False)
+    failure: Exception | None = field(default=None, init=False)  # what ended the pass, in this process or in another
+    failed: str = field(default="", init=False)  # the name of the batch that did
+    _n_labels: int = field(default=0, init=False)  # of the batch that was projected
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -152,32 +156,38 @@ class Pass:
     def _records(self) -> Iterator[GroupRecord]:
         return chain(self.found.groups.values(), self.found.weighted.values())
 
-    def take(self, batch: Any, number: int, interruptible: AbstractContextManager[None]) -> bool:
-        """Take in batch `number` of this process, from 0, or nothing of it; the model runs inside `interruptible`.
+    def project(self, batch: Any, name: str) -> bool:
+        """Run the model on a batch, called `name` in errors; `update` then takes it in, `forget` drops it.
 
         False if no token of the batch counts; the model has not been run then.
         """
         found, seconds = self.found, self.found.seconds
         start, before = time.perf_counter(), seconds["decomposition"]
-        n_labels: int | None = None
         try:
-            with interruptible:
-                n_labels = self._run(batch, self._take_rows, self._take_gradient, self._wanted)
-            self._update(number)
+            self._n_labels = self._run(batch, self._take_rows, self._take_gradient, self._wanted)
+            for layer, mean in found.gradients.items():
+                with self._computing(layer):
+                    mean.check_batch()
+            return True
         except NothingCountsError as error:
-            found.empty.append(f"batch {number}: {error}")
+            found.empty.append(f"{name}: {error}")
+            return False
         except (LoraInitError, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                message = f"batch {number}: out of memory. Use a smaller batch or shorter sequences."
-                raise LoraInitError(message) from error
+                raise LoraInitError(f"{name}: out of memory. Use a smaller batch or shorter sequences.") from error
             if isinstance(error, LoraInitError):
-                raise LoraInitError(f"batch {number}: {error}") from error
+                raise LoraInitError(f"{name}: {error}") from error
             raise
-        seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)
-        found.n_batches[0] += 1
-        found.n_labels += n_labels or 0
-        found.group_of = dict(self.hooks.group_of)
-        return n_labels is not None
+        finally:
+            seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)
+
+    def forget(self) -> None:
+        """Drop the batch that was projected, or what there is of it."""
+        self._n_labels = 0
+        for record in self._records:
+            record.svd.forget_batch()
+        for mean in self.found.gradients.values():
+            mean.forget_batch()
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
@@ -223,13 +233,17 @@ class Pass:
         finally:
             self.found.seconds["decomposition"] += time.perf_counter() - start
 
-    def _update(self, number: int) -> None:
+    def update(self, name: str) -> None:
         """Complete the batch for all groups, and decide which of them have seen enough."""
-        for name, record in chain(self.found.groups.items(), self.found.weighted.items()):
-            with self._computing(name):
+        number = self.found.n_batches[0]
+        self.found.n_batches[0] += 1
+        self.found.n_labels, self._n_labels = self.found.n_labels + self._n_labels, 0
+        self.found.group_of = dict(self.hooks.group_of)
+        for layer, record in chain(self.found.groups.items(), self.found.weighted.items()):
+            with self._computing(layer):
                 record.svd.update()
-        for name, mean in self.found.gradients.items():
-            with self._computing(name):
+        for layer, mean in self.found.gradients.items():
+            with self._computing(layer):
                 mean.update()
         compared = [record for record in self._records if record.converged_at is None and record.record_share(number)]
         falls = 0
@@ -240,7 +254,7 @@ class Pass:
                 record.converged_at = number + 1
         if 2 * falls > len(compared):
             warnings.warn(
-                f"batch {number}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
+                f"{name}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
                 "inputs, as if another kind of data began. Shuffle the data: sorted, its end counts for too little.",
                 stacklevel=2,
             )
@@ -253,45 +267,90 @@ def run_pass(
     processes: Processes,
     progress: tqdm[Any],
     save: Callable[[], None] | None = None,
+    skip_bad_batches: int = 0,
 ) -> Collected:
     """Take in batches until there is a reason to stop, the same for all processes, and merge what all have found.
 
-    Before each batch all processes tell each other whether they have one, have seen enough, or were interrupted. Those
-    that share the parts of one model run it together: one that has no batch runs its spare one. `max_batches` bounds
-    the batches of all together. `save` is called about once a minute, in all processes at the same time.
+    Before each batch all processes tell each other whether they have one, have seen enough, or were interrupted; after
+    it whether it failed: where the pass goes on, the others take in theirs, and where it ends, none does. Those that
+    share the parts of one model run it together: one that has no batch runs its spare one, and one that fails raises at
+    once, for the others wait inside the model. `max_batches` bounds the batches of all together, and `skip_bad_batches`
+    those that may fail; `run.failure` is then what ended the pass. `save` is called about once a minute, in all
+    processes at the same time.
     """
-    found, total, saved = run.found, 0, time.monotonic()
-    alone = processes.size == 1
+    found, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
         wanted = not (processes.interrupted or run.converged) and processes.rank < max_batches - total
         batch = _read(shard.batches, found.seconds, processes) if wanted else None
+        if wanted and batch is None:
+            run.failure = shard.batches.error
         due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
-        reading, converged, interrupts, saving = processes.sum(
-            batch is not None, run.converged, processes.interrupted, due
+        reading, converged, interrupts, saving, failed = processes.sum(
+            batch is not None, run.converged, processes.interrupted, due, run.failure is not None
         )
-        if interrupts or not reading:
+        if interrupts or failed or not reading:
             break
         if saving and save is not None:
             save()
             saved = time.monotonic()
-        try:
-            ran = batch is not None and run.take(
-                batch[0], found.n_batches[0], processes.interruptible() if alone else nullcontext()
-            )
-            if not ran and shard.spare is not None:
-                run.idle(shard.spare)
-        except KeyboardInterrupt:
-            if not alone:
-                raise
-            processes.interrupted = True
+        name = f"batch {shard.position(found.n_batches[0])}"
+        failure = _attempt(run, batch, name, shard.spare, processes)
+        if processes.interrupted and processes.size == 1:
+            continue  # to the end; the batch was not completed
+        n_bad += processes.sum(failure is not None)[0]
+        if n_bad > skip_bad_batches:
+            run.failure, run.failed, failed = failure, name, 1
+            break
+        if failure is not None:
+            run.forget()
+            found.bad.append(_line(failure, name))
+        if batch is not None:
+            run.update(name)
         total += reading
         progress.set_postfix_str("{}/{} inputs converged".format(*run.progress), refresh=False)
         progress.update(reading)
+    run.forget()
+    if failed:
+        said = processes.gather(run.failure and _line(run.failure, run.failed))
+        rank = next(rank for rank, line in enumerate(said) if line)
+        run.failure = run.failure or LoraInitError(f"rank {rank} failed: {said[rank]}")
     processes.interrupted = processes.interrupted or interrupts > 0
     limit = "max_batches" if total >= max_batches else "exhausted"
-    ended = "converged" if converged == processes.size else limit
+    ended = "failed" if failed else "converged" if converged == processes.size else limit
     found.stop_reason = "interrupted" if interrupts else ended
     return processes.merge(found)
+
+
+def _attempt(
+    run: Pass, batch: list[Any] | Exception | None, name: str, spare: Any, processes: Processes
+) -> Exception | None:
+    """Run a batch, or what takes its place; give the error if it fails. When alone, Ctrl-C ends it."""
+    alone = processes.size == 1
+    try:
+        with processes.interruptible() if alone else nullcontext():
+            if isinstance(batch, Exception):
+                raise batch
+            ran = batch is not None and run.project(batch[0], name)
+            if not ran and spare is not None:
+                run.idle(spare)
+    except KeyboardInterrupt:
+        if not alone:
+            raise
+        processes.interrupted = True
+    except Exception as error:
+        if spare is not None and not alone:
+            raise
+        return error
+    return None
+
+
+def _line(error: Exception, name: str) -> str:
+    """Say why a batch failed."""
+    return (
+        str(error)
+        if isinstance(error, LoraInitError)
+        else f"{name or 'the data'}: {type(error).__name__}: {first_line(error)}"
+    )
 
 
 def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None) -> tqdm[Any]:
@@ -301,7 +360,8 @@ def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None
     return tqdm(total=total, desc="collect", unit="batch", disable=disable, dynamic_ncols=True)
 
 
-def _read(batches: Iterator[Any], seconds: dict[str, float], processes: Processes) -> list[Any] | None:
+def _read(batches: Iterator[Any], seconds: dict[str, float], processes: Processes) -> list[Any] | Exception | None:
+    """Read a batch; give what the data raises in its place, None at their end."""
     start = time.perf_counter()
     try:
         with processes.interruptible():
@@ -311,6 +371,8 @@ def _read(batches: Iterator[Any], seconds: dict[str, float], processes: Processe
     except KeyboardInterrupt:
         processes.interrupted = True
         return None
+    except Exception as error:
+        return error
     finally:
         seconds["data"] += time.perf_counter() - start
 

@@ -162,13 +162,45 @@ def from_bytes(content: bytes) -> Collected:
     return found
 
 
+class Part(Iterator[Any]):
+    """Items start, start + step, ... of an iterator. Unlike `islice`, it goes on after an item that cannot be read.
+
+    Attributes:
+        error: Why the item before could not be read, this process's or not; None if it could. If that is the last, it
+            may have been the end of the iterator, as of a generator, and nobody knows what else it had.
+    """
+
+    def __init__(self, items: Iterator[Any], start: int, step: int) -> None:
+        self.error: Exception | None = None
+        self._items, self._before, self._step = items, start, step
+
+    def __next__(self) -> Any:
+        before, self._before = self._before, self._step - 1
+        for i in range(before + 1):
+            try:
+                item, self.error = next(self._items), None
+            except StopIteration:
+                raise
+            except Exception as error:
+                self.error = error
+                if i == before:
+                    raise
+        return item
+
+
 class Shard(NamedTuple):
     """The batches of one process."""
 
-    batches: Iterator[Any]  # those that are still to be read
+    batches: Part  # those that are still to be read
     spare: Any  # one to run a sharded model on when there is none left; None if no process has a batch
     first: str  # hash of the first one of rank 0, empty if there is none: another one means other data
     common: bool  # all processes have the same loader and each reads its part of it
+    start: int = 0  # where in the data the first batch of this process is
+    step: int = 1  # and how far from each of its batches to the next
+
+    def position(self, n: int) -> int:
+        """Say where in the data batch `n` of this process is, both from 0."""
+        return self.start + n * self.step
 
 
 def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], in_step: bool) -> Shard:
@@ -191,8 +223,9 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], i
     spare = _spare(processes, first, digests) if in_step else None
     stream = chain(first, stream)
     same = [rank for rank, found in enumerate(digests) if found and digests.count(found) > 1]
-    if len(same) == processes.size:
-        stream = islice(stream, sum(used) + processes.rank, None, processes.size)
+    common = len(same) == processes.size
+    if common:
+        start, step = sum(used) + processes.rank, processes.size
     else:
         if same and processes.rank == 0:
             warnings.warn(
@@ -205,8 +238,8 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], i
                 f"the pass to go on with was made by {len(used)} processes, each with data of its own, and this one by "
                 f"{processes.size}. Start as many as before."
             )
-        stream = islice(stream, used[processes.rank] if used else 0, None)
-    return Shard(stream, spare, "".join(digests[0]), len(same) == processes.size)
+        start, step = used[processes.rank] if used else 0, 1
+    return Shard(Part(stream, start, step), spare, "".join(digests[0]), common, start, step)
 
 
 def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> Any:

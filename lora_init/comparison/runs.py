@@ -15,12 +15,11 @@ from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, read_variant
 from lora_init.errors import LoraInitError, did_you_mean
-from lora_init.files import parse_json, read_json, write_whole
+from lora_init.files import locked, parse_json, read_json, write_whole
 
 Record = dict[str, Any]
 
@@ -267,7 +266,7 @@ def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
     return best.pivot(index="start", columns="seed", values=column).reindex(best["start"].unique())
 
 
-SETTINGS_FILE, RUNS, LOCK = "settings.json", "runs", ".lock"
+SETTINGS_FILE, RUNS = "settings.json", "runs"
 BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in it the record of its run
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
@@ -332,13 +331,7 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
-    try:
-        lock = FileLock(path / LOCK, timeout=0).acquire()
-    except Timeout:
-        raise LoraInitError(
-            f"{path} is in use by another process. Wait until that comparison has ended, or name another directory."
-        ) from None
-    with lock:
+    with locked(path, "Wait until that comparison has ended, or name another directory."):
         there = peek(path, settings)
         (path / RUNS).mkdir(exist_ok=True)
         merged = dict(settings)

@@ -174,18 +174,24 @@ class MeanGradient:
         squares = state.squares + g.square().sum(0)
         self._pending = _State(outputs, inputs, left, right, squares, state.n_samples + len(g), n_chosen)
 
-    def update(self) -> None:
-        """Complete the batch.
+    def check_batch(self) -> None:
+        """Refuse what was projected since the last `update` if it has NaN or inf.
 
         Raises:
-            LoraInitError: It has NaN or inf; nothing was updated.
+            LoraInitError: It has; it is dropped.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        if not bool(torch.isfinite(pending.squares.sum() + pending.left.sum() + pending.right.sum())):
+        new = self._pending
+        if new is not None and not bool(torch.isfinite(new.squares.sum() + new.left.sum() + new.right.sum())):
+            self.forget_batch()
             raise LoraInitError("its gradient has NaN or inf. The model produces them; statistics were not updated.")
-        self._state = pending
+
+    def forget_batch(self) -> None:
+        """Drop what was projected since the last `update`."""
+        self._pending = None
+
+    def update(self) -> None:
+        """Complete the batch."""
+        self._state, self._pending = self._pending or self._state, None
 
     def _empty(self, g: Tensor, x: Tensor) -> _State:
         size = min(self.n_components + _MARGIN, g.shape[1], x.shape[1])

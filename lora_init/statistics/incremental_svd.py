@@ -185,9 +185,10 @@ class IncrementalSVD:
         self._n_directions = n_components + _MARGIN  # k
         self._state: _State | None = None
         self._gathered: _Sums | None = None  # rows that the directions do not know yet
-        self._forget_batch()
+        self.forget_batch()
 
-    def _forget_batch(self) -> None:
+    def forget_batch(self) -> None:
+        """Drop what was projected since the last `update`."""
         self._sums: _Sums | None = None  # rows of this batch, for the present directions
         self._few: _Rows | None = None  # rows of this batch that are taken in exactly
         self._tested: HeldOut | None = None
@@ -234,7 +235,7 @@ class IncrementalSVD:
         try:
             moments, rows, mean = _centred(rows, self.center)
         except LoraInitError:
-            self._forget_batch()
+            self.forget_batch()
             raise
         if state is None:
             self._take_exactly(moments, rows - mean)
@@ -273,7 +274,7 @@ class IncrementalSVD:
         if self._few is not None:
             self._add(self._few)
         self.held_out = self._tested
-        self._forget_batch()
+        self.forget_batch()
 
     def _take_gathered(self) -> _State | None:
         """Take in what was gathered."""

@@ -49,16 +49,16 @@ class Provenance:
         token_mask: `"attention"` or `"labels"`: which tokens were counted.
         seed: Seed of the decomposition.
         rank: Average rank that the pass was made for.
-        n_batches: Batches used.
+        n_batches: Batches used; not those that failed and were left out, see `collect`.
         n_samples: Rows of the layer that saw most.
-        stop_reason: `"converged"`, `"exhausted"`, `"max_batches"` or `"interrupted"`; those of all parts, with commas,
-            if statistics were merged.
+        stop_reason: `"converged"`, `"exhausted"`, `"max_batches"`, `"interrupted"` or `"failed"`; those of all parts,
+            with commas, if statistics were merged.
         seconds: Where the time went: `forward`, `decomposition`, `data`.
         versions: Versions of lora_init, torch, transformers and Python.
         notes: What a user should know about single layers, a sentence each.
         gradients: Whether backward passes were run, too; in all parts, if statistics were merged.
         n_labels: Labels whose loss the gradients are of.
-        complete: Whether the pass came to its end; one that was interrupted can be gone on with.
+        complete: Whether the pass came to its end; one that was interrupted or failed can be gone on with.
         settings: What else the pass was made with, see `collect`; empty if it is not known.
     """
 

@@ -384,8 +384,11 @@ def test_statistics_of_another_model_are_refused(command, home, tmp_path):
         other.model.layers[1].mlp.up_proj.weight.add_(1.0)
     save_model(other, tmp_path / "other")
     arguments = ["-o", tmp_path / "o2", "--statistics", file]
-    result = run("init", tmp_path / "other", home / "text.txt", *arguments, *command[5:])
-    assert_one_line_error(result, "was made from another model", "--overwrite")
+    before = file.read_bytes()
+    for options in ([], ["--overwrite"]):
+        result = run("init", tmp_path / "other", home / "text.txt", *arguments, *command[5:], *options)
+        assert_one_line_error(result, f"{file} was made from another model", "Name another file.")
+        assert "overwrite" not in result.stderr and file.read_bytes() == before
     assert_one_line_error(run("init", tmp_path / "other", *arguments), "was made from another model")
 
 
@@ -415,6 +418,32 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
     made = lora_init.Statistics.load(file).provenance
     assert (made.n_batches, made.stop_reason) == (3, "interrupted")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_fails_is_named_and_can_be_skipped(command, tmp_path, monkeypatch):
+    from transformers import LlamaModel
+
+    file, seen, forward = tmp_path / "s.safetensors", [], LlamaModel.forward
+
+    def failing(self, input_ids=None, **options):
+        seen.append(input_ids)
+        if len(whole) and torch.equal(input_ids, whole[3]):
+            raise lora_init.LoraInitError("the model broke.")
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", failing)
+    whole = []
+    assert run(*command, "-o", tmp_path / "whole").exit_code == 0
+    whole = seen[:]
+    for _ in range(2):  # the second time it goes on, and comes to the same batch
+        kept, error = run(*command, "--statistics", file).stderr.splitlines()
+        assert kept == f"{file}: kept the statistics of 3 batches. The same command goes on after them."
+        assert error == "error: batch 3: the model broke. --skip-bad-batches 1 goes on without it."
+    result = run(*command, "--statistics", file, "--skip-bad-batches", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "batches failed and were left out. batch 3: the model broke." in result.stdout
+    made = lora_init.Statistics.load(file).provenance
+    assert (made.complete, made.n_batches, made.settings["bad_batches"]) == (True, len(whole) - 1, 1)
 
 
 def test_a_pass_that_was_interrupted_goes_on_when_the_command_is_given_again(command, tmp_path, monkeypatch):

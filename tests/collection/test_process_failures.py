@@ -1,13 +1,14 @@
-"""A process that raises says so itself; the others end when it has ended, and all end when one is killed or hangs."""
+"""A process whose batch fails tells the others, which keep what is complete; all end when one is killed or hangs."""
 
 import os
 import signal
 import time
+import warnings
 
 import pytest
 import torch
 
-from lora_init import collect
+from lora_init import LoraInitError, collect
 from lora_init.collection.processes import Processes
 from tests import processes
 from tests.collection.test_processes import SETTINGS, Q, llama, message
@@ -34,7 +35,7 @@ def different_arguments(rank, size, folder):
 def test_different_models_and_arguments_are_said_by_all(tmp_path):
     expected = {
         "weights": "rank 1 has fingerprint",
-        "model": "rank 1 has layers '14 (",
+        "model": "rank 1 has fingerprint",
         "targets": "rank 1 has layers '2 (",
         "arguments": "rank 1 has center True, rank 0 has False. Give all processes the same model and arguments.",
         "no data": "there is no batch to learn from",
@@ -75,8 +76,10 @@ def test_a_process_that_ends_ends_the_others(victim, moment, tmp_path):
     assert exits[victim] == (9 if moment == "raises" else -9), running.stderr(victim)
     for rank in {0, 1, 2} - {victim}:
         kind, text = running.result(rank)
-        assert kind == "LoraInitError"
-        assert text.startswith(f"rank {rank} waited for 2 other processes, of which one has ended or did not answer")
+        said = f"rank {rank} waited for 2 other processes, of which one has ended or did not answer"
+        if moment == "raises":
+            said = f"rank {victim} failed: the data: RuntimeError: the disk went away."
+        assert (kind, text[: len(said)]) == ("LoraInitError", said)
 
 
 def test_a_process_that_hangs_ends_the_others_after_the_timeout_of_the_group(tmp_path):
@@ -135,6 +138,43 @@ def go_on(rank, size, folder):
     with Processes() as together:
         made = stats.provenance
         return [made.n_batches, made.complete, stats[Q].mean.tolist(), *together.sum(forward.n)]
+
+
+class Broken(Forward):
+    """Run a batch, unless it is one that nothing can run."""
+
+    def __call__(self, model, batch):
+        super().__call__(model, batch)
+        if torch.equal(batch["input_ids"], batches_for("llama", 21)[20]["input_ids"]):
+            raise RuntimeError("broken")
+
+
+def skipping(rank, size, folder):
+    batches, found = batches_for("llama", 40), []
+    for skip in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                stats = collect(
+                    llama(), batches, **SETTINGS, statistics=folder / "stats", forward=Broken(), skip_bad_batches=skip
+                )
+            except (RuntimeError, LoraInitError) as error:
+                stats = error.statistics
+                found.append([type(error).__name__, str(error)])
+        made = stats.provenance
+        found.append([made.complete, made.n_batches, made.settings["used"], made.settings.get("bad_batches")])
+    return [*found, stats[Q].mean.tolist()]
+
+
+def test_a_batch_that_fails_in_one_process_is_taken_by_none_and_skipped_by_all(tmp_path):
+    """They read one list, so that with the next start every batch but the bad one counts once."""
+    batches = batches_for("llama", 40)
+    expected = collect(llama(), batches[:20] + batches[21:], **SETTINGS)[Q].mean
+    for rank, (failed, kept, skipped, mean) in enumerate(run(skipping, 2, tmp_path)):
+        said = "rank 0 failed: batch 20: RuntimeError: broken. skip_bad_batches=1 goes on without it."
+        assert failed == (["LoraInitError", said] if rank else ["RuntimeError", "broken"])
+        assert kept == [False, 20, [20], None] and skipped == [True, 39, [40], 1]
+        torch.testing.assert_close(torch.tensor(mean), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_alone_everything_is_a_message_to_oneself():

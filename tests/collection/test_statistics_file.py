@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,6 @@ def test_a_file_of_a_version_that_knew_no_settings_is_used(tmp_path):
         ({"data": "other"}, "with data 'some data', and 'other'"),
         ({"target_modules": ["q_proj"]}, r"with layers '14 \(\w+\)', and '2 \(\w+\)'"),
         ({"gradients": True}, "with gradients False, and True"),
-        ({"model": "other"}, r"from another model \(LlamaForCausalLM\)"),
         ({"batches": batches_for("llama", seed=1)}, "from other data: the batches are other ones"),
     ],
 )
@@ -138,11 +138,20 @@ def test_other_settings_data_and_models_are_refused(complete, changes, expected,
     else:
         interrupt(file, forward=Counting())
     content, changes = file.read_bytes(), dict(changes)
-    other = tiny_llama() if changes.pop("model", None) else model()
     batches = changes.pop("batches", batches_for("llama", n_batches=6))
     with pytest.raises(OtherSettingsError, match=expected):
-        collect(other, batches, statistics=file, forward=counting, **SETTINGS | changes)
+        collect(model(), batches, statistics=file, forward=counting, **SETTINGS | changes)
     assert file.read_bytes() == content and counting.n == 0
+
+
+def test_the_file_of_another_model_is_named_as_such_whatever_else_differs(tmp_path):
+    """Not as one of other settings: nobody is advised to replace it."""
+    file, batches = tmp_path / "stats", batches_for("llama")
+    collect(model(), batches, statistics=file, **SETTINGS)
+    expected = r"stats was made from another model \(LlamaForCausalLM\), not from this one \(LlamaForCausalLM\)\. Name"
+    with pytest.raises(LoraInitError, match=expected) as caught:
+        collect(tiny_llama(num_hidden_layers=1), batches, statistics=file, **SETTINGS | {"rank": 3})
+    assert not isinstance(caught.value, OtherSettingsError) and "overwrite" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +178,9 @@ def test_a_file_with_gradients_serves_a_pass_without_if_it_has_the_same_rows(tok
 def test_layers_that_have_no_rows_count(tmp_path):
     """An adapter of the embedding would come, or not, with a file that was made for other targets."""
     file, batches = tmp_path / "stats.safetensors", batches_for("llama")
-    collect(tiny_llama(), batches, ["q_proj"], rank=2, statistics=file)
+    collect(model(), batches, ["q_proj"], rank=2, statistics=file)
     with pytest.raises(OtherSettingsError, match=r"was made with layers .2 "):
-        collect(tiny_llama(), batches, ["q_proj", "embed_tokens"], rank=2, statistics=file)
+        collect(model(), batches, ["q_proj", "embed_tokens"], rank=2, statistics=file)
 
 
 def test_later_batches_of_a_list_count(tmp_path):
@@ -224,6 +233,103 @@ def test_settings_that_batches_bring_along_count(tmp_path):
     batches.settings = {"template": "{b}"}
     with pytest.raises(OtherSettingsError, match=r"with template '\{a\}', and '\{b\}' is asked for"):
         collect(model(), batches, statistics=file, **SETTINGS)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Batches of which one cannot be read."""
+
+    def __init__(self, batches, broken):
+        self.batches, self.broken = batches, broken
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise OSError("the file is damaged")
+        return self.batches[index]
+
+
+class Failing(Counting):
+    """A forward function that does not take one batch."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+
+    def __call__(self, model, batch):
+        super().__call__(model, batch)
+        if torch.equal(batch["input_ids"], self.bad["input_ids"]):
+            raise ZeroDivisionError
+
+
+GOES_ON = "skip_bad_batches=1 goes on without it."
+
+
+def infinite(output, batch):
+    return output.loss * (float("inf") if batch["input_ids"][0, 0] == 1 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "text"),
+    [
+        ("reading", OSError, "the file is damaged"),
+        ("forward", ZeroDivisionError, None),
+        ("loss", LoraInitError, rf"^batch 4: the loss is inf.*{GOES_ON}$"),
+    ],
+)
+def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skipped(way, kind, text, tmp_path):
+    batches, file = batches_for("llama", n_batches=6), tmp_path / "stats"
+    others = batches[:4] + batches[5:]
+    batches[4]["input_ids"][0, 0] = 1  # nowhere else
+    data = torch.utils.data.DataLoader(Rows(batches, 4 if way == "reading" else -1), batch_size=None)
+    of_way = {"reading": {}, "forward": {"forward": Failing(batches[4])}, "loss": {"gradients": True, "loss": infinite}}
+    options = SETTINGS | of_way[way]
+    for _ in range(2):  # when it goes on it comes to the same batch
+        with warnings.catch_warnings(record=True) as said, pytest.raises(kind, match=text) as caught:
+            warnings.simplefilter("always")
+            collect(model(), data, statistics=file, **options)
+        named = [] if kind is LoraInitError else [f"batch 4 failed: {kind.__name__}. {GOES_ON}"]
+        assert [str(one.message) for one in said] == named
+        for made in (caught.value.statistics.provenance, Statistics.load(file).provenance):
+            assert (made.complete, made.n_batches, made.stop_reason) == (False, 4, "failed")
+    stats = collect(model(), data, statistics=file, skip_bad_batches=1, **options)
+    made, clean = stats.provenance, collect(model(), others, **options)
+    assert (made.complete, made.n_batches, made.settings["bad_batches"], made.settings["used"]) == (True, 5, 1, [6])
+    assert any("1 of 2 batches failed and were left out. batch 4: " in note for note in made.notes)
+    assert made.n_labels == clean.provenance.n_labels
+    for name in clean:
+        torch.testing.assert_close(stats[name].mean, clean[name].mean, atol=1e-6, rtol=1e-5)
+        assert stats.total_variance(name) == pytest.approx(clean.total_variance(name), rel=1e-5)
+
+
+def test_data_that_ends_with_an_error_is_not_taken_for_complete(tmp_path):
+    """A generator that has raised gives nothing more."""
+
+    def stream():
+        yield from batches_for("llama", n_batches=3)
+        raise OSError("the network went away")
+
+    with pytest.raises(OSError, match="the network went away") as caught:
+        collect(model(), stream(), statistics=tmp_path / "stats", skip_bad_batches=5, **SETTINGS)
+    assert caught.value.statistics.provenance.n_batches == 3
+    assert not Statistics.load(tmp_path / "stats").provenance.complete
+
+
+def test_a_second_pass_with_the_same_file_is_told_who_has_it_and_disturbs_nothing(tmp_path):
+    file, here = tmp_path / "stats", []
+
+    def stream():
+        for batch in batches_for("llama"):
+            if not here:
+                here.append(sorted(tmp_path.iterdir()))
+                with pytest.raises(LoraInitError, match=rf"stats is in use by process {os.getpid()} on .* Wait until"):
+                    collect(model(), batches_for("llama"), statistics=file, **SETTINGS)
+                assert sorted(tmp_path.iterdir()) == here[0]
+            yield batch
+
+    collect(model(), stream(), statistics=file, **SETTINGS)
+    assert here and Statistics.load(file).provenance.complete and list(tmp_path.iterdir()) == [file]
 
 
 def test_files_that_are_something_else_are_refused_and_stay(tmp_path):

@@ -303,7 +303,7 @@ def test_a_second_process_waits_for_nothing(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(LoraInitError, match=r"is in use by another process\. Wait until") as error:
+        with pytest.raises(LoraInitError, match=rf"is in use by process {process.pid} on .*\. Wait until") as error:
             keep(tmp_path)
         assert "\n" not in str(error.value)
         process.stdin.close()

@@ -94,7 +94,7 @@ def test_what_is_not_finite_is_refused_and_nothing_updated():
         g[3, 2] = bad
         mean.project(g, x)
         with pytest.raises(LoraInitError, match="NaN or inf"):
-            mean.update()
+            mean.check_batch()
     mean.update()
     assert all(torch.equal(a, b) for a, b in zip(before, mean.triplets(8), strict=True))
 
