@@ -92,7 +92,7 @@ def test_what_is_said_of_the_nearest(bank, home):
     [
         (["--by", "generated"], ["has no generator yet", "lora-init bank train"]),
         (["--similarity", "subspaces"], ["--statistics"]),
-        (["--use-dora", "--rho", "1"], ["--rho, --use-dora: a bank's adapters decide that. Leave it out."]),
+        (["--use-dora", "--rho", "1"], ["--rho, --use-dora: a bank's adapters decide that. Leave them out."]),
         (["--dry-run"], ["--dry-run"]),
     ],
 )
