@@ -19,7 +19,6 @@ import lora_init
 from lora_init.cli import bank, compare, export, init, inspect, ranks, verify
 from lora_init.cli.console import (
     WRONG_USAGE,
-    AsJson,
     busy,
     command,
     print_error,
@@ -92,7 +91,7 @@ _PACKAGES = (
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE")
 
 
-def env(as_json: AsJson = False) -> None:
+def env() -> None:
     """Print what a bug report needs: versions, processor, memory, GPUs, and variables that change what runs."""
     with busy("importing torch"):
         import torch
@@ -107,7 +106,7 @@ def env(as_json: AsJson = False) -> None:
         "gpus": ", ".join(f"{gpu.name} {gpu.total_memory / 10**9:.0f} GB" for gpu in gpus) or "none",
         **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-    print_result(about, as_json, lambda console, values: console.print(facts(values)))
+    print_result(about, lambda console, values: console.print(facts(values)))
 
 
 _COMMANDS: dict[Callable[..., None], str | None] = {

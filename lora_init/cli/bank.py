@@ -12,7 +12,6 @@ import typer
 from typer import Argument, Option
 
 from lora_init.cli.console import (
-    AsJson,
     Completion,
     DataFormat,
     MaxLength,
@@ -23,7 +22,6 @@ from lora_init.cli.console import (
     importing,
     print_result,
     say,
-    unescape,
 )
 from lora_init.cli.tables import columns, facts, finite
 from lora_init.errors import LoraInitError
@@ -57,7 +55,6 @@ def add(
     samples: Annotated[int, Option(min=2, help="Prompts to keep embeddings of.")] = 128,
     max_length: MaxLength = 512,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Add the trained ADAPTER to BANK, with embeddings of the prompts that it was trained on."""
     with importing(model, data):
@@ -83,7 +80,7 @@ def add(
     with busy(f"loading {source}"):
         loaded = load_model(source, trust_remote_code=trust_remote_code)
     batches = load_batches(
-        data, loaded.tokenizer, template=unescape(template), completion=unescape(completion), format=data_format,
+        data, loaded.tokenizer, template=template, completion=completion, format=data_format,
         samples=samples, max_length=max_length, seq2seq=loaded.seq2seq,
     )  # fmt: skip
     with busy("embedding the prompts"):
@@ -99,10 +96,10 @@ def add(
         f"{found.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
         f"In all {len(found.entries)}, tasks: {len(found.tasks)}."
     )
-    print_result(summary, as_json, lambda console, _: console.print(line, markup=False), written=True)
+    print_result(summary, lambda console, _: console.print(line, markup=False), written=True)
 
 
-def list_(bank: BankPath, as_json: AsJson = False) -> None:
+def list_(bank: BankPath) -> None:
     """List the adapters in BANK."""
     with importing():
         from lora_init.bank.store import GENERATOR, open_bank
@@ -123,7 +120,7 @@ def list_(bank: BankPath, as_json: AsJson = False) -> None:
         console.print(facts(head), "", table, markup=False)
 
     about = {"bank": str(found.path), "model": found.model, "encoder": found.encoder, "entries": entries}
-    print_result(about, as_json, show)
+    print_result(about, show)
 
 
 def train(
@@ -131,7 +128,6 @@ def train(
     rank: Annotated[int | None, Option(min=1, help="Rank to generate. Default: the least in the bank.")] = None,
     steps: Annotated[int | None, Option(min=1, help="Steps of training. Default: 1600.")] = None,
     seed: Annotated[int, Option(min=0, help="Seed of all that is random.")] = 0,
-    as_json: AsJson = False,
 ) -> None:
     """Train the generator of BANK: from prompts to the weights of an adapter."""
     with importing():
@@ -153,7 +149,7 @@ def train(
         f"{path}: {parameters:,} parameters. From prompts of its {len(found.tasks)} tasks that it did not see it "
         f"reproduces {max(0.0, generator.explained):.0%} of what distinguishes their adapters."
     )
-    print_result(summary, as_json, lambda console, _: console.print(line, markup=False), written=True)
+    print_result(summary, lambda console, _: console.print(line, markup=False), written=True)
 
 
 for _name, _function in (("add", add), ("list", list_), ("train", train)):
@@ -169,7 +165,6 @@ def start_from(
     *,
     output: Path,
     overwrite: bool,
-    as_json: bool,
     **how: Any,
 ) -> None:
     """Start from a bank, save the adapter and print what came of it, for `init --method from-bank`."""
@@ -197,7 +192,7 @@ def start_from(
         "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
         "loss_before": finite(before), "loss_at_start": finite(after),
     }  # fmt: skip
-    print_result(summary, as_json, _show_start, written=True)
+    print_result(summary, _show_start, written=True)
 
 
 def _show_start(console: Console, summary: dict[str, Any]) -> None:

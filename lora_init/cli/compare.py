@@ -13,7 +13,6 @@ import typer
 
 from lora_init.adapters.starts import COMPARED
 from lora_init.cli.console import (
-    AsJson,
     Completion,
     DataFormat,
     Device,
@@ -24,6 +23,7 @@ from lora_init.cli.console import (
     importing,
     is_quiet,
     print_result,
+    prints_json,
     read_modules,
     read_names,
     read_numbers,
@@ -113,13 +113,12 @@ def compare(
     ] = None,
     ray: Annotated[str | None, typer.Option(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
     retain_data: Annotated[str | None, typer.Option(help="Text of another kind, to measure forgetting.")] = None,
-    retain_template: Annotated[str | None, typer.Option(help="How an example of it reads.")] = None,
+    retain_template: Annotated[str | None, typer.Option(callback=unescape, help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, typer.Option(min=1, help="Examples of it.")] = 64,
     dtype: Dtype = "float32",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; do nothing.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Train the same adapter on MODEL and DATA from several starts, everything else equal, and compare.
 
@@ -133,9 +132,6 @@ def compare(
         "learning_rates": read_numbers("--learning-rates", learning_rates, float),
         "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),
         "target_modules": read_modules(target_modules),
-        "template": unescape(template),
-        "completion": unescape(completion),
-        "retain_template": unescape(retain_template),
         "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
         "time": None if time is None else _read_seconds(time),
         "precision": None if precision is None else _read_share(precision),
@@ -145,20 +141,20 @@ def compare(
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
     arguments: dict[str, Any] = {
-        name: value for name, value in given.items() if name not in ("eval_points", "data_format", "as_json")
+        name: value for name, value in given.items() if name not in ("eval_points", "data_format")
     }
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if dry_run:
         titles = [run.title for run in found.planned]
         plan = {"runs": [asdict(run) for run in found.planned], "ended": len(found.records)}
         last = f"{len(titles)} runs, {len(found.records)} ended"
-        print_result(plan, as_json, lambda *_: typer.echo("\n".join([*titles, last])))
+        print_result(plan, lambda *_: typer.echo("\n".join([*titles, last])))
         return
     about = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
     about["verdicts"] = [asdict(verdict) for verdict in found.summary.verdicts]
     about["notes"] = found.summary.notes
-    print_result(about, as_json, lambda console, _: show_comparison(console, found.summary), written=True)
-    if not as_json:
+    print_result(about, lambda console, _: show_comparison(console, found.summary), written=True)
+    if not prints_json():
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():
             say(f"{found.directory / 'best'}: the trained adapter of the best start")

@@ -24,12 +24,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-AsJson = Annotated[bool, Option("--json", help="Print JSON, and nothing else, to stdout.")]
+
+def unescape(template: str | None) -> str | None:
+    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+
+
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
 ]
-Template = Annotated[str | None, Option(help='Text of an example, as in "{passage}\\nQuestion: {question}?".')]
-Completion = Annotated[str | None, Option(help="What the model should answer; --template is then the prompt.")]
+Template = Annotated[
+    str | None, Option(callback=unescape, help='Text of an example, as in "{passage}\\nQuestion: {question}?".')
+]
+Completion = Annotated[
+    str | None, Option(callback=unescape, help="What the model should answer; --template is then the prompt.")
+]
 DataFormat = Annotated[
     Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"] | None,
     Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
@@ -85,9 +94,9 @@ def print_error(text: str) -> None:
     print(f"rank {rank}: error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
 
 
-def print_result(content: Any, as_json: bool, show: Callable[[Console, Any], None], written: object = False) -> None:
-    """Print plain values as JSON, or as `show` does; with `-q` no summary of what was `written`."""
-    if as_json:
+def print_result(content: Any, show: Callable[[Console, Any], None], written: object = False) -> None:
+    """Print plain values as `--json` or `show` has them; with `-q` no summary of what was `written`."""
+    if _running.as_json:
         typer.echo(json.dumps(content, indent=2, allow_nan=False))
     elif not (written and _running.quiet):
         show(make_console(), content)
@@ -124,6 +133,7 @@ class _Running:
     given: set[str] = field(default_factory=set)  # arguments that are on the command line
     quiet: bool = False
     verbose: bool = False
+    as_json: bool = False
 
 
 _running = _Running()
@@ -135,6 +145,7 @@ def _common(
         bool, Option("--quiet", "-q", help="Print no progress and no summary of what was written.")
     ] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Let other libraries speak, and show tracebacks.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
 ) -> None:
     _running.options = {}
     for parameter in context.command.params:
@@ -143,15 +154,16 @@ def _common(
             _running.options[parameter.name] = on, next(iter(parameter.secondary_opts), f"no {on}")
     sources = {name: context.get_parameter_source(name) for name in context.params}
     _running.given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    _running.quiet, _running.verbose = quiet, verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
+    _running.quiet, _running.as_json = quiet, as_json
+    _running.verbose = verbose or bool(os.environ.get("LORA_INIT_DEBUG"))
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function: it takes the options of `_common`, too, and what goes wrong is one line."""
 
     @functools.wraps(function)
-    def run(context: typer.Context, quiet: bool, verbose: bool, **options: Any) -> None:
-        _common(context, quiet, verbose)
+    def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+        _common(context, quiet, verbose, as_json)
         with one_line_errors():
             require(*_libraries(context.command.name, options))
             function(**options)
@@ -174,6 +186,11 @@ def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
 def given(arguments: Iterable[str]) -> list[str]:
     """Name the options of those of these arguments that are on the command line."""
     return [_running.options[name][0] for name in arguments if name in _running.given]
+
+
+def prints_json() -> bool:
+    """Tell whether the command that runs prints JSON, and nothing else, to stdout."""
+    return _running.as_json
 
 
 def is_quiet() -> bool:
@@ -292,8 +309,3 @@ def read_numbers(option: str, text: str, kind: type[float] | type[int]) -> list[
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise LoraInitError(f"{option} {text!r}: expected {what} separated by commas.") from None
-
-
-def unescape(template: str | None) -> str | None:
-    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.cli.console import (
-    AsJson,
     Completion,
     MaxLength,
     Samples,
@@ -16,7 +15,6 @@ from lora_init.cli.console import (
     busy,
     importing,
     print_result,
-    unescape,
 )
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require_version
@@ -46,7 +44,6 @@ def export(
     samples: Samples = 64,
     max_length: MaxLength = 512,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Bring the trained adapter in DIRECTORY into the form that an engine loads, with the same outputs."""
     if data is not None and (merge_into or start or engine in ("llama.cpp", "ollama", "mlx")):
@@ -61,7 +58,7 @@ def export(
     batches = None
     if loaded is not None and data is not None:
         batches = load_batches(
-            data, loaded.tokenizer, template=unescape(template), completion=unescape(completion), samples=samples,
+            data, loaded.tokenizer, template=template, completion=completion, samples=samples,
             max_length=max_length, seq2seq=loaded.seq2seq,
         )  # fmt: skip
     exported = export_adapter(
@@ -72,7 +69,7 @@ def export(
     summary = exported.to_dict()
     if loaded is not None and batches is not None:
         summary["losses"] = [_loss(loaded, place, batches) for place in (directory, exported.path)]
-    print_result(summary, as_json, lambda console, values: _show(console, exported, values.get("losses")), written=True)
+    print_result(summary, lambda console, values: _show(console, exported, values.get("losses")), written=True)
 
 
 def _load(directory: Path, base: str | None) -> LoadedModel:

@@ -14,7 +14,6 @@ from typer import Argument, Option
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, FROM_BANK, STARTS, buildable, find_start
 from lora_init.cli.bank import start_from
 from lora_init.cli.console import (
-    AsJson,
     Completion,
     DataFormat,
     Device,
@@ -33,7 +32,6 @@ from lora_init.cli.console import (
     read_modules,
     read_names,
     say,
-    unescape,
 )
 from lora_init.cli.tables import facts, finite, rank_table
 from lora_init.errors import LoraInitError
@@ -146,7 +144,6 @@ def init(
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
     ] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
@@ -170,7 +167,7 @@ def init(
     with busy(f"reading {model} and the data"):
         source = _open(model, task_type, label, trust_remote_code, gradients and data is not None)
         read = partial(
-            load_batches, data, source.tokenizer, template=unescape(template), completion=unescape(completion),
+            load_batches, data, source.tokenizer, template=template, completion=completion,
             format=data_format, subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
             seq2seq=source.seq2seq and label is None, needs_labels=gradients or token_mask == "labels", label=label,
             known_classes=source.classes,
@@ -191,7 +188,7 @@ def init(
         from lora_init.cli.dry_run import estimate, show_estimate
 
         settings |= {"dtype": dtype, "device": device, "freeze_a": freeze_a, "use_dora": use_dora}
-        print_result(estimate(source, batches, selection, settings), as_json, show_estimate)
+        print_result(estimate(source, batches, selection, settings), show_estimate)
         return
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device, **_head(batches, file, seed))
@@ -199,7 +196,7 @@ def init(
     if bank is not None:
         start_from(
             bank, loaded, batches, aside, file, by=by, rank=rank, lora_alpha=lora_alpha, gamma=gamma,
-            similarity=similarity, output=output, overwrite=overwrite, as_json=as_json,
+            similarity=similarity, output=output, overwrite=overwrite,
         )  # fmt: skip
         return
     if plan is not None:
@@ -215,7 +212,7 @@ def init(
     build = partial(build_adapter, stats, ranks, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed)
     built = _with_best_step(loaded.model, build, aside, gamma) if takes_step else build()
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-    print_result(summary_of(stats, ranks, directory, file, built), as_json, show_summary, written=True)
+    print_result(summary_of(stats, ranks, directory, file, built), show_summary, written=True)
 
 
 # Options that say nothing without the thing that they are about: how DATA are read, how the pass over them is made, ...

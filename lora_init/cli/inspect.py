@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.cli.console import AsJson, TrustRemoteCode, busy, importing, print_result, read_numbers
+from lora_init.cli.console import TrustRemoteCode, busy, importing, print_result, read_numbers
 from lora_init.cli.tables import columns, facts, finite, rank_table
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable
@@ -36,7 +36,6 @@ def inspect(
         str | None, Option(help="With --intruders: base model. Default: the one that the adapter names.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Say what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
     with _damage_of(path):
@@ -46,7 +45,7 @@ def inspect(
     elif model is not None:
         raise LoraInitError("--model is for --intruders; without it no model is loaded.")
     with _damage_of(path):
-        print_result(description, as_json, show)
+        print_result(description, show)
 
 
 MERGE_EXAMPLE = """\b
@@ -64,7 +63,6 @@ def merge(
         str | None, Option(help="Share of each file, as 0.7,0.3. Default: each row counts once.")
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file that is there.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Merge statistics FILES of one model: shards of one data set, data that came later, or a mixture by weights."""
     check_writable(output, overwrite, "statistics file")
@@ -73,7 +71,7 @@ def merge(
 
     parts = [Statistics.load(file) for file in files]
     merged = parts[0].merge(*parts[1:], weights=shares)
-    print_result(describe(merged.save(output.expanduser())), as_json, show, written=True)
+    print_result(describe(merged.save(output.expanduser())), show, written=True)
 
 
 @contextmanager

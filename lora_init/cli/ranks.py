@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from lora_init.cli.console import AsJson, print_result, read_names, read_numbers, say
+from lora_init.cli.console import print_result, prints_json, read_names, read_numbers, say
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
@@ -189,7 +189,6 @@ def ranks(
     use_rslora: Annotated[bool, Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
     plot: Annotated[Path | None, Option(help="Picture to write: .png, .svg or .html.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an older plan or picture.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
     arguments: dict[str, Any] = {
@@ -203,7 +202,9 @@ def ranks(
     }  # fmt: skip
     variants = read_variants(compare or [], arguments)
     asked = [arguments, *variants.values()]
-    _refuse(tool and (compare or as_json), "--format prints one plan for one tool. Leave --compare and --json out.")
+    _refuse(
+        tool and (compare or prints_json()), "--format prints one plan for one tool. Leave --compare and --json out."
+    )
     _refuse(dtype and not any(one.get("megabytes") for one in asked), "--dtype is for --megabytes.")
     _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")
     _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
@@ -236,7 +237,7 @@ def ranks(
         else:
             show_plan(console, plan, stats)
 
-    print_result(several if variants else plan_to_dict(plan), as_json, show, written=output or plot)
+    print_result(several if variants else plan_to_dict(plan), show, written=output or plot)
 
 
 def _refuse(condition: object, message: str) -> None:

@@ -12,7 +12,6 @@ from typer import Argument, Option
 
 from lora_init.cli.console import (
     FAILED,
-    AsJson,
     Completion,
     Device,
     Dtype,
@@ -22,7 +21,6 @@ from lora_init.cli.console import (
     busy,
     importing,
     print_result,
-    unescape,
 )  # fmt: skip
 from lora_init.errors import LoraInitError
 
@@ -52,7 +50,6 @@ def verify(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Ask a running server whether it serves the adapter in DIRECTORY as it was trained; exits with 0 only then."""
     from lora_init.serving.server import Server
@@ -73,13 +70,13 @@ def verify(
         raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")
     prompts: list[Any] = chats
     if not (chat and chats):
-        settings = dict(template=unescape(template), completion=unescape(completion), max_length=max_length)
+        settings = dict(template=template, completion=completion, max_length=max_length)
         texts = _beginnings() if data is None else _texts(data, loaded.tokenizer, samples=2 * n, **settings)
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
     with busy(f"computing and asking {n} of {len(prompts)} prompts"):
         at_base = partial(server.ask, base_name) if base_name else None
         found = verify(directory, loaded.model, loaded.tokenizer, prompts, partial(server.ask, name), at_base, n=n)
-    print_result(asdict(found), as_json, lambda console, _: console.print(found.text, markup=False))
+    print_result(asdict(found), lambda console, _: console.print(found.text, markup=False))
     if found.verdict != AS_TRAINED:
         raise SystemExit(FAILED)
 
