@@ -256,10 +256,12 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON that may come from elsewhere: what a terminal would obey becomes a sign that it shows.
 
     Raises:
-        ValueError: It is no JSON.
-        RecursionError: It is nested too deeply.
+        ValueError: It is no JSON, or nested too deeply.
     """
-    return _shown(json.loads(text))
+    try:
+        return _shown(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _shown(value: Any) -> Any:
@@ -274,11 +276,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":
             raise LoraInitError(f"{path} holds more than one JSON object, as data on JSON lines do.") from error
-        raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
-    except (ValueError, RecursionError) as error:
         raise LoraInitError(f"{path} is not JSON: {error}. The file is damaged.") from error
     if not isinstance(content, dict):
         raise LoraInitError(f"{path}: expected a JSON object. The file is damaged.")

@@ -19,7 +19,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, read_variant
 from lora_init.errors import LoraInitError, did_you_mean
-from lora_init.files import locked, parse_json, read_json, write_whole
+from lora_init.files import locked, read_json, write_whole
 
 Record = dict[str, Any]
 
@@ -381,9 +381,9 @@ def read_runs(path: Path) -> list[Record]:
     found = []
     for file in sorted((path / RUNS).glob("*.json")):
         try:
-            record = parse_json(file.read_bytes())
+            record = read_json(file)
             Run.of(record)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise LoraInitError(f"{file}: not a run ({error!r}). Remove the file; the run is repeated.") from error
         found.append(record)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -16,7 +15,7 @@ from torch import nn
 
 from lora_init.adapters.peft_model import WEIGHTS_FILE, base_change_of, card_header, origin_of, remember
 from lora_init.errors import LoraInitError, require_version
-from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, write_json
+from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
 from lora_init.layers.targets import PREFIX
 from lora_init.planning.budgets import parse_count
 from lora_init.planning.limits import whole_number
@@ -259,7 +258,7 @@ def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, b
 def _replaceable(path: Path) -> list[str]:
     """List the files that an earlier export wrote into a directory."""
     try:
-        return [RECORD_FILE, *json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))["files"]]
+        return [RECORD_FILE, *read_json(path / RECORD_FILE)["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -96,7 +96,7 @@ class Server:
             raise LoraInitError(f"{self.url} refuses the key ({answer.status_code}). Give another one by api_key=.")
         try:
             return answer.status_code, parse_json(answer.content)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if answer.status_code in _NOT_THERE:
                 return answer.status_code, None
             raise LoraInitError(

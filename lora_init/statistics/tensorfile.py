@@ -71,7 +71,7 @@ class TensorFile:
             raise self.changed("its header")
         try:
             self.header: dict[str, Any] = parse_json(text)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise self.changed("its header") from error
         if not isinstance(self.header, dict) or not isinstance(self.header.get("digests"), dict):
             raise self.changed("its header")
