@@ -69,9 +69,9 @@ def initialize(
             `modules_to_save` and `freeze_a`.
         tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
         target_modules: See `collect`.
-        gamma: See `build_adapter`. By default a method that steps sets the first four batches aside and takes the size
-            of its step by the loss on them, see `find_step_size`. Where there are no more than four, they serve for
-            both, with a warning.
+        gamma: See `build_adapter`. By default a method that steps sets four batches aside, and at least 16 examples,
+            but at most a quarter of the data, and takes the size of its step by the loss on them, see `find_step_size`.
+            If that is fewer than 16 different examples, a warning says so.
         adapter_name: PEFT's name for the adapter.
         seed: Seed of the decomposition and of random initializations.
         **options: Passed on to `collect` (`exclude_modules`, `task_type` and so on) and, with a tokenizer, to

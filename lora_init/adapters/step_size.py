@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
@@ -20,8 +21,8 @@ from lora_init.layers.wrappers import unwrapped
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.
 FIRST = 1024.0
 _FARTHEST = (2.0**-10, 2.0**14)
-# Batches that are set aside to measure the loss on.
-N_ASIDE = 4
+# What is set aside to measure the loss on: so many batches, and no fewer examples than that.
+_N_BATCHES, LEAST = 4, 16
 
 
 class NoStepError(LoraInitError):
@@ -94,18 +95,107 @@ def _lowest(measure: Callable[[float], float], first: float) -> float:
     return min((best, best * 2.0, best / 2.0), key=measure)
 
 
-def set_aside(batches: Iterable[Any]) -> tuple[list[Any], Iterable[Any]]:
-    """Take the first four batches for the search, and give the iterable of the others, for the statistics.
+def most_aside(batch_size: int) -> int:
+    """Say how many examples are set aside where there are plenty: four batches, and 16."""
+    return max(_N_BATCHES * batch_size, LEAST)
 
-    If there are no others, all serve for both, with a warning.
+
+def n_aside(n_examples: int, batch_size: int) -> int:
+    """Say how many examples are set aside: `most_aside`, but at most a quarter of those that there are.
+
+    Example:
+        >>> [n_aside(n, batch_size=4) for n in (256, 40, 2)], n_aside(256, batch_size=1)
+        ([16, 8, 1], 16)
     """
-    stream = iter(batches)
-    aside = list(islice(stream, N_ASIDE))
-    rest = list(islice(stream, 1))
-    if aside and not rest:
+    n = min(most_aside(batch_size), n_examples // 4)
+    return max(1, n // batch_size * batch_size or n)
+
+
+def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
+    """Set examples aside for the search, `n_aside` of them, and give the batches of the others, for the statistics.
+
+    They are those of `beyond`, if these are enough, and the first of all otherwise. No example is in both: those
+    with the same tokens are one. A batch whose values are not one for each example is set aside whole, and counts as 4.
+    If there is nothing else, the same batch serves for both.
+
+    Args:
+        batches: As `collect` takes them; an iterator is read as far as needed.
+        beyond: Batches of examples that the statistics need not be from.
+
+    Warns:
+        UserWarning: Fewer than 16 are set aside.
+    """
+    spare = [(batch, _examples(batch)) for batch in beyond]
+    if spare:
+        batches = list(batches) if isinstance(batches, Iterator) else batches
+        known = {example for batch in batches for example in _examples(batch)}
+        new = {example for _, examples in spare for example in examples} - known
+        total = len(known) + len(new)
+        if len(new) >= min(LEAST, n_aside(total, len(spare[0][1]))):
+            _warn_of_few(len(new), total)
+            return _once(spare, new), batches
+    stream = ((batch, _examples(batch)) for batch in chain(batches, (batch for batch, _ in spare)))
+    head: list[tuple[Any, list[Any]]] = []
+    found: dict[Any, None] = {}
+    for batch, examples in stream:
+        head.append((batch, examples))
+        found |= dict.fromkeys(examples)
+        if len(found) >= 4 * most_aside(len(head[0][1])):
+            break
+    if not head:
+        return [], []
+    chosen = set(islice(found, n_aside(len(found), len(head[0][1]))))
+    _warn_of_few(len(chosen), len(found))
+    rest = list(_without(head, chosen)) or [batch for batch, _ in head]
+    return _once(head, chosen), chain(rest, _without(stream, chosen))
+
+
+def _warn_of_few(n: int, total: int) -> None:
+    if n < LEAST:
         warnings.warn(
-            f"there are only {len(aside)} batches, so the size of the step is chosen by the loss on those that the "
-            f"statistics are from, and comes out too large. With more than {N_ASIDE}, {N_ASIDE} are set aside for it.",
-            stacklevel=3,
+            f"the size of the step is chosen by the loss on {n} of {total} different examples, and fewer than {LEAST} "
+            f"say little about it. Give at least {4 * LEAST} different examples, or gamma=.",
+            stacklevel=4,
         )
-    return aside, chain(rest, stream) if rest else aside
+
+
+def _examples(batch: Any) -> list[Any]:
+    """Name the examples of a batch by what is in them; where they cannot be told apart, by numbers of its own."""
+    if not _has_rows(batch):
+        unlike = object()
+        return [(unlike, i) for i in range(4)]
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and mask is not None and ids.shape == mask.shape:
+        return [tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
+    values = batch.values() if ids is None else [ids]
+    plain = [value.detach().reshape(len(value), -1).contiguous().cpu().view(torch.uint8).numpy() for value in values]
+    return [b"".join(part.tobytes() for part in parts) for parts in zip(*plain, strict=True)]
+
+
+def _has_rows(batch: Any) -> bool:
+    values = list(batch.values()) if isinstance(batch, Mapping) else []
+    return bool(values) and all(isinstance(v, Tensor) and v.dim() and len(v) == len(values[0]) for v in values)
+
+
+def _once(pairs: Iterable[tuple[Any, list[Any]]], wanted: set[Any]) -> list[Any]:
+    """Take each of these examples once."""
+    left = set(wanted)
+    parts = []
+    for batch, examples in pairs:
+        first = {example: i for i, example in reversed(list(enumerate(examples)))}
+        parts.append(_part(batch, [example in left and first[example] == i for i, example in enumerate(examples)]))
+        left -= set(examples)
+    return [part for part in parts if part is not None]
+
+
+def _without(pairs: Iterable[tuple[Any, list[Any]]], unwanted: set[Any]) -> Iterator[Any]:
+    parts = (_part(batch, [example not in unwanted for example in examples]) for batch, examples in pairs)
+    return (part for part in parts if part is not None)
+
+
+def _part(batch: Any, kept: list[bool]) -> Any:
+    """Take some examples of a batch; None if it is none, and the batch itself if it is all."""
+    if all(kept) or not _has_rows(batch):
+        return batch if kept[0] else None
+    rows = [i for i, keep in enumerate(kept) if keep]
+    return {name: value[rows] for name, value in batch.items()} if rows else None

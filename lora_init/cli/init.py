@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -173,7 +174,7 @@ def init(
             known_classes=source.classes,
         )  # fmt: skip
         batches = read(samples=samples) if data is not None else None  # before the weights, which take longer
-        aside = _read_aside(read, batches, samples, batch_size) if takes_step and batches else []
+        aside, batches = _read_aside(read if takes_step else None, batches, samples, batch_size)
     selection: dict[str, Any] = {
         "target_modules": read_modules(target_modules),
         "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
@@ -315,15 +316,25 @@ def _head(batches: Batches | None, file: Path | None, seed: int) -> dict[str, An
     return {"n_labels": len(made.settings.get("classes", ())) or None, "seed": made.seed}
 
 
-def _read_aside(read: Callable[..., Batches], batches: Batches, samples: int, batch_size: int) -> list[Any]:
-    """Read four batches of the examples that come after the sample; of the sample itself if there are no more."""
-    from lora_init.adapters.step_size import N_ASIDE
+def _read_aside(
+    read: Callable[..., Batches] | None, batches: Batches | None, samples: int, batch_size: int
+) -> tuple[list[Any], Batches | None]:
+    """Set examples aside for the size of a step, beyond the sample if there are enough; give what is left of it."""
+    if read is None or batches is None:
+        return [], batches
+    from lora_init.adapters.step_size import most_aside, set_aside
+    from lora_init.loading.batches import Batches
 
-    try:
-        return read(offset=samples, samples=N_ASIDE * batch_size)
-    except LoraInitError:
-        say("warning: the data has no examples beyond the sample, so the size of the step is found on its own.")
-        return batches[:N_ASIDE]
+    beyond: list[Any] = []
+    with suppress(LoraInitError):  # there are none
+        beyond = read(offset=samples, samples=most_aside(batch_size))
+    aside, others = set_aside(batches, beyond)
+    if others is batches:
+        return aside, batches
+    n = sum(len(batch["input_ids"]) for batch in aside)
+    left = Batches(others, batches.settings | {"set aside": n})
+    left.classes, left.description = batches.classes, f"{batches.description}, {n} set aside"
+    return aside, left
 
 
 def _as_it_is(file: Path, model: nn.Module, selection: Mapping[str, Any]) -> Statistics:

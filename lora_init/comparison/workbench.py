@@ -18,7 +18,7 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.adapters.step_size import N_ASIDE
+from lora_init.adapters.step_size import n_aside, set_aside
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect, fingerprint
 from lora_init.collection.losses import batch_loss, mean_loss, text_loss
@@ -223,8 +223,12 @@ class Workbench:
 
         The batches that the size of a step is measured on are others, unless there are hardly any.
         """
-        there = len(self.task.train) // self.training.batch_size - N_ASIDE
+        there = len(self.task.train) // self.training.batch_size - self._n_aside()
         return min(wanted or self.statistics_batches, max(1, there))
+
+    def _n_aside(self) -> int:
+        size = self.training.batch_size
+        return max(1, n_aside(len(self.task.train), size) // size)
 
     def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None) -> None:
         self._renew_head(run.seed)
@@ -250,7 +254,8 @@ class Workbench:
 
         def loss_of(model: nn.Module) -> float:
             """Measure the loss that training minimises on training batches that the statistics are not from."""
-            return mean_loss(model, self._batches(seed, n, N_ASIDE), **_AS_TRAINED)
+            aside, _ = set_aside(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside()))
+            return mean_loss(model, aside, **_AS_TRAINED)
 
         targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.shape.task_type)
         everywhere = dict.fromkeys(targets.layers, self.shape.rank)

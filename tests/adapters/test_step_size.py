@@ -1,5 +1,7 @@
 """The size of a step: the best that a plain search finds, measured on the model that is then handed over."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -65,17 +67,19 @@ def test_a_step_that_never_helps_is_refused(case):
 
 
 def test_initialize_steps_and_sets_batches_aside_from_any_iterable(case, monkeypatch):
-    model, batches, _ = case
-    many = [*batches, *batches]
+    model = case[0]
+    many = [
+        of(*[(7, 8, 9, 10, 11, i + k) for k in range(4)], width=6) for i in range(0, 64, 4)
+    ]  # there is something to learn
     seen = []
     monkeypatch.setattr(
         "lora_init.adapters.initialize.collect",
         lambda m, b, *rest, **named: collect(m, seen_by(b, seen), *rest, **named),
     )
-    plain = mean_loss(model, batches)
-    adapted = lora_init.initialize(copied(model), (batch for batch in many), rank=4, method="lora-one")
+    plain = mean_loss(model, many[:4])
+    adapted = lora_init.initialize(copied(model), (batch for batch in many), rank=2, rho=1, method="lora-one")
     assert [id(batch) for batch in seen] == [id(batch) for batch in many[4:]]
-    assert mean_loss(adapted, batches) < plain
+    assert mean_loss(adapted, many[:4]) < plain
 
 
 def seen_by(batches, seen):
@@ -84,12 +88,65 @@ def seen_by(batches, seen):
         yield batch
 
 
-def test_few_batches_serve_for_both():
-    with pytest.warns(UserWarning, match="only 3 batches, so the size of the step is chosen by the loss on those"):
-        aside, others = set_aside(iter("abc"))
-    assert aside == list(others) == ["a", "b", "c"]
-    aside, others = set_aside("abcdef")
-    assert aside == ["a", "b", "c", "d"] and list(others) == ["e", "f"]
+def of(*rows, width=3):
+    """A batch of examples, each a list of tokens, padded with 0."""
+    ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def rows_of(batches):
+    return [tuple(row[kept.bool()].tolist()) for b in batches for row, kept in zip(*list(b.values())[:2], strict=True)]
+
+
+def numbered(n, size=4):
+    return [of(*[(1, i) for i in range(k, min(k + size, n))]) for k in range(0, n, size)]
+
+
+@pytest.mark.parametrize(("n", "expected"), [(17, 4), (20, 4), (40, 8), (64, 16), (257, 16)])
+def test_a_quarter_is_set_aside_until_it_is_sixteen(n, expected):
+    with pytest.warns(UserWarning, match=f"on {expected} of {n} different") if expected < 16 else nullcontext():
+        aside, others = set_aside(iter(numbered(n)))
+    aside, others = rows_of(aside), rows_of(others)
+    assert len(aside) == expected and aside + others == rows_of(numbered(n))
+
+
+def test_no_example_is_on_both_sides_however_often_it_is_there():
+    # 16 different ones, eight times each, padded in two ways
+    batches = [of((1, i % 8), (2, i % 8), width=2 + i // 8 % 2) for i in range(64)]
+    with pytest.warns(UserWarning, match="on 4 of 16 different examples"):
+        aside, others = set_aside(batches)
+    aside, others = rows_of(aside), rows_of(others)
+    assert len(aside) == len(set(aside)) == 4 and len(others) == 12 * 8
+    assert not set(aside) & set(others) and len(set(others)) == 12
+
+
+@pytest.mark.parametrize(("beyond", "n_aside", "n_others"), [(16, 16, 256), (1, 16, 241), (0, 16, 240)])
+def test_examples_beyond_the_sample_are_taken_if_there_are_enough(beyond, n_aside, n_others):
+    every = numbered(256 + beyond)
+    aside, others = set_aside(every[:64], every[64:] + every[:1] * 8)
+    aside, others = rows_of(aside), rows_of(others)
+    assert len(aside) == len(set(aside)) == n_aside and not set(aside) & set(others)
+    assert len(set(others)) == n_others
+
+
+def test_examples_without_tokens_are_told_apart_by_all_they_have():
+    pictures = torch.arange(20.0).reshape(20, 1, 1).expand(20, 3, 2).bfloat16()
+    batches = [{"pixel_values": pictures[i : i + 4], "labels": torch.arange(4)} for i in (0, 4, 8, 12, 16, 0)]
+    with pytest.warns(UserWarning, match="on 4 of 20 different examples"):
+        aside, others = set_aside(batches)
+    assert torch.equal(aside[0]["pixel_values"], pictures[:4]) and len(aside) == 1 and len(list(others)) == 4
+
+
+def test_batches_without_rows_are_set_aside_whole():
+    """Pictures cut into patches, say: not one for each example."""
+    batches = [{"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(7, 3)} for _ in range(40)]
+    aside, others = set_aside(iter(batches))
+    assert [id(one) for one in (*aside, *others)] == [id(one) for one in batches] and len(aside) == 4
+    with pytest.warns(UserWarning, match="on 1 of 4 different examples"):
+        aside, others = set_aside(batches[:1])
+    assert aside == list(others) == batches[:1]
+    assert set_aside([]) == ([], [])
 
 
 def modes(model):

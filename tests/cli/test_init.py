@@ -1,6 +1,7 @@
 """`lora-init init`: the adapter that it makes, the statistics file, and what it refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from transformers import AutoTokenizer
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
+from lora_init.cli.init import _read_aside
 from lora_init.loading.models import load_model
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
+from tests.loading.test_batches import byte_tokenizer
 
 # What it makes
 
@@ -246,7 +249,11 @@ def test_a_head_that_the_adapter_would_not_hold_is_taken_along(home, tmp_path):
 
 def test_a_causal_model_becomes_a_classifier(home, tmp_path):
     """It needs a token to pad with, by which its head finds the last token of a text."""
-    command = ["init", home / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
+    # What the class is can be seen, also on the examples that the step is measured on.
+    texts = [[WORDS[i % 2]] * 4 + [WORDS[2 + i // 2 % 4], WORDS[2 + i // 8 % 4], WORDS[2 + i // 32]] for i in range(80)]
+    rows = [json.dumps({"text": " ".join(text), "kind": f"kind {i % 2}"}) for i, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    command = ["init", home / "model", tmp_path / "rows.jsonl", "--template", "{text}", "--label", "kind"]
     made = run(*command, "--method", "lora-one", "--rank", 2, "--rho", 1, "-o", tmp_path / "out", "--json")
     assert made.exit_code == 0, made.output
     said = json.loads(made.stdout)
@@ -585,3 +592,16 @@ def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
     result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)
     assert result.exit_code == 0, result.stderr
     assert r"'{text}\nthe\tcat'" in lora_init.Statistics.load(file).provenance.data  # repr of a real newline and tab
+
+
+@pytest.mark.parametrize(("n", "left"), [(257, 241), (300, 256)])
+def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
+    rows = [{"text": f"row {i}"} for i in range(n)]
+    read = partial(load_batches, rows, byte_tokenizer())
+    sample = read(samples=256)
+    aside, others = _read_aside(read, sample, 256, 4)
+    assert [sum(map(len, (b["input_ids"] for b in batches))) for batches in (aside, others)] == [16, left]
+    if left < 256:  # a statistics file of the whole sample is another one
+        assert others.settings["set aside"] == 16 and others.description == f"{sample.description}, 16 set aside"
+    else:
+        assert others is sample

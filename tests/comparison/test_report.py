@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_init.adapters.step_size import N_ASIDE
+from lora_init.adapters.step_size import most_aside
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import Comparison
 from lora_init.comparison.findings import summarise
@@ -288,5 +288,5 @@ def test_numbers_of_statistics_batches_are_compared(home, tmp_path):
     most = bench.n_batches(99)
     assert {run["start"] for run in more.records} == {*starts, f"eva-rho1+{most}-batches"}
     assert f"at most {most} batches" in said[0]
-    read = [id(item) for items in bench.task.order(0, most + N_ASIDE, 4) for item in items]
+    read = [id(item) for items in bench.task.order(0, most + most_aside(4) // 4, 4) for item in items]
     assert len(set(read)) == len(read) > len(bench.task.train) - 4
