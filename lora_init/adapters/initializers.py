@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
-from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.second_moment import SecondMoment
+from lora_init.statistics.spectrum import Spectrum, principal_directions
 
 
 def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool = False) -> Tensor:
@@ -254,22 +255,13 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
     spectrum = replace(
         spectrum, components=spectrum.components[:rank], explained_variance=spectrum.explained_variance[:rank]
     )
-    mean, variance, rest = spectrum.mean.double(), spectrum.explained_variance, spectrum.noise_variance
-    floor = rest + _DAMPING * (spectrum.total_variance + float(mean @ mean)) / len(mean)
-    leading = (variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
-    _, scale, directions = torch.linalg.svd(torch.cat([leading, mean[None]]), full_matrices=False)
-    shrink = (scale.square() + floor).rsqrt() - floor**-0.5
-
-    def whitened(rows: Tensor) -> Tensor:  # rows times S_x^-1/2
-        product: Tensor = rows * floor**-0.5 + (rows @ directions.T * shrink) @ directions
-        return product
-
+    inputs = SecondMoment.of(spectrum, _DAMPING)
     moment = gradient.output_moment
     root = (moment + _DAMPING * moment.mean()).rsqrt()  # S_y^-1/2
     k = 2 * rank
-    left, right = -gradient.left[:k].double() * root, whitened(gradient.right[:k].double())
+    left, right = -gradient.left[:k].double() * root, inputs.times(gradient.right[:k].double(), -0.5)
     left, values, right = _thin_svd(left, gradient.singular_values[:k], right)
-    left, values, right = _thin_svd(left[:rank] * root, values[:rank], whitened(right[:rank]))
+    left, values, right = _thin_svd(left[:rank] * root, values[:rank], inputs.times(right[:rank], -0.5))
     return left.float(), values, right.float()
 
 
@@ -285,6 +277,39 @@ def scaled_by_gamma(a: Tensor, b: Tensor, gamma: float) -> tuple[Tensor, Tensor]
     """Scale A and B [d_out, r] by d_out^(1/4) / sqrt(gamma), LoRA-GA's stable scale."""
     scale = len(b) ** 0.25 / gamma**0.5
     return (a * scale).contiguous(), (b * scale).contiguous()
+
+
+def qera(
+    spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Start from what quantisation took from the weights, where the data are (QERA, Zhang et al., arXiv 2410.06040).
+
+    Of all matrices of rank r, scaling * B A is the closest to the error W - Q in the norm of what the layer reads: it
+    minimises |(W - Q - scaling * B A) S^1/2|, with S as `SecondMoment.of` takes it from the spectrum. With U the
+    first r left singular vectors of (W - Q) S^1/2, the optimum is U U^T (W - Q). The paper writes it as
+    [(W - Q) S^1/2]_r S^-1/2, which is the same, and needs S to be invertible. Rows of A and columns of B are equally
+    long.
+
+    Where the error has a lower rank, further rows of A are random and those of B zero.
+    """
+    error = error.double()
+    weighted = SecondMoment.of(spectrum).to(error.device).times(error, 0.5)  # [d_out, d_in]
+    _, left = principal_directions(weighted.T, rank)
+    left = torch.linalg.qr(left.T)[0].T  # [at most r, d_out]
+    right = left @ error
+    size = torch.linalg.norm(right, dim=1, keepdim=True)
+    found = size[:, 0] > 0.0
+    share = (size[found] / scaling).sqrt()
+    a, b = kaiming(rank, error.shape[1], generator), torch.zeros(error.shape[0], rank)
+    a[: len(share)] = (right[found] / size[found] * share).cpu().float()
+    b[:, : len(share)] = (left[found] * share).T.cpu().float()
+    return a, b
+
+
+def error_seen(spectrum: Spectrum, error: Tensor) -> float:
+    """Compute the root of E |E x|^2: how far an error [d_out, d_in] of the weights moves the output of the layer."""
+    weighted = SecondMoment.of(spectrum).to(error.device).times(error.double(), 0.5)
+    return float(torch.linalg.norm(weighted))
 
 
 def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

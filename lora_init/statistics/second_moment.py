@@ -1,0 +1,52 @@
+"""The second moment of what a layer reads, in the form that a statistics file has it, and its powers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_init.statistics.spectrum import Spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """S = E x x^T of the rows that a layer reads, as U diag(u) U^T + s I: few directions known, and an isotropic rest.
+
+    Its powers have the same eigenvectors, so that rows are multiplied by them at a cost of k x d each, and no d x d
+    matrix is made.
+
+    Attributes:
+        directions: U^T, orthonormal rows, float64 [k, d].
+        excess: u, how much more than s each direction has, float64 [k].
+        floor: s.
+    """
+
+    directions: Tensor
+    excess: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, damping: float = 0.0) -> SecondMoment:
+        """Take S = V diag(v - s) V^T + m m^T + s I from a spectrum: its components, mean, and isotropic rest.
+
+        Args:
+            spectrum: Of the rows.
+            damping: Share of the mean eigenvalue that is added to all.
+        """
+        mean, rest = spectrum.mean.double(), spectrum.noise_variance
+        leading = (spectrum.explained_variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
+        _, scale, directions = torch.linalg.svd(torch.cat([leading, mean[None]]), full_matrices=False)
+        floor = rest + damping * (spectrum.total_variance + float(mean @ mean)) / len(mean)
+        return cls(directions, scale.square(), floor)
+
+    def times(self, rows: Tensor, power: float) -> Tensor:
+        """Multiply rows [n, d], float64, by a power of S."""
+        change = (self.excess + self.floor) ** power - self.floor**power
+        product: Tensor = rows * self.floor**power + (rows @ self.directions.T * change) @ self.directions
+        return product
+
+    def to(self, device: torch.device) -> SecondMoment:
+        """Give the same on another device."""
+        return SecondMoment(self.directions.to(device), self.excess.to(device), self.floor)
