@@ -1,13 +1,31 @@
-"""What an adapter is to be like: which arguments were given, and whether they say what a `LoraConfig` says."""
+"""What an adapter is to be like: by arguments, of which it is known which were given, or by PEFT's `LoraConfig`."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar, cast
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from lora_init.errors import LoraInitError
+from torch import nn
+
+from lora_init.adapters.peft_model import adapter_layers, remember
+from lora_init.errors import LoraInitError, in_one_line
+from lora_init.layers.targets import HEADS
+from lora_init.planning.plan import exact_pattern
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 T = TypeVar("T")
+# What a LoraConfig may be set to: these go on to the adapter that is built.
+_SHAPE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
+# These select layers, and which they selected is read off the model; the rest is bookkeeping.
+_READ = (
+    "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "task_type",
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "runtime_config",
+)  # fmt: skip
 
 
 class _Default(Generic[T]):
@@ -51,3 +69,82 @@ def check_agreement(given: Mapping[str, Any], said: Mapping[str, Any], whose: st
 def _plain(value: Any) -> Any:
     """Compare lists of names as sets, and none as an empty one."""
     return value if isinstance(value, (str, int, float)) else frozenset(value or ())
+
+
+def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a LoraConfig for a plain model, as arguments of `initialize`: PEFT itself says which layers it selects.
+
+    Args:
+        model: It is as it was afterwards.
+        config: From the user; not changed.
+        given: Arguments that were given beside it.
+
+    Raises:
+        LoraInitError: It selects nothing, sets what cannot be kept, or an argument says otherwise.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if not isinstance(config, LoraConfig):
+        raise LoraInitError(f"config={type(config).__name__}: a LoraConfig of PEFT is expected.")
+    if config.init_lora_weights is not True:
+        raise LoraInitError(f"config sets init_lora_weights={config.init_lora_weights!r}: method= decides that.")
+    restore = remember(model)
+    try:
+        try:  # on the meta device: only names are read
+            peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
+        said = read_adapter(peft_model, given, "config", config)
+    finally:
+        restore()
+    return said if config.task_type else {name: value for name, value in said.items() if name != "task_type"}
+
+
+def read_adapter(model: Any, given: Mapping[str, Any], whose: str, asked: LoraConfig | None = None) -> dict[str, Any]:
+    """Read what an adapter that is on a model is to be like, as arguments of `initialize`.
+
+    Args:
+        model: With PEFT's layers.
+        given: Arguments that were given beside it.
+        whose: What to call its configuration.
+        asked: The configuration before PEFT has replaced names in it. Default: that of the model.
+
+    Raises:
+        LoraInitError: It is no LoRA adapter, was trained, sets what cannot be kept, or an argument says otherwise.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import ParamWrapper
+
+    adapter = next(iter(model.peft_config))
+    config, layers = model.peft_config[adapter], adapter_layers(model)
+    if len(model.peft_config) > 1 or not isinstance(config, LoraConfig):
+        raise LoraInitError(
+            f"the trainer's model has the adapters {', '.join(model.peft_config)} ({config.peft_type}), and one LoRA "
+            "adapter is expected. Give the trainer the plain model and a LoraConfig as peft_config."
+        )
+    weights = (layer.lora_B[adapter].weight for layer in layers.values() if adapter in layer.lora_B)
+    if any(bool(weight.any()) for weight in weights if not weight.is_meta):
+        raise LoraInitError(
+            f"the trainer's adapter is no fresh one: B is not zero (init_lora_weights={config.init_lora_weights!r}). "
+            "Give the trainer the plain model and a LoraConfig as peft_config."
+        )
+    default = LoraConfig(init_lora_weights=config.init_lora_weights)
+    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_READ)]
+    changed = [name for name in other if getattr(config, name) != getattr(default, name)]
+    if changed:
+        raise LoraInitError(
+            f"{whose} sets {', '.join(changed)}, which initialize() decides itself or cannot keep. Leave it out."
+        )
+    heads = HEADS.get(config.task_type or "", ())
+    plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+    said = {
+        "rank": config.r,
+        **{name: getattr(config, name) for name in _SHAPE},
+        # PEFT adds the names that heads of this task may have, and will again.
+        "modules_to_save": [name for name in config.modules_to_save or () if name not in heads],
+        "target_modules": (asked or config).target_modules,
+        "target_parameters": config.target_parameters,
+        "task_type": config.task_type,
+    }
+    check_agreement(given, said, whose)
+    return said | {"target_modules": exact_pattern(plain) if plain else []}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
-from lora_init.adapters.config import default, only_given, with_defaults
+from lora_init.adapters.config import default, only_given, read_config, with_defaults
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.starts import DEFAULT
 from lora_init.adapters.step_size import find_step_size, set_aside
@@ -27,7 +27,7 @@ from lora_init.loading.models import classes_of
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 
 def initialize(
@@ -38,6 +38,7 @@ def initialize(
     method: str = DEFAULT,
     *,
     tokenizer: Any = None,
+    config: LoraConfig | None = None,
     target_modules: str | Collection[str] = default("all-linear"),
     whiten: bool = False,
     lora_alpha: float = default(16),
@@ -68,6 +69,10 @@ def initialize(
         method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout`,
             `modules_to_save` and `freeze_a`.
         tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
+        config: PEFT's `LoraConfig`, in place of `rank`, `target_modules`, `lora_alpha` and the like: rank, scaling,
+            dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
+            `layers_to_transform` and so on). What it sets beyond that is refused by its name, and so is an argument
+            that says otherwise.
         target_modules: See `collect`.
         gamma: See `build_adapter`. By default a method that steps sets four batches aside, and at least 16 examples,
             but at most a quarter of the data, and takes the size of its step by the loss on them, see `find_step_size`.
@@ -92,6 +97,8 @@ def initialize(
     )  # fmt: skip
     start = buildable_start(method)
     if is_trainer(model):
+        if config is not None:
+            raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
         dtype = adapter_dtype(model)
         with opened(model, method, only_given(shape), options) as (plain, settings, own):
             source = dict(batches=own) if batches is None else dict(batches=batches, tokenizer=tokenizer)
@@ -104,6 +111,7 @@ def initialize(
     if batches is None:
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
     check_plain(model, "initialize()")
+    shape, options = _as_asked(model, config, shape, options)
     adapter = with_defaults(shape) | dict(method=method, whiten=whiten)
     rank, target_modules, use_rslora = (adapter.pop(name) for name in ("rank", "target_modules", "use_rslora"))
     check_adapter_options(**adapter, gamma=gamma)
@@ -122,16 +130,9 @@ def initialize(
         freeze_a=freeze_a, **adapter,
     )  # fmt: skip
     if not searched:
-        init = build(gamma=gamma)
-        if init.corrects_base:
-            saved = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
-            warnings.warn(
-                f"method={method!r} changed the base weights, so what is trained now does not fit the plain base. Call "
-                f"save_pretrained('START') of the model returned before training: `lora-init export --start {saved}` "
-                "needs that to make an adapter for the plain base of what was saved after it.",
-                stacklevel=2,
-            )
-        return init.apply(model, adapter_name)
+        if start.corrects_base:
+            _warn_of_changed_base(method, adapter_name)
+        return build(gamma=gamma).apply(model, adapter_name)
 
     def loss_of(model: nn.Module) -> float:
         loss = mean_loss(model, aside, options.get("forward"), options.get("loss"))
@@ -139,6 +140,28 @@ def initialize(
             return statistics.fmean(processes.gather(loss))
 
     return find_step_size(model, lambda candidate: build(gamma=candidate), loss_of).apply(model, adapter_name)
+
+
+def _warn_of_changed_base(method: str, adapter_name: str) -> None:
+    start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
+    warnings.warn(
+        f"method={method!r} changed the base weights, so what is trained now does not fit the plain base. Call "
+        f"save_pretrained('START') of the model returned before training: `lora-init export --start {start}` needs "
+        "that to make an adapter for the plain base of what was saved after it.",
+        stacklevel=3,
+    )
+
+
+def _as_asked(
+    model: nn.Module, config: LoraConfig | None, shape: dict[str, Any], options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put what a LoraConfig says in the place of the arguments about the adapter, and of the options for `collect`."""
+    if config is None:
+        return shape, options
+    decided = {name: value for name, value in options.items() if name in ("task_type", "target_parameters")}
+    said = read_config(model, config, {**only_given(shape), **decided})
+    others = {name: value for name, value in said.items() if name not in shape}
+    return {name: said[name] for name in shape}, {**options, **others}
 
 
 def _read(

@@ -7,7 +7,6 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
 from itertools import tee
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from lora_init.adapters.config import check_agreement
-from lora_init.adapters.peft_model import adapter_layers, remember, remove_adapters
+from lora_init.adapters.config import read_adapter
+from lora_init.adapters.peft_model import remember, remove_adapters
 from lora_init.adapters.starts import DEFAULT, find_start
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import call_model
-from lora_init.layers.targets import HEADS, find_targets
+from lora_init.layers.targets import find_targets
 from lora_init.loading.models import kind_of
-from lora_init.planning.plan import exact_pattern
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# What an adapter of a trainer may be set to: these go on to the adapter that takes its place.
-_SHAPE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
-# These select layers, and which they selected is read off the model; the rest is bookkeeping.
-_READ = (
-    "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "task_type",
-    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out", "runtime_config",
-)  # fmt: skip
 # Their loss is what the model computes from labels. Other trainers compute their own, of two answers for example.
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
 # How an SFTTrainer calls that loss; older ones have no name for it.
@@ -78,7 +68,7 @@ def opened(
     model = trainer.model
     if hasattr(model, "peft_config"):
         decided: dict[str, Any] = {key: options[key] for key in ("task_type", "target_parameters") if key in options}
-        shape = _shape_of(model, {**given, **decided})
+        shape = read_adapter(model, {**given, **decided}, "the trainer's peft_config")
     else:
         _check_head(model, given.get("target_modules", ()), name)
         kind = kind_of(type(model).__name__, bool(getattr(model.config, "is_encoder_decoder", False)))
@@ -145,46 +135,6 @@ def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
             f"{trainer} computes its loss from the weight of the head alone, so that an adapter there would never be "
             "trained. Leave the head out of target_modules, or train it whole: modules_to_save."
         )
-
-
-def _shape_of(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what a trainer's adapter is to be like, as arguments of `initialize`."""
-    from peft import LoraConfig
-    from peft.tuners.lora.layer import ParamWrapper
-
-    adapter = next(iter(model.peft_config))
-    config, layers = model.peft_config[adapter], adapter_layers(model)
-    if len(model.peft_config) > 1 or not isinstance(config, LoraConfig):
-        raise LoraInitError(
-            f"the trainer's model has the adapters {', '.join(model.peft_config)} ({config.peft_type}), and one LoRA "
-            "adapter is expected. Give the trainer the plain model and a LoraConfig as peft_config."
-        )
-    if any(bool(layer.lora_B[adapter].weight.any()) for layer in layers.values() if adapter in layer.lora_B):
-        raise LoraInitError(
-            f"the trainer's adapter is no fresh one: B is not zero (init_lora_weights={config.init_lora_weights!r}). "
-            "Give the trainer the plain model and a LoraConfig as peft_config."
-        )
-    default = LoraConfig(init_lora_weights=config.init_lora_weights)
-    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_READ)]
-    changed = [name for name in other if getattr(config, name) != getattr(default, name)]
-    if changed:
-        raise LoraInitError(
-            f"the trainer's peft_config sets {', '.join(changed)}, which initialize() decides itself or cannot keep. "
-            "Leave it out."
-        )
-    heads = HEADS.get(config.task_type or "", ())
-    plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
-    said = {
-        "rank": config.r,
-        **{name: getattr(config, name) for name in _SHAPE},
-        # PEFT adds the names that heads of this task may have, and will again.
-        "modules_to_save": [name for name in config.modules_to_save or () if name not in heads],
-        "target_modules": config.target_modules,
-        "target_parameters": config.target_parameters,
-        "task_type": config.task_type,
-    }
-    check_agreement(given, said, "the trainer's peft_config")
-    return said | {"target_modules": exact_pattern(plain) if plain else []}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, initialize, load_batches
 from tests.conftest import tiny_bert, tiny_llama
@@ -96,3 +97,43 @@ def test_bad_data_are_one_line(source, options, words):
     with pytest.raises(LoraInitError, match=words) as error:
         initialize(llama(), source, tokenizer=byte_tokenizer(), **options)
     assert "\n" not in str(error.value)
+
+
+def asked(**more):
+    chosen = dict(target_modules=["q_proj", "k_proj", "up_proj"], exclude_modules=["k_proj"], layers_to_transform=[1])
+    return LoraConfig(r=3, lora_alpha=9, lora_dropout=0.1, use_rslora=True, task_type="CAUSAL_LM", **chosen | more)
+
+
+def test_a_lora_config_says_what_the_adapter_is_like():
+    config, data = asked(), load_batches(ROWS, byte_tokenizer(), needs_labels=False, **READING)
+    wanted = get_peft_model(llama(), asked())
+    got = initialize(llama(), data, config=config, rho=1, rank=3, lora_alpha=9)
+    assert {n: p.shape for n, p in weights(got).items()} == {n: p.shape for n, p in weights(wanted).items()}
+    mine, theirs = got.peft_config["default"], wanted.peft_config["default"]
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "task_type"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+    assert vars(config) == vars(asked())  # not changed
+    for name, parameter in weights(got).items():
+        if "lora_A" in name:  # directions of the data
+            assert torch.allclose(parameter @ parameter.T, torch.eye(3), atol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (asked(), dict(rank=16), "^rank=16: config decides that and says 3"),
+        (asked(), dict(target_modules="all-linear"), "^target_modules='all-linear': config decides that and says"),
+        (asked(rank_pattern={"q_proj": 2}), {}, "^config sets rank_pattern, which"),
+        (asked(bias="all"), {}, "^config sets bias, which"),
+        (asked(init_lora_weights="pissa"), {}, "^config sets init_lora_weights='pissa': method= decides that"),
+        (asked(target_modules=["nowhere"]), {}, "^config does not fit LlamaForCausalLM: No modules were targeted"),
+        ({"r": 3}, {}, "^config=dict: a LoraConfig of PEFT is expected"),
+    ],
+)
+def test_what_a_lora_config_cannot_say_is_one_line(config, options, words):
+    model = llama()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(LoraInitError, match=words) as error:
+        initialize(model, [], config=config, **options)
+    assert "\n" not in str(error.value) and [name for name, _ in model.named_modules()] == before
+    assert not hasattr(model, "peft_config")
