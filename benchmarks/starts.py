@@ -1,13 +1,11 @@
-"""All reports of `results/`, and one table and one picture from them: `python -m benchmarks.starts DIRECTORY...`.
+"""Fourteen starts on five tasks, one table and one picture from all runs: `python -m benchmarks.starts`.
 
 Every number is relative, so that tasks can stand side by side: 100 x (loss / loss to compare with - 1), in per cent.
-Writes report.html, report.md and pictures into each directory, prints Markdown and writes `results/starts.png`.
+Prints Markdown and writes `results/starts.png`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,9 +14,12 @@ from benchmarks.settings import table
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.findings import verdicts
 from lora_init.comparison.plots import COLORS, RANDOM_COLOR, looks
-from lora_init.comparison.report import write_report
-from lora_init.comparison.runs import by_seed, rate_means, read_runs, read_settings, run_table
+from lora_init.comparison.runs import SETTINGS_FILE, by_seed, rate_means, read_runs, run_table
 from lora_init.comparison.wording import rate_text
+from lora_init.files import read_json
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("siqa", "openbookqa", "boolq", "minilm-siqa-kinds", "minilm-boolq")
 
 UNTUNED = (1e-4, 3e-4)
 # All starts are in the table; more lines than these hide each other.
@@ -77,12 +78,17 @@ def draw(tasks: dict[str, pd.DataFrame], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
-def main(directories: Sequence[str]) -> None:
-    """Write the reports, print the table of all comparisons and draw them."""
-    tasks = {}
-    for directory in map(Path, directories):
-        write_report(directory)
-        tasks[directory.name] = run_table(read_runs(directory), read_settings(directory)["starts"])
+def read_tasks() -> dict[str, pd.DataFrame]:
+    """Read the runs of each task; settings of format 2 have the starts where those of today have them."""
+    return {
+        name: run_table(read_runs(RESULTS / name), read_json(RESULTS / name / SETTINGS_FILE)["starts"])
+        for name in TASKS
+    }
+
+
+def main() -> None:
+    """Print the table of all comparisons and draw them."""
+    tasks = read_tasks()
     differences = {name: against_random(runs) for name, runs in tasks.items()}
     lost = {name: regrets(runs) for name, runs in tasks.items()}
     rows = []
@@ -94,8 +100,8 @@ def main(directories: Sequence[str]) -> None:
             untuned.append(f"{min(values):.1f} to {max(values):.1f}" if known else "–")
         rows.append([start, *(found.get(start, "–") for found in differences.values()), *untuned])
     print(table(["start", *tasks, *(f"lost at {rate_text(rate)}" for rate in UNTUNED)], rows))
-    draw(tasks, Path(__file__).parent / "results" / "starts.png")
+    draw(tasks, RESULTS / "starts.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -19,7 +19,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, read_variant
 from lora_init.errors import LoraInitError, did_you_mean
-from lora_init.files import locked, read_json, write_whole
+from lora_init.files import locked, parse_json, read_json, write_whole
 
 Record = dict[str, Any]
 
@@ -267,6 +267,7 @@ def by_seed(table: pd.DataFrame, column: str = "loss") -> pd.DataFrame:
 
 
 SETTINGS_FILE, RUNS = "settings.json", "runs"
+PACKED = "runs.jsonl"  # runs in one file, a line each, as `benchmarks.evidence` leaves them; new ones get files in RUNS
 BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in it the record of its run
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
@@ -278,7 +279,7 @@ _HASHES = ("examples", "own", "packages")
 
 @dataclass
 class RunDirectory:
-    """The runs of a comparison in their directory, one file each. `open_runs` makes it.
+    """The runs of a comparison in their directory, a file for each new one. `open_runs` makes it.
 
     Attributes:
         path: Where it is.
@@ -373,20 +374,25 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_runs(path: Path) -> list[Record]:
-    """Read the runs of a directory, sorted by the names of their files.
+    """Read the runs of a directory: those in `runs.jsonl`, in its order, then the files in `runs`, by name.
+
+    Of two records of a run the one in `runs` counts: it is the later one.
 
     Raises:
-        LoraInitError: A file is not a run.
+        LoraInitError: A file or a line is not a run.
     """
-    found = []
-    for file in sorted((path / RUNS).glob("*.json")):
+    packed = path / PACKED
+    lines = packed.read_bytes().splitlines() if packed.exists() else []
+    texts = [(f"{packed}, line {number}", "line", line) for number, line in enumerate(lines, 1)]
+    texts += [(str(file), "file", file.read_bytes()) for file in sorted((path / RUNS).glob("*.json"))]
+    found: dict[Run, Record] = {}
+    for where, kind, text in texts:
         try:
-            record = read_json(file)
-            Run.of(record)
+            record = parse_json(text)
+            found[Run.of(record)] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise LoraInitError(f"{file}: not a run ({error!r}). Remove the file; the run is repeated.") from error
-        found.append(record)
-    return found
+            raise LoraInitError(f"{where}: not a run ({error!r}). Remove the {kind}; the run is repeated.") from error
+    return list(found.values())
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

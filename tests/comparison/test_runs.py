@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks.evidence import pack
 from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, open_runs, peek, read_runs, run_table
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
@@ -242,6 +243,19 @@ def test_any_name_of_a_start_has_a_file_of_its_own(tmp_path):
     keep(tmp_path, *runs)
     assert sorted(r["start"] for r in read_runs(tmp_path)) == sorted([*names, "eva"])
     assert len(list((tmp_path / "runs").iterdir())) == len(runs)
+
+
+def test_packed_runs_are_read_and_gone_on_from(tmp_path):
+    old, failed = record(), broken("failed", "disk full", seed=1)
+    keep(tmp_path, old, failed)
+    assert pack(tmp_path) == 2 and not (tmp_path / "runs").exists()
+    assert read_runs(tmp_path) == [old, failed]
+    keep(tmp_path, record("eva"), record(seed=1))  # the failed run is repeated
+    assert read_runs(tmp_path) == [old, record(seed=1), record("eva")]
+    assert pack(tmp_path) == 3 and {run["status"] for run in read_runs(tmp_path)} == {"finished"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n{\n")
+    with pytest.raises(LoraInitError, match=r"runs.jsonl, line 2: not a run .* Remove the line; the run is repeated"):
+        read_runs(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", '{"task": 1}', "[]", ""])
