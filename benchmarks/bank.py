@@ -27,8 +27,8 @@ from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.store import INDEX, Bank, add_entry, open_bank
-from lora_init.collection.collect import fingerprint
 from lora_init.comparison.runs import read_runs, run_table
+from lora_init.layers.identity import fingerprint
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained

@@ -34,9 +34,9 @@ from lora_init.adapters.peft_model import (
     start_digest,
 )
 from lora_init.adapters.starts import Start, find_start
-from lora_init.collection.collect import fingerprint
 from lora_init.errors import LoraInitError
 from lora_init.files import digests_of, is_as_written, new_directory, write_json
+from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.heat_map import heat_map_figure

@@ -16,8 +16,8 @@ from lora_init.bank.generator import balanced, load_generator
 from lora_init.bank.mixture import MOST_ADAPTERS, Pairs, find_weights, stack
 from lora_init.bank.similarity import Neighbour, neighbours
 from lora_init.bank.store import Bank, check_base, one_form
-from lora_init.collection.collect import count_parameters, fingerprint
 from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import find_targets
 from lora_init.layers.wrappers import class_name, model_id, unwrapped
 from lora_init.planning.plan import scaling_of

@@ -60,7 +60,7 @@ def add(
     with importing(model, data):
         from lora_init.bank.embeddings import embed
         from lora_init.bank.store import INDEX, add_entry, check_name, check_plain_lora, open_bank
-        from lora_init.collection.collect import fingerprint
+        from lora_init.layers.identity import fingerprint
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import load_model
         from lora_init.serving.base import read_base

@@ -150,7 +150,7 @@ def init(
     with importing(model, data):
         from lora_init.adapters.build import build_adapter, check_adapter_options
         from lora_init.adapters.peft_model import check_modules_to_save
-        from lora_init.collection.collect import fingerprint
+        from lora_init.layers.identity import fingerprint
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import find_device
         from lora_init.planning.allocate import allocate_ranks
@@ -339,7 +339,7 @@ def _read_aside(
 
 def _as_it_is(file: Path, model: nn.Module, selection: Mapping[str, Any]) -> Statistics:
     """Load a statistics file to use it without data; refuse it if it is of another model or other layers."""
-    from lora_init.collection.collect import fingerprint
+    from lora_init.layers.identity import fingerprint
     from lora_init.layers.targets import find_targets
     from lora_init.statistics.statistics import Statistics
 

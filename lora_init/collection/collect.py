@@ -28,6 +28,7 @@ from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, Shard, digest_of, own_batches
 from lora_init.errors import LoraInitError, explain
 from lora_init.files import check_writable, locked
+from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
 from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
@@ -40,7 +41,6 @@ from lora_init.layers.wrappers import (
     model_id,
     plain_names,
     unwrapped,
-    weights,
 )
 from lora_init.loading.batches import as_batches
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
@@ -577,31 +577,3 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
     if silent:
         notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
     return notes
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count a model's parameters, each shared one once, 4-bit weights by their unpacked size."""
-    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
-    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tell models apart: a hash of the names and shapes of the weights and of 16 values of each.
-
-    Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in float32 and in bfloat16.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, weight in weights(unwrapped(model)):
-        digest.update(f"{name}:{tuple(weight.shape)};".encode())
-        if weight.device.type != "meta" and weight.numel():
-            try:
-                flat = weight.reshape(-1)
-            except NotImplementedError:  # a quantised weight in a tensor class of its own, such as torchao's
-                flat = weight.dequantize().reshape(-1)
-            places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
-            values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
-            digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32]

@@ -20,7 +20,7 @@ import lora_init
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.step_size import n_aside, set_aside
 from lora_init.bank.store import Bank, check_base, open_bank
-from lora_init.collection.collect import collect, fingerprint
+from lora_init.collection.collect import collect
 from lora_init.collection.losses import batch_loss, mean_loss, text_loss
 from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
@@ -35,6 +35,7 @@ from lora_init.comparison.starts import (
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
 from lora_init.comparison.training import Score, Trained, Training, evaluate, peak_bytes, reset_peak, train
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
+from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, load_model, open_model

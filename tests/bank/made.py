@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 
 from lora_init.bank.embeddings import embed
 from lora_init.bank.store import add_entry
-from lora_init.collection.collect import fingerprint
+from lora_init.layers.identity import fingerprint
 from lora_init.serving.trained import read_trained
 from tests.conftest import tiny_llama
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_init import LoraInitError, collect, principal_angles
-from lora_init.collection.collect import Interrupted, count_parameters, fingerprint
+from lora_init.collection.collect import Interrupted
+from lora_init.layers.identity import count_parameters, fingerprint
 from tests import reference
 from tests.collection.test_activations import recorded
 from tests.conftest import MODELS, batches_for, tiny_llama

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 from lora_init import Statistics, allocate_ranks, build_adapter, collect
 from lora_init.collection import loop
-from lora_init.collection.collect import fingerprint
+from lora_init.layers.identity import fingerprint
 from lora_init.layers.wrappers import gathered, unwrapped
 from tests.collection.test_processes import SETTINGS, kept, llama, message
 from tests.conftest import batches_for

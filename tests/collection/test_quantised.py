@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from lora_init import Statistics, build_adapter, collect, find_targets
-from lora_init.collection.collect import count_parameters, fingerprint
+from lora_init.layers.identity import count_parameters, fingerprint
 from tests.conftest import batches_for, tiny_llama
 
 # HQQ's layers are no nn.Linear, so to PEFT they are not among "all-linear".

@@ -8,8 +8,8 @@ import lora_init
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
 from lora_init.bank.store import add_entry
-from lora_init.collection.collect import fingerprint
 from lora_init.errors import LoraInitError
+from lora_init.layers.identity import fingerprint
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained

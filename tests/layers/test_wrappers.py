@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_init import ExactPCA, LoraInitError, build_adapter, collect, find_targets, principal_angles
-from lora_init.collection.collect import fingerprint
+from lora_init.layers.identity import fingerprint
 from lora_init.layers.wrappers import Precision, plain_names, unwrapped
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
