@@ -25,7 +25,7 @@ from torch import Tensor
 import lora_init
 from benchmarks import memory, peft_eva, scaling, settings
 from benchmarks.settings import Setting, median, table, timed
-from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
 from lora_init.statistics.incremental_svd import IncrementalSVD
@@ -72,10 +72,25 @@ def hooks_on(setting: Setting) -> ActivationHooks:
     return ActivationHooks(setting.model, modules, TokenMasks(setting.model, "attention"))
 
 
+class Into(Sink):
+    """Takes all rows, by a function."""
+
+    def __init__(self, take: Callable[[str, Tensor], Any]) -> None:
+        self._take = take
+
+    def wants(self, group: str) -> bool:
+        """All are wanted."""
+        return True
+
+    def rows(self, group: str, rows: Tensor) -> None:
+        """Hand them on."""
+        self._take(group, rows)
+
+
 @torch.no_grad()
-def run(hooks: ActivationHooks, batch: Any, sink: Callable[[str, Tensor], Any]) -> None:
+def run(hooks: ActivationHooks, batch: Any, take: Callable[[str, Tensor], Any]) -> None:
     """Run one pass of the body."""
-    with hooks.watch(batch, sink, lambda group: True) as moved:
+    with hooks.watch(batch, Into(take)) as moved:
         call_model(hooks.model, moved)
 
 

@@ -139,8 +139,6 @@ def _collect(
     shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
     with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
         found = run_pass(run, shard, MAX_BATCHES, processes, bar)
-    if found.stop_reason == "interrupted":
-        raise KeyboardInterrupt
     if run.failure is not None:
         raise run.failure
     if not sum(found.n_batches):

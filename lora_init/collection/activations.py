@@ -19,8 +19,20 @@ from lora_init.layers.wrappers import Precision, goes_backward, is_offloaded, is
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
-Sink = Callable[[str, Tensor], None]
-Wanted = Callable[[str], bool]
+
+
+class Sink:
+    """Receives what is read in a pass, and must not keep the tensors. This one wants nothing."""
+
+    def wants(self, group: str) -> bool:
+        """Tell whether a group needs more rows."""
+        return False
+
+    def rows(self, group: str, rows: Tensor) -> None:
+        """Take the rows [n, d_in] that a group has read in a run of its layers."""
+
+    def gradient(self, layer: str, x: Tensor, g: Tensor) -> None:
+        """Take what a layer has read [n, d_in] and the gradient at its output [n, d_out], of the tokens that count."""
 
 
 class _EndOfPass(BaseException):
@@ -86,16 +98,16 @@ class ActivationHooks:
         self._handles = []
 
     @contextmanager
-    def watch(self, batch: Any, sink: Sink, wanted: Wanted) -> Iterator[Any]:
-        """Call `sink(group, rows)` for every group that gets rows in a forward pass that runs inside the block.
+    def watch(self, batch: Any, sink: Sink) -> Iterator[Any]:
+        """Call `sink.rows` for every group that gets rows, and wants them, in a forward pass inside the block.
 
         Yields the batch on the model's device. The sink is called inside the pass, without autocast and gradients, with
-        rows [n, d_in] of the tokens that count, and must not keep them; `wanted` tells whether a group still needs any.
+        the rows of the tokens that count.
         """
         batch = on_device_of(self.model, batch)
         if self._rows is None:
             self.masks.start(batch)
-        self._sink, self._wanted = sink, wanted
+        self._sink = sink
         # Tensors read in this pass: id and way of reading -> (weak reference, version, groups). Weak: no activation is
         # kept, and an id that Python gave to a second tensor is told from the first.
         self._read: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
@@ -118,8 +130,8 @@ class ActivationHooks:
         with torch.no_grad(), Precision().off():
             if self._rows is not None:
                 group = self.group_of.setdefault(name, name)
-                if self._wanted(group):
-                    self._sink(group, self._rows(name, args, kwargs))
+                if self._sink.wants(group):
+                    self._sink.rows(group, self._rows(name, args, kwargs))
             elif name in self._experts:
                 self._read_experts(self._experts[name], args, kwargs, self._sink)
             else:
@@ -136,8 +148,8 @@ class ActivationHooks:
         group = self.group_of.setdefault(name, groups[0] if groups else name)
         if group not in groups:
             groups.append(group)
-            if self._wanted(group):
-                sink(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
+            if sink.wants(group):
+                sink.rows(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
 
     def _check_groups(self) -> None:
         """Make sure that the layers of each group read the same in this pass, too, as far as they ran."""
@@ -155,8 +167,8 @@ class ActivationHooks:
         tokens = self.masks.tokens(experts.name, hidden)
         if tokens is not None:
             hidden, chosen = hidden[tokens], chosen[tokens]
-        for group, rows in experts.rows(hidden, chosen, self._wanted):
-            sink(group, rows)
+        for group, rows in experts.rows(hidden, chosen, sink.wants):
+            sink.rows(group, rows)
 
 
 def input_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

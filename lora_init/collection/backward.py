@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_init.collection.activations import ActivationHooks, Sink, Wanted, input_of
+from lora_init.collection.activations import ActivationHooks, Sink, input_of
 from lora_init.collection.losses import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.running import Forward
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
-
-# (layer name, what it read [n, d_in], gradient at its output [n, d_out]), for the tokens that count
-GradientSink = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass(eq=False)
@@ -69,7 +66,7 @@ class BackwardHooks:
         self._name = type(hooks.model).__name__
         self._forward = forward
         self._loss = loss
-        self._sink: GradientSink | None = None
+        self._sink: Sink | None = None
         self._waiting: dict[_Call, None] = {}
         self._stack = ExitStack()
 
@@ -93,16 +90,16 @@ class BackwardHooks:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def run(self, batch: Any, sink: Sink, gradient_sink: GradientSink, wanted: Wanted) -> int:
+    def run(self, batch: Any, sink: Sink) -> int:
         """Run one batch forward and backward; return its number of labels.
 
-        `sink` and `wanted` are as for `ActivationHooks.watch`. `gradient_sink` is called in the backward pass, without
+        `sink.rows` is called as by `ActivationHooks.watch`. `sink.gradient` is called in the backward pass, without
         autocast, for each run of each layer; after it, with zeros, for those that the loss does not depend on.
         """
-        self._sink = gradient_sink
+        self._sink = sink
         try:
             with (
-                self._hooks.watch(batch, sink, wanted) as moved,
+                self._hooks.watch(batch, sink) as moved,
                 run_eagerly(),
                 torch.enable_grad(),
             ):
@@ -122,7 +119,7 @@ class BackwardHooks:
                 raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
             for call in self._waiting:
                 rows = call.rows(call.x)
-                gradient_sink(call.name, rows, rows.new_zeros(len(rows), call.out_features))
+                sink.gradient(call.name, rows, rows.new_zeros(len(rows), call.out_features))
         finally:
             self._sink, self._waiting = None, {}
         return n_labels
@@ -170,7 +167,7 @@ class BackwardHooks:
                 f"layer {call.name!r}: what it read was changed in place afterwards, so its gradient is not known."
             )
         with torch.no_grad(), Precision().off():
-            self._sink(call.name, call.rows(call.x), call.rows(gradient))
+            self._sink.gradient(call.name, call.rows(call.x), call.rows(gradient))
 
 
 def _wanting_gradient(module: nn.Module, args: Any, output: Any) -> Any:

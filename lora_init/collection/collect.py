@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import platform
 import warnings
@@ -11,7 +10,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, Shard, digest_of, own_batches
+from lora_init.collection.settings import Position, Settings, read_settings
 from lora_init.errors import LoraInitError, explain
 from lora_init.files import check_writable, locked
 from lora_init.layers.identity import count_parameters, fingerprint
@@ -80,7 +79,7 @@ class _Job:
     model: nn.Module
     targets: Targets
     modules: Mapping[str, nn.Module]  # all of the model
-    n_components: int
+    settings: Settings
     provenance: Provenance  # as it is before the pass
     forward: Forward
     loss: Loss | None
@@ -199,139 +198,147 @@ def collect(
         rank=rank, max_batches=max_batches, rho=rho, tolerance=tolerance, seed=seed, skip_bad_batches=skip_bad_batches
     )
     _check_flags(center=center, gradients=gradients)
-    rank, max_batches, seed, rho, tolerance = int(rank), int(max_batches), int(seed), float(rho), float(tolerance)
-    center, gradients, data = bool(center), bool(gradients), str(data or "")  # the file knows no scalars of numpy
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
     model, precision = unwrapped(model), Precision()
-    batches = as_batches(batches, model, seed)
+    batches = as_batches(batches, model, int(seed))
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
     _check_targets(model, targets, rank)
-    file = None if statistics is None else Path(statistics).expanduser()
-    n_components = round(rho * rank)
+    settings = Settings(
+        # Before the pass: bitsandbytes repacks weights when they are first used.
+        fingerprint=fingerprint(model),
+        layers=f"{len(targets.layers)} ({_hash_of(targets)})",
+        # The file knows no scalars of numpy.
+        rank=int(rank),
+        rho=float(rho),
+        center=bool(center),
+        token_mask=token_mask,
+        max_batches=int(max_batches),
+        tolerance=float(tolerance),
+        seed=int(seed),
+        gradients=bool(gradients),
+        task_type=task_type,
+        data=str(data or ""),
+        forward=_name_of(forward),
+        loss=_name_of(loss),
+        of_batches=getattr(batches, "settings", {}),
+    )
     provenance = Provenance(
         model_id=model_id(model),
         model_class=class_name(model),
-        # Before the pass: bitsandbytes repacks weights when they are first used.
-        fingerprint=fingerprint(model),
         n_parameters=count_parameters(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
-        task_type=task_type,
         target_parameters=None if target_parameters is None else sorted(target_parameters),
-        data=data,
-        center=center,
-        token_mask=token_mask,
-        seed=seed,
-        rank=rank,
         versions={
             "lora_init": lora_init.__version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-        gradients=gradients,
-        settings={
-            **getattr(batches, "settings", {}),
-            "layers": f"{len(targets.layers)} ({_hash_of(targets)})",
-            "rho": rho,
-            "tolerance": tolerance,
-            "max_batches": max_batches,
-            "forward": _name_of(forward),
-            **({"loss": _name_of(loss)} if gradients else {}),
-        },
+        **settings.stored(),
     )
 
     def forward_as_called(model: nn.Module, batch: Any) -> Any:
         with precision.on():
             return (forward or partial(call_model, with_labels=gradients))(model, batch)
 
+    file = None if statistics is None else Path(statistics).expanduser()
     job = _Job(
-        model, targets, plain_names(model), n_components, provenance, forward_as_called, loss, file, overwrite,
-        progress, int(skip_bad_batches),
+        model, targets, plain_names(model), settings, provenance, forward_as_called, loss, file, overwrite, progress,
+        int(skip_bad_batches),
     )  # fmt: skip
-    result: Statistics | None = None
     try:
         with Processes() as processes, precision.off():
-            result = _run(job, batches, processes)
-    except KeyboardInterrupt:
-        raise Interrupted(result if result is not None and result.provenance.n_batches else None) from None
-    return result
+            return _run(job, batches, processes)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(getattr(stop, "statistics", None)) from None
 
 
 def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     """Make the pass, or what is left of it; write the file."""
-    file, made, run = job.file, job.provenance, _set_up(job)
+    file, settings, run = job.file, job.settings, _set_up(job)
     there = file is not None and file.exists()
-    processes.check_alike({**_comparable(made), "statistics file": [file and str(file), there]})
+    processes.check_alike({**settings.compared(), "statistics file": [file and str(file), there]})
     with _reserved(file, processes):
         earlier = _earlier(job)
-        used: list[int] = [] if earlier is None else list(earlier.provenance.settings["used"])
-        shard = own_batches(processes, batches, used, in_step=is_sharded(job.model))
-        data = {"first_batch": shard.first} | processes.share(_digest_of_list(batches, made.settings["max_batches"]))
+        done = Position("") if earlier is None else Position.of(earlier.provenance)
+        shard = own_batches(processes, batches, done.used, in_step=is_sharded(job.model))
+        of_list = processes.share(_digest_of_list(batches, settings.max_batches))
+        start = Position(shard.first, of_list, shard.common)
         if earlier is not None:
-            if any(earlier.provenance.settings.get(name, digest) != digest for name, digest in data.items()):
+            if start.is_in_other_data(done):
                 raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
             if earlier.provenance.complete:
                 return earlier
-        made.settings.update(data, common_loader=shard.common)
-        max_batches = int(made.settings["max_batches"]) - sum(used)
-        bar = progress_bar(batches, max_batches, job.progress if processes.rank == 0 else False)
-        return _pass_over(shard, max_batches, run, job, earlier, processes, bar)
+        max_batches = settings.max_batches - sum(done.used)
+        with progress_bar(batches, max_batches, job.progress if processes.rank == 0 else False) as bar:
+            return _pass_over(shard, max_batches, run, _Parts(job, start, earlier), processes, bar)
 
 
 def _set_up(job: _Job) -> Pass:
-    made, targets = job.provenance, job.targets
-    masks = TokenMasks(job.model, made.token_mask, made.gradients)
+    settings, targets = job.settings, job.targets
+    masks = TokenMasks(job.model, settings.token_mask, settings.gradients)
     modules = {name: job.modules[target.module] for name, target in targets.layers.items()}
     # A function of the caller's may run the model twice, and a loss needs what comes after the output embedding.
-    to_the_end = made.gradients or made.settings["forward"] is not None
+    to_the_end = settings.gradients or settings.forward is not None
     hooks = ActivationHooks(job.model, modules, masks, to_the_end=to_the_end)
     return Pass(
         hooks,
         job.forward,
-        job.n_components,
-        BackwardHooks(hooks, targets.layers, job.forward, job.loss) if made.gradients else None,
-        made.center,
-        made.settings["tolerance"],
-        made.seed,
-        n_triplets=max(job.n_components, 2 * made.rank),  # lora-ga needs two a rank
+        settings.n_components,
+        BackwardHooks(hooks, targets.layers, job.forward, job.loss) if settings.gradients else None,
+        settings.center,
+        settings.tolerance,
+        settings.seed,
+        n_triplets=max(settings.n_components, 2 * settings.rank),  # lora-ga needs two a rank
     )
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The part of a pass that is made now, and the one that was made earlier, if any."""
+
+    job: _Job
+    start: Position
+    earlier: Statistics | None
+
+    def frozen(self, found: Collected) -> Statistics:
+        """Make the result of both."""
+        later = _frozen(self.job, found, self.start)
+        return later if self.earlier is None else _continued(self.earlier, later)
+
+    @property
+    def n_bad(self) -> int:
+        """Batches that failed earlier."""
+        return 0 if self.earlier is None else Position.of(self.earlier.provenance).n_bad
+
+
 def _pass_over(
-    shard: Shard,
-    max_batches: int,
-    run: Pass,
-    job: _Job,
-    earlier: Statistics | None,
-    processes: Processes,
-    bar: tqdm[Any],
+    shard: Shard, max_batches: int, run: Pass, parts: _Parts, processes: Processes, bar: tqdm[Any]
 ) -> Statistics:
     """Take in at most so many batches, and keep what comes of it, whatever ends the pass."""
-    file = job.file
+    job, file = parts.job, parts.job.file
 
     def save() -> None:
         so_far = processes.merge(run.found)
         if processes.rank == 0 and file is not None and any(so_far.n_batches):
-            _write(file, _frozen(job, so_far, earlier))
+            _write(file, parts.frozen(so_far))
 
-    n_bad = 0 if earlier is None else earlier.provenance.settings.get("bad_batches", 0)
-    with run.hooks, run.backward or nullcontext(), bar:
+    with run.hooks, run.backward or nullcontext():
         kept = save if file is not None else None
-        whole = run_pass(run, shard, max_batches, processes, bar, kept, job.skip_bad_batches - n_bad)
-    complete = whole.stop_reason not in ("interrupted", "failed")
-    if complete and not sum(whole.n_batches) and earlier is None:
+        whole = run_pass(run, shard, max_batches, processes, bar, kept, job.skip_bad_batches - parts.n_bad)
+    if run.failure is None and not sum(whole.n_batches) and parts.earlier is None:
         raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
-    result = _frozen(job, whole, earlier)
-    if complete and not result:
+    result = parts.frozen(whole)
+    if run.failure is None and not result:
         no_rows = (
             f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are "
             "empty. Check target_modules and the batches."
         )
         raise LoraInitError(next(iter(whole.empty + whole.bad), no_rows))
-    result.gradients = _with_importance(job, result)
+    result = replace(result, gradients=_with_importance(job, result))
     if file is not None and processes.rank == 0 and result.provenance.n_batches:
         _write(file, result)
     if run.failure is not None:
@@ -339,12 +346,11 @@ def _pass_over(
     return result
 
 
-def _with_statistics(error: Exception, name: str, result: Statistics) -> Exception:
-    """Let the error of a batch carry what was complete, and say how to go on if that was a single batch."""
+def _with_statistics(error: BaseException, name: str, result: Statistics) -> BaseException:
+    """Let what ended a pass carry what was complete, and say how to go on if that was a single batch."""
     kept = result if result.provenance.n_batches else None
     if kept is not None and name:
-        n_bad = kept.provenance.settings.get("bad_batches", 0) + 1
-        remedy = f"skip_bad_batches={n_bad} goes on without it."
+        remedy = f"skip_bad_batches={Position.of(kept.provenance).n_bad + 1} goes on without it."
         if isinstance(error, LoraInitError):
             error = LoraInitError(f"{error} {remedy}").with_traceback(error.__traceback__)
         else:
@@ -423,13 +429,6 @@ def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
         )
 
 
-def _comparable(provenance: Provenance) -> dict[str, Any]:
-    """Name what has to be the same for two passes to be one, in all processes and in a file."""
-    kept = ("data", "rank", "center", "token_mask", "task_type", "seed", "gradients")
-    settings = {**provenance.settings, **{name: getattr(provenance, name) for name in kept}}
-    return {"fingerprint": provenance.fingerprint, **settings}
-
-
 def _earlier(job: _Job) -> Statistics | None:
     """Read the file of an earlier pass, if it is there and this pass is to use it.
 
@@ -437,24 +436,23 @@ def _earlier(job: _Job) -> Statistics | None:
         LoraInitError: It is of another model.
         OtherSettingsError: It is of other data or other settings.
     """
-    file, ours = job.file, job.provenance
+    file, ours = job.file, job.settings
     if file is None or job.overwrite or not file.exists():
         return None
     earlier = Statistics.load(file)
     if earlier.provenance.fingerprint != ours.fingerprint:
         raise LoraInitError(
-            f"{file} was made from another model ({earlier.provenance.model}), not from this one ({ours.model}). "
-            "Name another file."
+            f"{file} was made from another model ({earlier.provenance.model}), not from this one "
+            f"({job.provenance.model}). Name another file."
         )
-    theirs = _comparable(earlier.provenance)
+    theirs = read_settings(earlier.provenance)
     # With gradients, labels count at other rows; and going on without them would drop those that there are.
     beside = earlier.provenance.complete and ours.token_mask != "labels"
-    for setting, asked in _comparable(ours).items():
+    for setting, asked in ours.compared().items():
         made = theirs.get(setting, asked)  # a file of an earlier version does not say
         if made == asked or (setting == "gradients" and made and beside):
             continue
         raise OtherSettingsError(f"{file} was made with {setting} {made!r}, and {asked!r} is asked for.")
-    earlier.provenance.settings.setdefault("used", [earlier.provenance.n_batches])
     return earlier
 
 
@@ -466,8 +464,8 @@ def _write(file: Path, statistics: Statistics) -> None:
         warnings.warn(f"{error} The statistics are not kept in that file.", stacklevel=3)
 
 
-def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statistics:
-    """Make the result of what a pass has found, together with that of the earlier part of the same pass."""
+def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
+    """Make the result of what a pass has found."""
     groups = {
         name: record.svd.spectrum()
         for name, record in found.groups.items()
@@ -483,21 +481,20 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
     ran = [
         name
         for name in layers
-        if found.group_of.get(name) in groups and (name in gradients or not job.provenance.gradients)
+        if found.group_of.get(name) in groups and (name in gradients or not job.settings.gradients)
     ]
     never_ran = [name for name in layers if name not in ran]
-    used = [sum(found.n_batches)] if job.provenance.settings["common_loader"] else found.n_batches
-    bad = {"bad_batches": len(found.bad)} if found.bad else {}
+    used = (sum(found.n_batches),) if start.common_loader else tuple(found.n_batches)
+    position = replace(start, used=used, n_bad=len(found.bad))
     provenance = replace(
         job.provenance,
         n_batches=sum(found.n_batches) - len(found.bad),
         n_samples=max((spectrum.n_samples for spectrum in groups.values()), default=0),
         stop_reason=found.stop_reason,
         seconds={part: round(value, 3) for part, value in found.seconds.items()},
-        notes=_notes(job, found, groups, never_ran),
         n_labels=found.n_labels,
         complete=found.stop_reason not in ("interrupted", "failed"),
-        settings={**job.provenance.settings, "used": used, **bad},
+        settings={**job.provenance.settings, **position.stored()},
     )
     result = Statistics(
         groups=groups,
@@ -508,8 +505,8 @@ def _frozen(job: _Job, found: Collected, earlier: Statistics | None) -> Statisti
         unsupported={**job.targets.unsupported, **{name: layers[name].kind for name in never_ran}},
         gradients=gradients,
     )
-    provenance.notes.extend(notes_on_experts(result))
-    return result if earlier is None else _continued(earlier, result)
+    notes = [*_notes(job, found, groups, never_ran), *notes_on_experts(result)]
+    return replace(result, provenance=replace(provenance, notes=notes))
 
 
 def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectrum]:
@@ -529,16 +526,12 @@ def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectru
 def _continued(earlier: Statistics, later: Statistics) -> Statistics:
     """Merge the two parts of a pass that was interrupted."""
     old, new = earlier.provenance, later.provenance
-    merged = earlier.merge(later) if new.n_batches else copy.copy(earlier)
-    used = [a + b for a, b in zip_longest(old.settings["used"], new.settings["used"], fillvalue=0)]
-    n_bad = old.settings.get("bad_batches", 0) + new.settings.get("bad_batches", 0)
-    merged.provenance = replace(
-        merged.provenance,
-        stop_reason=new.stop_reason,
-        complete=new.complete,
-        settings={**new.settings, "used": used, **({"bad_batches": n_bad} if n_bad else {})},
-    )
-    return merged
+    merged = earlier.merge(later) if new.n_batches else earlier
+    position = Position.of(new)
+    used, n_bad = position.used_after(Position.of(old))
+    settings = {**new.settings, **replace(position, used=used, n_bad=n_bad).stored()}
+    made = replace(merged.provenance, stop_reason=new.stop_reason, complete=new.complete, settings=settings)
+    return replace(merged, provenance=made)
 
 
 def _listed(patterns: str | Collection[str]) -> str | list[str]:
@@ -549,9 +542,9 @@ def _name_of(function: Any) -> str | None:
     return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _digest_of_list(batches: Any, max_batches: int) -> dict[str, str]:
+def _digest_of_list(batches: Any, max_batches: int) -> str | None:
     """Hash all batches that a pass may read, where they are in memory."""
-    return {"batches": digest_of(batches[:max_batches])} if isinstance(batches, list) else {}
+    return digest_of(batches[:max_batches]) if isinstance(batches, list) else None
 
 
 def _hash_of(targets: Targets) -> str:
@@ -566,7 +559,7 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:
             kept, width = groups[name].components.shape
-            expected = min(job.n_components, width)
+            expected = min(job.settings.n_components, width)
             if kept < expected:
                 notes.append(f"{name}: {groups[name].n_samples} rows span only {kept} of {expected} components.")
     if found.empty:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_init.collection.activations import ActivationHooks, Sink, Wanted
-from lora_init.collection.backward import BackwardHooks, GradientSink
+from lora_init.collection.activations import ActivationHooks, Sink
+from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.processes import Processes, Shard
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.masks import NothingCountsError
@@ -124,7 +124,7 @@ class Collected:
 
 
 @dataclass
-class Pass:
+class Pass(Sink):
     """Take in batches, one at a time, and know when there have been enough; `found` is what this process has so far."""
 
     hooks: ActivationHooks
@@ -136,7 +136,7 @@ class Pass:
     seed: int = 0
     n_triplets: int = 0  # of each mean gradient
     found: Collected = field(default_factory=Collected, init=False)
-    failure: Exception | None = field(default=None, init=False)  # what ended the pass, in this process or in another
+    failure: BaseException | None = field(default=None, init=False)  # what ended the pass, here or in another process
     failed: str = field(default="", init=False)  # the name of the batch that did
     _n_labels: int = field(default=0, init=False)  # of the batch that was projected
 
@@ -164,7 +164,7 @@ class Pass:
         found, seconds = self.found, self.found.seconds
         start, before = time.perf_counter(), seconds["decomposition"]
         try:
-            self._n_labels = self._run(batch, self._take_rows, self._take_gradient, self._wanted)
+            self._n_labels = self._run(batch, self)
             for layer, mean in found.gradients.items():
                 with self._computing(layer):
                     mean.check_batch()
@@ -191,23 +191,26 @@ class Pass:
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
-        self._run(batch, lambda group, rows: None, lambda name, x, g: None, lambda group: False)
+        self._run(batch, Sink())
 
-    def _run(self, batch: Any, sink: Sink, gradient_sink: GradientSink, wanted: Wanted) -> int:
+    def _run(self, batch: Any, sink: Sink) -> int:
         if self.backward is not None:
-            return self.backward.run(batch, sink, gradient_sink, wanted)
-        with torch.no_grad(), self.hooks.watch(batch, sink, wanted) as moved, run_eagerly():
+            return self.backward.run(batch, sink)
+        with torch.no_grad(), self.hooks.watch(batch, sink) as moved, run_eagerly():
             self.forward(self.hooks.model, moved)
         return 0
 
-    def _wanted(self, group: str) -> bool:
+    def wants(self, group: str) -> bool:
+        """Tell whether a group needs more rows."""
         return _is_open(self.found.groups, group)
 
-    def _take_rows(self, group: str, rows: Tensor) -> None:
+    def rows(self, group: str, rows: Tensor) -> None:
+        """Add rows to the batch of a group."""
         with self._computing(group):
             self._record(self.found.groups, group).svd.project(rows)
 
-    def _take_gradient(self, name: str, x: Tensor, g: Tensor) -> None:
+    def gradient(self, name: str, x: Tensor, g: Tensor) -> None:
+        """Add to the batch of a layer's mean gradient, and of the rows weighted by its size."""
         with self._computing(name):
             if name not in self.found.gradients:
                 self.found.gradients[name] = MeanGradient(self.n_triplets, self.seed)
@@ -310,15 +313,19 @@ def run_pass(
         progress.set_postfix_str("{}/{} inputs converged".format(*run.progress), refresh=False)
         progress.update(reading)
     run.forget()
-    if failed:
-        said = processes.gather(run.failure and _line(run.failure, run.failed))
-        rank = next(rank for rank, line in enumerate(said) if line)
-        run.failure = run.failure or LoraInitError(f"rank {rank} failed: {said[rank]}")
     processes.interrupted = processes.interrupted or interrupts > 0
+    run.failure = KeyboardInterrupt() if interrupts else _first_failure(run, processes) if failed else None
     limit = "max_batches" if total >= max_batches else "exhausted"
     ended = "failed" if failed else "converged" if converged == processes.size else limit
     found.stop_reason = "interrupted" if interrupts else ended
     return processes.merge(found)
+
+
+def _first_failure(run: Pass, processes: Processes) -> BaseException:
+    """Give the error of this process, or else say whose ended the pass."""
+    said = processes.gather(run.failure and _line(run.failure, run.failed))
+    rank = next(rank for rank, line in enumerate(said) if line)
+    return run.failure or LoraInitError(f"rank {rank} failed: {said[rank]}")
 
 
 def _attempt(
@@ -344,7 +351,7 @@ def _attempt(
     return None
 
 
-def _line(error: Exception, name: str) -> str:
+def _line(error: BaseException, name: str) -> str:
     """Say why a batch failed."""
     return (
         str(error)

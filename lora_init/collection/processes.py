@@ -12,10 +12,10 @@ import io
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -23,8 +23,15 @@ from torch import Tensor
 
 from lora_init.errors import LoraInitError, first_line
 
-if TYPE_CHECKING:
-    from lora_init.collection.loop import Collected
+
+class Mergeable(Protocol):
+    """What processes can find together."""
+
+    def merge(self, other: Any) -> None:
+        """Take in what another process has found."""
+
+
+Found = TypeVar("Found", bound=Mergeable)
 
 
 class Processes:
@@ -120,7 +127,7 @@ class Processes:
                         "Give all processes the same model and arguments."
                     )
 
-    def merge(self, found: Collected) -> Collected:
+    def merge(self, found: Found) -> Found:
         """Give all processes what all have found: that of two neighbours, then of two such pairs, and so on.
 
         What this process has found is not changed.
@@ -138,7 +145,8 @@ class Processes:
                     whole.merge(from_bytes(received[0]))
                 step *= 2
         content = to_bytes(whole) if self.rank == 0 else None
-        return from_bytes(self.share(content))  # rank 0 reads the bytes, too: all do the same
+        shared: Found = from_bytes(self.share(content))
+        return shared  # rank 0 reads the bytes, too: all do the same
 
     def share(self, value: Any, source: int = 0) -> Any:
         """Give all processes what the process of rank `source` has; no tensors but those on the CPU."""
@@ -149,17 +157,16 @@ class Processes:
         return values[0]
 
 
-def to_bytes(found: Collected) -> bytes:
+def to_bytes(found: Mergeable) -> bytes:
     """Write what a pass has found as bytes, for `from_bytes`."""
     buffer = io.BytesIO()
     torch.save(found, buffer)
     return buffer.getvalue()
 
 
-def from_bytes(content: bytes) -> Collected:
+def from_bytes(content: bytes) -> Any:
     """Read what `to_bytes` wrote, here or in another process: onto the CPU, since a GPU may be another's."""
-    found: Collected = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
-    return found
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
 
 
 class Part(Iterator[Any]):
@@ -203,7 +210,7 @@ class Shard(NamedTuple):
         return self.start + n * self.step
 
 
-def own_batches(processes: Processes, batches: Iterable[Any], used: list[int], in_step: bool) -> Shard:
+def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int], in_step: bool) -> Shard:
     """Open the batches that are this process's, past those that an earlier pass has used.
 
     A loader that gives each process its own is read as it is. One that gives all of them the same, which the hash of

@@ -41,7 +41,6 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
         groups[name] = mix([parts[i].groups[group] for i, group in source.items()], size, shares)
     targets = {name: target for part in reversed(parts) for name, target in part.targets.items()}
     provenance = _provenance(parts, weights)
-    provenance.notes.extend([*_origins(parts, weights, size), *_notes(parts)])
     merged = Statistics(
         groups=groups,
         group_of=group_of,
@@ -52,8 +51,8 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
         unsupported={name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of},
         gradients=_merge_gradients(parts, weights, list(group_of)) if provenance.gradients else {},
     )
-    provenance.notes.extend(notes_on_experts(merged))
-    return merged
+    notes = [*_origins(parts, weights, size), *_notes(parts), *notes_on_experts(merged)]
+    return replace(merged, provenance=replace(merged.provenance, notes=notes))
 
 
 def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None = None) -> Spectrum:

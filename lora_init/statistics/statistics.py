@@ -104,7 +104,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics(Mapping[str, Spectrum]):
     """One `Spectrum` per layer, in model order, with provenance.
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from lora_init import LoraInitError, find_targets
-from lora_init.collection.activations import ActivationHooks
+from lora_init.collection.activations import ActivationHooks, Sink
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -24,9 +24,14 @@ def hooks_on(model, targets="all-linear", token_mask="attention"):
     return ActivationHooks(model, watched(model, targets), TokenMasks(model, token_mask))
 
 
+class Into(Sink):
+    def __init__(self, rows, wants):
+        self.rows, self.wants = rows, wants
+
+
 @torch.no_grad()
-def run(hooks, batch, sink, wanted=lambda group: True, forward=call_model):
-    with hooks.watch(batch, sink, wanted) as moved:
+def run(hooks, batch, rows, wants=lambda group: True, forward=call_model):
+    with hooks.watch(batch, Into(rows, wants)) as moved:
         forward(hooks.model, moved)
 
 
