@@ -62,7 +62,10 @@ def verify(
         from lora_init.serving.verify import AS_TRAINED, verify
     source = base or str(read_config(directory.expanduser()).get("base_model_name_or_path") or "")
     chats = [] if data is None or template else _chats(data, 2 * n)
-    chat = _asks_chat(server, name, bool(chats))
+    hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
+    chat = next((form for form in (bool(chats), not chats) if server.ask(name, hello[form])), None)
+    if chat is None:
+        raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
     with busy(f"loading {source}"):
         loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if loaded.task_type != "CAUSAL_LM" or (chat and not loaded.tokenizer.chat_template):
@@ -70,8 +73,9 @@ def verify(
         raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")
     prompts: list[Any] = chats
     if not (chat and chats):
+        texts = [" ".join(words[:i]) for words in map(str.split, _TEXTS) for i in range(3, len(words))]
         settings = dict(template=template, completion=completion, max_length=max_length)
-        texts = _beginnings() if data is None else _texts(data, loaded.tokenizer, samples=2 * n, **settings)
+        texts = texts if data is None else [*_texts(data, loaded.tokenizer, samples=2 * n, **settings)]
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
     with busy(f"computing and asking {n} of {len(prompts)} prompts"):
         at_base = partial(server.ask, base_name) if base_name else None
@@ -79,19 +83,6 @@ def verify(
     print_result(asdict(found), lambda console, _: console.print(found.text, markup=False))
     if found.verdict != AS_TRAINED:
         raise SystemExit(FAILED)
-
-
-def _asks_chat(server: Any, name: str, chat_first: bool) -> bool:
-    """Find out which of its two forms the server answers with log-probabilities."""
-    for chat in (chat_first, not chat_first):
-        if server.ask(name, [{"role": "user", "content": "Hello"}] if chat else "Hello"):
-            return chat
-    raise LoraInitError(f"{server.url} gives no log-probabilities, neither in completions nor in chats.")
-
-
-def _beginnings() -> Iterator[str]:
-    words = [text.split() for text in _TEXTS]
-    yield from (" ".join(text[:i]) for text in words for i in range(3, len(text)))
 
 
 def _chats(data: str, most: int) -> list[Any]:
@@ -113,4 +104,4 @@ def _texts(data: str, tokenizer: Any, **settings: Any) -> Iterator[str]:
         answer = [i for i, label in enumerate(labels) if label >= 0 and i] or [len(ids)]
         for cut in (ids[: answer[0]], ids[: answer[len(answer) // 2]]):
             text = tokenizer.decode(cut).removeprefix(tokenizer.bos_token or "")
-            yield from (one for one in {text, text.lstrip(" ")} if tokenizer(one)["input_ids"] == cut)
+            yield from (one for one in (text, text.lstrip(" ")) if tokenizer(one)["input_ids"] == cut)

@@ -9,7 +9,8 @@ from lora_init.errors import LoraInitError, in_one_line, require
 from lora_init.files import parse_json
 
 # As much as vLLM tells, tokens by number; if that is refused, what the OpenAI API has.
-_ASKED: tuple[dict[str, Any], ...] = ({"logprobs": 20, "return_tokens_as_token_ids": True}, {"logprobs": 5})
+_ASKED: Any = {False: {"logprobs": 20}, True: {"logprobs": True, "top_logprobs": 20}}
+_LESS: Any = {False: {"logprobs": 5}, True: {"logprobs": True, "top_logprobs": 5}}
 _REFUSED, _NOT_THERE = (400, 422), (404, 405, 501)
 
 
@@ -43,16 +44,11 @@ class Server:
         if model is not None and status in _NOT_THERE:  # some have no list
             return model, base
         wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
-        choices = (
-            [model] if model else [],
-            [name] if name in parents else [],
-            [*filter(parents.get, parents)],
-            parents,
-        )
-        found = next((one for names in choices if len(names) == 1 for one in names), None)
-        if wrong is not None or found is None:
+        chosen = [model] if model else [name] if name in parents else [*filter(parents.get, parents)] or [*parents]
+        if wrong is not None or len(chosen) != 1:
             what = f"no model {wrong!r}" if wrong is not None else "several models" if parents else "no models"
             raise LoraInitError(f"{self.url} has {what}. Name one by model=: {', '.join(parents)}.")
+        found = chosen[0]
         others = [other for other in parents if other != found and not parents[other]]
         return found, base or parents[found] or (others[0] if len(others) == 1 else None)
 
@@ -67,9 +63,9 @@ class Server:
         chat = not isinstance(prompt, str)
         path, key = ("chat/completions", "messages") if chat else ("completions", "prompt")
         request = {"model": model, key: prompt, "max_tokens": 1, "temperature": 0}
-        status, answer = self._send(path, request | _form(_ASKED[0], chat))
+        status, answer = self._send(path, request | _ASKED[chat] | {"return_tokens_as_token_ids": True})
         if status in _REFUSED:
-            status, answer = self._send(path, request | _form(_ASKED[1], chat))
+            status, answer = self._send(path, request | _LESS[chat])
         if status in _NOT_THERE:
             return {}
         if status != 200:
@@ -102,10 +98,6 @@ class Server:
             raise LoraInitError(
                 f"{self.url} answers with no JSON. An OpenAI-compatible API often ends in /v1."
             ) from error
-
-
-def _form(asked: dict[str, Any], chat: bool) -> dict[str, Any]:
-    return asked | {"logprobs": True, "top_logprobs": asked["logprobs"]} if chat else asked
 
 
 def _read(found: Mapping[str, Any]) -> dict[int | str, float]:

@@ -121,7 +121,7 @@ def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
     engine.tokenizer = engine.tokenizer.__class__(tokenizer_object=engine.tokenizer.backend_tokenizer)
     engine.tokenizer.decode = lambda ids: f"other {ids}"
     done = ask(home, "plain", engine)
-    assert done.exit_code == 1 and done.stdout.startswith("cannot tell: most answers have no token"), done.output
+    assert done.exit_code == 1 and done.stdout.startswith("cannot tell: hardly an answer has tokens"), done.output
 
 
 def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be(home, tmp_path):
