@@ -50,10 +50,10 @@ def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
             )
         if not overwrite:
             raise LoraInitError(f"{path} exists. Choose another name, or pass --overwrite to replace this {kind}.")
-    _try_to_write(path)
+    check_place(path)
 
 
-def _try_to_write(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Write a file of 4 KiB beside a path and remove it: permissions do not tell of a disk that is full or read-only.
 
     Beside it, or in the nearest directory above that exists.
@@ -205,7 +205,7 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
 def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
     """Check that `new_directory` may write here, and can, so that nobody finds out after the work."""
     _check_content(final, overwrite, marker, replaceable)
-    _try_to_write(final)
+    check_place(final)
 
 
 def _check_content(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:

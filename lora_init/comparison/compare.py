@@ -21,7 +21,7 @@ from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import Record, Run, RunPlan, open_runs, peek
+from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek
 from lora_init.comparison.starts import (
     AdapterShape,
     by_batches,
@@ -34,6 +34,7 @@ from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, require
+from lora_init.files import check_place
 from lora_init.layers.targets import find_targets
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def compare(
     plan = RunPlan(names, list(learning_rates), seeds, sweep, extend, match_scale)
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     training = Training(steps, batch_size, warmup, points)
-    directory = Path(output).expanduser().absolute()
+    directory = _directory(output, dry_run)
     shape = AdapterShape(rank, lora_alpha, target_modules)
     make = partial(
         set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own, _absolute(bank)
@@ -214,6 +215,14 @@ def compare(
             raise
         records, planned, files = list(log.records.values()), due(log.records)[0], write_report(directory)
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
+
+
+def _directory(output: str | Path, dry_run: bool) -> Path:
+    """Find out, before model and data are read, whether runs can be written there."""
+    directory = Path(output).expanduser().absolute()
+    if not dry_run:
+        check_place(directory / SETTINGS_FILE)
+    return directory
 
 
 def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], dict[str, Any]]:

@@ -116,6 +116,12 @@ def test_statistics_cost_time_and_are_made_once_for_each_seed(full):
     assert files == ["seed0-centred.safetensors", "seed1-centred.safetensors"]
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_model_and_data_are_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LoraInitError, match=r"file cannot be written to \(Not a directory\)"):
+        lora_init.compare("no-model", "no-data", tmp_path / "file" / "out")
+
+
 def test_the_best_rate_of_two_seeds_goes_to_the_other(home, tmp_path):
     found = compare(home, tmp_path / "out", seeds=3, starts=["random", "eva-rho1"], learning_rates=[1e-4, 1e-2])
     for start in ("random", "eva-rho1"):
