@@ -54,9 +54,8 @@ def test_only_the_packages_about_adapters_import_peft():
 # Words that are names of starts and stand for something else there.
 OTHERWISE = {
     "adapters/peft_eva.py": {"eva"},  # PEFT's value of init_lora_weights
-    "planning/allocate.py": {"eva"},  # a policy, as in the three below
+    "planning/allocate.py": {"eva"},  # a policy, as in the two below
     "planning/policies.py": {"eva"},
-    "planning/pictures.py": {"eva"},
     "cli/ranks.py": {"eva"},
     "comparison/compare.py": {"full"},  # a sweep, as in the two below
     "comparison/runs.py": {"full"},

@@ -16,6 +16,7 @@ from inspect import signature
 from typing import Any, Literal
 
 from lora_init.errors import LoraInitError, did_you_mean, first_line
+from lora_init.planning.policies import POLICIES
 
 ENTRY_POINTS = "lora_init.starts"
 _INITIALIZERS = "lora_init.adapters.initializers"
@@ -264,7 +265,7 @@ class Recipe:
     @property
     def by_gradient(self) -> bool:
         """Whether the statistics must have gradients, for the start or for its ranks."""
-        return self.start.by_gradient or self.policy.startswith("gradient")
+        return self.start.by_gradient or POLICIES[self.policy].by_gradient
 
     @property
     def is_made_by_init(self) -> bool:

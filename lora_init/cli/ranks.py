@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 from typer import Argument, Option
@@ -13,6 +13,8 @@ from lora_init.cli.console import print_result, prints_json, read_names, read_nu
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
+from lora_init.planning.policies import POLICIES
+from lora_init.planning.snippets import TOOLS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Coverage = Literal["every-layer", "total"]
-Policy = Literal["uniform", "eva", "cost-aware", "proportional", "gradient", "gradient-per-parameter", "gora"]
-Tool = Literal["peft", "axolotl", "llama-factory", "json", "csv"]
+if TYPE_CHECKING:
+    Policy: TypeAlias = str
+    Tool: TypeAlias = str
+else:  # the registries decide what there is
+    Policy, Tool = Literal[tuple(POLICIES)], Literal[tuple(TOOLS)]
+_BY_GRADIENT = ", ".join(name for name, policy in POLICIES.items() if policy.by_gradient)
 
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")
 _VARIED = (*_BUDGETS, "dtype", "coverage", "policy", "rho", "min_rank", "max_rank", "multiple_of", "allowed_ranks")
@@ -94,8 +100,7 @@ def _number(text: str) -> int | float | str:
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
     from lora_init.planning.pictures import kind_totals, totals_against_uniform
-    from lora_init.planning.plan import plan_text, source_text
-    from lora_init.planning.snippets import target_parameters
+    from lora_init.planning.plan import plan_text, source_text, target_parameters
     from lora_init.serving.engines import serving_note
 
     totals = columns("", "this plan", "uniform ranks, same sum")
@@ -170,7 +175,7 @@ def ranks(
     variance: Annotated[float | None, Option(help="Budget: fewest ranks that explain this share.")] = None,
     dtype: Annotated[Dtype | None, Option(help="For --megabytes: of the saved adapter. Default: float32.")] = None,
     coverage: Annotated[Coverage | None, Option(help="For --variance: in which layers. Default: every-layer.")] = None,
-    policy: Annotated[Policy, Option(help="What ranks compete by. The last three need gradients.")] = "eva",
+    policy: Annotated[Policy, Option(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.")] = "eva",
     rho: Annotated[float, Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")] = 2.0,
     min_rank: Annotated[int, Option(help="Smallest rank; 0 lets a layer go without.")] = 0,
     max_rank: Annotated[int | None, Option(help="Largest rank.")] = None,

@@ -14,7 +14,7 @@ from lora_init.errors import LoraInitError
 from lora_init.planning.budgets import BoolArray, Budget, FloatArray, IntArray, choose_budget, costs
 from lora_init.planning.limits import Limits, allowed_by_unit, layer_limits, tie_layers
 from lora_init.planning.plan import RankAllocation
-from lora_init.planning.policies import Rule, Spectra, stack_spectra, worth
+from lora_init.planning.spectra import Rule, Spectra, stack_spectra, worth
 from lora_init.statistics.statistics import Statistics
 
 __all__ = ["RankAllocation", "allocate_ranks"]
@@ -69,9 +69,8 @@ def allocate_ranks(
             With the first, the policy has nothing to decide. With the second, ranks are taken in the order of the
             policy; where limits or ties make steps of unequal width, the sum may exceed the least possible, by less
             than the width of one step.
-        policy: `"uniform"`, `"eva"`, `"cost-aware"`, `"proportional"` (see `policies`), or a function from a layer's
-            name and `Spectrum` to the worth of each of its ranks, [k]. From statistics with gradients also
-            `"gradient"`, `"gradient-per-parameter"` and `"gora"`.
+        policy: A name of `policies.POLICIES`, such as `"eva"`, `"cost-aware"` or `"gradient"`; or a function from a
+            layer's name and `Spectrum` to the worth of each of its ranks, [k].
         min_rank: Smallest rank of a layer; 0 lets a layer go without an adapter.
         max_rank: Largest rank of a layer.
         multiple_of: Ranks are multiples of this, or 0.

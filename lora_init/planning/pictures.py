@@ -6,6 +6,7 @@ import io
 import textwrap
 import warnings
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,8 @@ from lora_init.layers.grid import layer_grid
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.heat_map import draw_heat_map, map_size
 from lora_init.planning.plan import RankAllocation, plan_text, source_text
-from lora_init.planning.policies import POLICIES, Spectra, stack_spectra
+from lora_init.planning.policies import POLICIES
+from lora_init.planning.spectra import Spectra, stack_spectra
 from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def budget_curves(plan: RankAllocation, stats: Statistics, n_points: int = 20) -
     spectra = stack_spectra(stats, [name for name in plan if name not in set(plan.excluded)])
     exists = int((spectra.widths * spectra.collected).sum())
     budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, exists), n_points)
-    curves: dict[str, dict[int, float]] = {policy: {} for policy in POLICIES}
+    curves: dict[str, dict[int, float]] = {name: {} for name, policy in POLICIES.items() if not policy.by_gradient}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for policy, curve in curves.items():
@@ -143,12 +145,14 @@ def budget_curves(plan: RankAllocation, stats: Statistics, n_points: int = 20) -
 
 
 # From the palette of Okabe and Ito, distinct to every kind of colour vision, as are dashes and markers.
-_POLICY_STYLES = {
-    "uniform": {"color": "#555555", "linestyle": "--", "marker": "s"},
-    "eva": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "cost-aware": {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
-    "proportional": {"color": "#009E73", "linestyle": ":", "marker": "D"},
-}
+_STYLES = (
+    {"color": "#555555", "linestyle": "--", "marker": "s"},
+    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
+    {"color": "#009E73", "linestyle": ":", "marker": "D"},
+    {"color": "#56B4E9", "linestyle": "--", "marker": "v"},
+    {"color": "#E69F00", "linestyle": "-", "marker": "P"},
+)
 _CHOSEN = "#CC0066"
 _MOST_KINDS = 12
 
@@ -178,10 +182,8 @@ def draw_budget_curve(axes: Any, plan: RankAllocation, curves: Mapping[str, Mapp
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
     count = EngFormatter(sep="")
-    for policy, curve in curves.items():
-        axes.plot(
-            list(curve), list(curve.values()), label=policy, markersize=3.5, linewidth=1.4, **_POLICY_STYLES[policy]
-        )
+    for (policy, curve), style in zip(curves.items(), cycle(_STYLES), strict=False):
+        axes.plot(list(curve), list(curve.values()), label=policy, markersize=3.5, linewidth=1.4, **style)
     axes.plot(
         [plan.parameters], [plan.explained_variance], "*", color=_CHOSEN, markersize=15, markeredgecolor="white",
         label=f"this plan: {EngFormatter(places=1, sep='')(plan.parameters)}, {plan.explained_variance:.1%}", zorder=5,

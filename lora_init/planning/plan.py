@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json, write_whole
-from lora_init.layers.targets import Target, read_target
+from lora_init.layers.targets import Target, matches, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.planning.heat_map import heat_map_figure, rank_grid
 from lora_init.statistics.statistics import Provenance, Statistics
@@ -239,6 +239,24 @@ def rank_settings(ranks: Mapping[str, int], rank: int, scaling: float, use_rslor
         "rank_pattern": others,
         "alpha_pattern": {key: alpha_for(scaling, own, use_rslora) for key, own in others.items()},
     }
+
+
+def target_parameters(plan: RankAllocation) -> list[str]:
+    """Name the fused parameters of experts of rank above 0."""
+    fused = [name for name, rank in plan.items() if rank and name in plan.targets and plan.targets[name].experts]
+    return fused + [name for name, kind in plan.unsupported.items() if kind == "Parameter"]
+
+
+def target_modules(plan: RankAllocation) -> list[str] | str:
+    """Name the layers of rank above 0, fused parameters aside, so that PEFT picks these and no others.
+
+    Full names; but PEFT takes a name in a list for an ending too, so if one is the ending of a layer that gets no
+    adapter, a regular expression of the full names.
+    """
+    fused = set(target_parameters(plan))
+    kept = [name for name in (*(name for name, rank in plan.items() if rank), *plan.unsupported) if name not in fused]
+    dropped = [name for name, rank in plan.items() if not rank]
+    return exact_pattern(kept) if any(matches(kept, name, "target_modules") for name in dropped) else kept
 
 
 FORMAT = "lora_init.plan"

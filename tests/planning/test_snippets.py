@@ -15,7 +15,7 @@ from torch import nn
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.snippets import FORMATS, snippet
+from lora_init.planning.snippets import TOOLS, snippet
 from tests.conftest import tiny_llama
 from tests.planning.made import model_and_statistics
 
@@ -121,7 +121,7 @@ def test_unknown_formats_and_empty_plans():
         with pytest.raises(LoraInitError, match="must be a positive number"):
             snippet(plan, "peft", alpha)
     nothing = replace(plan, ranks=dict.fromkeys(plan, 0))
-    for tool in FORMATS:
+    for tool in TOOLS:
         with pytest.raises(LoraInitError, match="no layer any rank"):
             snippet(nothing, tool)
 

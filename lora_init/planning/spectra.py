@@ -1,0 +1,122 @@
+"""What the components of layers explain, and the worth that a policy gives to each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.layers.targets import Target
+from lora_init.planning.budgets import BoolArray, FloatArray, IntArray
+from lora_init.planning.policies import POLICIES
+from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.statistics import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Spectra:
+    """What n layers' components explain, at most K components each.
+
+    Attributes:
+        names: Layer names.
+        targets: Their kinds and widths.
+        ratios: Explained-variance ratio of each component, falling, [n, K]; 0 beyond what a layer has.
+        reached: Share of the variance that the first r components explain, [n, K + 1]: column r. 1 where rows are
+            constant: there is nothing to explain.
+        collected: Components that each layer has, [n].
+        starved: Layers that have fewer components than were asked for, because their data has no more, [n].
+    """
+
+    names: list[str]
+    targets: list[Target]
+    ratios: FloatArray
+    reached: FloatArray
+    collected: IntArray
+    starved: BoolArray
+
+    @property
+    def most_collected(self) -> int:
+        """Components of the layer that has most: what the pass was asked for, if data and widths allowed it."""
+        return int(self.ratios.shape[1])
+
+    def reached_at(self, ranks: IntArray) -> FloatArray:
+        """Give the share of its variance that each layer's rank explains, [n]."""
+        return np.take_along_axis(self.reached, ranks[:, None], axis=1)[:, 0]
+
+    @property
+    def widths(self) -> IntArray:
+        """Parameters that one rank of each layer costs, d_in + d_out of a linear one, [n]."""
+        return np.array([target.cost for target in self.targets], dtype=np.int64)
+
+
+def _stacked(rows: Sequence[Any], n_columns: int) -> FloatArray:
+    """Stack rows of unequal length, cut or filled with 0, [n, n_columns]."""
+    stacked = np.zeros((len(rows), n_columns))
+    for filled, row in zip(stacked, rows, strict=True):
+        filled[: len(row)] = row[:n_columns]
+    return stacked
+
+
+def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
+    """Stack the variances of layers; components are not read."""
+    # One read per input group: q, k and v are the same numbers.
+    groups = {stats.group_of[name]: name for name in names}
+    shared = {group: stats.explained_variance_ratio(name).numpy() for group, name in groups.items()}
+    rows = [shared[stats.group_of[name]] for name in names]
+    targets = [stats.targets[name] for name in names]
+    collected = np.array([len(row) for row in rows], dtype=np.int64)
+    most = int(collected.max(initial=0))
+    ratios = _stacked(rows, most)
+    d_in = np.array([target.in_features for target in targets], dtype=np.int64)
+    # A pass asks for at least as many as its average rank. A layer with fewer, or with as many as there were rows (one
+    # less where the mean is taken out), would not have more if more had been asked for.
+    few_rows = 0 < stats.provenance.n_samples <= most + 1
+    asked = max(most, stats.provenance.rank)
+    starved = (collected < d_in) & ((collected < asked) | few_rows)
+    reached = np.concatenate([np.zeros((len(rows), 1)), np.cumsum(ratios, axis=1)], axis=1)
+    reached[[stats.total_variance(name) <= 0.0 for name in names]] = 1.0
+    return Spectra(list(names), targets, ratios, reached, collected, starved)
+
+
+# A rule of one's own: (layer name, its spectrum) -> worth of its 1st, 2nd, ... rank, at most k numbers.
+Rule = Callable[[str, Spectrum], FloatArray]
+
+
+def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[FloatArray, FloatArray]:
+    """Apply a policy by name, or somebody's own rule, whose numbers are sorted.
+
+    Returns the worth of each rank, [n, K], and what a layer's worth is divided by, [n].
+    """
+    widths = spectra.widths.astype(np.float64)
+    if callable(policy):
+        rows = [_rule_worth(policy, name, stats[name]) for name in spectra.names]
+        return _stacked(rows, spectra.most_collected), np.ones(len(widths))
+    if policy not in POLICIES:
+        known = did_you_mean(str(policy), POLICIES)
+        raise LoraInitError(f"policy={policy!r} is unknown. {known} A function is one, too.")
+    found = POLICIES[policy]
+    numbers = spectra.ratios
+    if found.reads is not None:
+        numbers = _stacked([found.reads(stats, name) for name in spectra.names], spectra.most_collected)
+        if not numbers.any():
+            raise LoraInitError(
+                f"policy={policy!r}: all layers are worth nothing, since {found.if_zero}. Choose another policy."
+            )
+    return found.function(numbers, widths), widths if found.per_parameter else np.ones(len(widths))
+
+
+def _rule_worth(rule: Rule, name: str, spectrum: Spectrum) -> FloatArray:
+    """Apply somebody's own rule to a layer, [k], falling."""
+    try:
+        scores = np.asarray(rule(name, spectrum), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise LoraInitError(f"layer {name!r}: the policy failed, or returned no numbers: {error}.") from error
+    if scores.shape != (spectrum.n_components,) or not np.isfinite(scores).all():
+        raise LoraInitError(
+            f"layer {name!r}: the policy returned scores of shape {scores.shape}, {np.isfinite(scores).sum()} of them "
+            f"finite. It must return {spectrum.n_components} finite numbers, one per component."
+        )
+    return np.sort(scores)[::-1]
