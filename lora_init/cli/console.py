@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 from typer import Option
 
 from lora_init.errors import LoraInitError, explain, require
 from lora_init.layers.grid import PURPOSES
+from lora_init.loading.examples import FORMATS
+from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,8 +41,12 @@ Template = Annotated[
 Completion = Annotated[
     str | None, Option(callback=unescape, help="What the model should answer; --template is then the prompt.")
 ]
+if TYPE_CHECKING:
+    _Format: TypeAlias = str
+else:  # the registry decides what there is
+    _Format = Literal[tuple(FORMATS)]
 DataFormat = Annotated[
-    Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"] | None,
+    _Format | None,
     Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
@@ -56,8 +62,7 @@ _LIBRARIES = {
     "init --by mixture": ("scipy",),
     "inspect --intruders": ("scipy",),
     "export --reduce-intruders": ("scipy",),
-    "export --engine llama.cpp": ("gguf",),
-    "export --engine ollama": ("gguf",),
+    **{f"export --engine {name}": engine.libraries for name, engine in ENGINES.items()},
 }
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

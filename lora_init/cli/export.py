@@ -18,6 +18,7 @@ from lora_init.cli.console import (
 )
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require_version
+from lora_init.serving.engines import ENGINES, find_engine
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def export(
     directory: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="Directory or GGUF file to write.", show_default=False)],
-    engine: Annotated[str | None, Option(help="vllm, sglang, tgi, lorax, llama.cpp, ollama or mlx; else PEFT.")] = None,
+    engine: Annotated[str | None, Option(help=f"One of {', '.join(ENGINES)}. Default: PEFT.")] = None,
     rank: Annotated[int | None, Option(help="Rank of every layer; below the adapter's, it is compressed.")] = None,
     parameters: Annotated[str | None, Option(help="Compress to this many parameters, such as 2.5M.")] = None,
     megabytes: Annotated[float | None, Option(help="Compress to this size, in 10^6 bytes.")] = None,
@@ -46,7 +47,7 @@ def export(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
 ) -> None:
     """Bring the trained adapter in DIRECTORY into the form that an engine loads, with the same outputs."""
-    if data is not None and (merge_into or start or engine in ("llama.cpp", "ollama", "mlx")):
+    if data is not None and (merge_into or start or not find_engine(engine).writes_peft):
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
     if reduce_intruders:
         require_version("peft", "0.19", "--reduce-intruders")

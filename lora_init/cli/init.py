@@ -37,6 +37,7 @@ from lora_init.cli.console import (
 from lora_init.cli.tables import facts, finite, rank_table
 from lora_init.errors import LoraInitError
 from lora_init.files import check_writable
+from lora_init.loading.sources import FILE_TYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,8 +77,8 @@ def init(
     data: Annotated[
         str | None,
         Argument(
-            help="File (JSON, JSONL, CSV, TSV, Parquet, text, also with .gz), pattern or folder of files, hub "
-            "id, or - for JSON lines on standard input; see --format. Not needed if the --statistics file exists.",
+            help=f"File ({', '.join(FILE_TYPES)}, also with .gz), pattern or folder of files, hub id, or - for JSON "
+            "lines on standard input; see --format. Not needed if the --statistics file exists.",
             show_default=False,
         ),
     ] = None,
@@ -417,7 +418,7 @@ def summary_of(
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
     from lora_init.adapters.peft_model import read_config, read_shapes
-    from lora_init.serving.engines import serving_note
+    from lora_init.serving.support import serving_note
 
     made = stats.provenance
     shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}

@@ -199,7 +199,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
     from lora_init.adapters.peft_model import base_change_of, origin_of, read_config, read_shapes
-    from lora_init.serving.engines import serving_note
+    from lora_init.serving.support import serving_note
     from lora_init.serving.trained import ranks_in_file
 
     config = read_config(path)

@@ -101,7 +101,7 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
     from lora_init.planning.pictures import kind_totals, totals_against_uniform
     from lora_init.planning.plan import plan_text, source_text, target_parameters
-    from lora_init.serving.engines import serving_note
+    from lora_init.serving.support import serving_note
 
     totals = columns("", "this plan", "uniform ranks, same sum")
     for row in totals_against_uniform(plan, stats):

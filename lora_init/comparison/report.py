@@ -15,7 +15,7 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings
 from lora_init.comparison.starts import read_variant
-from lora_init.comparison.tables import run_tables
+from lora_init.comparison.tables import PARTS, run_tables
 from lora_init.comparison.wording import fill, number, rate_text
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory, read_json, write_whole
@@ -42,7 +42,10 @@ def write_report(directory: str | Path) -> list[Path]:
     listed = pd.DataFrame(rows, columns=["setting", "value"])
     file = directory / BEST / BEST_RUN
     kept = file.exists() and read_json(file).get("start") == summary.start
-    content = {"summary": summary, "pictures": drawn, "tables": run_tables(summary), "settings": listed, "kept": kept}
+    tables = run_tables(summary)
+    parts = {name: part for name, part in PARTS.items() if name in drawn or name in tables}
+    content = {"summary": summary, "parts": parts, "pictures": drawn, "tables": tables}
+    content |= {"settings": listed, "kept": kept}
     files = {f"{name}.png": png for name, png in drawn.items()}
     files |= {name: fill(name, content).encode() for name in ("report.md", "report.html")}
     for name, data in files.items():

@@ -1,17 +1,41 @@
-"""The tables of a comparison as text, for terminal, Markdown and HTML alike. What each shows, the template says."""
+"""The parts of a report: what each table and picture shows, and the tables as text, for terminal and pages alike.
+
+To add a table, write its function and add a `Part` to `PARTS`, whose order is that of the report.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pandas as pd
 
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import Summary, Verdict, steps_of_start
+from lora_init.comparison.findings import Summary, steps_of_start
 from lora_init.comparison.runs import METRICS, best_rates, by_seed, rate_means
 from lora_init.comparison.wording import number, percent, rate_text, share
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report: a heading, what it shows, and a table or a picture of the same name, or both.
+
+    Attributes:
+        title: The heading.
+        caption: What table and picture show.
+        table: Makes the table of text, a row for each start, or each run with its start in a column of that name. None
+            if there is a picture alone.
+        leads: Whether it stands before the verdicts.
+        of_best: Whether the table is of runs at each start's best rate, so that there is none before there are such.
+    """
+
+    title: str
+    caption: str
+    table: Callable[[Summary], pd.DataFrame] | None = None
+    leads: bool = False
+    of_best: bool = False
 
 
 def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
@@ -20,27 +44,28 @@ def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
     Returns:
         Tables of text by name; the first column of each names the row.
     """
-    runs = summary.table
-    if runs.empty:
+    if summary.table.empty:
         return {}
-    tables = {"differences": _differences(summary.verdicts), "learning_rates": _rates(runs)}
-    if runs["best"].any():
-        means = runs[runs["best"]].groupby("start", sort=False).mean(numeric_only=True)
-        tables |= {"best": _best(runs), "metrics": _metrics(runs)}
-        tables |= {"cost": _cost(means, steps_of_start(runs)), "forgetting": _forgetting(means)}
-    tables = {name: table.fillna("–").rename_axis("start").reset_index() for name, table in tables.items()}
-    tables["runs"] = _every_run(runs)
-    tables = {name: table.loc[:, (table != "–").any()] for name, table in tables.items()}
-    return {name: table for name, table in tables.items() if table.shape[1] > 1}
+    any_best = summary.table["best"].any()
+    tables: dict[str, pd.DataFrame] = {}
+    for name, part in PARTS.items():
+        if part.table is None or (part.of_best and not any_best):
+            continue
+        table = part.table(summary)
+        if "start" not in table.columns:
+            table = table.fillna("–").rename_axis("start").reset_index()
+        table = table.loc[:, (table != "–").any()]
+        tables |= {name: table} if table.shape[1] > 1 else {}
+    return tables
 
 
 def _written(values: pd.Series, write: str) -> pd.Series:
     return values.map(lambda value: "–" if math.isnan(value) else format(value, write))
 
 
-def _differences(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+def _differences(summary: Summary) -> pd.DataFrame:
     rows = {}
-    for verdict in verdicts:
+    for verdict in summary.verdicts:
         row = rows[verdict.start] = {"difference": number(verdict.mean, "+"), "verdict": verdict.outcome}
         if verdict.mean is not None and verdict.reference:
             row |= {
@@ -56,7 +81,8 @@ def _differences(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def _rates(runs: pd.DataFrame) -> pd.DataFrame:
+def _rates(summary: Summary) -> pd.DataFrame:
+    runs = summary.table
     cells, best, means = {}, best_rates(runs), rate_means(runs)
     for (start, rate), own in runs.groupby(["start", "learning_rate"], sort=False):
         star = "*" if best.get(start) == rate else ""
@@ -72,7 +98,8 @@ def _rate_cell(runs: pd.DataFrame) -> str:
     return "" if "finished" in ended else "failed"
 
 
-def _best(runs: pd.DataFrame) -> pd.DataFrame:
+def _best(summary: Summary) -> pd.DataFrame:
+    runs = summary.table
     losses, best = by_seed(runs), runs[runs["best"]].groupby("start", sort=False)
     target = runs[runs["counts"] & runs["start"].eq(RANDOM)]["loss"].min()
     gammas = {start: ", ".join(f"{g:g}" for g in sorted(own["gamma"].dropna().unique())) for start, own in best}
@@ -99,10 +126,10 @@ def _steps_cell(runs: pd.DataFrame, target: float) -> str:
     return "–" if math.isnan(target) else ", ".join(steps)
 
 
-def _metrics(runs: pd.DataFrame) -> pd.DataFrame:
+def _metrics(summary: Summary) -> pd.DataFrame:
     columns = {}
     for metric, name in METRICS.items():
-        values = by_seed(runs, metric)
+        values = by_seed(summary.table, metric)
         columns[name] = _written(values.mean(axis=1), ".3f")
         found = effects(values, RANDOM)
         said = {start: f"{x.low:+.3f} to {x.high:+.3f}".replace("-", "−") for start, x in found.items()}
@@ -110,7 +137,13 @@ def _metrics(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _cost(means: pd.DataFrame, took: pd.Series) -> pd.DataFrame:
+def _means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Average the runs at each start's best rate."""
+    return runs[runs["best"]].groupby("start", sort=False).mean(numeric_only=True)
+
+
+def _cost(summary: Summary) -> pd.DataFrame:
+    means, took = _means(summary.table), steps_of_start(summary.table)
     return pd.DataFrame(
         {
             "parameters": _written(means["trainable_parameters"], ",.0f"),
@@ -123,7 +156,8 @@ def _cost(means: pd.DataFrame, took: pd.Series) -> pd.DataFrame:
     )
 
 
-def _forgetting(means: pd.DataFrame) -> pd.DataFrame:
+def _forgetting(summary: Summary) -> pd.DataFrame:
+    means = _means(summary.table)
     return pd.DataFrame(
         {
             "retained before": means["retained_before"].map(number),
@@ -133,7 +167,8 @@ def _forgetting(means: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _every_run(runs: pd.DataFrame) -> pd.DataFrame:
+def _every_run(summary: Summary) -> pd.DataFrame:
+    runs = summary.table
     return pd.DataFrame(
         {
             "start": runs["start"],
@@ -146,3 +181,67 @@ def _every_run(runs: pd.DataFrame) -> pd.DataFrame:
             "training, s": _written(runs["training_seconds"], ",.1f"),
         }
     )
+
+
+PARTS = {
+    "differences": Part(
+        "Difference to random",
+        "Final loss, start minus random, paired by seed, each at its own best rate; below zero is better. Per cent are "
+        "of random's loss; the headroom is what full fine-tuning gains over it. Intervals are from one layout of "
+        "starts and seeds and hold for all starts together; what could be shown is half their width. Picture: large "
+        "markers are means over seeds, hollow if there is one seed and so no interval. Dots below: one pair each. A "
+        "line that ends at the edge goes on beyond it.",
+        _differences,
+        leads=True,
+    ),
+    "learning_curves": Part(
+        "Learning curves",
+        "Loss on the examples to report over steps from the first evaluation in training on, each start at its own "
+        "best rate: the mean, and a band from the lowest to the highest seed. Grey is random, the same in every panel. "
+        "One start run in several ways: a whole line, then dashed, dotted and dash-dotted, in the order of the tables.",
+    ),
+    "learning_rates": Part(
+        "Final loss by learning rate",
+        "Picture: means over the seeds that each rate has, with a dot for each run. The large marker is the rate at "
+        "which a start is compared; a cross at the top is a rate with an unstable run. Grey is random. Table: means "
+        "over the seeds that all starts and rates have; a star marks the rate at which a start is compared.",
+        _rates,
+    ),
+    "best": Part(
+        "Each start at its best rate",
+        "Final loss over the seeds that finished. Steps: seed by seed, the first evaluation at which the final loss of "
+        "the best random run is reached. A start that changes the model's output begins with another loss; gamma is "
+        "what its step was divided by, found on training batches set aside.",
+        _best,
+        of_best=True,
+    ),
+    "metrics": Part(
+        "Metrics",
+        "At the end of the runs at each start's best rate: the mean, and the interval of the difference to random; "
+        "above zero is better. The verdicts rest on the loss alone.",
+        _metrics,
+        of_best=True,
+    ),
+    "cost": Part(
+        "Cost",
+        "Means of the runs at each start's best rate. Scale of A: root mean square of the norms of its rows; if a "
+        "difference goes away with matched scale, the scale was what made it. Start: with its statistics and the "
+        "search of its step; in steps: as many steps of the same training take as long.",
+        _cost,
+        of_best=True,
+    ),
+    "forgetting": Part(
+        "Forgetting",
+        "Retained: loss on text of another kind. Table: means of the runs at each start's best rate. Picture: a line "
+        "over all learning rates of a start, a dot for each run at its best, a large marker for their mean; down and "
+        "left is better. Grey is random. A line that ends at the edge goes on beyond it.",
+        _forgetting,
+        leads=True,
+        of_best=True,
+    ),
+    "runs": Part(
+        "Every run",
+        "Loss on the examples to report at each evaluation point, the first before training.",
+        _every_run,
+    ),
+}

@@ -86,7 +86,7 @@ def load_batches(
         template: Text of an example with columns in braces, ``"{passage}\nQuestion: {question}?"``; the prompt,
             if `completion` is given too. `{{` is a brace. A name in braces is looked up, never evaluated.
         completion: Template of what the model should answer.
-        format: `"messages"`, `"sharegpt"`, `"prompt-completion"`, `"alpaca"` or `"text"`, if the columns fit several.
+        format: A name of `examples.FORMATS`, such as `"messages"` or `"alpaca"`, if the columns fit several.
         subset: Configuration of a hub data set that has several.
         split: Split of a hub data set, or of a folder whose file names have `train`, `dev`, `test` or the like in them.
         samples: Most examples to draw; None for all.

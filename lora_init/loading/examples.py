@@ -44,15 +44,21 @@ class Recipe:
     to_example: Callable[[Mapping[str, Any]], Example | None]
 
 
-# Columns of each format. The first whose columns are there is taken.
-FORMATS = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt-completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-_OPTIONAL = ("tools", "chat_template_kwargs", "input")
+@dataclass(frozen=True)
+class Format:
+    """A form of rows.
+
+    Attributes:
+        columns: Columns that it is known by.
+        read: From a row and the tokenizer to an example; None if a field is empty.
+        optional: Columns that are read, too, if they are there.
+        is_chat: Whether the tokenizer must have a chat template.
+    """
+
+    columns: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Any], Example | None]
+    optional: tuple[str, ...] = ()
+    is_chat: bool = False
 
 
 def recipe(
@@ -73,21 +79,21 @@ def recipe(
     if completion is not None:
         raise LoraInitError(f"completion={completion!r} needs a template for the prompt, too.")
     possible = FORMATS if data_format is None else {data_format: FORMATS[data_format]}
-    found = next((name for name, columns in possible.items() if set(columns) <= set(names)), None)
+    name, found = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
     if found is None:
-        expected = ", or ".join(" and ".join(columns) for columns in possible.values())
+        expected = ", or ".join(" and ".join(one.columns) for one in possible.values())
         answer = f" with the completion ' {{{names[1]}}}'" if len(names) == 2 else ""
         raise LoraInitError(
             f"{label} has the columns {', '.join(names)}. Expected {expected}; "
             f"name others in a template, such as '{{{names[0] if names else 'column'}}}'{answer}."
         )
-    if found in ("messages", "sharegpt") and not getattr(tokenizer, "chat_template", None):
+    if found.is_chat and not getattr(tokenizer, "chat_template", None):
         raise LoraInitError(
-            f"{label} has a column {FORMATS[found][0]!r}, but this tokenizer has no chat template. "
+            f"{label} has a column {found.columns[0]!r}, but this tokenizer has no chat template. "
             "Use an instruction-tuned model's tokenizer, or name columns in a template."
         )
-    columns = [*FORMATS[found], *(name for name in _OPTIONAL if name in names)]
-    return Recipe(found.replace("-", " and "), columns, lambda row: _read(found, row, tokenizer))
+    columns = [*found.columns, *(column for column in found.optional if column in names)]
+    return Recipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
 
 
 def _template_recipe(names: list[str], label: str, template: str, completion: str | None) -> Recipe:
@@ -164,17 +170,14 @@ _ALPACA = (
 )
 
 
-def _read(data_format: str, row: Mapping[str, Any], tokenizer: Any) -> Example | None:
-    """Read a row of one of `FORMATS`."""
-    if data_format == "text":
-        return _plain("", _text(row, "text"))
-    if data_format == "alpaca":
-        instruction, given = _text(row, "instruction"), _text(row, "input") if "input" in row else None
-        context = (", paired with an input that provides further context", f"### Input:\n{given}\n\n")
-        before, after = context if given else ("", "")
-        return _plain(instruction and _ALPACA.format(before, instruction, after), _text(row, "output"))
-    if data_format != "prompt-completion":
-        return _chat(row[FORMATS[data_format][0]], row, tokenizer)
+def _alpaca(row: Mapping[str, Any], tokenizer: Any) -> Example | None:
+    instruction, given = _text(row, "instruction"), _text(row, "input") if "input" in row else None
+    context = (", paired with an input that provides further context", f"### Input:\n{given}\n\n")
+    before, after = context if given else ("", "")
+    return _plain(instruction and _ALPACA.format(before, instruction, after), _text(row, "output"))
+
+
+def _prompt_completion(row: Mapping[str, Any], tokenizer: Any) -> Example | None:
     prompt, answer = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(answer, list):  # both as messages, the other form that TRL knows
         return _chat(prompt + answer, row, tokenizer, first=len(prompt))
@@ -270,3 +273,19 @@ def _without_nulls(value: Any) -> Any:
 def count_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Count how far two sequences begin alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+# What chat templates take beside messages.
+_OF_CHATS = ("tools", "chat_template_kwargs")
+# The first whose columns are there is taken. To add a format, add it here; the command line offers what there is.
+FORMATS = {
+    "messages": Format(
+        ("messages",), lambda row, tokenizer: _chat(row["messages"], row, tokenizer), _OF_CHATS, is_chat=True
+    ),
+    "sharegpt": Format(
+        ("conversations",), lambda row, tokenizer: _chat(row["conversations"], row, tokenizer), _OF_CHATS, is_chat=True
+    ),
+    "prompt-completion": Format(("prompt", "completion"), _prompt_completion, _OF_CHATS),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input",)),
+    "text": Format(("text",), lambda row, tokenizer: _plain("", _text(row, "text"))),
+}

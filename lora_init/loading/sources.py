@@ -25,7 +25,8 @@ from lora_init.errors import LoraInitError, first_line
 from lora_init.loading.hub import check_hub, stay_offline
 
 # Always one of the readers inside `datasets`, with explicit files: never a script that lies beside the data.
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+_OF_TEXT = ("json", "csv", "text")  # the readers of files in UTF-8, which are looked at before
 # Rows of a stream among which the examples are drawn: a stream can be read from its beginning only.
 _MOST_STREAMED = 10_000
 # pandas would make 7.0 of 007, and nothing of None. It knows columns by number; more than there are do no harm.
@@ -130,7 +131,7 @@ def _find_files(source: Any) -> list[Path] | None:
     found = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if found:
         return found
-    if _suffix(path) in _READERS or str(source).startswith((".", "~", "/")) or str(source).count("/") > 1:
+    if _suffix(path) in FILE_TYPES or str(source).startswith((".", "~", "/")) or str(source).count("/") > 1:
         raise LoraInitError(f"data {str(source)!r}: no such file or folder.")
     return None
 
@@ -182,20 +183,20 @@ def _from_files(label: str, files: Sequence[Path]) -> Any:
     kinds = sorted({_suffix(file) for file in files})
     if not any(file.exists() for file in files):
         raise LoraInitError(f"{label}: no such files. For texts in memory, make rows of them: [{{'text': ...}}, ...].")
-    if kinds[0] not in _READERS or len(kinds) > 1:
+    if kinds[0] not in FILE_TYPES or len(kinds) > 1:
         raise LoraInitError(
-            f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(_READERS)}, or "
-            "one of these with .gz."
+            f"{label}: cannot read files of this kind ({', '.join(kinds)}). Expected one of {', '.join(FILE_TYPES)}, "
+            "or one of these with .gz."
         )
     for file in files:
-        if kinds[0] != ".parquet":
+        if FILE_TYPES[kinds[0]] in _OF_TEXT:
             _check_text(f"{file.resolve().parent.name}/{file.name}", file, kinds[0])
     options: dict[str, Any] = {}
-    if _READERS[kinds[0]] == "csv":  # pandas would take the first field for an index if the first record is too long
+    if FILE_TYPES[kinds[0]] == "csv":  # pandas would take the first field for an index if the first record is too long
         options = {"sep": "\t" if kinds == [".tsv"] else ",", "index_col": False, **_CELLS_AS_TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # of records that are longer than the header
-        return _load(label, path=_READERS[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
+        return _load(label, path=FILE_TYPES[kinds[0]], data_files=[str(f) for f in files], split="train", **options)
 
 
 def _check_text(label: str, file: Path, kind: str) -> None:
@@ -214,7 +215,7 @@ def _check_text(label: str, file: Path, kind: str) -> None:
             f"{label}, line {line}: byte 0x{start[error.start]:02x} is not valid UTF-8, the encoding expected. Save "
             f"the file as UTF-8, for example as `CSV UTF-8` in a spreadsheet, or with iconv -f {encoding} -t UTF-8."
         ) from None
-    if _READERS[kind] == "json" and _NO_OBJECT.match(text):
+    if FILE_TYPES[kind] == "json" and _NO_OBJECT.match(text):
         raise LoraInitError(f"{label}: its rows are numbers, texts or lists. Expected objects: {{'text': ...}}.")
     header = text.partition("\n")[0]
     if kind == ".csv" and "," not in header and (found := re.search("[;\t]", header)):

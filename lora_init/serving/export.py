@@ -21,17 +21,8 @@ from lora_init.planning.budgets import parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
 from lora_init.serving.compress import fit
-from lora_init.serving.engines import (
-    ENGINES,
-    PEFT,
-    VLLM_RANKS,
-    Engine,
-    check_engine,
-    check_rank,
-    find_engine,
-    write_gguf,
-    write_peft,
-)
+from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
 RECORD_FILE, CARD_FILE = "export.json", "README.md"
@@ -102,8 +93,8 @@ def export_adapter(
     Args:
         directory: What PEFT's `save_pretrained`, or ours, wrote.
         output: Where to: a directory, or for llama.cpp a file.
-        engine: One of `"vllm"`, `"sglang"`, `"tgi"`, `"lorax"`, `"llama.cpp"`, `"ollama"`, `"mlx"`. None is for PEFT,
-            with what the engines refuse still in it.
+        engine: A name of `engines.ENGINES`, such as `"vllm"`, `"sglang"` or `"llama.cpp"`. None is for PEFT, with what
+            the engines refuse still in it.
         rank: Rank of every layer; with `keep_ranks`, the average. Default: the smallest of vLLM's that is large enough.
         parameters: Most numbers in A and B, such as `2_000_000` or `"2M"`.
         megabytes: Most 10^6 bytes of A and B.
@@ -168,11 +159,11 @@ def export_adapter(
     check_rank(engine, final.rank)
     result = replace(
         result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
-        verify=_verify(wanted.server, path, Path(directory), wanted.write is write_peft, start is None, base),
+        verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None, base),
         added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
     )  # fmt: skip
-    return _write(result, lambda place: wanted.write(place, final, model), overwrite, final)
+    return _write(result, lambda place: wanted.write_form(place, final, model), overwrite, final)
 
 
 def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Path:
@@ -182,7 +173,7 @@ def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Pat
         LoraInitError: It may not, or the engine is unknown.
     """
     path = Path(output).expanduser().resolve()
-    if find_engine(engine).write is write_gguf:
+    if find_engine(engine).is_file:
         check_writable(path, overwrite, "GGUF file")
     else:
         check_free(path, overwrite, RECORD_FILE, _replaceable(path))
@@ -242,8 +233,8 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
 
 def _command(engine: Engine, path: Path, base: str, rank: int) -> str:
     quote = repr if engine is PEFT else shlex.quote
-    bucket = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-    return engine.command.format(base=quote(base), path=quote(str(path)), name=quote(path.stem), rank=bucket)
+    filled = {"base": quote(base), "path": quote(str(path)), "name": quote(path.stem), "rank": vllm_rank(rank)}
+    return engine.command.format_map(filled)
 
 
 def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, base: str | None) -> str:
@@ -266,7 +257,7 @@ def _replaceable(path: Path) -> list[str]:
 def _write(result: Exported, write: Callable[[Path], None], overwrite: bool, trained: Trained) -> Exported:
     """Write a file or a directory in one piece, a directory with a card and a record of what was done."""
     path = result.path
-    if result.engine == "llama.cpp":
+    if find_engine(result.engine).is_file:
         try:
             with new_file(path) as fresh:
                 write(fresh)

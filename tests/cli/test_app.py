@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -18,12 +19,19 @@ from typer.testing import CliRunner
 import lora_init
 from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init import cli as package
+from lora_init.adapters.starts import FROM_BANK, buildable
 from lora_init.cli import app as cli
+from lora_init.cli.compare import compare
+from lora_init.cli.init import init
+from lora_init.cli.ranks import ranks
 from lora_init.comparison.runs import RunPlan
 from lora_init.errors import LoraInitError
+from lora_init.loading.examples import FORMATS
 from lora_init.loading.models import open_model
-from lora_init.planning.snippets import snippet
-from lora_init.serving.engines import find_engine
+from lora_init.loading.sources import FILE_TYPES
+from lora_init.planning.policies import POLICIES
+from lora_init.planning.snippets import TOOLS, snippet
+from lora_init.serving.engines import ENGINES, find_engine
 from tests.commands import assert_one_line_error, run
 
 
@@ -77,6 +85,27 @@ def test_a_mistyped_choice_is_answered_with_the_closest():
         result = run(*words)
         assert result.exit_code == 2 and f"Did you mean {closest}?" in result.stderr.replace("'", ""), result.stderr
     assert "--method" in run(*arguments, "--methd", "eva").stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "registry"),
+    [
+        (init, "method", [*buildable(), FROM_BANK]),
+        (init, "data_format", FORMATS),
+        (compare, "data_format", FORMATS),
+        (ranks, "policy", POLICIES),
+        (ranks, "tool", TOOLS),
+    ],
+)
+def test_choices_of_the_command_line_are_what_the_registry_has(command, argument, registry):
+    hint = get_type_hints(command)[argument]
+    literal = next(kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal)
+    assert get_args(literal) == tuple(registry)
+
+
+def test_the_help_names_all_engines_and_kinds_of_files():
+    assert all(name in run("export", "--help").stdout for name in ENGINES)
+    assert all(ending in run("init", "--help").stdout for ending in FILE_TYPES)
 
 
 def test_the_version_is_printed():

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from lora_init import export_adapter
 from lora_init.planning.plan import rank_settings, scaling_of
-from lora_init.serving.engines import ENGINES, serving_note
+from lora_init.serving.engines import ENGINES
+from lora_init.serving.support import serving_note
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.serving.test_export import ADAPTERS, base, config_of, load, refused, train
 

@@ -1,0 +1,128 @@
+"""Whether an engine takes an adapter: as it is, or in the form that `export` writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lora_init.adapters.peft_model import LORA_A, LORA_B
+from lora_init.errors import LoraInitError
+from lora_init.layers.grid import layer_grid
+from lora_init.layers.targets import PREFIX
+from lora_init.planning.plan import scaling_of
+from lora_init.serving.base import Base
+from lora_init.serving.engines import ENGINES, PEFT, Engine
+from lora_init.serving.trained import EMBEDDING, MAGNITUDE, OTHER_UPDATES, Trained, scalings
+
+# What an adapter may be trained with that neither an engine nor a merged model does.
+_PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
+
+
+def serving_note(
+    ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str] = (), base_change: str = ""
+) -> str:
+    """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
+
+    Args:
+        ranks: Of every layer that could have an adapter, 0 where it has none.
+        config: adapter_config.json, or what is known of it. Without a `lora_alpha` all layers have one scaling.
+        tensors: Names of the tensors in its file.
+        base_change: The start that changed the plain weights of its base, from `base_change_of`.
+
+    Example:
+        >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}, {}))
+        PEFT and vLLM (--max-lora-rank 16) take this adapter as it is.
+        SGLang, llama.cpp, Ollama, TGI, LoRAX and MLX need `lora-init export`.
+    """
+    if base_change:
+        return (
+            f"It began as {base_change}, which changes the base weights, so no engine takes it as it is. "
+            "`lora-init export --start DIRECTORY`, of the adapter before training, converts it."
+        )
+    alone = next((key for key in _PEFT_ALONE if config.get(key)), None)
+    if alone is not None:
+        return f"PEFT takes this adapter as it is. It was trained with {alone}, which no other does."
+    beyond = next(_beyond_layers(config, tensors), None)
+    if beyond is not None:
+        some = [engine.title for engine in ENGINES.values() if engine.dora and beyond == "DoRA"]
+        export = f" {_listed(some)} need{'s' * (len(some) == 1)} `lora-init export`." if some else ""
+        merge = f"Others take no {beyond}: `lora-init export --merge-into MODEL`."
+        return f"PEFT takes this adapter as it is.{export} {merge}"
+    most = max(ranks.values(), default=0)
+    if not most:
+        return "No layer has an adapter, so there is nothing to serve."
+    grid = layer_grid(ranks)
+    kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
+    named = int(config.get("r") or most)
+    scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else set()
+    # Engines have one scaling, that of the config, whatever patterns say. No alpha makes some exactly the same.
+    scales_alike = all(
+        math.isclose(scale, scaling_of(config["lora_alpha"], named, bool(config.get("use_rslora"))), rel_tol=1e-6)
+        for scale in scales
+    )
+    whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
+    is_uniform = scales_alike and whole and all(kind in ({0}, {most}) for kind in kinds)
+    room = max(most, named)
+
+    def takes(engine: Engine) -> bool:
+        fits = scales_alike and engine.allows(room) and (is_uniform or "rank_pattern" in engine.reads)
+        return fits and bool(engine.reads) and ("use_rslora" in engine.reads or not config.get("use_rslora"))
+
+    ready = [PEFT.title, *(engine.name_with(room) for engine in ENGINES.values() if takes(engine))]
+    others = [engine.title for engine in ENGINES.values() if not takes(engine)]
+    return (
+        f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
+        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
+    )
+
+
+def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:
+    """Describe what an adapter directory has besides A and B of linear layers."""
+    if config.get("target_parameters"):
+        yield "adapter of experts"
+    known = (LORA_A, LORA_B, f".{MAGNITUDE}")
+    # With an adapter of an embedding or head PEFT stores a copy of the base's own weight.
+    others = (name for name in tensors if not name.endswith((*known, ".base_layer.weight")))
+    yield from (f"tensor {name.removeprefix(PREFIX)!r}" for name in others)
+    if config.get("bias") not in (None, "none"):
+        yield f"bias={config['bias']!r}"
+    if config.get("use_dora"):
+        yield "DoRA"
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> None:
+    """Refuse what an engine would refuse, or would read as something else.
+
+    Raises:
+        LoraInitError: The adapter has more than the engine takes.
+    """
+    if engine is PEFT:
+        return
+    beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(trained, base), None)
+    if beyond is not None:
+        merged = "Write a whole model instead: merge_into=, without an engine."
+        remedy = "Serve it with PEFT." if trained.config.get("alora_invocation_tokens") else merged
+        raise LoraInitError(f"{name} does not take {beyond}. {remedy}")
+    if trained.dora and any(layer.magnitude is None for layer in trained.layers.values()):
+        raise LoraInitError(f"{name} takes DoRA in every layer or in none. Use merge_into=, without an engine.")
+    engine.check_names(trained, base)
+
+
+def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
+    """Describe what an adapter has besides A, B and magnitudes of linear layers."""
+    tied = base.embeddings[1] if base.tied else None
+    for name, layer in trained.layers.items():
+        if layer.ends == EMBEDDING:
+            yield f"an adapter of the embedding {name!r}"
+        if layer.experts:
+            yield f"an adapter of the parameter {name!r} of {layer.experts} experts"
+        if name == tied:
+            yield f"an adapter of {name!r}, whose weight is also that of the input embedding"
+    for key in trained.others:
+        yield f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
+    yield from (key for key in ("alora_invocation_tokens", "trainable_token_indices") if trained.config.get(key))

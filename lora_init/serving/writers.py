@@ -1,0 +1,150 @@
+"""How adapters are written: a PEFT directory, and what mlx-lm, llama.cpp and Ollama load."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
+from lora_init.errors import LoraInitError, require
+from lora_init.files import write_json
+from lora_init.planning.plan import alpha_for
+from lora_init.serving.base import Base
+from lora_init.serving.trained import Trained, config_of
+
+# Architectures whose tensors keep their names in MLX, and have known ones in GGUF: there under these names. True where
+# llama.cpp's converter sorts the rows of q and k, because rotary positions pair them differently there.
+_ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama", True),
+    "MistralForCausalLM": ("llama", True),
+    "Qwen2ForCausalLM": ("qwen2", False),
+    "Qwen3ForCausalLM": ("qwen3", False),
+    "GemmaForCausalLM": ("gemma", False),
+    "Gemma2ForCausalLM": ("gemma2", False),
+    "Gemma3ForCausalLM": ("gemma3", False),
+    "PhiForCausalLM": ("phi2", False),
+    "Phi3ForCausalLM": ("phi3", False),
+}
+
+
+def _names_in_gguf(base: Base) -> tuple[str, bool]:
+    """Look up what GGUF calls the architecture, and whether q and k are sorted there."""
+    if base.architecture not in _ARCHITECTURES:
+        raise LoraInitError(
+            f"{base.source!r} is a {base.architecture}, whose names in GGUF and MLX are not known here. Known are "
+            f"{', '.join(_ARCHITECTURES)}. For others use merge_into=, and the engine's own converter."
+        )
+    return _ARCHITECTURES[base.architecture]
+
+
+def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
+    """Give the name in GGUF of each layer's weight."""
+    require("gguf")
+    import gguf
+
+    architecture, _ = _names_in_gguf(base)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(number, base.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for layer in trained.layers:
+        name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise LoraInitError(f"layer {layer!r} of {base.architecture} has no name in GGUF. Use merge_into=.")
+        names[layer] = name
+    return names
+
+
+def _pairs_together(rows: Tensor, heads: int) -> Tensor:
+    """Sort the rows of each head from first half and second half to pairs of one of each."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, -1)  # [head, half, place, rank]
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def check_mlx(trained: Trained, base: Base) -> None:
+    """Refuse a base whose names in MLX are not known.
+
+    Raises:
+        LoraInitError: They are not.
+    """
+    _names_in_gguf(base)
+
+
+def check_gguf(trained: Trained, base: Base) -> None:
+    """Refuse an adapter whose layers have no names in GGUF.
+
+    Raises:
+        LoraInitError: One has none, or the base's names are not known.
+    """
+    _gguf_names(trained, base)
+
+
+def write_peft(path: Path, trained: Trained, base: Base) -> None:
+    """Write a PEFT directory; patterns only where ranks differ."""
+    save_file(trained.tensors(), path / WEIGHTS_FILE, metadata={"format": "pt"})
+    plain = [name for name, layer in trained.layers.items() if not layer.experts]
+    write_json(path / CONFIG_FILE, config_of(trained, _target_modules(base, plain)))
+
+
+def _target_modules(base: Base, layers: Collection[str]) -> list[str]:
+    """Name layers by the ends of their names where these select no others of the base, else in full."""
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    selected = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in endings}
+    return endings if selected == set(layers) else list(layers)
+
+
+def write_mlx(path: Path, trained: Trained, base: Base) -> None:
+    """Write what mlx-lm loads: A and B transposed, DoRA's magnitude as m, and the names of the layers in full."""
+    tensors = {}
+    for name, layer in trained.layers.items():
+        tensors[f"{name}.lora_a"] = layer.a.T.contiguous()
+        tensors[f"{name}.lora_b"] = layer.b.T.to(layer.a.dtype).contiguous()
+        tensors |= {} if layer.magnitude is None else {f"{name}.m": layer.magnitude}
+    save_file(tensors, path / "adapters.safetensors")
+    parameters = {"rank": trained.rank, "scale": trained.scaling, "dropout": 0.0, "keys": list(trained.layers)}
+    kind = "dora" if trained.dora else "lora"
+    config = {"model": base.source, "fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
+    write_json(path / CONFIG_FILE, config)
+
+
+def write_ollama(path: Path, trained: Trained, base: Base) -> None:
+    """Write a GGUF adapter and a Modelfile beside it."""
+    write_gguf(path / "adapter.gguf", trained, base)
+    directory = Path(base.source).expanduser()  # what is relative in a Modelfile is so to the Modelfile
+    source = directory.resolve() if directory.is_dir() else base.source
+    (path / "Modelfile").write_text(f"FROM {source}\nADAPTER ./adapter.gguf\n", encoding="utf-8")
+
+
+def write_gguf(path: Path, trained: Trained, base: Base) -> None:
+    """Write a GGUF adapter, float32.
+
+    llama.cpp scales each pair by alpha / rank with one alpha for all and the rank of the pair itself, so that a layer
+    with fewer ranks would act too strongly: its B is multiplied by the opposite.
+    """
+    import gguf
+
+    alpha = alpha_for(trained.scaling, trained.rank)
+    architecture, sorts = _names_in_gguf(base)
+    heads = {"q_proj": base.config.num_attention_heads, "k_proj": base.config.num_key_value_heads} if sorts else {}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, new in _gguf_names(trained, base).items():
+        layer, ending = trained.layers[name], name.rpartition(".")[2]
+        b = layer.b.float() * (layer.scaling * layer.rank / alpha)
+        b = _pairs_together(b, heads[ending]) if ending in heads else b
+        writer.add_tensor(f"{new}.lora_a", layer.a.float().contiguous().numpy())
+        writer.add_tensor(f"{new}.lora_b", b.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    try:  # numpy loses what does not fit at the end of a full disk without a word
+        gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
