@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 import lora_init
-from lora_init.adapters.peft_model import ORIGIN_FILE, origin_of
+from lora_init.adapters.directory import ORIGIN_FILE, AdapterDirectory
 from lora_init.errors import LoraInitError
 from lora_init.planning.plan import load_plan, save_plan
 from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION, Statistics
@@ -67,7 +67,7 @@ def use_plan(path: Path) -> None:
 
 def use_adapter(path: Path) -> None:
     """Read an adapter directory, and write it for an engine."""
-    origin_of(path)
+    assert isinstance(AdapterDirectory(path).origin, dict)
     lora_init.export_adapter(path, path.parent / "exported", engine="vllm", overwrite=True)
 
 

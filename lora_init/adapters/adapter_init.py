@@ -12,30 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.peft_model import (
-    CONFIG_FILE,
+from lora_init.adapters.directory import (
     LORA_A,
     LORA_B,
     ORIGIN_FILE,
-    WEIGHTS_FILE,
+    AdapterDirectory,
     Weights,
-    adapted_layers,
-    attach,
     card_header,
     carrying,
-    check_fits,
-    check_plain,
     hub_id,
-    origin_of,
-    read_config,
-    read_shapes,
-    remember,
-    remove_adapters,
     start_digest,
+    write_start,
 )
+from lora_init.adapters.peft_model import attach, check_fits, check_plain, remember, remove_adapters
 from lora_init.adapters.starts import Start, find_start
 from lora_init.errors import LoraInitError
-from lora_init.files import digests_of, is_as_written, new_directory, write_json
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
 from lora_init.layers.wrappers import unwrapped
@@ -48,7 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from peft import LoraConfig, PeftModel
 
-CARD_FILE = "README.md"
 _FREEZE = """# A is meant to stay as it is. PEFT has no setting for that, so say it before the trainer is made:
 for name, parameter in model.named_parameters():
     parameter.requires_grad &= ".lora_A." not in name
@@ -59,7 +49,6 @@ _HEAD = """from transformers import AutoModelForSequenceClassification
 labels = {labels}
 base_model = AutoModelForSequenceClassification.from_pretrained({base!r}, id2label=labels)
 """
-FILES = (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -239,16 +228,9 @@ class AdapterInit:
             LoraInitError: The directory exists or cannot be written, or weights of the model are needed and no model
                 was given.
         """
-        from safetensors.torch import save
-
         model = None if model is None else unwrapped(model)
-        tensors = self._tensors(model)
-        with new_directory(directory, overwrite, marker=ORIGIN_FILE, replaceable=FILES) as fresh:
-            (fresh / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-            write_json(fresh / CONFIG_FILE, self._config(model) | {"inference_mode": True})
-            write_json(fresh / ORIGIN_FILE, self._origin() | {"sha256": digests_of(fresh, [WEIGHTS_FILE])})
-            (fresh / CARD_FILE).write_text(self._card(), encoding="utf-8")
-        return Path(directory).expanduser().resolve()
+        config = self._config(model) | {"inference_mode": True}
+        return write_start(directory, self._tensors(model), config, self._origin(), self._card(), overwrite)
 
     def start_in_words(self) -> str:
         """Say what the adapter does to the model before it is trained, and what of it is trained."""
@@ -421,25 +403,21 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
     Raises:
         LoraInitError: Not an adapter directory, a trained one, one of another model, or quantised weights.
     """
-    from safetensors.torch import load_file
-
     check_plain(model, "correct_base()")
-    model, directory = unwrapped(model), Path(directory).expanduser()
-    config = read_config(directory)
-    if not is_as_written(directory, ORIGIN_FILE):  # PEFT does not keep it, or leaves it beside what it saves
+    model, files = unwrapped(model), AdapterDirectory(directory)
+    if not files.is_start:
         raise LoraInitError(
-            f"{directory} has no {ORIGIN_FILE} of its weights, so it is no adapter before training. Name what "
+            f"{files.path} has no {ORIGIN_FILE} of its weights, so it is no adapter before training. Name what "
             "`lora-init init` wrote."
         )
-    made_for = origin_of(directory).get("provenance", {}).get("fingerprint")
+    made_for = files.origin.get("provenance", {}).get("fingerprint")
     if made_for and made_for != fingerprint(model):
         raise LoraInitError(
-            f"{directory} was made for another model than this {type(model).__name__}, or its weights have been "
+            f"{files.path} was made for another model than this {type(model).__name__}, or its weights have been "
             "corrected already. Load the base model anew, in float32 or bfloat16."
         )
-    names = adapted_layers(read_shapes(directory))
-    check_correctable(model, names)
-    tensors = load_file(directory / WEIGHTS_FILE)
-    weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in names}
+    check_correctable(model, files.layers)
+    tensors, config = files.tensors(), files.config
+    weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in files.layers}
     scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
     correct_weights(model, weights, scaling)

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.adapters.adapter_init import FILES, AdapterInit
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.directory import check_place
 from lora_init.adapters.initializers import check_rank, layer_generator, scaled_by_gamma
-from lora_init.adapters.peft_model import ORIGIN_FILE
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
 from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
-from lora_init.files import check_free
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
@@ -61,7 +60,7 @@ def check_adapter_options(
     if isinstance(modules_to_save, str):
         raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
     if output is not None:
-        check_free(Path(output).expanduser().resolve(), overwrite, marker=ORIGIN_FILE, replaceable=FILES)
+        check_place(output, overwrite)
 
 
 def buildable_start(method: str) -> Start:

@@ -11,18 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.peft_model import (
-    adapted_layers,
-    adapter_layers,
-    base_change_of,
-    changes_weights,
-    check_plain,
-    load_adapter,
-    origin_of,
-    read_config,
-    read_shapes,
-    remember,
-)
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.peft_model import adapter_layers, check_plain, load_adapter, remember
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import is_conv1d, is_linear
 
@@ -138,20 +128,19 @@ def intruder_dimensions(
     if adapter is None:
         return _examine(model, base, k, threshold)
     check_plain(model, "intruder_dimensions()")
-    directory = Path(adapter).expanduser()
+    directory = AdapterDirectory(adapter)
     # Loading an adapter that began as PiSSA or the like takes the plain weights apart again.
-    config = read_config(directory)
-    own_weights = isinstance(config.get("init_lora_weights"), str)
-    if not own_weights and (began := base_change_of(config, origin_of(directory))):
+    own_weights = isinstance(directory.config.get("init_lora_weights"), str)
+    if not own_weights and (began := directory.base_change):
         raise LoraInitError(
-            f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
+            f"{directory.path} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Convert it first: lora-init export, --start naming the adapter as it was before training."
         )
     if own_weights and base is None:
         modules = dict(model.named_modules())
-        names = adapted_layers(read_shapes(directory))
-        base = left_singular_vectors(model, [name for name in names if name in modules and is_linear(modules[name])])
-    restore = remember(model, weights=changes_weights(directory))
+        linear = [name for name in directory.layers if name in modules and is_linear(modules[name])]
+        base = left_singular_vectors(model, linear)
+    restore = remember(model, weights=directory.changes_weights)
     try:
         return _examine(load_adapter(model, directory, trainable=False), base, k, threshold)
     finally:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_init.adapters.starts import changes_base
+from lora_init.adapters.directory import AdapterDirectory
 from lora_init.errors import LoraInitError, in_one_line
-from lora_init.files import is_as_written, read_json
-from lora_init.layers.targets import HEADS, PREFIX, Target, find_targets, is_in
+from lora_init.layers.targets import HEADS, Target, find_targets, is_in
 from lora_init.layers.wrappers import plain_name
 from lora_init.planning.plan import exact_pattern
 
@@ -27,104 +22,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_init.adapters.adapter_init import AdapterInit
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-ORIGIN_FILE = "lora_init.json"
-ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
-Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read the configuration of an adapter directory; refuse one that is missing, damaged, or not LoRA's."""
-    path = directory / CONFIG_FILE
-    if not directory.is_dir():
-        raise LoraInitError(f"{directory}: no such adapter directory.")
-    if not path.is_file():
-        raise LoraInitError(
-            f"{directory} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes one."
-        )
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise LoraInitError(f"{directory} holds an adapter of type {config.get('peft_type')}; only LORA is read.")
-    return config
-
-
-def changes_weights(directory: Path) -> bool:
-    """Tell whether loading an adapter changes weights of the plain model: by its start, or by what else it holds."""
-    return isinstance(read_config(directory).get("init_lora_weights"), str) or any(
-        ".lora_" not in key for key in read_shapes(directory)
-    )
-
-
-def origin_of(directory: str | Path) -> dict[str, Any]:
-    """Find what lora_init knew when it made an adapter, also after training; empty if it did not.
-
-    `AdapterInit.save_pretrained` writes it to a file of its own, which PEFT does not keep, and in short to a field of
-    the config, see `carrying`.
-    """
-    directory = Path(directory).expanduser()
-    if is_as_written(directory, ORIGIN_FILE):
-        return read_json(directory / ORIGIN_FILE)
-    config = read_config(directory)
-    fields = [config.get("auto_mapping")]
-    with suppress(TypeError, ValueError):
-        fields.append(json.loads(config.get("megatron_core", "")))
-    origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
-    return origins[0] if origins and isinstance(origins[0], dict) else {}
-
-
-def base_change_of(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
-    """Name the start that changed the plain weights of an adapter's base; empty if none did, or it was converted.
-
-    Args:
-        config: From `read_config`.
-        origin: From `origin_of`.
-    """
-    # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
-    began = config.get("init_lora_weights")
-    if isinstance(began, str):
-        return began if changes_base(began) else ""
-    began = str(origin.get("method")) if origin.get("rank") in (None, config.get("r")) else ""
-    return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
-
-
-def start_digest(weights: Weights) -> str:
-    """Hash A and B of a start, by which `export` tells it from others. Rounded, since a trainer may keep bfloat16."""
-    digest = hashlib.sha256()
-    for name, pair in sorted(weights.items()):
-        digest.update(name.encode())
-        for weight in pair:
-            digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
-    """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes.
-
-    It overwrites `auto_mapping` where there is no task type. `megatron_core` it carries always, but that is a string.
-    """
-    return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
-
-
-def read_shapes(directory: Path) -> dict[str, list[int]]:
-    """Read names and shapes of an adapter's tensors; refuse a file that is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        raise LoraInitError(f"{directory} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise LoraInitError(f"{path} is damaged: {error}.") from error
-
-
-def adapted_layers(shapes: Iterable[str]) -> list[str]:
-    """List the layers that have an A among these tensors, by their names in the plain model."""
-    return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in shapes if key.endswith(LORA_A)]
 
 
 def check_plain(model: Any, taker: str) -> None:
@@ -321,7 +218,7 @@ def _described(target: Target) -> str:
     return f"{target.kind} {channels} -> {target.out_features}, kernel {kernel}, groups {target.groups}"
 
 
-def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> PeftModel:
+def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool) -> PeftModel:
     """Put an adapter directory on a plain model, in place, and make sure that all of it found its place.
 
     PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
@@ -330,9 +227,7 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    path = Path(directory).expanduser()
-    read_config(path)
-    in_file = {key for key in read_shapes(path) if ".lora_A" in key or ".lora_B" in key}
+    path, in_file = directory.path, {key for key in directory.shapes if ".lora_A" in key or ".lora_B" in key}
     try:
         with warnings.catch_warnings():
             # What matters of it is checked below; the rest is about magnitudes and heads that PEFT fills in.
@@ -354,22 +249,3 @@ def load_adapter(model: nn.Module, directory: str | Path, trainable: bool) -> Pe
         )
     match_modes(peft_model)
     return peft_model
-
-
-def hub_id(model: str | None) -> str | None:
-    """Give the id of a model; a path of this machine is none: it says nothing elsewhere, and the hub refuses it."""
-    return model if model and not Path(model).exists() else None
-
-
-def card_header(model: str | None, task_type: str | None, is_adapter: bool = True) -> str:
-    """Write the metadata at the head of the card of an adapter or a whole model, with the keys of PEFT's own card."""
-    from huggingface_hub import ModelCardData
-
-    base = hub_id(model)
-    data = ModelCardData(
-        base_model=base,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
-        tags=[*([f"base_model:adapter:{base}"] if base and is_adapter else []), "lora", "lora_init"],
-    )
-    return f"---\n{data.to_yaml()}\n---\n"

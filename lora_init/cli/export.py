@@ -74,21 +74,23 @@ def export(
 
 
 def _load(directory: Path, base: str | None) -> LoadedModel:
-    from lora_init.adapters.peft_model import read_config
+    from lora_init.adapters.directory import AdapterDirectory
     from lora_init.loading.models import load_model
 
-    source = base or str(read_config(directory.expanduser()).get("base_model_name_or_path") or "")
+    source = base or AdapterDirectory(directory).base
     with busy(f"loading {source}"):
         return load_model(source, dtype="float32")
 
 
 def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
-    from lora_init.adapters.peft_model import changes_weights, load_adapter, remember
+    from lora_init.adapters.directory import AdapterDirectory
+    from lora_init.adapters.peft_model import load_adapter, remember
     from lora_init.collection.losses import mean_loss
 
-    restore = remember(loaded.model, weights=changes_weights(directory.expanduser()))
+    adapter = AdapterDirectory(directory)
+    restore = remember(loaded.model, weights=adapter.changes_weights)
     try:
-        return mean_loss(load_adapter(loaded.model, directory, trainable=False), batches)
+        return mean_loss(load_adapter(loaded.model, adapter, trainable=False), batches)
     finally:
         restore()
 

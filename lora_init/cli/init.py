@@ -417,7 +417,7 @@ def summary_of(
     stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
-    from lora_init.adapters.peft_model import read_config, read_shapes
+    from lora_init.adapters.directory import AdapterDirectory
     from lora_init.serving.support import serving_note
 
     made = stats.provenance
@@ -427,6 +427,7 @@ def summary_of(
     is_special = built.corrects_base or built.changes_output or built.freeze_a
     special = [f"{built.start_in_words()}."] if is_special else []
     base_change = built.method if built.corrects_base else ""
+    written = AdapterDirectory(directory)
     return {
         "adapter": str(directory),
         "statistics": str(file) if file else None,
@@ -450,7 +451,7 @@ def summary_of(
         "loss_before": finite(before),
         "loss_at_start": finite(after),
         "seconds": made.seconds,
-        "serving": serving_note(ranks, read_config(directory), read_shapes(directory), base_change),
+        "serving": serving_note(ranks, written.config, written.shapes, base_change),
         "train": how_to_train(directory, built),
         "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_untuned(built), *_beyond(built, ranks)],
     }

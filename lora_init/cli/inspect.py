@@ -198,14 +198,11 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from lora_init.adapters.peft_model import base_change_of, origin_of, read_config, read_shapes
+    from lora_init.adapters.directory import AdapterDirectory
     from lora_init.serving.support import serving_note
-    from lora_init.serving.trained import ranks_in_file
 
-    config = read_config(path)
-    shapes = read_shapes(path)
-    origin = origin_of(path)
-    ranks = ranks_in_file(config, shapes)
+    directory = AdapterDirectory(path)
+    config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
     everywhere = _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
@@ -222,7 +219,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
-        "serving": serving_note(everywhere, config, shapes, base_change_of(config, origin)),
+        "serving": serving_note(everywhere, config, shapes, directory.base_change),
     }
 
 

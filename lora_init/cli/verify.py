@@ -57,10 +57,10 @@ def verify(
     server = Server(url, api_key, timeout)
     name, base_name = server.find(directory.expanduser().resolve().name, model, served_base)
     with importing(data=data):
-        from lora_init.adapters.peft_model import read_config
+        from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import load_model
         from lora_init.serving.verify import AS_TRAINED, verify
-    source = base or str(read_config(directory.expanduser()).get("base_model_name_or_path") or "")
+    source = base or AdapterDirectory(directory).base
     chats = [] if data is None or template else _chats(data, 2 * n)
     hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
     chat = next((form for form in (bool(chats), not chats) if server.ask(name, hello[form])), None)

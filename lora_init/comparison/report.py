@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lora_init.adapters.peft_model import card_header
+from lora_init.adapters.directory import card_header
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
+from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.initializers import kaiming, layer_generator
 from lora_init.adapters.peft_model import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     adapter_layers,
     check_fits,
     load_adapter,
@@ -470,7 +469,7 @@ def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel
 
     try:
         if not callable(source):
-            return load_adapter(model, source, trainable=True)
+            return load_adapter(model, AdapterDirectory(source), trainable=True)
         peft_model = source(model, seed)
     except LoraInitError as error:
         raise LoraInitError(f"start {name!r}: {error}") from error

@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_init.adapters.peft_model import WEIGHTS_FILE, base_change_of, card_header, origin_of, remember
+from lora_init.adapters.directory import CARD_FILE, WEIGHTS_FILE, AdapterDirectory, card_header
+from lora_init.adapters.peft_model import remember
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
 from lora_init.layers.targets import PREFIX
@@ -25,7 +26,7 @@ from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_en
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
-RECORD_FILE, CARD_FILE = "export.json", "README.md"
+RECORD_FILE = "export.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +128,8 @@ def export_adapter(
     if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
         raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
     trained = read_trained(directory, start)
-    origin = {} if start is None else origin_of(directory)
-    if origin and not base_change_of(trained.config, origin):
+    began = AdapterDirectory(directory)
+    if start is not None and began.origin and not began.base_change:
         raise LoraInitError(
             f"start={start}: {directory} fits the plain base already, since its start left that alone or PEFT has "
             "converted it, and it would be subtracted for nothing. Leave start away."
@@ -136,7 +137,8 @@ def export_adapter(
     model = read_base(merge_into or base or trained.base, trained)
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:
-        trained = subtract(trained, with_parameters(read_trained(start, start), model.parameters), origin, str(start))
+        before = with_parameters(read_trained(start, start), model.parameters)
+        trained = subtract(trained, before, began.origin, str(start))
     check_engine(engine or "PEFT", wanted, trained, model)
     sources = intruders = None
     if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file

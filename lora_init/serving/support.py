@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_init.adapters.peft_model import LORA_A, LORA_B
+from lora_init.adapters.directory import LORA_A, LORA_B
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
@@ -28,7 +28,7 @@ def serving_note(
         ranks: Of every layer that could have an adapter, 0 where it has none.
         config: adapter_config.json, or what is known of it. Without a `lora_alpha` all layers have one scaling.
         tensors: Names of the tensors in its file.
-        base_change: The start that changed the plain weights of its base, from `base_change_of`.
+        base_change: The start that changed the plain weights of its base, as `AdapterDirectory.base_change`.
 
     Example:
         >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}, {}))

@@ -14,18 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_init.adapters.peft_model import (
-    CONFIG_FILE,
-    LORA_A,
-    ORIGIN,
-    WEIGHTS_FILE,
-    adapted_layers,
-    base_change_of,
-    origin_of,
-    read_config,
-    read_shapes,
-    start_digest,
-)
+from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, start_digest
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
 from lora_init.planning.plan import from_patterns, rank_settings, scaling_of
@@ -172,10 +161,8 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     Raises:
         LoraInitError: No LoRA adapter is there, it is damaged or incomplete, or a start is needed and not given.
     """
-    from safetensors.torch import load_file
-
-    directory = Path(directory).expanduser()
-    config = read_config(directory)
+    adapter = AdapterDirectory(directory)
+    config, directory = adapter.config, adapter.path
     other = next((key for key in OTHER_UPDATES if config.get(key)), None)
     if other is not None:
         raise LoraInitError(
@@ -185,11 +172,10 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise LoraInitError(f"{directory / CONFIG_FILE} is damaged: target_parameters is no list of names.")
-    read_shapes(directory)  # says what is wrong with the file, if there is something
     path = directory / WEIGHTS_FILE
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
-    for key, tensor in load_file(path).items():
+    for key, tensor in adapter.tensors().items():
         match = _PART.fullmatch(key)
         if match is None:
             others[key] = tensor
@@ -204,9 +190,8 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
         _check_pair(name, found, path)
     if not parameters:
         trained = with_parameters(trained, {})
-    origin = origin_of(directory)
-    _check_conversion(trained, origin, directory)
-    if start is None and (began := base_change_of(config, origin)):
+    _check_conversion(trained, adapter.origin, directory)
+    if start is None and (began := adapter.base_change):
         raise LoraInitError(
             f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
             "Name the adapter as it was before training by start=."
@@ -296,30 +281,6 @@ def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float,
     if not 0.0 < abs(scaling) < math.inf:
         raise LoraInitError(f"layer {target.name!r}: lora_alpha is {alpha}, and what is exported is finite and not 0.")
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
-
-
-def ranks_in_file(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, int]:
-    """Tell the rank of each layer without its model.
-
-    What nests deepest is taken for the first matrix of experts, as it is in transformers' modules of experts.
-
-    Args:
-        config: adapter_config.json.
-        shapes: Shapes of the tensors, from `read_shapes`.
-    """
-    ranks: dict[str, int] = {}
-    wanted = config.get("target_parameters")
-    wanted = wanted if isinstance(wanted, list) else []
-    for name in adapted_layers(shapes):
-        module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
-        keys = [key for key in map(str, wanted) if "." in key or module.endswith("experts")]
-        endings = (key.rpartition(".")[2] for key in keys if f".{module}.{key.rpartition('.')[2]}".endswith(f".{key}"))
-        parameters = sorted({f"{module}.{ending}" for ending in endings}, key=lambda one: not one.endswith("down_proj"))
-        if depth < len(parameters):
-            ranks |= from_patterns(config.get("rank_pattern"), [parameters[depth]], config.get("r", 8))
-        else:
-            ranks[name] = shapes[f"{PREFIX}{name}{LORA_A}"][0]
-    return ranks
 
 
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:

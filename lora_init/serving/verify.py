@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters import peft_model as peft
+from lora_init.adapters.directory import AdapterDirectory
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.serving.engines import VLLM_RANKS
@@ -90,14 +91,16 @@ def verify(
     Raises:
         LoraInitError: There is no prompt, or the adapter is damaged, of another base, or in need of its start.
     """
-    path = Path(directory).expanduser()
-    if began := peft.base_change_of(peft.read_config(path), peft.origin_of(path)):
-        raise LoraInitError(f"{path} began as {began} and does not fit the plain base. Export it by start= first.")
+    adapter = AdapterDirectory(directory)
+    if began := adapter.base_change:
+        raise LoraInitError(
+            f"{adapter.path} began as {began} and does not fit the plain base. Export it by start= first."
+        )
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
-    restore = peft.remember(model, weights=peft.changes_weights(path))
+    restore = peft.remember(model, weights=adapter.changes_weights)
     try:
-        local = _Local(peft.load_adapter(model, path, trainable=False).eval(), tokenizer)
+        local = _Local(peft.load_adapter(model, adapter, trainable=False).eval(), tokenizer)
         faults = local.faults()
         plain, trained = local.run(prompts, faults[0]), local.run(prompts)
         likeliest = trained.topk(min(_TOP, trained.shape[1])).indices

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_init.adapters.peft_model import CONFIG_FILE, WEIGHTS_FILE
+from lora_init.adapters.directory import CONFIG_FILE, write_files
 from lora_init.errors import LoraInitError, require
 from lora_init.files import write_json
 from lora_init.planning.plan import alpha_for
@@ -85,9 +85,8 @@ def check_gguf(trained: Trained, base: Base) -> None:
 
 def write_peft(path: Path, trained: Trained, base: Base) -> None:
     """Write a PEFT directory; patterns only where ranks differ."""
-    save_file(trained.tensors(), path / WEIGHTS_FILE, metadata={"format": "pt"})
     plain = [name for name, layer in trained.layers.items() if not layer.experts]
-    write_json(path / CONFIG_FILE, config_of(trained, _target_modules(base, plain)))
+    write_files(path, trained.tensors(), config_of(trained, _target_modules(base, plain)))
 
 
 def _target_modules(base: Base, layers: Collection[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lora_init import LoraInitError, build_adapter, collect, initialize
-from lora_init.adapters.peft_model import origin_of
+from lora_init.adapters.directory import AdapterDirectory
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
 from tests.versions import NO_CONFIG
@@ -242,21 +242,21 @@ def test_a_trained_adapter_knows_where_it_comes_from(tmp_path, loaded, by_traine
     else:
         peft_model.save_pretrained(tmp_path / "trained")
     assert "lora_init.json" not in listing(tmp_path / "trained")
-    full, short = origin_of(start), origin_of(tmp_path / "trained")
+    full, short = (AdapterDirectory(path).origin for path in (start, tmp_path / "trained"))
     assert short["method"] == "random" and short["seed"] == 7 and short["freeze_a"] is True
     assert short["provenance"] == {key: full["provenance"][key] for key in short["provenance"]}
     assert {"model_id", "fingerprint", "data", "rank", "n_batches"} <= set(short["provenance"])
     again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "trained")
     again.save_pretrained(tmp_path / "again")
-    assert origin_of(tmp_path / "again") == short
+    assert AdapterDirectory(tmp_path / "again").origin == short
 
 
 def test_an_adapter_that_others_made_has_no_origin(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"])
     peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "theirs")
-    assert origin_of(tmp_path / "theirs") == {}
+    assert AdapterDirectory(tmp_path / "theirs").origin == {}
     with pytest.raises(LoraInitError, match=r"no adapter_config.json"):
-        origin_of(tmp_path)
+        AdapterDirectory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -10,7 +10,7 @@ import torch
 
 from lora_init import LoraInitError, Start, build_adapter, collect, initialize
 from lora_init.adapters import starts
-from lora_init.adapters.peft_model import base_change_of, origin_of, read_config
+from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.starts import STARTS, _function_of, buildable, changes_base, find_start, start_names
 from tests.conftest import batches_for, tiny_llama
 
@@ -72,8 +72,8 @@ def test_a_start_of_another_package_is_built_and_named_in_the_origin(packages, s
     for name, (a, b) in build_adapter(stats, RANK, "eva").weights.items():
         assert torch.equal(init.weights[name][0], a) and not b.any()
     directory = init.save_pretrained(tmp_path / "adapter")
-    assert origin_of(directory)["package"] == "an unknown package"
-    assert read_config(directory)["init_lora_weights"] is True
+    assert AdapterDirectory(directory).origin["package"] == "an unknown package"
+    assert AdapterDirectory(directory).config["init_lora_weights"] is True
 
 
 def test_a_base_that_a_start_of_another_package_changed_is_known_where_it_is_not_installed(packages, stats, tmp_path):
@@ -84,7 +84,7 @@ def test_a_base_that_a_start_of_another_package_changed_is_known_where_it_is_not
     packages(swap=Start("swap", "", function=both, b_is_zero=False, corrects_base=True))
     directory = build_adapter(stats, dict.fromkeys(square, RANK), "swap").save_pretrained(tmp_path / "adapter")
     packages()
-    assert base_change_of(read_config(directory), origin_of(directory)) == "swap"
+    assert AdapterDirectory(directory).base_change == "swap"
 
 
 @pytest.mark.parametrize(

@@ -458,8 +458,8 @@ def test_nothing_half_written_is_left(what, options, base, tmp_path, monkeypatch
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     options |= {"merge_into": str(base)} if "merge_into" in options else {}
     if what == "Ctrl-C":
-        for room in ("base", "writers"):
-            monkeypatch.setattr(f"lora_init.serving.{room}.save_file", interrupted)
+        for writer in ("base.save_file", "writers.write_files"):
+            monkeypatch.setattr(f"lora_init.serving.{writer}", interrupted)
         if "engine" in options:
             monkeypatch.setattr(pytest.importorskip("gguf").GGUFWriter, "write_tensors_to_file", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,221 @@
+"""An adapter directory: what it holds, whether it can be read, and how it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.adapters.starts import changes_base
+from lora_init.errors import LoraInitError
+from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
+from lora_init.layers.targets import PREFIX
+from lora_init.planning.plan import from_patterns
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "lora_init.json"
+CARD_FILE = "README.md"
+ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
+_OURS: dict[str, Any] = {"marker": ORIGIN_FILE, "replaceable": (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)}
+
+
+class AdapterDirectory:
+    """An adapter directory that PEFT or lora_init has written.
+
+    The configuration is read at once. Everything else is read when it is first asked for.
+
+    Args:
+        path: The directory.
+
+    Attributes:
+        path: The directory, `~` expanded.
+        config: adapter_config.json.
+
+    Raises:
+        LoraInitError: The configuration is missing, damaged, or not LoRA's; or, from what reads the weights, their file
+            is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        file = self.path / CONFIG_FILE
+        if not self.path.is_dir():
+            raise LoraInitError(f"{self.path}: no such adapter directory.")
+        if not file.is_file():
+            raise LoraInitError(
+                f"{self.path} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes "
+                "one."
+            )
+        self.config: Mapping[str, Any] = read_json(file)
+        if self.config.get("peft_type") != "LORA":
+            raise LoraInitError(
+                f"{self.path} holds an adapter of type {self.config.get('peft_type')}; only LORA is read."
+            )
+
+    @property
+    def base(self) -> str:
+        """Directory or hub id of the base model, as the adapter names it; may be empty."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    @cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Names and shapes of the tensors."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / WEIGHTS_FILE
+        if not path.is_file():
+            raise LoraInitError(f"{self.path} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise LoraInitError(f"{path} is damaged: {error}.") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors, by their names in the file."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / WEIGHTS_FILE) if self.shapes else {}  # `shapes` checks the file
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that have an A, by their names in the plain model."""
+        return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in self.shapes if key.endswith(LORA_A)]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer, without its model.
+
+        What nests deepest is taken for the first matrix of experts, as it is in transformers' modules of experts.
+        """
+        ranks: dict[str, int] = {}
+        wanted = self.config.get("target_parameters")
+        wanted = wanted if isinstance(wanted, list) else []
+        for name in self.layers:
+            module, depth = name.replace(".base_layer", ""), name.count(".base_layer")
+            keys = [key for key in map(str, wanted) if "." in key or module.endswith("experts")]
+            ends = (key.rpartition(".")[2] for key in keys if f".{module}.{key.rpartition('.')[2]}".endswith(f".{key}"))
+            parameters = sorted({f"{module}.{end}" for end in ends}, key=lambda one: not one.endswith("down_proj"))
+            if depth < len(parameters):
+                ranks |= from_patterns(self.config.get("rank_pattern"), [parameters[depth]], self.config.get("r", 8))
+            else:
+                ranks[name] = self.shapes[f"{PREFIX}{name}{LORA_A}"][0]
+        return ranks
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is as lora_init wrote it, before training. PEFT drops the record, or leaves it as it was."""
+        return is_as_written(self.path, ORIGIN_FILE)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What lora_init knew when it made the adapter, also after training; empty if it did not make it.
+
+        `AdapterInit.save_pretrained` writes it to a file of its own, which PEFT does not keep, and in short to a field
+        of the config, see `carrying`.
+        """
+        if self.is_start:
+            return read_json(self.path / ORIGIN_FILE)
+        fields = [self.config.get("auto_mapping")]
+        with suppress(TypeError, ValueError):
+            fields.append(json.loads(self.config.get("megatron_core", "")))
+        origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
+        return origins[0] if origins and isinstance(origins[0], dict) else {}
+
+    @property
+    def base_change(self) -> str:
+        """The start that changed the plain weights of the base; empty if none did, or the adapter was converted."""
+        # As the config says it, or as this package left it; no longer if PEFT has converted the adapter since.
+        began = self.config.get("init_lora_weights")
+        if isinstance(began, str):
+            return began if changes_base(began) else ""
+        origin = self.origin
+        began = str(origin.get("method")) if origin.get("rank") in (None, self.config.get("r")) else ""
+        return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether loading it changes weights of the plain model: by its start, or by what else it holds."""
+        by_start = isinstance(self.config.get("init_lora_weights"), str)
+        return by_start or any(".lora_" not in key for key in self.shapes)
+
+
+def check_place(path: str | Path, overwrite: bool) -> None:
+    """Check that `write_start` may write here, and can, so that nobody finds out after the work."""
+    check_free(Path(path).expanduser().resolve(), overwrite, **_OURS)
+
+
+def write_start(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    card: str,
+    overwrite: bool,
+) -> Path:
+    """Write the directory of an adapter before training, complete or not at all; return its absolute path.
+
+    Raises:
+        LoraInitError: The directory exists and may not be replaced, or cannot be written.
+    """
+    with new_directory(path, overwrite, **_OURS) as fresh:
+        write_files(fresh, tensors, config)
+        write_json(fresh / ORIGIN_FILE, {**origin, "sha256": digests_of(fresh, [WEIGHTS_FILE])})
+        (fresh / CARD_FILE).write_text(card, encoding="utf-8")
+    return Path(path).expanduser().resolve()
+
+
+def write_files(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files that PEFT reads into a directory."""
+    from safetensors.torch import save
+
+    # `save_file` would let only the owner read it.
+    (path / WEIGHTS_FILE).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+    write_json(path / CONFIG_FILE, config)
+
+
+def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
+    """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes.
+
+    It overwrites `auto_mapping` where there is no task type. `megatron_core` it carries always, but that is a string.
+    """
+    return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
+
+
+def start_digest(weights: Weights) -> str:
+    """Hash A and B of a start, by which `export` tells it from others. Rounded, since a trainer may keep bfloat16."""
+    digest = hashlib.sha256()
+    for name, pair in sorted(weights.items()):
+        digest.update(name.encode())
+        for weight in pair:
+            digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hub_id(model: str | None) -> str | None:
+    """Give the id of a model; a path of this machine is none: it says nothing elsewhere, and the hub refuses it."""
+    return model if model and not Path(model).exists() else None
+
+
+def card_header(model: str | None, task_type: str | None, is_adapter: bool = True) -> str:
+    """Write the metadata at the head of the card of an adapter or a whole model, with the keys of PEFT's own card."""
+    from huggingface_hub import ModelCardData
+
+    base = hub_id(model)
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
+        tags=[*([f"base_model:adapter:{base}"] if base and is_adapter else []), "lora", "lora_init"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
