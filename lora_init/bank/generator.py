@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -100,8 +100,8 @@ class Generator:
     explained: float
 
     @torch.no_grad()
-    def generate(self, embeddings: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Make A and B of each layer from the embeddings of prompts, float32 [n, d]."""
+    def generate(self, embeddings: Tensor) -> dict[str, Layer]:
+        """Make each layer, under a scaling of 1, from the embeddings of prompts, float32 [n, d]."""
         condition = _conditions((embeddings - self.shift) / self.spread, torch.arange(N_PROMPTS))
         grid = self.decoder(condition[None])[0]
         flat = grid.flatten()[: len(self.center)] * self.scale + self.center
@@ -207,13 +207,13 @@ def train_generator(
     return Generator(decoder, shapes, center, scale, shift, spread, list(bank.tasks), explained)
 
 
-def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:
     """Bring all adapters to one rank, and rotate each to be as near as possible to the first one.
 
     B A is the same for R B^T and R A with R orthogonal. The R that brings both nearest to those of another adapter is
     the polar factor of A_0 A^T + B_0^T B (orthogonal Procrustes problem, Schoenemann 1966).
     """
-    adapters: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    adapters: dict[str, dict[str, Layer]] = {}
     for name in bank.entries:
         cut = {n: balanced(layer, rank) for n, layer in bank.layers(name).items()}
         first = next(iter(adapters.values()), None)
@@ -225,38 +225,40 @@ def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, tuple[Tensor, Tensor]
     return adapters
 
 
-def balanced(layer: Layer, rank: int) -> tuple[Tensor, Tensor]:
-    """Give A [rank, d_in] and B [d_out, rank] of the update's best approximation, with A A^T = B^T B."""
+def balanced(layer: Layer, rank: int) -> Layer:
+    """Give the update's best approximation of a rank, with A A^T = B^T B and a scaling of 1."""
     whole = layer.rescaled(1.0).padded(max(rank + 1, layer.rank))  # one more, so that `truncate` always acts
-    cut = truncate(whole, factorise(whole), rank).padded(rank)
-    return cut.a, cut.b
+    return truncate(whole, factorise(whole), rank).padded(rank)
 
 
-def _rotated(pair: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    u, _, vh = torch.linalg.svd((to[0] @ pair[0].T + to[1].T @ pair[1]).double())
+def _rotated(layer: Layer, to: Layer) -> Layer:
+    u, _, vh = torch.linalg.svd((to.a @ layer.a.T + to.b.T @ layer.b).double())
     rotation = (u @ vh).float()
-    return rotation @ pair[0], pair[1] @ rotation.T
+    return replace(layer, a=rotation @ layer.a, b=layer.b @ rotation.T)
 
 
-def _shapes(adapter: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[int, int, int]]:
+def _shapes(adapter: Mapping[str, Layer]) -> dict[str, tuple[int, int, int]]:
     """Give rank, d_in and d_out of each layer."""
-    return {name: (len(a), a.shape[1], len(b)) for name, (a, b) in adapter.items()}
+    return {name: (layer.rank, *layer.widths) for name, layer in adapter.items()}
 
 
-def _flattened(adapter: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([part.flatten() for a, b in adapter.values() for part in (a, b.T)])
+def _flattened(adapter: Mapping[str, Layer]) -> Tensor:
+    return torch.cat([part.flatten() for layer in adapter.values() for part in (layer.a, layer.b.T)])
 
 
-def _unflattened(flat: Tensor, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
+def _unflattened(flat: Tensor, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Layer]:
     sizes = [size for rank, d_in, d_out in shapes.values() for size in (rank * d_in, rank * d_out)]
     parts = iter(torch.split(flat, sizes))
-    return {name: (next(parts).view(rank, -1), next(parts).view(rank, -1).T) for name, (rank, _, _) in shapes.items()}
+    return {
+        name: Layer(next(parts).view(rank, -1), next(parts).view(rank, -1).T, 1.0)
+        for name, (rank, _, _) in shapes.items()
+    }
 
 
 def _scales(differences: Sequence[Tensor], shapes: Mapping[str, tuple[int, int, int]]) -> Tensor:
     """Compute the standard deviation of each A and each B over the bank, spread over its weights."""
     squares = torch.stack(list(differences)).square().mean(0)
-    parts = [part for pair in _unflattened(squares, shapes).values() for part in (pair[0], pair[1].T)]
+    parts = [part for layer in _unflattened(squares, shapes).values() for part in (layer.a, layer.b.T)]
     return torch.cat([part.mean().sqrt().clamp_min(1e-12).expand(part.numel()) for part in parts])
 
 

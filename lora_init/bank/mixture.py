@@ -7,32 +7,32 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, remember
 from lora_init.errors import require
+from lora_init.serving.trained import Layer
 
 MOST_ADAPTERS = 8
 MOST_PASSES = 60
 
-Pairs = Mapping[str, tuple[Tensor, Tensor]]  # layer -> A [r, d_in], B [d_out, r], whose product is the update
 
-
-def stack(adapters: Sequence[Pairs], weights: Sequence[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sum adapters by weights, exactly: the A one below the other, the B side by side."""
+def stack(adapters: Sequence[Mapping[str, Layer]], weights: Sequence[float]) -> dict[str, Layer]:
+    """Sum adapters by weights, exactly: the A one below the other, the B side by side, under a scaling of 1."""
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     sums = {}
     for name in names:
-        parts = [(*adapter[name], weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter]
-        sums[name] = torch.cat([a for a, _, _ in parts]), torch.cat([b * weight for _, b, weight in parts], dim=1)
+        parts = [(one[name], weight) for one, weight in zip(adapters, weights, strict=True) if name in one]
+        b = torch.cat([layer.rescaled(1.0).b * weight for layer, weight in parts], dim=1)
+        sums[name] = Layer(torch.cat([layer.a for layer, _ in parts]), b, 1.0)
     return sums
 
 
 def find_weights(
     model: nn.Module,
-    adapters: Sequence[Pairs],
-    build: Callable[[Pairs], AdapterInit],
+    adapters: Sequence[Mapping[str, Layer]],
+    build: Callable[[Mapping[str, Layer]], AdapterInit],
     loss_of: Callable[[nn.Module], float],
 ) -> tuple[list[float], int]:
     """Search the weights with which the sum of adapters has the lowest loss.
@@ -52,7 +52,7 @@ def find_weights(
     try:
         layers = adapter_layers(build(stack(adapters, [1.0] * n)).apply(model))
         whole = {name: next(iter(layer.lora_B.values())).weight.detach().clone() for name, layer in layers.items()}
-        parts = {name: [a[name][0].shape[0] if name in a else 0 for a in adapters] for name in layers}
+        parts = {name: [a[name].rank if name in a else 0 for a in adapters] for name in layers}
 
         @torch.no_grad()
         def measure(weights: Sequence[float]) -> float:

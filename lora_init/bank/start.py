@@ -13,9 +13,9 @@ from lora_init.adapters.peft_model import check_plain
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS
 from lora_init.adapters.step_size import NoStepError, find_step_size
 from lora_init.bank.generator import balanced, load_generator
-from lora_init.bank.mixture import MOST_ADAPTERS, Pairs, find_weights, stack
+from lora_init.bank.mixture import MOST_ADAPTERS, find_weights, stack
 from lora_init.bank.similarity import Neighbour, neighbours
-from lora_init.bank.store import Bank, check_base, one_form
+from lora_init.bank.store import Bank, check_base
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import find_targets
@@ -110,13 +110,13 @@ def start_from_bank(
     else:
         names = [found.name for found in order]
         names = {"nearest": names[:1], "mixture": names[:MOST_ADAPTERS], "mean": names}[by]
-        adapters = [one_form(bank.layers(name)) for name in names]
+        adapters = [bank.layers(name) for name in names]
         shares = [1.0 / len(names)] * len(names)
         if by == "mixture" and loss_of is not None:
             shares, passes = find_weights(model, adapters, partial(_adapter, model, about, by), loss_of)
         weights = dict(zip(names, shares, strict=True))
         update = stack(adapters, shares)
-    cut = {name: balanced(Layer(a, b, 1.0), rank) for name, (a, b) in update.items()}
+    cut = {name: balanced(layer, rank) for name, layer in update.items()}
     build = partial(_adapter, model, about, by, cut, rank, lora_alpha)
     if loss_of is None:
         return BankStart(build(gamma or 1.0), order, weights, passes)
@@ -134,25 +134,24 @@ def _adapter(
     model: nn.Module,
     about: Provenance,
     by: str,
-    update: Pairs,
+    update: Mapping[str, Layer],
     rank: int = 1,
     lora_alpha: float = 1.0,
     gamma: float | None = None,
 ) -> AdapterInit:
-    """Put an update into an adapter: as it is, or divided by gamma and with half of the scaling in A, half in B."""
+    """Put an update, of scaling 1, into an adapter.
+
+    As it is; or divided by gamma, and with half of the adapter's scaling in A, half in B.
+    """
     found = find_targets(model, list(update), task_type=about.task_type).layers
     targets = {name: target for name, target in found.items() if name in update}
-    for name, (a, b) in update.items():
-        widths = a.shape[-1], b.shape[0]
-        if name not in targets or widths != (targets[name].in_features, targets[name].out_features):
-            raise LoraInitError(
-                f"the bank has an adapter of {name!r}, {widths[0]} -> {widths[1]}, which is none of this model."
-            )
+    for name, layer in update.items():
+        d_in, d_out = layer.widths
+        if name not in targets or (d_in, d_out) != (targets[name].in_features, targets[name].out_features):
+            raise LoraInitError(f"the bank has an adapter of {name!r}, {d_in} -> {d_out}, which is none of this model.")
     root = 1.0 if gamma is None else (gamma * scaling_of(lora_alpha, rank, False)) ** 0.5
     return AdapterInit(
-        weights={
-            name: ((update[name][0] / root).contiguous(), (update[name][1] / root).contiguous()) for name in targets
-        },
+        weights={n: ((update[n].a / root).contiguous(), (update[n].b / root).contiguous()) for n in targets},
         targets=targets,
         unsupported={},
         rank=rank,

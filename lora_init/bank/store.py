@@ -231,8 +231,3 @@ def _hash_of(path: Path) -> str:
 def _check_hash(path: Path, expected: str) -> None:
     if not path.is_file() or _hash_of(path) != expected:
         raise LoraInitError(f"{path} is missing or not what was added to the bank. Add the adapter anew.")
-
-
-def one_form(layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Take the scaling of each layer into its B: A [r, d_in] and B [d_out, r] whose product is the whole update."""
-    return {name: (layer.a, layer.rescaled(1.0).b) for name, layer in layers.items()}

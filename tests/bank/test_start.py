@@ -11,7 +11,6 @@ from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
 from lora_init.bank.similarity import neighbours
 from lora_init.bank.start import _adapter, start_from_bank
-from lora_init.bank.store import one_form
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
@@ -19,6 +18,10 @@ from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance
 from lora_init.statistics.tensorfile import write_tensors
 from tests.bank import made
+
+
+def update(layer):
+    return layer.scaling * layer.b @ layer.a
 
 
 def start(bank, task, by="nearest", **more):
@@ -95,31 +98,31 @@ def test_entries_without_statistics_cannot_be_compared_by_them(bank):
 
 
 def test_a_stack_is_the_weighted_sum(bank):
-    adapters = [one_form(bank.layers(name)) for name in ("task0", "task1")]
-    for name, (a, b) in stack(adapters, [0.7, -0.2]).items():
-        wanted = 0.7 * adapters[0][name][1] @ adapters[0][name][0] - 0.2 * adapters[1][name][1] @ adapters[1][name][0]
-        assert torch.allclose(b @ a, wanted, atol=1e-6)
+    one, two = (bank.layers(name) for name in ("task0", "task1"))
+    for name, layer in stack([one, two], [0.7, -0.2]).items():
+        assert torch.allclose(update(layer), 0.7 * update(one[name]) - 0.2 * update(two[name]), atol=1e-6)
 
 
 def test_a_stack_takes_layers_that_only_one_has():
-    one = {"x": (torch.ones(2, 3), torch.ones(4, 2))}
-    two = {"y": (torch.ones(1, 3), torch.ones(4, 1))}
+    one = {"x": Layer(torch.ones(2, 3), torch.ones(4, 2), 1.0)}
+    two = {"y": Layer(torch.ones(1, 3), torch.ones(4, 1), 5.0)}
     found = stack([one, two], [2.0, 3.0])
-    assert torch.equal(found["x"][1] @ found["x"][0], torch.full((4, 3), 4.0))
-    assert torch.equal(found["y"][1] @ found["y"][0], torch.full((4, 3), 3.0))
+    assert torch.equal(update(found["x"]), torch.full((4, 3), 4.0))
+    assert torch.equal(update(found["y"]), torch.full((4, 3), 15.0))
 
 
 def test_weights_are_those_with_the_lowest_loss(bank):
     """A planted loss: the weights 0.5 and -0.25 of two adapters are the best, and the search does not see them."""
-    adapters = [one_form(bank.layers(name)) for name in ("task0", "task1")]
+    adapters = [bank.layers(name) for name in ("task0", "task1")]
     wanted = stack(adapters, [0.5, -0.25])
     model = made.base()
 
     def loss_of(model):
         error = 0.0
-        for name, (a, b) in wanted.items():
+        for name, of in wanted.items():
             layer = model.get_submodule(name)
-            error += float((layer.lora_B["default"].weight @ layer.lora_A["default"].weight - b @ a).square().sum())
+            found = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            error += float((found - update(of)).square().sum())
         return error
 
     about = Provenance("", "LlamaForCausalLM", bank.fingerprint, [])
@@ -147,12 +150,12 @@ def test_the_mean_has_all_tasks_alike(bank):
 def test_balanced_factors_are_the_best_of_their_rank(rank):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 10, generator=generator), torch.randn(8, 4, generator=generator)
-    cut_a, cut_b = balanced(Layer(a, b, 2.0), rank)
-    assert cut_a.shape == (rank, 10) and cut_b.shape == (8, rank)
+    cut = balanced(Layer(a, b, 2.0), rank)
+    assert cut.a.shape == (rank, 10) and cut.b.shape == (8, rank) and cut.scaling == 1.0
     u, values, vh = torch.linalg.svd(2.0 * b @ a)
     best = u[:, :rank] * values[:rank] @ vh[:rank]
-    assert torch.allclose(cut_b @ cut_a, best, atol=1e-4)
-    assert torch.allclose(cut_a @ cut_a.T, cut_b.T @ cut_b, atol=1e-4)
+    assert torch.allclose(cut.b @ cut.a, best, atol=1e-4)
+    assert torch.allclose(cut.a @ cut.a.T, cut.b.T @ cut.b, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +175,8 @@ def test_what_is_generated_is_for_the_prompts(with_generator):
         made_for = generator.generate(embed(made.base(), made.batches(task, seed=9)))
         apart = {}
         for name in with_generator.entries:
-            wanted = one_form(with_generator.layers(name))
-            differences = (b @ a - wanted[n][1] @ wanted[n][0] for n, (a, b) in made_for.items())
+            wanted = with_generator.layers(name)
+            differences = (update(layer) - update(wanted[n]) for n, layer in made_for.items())
             apart[name] = sum(float(difference.square().sum()) for difference in differences)
         assert min(apart, key=apart.get) == f"task{task}"
         before, after = start(with_generator, task, "generated").init.losses
@@ -204,9 +207,9 @@ def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
         model=bank.model,
     )  # fmt: skip
     adapters = _aligned(bank, 4)
-    for name, (a, b) in adapters["task0"].items():
-        assert torch.allclose(adapters["rotated"][name][0], a, atol=1e-4)
-        assert torch.allclose(adapters["rotated"][name][1], b, atol=1e-4)
+    for name, layer in adapters["task0"].items():
+        assert torch.allclose(adapters["rotated"][name].a, layer.a, atol=1e-4)
+        assert torch.allclose(adapters["rotated"][name].b, layer.b, atol=1e-4)
 
 
 @pytest.mark.parametrize("by", ["nearest", "mean"])
