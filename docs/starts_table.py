@@ -4,7 +4,14 @@ from typing import Any
 
 from lora_init.adapters.starts import STARTS, Start
 
-_NEEDS = {"nothing": "–", "inputs": "data", "gradients": "labelled data", "weights": "the weights", "bank": "a bank"}
+_NEEDS = {
+    "nothing": "–",
+    "inputs": "data",
+    "gradients": "labelled data",
+    "errors": "data and the float weights",
+    "weights": "the weights",
+    "bank": "a bank",
+}
 
 
 def setup(app: Any) -> dict[str, bool]:

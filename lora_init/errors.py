@@ -14,6 +14,7 @@ EXTRAS = {
     "gguf": "serving",
     "ray": "ray",
     "httpx2": "verify",
+    "bitsandbytes": "quantised",
 }
 
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "collection": {"layers", "loading", "statistics"},
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "loading", "statistics", "collection", "planning"},
-    "serving": {"layers", "statistics", "planning", "adapters"},
+    "serving": {"layers", "loading", "statistics", "planning", "adapters"},
     "bank": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
     "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank"},
     "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank", "comparison"},

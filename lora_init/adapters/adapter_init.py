@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,12 @@ _HEAD = """from transformers import AutoModelForSequenceClassification
 labels = {labels}
 base_model = AutoModelForSequenceClassification.from_pretrained({base!r}, id2label=labels)
 """
+_QUANTISED = """from transformers import {model_class}
+
+# The adapter was made for the base quantised like this; whatever trains or serves it must quantise it the same way.
+quantisation = {how}
+base_model = {model_class}.from_pretrained({base!r}, quantization_config=quantisation)
+"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +83,9 @@ class AdapterInit:
         gamma: What B A was divided by, where B is not zero.
         freeze_a: Whether A stays as it is in training.
         losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
+        errors: Where the base is quantised and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
+            after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
+        exact_loss: Of the model whose layers have the weights that they had before they were quantised, with `losses`.
     """
 
     weights: Weights
@@ -97,6 +106,15 @@ class AdapterInit:
     gamma: float | None = None
     freeze_a: bool = False
     losses: tuple[float, float] | None = None
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    exact_loss: float | None = None
+
+    @property
+    def share_closed(self) -> float | None:
+        """Share of what quantisation costs, in the loss, that the adapter gives back; None if it was not measured."""
+        if self.losses is None or self.exact_loss is None or self.losses[0] <= self.exact_loss:
+            return None
+        return (self.losses[0] - self.losses[1]) / (self.losses[0] - self.exact_loss)
 
     def __repr__(self) -> str:
         ranks = self.ranks.values()
@@ -240,6 +258,11 @@ class AdapterInit:
                 "B is not zero: the base weights must give up what the adapter adds, and what was trained is converted "
                 f"while it is saved (path_initial_model_for_weight_conversion){frozen}"
             )
+        if self.start.by_error:
+            share = self.share_closed
+            closed = "" if share is None else f", {share:.0%} of the way to the loss before it was quantised"
+            measured = "" if self.losses is None else f" (loss {self.losses[0]:.4g} -> {self.losses[1]:.4g}{closed})"
+            return f"B A gives the quantised base back what rounding took from its weights{measured}{frozen}"
         if self.changes_output:
             words = "B is not zero, and the model's output is another one"
             measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
@@ -308,7 +331,7 @@ class AdapterInit:
         provenance = asdict(self.provenance)
         # PEFT doubles the rank when it converts a start that changed the base.
         origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
-        if self.corrects_base:
+        if self.corrects_base or self.start.by_error:
             origin["start"] = start_digest(self.weights)
         if self.start.package:  # which need not be installed where the adapter is trained or exported
             origin |= {"package": self.start.package, "corrects_base": self.corrects_base}
@@ -319,7 +342,19 @@ class AdapterInit:
             "left_out": list(self.left_out),
             "unsupported": dict(self.unsupported),
             "explained": {name: round(share, 4) for name, share in self.explained.items()},
+            **self._of_quantisation(),
             "provenance": provenance,
+        }
+
+    def _of_quantisation(self) -> dict[str, Any]:
+        """Lay out what quantisation cost and what the adapter gives back."""
+        if not self.errors:
+            return {}
+        return {
+            "errors": {name: list(pair) for name, pair in self.errors.items()},
+            "losses": {"quantised": None, "corrected": None, "exact": self.exact_loss}
+            | (dict(zip(("quantised", "corrected"), self.losses, strict=True)) if self.losses else {}),
+            "share_closed": self.share_closed,
         }
 
     def _card(self) -> str:
@@ -332,6 +367,10 @@ class AdapterInit:
             if classes
             else ""
         )
+        if origin.quantisation is not None and not head:
+            head = _QUANTISED.format(
+                model_class=origin.model_class, base=hub_id(origin.model_id) or "BASE_MODEL", how=origin.quantisation
+            )
         return f"""{card_header(origin.model_id, origin.task_type)}
 # A LoRA adapter before training
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.directory import check_place
-from lora_init.adapters.initializers import check_rank, layer_generator, scaled_by_gamma
+from lora_init.adapters.initializers import check_rank, error_seen, layer_generator, scaled_by_gamma
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
 from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
-from lora_init.planning.plan import RankAllocation
+from lora_init.planning.plan import RankAllocation, scaling_of
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 
@@ -88,6 +88,7 @@ def build_adapter(
     seed: int = 0,
     gamma: float | None = None,
     freeze_a: bool = False,
+    errors: Mapping[str, Tensor] | None = None,
 ) -> AdapterInit:
     """Compute the start of every layer's adapter. No model is needed.
 
@@ -99,7 +100,8 @@ def build_adapter(
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
             `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
-            `"lora-ga"` (the base weights change). See `starts.STARTS`. Or a start of another package.
+            `"lora-ga"` (the base weights change). For a quantised base, `"qera"` (the output changes, back to that of
+            the float model). See `starts.STARTS`. Or a start of another package.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
@@ -110,6 +112,8 @@ def build_adapter(
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
         gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (1024): A and B are divided by
             its root, so a larger one is a smaller step. `find_step_size` searches the best for the last two.
+        errors: With `"qera"`: what quantisation took from the weights of each layer, W - Q, [d_out, d_in], such as
+            `QuantisationErrors(model, stats.targets)`. Layers are asked for one after the other.
         freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x in place of x, and
             the optimizer has no state for A. `rank_with_frozen_a` gives the rank at which B alone has as many
             parameters as A and B.
@@ -119,7 +123,8 @@ def build_adapter(
 
     Raises:
         LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
-            serve, no layer left, no gradients in the statistics, or an impossible lora_alpha, lora_dropout or gamma.
+            serve, no layer left, no gradients in the statistics, no errors for a start that needs them, or an
+            impossible lora_alpha, lora_dropout or gamma.
     """
     check_adapter_options(
         method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
@@ -140,7 +145,13 @@ def build_adapter(
     plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     gamma = gamma or start.gamma
-    weights = {name: _compute(start, stats, name, r, seed, whiten, gamma) for name, r in plan.items()}
+    known = dict(whiten=whiten, scaling=scaling_of(lora_alpha, rank, use_rslora))
+    weights, seen = {}, {}
+    for name, r in plan.items():
+        error = _error_of(stats.targets[name], start, errors)
+        weights[name] = _compute(start, stats, name, r, seed, known | {"error": error}, gamma)
+        if error is not None:
+            seen[name] = _error_before_and_after(stats[name], error, weights[name], known["scaling"])
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
@@ -159,6 +170,7 @@ def build_adapter(
         modules_to_save=tuple(modules_to_save),
         gamma=gamma,
         freeze_a=freeze_a,
+        errors=seen,
     )
 
 
@@ -178,17 +190,37 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
     return rank * both // b_alone
 
 
+def _error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Give what quantisation took from a layer's weight, if the start is about that."""
+    if not start.by_error:
+        return None
+    if errors is None or target.name not in errors:
+        raise LoraInitError(
+            f"layer {target.name!r}: {start} corrects what quantisation took from its weight. Pass errors=, such as "
+            "QuantisationErrors(model, stats.targets)."
+        )
+    error, shape = errors[target.name], [target.out_features, target.in_features]
+    if list(error.shape) != shape or not bool(error.isfinite().all()):
+        raise LoraInitError(f"layer {target.name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
+    return error
+
+
+def _error_before_and_after(
+    spectrum: Spectrum, error: Tensor, pair: tuple[Tensor, Tensor], scaling: float
+) -> tuple[float, float]:
+    a, b = (weight.to(error.device, torch.float64) for weight in pair)
+    return error_seen(spectrum, error), error_seen(spectrum, error.double() - scaling * (b @ a))
+
+
 def _compute(
-    start: Start, stats: Statistics, name: str, rank: int, seed: int, whiten: bool, gamma: float | None
+    start: Start, stats: Statistics, name: str, rank: int, seed: int, given: Mapping[str, Any], gamma: float | None
 ) -> tuple[Tensor, Tensor]:
     """Compute A and B of a layer; of one with experts those of each, side by side."""
     gradient = stats.gradient(name) if start.by_gradient else None
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
     pairs = []
     for of, spectrum in (experts or {name: stats[name]}).items():
-        known = dict(
-            spectrum=spectrum, gradient=gradient, rank=rank, generator=layer_generator(seed, of), whiten=whiten
-        )
+        known = dict(spectrum=spectrum, gradient=gradient, rank=rank, generator=layer_generator(seed, of), **given)
         pairs.append(_called(start, stats.targets[name], known))
     shape_a, shape_b = stats.targets[name].shapes(rank)
     a = torch.cat([a for a, _ in pairs]).reshape(shape_a)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import statistics
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,7 +15,8 @@ from torch import nn
 from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
 from lora_init.adapters.config import default, only_given, read_config, with_defaults
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
-from lora_init.adapters.starts import DEFAULT
+from lora_init.adapters.quantised import QuantisationErrors, loss_or_distance, with_losses
+from lora_init.adapters.starts import DEFAULT, Start
 from lora_init.adapters.step_size import find_step_size, set_aside
 from lora_init.adapters.trainers import adapter_dtype, hand_over, is_trainer, opened
 from lora_init.collection.collect import collect
@@ -22,6 +24,7 @@ from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of
+from lora_init.layers.targets import find_targets
 from lora_init.loading.batches import Batches, as_batches, load_batches
 from lora_init.loading.models import classes_of
 from lora_init.planning.allocate import allocate_ranks
@@ -48,6 +51,8 @@ def initialize(
     modules_to_save: Sequence[str] = default(()),
     gamma: float | None = None,
     freeze_a: bool = False,
+    weights: str | Path | None = None,
+    unchecked: bool = False,
     adapter_name: str = "default",
     seed: int = 0,
     **options: Any,
@@ -77,6 +82,9 @@ def initialize(
         gamma: See `build_adapter`. By default a method that steps sets four batches aside, and at least 16 examples,
             but at most a quarter of the data, and takes the size of its step by the loss on them, see `find_step_size`.
             If that is fewer than 16 different examples, a warning says so.
+        weights: With `"qera"`: the float model that `model` was quantised from, a directory or hub id. Default: what it
+            was loaded from. It is read tensor by tensor.
+        unchecked: With `"qera"`: accept a correction that does not lower the loss on the examples set aside.
         adapter_name: PEFT's name for the adapter.
         seed: Seed of the decomposition and of random initializations.
         **options: Passed on to `collect` (`exclude_modules`, `task_type` and so on) and, with a tokenizer, to
@@ -104,7 +112,7 @@ def initialize(
             source = dict(batches=own) if batches is None else dict(batches=batches, tokenizer=tokenizer)
             adapted = initialize(
                 plain, **source, rho=rho, method=method, whiten=whiten, gamma=gamma, freeze_a=freeze_a,
-                adapter_name=adapter_name, seed=seed, **settings,
+                weights=weights, unchecked=unchecked, adapter_name=adapter_name, seed=seed, **settings,
             )  # fmt: skip
         hand_over(model, adapted, dtype)
         return adapted
@@ -122,24 +130,38 @@ def initialize(
         options.setdefault("gradients", True)
     if tokenizer is not None:
         batches, options = _read(model, batches, tokenizer, seed, options)
-    searched = gamma is None and start.gamma is not None and start.changes_output
-    aside, others = set_aside(as_batches(batches, model, seed)) if searched else ([], batches)
+    measured = start.by_error or (gamma is None and start.gamma is not None and start.changes_output)
+    _check_readable(start, model, target_modules, options, weights)
+    aside, others = set_aside(as_batches(batches, model, seed)) if measured else ([], batches)
     stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **options)
     build = partial(
         build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), use_rslora=use_rslora, seed=seed,
         freeze_a=freeze_a, **adapter,
     )  # fmt: skip
-    if not searched:
+    if not measured:
         if start.corrects_base:
             _warn_of_changed_base(method, adapter_name)
         return build(gamma=gamma).apply(model, adapter_name)
+    given: dict[str, Any] = dict(batches=aside, forward=options.get("forward"), loss=options.get("loss"))
+    if start.by_error:
+        errors = QuantisationErrors(model, stats.targets, weights)
+        loss_of = _in_all_processes(loss_or_distance(model, errors, **given))
+        init = with_losses(model, build(errors=errors), errors, loss_of, unchecked)
+    else:
+        loss_of = _in_all_processes(partial(mean_loss, **given))
+        init = find_step_size(model, lambda candidate: build(gamma=candidate), loss_of)
+    return init.apply(model, adapter_name)
 
-    def loss_of(model: nn.Module) -> float:
-        loss = mean_loss(model, aside, options.get("forward"), options.get("loss"))
-        with Processes() as processes:  # each has batches of its own, and all must take the same step
+
+def _in_all_processes(loss_of: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
+    """Take the mean over processes: each has batches of its own, and all must do the same with the result."""
+
+    def mean(model: nn.Module) -> float:
+        loss = loss_of(model)
+        with Processes() as processes:
             return statistics.fmean(processes.gather(loss))
 
-    return find_step_size(model, lambda candidate: build(gamma=candidate), loss_of).apply(model, adapter_name)
+    return mean
 
 
 def _warn_of_changed_base(method: str, adapter_name: str) -> None:
@@ -162,6 +184,19 @@ def _as_asked(
     said = read_config(model, config, {**only_given(shape), **decided})
     others = {name: value for name, value in said.items() if name not in shape}
     return {name: said[name] for name in shape}, {**options, **others}
+
+
+def _check_readable(
+    start: Start,
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    options: Mapping[str, Any],
+    weights: str | Path | None,
+) -> None:
+    """Refuse before the pass, for a start that needs the float weights, what cannot be read."""
+    if start.by_error:
+        chosen = {name: options.get(name) for name in ("exclude_modules", "task_type", "target_parameters")}
+        QuantisationErrors(model, find_targets(model, target_modules, **chosen).layers, weights)
 
 
 def _read(

@@ -30,11 +30,13 @@ class Start:
         name: What it is asked for by.
         summary: One line for help and tables.
         needs: What it is computed from, beside the shape of a layer: `"nothing"`, `"inputs"` (statistics of what the
-            layer reads), `"gradients"` (statistics with these), `"weights"` of the base, or a `"bank"` of adapters.
+            layer reads), `"gradients"` (statistics with these), `"errors"` (statistics of inputs, and what
+            quantisation took from the weights), `"weights"` of the base, or a `"bank"` of adapters.
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
             parameters are, by their names, those it needs of `spectrum` (a `Spectrum`), `gradient` (a
-            `GradientSpectrum`), `rank`, `generator` (a `torch.Generator` of this layer) and `whiten`. Given as
-            `"module:name"`, it is imported when it is first used.
+            `GradientSpectrum`), `error` (W - Q, [d_out, d_in], with needs `"errors"`), `rank`, `scaling` (what B A is
+            multiplied by), `generator` (a `torch.Generator` of this layer) and `whiten`. Given as `"module:name"`, it
+            is imported when it is first used.
         made_by: `"lora_init"` by `function`; `"peft"` by PEFT itself, under this name; `"bank"` from adapters of other
             tasks; `"training"` for no adapter at all, but all weights. Only the first has a function.
         directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
@@ -56,7 +58,7 @@ class Start:
 
     name: str
     summary: str
-    needs: Literal["nothing", "inputs", "gradients", "weights", "bank"] = "inputs"
+    needs: Literal["nothing", "inputs", "gradients", "errors", "weights", "bank"] = "inputs"
     function: Callable[..., Any] | str | None = None
     made_by: Literal["lora_init", "peft", "bank", "training"] = "lora_init"
     directions: Callable[[Any, Any], Any] | None = None
@@ -87,6 +89,11 @@ class Start:
     def by_gradient(self) -> bool:
         """Whether it needs backward passes."""
         return self.needs == "gradients"
+
+    @property
+    def by_error(self) -> bool:
+        """Whether it corrects what quantisation took from the weights."""
+        return self.needs == "errors"
 
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
@@ -205,6 +212,13 @@ STARTS: tuple[Start, ...] = (
         b_is_zero=False,
         gamma=1024.0,
     ),
+    Start(
+        "qera",
+        "of a quantised base: what quantisation took from the weights, where the data are (QERA, arXiv 2410.06040)",
+        needs="errors",
+        function=f"{_INITIALIZERS}:qera",
+        b_is_zero=False,
+    ),
     Start("pissa", "PEFT's PiSSA (arXiv 2404.02948)", needs="weights", made_by="peft", b_is_zero=False),
     Start(
         "olora",
@@ -275,7 +289,7 @@ class Recipe:
     @property
     def reads_data(self) -> bool:
         """Whether statistics are needed, for the start or for its ranks."""
-        return self.start.needs in ("inputs", "gradients") or self.moves_ranks
+        return self.start.needs in ("inputs", "gradients", "errors") or self.moves_ranks
 
 
 _VARIATIONS = {
@@ -303,8 +317,11 @@ def buildable(names: Iterable[str] = ()) -> list[str]:
 
 
 def compared_names() -> tuple[str, ...]:
-    """Name all that a comparison can run: the starts, and some of them with other choices."""
-    return (*start_names(), *_VARIATIONS)
+    """Name all that a comparison can run: the starts, and some of them with other choices.
+
+    Its base is in float, so that there is nothing for those that correct a quantised one.
+    """
+    return (*(name for name in start_names() if name not in _OWN or not _OWN[name].by_error), *_VARIATIONS)
 
 
 def find_start(name: str) -> Start:

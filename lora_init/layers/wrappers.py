@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -43,6 +44,20 @@ def class_name(module: nn.Module) -> str:
 def model_id(model: nn.Module) -> str:
     """Give the directory or hub id that a model of transformers was loaded from; empty for others."""
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+
+
+def quantisation_of(model: nn.Module) -> dict[str, Any] | None:
+    """Give how transformers quantised a model: what its `from_pretrained` takes as `quantization_config`; else None."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, dict) else json.loads(found.to_json_string())
+    plain = {key: value for key, value in settings.items() if not key.startswith("_")}
+    method = str(plain.get("quant_method", "")).lower()
+    return {
+        "quant_method": method.removeprefix("quantizationmethod."),
+        **{k: plain[k] for k in plain if k != "quant_method"},
+    }
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line
+from lora_init.errors import LoraInitError, did_you_mean, first_line, in_one_line, require
 from lora_init.loading.batches import padding_token
 from lora_init.loading.hub import check_hub, stay_offline
 
@@ -25,6 +25,12 @@ _KINDS = {
 _CLASS_OF_TASK = {task: auto_class for task, auto_class in _KINDS.values() if task}
 TASK_TYPES = tuple(_CLASS_OF_TASK)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# How a model can be quantised while it is loaded: what transformers takes as `quantization_config`.
+QUANTISATIONS = {
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
 # A directory without any of these has no tokenizer; transformers would make an empty one for some kinds of model.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken")
 
@@ -76,7 +82,13 @@ class ModelSource:
         return classes_of(self.config)
 
     def load(
-        self, *, dtype: str = "auto", device: str = "auto", seed: int = 0, n_labels: int | None = None
+        self,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        n_labels: int | None = None,
+        quantise: str | None = None,
     ) -> LoadedModel:
         """Read the weights, in the class that they were saved as, or for a task in that for the task.
 
@@ -86,8 +98,11 @@ class ModelSource:
             seed: Seed of weights that the checkpoint lacks, such as those of a new head.
             n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced. The model then
                 knows what batches are padded with.
+            quantise: One of `QUANTISATIONS`: how linear layers but the head are quantised while they are loaded.
         """
         place = find_device(device)
+        if quantise is not None:
+            self.check_quantisable(quantise)
         if dtype not in DTYPES:
             raise LoraInitError(f"dtype {dtype!r} is unknown. {did_you_mean(str(dtype), DTYPES)}")
         import torch
@@ -98,6 +113,8 @@ class ModelSource:
             options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
             options["problem_type"] = "single_label_classification"
         quantised = getattr(self.config, "quantization_config", None) is not None
+        if quantise is not None:
+            quantised, options["quantization_config"] = True, dict(QUANTISATIONS[quantise])
         if quantised:
             options["device_map"] = {"": place}  # quantised weights cannot move afterwards
         torch.manual_seed(seed)
@@ -110,6 +127,14 @@ class ModelSource:
         reshaped = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
         drawn = frozenset([*loading["missing_keys"], *reshaped])
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
+
+    def check_quantisable(self, quantise: str) -> None:
+        """Refuse what cannot be quantised while it is loaded."""
+        if quantise not in QUANTISATIONS:
+            raise LoraInitError(f"quantise={quantise!r} is unknown. {did_you_mean(quantise, QUANTISATIONS)}")
+        require("bitsandbytes")
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise LoraInitError(f"{self.name!r} is quantised already. Leave --quantize out.")
 
 
 def classes_of(config: Any) -> tuple[str, ...]:

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
+from lora_init.loading.checkpoint import INDEX_FILE, as_saved, find_tensors
 from lora_init.serving.trained import LINEAR, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
 SHARD_BYTES = 2 * 10**9
-INDEX_FILE = "model.safetensors.index.json"
 _NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json", "README.md",
     "adapter_config.json",
@@ -285,8 +285,8 @@ def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, S
     """Find the tensors of the checkpoint that a parameter of the model is in; none if that is not known."""
     try:
         parameter = base.model.get_parameter(name)
-        whole = _as_saved(base.model, name, parameter)
-        one = whole if parameter.dim() < 3 else _as_saved(base.model, name, parameter[:1])
+        whole = as_saved(base.model, name, parameter)
+        one = whole if parameter.dim() < 3 else as_saved(base.model, name, parameter[:1])
     except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):
         return {}  # no such parameter, or a conversion that needs more than it to be undone
     if whole.get(name) is parameter or not all(piece in sources for piece in whole):
@@ -307,19 +307,6 @@ def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, S
                 return {}
             found[place] = replace(sources[place], parameter=name, expert=expert, piece=piece)
     return found
-
-
-def _as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Bring a tensor of a parameter's form into that of checkpoints, as `save_pretrained` does: one tensor or several.
-
-    What transformers does there (rename, split, transpose) it does to sums and to single experts alike.
-    """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 saves parameters as they are
-        return {name: tensor}
-    pieces: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
-    return pieces
 
 
 def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping[str, Source]) -> None:
@@ -366,7 +353,7 @@ def _merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
     else:
         tensor = new[source.expert : source.expert + 1] if source.expert is not None else new
     if source.piece:
-        tensor = _as_saved(base.model, name, tensor)[source.piece]
+        tensor = as_saved(base.model, name, tensor)[source.piece]
     tensor = tensor[0] if tensor.dim() > weight.dim() else tensor
     tensor = tensor.mT if fused and tensor.shape != weight.shape else tensor
     return (tensor if new is not None else weight.float() + tensor).to(weight.dtype).contiguous()
@@ -390,27 +377,4 @@ def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
 
 def _checkpoint(source: str) -> dict[str, Source]:
     """Find all tensors of a checkpoint, file by file."""
-    directory = Path(source).expanduser()
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*/*"]))
-    if "quantization_config" in read_json(directory / "config.json"):
-        raise LoraInitError(f"{source!r} is quantised. Merge into the model that it was made from.")
-    index, files = directory / INDEX_FILE, ["model.safetensors"]
-    if index.is_file():
-        named = read_json(index).get("weight_map")
-        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-        if not files or any(Path(file).name != file for file in files):
-            raise LoraInitError(f"{index} names no files of this directory. The file is damaged.")
-    sources: dict[str, Source] = {}
-    for path in (directory / file for file in files):
-        if not path.is_file():
-            raise LoraInitError(f"{source!r} has no {path.name}. Only whole safetensors checkpoints are merged into.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    sources[name] = Source(path, name, tuple(file.get_slice(name).get_shape()))
-        except SafetensorError as error:
-            raise LoraInitError(f"{path} is damaged: {error}.") from error
-    return sources
+    return {name: Source(one.file, name, one.shape) for name, one in find_tensors(source).items()}

@@ -60,6 +60,7 @@ class Provenance:
         n_labels: Labels whose loss the gradients are of.
         complete: Whether the pass came to its end; one that was interrupted or failed can be gone on with.
         settings: What else the pass was made with, see `collect`; empty if it is not known.
+        quantisation: How the model was quantised, as `quantization_config` of `from_pretrained` says it; else None.
     """
 
     model_id: str
@@ -85,6 +86,7 @@ class Provenance:
     n_labels: int = 0
     complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
+    quantisation: dict[str, Any] | None = None
 
     @property
     def model(self) -> str:

@@ -129,7 +129,7 @@ def test_orthogonal_is_uniform():
     assert 70 < int((firsts > 0).sum()) < 130  # 4 standard deviations of a fair coin
 
 
-WITHOUT_GRADIENTS = [name for name in buildable() if not find_start(name).by_gradient]
+WITHOUT_GRADIENTS = [name for name in buildable() if find_start(name).needs in ("nothing", "inputs")]
 
 
 def _draw(method, generator):

@@ -26,9 +26,10 @@ def test_importing_the_registry_takes_no_torch():
 @pytest.mark.parametrize("start", [start for start in STARTS if start.made_by == "lora_init"], ids=lambda s: s.name)
 def test_what_an_entry_says_is_what_its_function_takes(start):
     wanted = inspect.signature(_function_of(start)).parameters
-    needs = "gradients" if "gradient" in wanted else "inputs" if start.needs == "inputs" else "nothing"
+    named = {"gradient": "gradients", "error": "errors"}
+    needs = next((named[one] for one in named if one in wanted), "inputs" if start.needs == "inputs" else "nothing")
     assert start.needs == needs and ("whiten" in wanted) == start.whitens
-    assert (start.gamma is None) == start.b_is_zero
+    assert (start.gamma is None) == (start.b_is_zero or start.by_error)
 
 
 def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():

@@ -1,0 +1,295 @@
+"""What quantisation took from the weights of a model: W - Q, layer by layer, never the float model as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.peft_model import remember
+from lora_init.collection.losses import Loss, mean_loss, own_loss
+from lora_init.errors import LoraInitError, first_line
+from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
+from lora_init.layers.targets import Target
+from lora_init.layers.wrappers import is_sharded, is_tensor_parallel, model_id, plain_names, unwrapped
+from lora_init.loading.checkpoint import Stored, find_parameter, find_tensors, read_parameter
+
+# Unit vectors in one forward pass of a layer.
+_ROWS = 1024
+# |W - Q| / |W| that a quantiser can make, by the bits of a weight. NF4 makes 0.09 of normal numbers, round to nearest
+# in groups of 64 makes 0.12 of 4 bits, 0.25 of 3 and 0.6 of 2; a weight of another layer or model makes 1.4.
+_LARGEST_ERROR = {8: 0.1, 4: 0.3}
+_LARGEST_OF_ALL = 0.9
+# What rounding to bfloat16 makes: a weight no farther from W was only cast.
+_CAST = 2.0**-8
+# What a layer computes may differ from its weight times the input by this: activations in 8 bits, other kernels.
+_KERNEL = 0.05
+
+
+class QuantisationErrors(Mapping[str, Tensor]):
+    """W - Q of each layer of a quantised model, float32 [d_out, d_in], computed whenever it is asked for.
+
+    Q is what the layer multiplies by, whatever library made it: what it returns for the unit vectors, without its
+    bias. A library's own function need not give that: after its first forward pass on a processor, bitsandbytes packs
+    4-bit weights in another order, which `dequantize_4bit` does not know. W is read by name from the safetensors files
+    of the float model. In memory there is one layer at a time.
+
+    Args:
+        model: The quantised model, plain.
+        targets: Its layers, such as `stats.targets` or `find_targets(model).layers`.
+        weights: Directory or hub id of the float model. Default: what the model was loaded from.
+
+    Raises:
+        LoraInitError: There is no float checkpoint, or it has not got a layer, or in other widths; a layer is none that
+            is read here, or has no weights. Later, for a layer: it was not quantised, does not compute a product, or
+            is farther from the checkpoint than its bits explain.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target], weights: str | Path | None = None) -> None:
+        model = unwrapped(model)
+        self.source = str(weights or model_id(model))
+        if not self.source:
+            raise LoraInitError("the model does not say what it was loaded from. Name the float model by weights=.")
+        if is_sharded(model) or is_tensor_parallel(model):
+            raise LoraInitError("processes hold a part of each weight, and errors are read from whole ones. Use one.")
+        self._targets, self._modules = targets, plain_names(model)
+        self._flipped: dict[str, bool] = {}
+        # What it runs in: a layer of bitsandbytes takes the first type that it reads for good.
+        self._dtype = getattr(model, "dtype", torch.float32)
+        try:
+            tensors = find_tensors(self.source)
+        except (OSError, ValueError) as error:
+            raise LoraInitError(
+                f"the float weights of {self.source!r} cannot be read: {first_line(error)}. Name a directory or hub id "
+                "that has them by weights= (--weights)."
+            ) from error
+        self._found = {name: self._find(model, target, tensors) for name, target in targets.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, name: str) -> Tensor:
+        target, module = self._targets[name], self._modules[name]
+        where = f"layer {name!r}, a {target.kind}"
+        quantised = read_product(module, target, self._dtype, where)
+        weight = self.weight(name).to(quantised.device)
+        error = weight - quantised
+        size = float(error.norm() / weight.norm().clamp_min(1e-30))
+        plain = getattr(module, "weight", None)
+        is_float = type(plain) is nn.Parameter and plain.is_floating_point()
+        if is_float and size < _CAST:
+            raise LoraInitError(
+                f"{where}: it was not quantised, so there is nothing to correct. Leave it out of the targets, or load "
+                "the model quantised (--quantize nf4)."
+            )
+        largest = _LARGEST_OF_ALL if is_float else _LARGEST_ERROR.get(_bits(module, target), _LARGEST_OF_ALL)
+        if not size <= largest:
+            raise LoraInitError(
+                f"{where}: |W - Q| is {size:.2f} |W| with the W of {self.source!r}, and quantisation makes {largest:g} "
+                "at most. Name the float model that the quantised one was made of by weights= (--weights)."
+            )
+        return error
+
+    def weight(self, name: str) -> Tensor:
+        """Read W of a layer, float32 [d_out, d_in], on the CPU."""
+        shape = self._shape(name)
+        weight = read_parameter(self._found[name], shape)
+        return weight.T if self._is_transposed(name, weight) else weight
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Let the layers compute with W, read anew in each forward pass, so that no second model is in memory."""
+        with ExitStack() as stack:
+            for name in self._targets:
+                self.weight(name)  # which may run the layer once
+                hook = self._modules[name].register_forward_hook(partial(self._exact, name))
+                stack.callback(hook.remove)
+            yield
+
+    def _exact(self, name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows, bias = args[0], getattr(module, "bias", None)
+        exact = nn.functional.linear(rows, self.weight(name).to(rows.device, rows.dtype))
+        return (exact if bias is None else exact + bias).to(output.dtype)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self._targets[name].out_features, self._targets[name].in_features
+
+    def _is_transposed(self, name: str, weight: Tensor) -> bool:
+        """Tell whether the checkpoint has a weight as [d_in, d_out]; of a square one Q tells."""
+        if weight.shape[0] != weight.shape[1]:
+            return weight.shape != self._shape(name)
+        if name not in self._flipped:
+            quantised = read_product(self._modules[name], self._targets[name], self._dtype, f"layer {name!r}").cpu()
+            self._flipped[name] = bool((weight.T - quantised).norm() < (weight - quantised).norm())
+        return self._flipped[name]
+
+    def _find(self, model: Any, target: Target, tensors: Mapping[str, Stored]) -> Mapping[Stored, Tensor | None]:
+        where, module = f"layer {target.name!r}, a {target.kind}", self._modules[target.module]
+        if target.experts or target.kernel:
+            raise LoraInitError(f"{where}: only linear layers can be corrected. Leave it out of the targets.")
+        parts = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(part.device.type == "meta" for part in parts):
+            raise LoraInitError(f"{where}: its weights are not in memory (meta, or offloaded). Load the whole model.")
+        shape = (target.out_features, target.in_features)
+        found = find_parameter(tensors, model, f"{target.name}.weight", shape)
+        if not found:
+            there = [list(one.shape) for key, one in tensors.items() if f".{key}".endswith(f".{target.name}.weight")]
+            got = f"is {there[0]} in" if there else "is not in"
+            raise LoraInitError(
+                f"{where}: its weight {list(shape)} {got} {self.source!r}. Name the float model that the quantised one "
+                "was made of by weights= (--weights)."
+            )
+        return found
+
+
+@torch.no_grad()
+def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
+    """Read the matrix that a layer multiplies by, float32 [d_out, d_in], from what it returns for the unit vectors.
+
+    Args:
+        module: The layer; as it was afterwards.
+        target: Its widths.
+        dtype: Of what it reads.
+        where: For messages.
+
+    Raises:
+        LoraInitError: It does not run, or does not compute the product with that matrix.
+    """
+    part = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]), torch.empty(0))
+    device, width = part.device, target.in_features
+    probe = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(device)
+    bias = getattr(module, "bias", None)
+    try:
+        if bias is not None:  # beside a bias that is much larger a weight would lose its digits
+            module.bias = None
+        columns = []
+        for first in range(0, width, _ROWS):
+            units = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
+            units[torch.arange(len(units)), first + torch.arange(len(units))] = 1.0
+            columns.append(module(units).float())
+        matrix = torch.cat(columns).T.contiguous()
+        product, expected = module(probe.to(dtype)).float(), probe @ matrix.T
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise LoraInitError(f"{where}: what it multiplies by cannot be read: {first_line(error)}") from error
+    finally:
+        if bias is not None:
+            module.bias = bias
+    if matrix.shape != (target.out_features, width) or not (product - expected).norm() <= _KERNEL * expected.norm():
+        raise LoraInitError(
+            f"{where}: it does not compute the product of its input with a matrix, so that no error of a weight can be "
+            "read. Leave it out of the targets."
+        )
+    return matrix
+
+
+def _bits(module: nn.Module, target: Target) -> int:
+    """Count the bits that a weight takes in memory, scales included, down to 8, 4 or 0: not known."""
+    parts = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    size = (
+        8
+        * sum(part.nbytes for part in parts if not part.is_floating_point())
+        / target.in_features
+        / target.out_features
+    )
+    return 8 if 8 <= size < 9.5 else 4 if 4 <= size < 5.5 else 0
+
+
+def with_losses(
+    model: nn.Module,
+    init: AdapterInit,
+    errors: QuantisationErrors,
+    loss_of: Callable[[nn.Module], float],
+    unchecked: bool = False,
+) -> AdapterInit:
+    """Measure what quantisation costs and what an adapter gives back.
+
+    Args:
+        model: The quantised model, plain; as it was afterwards.
+        init: The adapter.
+        errors: Of the same model.
+        loss_of: Measures the loss of the model as it is then, on others than the batches of the statistics; such as
+            `loss_or_distance` gives it.
+        unchecked: Accept an adapter that does not lower the loss.
+
+    Returns:
+        The adapter with `losses` and `exact_loss`.
+
+    Raises:
+        LoraInitError: The loss with the adapter is not below that without it.
+    """
+    restore = remember(model)
+    try:
+        before = loss_of(model)
+        with errors.undone():
+            exact = loss_of(model)
+        after = loss_of(init.apply(model))
+    finally:
+        restore()
+    if not (after < before or unchecked):
+        raise LoraInitError(
+            f"method {init.method!r}: on the examples set aside the loss is {before:.5g} in the quantised model and "
+            f"{after:.5g} with the correction, so there is nothing to gain; with the weights as they were it is "
+            f"{exact:.5g}. Give more data of the kind that the model is for, or pass unchecked=True (--unchecked)."
+        )
+    return replace(init, losses=(before, after), exact_loss=exact)
+
+
+@torch.no_grad()
+def loss_or_distance(
+    model: nn.Module,
+    errors: QuantisationErrors,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+) -> Callable[[nn.Module], float]:
+    """Give what measures a quantised model on some batches: its mean loss, where it computes one.
+
+    Where it does not, as an encoder without a head, it is 1 - cosine between its outputs, token by token, and those of
+    the model before it was quantised.
+
+    Args:
+        model: The quantised model, plain.
+        errors: Of the same model.
+        batches: As `collect` takes them.
+        forward: As for `collect`.
+        loss: As for `collect`.
+    """
+    batches = list(batches)
+    if not batches:
+        raise LoraInitError("no batch is left to measure the loss on. Give more examples.")
+    run = forward or partial(call_model, with_labels=True)
+    with evaluating(model):
+        first = run(model, on_device_of(model, batches[0]))
+    if loss is not None or isinstance(own_loss(first), Tensor):
+        return partial(mean_loss, batches=batches, forward=forward, loss=loss)
+    with errors.undone():
+        exact = [_outputs(model, batch, run) for batch in batches]
+
+    def distance(changed: nn.Module) -> float:
+        pairs = zip((_outputs(changed, batch, run) for batch in batches), exact, strict=True)
+        cosines = [nn.functional.cosine_similarity(got, wanted, dim=-1) for got, wanted in pairs]
+        return float(1.0 - torch.cat(cosines).double().mean())
+
+    return distance
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Any, run: Forward) -> Tensor:
+    """Give what a model returns first, [rows, d], without padding, on the CPU."""
+    moved = on_device_of(model, batch)
+    with evaluating(model):
+        output = run(model, moved)
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    mask = moved.get("attention_mask") if isinstance(moved, Mapping) else None
+    rows = first[mask.bool()] if mask is not None and mask.shape == first.shape[:2] else first.flatten(0, -2)
+    return rows.float().cpu()

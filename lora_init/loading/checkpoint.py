@@ -1,0 +1,127 @@
+"""The tensors of a safetensors checkpoint: where each is, and one read at a time under the name that a model has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_init.errors import LoraInitError
+from lora_init.files import read_json
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: its file, its name there, its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Read it."""
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+def find_tensors(source: str) -> dict[str, Stored]:
+    """Find all tensors of a checkpoint, file by file; none is read.
+
+    Raises:
+        LoraInitError: There are no whole safetensors files, or the model is quantised.
+    """
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*/*"]))
+    if "quantization_config" in read_json(directory / "config.json"):
+        raise LoraInitError(f"{source!r} is quantised: its files hold no float weights. Name the model it was made of.")
+    index, files = directory / INDEX_FILE, ["model.safetensors"]
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+        if not files or any(Path(file).name != file for file in files):
+            raise LoraInitError(f"{index} names no files of this directory. The file is damaged.")
+    tensors: dict[str, Stored] = {}
+    for path in (directory / file for file in files):
+        if not path.is_file():
+            raise LoraInitError(f"{source!r} has no {path.name}. Only whole safetensors checkpoints are read.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    tensors[name] = Stored(path, name, tuple(file.get_slice(name).get_shape()))
+        except SafetensorError as error:
+            raise LoraInitError(f"{path} is damaged: {error}.") from error
+    return tensors
+
+
+def find_parameter(
+    tensors: Mapping[str, Stored], model: Any, name: str, shape: tuple[int, ...]
+) -> dict[Stored, Tensor | None]:
+    """Find what of a checkpoint a parameter of a model is read from.
+
+    Args:
+        tensors: From `find_tensors`.
+        model: A model of transformers, whose own names and forms may differ from those of its checkpoints.
+        name: Of the parameter in the model.
+        shape: Of the parameter in the model.
+
+    Returns:
+        The tensor, of the same shape or transposed; or several that together hold the parameter, each with the places,
+        in the flat parameter, of its entries. Empty if the checkpoint has none of these.
+    """
+    found = next((tensors[key] for key in _names(model, name) if key in tensors), None)
+    if found is not None and found.shape in (shape, shape[::-1]):
+        return {found: None}
+    try:  # the places go the way of the weights: split, permuted, under other names
+        pieces = as_saved(model, name, torch.arange(shape[0] * shape[1]).reshape(shape))
+    except (AttributeError, KeyError, ValueError, RuntimeError, NotImplementedError):
+        return {}
+    if not all(piece in tensors and tensors[piece].shape == tuple(pieces[piece].shape) for piece in pieces):
+        return {}
+    return {tensors[piece]: places for piece, places in pieces.items()}
+
+
+def read_parameter(found: Mapping[Stored, Tensor | None], shape: tuple[int, ...]) -> Tensor:
+    """Read what `find_parameter` has found, float32: of this shape, or as it is stored if that is one tensor."""
+    first, places = next(iter(found.items()))
+    if places is None:
+        return first.read().float()
+    weight = torch.empty(shape)
+    for stored, at in found.items():
+        assert at is not None  # several tensors all have places
+        weight.view(-1)[at.reshape(-1)] = stored.read().float().reshape(-1)
+    return weight
+
+
+def _names(model: Any, name: str) -> Iterator[str]:
+    """Name a parameter as checkpoints do: as the model, with or without its prefix, as what it is tied to."""
+    prefix, tied = getattr(model, "base_model_prefix", ""), getattr(model, "_tied_weights_keys", None)
+    yield name
+    if prefix:
+        yield f"{prefix}.{name}"
+        yield name.removeprefix(f"{prefix}.")
+    if isinstance(tied, dict) and name in tied:
+        yield tied[name]
+
+
+def as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Bring a tensor of a parameter's form into that of checkpoints, as `save_pretrained` does: one tensor or several.
+
+    What transformers does there (rename, split, transpose) it does to sums and to single experts alike.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 saves parameters as they are
+        return {name: tensor}
+    pieces: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return pieces

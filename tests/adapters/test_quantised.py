@@ -1,0 +1,246 @@
+"""Quantised bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import lora_init
+from lora_init import LoraInitError, QuantisationErrors, build_adapter, collect, find_targets, mean_loss
+from lora_init.adapters.quantised import loss_or_distance, with_losses
+from lora_init.loading.models import QUANTISATIONS
+from tests.collection.test_quantised import PackedLinear, hqq_4bit
+from tests.conftest import batches_for, tiny_bert, tiny_llama
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def plain(seed=3):
+    torch.manual_seed(seed)
+    return tiny_llama(hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("float")
+    plain().save_pretrained(directory, max_shard_size="100KB")  # several files
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return directory
+
+
+def load(directory, name="nf4"):
+    settings = dict(QUANTISATIONS[name])
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map={"": "cpu"})
+
+
+def rounded(model, bits=3):
+    """Round weights in place, in groups of 64."""
+    for name in find_targets(model).layers:
+        weight = model.get_submodule(name).weight.data
+        groups = weight.view(-1, 64)
+        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / (2**bits - 1)
+        groups.copy_((groups / step).round() * step)
+    return model
+
+
+def labelled_batches(n=24):
+    """Batches whose labels are what the plain model predicts, so that rounding its weights raises the loss."""
+    model, batches = plain(), batches_for("llama", n)
+    for batch in batches:
+        with torch.no_grad():
+            best = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+        shifted = torch.cat([batch["labels"][:, :1], best[:, :-1]], dim=1)
+        batch["labels"] = shifted.masked_fill(batch["attention_mask"] == 0, -100)
+    return batches
+
+
+@pytest.mark.parametrize("name", QUANTISATIONS)
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])  # bitsandbytes packs weights when they are used
+def test_errors_are_those_of_the_layers_own_dequantisation(name, ran, directory):
+    from bitsandbytes.functional import dequantize_4bit
+
+    fresh, model, float_model = load(directory, name), load(directory, name), plain()
+    if ran:
+        with torch.no_grad():
+            model(**batches_for("llama")[0])
+    errors = QuantisationErrors(model, find_targets(model).layers)
+    assert list(errors) == list(find_targets(float_model).layers)
+    for layer in errors:
+        module, weight = fresh.get_submodule(layer), float_model.get_submodule(layer).weight.detach()
+        if name == "int8":
+            own = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+        else:
+            own = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        assert torch.equal(errors.weight(layer), weight)
+        # In the kernel for this processor steps and scales are bfloat16: 2^-7 of a weight, where rounding takes 2^-3.
+        torch.testing.assert_close(errors[layer], weight - own, atol=2.0**-7 * float(weight.abs().max()), rtol=0)
+
+
+def test_errors_of_hqq(directory):
+    model = hqq_4bit(directory)
+    errors = QuantisationErrors(model, find_targets(plain()).layers, directory)
+    own = model.get_submodule(DOWN).dequantize().float()
+    torch.testing.assert_close(errors[DOWN], errors.weight(DOWN) - own, atol=1e-5, rtol=0)
+
+
+def test_errors_of_any_layer_that_multiplies(directory):
+    model = plain()
+    layer = PackedLinear(model.get_submodule(DOWN))
+    layer.qweight //= 10
+    layer.qweight *= 10
+    model.set_submodule(DOWN, layer)
+    errors = QuantisationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
+    torch.testing.assert_close(errors[DOWN], plain().get_submodule(DOWN).weight.detach() - layer.qweight / 1000)
+
+
+@pytest.mark.parametrize("large_bias", [0.0, 100.0])
+def test_weights_that_the_checkpoint_has_transposed(tmp_path, large_bias):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    float_model = GPT2LMHeadModel(config).eval()
+    for block in float_model.transformer.h:
+        nn.init.constant_(block.attn.c_proj.bias, large_bias)  # a square weight
+    float_model.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    errors = QuantisationErrors(model, find_targets(model).layers)
+    bias = model.transformer.h[0].attn.c_proj.bias
+    for name in errors:
+        weight = float_model.get_submodule(name).weight.detach().T
+        assert torch.equal(errors.weight(name), weight)
+        assert 0.05 < float(errors[name].norm() / weight.norm()) < 0.2
+    assert model.transformer.h[0].attn.c_proj.bias is bias and bool((bias == large_bias).all())
+    batch = batches_for("gpt2")[0]
+    with torch.no_grad(), errors.undone():
+        torch.testing.assert_close(model(**batch).logits, float_model(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_initialize_gives_the_quantised_model_its_loss_back(directory):
+    model, batches = load(directory), labelled_batches()
+    aside = labelled_batches(40)[24:]
+    quantised, exact = mean_loss(model, aside), mean_loss(plain(), aside)
+    adapted = lora_init.initialize(model, batches, rank=16, rho=1, method="qera")
+    assert mean_loss(adapted, aside) < quantised - 0.4 * (quantised - exact)
+    assert adapted.peft_config["default"].r == 16
+
+
+@pytest.mark.parametrize("options", [dict(lora_alpha=16), dict(lora_alpha=3), dict(lora_alpha=3, use_rslora=True)])
+def test_the_scaling_is_divided_out(options, directory):
+    model, batches = load(directory), labelled_batches(4)
+    stats, errors = collect(model, batches, rank=4, rho=1), QuantisationErrors(model, find_targets(model).layers)
+    products = []
+    for given in ({}, options):
+        init = build_adapter(stats, 4, "qera", errors=errors, **given)
+        a, b = init.weights[DOWN]
+        products.append(init.scaling * b @ a)
+    torch.testing.assert_close(products[0], products[1], rtol=1e-4, atol=1e-6)
+    assert all(after < before for before, after in init.errors.values())
+
+
+def test_losses_and_what_the_directory_says(directory, tmp_path):
+    model, batches = load(directory), labelled_batches()
+    stats = collect(model, batches[4:], rank=8, rho=1)
+    errors = QuantisationErrors(model, stats.targets)
+    before = model(**batches[0]).logits.detach()
+    init = with_losses(
+        model, build_adapter(stats, 8, "qera", errors=errors), errors, loss_or_distance(model, errors, batches[:4])
+    )
+    torch.testing.assert_close(model(**batches[0]).logits, before, rtol=0, atol=0)  # as it was
+    assert init.exact_loss == pytest.approx(mean_loss(plain(), batches[:4]), rel=1e-6)
+    assert init.losses[0] > init.losses[1] and 0 < init.share_closed <= 1.5
+    saved = init.save_pretrained(tmp_path / "adapter")
+    origin = json.loads((saved / "lora_init.json").read_text())
+    assert origin["share_closed"] == pytest.approx(init.share_closed)
+    assert origin["provenance"]["quantisation"]["bnb_4bit_quant_type"] == "nf4"
+    assert len(origin["errors"]) == len(init.weights)
+    card = (saved / "README.md").read_text()
+    assert "LlamaForCausalLM.from_pretrained" in card and "'load_in_4bit': True" in card
+    loaded = PeftModel.from_pretrained(load(directory), saved)
+    assert mean_loss(loaded, batches[:4]) == pytest.approx(init.losses[1], rel=1e-4)
+
+
+def test_an_encoder_without_a_loss_is_measured_by_its_outputs(tmp_path):
+    torch.manual_seed(0)
+    tiny_bert(None).save_pretrained(tmp_path)
+    model, batches = rounded(AutoModel.from_pretrained(tmp_path)), batches_for("bert", 12)
+    stats = collect(model, batches[4:], rank=16, rho=1)
+    errors = QuantisationErrors(model, stats.targets)
+    init = with_losses(
+        model, build_adapter(stats, 16, "qera", errors=errors), errors, loss_or_distance(model, errors, batches[:4])
+    )
+    assert init.exact_loss == pytest.approx(0.0, abs=1e-6)
+    assert init.share_closed > 0.3
+
+
+def test_a_correction_that_does_not_lower_the_loss_is_refused(directory):
+    model, batches = load(directory), labelled_batches(8)
+    for batch in batches:  # labels that the plain model finds unlikely: rounding lowers their loss
+        batch["labels"] = batch["labels"].clone()
+    stats = collect(model, batches[4:], rank=4, rho=1)
+    errors = QuantisationErrors(model, stats.targets)
+    init = build_adapter(stats, 4, "qera", errors={name: -errors[name] for name in errors})
+    with pytest.raises(LoraInitError, match="nothing to gain"):
+        with_losses(model, init, errors, loss_or_distance(model, errors, batches[:4]))
+    assert (
+        with_losses(model, init, errors, loss_or_distance(model, errors, batches[:4]), unchecked=True).share_closed < 0
+    )
+
+
+def check_refused(message, model, directory, layers=None):
+    errors = QuantisationErrors(model, find_targets(model, layers or "all-linear").layers, directory)
+    with pytest.raises(LoraInitError, match=message) as refused:
+        errors[next(iter(errors))]
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
+    model = load(directory)
+    with pytest.raises(LoraInitError, match="cannot be read"):
+        QuantisationErrors(model, find_targets(model).layers, tmp_path / "nothing")
+    other = tmp_path / "wider"
+    tiny_llama(hidden_size=64, intermediate_size=192).save_pretrained(other)
+    with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.mlp.gate_proj', a Linear4bit.*\[192, 64\]"):
+        QuantisationErrors(model, find_targets(model).layers, other)
+    same_shapes = tmp_path / "other"
+    plain(seed=4).save_pretrained(same_shapes)
+    check_refused(r"\|W - Q\| is 1\.\d+ \|W\|.*0\.3 at most", model, same_shapes)
+    doubled = tmp_path / "doubled"
+    shutil.copytree(directory, doubled)
+    for file in doubled.glob("*.safetensors"):
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    check_refused("0.50", model, doubled)
+    check_refused("it was not quantised", plain(), directory)
+    with torch.device("meta"), pytest.raises(LoraInitError, match="not in memory"):
+        QuantisationErrors(plain(), find_targets(plain()).layers, directory)
+    with pytest.raises(LoraInitError, match="loaded from"):
+        QuantisationErrors(plain(), find_targets(plain()).layers)
+    model.config.quantization_config.to_json_file(str(tmp_path / "q.json"))
+    saved = tmp_path / "quantised"
+    model.save_pretrained(saved)
+    with pytest.raises(LoraInitError, match="is quantised"):
+        QuantisationErrors(model, find_targets(model).layers, saved)
+
+
+class Squared(PackedLinear):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+def test_a_layer_that_computes_something_else_cannot_pass(directory):
+    model = plain()
+    model.set_submodule(DOWN, Squared(model.get_submodule(DOWN)))
+    check_refused("does not compute the product", model, directory, [DOWN])
+
+
+def test_a_start_without_errors_and_a_rank_beyond_the_layer():
+    stats = collect(plain(), batches_for("llama"), rank=4, rho=1)
+    with pytest.raises(LoraInitError, match="Pass errors="):
+        build_adapter(stats, 4, "qera")
+    with pytest.raises(LoraInitError, match="larger than its input width"):
+        build_adapter(stats, {DOWN: 129}, "qera", errors={})
+    with pytest.raises(LoraInitError, match=r"\[2, 2\], expected \[64, 128\]"):
+        build_adapter(stats, {DOWN: 4}, "qera", errors={DOWN: torch.zeros(2, 2)})
