@@ -116,6 +116,16 @@ class AdapterInit:
             return None
         return (self.losses[0] - self.losses[1]) / (self.losses[0] - self.exact_loss)
 
+    @property
+    def correction(self) -> dict[str, Any]:
+        """What quantisation cost and what the adapter gives back, in plain values: losses, their share, errors."""
+        before, after = self.losses or (None, None)
+        return {
+            "losses": {"float": self.exact_loss, "quantised": before, "corrected": after},
+            "share_closed": self.share_closed,
+            "errors": {name: list(pair) for name, pair in self.errors.items()},
+        }
+
     def __repr__(self) -> str:
         ranks = self.ranks.values()
         return (
@@ -342,19 +352,8 @@ class AdapterInit:
             "left_out": list(self.left_out),
             "unsupported": dict(self.unsupported),
             "explained": {name: round(share, 4) for name, share in self.explained.items()},
-            **self._of_quantisation(),
+            **({"correction": self.correction} if self.errors else {}),
             "provenance": provenance,
-        }
-
-    def _of_quantisation(self) -> dict[str, Any]:
-        """Lay out what quantisation cost and what the adapter gives back."""
-        if not self.errors:
-            return {}
-        return {
-            "errors": {name: list(pair) for name, pair in self.errors.items()},
-            "losses": {"quantised": None, "corrected": None, "exact": self.exact_loss}
-            | (dict(zip(("quantised", "corrected"), self.losses, strict=True)) if self.losses else {}),
-            "share_closed": self.share_closed,
         }
 
     def _card(self) -> str:

@@ -278,7 +278,7 @@ def loss_or_distance(
     def distance(changed: nn.Module) -> float:
         pairs = zip((_outputs(changed, batch, run) for batch in batches), exact, strict=True)
         cosines = [nn.functional.cosine_similarity(got, wanted, dim=-1) for got, wanted in pairs]
-        return float(1.0 - torch.cat(cosines).double().mean())
+        return max(0.0, float(1.0 - torch.cat(cosines).double().mean()))
 
     return distance
 

@@ -153,7 +153,7 @@ def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[
 def _warn_of_few(n: int, total: int) -> None:
     if n < LEAST:
         warnings.warn(
-            f"the size of the step is chosen by the loss on {n} of {total} different examples, and fewer than {LEAST} "
+            f"the start is judged by the loss on {n} of {total} different examples, and fewer than {LEAST} "
             f"say little about it. Give at least {4 * LEAST} different examples, or gamma=.",
             stacklevel=4,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,8 +35,8 @@ from lora_init.cli.console import (
     read_names,
     say,
 )
-from lora_init.cli.tables import facts, finite, rank_table
-from lora_init.errors import LoraInitError
+from lora_init.cli.tables import correction_facts, facts, finite, quantisation_name, rank_table
+from lora_init.errors import LoraInitError, require
 from lora_init.files import check_writable
 from lora_init.loading.sources import FILE_TYPES
 
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lora_init.adapters.adapter_init import AdapterInit
+    from lora_init.adapters.starts import Start
     from lora_init.loading.batches import Batches
     from lora_init.loading.models import ModelSource
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
 TokenMask = Literal["attention", "labels"]
+Quantization = Literal["nf4", "fp4", "int8"]
 if TYPE_CHECKING:
     Method: TypeAlias = str
     BankWay: TypeAlias = str
@@ -117,6 +120,15 @@ def init(
             f"{''.join(f'; {one.name} {one.gamma:g}' for one in STARTS if one.corrects_base)}."
         ),
     ] = None,
+    quantize: Annotated[
+        Quantization | None, Option(help="Quantise the base while it is loaded, as QLoRA does, by bitsandbytes.")
+    ] = None,
+    weights: Annotated[
+        str | None, Option(help="With qera: the float model that MODEL was quantised from. Default: MODEL itself.")
+    ] = None,
+    unchecked: Annotated[
+        bool, Option("--unchecked", help="With qera: write it even if the loss on examples set aside does not fall.")
+    ] = False,
     gradients: Annotated[bool, Option("--gradients", help="Run backward passes, too, for later use.")] = False,
     whiten: Annotated[bool, Option("--whiten", help="With eva: scale each row by its variance.")] = False,
     lora_alpha: Annotated[float, Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
@@ -159,15 +171,15 @@ def init(
         "method": method, "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
         "modules_to_save": read_names(modules_to_save),
     }  # fmt: skip
-    start = BANK_WAYS[by] if _is_from_bank(method, bank, data) else find_start(method)
+    start = BANK_WAYS[by] if _is_from_bank(method, bank, data) else _find_start(method, quantize, weights, unchecked)
     check_adapter_options(**options | {"method": start}, output=output, overwrite=overwrite)
-    takes_step = start.made_by == "bank" or (start.changes_output and start.gamma is not None)
+    takes_step = start.made_by == "bank" or start.changes_output
     gradients = gradients or start.by_gradient
     find_device(device)
-    file = _check_sources(data, statistics, method if takes_step else "", label, token_mask)
+    file = _check_sources(data, statistics, method if takes_step and start.gamma else "", label, token_mask)
     plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
     with busy(f"reading {model} and the data"):
-        source = _open(model, task_type, label, trust_remote_code, gradients and data is not None)
+        source = _open(model, task_type, label, trust_remote_code, gradients and data is not None, quantize, start)
         read = partial(
             load_batches, data, source.tokenizer, template=template, completion=completion,
             format=data_format, subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
@@ -193,7 +205,7 @@ def init(
         print_result(estimate(source, batches, selection, settings), show_estimate)
         return
     with busy(f"loading {model}"):
-        loaded = source.load(dtype=dtype, device=device, **_head(batches, file, seed))
+        loaded = source.load(dtype=dtype, device=device, quantise=quantize, **_head(batches, file, seed))
     check_modules_to_save(loaded.model, options["modules_to_save"], loaded.task_type, loaded.drawn)
     if bank is not None:
         start_from(
@@ -212,7 +224,7 @@ def init(
         return
     ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
     build = partial(build_adapter, stats, ranks, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed)
-    built = _with_best_step(loaded.model, build, aside, gamma) if takes_step else build()
+    built = _built(loaded.model, build, start, aside, gamma, stats=stats, weights=weights, unchecked=unchecked)
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
     print_result(summary_of(stats, ranks, directory, file, built), show_summary, written=True)
 
@@ -290,9 +302,18 @@ def _read_budget(
 
 
 def _open(
-    model: str, task_type: str | None, label: str | None, trust_remote_code: bool, by_gradient: bool
+    model: str,
+    task_type: str | None,
+    label: str | None,
+    trust_remote_code: bool,
+    by_gradient: bool,
+    quantize: str | None,
+    start: Start,
 ) -> ModelSource:
-    """Read what a model is, for classes if the data have them; refuse a gradient whose loss texts do not make."""
+    """Read what a model is, for classes if the data have them.
+
+    Refuses a gradient whose loss texts do not make, and a base that cannot be quantised, or is not and should be.
+    """
     from lora_init.layers.targets import HEADS
     from lora_init.loading.models import open_model
 
@@ -300,6 +321,7 @@ def _open(
         raise LoraInitError(f"--label makes this a classification, and --task-type {task_type} does not. Give one.")
     task_type = task_type if label is None else "SEQ_CLS"
     source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
+    source.check_quantised(quantize, needed=start.by_error)
     if by_gradient and source.task_type in HEADS and label is None:
         other = "Name their column: --label COLUMN." if source.task_type == "SEQ_CLS" else "Use initialize() in Python."
         raise LoraInitError(f"gradients for the task type {source.task_type} need classes, not texts alone. {other}")
@@ -396,14 +418,44 @@ def _say_used(file: Path, stats: Statistics) -> None:
     say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches{until})")
 
 
-def _with_best_step(
-    model: nn.Module, build: Callable[..., AdapterInit], aside: list[Any], gamma: float | None
+def _built(
+    model: nn.Module,
+    build: Callable[..., AdapterInit],
+    start: Start,
+    aside: list[Any],
+    gamma: float | None,
+    *,
+    stats: Statistics,
+    weights: str | None,
+    unchecked: bool,
 ) -> AdapterInit:
-    """Build an adapter that takes a step, of the size with the least loss on batches set aside."""
+    """Build the adapter; where its B is not zero, by the loss on batches set aside."""
+    from lora_init.adapters.quantised import QuantisationErrors, loss_or_distance, with_losses
     from lora_init.adapters.step_size import find_step_size
     from lora_init.collection.losses import mean_loss
 
-    return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
+    if start.by_error:
+        with busy("reading what rounding took from the weights"):
+            errors = QuantisationErrors(model, stats.targets, weights)
+            built = build(errors=errors)
+            if not aside:  # a statistics file, and no data
+                return built
+            return with_losses(model, built, errors, loss_or_distance(model, errors, aside), unchecked)
+    if start.changes_output:
+        return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
+    return build()
+
+
+def _find_start(method: str, quantize: str | None, weights: str | None, unchecked: bool) -> Start:
+    """Look a start up; refuse options about a quantised base where there is none, and what is not installed."""
+    start = find_start(method)
+    if quantize is not None:
+        require("bitsandbytes")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for each layer which kernel it takes
+    idle = [name for name, value in (("--weights", weights), ("--unchecked", unchecked)) if value]
+    if idle and not start.by_error:
+        raise LoraInitError(f"{', '.join(idle)}: for --method {_named(by_error=True)} alone. Leave it out.")
+    return start
 
 
 def how_to_train(directory: Path, built: AdapterInit) -> str:
@@ -426,6 +478,8 @@ def summary_of(
     before, after = built.losses or (None, None)
     is_special = built.corrects_base or built.changes_output or built.freeze_a
     special = [f"{built.start_in_words()}."] if is_special else []
+    if made.quantisation:
+        special.append(f"the base was quantised ({quantisation_name(made.quantisation)}): train and serve on the same.")
     base_change = built.method if built.corrects_base else ""
     written = AdapterDirectory(directory)
     return {
@@ -450,6 +504,8 @@ def summary_of(
         "gamma": built.gamma,
         "loss_before": finite(before),
         "loss_at_start": finite(after),
+        "correction": built.correction if built.errors else None,
+        "quantisation": made.quantisation,
         "seconds": made.seconds,
         "serving": serving_note(ranks, written.config, written.shapes, base_change),
         "train": how_to_train(directory, built),
@@ -496,6 +552,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         else f"{summary['n_components']} components capture {held_out['median']:.1%} of the variance of unseen rows "
         f"(median), {held_out['min']:.1%} at least ({held_out['min_layer']})",
         "time": ", ".join(f"{part} {seconds:.1f} s" for part, seconds in summary["seconds"].items()),
+        **(correction_facts(summary["correction"]) if summary["correction"] else {}),
         **({"statistics": summary["statistics"]} if summary["statistics"] else {}),
         "adapter": summary["adapter"],
     }

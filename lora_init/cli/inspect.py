@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.cli.console import TrustRemoteCode, busy, importing, print_result, read_numbers
-from lora_init.cli.tables import columns, facts, finite, rank_table
+from lora_init.cli.tables import columns, correction_facts, facts, finite, quantisation_name, rank_table
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable
 from lora_init.layers.grid import layer_grid
@@ -319,6 +319,10 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         whitened = ", whitened" if origin.get("whiten") else ""
         package = f" ({origin['package']})" if origin.get("package") else ""
         head["start"] = f"{origin.get('method')}{package}{whitened}, seed {origin.get('seed')}"
+        if source.get("quantisation"):
+            head["base"] = f"quantised: {quantisation_name(source['quantisation'])}"
+        if origin.get("correction"):
+            head |= correction_facts(origin["correction"])
         head["data"] = source.get("data") or "not described"
         head["rows"] = (
             f"{source.get('n_samples', 0):,} in {source.get('n_batches')} batches, stopped: {source.get('stop_reason')}"

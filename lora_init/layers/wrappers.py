@@ -51,13 +51,11 @@ def quantisation_of(model: nn.Module) -> dict[str, Any] | None:
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     if found is None:
         return None
-    settings = found if isinstance(found, dict) else json.loads(found.to_json_string())
-    plain = {key: value for key, value in settings.items() if not key.startswith("_")}
-    method = str(plain.get("quant_method", "")).lower()
-    return {
-        "quant_method": method.removeprefix("quantizationmethod."),
-        **{k: plain[k] for k in plain if k != "quant_method"},
-    }
+    if isinstance(found, dict):
+        return dict(found)
+    method = getattr(found.quant_method, "value", found.quant_method)
+    settings = json.loads(found.to_json_string())
+    return {"quant_method": str(method), **{key: settings[key] for key in settings if not key.startswith("_")}}
 
 
 def is_sharded(model: nn.Module) -> bool:

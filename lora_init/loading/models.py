@@ -101,8 +101,7 @@ class ModelSource:
             quantise: One of `QUANTISATIONS`: how linear layers but the head are quantised while they are loaded.
         """
         place = find_device(device)
-        if quantise is not None:
-            self.check_quantisable(quantise)
+        self.check_quantised(quantise)
         if dtype not in DTYPES:
             raise LoraInitError(f"dtype {dtype!r} is unknown. {did_you_mean(str(dtype), DTYPES)}")
         import torch
@@ -128,13 +127,18 @@ class ModelSource:
         drawn = frozenset([*loading["missing_keys"], *reshaped])
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
 
-    def check_quantisable(self, quantise: str) -> None:
-        """Refuse what cannot be quantised while it is loaded."""
+    def check_quantised(self, quantise: str | None, needed: bool = False) -> None:
+        """Refuse what cannot be quantised while it is loaded, and what is not where it is needed."""
+        is_quantised = getattr(self.config, "quantization_config", None) is not None
+        if needed and not is_quantised and quantise is None:
+            raise LoraInitError(f"model {self.name!r} is not quantised, so nothing is to correct. Pass --quantize nf4.")
+        if quantise is None:
+            return
         if quantise not in QUANTISATIONS:
             raise LoraInitError(f"quantise={quantise!r} is unknown. {did_you_mean(quantise, QUANTISATIONS)}")
         require("bitsandbytes")
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise LoraInitError(f"{self.name!r} is quantised already. Leave --quantize out.")
+        if is_quantised:
+            raise LoraInitError(f"model {self.name!r} is quantised already. Leave --quantize out.")
 
 
 def classes_of(config: Any) -> tuple[str, ...]:

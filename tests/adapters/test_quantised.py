@@ -154,9 +154,9 @@ def test_losses_and_what_the_directory_says(directory, tmp_path):
     assert init.losses[0] > init.losses[1] and 0 < init.share_closed <= 1.5
     saved = init.save_pretrained(tmp_path / "adapter")
     origin = json.loads((saved / "lora_init.json").read_text())
-    assert origin["share_closed"] == pytest.approx(init.share_closed)
+    assert origin["correction"]["share_closed"] == pytest.approx(init.share_closed)
     assert origin["provenance"]["quantisation"]["bnb_4bit_quant_type"] == "nf4"
-    assert len(origin["errors"]) == len(init.weights)
+    assert len(origin["correction"]["errors"]) == len(init.weights)
     card = (saved / "README.md").read_text()
     assert "LlamaForCausalLM.from_pretrained" in card and "'load_in_4bit': True" in card
     loaded = PeftModel.from_pretrained(load(directory), saved)

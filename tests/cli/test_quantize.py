@@ -1,0 +1,92 @@
+"""`lora-init init --quantize`, for every start and for the one that corrects the quantised base."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.commands import assert_one_line_error, run, save_model, write_data
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose widths bitsandbytes' kernels take, beside the same data."""
+    home = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    save_model(tiny_llama(hidden_size=64, intermediate_size=128), home / "model")
+    write_data(home)
+    return home
+
+
+@pytest.fixture
+def command(wide, tmp_path):
+    return ["init", wide / "model", wide / "text.txt", "-o", tmp_path / "out", "--rank", 4, "--rho", 1]
+
+
+def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
+    made = run(*command, "--quantize", "nf4", "--method", "qera", "--unchecked", "--json")  # weights are random
+    assert made.exit_code == 0, made.output
+    said = json.loads(made.stdout)
+    assert set(said["correction"]["losses"]) == {"float", "quantised", "corrected"}
+    assert all(after < before for before, after in said["correction"]["errors"].values())
+    assert said["quantisation"]["bnb_4bit_quant_type"] == "nf4"
+    assert any("bitsandbytes nf4" in note and "on the same" in note for note in said["notes"])
+    shown = " ".join(run("inspect", tmp_path / "out").stdout.split())
+    assert "quantised: bitsandbytes nf4" in shown and "corrected: " in shown and "at least (model.layers." in shown
+    card = (tmp_path / "out" / "README.md").read_text()
+    scope = {}
+    loading = card.split("```python\n")[1].split("```")[0].replace("'BASE_MODEL'", repr(str(wide / "model")))
+    exec(loading.replace("directory", repr(str(tmp_path / "out"))), scope)
+    assert isinstance(scope["model"], PeftModel)
+    assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
+
+
+def test_every_start_may_have_a_quantised_base_and_a_file_serves_it_again(command, tmp_path):
+    file = tmp_path / "statistics"
+    made = run(*command, "--quantize", "int8", "--statistics", file)
+    assert made.exit_code == 0 and "bitsandbytes 8 bits" in made.stdout, made.output
+    again = [*command[:2], *command[3:], "--statistics", file, "--quantize", "int8", "--method", "qera", "--overwrite"]
+    made = run(*again)
+    assert made.exit_code == 0 and "not measured: without DATA" in made.stdout, made.output
+    assert_one_line_error(run(*again[:-5], "--overwrite"), "made from another model")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--method", "qera"], ["is not quantised", "Pass --quantize nf4"]),
+        (["--weights", "there"], ["--weights: for --method qera alone"]),
+        (["--quantize", "nf4", "--unchecked"], ["--unchecked: for --method qera alone"]),
+        (["--quantize", "nf4", "--method", "qera", "--weights", "./nothing"], ["float weights", "cannot be read"]),
+        (["--quantize", "nf4", "--method", "qera", "--use-dora"], ["DoRA"]),
+        (["--quantize", "nf4", "--method", "qera", "--gamma", "3"], ["--gamma 3.0"]),
+    ],
+)
+def test_what_cannot_be_is_refused(command, tmp_path, options, parts):
+    refused = run(*command, *options)
+    assert refused.exit_code == 1 and not (tmp_path / "out").exists()
+    assert all(part in refused.stderr.splitlines()[-1] for part in parts), refused.stderr
+
+
+def test_what_does_not_lower_the_loss_is_not_written(command, tmp_path, monkeypatch):
+    from lora_init.adapters.quantised import QuantisationErrors
+
+    monkeypatch.setattr(QuantisationErrors, "__getitem__", lambda self, name: -10 * self.weight(name))
+    refused = run(*command, "--quantize", "nf4", "--method", "qera")
+    assert refused.exit_code == 1 and "nothing to gain" in refused.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_quantised_checkpoint_needs_the_float_model(command, wide, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        wide / "model", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}, device_map="cpu"
+    )
+    save_model(model, tmp_path / "packed")
+    command[1] = tmp_path / "packed"
+    assert_one_line_error(run(*command, "--quantize", "nf4"), "is quantised already")
+    refused = run(*command, "--method", "qera", "--unchecked")
+    assert refused.exit_code == 1 and "holds no float weights" in refused.stderr.replace("hold", "holds")
+    made = run(*command, "--method", "qera", "--unchecked", "--weights", wide / "model")
+    assert made.exit_code == 0, made.output
