@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from benchmarks import figures
 from benchmarks.evidence import RESULTS
 from lora_init.comparison import report
 from lora_init.comparison.runs import PACKED, SETTINGS_FILE, read_runs
@@ -31,3 +32,27 @@ def test_its_report_is_what_the_runs_say(study, tmp_path, monkeypatch):
     report.write_report(tmp_path)
     committed = (RESULTS / study / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == committed, AGAIN
+
+
+def test_figures_are_what_the_runs_say():  # one test for all pages: they share what is computed
+    """Behind a figure stands `<!-- figure: ... -->`, see `benchmarks.figures`."""
+    stale = []
+    for page in figures.PAGES:
+        found = list(figures.figures((figures.ROOT / page).read_text(encoding="utf-8")))
+        assert found, page
+        stale += [f"{page}:{one.line}: {one.text} is {one.right}, {one.expression}" for one in found if one.is_stale]
+    assert not stale, AGAIN
+
+
+def test_a_figure_is_written_as_it_stands_there():
+    text = (
+        "ends +1,234.5 %, **−0.25** to 3 (5e-4) above 7<!-- figure: cited(2000, 0.126, 0.4), cited(3e-3), cited(7) -->"
+    )
+    right = (
+        "ends +2,000.0 %, **+0.13** to 0 (3e-3) above 7<!-- figure: cited(2000, 0.126, 0.4), cited(3e-3), cited(7) -->"
+    )
+    assert figures.corrected(text) == right and figures.corrected(right) == right
+    with pytest.raises(ValueError, match=r"line 1: cited.*: 2 values, and 1 numbers before it"):
+        list(figures.figures("1 <!-- figure: cited(1) --> 2 <!-- figure: cited(1, 2) -->"))
+    with pytest.raises(ValueError, match="headroom-siqa has no finished run of random at 7"):
+        list(figures.figures('3.1 <!-- figure: loss("headroom-siqa", "random", rate=7.0) -->'))

@@ -275,21 +275,28 @@ def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
 
 
 def forgetting(table: pd.DataFrame) -> list[str]:
-    """Judge what starts forget at equal task loss, over all rates and not only at each one's best.
-
-    Of the runs of a start and a seed that end at most 0.5 % above random's best with that seed, the one counts that
-    raises the loss on other text least; so for random, too.
-    """
-    target, runs = by_seed(table), table[table["counts"] & table["rise"].notna()]
-    if RANDOM not in target.index or runs.empty:
+    """Judge what starts forget at equal task loss, over all rates and not only at each one's best, see `equal_loss`."""
+    least = equal_loss(table)
+    if RANDOM not in least.index:
         return []
-    equal = runs["loss"] <= (1 + _EQUAL_LOSS) * runs["seed"].map(target.loc[RANDOM])
-    least = _judged(runs[equal].groupby(["start", "seed"], sort=False)["rise"].min().unstack())
-    found, said = effects(least, RANDOM), []
-    for start in filter(is_judged, runs["start"].unique()):
+    found, said = effects(_judged(least), RANDOM), []
+    for start in filter(is_judged, table[table["counts"] & table["rise"].notna()]["start"].unique()):
         means = least.reindex([start, RANDOM]).dropna(axis=1).mean(axis=1)
         said.append(say("forgetting", start=start, effect=found.get(start), own=means[start], random=means[RANDOM]))
     return said
+
+
+def equal_loss(table: pd.DataFrame) -> pd.DataFrame:
+    """Arrange the rise of the loss on other text at equal task loss: a row for each start, a column for each seed.
+
+    Of the runs of a start and a seed that end at most 0.5 % above random's best with that seed, the one counts that
+    raises the loss on other text least; so for random, too. Empty where no run of random counts.
+    """
+    target, runs = by_seed(table), table[table["counts"] & table["rise"].notna()]
+    if RANDOM not in target.index or runs.empty:
+        return pd.DataFrame()
+    equal = runs["loss"] <= (1 + _EQUAL_LOSS) * runs["seed"].map(target.loc[RANDOM])
+    return runs[equal].groupby(["start", "seed"], sort=False)["rise"].min().unstack()
 
 
 def data_needed(table: pd.DataFrame) -> list[str]:
