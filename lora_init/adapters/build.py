@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.config import default, only_given, read_config_for, with_defaults
 from lora_init.adapters.directory import check_place
 from lora_init.adapters.initializers import check_rank, error_seen, layer_generator, scaled_by_gamma
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
@@ -23,6 +24,9 @@ from lora_init.planning.limits import whole_number
 from lora_init.planning.plan import RankAllocation, scaling_of
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def check_adapter_options(
@@ -80,15 +84,16 @@ def build_adapter(
     ranks: Mapping[str, int] | int | None = None,
     method: str = DEFAULT,
     whiten: bool = False,
-    lora_alpha: float = 16,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    lora_dropout: float = 0.0,
-    modules_to_save: Sequence[str] = (),
+    lora_alpha: float = default(16),
+    use_rslora: bool = default(False),
+    use_dora: bool = default(False),
+    lora_dropout: float = default(0.0),
+    modules_to_save: Sequence[str] = default(()),
     seed: int = 0,
     gamma: float | None = None,
     freeze_a: bool = False,
     errors: Mapping[str, Tensor] | None = None,
+    config: LoraConfig | None = None,
 ) -> AdapterInit:
     """Compute the start of every layer's adapter. No model is needed.
 
@@ -117,6 +122,10 @@ def build_adapter(
         freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x in place of x, and
             the optimizer has no state for A. `rank_with_frozen_a` gives the rank at which B alone has as many
             parameters as A and B.
+        config: PEFT's `LoraConfig`, in place of `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
+            `modules_to_save`; its `r` is the average rank. Of the layers of the statistics, those that it selects get
+            an adapter. What it sets beyond that (`bias`, `rank_pattern` and so on) is refused by its name, and so is an
+            argument that says otherwise.
 
     Warns:
         UserWarning: The data has fewer directions than ranks in some layers, which then get the ranks that there are.
@@ -124,18 +133,27 @@ def build_adapter(
     Raises:
         LoraInitError: An unknown method or layer, a rank that is negative, larger than d_in or than the statistics can
             serve, no layer left, no gradients in the statistics, no errors for a start that needs them, or an
-            impossible lora_alpha, lora_dropout or gamma.
+            impossible lora_alpha, lora_dropout or gamma. A `config` that selects what was not collected, sets what
+            cannot be kept, or says otherwise than an argument.
     """
-    check_adapter_options(
-        method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save, gamma=gamma,
+    given = dict(
+        lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save,
     )  # fmt: skip
     if not isinstance(stats, Statistics):
         raise LoraInitError(
             f"build_adapter() takes statistics first and got a {type(stats).__name__}. collect() makes them from a "
             "model and data, Statistics.load() reads a file."
         )
-    asked, rank = _ranks_asked(stats, ranks)
+    shape, selected = with_defaults(given) | {"rank": None}, [*stats, *stats.unsupported]
+    if config is not None:
+        shape, selected = read_config_for(stats, config, only_given(given))
+    lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save = (shape[name] for name in given)
+    check_adapter_options(
+        method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save, gamma=gamma,
+    )  # fmt: skip
+    asked, rank = _ranks_asked(stats, ranks, shape["rank"], selected)
     plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
@@ -155,7 +173,11 @@ def build_adapter(
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
-        unsupported={name: kind for name, kind in stats.unsupported.items() if not is_in(name, modules_to_save)},
+        unsupported={
+            name: kind
+            for name, kind in stats.unsupported.items()
+            if name in selected and not is_in(name, modules_to_save)
+        },
         rank=rank,
         lora_alpha=lora_alpha,
         use_rslora=use_rslora,
@@ -265,16 +287,22 @@ def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -
             raise LoraInitError(f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two.")
 
 
-def _ranks_asked(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tuple[dict[str, int], int]:
-    """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to."""
+def _ranks_asked(
+    stats: Statistics, ranks: Mapping[str, int] | int | None, average: int | None, selected: Collection[str]
+) -> tuple[dict[str, int], int]:
+    """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to.
+
+    `average` and `selected` are what a LoraConfig says of the ranks and the layers, which `ranks` must not contradict.
+    """
     if ranks is None:
         from lora_init.planning.allocate import allocate_ranks
 
-        ranks = allocate_ranks(stats, rank=stats.provenance.rank)
+        left_out = [name for name in stats if name not in selected]
+        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, exclude=left_out)
     if isinstance(ranks, RankAllocation):
         ranks.check(stats)
     if not isinstance(ranks, Mapping):
-        ranks = dict.fromkeys(stats, whole_number(ranks, "ranks", 0))
+        ranks = dict.fromkeys((name for name in stats if name in selected), whole_number(ranks, "ranks", 0))
     unknown = next((name for name in ranks if name not in stats), None)
     if unknown is not None:
         close = difflib.get_close_matches(unknown, list(stats), n=1, cutoff=0.0)
@@ -289,8 +317,13 @@ def _ranks_asked(stats: Statistics, ranks: Mapping[str, int] | int | None) -> tu
                 f"layer {name!r}: rank {rank} is no multiple of its {target.groups} groups, which PEFT needs. "
                 f"Give it {rank - rank % target.groups or target.groups}, or exclude it."
             )
-    average = ranks.rank if isinstance(ranks, RankAllocation) else 0
-    return asked, average or max(1, round(sum(asked.values()) / max(len(asked), 1)))
+        if rank and name not in selected:
+            raise LoraInitError(f"layer {name!r}: ranks give it {rank}, and config does not select it. Change one.")
+    known = ranks.rank if isinstance(ranks, RankAllocation) else 0
+    known = known or max(1, round(sum(asked.values()) / max(len(asked), 1)))
+    if average not in (None, known):
+        raise LoraInitError(f"ranks are {known} on average, and config says r={average}. Change one.")
+    return asked, known
 
 
 def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:

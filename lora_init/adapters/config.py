@@ -11,8 +11,9 @@ from torch import nn
 
 from lora_init.adapters.peft_model import adapter_layers, remember
 from lora_init.errors import LoraInitError, in_one_line
-from lora_init.layers.targets import HEADS
+from lora_init.layers.targets import HEADS, matches
 from lora_init.planning.plan import exact_pattern
+from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -82,12 +83,9 @@ def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) 
     Raises:
         LoraInitError: It selects nothing, sets what cannot be kept, or an argument says otherwise.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    if not isinstance(config, LoraConfig):
-        raise LoraInitError(f"config={type(config).__name__}: a LoraConfig of PEFT is expected.")
-    if config.init_lora_weights is not True:
-        raise LoraInitError(f"config sets init_lora_weights={config.init_lora_weights!r}: method= decides that.")
+    _check_plain_config(config)
     restore = remember(model)
     try:
         try:  # on the meta device: only names are read
@@ -98,6 +96,85 @@ def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) 
     finally:
         restore()
     return said if config.task_type else {name: value for name, value in said.items() if name != "task_type"}
+
+
+def read_config_for(
+    stats: Statistics, config: LoraConfig, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Read a LoraConfig for layers that statistics were collected of, as arguments of `build_adapter`.
+
+    Args:
+        stats: Their layers are all that can be selected, by their names, since there is no model.
+        config: From the user; not changed. Without `target_modules` and `target_parameters` it selects all layers.
+        given: Arguments that were given beside it.
+
+    Returns:
+        The arguments, and the layers that it selects, in model order.
+
+    Raises:
+        LoraInitError: It selects nothing, or what was not collected; sets what cannot be kept; is for another task; or
+            an argument says otherwise.
+    """
+    _check_plain_config(config)
+    said = _shape_of(config, "config", "build_adapter()")
+    check_agreement(given, said, "config")
+    if config.task_type not in (None, stats.provenance.task_type):
+        raise LoraInitError(
+            f"config says task_type={str(config.task_type)!r}, and the statistics were collected for "
+            f"{stats.provenance.task_type!r}. Collect with that task_type, or leave it out."
+        )
+    return said, _selected(stats, config)
+
+
+def _selected(stats: Statistics, config: LoraConfig) -> list[str]:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = [*stats, *stats.unsupported]
+    fused = {name for name, kind in stats.unsupported.items() if kind == "Parameter"}
+    fused |= {name for name in stats if stats.targets[name].experts}
+    config, everything = copy.deepcopy(config), not (config.target_modules or config.target_parameters)
+    if everything or config.target_modules == "all-linear":
+        config.target_modules = sorted({name.rpartition(".")[2] for name in names if name not in fused})
+    listed = [] if isinstance(config.target_modules, str) else [*(config.target_modules or ())]
+    excluded = config.exclude_modules or ()
+    for asked in sorted([*listed, *(config.target_parameters or ())]):
+        if not any(matches([asked], name, "") for name in names) and not matches(excluded, asked, "exclude_modules"):
+            raise LoraInitError(f"config selects {asked!r}, of which the statistics have no layer. Collect with it.")
+    parameters = fused if everything else config.target_parameters or ()
+    selected = [
+        name
+        for name in names
+        if (matches(parameters, name, "") if name in fused else check_target_module_exists(config, name))
+    ]
+    if not selected:
+        raise LoraInitError(f"config selects none of the {len(names)} layers that the statistics have.")
+    return selected
+
+
+def _check_plain_config(config: Any) -> None:
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise LoraInitError(f"config={type(config).__name__}: a LoraConfig of PEFT is expected.")
+    if config.init_lora_weights is not True:
+        raise LoraInitError(f"config sets init_lora_weights={config.init_lora_weights!r}: method= decides that.")
+
+
+def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> dict[str, Any]:
+    """Read rank, scaling and the like, and refuse by its name what `taker` cannot keep."""
+    from peft import LoraConfig
+
+    default = LoraConfig(init_lora_weights=config.init_lora_weights)
+    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_READ)]
+    changed = [name for name in other if getattr(config, name) != getattr(default, name)]
+    if changed:
+        raise LoraInitError(
+            f"{whose} sets {', '.join(changed)}, which {taker} decides itself or cannot keep. Leave it out."
+        )
+    heads = HEADS.get(config.task_type or "", ())
+    shape = {"rank": config.r, **{name: getattr(config, name) for name in _SHAPE}}
+    # PEFT adds the names that heads of this task may have, and will again.
+    return shape | {"modules_to_save": [name for name in config.modules_to_save or () if name not in heads]}
 
 
 def read_adapter(model: Any, given: Mapping[str, Any], whose: str, asked: LoraConfig | None = None) -> dict[str, Any]:
@@ -128,20 +205,8 @@ def read_adapter(model: Any, given: Mapping[str, Any], whose: str, asked: LoraCo
             f"the trainer's adapter is no fresh one: B is not zero (init_lora_weights={config.init_lora_weights!r}). "
             "Give the trainer the plain model and a LoraConfig as peft_config."
         )
-    default = LoraConfig(init_lora_weights=config.init_lora_weights)
-    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_READ)]
-    changed = [name for name in other if getattr(config, name) != getattr(default, name)]
-    if changed:
-        raise LoraInitError(
-            f"{whose} sets {', '.join(changed)}, which initialize() decides itself or cannot keep. Leave it out."
-        )
-    heads = HEADS.get(config.task_type or "", ())
     plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
-    said = {
-        "rank": config.r,
-        **{name: getattr(config, name) for name in _SHAPE},
-        # PEFT adds the names that heads of this task may have, and will again.
-        "modules_to_save": [name for name in config.modules_to_save or () if name not in heads],
+    said = _shape_of(config, whose) | {
         "target_modules": (asked or config).target_modules,
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,

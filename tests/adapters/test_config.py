@@ -1,0 +1,106 @@
+"""A LoraConfig and the keywords that say the same give the same adapter; what it cannot say is refused by its name."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lora_init import LoraInitError, allocate_ranks, build_adapter, collect, initialize
+from lora_init.adapters.peft_model import adapter_layers
+from tests.conftest import batches_for, tiny_llama
+
+SHAPE = dict(lora_alpha=9, lora_dropout=0.1, use_rslora=True, modules_to_save=["lm_head"])
+# What selects layers in PEFT's words, and a list of names that selects the same ones.
+SELECTIONS = {
+    "names": (dict(target_modules=["q_proj", "up_proj"]), ["q_proj", "up_proj"]),
+    "all but": (dict(target_modules="all-linear", exclude_modules=["k_proj"]), None),
+    "a block": (
+        dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+        ["1.self_attn.q_proj", "1.mlp.up_proj"],
+    ),
+    "a pattern": (dict(target_modules=r".*\.0\..*_proj", exclude_modules=r".*down_proj"), None),
+    "PEFT's own": ({}, ["q_proj", "v_proj"]),
+}
+
+
+def configured(**selection):
+    return LoraConfig(r=3, task_type="CAUSAL_LM", **SHAPE | selection)
+
+
+def llama():
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+def settings(config):
+    # The origin names the layers as they were asked for.
+    return {name: value for name, value in vars(config).items() if name not in ("auto_mapping", "runtime_config")}
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return collect(tiny_llama(), batches_for("llama", 4), rank=3, rho=2.0, task_type="CAUSAL_LM")
+
+
+def selected_by_peft(selection):
+    return list(adapter_layers(get_peft_model(tiny_llama(), configured(**selection))))
+
+
+@pytest.mark.parametrize("selection", [chosen for chosen, _ in SELECTIONS.values()][:4], ids=[*SELECTIONS][:4])
+def test_build_adapter_takes_a_config_for_the_keywords(selection, stats):
+    config, names = configured(**selection), selected_by_peft(selection)
+    before = {**vars(config)}
+    others = [name for name in stats if name not in names]
+    for ranks, spelled in ((None, allocate_ranks(stats, rank=3, exclude=others)), (3, dict.fromkeys(names, 3))):
+        wanted = build_adapter(stats, spelled, seed=1, **SHAPE)
+        for given in ({}, SHAPE):
+            got = build_adapter(stats, ranks, seed=1, config=config, **given)
+            assert got.ranks == wanted.ranks and set(got.weights) <= set(names)
+            assert all(torch.equal(x, y) for n in names for x, y in zip(got.weights[n], wanted.weights[n], strict=True))
+            assert settings(got.to_peft_config()) == settings(wanted.to_peft_config())
+    assert vars(config) == before
+
+
+def test_a_config_that_names_no_layers_selects_those_of_the_statistics(stats):
+    config = LoraConfig(r=3, lora_alpha=16)
+    assert build_adapter(stats, config=config).ranks == build_adapter(stats, allocate_ranks(stats, rank=3)).ranks
+
+
+@pytest.mark.parametrize("way", ["names", "a block", "PEFT's own"])
+def test_initialize_takes_a_config_for_the_keywords(way):
+    selection, names = SELECTIONS[way]
+    options = dict(rho=1.5, seed=1, method="eva")
+    spelled = dict(rank=3, target_modules=names, task_type="CAUSAL_LM", **SHAPE)
+    given = {} if way == "names" else {**SHAPE, "rank": 3}
+    got = initialize(llama(), batches_for("llama", 4), config=configured(**selection), **options, **given)
+    wanted = initialize(llama(), batches_for("llama", 4), **options, **spelled)
+    assert settings(got.peft_config["default"]) == settings(wanted.peft_config["default"])
+    found = dict(got.named_parameters())
+    assert found.keys() == dict(wanted.named_parameters()).keys()
+    assert all(torch.equal(found[name], parameter) for name, parameter in wanted.named_parameters())
+
+
+REFUSED = [
+    (configured(), dict(lora_alpha=16), "^lora_alpha=16: config decides that and says 9"),
+    (configured(), dict(use_dora=True), "^use_dora=True: config decides that and says False"),
+    (configured(), dict(ranks=4), r"^ranks are 4 on average, and config says r=3\. "),
+    (configured(target_modules=["q_proj"]), dict(ranks={"model.layers.0.mlp.up_proj": 3}), "config does not select it"),
+    (
+        configured(target_modules=["q_proj", "nowhere"]),
+        {},
+        "^config selects 'nowhere', of which the statistics have no",
+    ),
+    (configured(target_modules=r"model\.nowhere"), {}, "^config selects none of the 14 layers"),
+    (configured(bias="lora_only"), {}, r"^config sets bias, which build_adapter\(\) decides itself or cannot keep"),
+    (configured(lora_bias=True), {}, "^config sets lora_bias, which"),
+    (configured(alpha_pattern={"q_proj": 2}), {}, "^config sets alpha_pattern, which"),
+    (configured(init_lora_weights="pissa"), {}, "^config sets init_lora_weights='pissa': method= decides that"),
+    (LoraConfig(task_type="SEQ_CLS"), {}, "^config says task_type='SEQ_CLS', and the statistics were collected for"),
+    ({"r": 3}, {}, "^config=dict: a LoraConfig of PEFT is expected"),
+]
+
+
+@pytest.mark.parametrize(("config", "options", "words"), REFUSED)
+def test_what_a_config_cannot_say_to_build_adapter_is_one_line(config, options, words, stats):
+    with pytest.raises(LoraInitError, match=words) as error:
+        build_adapter(stats, config=config, **options)
+    assert "\n" not in str(error.value)
