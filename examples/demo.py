@@ -27,7 +27,7 @@ TEMPLATE = "{passage} {question}\nAnswer:"
 COMPLETION = " {answer}"
 MAX_LENGTH = 128
 BATCH_SIZE = 8
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 2e-4
 N_ANSWERS = 4
 
 
@@ -107,7 +107,8 @@ def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) ->
         output_dir="build/demo-trainer",
         max_steps=args.steps,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 10,
         per_device_train_batch_size=1,  # of these, each is a batch of BATCH_SIZE examples already
         per_device_eval_batch_size=1,
         logging_steps=1,

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="where the trained adapter goes; default: nowhere")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="none was measured for DPO: tune it")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,9 @@ def main() -> None:
                 bf16=torch.cuda.is_available(),
             ),
             # With a peft_config the reference is this model without its adapter, and not a second one.
-            peft_config=LoraConfig(r=arguments.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(
+                r=arguments.rank, lora_alpha=4 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
         )
         model = lora_init.initialize(trainer)  # from both answers, chosen and rejected
         model.print_trainable_parameters()

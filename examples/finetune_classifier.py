@@ -11,7 +11,6 @@ import argparse
 
 import demo_assets
 from datasets import load_dataset
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -46,22 +45,19 @@ def encode(row):
 parts = rows.map(encode, remove_columns=rows.column_names).train_test_split(test_size=0.2, seed=0)
 collate = DataCollatorWithPadding(tokenizer)
 
-# Any iterable of batches will do: here the DataLoader that one would train with.
-batches = DataLoader(parts["train"], batch_size=16, collate_fn=collate)
-peft_model = lora_init.initialize(model, batches, rank=8, rho=2.0, task_type="SEQ_CLS", data="BoolQ/dev.jsonl")
-peft_model.print_trainable_parameters()
-
 
 def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 trainer = Trainer(
-    model=peft_model,
+    model=model,
     args=TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
-        learning_rate=1e-3,
+        learning_rate=2e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 10,
         per_device_train_batch_size=16,
         logging_steps=20,
         save_strategy="no",
@@ -72,6 +68,11 @@ trainer = Trainer(
     data_collator=collate,
     compute_metrics=accuracy,
 )
+
+# What the trainer is about to train on decides where its adapter starts: for classes by the gradient.
+peft_model = lora_init.initialize(trainer, rank=8)
+peft_model.print_trainable_parameters()
+
 before = trainer.evaluate()
 trainer.train()
 after = trainer.evaluate()

@@ -63,7 +63,7 @@ print(
 
 # A tensor is a batch, too.
 batches = torch.stack([row["pixel_values"] for row in turned]).split(64)
-peft_model = lora_init.initialize(model, batches, rank=4, rho=2.0, lora_alpha=8, data="scikit-learn's digits, turned")
+peft_model = lora_init.initialize(model, batches, rank=4, data="scikit-learn's digits, turned")
 peft_model.print_trainable_parameters()
 train(peft_model, turned, learning_rate=5e-3)
 print(f"with the adapter: accuracy {accuracy(peft_model, turned_test):.2f} turned")

@@ -47,7 +47,7 @@ def main() -> None:
         print(f"  {name:35} rank {rank}, {captured:4.0%} of its input's variance")
 
     # A standard PEFT directory, which any tool that reads PEFT adapters can load ...
-    init = lora_init.build_adapter(stats, ranks, method="eva", lora_alpha=8)
+    init = lora_init.build_adapter(stats, ranks)
     with tempfile.TemporaryDirectory() as folder:
         path = init.save_pretrained(Path(folder) / "adapter")
         peft_model = PeftModel.from_pretrained(make_model(), path, is_trainable=True)

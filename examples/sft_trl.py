@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="where the trained adapter goes; default: nowhere")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--freeze-a", action="store_true", help="train B alone, which takes less memory")
     arguments = parser.parse_args()
 
@@ -45,6 +45,8 @@ def main() -> None:
                 output_dir=str(Path(folder) / "trainer"),
                 max_steps=arguments.steps,
                 learning_rate=arguments.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=arguments.steps // 10,
                 per_device_train_batch_size=8,
                 max_length=512,
                 logging_steps=max(1, arguments.steps // 4),
@@ -52,7 +54,10 @@ def main() -> None:
                 report_to=[],
                 bf16=torch.cuda.is_available(),
             ),
-            peft_config=LoraConfig(r=arguments.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+            # lora_alpha at four times the rank: what the rate was measured with.
+            peft_config=LoraConfig(
+                r=arguments.rank, lora_alpha=4 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
         )
         # The one addition to a TRL script: what the trainer is about to train on decides where its adapter starts.
         model = lora_init.initialize(trainer, freeze_a=arguments.freeze_a)

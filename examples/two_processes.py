@@ -37,7 +37,7 @@ def main() -> None:
     # Every process calls it, and every process gets the same statistics.
     model = make_model()
     stats = lora_init.collect(model, loader, rank=4, progress=False)
-    init = lora_init.build_adapter(stats, lora_init.allocate_ranks(stats, rank=4), lora_alpha=8)
+    init = lora_init.build_adapter(stats, lora_init.allocate_ranks(stats, rank=4))
     if rank == 0:
         made = stats.provenance
         print(f"{distributed.get_world_size()} processes: {made.n_batches} batches, {made.n_samples} tokens")

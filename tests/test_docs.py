@@ -123,7 +123,7 @@ def run(command):
 @pytest.mark.parametrize("page", TEXTS)
 def test_no_block_escapes(page):
     languages = {block.group(1) for block in BLOCK.finditer(TEXTS[page])}
-    assert languages <= {"python", "bash", "text", "{toctree}", "{include}", "{eval-rst}"}
+    assert languages <= {"python", "bash", "text", "{toctree}", "{include}", "{literalinclude}", "{eval-rst}"}
     assert TEXTS[page].count("```") == 2 * len(BLOCK.findall(TEXTS[page]))
 
 

@@ -25,6 +25,7 @@ from lora_init.adapters.directory import (
     write_start,
 )
 from lora_init.adapters.peft_model import attach, check_fits, check_plain, remember, remove_adapters
+from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import Start, find_start
 from lora_init.errors import LoraInitError
 from lora_init.layers.identity import fingerprint
@@ -176,6 +177,16 @@ class AdapterInit:
     def changes_output(self) -> bool:
         """Whether the model's output is another one with this adapter, before any training."""
         return self.start.changes_output
+
+    @property
+    def fit(self) -> Fit:
+        """How it compares with what was measured of its start."""
+        return Fit(self.start, self.rank, self.lora_alpha, self.use_rslora, self.use_dora, self.freeze_a)
+
+    @property
+    def recommended(self) -> dict[str, Any] | None:
+        """Learning rate, warm-up, schedule and optimizer that were measured for such an adapter; None if none were."""
+        return self.fit.recommended
 
     def n_parameters(self) -> int:
         """Count the trainable parameters: those of all A and B, or of all B if A is frozen, and DoRA's magnitudes."""
@@ -341,6 +352,7 @@ class AdapterInit:
         provenance = asdict(self.provenance)
         # PEFT doubles the rank when it converts a start that changed the base.
         origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
+        origin["recommended"] = self.recommended
         if self.corrects_base or self.start.by_error:
             origin["start"] = start_digest(self.weights)
         if self.start.package:  # which need not be installed where the adapter is trained or exported
@@ -381,6 +393,8 @@ from peft import PeftModel
 {head}
 {corrected}model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)
 {_FREEZE if self.freeze_a else ""}```
+
+{self.fit.how_to_train()}
 """
 
 

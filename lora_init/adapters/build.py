@@ -33,7 +33,7 @@ def check_adapter_options(
     method: str | Start = DEFAULT,
     *,
     whiten: bool = False,
-    lora_alpha: float = 16,
+    lora_alpha: float | None = None,
     use_dora: bool = False,
     lora_dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
@@ -57,8 +57,8 @@ def check_adapter_options(
     if whiten and not start.whitens:
         able = " or ".join(repr(one.name) for one in STARTS if one.whitens)
         raise LoraInitError(f"whiten=True needs method={able}; method={start.name!r} has no variances to divide by.")
-    if not (0.0 < lora_alpha < math.inf):
-        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
+    if lora_alpha is not None and not (0.0 < lora_alpha < math.inf):
+        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number. Leave it out to take what is best.")
     if not 0.0 <= lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
     if isinstance(modules_to_save, str):
@@ -84,7 +84,7 @@ def build_adapter(
     ranks: Mapping[str, int] | int | None = None,
     method: str = DEFAULT,
     whiten: bool = False,
-    lora_alpha: float = default(16),
+    lora_alpha: float | None = default(None),
     use_rslora: bool = default(False),
     use_dora: bool = default(False),
     lora_dropout: float = default(0.0),
@@ -100,7 +100,8 @@ def build_adapter(
     Args:
         stats: What `collect` returned.
         ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
-            that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for.
+            that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for, with the
+            `rho` that the method is recommended with.
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
@@ -108,7 +109,8 @@ def build_adapter(
             `"lora-ga"` (the base weights change). For a quantised base, `"qera"` (the output changes, back to that of
             the float model). See `starts.STARTS`. Or a start of another package.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
-        lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank.
+        lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank. Default:
+            what the method is recommended with, see `starts.STARTS`; 4 x rank for `"eva"`.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
         use_dora: Let PEFT add DoRA's magnitude vectors.
         lora_dropout: Dropout on what A reads, in training.
@@ -145,6 +147,7 @@ def build_adapter(
             f"build_adapter() takes statistics first and got a {type(stats).__name__}. collect() makes them from a "
             "model and data, Statistics.load() reads a file."
         )
+    start = buildable_start(method)
     shape, selected = with_defaults(given) | {"rank": None}, [*stats, *stats.unsupported]
     if config is not None:
         shape, selected = read_config_for(stats, config, only_given(given))
@@ -153,16 +156,16 @@ def build_adapter(
         method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
         modules_to_save=modules_to_save, gamma=gamma,
     )  # fmt: skip
-    asked, rank = _ranks_asked(stats, ranks, shape["rank"], selected)
+    asked, rank = _ranks_asked(stats, ranks, shape["rank"], selected, start.rho)
     plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
         raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
-    start = find_start(method)
     plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     gamma = gamma or start.gamma
+    lora_alpha = start.lora_alpha(rank, use_rslora) if lora_alpha is None else lora_alpha
     known = dict(whiten=whiten, scaling=scaling_of(lora_alpha, rank, use_rslora))
     weights, seen = {}, {}
     for name, r in plan.items():
@@ -288,7 +291,11 @@ def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -
 
 
 def _ranks_asked(
-    stats: Statistics, ranks: Mapping[str, int] | int | None, average: int | None, selected: Collection[str]
+    stats: Statistics,
+    ranks: Mapping[str, int] | int | None,
+    average: int | None,
+    selected: Collection[str],
+    rho: float,
 ) -> tuple[dict[str, int], int]:
     """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to.
 
@@ -298,7 +305,7 @@ def _ranks_asked(
         from lora_init.planning.allocate import allocate_ranks
 
         left_out = [name for name in stats if name not in selected]
-        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, exclude=left_out)
+        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, rho=rho, exclude=left_out)
     if isinstance(ranks, RankAllocation):
         ranks.check(stats)
     if not isinstance(ranks, Mapping):

@@ -16,9 +16,18 @@ from lora_init.adapters.build import build_adapter, buildable_start, check_adapt
 from lora_init.adapters.config import default, only_given, read_config, with_defaults
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
 from lora_init.adapters.quantised import QuantisationErrors, loss_or_distance, with_losses
+from lora_init.adapters.recommended import Fit, default_start
 from lora_init.adapters.starts import DEFAULT, Start
 from lora_init.adapters.step_size import find_step_size, set_aside
-from lora_init.adapters.trainers import adapter_dtype, hand_over, is_trainer, opened
+from lora_init.adapters.trainers import (
+    adapter_dtype,
+    classifies_by_own_loss,
+    hand_over,
+    has_plain_loss,
+    is_trainer,
+    opened,
+)
+from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
@@ -37,14 +46,14 @@ def initialize(
     model: nn.Module | Any,
     batches: Any = None,
     rank: int = default(16),
-    rho: float = 2.0,
-    method: str = DEFAULT,
+    rho: float | None = None,
+    method: str | None = None,
     *,
     tokenizer: Any = None,
     config: LoraConfig | None = None,
     target_modules: str | Collection[str] = default("all-linear"),
     whiten: bool = False,
-    lora_alpha: float = default(16),
+    lora_alpha: float | None = default(None),
     use_rslora: bool = default(False),
     use_dora: bool = default(False),
     lora_dropout: float = default(0.0),
@@ -70,9 +79,11 @@ def initialize(
         batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
             in memory. Default: those of the trainer.
         rank: Average rank of a layer. What a trainer's `peft_config` says otherwise is refused, here and below.
-        rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank.
-        method: See `build_adapter`, as for `whiten`, `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout`,
-            `modules_to_save` and `freeze_a`.
+        rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank. Default: what the method is
+            recommended with, 2 for `"eva"`.
+        method: See `build_adapter`. Default: `"natural-gradient"` for classes (`label`, or a trainer of a classifier)
+            if they give gradients, else `"eva"`. See there, too, `whiten`, `lora_alpha`, `use_rslora`, `use_dora`,
+            `lora_dropout`, `modules_to_save` and `freeze_a`.
         tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
         config: PEFT's `LoraConfig`, in place of `rank`, `target_modules`, `lora_alpha` and the like: rank, scaling,
             dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
@@ -99,14 +110,15 @@ def initialize(
             `AdapterInit.apply` do; before any batch is read, where that can be known then. A trainer that has begun, or
             whose adapter is not a fresh LoRA adapter; it is as it was then.
     """
+    if method is None:
+        return _by_default({**locals()})
     shape: dict[str, Any] = dict(
         rank=rank, target_modules=target_modules, lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora,
         lora_dropout=lora_dropout, modules_to_save=modules_to_save,
     )  # fmt: skip
     start = buildable_start(method)
     if is_trainer(model):
-        if config is not None:
-            raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
+        _refuse_config(config)
         dtype = adapter_dtype(model)
         with opened(model, method, only_given(shape), options) as (plain, settings, own):
             source = dict(batches=own) if batches is None else dict(batches=batches, tokenizer=tokenizer)
@@ -115,6 +127,7 @@ def initialize(
                 weights=weights, unchecked=unchecked, adapter_name=adapter_name, seed=seed, **settings,
             )  # fmt: skip
         hand_over(model, adapted, dtype)
+        _warn_if_far_off(start, adapted.peft_config[adapter_name], freeze_a, model)
         return adapted
     if batches is None:
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
@@ -123,6 +136,7 @@ def initialize(
     adapter = with_defaults(shape) | dict(method=method, whiten=whiten)
     rank, target_modules, use_rslora = (adapter.pop(name) for name in ("rank", "target_modules", "use_rslora"))
     check_adapter_options(**adapter, gamma=gamma)
+    rho = rho or start.rho
     if start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(f"method={method!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
     check_modules_to_save(model, adapter["modules_to_save"])
@@ -130,7 +144,7 @@ def initialize(
         options.setdefault("gradients", True)
     if tokenizer is not None:
         batches, options = _read(model, batches, tokenizer, seed, options)
-    measured = start.by_error or (gamma is None and start.gamma is not None and start.changes_output)
+    measured = start.by_error or (gamma is None and start.takes_step)
     _check_readable(start, model, target_modules, options, weights)
     aside, others = set_aside(as_batches(batches, model, seed)) if measured else ([], batches)
     stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **options)
@@ -162,6 +176,11 @@ def _in_all_processes(loss_of: Callable[[nn.Module], float]) -> Callable[[nn.Mod
             return statistics.fmean(processes.gather(loss))
 
     return mean
+
+
+def _refuse_config(config: LoraConfig | None) -> None:
+    if config is not None:
+        raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
 
 
 def _warn_of_changed_base(method: str, adapter_name: str) -> None:
@@ -197,6 +216,24 @@ def _check_readable(
     if start.by_error:
         chosen = {name: options.get(name) for name in ("exclude_modules", "task_type", "target_parameters")}
         QuantisationErrors(model, find_targets(model, target_modules, **chosen).layers, weights)
+
+
+def _warn_if_far_off(start: Start, config: Any, freeze_a: bool, trainer: Any) -> None:
+    fit = Fit(start, config.r, config.lora_alpha, config.use_rslora, config.use_dora, freeze_a)
+    for said in fit.far_off(trainer.args) if has_plain_loss(trainer) else []:  # for other losses none was measured
+        warnings.warn(said, stacklevel=3)
+
+
+def _by_default(arguments: dict[str, Any]) -> PeftModel:
+    """Call `initialize` with the method that is recommended: by the gradient for classes, unless there is none."""
+    arguments |= arguments.pop("options")
+    trainer = arguments["model"]
+    classifies = "label" in arguments or (is_trainer(trainer) and classifies_by_own_loss(trainer))
+    try:
+        return initialize(**arguments | {"method": default_start(classifies)})
+    except NoGradientsError as error:
+        warnings.warn(f"{error} So the start is {DEFAULT}, from what the layers read.", stacklevel=3)
+        return initialize(**arguments | {"method": DEFAULT})
 
 
 def _read(

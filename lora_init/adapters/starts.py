@@ -86,6 +86,11 @@ class Start:
         return not self.b_is_zero and not self.changes_base
 
     @property
+    def takes_step(self) -> bool:
+        """Whether the size of its step is searched, by the loss on batches that are set aside."""
+        return self.changes_output and (self.gamma is not None or self.made_by == "bank")
+
+    @property
     def by_gradient(self) -> bool:
         """Whether it needs backward passes."""
         return self.needs == "gradients"
@@ -94,6 +99,11 @@ class Start:
     def by_error(self) -> bool:
         """Whether it corrects what quantisation took from the weights."""
         return self.needs == "errors"
+
+    def lora_alpha(self, rank: int, use_rslora: bool = False) -> float:
+        """Compute the lora_alpha with which an adapter of this rank has the recommended scaling."""
+        alpha = self.scaling * (rank**0.5 if use_rslora else rank)
+        return int(alpha) if alpha.is_integer() else alpha
 
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
@@ -244,7 +254,7 @@ STARTS: tuple[Start, ...] = (
     Start("bank-mean", "the mean of all adapters, a control", needs="bank", made_by="bank", b_is_zero=False),
     Start(FULL, "no adapter: all weights are trained", needs="nothing", made_by="training", b_is_zero=False),
 )
-DEFAULT = STARTS[0].name
+DEFAULT, DEFAULT_FOR_CLASSES = "eva", "natural-gradient"
 # How a bank's adapters are used, by the word of `--by`.
 BANK_WAYS = {start.name.removeprefix("bank-"): start for start in STARTS if start.made_by == "bank"}
 BANK_WAY = next(iter(BANK_WAYS))

@@ -59,8 +59,8 @@ def opened(
     if trainer.model_init is not None:
         raise LoraInitError(f"the {name} makes its model anew when training begins. Give it model= for model_init=.")
     gradients = find_start(method).by_gradient or bool(options.get("gradients"))
-    source = next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
-    if gradients and (source not in _PLAIN_LOSS or _changes_loss(trainer, source)):
+    source = _source_of_loss(trainer)
+    if gradients and not has_plain_loss(trainer):
         raise LoraInitError(
             f"method={method!r}: a start from gradients needs the gradient of the training loss, and this {name} "
             f"computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs alone."
@@ -100,6 +100,15 @@ def opened(
         raise
 
 
+def classifies_by_own_loss(trainer: Any) -> bool:
+    """Tell whether a trainer trains a classifier of sequences by the loss that the model computes from classes."""
+    config = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
+    base = trainer.model if config is None else trainer.model.get_base_model()
+    kind = kind_of(type(base).__name__, bool(getattr(base.config, "is_encoder_decoder", False)))
+    task = getattr(config, "task_type", None) or (kind and kind[0])
+    return task == "SEQ_CLS" and has_plain_loss(trainer)
+
+
 def adapter_dtype(trainer: Any) -> torch.dtype | None:
     """Read the type of a trainer's adapter; None if it has none. TRL makes that of a quantised model bfloat16."""
     return next((p.dtype for n, p in trainer.model.named_parameters() if ".lora_A." in n), None)
@@ -114,6 +123,17 @@ def hand_over(trainer: Any, adapted: PeftModel, dtype: torch.dtype | None) -> No
     elif trainer.args.gradient_checkpointing:
         adapted.enable_input_require_grads()  # as TRL does for an adapter of its own
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
+
+
+def has_plain_loss(trainer: Any) -> bool:
+    """Tell whether a trainer trains by the loss that its model computes from labels."""
+    source = _source_of_loss(trainer)
+    return source in _PLAIN_LOSS and not _changes_loss(trainer, source)
+
+
+def _source_of_loss(trainer: Any) -> str:
+    """Name the class that says how the loss is computed."""
+    return next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
 
 
 def _changes_loss(trainer: Any, source: str) -> bool:

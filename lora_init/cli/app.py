@@ -26,6 +26,7 @@ from lora_init.cli.console import (
     process_rank,
     silence,
 )
+from lora_init.cli.help import GroupedCommand
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
 
@@ -120,7 +121,7 @@ _COMMANDS: dict[Callable[..., None], str | None] = {
     env: None,
 }
 for _function, _example in _COMMANDS.items():
-    app.command(epilog=_example)(command(_function))
+    app.command(cls=GroupedCommand, epilog=_example)(command(_function))
 app.add_typer(bank.app, name="bank")
 
 

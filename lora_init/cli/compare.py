@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\b
 Example:
-$ lora-init compare MODEL DATA --template '{question}' --completion ' {answer}' --output comparison --dry-run
+$ lora-init compare MODEL DATA --template '{question}' \\
+    --completion ' {answer}' --output comparison --dry-run
 """
 
 

@@ -33,7 +33,8 @@ def unescape(template: str | None) -> str | None:
 
 
 TrustRemoteCode = Annotated[
-    bool, Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    bool,
+    Option("--trust-remote-code", help="Run code that comes with the model. Read it first."),
 ]
 Template = Annotated[
     str | None, Option(callback=unescape, help='Text of an example, as in "{passage}\\nQuestion: {question}?".')
@@ -147,9 +148,13 @@ _running = _Running()
 def _common(
     context: typer.Context,
     quiet: Annotated[
-        bool, Option("--quiet", "-q", help="Print no progress and no summary of what was written.")
+        bool,
+        Option("--quiet", "-q", help="Print no progress and no summary of what was written."),
     ] = False,
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Let other libraries speak, and show tracebacks.")] = False,
+    verbose: Annotated[
+        bool,
+        Option("--verbose", "-v", help="Let other libraries speak, and show tracebacks."),
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
 ) -> None:
     _running.options = {}

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from typer import Argument, Option
 
-from lora_init.adapters.starts import BANK_WAY, BANK_WAYS, DEFAULT, FROM_BANK, STARTS, buildable, find_start
+from lora_init.adapters.starts import (
+    BANK_WAY,
+    BANK_WAYS,
+    DEFAULT,
+    DEFAULT_FOR_CLASSES,
+    FROM_BANK,
+    RANDOM,
+    STARTS,
+    Start,
+    buildable,
+    find_start,
+)
 from lora_init.cli.bank import start_from
 from lora_init.cli.console import (
     Completion,
@@ -35,7 +46,7 @@ from lora_init.cli.console import (
     read_names,
     say,
 )
-from lora_init.cli.tables import correction_facts, facts, finite, quantisation_name, rank_table
+from lora_init.cli.tables import correction_facts, finite, quantisation_name
 from lora_init.errors import LoraInitError, require
 from lora_init.files import check_writable
 from lora_init.loading.sources import FILE_TYPES
@@ -59,7 +70,7 @@ if TYPE_CHECKING:
 else:  # the registry decides what there is, starts of other packages among them
     Method, BankWay = Literal[(*buildable(), FROM_BANK)], Literal[tuple(BANK_WAYS)]
 
-RANK, RHO = 16, 2.0
+RANK = 16
 
 
 def _named(**facts: bool) -> str:
@@ -68,9 +79,21 @@ def _named(**facts: bool) -> str:
     return ", ".join(one.name for one in ours if all(getattr(one, fact) == value for fact, value in facts.items()))
 
 
+def _each(fact: str) -> str:
+    """List a number of the starts that have one of their own, and that of all others."""
+    ours = [one for one in STARTS if one.made_by == "lora_init"]
+    usual = getattr(find_start(RANDOM), fact)
+    own = [f"{getattr(one, fact):g} for {one.name}" for one in ours if getattr(one, fact) != usual]
+    return ", ".join([*own, f"else {usual:g}"])
+
+
 EXAMPLE = """\b
-Example:
-$ lora-init init sentence-transformers/all-MiniLM-L6-v2 data/boolq.jsonl --template '{passage}' -o adapter
+Examples:
+$ lora-init init MODEL sums.jsonl --rank 16 -o adapter
+$ lora-init init MODEL quiz.csv --template '{question}' \\
+    --completion ' {answer}' -o adapter
+$ lora-init init MODEL reviews.csv --template '{text}' \\
+    --label stars -o adapter
 """
 
 
@@ -88,31 +111,50 @@ def init(
     *,
     output: Annotated[Path, Option("--output", "-o", help="Adapter directory to write.", show_default=False)],
     rank: Annotated[int | None, Option(min=1, help="Average rank of a layer.", show_default=str(RANK))] = None,
-    rho: Annotated[
-        float | None, Option(min=1.0, help="At most rho x rank in one layer.", show_default=str(RHO))
+    method: Annotated[
+        Method | None,
+        Option(
+            metavar="START",
+            help=f"How the adapter starts. With backward passes: {_named(by_gradient=True)}. B is not zero with "
+            f"{_named(b_is_zero=False)} and {FROM_BANK}. Default: {DEFAULT}; with --label {DEFAULT_FOR_CLASSES}.",
+        ),
     ] = None,
-    ranks_from: Annotated[Path | None, Option("--ranks", help="Plan of lora-init ranks, for --rank and --rho.")] = None,
-    target_modules: Annotated[
-        str, Option(help="all-linear, attention, mlp, cross-attention, names, or a regular expression for full names.")
-    ] = "all-linear",
-    exclude_modules: Annotated[str | None, Option(help="Names, or a regular expression, to leave out.")] = None,
-    target_parameters: Annotated[str | None, Option(help="Names of fused parameters of experts.")] = None,
+    lora_alpha: Annotated[
+        float | None, Option(help=f"The adapter is scaled by lora_alpha / rank. Default: rank x {_each('scaling')}.")
+    ] = None,
+    template: Template = None,
+    completion: Completion = None,
+    label: Annotated[str | None, Option(help="Column of the class: an adapter and a head for a classifier.")] = None,
     statistics: Annotated[
         Path | None, Option(help="File kept every minute, and gone on from by the same command; serves without DATA.")
     ] = None,
-    method: Annotated[
-        Method,
-        Option(
-            help=f"How the adapter starts. With backward passes: {_named(by_gradient=True)}. B is not zero with "
-            f"{_named(b_is_zero=False)} and {FROM_BANK}.",
-        ),
-    ] = DEFAULT,
-    bank: Annotated[Path | None, Option(help="With from-bank: directory of lora-init bank.")] = None,
-    by: Annotated[BankWay, Option(help="With from-bank: how its adapters are used.")] = BANK_WAY,
-    similarity: Annotated[
-        Literal["embeddings", "subspaces", "both"],
-        Option(help="With from-bank: what is compared; subspaces takes the --statistics file of this data."),
-    ] = "embeddings",
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
+    ] = False,
+    data_format: DataFormat = None,
+    subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
+    samples: Samples = 256,
+    batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 4,
+    max_length: MaxLength = 512,
+    target_modules: Annotated[
+        str,
+        Option(help="all-linear, attention, mlp, cross-attention, names, or a regular expression for full names."),
+    ] = "all-linear",
+    exclude_modules: Annotated[str | None, Option(help="Names, or a regular expression, to leave out.")] = None,
+    target_parameters: Annotated[str | None, Option(help="Names of fused parameters of experts.")] = None,
+    modules_to_save: Annotated[str | None, Option(help="Modules to train whole, such as lm_head.")] = None,
+    rho: Annotated[
+        float | None,
+        Option(min=1.0, help=f"At most rho x rank in one layer. Default: {_each('rho')}."),
+    ] = None,
+    ranks_from: Annotated[Path | None, Option("--ranks", help="Plan of lora-init ranks, for --rank and --rho.")] = None,
+    use_rslora: Annotated[bool, Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
+    use_dora: Annotated[bool, Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
+    freeze_a: Annotated[bool, Option("--freeze-a", help="Train B alone: see the adapter's README.md.")] = False,
+    gradients: Annotated[bool, Option("--gradients", help="Run backward passes, too, for later use.")] = False,
+    whiten: Annotated[bool, Option("--whiten", help="With eva: scale each row by its variance.")] = False,
     gamma: Annotated[
         float | None,
         Option(
@@ -120,6 +162,15 @@ def init(
             f"{''.join(f'; {one.name} {one.gamma:g}' for one in STARTS if one.corrects_base)}."
         ),
     ] = None,
+    center: Annotated[bool, Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
+    token_mask: Annotated[TokenMask, Option(help="Count all tokens but padding, or those with a label.")] = "attention",
+    max_batches: Annotated[int, Option(min=1, help="Batches at most; fewer if nothing changes any more.")] = 64,
+    skip_bad_batches: Annotated[int, Option(min=0, help="Batches that may fail, and are then left out.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
+    task_type: Annotated[str | None, Option(help="PEFT's task type. Default: what the checkpoint is for.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     quantize: Annotated[
         Quantization | None, Option(help="Quantise the base while it is loaded, as QLoRA does, by bitsandbytes.")
     ] = None,
@@ -129,35 +180,12 @@ def init(
     unchecked: Annotated[
         bool, Option("--unchecked", help="With qera: write it even if the loss on examples set aside does not fall.")
     ] = False,
-    gradients: Annotated[bool, Option("--gradients", help="Run backward passes, too, for later use.")] = False,
-    whiten: Annotated[bool, Option("--whiten", help="With eva: scale each row by its variance.")] = False,
-    lora_alpha: Annotated[float, Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
-    use_rslora: Annotated[bool, Option("--use-rslora", help="Scale by lora_alpha / sqrt(rank).")] = False,
-    use_dora: Annotated[bool, Option("--use-dora", help="Add DoRA's magnitudes.")] = False,
-    freeze_a: Annotated[bool, Option("--freeze-a", help="Train B alone: see the adapter's README.md.")] = False,
-    modules_to_save: Annotated[str | None, Option(help="Modules to train whole, such as lm_head.")] = None,
-    task_type: Annotated[str | None, Option(help="PEFT's task type. Default: what the checkpoint is for.")] = None,
-    template: Template = None,
-    completion: Completion = None,
-    label: Annotated[str | None, Option(help="Column of the class: an adapter and a head for a classifier.")] = None,
-    data_format: DataFormat = None,
-    subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
-    split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
-    samples: Samples = 256,
-    batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 4,
-    max_length: MaxLength = 512,
-    max_batches: Annotated[int, Option(min=1, help="Batches at most; fewer if nothing changes any more.")] = 64,
-    skip_bad_batches: Annotated[int, Option(min=0, help="Batches that may fail, and are then left out.")] = 0,
-    token_mask: Annotated[TokenMask, Option(help="Count all tokens but padding, or those with a label.")] = "attention",
-    center: Annotated[bool, Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
-    seed: Annotated[int, Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
-    ] = False,
+    bank: Annotated[Path | None, Option(help="With from-bank: directory of lora-init bank.")] = None,
+    by: Annotated[BankWay, Option(help="With from-bank: how its adapters are used.")] = BANK_WAY,
+    similarity: Annotated[
+        Literal["embeddings", "subspaces", "both"],
+        Option(help="With from-bank: what is compared; subspaces takes the --statistics file of this data."),
+    ] = "embeddings",
 ) -> None:
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
@@ -168,16 +196,16 @@ def init(
         from lora_init.loading.models import find_device
         from lora_init.planning.allocate import allocate_ranks
     options: dict[str, Any] = {
-        "method": method, "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
+        "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
         "modules_to_save": read_names(modules_to_save),
     }  # fmt: skip
-    start = BANK_WAYS[by] if _is_from_bank(method, bank, data) else _find_start(method, quantize, weights, unchecked)
-    check_adapter_options(**options | {"method": start}, output=output, overwrite=overwrite)
-    takes_step = start.made_by == "bank" or start.changes_output
-    gradients = gradients or start.by_gradient
+    start = _choose(method, by, _is_from_bank(method, bank, data), label, data, statistics)
+    _check_quantised(start, quantize, weights, unchecked)
+    check_adapter_options(start, **options, output=output, overwrite=overwrite)
+    sets_aside, gradients = start.takes_step or start.by_error, gradients or start.by_gradient
     find_device(device)
-    file = _check_sources(data, statistics, method if takes_step and start.gamma else "", label, token_mask)
-    plan, rank, rho = _read_budget(ranks_from, rank, rho, file)
+    file = _check_sources(data, statistics, start.name if start.takes_step else "", label, token_mask)
+    given_rho, (plan, rank, rho, rho_of_pass) = rho, _read_budget(ranks_from, rank, rho, start.rho, file)
     with busy(f"reading {model} and the data"):
         source = _open(model, task_type, label, trust_remote_code, gradients and data is not None, quantize, start)
         read = partial(
@@ -187,7 +215,7 @@ def init(
             known_classes=source.classes,
         )  # fmt: skip
         batches = read(samples=samples) if data is not None else None  # before the weights, which take longer
-        aside, batches = _read_aside(read if takes_step else None, batches, samples, batch_size)
+        aside, batches = _read_aside(read if sets_aside else None, batches, samples, batch_size)
     selection: dict[str, Any] = {
         "target_modules": read_modules(target_modules),
         "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
@@ -195,7 +223,7 @@ def init(
         "task_type": source.task_type,
     }
     settings: dict[str, Any] = {
-        "rank": rank, "rho": rho, "center": center, "token_mask": token_mask, "gradients": gradients,
+        "rank": rank, "rho": rho_of_pass, "center": center, "token_mask": token_mask, "gradients": gradients,
         "max_batches": max_batches, "seed": seed, "skip_bad_batches": skip_bad_batches,
     }  # fmt: skip
     if dry_run:
@@ -209,24 +237,23 @@ def init(
     check_modules_to_save(loaded.model, options["modules_to_save"], loaded.task_type, loaded.drawn)
     if bank is not None:
         start_from(
-            bank, loaded, batches, aside, file, by=by, rank=rank, lora_alpha=lora_alpha, gamma=gamma,
-            similarity=similarity, output=output, overwrite=overwrite,
+            bank, loaded, batches, aside, file, by=by, rank=rank, lora_alpha=lora_alpha or start.lora_alpha(rank),
+            gamma=gamma, similarity=similarity, output=output, overwrite=overwrite,
         )  # fmt: skip
         return
     if plan is not None:
         plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
-    if batches is None:
-        assert file is not None  # checked with the data
-        stats = _as_it_is(file, loaded.model, selection)
-    else:
-        stats = _collect(loaded.model, batches, file, overwrite, selection | settings)
+    fall_back = method is None and {"rho": given_rho or find_start(DEFAULT).rho, "gradients": False}
+    stats, start = _learn(loaded.model, batches, file, overwrite, selection, settings, start, fall_back or {})
     if process_rank():
         return
-    ranks = plan or allocate_ranks(stats, rank=rank, rho=rho)
-    build = partial(build_adapter, stats, ranks, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed)
+    ranks = plan or allocate_ranks(stats, rank=rank, rho=given_rho or start.rho)
+    build = partial(
+        build_adapter, stats, ranks, start.name, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed
+    )
     built = _built(loaded.model, build, start, aside, gamma, stats=stats, weights=weights, unchecked=unchecked)
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
-    print_result(summary_of(stats, ranks, directory, file, built), show_summary, written=True)
+    print_result(summary_of(model, stats, ranks, directory, file, built), show_summary, written=True)
 
 
 # Options that say nothing without the thing that they are about: how DATA are read, how the pass over them is made, ...
@@ -241,13 +268,29 @@ _OF_OWN_START = (
 )  # fmt: skip
 
 
+def _choose(
+    method: str | None, by: str, from_bank: bool, label: str | None, data: str | None, statistics: Path | None
+) -> Start:
+    """Look the start up; where none was asked for, the one that is recommended for such data."""
+    from lora_init.adapters.recommended import default_start
+    from lora_init.statistics.statistics import Statistics
+
+    if from_bank:
+        return BANK_WAYS[by]
+    classifies = label is not None
+    if method is None and data is None and statistics is not None and statistics.expanduser().is_file():
+        made = Statistics.load(statistics.expanduser()).provenance
+        classifies = made.gradients and "classes" in made.settings
+    return find_start(method or default_start(classifies))
+
+
 def _refuse_idle(arguments: tuple[str, ...], why: str) -> None:
     idle = given(arguments)
     if idle:
         raise LoraInitError(f"{', '.join(idle)}: {why}. Leave {'it' if len(idle) == 1 else 'them'} out.")
 
 
-def _is_from_bank(method: str, bank: Path | None, data: str | None) -> bool:
+def _is_from_bank(method: str | None, bank: Path | None, data: str | None) -> bool:
     """Tell it, and refuse options that would say nothing."""
     from_bank = method == FROM_BANK
     if from_bank != (bank is not None) or (from_bank and data is None):
@@ -284,21 +327,26 @@ def _check_sources(
 
 
 def _read_budget(
-    ranks_from: Path | None, rank: int | None, rho: float | None, file: Path | None
-) -> tuple[RankAllocation | None, int, float]:
-    """Read the plan; give rank and rho of the pass: with a plan those of the file that it is from, or what it takes."""
+    ranks_from: Path | None, rank: int | None, rho: float | None, usual_rho: float, file: Path | None
+) -> tuple[RankAllocation | None, int, float, float]:
+    """Read the plan; give rank and rho of the ranks, and rho of the pass: that of a file which is there, if it serves.
+
+    With a plan both are what the file has that it is from, or what it takes.
+    """
     from lora_init.planning.plan import load_plan
     from lora_init.statistics.statistics import Statistics
 
+    made = Statistics.load(file).provenance if file is not None and file.exists() else None
+    of_file = made.settings.get("rho", usual_rho) if made else usual_rho
     if ranks_from is None:
-        return None, rank or RANK, rho or RHO
+        return None, rank or RANK, rho or usual_rho, rho or max(usual_rho, of_file)
     if (rank, rho) != (None, None):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(ranks_from)
-    if file is not None and file.exists():
-        made = Statistics.load(file).provenance
-        return plan, made.rank, made.settings.get("rho", RHO)
-    return plan, plan.rank, max(1.0, max(plan.values()) / plan.rank)
+    if made is not None:
+        return plan, made.rank, of_file, of_file
+    needed = max(1.0, max(plan.values()) / plan.rank)
+    return plan, plan.rank, needed, needed
 
 
 def _open(
@@ -382,6 +430,29 @@ def _as_it_is(file: Path, model: nn.Module, selection: Mapping[str, Any]) -> Sta
     return stats
 
 
+def _learn(
+    model: nn.Module, batches: Batches | None, file: Path | None, overwrite: bool, selection: Mapping[str, Any],
+    settings: Mapping[str, Any], start: Start, fall_back: Mapping[str, Any],
+) -> tuple[Statistics, Start]:  # fmt: skip
+    """Load or collect what a start needs; without gradients, where there are none and nobody asked for them.
+
+    `fall_back` are the settings for that, empty where the start was asked for. Gives the start, too.
+    """
+    from lora_init.collection.backward import NoGradientsError
+
+    if batches is None:
+        assert file is not None  # checked with the data
+        return _as_it_is(file, model, selection), start
+    run = partial(_collect, model, batches, file, overwrite)
+    try:
+        return run({**selection, **settings}), start
+    except NoGradientsError as error:
+        if not fall_back:
+            raise
+        say(f"warning: {error} So the start is {DEFAULT}, from what the layers read.")
+        return run({**selection, **settings, **fall_back}), find_start(DEFAULT)
+
+
 def _collect(
     model: nn.Module, batches: Batches, file: Path | None, overwrite: bool, settings: Mapping[str, Any]
 ) -> Statistics:
@@ -441,35 +512,37 @@ def _built(
             if not aside:  # a statistics file, and no data
                 return built
             return with_losses(model, built, errors, loss_or_distance(model, errors, aside), unchecked)
-    if start.changes_output:
+    if start.takes_step:
         return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
     return build()
 
 
-def _find_start(method: str, quantize: str | None, weights: str | None, unchecked: bool) -> Start:
-    """Look a start up; refuse options about a quantised base where there is none, and what is not installed."""
-    start = find_start(method)
+def _check_quantised(start: Start, quantize: str | None, weights: str | None, unchecked: bool) -> None:
+    """Refuse options about a quantised base where there is none, and what is not installed."""
     if quantize is not None:
         require("bitsandbytes")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for each layer which kernel it takes
     idle = [name for name, value in (("--weights", weights), ("--unchecked", unchecked)) if value]
     if idle and not start.by_error:
         raise LoraInitError(f"{', '.join(idle)}: for --method {_named(by_error=True)} alone. Leave it out.")
-    return start
 
 
-def how_to_train(directory: Path, built: AdapterInit) -> str:
-    """Say how training goes on from the adapter."""
-    if built.corrects_base or built.freeze_a or built.provenance.settings.get("classes"):
+def how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
+    """Say how the adapter is loaded for training."""
+    if built.corrects_base or built.freeze_a:
         return f"as {directory / 'README.md'} shows"
-    return f"PeftModel.from_pretrained(base_model, {str(directory)!r}, is_trainable=True)"
+    classes, base = built.provenance.settings.get("classes"), "base_model"
+    if classes:
+        labels = dict(enumerate(map(str, classes)))
+        base = f"AutoModelForSequenceClassification.from_pretrained({model!r}, id2label={labels})"
+    return f"PeftModel.from_pretrained({base}, {str(directory)!r}, is_trainable=True)"
 
 
 def summary_of(
-    stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
+    model: str, stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
 ) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
-    from lora_init.adapters.directory import AdapterDirectory
+    from lora_init.adapters.directory import WEIGHTS_FILE, AdapterDirectory
     from lora_init.serving.support import serving_note
 
     made = stats.provenance
@@ -481,7 +554,7 @@ def summary_of(
     if made.quantisation:
         special.append(f"the base was quantised ({quantisation_name(made.quantisation)}): train and serve on the same.")
     base_change = built.method if built.corrects_base else ""
-    written = AdapterDirectory(directory)
+    written, size = AdapterDirectory(directory), (directory / WEIGHTS_FILE).stat().st_size / 10**6
     return {
         "adapter": str(directory),
         "statistics": str(file) if file else None,
@@ -491,7 +564,12 @@ def summary_of(
         "classes": made.settings.get("classes", []),
         "rank": ranks.rank,
         "ranks": dict(ranks),
+        "method": built.method,
+        "lora_alpha": built.lora_alpha,
+        "scaling": built.scaling,
         "parameters": built.n_parameters(),
+        "megabytes": size,
+        "megabytes_at_one_rank": _at_one_rank(built) * size,
         "uniform_parameters": sum(
             target.parameters(ranks.rank, built.freeze_a, built.use_dora) for target in stats.targets.values()
         ),
@@ -508,8 +586,10 @@ def summary_of(
         "quantisation": made.quantisation,
         "seconds": made.seconds,
         "serving": serving_note(ranks, written.config, written.shapes, base_change),
-        "train": how_to_train(directory, built),
-        "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_untuned(built), *_beyond(built, ranks)],
+        "load": how_to_load(model, directory, built),
+        "recommended": built.recommended,
+        "train": built.fit.how_to_train(),
+        "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_beyond(built, ranks)],
     }
 
 
@@ -519,47 +599,35 @@ def _judged(built: AdapterInit) -> list[str]:
     return [seen] if built.start.by_gradient else []
 
 
-def _untuned(built: AdapterInit) -> list[str]:
-    """Say what to do without a sweep of learning rates, where our runs say it: docs/practice.md."""
-    from lora_init.comparison.wording import rate_text
-
-    start = built.start
-    if start.learning_rate is None or built.scaling >= start.scaling or built.use_rslora:
-        return []
-    rate, alpha = rate_text(start.learning_rate), f"{start.scaling * built.rank:g}"
-    return [f"tune the learning rate (lora-init compare); if you will not, take {rate} and --lora-alpha {alpha}."]
-
-
 def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
     """Say that DoRA's magnitudes come on top of a budget that a plan was made for."""
     counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
     return [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
 
 
+def _at_one_rank(built: AdapterInit) -> float:
+    """Say how many times as large the adapter is with its largest rank in every layer, as `export` makes it."""
+    largest = max(built.ranks.values())
+    costs = {name: target.parameters(1) for name, target in built.targets.items()}
+    return largest * sum(costs.values()) / sum(rank * costs[name] for name, rank in built.ranks.items())
+
+
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print what `summary_of` returned."""
-    ranks, held_out = summary["ranks"], summary["held_out"]
+    """Print what `summary_of` returned: start and size, how to train, who takes it, how to load it, where more is."""
+    ranks, directory = summary["ranks"], summary["adapter"]
     given = [rank for rank in ranks.values() if rank]
-    change = summary["parameters"] / summary["uniform_parameters"] - 1
-    rows = {
-        "layers": f"{len(given)} with rank {min(given)} to {max(given)}, {len(ranks) - len(given)} without an adapter",
-        "parameters": f"{summary['parameters']:,}, {change:+.1%} against rank {summary['rank']} everywhere",
-        "data": summary["data"] or "not described",
-        **({"classes": f"{', '.join(summary['classes'])}; the adapter holds their head"} if summary["classes"] else {}),
-        "pass": f"{summary['n_samples']:,} rows in {summary['n_batches']} batches, stopped: {summary['stop_reason']}",
-        "held out": "not measured: fewer than two batches, or statistics that were merged"
-        if held_out is None
-        else f"{summary['n_components']} components capture {held_out['median']:.1%} of the variance of unseen rows "
-        f"(median), {held_out['min']:.1%} at least ({held_out['min_layer']})",
-        "time": ", ".join(f"{part} {seconds:.1f} s" for part, seconds in summary["seconds"].items()),
-        **(correction_facts(summary["correction"]) if summary["correction"] else {}),
-        **({"statistics": summary["statistics"]} if summary["statistics"] else {}),
-        "adapter": summary["adapter"],
-    }
-    console.print(rank_table(ranks, console.width))
-    console.print()
-    console.print(facts(rows))
-    console.print(summary["serving"], markup=False)
-    for note in summary["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"Train it: {summary['train']}", markup=False)
+    corrected = correction_facts(summary["correction"]) if summary["correction"] else {}
+    size, at_one = summary["megabytes"], summary["megabytes_at_one_rank"]
+    export = f" `export` makes {at_one:.1f} MB of it at one rank, {size:.1f} MB with --keep-ranks."
+    lines = [
+        f"{directory}: {summary['method']}, rank {min(given)} to {max(given)} (average {summary['rank']}) in "
+        f"{len(given)} of {len(ranks)} layers, lora_alpha {summary['lora_alpha']:g} (scaling {summary['scaling']:g}), "
+        f"{summary['parameters']:,} parameters.",
+        summary["train"],
+        *(f"{name}: {text}" for name, text in corrected.items()),
+        f"{size:.1f} MB. {summary['serving']}" + export * (min(given) < max(given)),
+        f"Load it: {summary['load']}",
+        *(f"note: {note}" for note in summary["notes"]),
+        f"Ranks, data and what they capture: lora-init inspect {directory}",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

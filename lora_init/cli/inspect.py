@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from lora_init.adapters.recommended import Fit
+from lora_init.adapters.starts import find_start
 from lora_init.cli.console import TrustRemoteCode, busy, importing, print_result, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantisation_name, rank_table
 from lora_init.errors import LoraInitError, first_line, require
@@ -50,7 +52,8 @@ def inspect(
 
 MERGE_EXAMPLE = """\b
 Example:
-$ lora-init merge chat.safetensors code.safetensors --weights 0.7,0.3 -o mixed.safetensors
+$ lora-init merge chat.safetensors code.safetensors --weights 0.7,0.3 \\
+    -o mixed.safetensors
 """
 
 
@@ -323,6 +326,12 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
             head["base"] = f"quantised: {quantisation_name(source['quantisation'])}"
         if origin.get("correction"):
             head |= correction_facts(origin["correction"])
+        if "recommended" in origin and not origin.get("package"):
+            fit = Fit(
+                find_start(origin["method"]), about["rank"], about["lora_alpha"], about["use_rslora"],
+                about["use_dora"], bool(origin.get("freeze_a")),
+            )  # fmt: skip
+            head["train"] = fit.how_to_train()
         head["data"] = source.get("data") or "not described"
         head["rows"] = (
             f"{source.get('n_samples', 0):,} in {source.get('n_batches')} batches, stopped: {source.get('stop_reason')}"

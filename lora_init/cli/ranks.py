@@ -161,7 +161,8 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
 
 EXAMPLE = """\b
 Example:
-$ lora-init ranks stats.safetensors --parameters 1M --compare uniform --compare cost-aware
+$ lora-init ranks stats.safetensors --parameters 1M \\
+    --compare uniform --compare cost-aware
 """
 
 

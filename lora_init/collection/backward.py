@@ -38,6 +38,10 @@ class _Call:
         return rows if self.tokens is None else rows.index_select(0, self.tokens)
 
 
+class NoGradientsError(LoraInitError):
+    """This model, these layers or these batches give no gradients to learn from; inputs can be learned from."""
+
+
 class BackwardHooks:
     """Run a forward and a backward pass and hand out what layers read, and the gradients at their outputs.
 
@@ -58,7 +62,7 @@ class BackwardHooks:
     ) -> None:
         other = next((t for t in targets.values() if t.kernel or t.experts), None)
         if other is not None:
-            raise LoraInitError(
+            raise NoGradientsError(
                 f"layer {other.name!r} is a {other.kind}: gradient statistics are for linear layers. "
                 "Leave it out of the targets, or collect without gradients."
             )
@@ -141,7 +145,7 @@ class BackwardHooks:
         if not math.isfinite(value):
             raise LoraInitError(f"the loss is {value:g}. The model produces it; statistics were not updated.")
         if not loss.requires_grad:
-            raise LoraInitError(
+            raise NoGradientsError(
                 f"the loss of {self._name} gives no gradient to any layer: nothing that was computed on the way keeps "
                 "one. Leave torch.no_grad() and detach() out of forward= and loss=."
             )

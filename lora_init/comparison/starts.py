@@ -441,7 +441,7 @@ def _build(
     build = partial(
         build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=seed, freeze_a=recipe.freeze_a
     )
-    if recipe.start.changes_output and recipe.start.gamma is not None:
+    if recipe.start.takes_step:
         return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
     return build()
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lora_init.adapters.recommended import rate_text as rate_text
+
 
 def number(value: float | None, sign: str = "") -> str:
     """Write a loss, or with the sign "+" a difference of losses; a dash for what is not known.
@@ -19,17 +21,6 @@ def number(value: float | None, sign: str = "") -> str:
         ('0.2500', '−0.2500', '–')
     """
     return "–" if value is None or math.isnan(value) else f"{value:{sign}.4f}".replace("-", "−")
-
-
-def rate_text(rate: float) -> str:
-    """Write a learning rate.
-
-    Example:
-        >>> rate_text(0.0003), rate_text(0.001)
-        ('3e-4', '1e-3')
-    """
-    digits, exponent = f"{rate:.6e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
 
 
 def percent(part: float, sign: str = "") -> str:

@@ -17,6 +17,9 @@ from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
 from tests.conftest import tiny_bert, tiny_llama
 
+# These trainers take the rates that a tiny model learns at.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
+
 WORDS = "a the cat dog sat ran on mat road to is big red what where user assistant".split()  # noqa: SIM905
 CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
 trl = pytest.importorskip("trl")
@@ -262,7 +265,7 @@ def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer)
     trainer = sft(tmp_path, tokenizer)
     if method == "lora-ga":
         with pytest.raises(LoraInitError, match=r"rho=2.*Pass rho=1"):
-            lora_init.initialize(sft(tmp_path, tokenizer), rank=2, method=method)
+            lora_init.initialize(sft(tmp_path, tokenizer), rank=2, rho=2, method=method)
     message = (
         r"before training.*--start" if method == "lora-ga" else "3 of 12 different examples"
     )  # most rows are alike

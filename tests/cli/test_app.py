@@ -128,11 +128,12 @@ def test_the_shell_completes_commands():
     assert done.stdout.split() == ["init", "inspect"], done.stderr
 
 
-def test_the_example_in_the_help_is_a_command_that_parses():
-    (example,) = (line for line in run("init", "--help").stdout.splitlines() if "$ lora-init init " in line)
-    arguments = shlex.split(example.partition("$ lora-init init ")[2])
-    command = typer.main.get_command(cli.app).commands["init"]
-    assert command.make_context("init", arguments).params["rank"] is None
+def test_the_examples_in_the_help_are_commands_that_parse():
+    lines = run("init", "--help").stdout.partition("Examples:")[2].replace("\\\n", " ").splitlines()
+    commands = [line.partition("$ lora-init init ")[2] for line in lines if "$ lora-init init " in line]
+    init = typer.main.get_command(cli.app).commands["init"]
+    given = [init.make_context("init", shlex.split(command)).params for command in commands]
+    assert [one["output"] for one in given] == [Path("adapter")] * 3 and given[2]["label"] == "stars"
 
 
 def test_it_runs_as_a_module_and_as_a_script():
@@ -197,3 +198,17 @@ def test_the_shell_completes_commands_options_and_choices(shell, typed, offered)
 def test_completion_can_be_installed():
     shown = CliRunner().invoke(cli.app, ["--help"]).output
     assert "--install-completion" in shown and "--show-completion" in shown
+
+
+@pytest.mark.parametrize("name", ["init", "compare", "ranks", "inspect", "export"])
+def test_help_is_in_groups_and_in_eighty_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    lines = run(name, "--help").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("x>=" in line or "default: (" in line for line in lines)
+    if name in ("init", "compare"):
+        headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+        assert headings[:3] == ["Arguments:", "Options:", "Data:"] and headings[-1] == "Output:"
+        first = lines[lines.index("Options:") + 1 : lines.index("Data:")]
+        assert sum("--" in line[:6] or "-o, --" in line for line in first) <= 14

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import lora_init
 from lora_init import build_adapter, collect, load_batches
 from lora_init.cli.init import _read_aside
+from lora_init.collection.backward import BackwardHooks, NoGradientsError
 from lora_init.loading.models import load_model
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
@@ -25,7 +26,7 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     plain = run(*command, "--statistics", file)
     assert plain.exit_code == 0, plain.output
     command[command.index("-o") + 1] = str(tmp_path / "lora-ga")
-    refused = run(*command, "--statistics", file, "--method", "lora-ga")
+    refused = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", 2)
     assert refused.exit_code == 1 and "was made with gradients False, and True is asked for" in refused.stderr
     file.unlink()
     made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
@@ -48,20 +49,67 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     assert planned.exit_code == 0 and "gora" in planned.stdout, planned.output
 
 
-def test_who_does_not_tune_the_rate_is_told_what_to_take(command, tmp_path):
-    said = {}
-    cases = ["2"], ["8"], ["2", "--method", "random"], ["2", "--method", "natural-gradient"]
-    for i, options in enumerate(cases):
-        command[command.index("-o") + 1] = str(tmp_path / str(i))
-        made = run(*command, "--rank", "2", "--rho", "1", "--json", "--lora-alpha", *options)
+def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(command, home, tmp_path):
+    save_model(tiny_bert(task=None), tmp_path / "model")
+    classes = [tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question", "--rank", 2]
+    answers = [*command[1:2], home / "rows.jsonl", "--template", "{passage}", "--completion", " {question}"]
+    cases = {  # method, lora_alpha / rank, whether ranks are moved
+        "text": ([*command[1:3]], "eva", 4, True),
+        "answers": (answers, "eva", 4, True),
+        "classes": (classes, "natural-gradient", 10, False),
+        "random": ([*command[1:3], "--method", "random"], "random", 2, False),
+    }
+    for name, (words, method, scaling, moved) in cases.items():
+        out = tmp_path / name
+        made = run("init", *words, "--rank", 2, "-o", out)
         assert made.exit_code == 0, made.output
-        said[i] = [note for note in json.loads(made.stdout)["notes"] if "learning rate" in note]
-        seen = "it has seen the labels of these examples: judge what you train from it by others."
-        assert (seen in json.loads(made.stdout)["notes"]) == ("natural-gradient" in options)
-    assert said[1] == said[2] == []
-    for i, alpha in ((0, 8), (3, 20)):
-        note = f"tune the learning rate (lora-init compare); if you will not, take 2e-4 and --lora-alpha {alpha}."
-        assert said[i] == [note]
+        config, origin = (json.loads((out / file).read_text()) for file in ("adapter_config.json", "lora_init.json"))
+        assert (origin["method"], config["lora_alpha"]) == (method, 2 * scaling)
+        assert bool(config["rank_pattern"]) == moved
+        rate = {"learning_rate": 2e-4, "warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"}
+        assert origin["recommended"] == (None if method == "random" else rate)
+        line = "Train with AdamW at 2e-4, warm-up 10%, cosine; measured on SmolLM2-135M and MiniLM-L6"
+        if method == "random":
+            line = "Tune the learning rate with `lora-init compare`: none was measured for method 'random'."
+        inspected = " ".join(run("inspect", out).stdout.split())
+        assert line in made.stdout and line in (out / "README.md").read_text() and line in inspected
+        assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
+
+
+def test_a_size_that_was_not_measured_has_no_rate(command, tmp_path):
+    cases = {
+        "--lora-alpha 2": "2e-4 was measured with lora_alpha=8, and this is 2.",
+        "--use-dora": "none was measured with DoRA.",
+        "--freeze-a": "none was measured with a frozen A.",
+        "--lora-alpha 6": None,
+        "--use-rslora": None,
+    }
+    for i, (options, why) in enumerate(cases.items()):
+        command[command.index("-o") + 1] = str(tmp_path / str(i))
+        made = run(*command, "--rank", 2, *options.split(), "--json")
+        assert made.exit_code == 0, made.output
+        said = json.loads(made.stdout)
+        assert (said["recommended"] is None) == (why is not None)
+        assert said["train"].endswith(why or "see docs/practice.md.")
+        assert said["scaling"] == {"--lora-alpha 2": 1.0, "--lora-alpha 6": 3.0}.get(options, pytest.approx(4.0))
+
+
+def test_classes_of_layers_that_give_no_gradients_start_from_what_these_read(home, tmp_path):
+    model = tiny_bert(task=None)
+    save_model(model, tmp_path / "model")
+    words = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BackwardHooks, "__init__", refuse)
+        made = run(*words, "--rank", 2, "-o", tmp_path / "out")
+        assert made.exit_code == 0, made.output
+        assert "warning: no gradients here. So the start is eva, from what the layers read." in made.stderr
+        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["lora_alpha"] == 8
+        asked = run(*words, "--rank", 2, "-o", tmp_path / "asked", "--method", "natural-gradient")
+        assert asked.exit_code == 1 and asked.stderr.endswith("error: no gradients here.\n")
+
+
+def refuse(*_):
+    raise NoGradientsError("no gradients here.")
 
 
 def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
@@ -88,7 +136,7 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
     result = run(*command)
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
-    for part in ("q_proj", "down_proj", "parameters", "stopped: ", "held out", "forward", str(tmp_path / "out")):
+    for part in ("rank ", "parameters", "MB. ", "Load it: ", "lora-init inspect", str(tmp_path / "out")):
         assert part in result.stdout
 
     from peft import PeftModel
@@ -202,7 +250,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path):
     made = run(*command, "-o", out, "--json")
     assert made.exit_code == 0, made.output
     said, n_classes = json.loads(made.stdout), len(WORDS[:19])
-    assert said["classes"] == sorted(WORDS[:19]) and said["train"].endswith("README.md shows")
+    assert said["classes"] == sorted(WORDS[:19]) and "id2label={0: " in said["load"]
     loaded = load_model(str(tmp_path / "model"), task_type="SEQ_CLS", seed=3, n_labels=n_classes)
     batches = load_batches(
         home / "rows.jsonl", loaded.tokenizer, template="{passage}", label="question", seed=3, batch_size=4

@@ -1,0 +1,57 @@
+"""The help of a command: its options in groups, the ones that everybody needs first."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from typer.core import TyperCommand
+
+# Options by what they are about, whichever command has them; those of no group come first, with those everybody needs.
+_GROUPS = {
+    "Data": "data_format subset split samples batch_size max_length options answer normalize name train_samples "
+    "selection_samples report_samples data_seed retain_data retain_template retain_samples",
+    "Layers and ranks": "target_modules exclude_modules target_parameters modules_to_save rho ranks_from use_rslora "
+    "use_dora freeze_a",
+    "The pass over the data": "gradients whiten gamma center token_mask max_batches skip_bad_batches seed",
+    "Runs": "sweep extend match_scale full steps warmup eval_points statistics_batches precision workers ray",
+    "Model": "quantize weights unchecked task_type dtype device trust_remote_code",
+    "Starts from a bank": "bank by similarity",
+    "Output": "quiet verbose as_json",
+}
+_WIDEST = 70  # columns of an option and what it takes
+_GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
+# What is said of a number or a default in the form of Python or of a range.
+_CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+)[<>]=?[^\]]*\]", ""),
+            (r"\[default: \((.*?)\)\]", r"[default: \1]")]  # fmt: skip
+
+
+class GroupedCommand(TyperCommand):
+    """Writes options under a heading for each group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options into the help."""
+        parameters = self.get_params(ctx)
+        many = len(parameters) > 20
+        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_GROUPS)}
+        for parameter in parameters:
+            title = _GROUP_OF.get(parameter.name or "", "Options") if many else "Options"
+            if parameter.param_type_name == "argument":
+                title = "Arguments"
+            if record := parameter.get_help_record(ctx):
+                words = _plain(record[0])
+                choices = re.search(r" <(.*\|.*)>$", words)
+                if choices and len(words) > _WIDEST:  # too many to stand beside the option
+                    words = words[: choices.start()] + " WORD"
+                    record = words, f"{record[1]}  Words: {choices[1].replace('|', ', ')}."
+                groups[title].append((words, _plain(record[1])))
+        for title, rows in groups.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=26)
+
+
+def _plain(text: str) -> str:
+    for pattern, replacement in _CLUTTER:
+        text = re.sub(pattern, replacement, text)
+    return text
