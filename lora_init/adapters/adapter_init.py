@@ -86,6 +86,7 @@ class AdapterInit:
         losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
         errors: Where the base is quantised and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
             after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
+        error_size: There, |W - Q| in Frobenius norm, of all layers at once.
         exact_loss: Of the model whose layers have the weights that they had before they were quantised, with `losses`.
     """
 
@@ -108,6 +109,7 @@ class AdapterInit:
     freeze_a: bool = False
     losses: tuple[float, float] | None = None
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    error_size: float = 0.0
     exact_loss: float | None = None
 
     @property
@@ -355,6 +357,8 @@ class AdapterInit:
         origin["recommended"] = self.recommended
         if self.corrects_base or self.start.by_error:
             origin["start"] = start_digest(self.weights)
+        if self.errors:
+            origin["error_size"] = self.error_size
         if self.start.package:  # which need not be installed where the adapter is trained or exported
             origin |= {"package": self.start.package, "corrects_base": self.corrects_base}
         if short:

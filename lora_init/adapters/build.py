@@ -167,12 +167,13 @@ def build_adapter(
     gamma = gamma or start.gamma
     lora_alpha = start.lora_alpha(rank, use_rslora) if lora_alpha is None else lora_alpha
     known = dict(whiten=whiten, scaling=scaling_of(lora_alpha, rank, use_rslora))
-    weights, seen = {}, {}
+    weights, seen, squares = {}, {}, 0.0
     for name, r in plan.items():
         error = _error_of(stats.targets[name], start, errors)
         weights[name] = _compute(start, stats, name, r, seed, known | {"error": error}, gamma)
         if error is not None:
             seen[name] = _error_before_and_after(stats[name], error, weights[name], known["scaling"])
+            squares += float(error.double().square().sum())
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
@@ -196,6 +197,7 @@ def build_adapter(
         gamma=gamma,
         freeze_a=freeze_a,
         errors=seen,
+        error_size=squares**0.5,
     )
 
 

@@ -144,6 +144,12 @@ class AdapterDirectory:
         return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
 
     @property
+    def error_size(self) -> float:
+        """|W - Q| of the quantised base that the adapter began by correcting; 0 if it did not, or was converted."""
+        is_own = self.origin.get("rank") in (None, self.config.get("r"))
+        return float(self.origin.get("error_size", 0.0)) if is_own else 0.0
+
+    @property
     def changes_weights(self) -> bool:
         """Whether loading it changes weights of the plain model: by its start, or by what else it holds."""
         by_start = isinstance(self.config.get("init_lora_weights"), str)

@@ -45,6 +45,8 @@ class Exported:
         parameters: Numbers in all A and B.
         n_bytes: Size of all that was written.
         intruders: Intruder dimensions before and after `reduce_intruders`.
+        error_share: Of an adapter that began by correcting a quantised base: |W - Q| over the size of the update,
+            without what it began with if that was subtracted. None for others.
         verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where the trained
             adapter does not fit the plain base and what was written is not PEFT's to load.
     """
@@ -61,6 +63,7 @@ class Exported:
     n_bytes: int = 0
     intruders: tuple[int, int] | None = None
     verify: str = ""
+    error_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values that `json.dumps` takes."""
@@ -102,7 +105,8 @@ def export_adapter(
         keep_ranks: Let layers have ranks of their own. Under a budget those go where the trained update's singular
             values are largest.
         start: The adapter as it was before training, for a start that changed the base weights (lora-ga, PiSSA, OLoRA,
-            CorDA).
+            CorDA); or for one that corrects a quantised base (qera), to serve or merge what was trained on the float
+            model.
         base: Base model, directory or hub id. Default: the one that the adapter names.
         merge_into: Write a whole model instead: this one with the adapter merged in, in its own dtype.
         reduce_intruders: The plain base model, loaded, for PEFT's `reduce_intruder_dimension` to work with.
@@ -129,16 +133,13 @@ def export_adapter(
         raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
     trained = read_trained(directory, start)
     began = AdapterDirectory(directory)
-    if start is not None and began.origin and not began.base_change:
-        raise LoraInitError(
-            f"start={start}: {directory} fits the plain base already, since its start left that alone or PEFT has "
-            "converted it, and it would be subtracted for nothing. Leave start away."
-        )
+    _check_start(began, start, merge_into)
     model = read_base(merge_into or base or trained.base, trained)
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:
         before = with_parameters(read_trained(start, start), model.parameters)
         trained = subtract(trained, before, began.origin, str(start))
+    share = began.error_size / trained.update_size if began.error_size else None
     check_engine(engine or "PEFT", wanted, trained, model)
     sources = intruders = None
     if merge_into is not None:  # a bias beside an adapter has another name in the adapter's file
@@ -151,6 +152,7 @@ def export_adapter(
         trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
+    result = replace(result, error_share=share)
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
@@ -166,6 +168,21 @@ def export_adapter(
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
     )  # fmt: skip
     return _write(result, lambda place: wanted.write_form(place, final, model), overwrite, final)
+
+
+def _check_start(began: AdapterDirectory, start: str | Path | None, merge_into: str | None) -> None:
+    """Refuse to subtract a start for nothing, and to merge what corrects another base."""
+    if merge_into is not None and start is None and began.error_size:
+        raise LoraInitError(
+            f"{began.path} began by correcting the weights of a quantised base, and a merge is into float weights, "
+            "which lack nothing. Name the adapter before training by start=, which is subtracted, or serve it on the "
+            "quantised base."
+        )
+    if start is not None and began.origin and not (began.base_change or began.error_size):
+        raise LoraInitError(
+            f"start={start}: {began.path} fits the plain base already, since its start left that alone or PEFT has "
+            "converted it, and it would be subtracted for nothing. Leave start away."
+        )
 
 
 def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Path:

@@ -120,6 +120,15 @@ class Trained:
         """The largest rank of a layer."""
         return max(layer.rank for layer in self.layers.values())
 
+    @property
+    def update_size(self) -> float:
+        """Frobenius norm of scaling * B A, of all layers at once."""
+        squares = 0.0
+        for layer in self.layers.values():
+            a, b = layer.a.double(), layer.b.double()
+            squares += layer.scaling**2 * float(((b.mT @ b) * (a @ a.mT)).sum())
+        return math.sqrt(max(squares, 0.0))
+
     def tensors(self) -> dict[str, Tensor]:
         """Give all tensors by their full names."""
         tensors = dict(self.others)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
-from lora_init import LoraInitError, QuantisationErrors, build_adapter, collect, find_targets, mean_loss
+from lora_init import LoraInitError, QuantisationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
 from lora_init.adapters.quantised import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTISATIONS
 from tests.collection.test_quantised import PackedLinear, hqq_4bit
@@ -244,3 +244,41 @@ def test_a_start_without_errors_and_a_rank_beyond_the_layer():
         build_adapter(stats, {DOWN: 129}, "qera", errors={})
     with pytest.raises(LoraInitError, match=r"\[2, 2\], expected \[64, 128\]"):
         build_adapter(stats, {DOWN: 4}, "qera", errors={DOWN: torch.zeros(2, 2)})
+
+
+def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
+    model, batches = load(directory), labelled_batches(8)
+    stats = collect(model, batches, rank=4, rho=1, task_type="CAUSAL_LM")
+    errors = dict(QuantisationErrors(model, stats.targets))
+    init = build_adapter(stats, 4, "qera", errors=errors)
+    start, trained = init.save_pretrained(tmp_path / "start", model=model), tmp_path / "trained"
+    adapted = init.apply(model)
+    generator = torch.Generator().manual_seed(0)
+    learned = {}
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # training
+            learned[name] = 0.01 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += learned[name]
+    with torch.no_grad():  # before it is saved: on this processor bitsandbytes 0.50.2 damages packed weights then
+        expected = adapted.eval()(**batches[0]).logits
+    adapted.save_pretrained(trained)
+    start_share = export_adapter(start, tmp_path / "start served").error_share
+    served = export_adapter(trained, tmp_path / "served")  # for the same quantised base: as it is
+    on_quantised = PeftModel.from_pretrained(load(directory), served.path)
+    with torch.no_grad():  # with gradients it takes another kernel, of other rounding
+        torch.testing.assert_close(on_quantised(**batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(LoraInitError, match="float weights, which lack nothing"):
+        export_adapter(trained, tmp_path / "merged", merge_into=str(directory))
+    merged = export_adapter(trained, tmp_path / "merged", merge_into=str(directory), start=start)
+    change = AutoModelForCausalLM.from_pretrained(merged.path).get_submodule(DOWN).weight
+    a = adapted.get_submodule(f"base_model.model.{DOWN}").lora_A["default"].weight
+    wanted = init.scaling * learned[f"base_model.model.{DOWN}.lora_B.default.weight"] @ a
+    torch.testing.assert_close(change, plain().get_submodule(DOWN).weight + wanted, atol=1e-5, rtol=1e-4)
+    assert init.error_size == pytest.approx(float(sum(e.square().sum() for e in errors.values())) ** 0.5, rel=1e-4)
+    size = float(sum((init.scaling * (b @ a)).square().sum() for a, b in init.weights.values())) ** 0.5
+    assert start_share == pytest.approx(init.error_size / size, rel=1e-4)
+    assert merged.error_share > 0 and served.error_share > 0
+    save_quantised = tmp_path / "packed"
+    load(directory).save_pretrained(save_quantised)
+    with pytest.raises(LoraInitError, match="is quantised: its files hold no float weights"):
+        export_adapter(trained, tmp_path / "other", merge_into=str(save_quantised), start=start)
