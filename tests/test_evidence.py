@@ -11,6 +11,7 @@ from lora_init.comparison.runs import PACKED, SETTINGS_FILE, read_runs
 
 STUDIES = sorted(file.parent.name for file in RESULTS.glob(f"*/{SETTINGS_FILE}"))
 QUICK = ["bank-disflqa", "targets-siqa"]
+pytestmark = pytest.mark.skipif(not STUDIES, reason="the source distribution has no runs")
 AGAIN = "Run `python -m benchmarks.evidence`."
 
 
