@@ -151,7 +151,8 @@ def collect(
         token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label. Without gradients
             these are the tokens that a label stands at, as in EVA: what the model reads there. With gradients of a
             causal language model they are those that predict a labelled one, the tokens before: the loss depends on
-            what is computed there.
+            what is computed there. The mean gradient is then of a weight that is used at these tokens alone: rows that
+            predict no label, as those of a prompt, reach the loss through attention and are left out.
         max_batches: Bound on the number of batches, of all processes.
         tolerance: Relative gap between seen and held-out captured variance at which a layer is done.
         seed: Seed of the decomposition.

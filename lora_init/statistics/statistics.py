@@ -222,6 +222,9 @@ class Statistics(Mapping[str, Spectrum]):
     def gradient(self, name: str) -> GradientSpectrum:
         """Give what the loss says about a layer.
 
+        Its mean gradient is that of the loss by the weight; with `token_mask="labels"` the part of it that comes from
+        the tokens that predict a label.
+
         Raises:
             LoraInitError: The statistics were collected without gradients.
         """

@@ -108,6 +108,27 @@ def test_with_all_triplets_the_importance_is_exact():
         assert stats.gradient(name).importance == pytest.approx(expected, rel=1e-4)
 
 
+def test_with_a_mask_of_labels_the_mean_gradient_is_of_the_tokens_that_predict_one():
+    """That is a part of the weight's gradient: other tokens reach the loss through attention, and are left out."""
+    model, layer = tiny_llama(), "model.layers.0.mlp.up_proj"
+    batches = [dict(batch) for batch in batches_for("llama")]
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, : batch["labels"].shape[1] // 2] = -100
+    found = {}
+    for mask in ("attention", "labels"):
+        stats = collect(model, batches, [layer], rank=32, rho=1.0, gradients=True, token_mask=mask)
+        part = stats.gradient(layer)
+        found[mask] = part.left.double().T @ torch.diag(part.singular_values) @ part.right.double()
+    whole, x, g = exact(model, batches, [layer], counts := counts_of(model, batches))[layer]
+    predicts = [torch.cat([b["labels"][:, 1:] != -100, torch.zeros(len(b["labels"]), 1).bool()], 1) for b in batches]
+    kept = torch.cat([one.flatten() for one in predicts])
+    torch.testing.assert_close(found["attention"], whole, rtol=0.0, atol=1e-6 * float(whole.norm()))
+    expected = g[kept].T @ x[kept] / sum(counts)
+    torch.testing.assert_close(found["labels"], expected, rtol=0.0, atol=1e-6 * float(whole.norm()))
+    assert (found["labels"] - whole).norm() > 0.02 * whole.norm()
+
+
 def test_q_k_and_v_differ_and_their_inputs_do_not():
     stats = collect(tiny_llama(), labelled("llama"), rank=4, gradients=True)
     q, v = (stats.gradient(f"model.layers.0.self_attn.{part}_proj") for part in "qv")
