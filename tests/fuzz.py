@@ -6,6 +6,7 @@ half of the time. Whatever is read may fit by chance. What must not happen is an
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
@@ -150,7 +151,7 @@ def _change(tree: Any, dice: random.Random) -> None:
         elif way == 2:
             parent[key] = [parent[key]]
         else:
-            parent[key] = dice.choice(_JUNK)
+            parent[key] = copy.deepcopy(dice.choice(_JUNK))  # or a later change would be one of the junk
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
