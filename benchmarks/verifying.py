@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from benchmarks.serving import HOME, RESULTS, convert, environment, export, rand
 TEMPLATE = "{passage} {question} Answer:"
 N, N_RIGHT, TIMES = 8, 30, 5
 CHAT = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-ENGINES = ("vllm", "llama.cpp")
+ENGINES, RIGHT = ("vllm", "llama.cpp"), "served as trained"
 # What a fault is, and the verdict and words that name it.
 EXPECTED = {
-    "as it is": ("served as trained", ""),
-    "exported": ("served as trained", ""),
+    "as it is": (RIGHT, ""),
+    "exported": (RIGHT, ""),
     "alpha doubled": ("scaled", "by 2,"),
     "rsLoRA flag dropped": ("scaled", "rsLoRA not read"),
     "ranks padded without scaling": ("scaled", "by 0.25,"),
@@ -63,9 +62,10 @@ def measure(engine: str, model: Path, work: Path) -> bool:
     for group in groups(engine, model, made, work):
         with group["server"] as url:
             rows += [ask(url, **case) for case in group["cases"]]
-    found = sum(row["named"] for row in rows if row["case"] in EXPECTED and row["expected"] != "served as trained")
-    alarms = sum(not row["named"] for row in rows if row["expected"] == "served as trained")
-    result = {"engine": engine, "faults": 12, "named": found, "false alarms": alarms, "cases": rows}
+    faults = [row for row in rows if EXPECTED.get(row["case"], (RIGHT, ""))[0] != RIGHT]
+    found = sum(row["named"] for row in faults)
+    alarms = sum(not row["named"] for row in rows if row not in faults)
+    result = {"engine": engine, "faults": len(faults), "named": found, "false alarms": alarms, "cases": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"verify-{engine}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "cases"}))
@@ -220,15 +220,13 @@ def ask(
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     server = Server(url, timeout=300)
     served, base = server.find(name, name, "the-base")
-    began = time.perf_counter()
     found = lora_init.verify(
         adapter, _LOADED[model], tokenizer, prompts, partial(server.ask, served), partial(server.ask, base), n=n
     )
-    verdict, words = EXPECTED.get(case, ("served as trained", ""))
+    verdict, words = EXPECTED.get(case, (RIGHT, ""))
     named = found.verdict == verdict and words in found.text
-    row = {"case": case, "expected": verdict, "named": named, "seconds": round(time.perf_counter() - began)}
     print(f"{'ok  ' if named else 'MISS'} {case}: {found.text}", flush=True)
-    return row | asdict(found)
+    return {"case": case, "named": named, "text": found.text}
 
 
 def questions(count: int, seed: int) -> list[str]:

@@ -25,7 +25,7 @@ _TOKENS = 1024  # of a batch, whose logits are held
 _TOP = 20  # likeliest tokens, on which the effect of an adapter counts: as many as servers tell
 _OTHER_BASE = 0.03  # share of the variance within prompts; a served base that misses more of it is another one
 # What may be left over: so many times the engine's noise, and a share of the effect, since an adapter is rounded, too.
-# A fault explains nine tenths. One wrong layer of two hundred left two thousandths (SmolLM2 in vLLM).
+# A factor that is searched explains nine tenths. One wrong layer of two hundred left a hundredth (SmolLM2 in vLLM).
 _NOISES, _LEFT, _LEFT_BY_FAULT, _LEFT_WITHOUT_NOISE = 3.0, 0.001, 0.1, 0.2
 Ask = Callable[[Any], Mapping[Any, float]]
 
@@ -136,7 +136,7 @@ def diagnose(
     noise, residual, from_base = _distance(at_base, plain), _distance(observed, trained), _distance(observed, plain)
 
     def verdict(name: str, reason: str) -> Verification:
-        known = f"noise {noise:.2g}" if measured else "noise not known: the base is not served"
+        known = f"noise {noise:.2g}" if measured else "noise not known: the base was not asked"
         text = f"{name}: {reason} ({answered} prompts, {values} values; effect of the adapter {effect:.2g}, {known})"
         off = residual if values else None
         return Verification(name, text, effect, noise if measured else None, off, answered, values)
@@ -150,21 +150,23 @@ def diagnose(
     if unknown:
         return verdict("cannot tell", unknown)
     allowed = _NOISES * noise + _LEFT * effect if measured else _LEFT_WITHOUT_NOISE * effect
-    explained = (_NOISES * noise if measured else 0) + _LEFT_BY_FAULT * max(effect, from_base)
+    share = _LEFT_BY_FAULT * max(effect, from_base)
+    exact = allowed if measured else share  # for faults that are computed as they are served
     best, distance = faults[0], math.inf
     for fault in _candidates(observed, faults, run) if residual > allowed / (1 + measured) else ():
         off = _distance(observed, run(fault))
         best, distance = (fault, off) if off < distance else (best, distance)
-        if distance <= min(allowed, explained, 0.7 * residual):
+        if distance <= min(exact, 0.7 * residual):
             break
+    explained = exact if best in faults else max(exact, share)
     if distance <= min(explained, 0.7 * residual):  # else it fits hardly better than as trained
         return verdict(best.verdict, f"{best.reason}; {distance:.2g} off, as trained {residual:.2g}")
     if residual <= allowed:
         return verdict(AS_TRAINED, f"{residual:.2g} off")
-    share = max(0.0, 1 - (residual / from_base) ** 2)
-    what = "this one with layers changed or in other places" if share > 0.5 else "that of another task, say"
+    fits = max(0.0, 1 - (residual / from_base) ** 2)
+    what = "this one with layers changed or in other places" if fits > 0.5 else "that of another task, say"
     what += "" if measured else ", or another base or template"
-    return verdict("another adapter", f"{what}; {share:.0%} fits, {residual:.2g} off")
+    return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 
 
 def _distance(observed: Tensor, local: Tensor) -> float:

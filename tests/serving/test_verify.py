@@ -89,6 +89,9 @@ def test_another_task_another_base_and_a_zero_adapter(home, tmp_path):
     engine = served(home, home / "other-task")
     done = ask(home, "plain", engine)
     assert done.exit_code == 1 and done.stdout.startswith("another adapter: that of another task"), done.output
+    weak = changed(home / "other-task", tmp_path / "weak", config={"lora_alpha": 1})
+    done = ask(home, "plain", served(home, weak))  # nearly the base, but it is not the base
+    assert done.stdout.startswith("another adapter"), done.output
     done = ask(home, "plain", served(home, home / "plain", base="other-base"))
     assert done.exit_code == 1 and done.stdout.startswith("another base or template: the served base is"), done.output
     zero = changed(home / "plain", tmp_path / "zero", tensors=without("lora"))
@@ -146,7 +149,7 @@ def test_without_a_base_on_the_server_it_says_so_and_notices_less(home, tmp_path
     del engine.models["the-base"], engine.parents["the-base"]
     engine.parents["served"] = None
     done = ask(home, "plain", engine)
-    assert done.exit_code == 0 and "the base is not served" in done.stdout
+    assert done.exit_code == 0 and "the base was not asked" in done.stdout
     engine.add("served", home / "base", changed(home / "plain", tmp_path / "half", config={"lora_alpha": 10}))
     done = ask(home, "plain", engine)
     assert done.exit_code == 1 and done.stdout.startswith("scaled: by 0.6"), done.output
