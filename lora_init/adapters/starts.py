@@ -331,7 +331,7 @@ def compared_names() -> tuple[str, ...]:
 
     Its base is in float, so that there is nothing for those that correct a quantised one.
     """
-    return (*(name for name in start_names() if name not in _OWN or not _OWN[name].by_error), *_VARIATIONS)
+    return (*(name for name in start_names() if not is_for_quantised(name)), *_VARIATIONS)
 
 
 def find_start(name: str) -> Start:
@@ -355,6 +355,11 @@ def find_recipe(name: str) -> Recipe | None:
         return _VARIATIONS[name]
     start = find_start(name)
     return Recipe(start, start.rho) if start.made_by == "lora_init" else None
+
+
+def is_for_quantised(name: str) -> bool:
+    """Tell whether a start corrects a quantised base, so that a comparison, whose base is in float, cannot run it."""
+    return name in _OWN and _OWN[name].by_error
 
 
 def changes_base(name: str) -> bool:

@@ -39,6 +39,7 @@ from lora_init.adapters.starts import (
     compared_names,
     find_recipe,
     find_start,
+    is_for_quantised,
 )
 from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
@@ -256,6 +257,8 @@ def check_start(start: str | OwnStart) -> None:
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
     else:
         name = str(start)
+        if is_for_quantised(read_variant(name).base):
+            raise LoraInitError(f"start {start!r} corrects a quantised base, and a comparison loads it in float.")
         if read_variant(name).start is None:
             raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(name, compared_names())}")
     asked = read_variant(name)

@@ -277,6 +277,8 @@ def test_only_starts_from_data_ask_for_statistics():
 
 
 def test_an_unknown_start_is_refused(case):
+    with pytest.raises(LoraInitError, match=r"start 'qera' corrects a quantised base, and a comparison loads it in f"):
+        case.prepare("qera")
     with pytest.raises(LoraInitError, match=r"start 'evva' is unknown. Did you mean eva"):
         case.prepare("evva")
 
