@@ -124,7 +124,7 @@ def _isotropic(spectrum: Spectrum) -> Spectrum:
 def _whole(judge: Judge, method: str) -> tuple[nn.Module, float]:
     model = judge.quantised()
     began = time.process_time()
-    adapted = lora_init.initialize(model, judge.seen, rank=16, rho=1.0, method=method, progress=False)
+    adapted = lora_init.initialize(model, judge.seen, rank=16, method=method, progress=False)
     return adapted, time.process_time() - began
 
 
@@ -145,6 +145,7 @@ def main(names: list[str]) -> None:
                 model, seconds = _adapted(judge, start, rank, n_batches, more)
             row = {
                 "model": name, "texts": texts, "start": start, "rank": rank, "batches": n_batches, "more": more,
+                "judged_by": len(judge.unseen["same"]),
                 "damage": judge.damage(model), "float": judge.float_damage, "seconds": round(seconds, 1),
                 "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }  # fmt: skip

@@ -49,6 +49,7 @@ class Start:
         whitens: Whether `whiten=True` means something.
         matched: Whether A has the size of the random one, or another on purpose: matching the size changes nothing.
         rho: How far ranks should move between layers, recommended.
+        components: Components to collect, over the average rank, at least: of what is more than directions for A.
         scaling: lora_alpha / rank, recommended.
         learning_rate: Of AdamW with that scaling, recommended; None where none was measured.
         linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
@@ -69,6 +70,7 @@ class Start:
     whitens: bool = False
     matched: bool = False
     rho: float = 1.0
+    components: float = 1.0
     scaling: float = 2.0
     learning_rate: float | None = None
     linear_only: bool = False
@@ -228,6 +230,7 @@ STARTS: tuple[Start, ...] = (
         needs="errors",
         function=f"{_INITIALIZERS}:qera",
         b_is_zero=False,
+        components=2.0,
     ),
     Start("pissa", "PEFT's PiSSA (arXiv 2404.02948)", needs="weights", made_by="peft", b_is_zero=False),
     Start(

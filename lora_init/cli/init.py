@@ -205,7 +205,7 @@ def init(
     sets_aside, gradients = start.takes_step or start.by_error, gradients or start.by_gradient
     find_device(device)
     file = _check_sources(data, statistics, start.name if start.takes_step else "", label, token_mask)
-    given_rho, (plan, rank, rho, rho_of_pass) = rho, _read_budget(ranks_from, rank, rho, start.rho, file)
+    given_rho, (plan, rank, rho, rho_of_pass) = rho, _read_budget(ranks_from, rank, rho, start, file)
     with busy(f"reading {model} and the data"):
         source = _open(model, task_type, label, trust_remote_code, gradients and data is not None, quantize, start)
         read = partial(
@@ -327,7 +327,7 @@ def _check_sources(
 
 
 def _read_budget(
-    ranks_from: Path | None, rank: int | None, rho: float | None, usual_rho: float, file: Path | None
+    ranks_from: Path | None, rank: int | None, rho: float | None, start: Start, file: Path | None
 ) -> tuple[RankAllocation | None, int, float, float]:
     """Read the plan; give rank and rho of the ranks, and rho of the pass: that of a file which is there, if it serves.
 
@@ -337,15 +337,16 @@ def _read_budget(
     from lora_init.statistics.statistics import Statistics
 
     made = Statistics.load(file).provenance if file is not None and file.exists() else None
-    of_file = made.settings.get("rho", usual_rho) if made else usual_rho
+    of_file = made.settings.get("rho", start.rho) if made else start.components
     if ranks_from is None:
-        return None, rank or RANK, rho or usual_rho, rho or max(usual_rho, of_file)
+        of_pass = max(start.rho, of_file) if rho is None else max(rho, start.components)
+        return None, rank or RANK, rho or start.rho, of_pass
     if (rank, rho) != (None, None):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(ranks_from)
     if made is not None:
         return plan, made.rank, of_file, of_file
-    needed = max(1.0, max(plan.values()) / plan.rank)
+    needed = max(start.components, max(plan.values()) / plan.rank)
     return plan, plan.rank, needed, needed
 
 

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lora_init import Statistics
 from tests.commands import assert_one_line_error, run, save_model, write_data
 from tests.conftest import tiny_llama
 
@@ -27,8 +28,13 @@ def command(wide, tmp_path):
 
 
 def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
-    made = run(*command, "--quantize", "nf4", "--method", "qera", "--unchecked", "--json")  # weights are random
+    file = tmp_path / "statistics"
+    command += ["--quantize", "nf4", "--method", "qera", "--unchecked", "--statistics", file]  # weights are random
+    made = run(*command, "--json")
     assert made.exit_code == 0, made.output
+    assert {spectrum.n_components for spectrum in Statistics.load(file).groups.values()} == {8}  # 2 a rank
+    again = run(*command, "--overwrite")
+    assert again.exit_code == 0 and "used as it is" in again.stderr, again.output
     said = json.loads(made.stdout)
     assert set(said["correction"]["losses"]) == {"float", "quantised", "corrected"}
     assert all(after < before for before, after in said["correction"]["errors"].values())
