@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
+from lora_init.adapters.starts import DEFAULT, find_start
 from lora_init.cli.console import print_result, prints_json, read_names, read_numbers, say
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
@@ -191,7 +192,9 @@ def ranks(
     compare: Annotated[list[str] | None, Option(help="Also plan: uniform, or parameters=1M,rho=1. Repeatable.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Plan to write, for init --ranks.")] = None,
     tool: Annotated[Tool | None, Option("--format", help="Print what this tool reads instead of tables.")] = None,
-    lora_alpha: Annotated[float | None, Option(help="For --format: scaled by lora_alpha / rank. Default: 16.")] = None,
+    lora_alpha: Annotated[
+        float | None, Option(help=f"For --format: scaled by lora_alpha / rank. Default: what {DEFAULT} is best with.")
+    ] = None,
     use_rslora: Annotated[bool, Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
     plot: Annotated[Path | None, Option(help="Picture to write: .png, .svg or .html.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an older plan or picture.")] = False,
@@ -232,7 +235,7 @@ def ranks(
     if tool is not None:
         from lora_init.planning.snippets import snippet
 
-        alpha = 16 if lora_alpha is None else lora_alpha
+        alpha = find_start(DEFAULT).lora_alpha(plan.rank, use_rslora) if lora_alpha is None else lora_alpha
         typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
         return
     several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]

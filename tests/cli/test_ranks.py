@@ -104,6 +104,11 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     )
 
 
+def test_a_snippet_has_the_size_that_the_default_start_is_recommended_with(file):
+    written = run(file, "--rank", 3, "--format", "axolotl").stdout
+    assert yaml.safe_load(written)["lora_alpha"] == 12 and "--lora-alpha 12 " in written
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
