@@ -366,7 +366,7 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
             "PEFT computes it for nn.Linear only, and 'transformer.h.0.attn.c_attn' is a Conv1D",
         ),
         ("pissa", tiny_llama, dict(rank=20), "k_proj' has 16 singular vectors, and rank 20 asks for more"),
-        ("loftq", tiny_llama, dict(), "bitsandbytes|GPU"),
+        ("loftq", tiny_llama, dict(), "bitsandbytes|GPU|CUDA"),
     ],
 )
 def test_starts_that_do_not_apply_say_why(start, model, options, message):

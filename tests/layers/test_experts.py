@@ -328,7 +328,7 @@ def test_the_command_line_takes_them(tmp_path):
     for _ in range(2):  # the second time from the file
         result = CliRunner().invoke(cli.app, [*arguments, *chosen])
         assert result.exit_code == 0, result.stderr
-    assert "gate_up_proj" in result.stdout
+    assert "eva, rank 1 to 3 (average 2) in 12 of 12 layers" in result.stdout
     result = CliRunner().invoke(cli.app, arguments[:2] + arguments[3:])  # without data the file is used as it is
     assert result.exit_code == 1
     assert "--target-modules and --target-parameters select" in result.stderr
