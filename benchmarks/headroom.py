@@ -17,6 +17,8 @@ most eight. A study asks more of a task:
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block.
 - `confirm`: the start that won on a task, `random` and full fine-tuning, on seeds that nothing was chosen by.
+- `fresh`: what is recommended, at its own rate, and `random` at the best of several, with other examples to train on,
+  to choose the rate by and to report. `fresh-rank-16` and `fresh-300-steps` do the same once with these.
 
 The first six join the directory of the task, the others have their own, `results/STUDY-TASK/`.
 """
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -85,6 +87,9 @@ STUDIES: dict[str, dict[str, Any]] = {
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
     "confirm": {"extend": 0, "precision": None},
+    "fresh": {"precision": None, "data_seed": 1},
+    "fresh-rank-16": {"precision": None, "data_seed": 1, "rank": 16},
+    "fresh-300-steps": {"precision": None, "data_seed": 1, "steps": 300, "evaluation_points": [300]},
 }
 # At the best rate of the grid `random` is stuck on some seeds of the first, and far apart on those of the second.
 BETWEEN = {"minilm-siqa-kinds": 5e-4, "minilm-specialties": 2e-3}
@@ -231,10 +236,23 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
         name=name, command=f"python -m benchmarks.headroom {asked}",
         say=lambda text: print(text, file=sys.stderr, flush=True), **settings,
     )  # fmt: skip
-    if study != "confirm":
+    if study == "confirm":
+        runs = [([start], [rate], range(8, 8 + n)) for start, rate, n in CONFIRM[name]]
+    elif study.startswith("fresh"):
+        runs = _fresh(name, settings["rank"], 3 if "retain_data" in settings else 8)
+    else:
         return compare()
-    each = [compare(starts=[start], learning_rates=[rate], seeds=range(8, 8 + n)) for start, rate, n in CONFIRM[name]]
-    return each[-1]
+    return [compare(starts=starts, learning_rates=rates, seeds=seeds) for starts, rates, seeds in runs][-1]
+
+
+def _fresh(task: str, rank: int, n_seeds: int) -> list[tuple[list[str], list[float], Sequence[int]]]:
+    """List the starts, rates and seeds of a task: those recommended at their own rate, and `random`, which is tuned."""
+    classifies = task.startswith("minilm")
+    recommended = [f"natural-gradient+{10 * rank}-alpha"]
+    if not classifies:
+        recommended.append(f"eva+{4 * rank}-alpha")
+    rates = [5e-4, 1e-3, 2e-3] if classifies else [3e-4, 1e-3, 3e-3]
+    return [(["random"], rates, range(n_seeds)), *(([start], [2e-4], range(n_seeds)) for start in recommended)]
 
 
 if __name__ == "__main__":
