@@ -93,6 +93,11 @@ class Start:
         return self.changes_output and (self.gamma is not None or self.made_by == "bank")
 
     @property
+    def bank_way(self) -> str:
+        """How it uses a bank's adapters, by the word of `--by`."""
+        return self.name.removeprefix("bank-")
+
+    @property
     def by_gradient(self) -> bool:
         """Whether it needs backward passes."""
         return self.needs == "gradients"
@@ -104,8 +109,9 @@ class Start:
 
     def lora_alpha(self, rank: int, use_rslora: bool = False) -> float:
         """Compute the lora_alpha with which an adapter of this rank has the recommended scaling."""
-        alpha = self.scaling * (rank**0.5 if use_rslora else rank)
-        return int(alpha) if alpha.is_integer() else alpha
+        from lora_init.planning.plan import alpha_for
+
+        return alpha_for(self.scaling, rank, use_rslora)
 
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
@@ -259,7 +265,7 @@ STARTS: tuple[Start, ...] = (
 )
 DEFAULT, DEFAULT_FOR_CLASSES = "eva", "natural-gradient"
 # How a bank's adapters are used, by the word of `--by`.
-BANK_WAYS = {start.name.removeprefix("bank-"): start for start in STARTS if start.made_by == "bank"}
+BANK_WAYS = {start.bank_way: start for start in STARTS if start.made_by == "bank"}
 BANK_WAY = next(iter(BANK_WAYS))
 _OWN = {start.name: start for start in STARTS}
 

@@ -30,7 +30,6 @@ from lora_init.adapters.peft_model import (
     remember,
 )
 from lora_init.adapters.starts import (
-    BANK_WAYS,
     FROM_BANK,
     FULL,
     RANDOM,
@@ -195,8 +194,7 @@ class Variant:
             (['--method', 'eva', '--rho', '1'], None)
         """
         if self.start is not None and self.start.made_by == "bank":
-            way = next(way for way, start in BANK_WAYS.items() if start is self.start)
-            return ["--method", FROM_BANK, "--by", way, "--bank", "BANK"] if self.is_plain else None
+            return ["--method", FROM_BANK, "--by", self.start.bank_way, "--bank", "BANK"] if self.is_plain else None
         recipe = self.recipe
         if recipe is None or not recipe.is_made_by_init or self.equal_parameters or self.matched_scale:
             return None
@@ -460,7 +458,7 @@ def _from_bank(
     if bank is None or bank.encoder:
         raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
     embeddings = embed(model, batches)
-    by = next(way for way, known in BANK_WAYS.items() if known is start)
+    by = start.bank_way
     return start_from_bank(
         bank, model, embeddings, loss_of, by, rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type
     ).init
