@@ -29,10 +29,10 @@ from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import Start, find_start
 from lora_init.errors import LoraInitError
 from lora_init.layers.identity import fingerprint
-from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d, matches
+from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.layers.wrappers import unwrapped
 from lora_init.planning.heat_map import heat_map_figure
-from lora_init.planning.plan import exact_pattern, rank_settings, scaling_of
+from lora_init.planning.lora_config import exact_pattern, listed_or_pattern, lora_config, scaling_of
 from lora_init.statistics.statistics import Provenance
 
 if TYPE_CHECKING:
@@ -294,7 +294,6 @@ class AdapterInit:
         return f"B is zero, so the adapter changes nothing until it is trained{frozen}"
 
     def _config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        # Old PEFT releases refuse keys they don't know: newer keys only where they say something.
         parameters = [name for name in self.weights if self.targets[name].experts]
         parameters += [name for name, kind in self.unsupported.items() if kind == "Parameter"]
         names = [name for name in (*self.weights, *self.unsupported) if name not in parameters]
@@ -302,24 +301,21 @@ class AdapterInit:
         # Without the model, short names are not trusted: in a hand-made nn.Sequential they often end another module's
         # name. The full name of a transformer's layer starts at its root and doesn't. A heuristic.
         listed = model is not None or all(name.count(".") >= 2 for name in names)
-        listed = listed and not any(matches(names, name, "target_modules") for name in others)
-        config: dict[str, Any] = {
-            "peft_type": "LORA",
-            "task_type": self.provenance.task_type,
-            "base_model_name_or_path": self.provenance.model_id or None,
-            **rank_settings(self.ranks, self.rank, self.scaling, self.use_rslora),
-            "lora_dropout": self.lora_dropout,
-            "target_modules": names if listed else exact_pattern(names),
-            "fan_in_fan_out": any(target.kind == "Conv1D" for target in self.targets.values()),
-            "bias": "none",
-            "init_lora_weights": True,
-        }
-        if parameters:
-            config["target_parameters"] = parameters
-        if self.modules_to_save:
-            config["modules_to_save"] = list(self.modules_to_save)
-        config |= carrying(self._origin(short=True), self.provenance.task_type)
-        return config | {flag: True for flag in ("use_rslora", "use_dora") if getattr(self, flag)}
+        return lora_config(
+            self.ranks,
+            self.rank,
+            self.scaling,
+            listed_or_pattern(names, others) if listed else exact_pattern(names),
+            self.use_rslora,
+            use_dora=self.use_dora,
+            lora_dropout=self.lora_dropout,
+            task_type=self.provenance.task_type,
+            base_model_name_or_path=self.provenance.model_id,
+            target_parameters=parameters,
+            fan_in_fan_out=any(target.kind == "Conv1D" for target in self.targets.values()),
+            modules_to_save=list(self.modules_to_save),
+            **carrying(self._origin(short=True), self.provenance.task_type),
+        )
 
     def _tensors(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Give all tensors of the adapter's file: A and B, and by PEFT what else it keeps there."""

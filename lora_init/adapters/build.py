@@ -21,7 +21,8 @@ from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
-from lora_init.planning.plan import RankAllocation, scaling_of
+from lora_init.planning.lora_config import scaling_of
+from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 

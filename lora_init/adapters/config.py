@@ -12,7 +12,7 @@ from torch import nn
 from lora_init.adapters.peft_model import adapter_layers, remember
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
-from lora_init.planning.plan import exact_pattern
+from lora_init.planning.lora_config import exact_pattern
 from lora_init.statistics.statistics import Statistics
 
 if TYPE_CHECKING:

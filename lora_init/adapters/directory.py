@@ -17,7 +17,7 @@ from lora_init.adapters.starts import changes_base
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.layers.targets import PREFIX
-from lora_init.planning.plan import from_patterns
+from lora_init.planning.lora_config import from_patterns
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

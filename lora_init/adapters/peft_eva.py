@@ -29,9 +29,9 @@ from lora_init.collection.loop import Pass, progress_bar, run_pass
 from lora_init.collection.processes import Processes, own_batches
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
-from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear, matches
+from lora_init.layers.targets import ALL_LINEAR, PREFIX, find_targets, is_linear
 from lora_init.layers.wrappers import is_sharded
-from lora_init.planning.plan import alpha_for, exact_pattern, from_patterns, scaling_of, to_patterns
+from lora_init.planning.lora_config import alpha_for, from_patterns, listed_or_pattern, scaling_of, to_patterns
 from lora_init.statistics.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -236,8 +236,8 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
             scaling = scaling_of(alphas[name], old_ranks[name], config.use_rslora)
             alphas[name] = alpha_for(scaling, rank, config.use_rslora)
     kept = [name for name in layers if ranks[name]]
-    ambiguous = any(matches(kept, name, "target_modules") for name in modules if name not in kept)
-    config.target_modules = exact_pattern(kept) if ambiguous else set(kept)  # a set, as PEFT makes one of every list
+    selected = listed_or_pattern(kept, (name for name in modules if name not in kept))
+    config.target_modules = selected if isinstance(selected, str) else set(kept)  # as PEFT makes one of every list
     config.rank_pattern = to_patterns({name: ranks[name] for name in kept}, config.r)
     config.alpha_pattern = to_patterns({name: alphas[name] for name in kept}, config.lora_alpha)
     peft_model: Any = model

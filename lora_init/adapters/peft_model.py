@@ -16,7 +16,7 @@ from lora_init.adapters.directory import AdapterDirectory
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, Target, find_targets, is_in
 from lora_init.layers.wrappers import plain_name
-from lora_init.planning.plan import exact_pattern
+from lora_init.planning.lora_config import exact_pattern
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -109,7 +109,7 @@ class Start:
 
     def lora_alpha(self, rank: int, use_rslora: bool = False) -> float:
         """Compute the lora_alpha with which an adapter of this rank has the recommended scaling."""
-        from lora_init.planning.plan import alpha_for
+        from lora_init.planning.lora_config import alpha_for
 
         return alpha_for(self.scaling, rank, use_rslora)
 

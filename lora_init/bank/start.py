@@ -20,7 +20,7 @@ from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import find_targets
 from lora_init.layers.wrappers import class_name, model_id, unwrapped
-from lora_init.planning.plan import scaling_of
+from lora_init.planning.lora_config import scaling_of
 from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance, Statistics
 

@@ -101,7 +101,7 @@ def _number(text: str) -> int | float | str:
 def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None:
     """Print a plan, what it costs and explains against uniform ranks of the same sum, and which engines serve it."""
     from lora_init.planning.pictures import kind_totals, totals_against_uniform
-    from lora_init.planning.plan import plan_text, source_text, target_parameters
+    from lora_init.planning.plan import plan_config, plan_text, source_text
     from lora_init.serving.support import serving_note
 
     totals = columns("", "this plan", "uniform ranks, same sum")
@@ -123,7 +123,7 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
         console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(serving_note(plan, {"target_parameters": target_parameters(plan)}), markup=False)
+    console.print(serving_note(plan, plan_config(plan, scaling=1.0)), markup=False)
 
 
 def _range(ranks: Sequence[int]) -> str:

@@ -48,7 +48,7 @@ from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.plan import exact_pattern
+from lora_init.planning.lora_config import exact_pattern
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json, write_whole
-from lora_init.layers.targets import Target, matches, read_target
+from lora_init.layers.targets import Target, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.planning.heat_map import heat_map_figure, rank_grid
+from lora_init.planning.lora_config import listed_or_pattern, lora_config
 from lora_init.statistics.statistics import Provenance, Statistics
 
 if TYPE_CHECKING:
@@ -178,85 +178,21 @@ def plan_text(plan: RankAllocation) -> str:
     return ", ".join([f"policy {plan.policy or 'by hand'}, budget {plan.budget or 'by hand'}", *settings])
 
 
-def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
-    """Give what B A x is multiplied by in PEFT: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
-    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Give the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
-
-    Example:
-        >>> alpha_for(scaling_of(16, 13), 26)
-        32
-    """
-    divisor = math.sqrt(rank) if use_rslora else rank
-    alpha = scaling * divisor
-    # The product may be rounded so that the quotient is the neighbour of the scaling.
-    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
-    exact = next((value for value in near if value / divisor == scaling), alpha)
-    return int(exact) if exact.is_integer() else exact
-
-
-def exact_pattern(names: Iterable[str]) -> str:
-    """Write a regular expression that matches these full names and nothing else."""
-    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
-
-
-def to_patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
-    """Write `rank_pattern` or `alpha_pattern` of a LoraConfig: one key a value, for all layers that have it.
-
-    PEFT tries every key on every layer, and Python's cache of regular expressions ends at 512: with a key a layer it
-    takes minutes for a thousand layers.
-
-    Example:
-        >>> to_patterns({"up": 8, "down": 4, "gate": 4}, default=8)
-        {'^(?:down|gate)$': 4}
-    """
-    groups: dict[float, list[str]] = {}
-    for name, value in values.items():
-        groups.setdefault(value, []).append(name)
-    return {exact_pattern(names): value for value, names in groups.items() if value != default}
-
-
-def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> dict[str, Any]:
-    """Read `rank_pattern` or `alpha_pattern` as PEFT does: a key ends where the name ends, and the first match wins."""
-    patterns = patterns or {}
-    keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
-    found = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
-    return {name: patterns.get(key, default) for name, key in found.items()}
-
-
-def rank_settings(ranks: Mapping[str, int], rank: int, scaling: float, use_rslora: bool = False) -> dict[str, Any]:
-    """Give the settings of LoraConfig by which each layer gets its rank, and all layers one scaling.
-
-    Layers of rank 0 have none.
-    """
-    others = to_patterns({name: own for name, own in ranks.items() if own}, rank)
-    return {
-        "r": rank,
-        "lora_alpha": alpha_for(scaling, rank, use_rslora),
-        "rank_pattern": others,
-        "alpha_pattern": {key: alpha_for(scaling, own, use_rslora) for key, own in others.items()},
-    }
-
-
-def target_parameters(plan: RankAllocation) -> list[str]:
-    """Name the fused parameters of experts of rank above 0."""
-    fused = [name for name, rank in plan.items() if rank and name in plan.targets and plan.targets[name].experts]
-    return fused + [name for name, kind in plan.unsupported.items() if kind == "Parameter"]
-
-
-def target_modules(plan: RankAllocation) -> list[str] | str:
-    """Name the layers of rank above 0, fused parameters aside, so that PEFT picks these and no others.
-
-    Full names; but PEFT takes a name in a list for an ending too, so if one is the ending of a layer that gets no
-    adapter, a regular expression of the full names.
-    """
-    fused = set(target_parameters(plan))
-    kept = [name for name in (*(name for name, rank in plan.items() if rank), *plan.unsupported) if name not in fused]
-    dropped = [name for name, rank in plan.items() if not rank]
-    return exact_pattern(kept) if any(matches(kept, name, "target_modules") for name in dropped) else kept
+def plan_config(plan: RankAllocation, scaling: float, use_rslora: bool = False) -> dict[str, Any]:
+    """Write the LoraConfig of a plan as plain values; all layers have one scaling."""
+    named = [name for name, rank in plan.items() if rank]
+    fused = [name for name in named if name in plan.targets and plan.targets[name].experts]
+    fused += [name for name, kind in plan.unsupported.items() if kind == "Parameter"]
+    modules = [name for name in (*named, *plan.unsupported) if name not in fused]
+    return lora_config(
+        plan,
+        plan.rank,
+        scaling,
+        listed_or_pattern(modules, (name for name, rank in plan.items() if not rank)),
+        use_rslora,
+        target_parameters=fused,
+        task_type=plan.provenance.task_type if plan.provenance else None,
+    )
 
 
 FORMAT = "lora_init.plan"

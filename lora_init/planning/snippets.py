@@ -25,8 +25,6 @@ class Snippet:
         plan: Where the ranks come from.
         scaling: Of every layer.
         use_rslora: Whether the tool may write that scaling as rsLoRA.
-        modules: `target_modules` for PEFT.
-        parameters: `target_parameters` for PEFT.
         about: What the plan is, as comments.
         command: What makes an adapter of the plan, for tools that need it made first.
     """
@@ -34,8 +32,6 @@ class Snippet:
     plan: RankAllocation
     scaling: float
     use_rslora: bool
-    modules: list[str] | str
-    parameters: list[str]
     about: tuple[str, ...]
     command: str
 
@@ -60,7 +56,8 @@ def snippet(
         LoraInitError: Unknown tool; an alpha that is not positive, or for axolotl one that is not whole for every rank;
             a plan without ranks; or for JSON and CSV, a plan made by hand, without widths.
     """
-    from lora_init.planning.plan import plan_text, scaling_of, source_text, target_modules, target_parameters
+    from lora_init.planning.lora_config import scaling_of
+    from lora_init.planning.plan import plan_text, source_text
 
     if tool not in TOOLS:
         raise LoraInitError(f"format={tool!r} is unknown. {did_you_mean(str(tool), TOOLS)}")
@@ -73,8 +70,6 @@ def snippet(
         plan,
         scaling_of(lora_alpha, plan.rank, use_rslora),
         use_rslora,
-        target_modules(plan),
-        target_parameters(plan),
         (f"Planned by lora_init: {plan_text(plan)}.", f"{plan!r}, from {source_text(plan)}."),
         f"lora-init init MODEL DATA --ranks {plan_path} --lora-alpha {lora_alpha:g}{rslora} --output adapter",
     )
@@ -85,48 +80,42 @@ def _comments(*lines: str) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
 
-def _peft(asked: Snippet) -> str:
-    from lora_init.planning.plan import rank_settings
+# What a LoraConfig is given here; the rest is as PEFT has it.
+_ARGUMENTS = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "task_type", "target_modules",
+    "target_parameters",
+)  # fmt: skip
 
-    plan = asked.plan
-    task = plan.provenance.task_type if plan.provenance else None
-    arguments = {
-        **rank_settings(plan, plan.rank, asked.scaling, asked.use_rslora),
-        **({"use_rslora": True} if asked.use_rslora else {}),
-        **({"task_type": task} if task else {}),
-        "target_modules": asked.modules,
-        **({"target_parameters": asked.parameters} if asked.parameters else {}),
-    }
+
+def _peft(asked: Snippet) -> str:
+    from lora_init.planning.plan import plan_config
+
+    config = plan_config(asked.plan, asked.scaling, asked.use_rslora)
+    arguments = {name: config[name] for name in _ARGUMENTS if config.get(name)}
     # A list or mapping of names and numbers is the same in JSON and in Python.
     lines = [
         f"{name}={json.dumps(value, indent=4) if isinstance(value, (list, dict)) else repr(value)},\n"
         for name, value in arguments.items()
     ]
     start = "This starts at random. lora_init.build_adapter(statistics, plan).apply(model) starts from the data."
-    config = f"from peft import LoraConfig\n\nconfig = LoraConfig(\n{indent(''.join(lines), '    ')})\n"
-    return _comments(*asked.about, start) + config
+    call = f"from peft import LoraConfig\n\nconfig = LoraConfig(\n{indent(''.join(lines), '    ')})\n"
+    return _comments(*asked.about, start) + call
 
 
 def _axolotl(asked: Snippet) -> str:
-    from lora_init.planning.plan import rank_settings
+    from lora_init.planning.plan import plan_config
 
-    plan = asked.plan
-    settings = rank_settings(plan, plan.rank, asked.scaling)
-    alphas = [settings["lora_alpha"], *settings["alpha_pattern"].values()]
-    if not all(isinstance(alpha, int) for alpha in alphas):
+    config = plan_config(asked.plan, asked.scaling)
+    if not all(isinstance(alpha, int) for alpha in (config["lora_alpha"], *config["alpha_pattern"].values())):
         raise LoraInitError(
             f"axolotl takes whole numbers for lora_alpha, and a scaling of {asked.scaling:.4g} gives some ranks "
-            f"others. Take a multiple of the average rank, such as lora_alpha={plan.rank} without rsLoRA."
+            f"others. Take a multiple of the average rank, such as lora_alpha={asked.plan.rank} without rsLoRA."
         )
-    config = {"adapter": "lora", "lora_r": plan.rank, "lora_alpha": settings["lora_alpha"]}
-    config["lora_target_modules"] = asked.modules
-    if asked.parameters:
-        config["lora_target_parameters"] = asked.parameters
-    if settings["rank_pattern"]:
-        config["lora_rank_pattern"] = settings["rank_pattern"]
-        config["lora_alpha_pattern"] = settings["alpha_pattern"]
+    names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+    written = {f"lora_{name.removeprefix('lora_')}": config[name] for name in names if config.get(name)}
     start = "This starts at random. To start from the data, make the adapter and add `lora_model_dir: adapter`:"
-    return _comments(*asked.about, "axolotl 0.18 or newer.", start, asked.command) + _yaml(config)
+    about = _comments(*asked.about, "axolotl 0.18 or newer.", start, asked.command)
+    return about + _yaml({"adapter": "lora", **written})
 
 
 def _llama_factory(asked: Snippet) -> str:

@@ -10,7 +10,7 @@ from lora_init.adapters.directory import LORA_A, LORA_B
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.layers.targets import PREFIX
-from lora_init.planning.plan import scaling_of
+from lora_init.planning.lora_config import scaling_of
 from lora_init.serving.base import Base
 from lora_init.serving.engines import ENGINES, PEFT, Engine
 from lora_init.serving.trained import EMBEDDING, MAGNITUDE, OTHER_UPDATES, Trained, scalings

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, start_digest
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
-from lora_init.planning.plan import from_patterns, rank_settings, scaling_of
+from lora_init.planning.lora_config import from_patterns, lora_config, scaling_of
 
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
 _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
@@ -28,8 +28,8 @@ MAGNITUDE = "lora_magnitude_vector"
 OTHER_UPDATES = ("arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora", "use_qalora")
 # What a config says about more than rank, scaling and layers, and an engine or PEFT needs to know.
 _KEPT_KEYS = (
-    "alora_invocation_tokens", "auto_mapping", "ensure_weight_tying", "lora_bias", "modules_to_save", "revision",
-    "trainable_token_indices", "use_dora",
+    "alora_invocation_tokens", "auto_mapping", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_bias",
+    "lora_dropout", "modules_to_save", "revision", "task_type", "trainable_token_indices", "use_dora",
 )  # fmt: skip
 
 # What numbers and patterns of a damaged config end in.
@@ -344,27 +344,21 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
     """Describe layers of one scaling for PEFT: by `r` and `lora_alpha`, and by patterns only where ranks differ.
 
     Parameters of experts get their full names in `target_parameters`, which PEFT has patterns for too.
-
-    Keys that say nothing are left out: older readers refuse those they don't know.
     """
-    rank, scaling, config = trained.rank, trained.scaling, trained.config
-    kept = {key: config[key] for key in _KEPT_KEYS if config.get(key)}
-    if ORIGIN in kept.get("auto_mapping", {}):  # says how training began, for PEFT nothing
+    config = trained.config
+    kept = {key: config[key] for key in _KEPT_KEYS if key in config}
+    if ORIGIN in (kept.get("auto_mapping") or {}):  # says how training began, for PEFT nothing
         del kept["auto_mapping"]
-    parameters = [name for name, layer in trained.layers.items() if layer.experts]
-    kept |= {"target_parameters": parameters} if parameters else {}
-    return kept | {
-        "peft_type": "LORA",
-        "task_type": config.get("task_type"),
-        "base_model_name_or_path": trained.base or None,
-        **rank_settings({name: layer.rank for name, layer in trained.layers.items()}, rank, scaling),
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "target_modules": list(target_modules),
-        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        "bias": config.get("bias", "none"),
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    return lora_config(
+        {name: layer.rank for name, layer in trained.layers.items()},
+        trained.rank,
+        trained.scaling,
+        target_modules,
+        **kept,
+        target_parameters=[name for name, layer in trained.layers.items() if layer.experts],
+        base_model_name_or_path=trained.base,
+        inference_mode=True,
+    )
 
 
 def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:

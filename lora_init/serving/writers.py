@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_init.adapters.directory import CONFIG_FILE, write_files
 from lora_init.errors import LoraInitError, require
 from lora_init.files import write_json
-from lora_init.planning.plan import alpha_for
+from lora_init.planning.lora_config import alpha_for
 from lora_init.serving.base import Base
 from lora_init.serving.trained import Trained, config_of
 

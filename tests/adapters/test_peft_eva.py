@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 import lora_init
 from lora_init.adapters import peft_eva as ours
 from lora_init.errors import LoraInitError
-from lora_init.planning.plan import from_patterns
+from lora_init.planning.lora_config import from_patterns
 from lora_init.statistics.spectrum import principal_angles
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 from tests.processes import run

@@ -10,7 +10,7 @@ from hypothesis import given
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
-from lora_init.planning.plan import alpha_for, load_plan, save_plan, scaling_of
+from lora_init.planning.plan import load_plan, save_plan
 from lora_init.planning.snippets import snippet
 from tests.planning.made import QKV, WIDE, distinct, explained, full_plan, heat_map_cells, laws, statistics, widths3
 
@@ -26,19 +26,6 @@ def test_the_accounting_is_exact(ratios, widths):
     table = plan.to_pandas()
     assert dict(table["rank"]) == dict(plan) and table["parameters"].sum() == plan.parameters
     assert table["explained_variance"].mean() == pytest.approx(plan.explained_variance)
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_an_alpha_gives_exactly_its_scaling(use_rslora):
-    for rank in range(1, 130):
-        for lora_alpha in (1, 16, 24, 7.5, 0.3):
-            scaling = scaling_of(lora_alpha, rank, use_rslora)
-            assert alpha_for(scaling, rank, use_rslora) == pytest.approx(lora_alpha, rel=1e-15)
-            for other in (1, 3, 13, 64):
-                alpha = alpha_for(scaling, other, use_rslora)
-                assert scaling_of(alpha, other, use_rslora) == pytest.approx(scaling, rel=1e-15)
-                if not use_rslora and lora_alpha * other % rank == 0:
-                    assert type(alpha) is int
 
 
 # --- The file -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
-from lora_init.planning.plan import rank_settings, scaling_of
+from lora_init.planning.lora_config import lora_config, scaling_of
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -239,8 +239,8 @@ def test_what_only_peft_takes_needs_a_merge():
 def test_our_own_patterns_are_of_one_scaling_for_vllm(use_rslora):
     ranks = {f"h.{i}.up": i for i in range(1, 65)}
     for rank in range(1, 65, 7):
-        config = rank_settings(ranks, rank, scaling_of(0.7, rank, use_rslora), use_rslora)
-        assert serving_note(ranks, config | {"use_rslora": use_rslora}).startswith("PEFT and vLLM (--max-lora-rank 64)")
+        config = lora_config(ranks, rank, scaling_of(0.7, rank, use_rslora), [], use_rslora)
+        assert serving_note(ranks, config).startswith("PEFT and vLLM (--max-lora-rank 64)")
 
 
 def test_engines_know_one_scaling_and_the_rank_of_the_config():

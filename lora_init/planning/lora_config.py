@@ -1,0 +1,104 @@
+"""PEFT's LoraConfig as plain values: how scaling, ranks and layers are written there, and read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lora_init.layers.targets import matches
+
+
+def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
+    """Give what B A x is multiplied by in PEFT: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
+    """Give the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
+
+    Example:
+        >>> alpha_for(scaling_of(16, 13), 26)
+        32
+    """
+    divisor = math.sqrt(rank) if use_rslora else rank
+    alpha = scaling * divisor
+    # The product may be rounded so that the quotient is the neighbour of the scaling.
+    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
+    exact = next((value for value in near if value / divisor == scaling), alpha)
+    return int(exact) if exact.is_integer() else exact
+
+
+def exact_pattern(names: Iterable[str]) -> str:
+    """Write a regular expression that matches these full names and nothing else."""
+    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
+
+
+def to_patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
+    """Write `rank_pattern` or `alpha_pattern` of a LoraConfig: one key a value, for all layers that have it.
+
+    PEFT tries every key on every layer, and Python's cache of regular expressions ends at 512: with a key a layer it
+    takes minutes for a thousand layers.
+
+    Example:
+        >>> to_patterns({"up": 8, "down": 4, "gate": 4}, default=8)
+        {'^(?:down|gate)$': 4}
+    """
+    groups: dict[float, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return {exact_pattern(names): value for value, names in groups.items() if value != default}
+
+
+def from_patterns(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> dict[str, Any]:
+    """Read `rank_pattern` or `alpha_pattern` as PEFT does: a key ends where the name ends, and the first match wins."""
+    patterns = patterns or {}
+    keys = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
+    found = {name: next((key for key, one in keys.items() if one.match(name)), name) for name in names}
+    return {name: patterns.get(key, default) for name, key in found.items()}
+
+
+def listed_or_pattern(names: Collection[str], others: Iterable[str]) -> list[str] | str:
+    """Select layers by their full names and none of the others; by a pattern where a list would take others too.
+
+    PEFT takes a name in a list for an ending.
+    """
+    return exact_pattern(names) if any(matches(names, name, "target_modules") for name in others) else list(names)
+
+
+def lora_config(
+    ranks: Mapping[str, int],
+    rank: int,
+    scaling: float,
+    target_modules: str | Collection[str],
+    use_rslora: bool = False,
+    **others: Any,
+) -> dict[str, Any]:
+    """Write the configuration of an adapter in which each layer has its rank, and all have one scaling.
+
+    Args:
+        ranks: Rank of each layer; one of rank 0 has no adapter.
+        rank: `r`: patterns name the layers of other ranks.
+        scaling: What B A is multiplied by.
+        target_modules: Names or a pattern, see `listed_or_pattern`.
+        use_rslora: Reach the scaling by lora_alpha / sqrt(rank).
+        **others: More of the configuration. What says nothing is left out: older readers refuse keys that they do not
+            know.
+    """
+    patterns = to_patterns({name: own for name, own in ranks.items() if own}, rank)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": alpha_for(scaling, rank, use_rslora),
+        "rank_pattern": patterns,
+        "alpha_pattern": {key: alpha_for(scaling, own, use_rslora) for key, own in patterns.items()},
+        "lora_dropout": 0.0,
+        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+    return config | {name: value for name, value in {"use_rslora": use_rslora, **others}.items() if value}

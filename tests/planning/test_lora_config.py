@@ -1,0 +1,50 @@
+"""PEFT's LoraConfig: its scaling, its patterns, and what is left out."""
+
+import re
+
+import pytest
+from peft.utils.other import get_pattern_key
+
+from lora_init.planning.lora_config import alpha_for, from_patterns, lora_config, scaling_of
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_alpha_gives_exactly_its_scaling(use_rslora):
+    for rank in range(1, 130):
+        for lora_alpha in (1, 16, 24, 7.5, 0.3):
+            scaling = scaling_of(lora_alpha, rank, use_rslora)
+            assert alpha_for(scaling, rank, use_rslora) == pytest.approx(lora_alpha, rel=1e-15)
+            for other in (1, 3, 13, 64):
+                alpha = alpha_for(scaling, other, use_rslora)
+                assert scaling_of(alpha, other, use_rslora) == pytest.approx(scaling, rel=1e-15)
+                if not use_rslora and lora_alpha * other % rank == 0:
+                    assert type(alpha) is int
+
+
+def test_a_thousand_layers_have_no_more_keys_than_ranks():
+    """PEFT tries every key on every layer, and Python forgets compiled expressions beyond 512 of them."""
+    ranks = {
+        f"model.layers.{i}.self_attn.{kind}_proj": 1 + (7 * i + j) % 32
+        for i in range(300)
+        for j, kind in enumerate("qkvo")
+    }
+    settings = lora_config(ranks, 16, 1.0, [])
+    assert len(ranks) == 1200 and len(settings["rank_pattern"]) == len(settings["alpha_pattern"]) == 31
+    assert from_patterns(settings["rank_pattern"], ranks, 16) == ranks
+
+
+def test_patterns_with_a_key_a_layer_are_still_read():
+    ranks = {f"layers.{i}.up": 1 + i for i in range(12)}
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    found = from_patterns(patterns, [*ranks, "other.layers.1.up"], 8)
+    assert found == {**ranks, "other.layers.1.up": 8}
+    for name in ranks:  # as PEFT does
+        assert patterns[get_pattern_key(patterns, name)] == found[name]
+
+
+def test_keys_that_say_nothing_are_left_out():
+    """Older readers refuse keys that they do not know."""
+    config = lora_config({"up": 2, "down": 0}, 2, 1.5, "up", use_dora=False, target_parameters=[], bias="all")
+    assert config["r"] == 2 and config["lora_alpha"] == 3 and config["target_modules"] == "up"
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["bias"] == "all"
+    assert not {"use_dora", "use_rslora", "target_parameters"} & {*config}
