@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lora_init.cli.tables import facts
 from lora_init.layers.targets import find_targets
-from lora_init.loading.models import find_device
+from lora_init.loading.models import QUANTISED_BYTES, find_device
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import nn
 
     from lora_init.loading.batches import Batches
     from lora_init.loading.models import ModelSource
@@ -34,7 +34,7 @@ def estimate(
         source: The model, of which only the configuration is read.
         batches: The data; None if there would be no pass.
         selection: Arguments of `find_targets`.
-        settings: rank, rho, gradients, max_batches, freeze_a, use_dora, dtype and device.
+        settings: rank, rho, gradients, max_batches, freeze_a, use_dora, dtype, device and quantise.
 
     Returns:
         Plain values. The parameters are those of one rank everywhere. The time is that of an idle machine: beside
@@ -69,7 +69,7 @@ def estimate(
         "data": batches.description if batches is not None else None,
         "batches": len(used),
         "tokens": tokens,
-        "weights_bytes": sum(p.numel() for p in model.parameters()) * dtype.itemsize,
+        "weights_bytes": _weights_bytes(model, dtype, settings["quantise"]),
         # 1.5 x rank x rho rows for each input, and as much again within a batch.
         "statistics_bytes": round(3 * rank * settings["rho"] * 4 * sum(width for _, width in shared)),
         "operations_per_second": per_second,
@@ -81,6 +81,16 @@ def _matrices(model: Any) -> list[nn.Parameter]:
     """List the weights that a pass multiplies with: not those of embeddings, of which the last is not reached."""
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     return [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in ends]
+
+
+def _weights_bytes(model: Any, dtype: torch.dtype, quantise: str | None) -> int:
+    """Compute the size of the weights. Quantised are those of linear layers, without the head's."""
+    every = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if quantise is None:
+        return every
+    head = model.get_output_embeddings()
+    packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return round(every - packed * (dtype.itemsize - QUANTISED_BYTES[quantise]))
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:

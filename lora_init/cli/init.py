@@ -229,7 +229,7 @@ def init(
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
-        settings |= {"dtype": dtype, "device": device, "freeze_a": freeze_a, "use_dora": use_dora}
+        settings |= {"dtype": dtype, "device": device, "freeze_a": freeze_a, "use_dora": use_dora, "quantise": quantize}
         print_result(estimate(source, batches, selection, settings), show_estimate)
         return
     with busy(f"loading {model}"):

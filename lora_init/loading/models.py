@@ -31,6 +31,8 @@ QUANTISATIONS = {
     "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
 }
+# What a weight of a linear layer then takes: 4 bits and a float32 for each block of 64, or 8 bits.
+QUANTISED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
 # A directory without any of these has no tokenizer; transformers would make an empty one for some kinds of model.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken")
 

@@ -50,6 +50,15 @@ def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
     assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
 
 
+def test_a_dry_run_counts_the_bytes_of_quantised_weights(command):
+    said = json.loads(run(*command, "--quantize", "nf4", "--dry-run", "--json").stdout)
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    packed = sum(layer.weight.numel() for layer in model.model.modules() if isinstance(layer, torch.nn.Linear))
+    every = sum(parameter.numel() for parameter in model.parameters())
+    # 4 bits, and a float32 for each block of 64; embeddings, norms and the head keep theirs.
+    assert said["weights_bytes"] == packed / 2 + packed / 64 * 4 + 4 * (every - packed)
+
+
 def test_every_start_may_have_a_quantised_base_and_a_file_serves_it_again(command, tmp_path):
     file = tmp_path / "statistics"
     made = run(*command, "--quantize", "int8", "--statistics", file)
