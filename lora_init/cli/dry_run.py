@@ -85,7 +85,7 @@ def _matrices(model: Any) -> list[nn.Parameter]:
 
 def _weights_bytes(model: Any, dtype: torch.dtype, quantise: str | None) -> int:
     """Compute the size of the weights. Quantised are those of linear layers, without the head's."""
-    every = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    every: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     if quantise is None:
         return every
     head = model.get_output_embeddings()
