@@ -42,7 +42,7 @@ def make_home(home, n_rows=120):
 
 SMALL = dict(
     template="{passage}", completion=" {options}", steps=6, batch_size=4, selection_samples=8, report_samples=12,
-    rank=2, learning_rates=(1e-3, 1e-2), seeds=2, extend=0, statistics_batches=8, evaluation_points=[3],
+    rank=2, lora_alpha=16, learning_rates=(1e-3, 1e-2), seeds=2, extend=0, statistics_batches=8, evaluation_points=[3],
 )  # fmt: skip
 
 # Records whose losses come from a seeded formula, so that tests can plant what must be found.

@@ -83,6 +83,7 @@ class AdapterInit:
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole.
         gamma: What B A was divided by, where B is not zero.
         freeze_a: Whether A stays as it is in training.
+        learning_rate: What to train it with, where a comparison found that; else what was measured of the start.
         losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
         errors: Where the base is quantised and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
             after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
@@ -107,6 +108,7 @@ class AdapterInit:
     modules_to_save: tuple[str, ...] = ()
     gamma: float | None = None
     freeze_a: bool = False
+    learning_rate: float | None = None
     losses: tuple[float, float] | None = None
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     error_size: float = 0.0
@@ -183,11 +185,13 @@ class AdapterInit:
     @property
     def fit(self) -> Fit:
         """How it compares with what was measured of its start."""
-        return Fit(self.start, self.rank, self.lora_alpha, self.use_rslora, self.use_dora, self.freeze_a)
+        return Fit(
+            self.start, self.rank, self.lora_alpha, self.use_rslora, self.use_dora, self.freeze_a, self.learning_rate
+        )
 
     @property
     def recommended(self) -> dict[str, Any] | None:
-        """Learning rate, warm-up, schedule and optimizer that were measured for such an adapter; None if none were."""
+        """Learning rate, warm-up, schedule and optimizer to train with; None where none were measured or asked for."""
         return self.fit.recommended
 
     def n_parameters(self) -> int:
@@ -351,6 +355,8 @@ class AdapterInit:
         # PEFT doubles the rank when it converts a start that changed the base.
         origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
         origin["recommended"] = self.recommended
+        if self.learning_rate is not None:
+            origin["learning_rate"] = self.learning_rate
         if self.corrects_base or self.start.by_error:
             origin["start"] = start_digest(self.weights)
         if self.errors:

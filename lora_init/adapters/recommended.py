@@ -39,6 +39,7 @@ class Fit:
         use_rslora: Whether the scaling is lora_alpha / sqrt(rank).
         use_dora: Whether it has DoRA's magnitudes.
         freeze_a: Whether A stays as it is.
+        learning_rate: What it is to be trained with, as a comparison found it; None for what was measured of the start.
     """
 
     start: Start
@@ -47,6 +48,7 @@ class Fit:
     use_rslora: bool = False
     use_dora: bool = False
     freeze_a: bool = False
+    learning_rate: float | None = None
 
     @property
     def beyond(self) -> str:
@@ -66,14 +68,18 @@ class Fit:
     @property
     def recommended(self) -> dict[str, Any] | None:
         """Learning rate, warm-up, schedule and optimizer; None if none were measured for such an adapter."""
-        if not self.is_measured or _is_far(self.lora_alpha, self.best_alpha):
-            return None
-        rate = self.start.learning_rate
+        rate = self.learning_rate
+        if rate is None:
+            if not self.is_measured or _is_far(self.lora_alpha, self.best_alpha):
+                return None
+            rate = self.start.learning_rate
         return {"learning_rate": rate, "warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
 
     def how_to_train(self) -> str:
         """Say in a line what to train the adapter with."""
-        rate = rate_text(self.start.learning_rate or 0.0)
+        rate = rate_text(self.learning_rate or self.start.learning_rate or 0.0)
+        if self.learning_rate is not None:
+            return f"Train with {OPTIMIZER} at {rate}, warm-up {WARMUP:.0%}, {SCHEDULE}, as you asked for it."
         if self.recommended:
             return f"Train with {OPTIMIZER} at {rate}, warm-up {WARMUP:.0%}, {SCHEDULE}; {MEASURED}."
         if self.is_measured:

@@ -321,8 +321,6 @@ _VARIATIONS = {
     "random-frozen-a": Recipe(_OWN[RANDOM], rho=1.0, freeze_a=True),
     "natural-gradient-frozen-a": Recipe(_OWN["natural-gradient"], rho=1.0, freeze_a=True),
 }
-# What a comparison runs if it is not asked for anything else.
-COMPARED = (RANDOM, "orthogonal", "eva-rho1", "eva", "eva-ranks")
 
 
 def start_names() -> tuple[str, ...]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from lora_init.adapters.starts import COMPARED
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.cli.console import (
     Completion,
     DataFormat,
@@ -38,88 +39,103 @@ if TYPE_CHECKING:
     from lora_init.comparison.findings import Summary
 
 EXAMPLE = """\b
-Example:
-$ lora-init compare MODEL DATA --template '{question}' \\
-    --completion ' {answer}' --output comparison --dry-run
+Examples:
+$ lora-init compare MODEL sums.jsonl -o comparison --dry-run
+$ lora-init compare MODEL quiz.csv --template '{question}' \\
+    --completion ' {answer}' -o comparison --time 2h
+$ lora-init compare MODEL reviews.csv --template '{text}' \\
+    --label stars -o comparison --starts random,eva,lora-one
 """
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)],
-    data: Annotated[str, typer.Argument(help="Data, as for lora-init init.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for runs and report.", show_default=False)],
+    model: Annotated[str, Argument(help="Model directory or hub id.", show_default=False)],
+    data: Annotated[str, Argument(help="Data, as for lora-init init.", show_default=False)],
+    *,
+    output: Annotated[Path, Option("--output", "-o", help="Directory for runs and report.", show_default=False)],
+    rank: Annotated[int, Option(min=1, help="Average rank of a layer.")] = 8,
     starts: Annotated[
-        str, typer.Option(help="Names separated by commas; mine=DIRECTORY is an adapter of your own.")
-    ] = ",".join(COMPARED),
-    learning_rates: Annotated[str, typer.Option(help="Tried for every start.")] = "1e-4,3e-4,1e-3",
+        str | None,
+        Option(
+            help="Names separated by commas; mine=DIRECTORY is an adapter of your own, eva+32-alpha has an lora_alpha "
+            f"of its own. Default: {RANDOM}, and {DEFAULT} and {DEFAULT_FOR_CLASSES} as they are recommended."
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, Option(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")
+    ] = None,
+    learning_rates: Annotated[
+        str, Option(help="Tried for every start; the default starts are also run at the rate that is recommended.")
+    ] = "1e-4,3e-4,1e-3",
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
+        int | None, Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
+    ] = None,
+    template: Template = None,
+    completion: Completion = None,
+    label: Annotated[str | None, Option(help="Column of the class: trains a classifier.")] = None,
+    time: Annotated[
+        str | None, Option(help="Limit, such as 2h or 30m: seeds are spent where they still decide.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Say what it would do and how long it takes; a step is measured, nothing kept.")
+    ] = False,
+    data_format: DataFormat = None,
+    subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
+    train_samples: Annotated[int, Option(min=1, help="Training examples at most.")] = 1024,
+    selection_samples: Annotated[
+        int | None,
+        Option(min=1, help="Examples that learning rates are chosen by. Default: 128, at most a sixth of the data."),
+    ] = None,
+    report_samples: Annotated[
+        int | None, Option(min=1, help="Examples that every figure is from. Default: 256, at most a third of the data.")
+    ] = None,
+    max_length: MaxLength = 256,
+    data_seed: Annotated[int, Option(min=0, help="Seed of the split.")] = 0,
+    options: Annotated[
+        str | None, Option(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
+    ] = None,
+    answer: Annotated[str, Option(help="With --options: column that says which is right.")] = "answer",
+    normalize: Annotated[
+        bool, Option("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
+    ] = False,
+    name: Annotated[str | None, Option(help="Name of the task in the report. Default: that of the data.")] = None,
+    retain_data: Annotated[str | None, Option(help="Text of another kind, to measure forgetting.")] = None,
+    retain_template: Annotated[str | None, Option(callback=unescape, help="How an example of it reads.")] = None,
+    retain_samples: Annotated[int, Option(min=1, help="Examples of it.")] = 64,
+    target_modules: Annotated[str, Option(help="As for lora-init init.")] = "all-linear",
+    steps: Annotated[int, Option(min=1, help="Steps of each run.")] = 100,
+    batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 8,
+    warmup: Annotated[float, Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    eval_points: Annotated[
+        str | None, Option(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
     ] = None,
     sweep: Annotated[
         Literal["halving", "full"] | None,
-        typer.Option(
+        Option(
             help="halving: all rates on two seeds, each start's best on the others. Default on a CPU.",
             show_default=False,
         ),
     ] = None,
     extend: Annotated[
-        int, typer.Option(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
+        int, Option(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
     ] = 2,
     match_scale: Annotated[
-        bool, typer.Option("--match-scale", help="Also run each start with A scaled to the size of the random one.")
+        bool, Option("--match-scale", help="Also run each start with A scaled to the size of the random one.")
     ] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Also train all weights, to say how much there is to win.")
-    ] = False,
-    template: Template = None,
-    completion: Completion = None,
-    data_format: DataFormat = None,
-    label: Annotated[str | None, typer.Option(help="Column of the class: trains a classifier.")] = None,
-    options: Annotated[
-        str | None, typer.Option(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
-    ] = None,
-    answer: Annotated[str, typer.Option(help="With --options: column that says which is right.")] = "answer",
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
-    ] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the task in the report. Default: that of the data.")] = None,
-    subset: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set or a folder.")] = "train",
-    train_samples: Annotated[int, typer.Option(min=1, help="Training examples at most.")] = 1024,
-    selection_samples: Annotated[int, typer.Option(min=1, help="Examples that learning rates are chosen by.")] = 128,
-    report_samples: Annotated[int, typer.Option(min=1, help="Examples that every figure is from.")] = 256,
-    max_length: MaxLength = 256,
-    data_seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
-    rank: Annotated[int, typer.Option(min=1, help="Average rank of a layer.")] = 8,
-    lora_alpha: Annotated[float, typer.Option(help="The adapter is scaled by lora_alpha / rank.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="As for lora-init init.")] = "all-linear",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 8,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
-    eval_points: Annotated[
-        str | None, typer.Option(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
-    ] = None,
-    bank: Annotated[Path | None, typer.Option(help="Bank for bank-nearest, -mixture, -generated and -mean.")] = None,
+    full: Annotated[bool, Option("--full", help="Also train all weights, to say how much there is to win.")] = False,
     statistics_batches: Annotated[
-        str, typer.Option(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
+        str, Option(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
     ] = "32",
-    time: Annotated[
-        str | None, typer.Option(help="Limit, such as 2h or 30m: seeds are spent where they still decide.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Add seeds until every verdict is this precise, such as 1%.")
-    ] = None,
+    precision: Annotated[str | None, Option(help="Add seeds until every verdict is this precise, such as 1%.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
+        int | None, Option(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
     ] = None,
-    ray: Annotated[str | None, typer.Option(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
-    retain_data: Annotated[str | None, typer.Option(help="Text of another kind, to measure forgetting.")] = None,
-    retain_template: Annotated[str | None, typer.Option(callback=unescape, help="How an example of it reads.")] = None,
-    retain_samples: Annotated[int, typer.Option(min=1, help="Examples of it.")] = 64,
-    dtype: Dtype = "float32",
+    ray: Annotated[str | None, Option(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs; do nothing.")] = False,
+    bank: Annotated[Path | None, Option(help="Bank for bank-nearest, -mixture, -generated and -mean.")] = None,
 ) -> None:
     """Train the same adapter on MODEL and DATA from several starts, everything else equal, and compare.
 
@@ -129,7 +145,7 @@ def compare(
     if data == "-" and (workers or ray):
         raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
     given |= {
-        "starts": [_start(word) for word in read_names(starts)],
+        "starts": None if starts is None else [_start(word) for word in read_names(starts)],
         "learning_rates": read_numbers("--learning-rates", learning_rates, float),
         "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),
         "target_modules": read_modules(target_modules),
@@ -145,11 +161,9 @@ def compare(
         name: value for name, value in given.items() if name not in ("eval_points", "data_format")
     }
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
-    if dry_run:
-        titles = [run.title for run in found.planned]
-        plan = {"runs": [asdict(run) for run in found.planned], "ended": len(found.records)}
-        last = f"{len(titles)} runs, {len(found.records)} ended"
-        print_result(plan, lambda *_: typer.echo("\n".join([*titles, last])))
+    if found.outlook is not None:
+        plan = {"runs": [asdict(run) for run in found.planned], **found.outlook.to_dict()}
+        print_result(plan | {"data": found.settings["data"]}, show_outlook)
         return
     about = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}
     about["verdicts"] = [asdict(verdict) for verdict in found.summary.verdicts]
@@ -159,6 +173,50 @@ def compare(
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():
             say(f"{found.directory / 'best'}: the trained adapter of the best start")
+
+
+def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
+    """Print what `Outlook` has."""
+    from rich.table import Table
+
+    from lora_init.comparison.outlook import duration
+    from lora_init.comparison.wording import percent, rate_text
+
+    swept, others = ahead["swept"], ahead["others"]
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    later = [f"on seeds {', '.join(map(str, others))}"] if others else []
+    for column in ("start", f"learning rates on seeds {', '.join(map(str, swept))}", *later, "runs"):
+        table.add_column(column, justify="right" if column == "runs" else "left", overflow="fold")
+    for start in ahead["starts"]:
+        own = start["own_rate"]
+        rates = [rate_text(rate) + "*" * (rate == own) for rate in start["rates"]]
+        then = ["the best" + (f" and {rate_text(own)}*" if own else "")] if others else []
+        table.add_row(start["name"], " ".join(rates), *then, str(start["runs"]))
+    console.print(table)
+    lines = ["* is the rate that the start is recommended with."] * any(x["own_rate"] for x in ahead["starts"])
+    lines.append(f"Data: {ahead['data']}.")
+    most, time = ahead["most_runs"], duration(ahead["seconds"])
+    grows = most > ahead["n_runs"]
+    if grows:
+        time += f", at most {duration(ahead['most_seconds'])}"
+    lines.append(
+        f"{ahead['n_runs']} runs, {ahead['ended']} ended"
+        + f"; at most {most}, as rates are added beside a best one at the edge, and random is trained for twice the "
+        "steps where a start is better." * grows + "." * (not grows)
+    )
+    lines.append(f"Time: about {time}; a step takes {ahead['pace']['step']:.2g} s.")
+    lines.append(_detectable(len(swept) + len(others), ahead, percent))
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _detectable(n_seeds: int, ahead: Mapping[str, Any], percent: Callable[[float], str]) -> str:
+    shown, scatter = ahead["detectable"], percent(ahead["scatter"])
+    said = [f"{n} seeds {percent(shown[n])}" for n in shown if n >= n_seeds]
+    if n_seeds == 1:
+        return "One seed shows no difference. Take 5."
+    if not said:
+        return "Nothing is compared with random."
+    return f"Detectable at best: with {', with '.join(said)} of the loss, where runs scatter by {scatter} as ours did."
 
 
 def show_comparison(console: Console, summary: Summary) -> None:
@@ -171,7 +229,7 @@ def show_comparison(console: Console, summary: Summary) -> None:
     console.print(Text(summary.facts))
     console.print(Text(f"{summary.answer}\n", "bold"))
     sentences = [summary.headroom, summary.headline, *(verdict.sentence for verdict in summary.verdicts)]
-    sentences += [*summary.equal_time, *summary.forgetting, *summary.data_needed]
+    sentences += [*summary.as_recommended, *summary.equal_time, *summary.forgetting, *summary.data_needed]
     for text in [*([summary.command] if summary.command else []), *sentences]:
         console.print(Text(text))
     console.print()

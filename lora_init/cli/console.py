@@ -257,11 +257,13 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
         check_model_source(model)
     if data is not None:
         check_data(data)
+    import logging
+
     with busy("importing torch and transformers"):
+        if not _running.verbose:
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says which kernels it does not find
         yield
         if not _running.verbose:
-            import logging
-
             import transformers
 
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -122,6 +122,10 @@ def init(
     lora_alpha: Annotated[
         float | None, Option(help=f"The adapter is scaled by lora_alpha / rank. Default: rank x {_each('scaling')}.")
     ] = None,
+    learning_rate: Annotated[
+        float | None,
+        Option(help="What it says to train with, as lora-init compare found it. Default: what was measured."),
+    ] = None,
     template: Template = None,
     completion: Completion = None,
     label: Annotated[str | None, Option(help="Column of the class: an adapter and a head for a classifier.")] = None,
@@ -201,6 +205,8 @@ def init(
     }  # fmt: skip
     start = _choose(method, by, _is_from_bank(method, bank, data), label, data, statistics)
     _check_quantised(start, quantize, weights, unchecked)
+    if learning_rate is not None and not 0.0 < learning_rate < math.inf:
+        raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a positive number such as 2e-4.")
     check_adapter_options(start, **options, output=output, overwrite=overwrite)
     sets_aside, gradients = start.takes_step or start.by_error, gradients or start.by_gradient
     find_device(device)
@@ -252,6 +258,7 @@ def init(
         build_adapter, stats, ranks, start.name, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed
     )
     built = _built(loaded.model, build, start, aside, gamma, stats=stats, weights=weights, unchecked=unchecked)
+    built = replace(built, learning_rate=learning_rate)
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
     print_result(summary_of(model, stats, ranks, directory, file, built), show_summary, written=True)
 
@@ -264,7 +271,7 @@ _OF_PASS = ("gradients", "max_batches", "skip_bad_batches", "token_mask", "cente
 _OF_BANK = ("by", "similarity")
 _OF_OWN_START = (
     "rho", "ranks_from", "target_modules", "exclude_modules", "target_parameters", "whiten", "use_rslora", "use_dora",
-    "freeze_a", "modules_to_save", "dry_run", "label", *_OF_PASS,
+    "freeze_a", "modules_to_save", "dry_run", "label", "learning_rate", *_OF_PASS,
 )  # fmt: skip
 
 
@@ -522,7 +529,6 @@ def _check_quantised(start: Start, quantize: str | None, weights: str | None, un
     """Refuse options about a quantised base where there is none, and what is not installed."""
     if quantize is not None:
         require("bitsandbytes")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for each layer which kernel it takes
     idle = [name for name, value in (("--weights", weights), ("--unchecked", unchecked)) if value]
     if idle and not start.by_error:
         raise LoraInitError(f"{', '.join(idle)}: for --method {_named(by_error=True)} alone. Leave it out.")

@@ -329,7 +329,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         if "recommended" in origin and not origin.get("package"):
             fit = Fit(
                 find_start(origin["method"]), about["rank"], about["lora_alpha"], about["use_rslora"],
-                about["use_dora"], bool(origin.get("freeze_a")),
+                about["use_dora"], bool(origin.get("freeze_a")), origin.get("learning_rate"),
             )  # fmt: skip
             head["train"] = fit.how_to_train()
         head["data"] = source.get("data") or "not described"

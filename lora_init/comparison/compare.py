@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_init.adapters.starts import COMPARED, FULL
+from lora_init.adapters.starts import FULL, RANDOM, find_start
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
+from lora_init.comparison.outlook import Outlook, look_ahead
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek
@@ -27,6 +28,7 @@ from lora_init.comparison.starts import (
     by_batches,
     check_start,
     read_variant,
+    recommended,
 )
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
@@ -55,6 +57,7 @@ class Comparison:
         planned: All runs that belong to the comparison, those that ended among them.
         summary: Verdicts, notes and results; see `findings`.
         files: Files of the report.
+        outlook: With `dry_run=True` what it would do and take, and what it can show.
     """
 
     directory: Path
@@ -63,6 +66,7 @@ class Comparison:
     planned: list[Run]
     summary: Summary
     files: list[Path]
+    outlook: Outlook | None = None
 
     def __repr__(self) -> str:
         done = f"{len(self.records)} of {len(self.planned)} runs in {self.directory}"
@@ -91,7 +95,7 @@ def compare(
     data: str | Path,
     output: str | Path,
     *,
-    starts: Sequence[str | tuple[str, Any]] = COMPARED,
+    starts: Sequence[str | tuple[str, Any]] | None = None,
     learning_rates: Sequence[float] = LEARNING_RATES,
     seeds: int | Sequence[int] | None = None,
     sweep: str | None = None,
@@ -99,7 +103,7 @@ def compare(
     match_scale: bool = False,
     full: bool = False,
     rank: int = 8,
-    lora_alpha: float = 16,
+    lora_alpha: float | None = None,
     target_modules: str | list[str] = "all-linear",
     steps: int = 100,
     batch_size: int = 8,
@@ -128,7 +132,9 @@ def compare(
         data: See `load_batches`.
         output: Directory for the runs and the report.
         starts: Names, see `starts.prepare`, or pairs of a name of your own and an adapter directory, or a function of
-            model and seed that returns a PeftModel.
+            model and seed that returns a PeftModel. Default: `random`, and `eva` and `natural-gradient` at the size
+            that they are recommended with, see `starts.recommended`; these two are also run at the rate of the
+            recommendation, on all seeds.
         learning_rates: Tried for every start, on the first two seeds.
         seeds: How many, or which. A seed decides the order of the data and all that is random in a start. Default: 5,
             with `time` or `precision` at most 32.
@@ -138,7 +144,8 @@ def compare(
         match_scale: Also run each start with A scaled to the size of the random one.
         full: Also train all weights, at rates of a tenth, to say how much there is to win.
         rank: Average rank of a layer.
-        lora_alpha: The adapter is scaled by lora_alpha / rank.
+        lora_alpha: The adapter is scaled by lora_alpha / rank, but for starts with an alpha of their own, as in
+            `eva+32-alpha`. Default: twice the rank.
         target_modules: See `collect`.
         steps: Steps of each run.
         batch_size: Examples in a batch.
@@ -155,7 +162,7 @@ def compare(
         precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
         workers: Processes that do runs side by side, each with a GPU of its own if there are any.
         ray: `"auto"` or the address of a Ray cluster whose workers do the runs.
-        dry_run: Only plan. Nothing is written.
+        dry_run: Only plan, and measure a step, see `Outlook`. Nothing is written.
         command: How this was asked for, kept with the settings.
         say: Receives lines about the progress.
         progress: Show a progress bar on stderr; by default only on a terminal.
@@ -169,9 +176,8 @@ def compare(
     require("matplotlib", "scipy", "sklearn", *(["ray"] if ray else []))  # most are for the report, at the end
     options = _read_options(loading)
     batches = _read_batches(statistics_batches)
-    names, own = _read_starts([*starts, FULL] if full and FULL not in starts else starts)
-    if bank is None and any((start := read_variant(name).start) and start.made_by == "bank" for name in names):
-        raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
+    by_rate = recommended(rank) if starts is None else {}
+    names, own = _read_starts([RANDOM, *by_rate] if starts is None else starts, full, bank)
     budget = RunBudget(time, precision)
     sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
@@ -180,20 +186,21 @@ def compare(
     points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
     training = Training(steps, batch_size, warmup, points)
     directory = _directory(output, dry_run)
-    shape = AdapterShape(rank, lora_alpha, target_modules)
+    shape = AdapterShape(rank, lora_alpha or find_start(RANDOM).lora_alpha(rank), target_modules)
     make = partial(
         set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own, _absolute(bank)
     )
     bench = make()
-    plan = replace(plan, starts=by_batches(names, _there_are(bench, names, batches, say)))
+    plan = _vary(plan, by_rate, _there_are(bench, names, batches, say))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench), **_packages(plan.starts)}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)
-        records = list(there.values())
-        return Comparison(Path(output), settings, records, due(there)[0], summarise(records, settings), [])
+        records, planned = list(there.values()), due(there)[0]
+        ahead = look_ahead(bench, plan, planned, there, workers or 1)
+        return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], ahead)
     crew: list[Worker] = [Here(bench, sys.stderr.isatty() if progress is None else progress)]
     if workers or ray:
         del bench  # a GPU may have room for those of the workers only
@@ -225,8 +232,11 @@ def _directory(output: str | Path, dry_run: bool) -> Path:
     return directory
 
 
-def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+def _read_starts(
+    starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
+) -> tuple[list[str], dict[str, Any]]:
     """Check starts, and tell their names from where those of the user's own are."""
+    starts = [*starts, FULL] if full and FULL not in starts else starts
     for start in starts:
         check_start(start)
     names = [start if isinstance(start, str) else start[0] for start in starts]
@@ -236,7 +246,17 @@ def _read_starts(starts: Sequence[str | tuple[str, Any]]) -> tuple[list[str], di
             raise LoraInitError(f"start {name!r}: what follows a plus says how a start is run. Choose another name.")
     if not names or len(set(names)) < len(names):
         raise LoraInitError(f"starts={names}: expected names, each once.")
+    known = [found for name in names if (found := read_variant(name).start)]
+    if bank is None and any(found.made_by == "bank" for found in known):
+        raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     return names, own
+
+
+def _vary(plan: RunPlan, by_rate: Mapping[str, float], batches: Sequence[int]) -> RunPlan:
+    """Run each start with each number of batches for its statistics, and those of a rate of their own at that."""
+    names = by_batches(plan.starts, batches)
+    rates = {name: by_rate[base] for name in names if (base := read_variant(name).any_batches) in by_rate}
+    return replace(plan, starts=names, recommended=rates)
 
 
 def _packages(starts: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -14,7 +14,8 @@ from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.effects import Effect, Outcome, effects, unlike_spreads
 from lora_init.comparison.runs import best_rates, by_seed, run_table
 from lora_init.comparison.starts import read_variant
-from lora_init.comparison.wording import say
+from lora_init.comparison.tasks import FEW
+from lora_init.comparison.wording import rate_text, say
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
         if seeds and not settings.get("budget") and read_variant(start).steps is None:
             lacking.setdefault(seeds, []).append(start)
     said += [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
+    said += [say("few_examples", n=n)] if (n := settings.get("folds", {}).get("report", FEW)) < FEW else []
     said += _hardly_learned(table)
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
         said.append(say("one_seed_chose"))
@@ -219,15 +221,31 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | N
     return said, winner.start if winner else RANDOM if could else None
 
 
-def make_command(start: str | None, settings: Mapping[str, Any]) -> str | None:
-    """Write the command that makes the adapter of a start; None where `init` does not make it."""
+def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
+    """Write the command that makes the adapter of a start, to be trained at a rate; None where `init` does not."""
     options = read_variant(start).init_options() if start else None
     if start is None or not options or not settings.get("init"):
         return None
+    of_bank = "--bank" in options  # whose adapters decide all else
+    rate = "" if learning_rate is None or of_bank else f"--learning-rate {rate_text(learning_rate)} "
     batches = read_variant(start).batches or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
     alpha = f"--lora-alpha {read_variant(start).alpha or settings['lora_alpha']:g}"
-    return " ".join([settings["init"], samples, alpha, *options, "--output adapter"])
+    return " ".join([settings["init"], samples, alpha, *options, f"{rate}--output adapter"])
+
+
+def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
+    """Judge the starts that are there as recommended at that very rate, untuned, against random at its best one."""
+    best, said = best_rates(table), []
+    rates = {start: rate for start, rate in (settings.get("recommended") or {}).items() if start in best}
+    untuned = table[table["counts"] & table["learning_rate"].eq(table["start"].map(rates))]
+    rows, losses = untuned.pivot(index="start", columns="seed", values="loss"), judged_losses(table)
+    found = effects(pd.concat([losses.drop(index=rows.index), rows]), RANDOM)
+    for start in rows.index:
+        known = {"start": start, "rate": rates[start], "is_best": best[start] == rates[start]}
+        reference = float(losses.loc[RANDOM].mean()) if start in found else math.nan
+        said.append(say("as_recommended", **known, effect=found.get(start), reference=reference))
+    return said
 
 
 def longer_random(table: pd.DataFrame) -> str:
@@ -325,6 +343,7 @@ class Summary:
         headline: The verdicts in one sentence, and how many runs ended how.
         headroom: How much of what full fine-tuning gains random gains already, in a sentence or two.
         verdicts: One for each start other than random, in order.
+        as_recommended: What each start that is there as recommended is at the rate of the recommendation.
         equal_time: What is left of each better start at equal total time; see `equal_time`.
         forgetting: What each start forgets at equal task loss, a sentence each; see `forgetting`.
         data_needed: How each start ends with statistics of fewer batches, a sentence each; see `data_needed`.
@@ -340,6 +359,7 @@ class Summary:
     headline: str
     headroom: str
     verdicts: list[Verdict]
+    as_recommended: list[str]
     equal_time: list[str]
     forgetting: list[str]
     data_needed: list[str]
@@ -362,7 +382,7 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         facts=facts(table, settings),
         answer=said,
         start=start,
-        command=make_command(start, settings),
+        command=make_command(start, settings, best_rates(table).get(start or "")),
         headline=say(
             "headline",
             outcomes=Counter(verdict.outcome for verdict in judged),
@@ -370,6 +390,7 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         ),
         headroom=headroom(table, judged),
         verdicts=judged,
+        as_recommended=as_recommended(table, settings),
         equal_time=equal_time(table, judged),
         forgetting=forgetting(table),
         data_needed=data_needed(table),

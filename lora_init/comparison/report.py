@@ -65,7 +65,18 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     settings = read_settings(path)
     summary = summarise(read_runs(path), settings)
-    said = ("facts", "answer", "command", "headline", "headroom", "equal_time", "forgetting", "data_needed", "notes")
+    said = (
+        "facts",
+        "answer",
+        "command",
+        "headline",
+        "headroom",
+        "as_recommended",
+        "equal_time",
+        "forgetting",
+        "data_needed",
+        "notes",
+    )
     return {
         "what": "comparison",
         "path": str(path),

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -60,6 +60,7 @@ class RunPlan:
     select by is a start's best. While that is the lowest or the highest rate, half a decade more is tried on that side.
     With `"halving"` the other seeds are run at the best rate alone, with `"full"` at every rate. Should the best be
     unstable on another seed, the next best takes its place; a start that has no stable rate has no other seeds.
+    A start that is there as it is recommended is run at the rate of the recommendation, too, on all seeds.
 
     Attributes:
         starts: Names of starts.
@@ -69,6 +70,7 @@ class RunPlan:
         sweep: `"halving"` or `"full"`.
         extend: How often rates are added on either side.
         match_scale: Also run starts with A scaled to the size of the random one, where that differs.
+        recommended: Learning rates of the starts that are there as they are recommended.
     """
 
     starts: Sequence[str]
@@ -77,6 +79,7 @@ class RunPlan:
     sweep: str
     extend: int = 2
     match_scale: bool = False
+    recommended: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rates, seeds = self.learning_rates, self.seeds
@@ -94,10 +97,12 @@ class RunPlan:
 
         Args:
             ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another; if not, starts that
-                move ranks, or train no A, are also run at the parameter count of the random start.
+                move ranks, or train no A, are also run at the parameter count of the random start; those that are there
+                as they are recommended are not.
         """
         starts = [read_variant(start) for start in self.starts]
-        equal = [start for start in starts if start.differs_in_parameters(ranks_cost_the_same)]
+        changed = [start for start in starts if start.title not in self.recommended]
+        equal = [start for start in changed if start.differs_in_parameters(ranks_cost_the_same)]
         matched = [start for start in starts if self.match_scale and start.differs_in_scale]
         added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal] + [f"{start}+{MATCHED_SCALE}" for start in matched]
         return list(dict.fromkeys([*self.starts, *added]))
@@ -112,26 +117,41 @@ class RunPlan:
         grids = {start: self._grid(start, records) for start in starts}
         rates = sorted({rate for grid in grids.values() for rate in grid})
         # Seed by seed, so that what is there when it is stopped can be paired.
-        sweep = [Run(x, seed, rate) for seed in self._swept for rate in rates for x in starts if rate in grids[x]]
+        sweep = [Run(x, seed, rate) for seed in self.swept for rate in rates for x in starts if rate in grids[x]]
         waiting = {run.start for run in sweep if run not in records}
         best = {start: self._best(start, grids[start], records) for start in starts}
-        return sweep + [
-            Run(start, seed, None if start in waiting else best[start])
-            for seed in self.seeds[len(self._swept) :]
+        others = [
+            Run(start, seed, rate)
+            for seed in self.seeds[len(self.swept) :]
             for start in starts
             if start in waiting or best[start]
+            for rate in [None if start in waiting else best[start], *self._rate_of_its_own(start)]
         ]
+        return list(dict.fromkeys(sweep + others))
 
     @property
-    def _swept(self) -> Sequence[int]:
+    def swept(self) -> Sequence[int]:
         """The seeds that every rate is run with."""
         return self.seeds if self.sweep == "full" else self.seeds[:SWEEP_SEEDS]
 
+    @property
+    def extends(self) -> bool:
+        """Whether rates may be added."""
+        return self.extend > 0 and len(self.learning_rates) > 1
+
+    def asked(self, start: str) -> list[float]:
+        """List the rates that are tried with a start in any case."""
+        rates = {float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates}
+        return sorted({*rates, *self._rate_of_its_own(start)})
+
+    def _rate_of_its_own(self, start: str) -> list[float]:
+        return [self.recommended[start]] if start in self.recommended else []
+
     def _grid(self, start: str, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell."""
-        grid = asked = sorted(float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates)
-        for _ in range(2 * self.extend if len(asked) > 1 else 0):
-            runs = [Run(start, seed, rate) for seed in self._swept for rate in grid]
+        grid = asked = self.asked(start)
+        for _ in range(2 * self.extend if self.extends else 0):
+            runs = [Run(start, seed, rate) for seed in self.swept for rate in grid]
             if not all(run in records for run in runs):
                 break
             best = self._best(start, grid, records)
@@ -272,9 +292,9 @@ BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
-_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init", "budget")
-# Hashes by name, which directories of before lack: those that both have must be equal, and the others are added.
-_HASHES = ("examples", "own", "packages")
+_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init", "budget", "folds")
+# Hashes and the like by name, which directories of before lack: what both have must be equal, the others are added.
+_HASHES = ("examples", "own", "packages", "recommended")
 
 
 @dataclass

@@ -30,6 +30,8 @@ from lora_init.adapters.peft_model import (
     remember,
 )
 from lora_init.adapters.starts import (
+    DEFAULT,
+    DEFAULT_FOR_CLASSES,
     FROM_BANK,
     FULL,
     RANDOM,
@@ -223,6 +225,17 @@ def read_variant(title: str) -> Variant:
         title, base, numbers.get("alpha"), numbers.get("batches"), numbers.get("steps"), EQUAL_PARAMETERS in ways,
         MATCHED_SCALE in ways, recipe, start,
     )  # fmt: skip
+
+
+def recommended(rank: int) -> dict[str, float]:
+    """Name the starts that are recommended, at the size that they are recommended with, and the rate of each.
+
+    Example:
+        >>> recommended(8)
+        {'eva+32-alpha': 0.0002, 'natural-gradient+80-alpha': 0.0002}
+    """
+    starts = map(find_start, (DEFAULT, DEFAULT_FOR_CLASSES))
+    return {f"{x.name}+{x.lora_alpha(rank):g}-alpha": x.learning_rate for x in starts if x.learning_rate}
 
 
 def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,15 +150,16 @@ class Loading:
         subset: Configuration of a hub data set.
         split: Split of a hub data set or a folder.
         train_samples: Training examples at most.
-        selection_samples: Examples that learning rates are chosen by.
-        report_samples: Examples that every figure is from.
+        selection_samples: Examples that learning rates are chosen by. Default: 128, but see `fold_sizes`.
+        report_samples: Examples that every figure is from. Default: 256, but see `fold_sizes`.
         max_length: Tokens of an example at most.
         data_seed: Seed of the split.
         name: Name of the task in the report. Default: that of the data.
         retain_data: Text of another kind: its loss before and after training tells what was forgotten.
         retain_template: How an example of it reads.
         retain_samples: Examples of it.
-        dtype: Of the base model's weights; adapters are float32.
+        dtype: Of the base model's weights; `"auto"` keeps the checkpoint's. Adapters are float32, and so is a
+            classifier, whose head is trained whole.
         device: Where the model runs.
         trust_remote_code: Allow code that comes with the model.
     """
@@ -172,17 +174,38 @@ class Loading:
     subset: str | None = None
     split: str = "train"
     train_samples: int = 1024
-    selection_samples: int = 128
-    report_samples: int = 256
+    selection_samples: int | None = None
+    report_samples: int | None = None
     max_length: int = 256
     data_seed: int = 0
     name: str | None = None
     retain_data: str | Path | None = None
     retain_template: str | None = None
     retain_samples: int = 64
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+
+
+REPORT, SELECTION = 256, 128
+# With fewer examples to report only large differences mean anything.
+FEW = 100
+
+
+def fold_sizes(asked: Loading, n_prompts: int) -> tuple[int, int]:
+    """Say how many examples to report and to select by: a third and a sixth of few data, so that half train.
+
+    What is asked for stays; the other is then a share of what that leaves.
+
+    Example:
+        >>> fold_sizes(Loading(), 1000), fold_sizes(Loading(), 60), fold_sizes(Loading(report_samples=40), 60)
+        ((256, 128), (20, 10), (40, 5))
+    """
+    report, selection = asked.report_samples, asked.selection_samples
+    if report is None:
+        share = n_prompts // 3 if selection is None else 2 * (n_prompts - selection) // 5
+        report = max(1, min(REPORT, share))
+    return report, max(1, min(SELECTION, (n_prompts - report) // 4)) if selection is None else selection
 
 
 def load_task(
@@ -204,8 +227,9 @@ def load_task(
         LoraInitError: Too few rows, missing columns, labels that are no classes, or what `load_batches` raises.
     """
     for option in ("selection_samples", "report_samples"):
-        if getattr(asked, option) < 1:
-            raise LoraInitError(f"{option}={getattr(asked, option)}: expected at least 1; 100 or more say something.")
+        value = getattr(asked, option)
+        if value is not None and value < 1:
+            raise LoraInitError(f"{option}={value}: expected at least 1; {FEW} or more say something.")
     data = read_rows(source, asked.subset, asked.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
@@ -217,14 +241,14 @@ def load_task(
     extra = [asked.answer, asked.options] if asked.options else []
     columns = [*reader.columns, *(column for column in extra if column in names)]
     usable = data.usable(columns, partial(_read, reader=reader, asked=asked), asked.data_seed, left_out)
-    seen: set[tuple[int, ...]] = set()
     elsewhere: set[str] = set()  # prompts of the folds before
+    distinct, ahead = _distinct(usable), list[tuple[str, Item]]()
+    if asked.report_samples is None or asked.selection_samples is None:
+        ahead = _until(distinct, 2 * (REPORT + SELECTION))
+    n_report, n_selection = fold_sizes(asked, len({prompt for prompt, _ in ahead}))
 
     def fresh() -> Iterator[tuple[str, Item]]:
-        for prompt, item in usable:
-            if tuple(item.tokens[0]) in seen:
-                continue
-            seen.add(tuple(item.tokens[0]))
+        for prompt, item in chain(ahead, distinct):
             if prompt in elsewhere:
                 left_out["with a prompt of another fold"] += 1
             else:
@@ -237,15 +261,17 @@ def load_task(
         elsewhere.update(prompt for prompt, _ in drawn)
         return [item for _, item in drawn]
 
-    report, selection, train = map(fold, (asked.report_samples, asked.selection_samples, asked.train_samples))
+    report, selection, train = map(fold, (n_report, n_selection, asked.train_samples))
     counted = f"{name}: {len(train)} examples to train on, {len(selection)} to select by and {len(report)} to report"
     skipped = [f"{count} left out {why}" for why, count in left_out.items()]
-    if len(train) < batch_size or len(selection) < asked.selection_samples:
+    if len(train) < batch_size or len(selection) < n_selection:
         left = f" ({', '.join(skipped)})" if skipped else ""
         raise LoraInitError(
-            f"{counted}; expected {batch_size} or more, {asked.selection_samples} and {asked.report_samples}{left}. "
+            f"{counted}; expected {batch_size} or more, {n_selection} and {n_report}{left}. "
             "Lower --report-samples, --selection-samples or --batch-size, raise --train-samples, or use more data."
         )
+    if len(report) < FEW and asked.report_samples is None:
+        warnings.warn(f"{counted}. So few decide nothing but large differences. Use more data.", stacklevel=2)
     how = [f"label {asked.label}, {len(reader.classes)} classes"] if asked.label else []
     how += [f"options {asked.options}, answer {asked.answer}"] if asked.options else []
     split = f"split seed {asked.data_seed}, at most {reader.limit} tokens, {reader.recipe.name}"
@@ -255,6 +281,24 @@ def load_task(
         _has_text(row, asked.options, asked.answer) for row in islice(data.table, 100)
     )
     return Task(kind, train, selection, report, reader.classes, padding, asked.normalize, described, title, spelled_out)
+
+
+def _distinct(usable: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
+    """Leave out what has the tokens of an example before."""
+    seen: set[tuple[int, ...]] = set()
+    for prompt, item in usable:
+        if tuple(item.tokens[0]) not in seen:
+            seen.add(tuple(item.tokens[0]))
+            yield prompt, item
+
+
+def _until(rows: Iterator[tuple[str, Item]], n_prompts: int) -> list[tuple[str, Item]]:
+    """Take examples until they have so many different prompts, or there are no more."""
+    taken, prompts = [], set[str]()
+    while len(prompts) < n_prompts and (row := next(rows, None)) is not None:
+        taken.append(row)
+        prompts.add(row[0])
+    return taken
 
 
 def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:

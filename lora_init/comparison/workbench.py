@@ -169,6 +169,7 @@ class Workbench:
             "model_class": type(self.loaded.model).__name__,
             "fingerprint": fingerprint(self.loaded.model),
             "data": self.task.data,
+            "folds": self.folds,
             "normalize": self.task.normalize,
             "retain_data": None if self.retain is None else self.retain.description,
             "examples": self._hashes(),
@@ -182,6 +183,11 @@ class Workbench:
             **({"bank": self.bank.in_words()} if self.bank else {}),
             **({"own": {name: hash_own(source) for name, source in self.own.items()}} if self.own else {}),
         }
+
+    @property
+    def folds(self) -> dict[str, int]:
+        """Count the examples of each fold."""
+        return {fold: len(getattr(self.task, fold)) for fold in ("train", "selection", "report")}
 
     def _hashes(self) -> dict[str, str]:
         """Hash the examples that figures are from; those to train on are hashed with each run."""
@@ -332,9 +338,10 @@ def set_up(
             options.retain_data, source.tokenizer, template=options.retain_template, samples=options.retain_samples,
             batch_size=training.batch_size, max_length=options.max_length,
         )  # fmt: skip
+    dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
     loaded = load_model(
         model, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
-        dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code,
+        dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     if classifies:
         check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)

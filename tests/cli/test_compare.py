@@ -32,7 +32,7 @@ def command(home, tmp_path):
     return [
         "compare", home / "llama", home / "rows.jsonl", "-o", tmp_path / "out", "--template", "{passage}",
         "--completion", " {options}", "--steps", 4, "--batch-size", 4, "--selection-samples", 6,
-        "--report-samples", 8, "--rank", 2, "--starts", "random,eva-rho1",
+        "--report-samples", 8, "--rank", 2, "--lora-alpha", 16, "--starts", "random,eva-rho1",
         "--learning-rates", "1e-3,1e-2", "--seeds", 3, "--extend", 0, "--statistics-batches", 4,
     ]  # fmt: skip
 
@@ -87,13 +87,18 @@ def test_options_reach_the_comparison(command, home, tmp_path):
     assert "8 of 8 examples" in settings["retain_data"]
 
 
-def test_a_dry_run_lists_and_writes_nothing(command, tmp_path):
-    lines = run(*command, "--dry-run").stdout.splitlines()
-    assert lines[:2] == ["random, 0.001, seed 0", "eva-rho1, 0.001, seed 0"]
-    assert lines[-1] == "10 runs, 0 ended"
+def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tmp_path):
+    text = run(*command, "--dry-run").stdout
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1] == ["random", "1e-3", "1e-2", "the", "best", "5"] and lines[2][0] == "eva-rho1"
+    for said in ("to train on, 6 to select by and 8 to report", "\n10 runs, 0 ended; at most 13, as rates",
+                 "\nTime: about ", "Detectable at best: with 3 seeds 1.8 %, with 5 seeds 0.88 %"):  # fmt: skip
+        assert said in text
     content = json.loads(run(*command, "--dry-run", "--json").stdout)
     assert len(content["runs"]) == 10 and content["ended"] == 0 and content["runs"][-1]["learning_rate"] is None
     assert not (tmp_path / "out").exists()
+    two = run(*command, "--dry-run", "--seeds", 2, "--starts", "random,eva-rho1,pissa").stdout
+    assert "on seeds 2" not in two and "with 2 seeds 2.7 %, with 5 seeds 0.85 % of the loss" in two
 
 
 def test_limits_reach_the_comparison(command, tmp_path):

@@ -94,6 +94,16 @@ def test_a_size_that_was_not_measured_has_no_rate(command, tmp_path):
         assert said["scaling"] == {"--lora-alpha 2": 1.0, "--lora-alpha 6": 3.0}.get(options, pytest.approx(4.0))
 
 
+def test_a_rate_that_a_comparison_found_is_what_to_train_with(command, tmp_path):
+    made = run(*command, "--rank", 2, "--method", "random", "--learning-rate", "1e-3")
+    line = "Train with AdamW at 1e-3, warm-up 10%, cosine, as you asked for it."
+    inspected = " ".join(run("inspect", tmp_path / "out").stdout.split())
+    assert made.exit_code == 0 and line in made.stdout and line in inspected, made.output
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "lora_init.json").read_text())["recommended"]["learning_rate"] == 1e-3
+    assert_one_line_error(run(*command, "--learning-rate", "0"), "--learning-rate 0: expected a positive number")
+
+
 def test_classes_of_layers_that_give_no_gradients_start_from_what_these_read(home, tmp_path):
     model = tiny_bert(task=None)
     save_model(model, tmp_path / "model")

@@ -22,6 +22,7 @@ from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import RunRecord, circumstances, set_up
 from lora_init.errors import LoraInitError
+from tests.commands import save_model
 from tests.comparisons import SMALL, make_home
 
 # What differs between two identical comparisons.
@@ -222,7 +223,6 @@ def test_a_classifier(home, tmp_path):
 
 
 def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
-    from tests.commands import save_model
     from tests.conftest import tiny_bert
 
     home = make_home(tmp_path)
@@ -255,11 +255,11 @@ def test_the_command_of_the_report_makes_the_adapter(full, tmp_path, monkeypatch
 
     command = full[0].summary.command
     if command is None:
-        command = f"{full[0].settings['init']} --method eva --rho 2 --output adapter"
+        command = f"{full[0].settings['init']} --method eva --rho 2 --learning-rate 1e-3 --output adapter"
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app.app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert json.loads((tmp_path / "adapter" / "lora_init.json").read_text())["recommended"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(("options", "known"), [(dict(options="listed", answer="letter"), False), ({}, True)])
@@ -480,6 +480,37 @@ def test_a_start_that_has_learned_already_wins(home, tmp_path):
 
 
 # Planning
+
+
+def test_the_default_is_random_against_what_is_recommended(home, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(home / "llama", dtype=torch.bfloat16)
+    save_model(model, tmp_path / "half")
+    asked = {k: v for k, v in SMALL.items() if k not in ("learning_rates", "seeds", "extend", "lora_alpha")}
+    found = lora_init.compare(
+        str(tmp_path / "half"), home / "rows.jsonl", tmp_path / "out", **asked | {"rank": 4}, dry_run=True
+    )
+    rates, own = [1e-4, 3e-4, 1e-3], {"eva+16-alpha": 2e-4, "natural-gradient+40-alpha": 2e-4}
+    ahead = found.outlook
+    assert {start["name"]: start["rates"] for start in ahead.starts} == {
+        "random": rates, **{name: sorted([*rates, rate]) for name, rate in own.items()}
+    }  # fmt: skip
+    assert found.settings["dtype"] == "bfloat16" and found.settings["lora_alpha"] == 8
+    assert found.settings["recommended"] == own and not (tmp_path / "out").exists()
+    assert (ahead.swept, ahead.others, ahead.n_runs, ahead.ended) == ([0, 1], [2, 3, 4], 9 + 14 + 14, 0)
+    assert ahead.most_runs == ahead.n_runs + 3 * 2 * 2 + 5  # rates at the edge, and random for longer
+    assert ahead.folds == {"train": 100, "selection": 8, "report": 12}
+    assert 0.0 < ahead.seconds < ahead.most_seconds and list(ahead.detectable) == [5]
+
+
+def test_a_recommended_start_is_judged_untuned(home, tmp_path):
+    found = compare(home, tmp_path / "out", starts=None, seeds=3, learning_rates=[1e-3])
+    assert {(run["start"], run["learning_rate"]) for run in found.records if run["seed"] == 2} >= {
+        ("random", 1e-3), ("eva+8-alpha", 2e-4), ("natural-gradient+20-alpha", 2e-4),
+    }  # fmt: skip
+    assert len(found.summary.as_recommended) == 2 and found.settings["recommended"]["eva+8-alpha"] == 2e-4
+    assert "As recommended, without tuning" in (tmp_path / "out" / "report.html").read_text()
+    more = compare(home, tmp_path / "out", starts=["random", "orthogonal"], seeds=3, learning_rates=[1e-3])
+    assert len(more.summary.as_recommended) == 2 and more.settings["recommended"] == found.settings["recommended"]
 
 
 def test_a_dry_run_writes_nothing(home, tmp_path):

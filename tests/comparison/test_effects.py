@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lora_init.comparison.effects import effects, unlike_spreads
+from lora_init.comparison.effects import detectable, effects, unlike_spreads
 
 STARTS = ("random", "a", "b", "c", "d")
 
@@ -22,6 +22,16 @@ def test_one_start_alone_is_the_paired_t_test():
     found = effects(losses, "random")["a"]
     # The critical value is right to a few thousandths.
     assert (found.low, found.high) == pytest.approx((ends.low, ends.high), abs=2e-3 * (ends.high - ends.low))
+
+
+@pytest.mark.parametrize(("n_starts", "n_seeds"), [(1, 2), (4, 2), (4, 5)])
+def test_what_can_be_shown_is_known_before_any_run(n_starts, n_seeds):
+    losses = layout(np.random.default_rng(3), n_seeds).iloc[: n_starts + 1]
+    residuals = losses - losses.mean() - losses.mean(axis=1).to_numpy()[:, None] + losses.to_numpy().mean()
+    noise = np.sqrt(np.square(residuals.to_numpy()).sum() / (n_starts * (n_seeds - 1)))
+    found = effects(losses, "random")["a"].showable / noise
+    assert detectable(n_starts, n_seeds) == pytest.approx(found, rel=5e-3)  # of the critical value
+    assert detectable(n_starts, 1) is None
 
 
 def test_many_starts_have_the_critical_value_of_dunnett():

@@ -183,7 +183,7 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
     assert (
         summary.command
         == "lora-init init m d.jsonl --rank 8 --samples 8 --max-batches 4 --lora-alpha 16 --method eva --rho 1 "
-        "--output adapter"
+        "--learning-rate 1e-3 --output adapter"
     )
     assert summary.facts.startswith("tiny/model, rank 8, on siqa")
     summary = summarise([run for run in runs if run["learning_rate"] == 1e-3], settings())
@@ -196,7 +196,7 @@ def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     assert summary.answer.startswith("No start is shown to be better than random. The runs could have shown ")
     assert summary.answer.endswith(" Random's learning rate is 1e-3.")
     options = "--samples 8 --max-batches 4 --lora-alpha 16 --method random --rho 1"
-    assert summary.command == f"lora-init init {options} --output adapter"
+    assert summary.command == f"lora-init init {options} --learning-rate 1e-3 --output adapter"
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
 
@@ -204,20 +204,40 @@ def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_
     runs = planted({"eva-rho1+16-batches": -0.01, "eva-rho1+64-batches": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl", batch_size=8))
     options = "--samples 128 --max-batches 16 --lora-alpha 16 --method eva --rho 1"
-    assert summary.command == f"lora-init init m d.jsonl {options} --output adapter"
+    assert summary.command == f"lora-init init m d.jsonl {options} --learning-rate 1e-3 --output adapter"
 
 
 def test_the_command_of_a_start_with_an_alpha_and_batches_of_its_own_has_both():
     for how, samples, batches in (("", 8, 4), ("+6-batches", 12, 6)):
         summary = summarise(planted({f"eva-rho1+80-alpha{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
         own = f"--samples {samples} --max-batches {batches} --lora-alpha 80"
-        assert summary.command == f"lora-init init m d.jsonl {own} --method eva --rho 1 --output adapter"
+        last = "--method eva --rho 1 --learning-rate 1e-3 --output adapter"
+        assert summary.command == f"lora-init init m d.jsonl {own} {last}"
     summary = summarise(planted({"eva": -0.01}), settings(init=None))
     assert summary.answer.startswith("Use eva:") and summary.command is None
     for how in ("matched-scale", "80-alpha+equal-parameters"):
         summary = summarise(planted({f"eva+{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
         assert summary.answer.startswith(f"Use eva+{how}")
         assert summary.command is None
+
+
+def test_a_recommended_start_is_judged_at_its_own_rate_too():
+    runs = planted({"eva+32-alpha": 0.0, "natural-gradient+80-alpha": 0.0})  # which end lowest at 1e-3
+    rates = {"eva+32-alpha": 1e-4, "natural-gradient+80-alpha": 1e-3, "pissa": 1e-3}
+    own, best = summarise(runs, settings(recommended=rates)).as_recommended
+    assert own.startswith("eva+32-alpha at 1e-4, as recommended: worse; its final loss differs by +")
+    assert best.startswith("natural-gradient+80-alpha at 1e-3, as recommended: no difference shown;")
+    assert best.endswith("That is the best of its rates.") and "best of" not in own
+    [few] = summarise(
+        [run for run in runs if run["seed"] == 0], settings(recommended={"eva+32-alpha": 1e-4})
+    ).as_recommended
+    assert few == "eva+32-alpha at 1e-4, as recommended: no statement possible with so few runs."
+    assert summarise(runs, settings()).as_recommended == []
+
+
+def test_few_examples_to_report_are_a_note():
+    notes = [summarise(planted({}), settings(folds={"report": n})).notes for n in (20, 100)]
+    assert [any("So few decide nothing" in note for note in found) for found in notes] == [True, False]
 
 
 def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():

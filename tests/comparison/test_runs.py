@@ -49,6 +49,27 @@ def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
     assert planned == done
 
 
+@pytest.mark.parametrize(("optimum", "n_runs"), [(1e-3, 6), (3e-3, 4)])
+def test_a_recommended_start_has_its_own_rate_on_every_seed(optimum, n_runs):
+    plan, records = RunPlan(["random", "eva"], [1e-3], (0, 1, 2, 3), "halving", recommended={"eva": 3e-3}), {}
+    waiting = plan.runs(plan.starts, records)
+    assert waiting.count(Run("eva", 3, None)) == waiting.count(Run("eva", 3, 3e-3)) == 1
+    for run in waiting:
+        if run.learning_rate:
+            ends = abs(run.learning_rate - optimum)
+            records[run] = record(run.start, run.learning_rate, run.seed, ends)
+    planned = plan.runs(plan.starts, records)
+    assert [run.learning_rate for run in planned if run.start == "random"] == [1e-3] * 4  # a single one is not asked
+    eva = [(run.seed, run.learning_rate) for run in planned if run.start == "eva"]
+    assert eva[:4] == [(0, 1e-3), (0, 3e-3), (1, 1e-3), (1, 3e-3)] and len(eva) == 2 + n_runs
+    assert {(2, 3e-3), (3, 3e-3), (3, optimum)} <= set(eva)
+
+
+def test_a_recommended_start_is_not_run_with_equal_parameters():
+    plan = RunPlan(["random", "eva", "eva+32-alpha"], RATES, SEEDS, "halving", recommended={"eva+32-alpha": 2e-4})
+    assert plan.compared(False) == ["random", "eva", "eva+32-alpha", "eva+equal-parameters"]
+
+
 def test_before_the_sweep_has_ended_the_rates_are_open():
     planned = RunPlan(["random"], RATES, SEEDS, "halving").runs(["random"], {})
     assert [run.learning_rate for run in planned] == [*RATES, *RATES, None]

@@ -92,6 +92,27 @@ def test_more_training_moves_no_other_row(home, tokenizer):
     assert load(home, tokenizer, data_seed=1).report != few.report
 
 
+@pytest.mark.parametrize(("n_rows", "folds"), [(60, (30, 10, 20)), (400, (201, 66, 133)), (1000, (616, 128, 256))])
+def test_few_data_are_split_in_proportion(tmp_path, tokenizer, n_rows, folds, recwarn):
+    rows = [" ".join(WORDS[i // 19**k % 19] for k in range(3)) for i in range(n_rows)]
+    (tmp_path / "rows.txt").write_text("\n".join(rows))
+    task = load_task(tmp_path / "rows.txt", tokenizer, Loading(), 8)
+    assert (len(task.train), len(task.selection), len(task.report)) == folds
+    said = [str(warning.message) for warning in recwarn if "So few decide nothing" in str(warning.message)]
+    assert len(said) == (n_rows == 60)
+    asked = load_task(tmp_path / "rows.txt", tokenizer, Loading(report_samples=20), 8)
+    assert len(asked.report) == 20 and len(asked.selection) == min(128, (n_rows - 20) // 4)
+
+
+def test_half_of_few_prompts_train_however_many_answers_each_has(tmp_path, tokenizer):
+    rows = [json.dumps({"prompt": f"the {a} {b}", "completion": f" {c}"}) for a in WORDS[:5] for b in WORDS[:4]
+            for c in WORDS[5:10]]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    task = load_task(tmp_path / "rows.jsonl", tokenizer, Loading(), 8)
+    prompts = [{tuple(item.tokens[0][:-2]) for item in items} for items in (task.train, task.selection, task.report)]
+    assert len(prompts[0]) >= 10 and len(task.train) >= 50 and sum(map(len, prompts)) == 20
+
+
 def test_the_order_depends_on_the_seed_alone(home, tokenizer):
     task = load(home, tokenizer)
     order = task.order(3, 25, 4)

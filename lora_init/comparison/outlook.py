@@ -1,0 +1,181 @@
+"""What a comparison will do, before it does it: runs by start, the split, the time, and what it can show at best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from lora_init.adapters.starts import RANDOM
+from lora_init.comparison.effects import detectable
+from lora_init.comparison.findings import is_judged
+from lora_init.comparison.runs import Run, RunPlan
+from lora_init.comparison.starts import prepare, read_variant
+from lora_init.comparison.tasks import CLASSIFICATION, item_length
+from lora_init.comparison.training import Training, evaluate, train
+from lora_init.comparison.workbench import Workbench
+
+# How far runs of one start scatter over seeds, as a share of the loss: the median of our comparisons, see
+# `benchmarks/results`; 0.2 to 1.6 % on language, 2 to 11 % on classes.
+_SCATTER, _SCATTER_OF_CLASSES = 0.005, 0.03
+_ENOUGH_SEEDS = 5
+# A pass for statistics over a forward pass, and one with gradients.
+_PASS, _PASS_WITH_GRADIENTS = 1.2, 3.5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that things take, measured on a batch of usual length.
+
+    Attributes:
+        step: A training step of the random start.
+        example: Scoring an example.
+    """
+
+    step: float
+    example: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What `compare(..., dry_run=True)` says beforehand.
+
+    Attributes:
+        starts: For each start its `name`, the `rates` that it is run at with the first seeds, the `own_rate` that it
+            is recommended with and run at with all, and its number of `runs`.
+        swept: Seeds that all rates are run with.
+        others: Seeds that only the best rate is run with, and one's own.
+        folds: Examples to train on, to select by, to report.
+        n_runs: Runs in all, those that ended among them.
+        ended: Runs that ended.
+        most_runs: How many it may become: rates beside those at the edge, and random with twice the steps.
+        pace: What was measured.
+        seconds: Time for the runs that are left, one after the other.
+        most_seconds: The same if it grows as far as it may.
+        detectable: The smallest difference that can be shown, as a share of the loss, if runs scatter as ours did: by
+            the number of seeds, for those that are planned and for five. One seed shows none.
+        scatter: How far that is: the standard deviation of a run as a share of the loss.
+    """
+
+    starts: list[dict[str, Any]]
+    swept: list[int]
+    others: list[int]
+    folds: dict[str, int]
+    n_runs: int
+    ended: int
+    most_runs: int
+    pace: Pace
+    seconds: float
+    most_seconds: float
+    detectable: dict[int, float]
+    scatter: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it in plain values."""
+        return asdict(self)
+
+
+def look_ahead(
+    bench: Workbench, plan: RunPlan, planned: Sequence[Run], ended: Iterable[Run], n_workers: int = 1
+) -> Outlook:
+    """Say what a comparison will do, and measure one step for the time that it takes.
+
+    Args:
+        bench: What runs are done on.
+        plan: The plan.
+        planned: Runs that are due as far as is known.
+        ended: Those that ended.
+        n_workers: How many runs are done side by side.
+    """
+    ended = set(ended)
+    names = list(dict.fromkeys(run.start for run in planned))
+    judged = [name for name in names if is_judged(name)]
+    swept, seeds = list(plan.swept), list(plan.seeds)
+    rows = [
+        {
+            "name": name,
+            "rates": sorted({run.learning_rate for run in planned if run.start == name and run.learning_rate}),
+            "own_rate": plan.recommended.get(name),
+            "runs": sum(run.start == name for run in planned),
+        }
+        for name in names
+    ]
+    pace = measure(bench)
+    left = [run for run in planned if run not in ended]
+    n_edge = plan.extend * len(swept) * len(names) if plan.extends else 0
+    n_longer = len(seeds) if judged else 0
+    one = _seconds_of_run(bench, pace)
+    seconds = len(left) * one + _seconds_of_statistics(bench, pace, left)
+    most = seconds + (n_edge + n_longer) * one + n_longer * bench.training.steps * pace.step
+    scatter = _SCATTER_OF_CLASSES if bench.task.kind == CLASSIFICATION else _SCATTER
+    shown = {n: detectable(len(judged), n) for n in {len(seeds), _ENOUGH_SEEDS}}
+    return Outlook(
+        starts=rows,
+        swept=swept,
+        others=[seed for seed in seeds if seed not in swept],
+        folds=bench.folds,
+        n_runs=len(planned),
+        ended=sum(run in ended for run in planned),
+        most_runs=len(planned) + n_edge + n_longer,
+        pace=pace,
+        seconds=seconds / n_workers,
+        most_seconds=most / n_workers,
+        detectable={n: known * scatter for n, known in sorted(shown.items()) if known is not None},
+        scatter=scatter,
+    )
+
+
+def measure(bench: Workbench) -> Pace:
+    """Time a step and the scoring of a batch, both for the second time: the first one asks for memory."""
+    order = bench.task.order(0, bench.training.steps, bench.training.batch_size)
+    sizes = [len(items) * max(map(item_length, items)) for items in order]
+    usual = order[min(range(len(order)), key=lambda i: abs(sizes[i] - fmean(sizes)))]
+    probe, single = replace(bench.task, report=usual, selection=usual), Training(1, len(usual), 0.0, [0, 1])
+    prepared = prepare(RANDOM, bench.loaded.model, bench.shape, 0)
+    try:
+        for _ in range(2):
+            done = train(
+                prepared.peft_model, probe, [usual], single, learning_rate=1e-6, seed=0, plain_loss=math.inf
+            )  # fmt: skip
+        began = time.perf_counter()
+        evaluate(prepared.peft_model, probe, usual)
+        return Pace(done.training_seconds, (time.perf_counter() - began) / len(usual))
+    finally:
+        prepared.release()
+
+
+def _seconds_of_run(bench: Workbench, pace: Pace) -> float:
+    """Estimate a run: its steps, and the examples that are scored on the way and at the end."""
+    task, points = bench.task, len(bench.training.evaluation_points)
+    choices = sum(len(item.choices) for item in task.report)  # at the end, each option
+    retained = 0 if bench.retain is None else sum(len(batch["input_ids"]) for batch in bench.retain)
+    scored = len(task.report) * points + len(task.selection) + choices + retained
+    return bench.training.steps * pace.step + scored * pace.example
+
+
+def _seconds_of_statistics(bench: Workbench, pace: Pace, left: Iterable[Run]) -> float:
+    """Estimate the passes for statistics: one for each seed, number of batches, and kind."""
+    passes = set()
+    for run in left:
+        asked = read_variant(run.start)
+        if asked.recipe and asked.recipe.reads_data:
+            passes.add((run.seed, asked.batches, asked.recipe.center, asked.recipe.by_gradient))
+    cost = {True: _PASS_WITH_GRADIENTS, False: _PASS}
+    examples = sum(bench.n_batches(batches) * cost[by_gradient] for _, batches, _, by_gradient in passes)
+    return examples * bench.training.batch_size * pace.example
+
+
+def duration(seconds: float) -> str:
+    """Write a time to about two digits.
+
+    Example:
+        >>> duration(7.4), duration(150), duration(5400)
+        ('7 s', '2.5 min', '1.5 h')
+    """
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{max(seconds, 1.0):.0f} s"
