@@ -57,7 +57,7 @@ def compare(
     starts: Annotated[
         str | None,
         Option(
-            help="Names separated by commas; mine=DIRECTORY is an adapter of your own, eva+32-alpha has an lora_alpha "
+            help="Names separated by commas; mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha "
             f"of its own. Default: {RANDOM}, and {DEFAULT} and {DEFAULT_FOR_CLASSES} as they are recommended."
         ),
     ] = None,
@@ -226,15 +226,15 @@ def show_comparison(console: Console, summary: Summary) -> None:
 
     from lora_init.comparison.tables import run_tables
 
-    console.print(Text(summary.facts))
-    console.print(Text(f"{summary.answer}\n", "bold"))
+    console.print(Text(summary.answer, "bold"))
+    for caveat in [*summary.caveats, *summary.notes]:
+        console.print(Text(f"note: {caveat}"))
+    console.print(Text(f"\n{summary.facts}"))
     sentences = [summary.headroom, summary.headline, *(verdict.sentence for verdict in summary.verdicts)]
     sentences += [*summary.as_recommended, *summary.equal_time, *summary.forgetting, *summary.data_needed]
     for text in [*([summary.command] if summary.command else []), *sentences]:
         console.print(Text(text))
     console.print()
-    for note in summary.notes:
-        console.print(Text(f"note: {note}"))
     for name, cells in run_tables(summary).items():
         if name == "runs":
             continue

@@ -292,6 +292,10 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+# What a comparison says beside its verdicts.
+_SAID = ("as_recommended", "equal_time", "forgetting", "data_needed")
+
+
 def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
     head = {
         "directory": f"{about['path']}: comparison of starts",
@@ -300,8 +304,9 @@ def _runs_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "answer": about["answer"],
     }
     sentences = [verdict["sentence"] for verdict in about["verdicts"]]
-    more = [sentence for name in ("equal_time", "forgetting", "data_needed", "notes") for sentence in about[name]]
-    return [head, "", about["headroom"], *sentences, *more]
+    more = [sentence for name in _SAID for sentence in about[name]]
+    caveats = [f"note: {text}" for text in (*about["caveats"], *about["notes"])]
+    return [head, *caveats, "", about["headroom"], *sentences, *more]
 
 
 def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:

@@ -209,16 +209,17 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     )
 
 
-def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | None]:
-    """Say which start to use, with all that changes the meaning, and name it; None if the runs do not say yet."""
+def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | None, list[str]]:
+    """Say which start to use and name it, None if the runs do not say yet; and list what changes the meaning."""
     doubts = _caveats(table, RANDOM, unlike_spreads(judged_losses(table)))
     better = [verdict for verdict in judged if verdict.outcome == "better"]
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
     winner = min(better, key=lambda verdict: verdict.mean or 0.0, default=None)
     doubts = [*winner.caveats, *doubts] if winner else doubts
     span = [min(could), max(could)] if could else []
-    said = say("answer", winner=winner, could=span, rates=best_rates(table), doubts=doubts)
-    return said, winner.start if winner else RANDOM if could else None
+    said = say("answer", winner=winner, could=span, rates=best_rates(table))
+    start = winner.start if winner else RANDOM if could else None
+    return said, start, [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts if start]
 
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
@@ -337,7 +338,8 @@ class Summary:
     Attributes:
         title: Task and model.
         facts: What was trained, on what, and how long.
-        answer: Which start to use, in a sentence or two.
+        answer: Which start to use, in a sentence.
+        caveats: What changes the meaning of that, a sentence each.
         start: Its name; None if the runs do not say yet.
         command: The command that makes its adapter; None if there is none.
         headline: The verdicts in one sentence, and how many runs ended how.
@@ -354,6 +356,7 @@ class Summary:
     title: str
     facts: str
     answer: str
+    caveats: list[str]
     start: str | None
     command: str | None
     headline: str
@@ -376,11 +379,12 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
     """
     table = run_table(records, settings.get("starts") or [])
     judged = verdicts(table)
-    said, start = answer(table, judged)
+    said, start, caveats = answer(table, judged)
     return Summary(
         title=" · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")])),
         facts=facts(table, settings),
         answer=said,
+        caveats=caveats,
         start=start,
         command=make_command(start, settings, best_rates(table).get(start or "")),
         headline=say(

@@ -68,6 +68,7 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
     said = (
         "facts",
         "answer",
+        "caveats",
         "command",
         "headline",
         "headroom",
@@ -134,7 +135,7 @@ def _card(summary: Summary, log: RunDirectory, record: Record) -> str:
 {known["steps"]} steps of {known["batch_size"]} examples, seed {record["seed"]}. Loss on the examples to report: \
 {number(losses[-1])}, {number(record["plain_loss"])} of the plain model.
 
-{summary.answer} {summary.headroom}
+{" ".join([summary.answer, *summary.caveats, summary.headroom])}
 
 {summary.facts}
 

@@ -128,12 +128,14 @@ def test_the_shell_completes_commands():
     assert done.stdout.split() == ["init", "inspect"], done.stderr
 
 
-def test_the_examples_in_the_help_are_commands_that_parse():
-    lines = run("init", "--help").stdout.partition("Examples:")[2].replace("\\\n", " ").splitlines()
-    commands = [line.partition("$ lora-init init ")[2] for line in lines if "$ lora-init init " in line]
-    init = typer.main.get_command(cli.app).commands["init"]
-    given = [init.make_context("init", shlex.split(command)).params for command in commands]
-    assert [one["output"] for one in given] == [Path("adapter")] * 3 and given[2]["label"] == "stars"
+@pytest.mark.parametrize("name", ["init", "compare"])
+def test_the_examples_in_the_help_are_commands_that_parse(name):
+    lines = run(name, "--help").stdout.partition("Examples:")[2].replace("\\\n", " ").splitlines()
+    commands = [line.partition(f"$ lora-init {name} ")[2] for line in lines if f"$ lora-init {name} " in line]
+    command = typer.main.get_command(cli.app).commands[name]
+    given = [command.make_context(name, shlex.split(words)).params for words in commands]
+    output = {"init": "adapter", "compare": "comparison"}[name]
+    assert [one["output"] for one in given] == [Path(output)] * 3 and given[2]["label"] == "stars"
 
 
 def test_it_runs_as_a_module_and_as_a_script():

@@ -88,7 +88,8 @@ def test_a_comparison_is_short_in_text_a_table_in_html_and_a_figure(full):
 def test_verdicts_come_before_everything_else(full):
     for name, picture in (("report.html", "<img"), ("report.md", "![")):
         text = (full[1] / name).read_text()
-        assert text.index("Use eva: its final loss") < text.index(picture) < text.index("eva is better; ")
+        places = [text.index(words) for words in ("Use eva at 1e-3: its final loss", picture, "eva is better; ")]
+        assert places == sorted(places)
 
 
 def test_text_from_users_is_text_everywhere(full):
@@ -132,7 +133,9 @@ def test_there_is_no_heading_over_nothing(starts, tmp_path):
     write(tmp_path, planted({"eva": 0.0}, rates=(3e-4, 1e-3, 3e-3)), starts=starts)
     write_report(tmp_path)
     for name in ("report.md", "report.html"):  # a note: pissa has not been run yet
-        assert ("What else to know" in (tmp_path / name).read_text()) == ("pissa" in starts)
+        text = (tmp_path / name).read_text()
+        assert ("Not run yet: pissa." in text[: text.index("Difference to random")]) == ("pissa" in starts)
+        assert ('<ul class="caveats">' in text) == (name == "report.html" and "pissa" in starts)
 
 
 def test_it_says_beside_the_verdicts_when_the_intervals_are_too_narrow(full):
@@ -153,7 +156,7 @@ def test_a_description_is_plain_values(full):
     found = describe_directory(folder)
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(found | {"what": "comparison"}))
     assert found["runs"] == {"finished": len(runs)} and found["settings"]["rank"] == 8
-    assert found["verdicts"][0]["outcome"] == "better" and found["answer"].startswith("Use eva: ")
+    assert found["verdicts"][0]["outcome"] == "better" and found["answer"].startswith("Use eva at ")
 
 
 PARTIAL = {
