@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "cli_reference",
     "notebook_page",
+    "sample_report",
     "starts_table",
     "sphinx_copybutton",
 ]
