@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
+from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import DEFAULT, find_start
 from lora_init.cli.console import print_result, prints_json, read_names, read_numbers, say
 from lora_init.cli.tables import columns, facts, rank_table
@@ -235,8 +236,11 @@ def ranks(
     if tool is not None:
         from lora_init.planning.snippets import snippet
 
-        alpha = find_start(DEFAULT).lora_alpha(plan.rank, use_rslora) if lora_alpha is None else lora_alpha
-        typer.echo(snippet(plan, tool, alpha, use_rslora, str(output or "plan.json")), nl=False)
+        start = find_start(DEFAULT)
+        alpha = start.lora_alpha(plan.rank, use_rslora) if lora_alpha is None else lora_alpha
+        fit = Fit(start, plan.rank, alpha, use_rslora)
+        path = str(output or "plan.json")
+        typer.echo(snippet(plan, tool, alpha, use_rslora, path, fit.recommended, fit.how_to_train()), nl=False)
         return
     several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
 

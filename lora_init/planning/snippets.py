@@ -1,4 +1,4 @@
-"""The plan in other tools' words: PEFT's LoraConfig, axolotl's and LLaMA-Factory's YAML, JSON and CSV.
+"""The plan in other tools' words: PEFT's LoraConfig, a script for TRL, YAML of axolotl and others, JSON and CSV.
 
 To add a tool, write its function and add it to `TOOLS`. Importing this file imports no torch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ class Snippet:
         use_rslora: Whether the tool may write that scaling as rsLoRA.
         about: What the plan is, as comments.
         command: What makes an adapter of the plan, for tools that need it made first.
+        recommended: learning_rate, warmup and schedule for that adapter; empty if none were measured.
+        advice: The same in a line, or what to do where none were.
     """
 
     plan: RankAllocation
@@ -34,6 +37,8 @@ class Snippet:
     use_rslora: bool
     about: tuple[str, ...]
     command: str
+    recommended: Mapping[str, Any]
+    advice: str
 
 
 def snippet(
@@ -42,6 +47,8 @@ def snippet(
     lora_alpha: float = 16,
     use_rslora: bool = False,
     plan_path: str = "plan.json",
+    recommended: Mapping[str, Any] | None = None,
+    advice: str = "",
 ) -> str:
     """Write a plan as what a tool reads.
 
@@ -51,6 +58,8 @@ def snippet(
         lora_alpha: Relative to `plan.rank`; every layer is scaled alike, by lora_alpha / rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead.
         plan_path: Where the plan is or will be saved, for tools that need the adapter made first.
+        recommended: What was measured for an adapter that is made of the plan: learning_rate, warmup and schedule.
+        advice: The same in a line, or what to do where nothing was.
 
     Raises:
         LoraInitError: Unknown tool; an alpha that is not positive, or for axolotl one that is not whole for every rank;
@@ -72,6 +81,8 @@ def snippet(
         use_rslora,
         (f"Planned by lora_init: {plan_text(plan)}.", f"{plan!r}, from {source_text(plan)}."),
         f"lora-init init MODEL DATA --ranks {plan_path} --lora-alpha {lora_alpha:g}{rslora} --output adapter",
+        recommended or {},
+        advice,
     )
     return TOOLS[tool](asked)
 
@@ -113,15 +124,51 @@ def _axolotl(asked: Snippet) -> str:
         )
     names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
     written = {f"lora_{name.removeprefix('lora_')}": config[name] for name in names if config.get(name)}
-    start = "This starts at random. To start from the data, make the adapter and add `lora_model_dir: adapter`:"
-    about = _comments(*asked.about, "axolotl 0.18 or newer.", start, asked.command)
-    return about + _yaml({"adapter": "lora", **written})
+    start = "axolotl 0.18 or newer. Make the adapter first; without lora_model_dir these ranks start at random:"
+    training = _training(asked, "warmup_ratio", "lr_scheduler")
+    return _made_first(asked, start) + _yaml({"adapter": "lora", "lora_model_dir": "adapter", **written, **training})
+
+
+_OLDER = "Before transformers 5 a share for the warm-up is called warmup_ratio."
 
 
 def _llama_factory(asked: Snippet) -> str:
     start = "LLaMA-Factory has one rank for all layers. Make the adapter first:"
     config = {"finetuning_type": "lora", "adapter_name_or_path": "adapter", "create_new_adapter": False}
-    return _comments(*asked.about, start, asked.command) + _yaml(config)
+    return _made_first(asked, start, _OLDER) + _yaml(config | _training(asked, "warmup_steps"))
+
+
+def _ms_swift(asked: Snippet) -> str:
+    start = "ms-swift has one rank for all layers: swift sft FILE.yaml. Make the adapter first:"
+    return _made_first(asked, start) + _yaml({"adapters": ["adapter"], **_training(asked, "warmup_ratio")})
+
+
+def _trl(asked: Snippet) -> str:
+    made = asked.plan.provenance
+    settings = "".join(f", {name}={value!r}" for name, value in _training(asked, "warmup_steps").items())
+    return _made_first(asked, "Make the adapter first:", _OLDER) + (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from trl import SFTConfig, SFTTrainer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({(made and made.model_id) or 'MODEL'!r})\n"
+        "trainer = SFTTrainer(\n"
+        '    PeftModel.from_pretrained(model, "adapter", is_trainable=True),\n'
+        f'    args=SFTConfig("trained"{settings}),\n'
+        "    train_dataset=DATASET,\n"
+        ")\n"
+    )
+
+
+def _made_first(asked: Snippet, start: str, older: str = "") -> str:
+    """Write comments: the plan, how the adapter is made, what to train it with."""
+    older = older if asked.recommended else ""
+    return _comments(*asked.about, start, asked.command, *filter(None, (asked.advice, older)))
+
+
+def _training(asked: Snippet, warmup: str, schedule: str = "lr_scheduler_type") -> dict[str, Any]:
+    """Give what is recommended, under a tool's names; the warm-up is a share of all steps."""
+    names = {"learning_rate": "learning_rate", "warmup": warmup, "schedule": schedule}
+    return {name: asked.recommended[key] for key, name in names.items() if key in asked.recommended}
 
 
 def _json(asked: Snippet) -> str:
@@ -140,4 +187,12 @@ def _yaml(config: dict[str, Any]) -> str:
     return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6))
 
 
-TOOLS = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory, "json": _json, "csv": _csv}
+TOOLS = {
+    "peft": _peft,
+    "trl": _trl,
+    "axolotl": _axolotl,
+    "llama-factory": _llama_factory,
+    "ms-swift": _ms_swift,
+    "json": _json,
+    "csv": _csv,
+}

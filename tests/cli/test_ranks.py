@@ -104,9 +104,12 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     )
 
 
-def test_a_snippet_has_the_size_that_the_default_start_is_recommended_with(file):
+def test_a_snippet_has_the_size_and_the_rate_that_the_default_start_is_recommended_with(file):
     written = run(file, "--rank", 3, "--format", "axolotl").stdout
     assert yaml.safe_load(written)["lora_alpha"] == 12 and "--lora-alpha 12 " in written
+    assert yaml.safe_load(written)["learning_rate"] == 2e-4 and "# Train with AdamW at 2e-4" in written
+    written = run(file, "--rank", 3, "--format", "ms-swift", "--lora-alpha", 3).stdout  # a quarter of it
+    assert "learning_rate" not in yaml.safe_load(written) and "# Tune the learning rate" in written
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from lora_init.planning.snippets import TOOLS, snippet
 from tests.conftest import tiny_llama
 from tests.planning.made import model_and_statistics
 
+MEASURED = {"learning_rate": 2e-4, "warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"}
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -65,7 +66,7 @@ def test_axolotl_gets_what_it_forwards_to_peft(lora_alpha, use_rslora, scaling):
     plan, expected = allocated(model_and_statistics()[1])
     text = snippet(plan, "axolotl", lora_alpha, use_rslora)
     config = yaml.safe_load(text)
-    assert config["adapter"] == "lora" and "axolotl 0.18 or newer" in text and "`lora_model_dir: adapter`" in text
+    assert config["adapter"] == "lora" and "axolotl 0.18 or newer" in text and config["lora_model_dir"] == "adapter"
     rslora = " --use-rslora" if use_rslora else ""
     assert f"lora-init init MODEL DATA --ranks plan.json --lora-alpha {lora_alpha:g}{rslora} --output adapter" in text
     ranks, scalings = ranks_and_scalings(as_axolotl(config))
@@ -88,6 +89,45 @@ def test_llama_factory_gets_a_finished_adapter():
     assert "lora-init init MODEL DATA --ranks p.json --lora-alpha 6.5 --output adapter" in text
     adapter = {"finetuning_type": "lora", "adapter_name_or_path": "adapter", "create_new_adapter": False}
     assert yaml.safe_load(text) == adapter
+
+
+# Of the tools' own documentation: what each calls rate, warm-up and schedule, and where it takes an adapter.
+TRAINING = {
+    "axolotl": ("learning_rate", "warmup_ratio", "lr_scheduler", ("lora_model_dir", "adapter")),
+    "llama-factory": ("learning_rate", "warmup_steps", "lr_scheduler_type", ("adapter_name_or_path", "adapter")),
+    "ms-swift": ("learning_rate", "warmup_ratio", "lr_scheduler_type", ("adapters", ["adapter"])),
+}
+
+
+@pytest.mark.parametrize("tool", TRAINING)
+def test_trainers_get_the_adapter_and_what_was_measured_with_it(tool):
+    plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
+    text = snippet(plan, tool, 16, recommended=MEASURED, advice="Train so.")
+    *names, (place, adapter) = TRAINING[tool]
+    config = yaml.safe_load(text)
+    assert [config[name] for name in names] == [2e-4, 0.1, "cosine"] and config[place] == adapter
+    assert "# lora-init init MODEL DATA --ranks plan.json" in text and "# Train so." in text
+    nothing = snippet(plan, tool, 16, advice="Tune it.")
+    assert not set(names) & set(yaml.safe_load(nothing)) and "# Tune it." in nothing
+
+
+def test_trl_trains_the_adapter_as_was_measured(tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    plan, expected = allocated(model_and_statistics("CAUSAL_LM")[1])
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("MODEL")
+    seen = {}
+    exec(snippet(plan, "peft", 16), seen)
+    get_peft_model(tiny_llama(), seen["config"]).save_pretrained("adapter")
+    monkeypatch.setattr(trl, "SFTTrainer", lambda model, **given: seen.update(given, model=model))
+    monkeypatch.setattr(trl, "SFTConfig", lambda *_, **settings: settings)
+    plan = replace(plan, provenance=replace(plan.provenance, model_id=None))
+    exec(snippet(plan, "trl", 16, recommended=MEASURED), {"DATASET": [1]})
+    assert seen["args"] == {"learning_rate": 2e-4, "warmup_steps": 0.1, "lr_scheduler_type": "cosine"}
+    layers = {name: module for name, module in seen["model"].named_modules() if hasattr(module, "lora_A")}
+    ranks = {name: module.lora_A["default"].out_features for name, module in layers.items()}
+    assert {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()} == expected
+    assert all(p.requires_grad for name, p in seen["model"].named_parameters() if "lora_" in name)
 
 
 def test_a_name_that_ends_another_is_told_apart():
@@ -115,7 +155,7 @@ def test_csv_and_json_hold_every_layer():
 
 def test_unknown_formats_and_empty_plans():
     plan, _ = allocated(model_and_statistics()[1])
-    with pytest.raises(LoraInitError, match=r"format='toml' is unknown. Choose from peft, axolotl"):
+    with pytest.raises(LoraInitError, match=r"format='toml' is unknown. Choose from peft, trl, axolotl"):
         snippet(plan, "toml")
     for alpha in (0, math.nan, -1):
         with pytest.raises(LoraInitError, match="must be a positive number"):
@@ -152,12 +192,13 @@ def test_the_examples_and_snippets_pass_the_schema_of_axolotl():
     read = axolotl_reads({})
     assert read.lora_model_dir == "adapter" and read.datasets[0].path == "chat.jsonl"
     plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
-    axolotl_reads(yaml.safe_load(snippet(plan, "axolotl", 8)))
+    axolotl_reads(yaml.safe_load(snippet(plan, "axolotl", 8, recommended=MEASURED)))
 
 
 def test_the_examples_and_snippets_pass_the_parser_of_llama_factory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model, tuning = llama_factory_reads({}, monkeypatch)
     assert model.adapter_name_or_path == ["adapter"] and not tuning.create_new_adapter
-    unequal = yaml.safe_load(snippet(allocated(model_and_statistics("CAUSAL_LM")[1])[0], "llama-factory", 24))
+    plan, _ = allocated(model_and_statistics("CAUSAL_LM")[1])
+    unequal = yaml.safe_load(snippet(plan, "llama-factory", 24, recommended=MEASURED))
     assert llama_factory_reads(unequal, monkeypatch)[0].adapter_name_or_path == ["adapter"]
