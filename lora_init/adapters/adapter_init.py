@@ -24,7 +24,7 @@ from lora_init.adapters.directory import (
     start_digest,
     write_start,
 )
-from lora_init.adapters.peft_model import attach, check_fits, check_plain, remember, remove_adapters
+from lora_init.adapters.peft_model import as_it_was, attach, check_fits, check_plain, remove_adapters
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import Start, find_start
 from lora_init.errors import LoraInitError
@@ -338,16 +338,13 @@ class AdapterInit:
             return tensors
         from peft.utils import get_peft_model_state_dict
 
-        restore = remember(model)
-        try:
+        with as_it_was(model):
             remove_adapters(model)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 check_fits(model, self, "default")
                 state = get_peft_model_state_dict(attach(model, self, "default"), save_embedding_layers=False)
             return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-        finally:
-            restore()
 
     def _origin(self, short: bool = False) -> dict[str, Any]:
         """Lay out as plain values where the adapter comes from; in short without what each layer would add."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from torch import nn
 
-from lora_init.adapters.peft_model import adapter_layers, remember
+from lora_init.adapters.peft_model import adapter_layers, as_it_was
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
 from lora_init.planning.lora_config import exact_pattern
@@ -86,15 +86,12 @@ def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) 
     from peft import get_peft_model
 
     _check_plain_config(config)
-    restore = remember(model)
-    try:
+    with as_it_was(model):
         try:  # on the meta device: only names are read
             peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
         said = read_adapter(peft_model, given, "config", config)
-    finally:
-        restore()
     return said if config.task_type else {name: value for name, value in said.items() if name != "task_type"}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.peft_model import adapter_layers, check_plain, load_adapter, remember
+from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adapter
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import is_conv1d, is_linear
 
@@ -140,11 +140,8 @@ def intruder_dimensions(
         modules = dict(model.named_modules())
         linear = [name for name in directory.layers if name in modules and is_linear(modules[name])]
         base = left_singular_vectors(model, linear)
-    restore = remember(model, weights=directory.changes_weights)
-    try:
-        return _examine(load_adapter(model, directory, trainable=False), base, k, threshold)
-    finally:
-        restore()
+    with with_adapter(model, directory) as peft_model:
+        return _examine(peft_model, base, k, threshold)
 
 
 def left_singular_vectors(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,16 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
     return restore
 
 
+@contextmanager
+def as_it_was(model: nn.Module, weights: bool = False) -> Iterator[None]:
+    """Put a model back after the block, see `remember`."""
+    restore = remember(model, weights)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
     """Find PEFT's layers by the names of the plain model's layers and parameters."""
     from peft.tuners.lora import LoraLayer
@@ -222,7 +233,7 @@ def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool)
     """Put an adapter directory on a plain model, in place, and make sure that all of it found its place.
 
     PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
-    Refuses one that is damaged or for another model. The model may then be half wrapped: `remember` puts it back.
+    Refuses one that is damaged or for another model. The model may then be half wrapped: `with_adapter` puts it back.
     """
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
@@ -249,3 +260,10 @@ def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool)
         )
     match_modes(peft_model)
     return peft_model
+
+
+@contextmanager
+def with_adapter(model: nn.Module, directory: AdapterDirectory) -> Iterator[PeftModel]:
+    """Put an adapter directory on a plain model while the block runs, to look at it, see `load_adapter`."""
+    with as_it_was(model, weights=directory.changes_weights):
+        yield load_adapter(model, directory, trainable=False)

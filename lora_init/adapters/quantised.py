@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.peft_model import remember
+from lora_init.adapters.peft_model import as_it_was
 from lora_init.collection.losses import Loss, mean_loss, own_loss
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.running import Forward, call_model, evaluating, on_device_of
@@ -227,14 +227,11 @@ def with_losses(
     Raises:
         LoraInitError: The loss with the adapter is not below that without it.
     """
-    restore = remember(model)
-    try:
+    with as_it_was(model):
         before = loss_of(model)
         with errors.undone():
             exact = loss_of(model)
         after = loss_of(init.apply(model))
-    finally:
-        restore()
     if not (after < before or unchecked):
         raise LoraInitError(
             f"method {init.method!r}: on the examples set aside the loss is {before:.5g} in the quantised model and "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.peft_model import adapter_layers, check_plain, remember
+from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_plain
 from lora_init.errors import LoraInitError
 from lora_init.layers.wrappers import unwrapped
 
@@ -62,8 +62,7 @@ def find_step_size(
     """
     check_plain(model, "find_step_size()")
     model = unwrapped(model)
-    restore = remember(model)
-    try:
+    with as_it_was(model):
         before = loss_of(model)
         init = build(gamma or first)
         layers = adapter_layers(init.apply(model)).values()
@@ -77,8 +76,6 @@ def find_step_size(
 
         best = gamma or _lowest(measure, first)
         loss = measure(best)
-    finally:
-        restore()
     if not (math.isfinite(before) and math.isfinite(loss)) or not (gamma or loss < before):
         raise NoStepError(
             f"method {init.method!r}: the loss is {before:.4g} for the plain model and {loss:.4g} after the step with "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.peft_model import adapter_layers, remember
+from lora_init.adapters.peft_model import adapter_layers, as_it_was
 from lora_init.errors import require
 from lora_init.serving.trained import Layer
 
@@ -48,8 +48,7 @@ def find_weights(
 
     n = len(adapters)
     measured: dict[tuple[float, ...], float] = {}
-    restore = remember(model)
-    try:
+    with as_it_was(model):
         layers = adapter_layers(build(stack(adapters, [1.0] * n)).apply(model))
         whole = {name: next(iter(layer.lora_B.values())).weight.detach().clone() for name, layer in layers.items()}
         parts = {name: [a[name].rank if name in a else 0 for a in adapters] for name in layers}
@@ -68,6 +67,4 @@ def find_weights(
         first = [[float(i == j) for j in range(n)] for i in range(n)] + [[1.0 / n] * n]
         options = {"maxiter": MOST_PASSES - len(first), "rhobeg": 0.25}
         minimize(measure, min(first, key=measure), method="COBYLA", options=options)
-    finally:
-        restore()
     return list(min(measured.items(), key=itemgetter(1))[0]), len(measured)

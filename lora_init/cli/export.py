@@ -84,15 +84,11 @@ def _load(directory: Path, base: str | None) -> LoadedModel:
 
 def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
     from lora_init.adapters.directory import AdapterDirectory
-    from lora_init.adapters.peft_model import load_adapter, remember
+    from lora_init.adapters.peft_model import with_adapter
     from lora_init.collection.losses import mean_loss
 
-    adapter = AdapterDirectory(directory)
-    restore = remember(loaded.model, weights=adapter.changes_weights)
-    try:
-        return mean_loss(load_adapter(loaded.model, adapter, trainable=False), batches)
-    finally:
-        restore()
+    with with_adapter(loaded.model, AdapterDirectory(directory)) as peft_model:
+        return mean_loss(peft_model, batches)
 
 
 def _of_quantised_base(share: float) -> str:

@@ -134,8 +134,7 @@ class Variant:
         alpha: lora_alpha of its own, if it has one.
         batches: Number of batches for its statistics, if it has one of its own.
         steps: How long it is trained, if it is not as long as all others.
-        equal_parameters: Whether it gets as many trainable parameters as the random start.
-        matched_scale: Whether its A is scaled to the size of the random one.
+        ways: All that follows a plus.
         recipe: How `build_adapter` makes it; None for a start that is made otherwise, or that is the user's own.
         start: None if it is the user's own.
     """
@@ -145,8 +144,7 @@ class Variant:
     alpha: int | None
     batches: int | None
     steps: int | None
-    equal_parameters: bool
-    matched_scale: bool
+    ways: tuple[str, ...]
     recipe: Recipe | None
     start: Start | None
 
@@ -156,7 +154,17 @@ class Variant:
     @property
     def is_plain(self) -> bool:
         """Whether nothing says how the start is run."""
-        return self.title == self.base
+        return not self.ways
+
+    @property
+    def equal_parameters(self) -> bool:
+        """Whether it gets as many trainable parameters as the random start."""
+        return EQUAL_PARAMETERS in self.ways
+
+    @property
+    def matched_scale(self) -> bool:
+        """Whether its A is scaled to the size of the random one."""
+        return MATCHED_SCALE in self.ways
 
     @property
     def any_batches(self) -> str:
@@ -216,15 +224,12 @@ def read_variant(title: str) -> Variant:
         'mine+yours'
     """
     base = _WAYS.sub("", title)
-    ways = title[len(base) :].split("+")[1:]
+    ways = tuple(title[len(base) :].split("+")[1:])
     numbers = {kind: int(n) for n, _, kind in (way.partition("-") for way in ways) if n.isdecimal()}
     known = base in compared_names()
     recipe = find_recipe(base) if known else None
     start = recipe.start if recipe else find_start(base) if known else None
-    return Variant(
-        title, base, numbers.get("alpha"), numbers.get("batches"), numbers.get("steps"), EQUAL_PARAMETERS in ways,
-        MATCHED_SCALE in ways, recipe, start,
-    )  # fmt: skip
+    return Variant(title, base, numbers.get("alpha"), numbers.get("batches"), numbers.get("steps"), ways, recipe, start)
 
 
 def recommended(rank: int) -> dict[str, float]:
@@ -273,14 +278,13 @@ def check_start(start: str | OwnStart) -> None:
         if read_variant(name).start is None:
             raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(name, compared_names())}")
     asked = read_variant(name)
-    ways = name[len(asked.base) :].split("+")[1:]
-    if len({way.rpartition("-")[2] for way in ways}) < len(ways):
+    if len({way.rpartition("-")[2] for way in asked.ways}) < len(asked.ways):
         raise LoraInitError(f"start {start!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches.")
     if asked.equal_parameters and not (asked.recipe and (asked.recipe.reads_data or asked.recipe.freeze_a)):
         raise LoraInitError(
             f"start {asked.base!r} takes no ranks from data, so it cannot be run with equal parameters."
         )
-    if asked.base == FULL and ways:
+    if asked.base == FULL and asked.ways:
         raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
 
 

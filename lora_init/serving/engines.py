@@ -7,7 +7,7 @@ add an `Engine` to `ENGINES`, with a function for its form if it loads no PEFT d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Literal
@@ -101,6 +101,14 @@ PEFT = Engine(
     ranks=True,
 )
 _LOCAL = "--url http://127.0.0.1"
+_TGI = Engine(
+    "TGI",
+    "text-generation-launcher --model-id {base} --lora-adapters {name}={path}",
+    server=f"{_LOCAL}:3000/v1 --model {{name}}",
+    reads=("lora", "use_rslora"),
+    allows=_is_not_padded,
+    allowed="rank 8 or a multiple of 16",
+)
 ENGINES = {
     "vllm": Engine(
         "vLLM",
@@ -142,21 +150,12 @@ ENGINES = {
         ranks=True,
         reads=("lora",),
     ),
-    "tgi": Engine(
-        "TGI",
-        "text-generation-launcher --model-id {base} --lora-adapters {name}={path}",
-        server=f"{_LOCAL}:3000/v1 --model {{name}}",
-        reads=("lora", "use_rslora"),
-        allows=_is_not_padded,
-        allowed="rank 8 or a multiple of 16",
-    ),
-    "lorax": Engine(
-        "LoRAX",
-        "lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local",
+    "tgi": _TGI,
+    "lorax": replace(  # which began as TGI
+        _TGI,
+        title="LoRAX",
+        command="lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local",
         server=f"{_LOCAL}:3000/v1 --model {{path}}",
-        reads=("lora", "use_rslora"),
-        allows=_is_not_padded,
-        allowed="rank 8 or a multiple of 16",
     ),
     "mlx": Engine(
         "MLX",

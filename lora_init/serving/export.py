@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.directory import CARD_FILE, WEIGHTS_FILE, AdapterDirectory, card_header
-from lora_init.adapters.peft_model import remember
+from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
 from lora_init.layers.targets import PREFIX
@@ -230,19 +230,16 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     other = next((name for name in trained.layers if name in modules and is_transposed(modules[name])), None)
     if other is not None:  # PEFT takes its weight for that of a linear layer
         raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
-    restore = remember(model)
-    peft_model = PeftModel.from_pretrained(model, str(directory))
 
     def reduce(old: str, new: str) -> int:
         lines: list[str] = []
         reduce_intruder_dimension(peft_model, old, new, logging_sink=lines.append)  # type: ignore[no-untyped-call]
         return sum(int(count) for line in lines for count in re.findall(r": Intruders: (\d+)", line))
 
-    try:
+    with as_it_was(model):
+        peft_model = PeftModel.from_pretrained(model, str(directory))
         counts = reduce("default", "reduced"), reduce("reduced", "again")
         state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
-    finally:
-        restore()
     layers = {}
     for name, layer in trained.layers.items():
         a, b = (state[f"{PREFIX}{name}.{end}"].cpu().to(layer.a.dtype) for end in layer.ends)

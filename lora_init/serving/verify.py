@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_init.adapters import peft_model as peft
 from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.peft_model import adapter_layers, with_adapter
 from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.serving.engines import VLLM_RANKS
@@ -98,9 +98,8 @@ def verify(
         )
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
-    restore = peft.remember(model, weights=adapter.changes_weights)
-    try:
-        local = _Local(peft.load_adapter(model, adapter, trainable=False).eval(), tokenizer)
+    with with_adapter(model, adapter) as peft_model:
+        local = _Local(peft_model.eval(), tokenizer)
         faults = local.faults()
         plain, trained = local.run(prompts, faults[0]), local.run(prompts)
         likeliest = trained.topk(min(_TOP, trained.shape[1])).indices
@@ -112,8 +111,6 @@ def verify(
         effect = float(effects[chosen].mean().sqrt())
         observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
         return diagnose(observed, at_base, plain, trained, effect, faults, lambda fault: local.run(asked, fault))
-    finally:
-        restore()
 
 
 def diagnose(
@@ -193,7 +190,7 @@ class _Local:
     """The adapter in PEFT: its log-probabilities, also under faults, and the tokens that an engine means."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer, self.layers = model, tokenizer, peft.adapter_layers(model)
+        self.model, self.tokenizer, self.layers = model, tokenizer, adapter_layers(model)
         self.name, self.size = model.active_adapter, 0
 
     @torch.no_grad()
