@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.cli.console import (
-    Completion,
-    DataFormat,
-    MaxLength,
-    Template,
-    TrustRemoteCode,
-    busy,
-    command,
-    importing,
-    print_result,
-    say,
-)
+from lora_init.cli.console import busy, command, importing, print_result, say
+from lora_init.cli.options import MaxLength, Reading, TrustRemoteCode
 from lora_init.cli.tables import columns, facts, finite
 from lora_init.errors import LoraInitError
 
@@ -30,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_init.loading.models import LoadedModel
+    from lora_init.statistics.statistics import Statistics
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keep trained adapters as starts for new tasks.")
 
@@ -49,9 +40,8 @@ def add(
     encoder: Annotated[
         str | None, Option(help="Sentence encoder for prompts. Default: the base model's middle layer.")
     ] = None,
-    template: Template = None,
-    completion: Completion = None,
-    data_format: DataFormat = None,
+    *,
+    reading: Reading,
     samples: Annotated[int, Option(min=2, help="Prompts to keep embeddings of.")] = 128,
     max_length: MaxLength = 512,
     trust_remote_code: TrustRemoteCode = False,
@@ -80,9 +70,8 @@ def add(
     with busy(f"loading {source}"):
         loaded = load_model(source, trust_remote_code=trust_remote_code)
     batches = load_batches(
-        data, loaded.tokenizer, template=template, completion=completion, format=data_format,
-        samples=samples, max_length=max_length, seq2seq=loaded.seq2seq,
-    )  # fmt: skip
+        data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
+    )
     with busy("embedding the prompts"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(encoder))
     called = f"{type(loaded.model).__name__} {Path(source).name}"
@@ -161,7 +150,7 @@ def start_from(
     loaded: LoadedModel,
     batches: Any,
     aside: list[Any],
-    statistics: Path | None,
+    stats: Statistics | None,
     *,
     output: Path,
     overwrite: bool,
@@ -172,12 +161,10 @@ def start_from(
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
     from lora_init.collection.losses import mean_loss
-    from lora_init.statistics.statistics import Statistics
 
     bank = open_bank(path)
     with busy(f"starting from {path}"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(bank.encoder))
-        stats = Statistics.load(statistics) if statistics else None
         labelled = any("labels" in batch for batch in aside)
         loss_of = partial(mean_loss, batches=aside) if labelled else None
         found = start_from_bank(

@@ -13,22 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
-from lora_init.cli.console import (
-    Completion,
-    DataFormat,
+from lora_init.cli.console import importing, is_quiet, print_result, prints_json, say
+from lora_init.cli.options import (
     Device,
     Dtype,
     MaxLength,
-    Template,
+    Reading,
     TrustRemoteCode,
-    importing,
-    is_quiet,
-    print_result,
-    prints_json,
     read_modules,
     read_names,
     read_numbers,
-    say,
     unescape,
 )
 from lora_init.errors import LoraInitError
@@ -70,8 +64,7 @@ def compare(
     seeds: Annotated[
         int | None, Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
     ] = None,
-    template: Template = None,
-    completion: Completion = None,
+    reading: Reading,
     label: Annotated[str | None, Option(help="Column of the class: trains a classifier.")] = None,
     time: Annotated[
         str | None, Option(help="Limit, such as 2h or 30m: seeds are spent where they still decide.")
@@ -79,9 +72,6 @@ def compare(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Say what it would do and how long it takes; a step is measured, nothing kept.")
     ] = False,
-    data_format: DataFormat = None,
-    subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
-    split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
     train_samples: Annotated[int, Option(min=1, help="Training examples at most.")] = 1024,
     selection_samples: Annotated[
         int | None,
@@ -152,14 +142,12 @@ def compare(
         "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
         "time": None if time is None else _read_seconds(time),
         "precision": None if precision is None else _read_share(precision),
-        "format": data_format,
+        **vars(reading),
         "progress": False if is_quiet() else None,
     }
     with importing(model, data):
         from lora_init.comparison.compare import compare as run_comparison
-    arguments: dict[str, Any] = {
-        name: value for name, value in given.items() if name not in ("eval_points", "data_format")
-    }
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in ("eval_points", "reading")}
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if found.outlook is not None:
         plan = {"runs": [asdict(run) for run in found.planned], **found.outlook.to_dict()}

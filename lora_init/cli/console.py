@@ -1,4 +1,4 @@
-"""What all commands share: results on stdout, all else on stderr, one line per error, and how options are read."""
+"""What all commands share: results on stdout, all else on stderr, and one line per error."""
 
 from __future__ import annotations
 
@@ -11,49 +11,20 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
-from lora_init.errors import LoraInitError, explain, require
-from lora_init.layers.grid import PURPOSES
-from lora_init.loading.examples import FORMATS
+from lora_init.errors import explain, require
 from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-
-def unescape(template: str | None) -> str | None:
-    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
-
-
-TrustRemoteCode = Annotated[
-    bool,
-    Option("--trust-remote-code", help="Run code that comes with the model. Read it first."),
-]
-Template = Annotated[
-    str | None, Option(callback=unescape, help='Text of an example, as in "{passage}\\nQuestion: {question}?".')
-]
-Completion = Annotated[
-    str | None, Option(callback=unescape, help="What the model should answer; --template is then the prompt.")
-]
-if TYPE_CHECKING:
-    _Format: TypeAlias = str
-else:  # the registry decides what there is
-    _Format = Literal[tuple(FORMATS)]
-DataFormat = Annotated[
-    _Format | None,
-    Option("--format", help="How examples are written. Default: what the columns say.", show_default=False),
-]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
-Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
-Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
-MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]
 
 # Libraries of extras that a command, an option, or a value of an option needs.
 _LIBRARIES = {
@@ -169,19 +140,32 @@ def _common(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: it takes the options of `_common`, too, and what goes wrong is one line."""
+    """Make a command of a function: it takes the options of `_common`, too, and what goes wrong is one line.
+
+    A parameter that is a dataclass stands for the options that its fields are.
+    """
+    own = _parameters(function)
+    shared: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
 
     @functools.wraps(function)
     def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
         _common(context, quiet, verbose, as_json)
         with one_line_errors():
             require(*_libraries(context.command.name, options))
+            for name, kind in shared.items():
+                options[name] = kind(**{one.name: options.pop(one.name) for one in fields(kind)})
             function(**options)
 
-    signatures = (inspect.signature(part, eval_str=True) for part in (function, _common))
-    parameters = [one.replace(kind=one.KEYWORD_ONLY) for part in signatures for one in part.parameters.values()]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    groups = (_parameters(one.annotation) if one.name in shared else [one] for one in own)
+    parameters = [*chain.from_iterable(groups), *_parameters(_common)]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [one.replace(kind=one.KEYWORD_ONLY) for one in parameters]
+    )
     return run
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [*inspect.signature(function, eval_str=True).parameters.values()]
 
 
 def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
@@ -299,25 +283,3 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
-
-
-def read_modules(text: str) -> str | list[str]:
-    """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
-    keywords = ("all-linear", *PURPOSES)
-    if text.lower().replace("_", "-") in keywords or re.search(r"[^\w.,\s-]", text):
-        return text
-    return read_names(text)
-
-
-def read_names(text: str | None) -> list[str]:
-    """Read names separated by commas."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def read_numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:
-    """Read numbers separated by commas."""
-    try:
-        return [kind(word) for word in text.split(",")]
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise LoraInitError(f"{option} {text!r}: expected {what} separated by commas.") from None

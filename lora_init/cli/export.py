@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.cli.console import (
-    Completion,
-    MaxLength,
-    Samples,
-    Template,
-    busy,
-    importing,
-    print_result,
-)
+from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.options import MaxLength, Reading, Samples
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require_version
 from lora_init.serving.engines import ENGINES, find_engine
@@ -40,8 +33,8 @@ def export(
     merge_into: Annotated[str | None, Option(help="Write this whole model with the adapter merged in.")] = None,
     reduce_intruders: Annotated[bool, Option("--reduce-intruders", help="Take most intruders out, by PEFT.")] = False,
     data: Annotated[str | None, Option(help="Data to measure the loss on before and after, as for init.")] = None,
-    template: Template = None,
-    completion: Completion = None,
+    *,
+    reading: Reading,
     samples: Samples = 64,
     max_length: MaxLength = 512,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
@@ -59,9 +52,8 @@ def export(
     batches = None
     if loaded is not None and data is not None:
         batches = load_batches(
-            data, loaded.tokenizer, template=template, completion=completion, samples=samples,
-            max_length=max_length, seq2seq=loaded.seq2seq,
-        )  # fmt: skip
+            data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
+        )
     exported = export_adapter(
         directory, output, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
         start=start, base=base, merge_into=merge_into, overwrite=overwrite,

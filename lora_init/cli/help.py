@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 
 # Options by what they are about, whichever command has them; those of no group come first, with those everybody needs.
 _GROUPS = {
-    "Data": "data_format subset split samples batch_size max_length options answer normalize name train_samples "
+    "Data": "format subset split samples batch_size max_length options answer normalize name train_samples "
     "selection_samples report_samples data_seed retain_data retain_template retain_samples",
     "Layers and ranks": "target_modules exclude_modules target_parameters modules_to_save rho ranks_from use_rslora "
     "use_dora freeze_a",

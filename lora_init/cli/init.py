@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from typer import Argument, Option
@@ -26,33 +25,14 @@ from lora_init.adapters.starts import (
     find_start,
 )
 from lora_init.cli.bank import start_from
-from lora_init.cli.console import (
-    Completion,
-    DataFormat,
-    Device,
-    Dtype,
-    MaxLength,
-    Samples,
-    Template,
-    TrustRemoteCode,
-    busy,
-    given,
-    importing,
-    is_quiet,
-    print_result,
-    process_group,
-    process_rank,
-    read_modules,
-    read_names,
-    say,
-)
-from lora_init.cli.tables import correction_facts, finite, quantisation_name
+from lora_init.cli.console import busy, given, importing, is_quiet, print_result, process_group, process_rank, say
+from lora_init.cli.options import Device, Dtype, MaxLength, Reading, Samples, TrustRemoteCode, read_modules, read_names
+from lora_init.cli.summary import show_summary, summary_of
 from lora_init.errors import LoraInitError, require
 from lora_init.files import check_writable
 from lora_init.loading.sources import FILE_TYPES
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
 
     from lora_init.adapters.adapter_init import AdapterInit
@@ -126,8 +106,7 @@ def init(
         float | None,
         Option(help="What it says to train with, as lora-init compare found it. Default: what was measured."),
     ] = None,
-    template: Template = None,
-    completion: Completion = None,
+    reading: Reading,
     label: Annotated[str | None, Option(help="Column of the class: an adapter and a head for a classifier.")] = None,
     statistics: Annotated[
         Path | None, Option(help="File kept every minute, and gone on from by the same command; serves without DATA.")
@@ -136,9 +115,6 @@ def init(
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
     ] = False,
-    data_format: DataFormat = None,
-    subset: Annotated[str | None, Option(help="Configuration of a hub data set.")] = None,
-    split: Annotated[str, Option(help="Split of a hub data set or a folder.")] = "train",
     samples: Samples = 256,
     batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 4,
     max_length: MaxLength = 512,
@@ -195,33 +171,29 @@ def init(
     with importing(model, data):
         from lora_init.adapters.build import build_adapter, check_adapter_options
         from lora_init.adapters.peft_model import check_modules_to_save
-        from lora_init.layers.identity import fingerprint
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import find_device
-        from lora_init.planning.allocate import allocate_ranks
-    options: dict[str, Any] = {
+    adapter: dict[str, Any] = {
         "gamma": gamma, "whiten": whiten, "lora_alpha": lora_alpha, "use_dora": use_dora,
         "modules_to_save": read_names(modules_to_save),
     }  # fmt: skip
-    start = _choose(method, by, _is_from_bank(method, bank, data), label, data, statistics)
-    _check_quantised(start, quantize, weights, unchecked)
-    if learning_rate is not None and not 0.0 < learning_rate < math.inf:
-        raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a positive number such as 2e-4.")
-    check_adapter_options(start, **options, output=output, overwrite=overwrite)
-    sets_aside, gradients = start.takes_step or start.by_error, gradients or start.by_gradient
+    from_bank = _is_from_bank(method, bank, data)
+    file, there = _find_statistics(data, statistics, label, token_mask)
+    start = BANK_WAYS[by] if from_bank else find_start(method or _by_default(label, there if data is None else None))
+    _check_start(start, data, learning_rate, quantize, weights, unchecked)
+    check_adapter_options(start, **adapter, output=output, overwrite=overwrite)
     find_device(device)
-    file = _check_sources(data, statistics, start.name if start.takes_step else "", label, token_mask)
-    given_rho, (plan, rank, rho, rho_of_pass) = rho, _read_budget(ranks_from, rank, rho, start, file)
+    budget = _read_budget(ranks_from, rank, rho, start, there)
+    gradients = gradients or start.by_gradient
     with busy(f"reading {model} and the data"):
         source = _open(model, task_type, label, trust_remote_code, gradients and data is not None, quantize, start)
         read = partial(
-            load_batches, data, source.tokenizer, template=template, completion=completion,
-            format=data_format, subset=subset, split=split, batch_size=batch_size, max_length=max_length, seed=seed,
-            seq2seq=source.seq2seq and label is None, needs_labels=gradients or token_mask == "labels", label=label,
-            known_classes=source.classes,
+            load_batches, data, source.tokenizer, **vars(reading), batch_size=batch_size, max_length=max_length,
+            seed=seed, seq2seq=source.seq2seq and label is None, needs_labels=gradients or token_mask == "labels",
+            label=label, known_classes=source.classes,
         )  # fmt: skip
-        batches = read(samples=samples) if data is not None else None  # before the weights, which take longer
-        aside, batches = _read_aside(read if sets_aside else None, batches, samples, batch_size)
+        # Before the weights, which take longer.
+        aside, batches = _read_examples(None if data is None else read, start, samples, batch_size)
     selection: dict[str, Any] = {
         "target_modules": read_modules(target_modules),
         "exclude_modules": read_modules(exclude_modules) if exclude_modules else None,
@@ -229,7 +201,7 @@ def init(
         "task_type": source.task_type,
     }
     settings: dict[str, Any] = {
-        "rank": rank, "rho": rho_of_pass, "center": center, "token_mask": token_mask, "gradients": gradients,
+        "rank": budget.rank, "rho": budget.of_pass, "center": center, "token_mask": token_mask, "gradients": gradients,
         "max_batches": max_batches, "seed": seed, "skip_bad_batches": skip_bad_batches,
     }  # fmt: skip
     if dry_run:
@@ -239,23 +211,27 @@ def init(
         print_result(estimate(source, batches, selection, settings), show_estimate)
         return
     with busy(f"loading {model}"):
-        loaded = source.load(dtype=dtype, device=device, quantise=quantize, **_head(batches, file, seed))
-    check_modules_to_save(loaded.model, options["modules_to_save"], loaded.task_type, loaded.drawn)
+        loaded = source.load(dtype=dtype, device=device, quantise=quantize, **_head(batches, there, seed))
+    check_modules_to_save(loaded.model, adapter["modules_to_save"], loaded.task_type, loaded.drawn)
     if bank is not None:
         start_from(
-            bank, loaded, batches, aside, file, by=by, rank=rank, lora_alpha=lora_alpha or start.lora_alpha(rank),
-            gamma=gamma, similarity=similarity, output=output, overwrite=overwrite,
+            bank, loaded, batches, aside, there, by=by, rank=budget.rank, gamma=gamma, similarity=similarity,
+            lora_alpha=lora_alpha or start.lora_alpha(budget.rank), output=output, overwrite=overwrite,
         )  # fmt: skip
         return
-    if plan is not None:
-        plan.check_model(fingerprint(loaded.model), f"{type(loaded.model).__name__} {model}")
-    fall_back = method is None and {"rho": given_rho or find_start(DEFAULT).rho, "gradients": False}
-    stats, start = _learn(loaded.model, batches, file, overwrite, selection, settings, start, fall_back or {})
+    budget.check_model(loaded.model, model)
+    if batches is None:
+        assert there is not None  # checked with the data
+        stats = _as_it_is(there, loaded.model, selection)
+    else:
+        run = partial(_collect, loaded.model, batches, file, overwrite)
+        by_default = {"rho": rho or find_start(DEFAULT).rho, "gradients": False} if method is None else None
+        stats, start = _learn(run, selection | settings, start, by_default)
     if process_rank():
         return
-    ranks = plan or allocate_ranks(stats, rank=rank, rho=given_rho or start.rho)
+    ranks = budget.allocate(stats, start)
     build = partial(
-        build_adapter, stats, ranks, start.name, **options, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed
+        build_adapter, stats, ranks, start.name, **adapter, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed
     )
     built = _built(loaded.model, build, start, aside, gamma, stats=stats, weights=weights, unchecked=unchecked)
     built = replace(built, learning_rate=learning_rate)
@@ -265,7 +241,7 @@ def init(
 
 # Options that say nothing without the thing that they are about: how DATA are read, how the pass over them is made, ...
 _OF_DATA = (
-    "template", "completion", "label", "data_format", "subset", "split", "samples", "batch_size", "max_length",
+    "template", "completion", "label", "format", "subset", "split", "samples", "batch_size", "max_length",
 )  # fmt: skip
 _OF_PASS = ("gradients", "max_batches", "skip_bad_batches", "token_mask", "center")
 _OF_BANK = ("by", "similarity")
@@ -275,20 +251,12 @@ _OF_OWN_START = (
 )  # fmt: skip
 
 
-def _choose(
-    method: str | None, by: str, from_bank: bool, label: str | None, data: str | None, statistics: Path | None
-) -> Start:
-    """Look the start up; where none was asked for, the one that is recommended for such data."""
+def _by_default(label: str | None, there: Statistics | None) -> str:
+    """Name the start that is recommended for the data, or for the statistics that are there in their place."""
     from lora_init.adapters.recommended import default_start
-    from lora_init.statistics.statistics import Statistics
 
-    if from_bank:
-        return BANK_WAYS[by]
-    classifies = label is not None
-    if method is None and data is None and statistics is not None and statistics.expanduser().is_file():
-        made = Statistics.load(statistics.expanduser()).provenance
-        classifies = made.gradients and "classes" in made.settings
-    return find_start(method or default_start(classifies))
+    made = there.provenance if there else None
+    return default_start(label is not None or (made is not None and made.gradients and "classes" in made.settings))
 
 
 def _refuse_idle(arguments: tuple[str, ...], why: str) -> None:
@@ -309,10 +277,12 @@ def _is_from_bank(method: str | None, bank: Path | None, data: str | None) -> bo
     return from_bank
 
 
-def _check_sources(
-    data: str | None, statistics: Path | None, method: str, label: str | None, token_mask: str
-) -> Path | None:
-    """Refuse to go without data where the file does not replace them, or a step `method` needs them; name the file."""
+def _find_statistics(
+    data: str | None, statistics: Path | None, label: str | None, token_mask: str
+) -> tuple[Path | None, Statistics | None]:
+    """Name the statistics file and read it if it is there; refuse to go without data where it does not replace them."""
+    from lora_init.statistics.statistics import Statistics
+
     if label is not None and token_mask == "labels":
         raise LoraInitError(f"--label {label}: a class is no --token-mask labels. Leave it out.")
     file = statistics.expanduser() if statistics else None
@@ -324,37 +294,82 @@ def _check_sources(
         raise LoraInitError("DATA is missing. Name it, or name with --statistics a file that exists.")
     if data is None and file is not None and not file.exists():
         raise LoraInitError(f"--statistics {file}: no such file. Name one that exists, or DATA to make it from.")
-    if data is None and method:
-        raise LoraInitError(
-            f"--method {method} finds the size of its step by the loss on examples, and DATA is missing."
-        )
     if data is None:
         _refuse_idle((*_OF_DATA, *_OF_PASS), f"without DATA nothing is read; {file} is used as it is")
-    return file
+    return file, Statistics.load(file) if file is not None and file.exists() else None
+
+
+def _check_start(
+    start: Start,
+    data: str | None,
+    learning_rate: float | None,
+    quantize: str | None,
+    weights: str | None,
+    unchecked: bool,
+) -> None:
+    """Refuse a start without the data for its step, options about a quantised base for others, and what is missing."""
+    if learning_rate is not None and not 0.0 < learning_rate < math.inf:
+        raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a positive number such as 2e-4.")
+    if data is None and start.takes_step:
+        raise LoraInitError(
+            f"--method {start.name} finds the size of its step by the loss on examples, and DATA is missing."
+        )
+    if quantize is not None:
+        require("bitsandbytes")
+    idle = [name for name, value in (("--weights", weights), ("--unchecked", unchecked)) if value]
+    if idle and not start.by_error:
+        raise LoraInitError(f"{', '.join(idle)}: for --method {_named(by_error=True)} alone. Leave it out.")
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What the ranks may cost.
+
+    Attributes:
+        plan: The plan that has all ranks, if one was named.
+        rank: Average rank.
+        rho: What was asked for; None for what the start is recommended with.
+        of_pass: rho of the pass.
+    """
+
+    plan: RankAllocation | None
+    rank: int
+    rho: float | None
+    of_pass: float
+
+    def check_model(self, model: nn.Module, name: str) -> None:
+        """Refuse a plan for another model."""
+        from lora_init.layers.identity import fingerprint
+
+        if self.plan is not None:
+            self.plan.check_model(fingerprint(model), f"{type(model).__name__} {name}")
+
+    def allocate(self, stats: Statistics, start: Start) -> RankAllocation:
+        """Give the plan, or make it."""
+        from lora_init.planning.allocate import allocate_ranks
+
+        return self.plan or allocate_ranks(stats, rank=self.rank, rho=self.rho or start.rho)
 
 
 def _read_budget(
-    ranks_from: Path | None, rank: int | None, rho: float | None, start: Start, file: Path | None
-) -> tuple[RankAllocation | None, int, float, float]:
-    """Read the plan; give rank and rho of the ranks, and rho of the pass: that of a file which is there, if it serves.
+    ranks_from: Path | None, rank: int | None, rho: float | None, start: Start, there: Statistics | None
+) -> _Budget:
+    """Read the plan. The pass has the rho of a file that is there, if it serves.
 
-    With a plan both are what the file has that it is from, or what it takes.
+    With a plan it has that of the file which the plan is from, or what the plan takes.
     """
     from lora_init.planning.plan import load_plan
-    from lora_init.statistics.statistics import Statistics
 
-    made = Statistics.load(file).provenance if file is not None and file.exists() else None
-    of_file = made.settings.get("rho", start.rho) if made else start.components
+    of_file = there.provenance.settings.get("rho", start.rho) if there else start.components
     if ranks_from is None:
         of_pass = max(start.rho, of_file) if rho is None else max(rho, start.components)
-        return None, rank or RANK, rho or start.rho, of_pass
+        return _Budget(None, rank or RANK, rho, of_pass)
     if (rank, rho) != (None, None):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(ranks_from)
-    if made is not None:
-        return plan, made.rank, of_file, of_file
-    needed = max(start.components, max(plan.values()) / plan.rank)
-    return plan, plan.rank, needed, needed
+    if there is not None:
+        return _Budget(plan, there.provenance.rank, None, of_file)
+    return _Budget(plan, plan.rank, None, max(start.components, max(plan.values()) / plan.rank))
 
 
 def _open(
@@ -384,22 +399,23 @@ def _open(
     return source
 
 
-def _head(batches: Batches | None, file: Path | None, seed: int) -> dict[str, Any]:
+def _head(batches: Batches | None, there: Statistics | None, seed: int) -> dict[str, Any]:
     """Say how many classes a new head has and what it is drawn from: as the data say, or the file in their place."""
-    from lora_init.statistics.statistics import Statistics
-
     if batches is not None:
         return {"n_labels": len(batches.classes) or None, "seed": seed}
-    assert file is not None  # checked with the data
-    made = Statistics.load(file).provenance
+    assert there is not None  # checked with the data
+    made = there.provenance
     return {"n_labels": len(made.settings.get("classes", ())) or None, "seed": made.seed}
 
 
-def _read_aside(
-    read: Callable[..., Batches] | None, batches: Batches | None, samples: int, batch_size: int
+def _read_examples(
+    read: Callable[..., Batches] | None, start: Start, samples: int, batch_size: int
 ) -> tuple[list[Any], Batches | None]:
-    """Set examples aside for the size of a step, beyond the sample if there are enough; give what is left of it."""
-    if read is None or batches is None:
+    """Read the sample; for the size of a step set examples aside, beyond the sample if there are enough."""
+    if read is None:
+        return [], None
+    batches = read(samples=samples)
+    if not (start.takes_step or start.by_error):
         return [], batches
     from lora_init.adapters.step_size import most_aside, set_aside
     from lora_init.loading.batches import Batches
@@ -416,49 +432,45 @@ def _read_aside(
     return aside, left
 
 
-def _as_it_is(file: Path, model: nn.Module, selection: Mapping[str, Any]) -> Statistics:
-    """Load a statistics file to use it without data; refuse it if it is of another model or other layers."""
+def _as_it_is(stats: Statistics, model: nn.Module, selection: Mapping[str, Any]) -> Statistics:
+    """Use a statistics file without data; refuse it if it is of another model or other layers."""
     from lora_init.layers.identity import fingerprint
     from lora_init.layers.targets import find_targets
-    from lora_init.statistics.statistics import Statistics
 
-    stats = Statistics.load(file)
     made = stats.provenance
     if made.fingerprint != fingerprint(model):
         origin = f"{made.model_class} {made.model_id}".strip()
-        raise LoraInitError(f"{file} was made from another model ({origin}). Name the file of this one.")
+        raise LoraInitError(f"{stats.path} was made from another model ({origin}). Name the file of this one.")
     found = find_targets(model, **selection)
     wanted, there = {*found.layers, *found.unsupported}, {*stats, *stats.unsupported}
     if wanted != there:
         raise LoraInitError(
-            f"{file} is not about the layers that --target-modules and --target-parameters select: "
+            f"{stats.path} is not about the layers that --target-modules and --target-parameters select: "
             f"{len(wanted - there)} are missing, {len(there - wanted)} too many. Select those that it is about."
         )
-    _say_used(file, stats)
+    _say_used(stats)
     return stats
 
 
 def _learn(
-    model: nn.Module, batches: Batches | None, file: Path | None, overwrite: bool, selection: Mapping[str, Any],
-    settings: Mapping[str, Any], start: Start, fall_back: Mapping[str, Any],
-) -> tuple[Statistics, Start]:  # fmt: skip
-    """Load or collect what a start needs; without gradients, where there are none and nobody asked for them.
+    run: Callable[[Mapping[str, Any]], Statistics],
+    settings: dict[str, Any],
+    start: Start,
+    by_default: dict[str, Any] | None,
+) -> tuple[Statistics, Start]:
+    """Collect what a start needs; without gradients, where there are none and nobody asked for them.
 
-    `fall_back` are the settings for that, empty where the start was asked for. Gives the start, too.
+    `by_default` are the settings for that, None where the start was asked for. Gives the start, too.
     """
     from lora_init.collection.backward import NoGradientsError
 
-    if batches is None:
-        assert file is not None  # checked with the data
-        return _as_it_is(file, model, selection), start
-    run = partial(_collect, model, batches, file, overwrite)
     try:
-        return run({**selection, **settings}), start
+        return run(settings), start
     except NoGradientsError as error:
-        if not fall_back:
+        if by_default is None:
             raise
         say(f"warning: {error} So the start is {DEFAULT}, from what the layers read.")
-        return run({**selection, **settings, **fall_back}), find_start(DEFAULT)
+        return run(settings | by_default), find_start(DEFAULT)
 
 
 def _collect(
@@ -487,14 +499,14 @@ def _collect(
             say("nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.")
         raise
     if file is not None and before is not None and file.stat().st_mtime_ns == before:
-        _say_used(file, stats)
+        _say_used(stats)
     return stats
 
 
-def _say_used(file: Path, stats: Statistics) -> None:
+def _say_used(stats: Statistics) -> None:
     made = stats.provenance
     until = "" if made.complete else ", of a pass that was interrupted"
-    say(f"{file}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches{until})")
+    say(f"{stats.path}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches{until})")
 
 
 def _built(
@@ -523,118 +535,3 @@ def _built(
     if start.takes_step:
         return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
     return build()
-
-
-def _check_quantised(start: Start, quantize: str | None, weights: str | None, unchecked: bool) -> None:
-    """Refuse options about a quantised base where there is none, and what is not installed."""
-    if quantize is not None:
-        require("bitsandbytes")
-    idle = [name for name, value in (("--weights", weights), ("--unchecked", unchecked)) if value]
-    if idle and not start.by_error:
-        raise LoraInitError(f"{', '.join(idle)}: for --method {_named(by_error=True)} alone. Leave it out.")
-
-
-def how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
-    """Say how the adapter is loaded for training."""
-    if built.corrects_base or built.freeze_a:
-        return f"as {directory / 'README.md'} shows"
-    classes, base = built.provenance.settings.get("classes"), "base_model"
-    if classes:
-        labels = dict(enumerate(map(str, classes)))
-        base = f"AutoModelForSequenceClassification.from_pretrained({model!r}, id2label={labels})"
-    return f"PeftModel.from_pretrained({base}, {str(directory)!r}, is_trainable=True)"
-
-
-def summary_of(
-    model: str, stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
-) -> dict[str, Any]:
-    """Put what `lora-init init` did into plain values."""
-    from lora_init.adapters.directory import WEIGHTS_FILE, AdapterDirectory
-    from lora_init.serving.support import serving_note
-
-    made = stats.provenance
-    shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}
-    worst = min(shares, key=shares.__getitem__, default=None)
-    before, after = built.losses or (None, None)
-    is_special = built.corrects_base or built.changes_output or built.freeze_a
-    special = [f"{built.start_in_words()}."] if is_special else []
-    if made.quantisation:
-        special.append(f"the base was quantised ({quantisation_name(made.quantisation)}): train and serve on the same.")
-    base_change = built.method if built.corrects_base else ""
-    written, size = AdapterDirectory(directory), (directory / WEIGHTS_FILE).stat().st_size / 10**6
-    return {
-        "adapter": str(directory),
-        "statistics": str(file) if file else None,
-        "model": made.model_id,
-        "model_class": made.model_class,
-        "data": made.data,
-        "classes": made.settings.get("classes", []),
-        "rank": ranks.rank,
-        "ranks": dict(ranks),
-        "method": built.method,
-        "lora_alpha": built.lora_alpha,
-        "scaling": built.scaling,
-        "parameters": built.n_parameters(),
-        "megabytes": size,
-        "megabytes_at_one_rank": _at_one_rank(built) * size,
-        "uniform_parameters": sum(
-            target.parameters(ranks.rank, built.freeze_a, built.use_dora) for target in stats.targets.values()
-        ),
-        "n_samples": made.n_samples,
-        "n_batches": made.n_batches,
-        "stop_reason": made.stop_reason,
-        "n_components": max(len(stats.explained_variance(name)) for name in stats),
-        "held_out": worst
-        and {"median": finite(median(shares.values())), "min": finite(shares[worst]), "min_layer": worst},
-        "gamma": built.gamma,
-        "loss_before": finite(before),
-        "loss_at_start": finite(after),
-        "correction": built.correction if built.errors else None,
-        "quantisation": made.quantisation,
-        "seconds": made.seconds,
-        "serving": serving_note(ranks, written.config, written.shapes, base_change),
-        "load": how_to_load(model, directory, built),
-        "recommended": built.recommended,
-        "train": built.fit.how_to_train(),
-        "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_beyond(built, ranks)],
-    }
-
-
-def _judged(built: AdapterInit) -> list[str]:
-    """Say that labels went into a start: of 256 examples, a third held out, it made a held-out loss 20 % lower."""
-    seen = "it has seen the labels of these examples: judge what you train from it by others."
-    return [seen] if built.start.by_gradient else []
-
-
-def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
-    """Say that DoRA's magnitudes come on top of a budget that a plan was made for."""
-    counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
-    return [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
-
-
-def _at_one_rank(built: AdapterInit) -> float:
-    """Say how many times as large the adapter is with its largest rank in every layer, as `export` makes it."""
-    largest = max(built.ranks.values())
-    costs = {name: target.parameters(1) for name, target in built.targets.items()}
-    return largest * sum(costs.values()) / sum(rank * costs[name] for name, rank in built.ranks.items())
-
-
-def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print what `summary_of` returned: start and size, how to train, who takes it, how to load it, where more is."""
-    ranks, directory = summary["ranks"], summary["adapter"]
-    given = [rank for rank in ranks.values() if rank]
-    corrected = correction_facts(summary["correction"]) if summary["correction"] else {}
-    size, at_one = summary["megabytes"], summary["megabytes_at_one_rank"]
-    export = f" `export` makes {at_one:.1f} MB of it at one rank, {size:.1f} MB with --keep-ranks."
-    lines = [
-        f"{directory}: {summary['method']}, rank {min(given)} to {max(given)} (average {summary['rank']}) in "
-        f"{len(given)} of {len(ranks)} layers, lora_alpha {summary['lora_alpha']:g} (scaling {summary['scaling']:g}), "
-        f"{summary['parameters']:,} parameters.",
-        summary["train"],
-        *(f"{name}: {text}" for name, text in corrected.items()),
-        f"{size:.1f} MB. {summary['serving']}" + export * (min(given) < max(given)),
-        f"Load it: {summary['load']}",
-        *(f"note: {note}" for note in summary["notes"]),
-        f"Ranks, data and what they capture: lora-init inspect {directory}",
-    ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -14,7 +14,8 @@ from typer import Argument, Option
 
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import find_start
-from lora_init.cli.console import TrustRemoteCode, busy, importing, print_result, read_numbers
+from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.options import TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantisation_name, rank_table
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable

@@ -11,7 +11,8 @@ from typer import Argument, Option
 
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import DEFAULT, find_start
-from lora_init.cli.console import print_result, prints_json, read_names, read_numbers, say
+from lora_init.cli.console import print_result, prints_json, say
+from lora_init.cli.options import read_names, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable

@@ -10,18 +10,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.cli.console import (
-    FAILED,
-    Completion,
-    Device,
-    Dtype,
-    MaxLength,
-    Template,
-    TrustRemoteCode,
-    busy,
-    importing,
-    print_result,
-)  # fmt: skip
+from lora_init.cli.console import FAILED, busy, importing, print_result
+from lora_init.cli.options import Device, Dtype, MaxLength, Reading, TrustRemoteCode
 from lora_init.errors import LoraInitError
 
 # Asked where no data is given: what these begin with, word by word.
@@ -41,8 +31,8 @@ def verify(
     data: Annotated[
         str | None, Option(help="Data to take prompts from, as for init. Default: three sentences.")
     ] = None,
-    template: Template = None,
-    completion: Completion = None,
+    *,
+    reading: Reading,
     n: Annotated[int, Option("--n", min=1, help="Prompts to ask: those that the adapter changes most.")] = 32,
     max_length: MaxLength = 512,
     api_key: Annotated[str | None, Option(envvar="LORA_INIT_API_KEY", help="Key of the server.")] = None,
@@ -61,7 +51,7 @@ def verify(
         from lora_init.loading.models import load_model
         from lora_init.serving.verify import AS_TRAINED, verify
     source = base or AdapterDirectory(directory).base
-    chats = [] if data is None or template else _chats(data, 2 * n)
+    chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
     hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
     chat = next((form for form in (bool(chats), not chats) if server.ask(name, hello[form])), None)
     if chat is None:
@@ -74,8 +64,8 @@ def verify(
     prompts: list[Any] = chats
     if not (chat and chats):
         texts = [" ".join(words[:i]) for words in map(str.split, _TEXTS) for i in range(3, len(words))]
-        settings = dict(template=template, completion=completion, max_length=max_length)
-        texts = texts if data is None else [*_texts(data, loaded.tokenizer, samples=2 * n, **settings)]
+        settings = dict(vars(reading), samples=2 * n, max_length=max_length)
+        texts = texts if data is None else [*_texts(data, loaded.tokenizer, **settings)]
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
     with busy(f"computing and asking {n} of {len(prompts)} prompts"):
         at_base = partial(server.ask, base_name) if base_name else None
@@ -85,11 +75,11 @@ def verify(
         raise SystemExit(FAILED)
 
 
-def _chats(data: str, most: int) -> list[Any]:
+def _chats(data: str, reading: Reading, most: int) -> list[Any]:
     """Read messages up to the first answer, if that is what the data has."""
     from lora_init.loading.sources import read_rows
 
-    table = read_rows(data).table
+    table = read_rows(data, reading.subset, reading.split).table
     rows = table["messages"][:most] if "messages" in table.column_names else []
     answers = [next((i for i, one in enumerate(row) if one["role"] == "assistant"), 0) for row in rows]
     return [row[:i] for row, i in zip(rows, answers, strict=True) if i]

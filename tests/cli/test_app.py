@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -21,8 +22,8 @@ from lora_init import allocate_ranks, build_adapter, collect, load_batches
 from lora_init import cli as package
 from lora_init.adapters.starts import FROM_BANK, buildable
 from lora_init.cli import app as cli
-from lora_init.cli.compare import compare
 from lora_init.cli.init import init
+from lora_init.cli.options import Reading
 from lora_init.cli.ranks import ranks
 from lora_init.comparison.runs import RunPlan
 from lora_init.errors import LoraInitError
@@ -91,8 +92,7 @@ def test_a_mistyped_choice_is_answered_with_the_closest():
     ("command", "argument", "registry"),
     [
         (init, "method", [*buildable(), FROM_BANK]),
-        (init, "data_format", FORMATS),
-        (compare, "data_format", FORMATS),
+        (Reading, "format", FORMATS),
         (ranks, "policy", POLICIES),
         (ranks, "tool", TOOLS),
     ],
@@ -106,6 +106,14 @@ def test_choices_of_the_command_line_are_what_the_registry_has(command, argument
 def test_the_help_names_all_engines_and_kinds_of_files():
     assert all(name in run("export", "--help").stdout for name in ENGINES)
     assert all(ending in run("init", "--help").stdout for ending in FILE_TYPES)
+
+
+@pytest.mark.parametrize("name", ["init", "compare", "export", "verify", "bank add"])
+def test_every_command_reads_data_by_the_same_options(name):
+    commands = typer.main.get_command(cli.app)
+    for part in name.split():
+        commands = commands.commands[part]
+    assert {one.name for one in fields(Reading)} < {parameter.name for parameter in commands.params}
 
 
 def test_the_version_is_printed():

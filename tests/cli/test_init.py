@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
-from lora_init.cli.init import _read_aside
+from lora_init.adapters.starts import find_start
+from lora_init.cli.init import _read_examples
 from lora_init.collection.backward import BackwardHooks, NoGradientsError
 from lora_init.loading.models import load_model
 from tests.commands import WORDS, assert_one_line_error, run, save_model
@@ -657,9 +658,19 @@ def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
     rows = [{"text": f"row {i}"} for i in range(n)]
     read = partial(load_batches, rows, byte_tokenizer())
     sample = read(samples=256)
-    aside, others = _read_aside(read, sample, 256, 4)
+    aside, others = _read_examples(read, find_start("lora-one"), 256, 4)
     assert [sum(map(len, (b["input_ids"] for b in batches))) for batches in (aside, others)] == [16, left]
     if left < 256:  # a statistics file of the whole sample is another one
         assert others.settings["set aside"] == 16 and others.description == f"{sample.description}, 16 set aside"
     else:
-        assert others is sample
+        assert others.description == sample.description and "set aside" not in others.settings
+
+
+def test_a_statistics_file_is_read_once(command, tmp_path, monkeypatch):
+    file = tmp_path / "s.safetensors"
+    assert run(*command, "--statistics", file).exit_code == 0
+    reads, load = [], lora_init.Statistics.load
+    monkeypatch.setattr(lora_init.Statistics, "load", lambda path: reads.append(path) or load(path))
+    model, output = command[1], tmp_path / "again"
+    result = run("init", model, "-o", output, "--statistics", file, "--rank", 4)
+    assert result.exit_code == 0 and reads == [file], result.stderr

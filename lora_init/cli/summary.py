@@ -1,0 +1,124 @@
+"""What `lora-init init` says of the adapter that it wrote, as plain values and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lora_init.cli.tables import correction_facts, finite, quantisation_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_init.adapters.adapter_init import AdapterInit
+    from lora_init.planning.plan import RankAllocation
+    from lora_init.statistics.statistics import Statistics
+
+
+def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
+    """Say how the adapter is loaded for training."""
+    if built.corrects_base or built.freeze_a:
+        return f"as {directory / 'README.md'} shows"
+    classes, base = built.provenance.settings.get("classes"), "base_model"
+    if classes:
+        labels = dict(enumerate(map(str, classes)))
+        base = f"AutoModelForSequenceClassification.from_pretrained({model!r}, id2label={labels})"
+    return f"PeftModel.from_pretrained({base}, {str(directory)!r}, is_trainable=True)"
+
+
+def summary_of(
+    model: str, stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
+) -> dict[str, Any]:
+    """Put what `lora-init init` did into plain values."""
+    from lora_init.adapters.directory import WEIGHTS_FILE, AdapterDirectory
+    from lora_init.serving.support import serving_note
+
+    made = stats.provenance
+    shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}
+    worst = min(shares, key=shares.__getitem__, default=None)
+    before, after = built.losses or (None, None)
+    is_special = built.corrects_base or built.changes_output or built.freeze_a
+    special = [f"{built.start_in_words()}."] if is_special else []
+    if made.quantisation:
+        special.append(f"the base was quantised ({quantisation_name(made.quantisation)}): train and serve on the same.")
+    base_change = built.method if built.corrects_base else ""
+    written, size = AdapterDirectory(directory), (directory / WEIGHTS_FILE).stat().st_size / 10**6
+    return {
+        "adapter": str(directory),
+        "statistics": str(file) if file else None,
+        "model": made.model_id,
+        "model_class": made.model_class,
+        "data": made.data,
+        "classes": made.settings.get("classes", []),
+        "rank": ranks.rank,
+        "ranks": dict(ranks),
+        "method": built.method,
+        "lora_alpha": built.lora_alpha,
+        "scaling": built.scaling,
+        "parameters": built.n_parameters(),
+        "megabytes": size,
+        "megabytes_at_one_rank": _at_one_rank(built) * size,
+        "uniform_parameters": sum(
+            target.parameters(ranks.rank, built.freeze_a, built.use_dora) for target in stats.targets.values()
+        ),
+        "n_samples": made.n_samples,
+        "n_batches": made.n_batches,
+        "stop_reason": made.stop_reason,
+        "n_components": max(len(stats.explained_variance(name)) for name in stats),
+        "held_out": worst
+        and {"median": finite(median(shares.values())), "min": finite(shares[worst]), "min_layer": worst},
+        "gamma": built.gamma,
+        "loss_before": finite(before),
+        "loss_at_start": finite(after),
+        "correction": built.correction if built.errors else None,
+        "quantisation": made.quantisation,
+        "seconds": made.seconds,
+        "serving": serving_note(ranks, written.config, written.shapes, base_change),
+        "load": _how_to_load(model, directory, built),
+        "recommended": built.recommended,
+        "train": built.fit.how_to_train(),
+        "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_beyond(built, ranks)],
+    }
+
+
+def _judged(built: AdapterInit) -> list[str]:
+    """Say that labels went into a start: of 256 examples, a third held out, it made a held-out loss 20 % lower."""
+    seen = "it has seen the labels of these examples: judge what you train from it by others."
+    return [seen] if built.start.by_gradient else []
+
+
+def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
+    """Say that DoRA's magnitudes come on top of a budget that a plan was made for."""
+    counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
+    return [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
+
+
+def _at_one_rank(built: AdapterInit) -> float:
+    """Say how many times as large the adapter is with its largest rank in every layer, as `export` makes it."""
+    largest = max(built.ranks.values())
+    costs = {name: target.parameters(1) for name, target in built.targets.items()}
+    return largest * sum(costs.values()) / sum(rank * costs[name] for name, rank in built.ranks.items())
+
+
+def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print what `summary_of` returned: start and size, how to train, who takes it, how to load it, where more is."""
+    ranks, directory = summary["ranks"], summary["adapter"]
+    given = [rank for rank in ranks.values() if rank]
+    corrected = correction_facts(summary["correction"]) if summary["correction"] else {}
+    size, at_one = summary["megabytes"], summary["megabytes_at_one_rank"]
+    export = f" `export` makes {at_one:.1f} MB of it at one rank, {size:.1f} MB with --keep-ranks."
+    lines = [
+        f"{directory}: {summary['method']}, rank {min(given)} to {max(given)} (average {summary['rank']}) in "
+        f"{len(given)} of {len(ranks)} layers, lora_alpha {summary['lora_alpha']:g} (scaling {summary['scaling']:g}), "
+        f"{summary['parameters']:,} parameters.",
+        summary["train"],
+        *(f"{name}: {text}" for name, text in corrected.items()),
+        f"{size:.1f} MB. {summary['serving']}" + export * (min(given) < max(given)),
+        f"Load it: {summary['load']}",
+        *(f"note: {note}" for note in summary["notes"]),
+        f"Ranks, data and what they capture: lora-init inspect {directory}",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
