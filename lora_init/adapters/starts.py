@@ -35,10 +35,10 @@ class Start:
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
             parameters are, by their names, those it needs of `spectrum` (a `Spectrum`), `gradient` (a
             `GradientSpectrum`), `error` (W - Q, [d_out, d_in], with needs `"errors"`), `rank`, `scaling` (what B A is
-            multiplied by), `generator` (a `torch.Generator` of this layer) and `whiten`. Given as `"module:name"`, it
-            is imported when it is first used.
+            multiplied by), `generator` (a `torch.Generator` of this layer) and `whiten`; of a start from a bank it is
+            called once, see `bank.start.Update`. Given as `"module:name"`, it is imported when it is first used.
         made_by: `"lora_init"` by `function`; `"peft"` by PEFT itself, under this name; `"bank"` from adapters of other
-            tasks; `"training"` for no adapter at all, but all weights. Only the first has a function.
+            tasks, by `function`; `"training"` for no adapter at all, but all weights.
         directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
             None if any rank can be had.
         b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained.
@@ -145,6 +145,11 @@ def _function_of(start: Start) -> Callable[..., Any]:
 
 def _triplets(spectrum: Any, gradient: Any) -> int:
     return len(gradient.singular_values)
+
+
+def _of_bank(way: str, summary: str) -> Start:
+    function = f"lora_init.bank.start:{way}"
+    return Start(f"bank-{way}", summary, "bank", function, made_by="bank", b_is_zero=False)
 
 
 RANDOM, FULL, FROM_BANK = "random", "full", "from-bank"
@@ -257,10 +262,10 @@ STARTS: tuple[Start, ...] = (
         linear_only=True,
         settings={"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     ),
-    Start("bank-nearest", "the adapter of the nearest task", needs="bank", made_by="bank", b_is_zero=False),
-    Start("bank-mixture", "the mixture that lowers the loss most", needs="bank", made_by="bank", b_is_zero=False),
-    Start("bank-generated", "what the bank's generator makes", needs="bank", made_by="bank", b_is_zero=False),
-    Start("bank-mean", "the mean of all adapters, a control", needs="bank", made_by="bank", b_is_zero=False),
+    _of_bank("nearest", "the adapter of the nearest task"),
+    _of_bank("mixture", "the mixture that lowers the loss most"),
+    _of_bank("generated", "what the bank's generator makes"),
+    _of_bank("mean", "the mean of all adapters, a control"),
     Start(FULL, "no adapter: all weights are trained", needs="nothing", made_by="training", b_is_zero=False),
 )
 DEFAULT, DEFAULT_FOR_CLASSES = "eva", "natural-gradient"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -84,8 +84,6 @@ def start_from_bank(
     check_plain(model, "start_from_bank()")
     model = unwrapped(model)
     check_base(bank, fingerprint(model), class_name(model))
-    if by == "mixture" and loss_of is None:
-        raise LoraInitError("a mixture is chosen by the loss on labelled examples, and there are none. Take nearest.")
     kept = {name: entry for name, entry in bank.entries.items() if entry.task not in leave_out}
     if not kept:
         raise LoraInitError(f"{bank.path} has no task but those left out. Add another.")
@@ -100,26 +98,18 @@ def start_from_bank(
         task_type=task_type,
         data=f"adapters of {', '.join(bank.tasks)}",
     )
-    weights: dict[str, float] = {}
-    passes = 0
-    if by == "generated":
-        generator = load_generator(bank)
-        if set(leave_out) & set(generator.tasks):
-            raise LoraInitError(f"the generator of {bank.path} has learned from {', '.join(leave_out)}. Train another.")
-        update = generator.generate(embeddings)
-    else:
-        names = [found.name for found in order]
-        names = {"nearest": names[:1], "mixture": names[:MOST_ADAPTERS], "mean": names}[by]
-        adapters = [bank.layers(name) for name in names]
-        shares = [1.0 / len(names)] * len(names)
-        if by == "mixture" and loss_of is not None:
-            shares, passes = find_weights(model, adapters, partial(_adapter, model, about, by), loss_of)
-        weights = dict(zip(names, shares, strict=True))
-        update = stack(adapters, shares)
-    cut = {name: balanced(layer, rank) for name, layer in update.items()}
-    build = partial(_adapter, model, about, by, cut, rank, lora_alpha)
+    build = partial(_adapter, model, about, by)
+    update: Update = BANK_WAYS[by].compute(
+        bank=bank,
+        names=[found.name for found in order],
+        embeddings=embeddings,
+        leave_out=leave_out,
+        weigh=None if loss_of is None else partial(find_weights, model, build=build, loss_of=loss_of),
+    )
+    cut = {name: balanced(layer, rank) for name, layer in update.layers.items()}
+    build = partial(build, cut, rank, lora_alpha)
     if loss_of is None:
-        return BankStart(build(gamma or 1.0), order, weights, passes)
+        return BankStart(build(gamma or 1.0), order, update.weights, update.passes)
     try:
         init = find_step_size(model, build, loss_of, gamma, first=1.0)
     except NoStepError as error:
@@ -127,7 +117,54 @@ def start_from_bank(
             f"{bank.path}: take none. No size of the adapter by {by!r} lowers the loss on the examples set aside "
             f"(nearest: {order[0].in_words()}). Use --method eva, or a bank of tasks like yours."
         ) from error
-    return BankStart(init, order, weights, passes)
+    return BankStart(init, order, update.weights, update.passes)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a start takes from a bank, as the functions below make it.
+
+    Their parameters are, by their names, those they need of `bank`, `names` (its adapters, the nearest first),
+    `embeddings` (of the new task's prompts), `leave_out` (tasks that count as not there) and `weigh` (finds weights of
+    adapters by the loss, see `find_weights`; None if there are no labelled examples).
+
+    Attributes:
+        layers: A and B of each layer, of scaling 1.
+        weights: Of each adapter that is in it.
+        passes: How often the loss was measured for the weights.
+    """
+
+    layers: Mapping[str, Layer]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    passes: int = 0
+
+
+def nearest(bank: Bank, names: Sequence[str]) -> Update:
+    """Take the adapter whose data are closest."""
+    return mean(bank, names[:1])
+
+
+def mean(bank: Bank, names: Sequence[str]) -> Update:
+    """Take all adapters in equal parts."""
+    shares = dict.fromkeys(names, 1.0 / len(names))
+    return Update(stack([bank.layers(name) for name in names], [*shares.values()]), shares)
+
+
+def mixture(bank: Bank, names: Sequence[str], weigh: Callable[..., tuple[list[float], int]] | None) -> Update:
+    """Weight the nearest so that the loss is lowest."""
+    if weigh is None:
+        raise LoraInitError("a mixture is chosen by the loss on labelled examples, and there are none. Take nearest.")
+    adapters = [bank.layers(name) for name in names[:MOST_ADAPTERS]]
+    shares, passes = weigh(adapters)
+    return Update(stack(adapters, shares), dict(zip(names, shares, strict=False)), passes)
+
+
+def generated(bank: Bank, embeddings: Tensor, leave_out: Sequence[str]) -> Update:
+    """Let the bank's generator make it."""
+    generator = load_generator(bank)
+    if set(leave_out) & set(generator.tasks):
+        raise LoraInitError(f"the generator of {bank.path} has learned from {', '.join(leave_out)}. Train another.")
+    return Update(generator.generate(embeddings))
 
 
 def _adapter(

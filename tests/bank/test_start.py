@@ -6,11 +6,13 @@ from functools import partial
 import pytest
 import torch
 
+from lora_init.adapters import starts
+from lora_init.adapters.starts import Start
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
 from lora_init.bank.similarity import neighbours
-from lora_init.bank.start import _adapter, start_from_bank
+from lora_init.bank.start import Update, _adapter, start_from_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
@@ -234,6 +236,17 @@ def test_never_worse_than_the_plain_model(bank):
                 assert "take none" in str(error)
             else:
                 assert after < before
+
+
+def test_a_way_of_ones_own_is_its_start_alone(bank, monkeypatch):
+    def last(bank, names):
+        return Update(bank.layers(names[-1]), {names[-1]: 1.0})
+
+    own = Start("bank-last", "the farthest", "bank", last, made_by="bank", b_is_zero=False)
+    monkeypatch.setitem(starts._OWN, "bank-last", own)
+    monkeypatch.setitem(starts.BANK_WAYS, "last", own)
+    found = start(bank, 1, "last", aside=None)
+    assert [*found.weights] == [found.neighbours[-1].name] and found.init.method == "bank-last"
 
 
 def test_a_mixture_needs_labels_and_others_do_not(bank):
