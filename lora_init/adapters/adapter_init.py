@@ -88,6 +88,7 @@ class AdapterInit:
         errors: Where the base is quantised and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
             after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
         error_size: There, |W - Q| in Frobenius norm, of all layers at once.
+        dtype: Type of A and B in a directory: what a budget in megabytes counts, else float32.
         exact_loss: Of the model whose layers have the weights that they had before they were quantised, with `losses`.
     """
 
@@ -113,6 +114,7 @@ class AdapterInit:
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     error_size: float = 0.0
     exact_loss: float | None = None
+    dtype: str = "float32"
 
     @property
     def share_closed(self) -> float | None:
@@ -275,7 +277,12 @@ class AdapterInit:
         """
         model = None if model is None else unwrapped(model)
         config = self._config(model) | {"inference_mode": True}
-        return write_start(directory, self._tensors(model), config, self._origin(), self._card(), overwrite)
+        kind = getattr(torch, self.dtype)
+        tensors = {
+            name: tensor.to(kind) if name.endswith((LORA_A, LORA_B)) else tensor
+            for name, tensor in self._tensors(model).items()
+        }
+        return write_start(directory, tensors, config, self._origin(), self._card(), overwrite)
 
     def start_in_words(self) -> str:
         """Say what the adapter does to the model before it is trained, and what of it is trained."""
@@ -355,7 +362,8 @@ class AdapterInit:
         if self.learning_rate is not None:
             origin["learning_rate"] = self.learning_rate
         if self.corrects_base or self.start.by_error:
-            origin["start"] = start_digest(self.weights)
+            kind = getattr(torch, self.dtype)
+            origin["start"] = start_digest({name: (a.to(kind), b.to(kind)) for name, (a, b) in self.weights.items()})
         if self.errors:
             origin["error_size"] = self.error_size
         if self.start.package:  # which need not be installed where the adapter is trained or exported

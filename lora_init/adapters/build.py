@@ -199,6 +199,7 @@ def build_adapter(
         freeze_a=freeze_a,
         errors=seen,
         error_size=squares**0.5,
+        dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
     )
 
 

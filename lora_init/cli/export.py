@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.cli.console import busy, importing, print_result
-from lora_init.cli.options import MaxLength, Reading, Samples
+from lora_init.cli.options import MaxLength, Reading, Samples, WrittenAs
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, require_version
 from lora_init.serving.engines import ENGINES, find_engine
@@ -28,6 +28,7 @@ def export(
     parameters: Annotated[str | None, Option(help="Compress to this many parameters, such as 2.5M.")] = None,
     megabytes: Annotated[float | None, Option(help="Compress to this size, in 10^6 bytes.")] = None,
     keep_ranks: Annotated[bool, Option("--keep-ranks", help="Let ranks differ, as the trained update needs.")] = False,
+    dtype: Annotated[WrittenAs | None, Option(help="Type of A and B. Default: the adapter's own.")] = None,
     start: Annotated[Path | None, Option(help="The adapter before training, if it changed the base.")] = None,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     merge_into: Annotated[str | None, Option(help="Write this whole model with the adapter merged in.")] = None,
@@ -56,7 +57,7 @@ def export(
         )
     exported = export_adapter(
         directory, output, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
-        start=start, base=base, merge_into=merge_into, overwrite=overwrite,
+        dtype=dtype, start=start, base=base, merge_into=merge_into, overwrite=overwrite,
         reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
     )  # fmt: skip
     summary = exported.to_dict()
@@ -107,6 +108,8 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
     if exported.intruders is not None:
         rows["intruders"] = "{} before, {} after".format(*exported.intruders)
     console.print(facts(rows))
+    for note in exported.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(f"\n{exported.command}", markup=False)
     if exported.verify:
         console.print(exported.verify, markup=False)

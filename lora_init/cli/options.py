@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 else:  # the registry decides what there is
     _Format = Literal[tuple(FORMATS)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
+WrittenAs = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
 MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]

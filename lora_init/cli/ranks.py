@@ -12,7 +12,7 @@ from typer import Argument, Option
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import DEFAULT, find_start
 from lora_init.cli.console import print_result, prints_json, say
-from lora_init.cli.options import read_names, read_numbers
+from lora_init.cli.options import WrittenAs, read_names, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 Coverage = Literal["every-layer", "total"]
 if TYPE_CHECKING:
     Policy: TypeAlias = str
@@ -177,7 +176,9 @@ def ranks(
     fraction: Annotated[float | None, Option(help="Budget: share of the model's parameters, such as 0.01.")] = None,
     megabytes: Annotated[float | None, Option(help="Budget: 10^6 bytes of parameters in --dtype.")] = None,
     variance: Annotated[float | None, Option(help="Budget: fewest ranks that explain this share.")] = None,
-    dtype: Annotated[Dtype | None, Option(help="For --megabytes: of the saved adapter. Default: float32.")] = None,
+    dtype: Annotated[
+        WrittenAs | None, Option(help="For --megabytes: type that the adapter is written in. Default: float32.")
+    ] = None,
     coverage: Annotated[Coverage | None, Option(help="For --variance: in which layers. Default: every-layer.")] = None,
     policy: Annotated[Policy, Option(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.")] = "eva",
     rho: Annotated[float, Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")] = 2.0,

@@ -91,9 +91,12 @@ def _judged(built: AdapterInit) -> list[str]:
 
 
 def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
-    """Say that DoRA's magnitudes come on top of a budget that a plan was made for."""
+    """Say what comes on top of a budget that a plan was made for: DoRA's magnitudes, and the type that PEFT trains."""
     counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
-    return [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
+    notes = [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
+    if built.dtype != "float32":
+        notes.append(f"PEFT trains and saves float32; `lora-init export --dtype {built.dtype}` keeps {ranks.budget}.")
+    return notes
 
 
 def _at_one_rank(built: AdapterInit) -> float:

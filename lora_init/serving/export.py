@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -18,7 +19,7 @@ from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
 from lora_init.layers.targets import PREFIX
-from lora_init.planning.budgets import parse_count
+from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
 from lora_init.serving.compress import fit
@@ -27,6 +28,7 @@ from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
 RECORD_FILE = "export.json"
+_UNTRAINED = "B is zero in every layer: the adapter was never trained, and changes nothing."
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ class Exported:
             without what it began with if that was subtracted. None for others.
         verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where the trained
             adapter does not fit the plain base and what was written is not PEFT's to load.
+        notes: What to know about the adapter, such as that it was never trained.
     """
 
     path: Path
@@ -64,6 +67,7 @@ class Exported:
     intruders: tuple[int, int] | None = None
     verify: str = ""
     error_share: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values that `json.dumps` takes."""
@@ -79,6 +83,7 @@ def export_adapter(
     parameters: int | str | None = None,
     megabytes: float | None = None,
     keep_ranks: bool = False,
+    dtype: str | None = None,
     start: str | Path | None = None,
     base: str | None = None,
     merge_into: str | None = None,
@@ -101,9 +106,10 @@ def export_adapter(
             the engines refuse still in it.
         rank: Rank of every layer; with `keep_ranks`, the average. Default: the smallest of vLLM's that is large enough.
         parameters: Most numbers in A and B, such as `2_000_000` or `"2M"`.
-        megabytes: Most 10^6 bytes of A and B.
+        megabytes: Most 10^6 bytes of A and B, in the type that is written.
         keep_ranks: Let layers have ranks of their own. Under a budget those go where the trained update's singular
             values are largest.
+        dtype: Type of A and B that is written: `"float32"`, `"bfloat16"` or `"float16"`. Default: the adapter's own.
         start: The adapter as it was before training, for a start that changed the base weights (lora-ga, PiSSA, OLoRA,
             CorDA); or for one that corrects a quantised base (qera), to serve or merge what was trained on the float
             model.
@@ -124,7 +130,7 @@ def export_adapter(
     wanted = find_engine(engine)
     limits = {"rank": rank, "parameters": parameters, "megabytes": megabytes}
     sizes = {name: value for name, value in limits.items() if value is not None}
-    _check_options(engine, wanted, sizes, keep_ranks, merge_into)
+    _check_options(engine, wanted, sizes, keep_ranks, merge_into, dtype)
     most = None if parameters is None else parse_count(parameters, "parameters")
     if rank is not None:
         check_rank(engine, whole_number(rank, "rank", 1))
@@ -152,14 +158,17 @@ def export_adapter(
         trained, intruders = _reduce_intruders(trained, Path(directory).expanduser(), reduce_intruders)
     trained = trained.with_one_scaling()
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
-    result = replace(result, error_share=share)
+    untrained = not any(layer.b.any() for layer in trained.layers.values())
+    result = replace(result, error_share=share, notes=(_UNTRAINED,) if untrained else ())
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
         return _write(result, lambda place: write_merged(place, trained, model, sources), overwrite, trained)
     if megabytes is not None:
-        most = int(megabytes * 10**6 / (wanted.bytes_each or next(iter(trained.layers.values())).a.element_size()))
+        own = trained.dtype.itemsize if dtype is None else bytes_per_parameter(dtype)
+        most = int(megabytes * 10**6 / (wanted.bytes_each or own))
     final, errors, error = fit(trained, rank, most, keep_ranks, model.widths)
+    final = final if dtype is None else final.written_as(getattr(torch, dtype))
     check_rank(engine, final.rank)
     result = replace(
         result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
@@ -200,8 +209,18 @@ def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Pat
 
 
 def _check_options(
-    name: str | None, engine: Engine, sizes: Mapping[str, int | str | float], keep_ranks: bool, merge_into: str | None
+    name: str | None,
+    engine: Engine,
+    sizes: Mapping[str, int | str | float],
+    keep_ranks: bool,
+    merge_into: str | None,
+    dtype: str | None,
 ) -> None:
+    if dtype is not None:
+        bytes_per_parameter(dtype)
+        form = "a merged model has its own type" if merge_into is not None else f"{engine.title} reads float32 alone"
+        if merge_into is not None or engine.bytes_each:
+            raise LoraInitError(f"dtype={dtype!r}: {form}. Leave dtype away.")
     if len(sizes) > 1:
         raise LoraInitError(f"{' and '.join(sizes)} are both given. One of them says how large it may be.")
     megabytes = sizes.get("megabytes", 1.0)

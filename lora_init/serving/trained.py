@@ -121,6 +121,15 @@ class Trained:
         return max(layer.rank for layer in self.layers.values())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that A and B are written in."""
+        return next(iter(self.layers.values())).a.dtype
+
+    def written_as(self, dtype: torch.dtype) -> Trained:
+        """Change the type that A and B are written in; B keeps its own until then."""
+        return replace(self, layers={name: replace(one, a=one.a.to(dtype)) for name, one in self.layers.items()})
+
+    @property
     def update_size(self) -> float:
         """Frobenius norm of scaling * B A, of all layers at once."""
         squares = 0.0

@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
@@ -140,6 +141,22 @@ def test_a_budget_does_not_count_what_dora_adds(command, tmp_path):
     notes = [json.loads(run(*command, *more, "--json", "--overwrite").stdout)["notes"] for more in ([], ["--use-dora"])]
     said = ["parameters=3,000 does not count DoRA's magnitudes." in own for own in notes]
     assert said == [False, True]
+
+
+def test_a_budget_in_megabytes_is_kept_in_the_type_that_it_counts(command, home, tmp_path):
+    file, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    assert run(*command, "--statistics", file).exit_code == 0
+    assert run("ranks", file, "--megabytes", "0.006", "--dtype", "bfloat16", "-o", plan).exit_code == 0
+    command[command.index("-o") + 1] = str(tmp_path / "planned")
+    command[command.index("--rank") : command.index("--rank") + 2] = ["--ranks", str(plan)]
+    made = json.loads(run(*command, "--json").stdout)
+    tensors = load_file(tmp_path / "planned/adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert 0.003 < sum(tensor.nbytes for tensor in tensors) / 10**6 <= 0.006
+    assert any("`lora-init export --dtype bfloat16` keeps megabytes=0.006 in bfloat16." in one for one in made["notes"])
+    base = AutoModelForCausalLM.from_pretrained(home / "model")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "planned", is_trainable=True)
+    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}  # as PEFT trains
 
 
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):

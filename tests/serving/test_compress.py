@@ -118,6 +118,21 @@ def test_an_export_has_the_size_and_the_error_that_it_says(options, base, tmp_pa
     assert record["errors"] == exported.errors and record["rank"] == exported.rank
 
 
+@pytest.mark.parametrize("options", [dict(), dict(keep_ranks=True)])
+def test_a_budget_in_megabytes_counts_the_type_that_is_written(options, base, tmp_path):
+    trained = train(base, tmp_path / "trained", target_modules=["q_proj", "up_proj"], r=7)
+    whole = export_adapter(trained, tmp_path / "whole", rank=7, dtype="bfloat16")
+    most = whole.parameters * 2 / 10**6  # just enough in bfloat16
+    half = export_adapter(trained, tmp_path / "half", megabytes=most, dtype="bfloat16", **options)
+    assert half.parameters == whole.parameters and not half.errors
+    tensors = load_file(tmp_path / "half/adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    single = export_adapter(trained, tmp_path / "single", megabytes=most, **options)
+    assert 4 * single.parameters <= most * 10**6 and single.errors
+    # bfloat16 has 8 bits: each of A and B is off by at most 2^-9 of it.
+    assert update_error(base, trained, tmp_path / "half") < 2**-7
+
+
 def test_ranks_of_their_own_err_less_than_one_rank_for_all(base, tmp_path):
     trained = train(base, tmp_path / "trained", target_modules=["q_proj", "up_proj"], alpha_pattern={"q_proj": 40})
     one = export_adapter(trained, tmp_path / "one", rank=2)

@@ -111,6 +111,15 @@ def test_a_started_adapter_with_zero_ranks_keeps_its_outputs(base, tmp_path):
     torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model.eval()), atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_that_was_never_trained_is_said_to_be(base, tmp_path):
+    start = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    start.save_pretrained(tmp_path / "start")
+    (note,) = export_adapter(tmp_path / "start", tmp_path / "served").notes
+    assert note == "B is zero in every layer: the adapter was never trained, and changes nothing."
+    trained = train(base, tmp_path / "trained", target_modules=["q_proj"])
+    assert export_adapter(trained, tmp_path / "again").notes == ()
+
+
 def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
     start = train(base, tmp_path / "start", r=5, target_modules=["q_proj", "down_proj"])
     (start / "lora_init.json").write_text('{"method": "lora-ga"}')
@@ -423,6 +432,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
         "rank=100000: no layer of this adapter can have more than rank 32. Choose less", trained, output, rank=10**5
     )
     refused("start=.*trained is the trained adapter itself", trained, output, start=trained)
+    refused("dtype='half' is unknown. Choose from float32", trained, output, dtype="half")
+    refused("dtype='bfloat16': llama.cpp reads float32 alone", trained, output, "llama.cpp", dtype="bfloat16")
+    refused("a merged model has its own type", trained, output, dtype="bfloat16", merge_into=str(base))
     refused("tgi takes one rank", trained, output, "tgi", keep_ranks=True)
     refused("a merged model has no ranks", trained, output, rank=2, merge_into=str(base))
     refused("a budget of 10 parameters: rank 1 in all 6 layers takes", trained, output, parameters=10)
