@@ -57,6 +57,7 @@ def denoise(unet: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(unet: PeftModel, batches: list[dict[str, Tensor]]) -> list[float]:
+    # No rate was measured for diffusion: tune it. This one suits a tiny random model.
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     for batch in batches:

@@ -54,6 +54,7 @@ def main() -> None:
     print(f"the adapter has {init.n_parameters():,} parameters in {len(init.ranks)} layers")
 
     # ... or the same adapter straight onto the model: peft_model = init.apply(model)
+    # A model of this size wants a higher rate than a real one, which trains at what `lora-init init` prints.
     optimizer = torch.optim.AdamW((p for p in peft_model.parameters() if p.requires_grad), lr=2e-2)
     for step, batch in enumerate(make_batches(61, seed=1)):
         loss = peft_model(**batch).loss

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -54,13 +53,10 @@ def main() -> None:
                 report_to=[],
                 bf16=torch.cuda.is_available(),
             ),
-            # lora_alpha at four times the rank: what the rate was measured with.
-            peft_config=LoraConfig(
-                r=arguments.rank, lora_alpha=4 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
         )
-        # The one addition to a TRL script: what the trainer is about to train on decides where its adapter starts.
-        model = lora_init.initialize(trainer, freeze_a=arguments.freeze_a)
+        # The one addition to a TRL script: what the trainer is about to train on decides where its adapter starts. The
+        # adapter has the lora_alpha that the rate was measured with.
+        model = lora_init.initialize(trainer, rank=arguments.rank, freeze_a=arguments.freeze_a)
         model.print_trainable_parameters()
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
