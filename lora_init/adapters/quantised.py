@@ -173,12 +173,13 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
         if bias is not None:  # beside a bias that is much larger a weight would lose its digits
             module.bias = None
         columns = []
-        for first in range(0, width, _ROWS):
-            units = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
-            units[torch.arange(len(units)), first + torch.arange(len(units))] = 1.0
-            columns.append(module(units).float())
-        matrix = torch.cat(columns).T.contiguous()
-        product, expected = module(probe.to(dtype)).float(), probe @ matrix.T
+        with evaluating(module):
+            for first in range(0, width, _ROWS):
+                units = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
+                units[torch.arange(len(units)), first + torch.arange(len(units))] = 1.0
+                columns.append(module(units).float())
+            matrix = torch.cat(columns).T.contiguous()
+            product, expected = module(probe.to(dtype)).float(), probe @ matrix.T
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise LoraInitError(f"{where}: what it multiplies by cannot be read: {first_line(error)}") from error
     finally:

@@ -53,6 +53,8 @@ class Start:
         scaling: lora_alpha / rank, recommended.
         learning_rate: Of AdamW with that scaling, recommended; None where none was measured.
         linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
+        corrects_quantised: Of PEFT's starts: whether it has a form for a base that is quantised already, which it then
+            corrects without any data, and does not change.
         settings: Of PEFT's starts: what else its LoraConfig has.
         package: Name and version of the package that it comes from; empty for our own.
     """
@@ -74,6 +76,7 @@ class Start:
     scaling: float = 2.0
     learning_rate: float | None = None
     linear_only: bool = False
+    corrects_quantised: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     package: str = ""
 
@@ -260,6 +263,7 @@ STARTS: tuple[Start, ...] = (
         made_by="peft",
         b_is_zero=False,
         linear_only=True,
+        corrects_quantised=True,
         settings={"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     ),
     _of_bank("nearest", "the adapter of the nearest task"),
@@ -268,7 +272,7 @@ STARTS: tuple[Start, ...] = (
     _of_bank("mean", "the mean of all adapters, a control"),
     Start(FULL, "no adapter: all weights are trained", needs="nothing", made_by="training", b_is_zero=False),
 )
-DEFAULT, DEFAULT_FOR_CLASSES = "eva", "natural-gradient"
+DEFAULT, DEFAULT_FOR_CLASSES, CORRECTION = "eva", "natural-gradient", "qera"
 # How a bank's adapters are used, by the word of `--by`.
 BANK_WAYS = {start.bank_way: start for start in STARTS if start.made_by == "bank"}
 BANK_WAY = next(iter(BANK_WAYS))
@@ -339,11 +343,8 @@ def buildable(names: Iterable[str] = ()) -> list[str]:
 
 
 def compared_names() -> tuple[str, ...]:
-    """Name all that a comparison can run: the starts, and some of them with other choices.
-
-    Its base is in float, so that there is nothing for those that correct a quantised one.
-    """
-    return (*(name for name in start_names() if not is_for_quantised(name)), *_VARIATIONS)
+    """Name all that a comparison can run: the starts, and some of them with other choices."""
+    return (*start_names(), *_VARIATIONS)
 
 
 def find_start(name: str) -> Start:
@@ -367,11 +368,6 @@ def find_recipe(name: str) -> Recipe | None:
         return _VARIATIONS[name]
     start = find_start(name)
     return Recipe(start, start.rho) if start.made_by == "lora_init" else None
-
-
-def is_for_quantised(name: str) -> bool:
-    """Tell whether a start corrects a quantised base, so that a comparison, whose base is in float, cannot run it."""
-    return name in _OWN and _OWN[name].by_error
 
 
 def changes_base(name: str) -> bool:

@@ -17,7 +17,9 @@ from lora_init.cli.console import importing, is_quiet, print_result, prints_json
 from lora_init.cli.options import (
     Device,
     Dtype,
+    FloatWeights,
     MaxLength,
+    Quantize,
     Reading,
     TrustRemoteCode,
     read_modules,
@@ -122,6 +124,8 @@ def compare(
         int | None, Option(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
     ] = None,
     ray: Annotated[str | None, Option(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
+    quantize: Quantize = None,
+    weights: FloatWeights = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -26,7 +26,18 @@ from lora_init.adapters.starts import (
 )
 from lora_init.cli.bank import start_from
 from lora_init.cli.console import busy, given, importing, is_quiet, print_result, process_group, process_rank, say
-from lora_init.cli.options import Device, Dtype, MaxLength, Reading, Samples, TrustRemoteCode, read_modules, read_names
+from lora_init.cli.options import (
+    Device,
+    Dtype,
+    FloatWeights,
+    MaxLength,
+    Quantize,
+    Reading,
+    Samples,
+    TrustRemoteCode,
+    read_modules,
+    read_names,
+)
 from lora_init.cli.summary import show_summary, summary_of
 from lora_init.errors import LoraInitError, require
 from lora_init.files import check_writable
@@ -43,7 +54,6 @@ if TYPE_CHECKING:
     from lora_init.statistics.statistics import Statistics
 
 TokenMask = Literal["attention", "labels"]
-Quantization = Literal["nf4", "fp4", "int8"]
 if TYPE_CHECKING:
     Method: TypeAlias = str
     BankWay: TypeAlias = str
@@ -151,12 +161,8 @@ def init(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    quantize: Annotated[
-        Quantization | None, Option(help="Quantise the base while it is loaded, as QLoRA does, by bitsandbytes.")
-    ] = None,
-    weights: Annotated[
-        str | None, Option(help="With qera: the float model that MODEL was quantised from. Default: MODEL itself.")
-    ] = None,
+    quantize: Quantize = None,
+    weights: FloatWeights = None,
     unchecked: Annotated[
         bool, Option("--unchecked", help="With qera: write it even if the loss on examples set aside does not fall.")
     ] = False,

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     _Format: TypeAlias = str
 else:  # the registry decides what there is
     _Format = Literal[tuple(FORMATS)]
+Quantize = Annotated[
+    Literal["nf4", "fp4", "int8"] | None,
+    Option(help="Quantise the base while it is loaded, as QLoRA does, by bitsandbytes."),
+]
+FloatWeights = Annotated[
+    str | None, Option("--weights", help="The float model that a quantised MODEL was made of. Default: MODEL itself.")
+]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
 WrittenAs = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]

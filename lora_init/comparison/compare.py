@@ -188,8 +188,9 @@ def compare(
     directory = _directory(output, dry_run)
     shape = AdapterShape(rank, lora_alpha or find_start(RANDOM).lora_alpha(rank), target_modules)
     make = partial(
-        set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own, _absolute(bank)
-    )
+        set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own,
+        _absolute(bank), names,
+    )  # fmt: skip
     bench = make()
     plan = _vary(plan, by_rate, _there_are(bench, names, batches, say))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
@@ -296,7 +297,7 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *inspect.signature(compare).parameters], n=1, cutoff=0.0)
             raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close[0]!r}.")
-    return Loading(**{**given, "retain_data": _absolute(given.get("retain_data"))})
+    return Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "weights")}})
 
 
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:
@@ -320,6 +321,7 @@ def _init_command(model: str, data: str | Path, reading: Loading, bench: Workben
         "--rank": bench.shape.rank,
         "--target-modules": modules if isinstance(modules, str) else ",".join(modules),
         "--dtype": reading.dtype,
+        "--quantize": reading.quantize,
     }
     given = [word for name, value in words.items() if value is not None for word in (name, str(value))]
     switches = ["--trust-remote-code"] * reading.trust_remote_code

@@ -196,6 +196,7 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     return say(
         "headroom",
         plain=table[table["best"] & table["start"].eq(RANDOM)]["plain_loss"].mean(),
+        exact=table["float_loss"].mean(),
         random=losses.loc[RANDOM].mean(),
         full=None if math.isnan(left) else losses.loc[FULL].mean(),
         best=best.get(FULL),

@@ -200,7 +200,7 @@ def half_decade(rate: float, up: bool) -> float:
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "mcc": "MCC"}  # and what they are called
 _NUMBERS = [
-    *METRICS, "plain_loss", "selection_loss", "loss", "first_loss", "retained_before", "retained_after",
+    *METRICS, "plain_loss", "float_loss", "selection_loss", "loss", "first_loss", "retained_before", "retained_after",
     "trainable_parameters", "a_scale", "gamma", "initialisation_seconds", "training_seconds", "peak_memory_bytes",
 ]  # fmt: skip
 _COLUMNS = [

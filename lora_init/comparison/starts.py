@@ -30,6 +30,7 @@ from lora_init.adapters.peft_model import (
     remember,
 )
 from lora_init.adapters.starts import (
+    CORRECTION,
     DEFAULT,
     DEFAULT_FOR_CLASSES,
     FROM_BANK,
@@ -40,7 +41,6 @@ from lora_init.adapters.starts import (
     compared_names,
     find_recipe,
     find_start,
-    is_for_quantised,
 )
 from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
@@ -273,8 +273,6 @@ def check_start(start: str | OwnStart) -> None:
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
     else:
         name = str(start)
-        if is_for_quantised(read_variant(name).base):
-            raise LoraInitError(f"start {start!r} corrects a quantised base, and a comparison loads it in float.")
         if read_variant(name).start is None:
             raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(name, compared_names())}")
     asked = read_variant(name)
@@ -286,6 +284,32 @@ def check_start(start: str | OwnStart) -> None:
         )
     if asked.base == FULL and asked.ways:
         raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
+
+
+def check_quantised(starts: Iterable[str], is_quantised: bool, has_float: bool) -> None:
+    """Make sure that starts can have a base that is quantised, or is not.
+
+    Args:
+        starts: Their names.
+        is_quantised: Whether the base is.
+        has_float: Whether it is known what model it was before.
+
+    Raises:
+        LoraInitError: One corrects a quantised base, and this is in float; or one changes weights that are quantised;
+            or one needs the float weights.
+    """
+    for start in (one for one in map(read_variant, starts) if one.start):
+        known, full = cast("Start", start.start), start.base == FULL
+        corrects = known.by_error or (is_quantised and known.corrects_quantised)
+        if corrects and not is_quantised:
+            raise LoraInitError(f"start {start.title!r} corrects a quantised base. Load it so: quantize='nf4'.")
+        if (corrects or (is_quantised and full)) and not has_float:
+            raise LoraInitError(
+                f"start {start.title!r} needs the model before it was quantised. Name its directory or hub id: "
+                "weights=MODEL."
+            )
+        if is_quantised and known.changes_base and not corrects and not full:
+            raise LoraInitError(f"start {start.title!r} changes base weights, and these are quantised. Leave it out.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:
@@ -306,6 +330,7 @@ def prepare(
     batches: Iterable[Mapping[str, Tensor]] = (),
     loss_of: Callable[[nn.Module], float] = _no_data,
     bank: Bank | None = None,
+    errors: Mapping[str, Tensor] | None = None,
 ) -> Prepared:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
@@ -339,6 +364,7 @@ def prepare(
         loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
             take the size of their step by it, see `find_step_size`.
         bank: For starts from a bank; its prompts are embedded by the base model.
+        errors: What quantisation took from the weights, such as `QuantisationErrors`, if the model is quantised.
 
     Raises:
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
@@ -347,7 +373,9 @@ def prepare(
     asked = read_variant(start if isinstance(start, str) else start[0])
     recipe = asked.recipe
     shape = replace(shape, lora_alpha=asked.alpha or shape.lora_alpha)
-    restore = remember(model, weights=asked.changes_base or asked.start is None)  # one's own may do anything
+    corrects = errors is not None and asked.start is not None and asked.start.corrects_quantised
+    # One's own may do anything.
+    restore = remember(model, weights=(asked.changes_base and not corrects) or asked.start is None)
     gamma, peft_model = None, cast("Any", model)
     try:
         stats = statistics(recipe.center, recipe.by_gradient) if recipe and recipe.reads_data else _blank(model, shape)
@@ -358,13 +386,19 @@ def prepare(
             if not isinstance(start, str):
                 peft_model = _apply_own(asked.base, start[1], model, seed)
             elif recipe:
-                init = _build(stats, recipe, model, shape, seed, loss_of, asked.equal_parameters)
+                init = _build(stats, recipe, model, shape, seed, loss_of, asked.equal_parameters, errors)
                 peft_model, gamma = init.apply(model), init.gamma
             elif asked.start and asked.start.made_by == "bank":
                 init = _from_bank(bank, model, shape, batches, loss_of, asked.start)
                 peft_model, gamma = init.apply(model), init.gamma
             elif asked.base == FULL:
                 model.float().requires_grad_(True)  # steps would be lost in the rounding of bfloat16
+            elif corrects:
+                # PEFT's own function for that needs a GPU, and leaves the scaling out. Of inputs that are alike in all
+                # directions the best correction is from the singular triplets of W - Q, as PEFT takes them.
+                even = _blank(model, shape, variance=1.0)
+                init = build_adapter(even, shape.rank, CORRECTION, lora_alpha=shape.lora_alpha, errors=errors)
+                peft_model = init.apply(model)
             else:
                 init = build_adapter(stats, shape.rank, RANDOM, lora_alpha=shape.lora_alpha)
                 assert asked.start is not None  # one of PEFT's
@@ -414,16 +448,16 @@ def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def _blank(model: nn.Module, shape: AdapterShape) -> Statistics:
-    """Make statistics that know nothing but the layers' widths, for starts that need no data."""
+def _blank(model: nn.Module, shape: AdapterShape, variance: float = 0.0) -> Statistics:
+    """Make statistics that know nothing but the layers' widths, for starts that need no data; all directions alike."""
     modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
     targets = find_targets(model, modules, task_type=shape.task_type)
     made_for = Provenance("", type(model).__name__, "", modules, task_type=shape.task_type, rank=shape.rank)
     none = torch.empty(0, dtype=torch.float64)
     return Statistics(
         groups={
-            name: Spectrum(torch.empty(0, target.in_features), none, 0.0, torch.zeros(target.in_features), 0)
-            for name, target in targets.layers.items()
+            name: Spectrum(torch.empty(0, width), none, variance * width, torch.zeros(width), 0)
+            for name, width in ((name, target.in_features) for name, target in targets.layers.items())
         },
         group_of={name: name for name in targets.layers},
         targets=targets.layers,
@@ -440,6 +474,7 @@ def _build(
     seed: int,
     loss_of: Callable[[nn.Module], float],
     equal: bool,
+    errors: Mapping[str, Tensor] | None,
 ) -> AdapterInit:
     """Build an adapter from statistics; a start that steps takes the size that lowers the loss most."""
     rank, targets = shape.rank, [stats.targets[name] for name in stats]
@@ -450,15 +485,16 @@ def _build(
     elif recipe.reads_data and equal:
         budget = sum(target.parameters(rank) for target in targets)
         ranks = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
-    elif recipe.reads_data:
+    elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
         ranks = allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
     if isinstance(ranks, RankAllocation):
         alpha, ranks = shape.lora_alpha, replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
     else:
         alpha = shape.lora_alpha * ranks / rank
     build = partial(
-        build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=seed, freeze_a=recipe.freeze_a
-    )
+        build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=seed, freeze_a=recipe.freeze_a,
+        errors=errors,
+    )  # fmt: skip
     if recipe.start.takes_step:
         return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
     return build()

@@ -160,6 +160,8 @@ class Loading:
         retain_samples: Examples of it.
         dtype: Of the base model's weights; `"auto"` keeps the checkpoint's. Adapters are float32, and so is a
             classifier, whose head is trained whole.
+        quantize: How the base is quantised while it is loaded, one of `models.QUANTISATIONS`.
+        weights: The float model that a quantised one was made of, directory or hub id. Default: the model itself.
         device: Where the model runs.
         trust_remote_code: Allow code that comes with the model.
     """
@@ -183,6 +185,8 @@ class Loading:
     retain_template: str | None = None
     retain_samples: int = 64
     dtype: str = "auto"
+    quantize: str | None = None
+    weights: str | Path | None = None
     device: str = "auto"
     trust_remote_code: bool = False
 

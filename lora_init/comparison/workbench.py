@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.peft_model import check_modules_to_save
+from lora_init.adapters.quantised import QuantisationErrors
+from lora_init.adapters.starts import FULL
 from lora_init.adapters.step_size import n_aside, set_aside
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect
@@ -28,6 +31,7 @@ from lora_init.comparison.starts import (
     AdapterShape,
     OwnStart,
     adapter_files,
+    check_quantised,
     hash_own,
     prepare,
     read_variant,
@@ -37,8 +41,9 @@ from lora_init.comparison.training import Score, Trained, Training, evaluate, pe
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, find_targets, is_in
+from lora_init.layers.wrappers import quantisation_of
 from lora_init.loading.batches import Batches, load_batches
-from lora_init.loading.models import LoadedModel, load_model, open_model
+from lora_init.loading.models import LoadedModel, open_model
 from lora_init.statistics.statistics import Statistics
 
 # Says to `collect` and `mean_loss` that the loss is the very one that training minimises.
@@ -76,6 +81,7 @@ class RunRecord(Trained):
         a_scale: Root mean square of the norms of all rows of A.
         gamma: What B A was divided by, where B is not zero and the start is ours.
         plain_loss: Loss to report of the plain model.
+        float_loss: Of the model before it was quantised; None if it is not quantised, or that one is not known.
         metrics_before: Metrics of the plain model.
         retain_loss: Loss on text of another kind, before and after.
         initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
@@ -92,6 +98,7 @@ class RunRecord(Trained):
     a_scale: float | None = None
     gamma: float | None = None
     plain_loss: float | None = None
+    float_loss: float | None = None
     metrics_before: dict[str, float] | None = None
     retain_loss: list[float] | None = None
     initialisation_seconds: float | None = None
@@ -114,6 +121,8 @@ class Workbench:
         statistics_batches: Batches of the run's own training data that statistics are made from.
         own: Starts that are not ours: name to an adapter directory, or a function of model and seed.
         bank: Adapters of other tasks, for starts from a bank.
+        float_model: Loads the model before it was quantised; None if it is not quantised, or that one is not known.
+        float_weights: The directory or hub id of that model, if it is not the model itself.
     """
 
     loaded: LoadedModel
@@ -125,7 +134,9 @@ class Workbench:
     statistics_batches: int
     own: Mapping[str, Any] = field(default_factory=dict)
     bank: Bank | None = None
-    _before: dict[int, tuple[Score, float | None]] = field(default_factory=dict, repr=False)
+    float_model: Callable[[], LoadedModel] | None = None
+    float_weights: str | Path | None = None
+    _before: dict[int, tuple[Score, float | None, float | None]] = field(default_factory=dict, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None, keep: bool = False) -> Record:
         """Prepare the start, train, measure, and put the plain model back.
@@ -176,6 +187,7 @@ class Workbench:
             **asdict(self.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type,
+            **({"quantisation": quantised} if (quantised := quantisation_of(self.loaded.model)) else {}),
             **asdict(self.training),
             "schedule": "linear warm-up, cosine to zero",
             "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
@@ -238,14 +250,10 @@ class Workbench:
         return max(1, n_aside(len(self.task.train), size) // size)
 
     def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None) -> None:
-        self._renew_head(run.seed)
+        self._renew_head(self.loaded, run.seed)
         if run.seed not in self._before:  # a new head depends on the seed
-            retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
-            self._before[run.seed] = (
-                evaluate(self.loaded.model, self.task, self.task.report, with_metrics=True),
-                retained,
-            )
-        plain, retained = self._before[run.seed]
+            self._before[run.seed] = self._measure_before()
+        plain, retained, record.float_loss = self._before[run.seed]
         record.plain_loss, record.metrics_before = plain.loss, plain.metrics
         collected: list[Statistics] = []
         asked = read_variant(run.start)
@@ -264,12 +272,17 @@ class Workbench:
             aside, _ = set_aside(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside()))
             return mean_loss(model, aside, **_AS_TRAINED)
 
+        loaded = self.loaded
+        if asked.base == FULL and self.float_model is not None:
+            loaded = self.float_model()  # beside the quantised one, whose weights cannot be trained
+            self._renew_head(loaded, run.seed)
         targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.shape.task_type)
         everywhere = dict.fromkeys(targets.layers, self.shape.rank)
         reset_peak()
         prepared = prepare(
-            start, self.loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank
-        )
+            start, loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank,
+            self._errors(self.shape.target_modules),
+        )  # fmt: skip
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
             record.gamma = prepared.gamma
@@ -291,6 +304,23 @@ class Workbench:
         finally:
             prepared.release()
 
+    def _measure_before(self) -> tuple[Score, float | None, float | None]:
+        """Score the plain model, on other text too, and as it was before it was quantised."""
+        retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
+        plain = evaluate(self.loaded.model, self.task, self.task.report, with_metrics=True)
+        errors = self._errors("all-linear")
+        if errors is None:
+            return plain, retained, None
+        with errors.undone():
+            return plain, retained, evaluate(self.loaded.model, self.task, self.task.report).loss
+
+    def _errors(self, modules: str | list[str]) -> QuantisationErrors | None:
+        """Say what quantisation took from the weights of layers; None if there is no float model to compare with."""
+        if self.float_model is None:
+            return None
+        targets = find_targets(self.loaded.model, modules, task_type=self.shape.task_type)
+        return QuantisationErrors(self.loaded.model, targets.layers, self.float_weights)
+
     def _batches(self, seed: int, skipped: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
         """Make batches of the run's own data in its order, as they are asked for, after some that are skipped."""
         device = next(self.loaded.model.parameters()).device
@@ -298,13 +328,13 @@ class Workbench:
         return (send_to_device(self.task.batch(items), device) for items in order)
 
     @torch.no_grad()
-    def _renew_head(self, seed: int) -> None:
+    def _renew_head(self, loaded: LoadedModel, seed: int) -> None:
         """Draw a head that the checkpoint lacks from the seed, so that it is the same for all starts."""
-        model = self.loaded.model
-        heads = HEADS.get(self.loaded.task_type or "", ())
+        model = loaded.model
+        heads = HEADS.get(loaded.task_type or "", ())
         generator = torch.Generator().manual_seed(seed)
         for name, module in model.named_modules():
-            if is_in(name, heads) and isinstance(module, nn.Linear) and f"{name}.weight" in self.loaded.drawn:
+            if is_in(name, heads) and isinstance(module, nn.Linear) and f"{name}.weight" in loaded.drawn:
                 drawn = torch.randn(module.weight.shape, generator=generator)
                 module.weight.copy_(drawn * getattr(model.config, "initializer_range", 0.02))
                 if module.bias is not None:
@@ -321,6 +351,7 @@ def set_up(
     statistics_batches: int,
     own: Mapping[str, Any] | None = None,
     bank: str | None = None,
+    starts: Sequence[str] = (),
 ) -> Workbench:
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`.
 
@@ -329,6 +360,12 @@ def set_up(
     """
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
+    source.check_quantised(options.quantize)
+    is_quantised = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
+    has_float = options.quantize is not None or options.weights is not None
+    check_quantised(starts, is_quantised, has_float)
+    if options.weights is not None and not is_quantised:
+        raise LoraInitError(f"weights={options.weights!r}: model {model!r} is not quantised. Leave it out.")
     task = load_task(data, source.tokenizer, options, training.batch_size, source.classes)
     classifies, retain = task.kind == CLASSIFICATION, None
     if options.retain_data is not None:
@@ -339,10 +376,12 @@ def set_up(
             batch_size=training.batch_size, max_length=options.max_length,
         )  # fmt: skip
     dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
-    loaded = load_model(
-        model, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
+    load = partial(
+        _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
         dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    loaded = load(model, quantise=options.quantize)
+    float_model = partial(load, str(options.weights or model)) if has_float else None
     if classifies:
         check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)
         if loaded.model.dtype != torch.float32:
@@ -356,4 +395,11 @@ def set_up(
     adapters = None if bank is None else open_bank(bank)
     if adapters is not None:
         check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
-    return Workbench(loaded, task, retain, directory, shape, training, statistics_batches, own or {}, adapters)
+    return Workbench(
+        loaded, task, retain, directory, shape, training, statistics_batches, own or {}, adapters, float_model,
+        options.weights,
+    )  # fmt: skip
+
+
+def _load(model: str, *, task_type: str | None, trust_remote_code: bool, **options: Any) -> LoadedModel:
+    return open_model(model, task_type=task_type, trust_remote_code=trust_remote_code).load(**options)

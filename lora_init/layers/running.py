@@ -16,18 +16,26 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of
 
 Forward = Callable[[nn.Module, Any], Any]
+# On some processors a 4-bit layer of bitsandbytes packs its weight for inference in the first pass in evaluation mode,
+# for good (seen with 0.50). No gradient flows through it any more, so what is trained afterwards is trained wrongly.
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its modules into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    packing = [(module, getattr(module, _PACKS)) for module in model.modules() if hasattr(module, _PACKS)]
     model.eval()
+    for module, _ in packing:
+        setattr(module, _PACKS, False)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module, packs in packing:
+            setattr(module, _PACKS, packs)
 
 
 def on_device_of(model: nn.Module, batch: Any) -> Any:

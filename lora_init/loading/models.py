@@ -33,6 +33,7 @@ QUANTISATIONS = {
 }
 # What a weight of a linear layer then takes: 4 bits and a float32 for each block of 64, or 8 bits.
 QUANTISED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+_HEADS = ("classifier", "score")  # of a classifier, which are trained whole
 # A directory without any of these has no tokenizer; transformers would make an empty one for some kinds of model.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken")
 
@@ -116,6 +117,8 @@ class ModelSource:
         quantised = getattr(self.config, "quantization_config", None) is not None
         if quantise is not None:
             quantised, options["quantization_config"] = True, dict(QUANTISATIONS[quantise])
+            if n_labels is not None:  # a head that the checkpoint lacks is not left alone otherwise
+                options["quantization_config"]["llm_int8_skip_modules"] = list(_HEADS)
         if quantised:
             options["device_map"] = {"": place}  # quantised weights cannot move afterwards
         torch.manual_seed(seed)

@@ -207,9 +207,10 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
 def test_quiet_and_format_reach_the_comparison(command, monkeypatch):
     asked = []
     monkeypatch.setattr("lora_init.comparison.compare.compare", lambda *_, **options: asked.append(options) or 1 / 0)
-    for more in ([], ["-q", "--format", "alpaca"]):
+    for more in ([], ["-q", "--format", "alpaca", "--quantize", "int8", "--weights", "there"]):
         run(*command, *more, code=1)
-    assert [(options["progress"], options["format"]) for options in asked] == [(None, None), (False, "alpaca")]
+    told = [[options[name] for name in ("progress", "format", "quantize", "weights")] for options in asked]
+    assert told == [[None] * 4, [False, "alpaca", "int8", "there"]]
 
 
 def test_the_format_decides_how_rows_are_read(home, tmp_path):

@@ -1,0 +1,122 @@
+"""A comparison on a base that is quantised while it is loaded, by bitsandbytes itself."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import lora_init
+from lora_init.adapters.quantised import read_product
+from lora_init.adapters.starts import STARTS
+from lora_init.comparison.starts import check_quantised
+from lora_init.errors import LoraInitError
+from lora_init.layers.running import evaluating
+from lora_init.layers.targets import find_targets
+from lora_init.loading.models import open_model
+from tests.commands import save_model
+from tests.comparisons import SMALL, make_home
+from tests.conftest import tiny_llama
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Models whose widths bitsandbytes' kernels take, and whose weights are large enough for rounding to matter."""
+    home = make_home(tmp_path_factory.mktemp("quantised"))
+    torch.manual_seed(0)
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(8.0)
+    save_model(model, home / "wide")
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    save_model(BertModel(BertConfig(vocab_size=64, max_position_embeddings=64, **shape)), home / "encoder")
+    return home
+
+
+def compare(home, output, **changes):
+    settings = SMALL | dict(quantize="nf4", learning_rates=[1e-3], seeds=1) | changes
+    return lora_init.compare(str(home / settings.pop("model", "wide")), home / "rows.jsonl", output, **settings)
+
+
+def begins(found):
+    """The loss of each start before it is trained."""
+    assert {record["status"] for record in found.records} == {"finished"}, found.records
+    return {record["start"]: record["report_loss"][0] for record in found.records if "-steps" not in record["start"]}
+
+
+def test_starts_that_correct_the_base_begin_as_the_float_model(home, tmp_path):
+    found = compare(home, tmp_path / "out", starts=["random", "qera", "loftq"], full=True, rank=64)
+    plain, exact = found.records[0]["plain_loss"], found.records[0]["float_loss"]
+    begin = begins(found)
+    assert abs(plain - exact) > 1e-3 and begin["random"] == pytest.approx(plain, rel=1e-6)
+    assert begin["full"] == pytest.approx(exact, rel=1e-5)  # other kernels than those of the hooks
+    # At full rank all of the error is given back, with the data and without.
+    for start in ("qera", "loftq"):
+        assert abs(begin[start] - exact) < 0.02 * abs(plain - exact)
+    assert "before it was quantised), and random ends at" in found.summary.headroom
+    assert found.settings["quantisation"]["bnb_4bit_quant_type"] == "nf4" and "--quantize nf4" in found.settings["init"]
+
+
+def test_any_start_of_data_can_have_a_quantised_base_that_stays_the_same(home, tmp_path):
+    starts = ["random", "eva", "natural-gradient", "qera"]
+    found = compare(home, tmp_path / "out", starts=starts)
+    begin = begins(found)
+    assert begin["eva"] == begin["natural-gradient"] == begin["random"] != begin["qera"]
+    again = compare(home, tmp_path / "out", starts=starts).records
+    assert sorted(map(repr, again)) == sorted(map(repr, found.records))
+    with pytest.raises(LoraInitError, match="quantisation was"):
+        compare(home, tmp_path / "out", starts=starts, quantize="int8")
+
+
+def test_a_classifier_is_compared_on_a_quantised_base(home, tmp_path):
+    found = compare(
+        home, tmp_path / "out", model="encoder", label="first", completion=None, quantize="int8",
+        starts=["random", "natural-gradient", "qera"], full=True,
+    )  # fmt: skip
+    assert [record["status"] for record in found.records] == ["finished"] * len(found.planned), found.records
+    heads = {record["report_loss"][0] for record in found.records if record["start"] != "qera"}
+    assert max(heads) - min(heads) < 0.05  # the same head, drawn from the seed
+
+
+@pytest.mark.parametrize(
+    ("starts", "quantised", "message"),
+    [
+        (["random", "qera"], {}, "start 'qera' corrects a quantised base. Load it so: quantize='nf4'."),
+        (["qera"], dict(is_quantised=True), "needs the model before it was quantised. Name its directory"),
+        (["full"], dict(is_quantised=True), "start 'full' needs the model before it was quantised"),
+        (["loftq"], {}, None),  # with a rounding of its own
+        *((x.name, dict(is_quantised=True, has_float=True), "changes base weights, and these are quantised")
+          for x in STARTS if x.changes_base and x.name not in ("loftq", "full")),
+    ],
+)  # fmt: skip
+def test_what_a_base_cannot_have_is_refused(starts, quantised, message):
+    asked = dict(is_quantised=False, has_float=False) | quantised
+    starts = [starts] if isinstance(starts, str) else starts
+    if message is None:
+        check_quantised(starts, **asked)
+        return
+    with pytest.raises(LoraInitError) as error:
+        check_quantised(starts, **asked)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_float_weights_of_a_float_model_are_refused(home, tmp_path):
+    with pytest.raises(LoraInitError, match="is not quantised"):
+        compare(home, tmp_path / "out", starts=["random"], quantize=None, weights=home / "wide")
+
+
+def test_training_after_an_evaluation_has_the_gradient_of_the_dequantised_weights(home):
+    """On some processors bitsandbytes packs weights in evaluation mode, and no gradient flows through them any more."""
+    model = open_model(str(home / "wide")).load(quantise="nf4", device="cpu").model
+    layer, rows = model.model.layers[0].mlp.up_proj, torch.randn(4, 64)
+    assert "Linear4bit" in type(layer).__name__
+    target = find_targets(model).layers["model.layers.0.mlp.up_proj"]
+    with torch.no_grad(), evaluating(model):
+        layer(rows)
+    weight = read_product(layer, target, torch.float32, "layer")
+    rows.requires_grad_(True)
+    layer(rows).sum().backward()
+    expected = weight.sum(dim=0).expand_as(rows)
+    assert (rows.grad - expected).norm() <= 1e-2 * expected.norm()  # kernels round to bfloat16
