@@ -143,6 +143,14 @@ class AdapterDirectory:
         began = str(origin.get("method")) if origin.get("rank") in (None, self.config.get("r")) else ""
         return began if began and (origin.get("corrects_base") or changes_base(began)) else ""
 
+    def check_fits_plain_base(self) -> None:
+        """Refuse one that began by changing the weights of the base."""
+        if began := self.base_change:
+            raise LoraInitError(
+                f"{self.path} began as {began}, which changes the base weights, so it does not fit the plain base. "
+                "`lora-init export --start DIRECTORY`, naming the adapter before training, converts it."
+            )
+
     @property
     def error_size(self) -> float:
         """|W - Q| of the quantised base that the adapter began by correcting; 0 if it did not, or was converted."""

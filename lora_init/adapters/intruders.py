@@ -131,11 +131,8 @@ def intruder_dimensions(
     directory = AdapterDirectory(adapter)
     # Loading an adapter that began as PiSSA or the like takes the plain weights apart again.
     own_weights = isinstance(directory.config.get("init_lora_weights"), str)
-    if not own_weights and (began := directory.base_change):
-        raise LoraInitError(
-            f"{directory.path} began as {began}, which changes the base weights, so it does not fit the plain base. "
-            "Convert it first: lora-init export, --start naming the adapter as it was before training."
-        )
+    if not own_weights:
+        directory.check_fits_plain_base()
     if own_weights and base is None:
         modules = dict(model.named_modules())
         linear = [name for name in directory.layers if name in modules and is_linear(modules[name])]

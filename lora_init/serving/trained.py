@@ -209,11 +209,8 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     if not parameters:
         trained = with_parameters(trained, {})
     _check_conversion(trained, adapter.origin, directory)
-    if start is None and (began := adapter.base_change):
-        raise LoraInitError(
-            f"{directory} began as {began}, which changes the base weights, so it does not fit the plain base. "
-            "Name the adapter as it was before training by start=."
-        )
+    if start is None:
+        adapter.check_fits_plain_base()
     return trained
 
 

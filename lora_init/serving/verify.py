@@ -92,10 +92,7 @@ def verify(
         LoraInitError: There is no prompt, or the adapter is damaged, of another base, or in need of its start.
     """
     adapter = AdapterDirectory(directory)
-    if began := adapter.base_change:
-        raise LoraInitError(
-            f"{adapter.path} began as {began} and does not fit the plain base. Export it by start= first."
-        )
+    adapter.check_fits_plain_base()
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
     with with_adapter(model, adapter) as peft_model:

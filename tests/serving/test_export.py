@@ -134,14 +134,14 @@ def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
     assert exported.rank == 16  # twice 5, rounded up
     assert (logits(model) - logits(load(base))).abs().max() > 0.01
     torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model), atol=1e-4, rtol=1e-4)
-    refused("began as lora-ga.*start=", start, tmp_path / "other")
+    refused("began as lora-ga.*--start", start, tmp_path / "other")
 
 
 def test_a_start_that_changed_the_base_is_known_from_the_config_until_peft_converts_it(base, tmp_path):
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     config = config_of(trained) | {"auto_mapping": {"lora_init": {"method": "lora-ga", "rank": 4}}}
     (trained / "adapter_config.json").write_text(json.dumps(config))
-    refused("began as lora-ga.*start=", trained, tmp_path / "served")
+    refused("began as lora-ga.*--start", trained, tmp_path / "served")
     config["auto_mapping"]["lora_init"]["rank"] = 2  # PEFT doubles the config's rank when it converts
     (trained / "adapter_config.json").write_text(json.dumps(config))
     export_adapter(trained, tmp_path / "served")
@@ -451,7 +451,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     )
     pissa = train(base, tmp_path / "pissa", target_modules=["q_proj"])
     (pissa / "adapter_config.json").write_text(json.dumps(config_of(pissa) | {"init_lora_weights": "pissa_niter_4"}))
-    refused(r"began as pissa_niter_4, which changes the base weights.*start=", pissa, output)
+    refused(r"began as pissa_niter_4, which changes the base weights.*--start", pissa, output)
     biased = train(base, tmp_path / "biased", target_modules=["q_proj"], lora_bias=True)
     refused("has lora_B.bias, which no plain LoRA has", biased, output)
     refused("has no layer 'model.layers.0.mlp.down_proj'", trained, output, start=pissa)

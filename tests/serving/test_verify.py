@@ -235,4 +235,4 @@ def test_an_adapter_of_another_base_or_with_a_start_is_one_line(home, tmp_path):
     assert_one_line_error(done, "cannot be put on LlamaForCausalLM")
     began = changed(home / "plain", tmp_path / "began", config={"init_lora_weights": "pissa"})
     done = ask(home, began, served(home, home / "plain"), "--model", "served")
-    assert_one_line_error(done, "began as pissa and does not fit the plain base")
+    assert_one_line_error(done, "began as pissa, which changes the base weights, so it does not fit the plain base")
