@@ -58,7 +58,7 @@ base_model = {model_class}.from_pretrained({base!r}, quantization_config=quantis
 """
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AdapterInit:
     """Everything about an adapter before its first step of training. Made by `build_adapter`.
 
@@ -94,17 +94,17 @@ class AdapterInit:
 
     weights: Weights
     targets: Mapping[str, Target]
-    unsupported: Mapping[str, str]
+    unsupported: Mapping[str, str] = field(default_factory=dict)
     rank: int
     lora_alpha: float
-    use_rslora: bool
-    use_dora: bool
-    lora_dropout: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
     method: str
-    whiten: bool
-    seed: int
-    left_out: tuple[str, ...]
-    explained: Mapping[str, float]
+    whiten: bool = False
+    seed: int = 0
+    left_out: tuple[str, ...] = ()
+    explained: Mapping[str, float] = field(default_factory=dict)
     provenance: Provenance
     modules_to_save: tuple[str, ...] = ()
     gamma: float | None = None

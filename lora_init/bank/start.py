@@ -190,17 +190,9 @@ def _adapter(
     return AdapterInit(
         weights={n: ((update[n].a / root).contiguous(), (update[n].b / root).contiguous()) for n in targets},
         targets=targets,
-        unsupported={},
         rank=rank,
         lora_alpha=lora_alpha,
-        use_rslora=False,
-        use_dora=False,
-        lora_dropout=0.0,
         method=BANK_WAYS[by].name,
-        whiten=False,
-        seed=0,
-        left_out=(),
-        explained={},
         provenance=replace(about, target_modules=sorted(targets), rank=rank),
         gamma=gamma,
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
-from lora_init.loading.checkpoint import INDEX_FILE, as_saved, find_tensors
+from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
 from lora_init.serving.trained import LINEAR, Trained, ends_of
 
 # Tensors of a merged model go into files of about this size, and no more of them are in memory at once.
@@ -178,37 +178,32 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
     if not trained.copies or not Path(base.source).expanduser().is_dir():
         return trained
     try:
-        sources, changed = _checkpoint(base.source), {}
+        sources, changed = find_tensors(base.source), {}
     except LoraInitError:  # quantised, or in files of another kind: there is nothing to compare with
         return trained
     for key, copied in trained.copies.items():
         name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
         found = [one for one in (name, *(f"{other}.weight" for other in base.embeddings * base.tied)) if one in sources]
         if found:
-            with safe_open(sources[found[0]].file, framework="pt") as file:
-                own = file.get_tensor(found[0])
+            own = sources[found[0]].read()
             if own.shape != copied.shape or not torch.equal(own.to(copied.dtype), copied):
                 changed[key] = copied
     return replace(trained, others={**trained.others, **changed})
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Stored):
     """Where a tensor of a merged model comes from.
 
+    Its name in the checkpoint is another one for an output embedding that was the input embedding and is no longer.
+
     Attributes:
-        file: File of the checkpoint.
-        name: Its name there; another one for an output embedding that was the input embedding and is no longer.
-        shape: Its shape there.
         parameter: The model's parameter that it is, or is a part of, if the adapter changes that; else empty.
         expert: Which expert of the parameter it is; None for all.
         piece: What transformers calls it when it brings the parameter, or one expert alone, into the form of
             checkpoints; empty where the checkpoint has the model's form.
     """
 
-    file: Path
-    name: str
-    shape: tuple[int, ...]
     parameter: str = ""
     expert: int | None = None
     piece: str = ""
@@ -223,7 +218,7 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     """
     if trained.config.get("alora_invocation_tokens"):
         raise LoraInitError("aLoRA leaves tokens before its invocation as they are, and merged it would not. Use PEFT.")
-    sources = _checkpoint(base.source)
+    sources = {name: Source(**vars(stored)) for name, stored in find_tensors(base.source).items()}
     layers = {name if layer.experts else f"{name}.weight": layer for name, layer in trained.layers.items()}
     wanted = [*layers, *(key.removeprefix(PREFIX) for key in trained.others)]
     problem = _untie(base, trained, wanted, sources)
@@ -373,8 +368,3 @@ def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
         summed = plain + change
         change = summed * (layer.magnitude.float()[:, None] / torch.linalg.norm(summed, dim=1, keepdim=True)) - plain
     return change.T if transposed else change
-
-
-def _checkpoint(source: str) -> dict[str, Source]:
-    """Find all tensors of a checkpoint, file by file."""
-    return {name: Source(one.file, name, one.shape) for name, one in find_tensors(source).items()}

@@ -251,7 +251,7 @@ def test_a_start_that_changed_the_base_is_taken_off_each_expert(base, tmp_path):
     (start / "lora_init.json").write_text('{"method": "lora-ga"}')
     shutil.copytree(start, tmp_path / "trained")
     rewrite(tmp_path / "trained", lambda found: {n: t + 0.1 * torch.randn_like(t) for n, t in found.items()})
-    refused("began as lora-ga.*start=", tmp_path / "trained", tmp_path / "served")
+    refused("began as lora-ga.*--start", tmp_path / "trained", tmp_path / "served")
     exported = export_adapter(tmp_path / "trained", tmp_path / "served", start=start)
     assert exported.rank == 8  # twice 3, rounded up
     served, after, before = (deltas(base, d) for d in (tmp_path / "served", tmp_path / "trained", start))
