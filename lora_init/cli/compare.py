@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -167,6 +167,14 @@ def compare(
             say(f"{found.directory / 'best'}: the trained adapter of the best start")
 
 
+# What a dry run says of runs that may be added.
+_ADDED = {
+    "rates": "{} more at rates beside a best one at the edge",
+    "seeds": "{} more on seeds that are added where they still decide",
+    "longer": "{} more of random for twice the steps, if a start is better",
+}
+
+
 def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
     """Print what `Outlook` has."""
     from rich.table import Table
@@ -176,8 +184,8 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
 
     swept, others = ahead["swept"], ahead["others"]
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    later = [f"on seeds {', '.join(map(str, others))}"] if others else []
-    for column in ("start", f"learning rates on seeds {', '.join(map(str, swept))}", *later, "runs"):
+    later = [f"on {_seeds(others)}"] if others else []
+    for column in ("start", f"learning rates on {_seeds(swept)}", *later, "runs"):
         table.add_column(column, justify="right" if column == "runs" else "left", overflow="fold")
     for start in ahead["starts"]:
         own = start["own_rate"]
@@ -187,18 +195,18 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
     console.print(table)
     lines = ["* is the rate that the start is recommended with."] * any(x["own_rate"] for x in ahead["starts"])
     lines.append(f"Data: {ahead['data']}.")
-    most, time = ahead["most_runs"], duration(ahead["seconds"])
-    grows = most > ahead["n_runs"]
-    if grows:
-        time += f", at most {duration(ahead['most_seconds'])}"
-    lines.append(
-        f"{ahead['n_runs']} runs, {ahead['ended']} ended"
-        + f"; at most {most}, as rates are added beside a best one at the edge, and random is trained for twice the "
-        "steps where a start is better." * grows + "." * (not grows)
-    )
+    added = [_ADDED[what].format(n) for what, n in ahead["may_add"].items() if n]
+    lines.append(f"{ahead['n_runs']} runs, {ahead['ended']} ended{'; at most ' * bool(added)}{', '.join(added)}.")
+    time = " to ".join(dict.fromkeys(map(duration, (ahead["seconds"], ahead["most_seconds"]))))
     lines.append(f"Time: about {time}; a step takes {ahead['pace']['step']:.2g} s.")
     lines.append(_detectable(len(swept) + len(others), ahead, percent))
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _seeds(which: Sequence[int]) -> str:
+    if len(which) > 2 and which[-1] - which[0] == len(which) - 1:
+        return f"seeds {which[0]} to {which[-1]}"
+    return f"seed{'s' * (len(which) > 1)} {', '.join(map(str, which))}"
 
 
 def _detectable(n_seeds: int, ahead: Mapping[str, Any], percent: Callable[[float], str]) -> str:

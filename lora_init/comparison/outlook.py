@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import detectable
 from lora_init.comparison.findings import is_judged
-from lora_init.comparison.runs import Run, RunPlan
+from lora_init.comparison.runs import Record, Run, RunPlan
 from lora_init.comparison.starts import prepare, read_variant
 from lora_init.comparison.tasks import CLASSIFICATION, item_length
 from lora_init.comparison.training import Training, evaluate, train
@@ -51,7 +51,9 @@ class Outlook:
         folds: Examples to train on, to select by, to report.
         n_runs: Runs in all, those that ended among them.
         ended: Runs that ended.
-        most_runs: How many it may become: rates beside those at the edge, and random with twice the steps.
+        may_add: How many may be added at most: at `rates` beside a best one at the edge, on more `seeds` under a limit,
+            and of random trained for `longer`, if a start is better.
+        most_runs: All of these together.
         pace: What was measured.
         seconds: Time for the runs that are left, one after the other.
         most_seconds: The same if it grows as far as it may.
@@ -66,6 +68,7 @@ class Outlook:
     folds: dict[str, int]
     n_runs: int
     ended: int
+    may_add: dict[str, int]
     most_runs: int
     pace: Pace
     seconds: float
@@ -79,7 +82,7 @@ class Outlook:
 
 
 def look_ahead(
-    bench: Workbench, plan: RunPlan, planned: Sequence[Run], ended: Iterable[Run], n_workers: int = 1
+    bench: Workbench, plan: RunPlan, planned: Sequence[Run], ended: Mapping[Run, Record], n_workers: int = 1
 ) -> Outlook:
     """Say what a comparison will do, and measure one step for the time that it takes.
 
@@ -90,7 +93,6 @@ def look_ahead(
         ended: Those that ended.
         n_workers: How many runs are done side by side.
     """
-    ended = set(ended)
     names = list(dict.fromkeys(run.start for run in planned))
     judged = [name for name in names if is_judged(name)]
     swept, seeds = list(plan.swept), list(plan.seeds)
@@ -105,11 +107,14 @@ def look_ahead(
     ]
     pace = measure(bench)
     left = [run for run in planned if run not in ended]
-    n_edge = plan.extend * len(swept) * len(names) if plan.extends else 0
-    n_longer = len(seeds) if judged else 0
+    add = {
+        "rates": plan.extend * len(swept) * len(names) if plan.extends else 0,
+        "seeds": sum(run not in planned for run in plan.runs(names, ended)),
+        "longer": len(seeds) if judged else 0,
+    }
     one = _seconds_of_run(bench, pace)
     seconds = len(left) * one + _seconds_of_statistics(bench, pace, left)
-    most = seconds + (n_edge + n_longer) * one + n_longer * bench.training.steps * pace.step
+    most = seconds + sum(add.values()) * one + add["longer"] * bench.training.steps * pace.step
     scatter = _SCATTER_OF_CLASSES if bench.task.kind == CLASSIFICATION else _SCATTER
     shown = {n: detectable(len(judged), n) for n in {len(seeds), _ENOUGH_SEEDS}}
     return Outlook(
@@ -119,7 +124,8 @@ def look_ahead(
         folds=bench.folds,
         n_runs=len(planned),
         ended=sum(run in ended for run in planned),
-        most_runs=len(planned) + n_edge + n_longer,
+        may_add=add,
+        most_runs=len(planned) + sum(add.values()),
         pace=pace,
         seconds=seconds / n_workers,
         most_seconds=most / n_workers,

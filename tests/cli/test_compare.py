@@ -91,12 +91,19 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
     text = run(*command, "--dry-run").stdout
     lines = [line.split() for line in text.splitlines()]
     assert lines[1] == ["random", "1e-3", "1e-2", "the", "best", "5"] and lines[2][0] == "eva-rho1"
-    for said in ("to train on, 6 to select by and 8 to report", "\n10 runs, 0 ended; at most 13, as rates",
-                 "\nTime: about ", "Detectable at best: with 3 seeds 1.8 %, with 5 seeds 0.88 %"):  # fmt: skip
+    more = "at most 3 more of random for twice the steps, if a start is better."
+    for said in (
+        "to train on, 6 to select by and 8 to report",
+        f"\n10 runs, 0 ended; {more}\nTime: about ",
+        "Detectable at best: with 3 seeds 1.8 %, with 5 seeds 0.88 %",
+    ):
         assert said in text
     content = json.loads(run(*command, "--dry-run", "--json").stdout)
     assert len(content["runs"]) == 10 and content["ended"] == 0 and content["runs"][-1]["learning_rate"] is None
     assert not (tmp_path / "out").exists()
+    limited = run(*command, "--dry-run", "--precision", "1%", "--seeds", 6).stdout
+    assert "on seeds 2 to 5" in limited
+    assert "10 runs, 0 ended; at most 6 more on seeds that are added where they still decide, 6 more of" in limited
     two = run(*command, "--dry-run", "--seeds", 2, "--starts", "random,eva-rho1,pissa").stdout
     assert "on seeds 2" not in two and "with 2 seeds 2.7 %, with 5 seeds 0.85 % of the loss" in two
 

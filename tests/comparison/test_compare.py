@@ -497,7 +497,7 @@ def test_the_default_is_random_against_what_is_recommended(home, tmp_path):
     assert found.settings["dtype"] == "bfloat16" and found.settings["lora_alpha"] == 8
     assert found.settings["recommended"] == own and not (tmp_path / "out").exists()
     assert (ahead.swept, ahead.others, ahead.n_runs, ahead.ended) == ([0, 1], [2, 3, 4], 9 + 14 + 14, 0)
-    assert ahead.most_runs == ahead.n_runs + 3 * 2 * 2 + 5  # rates at the edge, and random for longer
+    assert ahead.may_add == {"rates": 3 * 2 * 2, "seeds": 0, "longer": 5} and ahead.most_runs == ahead.n_runs + 17
     assert ahead.folds == {"train": 100, "selection": 8, "report": 12}
     assert 0.0 < ahead.seconds < ahead.most_seconds and list(ahead.detectable) == [5]
 
