@@ -8,7 +8,7 @@ line and its help, comparisons, the guard of `export`, the table in the document
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -337,9 +337,9 @@ def start_names() -> tuple[str, ...]:
     return (*_OWN, *(name for name in _of_packages() if name not in _OWN))
 
 
-def buildable(names: Iterable[str] = ()) -> list[str]:
+def buildable() -> list[str]:
     """Name the starts that `build_adapter` makes."""
-    return [name for name in names or start_names() if name not in _OWN or _OWN[name].made_by == "lora_init"]
+    return [name for name in start_names() if name not in _OWN or _OWN[name].made_by == "lora_init"]
 
 
 def compared_names() -> tuple[str, ...]:

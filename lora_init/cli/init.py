@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -246,9 +246,7 @@ def init(
 
 
 # Options that say nothing without the thing that they are about: how DATA are read, how the pass over them is made, ...
-_OF_DATA = (
-    "template", "completion", "label", "format", "subset", "split", "samples", "batch_size", "max_length",
-)  # fmt: skip
+_OF_DATA = (*(one.name for one in fields(Reading)), "label", "samples", "batch_size", "max_length")
 _OF_PASS = ("gradients", "max_batches", "skip_bad_batches", "token_mask", "center")
 _OF_BANK = ("by", "similarity")
 _OF_OWN_START = (

@@ -119,7 +119,7 @@ def totals_against_uniform(plan: RankAllocation, stats: Statistics) -> list[tupl
     return [(name, *cells) for name, cells in rows.items()]
 
 
-def budget_curves(plan: RankAllocation, stats: Statistics, n_points: int = 20) -> dict[str, dict[int, float]]:
+def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int, float]]:
     """Plan for budgets from an eighth of the plan's parameters to eight times as many, as far as components reach.
 
     Rank limits, ties and exclusions are the plan's; so is rho, relative to the average rank of each budget.
@@ -130,7 +130,7 @@ def budget_curves(plan: RankAllocation, stats: Statistics, n_points: int = 20) -
     settings = {"rho": 2.0, **plan.settings}
     spectra = stack_spectra(stats, [name for name in plan if name not in set(plan.excluded)])
     exists = int((spectra.widths * spectra.collected).sum())
-    budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, exists), n_points)
+    budgets = np.geomspace(max(plan.parameters / 8, 1), min(plan.parameters * 8, exists), 20)
     curves: dict[str, dict[int, float]] = {name: {} for name, policy in POLICIES.items() if not policy.by_gradient}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
