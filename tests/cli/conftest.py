@@ -1,6 +1,7 @@
 """A model and data on disk, and the smallest command."""
 
 import pytest
+import torch
 
 from tests.commands import save_model, write_data
 from tests.conftest import tiny_llama
@@ -10,6 +11,7 @@ from tests.conftest import tiny_llama
 def home(tmp_path_factory):
     """A folder with a model and data in it; tests write elsewhere."""
     home = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)  # or its weights would depend on which tests ran before
     save_model(tiny_llama(), home / "model")
     write_data(home)
     return home
