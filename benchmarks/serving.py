@@ -64,6 +64,13 @@ def main() -> None:
     sys.exit(failed)
 
 
+def commit() -> str:
+    """Name the code that a result comes from; "-changed" if that was not committed. Results are no code."""
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=True, text=True, capture_output=True).stdout
+    code = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    return head.strip() + "-changed" * subprocess.run(code, check=False).returncode
+
+
 def smollm2() -> Path:
     sys.path.insert(0, str(ROOT / "examples"))
     import demo_assets
@@ -254,7 +261,8 @@ def compare(engine: str, cases: list[dict[str, Any]], work: Path) -> dict[str, A
     for case, got in zip(cases, answer["log_probabilities"], strict=True):
         difference = distance(case["expected"], got)
         rows.append({"case": case["case"], "difference": difference, "effect": case["effect"]})
-    return {"engine": engine, "version": answer["version"], "bound": INSTALL[engine][2], "cases": rows}
+    result = {"engine": engine, "version": answer["version"], "commit": commit(), "bound": INSTALL[engine][2]}
+    return result | {"cases": rows}
 
 
 def distance(one: list[list[float]], other: list[list[float]]) -> float:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import HOME, RESULTS, convert, environment, export, random_adapter, smollm2
+from benchmarks.serving import HOME, RESULTS, commit, convert, environment, export, random_adapter, smollm2
 
 TEMPLATE = "{passage} {question} Answer:"
 N, N_RIGHT, TIMES = 8, 30, 5
@@ -57,6 +57,7 @@ def main() -> None:
 def measure(engine: str, model: Path, work: Path) -> bool:
     """Ask about all cases, write the answers, and tell whether they are as they should be."""
     environment(engine)
+    code = commit()
     made = adapters(model, work, engine)
     rows: list[dict[str, Any]] = []
     for group in groups(engine, model, made, work):
@@ -65,7 +66,8 @@ def measure(engine: str, model: Path, work: Path) -> bool:
     faults = [row for row in rows if EXPECTED.get(row["case"], (RIGHT, ""))[0] != RIGHT]
     found = sum(row["named"] for row in faults)
     alarms = sum(not row["named"] for row in rows if row not in faults)
-    result = {"engine": engine, "faults": len(faults), "named": found, "false alarms": alarms, "cases": rows}
+    counts = {"faults": len(faults), "named": found, "false alarms": alarms}
+    result = {"engine": engine, "commit": code, **counts, "cases": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"verify-{engine}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "cases"}))
