@@ -56,12 +56,12 @@ def get_eva_state_dict(
 ) -> dict[str, Tensor]:
     """Compute EVA's A for each layer, as `peft.tuners.lora.eva.get_eva_state_dict` does with the same arguments.
 
-    What differs from PEFT: the data is read once, from its start, and no further than 512 batches. A layer is done as
-    in `collect`, with a tolerance of 1 - tau^2, after 8 batches at the earliest: when its directions capture of rows
-    not used yet at least tau^2 of what they capture of those used, as a direction off by a cosine of tau does. PEFT
-    compares directions one by one with those of the batch before, and goes on while two of near-equal variance swap.
-    Both stop later for a larger `tau`. A batch may have any number of tokens and be any mapping. Ties in the rank
-    distribution go to the earlier layer.
+    What differs from PEFT: the data is read once, from its start, and no further than 512 batches. The pass ends as in
+    `collect`, with a tolerance of 1 - tau^2, after 8 batches at the earliest: when the directions would keep at least
+    tau^2 of what they capture on other data, as a direction off by a cosine of tau does. PEFT compares directions one
+    by one with those of the batch before, and goes on while two of near-equal variance swap. Both stop later for a
+    larger `tau`. A batch may have any number of tokens and be any mapping. Ties in the rank distribution go to the
+    earlier layer.
 
     Args:
         model: A PeftModel, or a plain model with `peft_config`. Modes, hooks and `requires_grad` are put back.
@@ -135,7 +135,7 @@ def _collect(
     """Decompose what each layer receives; layers that had no rows are left out."""
     tau = functions.config.eva_config.tau  # type: ignore[union-attr]
     hooks = ActivationHooks(model, modules, TokenMasks(model, "attention"), rows=functions.rows)
-    run = Pass(hooks, functions.run, n_components, tolerance=1.0 - tau**2)
+    run = Pass(hooks, functions.run, n_components, n_components, tolerance=1.0 - tau**2)
     shard = own_batches(processes, batches, used=[], in_step=is_sharded(model))
     with hooks, progress_bar(batches, MAX_BATCHES, progress and processes.rank == 0) as bar:
         found = run_pass(run, shard, MAX_BATCHES, processes, bar)
@@ -143,17 +143,16 @@ def _collect(
         raise run.failure
     if not sum(found.n_batches):
         raise ValueError("dataloader is empty")
-    spectra = {name: record.svd.spectrum() for name, record in found.groups.items() if record.svd.n_samples}
+    spectra = {name: record.whole().spectrum() for name, record in found.groups.items() if record.n_samples}
     if not spectra:
         raise LoraInitError(
             "no layer received rows: the masks keep no token, or no targeted layer ran. Check attention_mask and "
             "labels, or set use_label_mask=False."
         )
     if found.stop_reason == "max_batches":
-        done = sum(record.converged_at is not None for record in found.groups.values())
         warnings.warn(
-            f"{len(modules) - done} of {len(modules)} layers have not reached tau={tau} in {MAX_BATCHES} batches; "
-            "their directions so far are used.",
+            f"tau={tau} was not reached in {MAX_BATCHES} batches: of what the directions capture they would keep "
+            f"{found.keeps:.0%} on other data. They are used as they are.",
             stacklevel=3,
         )
     return {name: spectra[name] for name in modules if name in spectra}

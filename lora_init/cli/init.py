@@ -125,8 +125,8 @@ def init(
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
     ] = False,
-    samples: Samples = 256,
-    batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 4,
+    samples: Samples = 512,
+    batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 8,
     max_length: MaxLength = 512,
     target_modules: Annotated[
         str,
@@ -154,7 +154,7 @@ def init(
     ] = None,
     center: Annotated[bool, Option(help="Subtract the mean: PCA. Without: the second moment.")] = True,
     token_mask: Annotated[TokenMask, Option(help="Count all tokens but padding, or those with a label.")] = "attention",
-    max_batches: Annotated[int, Option(min=1, help="Batches at most; fewer if nothing changes any more.")] = 64,
+    max_batches: Annotated[int, Option(min=1, help="Batches at most; fewer if the start would not change.")] = 64,
     skip_bad_batches: Annotated[int, Option(min=0, help="Batches that may fail, and are then left out.")] = 0,
     seed: Annotated[int, Option(min=0, help="Seed of the sample and of all else that is random.")] = 0,
     task_type: Annotated[str | None, Option(help="PEFT's task type. Default: what the checkpoint is for.")] = None,

@@ -16,7 +16,7 @@ from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import find_start
 from lora_init.cli.console import busy, importing, print_result
 from lora_init.cli.options import TrustRemoteCode, read_numbers
-from lora_init.cli.tables import columns, correction_facts, facts, finite, quantisation_name, rank_table
+from lora_init.cli.tables import columns, correction_facts, facts, finite, quantisation_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable
 from lora_init.layers.grid import layer_grid
@@ -264,7 +264,7 @@ def _statistics_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "targets": f"{about['target_modules']}{excluded}",
         "data": about["data"] or "not described",
         "tokens": "those with a label" if about["token_mask"] == "labels" else "all but padding",
-        "rows": f"{about['n_samples']:,} in {about['n_batches']} batches, stopped: {about['stop_reason']}",
+        "rows": rows_read(about),
         "decomposition": "centred (PCA)" if about["center"] else "not centred (second moment)",
         "made for": f"rank {about['rank']} with seed {about['seed']}",
         "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
@@ -339,9 +339,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
             )  # fmt: skip
             head["train"] = fit.how_to_train()
         head["data"] = source.get("data") or "not described"
-        head["rows"] = (
-            f"{source.get('n_samples', 0):,} in {source.get('n_batches')} batches, stopped: {source.get('stop_reason')}"
-        )
+        head["rows"] = rows_read(source)
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
     views = [head, "", rank_table(ranks, width), "", about["serving"]]

@@ -36,7 +36,7 @@ FloatWeights = Annotated[
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
 WrittenAs = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
-Samples = Annotated[int, Option(min=1, help="Examples to draw at random.")]
+Samples = Annotated[int, Option(min=1, help="Examples to draw at random, at most.")]
 MaxLength = Annotated[int, Option(min=2, help="Tokens of an example at most.")]
 
 

@@ -94,6 +94,12 @@ def columns(first: str, *others: str) -> Table:
     return table
 
 
+def rows_read(made: Mapping[str, Any]) -> str:
+    """Say what a pass has read, why it ended, and how much of the start other data would give again."""
+    text = f"{made.get('n_samples', 0):,} in {made.get('n_batches')} batches, stopped: {made.get('stop_reason')}"
+    return f"{text}; on other data the start would keep {made['keeps']:.0%}" if made.get("keeps") is not None else text
+
+
 def finite(value: float | None) -> float | None:
     """Round a number for JSON; return None for NaN and infinity, which JSON lacks."""
     return None if value is None or not math.isfinite(value) else round(value, 6)

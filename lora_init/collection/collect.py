@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import lora_init
 from lora_init.collection.activations import ActivationHooks
 from lora_init.collection.backward import BackwardHooks
-from lora_init.collection.loop import Collected, Pass, progress_bar, run_pass
+from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, run_pass
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, Shard, digest_of, own_batches
 from lora_init.collection.settings import Position, Settings, read_settings
@@ -103,7 +103,7 @@ def collect(
     center: bool = True,
     token_mask: str = "attention",
     max_batches: int = 64,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
     forward: Forward | None = None,
     data: str = "",
@@ -116,11 +116,12 @@ def collect(
 ) -> Statistics:
     """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
 
-    Every batch first measures, on rows not used yet, how much of their variance the components found so far capture.
-    What any directions can capture lies between that held-out share and the share on the rows seen; a layer is done
-    when the first, less its standard error, is within `tolerance` of the second and rises no more, and then costs
-    nothing further. The pass stops when all are done (`"converged"`), after `max_batches`, or when the data ends
-    (`"exhausted"`).
+    Every other batch goes into one half, the rest into another. Two halves that give the same start would give it from
+    other data, too: what the first `rank` directions of one capture of the other, over what its own capture, says what
+    share of it the start would keep (`provenance.keeps`; for gradients it is the cosine of the two means). The pass
+    stops when that is all but `tolerance` of it in the mean over layers, and new batches are captured as well as those
+    before (`"converged"`), after `max_batches`, or when the data ends (`"exhausted"`). The result is what both halves
+    say together.
 
     The order of the batches must be random. No rule can tell sorted data (all of one kind, then all of another) from
     data that has been seen enough of; `load_batches` shuffles. A sharp fall of the held-out share is a warning.
@@ -137,7 +138,7 @@ def collect(
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
         batches: Mappings (as from a tokenizer or a DataLoader), tensors or sequences, in random order. Read once. In
             several processes a loader for one of them, or one that gives all the same. A tokenized `datasets.Dataset`
-            (with `input_ids`) is shuffled and padded in batches of four.
+            (with `input_ids`) is shuffled and padded in batches of eight.
         target_modules: As in PEFT: `"all-linear"`, a regular expression, or names or endings. Also `"attention"`,
             `"mlp"` or `"cross-attention"`, see `find_targets`.
         exclude_modules: As in PEFT: a regular expression, or names or endings.
@@ -154,7 +155,7 @@ def collect(
             what is computed there. The mean gradient is then of a weight that is used at these tokens alone: rows that
             predict no label, as those of a prompt, reach the loss through attention and are left out.
         max_batches: Bound on the number of batches, of all processes.
-        tolerance: Relative gap between seen and held-out captured variance at which a layer is done.
+        tolerance: Share of what the start captures that it may lose on other data.
         seed: Seed of the decomposition.
         forward: Function of model and batch, for models that are not called with the batch as it is.
         data: Description of the data in words, kept with the result. Batches from `load_batches` also bring along the
@@ -291,6 +292,7 @@ def _set_up(job: _Job) -> Pass:
         hooks,
         job.forward,
         settings.n_components,
+        settings.rank,
         BackwardHooks(hooks, targets.layers, job.forward, job.loss) if settings.gradients else None,
         settings.center,
         settings.tolerance,
@@ -469,15 +471,16 @@ def _write(file: Path, statistics: Statistics) -> None:
 
 def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
     """Make the result of what a pass has found."""
+    found.compare(job.settings.rank)
     groups = {
-        name: record.svd.spectrum()
+        name: record.whole().spectrum()
         for name, record in found.groups.items()
         # A process whose first batch did not reach all layers took its input for one of its own.
-        if record.svd.n_samples and found.group_of.get(name, name) == name
+        if record.n_samples and found.group_of.get(name, name) == name
     }
     layers = job.targets.layers
     gradients = {
-        name: freeze_gradient(found.gradients[name], found.weighted[name].svd.spectrum(), found.n_labels)
+        name: freeze_gradient(found.gradients[name].whole(), found.weighted[name].whole().spectrum(), found.n_labels)
         for name in layers
         if name in found.gradients and found.gradients[name].n_samples
     }
@@ -496,6 +499,7 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
         stop_reason=found.stop_reason,
         seconds={part: round(value, 3) for part, value in found.seconds.items()},
         n_labels=found.n_labels,
+        keeps=found.keeps if sum(found.n_batches) > 1 else None,
         complete=found.stop_reason not in ("interrupted", "failed"),
         settings={**job.provenance.settings, **position.stored()},
     )
@@ -569,7 +573,7 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
         notes.append(f"{len(found.empty)} of {sum(found.n_batches)} batches were passed over. {found.empty[0]}")
     if found.bad:
         notes.append(f"{len(found.bad)} of {sum(found.n_batches)} batches failed and were left out. {found.bad[0]}")
-    silent = [name for name, mean in found.gradients.items() if mean.n_samples and not mean.squares.any()]
+    silent = [name for name, mean in found.gradients.items() if mean.n_samples and not mean.whole().squares.any()]
     if silent:
         notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
     return notes

@@ -8,10 +8,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import length_hint
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,59 +29,116 @@ from lora_init.layers.wrappers import run_eagerly
 from lora_init.statistics.gradient_spectrum import MeanGradient
 from lora_init.statistics.incremental_svd import IncrementalSVD
 
-# Batches before which no layer can count as converged: the held-out share of so few says little.
+# Batches before which the start counts as unknown: two halves of fewer say little, of sorted data least of all.
 MIN_BATCHES = 8
+# Share of what a start captures that it may lose on other data. With 0.05 training ended as after 64 batches; see docs.
+TOLERANCE = 0.05
 # Seconds between two calls of `save`.
 SAVE_EVERY = 60.0
 
 
+_Half = TypeVar("_Half", IncrementalSVD, MeanGradient)
+_Record = TypeVar("_Record", bound="Halves[Any]")
+
+
 @dataclass
-class GroupRecord:
+class Halves(Generic[_Half]):
+    """What every other batch of a layer says, and what those between say; `whole` is what all of them say.
+
+    Two halves of the data that give the same start would give it from other data, too: `keeps`.
+    """
+
+    halves: tuple[_Half, _Half]
+    keeps: float = 0.0  # share of what the start captures that it would keep on other data
+
+    @property
+    def current(self) -> _Half:
+        """The half that the next batch goes to."""
+        return self.halves[0]
+
+    def merge(self, other: Halves[_Half]) -> None:
+        """Take in what another process has seen of this layer."""
+        for ours, theirs in zip(self.halves, other.halves, strict=True):
+            ours.merge(theirs)
+
+    def whole(self) -> _Half:
+        """Merge the halves, which stay as they are."""
+        even, odd = map(copy, self.halves)  # a state is replaced as a whole, never changed
+        return even.merge(odd)
+
+    @property
+    def n_samples(self) -> int:
+        """Rows taken in so far."""
+        return sum(half.n_samples for half in self.halves)
+
+    def update(self) -> bool:
+        """Complete a batch; tell whether it had any rows."""
+        half, other = self.halves
+        before = half.n_samples
+        half.update()
+        if half.n_samples == before:
+            return False
+        self.halves = (other, half)
+        return True
+
+    def compare(self, rank: int) -> None:
+        """Compare the first `rank` directions of the halves, and set `keeps`.
+
+        Their agreement is that of two samples of half the size. What a sample of this size keeps follows by the formula
+        of Spearman and Brown, which corrects split-half reliabilities.
+        """
+        agreement = self.halves[0].agreement(self.halves[1], rank)
+        self.keeps = 2 * agreement / (1 + agreement)
+
+
+@dataclass
+class GroupRecord(Halves[IncrementalSVD]):
     """The running decomposition of one input group and how well it predicted the batches it had not seen."""
 
-    svd: IncrementalSVD
-    # For each batch but the first its number, and the share of its variance that all components captured.
-    shares: list[tuple[int, float]] = field(default_factory=list)
-    converged_at: int | None = None  # number of batches after which the group needed no more
+    # For each batch that its half could be tested by: its number, the share of its variance that the components
+    # captured, and that share over the one of the rows before.
+    shares: list[tuple[int, float, float]] = field(default_factory=list)
 
-    def record_share(self, step: int) -> bool:
-        """Record how well batch number `step` was predicted; tell whether it could be compared with earlier ones."""
-        if self.svd.held_out is None:
+    def record_share(self, number: int) -> bool:
+        """Record how well the last batch, of this number, was predicted; tell whether there were earlier ones."""
+        half = self.halves[1]
+        if half.held_out is None:
             return False
-        captured, total = self.svd.held_out
-        leading = float(captured[: self.svd.n_components].sum())
-        self.shares.append((step, leading / total if total > 0 else 1.0))
+        captured, total = half.held_out
+        share = float(captured[: half.n_components].sum()) / total if total > 0 else 1.0
+        self.shares.append((number, share, share / half.captured if half.captured > 0 else 1.0))
         return True
 
     def held_out(self) -> float:
-        """Mean share captured over the later half of the batches; NaN before the second batch."""
-        shares = [share for _, share in self.shares]
-        return statistics.fmean(shares[len(shares) // 2 :]) if shares else math.nan
+        """Mean share captured over the later half of the batches; NaN where no batch was predicted."""
+        later = [share for _, share, _ in self.shares[len(self.shares) // 2 :]]
+        return statistics.fmean(later) if later else math.nan
 
-    def merge(self, other: GroupRecord) -> None:
+    def merge(self, other: Halves[IncrementalSVD]) -> None:
         """Take in what another process has seen of this group."""
-        self.svd.merge(other.svd)
-        self.shares = sorted(self.shares + other.shares)
+        super().merge(other)
+        if isinstance(other, GroupRecord):
+            self.shares = sorted(self.shares + other.shares)
 
 
-def has_converged(shares: Sequence[float], captured: float, tolerance: float) -> bool:
-    """Tell whether more data has nothing left to improve.
+def is_enough(keeps: float, relative: Sequence[float], tolerance: float) -> bool:
+    """Tell whether more data would leave the start as it is, by at most `tolerance`.
 
-    What any k directions can capture lies between the held-out share and the share on the rows seen, which the
-    components were chosen to fit. They are done when the two meet, the held-out share less its standard error: by
-    luck of a few easy batches they meet too early. Nor are they done while the held-out share still rises, by more
-    than a twelfth of the tolerance from the third to the last quarter of the batches: after a drift of the data the
-    components still follow it, and both shares are low together. A twelfth costs steady data nothing. `shares` are the
-    held-out ones, `captured` is that of the rows seen, and `tolerance` is relative to it.
+    Halves of data that drift agree, too. There later batches are captured worse than the rows before, while the
+    components follow, and then better than what they hold of both kinds. So the later half of the batches has to be
+    captured as well as the rows before it, and not to rise by more than twice that; single batches differ.
+
+    Args:
+        keeps: Share of what the start captures that it would keep on other data.
+        relative: For each batch the share of its variance that was captured, over that share of the rows before.
+        tolerance: Share of what the start captures that may be lost.
     """
-    if len(shares) + 1 < MIN_BATCHES:
+    if len(relative) + 2 < MIN_BATCHES or keeps < 1.0 - tolerance:
         return False
-    later = shares[len(shares) // 2 :]
-    mean = statistics.fmean(later)
-    error = math.dist(later, [mean] * len(later)) / math.sqrt((len(later) - 1) * len(later))
+    later = relative[len(relative) // 2 :]
     middle = len(later) // 2
     rise = statistics.fmean(later[middle:]) - statistics.fmean(later[:middle])
-    return captured - (mean - error) <= tolerance * captured and rise <= tolerance / 12
+    return abs(statistics.fmean(later) - 1.0) <= tolerance and rise <= 2 * tolerance
 
 
 def falls_sharply(shares: Sequence[float]) -> bool:
@@ -91,13 +150,26 @@ def falls_sharply(shares: Sequence[float]) -> bool:
     return last < 0.75 * mean and last < mean - 5.0 * statistics.stdev(before)
 
 
+def both(make: Callable[[], _Half]) -> tuple[_Half, _Half]:
+    """Make two empty halves."""
+    return make(), make()
+
+
+def _merge_each(ours: dict[str, _Record], theirs: Mapping[str, _Record]) -> None:
+    for name, record in theirs.items():
+        if name in ours:
+            ours[name].merge(record)
+        else:
+            ours[name] = record
+
+
 @dataclass
 class Collected:
     """What one pass found, before anything is frozen; see `Provenance` for what is not explained here."""
 
     groups: dict[str, GroupRecord] = field(default_factory=dict)  # by the name of a group's first layer
     weighted: dict[str, GroupRecord] = field(default_factory=dict)  # of rows times the size of their gradient, by layer
-    gradients: dict[str, MeanGradient] = field(default_factory=dict)
+    gradients: dict[str, Halves[MeanGradient]] = field(default_factory=dict)
     n_labels: int = 0
     group_of: dict[str, str] = field(default_factory=dict)  # of every layer that ran
     n_batches: list[int] = field(default_factory=lambda: [0])  # by process
@@ -106,16 +178,40 @@ class Collected:
     stop_reason: str = "interrupted"
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
+    def of_all(self) -> Iterator[Halves[Any]]:
+        """Give all halves that there are."""
+        yield from self.groups.values()
+        yield from self.weighted.values()
+        yield from self.gradients.values()
+
+    def compare(self, rank: int) -> None:
+        """Compare the halves of all layers."""
+        for halves in self.of_all():
+            halves.compare(rank)
+
+    @property
+    def keeps(self) -> float:
+        """Share of what the start captures that it would keep on other data, in the mean over layers.
+
+        Of inputs, weighted rows and gradients it is the least; 0 before anything was compared.
+        """
+        kinds: list[Iterable[Halves[Any]]] = [self.groups.values(), self.weighted.values(), self.gradients.values()]
+        return min((statistics.fmean(one.keeps for one in kind) for kind in kinds if kind), default=0.0)
+
+    @property
+    def relative(self) -> list[float]:
+        """How well each batch was captured against the rows before it, in the mean over layers, see `is_enough`."""
+        of_batch: dict[int, list[float]] = {}
+        for record in chain(self.groups.values(), self.weighted.values()):
+            for number, _, relative in record.shares:
+                of_batch.setdefault(number, []).append(relative)
+        return [statistics.fmean(of_batch[number]) for number in sorted(of_batch)]
+
     def merge(self, other: Collected) -> None:
         """Take in what another process has found in the same pass."""
-        for ours, theirs in ((self.groups, other.groups), (self.weighted, other.weighted)):
-            for name, record in theirs.items():
-                if name in ours:
-                    ours[name].merge(record)
-                else:
-                    ours[name] = record
-        for name, mean in other.gradients.items():
-            self.gradients[name] = self.gradients[name].merge(mean) if name in self.gradients else mean
+        _merge_each(self.groups, other.groups)
+        _merge_each(self.weighted, other.weighted)
+        _merge_each(self.gradients, other.gradients)
         self.n_labels += other.n_labels
         self.group_of = other.group_of | self.group_of
         self.n_batches = self.n_batches + other.n_batches
@@ -130,9 +226,10 @@ class Pass(Sink):
     hooks: ActivationHooks
     forward: Forward
     n_components: int  # of each group
+    rank: int  # number of directions that a start takes, by which halves are compared
     backward: BackwardHooks | None = None
     center: bool = True  # weighted rows keep their mean, for it is part of the gradient
-    tolerance: float = 0.02
+    tolerance: float = TOLERANCE
     seed: int = 0
     n_triplets: int = 0  # of each mean gradient
     found: Collected = field(default_factory=Collected, init=False)
@@ -141,20 +238,10 @@ class Pass(Sink):
     _n_labels: int = field(default=0, init=False)  # of the batch that was projected
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """Groups that need no more data, and groups found so far, those of weighted rows included."""
-        done = [record.converged_at is not None for record in self._records]
-        return sum(done), len(done)
-
-    @property
     def converged(self) -> bool:
-        """Whether all layers have run and no group needs more data."""
-        n_converged, n_groups = self.progress
-        return len(self.hooks.group_of) == len(self.hooks.modules) and 0 < n_groups == n_converged
-
-    @property
-    def _records(self) -> Iterator[GroupRecord]:
-        return chain(self.found.groups.values(), self.found.weighted.values())
+        """Whether all layers have run and the start, in the mean over them, needs no more data."""
+        all_ran = len(self.hooks.group_of) == len(self.hooks.modules)
+        return all_ran and is_enough(self.found.keeps, self.found.relative, self.tolerance)
 
     def project(self, batch: Any, name: str) -> bool:
         """Run the model on a batch, called `name` in errors; `update` then takes it in, `forget` drops it.
@@ -167,7 +254,7 @@ class Pass(Sink):
             self._n_labels = self._run(batch, self)
             for layer, mean in found.gradients.items():
                 with self._computing(layer):
-                    mean.check_batch()
+                    mean.current.check_batch()
             return True
         except NothingCountsError as error:
             found.empty.append(f"{name}: {error}")
@@ -184,10 +271,8 @@ class Pass(Sink):
     def forget(self) -> None:
         """Drop the batch that was projected, or what there is of it."""
         self._n_labels = 0
-        for record in self._records:
-            record.svd.forget_batch()
-        for mean in self.found.gradients.values():
-            mean.forget_batch()
+        for halves in self.found.of_all():
+            halves.current.forget_batch()
 
     def idle(self, batch: Any) -> None:
         """Run a batch that does not count: the other processes run their part of a sharded model with this one."""
@@ -201,28 +286,27 @@ class Pass(Sink):
         return 0
 
     def wants(self, group: str) -> bool:
-        """Tell whether a group needs more rows."""
-        return _is_open(self.found.groups, group)
+        """Take the rows of every group."""
+        return True
 
     def rows(self, group: str, rows: Tensor) -> None:
         """Add rows to the batch of a group."""
         with self._computing(group):
-            self._record(self.found.groups, group).svd.project(rows)
+            self._record(self.found.groups, group).current.project(rows)
 
     def gradient(self, name: str, x: Tensor, g: Tensor) -> None:
         """Add to the batch of a layer's mean gradient, and of the rows weighted by its size."""
         with self._computing(name):
             if name not in self.found.gradients:
-                self.found.gradients[name] = MeanGradient(self.n_triplets, self.seed)
-            self.found.gradients[name].project(g, x)
-            if _is_open(self.found.weighted, name):
-                norms = torch.linalg.vector_norm(g, dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
-                self._record(self.found.weighted, name).svd.project(x, norms)
+                self.found.gradients[name] = Halves(both(partial(MeanGradient, self.n_triplets, self.seed)))
+            self.found.gradients[name].current.project(g, x)
+            norms = torch.linalg.vector_norm(g, dim=1, dtype=torch.promote_types(g.dtype, torch.float32))
+            self._record(self.found.weighted, name).current.project(x, norms)
 
     def _record(self, records: dict[str, GroupRecord], name: str) -> GroupRecord:
         if name not in records:
             center = self.center and records is self.found.groups
-            records[name] = GroupRecord(IncrementalSVD(self.n_components, center, self.seed))
+            records[name] = GroupRecord(both(partial(IncrementalSVD, self.n_components, center, self.seed)))
         return records[name]
 
     @contextmanager
@@ -237,24 +321,25 @@ class Pass(Sink):
             self.found.seconds["decomposition"] += time.perf_counter() - start
 
     def update(self, name: str) -> None:
-        """Complete the batch for all groups, and decide which of them have seen enough."""
+        """Complete the batch for all groups; compare their halves where the pass may end."""
         number = self.found.n_batches[0]
         self.found.n_batches[0] += 1
         self.found.n_labels, self._n_labels = self.found.n_labels + self._n_labels, 0
         self.found.group_of = dict(self.hooks.group_of)
+        may_end = number + 1 >= MIN_BATCHES
+        updated = []
         for layer, record in chain(self.found.groups.items(), self.found.weighted.items()):
             with self._computing(layer):
-                record.svd.update()
+                if record.update():
+                    updated.append(record)
+                    if may_end:
+                        record.compare(self.rank)
         for layer, mean in self.found.gradients.items():
             with self._computing(layer):
-                mean.update()
-        compared = [record for record in self._records if record.converged_at is None and record.record_share(number)]
-        falls = 0
-        for record in compared:
-            shares = [share for _, share in record.shares]
-            falls += falls_sharply(shares)
-            if has_converged(shares, record.svd.captured, self.tolerance):
-                record.converged_at = number + 1
+                if mean.update() and may_end:
+                    mean.compare(self.rank)
+        compared = [record for record in updated if record.record_share(number)]
+        falls = sum(falls_sharply([share for _, share, _ in record.shares]) for record in compared)
         if 2 * falls > len(compared):
             warnings.warn(
                 f"{name}: far less of it is captured than of all batches before, in {falls} of {len(compared)} "
@@ -310,7 +395,8 @@ def run_pass(
         if batch is not None:
             run.update(name)
         total += reading
-        progress.set_postfix_str("{}/{} inputs converged".format(*run.progress), refresh=False)
+        if found.keeps:
+            progress.set_postfix_str(f"the start would keep {found.keeps:.0%}", refresh=False)
         progress.update(reading)
     run.forget()
     processes.interrupted = processes.interrupted or interrupts > 0
@@ -382,7 +468,3 @@ def _read(batches: Iterator[Any], seconds: dict[str, float], processes: Processe
         return error
     finally:
         seconds["data"] += time.perf_counter() - start
-
-
-def _is_open(records: Mapping[str, GroupRecord], name: str) -> bool:
-    return name not in records or records[name].converged_at is None

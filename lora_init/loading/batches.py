@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Batches are cut from pools of this many: long pools save padding, short ones keep every stretch of a pass mixed.
 _POOL = 8
-_BATCH_SIZE = 4  # of load_batches, and of a tokenized data set
+_BATCH_SIZE = 8  # of load_batches, and of a tokenized data set
 # Share of rows left out above which a warning says so, where labels count.
 _MOST_LEFT_OUT = 0.1
 _T = TypeVar("_T")
@@ -52,7 +52,7 @@ def load_batches(
     format: str | None = None,  # noqa: A002
     subset: str | None = None,
     split: str = "train",
-    samples: int | None = 256,
+    samples: int | None = 512,
     offset: int = 0,
     batch_size: int = _BATCH_SIZE,
     max_length: int = 512,
@@ -90,7 +90,7 @@ def load_batches(
         subset: Configuration of a hub data set that has several.
         split: Split of a hub data set, or of a folder whose file names have `train`, `dev`, `test` or the like in them.
         samples: Most examples to draw; None for all.
-        offset: Usable examples to pass over first, in the seeded order: `offset=256` shares no row with `samples=256`.
+        offset: Usable examples to pass over first, in the seeded order: `offset=512` shares no row with `samples=512`.
         batch_size: Examples a batch.
         max_length: Most tokens an example; the tokenizer's own limit counts too.
         seed: Seed of sample and order.

@@ -238,6 +238,14 @@ class MeanGradient:
         self._state = _State(outputs, inputs, left, right, one.squares + two.squares, n_samples, n_samples)
         return self
 
+    def agreement(self, other: MeanGradient, rank: int) -> float:
+        """Give the cosine between the two mean gradients, at least 0; `rank` is that of `IncrementalSVD.agreement`."""
+        if self._state is None or other._state is None:
+            return 0.0
+        (a, b), (c, d) = self._state.factors(), other._state.to(self._state.left.device).factors()
+        squares = [float(((p.T @ r) * (q @ s.T)).sum()) for p, q, r, s in ((a, b, c, d), (a, b, a, b), (c, d, c, d))]
+        return max(squares[0], 0.0) / math.sqrt(squares[1] * squares[2]) if min(squares[1:]) > 0 else 1.0
+
     def triplets(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Give the leading singular triplets of G: left [k, d_out], values [k] float64, right [k, d_in], on the CPU.
 

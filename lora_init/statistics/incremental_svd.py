@@ -121,6 +121,18 @@ class _State(NamedTuple):
         _, tests = principal_directions(factor, len(factor))
         return _State(sums.moments, directions.float(), weights.cpu(), tests.float())
 
+    def captured_by(self, overlap: Tensor) -> float:
+        """Say what other directions capture, over what as many of these do.
+
+        Args:
+            overlap: Squared cosines of the other directions and these, float64 [r, k].
+        """
+        width, size = self.directions.shape[1], len(self.weights)
+        rest = (self.moments.scatter - float(self.weights.sum())) / max(width - size, 1)  # along each of all others
+        captured = overlap @ self.weights + (1.0 - overlap.sum(1)) * max(rest, 0.0)
+        best = float(self.weights[: len(overlap)].sum())
+        return min(float(captured.sum()) / best, 1.0) if best > 0 else 1.0
+
     def rows(self) -> _Rows:
         """Give C by rows."""
         return _Rows(self.moments, self.weights.sqrt().to(self.directions.device)[:, None] * self.directions)
@@ -306,6 +318,18 @@ class IncrementalSVD:
         check_rows(state.directions, self._state.directions.shape[1])
         self._add(state.to(self._state.directions.device).rows())
         return self
+
+    def agreement(self, other: IncrementalSVD, rank: int) -> float:
+        """Say what share of the variance that the first directions of one capture the other's capture, too, in [0, 1].
+
+        The mean of both ways; 0 if one of them has seen nothing. What a set has outside of its directions is taken to
+        be the same along all others. Rows that are gathered, and not in the directions yet, do not count.
+        """
+        one, two = self._state, other._state
+        if one is None or two is None:
+            return 0.0
+        overlap = (one.directions @ two.directions.to(one.directions).T).double().square().cpu()
+        return (two.captured_by(overlap[:rank]) + one.captured_by(overlap[:, :rank].T)) / 2
 
     def spectrum(self) -> Spectrum:
         """Freeze the present estimate: at most `n_components` components, fewer where the rows span fewer directions.

@@ -256,6 +256,7 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
         n_batches=sum(one.n_batches for one in made),
         stop_reason=", ".join(dict.fromkeys(reason for one in made for reason in one.stop_reason.split(", "))),
         complete=all(one.complete for one in made),
+        keeps=None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         settings={
             name: value

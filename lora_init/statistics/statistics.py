@@ -61,6 +61,8 @@ class Provenance:
         complete: Whether the pass came to its end; one that was interrupted or failed can be gone on with.
         settings: What else the pass was made with, see `collect`; empty if it is not known.
         quantisation: How the model was quantised, as `quantization_config` of `from_pretrained` says it; else None.
+        keeps: Share of what a start from these statistics captures that it would keep on other data, estimated from two
+            halves of the batches; None if unknown, as after a merge.
     """
 
     model_id: str
@@ -87,6 +89,7 @@ class Provenance:
     complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     quantisation: dict[str, Any] | None = None
+    keeps: float | None = None
 
     @property
     def model(self) -> str:

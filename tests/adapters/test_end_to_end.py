@@ -56,7 +56,7 @@ def test_collect_to_trained_adapter_in_python(material, tmp_path):
     from peft import PeftModel
 
     load_model, tokenizer, data = material
-    batches = lora_init.load_batches(data, tokenizer, samples=12, max_length=64, **TEMPLATE)
+    batches = lora_init.load_batches(data, tokenizer, samples=12, batch_size=4, max_length=64, **TEMPLATE)
     model = load_model().eval()
     plain = logits(model, batches[0])
 

@@ -280,9 +280,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path):
     said, n_classes = json.loads(made.stdout), len(WORDS[:19])
     assert said["classes"] == sorted(WORDS[:19]) and "id2label={0: " in said["load"]
     loaded = load_model(str(tmp_path / "model"), task_type="SEQ_CLS", seed=3, n_labels=n_classes)
-    batches = load_batches(
-        home / "rows.jsonl", loaded.tokenizer, template="{passage}", label="question", seed=3, batch_size=4
-    )
+    batches = load_batches(home / "rows.jsonl", loaded.tokenizer, template="{passage}", label="question", seed=3)
     stats = collect(loaded.model, batches, rank=2, rho=1, seed=3, gradients=True, task_type="SEQ_CLS")
     expected = build_adapter(stats, 2, "natural-gradient", seed=3)
     tensors = load_file(out / "adapter_model.safetensors")
@@ -673,7 +671,7 @@ def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
 @pytest.mark.parametrize(("n", "left"), [(257, 241), (300, 256)])
 def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
     rows = [{"text": f"row {i}"} for i in range(n)]
-    read = partial(load_batches, rows, byte_tokenizer())
+    read = partial(load_batches, rows, byte_tokenizer(), batch_size=4)
     sample = read(samples=256)
     aside, others = _read_examples(read, find_start("lora-one"), 256, 4)
     assert [sum(map(len, (b["input_ids"] for b in batches))) for batches in (aside, others)] == [16, left]

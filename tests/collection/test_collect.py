@@ -63,10 +63,10 @@ def test_the_components_are_those_of_the_recorded_rows(center):
 
 
 def test_the_held_out_share_is_what_earlier_batches_predict():
-    model, batches = two_layers(), low_rank_inputs(2)
+    model, batches = two_layers(), low_rank_inputs(3)
     stats = collect(model, batches, rank=2, rho=1.5)
-    components, _, _ = reference.pca(batches[0], 3)
-    unseen = np.asarray(batches[1] - batches[0].mean(0), dtype=np.float64)
+    components, _, _ = reference.pca(batches[0], 3)  # the second goes to the other half
+    unseen = np.asarray(batches[2] - batches[0].mean(0), dtype=np.float64)
     expected = ((unseen @ components.T) ** 2).sum() / (unseen**2).sum()
     assert stats.held_out["0"] == pytest.approx(expected, rel=1e-3)
 
@@ -90,7 +90,7 @@ def drifting(n_other, n=64, d=256, rows=500, seed=0, power=1.0):
 
 @pytest.mark.filterwarnings("ignore:batch")
 @pytest.mark.parametrize("power", [1.0, 0.5])  # the exact components of all rows capture 0.97 where it is 0.5
-@pytest.mark.parametrize(("n_other", "least"), [(0, 0.96), (1, 0.96), (4, 0.96)])
+@pytest.mark.parametrize(("n_other", "least"), [(0, 0.95), (1, 0.95), (4, 0.95)])  # the tolerance
 def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least, power):
     batches, unseen = drifting(n_other, power=power)
     layer = nn.Sequential(nn.Linear(256, 4))
@@ -112,7 +112,7 @@ def test_does_not_converge_on_noise_with_a_strict_tolerance():
     assert (stats.provenance.stop_reason, stats.provenance.n_batches) == ("max_batches", 30)
 
 
-def test_a_converged_group_takes_no_more_rows():
+def test_a_layer_that_is_not_done_keeps_the_pass_going_for_all():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -126,8 +126,50 @@ def test_a_converged_group_takes_no_more_rows():
         for i, easy in enumerate(low_rank_inputs(20, noise=0.0))
     ]
     stats = collect(Two(), batches, rank=3)
-    assert stats["easy"].n_samples == 8 * 64
-    assert stats["hard"].n_samples == 20 * 64
+    assert (stats.provenance.stop_reason, stats["easy"].n_samples) == ("exhausted", 20 * 64)
+    assert collect(Two(), batches, "easy", rank=3).provenance.n_batches == 8
+
+
+def spread_rows(n, rows, d=256, seed=0):
+    """Batches of rows with variances 1/j, without drift, and rows to test on."""
+    batches, _ = drifting(0, n=n, d=d, rows=rows, seed=seed)
+    return batches, drifting(0, n=8, d=d, seed=seed)[1]
+
+
+def share_kept(stats, unseen):
+    best = reference.captured(unseen, reference.pca(unseen, 16)[0])
+    return float(reference.captured(unseen, stats["0"].components) / best)
+
+
+def test_few_rows_a_batch_are_not_enough():
+    """One row for each example, as an answer of one token has."""
+    layer = nn.Sequential(nn.Linear(256, 4))
+    (few, unseen), (many, _) = spread_rows(64, 20), spread_rows(64, 200)
+    of_few, of_many = collect(layer, few, rank=8), collect(layer, many, rank=8)
+    assert of_many.provenance.n_batches < 20 and of_few.provenance.n_batches > 3 * of_many.provenance.n_batches
+    assert min(share_kept(of_few, unseen), share_kept(of_many, unseen)) > 0.95
+
+
+def test_many_rows_of_few_texts_are_not_enough():
+    """Rows of a batch lie near three directions of its own; the same rows, mixed, are enough."""
+    batches, _ = spread_rows(40, 200)
+    generator = torch.Generator().manual_seed(0)
+    long = [rows[:3][torch.randint(0, 3, (200,), generator=generator)] + 0.1 * rows for rows in batches]
+    mixed = torch.cat(long)
+    mixed = mixed[torch.randperm(len(mixed), generator=generator)].split(200)
+    layer = nn.Sequential(nn.Linear(256, 4))
+    assert collect(layer, long, rank=8).provenance.stop_reason == "exhausted"
+    assert collect(layer, list(mixed), rank=8).provenance.n_batches < 20
+
+
+@pytest.mark.parametrize("times", [2, 4])  # of eight times the same there is nothing else to be seen
+def test_repeated_rows_are_not_enough(times):
+    """Both halves have the same rows, and agree; the next rows are captured worse than those."""
+    batches, unseen = spread_rows(25, 20)
+    stats = collect(nn.Sequential(nn.Linear(256, 4)), [rows for rows in batches for _ in range(times)], rank=8,
+                    max_batches=400)  # fmt: skip
+    assert stats.provenance.n_batches > 24
+    assert share_kept(stats, unseen) > 0.95
 
 
 def test_reads_no_more_batches_than_it_may():
@@ -340,8 +382,8 @@ def test_somebody_elses_error_is_passed_on():
 def test_the_progress_bar_is_quiet_unless_asked(capsys):
     collect(two_layers(), low_rank_inputs(3), rank=2)
     assert capsys.readouterr().err == ""
-    collect(two_layers(), low_rank_inputs(3), rank=2, progress=True)
-    assert "inputs converged" in capsys.readouterr().err
+    collect(two_layers(), low_rank_inputs(9), rank=2, progress=True)
+    assert "the start would keep" in capsys.readouterr().err
 
 
 def test_time_is_accounted_for():
