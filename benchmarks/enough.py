@@ -50,7 +50,9 @@ def main(names: list[str]) -> None:
             rows.append(row | {"rows": made.n_samples, "labels": made.n_labels, "stop_reason": made.stop_reason})
             with RESULTS.open("a") as file:
                 print(json.dumps(rows[-1]), file=file, flush=True)
-    print(table(["task", "start", "batches", "keeps", "loss above that of all", "the rule ends at"], list(_lines(rows))))
+    print(
+        table(["task", "start", "batches", "keeps", "loss above that of all", "the rule ends at"], list(_lines(rows)))
+    )
 
 
 def _opened(name: str, n_batches: int) -> tuple[list[Any], Any]:

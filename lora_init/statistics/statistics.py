@@ -122,7 +122,7 @@ class Statistics(Mapping[str, Spectrum]):
         targets: For each layer, its kind and widths.
         provenance: Where all this comes from.
         held_out: For each group, the share of the variance of the last batches that the components found before them
-            captured, in [0, 1]; NaN where fewer than two batches were seen, and where statistics were merged.
+            captured, in [0, 1]; NaN where fewer than three batches were seen, and where statistics were merged.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         gradients: For each layer what the loss says about it; empty if there were no backward passes.
         path: The file that `load` read; None of others.
