@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,9 @@ TEMPLATE = "{passage} {question} Answer:"
 N, N_RIGHT, TIMES = 8, 30, 5
 CHAT = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
 ENGINES, RIGHT = ("vllm", "llama.cpp"), "served as trained"
+Expected = dict[str, tuple[str, str]]
 # What a fault is, and the verdict and words that name it.
-EXPECTED = {
+EXPECTED: Expected = {
     "as it is": (RIGHT, ""),
     "exported": (RIGHT, ""),
     "alpha doubled": ("scaled", "by 2,"),
@@ -62,16 +64,24 @@ def measure(engine: str, model: Path, work: Path) -> bool:
     rows: list[dict[str, Any]] = []
     for group in groups(engine, model, made, work):
         with group["server"] as url:
-            rows += [ask(url, **case) for case in group["cases"]]
-    faults = [row for row in rows if EXPECTED.get(row["case"], (RIGHT, ""))[0] != RIGHT]
-    found = sum(row["named"] for row in faults)
-    alarms = sum(not row["named"] for row in rows if row not in faults)
-    counts = {"faults": len(faults), "named": found, "false alarms": alarms}
-    result = {"engine": engine, "commit": code, **counts, "cases": rows}
+            rows += [ask(url, EXPECTED, **case) for case in group["cases"]]
+    counts = write(f"verify-{engine}", {"engine": engine, "commit": code}, rows, EXPECTED)
+    return counts["named"] >= 10 and not counts["false alarms"]
+
+
+def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]], expected: Expected) -> dict[str, int]:
+    """Write the answers; count faults that were found, which is not to be taken for right, and that were named."""
+    faults = [row for row in rows if expected.get(row["case"], (RIGHT, ""))[0] != RIGHT]
+    counts = {
+        "faults": len(faults),
+        "found": sum(not row["text"].startswith(RIGHT) for row in faults),
+        "named": sum(row["named"] for row in faults),
+        "false alarms": sum(not row["named"] for row in rows if row not in faults),
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"verify-{engine}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "cases"}))
-    return found >= 10 and not alarms
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, **counts, "cases": rows}, indent=2) + "\n")
+    print(json.dumps(about | counts))
+    return counts
 
 
 def adapters(model: Path, work: Path, engine: str) -> dict[str, Path]:
@@ -206,9 +216,27 @@ def groups(engine: str, model: Path, made: dict[str, Path], work: Path) -> Itera
 _LOADED: dict[Path, Any] = {}
 
 
+def questions(count: int, seed: int) -> list[str]:
+    sys.path.insert(0, "examples")
+    import demo_assets
+
+    lines = demo_assets.dataset("SIQA", "test.jsonl").read_text(encoding="utf-8").splitlines()
+    return beginnings([TEMPLATE.format(**json.loads(line)) for line in lines], count, seed)
+
+
+def beginnings(texts: list[str], count: int, seed: int) -> list[str]:
+    """Draw texts and cut each after a word."""
+    import random
+
+    chance = random.Random(seed)
+    words = [text.split() for text in chance.sample(texts, count)]
+    return [" ".join(one[: chance.randrange(4, len(one))]) for one in words]
+
+
 def ask(
-    url: str, case: str, adapter: Path, model: Path, name: str, n: int = N, seed: int = 0, chat: bool = False
-) -> dict[str, Any]:
+    url: str, expected: Expected, case: str, adapter: Path, model: Path, name: str, n: int = N, seed: int = 0,
+    chat: bool = False, draw: Callable[[int, int], list[str]] = questions,
+) -> dict[str, Any]:  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lora_init
@@ -217,7 +245,7 @@ def ask(
     if model not in _LOADED:
         _LOADED[model] = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts: Any = questions(n if n > N else 3 * n, seed)
+    prompts: Any = draw(n if n > N else 3 * n, seed)
     if chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     server = Server(url, timeout=300)
@@ -225,22 +253,10 @@ def ask(
     found = lora_init.verify(
         adapter, _LOADED[model], tokenizer, prompts, partial(server.ask, served), partial(server.ask, base), n=n
     )
-    verdict, words = EXPECTED.get(case, (RIGHT, ""))
-    named = found.verdict == verdict and words in found.text
+    verdict, words = expected.get(case, (RIGHT, ""))
+    named = found.verdict == verdict and re.search(words, found.text) is not None
     print(f"{'ok  ' if named else 'MISS'} {case}: {found.text}", flush=True)
     return {"case": case, "named": named, "text": found.text}
-
-
-def questions(count: int, seed: int) -> list[str]:
-    import random
-
-    sys.path.insert(0, "examples")
-    import demo_assets
-
-    lines = demo_assets.dataset("SIQA", "test.jsonl").read_text(encoding="utf-8").splitlines()
-    chance = random.Random(seed)
-    texts = [TEMPLATE.format(**json.loads(line)).split() for line in chance.sample(lines, count)]
-    return [" ".join(words[: chance.randrange(4, len(words))]) for words in texts]
 
 
 @contextmanager

@@ -126,9 +126,9 @@ def without(kind):
     return lambda tensors: {key: t * (kind not in key or "lora_B" not in key) for key, t in tensors.items()}
 
 
-def swapped(kind):
-    """Exchange A and B of a kind of layer between the first two blocks."""
-    other = {".layers.0.": ".layers.1.", ".layers.1.": ".layers.0."}
+def swapped(kind, one=0, another=1):
+    """Exchange A and B of a kind of layer between two blocks."""
+    other = {f".layers.{i}.": f".layers.{j}." for i, j in ((one, another), (another, one))}
 
     def swap(tensors):
         new = dict(tensors)
