@@ -91,16 +91,23 @@ def measure(engine: str, model: Path, work: Path) -> None:
     one = {"openbookqa": made["openbookqa"]}
     base = dict(case="a base that was trained on", adapter="openbookqa", name="openbookqa")
     chat = dict(case="a template with a system prompt", adapter="openbookqa", name="openbookqa", chat=True)
-    rows = []
-    for server, cases in (
-        (start(model, paths, work), planted + right),
-        (start(made["base"], one, work), [base]),
-        (start(model, one, work, template=CHAT), [chat]),
-    ):
-        with server as url:
-            for case in cases:
-                own = dict(adapter=made[case["adapter"]], draw=partial(prompts, case["adapter"]))
-                rows.append(verifying.ask(url, EXPECTED, **(case | own), model=model))
+    plan = (
+        (partial(start, model, paths, work), planted),
+        (partial(start, model, {name: made[name] for name in ADAPTERS}, work), right),
+        (partial(start, made["base"], one, work), [base]),
+        (partial(start, model, one, work, template=CHAT), [chat]),
+    )
+    groups = [
+        (
+            server,
+            [
+                case | dict(adapter=made[case["adapter"]], draw=partial(prompts, case["adapter"]), model=model)
+                for case in cases
+            ],
+        )
+        for server, cases in plan
+    ]
+    rows = verifying.ask_groups(groups, EXPECTED)
     verifying.write(f"verify-held-out-{engine}", {"engine": engine, "commit": code}, rows, EXPECTED)
 
 

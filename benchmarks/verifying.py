@@ -15,9 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ N, N_RIGHT, TIMES = 8, 30, 5
 CHAT = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
 ENGINES, RIGHT = ("vllm", "llama.cpp"), "served as trained"
 Expected = dict[str, tuple[str, str]]
+Group = tuple[Callable[[], Any], list[dict[str, Any]]]  # what starts a server, and what is asked about it
 # What a fault is, and the verdict and words that name it.
 EXPECTED: Expected = {
     "as it is": (RIGHT, ""),
@@ -61,12 +64,21 @@ def measure(engine: str, model: Path, work: Path) -> bool:
     environment(engine)
     code = commit()
     made = adapters(model, work, engine)
-    rows: list[dict[str, Any]] = []
-    for group in groups(engine, model, made, work):
-        with group["server"] as url:
-            rows += [ask(url, EXPECTED, **case) for case in group["cases"]]
+    rows = ask_groups(list(groups(engine, model, made, work)), EXPECTED)
     counts = write(f"verify-{engine}", {"engine": engine, "commit": code}, rows, EXPECTED)
     return counts["named"] >= 10 and not counts["false alarms"]
+
+
+def ask_groups(groups: Sequence[Group], expected: Expected) -> list[dict[str, Any]]:
+    """Ask about all cases: two groups at a time, each with a server and a process of its own."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return [row for rows in pool.map(partial(ask_group, expected), groups) for row in rows]
+
+
+def ask_group(expected: Expected, group: Group) -> list[dict[str, Any]]:
+    start, cases = group
+    with start() as url:
+        return [ask(url, expected, **case) for case in cases]
 
 
 def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]], expected: Expected) -> dict[str, int]:
@@ -173,8 +185,8 @@ def own_rank(adapter: Path, directory: Path) -> Path:
     return directory
 
 
-def groups(engine: str, model: Path, made: dict[str, Path], work: Path) -> Iterator[dict[str, Any]]:
-    """Give the servers one after another, each with what is asked about it."""
+def groups(engine: str, model: Path, made: dict[str, Path], work: Path) -> Iterator[Group]:
+    """Give the servers, each with what is asked about it."""
     served = {
         "as it is": ("demo", "demo"),
         "exported": ("exported", "exported"),
@@ -198,22 +210,19 @@ def groups(engine: str, model: Path, made: dict[str, Path], work: Path) -> Itera
         for name in ("demo", "exported", "rslora")
         for i in range(TIMES)
     ]
-    names = {name for _, name in served.values()} | {"rslora"}
     start = vllm if engine == "vllm" else llama_cpp
-    paths = {name.replace(" ", "-"): made[name] for name in names}
-    yield {"server": start(model, paths, work), "cases": [*cases, *right]}
+    paths = {name.replace(" ", "-"): made[name] for _, name in served.values()}
+    yield partial(start, model, paths, work), cases
+    yield partial(start, model, {name: made[name] for name in ("demo", "exported", "rslora")}, work), right
     base = dict(adapter=made["exported"], model=model, name="exported")
-    yield {
-        "server": start(made["other base"], {"exported": made["exported"]}, work),
-        "cases": [dict(base, case="base of another checkpoint")],
-    }
-    yield {
-        "server": start(model, {"exported": made["exported"]}, work, template=CHAT),
-        "cases": [dict(base, case="template without the generation prompt", chat=True)],
-    }
+    one = {"exported": made["exported"]}
+    yield partial(start, made["other base"], one, work), [dict(base, case="base of another checkpoint")]
+    chat = dict(base, case="template without the generation prompt", chat=True)
+    yield partial(start, model, one, work, template=CHAT), [chat]
 
 
 _LOADED: dict[Path, Any] = {}
+_BASE: dict[tuple[str, str], Any] = {}  # a base that was asked already is not asked again
 
 
 def questions(count: int, seed: int) -> list[str]:
@@ -250,9 +259,14 @@ def ask(
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     server = Server(url, timeout=300)
     served, base = server.find(name, name, "the-base")
-    found = lora_init.verify(
-        adapter, _LOADED[model], tokenizer, prompts, partial(server.ask, served), partial(server.ask, base), n=n
-    )
+
+    def ask_base(prompt: Any) -> Any:
+        key = url, str(prompt)
+        if key not in _BASE:
+            _BASE[key] = server.ask(str(base), prompt)
+        return _BASE[key]
+
+    found = lora_init.verify(adapter, _LOADED[model], tokenizer, prompts, partial(server.ask, served), ask_base, n=n)
     verdict, words = expected.get(case, (RIGHT, ""))
     named = found.verdict == verdict and re.search(words, found.text) is not None
     print(f"{'ok  ' if named else 'MISS'} {case}: {found.text}", flush=True)
@@ -301,15 +315,19 @@ def vllm(model: Path, paths: dict[str, Path], work: Path, template: str = "") ->
     if template:
         (work / "template.jinja").write_text(template)
         command += ["--chat-template", str(work / "template.jinja")]
-    return running(command, port, work / "vllm.log", {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""})
+    return running(command, port, work / f"vllm-{port}.log", {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""})
 
 
 def llama_cpp(model: Path, paths: dict[str, Path], work: Path, template: str = "") -> Any:
     """Write each adapter as GGUF, and a list of models, each the base with one of them."""
     base = work / f"{model.name}.gguf"
+    port = free_port()
     if not base.exists():
-        convert("convert_hf_to_gguf.py", "--outtype", "f32", "--outfile", str(base), str(model))
-    settings: dict[str, Any] = {"n_ctx": 256, "logits_all": True, "verbose": False, "n_threads": 1}
+        making = work / f"{model.name}-{port}.gguf"  # the other process may be making it, too
+        convert("convert_hf_to_gguf.py", "--outtype", "f32", "--outfile", str(making), str(model))
+        making.replace(base)
+    settings: dict[str, Any] = {"n_ctx": 256, "logits_all": True, "verbose": False}
+    settings |= {"n_threads": 1, "n_threads_batch": 1}  # two that wait for each other take five times as long
     if template:
         from transformers import AutoTokenizer
 
@@ -324,12 +342,14 @@ def llama_cpp(model: Path, paths: dict[str, Path], work: Path, template: str = "
         if name == "prefix-wrong":  # llama.cpp refuses tensors that it does not know; others drop them
             models.append(settings | {"model": str(base), "model_alias": name})
             continue
-        file = Path(export(path, work / f"planted-llama.cpp/{name}", "llama.cpp", {}))
+        file = Path(export(path, work / f"planted-llama.cpp/{model.name}-{name}", "llama.cpp", {}))
         models.append(settings | {"model": str(base), "model_alias": name, "lora_path": str(file)})
-    port = free_port()
-    (work / "llama.json").write_text(json.dumps({"host": "127.0.0.1", "port": port, "models": models}))
+    settings_file = work / f"llama-{port}.json"
+    settings_file.write_text(json.dumps({"host": "127.0.0.1", "port": port, "models": models}))
     command = [str(HOME / "llama.cpp/bin/python"), "-P", "-m", "llama_cpp.server"]
-    return running([*command, "--config_file", str(work / "llama.json")], port, work / "llama.log", {"PYTHONPATH": ""})
+    return running(
+        [*command, "--config_file", str(settings_file)], port, work / f"llama-{port}.log", {"PYTHONPATH": ""}
+    )
 
 
 if __name__ == "__main__":
