@@ -39,7 +39,8 @@ def estimate(
     Returns:
         Plain values. The parameters are those of one rank everywhere. The time is that of an idle machine: beside
         other work a pass of 21 s was seen to take 59 s. It is less where the pass ends before its last batch or where
-        only some of the experts run.
+        only some of the experts run. `operations` are those of matrix products. `offloaded_bytes_read` is what forward
+        passes read if `device_map` leaves all weights on disk: each batch reads them again.
 
     Raises:
         LoraInitError: The model or the layers cannot be had.
@@ -57,7 +58,8 @@ def estimate(
     used = (batches or [])[: settings["max_batches"]]
     tokens = sum(batch["input_ids"].numel() for batch in used)
     n_matrix = sum(p.numel() for p in _matrices(model))
-    operations = 2 * n_matrix * tokens * _OVERHEAD * (_BACKWARD if settings["gradients"] else 1.0)
+    operations = 2 * n_matrix * tokens * (_BACKWARD if settings["gradients"] else 1.0)
+    weights_bytes = _weights_bytes(model, dtype, settings["quantise"])
     per_second = _speed(dtype, find_device(settings["device"]))
     return {
         "layers": len(found.layers),
@@ -69,11 +71,13 @@ def estimate(
         "data": batches.description if batches is not None else None,
         "batches": len(used),
         "tokens": tokens,
-        "weights_bytes": _weights_bytes(model, dtype, settings["quantise"]),
+        "weights_bytes": weights_bytes,
         # 1.5 x rank x rho rows for each input, and as much again within a batch.
         "statistics_bytes": round(3 * rank * settings["rho"] * 4 * sum(width for _, width in shared)),
+        "offloaded_bytes_read": weights_bytes * len(used),
+        "operations": operations,
         "operations_per_second": per_second,
-        "seconds": operations / per_second,
+        "seconds": operations * _OVERHEAD / per_second,
     }
 
 
@@ -107,7 +111,9 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
 def show_estimate(console: Console, found: Mapping[str, Any]) -> None:
     """Print what `estimate` returned."""
     kept = f", {len(found['unsupported'])} keep PEFT's own start" if found["unsupported"] else ""
-    weights, statistics = (found[f"{what}_bytes"] / 10**9 for what in ("weights", "statistics"))
+    weights, statistics, read = (
+        found[key] / 10**9 for key in ("weights_bytes", "statistics_bytes", "offloaded_bytes_read")
+    )
     speed = found["operations_per_second"] / 10**9
     rows = {
         "layers": f"{found['layers']} take an adapter{kept}",
@@ -115,6 +121,8 @@ def show_estimate(console: Console, found: Mapping[str, Any]) -> None:
         "data": found["data"] or "none: the statistics file is used as it is",
         "pass": f"{found['batches']} batches at most, {found['tokens']:,} tokens",
         "memory": f"weights {weights:.2f} GB, statistics {statistics:.2f} GB, and the activations of one batch",
+        "offloaded": f"{read:,.2f} GB to read, the weights once a batch, if device_map leaves them on disk",
+        "work": f"{found['operations'] / 10**12:,.2f} TFLOP in matrix products",
         "time": f"{found['seconds'] / _MARGIN:,.0f} to {found['seconds'] * _MARGIN:,.0f} s on an idle machine at "
         f"{speed:,.0f} GFLOP/s, several times that beside other work",
     }

@@ -362,8 +362,11 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
     assert said["data"] == done["data"] and said["batches"] == done["n_batches"] and said["tokens"] >= done["n_samples"]
     model = tiny_llama()
     assert said["weights_bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert said["offloaded_bytes_read"] == said["batches"] * said["weights_bytes"]
+    in_layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    assert said["operations"] == 2 * in_layers * said["tokens"]
     assert said["seconds"] > 0
-    for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "GFLOP/s"):
+    for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "offloaded ", "TFLOP", "GFLOP/s"):
         assert part in shown
 
 
