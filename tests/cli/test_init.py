@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_init
 from lora_init import build_adapter, collect, load_batches
 from lora_init.adapters.starts import find_start
+from lora_init.cli.dry_run import STATE
 from lora_init.cli.init import _read_examples
 from lora_init.collection.backward import BackwardHooks, NoGradientsError
+from lora_init.collection.loop import both
 from lora_init.loading.models import load_model
+from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
 from tests.loading.test_batches import byte_tokenizer
@@ -368,6 +371,27 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
     assert said["seconds"] > 0
     for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "offloaded ", "TFLOP", "GFLOP/s"):
         assert part in shown
+
+
+def test_a_dry_run_knows_the_memory_of_the_statistics():
+    halves, width, components = both(lambda: IncrementalSVD(32)), 512, 32
+    rows = [0.0]
+    for number in range(24):
+        halves[number % 2].project(torch.randn(64, width, generator=torch.Generator().manual_seed(number)))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors_of(halves)}
+        rows.append(sum(storages.values()) / (4 * width * components))
+        halves[number % 2].update()
+    assert 0.9 * STATE < max(rows) <= STATE
+
+
+def _tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors_of(one)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors_of(list(vars(value).values()))
 
 
 # The statistics file
