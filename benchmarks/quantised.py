@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -39,7 +40,12 @@ ROWS = [
     ("none", 0, 0, 1), ("qera", 16, 4, 1), ("qera", 16, 64, 1), ("svd", 16, 0, 1), ("qera", 16, 16, 1),
     ("qera", 16, 1, 1), ("qera", 8, 64, 1), ("qera", 64, 64, 1), ("svd", 64, 0, 1), ("qera", 16, 64, 2),
 ]  # fmt: skip
-WHOLE = ("initialize qera", "initialize eva")
+# What users call, with what else than the defaults.
+WHOLE: dict[str, dict[str, Any]] = {
+    "initialize qera": {"method": "qera"},
+    "initialize qera, tolerance 0.05": {"method": "qera", "tolerance": 0.05},
+    "initialize eva": {"method": "eva"},
+}
 
 
 class Judge:
@@ -121,11 +127,15 @@ def _isotropic(spectrum: Spectrum) -> Spectrum:
     return replace(empty, mean=torch.zeros(width), total_variance=float(width))
 
 
-def _whole(judge: Judge, method: str) -> tuple[nn.Module, float]:
+def _whole(judge: Judge, options: dict[str, Any]) -> tuple[nn.Module, float, int]:
+    """Do it as users do; also give the seconds of the processor, and after how many batches the pass ended."""
     model = judge.quantised()
-    began = time.process_time()
-    adapted = lora_init.initialize(model, judge.seen, rank=16, method=method, progress=False)
-    return adapted, time.process_time() - began
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "statistics"
+        began = time.process_time()
+        adapted = lora_init.initialize(model, judge.seen, rank=16, statistics=file, progress=False, **options)
+        seconds = time.process_time() - began
+        return adapted, seconds, lora_init.Statistics.load(file).provenance.n_batches
 
 
 def main(names: list[str]) -> None:
@@ -140,12 +150,12 @@ def main(names: list[str]) -> None:
         for start, rank, n_batches, more in left:
             assert judge is not None
             if start in WHOLE:
-                model, seconds = _whole(judge, start.split()[1])
+                model, seconds, used = _whole(judge, WHOLE[start])
             else:
-                model, seconds = _adapted(judge, start, rank, n_batches, more)
+                (model, seconds), used = _adapted(judge, start, rank, n_batches, more), n_batches
             row = {
-                "model": name, "texts": texts, "start": start, "rank": rank, "batches": n_batches, "more": more,
-                "judged_by": len(judge.unseen["same"]),
+                "model": name, "texts": texts, "start": start, "rank": rank, "batches": n_batches, "used": used,
+                "more": more, "judged_by": len(judge.unseen["same"]),
                 "damage": judge.damage(model), "float": judge.float_damage, "seconds": round(seconds, 1),
                 "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }  # fmt: skip
@@ -162,13 +172,13 @@ def _table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         shares = [
-            "-" if plain is None or row["start"] == "none"
-            else f"{(plain[kind] - row['damage'][kind]) / (plain[kind] - row['float'][kind]):.0%}"
+            "-" if plain is None or row["start"] == "none" or kind not in row["damage"]
+            else f"{(plain[kind] - row['damage'][kind]) / (plain[kind] - row['float'][kind]):.1%}"
             for kind in ("same", "other")
         ]  # fmt: skip
-        damage = [f"{row['damage'][kind]:.4f}" for kind in ("same", "other")]
+        damage = [f"{row['damage'][kind]:.4f}" if kind in row["damage"] else "-" for kind in ("same", "other")]
         name = row["start"] + (f", {row['more']} r components" if row["more"] > 1 else "")
-        cells.append([name, row["rank"], row["batches"], *damage, *shares, f"{row['seconds']:.0f}"])
+        cells.append([name, row["rank"], row["used"], *damage, *shares, f"{row['seconds']:.0f}"])
     return table(["start", "rank", "batches", "same", "other", "closed, same", "closed, other", "seconds"], cells)
 
 

@@ -112,14 +112,16 @@ class QuantisationErrors(Mapping[str, Tensor]):
         with ExitStack() as stack:
             for name in self._targets:
                 self.weight(name)  # which may run the layer once
-                hook = self._modules[name].register_forward_hook(partial(self._exact, name))
-                stack.callback(hook.remove)
+                module = self._modules[name]
+                own = vars(module).get("forward")  # as accelerate's hooks set it
+                module.forward = partial(self._exact, name, module)  # a hook would run after the layer's own product
+                stack.callback(_restore_forward, module, own)
             yield
 
-    def _exact(self, name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows, bias = args[0], getattr(module, "bias", None)
+    def _exact(self, name: str, module: Any, rows: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
         exact = nn.functional.linear(rows, self.weight(name).to(rows.device, rows.dtype))
-        return (exact if bias is None else exact + bias).to(output.dtype)
+        return exact if bias is None else (exact + bias).to(rows.dtype)
 
     def _shape(self, name: str) -> tuple[int, int]:
         return self._targets[name].out_features, self._targets[name].in_features
@@ -150,6 +152,13 @@ class QuantisationErrors(Mapping[str, Tensor]):
                 "was made of by weights= (--weights)."
             )
         return found
+
+
+def _restore_forward(module: Any, own: Callable[..., Any] | None) -> None:
+    if own is None:
+        del module.forward  # that of its class is found again
+    else:
+        module.forward = own
 
 
 @torch.no_grad()

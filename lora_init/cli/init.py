@@ -209,6 +209,7 @@ def init(
     settings: dict[str, Any] = {
         "rank": budget.rank, "rho": budget.of_pass, "center": center, "token_mask": token_mask, "gradients": gradients,
         "max_batches": max_batches, "seed": seed, "skip_bad_batches": skip_bad_batches,
+        **start.of_pass,
     }  # fmt: skip
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate

@@ -119,6 +119,20 @@ def test_weights_that_the_checkpoint_has_transposed(tmp_path, large_bias):
         torch.testing.assert_close(model(**batch).logits, float_model(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_the_loss_in_float_runs_no_quantised_layer(directory, monkeypatch):
+    model = load(directory)
+    errors, layer = QuantisationErrors(model, find_targets(model).layers), model.get_submodule(DOWN)
+    own = layer.forward
+    layer.forward = own  # as accelerate's hooks set one
+    with torch.no_grad(), errors.undone():
+        monkeypatch.setattr(type(layer), "forward", None)
+        exact = model(**labelled_batches(1)[0]).loss
+    monkeypatch.undo()
+    torch.testing.assert_close(exact, plain()(**labelled_batches(1)[0]).loss, atol=1e-4, rtol=1e-4)  # sums differ
+    assert layer.forward is own
+    assert not any("forward" in vars(model.get_submodule(name)) for name in errors if name != DOWN)
+
+
 def test_initialize_gives_the_quantised_model_its_loss_back(directory):
     model, batches = load(directory), labelled_batches()
     aside = labelled_batches(40)[24:]
@@ -126,6 +140,15 @@ def test_initialize_gives_the_quantised_model_its_loss_back(directory):
     adapted = lora_init.initialize(model, batches, rank=16, rho=1, method="qera")
     assert mean_loss(adapted, aside) < quantised - 0.4 * (quantised - exact)
     assert adapted.peft_config["default"].r == 16
+
+
+def test_its_pass_ends_later_than_that_of_other_starts(directory, tmp_path):
+    tolerances = []
+    for method, given in (("eva", {}), ("qera", {}), ("qera", {"tolerance": 0.1})):
+        file = tmp_path / f"{len(tolerances)}.safetensors"
+        lora_init.initialize(load(directory), labelled_batches(), rank=4, method=method, statistics=file, **given)
+        tolerances.append(lora_init.Statistics.load(file).provenance.settings["tolerance"])
+    assert tolerances == [0.05, 0.02, 0.1]
 
 
 @pytest.mark.parametrize("options", [dict(lora_alpha=16), dict(lora_alpha=3), dict(lora_alpha=3, use_rslora=True)])

@@ -32,7 +32,9 @@ def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
     command += ["--quantize", "nf4", "--method", "qera", "--unchecked", "--statistics", file]  # weights are random
     made = run(*command, "--json")
     assert made.exit_code == 0, made.output
-    assert {spectrum.n_components for spectrum in Statistics.load(file).groups.values()} == {8}  # 2 a rank
+    stats = Statistics.load(file)
+    assert {spectrum.n_components for spectrum in stats.groups.values()} == {8}  # 2 a rank
+    assert stats.provenance.settings["tolerance"] == 0.02
     again = run(*command, "--overwrite")
     assert again.exit_code == 0 and "used as it is" in again.stderr, again.output
     said = json.loads(made.stdout)
