@@ -17,6 +17,7 @@ most eight. A study asks more of a task:
 - `planned`: whether a small budget, a quarter of the parameters of rank 2 everywhere, is better planned than given to
   every other block.
 - `confirm`: the start that won on a task, `random` and full fine-tuning, on seeds that nothing was chosen by.
+- `quantised`: whether a start that gives a base in four bits back what rounding took still leads after 100 steps.
 - `fresh`: what is recommended, at its own rate, and `random` at the best of several, with other examples to train on,
   to choose the rate by and to report. `fresh-rank-16` and `fresh-300-steps` do the same once with these.
 
@@ -87,6 +88,16 @@ STUDIES: dict[str, dict[str, Any]] = {
         "target_modules": r".*layers?\.\d*[02468]\..*(_proj|query|key|value|dense)",
     },
     "confirm": {"extend": 0, "precision": None},
+    "quantised": {
+        "starts": ["random", "qera", "loftq"],
+        "quantize": "nf4",
+        "learning_rates": [1e-3],
+        "extend": 0,
+        "seeds": 3,
+        "precision": None,
+        "steps": 100,
+        "evaluation_points": [100],
+    },
     "fresh": {"precision": None, "data_seed": 1},
     "fresh-rank-16": {"precision": None, "data_seed": 1, "rank": 16},
     "fresh-300-steps": {"precision": None, "data_seed": 1, "steps": 300, "evaluation_points": [300]},
