@@ -26,6 +26,7 @@ import lora_init
 from benchmarks import memory, peft_eva, scaling, settings
 from benchmarks.settings import Setting, median, table, timed
 from lora_init.collection.activations import ActivationHooks, Sink
+from lora_init.collection.loop import Pass
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
 from lora_init.statistics.incremental_svd import IncrementalSVD
@@ -41,29 +42,18 @@ class Ours:
     """The inside of `collect`, step by step, with the time of each part."""
 
     def __init__(self, hooks: ActivationHooks) -> None:
-        self.hooks = hooks
-        self.groups: dict[str, IncrementalSVD] = {}
-        self.in_hooks = 0.0
-
-    def _sink(self, group: str, rows: Tensor) -> None:
-        start = settings.clock()
-        self.groups.setdefault(group, IncrementalSVD(N_COMPONENTS)).project(rows)
-        self.in_hooks += settings.clock() - start
-
-    def _update(self) -> None:
-        for svd in self.groups.values():
-            svd.update()
+        self.run = Pass(hooks, call_model, N_COMPONENTS, RANK, tolerance=0.0)
 
     def step(self, batch: Any) -> dict[str, float]:
         """Take in one batch; seconds of the whole step and of the decomposition in it."""
-        self.in_hooks = 0.0
-        passed = timed(lambda: run(self.hooks, batch, self._sink))
-        updated = timed(self._update)
-        return {"step": passed + updated, "decomposition": self.in_hooks + updated}
+        parts, before = self.run.found.seconds, dict(self.run.found.seconds)
+        whole = timed(lambda: self.run.project(batch, "batch")) + timed(lambda: self.run.update("batch"))
+        return {"step": whole, "decomposition": parts["decomposition"] - before["decomposition"]}
 
     def components(self) -> dict[str, Tensor]:
         """Leading components of each group so far."""
-        return {name: one.spectrum().components[:RANK] for name, one in self.groups.items()}
+        found = self.run.found.groups
+        return {name: record.whole().spectrum().components[:RANK] for name, record in found.items()}
 
 
 def hooks_on(setting: Setting) -> ActivationHooks:
@@ -104,7 +94,7 @@ def costs(setting: Setting, n_batches: int) -> dict[str, Any]:
     with hooks_on(setting) as hooks, torch.no_grad():
         ours = Ours(hooks)
         first = ours.step(setting.seen[0])
-        leaders = list(ours.groups)
+        leaders = list(ours.run.found.groups)
         peft_settings = peft_eva.config(RANK, RHO, leaders, setting.task_type)
         for i, batch in enumerate(setting.seen[1 : n_batches + 1]):
             bare = {key: value for key, value in batch.items() if key != "labels"}
