@@ -18,6 +18,7 @@ most eight. A study asks more of a task:
   every other block.
 - `confirm`: the start that won on a task, `random` and full fine-tuning, on seeds that nothing was chosen by.
 - `quantised`: whether a start that gives a base in four bits back what rounding took still leads after 100 steps.
+- `enough`: what `natural-gradient` loses from as many batches as `collect` takes by itself.
 - `fresh`: what is recommended, at its own rate, and `random` at the best of several, with other examples to train on,
   to choose the rate by and to report. `fresh-rank-16` and `fresh-300-steps` do the same once with these.
 
@@ -97,6 +98,13 @@ STUDIES: dict[str, dict[str, Any]] = {
         "precision": None,
         "steps": 100,
         "evaluation_points": [100],
+    },
+    # From as many batches as the rule of `collect` takes there, and from all.
+    "enough": {
+        "starts": [f"natural-gradient+80-alpha+{n}-batches" for n in (16, 34)],
+        "learning_rates": [2e-4],
+        "extend": 0,
+        "precision": None,
     },
     "fresh": {"precision": None, "data_seed": 1},
     "fresh-rank-16": {"precision": None, "data_seed": 1, "rank": 16},

@@ -127,12 +127,12 @@ def collect(
     data that has been seen enough of; `load_batches` shuffles. A sharp fall of the held-out share is a warning.
 
     In a process group of `torch.distributed` all processes call it, each with batches of its own or all with the same,
-    of which each then takes its part. Each decides for its own batches when a layer is done. At the end what they have
+    of which each then takes its part. Each decides for its own batches when they are enough. At the end what they have
     found is merged, and all return the same statistics.
 
     Cost: a forward pass of the model's body for each batch, and 0.17 to 0.18 of it on top (processor time of one
-    thread, 16 batches). Memory: 1.5 * rank * rho
-    float32 rows of width d_in for each distinct input, and as much again within a batch.
+    thread, 16 batches). Memory: 8 * rank * rho float32 rows of width d_in for each
+    distinct input, up to 15 * rank * rho in long passes.
 
     Args:
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
@@ -169,7 +169,7 @@ def collect(
         overwrite: Begin again in place of what is in that file.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
             need labels. No weight's gradient is computed, so the memory is that of the activations and of
-            1.5 * rank * rho rows of width 2 d_in + d_out for each layer.
+            3 * rank * rho rows of width 2 d_in + d_out for each layer.
         loss: With gradients: function of what the model (or `forward`) returns and the batch, to the loss, a mean over
             the batch's labels. Default: the `loss` that a model of transformers returns for a batch with `labels`.
         skip_bad_batches: How many batches, of all processes, may fail (as by NaN, a loss that is not finite, or a file
