@@ -130,9 +130,9 @@ def collect(
     of which each then takes its part. Each decides for its own batches when they are enough. At the end what they have
     found is merged, and all return the same statistics.
 
-    Cost: a forward pass of the model's body for each batch, and 0.17 to 0.18 of it on top (processor time of one
-    thread, 16 batches). Memory: 8 * rank * rho float32 rows of width d_in for each
-    distinct input, up to 15 * rank * rho in long passes.
+    Cost: a forward pass of the model's body for each batch, and 0.28 of it on top (processor time of one thread, 16
+    batches). Memory: 8 * rank * rho float32 rows of width d_in for each distinct input, up to 15 * rank * rho in long
+    passes.
 
     Args:
         model: Any torch model, compiled or not. Untouched: weights, hooks, training flags are as before afterwards.
