@@ -573,7 +573,11 @@ def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ra
         notes.append(f"{len(found.empty)} of {sum(found.n_batches)} batches were passed over. {found.empty[0]}")
     if found.bad:
         notes.append(f"{len(found.bad)} of {sum(found.n_batches)} batches failed and were left out. {found.bad[0]}")
-    silent = [name for name, mean in found.gradients.items() if mean.n_samples and not mean.whole().squares.any()]
+    silent = [
+        name
+        for name, mean in found.gradients.items()
+        if mean.n_samples and not any(half.squares.any() for half in mean.halves if half.n_samples)
+    ]
     if silent:
         notes.append(f"{silent[0]}: the loss does not depend on its output ({len(silent)} such layers).")
     return notes
