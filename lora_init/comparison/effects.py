@@ -120,7 +120,7 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
     return {start: found[start] for start in compared}
 
 
-def detectable(n_starts: int, n_seeds: int, confidence: float = CONFIDENCE) -> float | None:
+def detectable(n_starts: int, n_seeds: int) -> float | None:
     """Say what difference to the reference can be shown, if all runs are there and all starts scatter alike.
 
     It is what `Effect.showable` is in the mean, in standard deviations of a run; None with fewer than two seeds.
@@ -132,7 +132,7 @@ def detectable(n_starts: int, n_seeds: int, confidence: float = CONFIDENCE) -> f
     if n_starts < 1 or n_seeds < 2:
         return None
     correlation = np.full((n_starts, n_starts), 0.5) + 0.5 * np.eye(n_starts)
-    factor = _critical(correlation.tobytes(), n_starts * (n_seeds - 1), round(confidence, 6))
+    factor = _critical(correlation.tobytes(), n_starts * (n_seeds - 1), round(CONFIDENCE, 6))
     return factor * math.sqrt(2 / n_seeds)
 
 
