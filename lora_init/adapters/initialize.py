@@ -133,6 +133,7 @@ def initialize(
         raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
     check_plain(model, "initialize()")
     shape, options = _as_asked(model, config, shape, options)
+    _warn_if_far_off(start, config, freeze_a)
     adapter = with_defaults(shape) | dict(method=method, whiten=whiten)
     rank, target_modules, use_rslora = (adapter.pop(name) for name in ("rank", "target_modules", "use_rslora"))
     check_adapter_options(**adapter, gamma=gamma)
@@ -219,9 +220,12 @@ def _check_readable(
         QuantisationErrors(model, find_targets(model, target_modules, **chosen).layers, weights)
 
 
-def _warn_if_far_off(start: Start, config: Any, freeze_a: bool, trainer: Any) -> None:
+def _warn_if_far_off(start: Start, config: Any, freeze_a: bool, trainer: Any = None) -> None:
+    """Also of a user's `config` alone, which does not tell whether its lora_alpha was given or is PEFT's 8."""
+    if config is None or (trainer is not None and not has_plain_loss(trainer)):  # for other losses none was measured
+        return
     fit = Fit(start, config.r, config.lora_alpha, config.use_rslora, config.use_dora, freeze_a)
-    for said in fit.far_off(trainer.args) if has_plain_loss(trainer) else []:  # for other losses none was measured
+    for said in fit.far_off(trainer and trainer.args):
         warnings.warn(said, stacklevel=3)
 
 

@@ -91,18 +91,19 @@ class Fit:
     def far_off(self, settings: Any) -> list[str]:
         """Say what of a trainer's `args` or of the adapter is far off from what was measured, and what to make of it.
 
-        In one line; none if nothing is, or if nothing was measured for such an adapter.
+        In one line; none if nothing is, or if nothing was measured for such an adapter. Without `settings` there is no
+        trainer yet, and only the adapter is looked at.
         """
         rate = self.start.learning_rate
         if rate is None or self.beyond:
             return []
-        optimizer = str(getattr(settings.optim, "value", settings.optim))
+        optimizer = "adamw" if settings is None else str(getattr(settings.optim, "value", settings.optim))
         if not optimizer.startswith("adamw"):
             return [f"no learning rate was measured for method {self.start.name!r} with optim={optimizer!r}."]
         changes = []
         if _is_far(self.lora_alpha, self.best_alpha):
             changes.append(f"lora_alpha is {self.lora_alpha:g}: make it {self.best_alpha:g} in the LoraConfig")
-        if _is_far(settings.learning_rate, rate):
+        if settings is not None and _is_far(settings.learning_rate, rate):
             given = rate_text(settings.learning_rate)
             changes.append(f"learning_rate is {given}: make it {rate_text(rate)} in the trainer's args")
         return [f"{', and '.join(changes)}. That is what was {MEASURED}."] if changes else []

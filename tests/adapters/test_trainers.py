@@ -275,6 +275,14 @@ def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer)
     trainer.train()
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_rate_far_off_is_said_and_left_as_it_is(tmp_path, tokenizer):
+    trainer = sft(tmp_path, tokenizer)
+    with pytest.warns(UserWarning, match=r"^learning_rate is 1e-2: make it 2e-4 in the trainer's args\. "):
+        lora_init.initialize(trainer, rank=4)
+    assert trainer.args.learning_rate == 1e-2
+
+
 def trained(trainer):
     trainer.train()
     return trainer
