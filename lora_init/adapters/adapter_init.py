@@ -17,7 +17,6 @@ from lora_init.adapters.directory import (
     LORA_B,
     ORIGIN_FILE,
     AdapterDirectory,
-    Weights,
     card_header,
     carrying,
     hub_id,
@@ -27,6 +26,7 @@ from lora_init.adapters.directory import (
 from lora_init.adapters.peft_model import as_it_was, attach, check_fits, check_plain, remove_adapters
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import Start, find_start
+from lora_init.adapters.weights import LoraWeights, Weights
 from lora_init.errors import LoraInitError
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, PREFIX, Target, file_prefixes, is_conv1d
@@ -162,7 +162,7 @@ class AdapterInit:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each layer that takes an adapter, in model order."""
-        return {name: a.shape[0] // max(self.targets[name].experts, 1) for name, (a, _) in self.weights.items()}
+        return {name: len(own.a) // max(self.targets[name].experts, 1) for name, own in self.weights.items()}
 
     @property
     def start(self) -> Start:
@@ -363,7 +363,7 @@ class AdapterInit:
             origin["learning_rate"] = self.learning_rate
         if self.corrects_base or self.start.by_error:
             kind = getattr(torch, self.dtype)
-            origin["start"] = start_digest({name: (a.to(kind), b.to(kind)) for name, (a, b) in self.weights.items()})
+            origin["start"] = start_digest({name: own.to(kind) for name, own in self.weights.items()})
         if self.errors:
             origin["error_size"] = self.error_size
         if self.start.package:  # which need not be installed where the adapter is trained or exported
@@ -481,6 +481,7 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
         )
     check_correctable(model, files.layers)
     tensors, config = files.tensors(), files.config
-    weights = {name: (tensors[f"{PREFIX}{name}{LORA_A}"], tensors[f"{PREFIX}{name}{LORA_B}"]) for name in files.layers}
+    ends = {name: f"{PREFIX}{name}" for name in files.layers}
+    weights = {name: LoraWeights(tensors[end + LORA_A], tensors[end + LORA_B]) for name, end in ends.items()}
     scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
     correct_weights(model, weights, scaling)

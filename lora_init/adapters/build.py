@@ -7,18 +7,17 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import default, only_given, read_config_for, with_defaults
 from lora_init.adapters.directory import check_place
-from lora_init.adapters.initializers import check_rank, error_seen, layer_generator, scaled_by_gamma
+from lora_init.adapters.initializers import check_rank
+from lora_init.adapters.layer_start import error_before_and_after, error_of, layer_start
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
-from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
-from lora_init.layers.rows import expert_group
+from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import scaling_of
@@ -170,10 +169,10 @@ def build_adapter(
     known = dict(whiten=whiten, scaling=scaling_of(lora_alpha, rank, use_rslora))
     weights, seen, squares = {}, {}, 0.0
     for name, r in plan.items():
-        error = _error_of(stats.targets[name], start, errors)
-        weights[name] = _compute(start, stats, name, r, seed, known | {"error": error}, gamma)
+        error = error_of(stats.targets[name], start, errors)
+        weights[name] = layer_start(start, stats, name, r, seed, known | {"error": error}, gamma)
         if error is not None:
-            seen[name] = _error_before_and_after(stats[name], error, weights[name], known["scaling"])
+            seen[name] = error_before_and_after(stats[name], error, weights[name], known["scaling"])
             squares += float(error.double().square().sum())
     return AdapterInit(
         weights=weights,
@@ -217,70 +216,6 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
     targets = list(targets)
     both, b_alone = (sum(target.parameters(rank, frozen) for target in targets) for frozen in (False, True))
     return rank * both // b_alone
-
-
-def _error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Give what quantisation took from a layer's weight, if the start is about that."""
-    if not start.by_error:
-        return None
-    if errors is None or target.name not in errors:
-        raise LoraInitError(
-            f"layer {target.name!r}: {start} corrects what quantisation took from its weight. Pass errors=, such as "
-            "QuantisationErrors(model, stats.targets)."
-        )
-    error, shape = errors[target.name], [target.out_features, target.in_features]
-    if list(error.shape) != shape or not bool(error.isfinite().all()):
-        raise LoraInitError(f"layer {target.name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
-    return error
-
-
-def _error_before_and_after(
-    spectrum: Spectrum, error: Tensor, pair: tuple[Tensor, Tensor], scaling: float
-) -> tuple[float, float]:
-    a, b = (weight.to(error.device, torch.float64) for weight in pair)
-    return error_seen(spectrum, error), error_seen(spectrum, error.double() - scaling * (b @ a))
-
-
-def _compute(
-    start: Start, stats: Statistics, name: str, rank: int, seed: int, given: Mapping[str, Any], gamma: float | None
-) -> tuple[Tensor, Tensor]:
-    """Compute A and B of a layer; of one with experts those of each, side by side."""
-    gradient = stats.gradient(name) if start.by_gradient else None
-    experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-    pairs = []
-    for of, spectrum in (experts or {name: stats[name]}).items():
-        known = dict(spectrum=spectrum, gradient=gradient, rank=rank, generator=layer_generator(seed, of), **given)
-        pairs.append(_called(start, stats.targets[name], known))
-    shape_a, shape_b = stats.targets[name].shapes(rank)
-    a = torch.cat([a for a, _ in pairs]).reshape(shape_a)
-    if start.b_is_zero:
-        return a, torch.zeros(shape_b)
-    b = torch.cat([b for _, b in pairs]).reshape(shape_b)
-    return (a, b) if gamma is None else scaled_by_gamma(a, b, gamma)
-
-
-def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
-    where = f"layer {layer.name!r}: {start}"
-    try:
-        made = start.compute(**known)
-    except LoraInitError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
-    rank, width = known["rank"], known["spectrum"].components.shape[1]
-    wanted = [[rank, width]] if start.b_is_zero else [[rank, width], [layer.out_features, rank]]
-    parts = made if isinstance(made, tuple) else (made,)
-    got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    if got != wanted:
-        what = "A" if start.b_is_zero else "A and B"
-        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {wanted}.")
-    if not all(bool(part.isfinite().all()) for part in parts):
-        raise LoraInitError(f"{where}: its function returned NaN or inf.")
-    a, b = parts if len(parts) == 2 else (parts[0], torch.empty(0))
-    return a.float(), b.float()
 
 
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_init.adapters.starts import changes_base
+from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError
 from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.layers.targets import PREFIX
@@ -25,7 +26,6 @@ ORIGIN_FILE = "lora_init.json"
 CARD_FILE = "README.md"
 ORIGIN = "lora_init"  # key in a field of the config, see `carrying`
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-Weights = Mapping[str, tuple[Tensor, Tensor]]  # A and B of each layer
 _OURS: dict[str, Any] = {"marker": ORIGIN_FILE, "replaceable": (WEIGHTS_FILE, CONFIG_FILE, ORIGIN_FILE, CARD_FILE)}
 
 

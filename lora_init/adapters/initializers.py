@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.second_moment import SecondMoment
@@ -201,12 +202,12 @@ def natural_gradient(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) 
     return right
 
 
-def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> LoraWeights:
     """Start from a step of rank r along the natural gradient, see `natural_step`, of the size that `lora_one` has."""
     return _step(*natural_step(spectrum, gradient, rank), rank)
 
 
-def lora_ga(gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def lora_ga(gradient: GradientSpectrum, rank: int) -> LoraWeights:
     """Start as LoRA-GA does (Wang et al., arXiv 2407.05000): A = V[:r], B = U[:, r:2r], from the mean gradient U S V.
 
     The base weight gives up what B A adds. PEFT's `init_lora_weights="lora_ga"` with the same directions and scale
@@ -221,10 +222,10 @@ def lora_ga(gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
             f"{len(gradient.singular_values)}. Give no layer more than rank {len(gradient.singular_values) // 2}, or "
             "collect from more data or for a larger rank."
         )
-    return gradient.right[:rank], gradient.left[rank : 2 * rank].T
+    return LoraWeights(gradient.right[:rank], gradient.left[rank : 2 * rank].T)
 
 
-def lora_one(gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor]:
+def lora_one(gradient: GradientSpectrum, rank: int) -> LoraWeights:
     """Start as LoRA-One does (Zhang et al., arXiv 2502.01235): from the best rank-r part of a step down the gradient.
 
     With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled as `scaled_by_gamma` does.
@@ -273,15 +274,12 @@ def _thin_svd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return (q_left @ u).T, values, v @ q_right.T
 
 
-def scaled_by_gamma(a: Tensor, b: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Scale A and B [d_out, r] by d_out^(1/4) / sqrt(gamma), LoRA-GA's stable scale."""
-    scale = len(b) ** 0.25 / gamma**0.5
-    return (a * scale).contiguous(), (b * scale).contiguous()
+def scaled_by_gamma(weights: LoraWeights, gamma: float) -> LoraWeights:
+    """Scale A and B by d_out^(1/4) / sqrt(gamma), LoRA-GA's stable scale."""
+    return weights.times(len(weights.b) ** 0.25 / gamma**0.5)
 
 
-def qera(
-    spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator: torch.Generator) -> LoraWeights:
     """Start from what quantisation took from the weights, where the data are (QERA, Zhang et al., arXiv 2410.06040).
 
     Of all matrices of rank r, scaling * B A is the closest to the error W - Q in the norm of what the layer reads: it
@@ -303,7 +301,7 @@ def qera(
     a, b = kaiming(rank, error.shape[1], generator), torch.zeros(error.shape[0], rank)
     a[: len(share)] = (right[found] / size[found] * share).cpu().float()
     b[:, : len(share)] = (left[found] * share).T.cpu().float()
-    return a, b
+    return LoraWeights(a, b)
 
 
 def error_seen(spectrum: Spectrum, error: Tensor) -> float:
@@ -312,7 +310,7 @@ def error_seen(spectrum: Spectrum, error: Tensor) -> float:
     return float(torch.linalg.norm(weighted))
 
 
-def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> LoraWeights:
     """Give A and B whose product is the best rank-r part of left^T values right, of norm 1."""
     root = (values[:rank] / values[0]).sqrt().float()  # [r]
-    return root[:, None] * right[:rank], left[:rank].T * root
+    return LoraWeights(root[:, None] * right[:rank], left[:rank].T * root)

@@ -188,7 +188,7 @@ def _adapter(
             raise LoraInitError(f"the bank has an adapter of {name!r}, {d_in} -> {d_out}, which is none of this model.")
     root = 1.0 if gamma is None else (gamma * scaling_of(lora_alpha, rank, False)) ** 0.5
     return AdapterInit(
-        weights={n: ((update[n].a / root).contiguous(), (update[n].b / root).contiguous()) for n in targets},
+        weights={name: update[name].weights.times(1.0 / root) for name in targets},
         targets=targets,
         rank=rank,
         lora_alpha=lora_alpha,

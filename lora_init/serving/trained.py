@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, start_digest
+from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
 from lora_init.planning.lora_config import from_patterns, lora_config, scaling_of
@@ -53,6 +54,11 @@ class Layer:
     scaling: float
     ends: tuple[str, str] = LINEAR
     magnitude: Tensor | None = None
+
+    @property
+    def weights(self) -> LoraWeights:
+        """A and B."""
+        return LoraWeights(self.a, self.b)
 
     @property
     def rank(self) -> int:
@@ -317,9 +323,9 @@ def _check_conversion(trained: Trained, origin: Mapping[str, Any], directory: Pa
     if own is None or trained.config.get("r") == origin.get("rank"):
         return
     halves = {name: (layer.a.chunk(2), layer.b.chunk(2, dim=1)) for name, layer in trained.layers.items()}
-    if start_digest({name: (a[-1], -b[-1]) for name, (a, b) in halves.items()}) != own:
+    if start_digest({name: LoraWeights(a[-1], -b[-1]) for name, (a, b) in halves.items()}) != own:
         raise LoraInitError(f"{directory} was converted from another start than its own. Export what was trained anew.")
-    if start_digest({name: (a[0], b[0]) for name, (a, b) in halves.items()}) == own:
+    if start_digest({name: LoraWeights(a[0], b[0]) for name, (a, b) in halves.items()}) == own:
         raise LoraInitError(
             f"{directory} adds nothing: it was never trained, or converted from a directory with the adapter's own "
             "name, from which PEFT put the start in its place. Save it without a conversion, and name the start by "
@@ -331,7 +337,7 @@ def subtract(trained: Trained, start: Trained, origin: Mapping[str, Any], where:
     """Append the adapter as it was before training with the opposite sign, which doubles the rank."""
     if trained.dora:
         raise LoraInitError(f"start={where}: an adapter with DoRA cannot give up what it began with.")
-    if origin.get("start", "") not in ("", start_digest({n: (one.a, one.b) for n, one in start.layers.items()})):
+    if origin.get("start", "") not in ("", start_digest({n: one.weights for n, one in start.layers.items()})):
         raise LoraInitError(
             f"start={where} holds other numbers than those that this adapter began with. Name what was saved right "
             "before its training."

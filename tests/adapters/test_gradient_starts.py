@@ -167,7 +167,7 @@ def test_the_natural_gradient_against_dense_inverses(center):
 
     a = natural_gradient(spectrum, gradient, 2)
     assert torch.allclose(a, right) and torch.allclose(a @ a.T, torch.eye(2), atol=1e-6)
-    a, b = scaled_by_gamma(*natural_gradient_step(spectrum, gradient, 2), gamma=64.0)
+    a, b = scaled_by_gamma(natural_gradient_step(spectrum, gradient, 2), gamma=64.0)
     step = expected / values[0] * 5**0.5 / 64
     torch.testing.assert_close(b.double() @ a.double(), step, rtol=0.0, atol=1e-6)
 

@@ -1,0 +1,100 @@
+"""The start of one layer: from what is known of it to its A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.adapters.initializers import error_seen, layer_generator, scaled_by_gamma
+from lora_init.adapters.starts import Start
+from lora_init.adapters.weights import LoraWeights
+from lora_init.errors import LoraInitError, first_line, is_out_of_memory
+from lora_init.layers.rows import expert_group
+from lora_init.layers.targets import Target
+from lora_init.statistics.spectrum import Spectrum
+from lora_init.statistics.statistics import Statistics
+
+
+def layer_start(
+    start: Start, stats: Statistics, name: str, rank: int, seed: int, given: Mapping[str, Any], gamma: float | None
+) -> LoraWeights:
+    """Compute A and B of a layer; of one with experts those of each, side by side.
+
+    Args:
+        start: What computes them.
+        stats: What is known of all layers.
+        name: The layer.
+        rank: Its rank.
+        seed: Of the random numbers, with the name of the layer.
+        given: What the start may ask for beyond that: `whiten`, `scaling`, `error`.
+        gamma: What B A is divided by, where B is not zero.
+
+    Raises:
+        LoraInitError: The function of the start raises, or returns other shapes or what is not finite.
+    """
+    gradient = stats.gradient(name) if start.by_gradient else None
+    experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
+    parts = []
+    for of, spectrum in (experts or {name: stats[name]}).items():
+        known = dict(spectrum=spectrum, gradient=gradient, rank=rank, generator=layer_generator(seed, of), **given)
+        parts.append(_called(start, stats.targets[name], known))
+    shape_a, shape_b = stats.targets[name].shapes(rank)
+    a = torch.cat([part.a for part in parts]).reshape(shape_a)
+    if start.b_is_zero:
+        return LoraWeights(a, torch.zeros(shape_b))
+    weights = LoraWeights(a, torch.cat([part.b for part in parts]).reshape(shape_b))
+    return weights if gamma is None else scaled_by_gamma(weights, gamma)
+
+
+def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> LoraWeights:
+    """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
+    where = f"layer {layer.name!r}: {start}"
+    try:
+        made = start.compute(**known)
+    except LoraInitError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
+    rank, width = known["rank"], known["spectrum"].components.shape[1]
+    wanted = [[rank, width]] if start.b_is_zero else [[rank, width], [layer.out_features, rank]]
+    parts = made if isinstance(made, tuple) else (made,)
+    got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if got != wanted:
+        what = "A" if start.b_is_zero else "A and B"
+        raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {wanted}.")
+    if not all(bool(part.isfinite().all()) for part in parts):
+        raise LoraInitError(f"{where}: its function returned NaN or inf.")
+    a, b = parts if len(parts) == 2 else (parts[0], torch.empty(0))
+    return LoraWeights(a.float(), b.float())
+
+
+def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Give what quantisation took from a layer's weight, if the start is about that.
+
+    Raises:
+        LoraInitError: There is no error for the layer, or one of another shape, or one that is not finite.
+    """
+    if not start.by_error:
+        return None
+    if errors is None or target.name not in errors:
+        raise LoraInitError(
+            f"layer {target.name!r}: {start} corrects what quantisation took from its weight. Pass errors=, such as "
+            "QuantisationErrors(model, stats.targets)."
+        )
+    error, shape = errors[target.name], [target.out_features, target.in_features]
+    if list(error.shape) != shape or not bool(error.isfinite().all()):
+        raise LoraInitError(f"layer {target.name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
+    return error
+
+
+def error_before_and_after(
+    spectrum: Spectrum, error: Tensor, weights: LoraWeights, scaling: float
+) -> tuple[float, float]:
+    """Compute how far an error moves the output of its layer, without and with the adapter, see `error_seen`."""
+    a, b = weights.to(error.device, torch.float64)
+    return error_seen(spectrum, error), error_seen(spectrum, error.double() - scaling * (b @ a))
