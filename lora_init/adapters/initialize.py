@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ from torch import nn
 
 from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
 from lora_init.adapters.config import default, only_given, read_config, with_defaults
+from lora_init.adapters.measured import LossOf, build_measured
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
-from lora_init.adapters.quantised import QuantisationErrors, loss_or_distance, with_losses
+from lora_init.adapters.quantised import QuantisationErrors
 from lora_init.adapters.recommended import Fit, default_start
 from lora_init.adapters.starts import DEFAULT, Start
-from lora_init.adapters.step_size import find_step_size, set_aside
+from lora_init.adapters.step_size import set_aside
 from lora_init.adapters.trainers import (
     adapter_dtype,
     classifies_by_own_loss,
@@ -29,7 +30,6 @@ from lora_init.adapters.trainers import (
 )
 from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
-from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of
@@ -154,22 +154,16 @@ def initialize(
         build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), use_rslora=use_rslora, seed=seed,
         freeze_a=freeze_a, **adapter,
     )  # fmt: skip
-    if not measured:
-        if start.corrects_base:
-            _warn_of_changed_base(method, adapter_name)
-        return build(gamma=gamma).apply(model, adapter_name)
-    given: dict[str, Any] = dict(batches=aside, forward=options.get("forward"), loss=options.get("loss"))
-    if start.by_error:
-        errors = QuantisationErrors(model, stats.targets, weights)
-        loss_of = _in_all_processes(loss_or_distance(model, errors, **given))
-        init = with_losses(model, build(errors=errors), errors, loss_of, unchecked)
-    else:
-        loss_of = _in_all_processes(partial(mean_loss, **given))
-        init = find_step_size(model, lambda candidate: build(gamma=candidate), loss_of)
+    init = build_measured(
+        model, stats, start, build, aside, gamma, weights=weights, unchecked=unchecked,
+        forward=options.get("forward"), loss=options.get("loss"), shared=_in_all_processes,
+    )  # fmt: skip
+    if start.corrects_base:
+        _warn_of_changed_base(method, adapter_name)
     return init.apply(model, adapter_name)
 
 
-def _in_all_processes(loss_of: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
+def _in_all_processes(loss_of: LossOf) -> LossOf:
     """Take the mean over processes: each has batches of its own, and all must do the same with the result."""
 
     def mean(model: nn.Module) -> float:

@@ -46,7 +46,6 @@ from lora_init.loading.sources import FILE_TYPES
 if TYPE_CHECKING:
     from torch import nn
 
-    from lora_init.adapters.adapter_init import AdapterInit
     from lora_init.adapters.starts import Start
     from lora_init.loading.batches import Batches
     from lora_init.loading.models import ModelSource
@@ -176,6 +175,7 @@ def init(
     """Compute an adapter for MODEL from a sample of DATA and write it as a PEFT directory."""
     with importing(model, data):
         from lora_init.adapters.build import build_adapter, check_adapter_options
+        from lora_init.adapters.measured import build_measured
         from lora_init.adapters.peft_model import check_modules_to_save
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import find_device
@@ -228,7 +228,6 @@ def init(
         return
     budget.check_model(loaded.model, model)
     if batches is None:
-        assert there is not None  # checked with the data
         stats = _as_it_is(there, loaded.model, selection)
     else:
         run = partial(_collect, loaded.model, batches, file, overwrite)
@@ -240,8 +239,11 @@ def init(
     build = partial(
         build_adapter, stats, ranks, start.name, **adapter, use_rslora=use_rslora, freeze_a=freeze_a, seed=seed
     )
-    built = _built(loaded.model, build, start, aside, gamma, stats=stats, weights=weights, unchecked=unchecked)
-    built = replace(built, learning_rate=learning_rate)
+    with busy(f"computing the start {start.name}"):
+        built = replace(
+            build_measured(loaded.model, stats, start, build, aside, gamma, weights=weights, unchecked=unchecked),
+            learning_rate=learning_rate,
+        )
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
     print_result(summary_of(model, stats, ranks, directory, file, built), show_summary, written=True)
 
@@ -437,11 +439,12 @@ def _read_examples(
     return aside, left
 
 
-def _as_it_is(stats: Statistics, model: nn.Module, selection: Mapping[str, Any]) -> Statistics:
+def _as_it_is(stats: Statistics | None, model: nn.Module, selection: Mapping[str, Any]) -> Statistics:
     """Use a statistics file without data; refuse it if it is of another model or other layers."""
     from lora_init.layers.identity import fingerprint
     from lora_init.layers.targets import find_targets
 
+    assert stats is not None  # checked with the data
     made = stats.provenance
     if made.fingerprint != fingerprint(model):
         origin = f"{made.model_class} {made.model_id}".strip()
@@ -512,31 +515,3 @@ def _say_used(stats: Statistics) -> None:
     made = stats.provenance
     until = "" if made.complete else ", of a pass that was interrupted"
     say(f"{stats.path}: used as it is ({made.data or 'data not described'}; {made.n_batches} batches{until})")
-
-
-def _built(
-    model: nn.Module,
-    build: Callable[..., AdapterInit],
-    start: Start,
-    aside: list[Any],
-    gamma: float | None,
-    *,
-    stats: Statistics,
-    weights: str | None,
-    unchecked: bool,
-) -> AdapterInit:
-    """Build the adapter; where its B is not zero, by the loss on batches set aside."""
-    from lora_init.adapters.quantised import QuantisationErrors, loss_or_distance, with_losses
-    from lora_init.adapters.step_size import find_step_size
-    from lora_init.collection.losses import mean_loss
-
-    if start.by_error:
-        with busy("reading what rounding took from the weights"):
-            errors = QuantisationErrors(model, stats.targets, weights)
-            built = build(errors=errors)
-            if not aside:  # a statistics file, and no data
-                return built
-            return with_losses(model, built, errors, loss_or_distance(model, errors, aside), unchecked)
-    if start.takes_step:
-        return find_step_size(model, lambda tried: build(gamma=tried), lambda changed: mean_loss(changed, aside), gamma)
-    return build()
