@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
+from lora_init.statistics.incremental_svd import leading_rows
 from lora_init.statistics.second_moment import SecondMoment
-from lora_init.statistics.spectrum import Spectrum, principal_directions
+from lora_init.statistics.spectrum import NEGLIGIBLE, Spectrum
 
 
 def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool = False) -> Tensor:
@@ -109,11 +110,11 @@ def energy(spectrum: Spectrum, a: Tensor) -> float:
         10.0
     """
     rest, rows = spectrum.noise_variance, a.double()
-    along = (rows @ spectrum.components.double().T).square().sum(dim=0)  # [k]
+    along = (rows @ spectrum.components.to(rows).T).square().sum(dim=0)  # [k]
     return float(
-        along @ (spectrum.explained_variance - rest).clamp_min(0.0)
+        along @ (spectrum.explained_variance - rest).clamp_min(0.0).to(rows)
         + rest * rows.square().sum()
-        + (rows @ spectrum.mean.double()).square().sum()
+        + (rows @ spectrum.mean.to(rows)).square().sum()
     )
 
 
@@ -170,6 +171,8 @@ def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator)
     return cleaned.float()
 
 
+# Directions beyond the rank in the search for the leading ones.
+_OVERSAMPLED = 16
 # Share of the mean of a second moment that is added to it before it is inverted.
 _DAMPING = 0.01
 
@@ -285,29 +288,28 @@ def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator
     Of all matrices of rank r, scaling * B A is the closest to the error W - Q in the norm of what the layer reads: it
     minimises |(W - Q - scaling * B A) S^1/2|, with S as `SecondMoment.of` takes it from the spectrum. With U the
     first r left singular vectors of (W - Q) S^1/2, the optimum is U U^T (W - Q). The paper writes it as
-    [(W - Q) S^1/2]_r S^-1/2, which is the same, and needs S to be invertible. Rows of A and columns of B are equally
-    long.
+    [(W - Q) S^1/2]_r S^-1/2, which is the same, and needs S to be invertible. U is found by subspace iteration: of an
+    error without any structure 0.3 % more is left than with the exact one. Rows of A and columns of B are equally long.
 
     Where the error has a lower rank, further rows of A are random and those of B zero.
     """
-    error = error.double()
-    weighted = SecondMoment.of(spectrum).to(error.device).times(error, 0.5)  # [d_out, d_in]
-    _, left = principal_directions(weighted.T, rank)
-    left = torch.linalg.qr(left.T)[0].T  # [at most r, d_out]
+    weighted = SecondMoment.of(spectrum).to(error).times(error, 0.5)  # [d_out, d_in]
+    start = torch.randn(rank + _OVERSAMPLED, len(error), generator=generator).to(error)
+    factor = leading_rows(weighted.T, start)[:rank]  # [at most r, d_out]
+    scale = torch.linalg.norm(factor, dim=1, keepdim=True)
+    left = (factor / scale)[scale[:, 0] ** 2 > NEGLIGIBLE * scale[:1, 0] ** 2]
     right = left @ error
     size = torch.linalg.norm(right, dim=1, keepdim=True)
-    found = size[:, 0] > 0.0
-    share = (size[found] / scaling).sqrt()
+    share = (size / scaling).sqrt()
     a, b = kaiming(rank, error.shape[1], generator), torch.zeros(error.shape[0], rank)
-    a[: len(share)] = (right[found] / size[found] * share).cpu().float()
-    b[:, : len(share)] = (left[found] * share).T.cpu().float()
+    a[: len(left)] = (right / size * share).cpu().float()
+    b[:, : len(left)] = (left * share).T.cpu().float()
     return LoraWeights(a, b)
 
 
 def error_seen(spectrum: Spectrum, error: Tensor) -> float:
     """Compute the root of E |E x|^2: how far an error [d_out, d_in] of the weights moves the output of the layer."""
-    weighted = SecondMoment.of(spectrum).to(error.device).times(error.double(), 0.5)
-    return float(torch.linalg.norm(weighted))
+    return math.sqrt(energy(spectrum, error))
 
 
 def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> LoraWeights:

@@ -163,7 +163,10 @@ def _restore_forward(module: Any, own: Callable[..., Any] | None) -> None:
 
 @torch.no_grad()
 def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
-    """Read the matrix that a layer multiplies by, float32 [d_out, d_in], from what it returns for the unit vectors.
+    """Read the matrix that a layer multiplies by, float32 [d_out, d_in].
+
+    It is what PEFT takes the weight to be if the layer returns its product with that for a few rows, and what the layer
+    returns for the unit vectors otherwise.
 
     Args:
         module: The layer; as it was afterwards.
@@ -175,31 +178,58 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
         LoraInitError: It does not run, or does not compute the product with that matrix.
     """
     part = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]), torch.empty(0))
-    device, width = part.device, target.in_features
-    probe = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(device)
+    device, shape = part.device, (target.out_features, target.in_features)
+    # Signs times powers of two are exact in every type, and where activations are rounded to 8 bits row by row.
+    probe = torch.randn(8, shape[1], generator=torch.Generator().manual_seed(0)).sign().to(device)
+    probe[4:] *= 2.0
     bias = getattr(module, "bias", None)
     try:
         if bias is not None:  # beside a bias that is much larger a weight would lose its digits
             module.bias = None
-        columns = []
         with evaluating(module):
-            for first in range(0, width, _ROWS):
-                units = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
-                units[torch.arange(len(units)), first + torch.arange(len(units))] = 1.0
-                columns.append(module(units).float())
-            matrix = torch.cat(columns).T.contiguous()
-            product, expected = module(probe.to(dtype)).float(), probe @ matrix.T
+            product = module(probe.to(dtype)).float()
+            matrix, allowed = _dequantised(module), _CAST
+            if matrix is None or matrix.shape != shape or _distance(product, probe @ matrix.T) > allowed:
+                matrix, allowed = _of_units(module, shape[1], dtype, device), _KERNEL
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         raise LoraInitError(f"{where}: what it multiplies by cannot be read: {first_line(error)}") from error
     finally:
         if bias is not None:
             module.bias = bias
-    if matrix.shape != (target.out_features, width) or not (product - expected).norm() <= _KERNEL * expected.norm():
+    if matrix.shape != shape or not _distance(product, probe @ matrix.T) <= allowed:
         raise LoraInitError(
             f"{where}: it does not compute the product of its input with a matrix, so that no error of a weight can be "
             "read. Leave it out of the targets."
         )
     return matrix.cpu() if device.type == "mps" else matrix  # which has no float64
+
+
+def _dequantised(module: Any) -> Tensor | None:
+    """Ask PEFT for the weight, float32, which knows several libraries; None where it does not know this one."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = getattr(module, "weight", None)
+    try:
+        found: Tensor = dequantize_module_weight(module).detach().float()
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    finally:
+        if weight is not None:
+            module.weight = weight  # PEFT puts a copy there
+    return found
+
+
+def _of_units(module: Any, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    columns = []
+    for first in range(0, width, _ROWS):
+        units = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
+        units[torch.arange(len(units)), first + torch.arange(len(units))] = 1.0
+        columns.append(module(units).float())
+    return torch.cat(columns).T.contiguous()
+
+
+def _distance(product: Tensor, expected: Tensor) -> float:
+    return float((product - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def _bits(module: nn.Module, target: Target) -> int:

@@ -368,13 +368,23 @@ def _centred(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
 
 
 def _compressed(offsets: Tensor, start: Tensor) -> Tensor:
-    """Reduce centred rows [n, d] to k at most of nearly the same scatter matrix: a randomised SVD from start [k, d]."""
-    size = min(start.shape)
-    if len(offsets) <= size:
-        return offsets
-    basis = torch.linalg.qr(start[:size].T).Q  # [d, k]
+    """Reduce centred rows [n, d] to k at most of nearly the same scatter matrix."""
+    return offsets if len(offsets) <= min(start.shape) else leading_rows(offsets, start)
+
+
+def leading_rows(rows: Tensor, start: Tensor) -> Tensor:
+    """Take the leading right singular vectors of rows [n, d], each times its value: a randomised SVD.
+
+    Args:
+        rows: The matrix.
+        start: Where the subspace iteration begins, [k, d].
+
+    Returns:
+        At most k orthogonal rows by falling length, [min(k, n, d), d].
+    """
+    basis = torch.linalg.qr(start[: rows.shape[1]].T).Q  # [d, k]
     for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(offsets.T @ (offsets @ basis)).Q
-    _, scale, vectors = torch.linalg.svd(offsets @ basis, full_matrices=False)
+        basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
+    _, scale, vectors = torch.linalg.svd(rows @ basis, full_matrices=False)
     factor: Tensor = scale[:, None] * (vectors @ basis.T)
     return factor

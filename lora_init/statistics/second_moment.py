@@ -42,11 +42,11 @@ class SecondMoment:
         return cls(directions, scale.square(), floor)
 
     def times(self, rows: Tensor, power: float) -> Tensor:
-        """Multiply rows [n, d], float64, by a power of S."""
+        """Multiply rows [n, d], of the type of the directions, by a power of S."""
         change = (self.excess + self.floor) ** power - self.floor**power
         product: Tensor = rows * self.floor**power + (rows @ self.directions.T * change) @ self.directions
         return product
 
-    def to(self, device: torch.device) -> SecondMoment:
-        """Give the same on another device."""
-        return SecondMoment(self.directions.to(device), self.excess.to(device), self.floor)
+    def to(self, like: Tensor) -> SecondMoment:
+        """Give the same on the device and in the type of a tensor."""
+        return SecondMoment(self.directions.to(like), self.excess.to(like), self.floor)

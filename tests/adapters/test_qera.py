@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_init.adapters.initializers import error_seen, layer_generator, qera
+from lora_init.statistics.spectrum import ExactPCA
 from tests.statistics.test_second_moment import dense, spectrum_of
 
 D_OUT, RANK, SCALING = 9, 3, 0.5
@@ -49,6 +50,18 @@ def test_no_other_matrix_of_the_rank_does_better():
         assert error_seen(spectrum, error - other) >= best
     u, s, v = torch.linalg.svd(error)
     assert error_seen(spectrum, error - u[:, :RANK] * s[:RANK] @ v[:RANK]) > 1.05 * best  # what LoftQ starts with
+
+
+@pytest.mark.parametrize("n", [40, 4000], ids=["few rows", "nearly isotropic"])
+def test_of_a_large_layer_as_much_is_left_as_of_the_optimum(n):
+    """Of singular values that fall slowly no vector is found to many digits, and what they leave is."""
+    generator, rank = torch.Generator().manual_seed(2), 16
+    spectrum = ExactPCA(32).partial_fit(torch.randn(n, 200, generator=generator)).spectrum()
+    error = torch.randn(300, 200, generator=generator)
+    made, _, _ = product(spectrum, error, rank)
+    values = torch.linalg.svdvals(error.double() @ root_of(dense(spectrum))[0])
+    left = error_seen(spectrum, error - made) / float(values[rank:].norm())
+    assert 1.0 - 1e-6 < left < 1.004
 
 
 def test_rows_without_variance_and_errors_of_low_rank():

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import integrations
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
 from lora_init import LoraInitError, QuantisationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
+from lora_init.adapters import quantised
 from lora_init.adapters.quantised import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTISATIONS
 from tests.collection.test_quantised import PackedLinear, hqq_4bit
@@ -79,6 +81,33 @@ def test_errors_are_those_of_the_layers_own_dequantisation(name, ran, directory)
         assert torch.equal(errors.weight(layer), weight)
         # In the kernel for this processor steps and scales are bfloat16: 2^-7 of a weight, where rounding takes 2^-3.
         torch.testing.assert_close(errors[layer], weight - own, atol=2.0**-7 * float(weight.abs().max()), rtol=0)
+
+
+def no_units(*arguments):
+    raise AssertionError("the layer was run on the unit vectors")
+
+
+@pytest.mark.parametrize("name", QUANTISATIONS)
+def test_what_peft_dequantises_is_not_run_on_unit_vectors(name, directory, monkeypatch):
+    monkeypatch.setattr(quantised, "_of_units", no_units)
+    model = load(directory, name)
+    parameters, before = dict(model.named_parameters()), model(**batches_for("llama")[0]).logits
+    dict(QuantisationErrors(model, find_targets(model).layers))
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    torch.testing.assert_close(model(**batches_for("llama")[0]).logits, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [lambda q: q * 128 / 127, lambda q: q.roll(1, 0), lambda q: q.T, lambda q: q * 0])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_wrong_dequantisation_is_not_believed(name, wrong, directory, monkeypatch):
+    model = load(directory, name)
+    errors = QuantisationErrors(model, find_targets(model).layers)
+    expected = dict(errors)
+    peft = integrations.dequantize_module_weight
+    monkeypatch.setattr(integrations, "dequantize_module_weight", lambda module: wrong(peft(module)))
+    for layer in errors:
+        difference = errors[layer] - expected[layer]
+        assert float(difference.norm() / errors.weight(layer).norm()) < 2.0**-10  # activations are cast to float16
 
 
 def test_errors_of_hqq(directory):
