@@ -173,7 +173,7 @@ def build_adapter(
         weights[name] = layer_start(start, stats, name, r, seed, known | {"error": error}, gamma)
         if error is not None:
             seen[name] = error_before_and_after(stats[name], error, weights[name], known["scaling"])
-            squares += float(error.double().square().sum())
+            squares += float(error.norm()) ** 2
     return AdapterInit(
         weights=weights,
         targets={name: stats.targets[name] for name in plan},

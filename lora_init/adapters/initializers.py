@@ -109,12 +109,12 @@ def energy(spectrum: Spectrum, a: Tensor) -> float:
         >>> energy(s, torch.eye(4)[:2])  # 5 along the component, 1 of the rest, 4 of the mean
         10.0
     """
-    rest, rows = spectrum.noise_variance, a.double()
-    along = (rows @ spectrum.components.to(rows).T).square().sum(dim=0)  # [k]
-    return float(
-        along @ (spectrum.explained_variance - rest).clamp_min(0.0).to(rows)
-        + rest * rows.square().sum()
-        + (rows @ spectrum.mean.to(rows)).square().sum()
+    rest = spectrum.noise_variance
+    along = (a @ spectrum.components.to(a).T).square().sum(dim=0).double().cpu()  # [k]
+    return (
+        float(along @ (spectrum.explained_variance - rest).clamp_min(0.0))
+        + rest * float(a.square().sum())
+        + float((a @ spectrum.mean.to(a)).square().sum())
     )
 
 

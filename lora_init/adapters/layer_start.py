@@ -89,12 +89,12 @@ def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) 
     error, shape = errors[target.name], [target.out_features, target.in_features]
     if list(error.shape) != shape or not bool(error.isfinite().all()):
         raise LoraInitError(f"layer {target.name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
-    return error
+    return error.to(torch.promote_types(error.dtype, torch.float32))
 
 
 def error_before_and_after(
     spectrum: Spectrum, error: Tensor, weights: LoraWeights, scaling: float
 ) -> tuple[float, float]:
     """Compute how far an error moves the output of its layer, without and with the adapter, see `error_seen`."""
-    a, b = weights.to(error.device, torch.float64)
-    return error_seen(spectrum, error), error_seen(spectrum, error.double() - scaling * (b @ a))
+    a, b = weights.to(error.device, error.dtype)
+    return error_seen(spectrum, error), error_seen(spectrum, torch.addmm(error, b, a, alpha=-scaling))
