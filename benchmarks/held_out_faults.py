@@ -107,7 +107,7 @@ def measure(engine: str, model: Path, work: Path) -> None:
         )
         for server, cases in plan
     ]
-    rows = verifying.ask_groups(groups, EXPECTED)
+    rows = verifying.ask_groups(groups, EXPECTED, work.parent / f"answers-held-out-{engine}-{code}.jsonl")
     verifying.write(f"verify-held-out-{engine}", {"engine": engine, "commit": code}, rows, EXPECTED)
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,21 +64,34 @@ def measure(engine: str, model: Path, work: Path) -> bool:
     environment(engine)
     code = commit()
     made = adapters(model, work, engine)
-    rows = ask_groups(list(groups(engine, model, made, work)), EXPECTED)
+    rows = ask_groups(list(groups(engine, model, made, work)), EXPECTED, work / f"answers-{engine}-{code}.jsonl")
     counts = write(f"verify-{engine}", {"engine": engine, "commit": code}, rows, EXPECTED)
     return counts["named"] >= 10 and not counts["false alarms"]
 
 
-def ask_groups(groups: Sequence[Group], expected: Expected) -> list[dict[str, Any]]:
-    """Ask about all cases: two groups at a time, each with a server and a process of its own."""
+def ask_groups(groups: Sequence[Group], expected: Expected, answers: Path) -> list[dict[str, Any]]:
+    """Ask about all cases: two groups at a time, each with a server and a process of its own.
+
+    Answers are written to a file as they come. Those that are there are not asked for again, should a process die;
+    those of code that was not committed are.
+    """
+    if "-changed" in answers.name:
+        answers.unlink(missing_ok=True)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        return [row for rows in pool.map(partial(ask_group, expected), groups) for row in rows]
+        return [row for rows in pool.map(partial(ask_group, expected, answers), groups) for row in rows]
 
 
-def ask_group(expected: Expected, group: Group) -> list[dict[str, Any]]:
+def ask_group(expected: Expected, answers: Path, group: Group) -> list[dict[str, Any]]:
     start, cases = group
-    with start() as url:
-        return [ask(url, expected, **case) for case in cases]
+    lines = answers.read_text().splitlines() if answers.exists() else []
+    known = {row["case"]: row for row in map(json.loads, lines)}
+    left = [case for case in cases if case["case"] not in known]
+    with start() if left else nullcontext() as url:
+        for case in left:
+            row = known[case["case"]] = ask(url, expected, **case)
+            with answers.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return [known[case["case"]] for case in cases]
 
 
 def write(name: str, about: dict[str, Any], rows: list[dict[str, Any]], expected: Expected) -> dict[str, int]:
