@@ -148,8 +148,7 @@ def initialize(
     measured = start.by_error or (gamma is None and start.takes_step)
     _check_readable(start, model, target_modules, options, weights)
     aside, others = set_aside(as_batches(batches, model, seed)) if measured else ([], batches)
-    options = {**start.of_pass, **options}
-    stats = collect(model, others, target_modules, rank=rank, rho=max(rho, start.components), seed=seed, **options)
+    stats = collect(model, others, target_modules, rank=rank, rho=rho, seed=seed, **options)
     build = partial(
         build_adapter, stats, allocate_ranks(stats, rank=rank, rho=rho), use_rslora=use_rslora, seed=seed,
         freeze_a=freeze_a, **adapter,

@@ -49,8 +49,6 @@ class Start:
         whitens: Whether `whiten=True` means something.
         matched: Whether A has the size of the random one, or another on purpose: matching the size changes nothing.
         rho: How far ranks should move between layers, recommended.
-        components: Components to collect, over the average rank, at least: of what is more than directions for A.
-        of_pass: What `collect` gets otherwise than by default.
         scaling: lora_alpha / rank, recommended.
         learning_rate: Of AdamW with that scaling, recommended; None where none was measured.
         linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
@@ -73,8 +71,6 @@ class Start:
     whitens: bool = False
     matched: bool = False
     rho: float = 1.0
-    components: float = 1.0
-    of_pass: Mapping[str, Any] = field(default_factory=dict, hash=False)
     scaling: float = 2.0
     learning_rate: float | None = None
     linear_only: bool = False
@@ -246,8 +242,6 @@ STARTS: tuple[Start, ...] = (
         needs="errors",
         function=f"{_INITIALIZERS}:qera",
         b_is_zero=False,
-        components=2.0,
-        of_pass={"tolerance": 0.02},  # with 0.05 it undid 2.5 points less of the damage of SmolLM2
     ),
     Start("pissa", "PEFT's PiSSA (arXiv 2404.02948)", needs="weights", made_by="peft", b_is_zero=False),
     Start(

@@ -209,7 +209,6 @@ def init(
     settings: dict[str, Any] = {
         "rank": budget.rank, "rho": budget.of_pass, "center": center, "token_mask": token_mask, "gradients": gradients,
         "max_batches": max_batches, "seed": seed, "skip_bad_batches": skip_bad_batches,
-        **start.of_pass,
     }  # fmt: skip
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
@@ -367,16 +366,15 @@ def _read_budget(
     """
     from lora_init.planning.plan import load_plan
 
-    of_file = there.provenance.settings.get("rho", start.rho) if there else start.components
+    of_file = there.provenance.settings.get("rho", start.rho) if there else start.rho
     if ranks_from is None:
-        of_pass = max(start.rho, of_file) if rho is None else max(rho, start.components)
-        return _Budget(None, rank or RANK, rho, of_pass)
+        return _Budget(None, rank or RANK, rho, rho or max(start.rho, of_file))
     if (rank, rho) != (None, None):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(ranks_from)
     if there is not None:
         return _Budget(plan, there.provenance.rank, None, of_file)
-    return _Budget(plan, plan.rank, None, max(start.components, max(plan.values()) / plan.rank))
+    return _Budget(plan, plan.rank, None, max(1.0, max(plan.values()) / plan.rank))
 
 
 def _open(
