@@ -1,12 +1,12 @@
 """Sphinx extension: write the commands and their options, as the code has them, below the text of command-line.md."""
 
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import typer
 
 from lora_init.cli.app import app as cli
+from lora_init.cli.help import grouped_options
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -26,15 +26,11 @@ def _describe(name: str, command: Any) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(["lora-init", name, *command.collect_usage_pieces(context)])
     parts = [f"\n## lora-init {name}\n\n```text\n{usage}\n```\n\n{textwrap.dedent(command.help)}\n"]
-    parts += [f"\n`{words}`\n: {text}\n" for words, text in _parameters(command, context)]
+    for title, rows in grouped_options(command, context).items():
+        parts.append(f"\n**{title}**\n")
+        # <...> would be read as HTML.
+        parts += [f"\n`{words}`\n: {' '.join(text.replace('<', '&lt;').split())}\n" for words, text in rows]
     if command.epilog:
         title, _, example = command.epilog.replace("\b\n", "").partition("\n")
         parts.append(f"\n{title}\n\n```text\n{example.rstrip()}\n```\n")
     return "".join(parts)
-
-
-def _parameters(command: Any, context: Any) -> Iterator[tuple[str, str]]:
-    for parameter in command.get_params(context):
-        words, text = parameter.get_help_record(context)
-        # <...> would be read as HTML.
-        yield words, " ".join(text.replace("<", "&lt;").split())

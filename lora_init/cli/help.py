@@ -31,24 +31,28 @@ class GroupedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options into the help."""
-        parameters = self.get_params(ctx)
-        many = len(parameters) > 20
-        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_GROUPS)}
-        for parameter in parameters:
-            title = _GROUP_OF.get(parameter.name or "", "Options") if many else "Options"
-            if parameter.param_type_name == "argument":
-                title = "Arguments"
-            if record := parameter.get_help_record(ctx):
-                words = _plain(record[0])
-                choices = re.search(r" <(.*\|.*)>$", words)
-                if choices and len(words) > _WIDEST:  # too many to stand beside the option
-                    words = words[: choices.start()] + " WORD"
-                    record = words, f"{record[1]}  Words: {choices[1].replace('|', ', ')}."
-                groups[title].append((words, _plain(record[1])))
-        for title, rows in groups.items():
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows, col_max=26)
+        for title, rows in grouped_options(self, ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=26)
+
+
+def grouped_options(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+    """Give the arguments and options of a command by heading: how each is written, and its help."""
+    parameters = command.get_params(ctx)
+    many = len(parameters) > 20
+    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_GROUPS)}
+    for parameter in parameters:
+        title = _GROUP_OF.get(parameter.name or "", "Options") if many else "Options"
+        if parameter.param_type_name == "argument":
+            title = "Arguments"
+        if record := parameter.get_help_record(ctx):
+            words = _plain(record[0])
+            choices = re.search(r" <(.*\|.*)>$", words)
+            if choices and len(words) > _WIDEST:  # too many to stand beside the option
+                words = words[: choices.start()] + " WORD"
+                record = words, f"{record[1]}  Words: {choices[1].replace('|', ', ')}."
+            groups[title].append((words, _plain(record[1])))
+    return {title: rows for title, rows in groups.items() if rows}
 
 
 def _plain(text: str) -> str:

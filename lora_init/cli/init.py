@@ -118,7 +118,7 @@ def init(
     reading: Reading,
     label: Annotated[str | None, Option(help="Column of the class: an adapter and a head for a classifier.")] = None,
     statistics: Annotated[
-        Path | None, Option(help="File kept every minute, and gone on from by the same command; serves without DATA.")
+        Path | None, Option(help="File for the statistics; the same command continues it, later ones need no DATA.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
     overwrite: Annotated[
