@@ -110,11 +110,12 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print what `summary_of` returned: start and size, how to train, who takes it, how to load it, where more is."""
     ranks, directory = summary["ranks"], summary["adapter"]
     given = [rank for rank in ranks.values() if rank]
+    spread = f"{min(given)} to {max(given)} (average {summary['rank']})" if len(set(given)) > 1 else f"{given[0]}"
     corrected = correction_facts(summary["correction"]) if summary["correction"] else {}
     size, at_one = summary["megabytes"], summary["megabytes_at_one_rank"]
     export = f" `export` makes {at_one:.1f} MB of it at one rank, {size:.1f} MB with --keep-ranks."
     lines = [
-        f"{directory}: {summary['method']}, rank {min(given)} to {max(given)} (average {summary['rank']}) in "
+        f"{directory}: {summary['method']}, rank {spread} in "
         f"{len(given)} of {len(ranks)} layers, lora_alpha {summary['lora_alpha']:g} (scaling {summary['scaling']:g}), "
         f"{summary['parameters']:,} parameters.",
         summary["train"],

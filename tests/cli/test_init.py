@@ -70,7 +70,7 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         assert made.exit_code == 0, made.output
         config, origin = (json.loads((out / file).read_text()) for file in ("adapter_config.json", "lora_init.json"))
         assert (origin["method"], config["lora_alpha"]) == (method, 2 * scaling)
-        assert bool(config["rank_pattern"]) == moved
+        assert bool(config["rank_pattern"]) == moved != ("rank 2 in " in made.stdout)
         rate = {"learning_rate": 2e-4, "warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"}
         assert origin["recommended"] == (None if method == "random" else rate)
         line = "Train with AdamW at 2e-4, warm-up 10%, cosine; measured on SmolLM2-135M and MiniLM-L6"
