@@ -29,7 +29,8 @@ from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import (
     AdapterShape,
-    OwnStart,
+    Prepared,
+    Variant,
     adapter_files,
     check_quantised,
     hash_own,
@@ -255,42 +256,19 @@ class Workbench:
             self._before[run.seed] = self._measure_before()
         plain, retained, record.float_loss = self._before[run.seed]
         record.plain_loss, record.metrics_before = plain.loss, plain.metrics
-        collected: list[Statistics] = []
-        asked = read_variant(run.start)
-
-        def statistics(center: bool, gradients: bool) -> Statistics:
-            collected.append(self.statistics(run.seed, center, gradients, asked.batches))
-            return collected[-1]
-
-        start: str | OwnStart = (run.start, self.own[asked.base]) if asked.base in self.own else run.start
-        seed, n, training = run.seed, self.n_batches(asked.batches), self.training
+        asked, training = read_variant(run.start), self.training
         if asked.steps:
             training = replace(training, steps=asked.steps, evaluation_points=[0, asked.steps])
-
-        def loss_of(model: nn.Module) -> float:
-            """Measure the loss that training minimises on training batches that the statistics are not from."""
-            aside, _ = set_aside(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside()))
-            return mean_loss(model, aside, **_AS_TRAINED)
-
-        loaded = self.loaded
-        if asked.base == FULL and self.float_model is not None:
-            loaded = self.float_model()  # beside the quantised one, whose weights cannot be trained
-            self._renew_head(loaded, run.seed)
         targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.shape.task_type)
         everywhere = dict.fromkeys(targets.layers, self.shape.rank)
         reset_peak()
-        prepared = prepare(
-            start, loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank,
-            self._errors(self.shape.target_modules),
-        )  # fmt: skip
+        prepared = self._prepare(run, asked)
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
-            record.gamma = prepared.gamma
+            record.gamma, record.initialisation_seconds = prepared.gamma, prepared.seconds
             ranks = prepared.ranks
             record.ranks = None if ranks in ({}, everywhere) else ranks
-            seconds = sum(sum(stats.provenance.seconds.values()) for stats in collected)
-            record.initialisation_seconds = prepared.seconds + seconds
-            order = self.task.order(seed, training.steps, training.batch_size)
+            order = self.task.order(run.seed, training.steps, training.batch_size)
             done = train(
                 prepared.peft_model, self.task, order, training, learning_rate=record.learning_rate,
                 seed=run.seed, plain_loss=plain.loss, on_step=on_step,
@@ -303,6 +281,32 @@ class Workbench:
                 files.update(adapter_files(prepared.peft_model))
         finally:
             prepared.release()
+
+    def _prepare(self, run: Run, asked: Variant) -> Prepared:
+        """Put the start of a run on the model that it trains. Its seconds are with those of its statistics."""
+        collected: list[Statistics] = []
+        seed, n = run.seed, self.n_batches(asked.batches)
+
+        def statistics(center: bool, gradients: bool) -> Statistics:
+            collected.append(self.statistics(seed, center, gradients, asked.batches))
+            return collected[-1]
+
+        def loss_of(model: nn.Module) -> float:
+            """Measure the loss that training minimises on training batches that the statistics are not from."""
+            aside, _ = set_aside(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside()))
+            return mean_loss(model, aside, **_AS_TRAINED)
+
+        loaded = self.loaded
+        if asked.base == FULL and self.float_model is not None:
+            loaded = self.float_model()  # beside the quantised one, whose weights cannot be trained
+            self._renew_head(loaded, seed)
+        prepared = prepare(
+            (run.start, self.own[asked.base]) if asked.base in self.own else run.start,
+            loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank,
+            self._errors(self.shape.target_modules),
+        )  # fmt: skip
+        collecting = sum(sum(stats.provenance.seconds.values()) for stats in collected)
+        return replace(prepared, seconds=prepared.seconds + collecting)
 
     def _measure_before(self) -> tuple[Score, float | None, float | None]:
         """Score the plain model, on other text too, and as it was before it was quantised."""
