@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_init.cli.tables import facts
 from lora_init.layers.targets import find_targets
-from lora_init.loading.models import QUANTISED_BYTES, find_device
+from lora_init.loading.models import QUANTISED_BYTES, find_device, is_better_in_float32
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,14 +56,17 @@ def estimate(
     found = find_targets(model, **selection)
     found.check_layers()
     dtype = getattr(source.config, "dtype", None) if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
-    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    dtype, place = dtype if isinstance(dtype, torch.dtype) else torch.float32, find_device(settings["device"])
+    n_bytes = 0 if settings["quantise"] else 4 * sum(p.numel() for p in model.parameters())
+    if settings["dtype"] == "auto" and is_better_in_float32(dtype, place, n_bytes):
+        dtype = torch.float32
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
     used = (batches or [])[: settings["max_batches"]]
     tokens = sum(batch["input_ids"].numel() for batch in used)
     n_matrix = sum(p.numel() for p in _matrices(model))
     operations = 2 * n_matrix * tokens * (_BACKWARD if settings["gradients"] else 1.0)
     weights_bytes = _weights_bytes(model, dtype, settings["quantise"])
-    per_second = _speed(dtype, find_device(settings["device"]))
+    per_second = _speed(dtype, place)
     return {
         "layers": len(found.layers),
         "unsupported": dict(found.unsupported),

@@ -33,7 +33,10 @@ Quantize = Annotated[
 FloatWeights = Annotated[
     str | None, Option("--weights", help="The float model that a quantised MODEL was made of. Default: MODEL itself.")
 ]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(help="Type of the base weights.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Option(help="Type of the base weights. auto: the checkpoint's, or float32 where the CPU emulates that."),
+]
 WrittenAs = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Option(help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 Samples = Annotated[int, Option(min=1, help="Examples to draw at random, at most.")]

@@ -158,8 +158,8 @@ class Loading:
         retain_data: Text of another kind: its loss before and after training tells what was forgotten.
         retain_template: How an example of it reads.
         retain_samples: Examples of it.
-        dtype: Of the base model's weights; `"auto"` keeps the checkpoint's. Adapters are float32, and so is a
-            classifier, whose head is trained whole.
+        dtype: Of the base model's weights; `"auto"` keeps the checkpoint's, or takes float32 where the processor
+            emulates that. Adapters are float32, and so is a classifier, whose head is trained whole.
         quantize: How the base is quantised while it is loaded, one of `models.QUANTISATIONS`.
         weights: The float model that a quantised one was made of, directory or hub id. Default: the model itself.
         device: Where the model runs.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_init.errors import LoraInitError
+from lora_init.loading import models
 from lora_init.loading.models import _kind, load_model, open_model
 from tests.commands import save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama
@@ -65,7 +66,24 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
 def test_dtype(dtype, tmp_path):
     save_model(tiny_llama().to(torch.bfloat16), tmp_path)
     assert load_model(str(tmp_path), dtype=dtype).model.dtype == getattr(torch, dtype)
-    assert load_model(str(tmp_path)).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("instructions", "memory", "expected"),
+    [("AVX512", 10**9, torch.bfloat16), ("AVX2", 10**9, torch.float32), ("AVX2", 10**3, torch.bfloat16)],
+)
+def test_half_precision_becomes_float32_where_the_processor_emulates_it(
+    instructions, memory, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(models, "_memory", lambda: memory)
+    saved = tiny_llama().to(torch.bfloat16)
+    save_model(saved, tmp_path)
+    found = load_model(str(tmp_path), device="cpu").model
+    assert {p.dtype for p in found.parameters()} == {expected}
+    for weight, before in zip(found.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(weight, before.to(expected))
+    assert load_model(str(tmp_path), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert])  # transformers makes an empty tokenizer for the second
