@@ -1,9 +1,9 @@
-"""How much of the damage of quantisation a start undoes: `python -m benchmarks.quantised [smollm2|minilm]`, resumable.
+"""How much of the damage of quantisation a start undoes: `python -m benchmarks.quantised [MODEL/TEXTS ...]`, resumable.
 
-The base is loaded by bitsandbytes in NF4, as `lora-init init --quantize nf4` does, from batches of short texts (SIQA)
-or long ones (BoolQ). Measured on batches never learned from, of the same kind and of another (MedMCQA's questions): the
-loss on all tokens, of SmolLM2; 1 - cosine of the mean-pooled embeddings, of MiniLM. A row is written as soon as it is
-known, to `results/quantised/rows.jsonl`; what is there is not run again.
+The base is loaded by bitsandbytes, as `lora-init init --quantize nf4` does, or rounded to 3 or 2 bits here. Statistics
+are from batches of short texts (SIQA) or long ones (BoolQ). Measured on batches never learned from, of the same kind
+and of another (MedMCQA's questions): the loss on all tokens, of SmolLM2; 1 - cosine of the mean-pooled embeddings, of
+MiniLM. A row is written as soon as it is known, to `results/quantised/rows.jsonl`; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -35,17 +35,12 @@ TEXTS = {
     "short": ("SIQA", "test.jsonl", "{passage} {question}", 64, 24),
     "long": ("BoolQ", "combined.jsonl", "{passage}\nQuestion: {question}?", 256, 6),
 }
-# start, rank, batches learned from, components over ranks; "none" is the plain quantised base.
-ROWS = [
-    ("none", 0, 0, 1), ("qera", 16, 4, 1), ("qera", 16, 64, 1), ("svd", 16, 0, 1), ("qera", 16, 16, 1),
-    ("qera", 16, 1, 1), ("qera", 8, 64, 1), ("qera", 64, 64, 1), ("svd", 64, 0, 1), ("qera", 16, 64, 2),
-]  # fmt: skip
-# What users call, with what else than the defaults.
-WHOLE: dict[str, dict[str, Any]] = {
-    "initialize qera": {"method": "qera"},
-    "initialize qera, tolerance 0.05": {"method": "qera", "tolerance": 0.05},
-    "initialize eva": {"method": "eva"},
-}
+# How the base is quantised, start, rank, batches learned from; "none" is the plain quantised base.
+ROWS = [("nf4", "none", 0, 0), ("nf4", "qera", 16, 4), ("nf4", "qera", 16, 64), ("nf4", "svd", 16, 0)]
+STUDIES = {f"{name}/{texts}": list(ROWS) for name in SIZES for texts in TEXTS}
+for _how, _rank in product(("int8", "nf4", "3 bits", "2 bits"), (8, 16, 64)):
+    STUDIES["minilm/short"] += [(_how, "none", 0, 0), (_how, "svd", _rank, 0), (_how, "qera", _rank, 16)]
+WHOLE = {"initialize qera": "qera", "initialize eva": "eva"}  # what users call
 
 
 class Judge:
@@ -78,11 +73,14 @@ class Judge:
         self.exact = {} if self.has_loss else {kind: _embeddings(plain, self.unseen[kind]) for kind in self.unseen}
         self.float_damage = self.damage(plain) if self.has_loss else dict.fromkeys(self.unseen, 0.0)
 
-    def quantised(self, how: str = "nf4") -> nn.Module:
+    def quantised(self, how: str) -> nn.Module:
         """Load the base anew."""
-        model: nn.Module = self.classes.from_pretrained(
-            self.directory, dtype=torch.float32, quantization_config=dict(QUANTISATIONS[how]), device_map={"": "cpu"}
-        ).eval()
+        options: dict[str, Any] = {"dtype": torch.float32, "device_map": {"": "cpu"}}
+        if how in QUANTISATIONS:
+            options["quantization_config"] = dict(QUANTISATIONS[how])
+        model: nn.Module = self.classes.from_pretrained(self.directory, **options).eval()
+        if how not in QUANTISATIONS:
+            _round(model, int(how.split()[0]))
         return model
 
     def damage(self, model: nn.Module) -> dict[str, float]:
@@ -105,18 +103,28 @@ def _embeddings(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> tor
     return torch.cat(found)
 
 
-def _adapted(judge: Judge, start: str, rank: int, n_batches: int, more: int) -> tuple[nn.Module, float]:
+@torch.no_grad()
+def _round(model: nn.Module, bits: int) -> None:
+    """Round weights to the nearest of 2^bits values, evenly spaced between the least and the largest of a group."""
+    for name in lora_init.find_targets(model).layers:
+        groups = model.get_parameter(f"{name}.weight").view(-1, 64)
+        least = groups.amin(1, keepdim=True)
+        step = (groups.amax(1, keepdim=True) - least) / (2**bits - 1)
+        groups.copy_(((groups - least) / step).round() * step + least)
+
+
+def _adapted(judge: Judge, how: str, start: str, rank: int, n_batches: int) -> tuple[nn.Module, float]:
     """Build the adapter on a base loaded anew; also give the seconds of the processor that it took."""
-    model = judge.quantised()
+    model = judge.quantised(how)
     if start == "none":
         return model, 0.0
     began = time.process_time()
     batches = judge.seen[4:][: max(n_batches, 1)]
-    stats = lora_init.collect(model, batches, rank=rank, rho=more, tolerance=0.0, progress=False)
+    stats = lora_init.collect(model, batches, rank=rank, rho=1, tolerance=0.0, progress=False)
     if start == "svd":  # S = I: what LoftQ's first step takes
         groups = {name: _isotropic(spectrum) for name, spectrum in stats.groups.items()}
         stats = replace(stats, groups=groups)
-    errors = QuantisationErrors(model, stats.targets)
+    errors = QuantisationErrors(model, stats.targets, judge.directory)
     adapted = lora_init.build_adapter(stats, rank, "qera", errors=errors).apply(model)
     return adapted, time.process_time() - began
 
@@ -127,13 +135,13 @@ def _isotropic(spectrum: Spectrum) -> Spectrum:
     return replace(empty, mean=torch.zeros(width), total_variance=float(width))
 
 
-def _whole(judge: Judge, options: dict[str, Any]) -> tuple[nn.Module, float, int]:
+def _whole(judge: Judge, method: str) -> tuple[nn.Module, float, int]:
     """Do it as users do; also give the seconds of the processor, and after how many batches the pass ended."""
-    model = judge.quantised()
+    model = judge.quantised("nf4")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "statistics"
         began = time.process_time()
-        adapted = lora_init.initialize(model, judge.seen, rank=16, statistics=file, progress=False, **options)
+        adapted = lora_init.initialize(model, judge.seen, rank=16, method=method, statistics=file, progress=False)
         seconds = time.process_time() - began
         return adapted, seconds, lora_init.Statistics.load(file).provenance.n_batches
 
@@ -142,20 +150,19 @@ def main(names: list[str]) -> None:
     """Run what is left, and print all."""
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for name, texts in product(names or SIZES, TEXTS):
-        wanted: list[tuple[Any, ...]] = [*ROWS[:4], *((whole, 16, 64, 1) for whole in WHOLE), *ROWS[4:]]
-        known = {(row["model"], row["texts"], row["start"], row["rank"], row["batches"], row["more"]) for row in rows}
-        left = [one for one in wanted if (name, texts, *one) not in known]
-        judge = Judge(name, texts) if left else None
-        for start, rank, n_batches, more in left:
+    for study in names or STUDIES:
+        wanted = dict.fromkeys([*STUDIES[study], *(("nf4", whole, 16, 64) for whole in WHOLE)])
+        known = {(row["study"], row["base"], row["start"], row["rank"], row["batches"]) for row in rows}
+        left = [one for one in wanted if (study, *one) not in known]
+        judge = Judge(*study.split("/")) if left else None
+        for how, start, rank, n_batches in left:
             assert judge is not None
             if start in WHOLE:
                 model, seconds, used = _whole(judge, WHOLE[start])
             else:
-                (model, seconds), used = _adapted(judge, start, rank, n_batches, more), n_batches
+                (model, seconds), used = _adapted(judge, how, start, rank, n_batches), n_batches
             row = {
-                "model": name, "texts": texts, "start": start, "rank": rank, "batches": n_batches, "used": used,
-                "more": more, "judged_by": len(judge.unseen["same"]),
+                "study": study, "base": how, "start": start, "rank": rank, "batches": n_batches, "used": used,
                 "damage": judge.damage(model), "float": judge.float_damage, "seconds": round(seconds, 1),
                 "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }  # fmt: skip
@@ -163,23 +170,25 @@ def main(names: list[str]) -> None:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), file=sys.stderr, flush=True)
-    for name, texts in product(SIZES, TEXTS):
-        print(f"\n{name}, {texts}\n{_table([row for row in rows if (row['model'], row['texts']) == (name, texts)])}")
+    for study in STUDIES:
+        print(f"\n{study}\n{_table([row for row in rows if row['study'] == study])}")
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    plain = next((row["damage"] for row in rows if row["start"] == "none"), None)
+    plain = {row["base"]: row["damage"] for row in rows if row["start"] == "none"}
     cells = []
     for row in rows:
+        before, after, exact = plain.get(row["base"]), row["damage"], row["float"]
         shares = [
-            "-" if plain is None or row["start"] == "none" or kind not in row["damage"]
-            else f"{(plain[kind] - row['damage'][kind]) / (plain[kind] - row['float'][kind]):.1%}"
+            "-" if before is None or row["start"] == "none"
+            else f"{(before[kind] - after[kind]) / (before[kind] - exact[kind]):.1%}"
             for kind in ("same", "other")
         ]  # fmt: skip
-        damage = [f"{row['damage'][kind]:.4f}" if kind in row["damage"] else "-" for kind in ("same", "other")]
-        name = row["start"] + (f", {row['more']} r components" if row["more"] > 1 else "")
-        cells.append([name, row["rank"], row["used"], *damage, *shares, f"{row['seconds']:.0f}"])
-    return table(["start", "rank", "batches", "same", "other", "closed, same", "closed, other", "seconds"], cells)
+        damage = [f"{after[kind]:.4f}" for kind in ("same", "other")]
+        cells.append([row["base"], row["start"], row["rank"], row["used"], *damage, *shares, f"{row['seconds']:.0f}"])
+    return table(
+        ["base", "start", "rank", "batches", "same", "other", "closed, same", "closed, other", "seconds"], cells
+    )
 
 
 if __name__ == "__main__":
