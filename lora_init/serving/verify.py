@@ -174,11 +174,13 @@ def _candidates(observed: Tensor, faults: Sequence[Fault], run: Callable[[Fault]
     def scaled(power: float) -> Fault:
         return Fault("scaled", f"by {2**power:.3g}", dict.fromkeys(faults[0].factors, 2**power))
 
-    grid = [power / 2 for power in range(-10, 11)]
-    squares = [_distance(observed, run(scaled(power))) ** 2 for power in grid]
-    i = min(range(1, len(grid) - 1), key=squares.__getitem__)
-    before, at, after = squares[i - 1 : i + 2]  # the lowest point of the parabola through these is near theirs
-    lowest = grid[i] + 0.25 * (before - after) / max(before - 2 * at + after, 1e-12)
+    def square(power: float) -> float:
+        return _distance(observed, run(scaled(power))) ** 2
+
+    lowest = min((power / 2 for power in range(-9, 10)), key=square)
+    for step in (0.5, 0.25, 0.125):  # to the lowest point of the parabola through three, and again nearer to it
+        before, at, after = (square(lowest + way * step) for way in (-1, 0, 1))
+        lowest += step * max(-1.0, min(1.0, 0.5 * (before - after) / max(before - 2 * at + after, 1e-12)))
     if 0.2 < abs(lowest) < 6:  # less than 15 % is noise, as a rule
         yield scaled(lowest)
 

@@ -1,6 +1,7 @@
 """`verify` names what a server does with an adapter: twelve planted faults, and none where there is none."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -146,6 +147,16 @@ def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be
     engine.answer = noisy
     done = ask(home, weak, engine, "--model", "served")
     assert done.exit_code == 1 and "cannot tell: the effect would have to be 0.1 at least" in done.stdout, done.output
+
+
+@pytest.mark.parametrize("alpha", [16, 48])  # an effect of 1 and of 3
+@pytest.mark.parametrize("factor", [0.3, 0.7, 1.3, 3])
+def test_any_other_factor_is_found_to_a_per_cent(factor, alpha, home, tmp_path):
+    trained = changed(home / "plain", tmp_path / "trained", config={"lora_alpha": alpha})
+    with served(home, changed(trained, tmp_path / "served", config={"lora_alpha": alpha * factor})).running() as url:
+        done = run("verify", trained, "--url", url, "--data", home / "rows.jsonl", "--n", 8)
+    found = re.match(r"scaled: by ([\d.]+)", done.stdout)
+    assert found and float(found[1]) == pytest.approx(factor, rel=0.01), done.output
 
 
 def test_without_a_base_on_the_server_it_says_so_and_notices_less(home, tmp_path):
