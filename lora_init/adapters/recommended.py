@@ -110,4 +110,4 @@ class Fit:
 
 
 def _is_far(value: float, measured: float) -> bool:
-    return not measured / _FAR < value < measured * _FAR
+    return not measured / _FAR * 1.001 < value < measured * _FAR * 0.999  # three times is far, however it is rounded

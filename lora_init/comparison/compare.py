@@ -280,7 +280,7 @@ def _there_are(bench: Workbench, names: Sequence[str], batches: Sequence[int], s
         if bench.n_batches(wanted) < wanted:
             raise LoraInitError(f"start {name!r}: the training data make {bench.n_batches(wanted)} batches for it.")
     if (most := bench.n_batches(max(batches))) < max(batches):
-        say(f"Statistics are from at most {most} batches: with those set aside, the training data make no more.")
+        say(f"Statistics are from at most {most} batches: the training data make no more, and some are set aside.")
     return list(dict.fromkeys(min(number, most) for number in batches))
 
 
