@@ -66,7 +66,7 @@ docs: $(VENV)/.docs-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py $(ARGS)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.statistics $(ARGS)
