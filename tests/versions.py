@@ -12,6 +12,7 @@ def older(library, release):
 
 OLD_TRANSFORMERS = older("transformers", "5.0")
 OLD_PEFT = older("peft", "0.19")
+OLD_DATASETS = older("datasets", "4.1")  # reads no NaN in a JSON column of texts
 # It takes a model without a config, but none whose config is None.
 NO_CONFIG = {} if OLD_PEFT else None
 needs_intruders = pytest.mark.skipif(OLD_PEFT, reason="PEFT reduces intruder dimensions since 0.19")

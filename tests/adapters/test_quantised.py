@@ -36,8 +36,8 @@ def directory(tmp_path_factory):
 
 
 def load(directory, name="nf4"):
-    settings = dict(QUANTISATIONS[name])
-    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map={"": "cpu"})
+    settings = {"quantization_config": dict(QUANTISATIONS[name]), "device_map": {"": "cpu"}}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **settings)
 
 
 def rounded(model, bits=3):

@@ -20,6 +20,7 @@ import lora_init
 from lora_init import LoraInitError, load_batches
 from lora_init.loading.batches import Batches
 from lora_init.loading.sources import read_rows
+from tests.versions import OLD_DATASETS
 
 CHAT = (
     "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -314,7 +315,9 @@ def test_classes_are_labels_of_whole_texts(write, tokenizer, values, known, clas
 ROWS_WITH_GAPS = [("aa", 10), ("bb", 2), ("cc", float("nan")), ("dd", None), ("ee", 10), (float("nan"), 2)]
 
 
-@pytest.mark.parametrize("form", ["records", "jsonl", "json", "csv", "parquet", "frame", "records of a frame"])
+@pytest.mark.parametrize(
+    "form", ["records", *(() if OLD_DATASETS else ["jsonl"]), "json", "csv", "parquet", "frame", "records of a frame"]
+)
 def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenizer, tmp_path, form):
     rows = [{"q": text, "kind": kind} for text, kind in ROWS_WITH_GAPS]
     frame = pd.DataFrame(rows)
