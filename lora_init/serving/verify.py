@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def _candidates(observed: Tensor, faults: Sequence[Fault], run: Callable[[Fault]
     def scaled(power: float) -> Fault:
         return Fault("scaled", f"by {2**power:.3g}", dict.fromkeys(faults[0].factors, 2**power))
 
+    @cache
     def square(power: float) -> float:
         return _distance(observed, run(scaled(power))) ** 2
 
