@@ -11,7 +11,16 @@ from lora_init.comparison.runs import PACKED, SETTINGS_FILE, read_runs
 
 STUDIES = sorted(file.parent.name for file in RESULTS.glob(f"*/{SETTINGS_FILE}"))
 # Studies of fewer runs than any other, and how many.
-SMALL = {"enough-openbookqa": 6, "fresh-siqa": 12, "quantised-minilm-medical-subjects": 9}
+SMALL = {
+    "enough-openbookqa": 6,
+    "fresh-300-steps-minilm-specialties": 10,
+    "fresh-bfloat16-siqa": 12,
+    "fresh-hellaswag": 8,
+    "fresh-openbookqa": 11,
+    "fresh-rank-16-minilm-specialties": 10,
+    "fresh-siqa": 6,
+    "quantised-minilm-medical-subjects": 9,
+}
 QUICK = ["bank-disflqa", "targets-siqa"]
 pytestmark = pytest.mark.skipif(not STUDIES, reason="the source distribution has no runs")
 AGAIN = "Run `python -m benchmarks.evidence`."
