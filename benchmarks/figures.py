@@ -33,15 +33,14 @@ from lora_init.files import read_json
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/practice.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md")
 # What the pages recommend, by the names that runs have.
-STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva-rho1+32-alpha"
-MOVED = "eva+32-alpha"
-NATURAL_LANGUAGE, EVA_LANGUAGE = "natural-gradient-x5", "eva-rho1-x2"  # the same, run before the names above
+STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva+32-alpha"
+NATURAL_LANGUAGE = "natural-gradient-x5"  # the same, run before the names above
 OPENBOOKQA, SIQA, HELLASWAG = "headroom-openbookqa", "headroom-siqa", "headroom-hellaswag"
 MEDICAL, KINDS = "headroom-minilm-medical-subjects", "headroom-minilm-siqa-kinds"
 SPECIALTIES = "headroom-minilm-specialties"
 CONFIRM_MEDICAL, CONFIRM_KINDS = "confirm-minilm-medical-subjects", "confirm-minilm-siqa-kinds"
 CONFIRM_SPECIALTIES = "confirm-minilm-specialties"
-# On examples that nothing was chosen by, with the names of today: EVA moves ranks between layers.
+# On examples that nothing was chosen by.
 FRESH_OPENBOOKQA, FRESH_SIQA, FRESH_HELLASWAG = "fresh-openbookqa", "fresh-siqa", "fresh-hellaswag"
 FRESH_SIQA_HALF = "fresh-bfloat16-siqa"  # `natural-gradient`, and `random` at four rates
 FRESH_MEDICAL, FRESH_KINDS = "fresh-minilm-medical-subjects", "fresh-minilm-siqa-kinds"
