@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 T = TypeVar("T")
-# What a LoraConfig may be set to: these go on to the adapter that is built.
+# The fields of LoraConfig; any other one is refused by its name if it is set. These go on to the adapter:
 _SHAPE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
-# These select layers, and which they selected is read off the model; the rest is bookkeeping.
-_READ = (
+# These select layers, and which they selected is read off the model:
+_SELECTION = (
     "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "task_type",
-    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out", "runtime_config",
+)  # fmt: skip
+# These may be dropped:
+_DROPPED = (
+    "peft_type",  # always LORA
+    "peft_version", "base_model_name_or_path", "auto_mapping",  # written anew with each adapter
+    "fan_in_fan_out",  # PEFT sets it by the layers that it finds
+    "inference_mode",  # true in every config that was saved, and an adapter before training is trained
+    "megatron_core",  # says nothing without a megatron_config, which is refused
+    "runtime_config",  # of the process; PEFT does not save it
 )  # fmt: skip
 
 
@@ -86,6 +93,7 @@ def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) 
     from peft import get_peft_model
 
     _check_plain_config(config)
+    _shape_of(config, "config")  # before PEFT imports what a setting needs that is refused anyway
     with as_it_was(model):
         try:  # on the meta device: only names are read
             peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
@@ -162,7 +170,7 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
     from peft import LoraConfig
 
     default = LoraConfig(init_lora_weights=config.init_lora_weights)
-    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_READ)]
+    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_SELECTION, *_DROPPED)]
     changed = [name for name in other if getattr(config, name) != getattr(default, name)]
     if changed:
         raise LoraInitError(

@@ -1,10 +1,13 @@
 """A LoraConfig and the keywords that say the same give the same adapter; what it cannot say is refused by its name."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, allocate_ranks, build_adapter, collect, initialize
+from lora_init.adapters.config import _DROPPED, _SELECTION, _SHAPE
 from lora_init.adapters.peft_model import adapter_layers
 from tests.conftest import batches_for, tiny_llama
 
@@ -104,3 +107,32 @@ def test_what_a_config_cannot_say_to_build_adapter_is_one_line(config, options, 
     with pytest.raises(LoraInitError, match=words) as error:
         build_adapter(stats, config=config, **options)
     assert "\n" not in str(error.value)
+
+
+# A value of each field that is neither kept nor dropped.
+SET = {
+    "bias": "all", "revision": "v2", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2},
+    "megatron_config": {"tensor_model_parallel_size": 1},
+    "trainable_token_indices": [1], "lora_bias": True, "alora_invocation_tokens": [1], "use_qalora": True,
+    "qalora_group_size": 8, "layer_replication": [(0, 2)], "ensure_weight_tying": True, "use_bdlora": object(),
+    **dict.fromkeys(
+        ["eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "arrow_config",
+         "kasa_config"], object()),
+    "loftq_config": {"loftq_bits": 4},
+}  # fmt: skip
+
+
+def test_each_field_of_a_config_is_kept_or_refused_or_known_to_be_dropped():
+    """A field that PEFT adds is refused if it is set, until someone decides here."""
+    kept = {*_SHAPE, *_SELECTION, *_DROPPED, "init_lora_weights"}
+    assert {field.name for field in fields(LoraConfig)} <= kept | SET.keys() and not kept & SET.keys()
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(LoraConfig) if field.name in SET])
+def test_what_cannot_be_kept_is_refused_by_its_name_at_both_entrances(name, stats):
+    config = configured()
+    setattr(config, name, SET[name])  # some would be refused by PEFT without others beside them
+    with pytest.raises(LoraInitError, match=f"^config sets {name}, which initialize"):
+        initialize(llama(), batches_for("llama", 4), config=config)
+    with pytest.raises(LoraInitError, match=f"^config sets {name}, which build_adapter"):
+        build_adapter(stats, config=config)
