@@ -59,7 +59,7 @@ def per_model(over_products: float, gflops: float) -> list[list[str]]:
 
     settings = {
         "rank": 16, "rho": 2, "gradients": False, "max_batches": 8, "freeze_a": False, "use_dora": False,
-        "dtype": "bfloat16", "device": "cpu", "quantise": None,
+        "dtype": "bfloat16", "device": "cpu", "quantize": None,
     }  # fmt: skip
     data = Batches([{"input_ids": torch.zeros(64, 128)}] * 8)
     rows = []

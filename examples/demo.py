@@ -86,7 +86,7 @@ def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) ->
     import lora_init
 
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it lacks, though nothing is quantised
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it lacks, though nothing is quantized
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = dict(template=TEMPLATE, completion=COMPLETION, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
     train = lora_init.load_batches(data, tokenizer, samples=args.samples, **settings)

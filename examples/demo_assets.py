@@ -150,7 +150,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # The config says that the weights are quantised, which they no longer are, and saving refuses such a model.
+    # The config says that the weights are quantized, which they no longer are, and saving refuses such a model.
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())

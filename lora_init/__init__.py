@@ -22,7 +22,7 @@ _NAMES = {
     "adapters.starts": ["Start"],
     "adapters.adapter_init": ["AdapterInit", "correct_base"],
     "adapters.initialize": ["initialize"],
-    "adapters.quantised": ["QuantisationErrors"],
+    "adapters.quantized": ["QuantizationErrors", "QuantisationErrors"],
     "adapters.step_size": ["find_step_size"],
     "adapters.intruders": ["intruder_dimensions", "Intruders"],
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
     from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
-    from lora_init.adapters.quantised import QuantisationErrors as QuantisationErrors
+    from lora_init.adapters.quantized import QuantisationErrors as QuantisationErrors
+    from lora_init.adapters.quantized import QuantizationErrors as QuantizationErrors
     from lora_init.adapters.starts import Start as Start
     from lora_init.adapters.step_size import find_step_size as find_step_size
     from lora_init.collection.collect import Interrupted as Interrupted

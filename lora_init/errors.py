@@ -14,7 +14,7 @@ EXTRAS = {
     "gguf": "serving",
     "ray": "ray",
     "httpx2": "verify",
-    "bitsandbytes": "quantised",
+    "bitsandbytes": "quantized",
 }
 
 

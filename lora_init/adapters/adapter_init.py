@@ -50,11 +50,11 @@ _HEAD = """from transformers import AutoModelForSequenceClassification
 labels = {labels}
 base_model = AutoModelForSequenceClassification.from_pretrained({base!r}, id2label=labels)
 """
-_QUANTISED = """from transformers import {model_class}
+_QUANTIZED = """from transformers import {model_class}
 
-# The adapter was made for the base quantised like this; whatever trains or serves it must quantise it the same way.
-quantisation = {how}
-base_model = {model_class}.from_pretrained({base!r}, quantization_config=quantisation)
+# The adapter was made for the base quantized like this; whatever trains or serves it must quantize it the same way.
+quantization = {how}
+base_model = {model_class}.from_pretrained({base!r}, quantization_config=quantization)
 """
 
 
@@ -85,11 +85,11 @@ class AdapterInit:
         freeze_a: Whether A stays as it is in training.
         learning_rate: What to train it with, where a comparison found that; else what was measured of the start.
         losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
-        errors: Where the base is quantised and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
+        errors: Where the base is quantized and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
             after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
         error_size: There, |W - Q| in Frobenius norm, of all layers at once.
         dtype: Type of A and B in a directory: what a budget in megabytes counts, else float32.
-        exact_loss: Of the model whose layers have the weights that they had before they were quantised, with `losses`.
+        exact_loss: Of the model whose layers have the weights that they had before they were quantized, with `losses`.
     """
 
     weights: Weights
@@ -118,14 +118,14 @@ class AdapterInit:
 
     @property
     def share_closed(self) -> float | None:
-        """Share of what quantisation costs, in the loss, that the adapter gives back; None if it was not measured."""
+        """Share of what quantization costs, in the loss, that the adapter gives back; None if it was not measured."""
         if self.losses is None or self.exact_loss is None or self.losses[0] <= self.exact_loss:
             return None
         return (self.losses[0] - self.losses[1]) / (self.losses[0] - self.exact_loss)
 
     @property
     def correction(self) -> dict[str, Any]:
-        """What quantisation cost and what the adapter gives back, in plain values: losses, their share, errors."""
+        """What quantization cost and what the adapter gives back, in plain values: losses, their share, errors."""
         before, after = self.losses or (None, None)
         return {
             "losses": {"float": self.exact_loss, "quantised": before, "corrected": after},
@@ -222,11 +222,11 @@ class AdapterInit:
         With `corrects_base` the base weights change, and to the plain base belongs what
         `save_pretrained(directory, path_initial_model_for_weight_conversion=initial)` of the PeftModel writes, with
         `initial` a directory that this object has saved: an ordinary adapter of twice the rank. A compiled model comes
-        back as a PeftModel that is not, to compile anew. A and B are float32 also on a half-precision or quantised
+        back as a PeftModel that is not, to compile anew. A and B are float32 also on a half-precision or quantized
         model, and A is frozen if it should be. If anything fails, the model is as it was.
 
         Args:
-            model: The model the statistics come from, or one with layers of the same names and widths (quantised, say).
+            model: The model the statistics come from, or one with layers of the same names and widths (quantized, say).
             adapter_name: PEFT's name for the adapter.
             correct_base: With `corrects_base`: False leaves the base weights alone and takes the adapter's own start
                 off in the forward pass, by a hook on each layer, at the cost of a second adapter. Merging does not
@@ -234,7 +234,7 @@ class AdapterInit:
 
         Raises:
             LoraInitError: The model already has an adapter, or a layer of the plan is missing or has other widths, or
-                is quantised and should change.
+                is quantized and should change.
         """
         check_plain(model, "apply()")
         model = unwrapped(model)
@@ -294,9 +294,9 @@ class AdapterInit:
             )
         if self.start.by_error:
             share = self.share_closed
-            closed = "" if share is None else f", {share:.0%} of the way to the loss before it was quantised"
+            closed = "" if share is None else f", {share:.0%} of the way to the loss before it was quantized"
             measured = "" if self.losses is None else f" (loss {self.losses[0]:.4g} -> {self.losses[1]:.4g}{closed})"
-            return f"B A gives the quantised base back what rounding took from its weights{measured}{frozen}"
+            return f"B A gives the quantized base back what rounding took from its weights{measured}{frozen}"
         if self.changes_output:
             words = "B is not zero, and the model's output is another one"
             measured = "" if self.losses is None else ", loss {:.4g} -> {:.4g} before any training".format(*self.losses)
@@ -390,7 +390,7 @@ class AdapterInit:
             else ""
         )
         if origin.quantisation is not None and not head:
-            head = _QUANTISED.format(
+            head = _QUANTIZED.format(
                 model_class=origin.model_class, base=hub_id(origin.model_id) or "BASE_MODEL", how=origin.quantisation
             )
         return f"""{card_header(origin.model_id, origin.task_type)}
@@ -410,7 +410,7 @@ from peft import PeftModel
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse layers that are not there, quantised or tied: their weights cannot give up what an adapter adds."""
+    """Refuse layers that are not there, quantized or tied: their weights cannot give up what an adapter adds."""
     modules = dict(model.named_modules())
     owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
     for name in names:
@@ -419,7 +419,7 @@ def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
         weight = modules[name].weight
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise LoraInitError(
-                f"layer {name!r} is quantised, so that its weight cannot give up what B A adds. "
+                f"layer {name!r} is quantized, so that its weight cannot give up what B A adds. "
                 "Load the model in float, or pass correct_base=False to apply()."
             )
         if owners[id(weight)] > 1:
@@ -464,7 +464,7 @@ def correct_base(model: nn.Module, directory: str | Path) -> None:
         directory: From `AdapterInit.save_pretrained` or `lora-init init`.
 
     Raises:
-        LoraInitError: Not an adapter directory, a trained one, one of another model, or quantised weights.
+        LoraInitError: Not an adapter directory, a trained one, one of another model, or quantized weights.
     """
     check_plain(model, "correct_base()")
     model, files = unwrapped(model), AdapterDirectory(directory)

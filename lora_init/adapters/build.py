@@ -106,7 +106,7 @@ def build_adapter(
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
             `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
-            `"lora-ga"` (the base weights change). For a quantised base, `"qera"` (the output changes, back to that of
+            `"lora-ga"` (the base weights change). For a quantized base, `"qera"` (the output changes, back to that of
             the float model). See `starts.STARTS`. Or a start of another package.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank. Default:
@@ -119,8 +119,8 @@ def build_adapter(
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
         gamma: With `"lora-ga"` (default 16), `"lora-one"` and `"natural-gradient-step"` (1024): A and B are divided by
             its root, so a larger one is a smaller step. `find_step_size` searches the best for the last two.
-        errors: With `"qera"`: what quantisation took from the weights of each layer, W - Q, [d_out, d_in], such as
-            `QuantisationErrors(model, stats.targets)`. Layers are asked for one after the other.
+        errors: With `"qera"`: what quantization took from the weights of each layer, W - Q, [d_out, d_in], such as
+            `QuantizationErrors(model, stats.targets)`. Layers are asked for one after the other.
         freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x in place of x, and
             the optimizer has no state for A. `rank_with_frozen_a` gives the rank at which B alone has as many
             parameters as A and B.

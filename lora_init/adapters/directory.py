@@ -153,7 +153,7 @@ class AdapterDirectory:
 
     @property
     def error_size(self) -> float:
-        """|W - Q| of the quantised base that the adapter began by correcting; 0 if it did not, or was converted."""
+        """|W - Q| of the quantized base that the adapter began by correcting; 0 if it did not, or was converted."""
         is_own = self.origin.get("rank") in (None, self.config.get("r"))
         return float(self.origin.get("error_size", 0.0)) if is_own else 0.0
 

@@ -16,7 +16,7 @@ from lora_init.adapters.build import build_adapter, buildable_start, check_adapt
 from lora_init.adapters.config import default, only_given, read_config, with_defaults
 from lora_init.adapters.measured import LossOf, build_measured
 from lora_init.adapters.peft_model import check_modules_to_save, check_plain
-from lora_init.adapters.quantised import QuantisationErrors
+from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.recommended import Fit, default_start
 from lora_init.adapters.starts import DEFAULT, Start
 from lora_init.adapters.step_size import set_aside
@@ -93,7 +93,7 @@ def initialize(
         gamma: See `build_adapter`. By default a method that steps sets four batches aside, and at least 16 examples,
             but at most a quarter of the data, and takes the size of its step by the loss on them, see `find_step_size`.
             If that is fewer than 16 different examples, a warning says so.
-        weights: With `"qera"`: the float model that `model` was quantised from, a directory or hub id. Default: what it
+        weights: With `"qera"`: the float model that `model` was quantized from, a directory or hub id. Default: what it
             was loaded from. It is read tensor by tensor.
         unchecked: With `"qera"`: accept a correction that does not lower the loss on the examples set aside.
         adapter_name: PEFT's name for the adapter.
@@ -210,7 +210,7 @@ def _check_readable(
     """Refuse before the pass, for a start that needs the float weights, what cannot be read."""
     if start.by_error:
         chosen = {name: options.get(name) for name in ("exclude_modules", "task_type", "target_parameters")}
-        QuantisationErrors(model, find_targets(model, target_modules, **chosen).layers, weights)
+        QuantizationErrors(model, find_targets(model, target_modules, **chosen).layers, weights)
 
 
 def _warn_if_far_off(start: Start, config: Any, freeze_a: bool, trainer: Any = None) -> None:

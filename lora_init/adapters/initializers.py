@@ -283,7 +283,7 @@ def scaled_by_gamma(weights: LoraWeights, gamma: float) -> LoraWeights:
 
 
 def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator: torch.Generator) -> LoraWeights:
-    """Start from what quantisation took from the weights, where the data are (QERA, Zhang et al., arXiv 2410.06040).
+    """Start from what quantization took from the weights, where the data are (QERA, Zhang et al., arXiv 2410.06040).
 
     Of all matrices of rank r, scaling * B A is the closest to the error W - Q in the norm of what the layer reads: it
     minimises |(W - Q - scaling * B A) S^1/2|, with S as `SecondMoment.of` takes it from the spectrum. With U the

@@ -110,7 +110,7 @@ def intruder_dimensions(
         threshold: Below this a direction is new.
 
     Raises:
-        LoraInitError: No LoRA adapter or a merged one, weights that are quantised or have NaN or inf, a layer that
+        LoraInitError: No LoRA adapter or a merged one, weights that are quantized or have NaN or inf, a layer that
             `base` lacks, or as `load_adapter`.
 
     Example:
@@ -145,7 +145,7 @@ def left_singular_vectors(model: nn.Module, layers: Iterable[str]) -> dict[str, 
     """Decompose plain weights of linear layers once, for `intruder_dimensions` to compare any number of trained ones.
 
     Gives for each layer its left singular vectors as columns, float32 [d_out, min(d_out, d_in)], on the CPU, and
-    refuses weights that are quantised, or have NaN or inf.
+    refuses weights that are quantized, or have NaN or inf.
     """
     return {name: torch.linalg.svd(_weight(model.get_submodule(name), name), full_matrices=False).U for name in layers}
 
@@ -177,7 +177,7 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
     weight: Any = layer.weight
     if not isinstance(weight, Tensor) or type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise LoraInitError(
-            f"layer {name!r} is quantised, and singular vectors need its plain weights. Load it in float."
+            f"layer {name!r} is quantized, and singular vectors need its plain weights. Load it in float."
         )
     matrix: Tensor = weight.detach().float().cpu()
     if not bool(matrix.isfinite().all()):

@@ -74,7 +74,7 @@ def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> LoraWeight
 
 
 def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Give what quantisation took from a layer's weight, if the start is about that.
+    """Give what quantization took from a layer's weight, if the start is about that.
 
     Raises:
         LoraInitError: There is no error for the layer, or one of another shape, or one that is not finite.
@@ -83,8 +83,8 @@ def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) 
         return None
     if errors is None or target.name not in errors:
         raise LoraInitError(
-            f"layer {target.name!r}: {start} corrects what quantisation took from its weight. Pass errors=, such as "
-            "QuantisationErrors(model, stats.targets)."
+            f"layer {target.name!r}: {start} corrects what quantization took from its weight. Pass errors=, such as "
+            "QuantizationErrors(model, stats.targets)."
         )
     error, shape = errors[target.name], [target.out_features, target.in_features]
     if list(error.shape) != shape or not bool(error.isfinite().all()):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.quantised import QuantisationErrors, loss_or_distance, with_losses
+from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
 from lora_init.adapters.starts import Start
 from lora_init.adapters.step_size import find_step_size
 from lora_init.collection.losses import Loss, mean_loss
@@ -36,7 +36,7 @@ def build_measured(
 ) -> AdapterInit:
     """Build the adapter of a start, and measure what the start asks to be measured.
 
-    A start that steps takes the size of its step by the loss, see `find_step_size`. One that corrects a quantised base
+    A start that steps takes the size of its step by the loss, see `find_step_size`. One that corrects a quantized base
     is checked by it, see `with_losses`. All others are built, and so are these if nothing was set aside.
 
     Args:
@@ -46,18 +46,18 @@ def build_measured(
         build: `build_adapter` with all that it needs but `gamma` and `errors`.
         aside: Batches to measure the loss on, others than those of the statistics.
         gamma: Take this size; it is measured alone.
-        weights: The float model that a quantised one was made of, see `QuantisationErrors`.
+        weights: The float model that a quantized one was made of, see `QuantizationErrors`.
         unchecked: See `with_losses`.
         forward: As for `collect`.
         loss: As for `collect`.
         shared: Makes a loss that all processes agree on of one that each measures.
 
     Raises:
-        LoraInitError: As `build_adapter`, `QuantisationErrors`, `find_step_size` and `with_losses` raise it.
+        LoraInitError: As `build_adapter`, `QuantizationErrors`, `find_step_size` and `with_losses` raise it.
     """
     given: dict[str, Any] = dict(batches=aside, forward=forward, loss=loss)
     if start.by_error:
-        errors = QuantisationErrors(model, stats.targets, weights)
+        errors = QuantizationErrors(model, stats.targets, weights)
         built = build(errors=errors)
         if not aside:
             return built

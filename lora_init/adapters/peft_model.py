@@ -218,7 +218,7 @@ def _fill(peft_model: PeftModel, init: AdapterInit, adapter_name: str) -> None:
 
 
 def _shape(target: Target) -> Target:
-    # Conv1D keeps its weight transposed; all other kinds of linear layer, quantised ones too, are alike to PEFT.
+    # Conv1D keeps its weight transposed; all other kinds of linear layer, quantized ones too, are alike to PEFT.
     return replace(target, kind=target.kind if target.kind == "Conv1D" else "")
 
 

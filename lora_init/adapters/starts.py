@@ -31,7 +31,7 @@ class Start:
         summary: One line for help and tables.
         needs: What it is computed from, beside the shape of a layer: `"nothing"`, `"inputs"` (statistics of what the
             layer reads), `"gradients"` (statistics with these), `"errors"` (statistics of inputs, and what
-            quantisation took from the weights), `"weights"` of the base, or a `"bank"` of adapters.
+            quantization took from the weights), `"weights"` of the base, or a `"bank"` of adapters.
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
             parameters are, by their names, those it needs of `spectrum` (a `Spectrum`), `gradient` (a
             `GradientSpectrum`), `error` (W - Q, [d_out, d_in], with needs `"errors"`), `rank`, `scaling` (what B A is
@@ -52,7 +52,7 @@ class Start:
         scaling: lora_alpha / rank, recommended.
         learning_rate: Of AdamW with that scaling, recommended; None where none was measured.
         linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
-        corrects_quantised: Of PEFT's starts: whether it has a form for a base that is quantised already, which it then
+        corrects_quantized: Of PEFT's starts: whether it has a form for a base that is quantized already, which it then
             corrects without any data, and does not change.
         settings: Of PEFT's starts: what else its LoraConfig has.
         package: Name and version of the package that it comes from; empty for our own.
@@ -74,7 +74,7 @@ class Start:
     scaling: float = 2.0
     learning_rate: float | None = None
     linear_only: bool = False
-    corrects_quantised: bool = False
+    corrects_quantized: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     package: str = ""
 
@@ -105,7 +105,7 @@ class Start:
 
     @property
     def by_error(self) -> bool:
-        """Whether it corrects what quantisation took from the weights."""
+        """Whether it corrects what quantization took from the weights."""
         return self.needs == "errors"
 
     def lora_alpha(self, rank: int, use_rslora: bool = False) -> float:
@@ -238,7 +238,7 @@ STARTS: tuple[Start, ...] = (
     ),
     Start(
         "qera",
-        "of a quantised base: what quantisation took from the weights, where the data are (QERA, arXiv 2410.06040)",
+        "of a quantized base: what quantization took from the weights, where the data are (QERA, arXiv 2410.06040)",
         needs="errors",
         function=f"{_INITIALIZERS}:qera",
         b_is_zero=False,
@@ -260,7 +260,7 @@ STARTS: tuple[Start, ...] = (
         made_by="peft",
         b_is_zero=False,
         linear_only=True,
-        corrects_quantised=True,
+        corrects_quantized=True,
         settings={"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     ),
     _of_bank("nearest", "the adapter of the nearest task"),

@@ -110,7 +110,7 @@ def classifies_by_own_loss(trainer: Any) -> bool:
 
 
 def adapter_dtype(trainer: Any) -> torch.dtype | None:
-    """Read the type of a trainer's adapter; None if it has none. TRL makes that of a quantised model bfloat16."""
+    """Read the type of a trainer's adapter; None if it has none. TRL makes that of a quantized model bfloat16."""
     return next((p.dtype for n, p in trainer.model.named_parameters() if ".lora_A." in n), None)
 
 

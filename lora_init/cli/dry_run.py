@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_init.cli.tables import facts
 from lora_init.layers.targets import find_targets
-from lora_init.loading.models import QUANTISED_BYTES, find_device, is_better_in_float32
+from lora_init.loading.models import QUANTIZED_BYTES, find_device, is_better_in_float32
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ def estimate(
         source: The model, of which only the configuration is read.
         batches: The data; None if there would be no pass.
         selection: Arguments of `find_targets`.
-        settings: rank, rho, gradients, max_batches, freeze_a, use_dora, dtype, device and quantise.
+        settings: rank, rho, gradients, max_batches, freeze_a, use_dora, dtype, device and quantize.
 
     Returns:
         Plain values. The parameters are those of one rank everywhere. The time is that of an idle machine: beside
@@ -57,7 +57,7 @@ def estimate(
     found.check_layers()
     dtype = getattr(source.config, "dtype", None) if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
     dtype, place = dtype if isinstance(dtype, torch.dtype) else torch.float32, find_device(settings["device"])
-    n_bytes = 0 if settings["quantise"] else 4 * sum(p.numel() for p in model.parameters())
+    n_bytes = 0 if settings["quantize"] else 4 * sum(p.numel() for p in model.parameters())
     if settings["dtype"] == "auto" and is_better_in_float32(dtype, place, n_bytes):
         dtype = torch.float32
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
@@ -65,7 +65,7 @@ def estimate(
     tokens = sum(batch["input_ids"].numel() for batch in used)
     n_matrix = sum(p.numel() for p in _matrices(model))
     operations = 2 * n_matrix * tokens * (_BACKWARD if settings["gradients"] else 1.0)
-    weights_bytes = _weights_bytes(model, dtype, settings["quantise"])
+    weights_bytes = _weights_bytes(model, dtype, settings["quantize"])
     per_second = _speed(dtype, place)
     return {
         "layers": len(found.layers),
@@ -92,14 +92,14 @@ def _matrices(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in ends]
 
 
-def _weights_bytes(model: Any, dtype: torch.dtype, quantise: str | None) -> int:
-    """Compute the size of the weights. Quantised are those of linear layers, without the head's."""
+def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:
+    """Compute the size of the weights. Quantized are those of linear layers, without the head's."""
     every: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    if quantise is None:
+    if quantize is None:
         return every
     head = model.get_output_embeddings()
     packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    return round(every - packed * (dtype.itemsize - QUANTISED_BYTES[quantise]))
+    return round(every - packed * (dtype.itemsize - QUANTIZED_BYTES[quantize]))
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:

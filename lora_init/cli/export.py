@@ -84,7 +84,7 @@ def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
         return mean_loss(peft_model, batches)
 
 
-def _of_quantised_base(share: float) -> str:
+def _of_quantized_base(share: float) -> str:
     words = f"rounding its weights moved them {share:.3g} times as far as the adapter does"
     return f"{words}: on float weights it is not what was trained" if share > 3.0 else words
 
@@ -104,7 +104,7 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
     if losses is not None:
         rows["loss"] = "{:.4f} before, {:.4f} after".format(*losses)
     if exported.error_share is not None:
-        rows["quantised base"] = _of_quantised_base(exported.error_share)
+        rows["quantized base"] = _of_quantized_base(exported.error_share)
     if exported.intruders is not None:
         rows["intruders"] = "{} before, {} after".format(*exported.intruders)
     console.print(facts(rows))

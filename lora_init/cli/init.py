@@ -213,11 +213,11 @@ def init(
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
-        settings |= {"dtype": dtype, "device": device, "freeze_a": freeze_a, "use_dora": use_dora, "quantise": quantize}
+        settings |= {"dtype": dtype, "device": device, "freeze_a": freeze_a, "use_dora": use_dora, "quantize": quantize}
         print_result(estimate(source, batches, selection, settings), show_estimate)
         return
     with busy(f"loading {model}"):
-        loaded = source.load(dtype=dtype, device=device, quantise=quantize, **_head(batches, there, seed))
+        loaded = source.load(dtype=dtype, device=device, quantize=quantize, **_head(batches, there, seed))
     check_modules_to_save(loaded.model, adapter["modules_to_save"], loaded.task_type, loaded.drawn)
     if bank is not None:
         start_from(
@@ -313,7 +313,7 @@ def _check_start(
     weights: str | None,
     unchecked: bool,
 ) -> None:
-    """Refuse a start without the data for its step, options about a quantised base for others, and what is missing."""
+    """Refuse a start without the data for its step, options about a quantized base for others, and what is missing."""
     if learning_rate is not None and not 0.0 < learning_rate < math.inf:
         raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a positive number such as 2e-4.")
     if data is None and start.takes_step:
@@ -388,7 +388,7 @@ def _open(
 ) -> ModelSource:
     """Read what a model is, for classes if the data have them.
 
-    Refuses a gradient whose loss texts do not make, and a base that cannot be quantised, or is not and should be.
+    Refuses a gradient whose loss texts do not make, and a base that cannot be quantized, or is not and should be.
     """
     from lora_init.layers.targets import HEADS
     from lora_init.loading.models import open_model
@@ -397,7 +397,7 @@ def _open(
         raise LoraInitError(f"--label makes this a classification, and --task-type {task_type} does not. Give one.")
     task_type = task_type if label is None else "SEQ_CLS"
     source = open_model(model, task_type=task_type, trust_remote_code=trust_remote_code)
-    source.check_quantised(quantize, needed=start.by_error)
+    source.check_quantized(quantize, needed=start.by_error)
     if by_gradient and source.task_type in HEADS and label is None:
         other = "Name their column: --label COLUMN." if source.task_type == "SEQ_CLS" else "Use initialize() in Python."
         raise LoraInitError(f"gradients for the task type {source.task_type} need classes, not texts alone. {other}")

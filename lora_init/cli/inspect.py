@@ -16,7 +16,7 @@ from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import find_start
 from lora_init.cli.console import busy, importing, print_result
 from lora_init.cli.options import TrustRemoteCode, read_numbers
-from lora_init.cli.tables import columns, correction_facts, facts, finite, quantisation_name, rank_table, rows_read
+from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable
 from lora_init.layers.grid import layer_grid
@@ -329,7 +329,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         package = f" ({origin['package']})" if origin.get("package") else ""
         head["start"] = f"{origin.get('method')}{package}{whitened}, seed {origin.get('seed')}"
         if source.get("quantisation"):
-            head["base"] = f"quantised: {quantisation_name(source['quantisation'])}"
+            head["base"] = f"quantized: {quantization_name(source['quantisation'])}"
         if origin.get("correction"):
             head |= correction_facts(origin["correction"])
         if "recommended" in origin and not origin.get("package"):

@@ -28,10 +28,10 @@ else:  # the registry decides what there is
     _Format = Literal[tuple(FORMATS)]
 Quantize = Annotated[
     Literal["nf4", "fp4", "int8"] | None,
-    Option(help="Quantise the base while it is loaded, as QLoRA does, by bitsandbytes."),
+    Option(help="Quantize the base while it is loaded, as QLoRA does, by bitsandbytes."),
 ]
 FloatWeights = Annotated[
-    str | None, Option("--weights", help="The float model that a quantised MODEL was made of. Default: MODEL itself.")
+    str | None, Option("--weights", help="The float model that a quantized MODEL was made of. Default: MODEL itself.")
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lora_init.cli.tables import correction_facts, finite, quantisation_name
+from lora_init.cli.tables import correction_facts, finite, quantization_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def summary_of(
     is_special = built.corrects_base or built.changes_output or built.freeze_a
     special = [f"{built.start_in_words()}."] if is_special else []
     if made.quantisation:
-        special.append(f"the base was quantised ({quantisation_name(made.quantisation)}): train and serve on the same.")
+        special.append(f"the base was quantized ({quantization_name(made.quantisation)}): train and serve on the same.")
     base_change = built.method if built.corrects_base else ""
     written, size = AdapterDirectory(directory), (directory / WEIGHTS_FILE).stat().st_size / 10**6
     return {

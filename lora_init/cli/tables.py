@@ -106,23 +106,23 @@ def finite(value: float | None) -> float | None:
 
 
 def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
-    """Say what quantisation cost and what an adapter gives back, from `AdapterInit.correction`."""
+    """Say what quantization cost and what an adapter gives back, from `AdapterInit.correction`."""
     left = sorted((after / before if before else 1.0, name) for name, (before, after) in correction["errors"].items())
     least, most = left[0], left[-1]
     rows = {
-        "error of layers": f"{median(ratio for ratio, _ in left):.0%} of that of the quantised weights is left "
+        "error of layers": f"{median(ratio for ratio, _ in left):.0%} of that of the quantized weights is left "
         f"(median), {least[0]:.0%} at least ({least[1]}), {most[0]:.0%} at most ({most[1]})"
     }
     losses, closed = correction["losses"], correction["share_closed"]
     if losses["quantised"] is None:
         return {"loss": "not measured: without DATA no examples are set aside", **rows}
-    share = "quantisation does not raise it" if closed is None else f"{closed:.0%} of the difference is closed"
+    share = "quantization does not raise it" if closed is None else f"{closed:.0%} of the difference is closed"
     words = ", ".join(f"{loss:.4g} {'in float' if kind == 'float' else kind}" for kind, loss in losses.items())
     return {"loss": f"{words}: {share}", **rows}
 
 
-def quantisation_name(settings: Mapping[str, Any]) -> str:
-    """Name a quantisation by its library, and its kind or bits."""
+def quantization_name(settings: Mapping[str, Any]) -> str:
+    """Name a quantization by its library, and its kind or bits."""
     found = next((settings[key] for key in ("bnb_4bit_quant_type", "bits", "nbits") if settings.get(key)), None)
     bits = next((f"{n} bits" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
     return f"{settings.get('quant_method', '')} {found or bits}".strip()

@@ -116,7 +116,7 @@ class BackwardHooks:
                     if is_out_of_memory(error):
                         raise
                     raise LoraInitError(
-                        f"the backward pass of {self._name} failed: {first_line(error)} Some quantised layers give no "
+                        f"the backward pass of {self._name} failed: {first_line(error)} Some quantized layers give no "
                         "gradient of their input: collect from the model in float."
                     ) from error
             if n_calls == len(self._waiting) > 0:

@@ -39,7 +39,7 @@ from lora_init.layers.wrappers import (
     is_tensor_parallel,
     model_id,
     plain_names,
-    quantisation_of,
+    quantization_of,
     unwrapped,
 )
 from lora_init.loading.batches import as_batches
@@ -231,7 +231,7 @@ def collect(
         model_id=model_id(model),
         model_class=class_name(model),
         n_parameters=count_parameters(model),
-        quantisation=quantisation_of(model),
+        quantisation=quantization_of(model),
         target_modules=_listed(target_modules),
         exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
         target_parameters=None if target_parameters is None else sorted(target_parameters),

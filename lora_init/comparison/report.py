@@ -104,8 +104,8 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
     runs = summary.table[summary.table["best"] & summary.table["start"].eq(summary.start)]
     row = runs.loc[runs["selection_loss"].idxmin()]
     run, path = Run(row["start"], int(row["seed"]), float(row["learning_rate"])), log.path / BEST
-    variant, quantised = read_variant(run.start), log.settings.get("quantisation")
-    if variant.changes_base and not (quantised and variant.start and variant.start.corrects_quantised):
+    variant, quantized = read_variant(run.start), log.settings.get("quantisation")
+    if variant.changes_base and not (quantized and variant.start and variant.start.corrects_quantized):
         say(f"{run.start} changes the weights of the model, so its trained adapter is not kept.")
         return
     if path.exists() and any(path.iterdir()):
@@ -129,8 +129,8 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
 
 def _card(summary: Summary, log: RunDirectory, record: Record) -> str:
     known, losses = log.settings, record["report_loss"]
-    quantised = known.get("quantisation")
-    loaded = f"\nThe base was quantised, and must be for this adapter: quantization_config={quantised}.\n"
+    quantized = known.get("quantisation")
+    loaded = f"\nThe base was quantized, and must be for this adapter: quantization_config={quantized}.\n"
     return f"""{card_header(known["model"] if "/" in known["model"] else None, known["task_type"])}
 # The best start of a comparison, trained
 
@@ -148,6 +148,6 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "{BEST}")
 ```
 
-{loaded if quantised else ""}
+{loaded if quantized else ""}
 Compared by lora_init; the runs are beside this directory, the one of this adapter in `{BEST_RUN}`.
 """

@@ -286,30 +286,30 @@ def check_start(start: str | OwnStart) -> None:
         raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
 
 
-def check_quantised(starts: Iterable[str], is_quantised: bool, has_float: bool) -> None:
-    """Make sure that starts can have a base that is quantised, or is not.
+def check_quantized(starts: Iterable[str], is_quantized: bool, has_float: bool) -> None:
+    """Make sure that starts can have a base that is quantized, or is not.
 
     Args:
         starts: Their names.
-        is_quantised: Whether the base is.
+        is_quantized: Whether the base is.
         has_float: Whether it is known what model it was before.
 
     Raises:
-        LoraInitError: One corrects a quantised base, and this is in float; or one changes weights that are quantised;
+        LoraInitError: One corrects a quantized base, and this is in float; or one changes weights that are quantized;
             or one needs the float weights.
     """
     for start in (one for one in map(read_variant, starts) if one.start):
         known, full = cast("Start", start.start), start.base == FULL
-        corrects = known.by_error or (is_quantised and known.corrects_quantised)
-        if corrects and not is_quantised:
-            raise LoraInitError(f"start {start.title!r} corrects a quantised base. Load it so: quantize='nf4'.")
-        if (corrects or (is_quantised and full)) and not has_float:
+        corrects = known.by_error or (is_quantized and known.corrects_quantized)
+        if corrects and not is_quantized:
+            raise LoraInitError(f"start {start.title!r} corrects a quantized base. Load it so: quantize='nf4'.")
+        if (corrects or (is_quantized and full)) and not has_float:
             raise LoraInitError(
-                f"start {start.title!r} needs the model before it was quantised. Name its directory or hub id: "
+                f"start {start.title!r} needs the model before it was quantized. Name its directory or hub id: "
                 "weights=MODEL."
             )
-        if is_quantised and known.changes_base and not corrects and not full:
-            raise LoraInitError(f"start {start.title!r} changes base weights, and these are quantised. Leave it out.")
+        if is_quantized and known.changes_base and not corrects and not full:
+            raise LoraInitError(f"start {start.title!r} changes base weights, and these are quantized. Leave it out.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:
@@ -364,7 +364,7 @@ def prepare(
         loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
             take the size of their step by it, see `find_step_size`.
         bank: For starts from a bank; its prompts are embedded by the base model.
-        errors: What quantisation took from the weights, such as `QuantisationErrors`, if the model is quantised.
+        errors: What quantization took from the weights, such as `QuantizationErrors`, if the model is quantized.
 
     Raises:
         LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
@@ -373,7 +373,7 @@ def prepare(
     asked = read_variant(start if isinstance(start, str) else start[0])
     recipe = asked.recipe
     shape = replace(shape, lora_alpha=asked.alpha or shape.lora_alpha)
-    corrects = errors is not None and asked.start is not None and asked.start.corrects_quantised
+    corrects = errors is not None and asked.start is not None and asked.start.corrects_quantized
     # One's own may do anything.
     restore = remember(model, weights=(asked.changes_base and not corrects) or asked.start is None)
     gamma, peft_model = None, cast("Any", model)
@@ -556,7 +556,7 @@ def _apply_peft(
     for name, target in shape.targets.items():
         weight: Any = model.get_submodule(name).weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise LoraInitError(f"{start} takes weights apart, {name!r} is quantised. Load the model in float.")
+            raise LoraInitError(f"{start} takes weights apart, {name!r} is quantized. Load the model in float.")
         if target.kind == "Conv1D" and start.linear_only:
             raise LoraInitError(f"{start}: PEFT computes it for nn.Linear only, and {name!r} is a Conv1D.")
         narrow = min(target.in_features, target.out_features)

@@ -160,8 +160,8 @@ class Loading:
         retain_samples: Examples of it.
         dtype: Of the base model's weights; `"auto"` keeps the checkpoint's, or takes float32 where the processor
             emulates that. Adapters are float32, and so is a classifier, whose head is trained whole.
-        quantize: How the base is quantised while it is loaded, one of `models.QUANTISATIONS`.
-        weights: The float model that a quantised one was made of, directory or hub id. Default: the model itself.
+        quantize: How the base is quantized while it is loaded, one of `models.QUANTIZATIONS`.
+        weights: The float model that a quantized one was made of, directory or hub id. Default: the model itself.
         device: Where the model runs.
         trust_remote_code: Allow code that comes with the model.
     """

@@ -19,7 +19,7 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.peft_model import check_modules_to_save
-from lora_init.adapters.quantised import QuantisationErrors
+from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.starts import FULL
 from lora_init.adapters.step_size import n_aside, set_aside
 from lora_init.bank.store import Bank, check_base, open_bank
@@ -32,7 +32,7 @@ from lora_init.comparison.starts import (
     Prepared,
     Variant,
     adapter_files,
-    check_quantised,
+    check_quantized,
     hash_own,
     prepare,
     read_variant,
@@ -42,7 +42,7 @@ from lora_init.comparison.training import Score, Trained, Training, evaluate, pe
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, find_targets, is_in
-from lora_init.layers.wrappers import quantisation_of
+from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, open_model
 from lora_init.statistics.statistics import Statistics
@@ -82,7 +82,7 @@ class RunRecord(Trained):
         a_scale: Root mean square of the norms of all rows of A.
         gamma: What B A was divided by, where B is not zero and the start is ours.
         plain_loss: Loss to report of the plain model.
-        float_loss: Of the model before it was quantised; None if it is not quantised, or that one is not known.
+        float_loss: Of the model before it was quantized; None if it is not quantized, or that one is not known.
         metrics_before: Metrics of the plain model.
         retain_loss: Loss on text of another kind, before and after.
         initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
@@ -122,7 +122,7 @@ class Workbench:
         statistics_batches: Batches of the run's own training data that statistics are made from.
         own: Starts that are not ours: name to an adapter directory, or a function of model and seed.
         bank: Adapters of other tasks, for starts from a bank.
-        float_model: Loads the model before it was quantised; None if it is not quantised, or that one is not known.
+        float_model: Loads the model before it was quantized; None if it is not quantized, or that one is not known.
         float_weights: The directory or hub id of that model, if it is not the model itself.
     """
 
@@ -188,7 +188,7 @@ class Workbench:
             **asdict(self.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type,
-            **({"quantisation": quantised} if (quantised := quantisation_of(self.loaded.model)) else {}),
+            **({"quantisation": quantized} if (quantized := quantization_of(self.loaded.model)) else {}),
             **asdict(self.training),
             "schedule": "linear warm-up, cosine to zero",
             "optimizer": "AdamW, no weight decay, gradients clipped to norm 1",
@@ -298,7 +298,7 @@ class Workbench:
 
         loaded = self.loaded
         if asked.base == FULL and self.float_model is not None:
-            loaded = self.float_model()  # beside the quantised one, whose weights cannot be trained
+            loaded = self.float_model()  # beside the quantized one, whose weights cannot be trained
             self._renew_head(loaded, seed)
         prepared = prepare(
             (run.start, self.own[asked.base]) if asked.base in self.own else run.start,
@@ -309,7 +309,7 @@ class Workbench:
         return replace(prepared, seconds=prepared.seconds + collecting)
 
     def _measure_before(self) -> tuple[Score, float | None, float | None]:
-        """Score the plain model, on other text too, and as it was before it was quantised."""
+        """Score the plain model, on other text too, and as it was before it was quantized."""
         retained = None if self.retain is None else text_loss(self.loaded.model, self.retain)
         plain = evaluate(self.loaded.model, self.task, self.task.report, with_metrics=True)
         errors = self._errors("all-linear")
@@ -318,12 +318,12 @@ class Workbench:
         with errors.undone():
             return plain, retained, evaluate(self.loaded.model, self.task, self.task.report).loss
 
-    def _errors(self, modules: str | list[str]) -> QuantisationErrors | None:
-        """Say what quantisation took from the weights of layers; None if there is no float model to compare with."""
+    def _errors(self, modules: str | list[str]) -> QuantizationErrors | None:
+        """Say what quantization took from the weights of layers; None if there is no float model to compare with."""
         if self.float_model is None:
             return None
         targets = find_targets(self.loaded.model, modules, task_type=self.shape.task_type)
-        return QuantisationErrors(self.loaded.model, targets.layers, self.float_weights)
+        return QuantizationErrors(self.loaded.model, targets.layers, self.float_weights)
 
     def _batches(self, seed: int, skipped: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
         """Make batches of the run's own data in its order, as they are asked for, after some that are skipped."""
@@ -364,12 +364,12 @@ def set_up(
     """
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
-    source.check_quantised(options.quantize)
-    is_quantised = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
+    source.check_quantized(options.quantize)
+    is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
     has_float = options.quantize is not None or options.weights is not None
-    check_quantised(starts, is_quantised, has_float)
-    if options.weights is not None and not is_quantised:
-        raise LoraInitError(f"weights={options.weights!r}: model {model!r} is not quantised. Leave it out.")
+    check_quantized(starts, is_quantized, has_float)
+    if options.weights is not None and not is_quantized:
+        raise LoraInitError(f"weights={options.weights!r}: model {model!r} is not quantized. Leave it out.")
     task = load_task(data, source.tokenizer, options, training.batch_size, source.classes)
     classifies, retain = task.kind == CLASSIFICATION, None
     if options.retain_data is not None:
@@ -384,7 +384,7 @@ def set_up(
         _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
         dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    loaded = load(model, quantise=options.quantize)
+    loaded = load(model, quantize=options.quantize)
     float_model = partial(load, str(options.weights or model)) if has_float else None
     if classifies:
         check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)

@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> str:
         if weight.device.type != "meta" and weight.numel():
             try:
                 flat = weight.reshape(-1)
-            except NotImplementedError:  # a quantised weight in a tensor class of its own, such as torchao's
+            except NotImplementedError:  # a quantized weight in a tensor class of its own, such as torchao's
                 flat = weight.dequantize().reshape(-1)
             places = torch.linspace(0, flat.numel() - 1, 16, dtype=torch.float64).long()
             values = flat[places.to(flat.device)].to(torch.bfloat16).cpu()

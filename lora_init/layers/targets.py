@@ -97,7 +97,7 @@ class Target:
 
     Attributes:
         name: Full name in the model, as in `model.named_modules()`; of a fused parameter, as in `named_parameters()`.
-        kind: Class of the layer: `"Linear"`, `"Conv1D"`, `"Conv2d"`, or a quantised linear class;
+        kind: Class of the layer: `"Linear"`, `"Conv1D"`, `"Conv2d"`, or a quantized linear class;
             of a fused parameter, class of its module.
         in_features: Width d_in of the rows it receives; of a convolution, input channels times the size of the kernel.
         out_features: Width d_out of the rows it returns; of a convolution, output channels.
@@ -302,7 +302,7 @@ def _target(name: str, module: nn.Module) -> Target | tuple[str, str]:
         patches_of(name, module)  # refuses those that PEFT cannot adapt
         width = module.in_channels * math.prod(module.kernel_size)
         return Target(name, kind, width, module.out_channels, tuple(module.kernel_size), module.groups)
-    # Quantised linear layers of every library keep these two attributes.
+    # Quantized linear layers of every library keep these two attributes.
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return Target(name, kind, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
     raise LoraInitError(

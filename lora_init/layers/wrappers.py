@@ -46,8 +46,8 @@ def model_id(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
 
 
-def quantisation_of(model: nn.Module) -> dict[str, Any] | None:
-    """Give how transformers quantised a model: what its `from_pretrained` takes as `quantization_config`; else None."""
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """Give how transformers quantized a model: what its `from_pretrained` takes as `quantization_config`; else None."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     if found is None:
         return None

@@ -36,7 +36,7 @@ def find_tensors(source: str) -> dict[str, Stored]:
     """Find all tensors of a checkpoint, file by file; none is read.
 
     Raises:
-        LoraInitError: There are no whole safetensors files, or the model is quantised.
+        LoraInitError: There are no whole safetensors files, or the model is quantized.
     """
     directory = Path(source).expanduser()
     if not directory.is_dir():
@@ -44,7 +44,7 @@ def find_tensors(source: str) -> dict[str, Stored]:
 
         directory = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*/*"]))
     if "quantization_config" in read_json(directory / "config.json"):
-        raise LoraInitError(f"{source!r} is quantised: its files hold no float weights. Name the model it was made of.")
+        raise LoraInitError(f"{source!r} is quantized: its files hold no float weights. Name the model it was made of.")
     index, files = directory / INDEX_FILE, ["model.safetensors"]
     if index.is_file():
         named = read_json(index).get("weight_map")

@@ -25,14 +25,14 @@ _KINDS = {
 _CLASS_OF_TASK = {task: auto_class for task, auto_class in _KINDS.values() if task}
 TASK_TYPES = tuple(_CLASS_OF_TASK)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# How a model can be quantised while it is loaded: what transformers takes as `quantization_config`.
-QUANTISATIONS = {
+# How a model can be quantized while it is loaded: what transformers takes as `quantization_config`.
+QUANTIZATIONS = {
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
 }
 # What a weight of a linear layer then takes: 4 bits and a float32 for each block of 64, or 8 bits.
-QUANTISED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
 _HEADS = ("classifier", "score")  # of a classifier, which are trained whole
 # A directory without any of these has no tokenizer; transformers would make an empty one for some kinds of model.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece*", "*.model", "*.tiktoken")
@@ -91,7 +91,7 @@ class ModelSource:
         device: str = "auto",
         seed: int = 0,
         n_labels: int | None = None,
-        quantise: str | None = None,
+        quantize: str | None = None,
     ) -> LoadedModel:
         """Read the weights, in the class that they were saved as, or for a task in that for the task.
 
@@ -101,10 +101,10 @@ class ModelSource:
             seed: Seed of weights that the checkpoint lacks, such as those of a new head.
             n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced. The model then
                 knows what batches are padded with.
-            quantise: One of `QUANTISATIONS`: how linear layers but the head are quantised while they are loaded.
+            quantize: One of `QUANTIZATIONS`: how linear layers but the head are quantized while they are loaded.
         """
         place = find_device(device)
-        self.check_quantised(quantise)
+        self.check_quantized(quantize)
         if dtype not in DTYPES:
             raise LoraInitError(f"dtype {dtype!r} is unknown. {did_you_mean(str(dtype), DTYPES)}")
         import torch
@@ -112,24 +112,24 @@ class ModelSource:
 
         options = self.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         saved_in = getattr(self.config, "dtype", None)
-        if quantise is not None and dtype == "auto" and is_better_in_float32(saved_in, place):
-            options["dtype"] = torch.float32  # of what is not quantised
+        if quantize is not None and dtype == "auto" and is_better_in_float32(saved_in, place):
+            options["dtype"] = torch.float32  # of what is not quantized
         if n_labels is not None:
             options |= {"num_labels": n_labels, "ignore_mismatched_sizes": True}
             options["problem_type"] = "single_label_classification"
-        quantised = getattr(self.config, "quantization_config", None) is not None
-        if quantise is not None:
-            quantised, options["quantization_config"] = True, dict(QUANTISATIONS[quantise])
+        quantized = getattr(self.config, "quantization_config", None) is not None
+        if quantize is not None:
+            quantized, options["quantization_config"] = True, dict(QUANTIZATIONS[quantize])
             if n_labels is not None:  # a head that the checkpoint lacks is not left alone otherwise
                 options["quantization_config"]["llm_int8_skip_modules"] = list(_HEADS)
-        if quantised:
-            options["device_map"] = {"": place}  # quantised weights cannot move afterwards
+        if quantized:
+            options["device_map"] = {"": place}  # quantized weights cannot move afterwards
         torch.manual_seed(seed)
         load = getattr(transformers, self.saved_as, getattr(transformers, self.auto_class)).from_pretrained
         model, loading = _guarded(self.name, load, output_loading_info=True, **options)
         if n_labels is not None:
             model.config.pad_token_id = padding_token(self.tokenizer)
-        if not quantised:
+        if not quantized:
             model.to(place)
             n_bytes = 4 * sum(p.numel() for p in model.parameters())
             if dtype == "auto" and is_better_in_float32(model.dtype, place, n_bytes):
@@ -138,18 +138,18 @@ class ModelSource:
         drawn = frozenset([*loading["missing_keys"], *reshaped])
         return LoadedModel(model.eval(), self.tokenizer, self.task_type, self.seq2seq, drawn)
 
-    def check_quantised(self, quantise: str | None, needed: bool = False) -> None:
-        """Refuse what cannot be quantised while it is loaded, and what is not where it is needed."""
-        is_quantised = getattr(self.config, "quantization_config", None) is not None
-        if needed and not is_quantised and quantise is None:
-            raise LoraInitError(f"model {self.name!r} is not quantised, so nothing is to correct. Pass --quantize nf4.")
-        if quantise is None:
+    def check_quantized(self, quantize: str | None, needed: bool = False) -> None:
+        """Refuse what cannot be quantized while it is loaded, and what is not where it is needed."""
+        is_quantized = getattr(self.config, "quantization_config", None) is not None
+        if needed and not is_quantized and quantize is None:
+            raise LoraInitError(f"model {self.name!r} is not quantized, so nothing is to correct. Pass --quantize nf4.")
+        if quantize is None:
             return
-        if quantise not in QUANTISATIONS:
-            raise LoraInitError(f"quantise={quantise!r} is unknown. {did_you_mean(quantise, QUANTISATIONS)}")
+        if quantize not in QUANTIZATIONS:
+            raise LoraInitError(f"quantize={quantize!r} is unknown. {did_you_mean(quantize, QUANTIZATIONS)}")
         require("bitsandbytes")
-        if is_quantised:
-            raise LoraInitError(f"model {self.name!r} is quantised already. Leave --quantize out.")
+        if is_quantized:
+            raise LoraInitError(f"model {self.name!r} is quantized already. Leave --quantize out.")
 
 
 def classes_of(config: Any) -> tuple[str, ...]:

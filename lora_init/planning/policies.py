@@ -131,5 +131,5 @@ POLICIES = {
     "proportional": Policy(proportional),
     "gradient": Policy(gradient, _gains),
     "gradient-per-parameter": Policy(gradient, _gains, per_parameter=True),
-    "gora": Policy(gora, _importance, if_zero="the weights are quantised"),
+    "gora": Policy(gora, _importance, if_zero="the weights are quantized"),
 }

@@ -179,7 +179,7 @@ def with_changed_copies(trained: Trained, base: Base) -> Trained:
         return trained
     try:
         sources, changed = find_tensors(base.source), {}
-    except LoraInitError:  # quantised, or in files of another kind: there is nothing to compare with
+    except LoraInitError:  # quantized, or in files of another kind: there is nothing to compare with
         return trained
     for key, copied in trained.copies.items():
         name = f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight"
@@ -213,7 +213,7 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
     """Find what each tensor of a merged model is made from, and refuse now what could not be merged later.
 
     Raises:
-        LoraInitError: The checkpoint is not there in safetensors files, is quantised, lacks a tensor, or holds one in a
+        LoraInitError: The checkpoint is not there in safetensors files, is quantized, lacks a tensor, or holds one in a
             form that is not known here; or the adapter has parts that no merge of weights can hold.
     """
     if trained.config.get("alora_invocation_tokens"):

@@ -47,7 +47,7 @@ class Exported:
         parameters: Numbers in all A and B.
         n_bytes: Size of all that was written.
         intruders: Intruder dimensions before and after `reduce_intruders`.
-        error_share: Of an adapter that began by correcting a quantised base: |W - Q| over the size of the update,
+        error_share: Of an adapter that began by correcting a quantized base: |W - Q| over the size of the update,
             without what it began with if that was subtracted. None for others.
         verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where the trained
             adapter does not fit the plain base and what was written is not PEFT's to load.
@@ -111,7 +111,7 @@ def export_adapter(
             values are largest.
         dtype: Type of A and B that is written: `"float32"`, `"bfloat16"` or `"float16"`. Default: the adapter's own.
         start: The adapter as it was before training, for a start that changed the base weights (lora-ga, PiSSA, OLoRA,
-            CorDA); or for one that corrects a quantised base (qera), to serve or merge what was trained on the float
+            CorDA); or for one that corrects a quantized base (qera), to serve or merge what was trained on the float
             model.
         base: Base model, directory or hub id. Default: the one that the adapter names.
         merge_into: Write a whole model instead: this one with the adapter merged in, in its own dtype.
@@ -183,9 +183,9 @@ def _check_start(began: AdapterDirectory, start: str | Path | None, merge_into: 
     """Refuse to subtract a start for nothing, and to merge what corrects another base."""
     if merge_into is not None and start is None and began.error_size:
         raise LoraInitError(
-            f"{began.path} began by correcting the weights of a quantised base, and a merge is into float weights, "
+            f"{began.path} began by correcting the weights of a quantized base, and a merge is into float weights, "
             "which lack nothing. Name the adapter before training by start=, which is subtracted, or serve it on the "
-            "quantised base."
+            "quantized base."
         )
     if start is not None and began.origin and not (began.base_change or began.error_size):
         raise LoraInitError(

@@ -351,15 +351,15 @@ def test_a_start_and_what_was_trained_from_it_belong_together(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantised_base_is_not_corrected(case):
+def test_a_quantized_base_is_not_corrected(case):
     model, _, stats = case
-    quantised = tiny_copy(model)
-    layer = quantised.model.layers[1].mlp.up_proj
+    quantized = tiny_copy(model)
+    layer = quantized.model.layers[1].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(LoraInitError, match=r"up_proj' is quantised.*correct_base=False"):
-        build_adapter(stats, RANK, "lora-ga").apply(quantised)
-    assert not hasattr(quantised, "peft_config")
-    build_adapter(stats, RANK, "lora-ga").apply(quantised, correct_base=False)
+    with pytest.raises(LoraInitError, match=r"up_proj' is quantized.*correct_base=False"):
+        build_adapter(stats, RANK, "lora-ga").apply(quantized)
+    assert not hasattr(quantized, "peft_config")
+    build_adapter(stats, RANK, "lora-ga").apply(quantized, correct_base=False)
 
 
 def test_a_tied_output_embedding_does_not_change_the_input_embedding(tmp_path):

@@ -212,7 +212,7 @@ def test_what_cannot_be_examined():
     peft_model.unmerge_adapter()
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
     model.model.layers[0].self_attn.q_proj.base_layer.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(LoraInitError, match="q_proj' is quantised"):
+    with pytest.raises(LoraInitError, match="q_proj' is quantized"):
         intruder_dimensions(peft_model)
 
 

@@ -297,7 +297,7 @@ def test_layers_that_peft_keeps_for_the_task_are_left_alone():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_models(bits, tmp_path):
+def test_quantized_models(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -307,17 +307,17 @@ def test_quantised_models(bits, tmp_path):
     init = build_adapter(stats, uneven(stats))
     batch = batches_for("llama", 1)[0]
 
-    def quantised():
+    def quantized():
         return AutoModelForCausalLM.from_pretrained(
             tmp_path / "model", device_map="cpu", dtype=torch.float32,
             quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
         )  # fmt: skip
 
-    model = quantised()
+    model = quantized()
     before = logits(model, batch)
     assert torch.equal(before, logits(init.apply(model), batch))
     # in training mode from the start: bitsandbytes repacks 4-bit weights at the first evaluation on a CPU
-    peft_model = init.apply(quantised()).train()
+    peft_model = init.apply(quantized()).train()
     peft_model(**batch).loss.backward()
     layers = lora_layers(peft_model)
     assert set(layers) == set(init.ranks)

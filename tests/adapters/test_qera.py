@@ -1,4 +1,4 @@
-"""The start of a quantised base: the closed form is the optimum, and a statistics file is enough for it."""
+"""The start of a quantized base: the closed form is the optimum, and a statistics file is enough for it."""
 
 import pytest
 import torch

@@ -220,7 +220,7 @@ def test_a_model_gets_what_its_forward_does_not_name(tmp_path, tokenizer):
 def test_the_adapter_has_the_type_of_the_one_before(tmp_path, tokenizer):
     trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
     for name, parameter in trainer.model.named_parameters():
-        if "lora_" in name:  # as TRL does with a quantised model
+        if "lora_" in name:  # as TRL does with a quantized model
             parameter.data = parameter.data.bfloat16()
     adapted = lora_init.initialize(trainer)
     assert {p.dtype for name, p in adapted.named_parameters() if "lora_" in name} == {torch.bfloat16}

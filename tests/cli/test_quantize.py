@@ -1,4 +1,4 @@
-"""`lora-init init --quantize`, for every start and for the one that corrects the quantised base."""
+"""`lora-init init --quantize`, for every start and for the one that corrects the quantized base."""
 
 import json
 
@@ -26,7 +26,7 @@ def command(wide, tmp_path):
     return ["init", wide / "model", wide / "text.txt", "-o", tmp_path / "out", "--rank", 4, "--rho", 1]
 
 
-def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
+def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path):
     file = tmp_path / "statistics"
     command += ["--quantize", "nf4", "--method", "qera", "--unchecked", "--statistics", file]  # weights are random
     made = run(*command, "--json")
@@ -39,7 +39,7 @@ def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
     assert said["quantisation"]["bnb_4bit_quant_type"] == "nf4"
     assert any("bitsandbytes nf4" in note and "on the same" in note for note in said["notes"])
     shown = " ".join(run("inspect", tmp_path / "out").stdout.split())
-    assert "quantised: bitsandbytes nf4" in shown and "corrected: " in shown and "at least (model.layers." in shown
+    assert "quantized: bitsandbytes nf4" in shown and "corrected: " in shown and "at least (model.layers." in shown
     card = (tmp_path / "out" / "README.md").read_text()
     scope = {}
     loading = card.split("```python\n")[1].split("```")[0].replace("'BASE_MODEL'", repr(str(wide / "model")))
@@ -48,7 +48,7 @@ def test_it_corrects_a_base_that_it_quantises(command, wide, tmp_path):
     assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
 
 
-def test_a_dry_run_counts_the_bytes_of_quantised_weights(command):
+def test_a_dry_run_counts_the_bytes_of_quantized_weights(command):
     said = json.loads(run(*command, "--quantize", "nf4", "--dry-run", "--json").stdout)
     model = tiny_llama(hidden_size=64, intermediate_size=128)
     packed = sum(layer.weight.numel() for layer in model.model.modules() if isinstance(layer, torch.nn.Linear))
@@ -57,7 +57,7 @@ def test_a_dry_run_counts_the_bytes_of_quantised_weights(command):
     assert said["weights_bytes"] == packed / 2 + packed / 64 * 4 + 4 * (every - packed)
 
 
-def test_every_start_may_have_a_quantised_base_and_a_file_serves_it_again(command, tmp_path):
+def test_every_start_may_have_a_quantized_base_and_a_file_serves_it_again(command, tmp_path):
     file = tmp_path / "statistics"
     made = run(*command, "--quantize", "int8", "--statistics", file)
     assert made.exit_code == 0 and "bitsandbytes 8 bits" in made.stdout, made.output
@@ -77,7 +77,7 @@ def test_a_file_of_another_starts_pass_serves_it_where_examples_are_left_to_set_
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--method", "qera"], ["is not quantised", "Pass --quantize nf4"]),
+        (["--method", "qera"], ["is not quantized", "Pass --quantize nf4"]),
         (["--weights", "there"], ["--weights: for --method qera alone"]),
         (["--quantize", "nf4", "--unchecked"], ["--unchecked: for --method qera alone"]),
         (["--quantize", "nf4", "--method", "qera", "--weights", "./nothing"], ["float weights", "cannot be read"]),
@@ -92,20 +92,20 @@ def test_what_cannot_be_is_refused(command, tmp_path, options, parts):
 
 
 def test_what_does_not_lower_the_loss_is_not_written(command, tmp_path, monkeypatch):
-    from lora_init.adapters.quantised import QuantisationErrors
+    from lora_init.adapters.quantized import QuantizationErrors
 
-    monkeypatch.setattr(QuantisationErrors, "__getitem__", lambda self, name: -10 * self.weight(name))
+    monkeypatch.setattr(QuantizationErrors, "__getitem__", lambda self, name: -10 * self.weight(name))
     refused = run(*command, "--quantize", "nf4", "--method", "qera")
     assert refused.exit_code == 1 and "nothing to gain" in refused.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_quantised_checkpoint_needs_the_float_model(command, wide, tmp_path):
+def test_a_quantized_checkpoint_needs_the_float_model(command, wide, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         wide / "model", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}, device_map="cpu"
     )
     save_model(model, tmp_path / "packed")
     command[1] = tmp_path / "packed"
-    assert_one_line_error(run(*command, "--quantize", "nf4"), "is quantised already")
+    assert_one_line_error(run(*command, "--quantize", "nf4"), "is quantized already")
     refused = run(*command, "--method", "qera", "--unchecked")
     assert refused.exit_code == 1 and "holds no float weights" in refused.stderr.replace("hold", "holds")
     made = run(*command, "--method", "qera", "--unchecked", "--weights", wide / "model")

@@ -353,7 +353,7 @@ class Opaque(torch.autograd.Function):
 
 
 class Stuck(nn.Linear):
-    """Stands in for a quantised layer that has no backward pass."""
+    """Stands in for a quantized layer that has no backward pass."""
 
     def forward(self, x):
         return Opaque.apply(super().forward(x))

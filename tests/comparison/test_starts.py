@@ -372,11 +372,11 @@ def test_starts_that_do_not_apply_say_why(start, model, options, message):
         prepare(start, model(), AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM") | options), 0)
 
 
-def test_a_quantised_base_is_refused():
+def test_a_quantized_base_is_refused():
     model = tiny_llama()
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(LoraInitError, match=r"'model.layers.1.mlp.up_proj' is quantised"):
+    with pytest.raises(LoraInitError, match=r"'model.layers.1.mlp.up_proj' is quantized"):
         prepare("olora", model, AdapterShape(RANK, 8), 0)
 
 

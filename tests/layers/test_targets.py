@@ -98,7 +98,7 @@ def test_layers_without_rows_are_named():
     }
 
 
-def test_quantised_layers_are_told_by_their_interface():
+def test_quantized_layers_are_told_by_their_interface():
     class Packed(nn.Module):
         in_features, out_features = 16, 4
 

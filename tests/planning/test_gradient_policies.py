@@ -90,5 +90,5 @@ def test_gora_needs_plain_weights(case):
     blind = lora_init.Statistics(
         {n: stats[n] for n in stats}, {n: n for n in stats}, stats.targets, stats.provenance, gradients=gone
     )
-    with pytest.raises(LoraInitError, match="worth nothing, since the weights are quantised"):
+    with pytest.raises(LoraInitError, match="worth nothing, since the weights are quantized"):
         allocate_ranks(blind, rank=2, policy="gora")

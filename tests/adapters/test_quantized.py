@@ -1,4 +1,4 @@
-"""Quantised bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
+"""Quantized bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
 
 import json
 import shutil
@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
-from lora_init import LoraInitError, QuantisationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
-from lora_init.adapters import quantised
-from lora_init.adapters.quantised import loss_or_distance, with_losses
-from lora_init.loading.models import QUANTISATIONS
-from tests.collection.test_quantised import PackedLinear, hqq_4bit
+from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
+from lora_init.adapters import quantized
+from lora_init.adapters.quantized import loss_or_distance, with_losses
+from lora_init.loading.models import QUANTIZATIONS
+from tests.collection.test_quantized import PackedLinear, hqq_4bit
 from tests.conftest import batches_for, tiny_bert, tiny_llama
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -36,7 +36,7 @@ def directory(tmp_path_factory):
 
 
 def load(directory, name="nf4"):
-    settings = {"quantization_config": dict(QUANTISATIONS[name]), "device_map": {"": "cpu"}}
+    settings = {"quantization_config": dict(QUANTIZATIONS[name]), "device_map": {"": "cpu"}}
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **settings)
 
 
@@ -61,16 +61,16 @@ def labelled_batches(n=24):
     return batches
 
 
-@pytest.mark.parametrize("name", QUANTISATIONS)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])  # bitsandbytes packs weights when they are used
-def test_errors_are_those_of_the_layers_own_dequantisation(name, ran, directory):
+def test_errors_are_those_of_the_layers_own_dequantization(name, ran, directory):
     from bitsandbytes.functional import dequantize_4bit
 
     fresh, model, float_model = load(directory, name), load(directory, name), plain()
     if ran:
         with torch.no_grad():
             model(**batches_for("llama")[0])
-    errors = QuantisationErrors(model, find_targets(model).layers)
+    errors = QuantizationErrors(model, find_targets(model).layers)
     assert list(errors) == list(find_targets(float_model).layers)
     for layer in errors:
         module, weight = fresh.get_submodule(layer), float_model.get_submodule(layer).weight.detach()
@@ -87,21 +87,21 @@ def no_units(*arguments):
     raise AssertionError("the layer was run on the unit vectors")
 
 
-@pytest.mark.parametrize("name", QUANTISATIONS)
-def test_what_peft_dequantises_is_not_run_on_unit_vectors(name, directory, monkeypatch):
-    monkeypatch.setattr(quantised, "_of_units", no_units)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_what_peft_dequantizes_is_not_run_on_unit_vectors(name, directory, monkeypatch):
+    monkeypatch.setattr(quantized, "_of_units", no_units)
     model = load(directory, name)
     parameters, before = dict(model.named_parameters()), model(**batches_for("llama")[0]).logits
-    dict(QuantisationErrors(model, find_targets(model).layers))
+    dict(QuantizationErrors(model, find_targets(model).layers))
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     torch.testing.assert_close(model(**batches_for("llama")[0]).logits, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [lambda q: q * 128 / 127, lambda q: q.roll(1, 0), lambda q: q.T, lambda q: q * 0])
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_a_wrong_dequantisation_is_not_believed(name, wrong, directory, monkeypatch):
+def test_a_wrong_dequantization_is_not_believed(name, wrong, directory, monkeypatch):
     model = load(directory, name)
-    errors = QuantisationErrors(model, find_targets(model).layers)
+    errors = QuantizationErrors(model, find_targets(model).layers)
     expected = dict(errors)
     peft = integrations.dequantize_module_weight
     monkeypatch.setattr(integrations, "dequantize_module_weight", lambda module: wrong(peft(module)))
@@ -112,7 +112,7 @@ def test_a_wrong_dequantisation_is_not_believed(name, wrong, directory, monkeypa
 
 def test_errors_of_hqq(directory):
     model = hqq_4bit(directory)
-    errors = QuantisationErrors(model, find_targets(plain()).layers, directory)
+    errors = QuantizationErrors(model, find_targets(plain()).layers, directory)
     own = model.get_submodule(DOWN).dequantize().float()
     torch.testing.assert_close(errors[DOWN], errors.weight(DOWN) - own, atol=1e-5, rtol=0)
 
@@ -123,7 +123,7 @@ def test_errors_of_any_layer_that_multiplies(directory):
     layer.qweight //= 10
     layer.qweight *= 10
     model.set_submodule(DOWN, layer)
-    errors = QuantisationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
+    errors = QuantizationErrors(model, {DOWN: find_targets(model, [DOWN]).layers[DOWN]}, directory)
     torch.testing.assert_close(errors[DOWN], plain().get_submodule(DOWN).weight.detach() - layer.qweight / 1000)
 
 
@@ -136,7 +136,7 @@ def test_weights_that_the_checkpoint_has_transposed(tmp_path, large_bias):
         nn.init.constant_(block.attn.c_proj.bias, large_bias)  # a square weight
     float_model.save_pretrained(tmp_path)
     model = load(tmp_path)
-    errors = QuantisationErrors(model, find_targets(model).layers)
+    errors = QuantizationErrors(model, find_targets(model).layers)
     bias = model.transformer.h[0].attn.c_proj.bias
     for name in errors:
         weight = float_model.get_submodule(name).weight.detach().T
@@ -148,9 +148,9 @@ def test_weights_that_the_checkpoint_has_transposed(tmp_path, large_bias):
         torch.testing.assert_close(model(**batch).logits, float_model(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_loss_in_float_runs_no_quantised_layer(directory, monkeypatch):
+def test_the_loss_in_float_runs_no_quantized_layer(directory, monkeypatch):
     model = load(directory)
-    errors, layer = QuantisationErrors(model, find_targets(model).layers), model.get_submodule(DOWN)
+    errors, layer = QuantizationErrors(model, find_targets(model).layers), model.get_submodule(DOWN)
     own = layer.forward
     layer.forward = own  # as accelerate's hooks set one
     with torch.no_grad(), errors.undone():
@@ -162,19 +162,19 @@ def test_the_loss_in_float_runs_no_quantised_layer(directory, monkeypatch):
     assert not any("forward" in vars(model.get_submodule(name)) for name in errors if name != DOWN)
 
 
-def test_initialize_gives_the_quantised_model_its_loss_back(directory):
+def test_initialize_gives_the_quantized_model_its_loss_back(directory):
     model, batches = load(directory), labelled_batches()
     aside = labelled_batches(40)[24:]
-    quantised, exact = mean_loss(model, aside), mean_loss(plain(), aside)
+    quantized, exact = mean_loss(model, aside), mean_loss(plain(), aside)
     adapted = lora_init.initialize(model, batches, rank=16, rho=1, method="qera")
-    assert mean_loss(adapted, aside) < quantised - 0.4 * (quantised - exact)
+    assert mean_loss(adapted, aside) < quantized - 0.4 * (quantized - exact)
     assert adapted.peft_config["default"].r == 16
 
 
 @pytest.mark.parametrize("options", [dict(lora_alpha=16), dict(lora_alpha=3), dict(lora_alpha=3, use_rslora=True)])
 def test_the_scaling_is_divided_out(options, directory):
     model, batches = load(directory), labelled_batches(4)
-    stats, errors = collect(model, batches, rank=4, rho=1), QuantisationErrors(model, find_targets(model).layers)
+    stats, errors = collect(model, batches, rank=4, rho=1), QuantizationErrors(model, find_targets(model).layers)
     products = []
     for given in ({}, options):
         init = build_adapter(stats, 4, "qera", errors=errors, **given)
@@ -187,7 +187,7 @@ def test_the_scaling_is_divided_out(options, directory):
 def test_losses_and_what_the_directory_says(directory, tmp_path):
     model, batches = load(directory), labelled_batches()
     stats = collect(model, batches[4:], rank=8, rho=1)
-    errors = QuantisationErrors(model, stats.targets)
+    errors = QuantizationErrors(model, stats.targets)
     before = model(**batches[0]).logits.detach()
     init = with_losses(
         model, build_adapter(stats, 8, "qera", errors=errors), errors, loss_or_distance(model, errors, batches[:4])
@@ -211,7 +211,7 @@ def test_an_encoder_without_a_loss_is_measured_by_its_outputs(tmp_path):
     tiny_bert(None).save_pretrained(tmp_path)
     model, batches = rounded(AutoModel.from_pretrained(tmp_path)), batches_for("bert", 12)
     stats = collect(model, batches[4:], rank=16, rho=1)
-    errors = QuantisationErrors(model, stats.targets)
+    errors = QuantizationErrors(model, stats.targets)
     init = with_losses(
         model, build_adapter(stats, 16, "qera", errors=errors), errors, loss_or_distance(model, errors, batches[:4])
     )
@@ -224,7 +224,7 @@ def test_a_correction_that_does_not_lower_the_loss_is_refused(directory):
     for batch in batches:  # labels that the plain model finds unlikely: rounding lowers their loss
         batch["labels"] = batch["labels"].clone()
     stats = collect(model, batches[4:], rank=4, rho=1)
-    errors = QuantisationErrors(model, stats.targets)
+    errors = QuantizationErrors(model, stats.targets)
     init = build_adapter(stats, 4, "qera", errors={name: -errors[name] for name in errors})
     with pytest.raises(LoraInitError, match="nothing to gain"):
         with_losses(model, init, errors, loss_or_distance(model, errors, batches[:4]))
@@ -234,7 +234,7 @@ def test_a_correction_that_does_not_lower_the_loss_is_refused(directory):
 
 
 def check_refused(message, model, directory, layers=None):
-    errors = QuantisationErrors(model, find_targets(model, layers or "all-linear").layers, directory)
+    errors = QuantizationErrors(model, find_targets(model, layers or "all-linear").layers, directory)
     with pytest.raises(LoraInitError, match=message) as refused:
         errors[next(iter(errors))]
     assert "\n" not in str(refused.value)
@@ -243,11 +243,11 @@ def check_refused(message, model, directory, layers=None):
 def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     model = load(directory)
     with pytest.raises(LoraInitError, match="cannot be read"):
-        QuantisationErrors(model, find_targets(model).layers, tmp_path / "nothing")
+        QuantizationErrors(model, find_targets(model).layers, tmp_path / "nothing")
     other = tmp_path / "wider"
     tiny_llama(hidden_size=64, intermediate_size=192).save_pretrained(other)
     with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.mlp.gate_proj', a Linear4bit.*\[192, 64\]"):
-        QuantisationErrors(model, find_targets(model).layers, other)
+        QuantizationErrors(model, find_targets(model).layers, other)
     same_shapes = tmp_path / "other"
     plain(seed=4).save_pretrained(same_shapes)
     check_refused(r"\|W - Q\| is 1\.\d+ \|W\|.*0\.3 at most", model, same_shapes)
@@ -256,16 +256,16 @@ def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     for file in doubled.glob("*.safetensors"):
         save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     check_refused("0.50", model, doubled)
-    check_refused("it was not quantised", plain(), directory)
+    check_refused("it was not quantized", plain(), directory)
     with torch.device("meta"), pytest.raises(LoraInitError, match="not in memory"):
-        QuantisationErrors(plain(), find_targets(plain()).layers, directory)
+        QuantizationErrors(plain(), find_targets(plain()).layers, directory)
     with pytest.raises(LoraInitError, match="loaded from"):
-        QuantisationErrors(plain(), find_targets(plain()).layers)
+        QuantizationErrors(plain(), find_targets(plain()).layers)
     model.config.quantization_config.to_json_file(str(tmp_path / "q.json"))
-    saved = tmp_path / "quantised"
+    saved = tmp_path / "quantized"
     model.save_pretrained(saved)
-    with pytest.raises(LoraInitError, match="is quantised"):
-        QuantisationErrors(model, find_targets(model).layers, saved)
+    with pytest.raises(LoraInitError, match="is quantized"):
+        QuantizationErrors(model, find_targets(model).layers, saved)
 
 
 class Squared(PackedLinear):
@@ -292,7 +292,7 @@ def test_a_start_without_errors_and_a_rank_beyond_the_layer():
 def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
     model, batches = load(directory), labelled_batches(8)
     stats = collect(model, batches, rank=4, rho=1, task_type="CAUSAL_LM")
-    errors = dict(QuantisationErrors(model, stats.targets))
+    errors = dict(QuantizationErrors(model, stats.targets))
     init = build_adapter(stats, 4, "qera", errors=errors)
     start, trained = init.save_pretrained(tmp_path / "start", model=model), tmp_path / "trained"
     adapted = init.apply(model)
@@ -306,10 +306,10 @@ def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
         expected = adapted.eval()(**batches[0]).logits
     adapted.save_pretrained(trained)
     start_share = export_adapter(start, tmp_path / "start served").error_share
-    served = export_adapter(trained, tmp_path / "served")  # for the same quantised base: as it is
-    on_quantised = PeftModel.from_pretrained(load(directory), served.path)
+    served = export_adapter(trained, tmp_path / "served")  # for the same quantized base: as it is
+    on_quantized = PeftModel.from_pretrained(load(directory), served.path)
     with torch.no_grad():  # with gradients it takes another kernel, of other rounding
-        torch.testing.assert_close(on_quantised(**batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(on_quantized(**batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(LoraInitError, match="float weights, which lack nothing"):
         export_adapter(trained, tmp_path / "merged", merge_into=str(directory))
     merged = export_adapter(trained, tmp_path / "merged", merge_into=str(directory), start=start)
@@ -321,7 +321,7 @@ def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
     size = float(sum((init.scaling * (b @ a)).square().sum() for a, b in init.weights.values())) ** 0.5
     assert start_share == pytest.approx(init.error_size / size, rel=1e-4)
     assert merged.error_share > 0 and served.error_share > 0
-    save_quantised = tmp_path / "packed"
-    load(directory).save_pretrained(save_quantised)
-    with pytest.raises(LoraInitError, match="is quantised: its files hold no float weights"):
-        export_adapter(trained, tmp_path / "other", merge_into=str(save_quantised), start=start)
+    save_quantized = tmp_path / "packed"
+    load(directory).save_pretrained(save_quantized)
+    with pytest.raises(LoraInitError, match="is quantized: its files hold no float weights"):
+        export_adapter(trained, tmp_path / "other", merge_into=str(save_quantized), start=start)

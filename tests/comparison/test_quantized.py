@@ -1,13 +1,13 @@
-"""A comparison on a base that is quantised while it is loaded, by bitsandbytes itself."""
+"""A comparison on a base that is quantized while it is loaded, by bitsandbytes itself."""
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 import lora_init
-from lora_init.adapters.quantised import read_product
+from lora_init.adapters.quantized import read_product
 from lora_init.adapters.starts import STARTS
-from lora_init.comparison.starts import check_quantised
+from lora_init.comparison.starts import check_quantized
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
@@ -22,7 +22,7 @@ pytest.importorskip("bitsandbytes")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Models whose widths bitsandbytes' kernels take, and whose weights are large enough for rounding to matter."""
-    home = make_home(tmp_path_factory.mktemp("quantised"))
+    home = make_home(tmp_path_factory.mktemp("quantized"))
     torch.manual_seed(0)
     model = tiny_llama(hidden_size=64, intermediate_size=128)
     with torch.no_grad():
@@ -55,11 +55,11 @@ def test_starts_that_correct_the_base_begin_as_the_float_model(home, tmp_path):
     # At full rank all of the error is given back, with the data and without.
     for start in ("qera", "loftq"):
         assert abs(begin[start] - exact) < 0.02 * abs(plain - exact)
-    assert "before it was quantised), and random ends at" in found.summary.headroom
+    assert "before it was quantized), and random ends at" in found.summary.headroom
     assert found.settings["quantisation"]["bnb_4bit_quant_type"] == "nf4" and "--quantize nf4" in found.settings["init"]
 
 
-def test_any_start_of_data_can_have_a_quantised_base_that_stays_the_same(home, tmp_path):
+def test_any_start_of_data_can_have_a_quantized_base_that_stays_the_same(home, tmp_path):
     starts = ["random", "eva", "natural-gradient", "qera"]
     found = compare(home, tmp_path / "out", starts=starts)
     begin = begins(found)
@@ -70,7 +70,7 @@ def test_any_start_of_data_can_have_a_quantised_base_that_stays_the_same(home, t
         compare(home, tmp_path / "out", starts=starts, quantize="int8")
 
 
-def test_a_classifier_is_compared_on_a_quantised_base(home, tmp_path):
+def test_a_classifier_is_compared_on_a_quantized_base(home, tmp_path):
     found = compare(
         home, tmp_path / "out", model="encoder", label="first", completion=None, quantize="int8",
         starts=["random", "natural-gradient", "qera"], full=True,
@@ -81,35 +81,35 @@ def test_a_classifier_is_compared_on_a_quantised_base(home, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("starts", "quantised", "message"),
+    ("starts", "quantized", "message"),
     [
-        (["random", "qera"], {}, "start 'qera' corrects a quantised base. Load it so: quantize='nf4'."),
-        (["qera"], dict(is_quantised=True), "needs the model before it was quantised. Name its directory"),
-        (["full"], dict(is_quantised=True), "start 'full' needs the model before it was quantised"),
+        (["random", "qera"], {}, "start 'qera' corrects a quantized base. Load it so: quantize='nf4'."),
+        (["qera"], dict(is_quantized=True), "needs the model before it was quantized. Name its directory"),
+        (["full"], dict(is_quantized=True), "start 'full' needs the model before it was quantized"),
         (["loftq"], {}, None),  # with a rounding of its own
-        *((x.name, dict(is_quantised=True, has_float=True), "changes base weights, and these are quantised")
+        *((x.name, dict(is_quantized=True, has_float=True), "changes base weights, and these are quantized")
           for x in STARTS if x.changes_base and x.name not in ("loftq", "full")),
     ],
 )  # fmt: skip
-def test_what_a_base_cannot_have_is_refused(starts, quantised, message):
-    asked = dict(is_quantised=False, has_float=False) | quantised
+def test_what_a_base_cannot_have_is_refused(starts, quantized, message):
+    asked = dict(is_quantized=False, has_float=False) | quantized
     starts = [starts] if isinstance(starts, str) else starts
     if message is None:
-        check_quantised(starts, **asked)
+        check_quantized(starts, **asked)
         return
     with pytest.raises(LoraInitError) as error:
-        check_quantised(starts, **asked)
+        check_quantized(starts, **asked)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_float_weights_of_a_float_model_are_refused(home, tmp_path):
-    with pytest.raises(LoraInitError, match="is not quantised"):
+    with pytest.raises(LoraInitError, match="is not quantized"):
         compare(home, tmp_path / "out", starts=["random"], quantize=None, weights=home / "wide")
 
 
-def test_training_after_an_evaluation_has_the_gradient_of_the_dequantised_weights(home):
+def test_training_after_an_evaluation_has_the_gradient_of_the_dequantized_weights(home):
     """On some processors bitsandbytes packs weights in evaluation mode, and no gradient flows through them any more."""
-    model = open_model(str(home / "wide")).load(quantise="nf4", device="cpu").model
+    model = open_model(str(home / "wide")).load(quantize="nf4", device="cpu").model
     layer, rows = model.model.layers[0].mlp.up_proj, torch.randn(4, 64)
     assert "Linear4bit" in type(layer).__name__
     target = find_targets(model).layers["model.layers.0.mlp.up_proj"]

@@ -1,4 +1,4 @@
-"""Quantised bases on a CPU: each library where it is installed, and any other by the interface of its layers."""
+"""Quantized bases on a CPU: each library where it is installed, and any other by the interface of its layers."""
 
 import copy
 
@@ -23,7 +23,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("quantised")
+    directory = tmp_path_factory.mktemp("quantized")
     plain().save_pretrained(directory)
     return directory
 
@@ -84,7 +84,7 @@ def test_statistics_are_close_to_those_of_the_plain_model(load, directory):
 
 
 @every_library
-def test_an_adapter_of_the_plain_model_goes_on_the_quantised_one(load, directory, tmp_path):
+def test_an_adapter_of_the_plain_model_goes_on_the_quantized_one(load, directory, tmp_path):
     batches, tolerance = batches_for("llama"), TOLERANCE.get(load.__name__, 0.0)
     init = build_adapter(collect(plain(), batches, rank=2), 2)
     model = load(directory)
@@ -106,7 +106,7 @@ def test_an_adapter_of_the_plain_model_goes_on_the_quantised_one(load, directory
 
 
 @every_library
-def test_an_adapter_from_the_quantised_model_itself(load, directory, tmp_path):
+def test_an_adapter_from_the_quantized_model_itself(load, directory, tmp_path):
     model, batches = load(directory), batches_for("llama")
     before = fingerprint(model)
     stats = collect(model, batches, NAMES, rank=2)

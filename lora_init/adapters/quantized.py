@@ -1,4 +1,4 @@
-"""What quantisation took from the weights of a model: W - Q, layer by layer, never the float model as a whole."""
+"""What quantization took from the weights of a model: W - Q, layer by layer, never the float model as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_init.loading.checkpoint import Stored, find_parameter, find_tensors, r
 
 # Unit vectors in one forward pass of a layer.
 _ROWS = 1024
-# |W - Q| / |W| that a quantiser can make, by the bits of a weight. NF4 makes 0.09 of normal numbers, round to nearest
+# |W - Q| / |W| that a quantizer can make, by the bits of a weight. NF4 makes 0.09 of normal numbers, round to nearest
 # in groups of 64 makes 0.12 of 4 bits, 0.25 of 3 and 0.6 of 2; a weight of another layer or model makes 1.4.
 _LARGEST_ERROR = {8: 0.1, 4: 0.3}
 _LARGEST_OF_ALL = 0.9
@@ -33,8 +33,8 @@ _CAST = 2.0**-8
 _KERNEL = 0.05
 
 
-class QuantisationErrors(Mapping[str, Tensor]):
-    """W - Q of each layer of a quantised model, float32 [d_out, d_in], computed whenever it is asked for.
+class QuantizationErrors(Mapping[str, Tensor]):
+    """W - Q of each layer of a quantized model, float32 [d_out, d_in], computed whenever it is asked for.
 
     Q is what the layer multiplies by, whatever library made it: what it returns for the unit vectors, without its
     bias. A library's own function need not give that: after its first forward pass on a processor, bitsandbytes packs
@@ -42,13 +42,13 @@ class QuantisationErrors(Mapping[str, Tensor]):
     of the float model. In memory there is one layer at a time.
 
     Args:
-        model: The quantised model, plain.
+        model: The quantized model, plain.
         targets: Its layers, such as `stats.targets` or `find_targets(model).layers`.
         weights: Directory or hub id of the float model. Default: what the model was loaded from.
 
     Raises:
         LoraInitError: There is no float checkpoint, or it has not got a layer, or in other widths; a layer is none that
-            is read here, or has no weights. Later, for a layer: it was not quantised, does not compute a product, or
+            is read here, or has no weights. Later, for a layer: it was not quantized, does not compute a product, or
             is farther from the checkpoint than its bits explain.
     """
 
@@ -81,22 +81,22 @@ class QuantisationErrors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         target, module = self._targets[name], self._modules[name]
         where = f"layer {name!r}, a {target.kind}"
-        quantised = read_product(module, target, self._dtype, where)
-        weight = self.weight(name).to(quantised.device)
-        error = weight - quantised
+        quantized = read_product(module, target, self._dtype, where)
+        weight = self.weight(name).to(quantized.device)
+        error = weight - quantized
         size = float(error.norm() / weight.norm().clamp_min(1e-30))
         plain = getattr(module, "weight", None)
         is_float = type(plain) is nn.Parameter and plain.is_floating_point()
         if is_float and size < _CAST:
             raise LoraInitError(
-                f"{where}: it was not quantised, so there is nothing to correct. Leave it out of the targets, or load "
-                "the model quantised (--quantize nf4)."
+                f"{where}: it was not quantized, so there is nothing to correct. Leave it out of the targets, or load "
+                "the model quantized (--quantize nf4)."
             )
         largest = _LARGEST_OF_ALL if is_float else _LARGEST_ERROR.get(_bits(module, target), _LARGEST_OF_ALL)
         if not size <= largest:
             raise LoraInitError(
-                f"{where}: |W - Q| is {size:.2f} |W| with the W of {self.source!r}, and quantisation makes {largest:g} "
-                "at most. Name the float model that the quantised one was made of by weights= (--weights)."
+                f"{where}: |W - Q| is {size:.2f} |W| with the W of {self.source!r}, and quantization makes {largest:g} "
+                "at most. Name the float model that the quantized one was made of by weights= (--weights)."
             )
         return error
 
@@ -131,8 +131,8 @@ class QuantisationErrors(Mapping[str, Tensor]):
         if weight.shape[0] != weight.shape[1]:
             return weight.shape != self._shape(name)
         if name not in self._flipped:
-            quantised = read_product(self._modules[name], self._targets[name], self._dtype, f"layer {name!r}").cpu()
-            self._flipped[name] = bool((weight.T - quantised).norm() < (weight - quantised).norm())
+            quantized = read_product(self._modules[name], self._targets[name], self._dtype, f"layer {name!r}").cpu()
+            self._flipped[name] = bool((weight.T - quantized).norm() < (weight - quantized).norm())
         return self._flipped[name]
 
     def _find(self, model: Any, target: Target, tensors: Mapping[str, Stored]) -> Mapping[Stored, Tensor | None]:
@@ -148,10 +148,13 @@ class QuantisationErrors(Mapping[str, Tensor]):
             there = [list(one.shape) for key, one in tensors.items() if f".{key}".endswith(f".{target.name}.weight")]
             got = f"is {there[0]} in" if there else "is not in"
             raise LoraInitError(
-                f"{where}: its weight {list(shape)} {got} {self.source!r}. Name the float model that the quantised one "
+                f"{where}: its weight {list(shape)} {got} {self.source!r}. Name the float model that the quantized one "
                 "was made of by weights= (--weights)."
             )
         return found
+
+
+QuantisationErrors = QuantizationErrors  # its name before
 
 
 def _restore_forward(module: Any, own: Callable[..., Any] | None) -> None:
@@ -188,7 +191,7 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
             module.bias = None
         with evaluating(module):
             product = module(probe.to(dtype)).float()
-            matrix, allowed = _dequantised(module), _CAST
+            matrix, allowed = _dequantized(module), _CAST
             if matrix is None or matrix.shape != shape or _distance(product, probe @ matrix.T) > allowed:
                 matrix, allowed = _of_units(module, shape[1], dtype, device), _KERNEL
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
@@ -204,7 +207,7 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
     return matrix.cpu() if device.type == "mps" else matrix  # which has no float64
 
 
-def _dequantised(module: Any) -> Tensor | None:
+def _dequantized(module: Any) -> Tensor | None:
     """Ask PEFT for the weight, float32, which knows several libraries; None where it does not know this one."""
     from peft.utils.integrations import dequantize_module_weight
 
@@ -247,14 +250,14 @@ def _bits(module: nn.Module, target: Target) -> int:
 def with_losses(
     model: nn.Module,
     init: AdapterInit,
-    errors: QuantisationErrors,
+    errors: QuantizationErrors,
     loss_of: Callable[[nn.Module], float],
     unchecked: bool = False,
 ) -> AdapterInit:
-    """Measure what quantisation costs and what an adapter gives back.
+    """Measure what quantization costs and what an adapter gives back.
 
     Args:
-        model: The quantised model, plain; as it was afterwards.
+        model: The quantized model, plain; as it was afterwards.
         init: The adapter.
         errors: Of the same model.
         loss_of: Measures the loss of the model as it is then, on others than the batches of the statistics; such as
@@ -274,7 +277,7 @@ def with_losses(
         after = loss_of(init.apply(model))
     if not (after < before or unchecked):
         raise LoraInitError(
-            f"method {init.method!r}: on the examples set aside the loss is {before:.5g} in the quantised model and "
+            f"method {init.method!r}: on the examples set aside the loss is {before:.5g} in the quantized model and "
             f"{after:.5g} with the correction, so there is nothing to gain; with the weights as they were it is "
             f"{exact:.5g}. Give more data of the kind that the model is for, or pass unchecked=True (--unchecked)."
         )
@@ -284,18 +287,18 @@ def with_losses(
 @torch.no_grad()
 def loss_or_distance(
     model: nn.Module,
-    errors: QuantisationErrors,
+    errors: QuantizationErrors,
     batches: Iterable[Any],
     forward: Forward | None = None,
     loss: Loss | None = None,
 ) -> Callable[[nn.Module], float]:
-    """Give what measures a quantised model on some batches: its mean loss, where it computes one.
+    """Give what measures a quantized model on some batches: its mean loss, where it computes one.
 
     Where it does not, as an encoder without a head, it is 1 - cosine between its outputs, token by token, and those of
-    the model before it was quantised.
+    the model before it was quantized.
 
     Args:
-        model: The quantised model, plain.
+        model: The quantized model, plain.
         errors: Of the same model.
         batches: As `collect` takes them.
         forward: As for `collect`.
