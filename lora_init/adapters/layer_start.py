@@ -54,9 +54,9 @@ def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> LoraWeight
     where = f"layer {layer.name!r}: {start}"
     try:
         made = start.compute(**known)
-    except LoraInitError:
+    except (LoraInitError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a module that is imported for it may call sys.exit
         if is_out_of_memory(error):
             raise
         raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
@@ -67,10 +67,10 @@ def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> LoraWeight
     if got != wanted:
         what = "A" if start.b_is_zero else "A and B"
         raise LoraInitError(f"{where}: its function returned {got}, expected {what} of shape {wanted}.")
-    if not all(bool(part.isfinite().all()) for part in parts):
-        raise LoraInitError(f"{where}: its function returned NaN or inf.")
-    a, b = parts if len(parts) == 2 else (parts[0], torch.empty(0))
-    return LoraWeights(a.float(), b.float())
+    a, b = (part.detach().float() for part in (*parts, torch.empty(0))[:2])
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise LoraInitError(f"{where}: its function returned NaN or inf, or what is too large for float32.")
+    return LoraWeights(a, b)
 
 
 def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:

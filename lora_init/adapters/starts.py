@@ -8,18 +8,21 @@ line and its help, comparisons, the guard of `export`, the table in the document
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lora_init.errors import LoraInitError, did_you_mean, first_line
 from lora_init.planning.policies import POLICIES
 
 ENTRY_POINTS = "lora_init.starts"
 _INITIALIZERS = "lora_init.adapters.initializers"
+Needs = Literal["nothing", "inputs", "gradients", "errors", "weights", "bank"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,14 @@ class Start:
             corrects without any data, and does not change.
         settings: Of PEFT's starts: what else its LoraConfig has.
         package: Name and version of the package that it comes from; empty for our own.
+
+    Raises:
+        LoraInitError: A number is not finite and positive, or `needs` is none of these words.
     """
 
     name: str
     summary: str
-    needs: Literal["nothing", "inputs", "gradients", "errors", "weights", "bank"] = "inputs"
+    needs: Needs = "inputs"
     function: Callable[..., Any] | str | None = None
     made_by: Literal["lora_init", "peft", "bank", "training"] = "lora_init"
     directions: Callable[[Any, Any], Any] | None = None
@@ -77,6 +83,14 @@ class Start:
     corrects_quantized: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     package: str = ""
+
+    def __post_init__(self) -> None:
+        if self.needs not in get_args(Needs):
+            raise LoraInitError(f"{self}: needs={self.needs!r} is unknown. {did_you_mean(self.needs, get_args(Needs))}")
+        for number in ("gamma", "rho", "scaling", "learning_rate"):
+            value = getattr(self, number)
+            if value is not None and not 0.0 < value < math.inf:
+                raise LoraInitError(f"{self}: {number}={value!r}, expected a positive number.")
 
     @property
     def changes_base(self) -> bool:
@@ -327,11 +341,12 @@ _VARIATIONS = {
     "random-frozen-a": Recipe(_OWN[RANDOM], rho=1.0, freeze_a=True),
     "natural-gradient-frozen-a": Recipe(_OWN["natural-gradient"], rho=1.0, freeze_a=True),
 }
+_TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}
 
 
 def start_names() -> tuple[str, ...]:
     """Name all starts, those of other packages last. None of these is imported for it."""
-    return (*_OWN, *(name for name in _of_packages() if name not in _OWN))
+    return (*_OWN, *(name for name in _of_packages() if name not in _TAKEN))
 
 
 def buildable() -> list[str]:
@@ -347,21 +362,25 @@ def compared_names() -> tuple[str, ...]:
 def find_start(name: str) -> Start:
     """Look a start up.
 
+    Warns:
+        UserWarning: A package has a start of the same name as one of ours, which counts.
+
     Raises:
-        LoraInitError: There is none of this name; or the package that has it cannot be imported, or has no `Start`
-            there.
+        LoraInitError: There is none of this name; or two packages have one; or the package that has it cannot be
+            imported, or has no `Start` there.
     """
+    _warn_of_theirs(name)
     if name in _OWN:
         return _OWN[name]
-    found = _of_packages().get(name)
-    if found is None:
+    if name not in start_names():
         raise LoraInitError(f"start {name!r} is unknown. {did_you_mean(str(name), start_names())}")
-    return _load(found)
+    return _load(*_of_packages()[name])
 
 
 def find_recipe(name: str) -> Recipe | None:
     """Look up how a comparison makes a start; None for those that `build_adapter` does not make."""
     if name in _VARIATIONS:
+        _warn_of_theirs(name)
         return _VARIATIONS[name]
     start = find_start(name)
     return Recipe(start, start.rho) if start.made_by == "lora_init" else None
@@ -377,10 +396,12 @@ def changes_base(name: str) -> bool:
 
 
 @functools.cache
-def _of_packages() -> dict[str, EntryPoint]:
-    """Find the starts of other packages. Where two have one of the same name, that of the first package counts."""
-    found = sorted(entry_points(group=ENTRY_POINTS), key=_package, reverse=True)
-    return {entry.name: entry for entry in found}
+def _of_packages() -> dict[str, list[EntryPoint]]:
+    """Find the starts of other packages."""
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        found.setdefault(entry.name, []).append(entry)
+    return found
 
 
 def _package(entry: EntryPoint) -> str:
@@ -388,11 +409,22 @@ def _package(entry: EntryPoint) -> str:
 
 
 @functools.cache
-def _load(entry: EntryPoint) -> Start:
+def _warn_of_theirs(name: str) -> None:
+    """Warn once of a start that cannot be had, since its name is ours."""
+    for entry in _of_packages().get(name, ()) if name in _TAKEN else ():
+        warnings.warn(f"start {name!r} of {_package(entry)} is not used: this name is lora_init's own.", stacklevel=3)
+
+
+@functools.cache
+def _load(entry: EntryPoint, *others: EntryPoint) -> Start:
     where = f"start {entry.name!r} of {_package(entry)}"
+    if others:
+        raise LoraInitError(f"{where} is also in {', '.join(map(_package, others))}. Uninstall all but one of them.")
     try:
         start = entry.load()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may call sys.exit
         raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(start, Start) or not start.function or start.made_by != "lora_init":
         raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")

@@ -1,6 +1,7 @@
 """The registry of starts, and starts that other packages bring."""
 
 import inspect
+import math
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -39,22 +40,26 @@ def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights()
 
 @pytest.fixture
 def packages(monkeypatch):
-    """Pretend that packages with these starts are installed: name to a `Start`, or to an exception."""
+    """Pretend that packages with these starts are installed: name to a `Start`, or to an exception; some twice."""
 
-    def install(**made):
+    def install(*twice, **made):
         class Entry(EntryPoint):
             def load(self):
-                if isinstance(made[self.name], Exception):
+                if isinstance(made[self.name], BaseException):
                     raise made[self.name]
                 return made[self.name]
 
-        entries = [Entry(name, "theirs:START", starts.ENTRY_POINTS) for name in made]
+        entries = [Entry(name, "theirs:START", starts.ENTRY_POINTS) for name in [*made, *twice]]
         monkeypatch.setattr(starts, "entry_points", lambda group: entries if group == starts.ENTRY_POINTS else [])
-        starts._of_packages.cache_clear(), starts._load.cache_clear()
+        forget()
+
+    def forget():
+        for cached in (starts._of_packages, starts._load, starts._warn_of_theirs):
+            cached.cache_clear()
 
     yield install
     monkeypatch.undo()
-    starts._of_packages.cache_clear()
+    forget()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,12 @@ def test_a_base_that_a_start_of_another_package_changed_is_known_where_it_is_not
         ),
         (lambda rank: [1.0] * rank, r"returned \['list'\]"),
         (lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), torch.nan), "returned NaN or inf"),
+        (
+            lambda spectrum, rank: torch.full((rank, spectrum.components.shape[1]), 1e300, dtype=torch.float64),
+            "too large for float32",
+        ),
         (lambda spectrum, rank: (spectrum.components[:rank],) * 2, "expected A of shape"),
+        (lambda spectrum, rank: sys.exit(7), "its function raised SystemExit: 7"),
         (lambda spectrum, rank: 1 / 0, "its function raised ZeroDivisionError: division by zero"),
         (lambda spectra, rank: spectra, "its function asks for spectra, and there is spectrum, gradient"),
         ("lora_init.adapters.initializers:nothing", "AttributeError"),
@@ -112,8 +122,12 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
 
 def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_else(packages, stats):
     broken = ImportError("no module named 'jax'\nand more")
-    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text")
-    assert find_start("eva").package == "" and build_adapter(stats, RANK, "eva").n_parameters() > 0
+    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text", ends=SystemExit(7))
+    with pytest.warns(UserWarning, match="start 'eva' of an unknown package is not used"):
+        assert find_start("eva").package == ""
+    assert build_adapter(stats, RANK, "eva").n_parameters() > 0
+    with pytest.raises(LoraInitError, match=r"start 'ends' of .* cannot be imported: SystemExit: 7"):
+        find_start("ends")
     with pytest.raises(LoraInitError, match=r"start 'broken' of an unknown package cannot be imported: Imp"):
         build_adapter(stats, RANK, "broken")
     with pytest.raises(LoraInitError, match=r"start 'odd' .*: theirs:START is no lora_init.Start with a function"):
@@ -123,3 +137,29 @@ def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_e
     for name in ("pissa", "bank-mean", "full"):
         with pytest.raises(LoraInitError, match=f"method='{name}' is unknown"):
             build_adapter(stats, RANK, name)
+
+
+def test_a_name_that_two_packages_have_is_refused_when_it_is_used(packages):
+    packages("lead", lead=Start("lead", "as eva", function=leading))
+    assert start_names().count("lead") == 1
+    with pytest.raises(LoraInitError, match=r"start 'lead' of an unknown package is also in an unknown package"):
+        find_start("lead")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"scaling": -1}, "scaling=-1, expected a positive number"),
+        ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"gamma": math.inf}, "gamma=inf"),
+        ({"needs": "input"}, "needs='input' is unknown. Did you mean inputs"),
+    ],
+)
+def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
+    with pytest.raises(LoraInitError, match=f"start 'odd': {said}"):
+        Start("odd", "", function=leading, **what)
+
+
+def test_what_a_start_returns_is_cut_from_its_graph(packages, stats):
+    packages(lead=Start("lead", "", function=lambda spectrum, rank: spectrum.components[:rank].clone().requires_grad_()))
+    assert not any(weights.a.requires_grad for weights in build_adapter(stats, RANK, "lead").weights.values())
