@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "collection": {"layers", "loading", "statistics"},
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "loading", "statistics", "collection", "planning"},
-    "serving": {"layers", "loading", "statistics", "planning", "adapters"},
+    "serving": {"layers", "loading", "statistics", "collection", "planning", "adapters"},
     "bank": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
     "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank"},
     "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank", "comparison"},
