@@ -58,7 +58,8 @@ def opened(
         raise LoraInitError(f"the {name} has an optimizer already. Call initialize() right after it is made.")
     if trainer.model_init is not None:
         raise LoraInitError(f"the {name} makes its model anew when training begins. Give it model= for model_init=.")
-    gradients = find_start(method).by_gradient or bool(options.get("gradients"))
+    start = find_start(method)
+    gradients = start.by_gradient or bool(options.get("gradients"))
     source = _source_of_loss(trainer)
     if gradients and not has_plain_loss(trainer):
         raise LoraInitError(
@@ -89,7 +90,7 @@ def opened(
                     f"a batch of {name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. TRL "
                     "0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
                 )
-            return call_model(model, kept, with_labels=gradients)
+            return call_model(model, kept, with_labels=gradients or start.by_error)  # which is checked by the loss
 
         options.setdefault("data", f"training batches of {name}")
         options.setdefault("forward", forward)

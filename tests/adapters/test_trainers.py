@@ -9,12 +9,19 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import lora_init
 from lora_init.adapters import trainers
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
+from lora_init.loading.models import QUANTISATIONS
 from tests.conftest import tiny_bert, tiny_llama
 
 # These trainers take the rates that a tiny model learns at.
@@ -420,3 +427,21 @@ def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
     assert head and all("classifier" in name for name in head)
     trainer.train()
     assert all(not torch.equal(adapted.get_parameter(name), before) for name, before in head.items())
+
+
+@pytest.mark.filterwarnings("ignore:the start is judged by")
+def test_a_correction_of_a_quantised_base_is_checked_by_the_loss_of_the_trainers_batches(tmp_path, tokenizer):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "float")
+    for made in (sft, dpo):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "float",
+            quantization_config=dict(QUANTISATIONS["nf4"]),
+            device_map={"": "cpu"},
+            dtype=torch.float32,
+        )
+        trainer = made(tmp_path, tokenizer, model, LoraConfig(**LORA | {"lora_dropout": 0.0}))
+        adapted = lora_init.initialize(trainer, method="qera", unchecked=True)  # weights are random
+        assert trainer.model is adapted and all(
+            layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values()
+        )
