@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ from lora_init.files import parse_json
 # As much as vLLM tells, tokens by number; if that is refused, what the OpenAI API has.
 _ASKED: Any = {False: {"logprobs": 20}, True: {"logprobs": True, "top_logprobs": 20}}
 _LESS: Any = {False: {"logprobs": 5}, True: {"logprobs": True, "top_logprobs": 5}}
-_REFUSED, _NOT_THERE = (400, 422), (404, 405, 501)
+_REFUSED, _NOT_THERE, _BUSY = (400, 422), (404, 405, 501), (429, 502, 503, 504)
+# Seconds before a busy server is asked again where it does not say how many; the last is the most that it gets.
+_WAITS = (1.0, 3.0, 10.0, 30.0)
+_LARGEST = 2**24  # bytes of an answer
 
 
 class Server:
@@ -39,10 +43,12 @@ class Server:
             LoraInitError: The server does not answer, has no such model, or has several and none is named.
         """
         status, answer = self._send("models")
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        parents = {str(one.get("id")): one.get("parent") for one in entries or () if isinstance(one, dict)}
         if model is not None and status in _NOT_THERE:  # some have no list
             return model, base
+        if status != 200:
+            raise self._error(status, answer, " An OpenAI-compatible API often ends in /v1.")
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        parents = {str(one.get("id")): one.get("parent") for one in entries or () if isinstance(one, dict)}
         wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
         chosen = [model] if model else [name] if name in parents else [*filter(parents.get, parents)] or [*parents]
         if wrong is not None or len(chosen) != 1:
@@ -69,35 +75,58 @@ class Server:
         if status in _NOT_THERE:
             return {}
         if status != 200:
-            said = answer.get("error", answer) if isinstance(answer, dict) else answer
-            said = in_one_line(ValueError(said.get("message", said) if isinstance(said, dict) else said))
-            for secret in self._secrets:
-                said = said.replace(secret, "...")
-            raise LoraInitError(f"{self.url} answers {status} to model {model!r}: {said}")
+            raise self._error(status, answer)
         try:
             return _read(answer["choices"][0].get("logprobs") or {})
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise LoraInitError(f"{self.url} answers in another form than the OpenAI API's.") from error
 
     def _send(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        """Return the status and the JSON of an answer, or its text; a busy server is asked again."""
         import httpx2
 
+        for wait in (*_WAITS, None):
+            content = b""
+            try:
+                with self._client.stream("GET" if body is None else "POST", path, json=body) as answer:
+                    for part in answer.iter_bytes(2**16):
+                        content += part
+                        if len(content) > _LARGEST:
+                            raise LoraInitError(f"{self.url} answers with more than {_LARGEST >> 20} MB. Is it an API?")
+            except httpx2.TimeoutException as error:
+                raise LoraInitError(f"{self.url} gives no answer in time. Let it have longer by timeout=.") from error
+            except httpx2.HTTPError as error:
+                raise LoraInitError(
+                    f"{self.url} does not answer: {in_one_line(error)} Is the server running?"
+                ) from error
+            status = answer.status_code
+            if status not in _BUSY or wait is None:
+                break
+            asked = answer.headers.get("Retry-After", "")
+            time.sleep(min(int(asked), _WAITS[-1]) if asked.isdecimal() else wait)
+        if status in (401, 403):
+            raise LoraInitError(f"{self.url} refuses the key ({status}). Give another one by api_key=.")
         try:
-            answer = self._client.request("GET" if body is None else "POST", path, json=body)
-        except httpx2.TimeoutException as error:
-            raise LoraInitError(f"{self.url} gives no answer in time. Let it have longer by timeout=.") from error
-        except httpx2.HTTPError as error:
-            raise LoraInitError(f"{self.url} does not answer: {in_one_line(error)} Is the server running?") from error
-        if answer.status_code in (401, 403):
-            raise LoraInitError(f"{self.url} refuses the key ({answer.status_code}). Give another one by api_key=.")
-        try:
-            return answer.status_code, parse_json(answer.content)
+            said = parse_json(content)
         except ValueError as error:
-            if answer.status_code in _NOT_THERE:
-                return answer.status_code, None
-            raise LoraInitError(
-                f"{self.url} answers with no JSON. An OpenAI-compatible API often ends in /v1."
-            ) from error
+            if status == 200:
+                raise LoraInitError(
+                    f"{self.url} answers with no JSON. An OpenAI-compatible API often ends in /v1."
+                ) from error
+            said = content.decode(errors="replace")
+        if answer.has_redirect_location:
+            raise self._error(status, f"it is at {answer.headers['Location']}", " Give that by url=.")
+        if status not in (200, *_REFUSED, *_NOT_THERE):
+            raise self._error(status, said)
+        return status, said
+
+    def _error(self, status: int, said: Any, remedy: str = "") -> LoraInitError:
+        """Make the error of a status and of what came with it, without secrets."""
+        said = said.get("error", said) if isinstance(said, dict) else said
+        said = in_one_line(ValueError(said.get("message", said) if isinstance(said, dict) else said))
+        for secret in self._secrets:
+            said = said.replace(secret, "...")
+        return LoraInitError(f"{self.url} answers {status}: {said}{remedy}")
 
 
 def _read(found: Mapping[str, Any]) -> dict[int | str, float]:

@@ -111,20 +111,15 @@ def verify(
 
 
 def diagnose(
-    observed: Tensor, at_base: Tensor, plain: Tensor, trained: Tensor, effect: float,
-    faults: Sequence[Fault], run: Callable[[Fault], Tensor],
-) -> Verification:  # fmt: skip
-    """Compare what an engine told with what PEFT computes; all log-probabilities are [prompts, vocabulary].
-
-    Args:
-        observed: Of what is served as the adapter, NaN where the engine tells nothing.
-        at_base: The same of the served base.
-        plain: Of the local base.
-        trained: Of the local base with the adapter.
-        effect: Root mean square of the difference of the two on the likeliest tokens.
-        faults: What may have gone wrong; the first is that the base is served.
-        run: Computes log-probabilities under a fault. It is called only if the adapter does not fit.
-    """
+    observed: Tensor,  # log-probabilities of what is served as the adapter, [prompts, vocabulary]; NaN: not told
+    at_base: Tensor,  # the same of the served base
+    plain: Tensor,  # of the local base
+    trained: Tensor,  # of the local base with the adapter
+    effect: float,  # root mean square of the difference of the two on the likeliest tokens
+    faults: Sequence[Fault],  # what may have gone wrong; the first is that the base is served
+    run: Callable[[Fault], Tensor],  # computes log-probabilities under a fault, if the adapter does not fit
+) -> Verification:
+    """Return the first verdict that holds of what an engine told, compared with what PEFT computes."""
     told = ~observed.isnan()
     answered, values, measured = int(told.any(1).sum()), int(told.sum()), not bool(at_base.isnan().all())
     noise, residual, from_base = _distance(at_base, plain), _distance(observed, trained), _distance(observed, plain)
@@ -135,26 +130,22 @@ def diagnose(
         off = residual if values else None
         return Verification(name, text, effect, noise if measured else None, off, answered, values)
 
-    unknown = f"the effect would have to be {2 * noise:.2g} at least" if effect < 2 * noise else ""
-    unknown = "hardly an answer has tokens that are the tokenizer's" if 4 * answered < len(plain) else unknown
-    unknown = "the adapter changes nothing in PEFT either; is B zero?" if effect == 0 else unknown
-    centred = (local := plain.where(~at_base.isnan(), torch.nan)) - local.nanmean(1, keepdim=True)
-    if values and measured and noise**2 > _OTHER_BASE * float(centred.square().nanmean()):
+    if effect == 0:
+        return verdict("cannot tell", "the adapter changes nothing in PEFT either; is B zero?")
+    if 4 * answered < len(plain):
+        return verdict("cannot tell", "hardly an answer has tokens that are the tokenizer's")
+    if measured and noise**2 > _OTHER_BASE * _variance_within_prompts(plain, ~at_base.isnan()):
         return verdict("another base or template", f"the served base is {noise:.2g} off")
-    if unknown:
-        return verdict("cannot tell", unknown)
+    if effect < 2 * noise:
+        return verdict("cannot tell", f"the effect would have to be {2 * noise:.2g} at least")
     allowed = _NOISES * noise + _LEFT * effect if measured else _LEFT_WITHOUT_NOISE * effect
-    share = _LEFT_BY_FAULT * max(effect, from_base)
-    exact = allowed if measured else share  # for faults that are computed as they are served
-    best, distance = faults[0], math.inf
-    for fault in _candidates(observed, faults, run) if residual > allowed / (1 + measured) else ():
-        off = _distance(observed, run(fault))
-        best, distance = (fault, off) if off < distance else (best, distance)
-        if distance <= min(exact, 0.7 * residual):
-            break
-    explained = exact if best in faults else max(exact, share)
-    if distance <= min(explained, 0.7 * residual):  # else it fits hardly better than as trained
-        return verdict(best.verdict, f"{best.reason}; {distance:.2g} off, as trained {residual:.2g}")
+    if residual > (allowed / 2 if measured else allowed):  # small faults leave less than what is allowed
+        of_effect = _LEFT_BY_FAULT * max(effect, from_base)
+        by_list = allowed if measured else of_effect
+        found = _fault_that_fits(observed, faults, run, 0.7 * residual, by_list, max(by_list, of_effect))
+        if found is not None:
+            fault, distance = found
+            return verdict(fault.verdict, f"{fault.reason}; {distance:.2g} off, as trained {residual:.2g}")
     if residual <= allowed:
         return verdict(AS_TRAINED, f"{residual:.2g} off")
     fits = max(0.0, 1 - (residual / from_base) ** 2)
@@ -167,9 +158,27 @@ def _distance(observed: Tensor, local: Tensor) -> float:
     return float((observed - local).square().nanmean().sqrt())
 
 
-def _candidates(observed: Tensor, faults: Sequence[Fault], run: Callable[[Fault], Tensor]) -> Iterator[Fault]:
-    """Yield the faults, and at last the factor on all scalings that comes closest."""
-    yield from faults
+def _variance_within_prompts(values: Tensor, told: Tensor) -> float:
+    """Compute the variance around each prompt's mean, of prompts with two values or more; NaN if there is none."""
+    rows = values.where(told, torch.nan)[told.sum(1) > 1]
+    return float((rows - rows.nanmean(1, keepdim=True)).square().nanmean())
+
+
+def _fault_that_fits(
+    observed: Tensor,
+    faults: Sequence[Fault],
+    run: Callable[[Fault], Tensor],
+    most: float,  # distance above which a fault fits hardly better than the adapter as trained
+    by_list: float,  # distance up to which a fault of the list explains what is served
+    by_search: float,  # the same for a factor that is searched
+) -> tuple[Fault, float] | None:
+    """Return the first fault that explains what is served, or else the closest factor on all scalings if it does."""
+    closest = math.inf
+    for fault in faults:
+        distance = _distance(observed, run(fault))
+        if distance <= min(by_list, most):
+            return fault, distance
+        closest = min(closest, distance)
 
     def scaled(power: float) -> Fault:
         return Fault("scaled", f"by {2**power:.3g}", dict.fromkeys(faults[0].factors, 2**power))
@@ -182,8 +191,9 @@ def _candidates(observed: Tensor, faults: Sequence[Fault], run: Callable[[Fault]
     for step in (0.5, 0.25, 0.125):  # to the lowest point of the parabola through three, and again nearer to it
         before, at, after = (square(lowest + way * step) for way in (-1, 0, 1))
         lowest += step * max(-1.0, min(1.0, 0.5 * (before - after) / max(before - 2 * at + after, 1e-12)))
-    if 0.2 < abs(lowest) < 6:  # less than 15 % is noise, as a rule
-        yield scaled(lowest)
+    distance = math.sqrt(square(lowest))
+    is_factor = 0.2 < abs(lowest) < 6  # less than 15 % is noise, as a rule
+    return (scaled(lowest), distance) if is_factor and distance <= min(by_search, most, closest) else None
 
 
 class _Local:

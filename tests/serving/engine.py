@@ -35,6 +35,8 @@ class Engine:
         self.tokenizer, self.models, self.parents = tokenizer, {}, {}
         self.by_number, self.generation_prompt, self.paths = True, True, ("completions", "chat/completions")
         self.key, self.raw, self.asked = None, None, []
+        self.status, self.headers, self.busy = None, {}, 0  # of every answer; how many are 429 first
+        self.most = None  # values that are told
 
     def add(self, name, base, adapter=None, dtype=torch.float32, parent=None):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -60,7 +62,7 @@ class Engine:
             .logits[0, -1]
             .float()
             .log_softmax(-1)
-            .topk(body.get("top_logprobs") or body["logprobs"])
+            .topk(self.most or body.get("top_logprobs") or body["logprobs"])
         )
         names = [f"token_id:{i}" if self.by_number else self.tokenizer.decode([i]) for i in found.indices.tolist()]
         values = found.values.tolist()
@@ -86,7 +88,12 @@ class Engine:
                 if engine.key and self.headers["Authorization"] != f"Bearer {engine.key}":
                     status, content = 401, {"error": f"wrong key {self.headers['Authorization']}"}
                 data = engine.raw if engine.raw is not None else json.dumps(content).encode()
+                status = engine.status or status
+                if engine.busy:
+                    engine.busy, status, data = engine.busy - 1, 429, b"<html>Too many requests"
                 self.send_response(status)
+                for name, value in engine.headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

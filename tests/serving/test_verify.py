@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import LoraInitError
+from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
 from tests.conftest import tiny_llama
 from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenizer
@@ -85,6 +86,19 @@ def test_a_planted_fault_is_named(fault, dtype, home, tmp_path):
 def test_a_right_adapter_is_served_as_trained(name, dtype, home):
     done = ask(home, name, served(home, home / name, dtype=dtype))
     assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_as_few_values_as_a_server_tells_are_enough(most, home, tmp_path):
+    """With one value a prompt nothing varies within prompts, which is no sign of another base."""
+    engine = served(home, home / "plain")
+    engine.most = most
+    done = ask(home, "plain", engine)
+    assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
+    engine = served(home, changed(home / "plain", tmp_path / "doubled", config={"lora_alpha": 32}))
+    engine.most = most
+    done = ask(home, "plain", engine)
+    assert done.exit_code == 1 and done.stdout.startswith("scaled: by 2, alpha doubled"), done.output
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,11 +220,30 @@ def test_what_is_wrong_with_the_server_is_one_line(home):
         engine.answer = lambda *_: (200, {"choices": [{"text": "w1", "logprobs": None}]})
         assert "gives no log-probabilities" in error("--url", url)
         engine.answer = lambda *_: (500, {"error": {"message": "it broke"}})
-        assert "answers 500 to model 'served': it broke." in error("--url", url)
+        assert "answers 500: it broke." in error("--url", url)
         engine.answer = lambda *_: (200, [])
         assert "another form than the OpenAI API's" in error("--url", url)
         engine.raw = b"<html>"
         assert "answers with no JSON" in error("--url", url)
+        engine.status, engine.raw = 404, b"Not Found"
+        assert "answers 404: Not Found. An OpenAI-compatible API often ends in /v1." in error("--url", url)
+        engine.status, engine.headers = 307, {"Location": "http://127.0.0.1:9/other/v1"}
+        assert "answers 307: it is at http://127.0.0.1:9/other/v1. Give that by --url." in error("--url", url)
+        engine.status, engine.raw, engine.headers = 200, b" " * (2**24 + 1), {}
+        assert "answers with more than 16 MB" in error("--url", url)
+
+
+def test_a_busy_server_is_asked_again_as_often_and_as_late_as_it_says(home, monkeypatch):
+    engine, waits = served(home, home / "plain"), []
+    monkeypatch.setattr(server.time, "sleep", waits.append)
+    engine.busy, engine.headers = 2, {"Retry-After": "7"}
+    assert ask(home, "plain", engine).exit_code == 0 and waits == [7, 7]
+    engine.busy, engine.headers = 3, {"Retry-After": "86400"}
+    assert ask(home, "plain", engine).exit_code == 0 and waits == [7, 7, 30, 30, 30]
+    engine.status, engine.raw, engine.headers = 503, b"<html>Service Unavailable</html>", {}
+    waits.clear()
+    assert_one_line_error(ask(home, "plain", engine), "answers 503: <html>Service Unavailable</html>")
+    assert waits == [1, 3, 10, 30]
 
 
 def test_a_server_that_does_not_answer_in_time_is_one_line(home):
