@@ -68,8 +68,12 @@ def recipe(
     template: str | None = None,
     completion: str | None = None,
     data_format: str | None = None,
+    texts: Sequence[str] = (),
 ) -> Recipe:
-    """Decide how to read rows with columns `names`, and refuse what the columns or the tokenizer do not allow."""
+    """Decide how to read rows with columns `names`, and refuse what the columns or the tokenizer do not allow.
+
+    `texts` are the columns to propose for a template, the best first.
+    """
     if data_format is not None and (template is not None or data_format not in FORMATS):
         unknown = f"is unknown. {did_you_mean(str(data_format), FORMATS)}"
         both = "and a template say two things. Give one."
@@ -82,10 +86,12 @@ def recipe(
     name, found = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
     if found is None:
         expected = ", or ".join(" and ".join(one.columns) for one in possible.values())
-        answer = f" with the completion ' {{{names[1]}}}'" if len(names) == 2 else ""
+        text, *_ = texts or names or ["column"]
+        proposal = f"template='{{{text}}}'"
+        if len(names) == len(texts) == 2:  # a question and its answer, more often than not
+            proposal = f"template='{{{names[0]}}}' with completion=' {{{names[1]}}}'"
         raise LoraInitError(
-            f"{label} has the columns {', '.join(names)}. Expected {expected}; "
-            f"name others in a template, such as '{{{names[0] if names else 'column'}}}'{answer}."
+            f"{label} has the columns {', '.join(names)}. Expected {expected}; name others, such as {proposal}."
         )
     if found.is_chat and not getattr(tokenizer, "chat_template", None):
         raise LoraInitError(

@@ -75,7 +75,8 @@ def open_reader(
     """
     if label is not None and completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
-    found = recipe(list(rows.table.column_names), rows.label, tokenizer, template, completion, data_format)
+    names = list(rows.table.column_names)
+    found = recipe(names, rows.label, tokenizer, template, completion, data_format, rows.texts(but=label))
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     classes = () if label is None else class_names(rows, label, found.columns, known_classes)
     return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, classes)

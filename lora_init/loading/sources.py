@@ -62,6 +62,13 @@ class Rows:
         line = _first_line_of(self.file, index) if self.file and self.file.is_file() else None
         return f"{self.label}, line {line}" if line else f"{self.label}, row {index + 1}"
 
+    def texts(self, but: str | None = None) -> list[str]:
+        """Return the columns that could be the text of an example, by falling length in the first rows; no lists."""
+        head = self.table.select(range(min(100, len(self.table)))).to_dict()
+        longest = {name: sum(len(str(value)) for value in values) for name, values in head.items() if name != but}
+        nested = {name for name, values in head.items() if any(isinstance(value, (list, dict)) for value in values)}
+        return sorted(longest.keys() - nested, key=lambda name: (-longest[name], name))
+
     def usable(
         self, columns: Sequence[str], read: Callable[[Mapping[str, Any]], _T | str], seed: int, left_out: Counter[str]
     ) -> Iterator[_T]:

@@ -396,10 +396,11 @@ def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizer
             "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,",
         ),
         (dict(format="text", template="{passage}"), "format='text' and a template say two things. Give one"),
-        (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others in a"),
+        (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others, such"),
         (dict(completion="{label}"), "needs a template for the prompt"),
         (dict(), "has the columns passage, label. Expected messages, or conversations, or prompt and completion, or"),
-        (dict(), "name others in a template, such as '{passage}' with the completion ' {label}'."),
+        (dict(), "name others, such as template='{passage}' with completion=' {label}'."),
+        (dict(label="label"), "name others, such as template='{passage}'."),
         (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
         (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
         (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
@@ -729,3 +730,10 @@ def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separat
     rows = read_rows(file)
     assert [rows.place(i).rpartition(", ")[2] for i in range(2)] == ["line 2", "line 5"]
     assert read_rows([{"text": "one"}]).place(0) == "data in memory, row 1"
+
+
+def test_the_longest_column_of_text_is_proposed_and_never_a_list(write, tokenizer):
+    row = {"ticket_id": 1, "tags": ["a long list", "of many words"], "body": "The pump drips.", "category": "leak"}
+    path = write([row, row | {"category": "noise"}])
+    with pytest.raises(LoraInitError, match=re.escape("such as template='{body}'.")):
+        load_batches(path, tokenizer, label="category")
