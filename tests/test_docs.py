@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lora_init
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, find_start
 from lora_init.cli import app as cli
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -30,6 +30,7 @@ RUN = [page for page in ["README.md", *DOCS] if re.search(r"^```(python|bash)$",
 COMPLETE = ("README.md", "docs/getting-started.md")
 MODEL, DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "boolq.jsonl"
 LARGE = "Qwen/Qwen2.5-7B-Instruct"  # here with the least widths that bitsandbytes' kernels take
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 TEMPLATE = "{passage}\nQuestion: {question}?"
 
 WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house plus is".split()  # noqa: SIM905
@@ -46,7 +47,7 @@ SMALLER = (
         r'starts=\("random", "eva"\)',
         r"\g<0>, steps=2, seeds=2, learning_rates=[1e-3], selection_samples=8, report_samples=8",
     ),
-    (r"max_steps=\d+", "max_steps=2"),
+    (r"(max_steps|num_train_epochs)=\d+", r"\g<1>=2"),
     (r'report_to="none",$', 'report_to="none", max_steps=2, bf16=False,'),
 )
 
@@ -63,6 +64,8 @@ def home(tmp_path_factory):
     for name, widths in ((MODEL, {}), (LARGE, dict(hidden_size=64, intermediate_size=128))):
         tokenizer.save_pretrained(home / name)
         tiny_llama(**widths).save_pretrained(home / name)
+    tokenizer.save_pretrained(home / ENCODER)
+    tiny_bert(task=None).save_pretrained(home / ENCODER)
     rows = [
         {"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19], "label": i % 2 == 0}
         for i in range(48)
@@ -74,11 +77,13 @@ def home(tmp_path_factory):
     return home
 
 
+# Gradients of a tiny classifier of three classes have two directions in its last layers.
+@pytest.mark.filterwarnings("ignore:.* layers get fewer ranks than asked for")
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_run(page, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    for name in (MODEL, LARGE):
+    for name in (MODEL, LARGE, ENCODER):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).symlink_to(home / name)
     names = {"__name__": "__main__"}

@@ -282,7 +282,9 @@ class AdapterInit:
             name: tensor.to(kind) if name.endswith((LORA_A, LORA_B)) else tensor
             for name, tensor in self._tensors(model).items()
         }
-        return write_start(directory, tensors, config, self._origin(), self._card(), overwrite)
+        return write_start(
+            directory, tensors, config, self._origin(), self._card(Path(directory).resolve().name), overwrite
+        )
 
     def start_in_words(self) -> str:
         """Say what the adapter does to the model before it is trained, and what of it is trained."""
@@ -379,20 +381,15 @@ class AdapterInit:
             "provenance": provenance,
         }
 
-    def _card(self) -> str:
+    def _card(self, directory: str) -> str:
         origin, ranks = self.provenance, self.ranks.values()
+        base_model = origin.model_id or "BASE_MODEL"
         classes = [str(name) for name in origin.settings.get("classes", ())]
         base = hub_id(origin.model_id) or origin.model_class
         corrected = "import lora_init\n\nlora_init.correct_base(base_model, directory)\n" if self.corrects_base else ""
-        head = (
-            _HEAD.format(base=hub_id(origin.model_id) or "BASE_MODEL", labels=dict(enumerate(classes)))
-            if classes
-            else ""
-        )
+        head = _HEAD.format(base=base_model, labels=dict(enumerate(classes))) if classes else ""
         if origin.quantisation is not None and not head:
-            head = _QUANTIZED.format(
-                model_class=origin.model_class, base=hub_id(origin.model_id) or "BASE_MODEL", how=origin.quantisation
-            )
+            head = _QUANTIZED.format(model_class=origin.model_class, base=base_model, how=origin.quantisation)
         return f"""{card_header(origin.model_id, origin.task_type)}
 # A LoRA adapter before training
 
@@ -402,6 +399,7 @@ Made by lora_init for {base}: method `{self.method}`, {len(ranks)} layers, rank 
 ```python
 from peft import PeftModel
 {head}
+directory = {directory!r}  # where this file is
 {corrected}model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)
 {_FREEZE if self.freeze_a else ""}```
 

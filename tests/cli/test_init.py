@@ -272,7 +272,7 @@ def test_a_plain_encoder_can_be_given_a_task(home, tmp_path):
     assert torch.equal(heads[0][head], heads[1][head])  # a new head starts at random, from the seed
 
 
-def test_a_column_of_classes_makes_a_classifier(home, tmp_path):
+def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     """The start is that of the classes' own loss, and what the card says loads the adapter with its head."""
     save_model(tiny_bert(task=None), tmp_path / "model")
     file, out = tmp_path / "s.safetensors", tmp_path / "out"
@@ -290,8 +290,8 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path):
     for name, (a, _) in expected.weights.items():
         torch.testing.assert_close(tensors[f"base_model.model.{name}.lora_A.weight"], a)
     script = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    script = script.replace("'BASE_MODEL'", repr(str(tmp_path / "model")))
-    names = {"directory": str(out)}
+    monkeypatch.chdir(tmp_path)
+    names = {}
     exec(script, names)
     model = names["model"]
     assert list(model.config.id2label.values()) == said["classes"]

@@ -26,7 +26,7 @@ def command(wide, tmp_path):
     return ["init", wide / "model", wide / "text.txt", "-o", tmp_path / "out", "--rank", 4, "--rho", 1]
 
 
-def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path):
+def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path, monkeypatch):
     file = tmp_path / "statistics"
     command += ["--quantize", "nf4", "--method", "qera", "--unchecked", "--statistics", file]  # weights are random
     made = run(*command, "--json")
@@ -42,8 +42,8 @@ def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path):
     assert "quantized: bitsandbytes nf4" in shown and "corrected: " in shown and "at least (model.layers." in shown
     card = (tmp_path / "out" / "README.md").read_text()
     scope = {}
-    loading = card.split("```python\n")[1].split("```")[0].replace("'BASE_MODEL'", repr(str(wide / "model")))
-    exec(loading.replace("directory", repr(str(tmp_path / "out"))), scope)
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python\n")[1].split("```")[0], scope)
     assert isinstance(scope["model"], PeftModel)
     assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
 
