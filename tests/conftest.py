@@ -67,6 +67,13 @@ def tiny_t5():
     ).eval()
 
 
+def tiny_bart_decoder():
+    from transformers import BartConfig, BartForCausalLM
+
+    config = BartConfig(vocab_size=64, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
+    return BartForCausalLM(config).eval()
+
+
 def tiny_vit():
     from transformers import ViTConfig, ViTForImageClassification
 

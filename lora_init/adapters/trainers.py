@@ -23,6 +23,7 @@ from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import call_model
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import kind_of
+from lora_init.private_parts import forget_loader
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -146,8 +147,8 @@ def _changes_loss(trainer: Any, source: str) -> bool:
 
 def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
     """Refuse an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
-    code = getattr(model.forward, "__code__", None)  # of the function that TRL puts in the place of the model's own
-    if not target_modules or code is None or "fused_lm_head" not in code.co_varnames:
+    taken = inspect.signature(model.forward, follow_wrapped=False).parameters  # TRL's forward is wrapped as the model's
+    if not target_modules or "fused_lm_head" not in taken:
         return
     head = model.get_output_embeddings()
     selected = find_targets(model, target_modules).layers
@@ -200,8 +201,7 @@ class _Twice(IterableDataset[Any]):
 
 
 def _close(trainer: Any, loader: Any) -> None:
-    loaders = getattr(trainer.accelerator, "_dataloaders", [])
-    loaders[:] = [other for other in loaders if other is not loader]
+    forget_loader(trainer.accelerator, loader)
     if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
         loader.end()
 

@@ -29,8 +29,9 @@ from lora_init.cli.console import (
 from lora_init.cli.help import GroupedCommand
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
+from lora_init.private_parts import usage_error
 
-_UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of typer's copy of it
+_UsageError = usage_error()
 
 
 @contextmanager

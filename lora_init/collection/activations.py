@@ -15,7 +15,8 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import Experts, Patches, experts_of, patches_of, routed
 from lora_init.layers.running import evaluating, on_device_of
-from lora_init.layers.wrappers import Precision, goes_backward, is_offloaded, is_sharded
+from lora_init.layers.wrappers import Precision, is_offloaded, is_sharded
+from lora_init.private_parts import version_of
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -81,6 +82,7 @@ class ActivationHooks:
         self._handles: list[Any] = []
         self._mode = ExitStack()
         self._sink: Sink | None = None
+        self.goes_backward = False  # set by `BackwardHooks`: checkpointing then runs layers again
 
     def __enter__(self) -> ActivationHooks:
         self._mode.enter_context(evaluating(self.model))
@@ -125,7 +127,7 @@ class ActivationHooks:
             raise _EndOfPass
 
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._sink is None or goes_backward():  # somebody else's forward pass, or one that is run again
+        if self._sink is None or self.goes_backward:  # somebody else's forward pass, or one that is run again
             return
         with torch.no_grad(), Precision().off():
             if self._rows is not None:
@@ -138,7 +140,7 @@ class ActivationHooks:
                 self._read_input(name, input_of(name, args, kwargs), self._sink)
 
     def _read_input(self, name: str, x: Tensor, sink: Sink) -> None:
-        version = 0 if x.is_inference() else x._version
+        version = version_of(x)
         patches = self._patches[name]
         seen, seen_version, groups = self._read.get((id(x), patches), (None, 0, []))
         if seen is None or seen() is not x or seen_version != version or x.is_inference():  # that has no version

@@ -19,7 +19,8 @@ from lora_init.collection.losses import Loss, count_labels, own_loss
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.running import Forward
 from lora_init.layers.targets import Target
-from lora_init.layers.wrappers import Precision, goes_backward, reshard, run_eagerly
+from lora_init.layers.wrappers import Precision, reshard, run_eagerly
+from lora_init.private_parts import version_of
 
 
 @dataclass(eq=False)
@@ -110,6 +111,7 @@ class BackwardHooks:
                 n_labels = count_labels(self._hooks.model, moved)
                 loss = self._loss_of(moved) * n_labels
                 n_calls = len(self._waiting)
+                self._hooks.goes_backward = True
                 try:
                     loss.backward()  # type: ignore[no-untyped-call]
                 except RuntimeError as error:
@@ -119,6 +121,8 @@ class BackwardHooks:
                         f"the backward pass of {self._name} failed: {first_line(error)} Some quantized layers give no "
                         "gradient of their input: collect from the model in float."
                     ) from error
+                finally:
+                    self._hooks.goes_backward = False
             if n_calls == len(self._waiting) > 0:
                 raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
             for call in self._waiting:
@@ -155,8 +159,8 @@ class BackwardHooks:
         if self._sink is None or not torch.is_grad_enabled():
             return None  # somebody else's pass, or the first run of a reentrant checkpoint
         x = input_of(name, args, kwargs).detach()
-        call = _Call(name, x, x._version, self._hooks.masks.tokens(name, x, predicting=True), output.shape[-1])
-        if not goes_backward():
+        call = _Call(name, x, version_of(x), self._hooks.masks.tokens(name, x, predicting=True), output.shape[-1])
+        if not self._hooks.goes_backward:
             self._waiting[call] = None
         wanting: Tensor = _wanting_gradient(module, args, output)
         wanting.register_hook(partial(self._gradient_hook, call))  # type: ignore[no-untyped-call]
@@ -166,7 +170,7 @@ class BackwardHooks:
         if self._sink is None:
             return
         self._waiting.pop(call, None)
-        if call.x._version != call.version:
+        if version_of(call.x) != call.version:
             raise LoraInitError(
                 f"layer {call.name!r}: what it read was changed in place afterwards, so its gradient is not known."
             )

@@ -137,7 +137,7 @@ def _is_numbered(name: str) -> bool:
 def _is_attention(name: str, module: nn.Module) -> bool:
     kind = type(module).__name__
     by_attribute = _ATTRIBUTE.search(name.rpartition(".")[2]) and not _BLOCK.search(kind)
-    return bool(module._modules) and bool(_CLASS.search(kind) or by_attribute)
+    return any(True for _ in module.children()) and bool(_CLASS.search(kind) or by_attribute)
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.grid import cross_inputs
 from lora_init.layers.wrappers import plain_names
+from lora_init.private_parts import has_plain_loss
 
 # The label of a token that has none: torch's cross entropy skips it, and so does every model of transformers.
 IGNORED = -100
@@ -162,19 +162,11 @@ def shifts_labels(model: nn.Module) -> bool:
     if encoder_of(model) is not None:
         return False
     kind = getattr(model, "loss_type", "")
-    if _has_plain_loss(model):
+    if has_plain_loss(model):
         return False
     if kind is None:  # the loss of transformers for heads that it has no other name for, such as GPT2LMHeadModel
         return getattr(model, "get_output_embeddings", lambda: None)() is not None
     return kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
-
-
-def _has_plain_loss(model: nn.Module) -> bool:
-    """Tell the causal decoders of transformers whose loss is a plain cross entropy, such as BartForCausalLM."""
-    forward = inspect.unwrap(type(model).forward)
-    names = {*forward.__code__.co_names, *forward.__code__.co_varnames}
-    shifts = any("shift" in name or name == "loss_function" for name in names)
-    return type(model).__module__.startswith("transformers.") and "CrossEntropyLoss" in names and not shifts
 
 
 def _numbered(kept: Tensor | None) -> _Mask | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_init.errors import LoraInitError
+from lora_init.private_parts import apply_gate, is_gated
 
 # Patches that one call of a layer gives at most. Neighbours overlap: more of them cost memory and say little.
 MAX_PATCHES = 4096
@@ -120,7 +121,7 @@ class Experts:
         up = rows @ weight if module.is_transposed else F.linear(rows, weight)
         bias = getattr(module, f"{name}_bias", None)
         up = up if bias is None else up + bias[expert]
-        inside: Tensor = module._apply_gate(up) if name == _FIRST[0] else module.act_fn(up)
+        inside: Tensor = apply_gate(module, up) if name == _FIRST[0] else module.act_fn(up)
         return inside
 
 
@@ -132,8 +133,8 @@ def expert_group(name: str, expert: int) -> str:
 def experts_of(name: str, module: nn.Module) -> Experts | None:
     """Describe a parameter of a module of experts by its full name; None if it is no such parameter."""
     ending = name.rpartition(".")[2]
-    parameter = module._parameters.get(ending)
-    is_known = hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and _first_of(module)
+    parameter = dict(module.named_parameters(recurse=False)).get(ending)
+    is_known = hasattr(module, "is_transposed") and is_gated(module) and _first_of(module)
     if not is_known or ending not in (_first_of(module), _SECOND) or parameter is None:
         return None
     if parameter.dim() != 3 or not parameter.is_floating_point():
@@ -175,7 +176,7 @@ def find_parameters(
                 )
             module, parameter = parameters[name]
             found[name] = experts_of(name, module)
-            others = any(experts_of(f"{owner}.{other}", module) for other in module._parameters)
+            others = any(experts_of(f"{owner}.{other}", module) for other, _ in module.named_parameters(recurse=False))
             if found[name] is None and (others or parameter.dim() not in (2, 3)):
                 raise LoraInitError(
                     f"target_parameters selects {name!r} of shape {tuple(parameter.shape)}, which is no weight."
@@ -197,4 +198,4 @@ def routed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Te
 
 
 def _first_of(module: nn.Module) -> str:
-    return next((name for name in _FIRST if name in module._parameters), "")
+    return next((name for name in _FIRST if name in dict(module.named_parameters(recurse=False))), "")

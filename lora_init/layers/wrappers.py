@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# torch.compile, activation checkpointing and FSDP's first version put a module with one of these names around another.
-_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+from lora_init.private_parts import WRAPPED, hook_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Take a model out of `torch.compile`, `DistributedDataParallel` and the like."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    names = (*_INSIDE, "module") if parallel else _INSIDE
-    inner = next((model._modules[name] for name in names if model._modules.get(name) is not None), None)
+    names = (*WRAPPED, "module") if parallel else WRAPPED
+    inner = next((part for name, part in model.named_children() if name in names), None)
     return model if inner is None else unwrapped(inner)
 
 
@@ -33,7 +32,7 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
 
 def plain_name(name: str) -> str:
     """Name a module or parameter as it is named where nothing is wrapped."""
-    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def class_name(module: nn.Module) -> str:
@@ -79,7 +78,7 @@ def _fsdp_module() -> Any:
 
 
 def _offloaded_weights(module: nn.Module) -> Any:
-    hook = getattr(module, "_hf_hook", None)
+    hook = hook_of(module)
     hooks = getattr(hook, "hooks", [hook])
     return next((found for one in hooks if (found := getattr(one, "weights_map", None)) is not None), None)
 
@@ -119,11 +118,6 @@ def run_eagerly() -> AbstractContextManager[Any]:
     """Run code that was compiled as it was written: a compiled graph does not call hooks that were added after it."""
     # Importing dynamo takes a second, and where it was not imported nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def goes_backward() -> bool:
-    """Tell whether this runs inside a backward pass, where checkpointing runs layers again."""
-    return bool(torch._C._current_graph_task_id() != -1)  # torch has no public name for it
 
 
 class Precision:

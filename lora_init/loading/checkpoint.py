@@ -105,12 +105,12 @@ def read_parameter(found: Mapping[Stored, Tensor | None], shape: tuple[int, ...]
 
 def _names(model: Any, name: str) -> Iterator[str]:
     """Name a parameter as checkpoints do: as the model, with or without its prefix, as what it is tied to."""
-    prefix, tied = getattr(model, "base_model_prefix", ""), getattr(model, "_tied_weights_keys", None)
+    prefix, tied = getattr(model, "base_model_prefix", ""), getattr(model, "all_tied_weights_keys", {})
     yield name
     if prefix:
         yield f"{prefix}.{name}"
         yield name.removeprefix(f"{prefix}.")
-    if isinstance(tied, dict) and name in tied:
+    if name in tied:
         yield tied[name]
 
 

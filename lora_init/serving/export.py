@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_init.adapters.directory import CARD_FILE, WEIGHTS_FILE, AdapterDirectory, card_header
+from lora_init.adapters.intruders import intruder_dimensions
 from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
@@ -236,8 +236,7 @@ def _check_options(
 def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tuple[Trained, tuple[int, int]]:
     """Let PEFT take most of the intruder dimensions out of the adapter, and count them before and after.
 
-    PEFT counts while it reduces, so the count after is that of a second reduction, which is thrown away. The model is
-    wrapped meanwhile, and afterwards as it was.
+    The model is wrapped meanwhile, and afterwards as it was.
     """
     require_version("peft", "0.19", "reduce_intruders")
     from peft import PeftModel, get_peft_model_state_dict
@@ -250,14 +249,11 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     if other is not None:  # PEFT takes its weight for that of a linear layer
         raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
 
-    def reduce(old: str, new: str) -> int:
-        lines: list[str] = []
-        reduce_intruder_dimension(peft_model, old, new, logging_sink=lines.append)  # type: ignore[no-untyped-call]
-        return sum(int(count) for line in lines for count in re.findall(r": Intruders: (\d+)", line))
-
     with as_it_was(model):
         peft_model = PeftModel.from_pretrained(model, str(directory))
-        counts = reduce("default", "reduced"), reduce("reduced", "again")
+        before = intruder_dimensions(peft_model).count
+        reduce_intruder_dimension(peft_model, "default", "reduced", logging_sink=None)  # type: ignore[no-untyped-call]
+        counts = before, intruder_dimensions(peft_model).count
         state = get_peft_model_state_dict(peft_model, adapter_name="reduced", save_embedding_layers=False)
     layers = {}
     for name, layer in trained.layers.items():

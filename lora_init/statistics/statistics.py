@@ -60,7 +60,8 @@ class Provenance:
         n_labels: Labels whose loss the gradients are of.
         complete: Whether the pass came to its end; one that was interrupted or failed can be gone on with.
         settings: What else the pass was made with, see `collect`; empty if it is not known.
-        quantisation: (spelled as in files) How the model was quantized, as `quantization_config` of `from_pretrained` says it; else None.
+        quantisation: How the model was quantized, as `quantization_config` of `from_pretrained` says it; else None.
+            Spelled as in files.
         keeps: Share of what a start from these statistics captures that it would keep on other data, estimated from two
             halves of the batches; None if unknown, as after a merge.
     """

@@ -5,11 +5,10 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForCausalLM
 
 from lora_init import LoraInitError, collect
 from lora_init.layers.masks import TokenMasks, shifts_labels
-from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.conftest import batches_for, tiny_bart_decoder, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.layers.test_purposes import bart, gpt2_with_cross_attention
 
 
@@ -158,11 +157,6 @@ def test_padding_is_left_out_of_what_each_side_reads(build, batch, expected):
     """Encoder and decoder are of equal length, so the shape of an input says nothing."""
     stats = collect(build(), [batch], list(expected), rank=2)
     assert {name: stats[name].n_samples for name in expected} == expected
-
-
-def tiny_bart_decoder():
-    config = BartConfig(vocab_size=64, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
-    return BartForCausalLM(config).eval()
 
 
 def test_every_row_of_an_extractive_answer_has_a_gradient():

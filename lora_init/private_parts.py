@@ -1,0 +1,78 @@
+"""What this package takes of other libraries that they do not call public: nothing else does, see its test.
+
+Each function has one use. If a new release breaks one, its test names it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+# torch.compile, activation checkpointing and FSDP's first version put a module with one of these names around another.
+# They are no classes that could be asked for without importing dynamo or FSDP, a second each; since torch 2.0.
+# Without them a wrapped model keeps the prefix in its names: take the new one from `state_dict()`.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def version_of(tensor: Any) -> int:
+    """Read how often a tensor was changed in place; 0 in inference mode, where it is not counted.
+
+    torch counts it for autograd and shows it nowhere else; since 0.4. Without it a tensor that was changed in place
+    counts as read already: decline to share rows between layers instead.
+    """
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def hook_of(module: Any) -> Any:
+    """Read accelerate's hook of a module; None if it has none.
+
+    `accelerate.hooks` adds and removes hooks and returns none; since 0.10. Without it offloaded weights are on the
+    meta device: look for where `add_hook_to_module` puts the hook.
+    """
+    return getattr(module, "_hf_hook", None)
+
+
+def forget_loader(accelerator: Any, loader: Any) -> None:
+    """Let accelerate forget one loader that it has prepared: checkpoints of training would keep its place.
+
+    `free_memory` forgets all; since 0.5. Without it a trainer's checkpoint has one more loader: look for what
+    `prepare_data_loader` appends to.
+    """
+    loaders = getattr(accelerator, "_dataloaders", [])
+    loaders[:] = [other for other in loaders if other is not loader]
+
+
+def is_gated(module: Any) -> bool:
+    """Tell whether a module is one of transformers' fused experts whose first matrix has a gate's half."""
+    return hasattr(module, "_apply_gate")
+
+
+def apply_gate(module: Any, up: Any) -> Any:
+    """Compute what the second matrix of transformers' fused experts reads, from what the first one gives.
+
+    Each model has its own gate, and only its module's `forward` calls it; since 5.0. Without it experts are no targets:
+    look at `transformers.integrations.moe`.
+    """
+    return module._apply_gate(up)
+
+
+def has_plain_loss(model: Any) -> bool:
+    """Tell the decoders of transformers whose own loss is a plain cross entropy, such as BartForCausalLM.
+
+    `loss_type` says of them what it says of decoders that shift their labels; since 4.46. What tells them apart is
+    which names their forward uses. If it breaks, gradients are taken at the wrong tokens: compare the loss with both.
+    """
+    forward = inspect.unwrap(type(model).forward)
+    names = {*forward.__code__.co_names, *forward.__code__.co_varnames}
+    shifts = any("shift" in name or name == "loss_function" for name in names)
+    return type(model).__module__.startswith("transformers.") and "CrossEntropyLoss" in names and not shifts
+
+
+def usage_error() -> Any:
+    """Return the class of all errors in the words of a command line: of click, or of typer's copy of it.
+
+    typer has its own copy since 0.27, and only `BadParameter` is public. Without it a misspelt option prints a box.
+    """
+    from typer import BadParameter
+
+    return next(kind for kind in BadParameter.__mro__ if kind.__name__ == "UsageError")

@@ -1,0 +1,144 @@
+"""Private parts of other libraries are taken in one file. Each test names the one that a new release has broken."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lora_init
+from lora_init import private_parts
+from tests.conftest import tiny_bart_decoder, tiny_gpt2, tiny_llama
+from tests.versions import needs_fused_experts
+
+PACKAGE = Path(lora_init.__file__).parent
+# What Python and IPython ask of objects, and what is documented in spite of its name.
+PUBLIC = {"_repr_png_", "_exit"}
+INTERNALS = {"__bases__", "__code__", "__wrapped__", "__closure__", "co_varnames", "co_names", "getsource", "unwrap"}
+
+
+def strangers(tree):
+    """List the private names that a file takes of objects other than its own."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                continue
+            case ast.Attribute(attr=name):
+                pass
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=name), *_]):
+                pass
+            case ast.Subscript(value=ast.Call(func=ast.Name(id="vars")), slice=ast.Constant(value=str(name))):
+                pass
+            case ast.ImportFrom(names=[*names], module=module) if not (module or "").startswith("lora_init"):
+                yield from (alias.name for alias in names if alias.name.startswith("_"))
+                continue
+            case _:
+                continue
+        if name in INTERNALS or (name.startswith("_") and not name.startswith("__")):
+            yield name
+
+
+def own_names():
+    """List the private names that this package defines: methods, functions, attributes, variables."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    yield name
+                case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                    yield name
+                case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
+                    yield name
+
+
+def test_no_other_file_takes_private_parts():
+    ours = {*own_names()} | PUBLIC
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "private_parts.py"]
+    found = {(path.name, name) for path in files for name in {*strangers(ast.parse(path.read_text()))} - ours}
+    assert not found
+    # Negative: the file that may has some of each kind.
+    there = {*strangers(ast.parse((PACKAGE / "private_parts.py").read_text()))}
+    assert {"_version", "_hf_hook", "_dataloaders", "co_varnames"} <= there - ours
+
+
+def test_each_function_has_its_test_here():
+    functions = {name for name, _ in inspect.getmembers(private_parts, inspect.isfunction)}
+    used = {node.attr for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Attribute)}
+    assert functions | {"WRAPPED"} <= used
+
+
+def test_torch_names_what_it_wraps():
+    model = nn.Sequential(nn.Linear(2, 2))
+    compiled = torch.compile(model)
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    found = [next(wrapped.named_children())[0] for wrapped in (compiled, checkpoint_wrapper(nn.Linear(2, 2)))]
+    assert found == list(private_parts.WRAPPED[:2])
+    source = Path(sys.modules["torch"].__file__).parent / "distributed" / "fsdp" / "_common_utils.py"
+    assert f'FSDP_WRAPPED_MODULE = "{private_parts.WRAPPED[2]}"' in source.read_text()
+
+
+def test_torch_counts_changes_in_place():
+    x = torch.zeros(2)
+    assert private_parts.version_of(x) == 0 and private_parts.version_of(x.add_(1)) == 1
+    with torch.inference_mode():
+        assert private_parts.version_of(torch.zeros(2).add_(1)) == 0
+
+
+def test_accelerate_keeps_its_hook_with_the_module():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    layer, hook = nn.Linear(2, 2), ModelHook()
+    assert private_parts.hook_of(layer) is None
+    add_hook_to_module(layer, hook)
+    assert private_parts.hook_of(layer) is hook
+
+
+def test_accelerate_forgets_one_loader():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.free_memory()
+    kept, gone = (accelerator.prepare(torch.utils.data.DataLoader(range(4))) for _ in range(2))
+    for loader in (kept, gone):
+        iter(loader)
+    private_parts.forget_loader(accelerator, gone)
+    assert accelerator._dataloaders == [kept]
+
+
+def test_transformers_experts_have_a_gate():
+    needs_fused_experts()
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)
+    config = Qwen3MoeConfig(**sizes, head_dim=4, moe_intermediate_size=6, num_experts=2, num_experts_per_tok=1)
+    model = Qwen3MoeForCausalLM(config)
+    experts = [module for module in model.modules() if private_parts.is_gated(module)]
+    assert experts and not private_parts.is_gated(nn.Linear(2, 2))
+    up = torch.randn(3, experts[0].gate_up_proj.shape[1])
+    gate, linear = up.chunk(2, -1)
+    torch.testing.assert_close(private_parts.apply_gate(experts[0], up), nn.functional.silu(gate) * linear)
+
+
+@pytest.mark.parametrize(("build", "plain"), [(tiny_bart_decoder, True), (tiny_llama, False), (tiny_gpt2, False)])
+def test_transformers_decoders_with_a_plain_loss_are_told(build, plain):
+    model = build()
+    assert private_parts.has_plain_loss(model) is plain
+    batch = {name: torch.tensor([[3, 5, 7, 4]]) for name in ("input_ids", "labels")}
+    output = model(**batch)
+    aligned = nn.functional.cross_entropy(output.logits[0], batch["labels"][0])
+    assert torch.isclose(output.loss, aligned) == plain  # what the name claims
+
+
+def test_typer_shows_the_error_that_all_wrong_words_are():
+    import typer
+
+    app = typer.Typer()
+    app.command()(lambda: None)
+    error = private_parts.usage_error()
+    with pytest.raises(error, match="--nothing"):
+        typer.main.get_command(app).main(["--nothing"], standalone_mode=False)
+    assert issubclass(typer.BadParameter, error)
