@@ -32,7 +32,7 @@ _KEPT_KEYS = (
     "alora_invocation_tokens", "auto_mapping", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_bias",
     "lora_dropout", "modules_to_save", "revision", "task_type", "trainable_token_indices", "use_dora",
 )  # fmt: skip
-
+_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # What numbers and patterns of a damaged config end in.
 _DAMAGE = (TypeError, AttributeError, ValueError, OverflowError, re.error)
 
@@ -235,6 +235,8 @@ def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:
             "is a convolution, which the engines read no adapter of. Call PEFT's merge_and_unload() and serve the "
             "model that it returns."
         )
+    elif wrong := {tensor.dtype for tensor in found.values()} - _TYPES:
+        problem = f"is {wrong.pop()}, and A and B are float32, float16 or bfloat16. Save it again in one of these."
     elif not all(tensor.isfinite().all() for tensor in found.values()):
         problem = "holds NaN or infinite numbers: its training went wrong. Save a checkpoint from before."
     if problem is not None:
@@ -299,8 +301,8 @@ def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float,
     if experts:
         a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
     scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
-    if not 0.0 < abs(scaling) < math.inf:
-        raise LoraInitError(f"layer {target.name!r}: lora_alpha is {alpha}, and what is exported is finite and not 0.")
+    if not 1e-30 < abs(scaling) < 1e30:  # with room in float32 for lora_alpha at any rank
+        raise LoraInitError(f"layer {target.name!r}: lora_alpha is {alpha}, expected between 1e-30 and 1e30 times rank.")
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
 
 

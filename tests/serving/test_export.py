@@ -385,10 +385,19 @@ def set_alpha(directory, alpha):
     (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"lora_alpha": alpha}))
 
 
+def set_type(directory, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(directory / "adapter_model.safetensors").items()}
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
 BROKEN = {
-    "alpha of 0": (lambda d: set_alpha(d, 0), "lora_alpha is 0, and what is exported is finite and not 0"),
-    "infinite alpha": (lambda d: set_alpha(d, math.inf), "lora_alpha is inf, and"),
-    "alpha is no number": (lambda d: set_alpha(d, math.nan), "lora_alpha is nan, and"),
+    "alpha of 0": (lambda d: set_alpha(d, 0), "lora_alpha is 0, expected between"),
+    "infinite alpha": (lambda d: set_alpha(d, math.inf), "lora_alpha is inf, expected"),
+    "alpha is no number": (lambda d: set_alpha(d, math.nan), "lora_alpha is nan, expected"),
+    "alpha beyond float32": (lambda d: set_alpha(d, 1e308), r"lora_alpha is 1e\+308, expected between 1e-30 and 1e30"),
+    "float8": (lambda d: set_type(d, torch.float8_e4m3fn), r"layer '.*' is torch.float8_e4m3fn, and A and B are float"),
+    "int8": (lambda d: set_type(d, torch.int8), r"layer '.*' is torch.int8, and A and B are float32, float16 or"),
+    "complex": (lambda d: set_type(d, torch.complex64), r"layer '.*' is torch.complex64, and A and B are float"),
     "diverged": (diverge, "layer '.*' holds NaN or infinite numbers"),
     "no parameters": (name_no_parameters, "adapter_config.json is damaged: target_parameters is no list of names"),
     "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
