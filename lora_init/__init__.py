@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module as _import_module
+from logging import getLogger as _getLogger
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# bitsandbytes warns when PEFT imports it, also where nothing is quantized, that one kernel for processors is missing.
+_getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 # Resolved on first use, so that importing the package, and `lora-init --help`, do not import torch.
 _NAMES = {

@@ -1,6 +1,7 @@
 """What `lora_init` shows to a user, to an editor and to mypy."""
 
 import ast
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,10 @@ def test_mypy_sees_every_name_with_its_type_and_a_misspelt_one(tmp_path):
     assert len(errors) == 2, done.stdout
     assert 'expression has type "RankAllocation", variable has type "int"' in errors[0]
     assert 'Module has no attribute "build_adaptor"' in errors[1]
+
+
+def test_what_bitsandbytes_misses_is_no_concern_of_a_user(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
+    logger.warning("another thing")
+    assert caplog.messages == ["another thing"]

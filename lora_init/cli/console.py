@@ -244,8 +244,6 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
     import logging
 
     with busy("importing torch and transformers"):
-        if not _running.verbose:
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says which kernels it does not find
         yield
         if not _running.verbose:
             import transformers
