@@ -143,7 +143,9 @@ def test_blocks_and_configurations_take_the_default_size_and_rate():
     recommended = {find_start(name).learning_rate for name in (DEFAULT, DEFAULT_FOR_CLASSES)}
     for page in {"README.md", *DOCS} - {"docs/comparing-starts.md"}:
         code = "".join(text for language, text in BLOCK.findall(TEXTS[page]) if language in ("python", "bash"))
-        assert not re.search(r"lora.alpha", code), page
+        sizes = re.findall(r"r=(\d+), lora_alpha=(\d+)", code)
+        assert all(int(alpha) == find_start(DEFAULT).lora_alpha(int(rank)) for rank, alpha in sizes), page
+        assert len(re.findall(r"lora.alpha", code)) == len(sizes), page
         assert {float(rate) for rate in re.findall(r"learning.rate[= ]([\d.e-]+)", code)} <= recommended, page
     for file in (ROOT / "examples").glob("*.yaml"):
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
