@@ -33,9 +33,9 @@ from lora_init.collection.collect import collect
 from lora_init.collection.processes import Processes
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import encoder_of
-from lora_init.layers.targets import find_targets
+from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in
 from lora_init.loading.batches import Batches, as_batches, load_batches
-from lora_init.loading.models import classes_of
+from lora_init.loading.models import classes_of, task_of
 from lora_init.planning.allocate import allocate_ranks
 
 if TYPE_CHECKING:
@@ -81,9 +81,11 @@ def initialize(
         rank: Average rank of a layer. What a trainer's `peft_config` says otherwise is refused, here and below.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank. Default: what the method is
             recommended with, 2 for `"eva"`.
-        method: See `build_adapter`. Default: `"natural-gradient"` for classes (`label`, or a trainer of a classifier)
-            if they give gradients, else `"eva"`. See there, too, `whiten`, `lora_alpha`, `use_rslora`, `use_dora`,
-            `lora_dropout`, `modules_to_save` and `freeze_a`.
+        method: See `build_adapter`. Default: `"natural-gradient"` for classes (`label`, here or of `load_batches`, or a
+            trainer of a classifier) if they give gradients, else `"eva"`. See there, too, `whiten`, `lora_alpha`,
+            `use_rslora`, `use_dora`, `lora_dropout`, `modules_to_save` and `freeze_a`. The head of a classifier is
+            trained whole in any case and saved with the adapter, since a checkpoint may lack it: by the task type, or
+            among `modules_to_save`.
         tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
         config: PEFT's `LoraConfig`, in place of `rank`, `target_modules`, `lora_alpha` and the like: rank, scaling,
             dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
@@ -140,11 +142,19 @@ def initialize(
     rho = rho or start.rho
     if start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(f"method={method!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
+    options["task_type"] = task = options.get("task_type") or _task_with_head(model, batches, "label" in options)
+    whole = [*adapter["modules_to_save"]]
+    adapter["modules_to_save"] = [
+        *whole,
+        *(h for h in heads_of(model) if not is_in(h, (*HEADS.get(task or "", ()), *whole))),
+    ]
     check_modules_to_save(model, adapter["modules_to_save"])
     if start.by_gradient:
         options.setdefault("gradients", True)
     if tokenizer is not None:
         batches, options = _read(model, batches, tokenizer, seed, options)
+    else:
+        _check_classes(model, getattr(batches, "classes", ()))
     measured = start.by_error or (gamma is None and start.takes_step)
     _check_readable(start, model, target_modules, options, weights)
     aside, others = set_aside(as_batches(batches, model, seed)) if measured else ([], batches)
@@ -226,7 +236,11 @@ def _by_default(arguments: dict[str, Any]) -> PeftModel:
     """Call `initialize` with the method that is recommended: by the gradient for classes, unless there is none."""
     arguments |= arguments.pop("options")
     trainer = arguments["model"]
-    classifies = "label" in arguments or (is_trainer(trainer) and classifies_by_own_loss(trainer))
+    classifies = (
+        "label" in arguments
+        or bool(getattr(arguments["batches"], "classes", ()))
+        or (is_trainer(trainer) and classifies_by_own_loss(trainer))
+    )
     try:
         return initialize(**arguments | {"method": default_start(classifies)})
     except NoGradientsError as error:
@@ -245,9 +259,29 @@ def _read(
     reading = {"seq2seq": encoder_of(model) is not None and not classifies, "known_classes": head, **reading}
     reading.setdefault("needs_labels", rest.get("gradients", False) or rest.get("token_mask") == "labels")
     batches = load_batches(source, tokenizer, seed=seed, **reading)
-    if classifies and len(batches.classes) != len(head):
-        got = (
-            f"{batches.description.partition(':')[0]} has {len(batches.classes)} classes, the model's head {len(head)}"
+    _check_classes(model, batches.classes)
+    return batches, {"data": batches.description, **rest}
+
+
+def _task_with_head(model: nn.Module, batches: Any, labelled: bool) -> str | None:
+    """Return PEFT's task type for which it trains a head whole: of classes, or of the model's class."""
+    task = "SEQ_CLS" if labelled or getattr(batches, "classes", None) else task_of(model)
+    return task if task in HEADS else None
+
+
+def _check_classes(model: nn.Module, classes: Sequence[str]) -> None:
+    """Refuse classes of the data that are not those of the model's head, in number and order."""
+    head = classes_of(getattr(model, "config", None))
+    if not classes or not hasattr(model, "config"):
+        return
+    if len(classes) != len(head) or not heads_of(model):
+        n_outputs = len(head) if heads_of(model) else 0
+        raise LoraInitError(
+            f"the data have {len(classes)} classes, the model's head {n_outputs}. Load the model by "
+            f"AutoModelForSequenceClassification with num_labels={len(classes)}."
         )
-        raise LoraInitError(f"{got}. Load the model with num_labels={len(batches.classes)}.")
-    return batches, {"data": batches.description, **({"task_type": "SEQ_CLS"} if classifies else {}), **rest}
+    if {*classes} == {*head} and tuple(classes) != head:
+        raise LoraInitError(
+            f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
+            "known_classes=tuple(model.config.id2label.values()) to load_batches."
+        )

@@ -22,7 +22,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import call_model
 from lora_init.layers.targets import find_targets
-from lora_init.loading.models import kind_of
+from lora_init.loading.models import task_of
 from lora_init.private_parts import forget_loader
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
 # How an SFTTrainer calls that loss; older ones have no name for it.
 _OWN_LOSS = (None, "nll", "chunked_nll")
+
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
 
 def is_trainer(model: Any) -> bool:
@@ -73,8 +75,7 @@ def opened(
         shape = read_adapter(model, {**given, **decided}, "the trainer's peft_config")
     else:
         _check_head(model, given.get("target_modules", ()), name)
-        kind = kind_of(type(model).__name__, bool(getattr(model.config, "is_encoder_decoder", False)))
-        shape = {"task_type": options.get("task_type", kind and kind[0])}
+        shape = {"task_type": options.get("task_type", task_of(model))}
     restore = remember(model)
     try:
         if hasattr(model, "peft_config"):
@@ -103,12 +104,11 @@ def opened(
 
 
 def classifies_by_own_loss(trainer: Any) -> bool:
-    """Tell whether a trainer trains a classifier of sequences by the loss that the model computes from classes."""
+    """Tell whether a trainer trains a classifier by the loss that the model computes from classes."""
     config = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
     base = trainer.model if config is None else trainer.model.get_base_model()
-    kind = kind_of(type(base).__name__, bool(getattr(base.config, "is_encoder_decoder", False)))
-    task = getattr(config, "task_type", None) or (kind and kind[0])
-    return task == "SEQ_CLS" and has_plain_loss(trainer)
+    classifies = getattr(config, "task_type", None) == "SEQ_CLS" or type(base).__name__.endswith(_CLASSIFIERS)
+    return classifies and has_plain_loss(trainer)
 
 
 def adapter_dtype(trainer: Any) -> torch.dtype | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,7 +85,9 @@ class BackwardHooks:
                     parameter.requires_grad_(False)
             for name, module in self._hooks.modules.items():
                 stack.callback(module.register_forward_hook(partial(self._hook, name), with_kwargs=True).remove)
-            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+            embedding = None
+            with suppress(NotImplementedError):  # of a model of transformers that reads sound
+                embedding = getattr(model, "get_input_embeddings", lambda: None)()
             if isinstance(embedding, nn.Module):  # a reentrant checkpoint runs backward only if its input wants one
                 stack.callback(embedding.register_forward_hook(_wanting_gradient).remove)
             stack.enter_context(_checkpointed(model))

@@ -86,6 +86,20 @@ HEADS = {
 }
 
 
+def heads_of(model: nn.Module) -> list[str]:
+    """Name the modules of a transformers model beside its body that have weights: a checkpoint of the body lacks them.
+
+    Empty for a language model, whose output embedding is a part of the checkpoint.
+    """
+    model = unwrapped(model)
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return []
+    there = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    body = getattr(model, "base_model_prefix", "")
+    known = {name for names in HEADS.values() for name in names}
+    return [name for name in there if (name != body if body in there else hasattr(model, "config") and name in known)]
+
+
 # What a file may say of a layer; more is damage, and would take minutes and gigabytes before anybody notices.
 _WIDEST = 2**24  # the largest vocabularies have about 2**18 tokens
 _MOST_EXPERTS = 2**16  # Switch-C, which has most, has 2**11 (Fedus et al. 2021)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,6 +285,13 @@ def kind_of(architecture: str, is_encoder_decoder: bool) -> tuple[str | None, st
     if kind is not None and kind[0] == "SEQ_2_SEQ_LM" and not is_encoder_decoder:
         return "CAUSAL_LM", "AutoModelForImageTextToText"
     return kind
+
+
+def task_of(model: Any) -> str | None:
+    """Return PEFT's task type for the class of a model; None without one, or if its wrapper cannot call the model."""
+    kind = kind_of(type(model).__name__, bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)))
+    reads_tokens = "input_ids" in inspect.signature(type(model).forward).parameters
+    return kind[0] if kind and reads_tokens else None
 
 
 def _guarded(source: str, load: Any, **options: Any) -> Any:

@@ -1,0 +1,179 @@
+"""The head of a classifier is trained whole and saved with the adapter, in every way in: a checkpoint may lack it."""
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import Trainer, TrainingArguments
+
+from lora_init import LoraInitError, initialize, load_batches
+from tests.commands import run, save_model
+from tests.conftest import tiny_bert, tiny_llama
+from tests.loading.test_batches import bert_tokenizer
+
+TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+DECODER = dict(vocab_size=64, d_model=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+BART = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in
+        (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+PIXELS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8,
+              patch_size=4, num_channels=1)  # fmt: skip
+SOUND = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8,),
+             conv_stride=(2,), conv_kernel=(3,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+             num_conv_pos_embedding_groups=2)  # fmt: skip
+# Class: its configuration, what the checkpoint of its body lacks, and PEFT's task type.
+CLASSES = {
+    "BertForSequenceClassification": (TEXT, ("classifier",), "SEQ_CLS"),
+    "DistilBertForSequenceClassification": (
+        dict(vocab_size=64, dim=16, n_layers=1, n_heads=2, hidden_dim=24), ("pre_classifier", "classifier"), "SEQ_CLS",
+    ),
+    "DebertaV2ForSequenceClassification": (TEXT, ("pooler", "classifier"), "SEQ_CLS"),
+    "ModernBertForSequenceClassification": (
+        TEXT | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
+        ("head", "classifier"), "SEQ_CLS",
+    ),
+    "XLNetForSequenceClassification": (
+        dict(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=24),
+        ("sequence_summary", "logits_proj"), "SEQ_CLS",
+    ),
+    "LlamaForSequenceClassification": (TEXT | dict(num_key_value_heads=2, pad_token_id=0), ("score",), "SEQ_CLS"),
+    "T5ForSequenceClassification": (
+        DECODER | dict(d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0),
+        ("classification_head",), "SEQ_CLS",
+    ),
+    "BartForSequenceClassification": (DECODER | BART, ("classification_head",), "SEQ_CLS"),
+    "BertForTokenClassification": (TEXT, ("classifier",), "TOKEN_CLS"),
+    "BertForQuestionAnswering": (TEXT, ("qa_outputs",), "QUESTION_ANS"),
+    "BertForMultipleChoice": (TEXT, ("classifier",), None),
+    "ViTForImageClassification": (PIXELS, ("classifier",), None),
+    "Dinov2ForImageClassification": (PIXELS, ("classifier",), None),
+    "ConvNextForImageClassification": (
+        dict(num_channels=1, hidden_sizes=[8] * 4, depths=[1] * 4, patch_size=1), ("classifier",), None
+    ),
+    "SegformerForSemanticSegmentation": (
+        dict(num_channels=1, hidden_sizes=[8] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8),
+        ("decode_head",), None,
+    ),
+    "Wav2Vec2ForSequenceClassification": (SOUND, ("projector", "classifier"), None),
+}  # fmt: skip
+
+
+def batch_for(name):
+    generator = torch.Generator().manual_seed(0)
+    if "Image" in name or "Segmentation" in name:
+        side = 8 if PIXELS is CLASSES[name][0] else 32
+        return {"pixel_values": torch.randn(6, 1, side, side, generator=generator)}
+    if name.startswith("Wav2Vec2"):
+        return {"input_values": torch.randn(6, 64, generator=generator)}
+    shape = (6, 2, 9) if "Choice" in name else (6, 9)
+    ids = torch.randint(3, 64, shape, generator=generator)
+    ids[..., -1] = 2
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def n_labels(name):
+    return 2 if "Answering" in name else 3
+
+
+def with_new_head(name, folder):
+    """A model from a checkpoint that lacks the head."""
+    settings, heads, _ = CLASSES[name]
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**settings, num_labels=n_labels(name)))
+    body = {key: value for key, value in model.state_dict().items() if not key.startswith(heads)}
+    model.save_pretrained(folder, state_dict=body)
+    return loaded(kind, folder, seed=1)
+
+
+def loaded(kind, folder, seed):
+    torch.manual_seed(seed)
+    return kind.from_pretrained(folder, num_labels=n_labels(kind.__name__)).eval()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return next(value for key, value in model(**batch).items() if "logits" in key)
+
+
+def assert_kept(adapted, folder, batch):
+    """Change all that is trained, save it, and load it on the checkpoint again, whose head is another one by then."""
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    adapted.eval()
+    base = type(adapted.get_base_model())
+    trained = logits(adapted, batch)
+    adapted.save_pretrained(folder / "adapter")
+    again = PeftModel.from_pretrained(loaded(base, folder, seed=5), folder / "adapter").eval()
+    torch.testing.assert_close(logits(again, batch), trained)
+    assert not torch.allclose(logits(loaded(base, folder, seed=5), batch), trained)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_new_head_is_saved_with_the_adapter(name, tmp_path):
+    model, batch = with_new_head(name, tmp_path), batch_for(name)
+    adapted = initialize(model, [batch], rank=1, rho=1, lora_alpha=8)
+    assert adapted.peft_config["default"].task_type == CLASSES[name][2]
+    assert_kept(adapted, tmp_path, batch)
+
+
+def test_a_config_that_names_no_head_keeps_it_too(tmp_path):
+    model, batch = with_new_head("ViTForImageClassification", tmp_path), batch_for("ViTForImageClassification")
+    adapted = initialize(model, [batch], rho=1, config=LoraConfig(r=1, lora_alpha=4, target_modules="all-linear"))
+    assert_kept(adapted, tmp_path, batch)
+
+
+ROWS = [{"text": " ".join("abcdefghij"[(i * k) % 10] for k in range(1, 7)), "kind": f"kind {i % 3}"} for i in range(96)]
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "T5ForSequenceClassification"])
+def test_batches_of_classes_say_what_they_are_for(name, tmp_path):
+    """The start is the one for classes, and the head is kept."""
+    model = with_new_head(name, tmp_path)
+    batches = load_batches(ROWS, bert_tokenizer(), template="{text}", label="kind")
+    adapted = initialize(model, batches, rank=1, rho=1)
+    assert adapted.peft_config["default"].task_type == "SEQ_CLS"
+    assert adapted.peft_config["default"].lora_alpha == 10  # that of natural-gradient
+    assert_kept(adapted, tmp_path, batch_for(name))
+
+
+def test_classes_of_another_head_are_refused():
+    batches = load_batches(ROWS, bert_tokenizer(), template="{text}", label="kind")
+    with pytest.raises(LoraInitError, match="the data have 3 classes, the model's head 2"):
+        initialize(tiny_bert(), batches)
+    with pytest.raises(LoraInitError, match="the data have 3 classes, the model's head 0"):
+        initialize(tiny_llama(), batches)
+    model = tiny_bert()
+    model.config.id2label = {0: "kind 1", 1: "kind 0", 2: "kind 2"}
+    with pytest.raises(LoraInitError, match="known_classes"):
+        initialize(model, batches)
+
+
+@pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "T5ForSequenceClassification",
+                                  "ViTForImageClassification", "Wav2Vec2ForSequenceClassification"])  # fmt: skip
+def test_a_trainer_of_a_classifier_keeps_its_head(name, tmp_path):
+    model, batch = with_new_head(name, tmp_path), batch_for(name)
+    column = {key: value.tolist() for key, value in batch.items()}
+    rows = Dataset.from_dict({**column, "labels": [i % 3 for i in range(6)]})
+    args = dict(per_device_train_batch_size=2, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
+    trainer = Trainer(model, TrainingArguments(tmp_path / "runs", save_strategy="no", **args), train_dataset=rows)
+    adapted = initialize(trainer, rank=1, rho=1)
+    assert adapted.peft_config["default"].lora_alpha == 10  # that of natural-gradient
+    trainer.train()
+    assert_kept(adapted, tmp_path, batch)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
+def test_the_command_writes_the_head_beside_the_adapter(name, tmp_path):
+    model = with_new_head(name, tmp_path / "checkpoint")
+    kind, heads = type(model), CLASSES[name][1]
+    body = {key: value for key, value in model.state_dict().items() if not key.startswith(heads)}
+    save_model(model, tmp_path)
+    model.save_pretrained(tmp_path, state_dict=body)
+    (tmp_path / "rows.txt").write_text("the cat sat on a mat\n" * 8 + "two red hats run in my house\n" * 8)
+    made = run("init", tmp_path, tmp_path / "rows.txt", "--rank", 1, "--rho", 1, "-o", tmp_path / "start")
+    assert made.exit_code == 0, made.output
+    base = loaded(kind, tmp_path, seed=7)
+    assert_kept(PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True), tmp_path, batch_for(name))
