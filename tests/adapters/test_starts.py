@@ -161,5 +161,6 @@ def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
 
 
 def test_what_a_start_returns_is_cut_from_its_graph(packages, stats):
-    packages(lead=Start("lead", "", function=lambda spectrum, rank: spectrum.components[:rank].clone().requires_grad_()))
+    own = Start("lead", "", function=lambda spectrum, rank: spectrum.components[:rank].clone().requires_grad_())
+    packages(lead=own)
     assert not any(weights.a.requires_grad for weights in build_adapter(stats, RANK, "lead").weights.values())
