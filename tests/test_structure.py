@@ -89,3 +89,14 @@ def test_names_of_starts_stand_in_the_registry_alone(file):
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert strings & {*compared_names(), FROM_BANK} <= OTHERWISE.get(file, set())
+
+
+def test_names_of_starts_are_read_where_they_come_in():
+    """From a caller, a directory or a table: what is read there travels, and no name is read again below."""
+    read = {}
+    for file in (PACKAGE / "comparison").glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        read[file.name] = sum("Variant" in map(ast.unparse, (call.func, *call.args)) for call in calls)
+    assert read.pop("findings.py") <= 9
+    known = {"starts.py": 3, "runs.py": 4, "plots.py": 1, "outlook.py": 1}
+    assert {name: n for name, n in read.items() if n} == known

@@ -58,6 +58,8 @@ class Start:
         corrects_quantized: Of PEFT's starts: whether it has a form for a base that is quantized already, which it then
             corrects without any data, and does not change.
         settings: Of PEFT's starts: what else its LoraConfig has.
+        preprocess: Of PEFT's starts: reads data before, called with the model, its `LoraConfig`, the names of the
+            layers and batches. Given as `"module:name"`, it is imported when it is first used.
         package: Name and version of the package that it comes from; empty for our own.
 
     Raises:
@@ -82,6 +84,7 @@ class Start:
     linear_only: bool = False
     corrects_quantized: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    preprocess: Callable[..., None] | str | None = None
     package: str = ""
 
     def __post_init__(self) -> None:
@@ -137,7 +140,9 @@ class Start:
         Raises:
             LoraInitError: The function cannot be imported, or asks for something else. What it raises itself passes.
         """
-        function = _function_of(self)
+        if self.function is None:
+            raise LoraInitError(f"{self} is made by {self.made_by}: there is no function to call.")
+        function = load_function(self.function)
         wanted = signature(function).parameters
         strange = [name for name in wanted if name not in known]
         if strange:
@@ -147,13 +152,11 @@ class Start:
         return function(**{name: known[name] for name in wanted})
 
 
-@functools.cache
-def _function_of(start: Start) -> Callable[..., Any]:
-    if not isinstance(start.function, str):
-        if not callable(start.function):
-            raise LoraInitError(f"{start} is made by {start.made_by}: there is no function to call.")
-        return start.function
-    module, _, name = start.function.partition(":")
+def load_function(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """Return a function; one that is given as "module:name" is imported."""
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), name)
     return found
 
@@ -266,7 +269,13 @@ STARTS: tuple[Start, ...] = (
         b_is_zero=False,
         linear_only=True,
     ),
-    Start("corda", "PEFT's CorDA (arXiv 2406.05223)", made_by="peft", b_is_zero=False),
+    Start(
+        "corda",
+        "PEFT's CorDA (arXiv 2406.05223)",
+        made_by="peft",
+        b_is_zero=False,
+        preprocess="lora_init.comparison.starts:preprocess_corda",
+    ),
     Start(
         "loftq",
         "PEFT's LoftQ (arXiv 2310.08659), which rounds the base to 4 bits",

@@ -14,6 +14,7 @@ from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import CONFIDENCE, effects
 from lora_init.comparison.findings import judged_losses, longer_random, verdicts
 from lora_init.comparison.runs import Record, Run, RunPlan, best_rates, run_table
+from lora_init.comparison.starts import Variant
 from lora_init.comparison.wording import percent
 from lora_init.errors import LoraInitError
 
@@ -55,7 +56,9 @@ class RunBudget:
         """Tell whether what takes so long would end in time."""
         return self.seconds is None or time.monotonic() - self.began + seconds <= self.seconds
 
-    def due(self, plan: RunPlan, starts: Sequence[str], records: Mapping[Run, Record]) -> tuple[list[Run], list[str]]:
+    def due(
+        self, plan: RunPlan, starts: Sequence[Variant], records: Mapping[Run, Record]
+    ) -> tuple[list[Run], list[str]]:
         """List the runs to do as far as is known, those that ended among them, and say why the others are left out.
 
         Under a limit seeds are added in stages, see `STAGES`. After each the starts that `stops` names get no more, and

@@ -25,9 +25,9 @@ from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek
 from lora_init.comparison.starts import (
     AdapterShape,
+    Variant,
     by_batches,
-    check_start,
-    read_variant,
+    read_start,
     recommended,
 )
 from lora_init.comparison.tables import run_tables
@@ -235,20 +235,17 @@ def _directory(output: str | Path, dry_run: bool) -> Path:
 
 def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
-) -> tuple[list[str], dict[str, Any]]:
-    """Check starts, and tell their names from where those of the user's own are."""
+) -> tuple[list[Variant], dict[str, Any]]:
+    """Read starts; return where those of the user's own come from beside them, by name."""
     starts = [*starts, FULL] if full and FULL not in starts else starts
-    for start in starts:
-        check_start(start)
-    names = [start if isinstance(start, str) else start[0] for start in starts]
+    names = [read_start(start) for start in starts]
     own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
-    for name in own:
-        if not read_variant(name).is_plain:
+    for name in names:
+        if name in own and not name.is_plain:
             raise LoraInitError(f"start {name!r}: what follows a plus says how a start is run. Choose another name.")
     if not names or len(set(names)) < len(names):
         raise LoraInitError(f"starts={names}: expected names, each once.")
-    known = [found for name in names if (found := read_variant(name).start)]
-    if bank is None and any(found.made_by == "bank" for found in known):
+    if bank is None and any(name.start and name.start.made_by == "bank" for name in names):
         raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     return names, own
 
@@ -256,13 +253,13 @@ def _read_starts(
 def _vary(plan: RunPlan, by_rate: Mapping[str, float], batches: Sequence[int]) -> RunPlan:
     """Run each start with each number of batches for its statistics, and those of a rate of their own at that."""
     names = by_batches(plan.starts, batches)
-    rates = {name: by_rate[base] for name in names if (base := read_variant(name).any_batches) in by_rate}
+    rates: dict[str, float] = {name: by_rate[base] for name in names if (base := name.any_batches) in by_rate}
     return replace(plan, starts=names, recommended=rates)
 
 
-def _packages(starts: Sequence[str]) -> dict[str, dict[str, str]]:
+def _packages(starts: Sequence[Variant]) -> dict[str, dict[str, str]]:
     """Say which packages the starts come from that are not ours."""
-    found = {name: start.package for name in starts if (start := read_variant(name).start) and start.package}
+    found: dict[str, str] = {name: name.start.package for name in starts if name.start and name.start.package}
     return {"packages": found} if found else {}
 
 
@@ -273,10 +270,12 @@ def _read_batches(given: int | Sequence[int]) -> list[int]:
     return batches
 
 
-def _there_are(bench: Workbench, names: Sequence[str], batches: Sequence[int], say: Callable[[str], None]) -> list[int]:
+def _there_are(
+    bench: Workbench, names: Sequence[Variant], batches: Sequence[int], say: Callable[[str], None]
+) -> list[int]:
     """Put what the data make in the place of numbers of batches that are larger; refuse names that ask for more."""
     for name in names:
-        wanted = read_variant(name).batches or 1
+        wanted = name.batches or 1
         if bench.n_batches(wanted) < wanted:
             raise LoraInitError(f"start {name!r}: the training data make {bench.n_batches(wanted)} batches for it.")
     if (most := bench.n_batches(max(batches))) < max(batches):

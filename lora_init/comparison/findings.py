@@ -13,7 +13,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.effects import Effect, Outcome, effects, unlike_spreads
 from lora_init.comparison.runs import best_rates, by_seed, run_table
-from lora_init.comparison.starts import read_variant
+from lora_init.comparison.starts import Variant
 from lora_init.comparison.tasks import FEW
 from lora_init.comparison.wording import rate_text, say
 
@@ -53,7 +53,7 @@ class Verdict:
 
 def is_judged(start: str) -> bool:
     """Tell whether a start is compared with random: random itself is not, nor full, nor what trains longer."""
-    return start not in (RANDOM, FULL) and read_variant(start).steps is None
+    return start not in (RANDOM, FULL) and Variant(start).steps is None
 
 
 def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
@@ -144,7 +144,7 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     lacking: dict[frozenset[int], list[str]] = {}
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = frozenset(settings.get("seeds") or []) - set(own["seed"])
-        if seeds and not settings.get("budget") and read_variant(start).steps is None:
+        if seeds and not settings.get("budget") and Variant(start).steps is None:
             lacking.setdefault(seeds, []).append(start)
     said += [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
     said += [say("few_examples", n=n)] if (n := settings.get("folds", {}).get("report", FEW)) < FEW else []
@@ -225,14 +225,14 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | N
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
     """Write the command that makes the adapter of a start, to be trained at a rate; None where `init` does not."""
-    options = read_variant(start).init_options() if start else None
+    options = Variant(start).init_options() if start else None
     if start is None or not options or not settings.get("init"):
         return None
     of_bank = "--bank" in options  # whose adapters decide all else
     rate = "" if learning_rate is None or of_bank else f"--learning-rate {rate_text(learning_rate)} "
-    batches = read_variant(start).batches or settings["statistics_batches"]
+    batches = Variant(start).batches or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
-    alpha = f"--lora-alpha {read_variant(start).alpha or settings['lora_alpha']:g}"
+    alpha = f"--lora-alpha {Variant(start).alpha or settings['lora_alpha']:g}"
     return " ".join([settings["init"], samples, alpha, *options, f"{rate}--output adapter"])
 
 
@@ -250,9 +250,9 @@ def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str
     return said
 
 
-def longer_random(table: pd.DataFrame) -> str:
+def longer_random(table: pd.DataFrame) -> Variant:
     """Name the start that is random with twice the steps."""
-    return f"{RANDOM}+{2 * _steps(table)}-steps"
+    return Variant(f"{RANDOM}+{2 * _steps(table)}-steps")
 
 
 def _steps(table: pd.DataFrame) -> int:
@@ -322,9 +322,9 @@ def equal_loss(table: pd.DataFrame) -> pd.DataFrame:
 def data_needed(table: pd.DataFrame) -> list[str]:
     """Compare each start with statistics of fewer batches with the same start with most, each at its own best rate."""
     losses, said = by_seed(table), []
-    numbers = {start: n for start in losses.index if (n := read_variant(start).batches)}
-    for name in dict.fromkeys(read_variant(start).any_batches for start in numbers):
-        own = [start for start in numbers if read_variant(start).any_batches == name]  # from few to many
+    numbers = {start: n for start in losses.index if (n := Variant(start).batches)}
+    for name in dict.fromkeys(Variant(start).any_batches for start in numbers):
+        own = [start for start in numbers if Variant(start).any_batches == name]  # from few to many
         most, reference = own[-1], float(losses.loc[own[-1]].mean())
         for start, effect in effects(losses.loc[own], most).items():
             batches = {"fewer": numbers[start], "most": numbers[most]}

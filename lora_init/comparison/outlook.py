@@ -13,7 +13,7 @@ from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import detectable
 from lora_init.comparison.findings import is_judged
 from lora_init.comparison.runs import Record, Run, RunPlan
-from lora_init.comparison.starts import prepare, read_variant
+from lora_init.comparison.starts import Basis, Variant, prepare
 from lora_init.comparison.tasks import CLASSIFICATION, item_length
 from lora_init.comparison.training import Training, evaluate, train
 from lora_init.comparison.workbench import Workbench
@@ -140,7 +140,7 @@ def measure(bench: Workbench) -> Pace:
     sizes = [len(items) * max(map(item_length, items)) for items in order]
     usual = order[min(range(len(order)), key=lambda i: abs(sizes[i] - fmean(sizes)))]
     probe, single = replace(bench.task, report=usual, selection=usual), Training(1, len(usual), 0.0, [0, 1])
-    prepared = prepare(RANDOM, bench.loaded.model, bench.shape, 0)
+    prepared = prepare(Variant(RANDOM), Basis(bench.loaded.model, bench.shape, 0))
     try:
         for _ in range(2):
             done = train(
@@ -166,9 +166,9 @@ def _seconds_of_statistics(bench: Workbench, pace: Pace, left: Iterable[Run]) ->
     """Estimate the passes for statistics: one for each seed, number of batches, and kind."""
     passes = set()
     for run in left:
-        asked = read_variant(run.start)
-        if asked.recipe and asked.recipe.reads_data:
-            passes.add((run.seed, asked.batches, asked.recipe.center, asked.recipe.by_gradient))
+        recipe = run.start.recipe
+        if recipe and recipe.reads_data:
+            passes.add((run.seed, run.start.batches, recipe.center, recipe.by_gradient))
     cost = {True: _PASS_WITH_GRADIENTS, False: _PASS}
     examples = sum(bench.n_batches(batches) * cost[by_gradient] for _, batches, _, by_gradient in passes)
     return examples * bench.training.batch_size * pace.example

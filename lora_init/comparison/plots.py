@@ -14,7 +14,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.findings import Summary
 from lora_init.comparison.runs import best_rates
-from lora_init.comparison.starts import read_variant
+from lora_init.comparison.starts import Variant
 from lora_init.comparison.wording import rate_text
 from lora_init.errors import LoraInitError, require
 from lora_init.statistics.statistics import shown
@@ -47,7 +47,7 @@ def looks(starts: Iterable[str]) -> dict[str, Look]:
 
     The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
     """
-    base_of = {name: read_variant(name).base for name in starts}
+    base_of = {name: Variant(name).base for name in starts}
     bases = [base for base in dict.fromkeys(base_of.values()) if base not in (RANDOM, FULL)]
     own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
     own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}
@@ -63,7 +63,7 @@ def pictures(summary: Summary) -> dict[str, bytes]:
     runs, figures = summary.table, {}
     best = runs[runs["best"]]
     styles = looks(runs["start"])
-    drawn = list(dict.fromkeys(read_variant(start).base for start in best["start"]))
+    drawn = list(best["base"].unique())
     panels = [start for start in drawn if start != RANDOM] or drawn
     if panels:
         top = _rate_limits(runs)
@@ -135,9 +135,9 @@ def _with_room(low: float, high: float, share: float) -> tuple[float, float]:
 Styles = Mapping[str, Look]
 
 
-def _shown(best: Iterable[str], start: str) -> list[str]:
+def _shown(runs: pd.DataFrame, start: str) -> list[str]:
     """List what is drawn in the panel of a start: random, then the start as it is and as it was varied."""
-    return [name for name in dict.fromkeys(best) if name == RANDOM or read_variant(name).base == start]
+    return list(runs[runs["start"].eq(RANDOM) | runs["base"].eq(start)]["start"].unique())
 
 
 def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> None:
@@ -145,7 +145,7 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
 
     What is before training would leave no room for what differs.
     """
-    for name in _shown(best["start"], start):
+    for name in _shown(best, start):
         runs = best[best["start"] == name]
         curves = pd.DataFrame(runs["report_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
         color, _, line, _ = styles[name]
@@ -157,7 +157,7 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
 def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limits: tuple[float, float]) -> None:
     """Draw the final loss over learning rates: means, a dot for each run, a cross on top of an unstable rate."""
     top, best = limits[1] - 0.04 * (limits[1] - limits[0]), best_rates(runs)
-    for name in _shown(best, start):
+    for name in _shown(runs[runs["best"]], start):
         color, marker, line, fill = styles[name]
         own = runs[runs["start"] == name]
         counted = own[own["counts"]]
@@ -206,7 +206,7 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
 
 def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) -> None:
     """Draw what starts forget over what they learn, a line over the learning rates; down and left is good."""
-    for name in _shown(runs["start"], start):
+    for name in _shown(runs, start):
         color, marker, line, fill = styles[name]
         own = runs[runs["start"] == name]
         curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]

@@ -14,7 +14,6 @@ from lora_init.adapters.directory import card_header
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings
-from lora_init.comparison.starts import read_variant
 from lora_init.comparison.tables import PARTS, run_tables
 from lora_init.comparison.wording import fill, number, rate_text
 from lora_init.errors import LoraInitError
@@ -103,9 +102,9 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
         return
     runs = summary.table[summary.table["best"] & summary.table["start"].eq(summary.start)]
     row = runs.loc[runs["selection_loss"].idxmin()]
-    run, path = Run(row["start"], int(row["seed"]), float(row["learning_rate"])), log.path / BEST
-    variant, quantized = read_variant(run.start), log.settings.get("quantisation")
-    if variant.changes_base and not (quantized and variant.start and variant.start.corrects_quantized):
+    run, path = Run.of(row), log.path / BEST
+    start, quantized = run.start.start, log.settings.get("quantisation")
+    if start and start.changes_base and not (quantized and start.corrects_quantized):
         say(f"{run.start} changes the weights of the model, so its trained adapter is not kept.")
         return
     if path.exists() and any(path.iterdir()):

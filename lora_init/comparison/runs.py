@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
@@ -17,7 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
-from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, read_variant
+from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, Variant
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import locked, parse_json, read_json, write_whole
 
@@ -28,14 +29,14 @@ Record = dict[str, Any]
 class Run:
     """One training. `learning_rate` is None while it depends on runs that have not ended."""
 
-    start: str
+    start: Variant
     seed: int
     learning_rate: float | None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Run:
         """Find the run that a record is about."""
-        return cls(record["start"], int(record["seed"]), float(record["learning_rate"]))
+        return cls(Variant(record["start"]), int(record["seed"]), float(record["learning_rate"]))
 
     @property
     def title(self) -> str:
@@ -63,7 +64,7 @@ class RunPlan:
     A start that is there as it is recommended is run at the rate of the recommendation, too, on all seeds.
 
     Attributes:
-        starts: Names of starts.
+        starts: What is compared.
         learning_rates: Tried for every start, and a tenth of them for `full`. A single one is not asked whether another
             were better.
         seeds: Each decides the order of the data and all that is random in a start.
@@ -73,7 +74,7 @@ class RunPlan:
         recommended: Learning rates of the starts that are there as they are recommended.
     """
 
-    starts: Sequence[str]
+    starts: Sequence[Variant]
     learning_rates: Sequence[float]
     seeds: Sequence[int]
     sweep: str
@@ -92,7 +93,7 @@ class RunPlan:
                 f"sweep={self.sweep!r} is unknown. {did_you_mean(str(self.sweep), ('halving', 'full'))}"
             )
 
-    def compared(self, ranks_cost_the_same: bool) -> list[str]:
+    def compared(self, ranks_cost_the_same: bool) -> list[Variant]:
         """List the starts, and after them the same with what makes them comparable.
 
         Args:
@@ -100,14 +101,13 @@ class RunPlan:
                 move ranks, or train no A, are also run at the parameter count of the random start; those that are there
                 as they are recommended are not.
         """
-        starts = [read_variant(start) for start in self.starts]
-        changed = [start for start in starts if start.title not in self.recommended]
+        changed = [start for start in self.starts if start not in self.recommended]
         equal = [start for start in changed if start.differs_in_parameters(ranks_cost_the_same)]
-        matched = [start for start in starts if self.match_scale and start.differs_in_scale]
+        matched = [start for start in self.starts if self.match_scale and start.differs_in_scale]
         added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal] + [f"{start}+{MATCHED_SCALE}" for start in matched]
-        return list(dict.fromkeys([*self.starts, *added]))
+        return list(dict.fromkeys([*self.starts, *map(Variant, added)]))
 
-    def runs(self, starts: Sequence[str], records: Mapping[Run, Record]) -> list[Run]:
+    def runs(self, starts: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:
         """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end.
 
         Args:
@@ -147,7 +147,7 @@ class RunPlan:
     def _rate_of_its_own(self, start: str) -> list[float]:
         return [self.recommended[start]] if start in self.recommended else []
 
-    def _grid(self, start: str, records: Mapping[Run, Record]) -> list[float]:
+    def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell."""
         grid = asked = self.asked(start)
         for _ in range(2 * self.extend if self.extends else 0):
@@ -164,7 +164,7 @@ class RunPlan:
                 break
         return grid
 
-    def _best(self, start: str, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:
+    def _best(self, start: Variant, rates: Iterable[float], records: Mapping[Run, Record]) -> float | None:
         runs = [Run(start, seed, rate) for seed in self.seeds for rate in rates]
         return choose_rate(records[run] for run in runs if run in records)
 
@@ -204,8 +204,8 @@ _NUMBERS = [
     "trainable_parameters", "a_scale", "gamma", "initialisation_seconds", "training_seconds", "peak_memory_bytes",
 ]  # fmt: skip
 _COLUMNS = [
-    "start", "learning_rate", "seed", "status", "error", "data_order", "evaluation_points", "report_loss",
-    "circumstances",
+    "start", "base", "any_batches", "batches", "learning_rate", "seed", "status", "error", "data_order",
+    "evaluation_points", "report_loss", "circumstances",
     *_NUMBERS,
 ]  # fmt: skip
 
@@ -219,20 +219,16 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
             batches before many.
 
     Returns:
-        A row for each run, by start, rate and seed. Columns are those of `RunRecord`, its metrics, and: `first_loss`
-        and `loss`, the final loss to report (NaN unless finished); `retained_before`, `retained_after`, and `rise`, the
+        A row for each run, by start, rate and seed. Columns are those of `RunRecord`, its metrics, and: `base`,
+        `any_batches` and `batches` of the start's `Variant`, 0 where it has no number of its own; `first_loss` and
+        `loss`, the final loss to report (NaN unless finished); `retained_before`, `retained_after`, and `rise`, the
         difference; `counts`, whether the run finished at a rate with no unstable run; `best`, whether it also is at the
         start's best rate, which is chosen by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
-    bases = [RANDOM, *(read_variant(name).base for name in [*starts, *(row["start"] for row in rows)])]
-
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        start = read_variant(row["start"])
-        kind = bases.index(start.base), start.any_batches, start.batches or 0
-        return *kind, row["learning_rate"], row["seed"]
-
-    rows.sort(key=place)
+    bases = [RANDOM, *(Variant(start).base for start in starts), *(row["base"] for row in rows)]
+    order = itemgetter("any_batches", "batches", "learning_rate", "seed")
+    rows.sort(key=lambda row: (bases.index(row["base"]), *order(row)))
     table = pd.DataFrame(rows, columns=_COLUMNS)
     table[_NUMBERS] = table[_NUMBERS].astype(float)
     table["rise"] = table["retained_after"] - table["retained_before"]
@@ -253,9 +249,12 @@ def _status(record: Mapping[str, Any]) -> str:
 def _row(record: Record) -> dict[str, Any]:
     """Flatten a record."""
     losses, kept = record.get("report_loss") or [], record.get("retain_loss") or [None, None]
-    status = _status(record)
+    status, start = _status(record), Variant(record["start"])
     return {
         **record,
+        "base": start.base,
+        "any_batches": start.any_batches,
+        "batches": start.batches or 0,
         **(record.get("metrics") or {}),
         "status": status,
         "first_loss": losses[0] if losses else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import re
@@ -13,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.initializers import kaiming, layer_generator
@@ -41,6 +39,7 @@ from lora_init.adapters.starts import (
     compared_names,
     find_recipe,
     find_start,
+    load_function,
 )
 from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
@@ -124,32 +123,39 @@ EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
 _WAYS = re.compile(rf"(\+({EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(alpha|batches|steps)))*\Z")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A start and how it is run, as `read_variant` reads it from a name such as `eva+32-alpha+16-batches`.
+class Variant(str):
+    """The name of a start and of how it is run, such as `eva+32-alpha+16-batches`, and what it says.
+
+    Names are read once, where they come in: from a caller, a directory, a table. One that is unknown is the user's own.
 
     Attributes:
-        title: The whole name.
         base: The part that names the start.
+        ways: All that follows a plus.
         alpha: lora_alpha of its own, if it has one.
         batches: Number of batches for its statistics, if it has one of its own.
         steps: How long it is trained, if it is not as long as all others.
-        ways: All that follows a plus.
         recipe: How `build_adapter` makes it; None for a start that is made otherwise, or that is the user's own.
         start: None if it is the user's own.
+
+    Example:
+        >>> one = Variant("eva+32-alpha+matched-scale")
+        >>> one.base, one.alpha, one.matched_scale
+        ('eva', 32, True)
+        >>> Variant("mine+yours").base
+        'mine+yours'
     """
 
-    title: str
-    base: str
-    alpha: int | None
-    batches: int | None
-    steps: int | None
-    ways: tuple[str, ...]
-    recipe: Recipe | None
-    start: Start | None
+    def __init__(self, name: str) -> None:
+        self.base = _WAYS.sub("", name)
+        self.ways = tuple(name[len(self.base) :].split("+")[1:])
+        numbers = {kind: int(n) for n, _, kind in (way.partition("-") for way in self.ways) if n.isdecimal()}
+        self.alpha, self.batches, self.steps = map(numbers.get, ("alpha", "batches", "steps"))
+        known = self.base in compared_names()
+        self.recipe: Recipe | None = find_recipe(self.base) if known else None
+        self.start: Start | None = self.recipe.start if self.recipe else find_start(self.base) if known else None
 
-    def __str__(self) -> str:
-        return self.title
+    def __reduce__(self) -> tuple[type[Variant], tuple[str]]:
+        return Variant, (str(self),)  # another process reads it anew
 
     @property
     def is_plain(self) -> bool:
@@ -169,7 +175,7 @@ class Variant:
     @property
     def any_batches(self) -> str:
         """Its name without its own number of batches: what differs in these alone has the same."""
-        return self.title.replace(f"+{self.batches}-batches", "")
+        return self.replace(f"+{self.batches}-batches", "")
 
     @property
     def changes_base(self) -> bool:
@@ -200,7 +206,7 @@ class Variant:
         """Give the options with which `lora-init init` makes its adapter; None if it does not make that one.
 
         Example:
-            >>> read_variant("eva-rho1").init_options(), read_variant("pissa").init_options()
+            >>> Variant("eva-rho1").init_options(), Variant("pissa").init_options()
             (['--method', 'eva', '--rho', '1'], None)
         """
         if self.start is not None and self.start.made_by == "bank":
@@ -210,26 +216,6 @@ class Variant:
             return None
         switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
         return ["--method", recipe.start.name, "--rho", f"{recipe.rho:g}", *switches]
-
-
-@functools.cache
-def read_variant(title: str) -> Variant:
-    """Read the name of a start and how it is run. A name that is unknown is the user's own.
-
-    Example:
-        >>> one = read_variant("eva+32-alpha+matched-scale")
-        >>> one.base, one.alpha, one.matched_scale
-        ('eva', 32, True)
-        >>> read_variant("mine+yours").base
-        'mine+yours'
-    """
-    base = _WAYS.sub("", title)
-    ways = tuple(title[len(base) :].split("+")[1:])
-    numbers = {kind: int(n) for n, _, kind in (way.partition("-") for way in ways) if n.isdecimal()}
-    known = base in compared_names()
-    recipe = find_recipe(base) if known else None
-    start = recipe.start if recipe else find_start(base) if known else None
-    return Variant(title, base, numbers.get("alpha"), numbers.get("batches"), numbers.get("steps"), ways, recipe, start)
 
 
 def recommended(rank: int) -> dict[str, float]:
@@ -243,39 +229,37 @@ def recommended(rank: int) -> dict[str, float]:
     return {f"{x.name}+{x.lora_alpha(rank):g}-alpha": x.learning_rate for x in starts if x.learning_rate}
 
 
-def by_batches(starts: Iterable[str], numbers: Sequence[int]) -> list[str]:
+def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Variant]:
     """Put in the place of each start from data, without a number of batches of its own, the same with each number.
 
     Example:
-        >>> by_batches(["random", "eva+32-alpha"], [4, 16]), by_batches(["eva"], [4])
-        (['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches'], ['eva'])
+        >>> by_batches([Variant("random"), Variant("eva+32-alpha")], [4, 16])
+        ['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches']
     """
-    if len(numbers) < 2:
-        return list(starts)
-    varied: list[str] = []
-    for start in map(read_variant, starts):
-        as_it_is = start.recipe is None or not start.recipe.reads_data or start.batches
-        varied += [start.title] if as_it_is else [f"{start}+{n}-batches" for n in numbers]
+    varied: list[Variant] = []
+    for start in starts:
+        as_it_is = len(numbers) < 2 or start.recipe is None or not start.recipe.reads_data or start.batches
+        varied += [start] if as_it_is else [Variant(f"{start}+{n}-batches") for n in numbers]
     return varied
 
 
-def check_start(start: str | OwnStart) -> None:
-    """Make sure that a start of this name exists and can be run so, or that one's own has a name of its own.
+def read_start(start: str | OwnStart) -> Variant:
+    """Read the name of a start, or that of a pair of one's own.
 
     Raises:
-        LoraInitError: It does not, with the closest name; or it cannot.
+        LoraInitError: There is no such start, with the closest name; it cannot be run so; or one's own has no new name.
     """
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
-        if not isinstance(name, str) or not name or read_variant(name).start is not None:
+        asked = Variant(name if isinstance(name, str) else "")
+        if not asked or asked.start is not None:
             raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
         if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
     else:
-        name = str(start)
-        if read_variant(name).start is None:
-            raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(name, compared_names())}")
-    asked = read_variant(name)
+        asked = Variant(start)
+        if asked.start is None:
+            raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(start, compared_names())}")
     if len({way.rpartition("-")[2] for way in asked.ways}) < len(asked.ways):
         raise LoraInitError(f"start {start!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches.")
     if asked.equal_parameters and not (asked.recipe and (asked.recipe.reads_data or asked.recipe.freeze_a)):
@@ -284,9 +268,10 @@ def check_start(start: str | OwnStart) -> None:
         )
     if asked.base == FULL and asked.ways:
         raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
+    return asked
 
 
-def check_quantized(starts: Iterable[str], is_quantized: bool, has_float: bool) -> None:
+def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bool) -> None:
     """Make sure that starts can have a base that is quantized, or is not.
 
     Args:
@@ -298,18 +283,18 @@ def check_quantized(starts: Iterable[str], is_quantized: bool, has_float: bool) 
         LoraInitError: One corrects a quantized base, and this is in float; or one changes weights that are quantized;
             or one needs the float weights.
     """
-    for start in (one for one in map(read_variant, starts) if one.start):
-        known, full = cast("Start", start.start), start.base == FULL
+    for start, known in ((one, one.start) for one in starts if one.start):
+        full = start.base == FULL
         corrects = known.by_error or (is_quantized and known.corrects_quantized)
         if corrects and not is_quantized:
-            raise LoraInitError(f"start {start.title!r} corrects a quantized base. Load it so: quantize='nf4'.")
+            raise LoraInitError(f"start {str(start)!r} corrects a quantized base. Load it so: quantize='nf4'.")
         if (corrects or (is_quantized and full)) and not has_float:
             raise LoraInitError(
-                f"start {start.title!r} needs the model before it was quantized. Name its directory or hub id: "
+                f"start {str(start)!r} needs the model before it was quantized. Name its directory or hub id: "
                 "weights=MODEL."
             )
         if is_quantized and known.changes_base and not corrects and not full:
-            raise LoraInitError(f"start {start.title!r} changes base weights, and these are quantized. Leave it out.")
+            raise LoraInitError(f"start {str(start)!r} changes base weights, and these are quantized. Leave it out.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:
@@ -321,17 +306,38 @@ def hash_own(source: str | Path | Callable[..., Any]) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def prepare(
-    start: str | OwnStart,
-    model: nn.Module,
-    shape: AdapterShape,
-    seed: int,
-    statistics: Callable[[bool, bool], Statistics] = _no_data,
-    batches: Iterable[Mapping[str, Tensor]] = (),
-    loss_of: Callable[[nn.Module], float] = _no_data,
-    bank: Bank | None = None,
-    errors: Mapping[str, Tensor] | None = None,
-) -> Prepared:
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """What an adapter is started on, and what starts are made from.
+
+    Attributes:
+        model: The plain model.
+        shape: Layers, rank and scaling.
+        seed: The same seed gives the same adapter.
+        statistics: Called by starts from data with whether the statistics are centered and whether they have gradients;
+            for the rank with rho = 2.
+        batches: Tokens with their mask for PEFT's starts that read data by themselves, and labels for starts from a
+            bank, which tell prompts by them.
+        loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
+            take the size of their step by it, see `find_step_size`.
+        bank: For starts from a bank; its prompts are embedded by the base model.
+        errors: What quantization took from the weights, such as `QuantizationErrors`, if the model is quantized.
+        own: Where a start of one's own comes from: an adapter directory, the same for every seed, or a function of the
+            plain model and the seed that returns the PeftModel around that model. It may change the weights.
+    """
+
+    model: Any
+    shape: AdapterShape
+    seed: int
+    statistics: Callable[[bool, bool], Statistics] = _no_data
+    batches: Iterable[Mapping[str, Tensor]] = ()
+    loss_of: Callable[[nn.Module], float] = _no_data
+    bank: Bank | None = None
+    errors: Mapping[str, Tensor] | None = None
+    own: Any = None
+
+
+def prepare(asked: Variant, basis: Basis) -> Prepared:
     """Put the adapter of a start on a model: the same layers and the same scaling lora_alpha / rank for every start.
 
     `docs/comparing-starts.md` says what each start is; `full` has no adapter and trains all weights. B = 0 and the
@@ -350,61 +356,25 @@ def prepare(
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
     ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal. Several may follow.
 
-    Args:
-        start: A name; or a pair of a name of one's own and its source: an adapter directory, the same for every seed,
-            or a function of the plain model and the seed that returns the PeftModel around that model. It may change
-            the weights.
-        model: The plain model.
-        shape: Layers, rank and scaling.
-        seed: The same seed gives the same adapter.
-        statistics: Called by starts from data with whether the statistics are centred and whether they have gradients;
-            for the rank with rho = 2.
-        batches: Tokens with their mask for `corda`, which reads some by itself, and labels for starts from a bank,
-            which tell prompts by them.
-        loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
-            take the size of their step by it, see `find_step_size`.
-        bank: For starts from a bank; its prompts are embedded by the base model.
-        errors: What quantization took from the weights, such as `QuantizationErrors`, if the model is quantized.
-
     Raises:
-        LoraInitError: An unknown start, or one that does not apply to this model; the model is as it was.
+        LoraInitError: The start does not apply to this model; the model is as it was.
     """
-    check_start(start)
-    asked = read_variant(start if isinstance(start, str) else start[0])
-    recipe = asked.recipe
-    shape = replace(shape, lora_alpha=asked.alpha or shape.lora_alpha)
-    corrects = errors is not None and asked.start is not None and asked.start.corrects_quantized
-    # One's own may do anything.
-    restore = remember(model, weights=(asked.changes_base and not corrects) or asked.start is None)
-    gamma, peft_model = None, cast("Any", model)
+    recipe, put = asked.recipe, _BY_MAKER[asked.start.made_by] if asked.start else _put_own
+    if asked.start and asked.start.corrects_quantized and basis.errors is not None:
+        put = _put_correction
+    basis = replace(basis, shape=replace(basis.shape, lora_alpha=asked.alpha or basis.shape.lora_alpha))
+    changes = put is _put_own or (asked.changes_base and put is not _put_correction)  # one's own may do anything
+    restore = remember(basis.model, weights=changes)
     try:
-        stats = statistics(recipe.center, recipe.by_gradient) if recipe and recipe.reads_data else _blank(model, shape)
+        by_data = recipe if recipe and recipe.reads_data else None
+        stats = basis.statistics(by_data.center, by_data.by_gradient) if by_data else _blank(basis)
         began = time.perf_counter()
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            if not isinstance(start, str):
-                peft_model = _apply_own(asked.base, start[1], model, seed)
-            elif recipe:
-                init = _build(stats, recipe, model, shape, seed, loss_of, asked.equal_parameters, errors)
-                peft_model, gamma = init.apply(model), init.gamma
-            elif asked.start and asked.start.made_by == "bank":
-                init = _from_bank(bank, model, shape, batches, loss_of, asked.start)
-                peft_model, gamma = init.apply(model), init.gamma
-            elif asked.base == FULL:
-                model.float().requires_grad_(True)  # steps would be lost in the rounding of bfloat16
-            elif corrects:
-                # PEFT's own function for that needs a GPU, and leaves the scaling out. Of inputs that are alike in all
-                # directions the best correction is from the singular triplets of W - Q, as PEFT takes them.
-                even = _blank(model, shape, variance=1.0)
-                init = build_adapter(even, shape.rank, CORRECTION, lora_alpha=shape.lora_alpha, errors=errors)
-                peft_model = init.apply(model)
-            else:
-                init = build_adapter(stats, shape.rank, RANDOM, lora_alpha=shape.lora_alpha)
-                assert asked.start is not None  # one of PEFT's
-                peft_model = _apply_peft(asked.start, model, init, batches)
+            torch.manual_seed(basis.seed)
+            peft_model, gamma = put(asked, basis, stats)
             if asked.matched_scale:
-                match_scale(peft_model, seed)
+                match_scale(peft_model, basis.seed)
     except BaseException:
         restore()
         raise
@@ -448,8 +418,9 @@ def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def _blank(model: nn.Module, shape: AdapterShape, variance: float = 0.0) -> Statistics:
+def _blank(basis: Basis, variance: float = 0.0) -> Statistics:
     """Make statistics that know nothing but the layers' widths, for starts that need no data; all directions alike."""
+    model, shape = basis.model, basis.shape
     modules = shape.target_modules if isinstance(shape.target_modules, str) else sorted(shape.target_modules)
     targets = find_targets(model, modules, task_type=shape.task_type)
     made_for = Provenance("", type(model).__name__, "", modules, task_type=shape.task_type, rank=shape.rank)
@@ -466,65 +437,59 @@ def _blank(model: nn.Module, shape: AdapterShape, variance: float = 0.0) -> Stat
     )
 
 
-def _build(
-    stats: Statistics,
-    recipe: Recipe,
-    model: nn.Module,
-    shape: AdapterShape,
-    seed: int,
-    loss_of: Callable[[nn.Module], float],
-    equal: bool,
-    errors: Mapping[str, Tensor] | None,
-) -> AdapterInit:
+def _put_built(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     """Build an adapter from statistics; a start that steps takes the size that lowers the loss most."""
-    rank, targets = shape.rank, [stats.targets[name] for name in stats]
+    assert asked.recipe is not None  # made by us
+    recipe, shape, targets = asked.recipe, basis.shape, [stats.targets[name] for name in stats]
+    rank, alpha = shape.rank, shape.lora_alpha
     ranks: RankAllocation | int = rank
-    if equal and recipe.freeze_a:
+    if asked.equal_parameters and recipe.freeze_a:
         ranks = min(2 * rank, rank_with_frozen_a(targets, rank))  # the statistics are for twice the rank
         ranks = allocate_ranks(stats, rank=ranks, rho=1.0) if recipe.reads_data else ranks
-    elif recipe.reads_data and equal:
+    elif recipe.reads_data and asked.equal_parameters:
         budget = sum(target.parameters(rank) for target in targets)
         ranks = allocate_ranks(stats, parameters=budget, rho=recipe.rho, policy=recipe.policy)
     elif recipe.reads_data and not recipe.start.by_error:  # errors have as many directions as the layer
         ranks = allocate_ranks(stats, rank=rank, rho=recipe.rho, policy=recipe.policy)
     if isinstance(ranks, RankAllocation):
-        alpha, ranks = shape.lora_alpha, replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
+        ranks = replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
     else:
-        alpha = shape.lora_alpha * ranks / rank
+        alpha = alpha * ranks / rank
     build = partial(
-        build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=seed, freeze_a=recipe.freeze_a,
-        errors=errors,
+        build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=basis.seed, freeze_a=recipe.freeze_a,
+        errors=basis.errors,
     )  # fmt: skip
-    if recipe.start.takes_step:
-        return find_step_size(model, lambda gamma: build(gamma=gamma), loss_of)
-    return build()
+    steps = recipe.start.takes_step
+    init = find_step_size(basis.model, lambda gamma: build(gamma=gamma), basis.loss_of) if steps else build()
+    return init.apply(basis.model), init.gamma
 
 
-def _from_bank(
-    bank: Bank | None,
-    model: nn.Module,
-    shape: AdapterShape,
-    batches: Iterable[Any],
-    loss_of: Callable[[nn.Module], float],
-    start: Start,
-) -> AdapterInit:
-    if bank is None or bank.encoder:
+def _put_of_bank(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+    if basis.bank is None or basis.bank.encoder:
         raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
-    embeddings = embed(model, batches)
-    by = start.bank_way
-    return start_from_bank(
-        bank, model, embeddings, loss_of, by, rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type
-    ).init
+    assert asked.start is not None
+    shape = basis.shape
+    init = start_from_bank(
+        basis.bank, basis.model, embed(basis.model, basis.batches), basis.loss_of, asked.start.bank_way,
+        rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type,
+    ).init  # fmt: skip
+    return init.apply(basis.model), init.gamma
 
 
-def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel:
+def _put_none(asked: Variant, basis: Basis, stats: Statistics) -> tuple[Any, None]:
+    """Train the model itself: steps would be lost in the rounding of bfloat16."""
+    return basis.model.float().requires_grad_(True), None
+
+
+def _put_own(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
     """Put the user's adapter on the model: from a directory, or by a function that may raise what it likes."""
     from peft import PeftModel
 
+    name, model, source = asked.base, basis.model, basis.own
     try:
         if not callable(source):
-            return load_adapter(model, AdapterDirectory(source), trainable=True)
-        peft_model = source(model, seed)
+            return load_adapter(model, AdapterDirectory(source), trainable=True), None
+        peft_model = source(model, basis.seed)
     except LoraInitError as error:
         raise LoraInitError(f"start {name!r}: {error}") from error
     except Exception as error:
@@ -536,12 +501,21 @@ def _apply_own(name: str, source: Any, model: nn.Module, seed: int) -> PeftModel
             "that it was given."
         )
     match_modes(peft_model)
-    return peft_model
+    return peft_model, None
 
 
-def _apply_peft(
-    start: Start, model: nn.Module, shape: AdapterInit, batches: Iterable[Mapping[str, Tensor]]
-) -> PeftModel:
+def _put_correction(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
+    """Correct a quantized base as PEFT's start would: its own function needs a GPU, and leaves the scaling out.
+
+    Of inputs that are alike in all directions the best correction is from the singular triplets of W - Q, as PEFT takes
+    them.
+    """
+    even, shape = _blank(basis, variance=1.0), basis.shape
+    init = build_adapter(even, shape.rank, CORRECTION, lora_alpha=shape.lora_alpha, errors=basis.errors)
+    return init.apply(basis.model), None
+
+
+def _put_by_peft(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
     """Let PEFT start the adapter, which changes the model's weights.
 
     Raises:
@@ -550,6 +524,9 @@ def _apply_peft(
     """
     from peft import get_peft_model
 
+    assert asked.start is not None
+    start, model = asked.start, basis.model
+    shape = build_adapter(stats, basis.shape.rank, RANDOM, lora_alpha=basis.shape.lora_alpha)
     check_fits(model, shape, "default")
     for name, kind in shape.unsupported.items():
         raise LoraInitError(f"{start} is for linear layers, {name!r} is a {kind}. Leave it out of the targets.")
@@ -574,23 +551,26 @@ def _apply_peft(
         with warnings.catch_warnings():
             # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            if start.needs == "inputs":
-                _preprocess_corda(model, config, shape, batches)
+            if start.preprocess is not None:
+                load_function(start.preprocess)(model, config, list(shape.targets), basis.batches)
             peft_model = get_peft_model(model, config)
     except Exception as error:
         if isinstance(error, LoraInitError) or is_out_of_memory(error):
             raise
         raise LoraInitError(f"{start} does not apply here, PEFT says: {first_line(error)}") from error
     match_modes(peft_model)
-    return peft_model
+    return peft_model, None
 
 
-def _preprocess_corda(
-    model: nn.Module, config: LoraConfig, shape: AdapterInit, batches: Iterable[Mapping[str, Tensor]]
+_BY_MAKER = {"lora_init": _put_built, "bank": _put_of_bank, "peft": _put_by_peft, "training": _put_none}
+
+
+def preprocess_corda(
+    model: nn.Module, config: LoraConfig, layers: Sequence[str], batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
     """Let PEFT's CorDA read batches. It takes one sequence at a time and knows no mask."""
+    from peft.tuners.lora import corda
     from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import preprocess_corda
 
     config.corda_config = CordaConfig(corda_method="ipm")
     batches = list(batches)
@@ -609,11 +589,11 @@ def _preprocess_corda(
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, args: (args[0][None], *args[1:]) if args[0].dim() == 2 else None
         )
-        for name in shape.targets
+        for name in layers
     ]
     try:
         with evaluating(model):
-            preprocess_corda(model, config, run_model)
+            corda.preprocess_corda(model, config, run_model)
     finally:
         for handle in handles:
             handle.remove()

@@ -151,7 +151,7 @@ _CLIP = 1.0
 
 
 @dataclass(kw_only=True)
-class Trained:
+class TrainingResult:
     """What one training did.
 
     Attributes:
@@ -187,7 +187,7 @@ def train(
     seed: int,
     plain_loss: float,
     on_step: Callable[[], None] = lambda: None,
-) -> Trained:
+) -> TrainingResult:
     """Train with AdamW, linear warm-up and a cosine to zero, in the given order of batches.
 
     No weight decay; gradients are clipped to norm 1, as transformers' Trainer does. The random state (the base model's
@@ -208,7 +208,7 @@ def train(
         on_step: Called after each step.
     """
     torch.manual_seed(seed)
-    run, digest = Trained(), hashlib.sha256()
+    run, digest = TrainingResult(), hashlib.sha256()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
@@ -242,14 +242,14 @@ def train(
     return run
 
 
-def _evaluate(run: Trained, model: nn.Module, task: Task, step: int, last: bool) -> None:
+def _evaluate(run: TrainingResult, model: nn.Module, task: Task, step: int, last: bool) -> None:
     score = evaluate(model, task, task.report, with_metrics=last)
     run.evaluation_points.append(step)
     run.report_loss.append(score.loss)
     run.metrics = score.metrics
 
 
-def _diverged(run: Trained, plain_loss: float) -> bool:
+def _diverged(run: TrainingResult, plain_loss: float) -> bool:
     """Tell whether the loss is far above that of the plain model, and note why."""
     recent = run.training_loss[-_WINDOW:]
     mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0

@@ -29,16 +29,16 @@ from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import (
     AdapterShape,
+    Basis,
     Prepared,
     Variant,
     adapter_files,
     check_quantized,
     hash_own,
     prepare,
-    read_variant,
 )
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
-from lora_init.comparison.training import Score, Trained, Training, evaluate, peak_bytes, reset_peak, train
+from lora_init.comparison.training import Score, Training, TrainingResult, evaluate, peak_bytes, reset_peak, train
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, find_targets, is_in
@@ -70,8 +70,8 @@ def processor() -> str:
 
 
 @dataclass(kw_only=True)
-class RunRecord(Trained):
-    """What is kept of a run.
+class RunRecord:
+    """What is kept of a run beside the `TrainingResult` of its training.
 
     Attributes:
         start: Name of the start, with how it was run.
@@ -106,6 +106,16 @@ class RunRecord(Trained):
     peak_memory_bytes: int | None = None
     run_seconds: float | None = None
     circumstances: dict[str, Any] = field(default_factory=circumstances)
+
+    def joined(self, result: TrainingResult) -> Record:
+        """Return both in plain values, as they are written."""
+        return asdict(self) | asdict(result)
+
+
+def failed(run: Run, why: str) -> Record:
+    """Return the record of a run that came to nothing."""
+    record = RunRecord(start=run.start, seed=run.seed, learning_rate=run.learning_rate or 0.0)
+    return record.joined(TrainingResult(status="failed", error=why))
 
 
 @dataclass
@@ -155,16 +165,16 @@ class Workbench:
         record = RunRecord(start=run.start, seed=run.seed, learning_rate=run.learning_rate)
         files: dict[str, bytes] = {}
         try:
-            self._fill(record, run, on_step, files if keep else None)
+            result = self._fill(record, run, on_step, files if keep else None)
         except (LoraInitError, RuntimeError, MemoryError) as error:
             if not isinstance(error, LoraInitError) and not is_out_of_memory(error):
                 raise
-            record.status, record.error = "failed", explain(error)
+            result = TrainingResult(status="failed", error=explain(error))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         record.run_seconds = time.perf_counter() - began
-        return asdict(record) | ({"adapter": files} if keep else {})
+        return record.joined(result) | ({"adapter": files} if keep else {})
 
     def settings(self, model: str) -> dict[str, Any]:
         """Describe in plain values all that shapes a run, for `settings.json`.
@@ -250,19 +260,21 @@ class Workbench:
         size = self.training.batch_size
         return max(1, n_aside(len(self.task.train), size) // size)
 
-    def _fill(self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None) -> None:
+    def _fill(
+        self, record: RunRecord, run: Run, on_step: Callable[[], None], files: dict[str, bytes] | None
+    ) -> TrainingResult:
         self._renew_head(self.loaded, run.seed)
         if run.seed not in self._before:  # a new head depends on the seed
             self._before[run.seed] = self._measure_before()
         plain, retained, record.float_loss = self._before[run.seed]
         record.plain_loss, record.metrics_before = plain.loss, plain.metrics
-        asked, training = read_variant(run.start), self.training
-        if asked.steps:
-            training = replace(training, steps=asked.steps, evaluation_points=[0, asked.steps])
+        training, steps = self.training, run.start.steps
+        if steps:
+            training = replace(training, steps=steps, evaluation_points=[0, steps])
         targets = find_targets(self.loaded.model, self.shape.target_modules, task_type=self.shape.task_type)
         everywhere = dict.fromkeys(targets.layers, self.shape.rank)
         reset_peak()
-        prepared = self._prepare(run, asked)
+        prepared = self._prepare(run.start, run.seed)
         try:
             record.trainable_parameters, record.a_scale = prepared.trainable_parameters, prepared.a_scale
             record.gamma, record.initialisation_seconds = prepared.gamma, prepared.seconds
@@ -273,19 +285,19 @@ class Workbench:
                 prepared.peft_model, self.task, order, training, learning_rate=record.learning_rate,
                 seed=run.seed, plain_loss=plain.loss, on_step=on_step,
             )  # fmt: skip
-            vars(record).update(vars(done))
             record.peak_memory_bytes = peak_bytes()
             if done.status == "finished" and self.retain is not None and retained is not None:
                 record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
             if files is not None:
                 files.update(adapter_files(prepared.peft_model))
+            return done
         finally:
             prepared.release()
 
-    def _prepare(self, run: Run, asked: Variant) -> Prepared:
-        """Put the start of a run on the model that it trains. Its seconds are with those of its statistics."""
+    def _prepare(self, asked: Variant, seed: int) -> Prepared:
+        """Put a start on the model that it trains. Its seconds are with those of its statistics."""
         collected: list[Statistics] = []
-        seed, n = run.seed, self.n_batches(asked.batches)
+        n = self.n_batches(asked.batches)
 
         def statistics(center: bool, gradients: bool) -> Statistics:
             collected.append(self.statistics(seed, center, gradients, asked.batches))
@@ -300,11 +312,11 @@ class Workbench:
         if asked.base == FULL and self.float_model is not None:
             loaded = self.float_model()  # beside the quantized one, whose weights cannot be trained
             self._renew_head(loaded, seed)
-        prepared = prepare(
-            (run.start, self.own[asked.base]) if asked.base in self.own else run.start,
+        basis = Basis(
             loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank,
-            self._errors(self.shape.target_modules),
+            self._errors(self.shape.target_modules), self.own.get(asked.base),
         )  # fmt: skip
+        prepared = prepare(asked, basis)
         collecting = sum(sum(stats.provenance.seconds.values()) for stats in collected)
         return replace(prepared, seconds=prepared.seconds + collecting)
 
@@ -355,7 +367,7 @@ def set_up(
     statistics_batches: int,
     own: Mapping[str, Any] | None = None,
     bank: str | None = None,
-    starts: Sequence[str] = (),
+    starts: Sequence[Variant] = (),
 ) -> Workbench:
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`.
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Record, Run, RunDirectory
-from lora_init.comparison.workbench import RunRecord, Workbench
+from lora_init.comparison.workbench import Workbench, failed
 from lora_init.errors import LoraInitError, first_line
 
 
@@ -266,10 +265,7 @@ def run_all(
                     say(f"{title}: the worker that did it is gone; it is done again.")
                     continue
                 why = "two workers died while they did it, as when memory runs out"
-                rate = run.learning_rate or 0.0
-                record = asdict(
-                    RunRecord(start=run.start, seed=run.seed, learning_rate=rate, status="failed", error=why)
-                )
+                record = failed(run, why)
             log.add(record)
             seconds.append(record["run_seconds"] or 0.0)
             say(f"{title}: {_ended(record, len(left) - 1, seconds, len(workers))}")

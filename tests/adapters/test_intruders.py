@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.comparison.starts import AdapterShape, prepare
+from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
 from tests.commands import assert_one_line_error, run, save_model
@@ -139,7 +139,7 @@ def test_cached_vectors_give_the_same(tmp_path):
 def test_a_start_that_changed_the_weights_is_compared_with_the_plain_ones():
     model = tiny_llama()
     base = left_singular_vectors(model, find_targets(model).layers)
-    prepared = prepare("pissa", model, AdapterShape(rank=4, lora_alpha=8, task_type="CAUSAL_LM"), 0)
+    prepared = prepare(Variant("pissa"), Basis(model, AdapterShape(rank=4, lora_alpha=8, task_type="CAUSAL_LM"), 0))
     compared = intruder_dimensions(prepared.peft_model, base=base)
     assert min(min(layer.similarities) for layer in compared.layers.values()) > 0.999
     uncompared = intruder_dimensions(prepared.peft_model)  # next to what PiSSA left of them

@@ -12,7 +12,7 @@ import torch
 from lora_init import LoraInitError, Start, build_adapter, collect, initialize
 from lora_init.adapters import starts
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.starts import STARTS, _function_of, buildable, changes_base, find_start, start_names
+from lora_init.adapters.starts import STARTS, buildable, changes_base, find_start, load_function, start_names
 from tests.conftest import batches_for, tiny_llama
 
 RANK = 3
@@ -26,7 +26,7 @@ def test_importing_the_registry_takes_no_torch():
 
 @pytest.mark.parametrize("start", [start for start in STARTS if start.made_by == "lora_init"], ids=lambda s: s.name)
 def test_what_an_entry_says_is_what_its_function_takes(start):
-    wanted = inspect.signature(_function_of(start)).parameters
+    wanted = inspect.signature(load_function(start.function)).parameters
     named = {"gradient": "gradients", "error": "errors"}
     needs = next((named[one] for one in named if one in wanted), "inputs" if start.needs == "inputs" else "nothing")
     assert start.needs == needs and ("whiten" in wanted) == start.whitens

@@ -16,7 +16,7 @@ import lora_init
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import model_name
 from lora_init.comparison.runs import Run, read_runs, read_settings
-from lora_init.comparison.starts import AdapterShape, prepare
+from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
@@ -184,10 +184,10 @@ def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
 def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
-    first = bench.carry_out(Run("eva", 0, 1e-2))
+    first = bench.carry_out(Run(Variant("eva"), 0, 1e-2))
     assert all(torch.equal(value, before[name]) for name, value in bench.loaded.model.state_dict().items())
-    bench.carry_out(Run("pissa", 0, 1e-2))
-    assert without_clock([bench.carry_out(Run("eva", 0, 1e-2))]) == without_clock([first])
+    bench.carry_out(Run(Variant("pissa"), 0, 1e-2))
+    assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
 
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
@@ -241,7 +241,7 @@ def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
         report_samples=4,
     )
     head = bench.loaded.model.classifier.weight.clone()
-    bench.carry_out(Run("random", 1, 1e-2))
+    bench.carry_out(Run(Variant("random"), 1, 1e-2))
     assert torch.equal(bench.loaded.model.classifier.weight, head)
 
 
@@ -434,7 +434,7 @@ def useless(model, seed):
 
 def again(model, seed):
     """The random start under another name."""
-    return prepare("random", model, AdapterShape(rank=2, lora_alpha=16), seed).peft_model
+    return prepare(Variant("random"), Basis(model, AdapterShape(rank=2, lora_alpha=16), seed)).peft_model
 
 
 def one_layer(model, seed):
@@ -468,7 +468,7 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
 def test_a_start_that_has_learned_already_wins(home, tmp_path):
     bench = set_up_bench(home, tmp_path, steps=40)
     shape = AdapterShape(rank=2, lora_alpha=16, task_type="CAUSAL_LM")
-    trained = prepare("random", bench.loaded.model, shape, 9)
+    trained = prepare(Variant("random"), Basis(bench.loaded.model, shape, 9))
     order = bench.task.order(5, 40, 4)
     workbench.train(trained.peft_model, bench.task, order, bench.training, learning_rate=1e-2, seed=0, plain_loss=9.0)
     trained.peft_model.save_pretrained(tmp_path / "learned")

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 import lora_init
 from lora_init.adapters.quantized import read_product
 from lora_init.adapters.starts import STARTS
-from lora_init.comparison.starts import check_quantized
+from lora_init.comparison.starts import Variant, check_quantized
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
@@ -93,7 +93,7 @@ def test_a_classifier_is_compared_on_a_quantized_base(home, tmp_path):
 )  # fmt: skip
 def test_what_a_base_cannot_have_is_refused(starts, quantized, message):
     asked = dict(is_quantized=False, has_float=False) | quantized
-    starts = [starts] if isinstance(starts, str) else starts
+    starts = list(map(Variant, [starts] if isinstance(starts, str) else starts))
     if message is None:
         check_quantized(starts, **asked)
         return

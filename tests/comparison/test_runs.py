@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.evidence import pack
 from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, open_runs, peek, read_runs, run_table
+from lora_init.comparison.starts import Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
 
@@ -66,7 +67,13 @@ def test_a_recommended_start_has_its_own_rate_on_every_seed(optimum, n_runs):
 
 
 def test_a_recommended_start_is_not_run_with_equal_parameters():
-    plan = RunPlan(["random", "eva", "eva+32-alpha"], RATES, SEEDS, "halving", recommended={"eva+32-alpha": 2e-4})
+    plan = RunPlan(
+        list(map(Variant, ["random", "eva", "eva+32-alpha"])),
+        RATES,
+        SEEDS,
+        "halving",
+        recommended={"eva+32-alpha": 2e-4},
+    )
     assert plan.compared(False) == ["random", "eva", "eva+32-alpha", "eva+equal-parameters"]
 
 
@@ -147,16 +154,16 @@ def test_full_is_everything():
 
 
 def test_what_is_run_beside_the_starts():
-    starts = ["random", "eva", "eva-rho1", "eva-ranks", "eva-frozen-a", "pissa", "mine"]
+    starts = list(map(Variant, ["random", "eva", "eva-rho1", "eva-ranks", "eva-frozen-a", "pissa", "mine"]))
     plan = RunPlan(starts, RATES, SEEDS, "full")
     assert plan.compared(True) == [*starts, "eva-frozen-a+equal-parameters"]
     moved = ["eva+equal-parameters", "eva-frozen-a+equal-parameters"]
     assert plan.compared(False) == [*starts, *moved]
     scaled = [f"{start}+matched-scale" for start in ("eva", "eva-rho1", "eva-frozen-a", "mine")]
     assert RunPlan(starts, RATES, SEEDS, "full", match_scale=True).compared(False) == [*starts, *moved, *scaled]
-    asked = ["random", "eva+matched-scale"]
+    asked = list(map(Variant, ["random", "eva+matched-scale"]))
     assert RunPlan(asked, RATES, SEEDS, "full", match_scale=True).compared(False) == asked
-    asked = ["random", "eva+32-alpha", "eva+4-batches"]
+    asked = list(map(Variant, ["random", "eva+32-alpha", "eva+4-batches"]))
     equal = [f"{start}+equal-parameters" for start in asked[1:]]
     assert RunPlan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
 

@@ -10,9 +10,11 @@ from lora_init.adapters.starts import STARTS, compared_names
 from lora_init.collection.collect import collect
 from lora_init.comparison.starts import (
     AdapterShape,
+    Basis,
+    Variant,
     a_weights,
-    check_start,
     prepare,
+    read_start,
 )
 from lora_init.errors import LoraInitError
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama
@@ -56,7 +58,9 @@ class Case:
     def prepare(self, start, seed=0, batches=None, **shape):
         shape = AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type=self.task) | shape)
         batches = self.batches if batches is None else batches
-        return prepare(start, self.model, shape, seed, self.statistics, batches, self.loss_of)
+        own = start[1] if isinstance(start, tuple) and len(start) == 2 else None
+        basis = Basis(self.model, shape, seed, self.statistics, batches, self.loss_of, own=own)
+        return prepare(read_start(start), basis)
 
     def loss_of(self, model):
         return sum(float(model(**batch).loss.detach()) for batch in self.labelled())
@@ -130,7 +134,7 @@ def test_a_start_leaves_the_output_and_release_the_model(case, start, how):
 @pytest.mark.parametrize("start", ["full+24-alpha", "random+9-steps+equal-parameters", "eva+2-alpha+4-alpha"])
 def test_a_way_that_a_start_cannot_be_run_is_refused_before_anything_is_loaded(start):
     with pytest.raises(LoraInitError, match=r"cannot be run with equal|no adapter that could be scaled|said once"):
-        check_start(start)
+        read_start(start)
 
 
 @pytest.mark.parametrize("start", HERE)
@@ -369,7 +373,8 @@ def test_corda_reads_the_rows_without_padding(case, monkeypatch):
 )
 def test_starts_that_do_not_apply_say_why(start, model, options, message):
     with pytest.raises(LoraInitError, match=message):
-        prepare(start, model(), AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM") | options), 0)
+        shape = AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type="CAUSAL_LM") | options)
+        prepare(Variant(start), Basis(model(), shape, 0))
 
 
 def test_a_quantized_base_is_refused():
@@ -377,7 +382,7 @@ def test_a_quantized_base_is_refused():
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(LoraInitError, match=r"'model.layers.1.mlp.up_proj' is quantized"):
-        prepare("olora", model, AdapterShape(RANK, 8), 0)
+        prepare(Variant("olora"), Basis(model, AdapterShape(RANK, 8), 0))
 
 
 def test_loftq_rounds_the_base_and_release_brings_it_back(monkeypatch):
