@@ -31,6 +31,9 @@ _NAMES = {
     "adapters.intruders": ["intruder_dimensions", "Intruders"],
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "loading.batches": ["load_batches"],
+    "serving.dial": ["dial"],
+    "serving.dialed": ["Dial"],
+    "serving.replay": ["replay"],
     "serving.export": ["export_adapter", "Exported"],
     "serving.verify": ["verify", "Verification"],
     "comparison.compare": ["compare", "Comparison"],
@@ -64,8 +67,11 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.loading.batches import load_batches as load_batches
     from lora_init.planning.allocate import RankAllocation as RankAllocation
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
+    from lora_init.serving.dial import dial as dial
+    from lora_init.serving.dialed import Dial as Dial
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
+    from lora_init.serving.replay import replay as replay
     from lora_init.serving.verify import Verification as Verification
     from lora_init.serving.verify import verify as verify
     from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum

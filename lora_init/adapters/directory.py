@@ -126,11 +126,7 @@ class AdapterDirectory:
         """
         if self.is_start:
             return read_json(self.path / ORIGIN_FILE)
-        fields = [self.config.get("auto_mapping")]
-        with suppress(TypeError, ValueError):
-            fields.append(json.loads(self.config.get("megatron_core", "")))
-        origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
-        return origins[0] if origins and isinstance(origins[0], dict) else {}
+        return carried(self.config)
 
     @property
     def base_change(self) -> str:
@@ -204,6 +200,15 @@ def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
     It overwrites `auto_mapping` where there is no task type. `megatron_core` it carries always, but that is a string.
     """
     return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
+
+
+def carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the origin that `carrying` put into a config; empty if there is none."""
+    fields = [config.get("auto_mapping")]
+    with suppress(TypeError, ValueError):
+        fields.append(json.loads(config.get("megatron_core", "")))
+    origins = [field[ORIGIN] for field in fields if isinstance(field, dict) and ORIGIN in field]
+    return origins[0] if origins and isinstance(origins[0], dict) else {}
 
 
 def start_digest(weights: Weights) -> str:

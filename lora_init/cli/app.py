@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import lora_init
-from lora_init.cli import bank, compare, export, init, inspect, ranks, verify
+from lora_init.cli import bank, compare, dial, export, init, inspect, ranks, verify
 from lora_init.cli.console import (
     WRONG_USAGE,
     busy,
@@ -120,6 +120,8 @@ _COMMANDS: dict[Callable[..., None], str | None] = {
     ranks.ranks: ranks.EXAMPLE,
     inspect.merge: inspect.MERGE_EXAMPLE,
     compare.compare: compare.EXAMPLE,
+    dial.dial: dial.EXAMPLE,
+    dial.replay: None,
     export.export: None,
     verify.verify: None,
     env: None,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _LIBRARIES = {
     "compare": ("matplotlib", "scipy", "sklearn"),
     "compare --ray": ("ray",),
+    "dial": ("matplotlib",),
     "ranks --plot": ("matplotlib",),
     "init --by mixture": ("scipy",),
     "inspect --intruders": ("scipy",),

@@ -18,7 +18,7 @@ from lora_init.cli.console import busy, importing, print_result
 from lora_init.cli.options import TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
-from lora_init.files import check_writable
+from lora_init.files import check_writable, is_as_written, read_json
 from lora_init.layers.grid import layer_grid
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
+    from lora_init.serving.dialed import PICTURE_FILE, RECORD_FILE
     from lora_init.serving.support import serving_note
 
     directory = AdapterDirectory(path)
@@ -223,6 +224,9 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
+        "dial": read_json(path / RECORD_FILE) | {"picture": str(path / PICTURE_FILE)}
+        if is_as_written(path, RECORD_FILE)
+        else None,
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
     }
 
@@ -342,6 +346,10 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         head["rows"] = rows_read(source)
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
+    if about["dial"]:
+        from lora_init.serving.dialed import summary_of
+
+        head |= summary_of(about["dial"]) | {"picture": about["dial"]["picture"]}
     views = [head, "", rank_table(ranks, width), "", about["serving"]]
     return [*views, *_intruder_view(about["intruders"], width)] if "intruders" in about else views
 

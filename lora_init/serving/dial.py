@@ -3,24 +3,281 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.directory import carried
 from lora_init.adapters.peft_model import adapter_layers
+from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of
+from lora_init.loading.batches import as_batches, load_batches
+from lora_init.serving.dialed import Change, Dial, Point
+from lora_init.serving.replay import replay
+from lora_init.serving.trained import OTHER_UPDATES
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 STRONGEST = 1.5  # of one layer, in a fit
 _START, _STEPS, _RATE = 0.7, 24, 0.06
+CURVE = (0.0, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
+# Weights of the text to keep that are tried in this order, each from the strengths found with the one before.
+_WEIGHTS = (0.3, 1.0, 3.0)
+_MORE_STEPS, _LOWER_RATE = 8, 0.03
+_MOST_BATCHES = 48
+KEPT_BATCH = 4  # texts to keep in a batch
+LOSE = 0.01
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a user asks of the dial; one of the three.
+
+    Attributes:
+        lose: Share by which the task's loss may exceed that of the best strength; then the least forgetting.
+        keep_within: Most rise of the loss on text to keep; then the best task.
+        strength: This one in all layers.
+
+    Raises:
+        LoraInitError: Several are given, or one is negative, NaN or infinite.
+    """
+
+    lose: float | None = None
+    keep_within: float | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        asked = {name: value for name, value in vars(self).items() if value is not None}
+        if len(asked) > 1:
+            raise LoraInitError(f"{' and '.join(asked)} are both given. One of them says what is chosen.")
+        for name, value in asked.items():
+            if not 0.0 <= value < math.inf or (name == "strength" and not value):
+                least = "above 0 (at 0 the model is its base)" if name == "strength" else "at least 0"
+                raise LoraInitError(f"{name}={value:g} must be a finite number {least}.")
+        if not asked:
+            object.__setattr__(self, "lose", LOSE)
+
+    def __str__(self) -> str:
+        if self.strength is not None:
+            return f"strength {self.strength:g}, as asked"
+        if self.keep_within is not None:
+            return f"the best task with text to keep at most {self.keep_within:g} above the base's loss"
+        return f"the least forgetting at most {100 * (self.lose or 0):g} % above the task's loss at the best strength"
+
+    def limit(self, curve: Sequence[Point]) -> float:
+        """Return the highest loss on the task that may be chosen."""
+        return math.inf if self.lose is None else min(point.task for point in curve) * (1.0 + self.lose)
+
+    def choose(self, points: Sequence[Point], limit: float) -> tuple[Point, bool]:
+        """Choose, and return whether the choice does what was asked; if none does, the closest is taken."""
+        if self.keep_within is not None:
+            within = [point for point in points if point.rise <= self.keep_within]
+            return (min(within, key=lambda p: p.task), True) if within else (min(points, key=lambda p: p.rise), False)
+        return min((point for point in points if point.task <= limit), key=lambda p: p.rise), True
+
+
+def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
+    """Refuse an adapter whose effect is not one factor times what was trained.
+
+    Args:
+        config: Its configuration.
+        whole: Names of tensors that are no A or B.
+        where: What to call it.
+
+    Raises:
+        LoraInitError: It has DoRA, modules or biases that were trained whole, or a start that changed the base.
+    """
+    other = next((key for key in ("use_dora", "lora_bias", *OTHER_UPDATES) if config.get(key)), None)
+    trained = next(iter(whole), None)
+    origin = carried(config) if carried(config).get("rank") in (None, config.get("r")) else {}
+    began = config.get("init_lora_weights")
+    began = began if isinstance(began, str) else str(origin.get("method") or "")
+    if other is not None:
+        raise LoraInitError(f"{where} has {other}, which has no strength that could be scaled alone. Use plain LoRA.")
+    if trained is not None or config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        raise LoraInitError(
+            f"{where} holds {trained or 'a head'}, trained whole, which has no strength: the rest would not fit it at "
+            "another. Dial adapters of A and B alone, of language models."
+        )
+    if changes_base(began) or origin.get("corrects_base") or origin.get("error_size"):
+        raise LoraInitError(
+            f"{where} began as {began}, which changes or corrects the base: at strength 0 that is not your model. "
+            "Convert it by `lora-init export --start DIRECTORY`, naming the adapter before training, and dial that."
+        )
+
+
+def dial(
+    model: PeftModel,
+    batches: Any,
+    keep: Any = None,
+    *,
+    tokenizer: Any = None,
+    lose: float | None = None,
+    keep_within: float | None = None,
+    strength: float | None = None,
+    uniform: bool = False,
+    seed: int = 0,
+) -> Dial:
+    """Choose how strongly each layer of a trained adapter acts, and multiply it into B, in place.
+
+    A third of the batches is for fitting a strength for each layer by gradient, a third for choosing between these, the
+    same closer to one strength, and one strength for all layers, a third for the report. Cost: about 80 forward passes
+    of a third of the batches, 15 with `uniform`.
+
+    Args:
+        model: A PEFT model of a language model, trained by LoRA or rsLoRA.
+        batches: Of the task, as `collect` takes them, with labels; at least three, and no more than 48 are read.
+        keep: Batches of text that the model should still predict as well. Default: the base writes it itself.
+        tokenizer: Needed only for that.
+        lose: Share by which the task's loss may exceed that of the best strength; then the least forgetting. The
+            default, 0.01.
+        keep_within: In place of it: most rise of the loss on text to keep; then the best task.
+        strength: In place of it: this one in all layers.
+        uniform: Choose one strength for all layers.
+        seed: Of the text that the base writes.
+
+    Returns:
+        The strengths and losses.
+
+    Raises:
+        LoraInitError: The adapter was never trained or is of a kind whose strength cannot be scaled, batches are too
+            few or have no labels, both are the same, or arguments are out of range.
+    """
+    from peft import get_peft_model_state_dict
+
+    rule = Rule(lose, keep_within, strength)
+    if not hasattr(model, "peft_config") or not isinstance(getattr(model, "active_adapter", None), str):
+        raise LoraInitError(f"dial() takes a PEFT model with one active adapter and got {type(model).__name__}.")
+    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    config, where = model.peft_config[model.active_adapter].to_dict(), f"adapter {model.active_adapter!r}"
+    check_dialable(config, (name for name in tensors if ".lora_" not in name), where)
+    outputs = _outputs(model)
+    if not any(bool(b.any()) for b in outputs.values()):
+        raise LoraInitError(f"{where}: B is zero in every layer, so it was never trained. Train it first.")
+    if any(layer.merged for layer in adapter_layers(model).values()):
+        raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
+    task = _thirds(as_batches(batches, model, seed), "batches")
+    if keep is None:
+        if tokenizer is None:
+            raise LoraInitError(
+                "dial() needs keep=, batches of text to keep, or tokenizer=, so that the base writes it."
+            )
+        rows = replay(model, tokenizer, seed=seed)
+        keep = load_batches(rows, tokenizer, batch_size=KEPT_BATCH)
+    kept = _thirds(as_batches(keep, model, seed), "keep")
+    if _texts(kept) <= _texts(task):
+        raise LoraInitError("keep holds examples of the task and nothing else. Pass text of another kind.")
+    found = _search(model, task, kept, rule, uniform)
+    for name, b in outputs.items():
+        b.data *= found.strengths[name]
+    return found
+
+
+_Parts = tuple[list[Any], list[Any], list[Any]]
+
+
+def _thirds(batches: Iterable[Any], what: str) -> _Parts:
+    """Split batches into those to fit, to choose and to report by, every third each."""
+    found = [batch for batch in islice(batches, _MOST_BATCHES) if _has_labels(batch, what)]
+    if len(found) < 3:
+        raise LoraInitError(f"{what}: {len(found)} batches have labels, and at least 3 are needed. Pass smaller ones.")
+    return found[0::3], found[1::3], found[2::3]
+
+
+def _has_labels(batch: Any, what: str) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise LoraInitError(
+            f"{what}: a batch has no labels [batch, length]. The dial is for models that predict tokens."
+        )
+    return bool((labels[:, 1:] != IGNORED).any())
+
+
+def _texts(parts: _Parts) -> set[tuple[int, ...]]:
+    """Collect the labels of all examples."""
+    rows = (row for batches in parts for batch in batches for row in batch["labels"])
+    return {tuple(row[row != IGNORED].tolist()) for row in rows}
+
+
+def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool) -> Dial:
+    names = [*_outputs(model)]
+    with strengths(model, 0.0):
+        base = [(example_losses(model, task[i]), example_losses(model, kept[i])) for i in (1, 2)]
+
+    def measure(layers: Mapping[str, float], weight: float | None) -> Point:
+        with strengths(model, layers):
+            losses = [_ratio(example_losses(model, part[1])) for part in (task, kept)]
+        mean = sum(layers.values()) / len(layers)
+        return Point(mean, losses[0], losses[1] - _ratio(base[0][1]), weight, layers)
+
+    steps = sorted({*CURVE, *([] if rule.strength is None else [rule.strength])})
+    curve = [measure(dict.fromkeys(names, step), None) for step in steps]
+    notes, fitted = [], []
+    if rule.strength is not None:
+        chosen = curve[steps.index(rule.strength)]
+    else:
+        limit = rule.limit(curve[1:])
+        chosen, done = rule.choose(curve[1:], limit)
+        if not uniform:
+            fitted = list(_fits(model, task[0], kept[0], chosen, rule, limit, measure))
+            chosen, done = rule.choose([*curve[1:], *fitted], limit)
+        if not done:
+            notes.append("no strength keeps what was asked for; the one that forgets least was taken")
+    at: dict[str, list[Tensor]] = {"base": [*base[1]]}
+    for name, layers in (("trained", curve[steps.index(1.0)].layers), ("chosen", chosen.layers)):
+        with strengths(model, layers):
+            at[name] = [example_losses(model, part[2]) for part in (task, kept)]
+    on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}
+    on_kept = {name: _change(losses[1], at["base"][1]) for name, losses in at.items()}
+    sizes = len(at["base"][0]), len(at["base"][1])
+    return Dial(str(rule), chosen, tuple(curve), tuple(fitted), on_task, on_kept, sizes, tuple(notes))
+
+
+def _fits(
+    model: PeftModel,
+    task: list[Any],
+    keep: list[Any],
+    start: Point,
+    rule: Rule,
+    limit: float,
+    measure: Callable[[Mapping[str, float], float | None], Point],
+) -> Iterator[Point]:
+    """Fit strengths of the layers with rising weights of the text to keep, while more can gain within the rule.
+
+    With few examples a fit goes too far, so strengths half way back to one are measured, too.
+    """
+    layers = start.layers
+    fit = partial(fit_strengths, model, task, keep)
+    for i, weight in enumerate(_WEIGHTS):
+        layers = fit(weight, layers, _MORE_STEPS, _LOWER_RATE) if i else fit(weight, layers)
+        point = measure(layers, weight)
+        yield point
+        yield measure({name: (value + start.strength) / 2 for name, value in layers.items()}, weight)
+        if point.task > limit or (rule.keep_within is not None and point.rise <= rule.keep_within):
+            break
+
+
+def _ratio(losses: Tensor) -> float:
+    return float(losses[:, 0].sum() / losses[:, 1].sum())
+
+
+def _change(losses: Tensor, reference: Tensor) -> Change:
+    """Compare two losses of the same examples; the interval is that of a ratio of sums over examples."""
+    change = _ratio(losses) - _ratio(reference)
+    n = len(losses)
+    rest = losses[:, 0] - reference[:, 0] - change * losses[:, 1]
+    error = 1.96 * math.sqrt(float(rest.square().sum()) * n / max(n - 1, 1)) / float(losses[:, 1].sum())
+    return Change(_ratio(losses), change, error)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _TOPICS = (
     "the sea", "cooking", "a computer program", "history", "mathematics", "health", "a journey", "money", "animals",
     "music", "school", "the law", "friendship", "the weather", "engines", "language",
 )  # fmt: skip
-_BATCH = 16
+_BATCH = 32
 
 
 def replay(

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora_init.serving.dial import STRONGEST, example_losses, fit_strengths, label_losses, strengths
+from lora_init import LoraInitError, dial
+from lora_init.serving.dial import STRONGEST, Rule, _change, example_losses, fit_strengths, label_losses, strengths
+from lora_init.serving.dialed import Point
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama, tiny_t5
+from tests.layers.test_experts import mixtral
 
 KINDS = {
     "plain": (tiny_llama, dict(target_modules=["q_proj", "down_proj"])),
@@ -107,3 +110,79 @@ def test_strengths_are_taken_back_after_an_error():
         assert not torch.equal(example_losses(model, batches), expected)
         raise RuntimeError("stop")
     assert torch.equal(example_losses(model, batches), expected)
+
+
+def test_dial_works_in_place_and_what_is_saved_reloads_with_the_same_outputs(tmp_path):
+    model, batches = trained_model(dtype=torch.float32)
+    expected = tiny_llama()
+    expected.load_state_dict(model.get_base_model().state_dict(), strict=False)
+    keep = batches_for("llama", n_batches=4, seed=1)
+    with pytest.raises(LoraInitError, match="at least 3"):
+        dial(model, batches[:2], keep)
+    with pytest.raises(LoraInitError, match="tokenizer="):
+        dial(model, batches)
+    with pytest.raises(LoraInitError, match="nothing else"):
+        dial(model, batches, [*batches])
+    with torch.no_grad():
+        full = model.eval()(**batches[0]).logits
+    found = dial(model, batches, keep, keep_within=10.0)
+    assert found.chosen.task == min(point.task for point in (*found.curve[1:], *found.fitted))
+    after = example_losses(model, batches)
+    with torch.no_grad():
+        assert (model(**batches[0]).logits - full).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    plain = model.unload()
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    torch.testing.assert_close(example_losses(again, batches), after, atol=1e-5, rtol=1e-5)
+    held_out = example_losses(again, [batches[2]])
+    assert found.task["chosen"].loss == pytest.approx(float(held_out[:, 0].sum() / held_out[:, 1].sum()), rel=1e-5)
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_examples():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 30, (200,), generator=generator).double()
+    losses = counts * (3 + torch.randn(200, generator=generator).double())
+    shift = counts * (0.1 + 0.3 * torch.randn(200, generator=generator).double())
+    found = _change(torch.stack([losses + shift, counts], 1), torch.stack([losses, counts], 1))
+    picks = torch.randint(0, 200, (4000, 200), generator=generator)
+    drawn = shift[picks].sum(1) / counts[picks].sum(1)
+    assert found.change == pytest.approx(float(shift.sum() / counts.sum()))
+    assert found.error == pytest.approx(1.96 * float(drawn.std()), rel=0.05)  # 4000 draws: 1 %
+
+
+def point(strength, task, rise):
+    return Point(strength, task, rise, None, {})
+
+
+def test_rules_choose_what_they_say():
+    points = [point(0.5, 1.02, 0.0), point(0.7, 1.005, 0.05), point(1.0, 1.0, 0.3)]
+
+    def chosen(**asked):
+        rule = Rule(**asked)
+        found, done = rule.choose(points, rule.limit(points))
+        return found.strength, done
+
+    assert chosen() == chosen(lose=0.01) == (0.7, True)
+    assert chosen(lose=0.0) == (1.0, True) and chosen(lose=0.03) == (0.5, True)
+    assert chosen(keep_within=0.1) == (0.7, True)
+    assert Rule(keep_within=0.1).choose(points[2:], 9.0) == (points[2], False)
+    assert str(Rule()) == "the least forgetting at most 1 % above the task's loss at the best strength"
+    for wrong in (dict(lose=-0.1), dict(strength=0.0), dict(keep_within=float("nan")), dict(lose=0.1, strength=1.0)):
+        with pytest.raises(LoraInitError):
+            Rule(**wrong)
+
+
+def test_experts_that_are_parameters_have_strengths_too():
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    model = get_peft_model(mixtral(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    batches = batches_for("llama")
+    with model.disable_adapter():
+        base = example_losses(model, batches)
+    with strengths(model, 0.0):
+        torch.testing.assert_close(example_losses(model, batches), base)
+    found = fit_strengths(model, batches[:2], batches[2:], 1.0, steps=2)
+    moved = {name: value for name, value in found.items() if abs(value - 0.7) > 0.01}
+    assert set(found) == set(moved) and any(name.endswith("experts.down_proj") for name in moved)

@@ -1,0 +1,128 @@
+"""The commands `lora-init dial` and `replay`: keep what the model knew, after training and while training."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.options import Device, Dtype, MaxLength, Reading, TrustRemoteCode
+from lora_init.cli.tables import facts
+from lora_init.errors import LoraInitError
+
+EXAMPLE = """\b
+Example:
+$ lora-init dial trained train.jsonl -o kept
+"""
+
+
+def dial(
+    adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
+    data: Annotated[str, Argument(help="Examples of its task, as for init.", show_default=False)],
+    output: Annotated[Path, Option("--output", "-o", help="Directory to write.", show_default=False)],
+    keep: Annotated[
+        str | None, Option(help="Text to keep, read by its own columns. Default: the base model writes some.")
+    ] = None,
+    lose: Annotated[
+        str | None, Option(help="Most loss on the task above that of the best strength, such as 1% (the default).")
+    ] = None,
+    keep_within: Annotated[float | None, Option(help="In place of it: most rise of the loss on text to keep.")] = None,
+    strength: Annotated[float | None, Option(help="In place of it: this strength in all layers.")] = None,
+    uniform: Annotated[bool, Option("--uniform", help="One strength for all layers.")] = False,
+    alpha_pattern: Annotated[
+        bool, Option("--alpha-pattern", help="Put strengths there, not into B; some engines ignore it.")
+    ] = False,
+    base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
+    *,
+    reading: Reading,
+    samples: Annotated[int, Option(min=12, help="Examples of the task at most; half as many texts to keep.")] = 144,
+    max_length: MaxLength = 512,
+    seed: Annotated[int, Option(min=0, help="Seed of the sample and of what the base writes.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier dial wrote.")] = False,
+) -> None:
+    """Find how strongly each layer of a trained ADAPTER should act, so that the model keeps what it knew."""
+    if keep is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
+        raise LoraInitError(f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
+    with importing(data=data):
+        from lora_init.adapters.directory import AdapterDirectory
+        from lora_init.adapters.peft_model import with_adapter
+        from lora_init.loading.batches import load_batches
+        from lora_init.loading.models import open_model
+        from lora_init.serving.base import read_base
+        from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable
+        from lora_init.serving.dial import dial as turn
+        from lora_init.serving.dialed import check_place, write_dialed
+        from lora_init.serving.replay import replay
+        from lora_init.serving.trained import read_trained, with_parameters
+    asked = {"lose": _share(lose), "keep_within": keep_within, "strength": strength}
+    Rule(**asked)
+    check_place(output, overwrite)
+    trained = read_trained(adapter)
+    check_dialable(trained.config, trained.others, str(adapter))
+    plain = read_base(base or trained.base, trained)
+    trained = with_parameters(trained, plain.parameters)
+    if not any(bool(layer.b.any()) for layer in trained.layers.values()):
+        raise LoraInitError(f"{adapter}: B is zero in every layer, so it was never trained. Train it first.")
+    source = open_model(base or trained.base, trust_remote_code=trust_remote_code)
+    read = partial(load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
+    batches = read(data, **vars(reading), samples=samples, batch_size=max(samples // 18, 1))
+    half: dict[str, Any] = {"samples": samples // 2, "batch_size": KEPT_BATCH}
+    kept = None if keep is None else read(keep, **half)
+    with busy(f"loading {source.name}"):
+        loaded = source.load(dtype=dtype, device=device)
+    if kept is None:
+        with busy("writing text to keep"):
+            kept = read(replay(loaded.model, source.tokenizer, samples // 2, seed=seed), **half)
+    with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
+        found = turn(model, batches, kept, **asked, uniform=uniform, seed=seed)
+    path = write_dialed(output, trained, plain, found, alpha_pattern, overwrite)
+    result = {"path": str(path)} | found.to_dict()
+    print_result(
+        result, lambda console, _: console.print(facts({"written": str(path)} | found.summary())), written=True
+    )
+
+
+def _share(text: str | None) -> float | None:
+    """Read 1% or 0.01."""
+    try:
+        return None if text is None else float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise LoraInitError(f"--lose {text!r}: expected a share, such as 1% or 0.01.") from None
+
+
+def replay(
+    model: Annotated[str, Argument(help="Directory or hub id of the model.", show_default=False)],
+    output: Annotated[Path, Option("--output", "-o", help="JSON lines to write.", show_default=False)],
+    n: Annotated[int, Option("--n", min=1, help="Number of texts.")] = 256,
+    length: Annotated[int, Option(min=1, help="Tokens of a text at most.")] = 64,
+    seed: Annotated[int, Option(min=0, help="Seed of what is drawn.")] = 0,
+    text: Annotated[bool, Option("--text", help="Plain text, also of a model with a chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Let MODEL write texts at temperature 1, to be mixed into training so that it keeps what it knew."""
+    output = output.expanduser()
+    if output.exists():
+        raise LoraInitError(f"{output} exists, and is never replaced. Choose another name.")
+    with importing(model):
+        from lora_init.files import check_place, write_whole
+        from lora_init.loading.models import load_model
+        from lora_init.serving.replay import replay as write
+    check_place(output)
+    with busy(f"loading {model}"):
+        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    with busy(f"writing {n} texts"):
+        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat=False if text else None)
+    write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    result = {"path": str(output.resolve()), "texts": len(rows), "columns": [*rows[0]], "seed": seed}
+    print_result(
+        result, lambda console, values: console.print(facts({k: str(v) for k, v in values.items()})), written=True
+    )

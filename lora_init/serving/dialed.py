@@ -1,0 +1,199 @@
+"""What the dial found: the losses at each strength, the strengths that were chosen, and the adapter that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_init.adapters.directory import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card_header
+from lora_init.files import check_free, digests_of, new_directory, read_json, write_json
+from lora_init.planning.lora_config import alpha_for, to_patterns
+from lora_init.serving.base import Base
+from lora_init.serving.trained import Trained
+from lora_init.serving.writers import write_peft
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECORD_FILE, PICTURE_FILE = "dial.json", "dial.png"
+_OURS: dict[str, Any] = {
+    "marker": RECORD_FILE,
+    "replaceable": (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, RECORD_FILE, PICTURE_FILE),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Strengths, and what they do on the examples to choose by.
+
+    Attributes:
+        strength: The one of all layers, or their mean.
+        task: Loss on the task.
+        rise: Loss on text to keep, above the base's.
+        weight: What the loss on text to keep was multiplied by in the fit; None of one strength for all layers.
+        layers: The strength of each layer.
+    """
+
+    strength: float
+    task: float
+    rise: float
+    weight: float | None
+    layers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A loss on examples that nothing was chosen by, and how far it is from another, with half of a 95 % interval."""
+
+    loss: float
+    change: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.loss:.3f} ({self.change:+.3f} ± {self.error:.3f})"
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The strengths that `dial` chose, and what it measured.
+
+    Attributes:
+        rule: What was asked for, in words.
+        chosen: The strengths, with their losses on the examples to choose by.
+        curve: One strength for all layers, rising from 0.
+        fitted: Strengths of their own for the layers.
+        task: Loss on held-out examples of the task, at the base, as trained and as chosen; against that as trained.
+        keep: Loss on held-out text to keep, likewise; against that of the base.
+        examples: Held-out examples of the task, and of text to keep.
+        notes: What to know, such as that no strength does what was asked for.
+    """
+
+    rule: str
+    chosen: Point
+    curve: tuple[Point, ...]
+    fitted: tuple[Point, ...]
+    task: Mapping[str, Change]
+    keep: Mapping[str, Change]
+    examples: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """The strength of each layer, by its name in the plain model."""
+        return self.chosen.layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that `json.dumps` takes."""
+        values = asdict(self)
+        for point in values["curve"]:
+            del point["layers"]  # which all have its strength
+        return values
+
+    def summary(self) -> dict[str, str]:
+        """Return the result in words, by what each is about."""
+        return summary_of(self.to_dict())
+
+    def plot(self) -> Figure:
+        """Draw both losses over one strength for all layers, and what each choice costs of the one for the other."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10.0, 3.8), dpi=110, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        steps, base = [point.strength for point in self.curve], self.curve[0].task
+        for values, label, color, style in (
+            ([point.task - base for point in self.curve], "task", "#0072B2", "o-"),
+            ([point.rise for point in self.curve], "text to keep", "#D55E00", "^--"),
+        ):
+            left.plot(steps, values, style, color=color, label=label, markersize=4)
+        left.set(xlabel="strength, the same in all layers", ylabel="loss above the base's")
+        shown = [point for point in self.curve if point.strength]  # the base's task loss would hide the others
+        right.plot(
+            [p.rise for p in shown], [p.task for p in shown], "o-", color="#555555", markersize=4, label="one strength"
+        )
+        for point in shown:
+            right.annotate(
+                f"{point.strength:g}", (point.rise, point.task), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+        fitted = [p.rise for p in self.fitted], [p.task for p in self.fitted]
+        right.plot(*fitted, "D", color="#009E73", markersize=5, label="one for each layer")
+        star = {"color": "#CC0066", "markersize": 13, "markeredgecolor": "white"}
+        right.plot([self.chosen.rise], [self.chosen.task], "*", label="chosen", **star)
+        right.set(xlabel="rise of the loss on text to keep", ylabel="loss on the task")
+        for axes in (left, right):
+            axes.grid(alpha=0.25)
+            axes.legend(fontsize=8)
+        figure.suptitle(f"Examples to choose by: {self.rule}", fontsize=9, parse_math=False)
+        return figure
+
+
+def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Put a `Dial` as plain values into words, by what each is about."""
+    chosen, of = values["chosen"], values["chosen"]["layers"].values()
+    task, keep = ({at: Change(**one) for at, one in values[part].items()} for part in ("task", "keep"))
+    spread = f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
+    zeros = sum(not value for value in of)
+    rows = {
+        "strength": f"{chosen['strength']:g} in all layers"
+        if chosen["weight"] is None
+        else spread + (f"; {zeros} dropped" if zeros else ""),
+        "chosen by": values["rule"],
+        "task": f"{task['base'].loss:.3f} base, {task['trained'].loss:.3f} as trained, {task['chosen']} now",
+        "text to keep": f"{keep['base'].loss:.3f} base, {keep['trained']} as trained, {keep['chosen']} now",
+        "measured on": "{} and {} other examples; ± is a 95 % interval".format(*values["examples"]),
+    }
+    return rows | {f"note {i}": note for i, note in enumerate(values["notes"], 1)}
+
+
+def check_place(path: str | Path, overwrite: bool) -> None:
+    """Check that `write_dialed` may write here, and can, so that nobody finds out after the work."""
+    check_free(Path(path).expanduser().resolve(), overwrite, **_OURS)
+
+
+def write_dialed(
+    path: str | Path, trained: Trained, base: Base, found: Dial, in_config: bool = False, overwrite: bool = False
+) -> Path:
+    """Write an adapter at its strengths as a PEFT directory, with a card, the numbers and a picture.
+
+    One strength for all layers scales `lora_alpha`; others are multiplied into B, or with `in_config` stand in
+    `alpha_pattern`, which not every engine reads. Layers of strength 0 are left out.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        LoraInitError: The directory exists and may not be replaced, or cannot be written.
+    """
+    kept = {name: layer for name, layer in trained.layers.items() if found.strengths[name]}
+    turned = replace(trained, layers=at_strengths(kept, found))
+    alphas: dict[str, Any] = {}
+    if in_config:
+        turned = replace(trained, layers=kept).with_one_scaling()
+        alphas = {name: alpha_for(one.scaling * found.strengths[name], one.rank) for name, one in turned.layers.items()}
+    with new_directory(path, overwrite, **_OURS) as fresh:
+        write_peft(fresh, turned.with_one_scaling(), base)
+        if in_config:
+            config = read_json(fresh / CONFIG_FILE)
+            write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
+        found.plot().savefig(fresh / PICTURE_FILE)
+        record = {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict()
+        write_json(fresh / RECORD_FILE, record)
+        (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")
+    return Path(path).expanduser().resolve()
+
+
+def at_strengths(layers: Mapping[str, Any], found: Dial) -> dict[str, Any]:
+    """Multiply the scaling of each layer, if all have one strength, else B."""
+    if found.chosen.weight is None:
+        return {n: replace(one, scaling=one.scaling * found.strengths[n]) for n, one in layers.items()}
+    return {n: replace(one, b=one.b.float() * found.strengths[n]) for n, one in layers.items()}
+
+
+def _card(trained: Trained, found: Dial) -> str:
+    lines = "\n".join(f"- {about}: {text}" for about, text in found.summary().items())
+    return (
+        f"{card_header(trained.base, trained.config.get('task_type'))}\n"
+        f"# A trained LoRA adapter, at the strength that keeps what the model knew\n\n{lines}\n\n"
+        f"The strengths are in the weights: load it as any adapter.\n\n![losses over strength]({PICTURE_FILE})\n"
+    )

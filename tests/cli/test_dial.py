@@ -1,0 +1,139 @@
+"""`dial` writes an adapter at the strengths that it chose, `replay` what the base writes; errors are one line."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora_init.serving.dial import strengths
+from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
+from tests.conftest import tiny_bert, tiny_llama
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+def train(model, ids, steps):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base that knows the passages of `write_data`, and an adapter trained on other sentences."""
+    folder = tmp_path_factory.mktemp("dial")
+    torch.manual_seed(0)
+    base = tiny_llama()
+    train(base, torch.tensor([[*range(4 + i, 23), *range(4, 4 + i)] for i in range(19)]), 60)
+    save_model(base, folder / "base")
+    write_data(folder)
+    (folder / "task.txt").write_text("\n".join(f"mat a on sat cat {word} the" for word in WORDS * 2))
+    model = adapted(folder)
+    train(model, torch.tensor([[9, 8, 7, 6, 5, 4 + i, 4] for i in range(19)]), 60)
+    model.save_pretrained(folder / "trained")
+    return folder
+
+
+def adapted(folder, **settings):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    settings = dict(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") | settings
+    return get_peft_model(base, LoraConfig(**settings))
+
+
+@torch.no_grad()
+def logits(folder, adapter, chosen=1.0):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / adapter).eval()
+    with strengths(model, chosen):
+        return model(IDS).logits
+
+
+def dialed(folder, output, *more):
+    words = ["--keep", folder / "text.txt"] if "--own" not in more else []
+    more = [word for word in more if word != "--own"]
+    done = run("dial", folder / "trained", folder / "task.txt", *words, "-o", output, "--samples", 36, "--json", *more)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("more", [[], ["--alpha-pattern"], ["--strength", 0.6], ["--uniform", "--keep-within", 0.05]])
+def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
+    found = dialed(place, tmp_path / "kept", *more)
+    layers = found["chosen"]["layers"]
+    expected = logits(place, "trained", layers)
+    assert (expected - logits(place, "trained")).abs().max() > 1e-3
+    torch.testing.assert_close(logits(place, tmp_path / "kept"), expected, atol=1e-5, rtol=1e-5)
+    exported = run("export", tmp_path / "kept", "-o", tmp_path / "served", "--engine", "vllm")
+    assert exported.exit_code == 0, exported.stderr
+    torch.testing.assert_close(logits(place, tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "kept/adapter_config.json").read_text())
+    assert bool(config["alpha_pattern"]) == ("--alpha-pattern" in more)
+    if "--strength" in more:  # the weights are the trained ones
+        assert config["lora_alpha"] == pytest.approx(0.6 * 8) and set(layers.values()) == {0.6}
+        old, new = (load_file(at / "adapter_model.safetensors") for at in (place / "trained", tmp_path / "kept"))
+        assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
+
+
+def test_the_default_forgets_less_at_the_price_that_was_allowed(place, tmp_path):
+    found = dialed(place, tmp_path / "kept", "--own")
+    assert found["fitted"] and found["chosen"]["task"] <= 1.01 * min(point["task"] for point in found["curve"][1:])
+    full = next(point for point in found["curve"] if point["strength"] == 1.0)
+    assert found["chosen"]["rise"] < full["rise"]
+    assert found["examples"] == [12, 4]
+    assert (
+        found["keep"]["chosen"]["change"] < found["keep"]["trained"]["change"] and found["keep"]["base"]["change"] == 0
+    )
+    shown = run("inspect", tmp_path / "kept")
+    assert shown.exit_code == 0 and "text to keep" in shown.stdout and "dial.png" in shown.stdout
+    assert "one for each of 4 layers" in (tmp_path / "kept/README.md").read_text()
+    assert (tmp_path / "kept/dial.png").read_bytes()[1:4] == b"PNG"
+    again = run("dial", place / "trained", place / "task.txt", "-o", tmp_path / "kept")
+    assert_one_line_error(again, "exists", "--overwrite")
+
+
+def test_what_cannot_be_dialed_is_one_line(place, tmp_path):
+    text, task, out = place / "text.txt", place / "task.txt", tmp_path / "out"
+    (tmp_path / "empty.txt").write_text("\n \n")
+
+    def refused(*words, adapter=place / "trained", data=task, keep=text):
+        keep = [] if keep is None else ["--keep", keep]
+        assert_one_line_error(run("dial", adapter, data, *keep, "-o", out, "--samples", 36), *words)
+
+    def saved(name, **settings):
+        adapted(place, **settings).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    refused("never trained", adapter=saved("start"))
+    refused("use_dora", "no strength", adapter=saved("dora", use_dora=True))
+    refused("lm_head", "trained whole", adapter=saved("head", modules_to_save=["lm_head"]))
+    refused("pissa", "export --start", adapter=saved("pissa", init_lora_weights="pissa"))
+    refused("task's own data", keep=task)
+    refused("empty.txt", "x", keep=tmp_path / "empty.txt")
+    save_model(tiny_bert(), tmp_path / "bert")
+    model = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "classifier")
+    refused("classifier", "trained whole", adapter=tmp_path / "classifier")
+    save_model(tiny_llama(hidden_size=16), tmp_path / "other")
+    for more, words in (
+        (["--strength", -0.5], ["--strength", "above 0"]),
+        (["--strength", "nan"], ["--strength", "finite"]),
+        (["--lose", "much"], ["--lose 'much'", "1%"]),
+        (["--lose", "1%", "--keep-within", 0.1], ["both given"]),
+        (["--base", tmp_path / "other"], ["32", "16"]),
+    ):
+        assert_one_line_error(run("dial", place / "trained", task, "--keep", text, "-o", out, *more), *words)
+    assert not out.exists()
+
+
+def test_replay_writes_lines_that_can_be_trained_on(place, tmp_path):
+    file = tmp_path / "replay.jsonl"
+    done = run("replay", place / "base", "-o", file, "--n", 5, "--length", 12)
+    assert done.exit_code == 0 and "5" in done.stdout
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 5 and all(row["text"].strip() for row in rows)
+    assert_one_line_error(run("replay", place / "base", "-o", file), "exists")
+    assert_one_line_error(run("replay", tmp_path / "none", "-o", tmp_path / "r.jsonl"), "no such directory")
