@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,8 @@ def run(command):
         assert words[2] == "-e" and words[3].partition("[")[0] == "."
     elif words[0] in ("lora-init", "torchrun", "accelerate"):  # here in one process; tests/collection/ has two
         start = 1 if words[0] == "lora-init" else words.index("lora_init") + 1
-        result = CliRunner().invoke(cli.app, words[start:])
+        found = ([*map(str, sorted(Path().glob(word)))] if "*" in word else [word] for word in words[start:])
+        result = CliRunner().invoke(cli.app, [*chain.from_iterable(found)])
         assert result.exit_code == 0, f"{command}\n{result.stderr}"
     else:
         subprocess.run(["bash", "-ec", command], check=True)

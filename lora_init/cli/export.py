@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.console import FAILED, busy, importing, in_words_of_the_command, print_error, print_result
 from lora_init.cli.options import MaxLength, Reading, Samples, WrittenAs
-from lora_init.cli.tables import facts
-from lora_init.errors import LoraInitError, require_version
+from lora_init.cli.tables import columns, facts
+from lora_init.errors import LoraInitError, explain, require_version
 from lora_init.serving.engines import ENGINES, find_engine
 
 if TYPE_CHECKING:
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def export(
-    directory: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
-    output: Annotated[Path, Option("--output", "-o", help="Directory or GGUF file to write.", show_default=False)],
+    directories: Annotated[list[Path], Argument(help="Directories of trained LoRA adapters.", show_default=False)],
+    output: Annotated[
+        Path, Option("--output", "-o", help="Directory or GGUF file to write; of several, where.", show_default=False)
+    ],
     engine: Annotated[str | None, Option(help=f"One of {', '.join(ENGINES)}. Default: PEFT.")] = None,
     rank: Annotated[int | None, Option(help="Rank of every layer; below the adapter's, it is compressed.")] = None,
     parameters: Annotated[str | None, Option(help="Compress to this many parameters, such as 2.5M.")] = None,
@@ -40,30 +42,70 @@ def export(
     max_length: MaxLength = 512,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
 ) -> None:
-    """Bring the trained adapter in DIRECTORY into the form that an engine loads, with the same outputs."""
+    """Bring trained adapters into the form that an engine loads, with the same outputs.
+
+    Several are written into OUTPUT under the names of their DIRECTORIES. If some fail, the others are written, and the
+    exit status is 1.
+    """
     if data is not None and (merge_into or start or not find_engine(engine).writes_peft):
         raise LoraInitError("--data: PEFT measures the loss. Leave --merge-into, --start and --engine away.")
     if reduce_intruders:
         require_version("peft", "0.19", "--reduce-intruders")
+    places = _places(directories, output, engine)
+    if start is not None and len(places) > 1:
+        raise LoraInitError("--start is one adapter before its training. Export those that have one one by one.")
     with importing():
+        from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
         from lora_init.serving.export import check_output, export_adapter
-    check_output(output, engine, overwrite)  # before a model is loaded
-    loaded = _load(directory, base) if data is not None or reduce_intruders else None
+    for place in places:
+        check_output(place, engine, overwrite)  # before a model is loaded
+    loaded = _load(directories[0], base) if data is not None or reduce_intruders else None
     batches = None
     if loaded is not None and data is not None:
         batches = load_batches(
             data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
         )
-    exported = export_adapter(
-        directory, output, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
-        dtype=dtype, start=start, base=base, merge_into=merge_into, overwrite=overwrite,
-        reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
-    )  # fmt: skip
-    summary = exported.to_dict()
-    if loaded is not None and batches is not None:
-        summary["losses"] = [_loss(loaded, place, batches) for place in (directory, exported.path)]
-    print_result(summary, lambda console, values: _show(console, exported, values.get("losses")), written=True)
+    exports: list[Exported] = []
+    summaries: list[dict[str, Any]] = []
+    for place, directory in places.items():
+        try:
+            exported = export_adapter(
+                directory, place, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
+                dtype=dtype, start=start, base=base, merge_into=merge_into, overwrite=overwrite,
+                reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
+            )  # fmt: skip
+            summary = exported.to_dict()
+            if loaded is not None and batches is not None:
+                summary["losses"] = [_loss(loaded, one, batches) for one in (directory, exported.path)]
+            exports.append(exported)
+        except LoraInitError as error:
+            if len(places) == 1:
+                raise
+            text = explain(error) if str(directory) in str(error) else f"{directory}: {explain(error)}"
+            summary = {"path": str(place), "error": text}
+            print_error(in_words_of_the_command(text))
+        summaries.append(summary)
+    if len(places) == 1:
+        print_result(summaries[0], lambda console, values: _show(console, exports[0], values.get("losses")), True)
+        return
+    one_base = base or len({AdapterDirectory(places[one.path]).base for one in exports}) == 1
+    print_result(summaries, lambda console, values: _show_all(console, exports, values, bool(one_base)), written=True)
+    if len(exports) < len(places):
+        raise SystemExit(FAILED)
+
+
+def _places(directories: list[Path], output: Path, engine: str | None) -> dict[Path, Path]:
+    """Return which adapter is written where."""
+    if len(directories) == 1:
+        return {output: directories[0]}
+    suffix = ".gguf" if find_engine(engine).is_file else ""
+    names = [directory.expanduser().resolve().name for directory in directories]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise LoraInitError(f"several directories have the name {twice!r}, under which each would be written.")
+    root = output.expanduser().resolve()
+    return {root / f"{name}{suffix}": directory for name, directory in zip(names, directories, strict=True)}
 
 
 def _load(directory: Path, base: str | None) -> LoadedModel:
@@ -101,6 +143,8 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
             f"{exported.error:.2%} of the update; of {len(exported.errors)} compressed layers {worst} has most, "
             f"{exported.errors[worst]:.2%}"
         )
+    if exported.smaller is not None:
+        rows["smaller"] = "rank {} would lose {:.2%} of the update".format(*exported.smaller)
     if losses is not None:
         rows["loss"] = "{:.4f} before, {:.4f} after".format(*losses)
     if exported.error_share is not None:
@@ -113,3 +157,22 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
     console.print(f"\n{exported.command}", markup=False)
     if exported.verify:
         console.print(exported.verify, markup=False)
+
+
+def _show_all(console: Console, exports: list[Exported], summaries: list[dict[str, Any]], one_base: bool) -> None:
+    from lora_init.serving.export import command_for_all
+
+    table = columns("adapter", "rank", "MB", "update lost", "at the next smaller rank", "loss before, after")
+    for about in summaries:
+        name = Path(about["path"]).name
+        if "rank" not in about:
+            table.add_row(name, "failed")
+            continue
+        smaller = "rank {}: {:.2%}".format(*about["smaller"]) if about["smaller"] else ""
+        losses = "{:.4f}, {:.4f}".format(*about["losses"]) if "losses" in about else ""
+        size = f"{about['n_bytes'] / 10**6:.2f}"
+        table.add_row(name, str(about["rank"] or "merged"), size, f"{about['error']:.2%}", smaller, losses)
+    console.print(table)
+    together = command_for_all(exports) if exports and one_base else ""
+    for line in [together] if together else [one.command for one in exports]:
+        console.print(f"\n{line}", markup=False)

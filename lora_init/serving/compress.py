@@ -123,6 +123,12 @@ def errors(factors: Mapping[str, Factors], ranks: Mapping[str, int]) -> tuple[di
     return relative, math.sqrt(math.fsum(lost.values()) / total) if total else 0.0
 
 
+def error_at(trained: Trained, rank: int) -> float:
+    """Compute the relative error of the whole update at one rank for all layers."""
+    factors = {name: factorise(layer) for name, layer in trained.layers.items()}
+    return errors(factors, dict.fromkeys(factors, rank))[1]
+
+
 def best_ranks(
     factors: Mapping[str, Factors], costs: Mapping[str, int], budget: int, kept: Collection[str] = ()
 ) -> dict[str, int]:

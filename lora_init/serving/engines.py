@@ -44,6 +44,7 @@ class Engine:
             rsLoRA, ranks by pattern. Nothing if it loads no such directory.
         allows: Tells the ranks that it takes.
         allowed: These in words.
+        several: What stands between adapters at the end of `command`; empty if it serves one.
         option: What it must be told for an adapter as it is, with {rank} to fill in.
     """
 
@@ -60,6 +61,7 @@ class Engine:
     reads: tuple[Literal["lora", "use_rslora", "rank_pattern"], ...] = ()
     allows: Callable[[int], bool] = lambda rank: True
     allowed: str = "every rank"
+    several: str = ""
     option: str = ""
 
     @property
@@ -106,6 +108,7 @@ _TGI = Engine(
     "text-generation-launcher --model-id {base} --lora-adapters {name}={path}",
     server=f"{_LOCAL}:3000/v1 --model {{name}}",
     reads=("lora", "use_rslora"),
+    several=",",
     allows=_is_not_padded,
     allowed="rank 8 or a multiple of 16",
 )
@@ -118,6 +121,7 @@ ENGINES = {
         reads=("lora", "use_rslora", "rank_pattern"),
         allows=lambda rank: rank <= VLLM_RANKS[-1],
         allowed=f"at most rank {VLLM_RANKS[-1]}",
+        several=" ",
         option="--max-lora-rank {rank}",
     ),
     "sglang": Engine(
@@ -126,6 +130,7 @@ ENGINES = {
         "--lora-paths {name}={path}",
         server=f"{_LOCAL}:30000/v1 --model {{name}}",
         reads=("lora",),
+        several=" ",
     ),
     "llama.cpp": Engine(
         "llama.cpp",
@@ -154,6 +159,7 @@ ENGINES = {
     "lorax": replace(  # which began as TGI
         _TGI,
         title="LoRAX",
+        several="",
         command="lorax-launcher --model-id {base} --adapter-id {path} --adapter-source local",
         server=f"{_LOCAL}:3000/v1 --model {{path}}",
     ),

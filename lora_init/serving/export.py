@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from lora_init.layers.targets import PREFIX
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
-from lora_init.serving.compress import fit
-from lora_init.serving.engines import ENGINES, PEFT, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.compress import error_at, fit
+from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
@@ -51,6 +51,8 @@ class Exported:
             without what it began with if that was subtracted. None for others.
         verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where the trained
             adapter does not fit the plain base and what was written is not PEFT's to load.
+        smaller: Where a rank was chosen above the adapter's largest: the next smaller one that vLLM makes room for, and
+            the relative error of the update there.
         notes: What to know about the adapter, such as that it was never trained.
     """
 
@@ -67,6 +69,7 @@ class Exported:
     intruders: tuple[int, int] | None = None
     verify: str = ""
     error_share: float | None = None
+    smaller: tuple[int, float] | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,8 +173,11 @@ def export_adapter(
     final, errors, error = fit(trained, rank, most, keep_ranks, model.widths)
     final = final if dtype is None else final.written_as(getattr(torch, dtype))
     check_rank(engine, final.rank)
+    below = [allowed for allowed in VLLM_RANKS if allowed < final.rank]
+    padded = below and not (sizes or keep_ranks) and final.rank > trained.rank
     result = replace(
-        result, rank=final.rank, command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
+        result, rank=final.rank, smaller=(below[-1], error_at(trained, below[-1])) if padded else None,
+        command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
         verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None, base),
         added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
@@ -264,8 +270,20 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
 
 def _command(engine: Engine, path: Path, base: str, rank: int) -> str:
     quote = repr if engine is PEFT else shlex.quote
-    filled = {"base": quote(base), "path": quote(str(path)), "name": quote(path.stem), "rank": vllm_rank(rank)}
+    filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(rank)}
     return engine.command.format_map(filled)
+
+
+def command_for_all(exports: Sequence[Exported]) -> str:
+    """Write the command that serves exports for one engine and of one base; empty if it takes one at a time."""
+    several, largest = find_engine(exports[0].engine).several, max(exports, key=lambda one: one.rank)
+    words = [f"{_name(one.path)}={shlex.quote(str(one.path))}" for one in [largest, *exports]]
+    return largest.command.removesuffix(words[0]) + several.join(words[1:]) if several else ""
+
+
+def _name(path: Path) -> str:
+    """Write the name under which an engine serves what was exported."""
+    return shlex.quote(path.stem if path.suffix == ".gguf" else path.name)
 
 
 def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, base: str | None) -> str:
@@ -273,7 +291,7 @@ def _verify(server: str, path: Path, trained: Path, is_peft: bool, fits: bool, b
     if not server or not (is_peft or fits):
         return ""
     adapter = path if is_peft else trained.expanduser().resolve()
-    options = server.format(name=shlex.quote(path.stem), path=shlex.quote(str(path)))
+    options = server.format(name=_name(path), path=shlex.quote(str(path)))
     return f"lora-init verify {shlex.quote(str(adapter))} {options}" + (f" --base {shlex.quote(base)}" if base else "")
 
 

@@ -302,7 +302,9 @@ def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float,
         a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
     scaling = scaling_of(alpha, rank, bool(config.get("use_rslora")))
     if not 1e-30 < abs(scaling) < 1e30:  # with room in float32 for lora_alpha at any rank
-        raise LoraInitError(f"layer {target.name!r}: lora_alpha is {alpha}, expected between 1e-30 and 1e30 times rank.")
+        raise LoraInitError(
+            f"layer {target.name!r}: lora_alpha is {alpha}, expected between 1e-30 and 1e30 times rank."
+        )
     return Layer(a, b, scaling, ends, found.get(MAGNITUDE))
 
 

@@ -31,6 +31,27 @@ def test_it_prints_the_sizes_and_ends_with_the_commands(trained, tmp_path):
     assert run("export", trained, "-o", tmp_path / "served", "--engine", "vllm", "--overwrite").exit_code == 0
 
 
+def test_several_are_written_beside_each_other_with_a_table_and_one_command_and_a_failure_is_the_exit_status(
+    trained, tmp_path
+):
+    others = [
+        train(tmp_path / "base", tmp_path / f"more/v1.{i}", target_modules=["q_proj"], r=rank)
+        for i, rank in ((1, 3), (2, 33), (3, 8))
+    ]
+    (others[2] / "adapter_model.safetensors").unlink()
+    done = run("export", trained, *others, "-o", tmp_path / "served", "--engine", "vllm")
+    error = f"error: {others[2]} has no adapter_model.safetensors"
+    assert done.exit_code == 1 and [line.partition(". ")[0] for line in done.stderr.splitlines()] == [error]
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    assert rows["v1.2"][0] == "64" and rows["v1.2"][3:5] == ["rank", "32:"] and rows["v1.3"] == ["failed"]
+    names = " ".join(f"{name}={tmp_path / 'served' / name}" for name in ("trained", "v1.1", "v1.2"))
+    serve = f"vllm serve {tmp_path / 'base'} --enable-lora --max-lora-rank 64 --lora-modules {names}"
+    assert done.stdout.splitlines()[-1] == serve
+    again = run("export", trained, others[0], "-o", tmp_path / "served", "--engine", "vllm", "--overwrite", "--json")
+    assert again.exit_code == 0 and [one["rank"] for one in json.loads(again.stdout)] == [16, 8]
+    assert_one_line_error(run("export", trained, trained, "-o", tmp_path / "two"), "have the name 'trained'")
+
+
 def test_json_has_errors_losses_and_intruders(trained, tmp_path):
     options = ["--rank", "1", "--data", tmp_path / "data.jsonl", "--max-length", "32", "--json"]
     done = run("export", trained, "-o", tmp_path / "served", *options, *([] if OLD_PEFT else ["--reduce-intruders"]))
