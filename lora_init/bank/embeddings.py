@@ -21,18 +21,10 @@ MOST_PROMPTS = 128  # as many as one condition of Drag-and-Drop LLMs has (arXiv 
 def embed(
     model: nn.Module, batches: Iterable[Any], tokenizer: Any = None, encoder: LoadedModel | None = None
 ) -> Tensor:
-    """Embed the prompts of some batches, at most 128: the mean hidden state over a prompt's tokens.
+    """Embed the prompts of some batches, at most 128: the mean hidden state over a prompt's tokens, float32 [n, d].
 
-    A prompt is what has no label: the text before the answer. Of a text without an answer it is the whole.
-
-    Args:
-        model: The plain base model, a text model of transformers. Its middle layer is read.
-        batches: Mappings with `input_ids`, `attention_mask` and perhaps `labels`.
-        tokenizer: Of the base model; needed with an encoder, which gets the prompts as text.
-        encoder: A sentence encoder, whose last layer is read in place of the base model's middle one.
-
-    Returns:
-        float32 [n, d].
+    A prompt is the text before the answer, or the whole of a text without one. Without an encoder the middle layer of
+    the base model is read, else the last layer of the encoder.
     """
     found: list[Tensor] = []
     with evaluating(model):

@@ -78,26 +78,16 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Generator:
-    """A trained decoder with what its numbers mean.
-
-    Attributes:
-        shapes: For each layer, its rank, d_in and d_out.
-        center: Mean of the weights over the bank, float32 [n weights].
-        scale: Standard deviation of each layer's A and of its B, spread over their weights, float32 [n weights].
-        shift: Mean of the embeddings of the bank's prompts, float32 [d].
-        spread: Their standard deviation, float32 [d].
-        tasks: Tasks of the bank when it was trained.
-        explained: Share of the variance of the bank's weights that it reproduces from prompts that it did not see.
-    """
+    """A trained decoder with what its numbers mean."""
 
     decoder: Decoder
-    shapes: Mapping[str, tuple[int, int, int]]
-    center: Tensor
-    scale: Tensor
-    shift: Tensor
-    spread: Tensor
-    tasks: Sequence[str]
-    explained: float
+    shapes: Mapping[str, tuple[int, int, int]]  # for each layer, its rank, d_in and d_out
+    center: Tensor  # mean of the weights over the bank, float32 [n weights]
+    scale: Tensor  # standard deviation of each layer's A and of its B, spread over their weights, float32 [n weights]
+    shift: Tensor  # mean of the embeddings of the bank's prompts, float32 [d]
+    spread: Tensor  # their standard deviation, float32 [d]
+    tasks: Sequence[str]  # tasks of the bank when it was trained
+    explained: float  # share of the variance of the bank's weights that it reproduces from prompts that it did not see
 
     @torch.no_grad()
     def generate(self, embeddings: Tensor) -> dict[str, Layer]:
@@ -146,14 +136,10 @@ def train_generator(
     seed: int = 0,
     say: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Generator:
-    """Train a generator on the adapters of a bank, all entries of all tasks, and their prompts.
+    """Train a generator on the adapters of a bank, all entries of two tasks or more, and their prompts.
 
-    Args:
-        bank: The bank; two tasks at least.
-        rank: Of what it generates; adapters of higher rank are cut to it. Default: the least of the bank's.
-        steps: Steps of AdamW.
-        seed: The same seed gives the same generator.
-        say: Receives the step and its loss, the mean squared error over the variance of the weights.
+    Adapters of a higher rank are cut to `rank`, by default the least of the bank's. `say` receives the step and its
+    loss, the mean squared error over the variance of the weights.
     """
     if len(bank.tasks) < 2:
         raise LoraInitError(f"{bank.path} has one task, and a generator learns from what differs. Add another task.")
@@ -226,7 +212,7 @@ def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:
 
 
 def balanced(layer: Layer, rank: int) -> Layer:
-    """Give the update's best approximation of a rank, with A A^T = B^T B and a scaling of 1."""
+    """Compute the update's best approximation of a rank, with A A^T = B^T B and a scaling of 1."""
     whole = layer.rescaled(1.0).padded(max(rank + 1, layer.rank))  # one more, so that `truncate` always acts
     return truncate(whole, factorise(whole), rank).padded(rank)
 
@@ -238,7 +224,7 @@ def _rotated(layer: Layer, to: Layer) -> Layer:
 
 
 def _shapes(adapter: Mapping[str, Layer]) -> dict[str, tuple[int, int, int]]:
-    """Give rank, d_in and d_out of each layer."""
+    """Return rank, d_in and d_out of each layer."""
     return {name: (layer.rank, *layer.widths) for name, layer in adapter.items()}
 
 

@@ -14,24 +14,19 @@ from lora_init.statistics.statistics import Statistics
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An adapter of the bank, and how close its data are.
+    """An adapter of the bank, and how close its data are."""
 
-    Attributes:
-        name: The entry.
-        task: Its task.
-        distance: Between the mean embeddings, in standard deviations of one prompt, root mean square over the
-            dimensions; 0 is the same.
-        overlap: Mean squared cosine of the principal angles between the leading directions of the layers' inputs, in
-            [0, 1]; None where statistics were not compared.
-    """
-
-    name: str
-    task: str
+    name: str  # the entry
+    task: str  # its task
+    # between the mean embeddings, in standard deviations of one prompt, root mean square over the dimensions; 0 is
+    # the same
     distance: float
+    # mean squared cosine of the principal angles between the leading directions of the layers' inputs, in [0, 1];
+    # None where statistics were not compared
     overlap: float | None = None
 
     def in_words(self) -> str:
-        """Say how close it is."""
+        """Return in words how close it is."""
         overlap = "" if self.overlap is None else f", subspaces overlap by {self.overlap:.0%}"
         return f"{self.name} ({self.task}): {self.distance:.2f} standard deviations away{overlap}"
 
@@ -42,13 +37,8 @@ def neighbours(
     """Order the tasks of a bank by how close their data are, the nearest first; of each task the last entry.
 
     Hidden states have a few dimensions that are hundreds of times larger than the rest, and a cosine sees these alone.
-    So each dimension is divided by its standard deviation over the prompts of the bank, within the tasks.
-
-    Args:
-        bank: The bank.
-        embeddings: Of the new prompts, by the bank's encoder, float32 [n, d].
-        statistics: Of the new data.
-        similarity: `"embeddings"`, `"subspaces"`, or `"both"`: the sum of the places in the two orders.
+    So each dimension is divided by its standard deviation over the prompts of the bank, within the tasks. With `"both"`
+    similarities the places in the two orders are summed.
     """
     if similarity != "embeddings" and statistics is None:
         raise LoraInitError(f"similarity={similarity!r} compares statistics, and there are none. Pass --statistics.")

@@ -27,19 +27,12 @@ from lora_init.statistics.statistics import Provenance, Statistics
 
 @dataclass(frozen=True, eq=False)
 class BankStart:
-    """A start from a bank.
+    """A start from a bank."""
 
-    Attributes:
-        init: The adapter, B other than zero.
-        neighbours: The tasks of the bank, the nearest first.
-        weights: Of each adapter that is in it; empty for one that was generated.
-        passes: How often the loss was measured for the weights.
-    """
-
-    init: AdapterInit
-    neighbours: Sequence[Neighbour]
-    weights: Mapping[str, float]
-    passes: int = 0
+    init: AdapterInit  # the adapter, B other than zero
+    neighbours: Sequence[Neighbour]  # the tasks of the bank, the nearest first
+    weights: Mapping[str, float]  # of each adapter that is in it; empty for one that was generated
+    passes: int = 0  # how often the loss was measured for the weights
 
 
 def start_from_bank(
@@ -59,25 +52,8 @@ def start_from_bank(
 ) -> BankStart:
     """Start an adapter from those of a bank, and step as far towards it as lowers the loss most.
 
-    Args:
-        bank: Adapters of this base model.
-        model: The plain model; as it was afterwards.
-        embeddings: Of the new task's prompts, by the bank's encoder, see `embed`.
-        loss_of: Measures the loss of the model as it is, on labelled examples that are set aside, see `mean_loss`.
-            None: there are none, and the adapter is taken at its full size, unchecked.
-        by: `"nearest"`: the adapter whose data are closest. `"mixture"`: weights over at most 8 nearest that lower the
-            loss most. `"generated"`: by the bank's generator. `"mean"`: of the last adapter of each task, as a control.
-        rank: Of the adapter; sums are brought back to it by their singular value decomposition.
-        lora_alpha: The adapter is scaled by lora_alpha / rank.
-        task_type: PEFT's.
-        gamma: Divide the update by this in place of searching; 1 is its full size.
-        similarity: See `neighbours`.
-        statistics: Of the new data, for a similarity by subspaces.
-        leave_out: Tasks of the bank that count as not there.
-
-    Raises:
-        LoraInitError: Another base model; no bank of that kind; no labels for a mixture; nothing in the bank lowers the
-            loss: take none.
+    `by` is a way of `STARTS`. Without `loss_of` there are no labelled examples, and the adapter is taken at its full
+    size, unchecked; with `gamma` the update is divided by that. `leave_out` are tasks that count as not there.
     """
     if by not in BANK_WAYS:
         raise LoraInitError(f"by={by!r} is unknown. {did_you_mean(by, BANK_WAYS)}")
@@ -127,16 +103,11 @@ class Update:
     Their parameters are, by their names, those they need of `bank`, `names` (its adapters, the nearest first),
     `embeddings` (of the new task's prompts), `leave_out` (tasks that count as not there) and `weigh` (finds weights of
     adapters by the loss, see `find_weights`; None if there are no labelled examples).
-
-    Attributes:
-        layers: A and B of each layer, of scaling 1.
-        weights: Of each adapter that is in it.
-        passes: How often the loss was measured for the weights.
     """
 
-    layers: Mapping[str, Layer]
-    weights: Mapping[str, float] = field(default_factory=dict)
-    passes: int = 0
+    layers: Mapping[str, Layer]  # A and B of each layer, of scaling 1
+    weights: Mapping[str, float] = field(default_factory=dict)  # of each adapter that is in it
+    passes: int = 0  # how often the loss was measured for the weights
 
 
 def nearest(bank: Bank, names: Sequence[str]) -> Update:
@@ -176,10 +147,7 @@ def _adapter(
     lora_alpha: float = 1.0,
     gamma: float | None = None,
 ) -> AdapterInit:
-    """Put an update, of scaling 1, into an adapter.
-
-    As it is; or divided by gamma, and with half of the adapter's scaling in A, half in B.
-    """
+    """Put an update of scaling 1 into an adapter, perhaps over gamma, half of its scaling in A and half in B."""
     found = find_targets(model, list(update), task_type=about.task_type).layers
     targets = {name: target for name, target in found.items() if name in update}
     for name, layer in update.items():

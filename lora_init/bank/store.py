@@ -40,21 +40,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Bank:
-    """Adapters of one base model.
+    """Adapters of one base model."""
 
-    Attributes:
-        path: The directory.
-        fingerprint: That of the base model, see `fingerprint`.
-        model: Class and id of the base model, in words.
-        encoder: Directory or hub id of the encoder of prompts; empty for the base model itself.
-        entries: By name, in the order in which they came.
-    """
-
-    path: Path
-    fingerprint: str
-    model: str
-    encoder: str
-    entries: Mapping[str, Entry]
+    path: Path  # the directory
+    fingerprint: str  # that of the base model, see `fingerprint`
+    model: str  # class and id of the base model, in words
+    encoder: str  # directory or hub id of the encoder of prompts; empty for the base model itself
+    entries: Mapping[str, Entry]  # by name, in the order in which they came
 
     @property
     def tasks(self) -> dict[str, list[str]]:
@@ -70,7 +62,7 @@ class Bank:
         return [names[-1] for names in self.tasks.values()]
 
     def in_words(self) -> str:
-        """Say what is in it, with a hash of all files."""
+        """Return what is in it, with a hash of all files."""
         digest = hashlib.sha256("".join(entry.sha256 for entry in self.entries.values()).encode()).hexdigest()
         return f"{self.path.name}: {len(self.entries)} adapters of {', '.join(self.tasks)} ({digest[:16]})"
 
@@ -153,13 +145,6 @@ def add_entry(
     """Add a trained adapter to a bank, which is made if there is none. Two processes may add at once.
 
     Nothing is ever replaced, and adapters of another base, or prompts embedded by another encoder, are refused.
-
-    Args:
-        trained: The adapter, see `serving.trained.read_trained`.
-        embeddings: Of the prompts it was trained on, float32 [n, d].
-        model: Its base model in words.
-        encoder: What the embeddings are from; empty for the base model.
-        statistics: File with the statistics of its data.
     """
     path = Path(path).expanduser()
     check_name(name)

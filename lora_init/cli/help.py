@@ -37,7 +37,7 @@ class GroupedCommand(TyperCommand):
 
 
 def grouped_options(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
-    """Give the arguments and options of a command by heading: how each is written, and its help."""
+    """Return the arguments and options of a command by heading: how each is written, and its help."""
     parameters = command.get_params(ctx)
     many = len(parameters) > 20
     groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_GROUPS)}

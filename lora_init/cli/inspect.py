@@ -40,7 +40,7 @@ def inspect(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
+    """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
     with _damage_of(path):
         description = describe(path)
     if intruders:
@@ -80,7 +80,7 @@ def merge(
 
 @contextmanager
 def _damage_of(path: Path) -> Iterator[None]:
-    """Say that a file is damaged where what it says has another form than anything lora_init or PEFT writes."""
+    """Raise that a file is damaged where what it says has another form than anything lora_init or PEFT writes."""
     try:
         yield
     except LoraInitError:
@@ -92,14 +92,7 @@ def _damage_of(path: Path) -> Iterator[None]:
 def describe_intruders(
     path: Path, about: Mapping[str, Any], model: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Load the base model of an adapter directory, and count the adapter's intruder dimensions.
-
-    Returns:
-        Plain values that `json.dumps` takes, layers in model order.
-
-    Raises:
-        LoraInitError: Not an adapter, no base model, or one that it does not fit.
-    """
+    """Load the base model of an adapter directory, and count its intruder dimensions, layers in model order."""
     if about["what"] != "adapter":
         raise LoraInitError(
             f"{path} is no adapter ({about['what']}), and --intruders is about a trained one. Name its directory."
@@ -136,16 +129,10 @@ def describe_intruders(
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Read what statistics, a plan, an adapter or a comparison are, from which model and data, and what is in them.
+    """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
     training. Weights and components are not read, only their shapes.
-
-    Returns:
-        Plain values that `json.dumps` takes.
-
-    Raises:
-        LoraInitError: There is nothing at the path, or it is none of these, or damaged.
     """
     path = Path(path).expanduser()
     if path.is_dir() and (path / "settings.json").is_file() and not (path / "adapter_config.json").is_file():

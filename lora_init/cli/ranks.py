@@ -41,9 +41,6 @@ _VARIED = (*_BUDGETS, "dtype", "coverage", "policy", "rho", "min_rank", "max_ran
 def read_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Read limits for some layers from texts such as `"*.down_proj:max_rank=8,multiple_of=4"`, not checking values.
 
-    Raises:
-        LoraInitError: A text is not of this form.
-
     Example:
         >>> read_overrides(["*.down_proj:max_rank=8", "lm_head:allowed_ranks=8/16"])
         {'*.down_proj': {'max_rank': 8}, 'lm_head': {'allowed_ranks': (8, 16)}}
@@ -61,9 +58,6 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
     """Read what to compare with: changes of `base`, such as `"uniform"` or `"parameters=1M,policy=cost-aware"`.
 
     A word alone is a policy. A budget takes the place of the one in `base`.
-
-    Raises:
-        LoraInitError: A text is not of this form.
 
     Example:
         >>> read_variants(["uniform", "parameters=1M"], {"rank": 8, "policy": "eva"})

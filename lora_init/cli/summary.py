@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
-    """Say how the adapter is loaded for training."""
+    """Return how the adapter is loaded for training."""
     if built.corrects_base or built.freeze_a:
         return f"as {directory / 'README.md'} shows"
     classes, base = built.provenance.settings.get("classes"), "base_model"
@@ -85,13 +85,13 @@ def summary_of(
 
 
 def _judged(built: AdapterInit) -> list[str]:
-    """Say that labels went into a start: of 256 examples, a third held out, it made a held-out loss 20 % lower."""
+    """Note that labels went into a start: of 256 examples, a third held out, it made a held-out loss 20 % lower."""
     seen = "it has seen the labels of these examples: judge what you train from it by others."
     return [seen] if built.start.by_gradient else []
 
 
 def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
-    """Say what comes on top of a budget that a plan was made for: DoRA's magnitudes, and the type that PEFT trains."""
+    """Note what comes on top of a budget that a plan was made for: DoRA's magnitudes, and the type that PEFT trains."""
     counts = ranks.budget is not None and ranks.budget.unit in ("parameters", "bytes")
     notes = [f"{ranks.budget} does not count DoRA's magnitudes."] if built.use_dora and counts else []
     if built.dtype != "float32":
@@ -100,7 +100,7 @@ def _beyond(built: AdapterInit, ranks: RankAllocation) -> list[str]:
 
 
 def _at_one_rank(built: AdapterInit) -> float:
-    """Say how many times as large the adapter is with its largest rank in every layer, as `export` makes it."""
+    """Compute how many times as large the adapter is with its largest rank in every layer, as `export` makes it."""
     largest = max(built.ranks.values())
     costs = {name: target.parameters(1) for name, target in built.targets.items()}
     return largest * sum(costs.values()) / sum(rank * costs[name] for name, rank in built.ranks.items())

@@ -23,10 +23,6 @@ def rank_table(ranks: Mapping[str, int], width: int) -> Group:
 
     30 blocks fit in 100 columns; more go below, in as many bands as the width needs.
 
-    Args:
-        ranks: Full layer name to rank, in model order.
-        width: Columns of the terminal.
-
     Example:
         >>> from rich.console import Console
         >>> Console().print(rank_table({"h.0.up": 4, "h.0.down": 12, "h.1.up": 0}, width=40))
@@ -95,7 +91,7 @@ def columns(first: str, *others: str) -> Table:
 
 
 def rows_read(made: Mapping[str, Any]) -> str:
-    """Say what a pass has read, why it ended, and how much of the start other data would give again."""
+    """Return what a pass has read, why it ended, and how much of the start other data would give again."""
     text = f"{made.get('n_samples', 0):,} in {made.get('n_batches')} batches, stopped: {made.get('stop_reason')}"
     return f"{text}; on other data the start would keep {made['keeps']:.0%}" if made.get("keeps") is not None else text
 
@@ -106,7 +102,7 @@ def finite(value: float | None) -> float | None:
 
 
 def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
-    """Say what quantization cost and what an adapter gives back, from `AdapterInit.correction`."""
+    """Return what quantization cost and what an adapter gives back, from `AdapterInit.correction`."""
     left = sorted((after / before if before else 1.0, name) for name, (before, after) in correction["errors"].items())
     least, most = left[0], left[-1]
     rows = {
@@ -122,7 +118,7 @@ def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
 
 
 def quantization_name(settings: Mapping[str, Any]) -> str:
-    """Name a quantization by its library, and its kind or bits."""
+    """Return the name of a quantization:  its library, and its kind or bits."""
     found = next((settings[key] for key in ("bnb_4bit_quant_type", "bits", "nbits") if settings.get(key)), None)
     bits = next((f"{n} bits" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
     return f"{settings.get('quant_method', '')} {found or bits}".strip()

@@ -32,18 +32,12 @@ _TEMPLATES = "additional_chat_templates"  # the one directory of a tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base model without its weights.
+    """A base model without its weights."""
 
-    Attributes:
-        source: Directory or hub id.
-        model: The model on the meta device.
-        widths: d_in and d_out of each linear layer and embedding by name, in model order.
-        parameters: What the adapter's `target_parameters` selects, by the name in its file, in model order.
-    """
-
-    source: str
-    model: Any
-    widths: Mapping[str, tuple[int, int]]
+    source: str  # directory or hub id
+    model: Any  # the model on the meta device
+    widths: Mapping[str, tuple[int, int]]  # d_in and d_out of each linear layer and embedding by name, in model order
+    # what the adapter's `target_parameters` selects, by the name in its file, in model order
     parameters: Mapping[str, Target]
 
     @property
@@ -73,15 +67,7 @@ class Base:
 
 
 def read_base(source: str, trained: Trained) -> Base:
-    """Build the base model on the meta device, in the class that the adapter's names are of.
-
-    Args:
-        source: Directory with a config.json, or hub id.
-        trained: The adapter.
-
-    Raises:
-        LoraInitError: There is no such model, or it has not got the layers that the adapter is for.
-    """
+    """Build the base model on the meta device, in the class that the adapter's names are of."""
     import transformers
 
     if not source:
@@ -152,12 +138,12 @@ def _widths(module: Any) -> tuple[int, int]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Tell whether the weight is [d_in, d_out]."""
+    """Return whether the weight is [d_in, d_out]."""
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def _difference(trained: Trained, base: Base) -> str | None:
-    """Say which layer of the adapter is not in the model, or of other widths there."""
+    """Describe the first layer of the adapter that is not in the model, or of other widths there."""
     fused = {name: (target.in_features, target.out_features) for name, target in base.parameters.items()}
     there = {**base.widths, **fused}
     layers = {name: layer.widths for name, layer in trained.layers.items()}
@@ -196,26 +182,17 @@ class Source(Stored):
     """Where a tensor of a merged model comes from.
 
     Its name in the checkpoint is another one for an output embedding that was the input embedding and is no longer.
-
-    Attributes:
-        parameter: The model's parameter that it is, or is a part of, if the adapter changes that; else empty.
-        expert: Which expert of the parameter it is; None for all.
-        piece: What transformers calls it when it brings the parameter, or one expert alone, into the form of
-            checkpoints; empty where the checkpoint has the model's form.
     """
 
-    parameter: str = ""
-    expert: int | None = None
+    parameter: str = ""  # the model's parameter that it is, or is a part of, if the adapter changes that; else empty
+    expert: int | None = None  # which expert of the parameter it is; None for all
+    # what transformers calls it when it brings the parameter, or one expert alone, into the form of checkpoints;
+    # empty where the checkpoint has the model's form
     piece: str = ""
 
 
 def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
-    """Find what each tensor of a merged model is made from, and refuse now what could not be merged later.
-
-    Raises:
-        LoraInitError: The checkpoint is not there in safetensors files, is quantized, lacks a tensor, or holds one in a
-            form that is not known here; or the adapter has parts that no merge of weights can hold.
-    """
+    """Find what each tensor of a merged model is made from, and refuse now what could not be merged later."""
     if trained.config.get("alora_invocation_tokens"):
         raise LoraInitError("aLoRA leaves tokens before its invocation as they are, and merged it would not. Use PEFT.")
     sources = {name: Source(**vars(stored)) for name, stored in find_tensors(base.source).items()}
@@ -241,10 +218,7 @@ def plan_merge(base: Base, trained: Trained) -> dict[str, Source]:
 
 
 def _untie(base: Base, trained: Trained, wanted: Collection[str], sources: dict[str, Source]) -> str | None:
-    """Give each of two tied embeddings a source if the adapter changes one, and say what prevents that.
-
-    Refuses to change a weight that the model has under further names.
-    """
+    """Find a source for each of two tied embeddings if the adapter changes one; return what prevents that."""
     first, last = pair = [f"{name}.weight" for name in base.embeddings]
     names: dict[int, set[str]] = {}
     for name, parameter in base.model.named_parameters(remove_duplicate=False):

@@ -18,20 +18,9 @@ from lora_init.serving.trained import Layer, Trained, zero_layers
 def fit(
     trained: Trained, rank: int | None, most: int | None, keep_ranks: bool, widths: Mapping[str, tuple[int, int]]
 ) -> tuple[Trained, dict[str, float], float]:
-    """Bring all layers to one rank, or with `keep_ranks` to ranks of their own.
+    """Bring all layers to one rank, or with `keep_ranks` to ranks of their own, of `rank` on average.
 
-    Args:
-        trained: The adapter, with one scaling.
-        rank: The rank; of ranks of their own, the average.
-        most: Most parameters. Without either, the smallest of `VLLM_RANKS` that is large enough.
-        keep_ranks: Whether ranks may differ.
-        widths: Widths of the base's layers, in model order.
-
-    Returns:
-        The adapter of that size; the relative error of the update of each layer that lost rank; and of all at once.
-
-    Raises:
-        LoraInitError: The budget is below rank 1 in every layer, or in any; or the rank is above that of any weight.
+    Return the adapter, the relative error of the update of each layer that lost rank, and that of all layers at once.
     """
     layers = dict(trained.layers)
     # A layer with DoRA and without an adapter has no magnitude to give it.
@@ -80,18 +69,12 @@ def fit(
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The singular value decomposition of one layer's B A, without its scaling; of each expert for itself.
+    """The singular value decomposition of one layer's B A, without its scaling; of each expert for itself."""
 
-    Attributes:
-        left: Left singular vectors, float32 [d_out, k], or [experts, d_out, k] as all of these.
-        values: Singular values, falling, float32 [k].
-        right: Right singular vectors, float32 [k, d_in].
-        energies: Squared singular values of scaling * B A: what each rank takes off the squared error, of all experts.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
+    left: Tensor  # left singular vectors, float32 [d_out, k], or [experts, d_out, k] as all of these
+    values: Tensor  # singular values, falling, float32 [k]
+    right: Tensor  # right singular vectors, float32 [k, d_in]
+    # squared singular values of scaling * B A: what each rank takes off the squared error, of all experts
     energies: tuple[float, ...]
 
 
@@ -132,13 +115,9 @@ def error_at(trained: Trained, rank: int) -> float:
 def best_ranks(
     factors: Mapping[str, Factors], costs: Mapping[str, int], budget: int, kept: Collection[str] = ()
 ) -> dict[str, int]:
-    """Give ranks to the largest singular values of the trained updates until the budget is spent.
+    """Spend a budget of ranks on the largest singular values of trained updates, first ranks of `kept` layers first.
 
-    Args:
-        factors: Decompositions of all layers.
-        costs: What one rank of each layer costs.
-        budget: The most that may be spent. Where all cost the same, no other choice has a smaller error.
-        kept: Layers whose first rank comes before all else.
+    Where all ranks cost the same, no other choice has a smaller error.
     """
     ranks, spent = dict.fromkeys(factors, 0), 0
     gains = [

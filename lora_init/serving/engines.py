@@ -25,44 +25,29 @@ _PEFT_DIRECTORY = f"{_WRITERS}:write_peft"
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine, and all that is known of what it loads.
+    """An engine, and all that is known of what it loads."""
 
-    Attributes:
-        title: Its name in sentences.
-        command: How it serves the adapter, with {base}, {path}, {name} and {rank} to fill in.
-        server: Where its API begins by default, as options of `lora-init verify`; empty where there is no server.
-        write: Writes its form of an adapter of one scaling into an empty directory, or where `is_file` a file; takes
-            the path, a `Trained` and a `Base`. This and `check` are functions, or `"module:name"`, imported when it is
-            called.
-        check: Refuses, before the work, a `Trained` or a `Base` whose layers have no name in its form.
-        is_file: Whether its form is a GGUF file and not a directory.
-        libraries: What it needs of the extras.
-        bytes_each: Bytes of one parameter where that is not the adapter's own type.
-        dora: Whether it takes DoRA in its form.
-        ranks: Whether it takes layers of different ranks in its form.
-        reads: What it reads as PEFT does in a directory that PEFT wrote: `"lora"` with one rank and one scaling,
-            rsLoRA, ranks by pattern. Nothing if it loads no such directory.
-        allows: Tells the ranks that it takes.
-        allowed: These in words.
-        several: What stands between adapters at the end of `command`; empty if it serves one.
-        option: What it must be told for an adapter as it is, with {rank} to fill in.
-    """
-
-    title: str
-    command: str
+    title: str  # its name in sentences
+    command: str  # how it serves the adapter, with {base}, {path}, {name} and {rank} to fill in
+    # where its API begins by default, as options of `lora-init verify`; empty where there is no server
     server: str = ""
+    # writes its form of an adapter of one scaling into an empty directory, or where `is_file` a file; takes the path,
+    # a `Trained` and a `Base`. This and `check` are functions, or `"module:name"`, imported when it is called
     write: Callable[[Path, Trained, Base], None] | str = _PEFT_DIRECTORY
+    # refuses, before the work, a `Trained` or a `Base` whose layers have no name in its form
     check: Callable[[Trained, Base], None] | str | None = None
-    is_file: bool = False
-    libraries: tuple[str, ...] = ()
-    bytes_each: int | None = None
-    dora: bool = False
-    ranks: bool = False
+    is_file: bool = False  # whether its form is a GGUF file and not a directory
+    libraries: tuple[str, ...] = ()  # what it needs of the extras
+    bytes_each: int | None = None  # bytes of one parameter where that is not the adapter's own type
+    dora: bool = False  # whether it takes DoRA in its form
+    ranks: bool = False  # whether it takes layers of different ranks in its form
+    # what it reads as PEFT does in a directory that PEFT wrote: `"lora"` with one rank and one scaling, rsLoRA, ranks
+    # by pattern. Nothing if it loads no such directory
     reads: tuple[Literal["lora", "use_rslora", "rank_pattern"], ...] = ()
-    allows: Callable[[int], bool] = lambda rank: True
-    allowed: str = "every rank"
-    several: str = ""
-    option: str = ""
+    allows: Callable[[int], bool] = lambda rank: True  # tells the ranks that it takes
+    allowed: str = "every rank"  # these in words
+    several: str = ""  # what stands between adapters at the end of `command`; empty if it serves one
+    option: str = ""  # what it must be told for an adapter as it is, with {rank} to fill in
 
     @property
     def writes_peft(self) -> bool:
@@ -84,12 +69,12 @@ class Engine:
 
 
 def vllm_rank(rank: int) -> int:
-    """Give the smallest --max-lora-rank with room for a rank; the rank itself if there is none."""
+    """Return the smallest --max-lora-rank with room for a rank; the rank itself if there is none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
 
 
 def _is_not_padded(rank: int) -> bool:
-    """Tell the ranks that TGI's and LoRAX's kernels have.
+    """Return whether TGI's and LoRAX's kernels have a rank.
 
     Both pad others, and then divide alpha by the padded rank in all kinds of layers but the first.
     """
@@ -175,22 +160,14 @@ ENGINES = {
 
 
 def check_rank(name: str | None, rank: int) -> None:
-    """Refuse a rank that an engine does not take.
-
-    Raises:
-        LoraInitError: It does not.
-    """
+    """Refuse a rank that an engine does not take."""
     engine = find_engine(name)
     if not engine.allows(rank):
         raise LoraInitError(f"{name} takes {engine.allowed}, and this is {rank}. Choose one by rank=.")
 
 
 def find_engine(name: str | None) -> Engine:
-    """Look an engine up; None is PEFT itself.
-
-    Raises:
-        LoraInitError: It is unknown.
-    """
+    """Look an engine up; None is PEFT itself."""
     if name is None:
         return PEFT
     if name not in ENGINES:

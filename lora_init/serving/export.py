@@ -73,7 +73,7 @@ class Exported:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values that `json.dumps` takes."""
+        """Return plain values that `json.dumps` takes."""
         return asdict(self) | {"path": str(self.path)}
 
 
@@ -201,11 +201,7 @@ def _check_start(began: AdapterDirectory, start: str | Path | None, merge_into: 
 
 
 def check_output(output: str | Path, engine: str | None, overwrite: bool) -> Path:
-    """Find out, before the work, whether an export for an engine may be written there; give the absolute path.
-
-    Raises:
-        LoraInitError: It may not, or the engine is unknown.
-    """
+    """Check, before the work, that an export for an engine may be written there; return the absolute path."""
     path = Path(output).expanduser().resolve()
     if find_engine(engine).is_file:
         check_writable(path, overwrite, "GGUF file")

@@ -37,11 +37,7 @@ class Server:
             raise LoraInitError(f"url={self.url!r} is no address of a server, such as http://127.0.0.1:8000/v1.")
 
     def find(self, name: str, model: str | None = None, base: str | None = None) -> tuple[str, str | None]:
-        """Find what an adapter of this name and its base are called there; None if the base is not served beside it.
-
-        Raises:
-            LoraInitError: The server does not answer, has no such model, or has several and none is named.
-        """
+        """Find what an adapter of this name and its base are called there; None if the base is not served beside it."""
         status, answer = self._send("models")
         if model is not None and status in _NOT_THERE:  # some have no list
             return model, base
@@ -59,12 +55,9 @@ class Server:
         return found, base or parents[found] or (others[0] if len(others) == 1 else None)
 
     def ask(self, model: str, prompt: Any) -> dict[int | str, float]:
-        """Give log-probabilities of the token after a text, or of the first one of the answer to messages.
+        """Ask for log-probabilities of the token after a text, or of the first one of the answer to messages.
 
         They go by the token's number or, where a server does not tell it, its text; empty if it tells none.
-
-        Raises:
-            LoraInitError: The server does not answer, or answers with an error or in another form.
         """
         chat = not isinstance(prompt, str)
         path, key = ("chat/completions", "messages") if chat else ("completions", "prompt")

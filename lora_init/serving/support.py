@@ -22,13 +22,10 @@ _PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias"
 def serving_note(
     ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str] = (), base_change: str = ""
 ) -> str:
-    """Say which engines take an adapter with these ranks as it is, and which need `lora-init export`.
+    """Write which engines take an adapter with these ranks as it is, and which need `lora-init export`.
 
-    Args:
-        ranks: Of every layer that could have an adapter, 0 where it has none.
-        config: adapter_config.json, or what is known of it. Without a `lora_alpha` all layers have one scaling.
-        tensors: Names of the tensors in its file.
-        base_change: The start that changed the plain weights of its base, as `AdapterDirectory.base_change`.
+    `ranks` has 0 for a layer that could have an adapter and has none. Without a `lora_alpha` in `config` all layers
+    have one scaling.
 
     Example:
         >>> print(serving_note({"h.0.up": 4, "h.1.up": 12}, {}))
@@ -96,11 +93,7 @@ def _listed(words: list[str]) -> str:
 
 
 def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> None:
-    """Refuse what an engine would refuse, or would read as something else.
-
-    Raises:
-        LoraInitError: The adapter has more than the engine takes.
-    """
+    """Refuse what an engine would refuse, or would read as something else."""
     if engine is PEFT:
         return
     beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(trained, base), None)

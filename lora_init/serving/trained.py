@@ -39,21 +39,13 @@ _DAMAGE = (TypeError, AttributeError, ValueError, OverflowError, re.error)
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The adapter of one linear layer, embedding, or parameter such as that of fused experts.
+    """The adapter of one linear layer, embedding, or parameter such as that of fused experts."""
 
-    Attributes:
-        a: What reads the input, [r, d_in]; of a parameter one for each expert, [experts, r, d_in].
-        b: What writes the output, [d_out, r] or [experts, d_out, r].
-        scaling: What B A is multiplied by.
-        ends: Ends of the names of A and B in the file.
-        magnitude: DoRA's length of each output's weights, [d_out].
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    ends: tuple[str, str] = LINEAR
-    magnitude: Tensor | None = None
+    a: Tensor  # what reads the input, [r, d_in]; of a parameter one for each expert, [experts, r, d_in]
+    b: Tensor  # what writes the output, [d_out, r] or [experts, d_out, r]
+    scaling: float  # what B A is multiplied by
+    ends: tuple[str, str] = LINEAR  # ends of the names of A and B in the file
+    magnitude: Tensor | None = None  # DoRA's length of each output's weights, [d_out]
 
     @property
     def weights(self) -> LoraWeights:
@@ -94,21 +86,16 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What an adapter directory holds.
+    """What an adapter directory holds."""
 
-    Attributes:
-        config: adapter_config.json.
-        layers: The adapter of each layer, by the name of the layer or parameter in the plain model.
-        others: Further tensors by their full names: of modules that were trained whole, and the like.
-        copies: Weights of the base that PEFT stores with adapters of an embedding or head, by their full names.
-        unnamed: With `target_parameters`, the tensors of all adapters by the names in the file, and no `layers`: which
-            parameters they are for, only the model tells. `with_parameters` takes them from here.
-    """
-
-    config: Mapping[str, Any]
-    layers: Mapping[str, Layer]
+    config: Mapping[str, Any]  # adapter_config.json
+    layers: Mapping[str, Layer]  # the adapter of each layer, by the name of the layer or parameter in the plain model
+    # further tensors by their full names: of modules that were trained whole, and the like
     others: Mapping[str, Tensor]
+    # weights of the base that PEFT stores with adapters of an embedding or head, by their full names
     copies: Mapping[str, Tensor] = field(default_factory=dict)
+    # with `target_parameters`, the tensors of all adapters by the names in the file, and no `layers`: which
+    # parameters they are for, only the model tells. `with_parameters` takes them from here
     unnamed: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -145,7 +132,7 @@ class Trained:
         return math.sqrt(max(squares, 0.0))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give all tensors by their full names."""
+        """Return all tensors by their full names."""
         tensors = dict(self.others)
         targets = [Target(name, "", *layer.widths, experts=layer.experts) for name, layer in self.layers.items()]
         for name, prefix in file_prefixes(targets).items():
@@ -169,22 +156,13 @@ class Trained:
         return any(layer.magnitude is not None for layer in self.layers.values())
 
     def with_one_scaling(self) -> Trained:
-        """Give every layer the scaling that most have; what differs is multiplied into B."""
+        """Bring every layer to the scaling that most have; what differs is multiplied into B."""
         scaling = Counter(layer.scaling for layer in self.layers.values()).most_common(1)[0][0]
         return replace(self, layers={name: layer.rescaled(scaling) for name, layer in self.layers.items()})
 
 
 def read_trained(directory: str | Path, start: str | Path | None = None) -> Trained:
-    """Read an adapter directory.
-
-    Args:
-        directory: What PEFT's `save_pretrained`, or ours, wrote.
-        start: The same adapter before training, for a start that changed the base weights. `subtract` takes off what it
-            added there.
-
-    Raises:
-        LoraInitError: No LoRA adapter is there, it is damaged or incomplete, or a start is needed and not given.
-    """
+    """Read an adapter directory; `start` is the same adapter before training, which `subtract` takes off."""
     adapter = AdapterDirectory(directory)
     config, directory = adapter.config, adapter.path
     other = next((key for key in OTHER_UPDATES if config.get(key)), None)
@@ -244,20 +222,12 @@ def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:
 
 
 def ends_of(found: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Tell how the names of A and B end among the tensors of one layer."""
+    """Return how the names of A and B end among the tensors of one layer."""
     return EMBEDDING if any(end in found for end in EMBEDDING) else LINEAR
 
 
 def with_parameters(trained: Trained, parameters: Mapping[str, Target]) -> Trained:
-    """Name the layers, and bring those of parameters into a shape of one A and B for each expert.
-
-    Args:
-        trained: The adapter, as read.
-        parameters: What `target_parameters` selects, by the name in the file, in model order.
-
-    Raises:
-        LoraInitError: The tensors are not of the rank that the configuration says.
-    """
+    """Name the layers by what `target_parameters` selects, and shape their tensors to one A and B for each expert."""
     if not trained.unnamed:
         return trained
     missing = next((target.name for name, target in parameters.items() if name not in trained.unnamed), None)
@@ -309,7 +279,7 @@ def _layer(target: Target, found: Mapping[str, Tensor], rank: int, alpha: float,
 
 
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Tell what PEFT multiplies B A by, for each layer of a rank above 0."""
+    """Compute what PEFT multiplies B A by, for each layer of a rank above 0."""
     try:
         _, alphas = _ranks_and_alphas(config, [name for name, rank in ranks.items() if rank])
         return {name: scaling_of(alpha, ranks[name], bool(config.get("use_rslora"))) for name, alpha in alphas.items()}
@@ -378,12 +348,7 @@ def config_of(trained: Trained, target_modules: Collection[str]) -> dict[str, An
 
 
 def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
-    """Make adapters that add nothing for layers without one, of those kinds that have one in another block.
-
-    Args:
-        trained: The adapter; all its layers have one scaling.
-        widths: Widths d_in and d_out of the base's layers by name.
-    """
+    """Make adapters that add nothing for layers without one, of those kinds that have one in another block."""
     kinds = {_BLOCK.sub("#", name, count=1) for name, layer in trained.layers.items() if layer.ends == LINEAR}
     zeros = next(iter(trained.layers.values())).a.new_zeros
     return {

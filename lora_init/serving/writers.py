@@ -43,7 +43,7 @@ def _names_in_gguf(base: Base) -> tuple[str, bool]:
 
 
 def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
-    """Give the name in GGUF of each layer's weight."""
+    """Return the name in GGUF of each layer's weight."""
     require("gguf")
     import gguf
 
@@ -66,20 +66,12 @@ def _pairs_together(rows: Tensor, heads: int) -> Tensor:
 
 
 def check_mlx(trained: Trained, base: Base) -> None:
-    """Refuse a base whose names in MLX are not known.
-
-    Raises:
-        LoraInitError: They are not.
-    """
+    """Refuse a base whose names in MLX are not known."""
     _names_in_gguf(base)
 
 
 def check_gguf(trained: Trained, base: Base) -> None:
-    """Refuse an adapter whose layers have no names in GGUF.
-
-    Raises:
-        LoraInitError: One has none, or the base's names are not known.
-    """
+    """Refuse an adapter whose layers have no names in GGUF."""
     _gguf_names(trained, base)
 
 
