@@ -1,7 +1,6 @@
 """Every Python and shell block of the README and of docs/ runs, page by page, with a tiny model and tiny data."""
 
 import ast
-import json
 import os
 import re
 import shlex
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lora_init
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, find_start
 from lora_init.cli import app as cli
-from tests.conftest import tiny_bert, tiny_llama
+from tests.pages import DATA, ENCODER, LARGE, MODEL, TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -29,13 +27,7 @@ BLOCK = re.compile(r"^```([\w{}-]*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL
 RUN = [page for page in ["README.md", *DOCS] if re.search(r"^```(python|bash)$", TEXTS[page], re.MULTILINE)]
 # These run as they stand. The others say "as before": they find a model, batches and statistics under those names.
 COMPLETE = ("README.md", "docs/getting-started.md")
-MODEL, DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "boolq.jsonl"
-LARGE = "Qwen/Qwen2.5-7B-Instruct"  # here with the least widths that bitsandbytes' kernels take
-ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-TEMPLATE = "{passage}\nQuestion: {question}?"
 
-WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house plus is".split()  # noqa: SIM905
-CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 # Budgets and lengths as they fit the tiny model.
 SMALLER = (
     (r"\b1M\b", "3k"),
@@ -51,31 +43,6 @@ SMALLER = (
     (r"(max_steps|num_train_epochs)=\d+", r"\g<1>=2"),
     (r'report_to="none",$', 'report_to="none", max_steps=2, bf16=False,'),
 )
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a model whose tokenizer knows some words and numbers, with data, and with statistics of both."""
-    home = tmp_path_factory.mktemp("docs")
-    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, *map(str, range(39))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = CHAT
-    for name, widths in ((MODEL, {}), (LARGE, dict(hidden_size=64, intermediate_size=128))):
-        tokenizer.save_pretrained(home / name)
-        tiny_llama(**widths).save_pretrained(home / name)
-    tokenizer.save_pretrained(home / ENCODER)
-    tiny_bert(task=None).save_pretrained(home / ENCODER)
-    rows = [
-        {"passage": " ".join(WORDS[i % 19 :] + WORDS[: i % 7]), "question": WORDS[i % 19], "label": i % 2 == 0}
-        for i in range(48)
-    ]
-    (home / DATA).write_text("\n".join(map(json.dumps, rows)))
-    made = f"init {home / MODEL} {home / DATA} --gradients --statistics {home / 'stats.safetensors'} -o {home / 'out'}"
-    result = CliRunner().invoke(cli.app, [*made.split(), "--template", TEMPLATE])
-    assert result.exit_code == 0, result.stderr
-    return home
 
 
 # Gradients of a tiny classifier of three classes have two directions in its last layers.

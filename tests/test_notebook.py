@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_docs import MODEL, home  # noqa: F401 - a model whose tokenizer knows the words of the notebook
+from tests.pages import MODEL, home  # noqa: F401 - a model whose tokenizer knows the words of the notebook
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
 nbformat = pytest.importorskip("nbformat")

@@ -1,6 +1,7 @@
 """The packages of lora_init: imports between them go one way, and only some of them know PEFT."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_imports_between_packages_go_one_way(file):
     package = file.split("/")[0]
     ours = {name.split(".")[1] for name in imports(file) if name.startswith("lora_init.")}
     assert ours <= MAY_IMPORT[package] | {package, "errors", "files", "private_parts"}
+
+
+def test_no_test_imports_from_a_test():
+    """Helpers stand in helper files, `made.py` of each folder: a test can be moved or deleted alone."""
+    tests = Path(__file__).parent
+    imported = re.compile(r"^\s*(?:from|import) +tests\.[\w.]*\btest_\w+", re.MULTILINE)
+    found = {path.name: imported.findall(path.read_text(encoding="utf-8")) for path in tests.rglob("*.py")}
+    assert not {name: lines for name, lines in found.items() if lines}
 
 
 class _AtRunTime(ast.NodeTransformer):

@@ -19,7 +19,7 @@ from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
 from lora_init.statistics.spectrum import Spectrum
-from tests.collection.test_backward import counts_of, exact, labelled
+from tests.collection.made import counts_of, exact, labelled
 from tests.conftest import tiny_gpt2, tiny_llama
 
 RANK = 4

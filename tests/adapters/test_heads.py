@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from lora_init import LoraInitError, initialize, load_batches
 from tests.commands import run, save_model
 from tests.conftest import tiny_bert, tiny_llama
-from tests.loading.test_batches import bert_tokenizer
+from tests.loading.made import bert_tokenizer
 
 TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 DECODER = dict(vocab_size=64, d_model=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, initialize, load_batches
 from tests.conftest import tiny_bert, tiny_llama
-from tests.loading.test_batches import bert_tokenizer, byte_tokenizer
+from tests.loading.made import bert_tokenizer, byte_tokenizer
 
 ROWS = [{"question": f"what is {i}", "answer": f"it is {i * i}"} for i in range(12)]
 READING = dict(template="{question}?", completion=" {answer}", samples=8)

@@ -14,7 +14,7 @@ from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
 from tests.commands import assert_one_line_error, run, save_model
-from tests.comparison.test_starts import assert_same, snapshot
+from tests.comparison.made import assert_same, snapshot
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 from tests.versions import needs_intruders
 

@@ -5,7 +5,7 @@ import torch
 
 from lora_init.adapters.initializers import error_seen, layer_generator, qera
 from lora_init.statistics.spectrum import ExactPCA
-from tests.statistics.test_second_moment import dense, spectrum_of
+from tests.statistics.made import dense, spectrum_of
 
 D_OUT, RANK, SCALING = 9, 3, 0.5
 

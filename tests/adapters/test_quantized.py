@@ -16,7 +16,7 @@ from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect,
 from lora_init.adapters import quantized
 from lora_init.adapters.quantized import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTIZATIONS
-from tests.collection.test_quantized import PackedLinear, hqq_4bit
+from tests.collection.made import PackedLinear, hqq_4bit
 from tests.conftest import batches_for, tiny_bert, tiny_llama
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -11,7 +11,7 @@ from lora_init.adapters.build import build_adapter
 from lora_init.adapters.step_size import set_aside
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from tests.collection.test_backward import labelled
+from tests.collection.made import labelled
 from tests.conftest import tiny_llama
 
 STEPS = ["lora-one", "natural-gradient-step"]

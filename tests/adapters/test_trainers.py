@@ -21,7 +21,7 @@ import lora_init
 from lora_init.adapters import trainers
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
-from lora_init.loading.models import QUANTISATIONS
+from lora_init.loading.models import QUANTIZATIONS
 from tests.conftest import tiny_bert, tiny_llama
 
 # These trainers take the rates that a tiny model learns at.
@@ -436,7 +436,7 @@ def test_a_correction_of_a_quantised_base_is_checked_by_the_loss_of_the_trainers
     for made in (sft, dpo):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / "float",
-            quantization_config=dict(QUANTISATIONS["nf4"]),
+            quantization_config=dict(QUANTIZATIONS["nf4"]),
             device_map={"": "cpu"},
             dtype=torch.float32,
         )

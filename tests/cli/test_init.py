@@ -21,7 +21,7 @@ from lora_init.loading.models import load_model
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
-from tests.loading.test_batches import byte_tokenizer
+from tests.loading.made import byte_tokenizer
 
 # What it makes
 

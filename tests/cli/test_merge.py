@@ -9,7 +9,7 @@ from lora_init import Statistics, allocate_ranks
 from lora_init.cli import app as cli
 from tests.commands import assert_one_line_error
 from tests.conftest import batches_for
-from tests.statistics.test_merging import passed
+from tests.statistics.made import passed
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import BatchEncoding
 
 from lora_init import LoraInitError, find_targets
-from lora_init.collection.activations import ActivationHooks, Sink
+from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import call_model
+from tests.collection.made import recorded, run
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 
@@ -24,17 +25,6 @@ def hooks_on(model, targets="all-linear", token_mask="attention"):
     return ActivationHooks(model, watched(model, targets), TokenMasks(model, token_mask))
 
 
-class Into(Sink):
-    def __init__(self, rows, wants):
-        self.rows, self.wants = rows, wants
-
-
-@torch.no_grad()
-def run(hooks, batch, rows, wants=lambda group: True, forward=call_model):
-    with hooks.watch(batch, Into(rows, wants)) as moved:
-        forward(hooks.model, moved)
-
-
 def rows_of(model, batch, targets="all-linear", passes=1, token_mask="attention", forward=call_model):
     seen = {}
     with hooks_on(model, targets, token_mask) as hooks:
@@ -42,16 +32,6 @@ def rows_of(model, batch, targets="all-linear", passes=1, token_mask="attention"
             seen.clear()
             run(hooks, batch, lambda group, rows: seen.setdefault(group, []).append(rows.clone()), forward=forward)
     return {group: torch.cat(rows) for group, rows in seen.items()}, hooks
-
-
-def recorded(model, batch, name):
-    """What a plain hook sees."""
-    inputs = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.no_grad():
-        model.eval()(**batch)
-    handle.remove()
-    return inputs[0]
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -5,54 +5,10 @@ import torch
 from torch import nn
 
 from lora_init.collection.collect import collect
-from lora_init.collection.losses import count_labels
 from lora_init.errors import LoraInitError
 from lora_init.statistics.statistics import Statistics
-from tests.collection.test_collect import low_rank_inputs
+from tests.collection.made import counts_of, exact, labelled, low_rank_inputs
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_vit
-
-
-def labelled(name, **options):
-    """Batches of `batches_for` with labels for every model."""
-    batches = batches_for(name, **options)
-    for i, batch in enumerate(batches):
-        rows = len(next(iter(batch.values())))
-        batch.setdefault("labels", (torch.arange(rows) + i) % 2)
-    return batches
-
-
-def exact(model, batches, names, counts):
-    """Of each layer the gradient of the mean loss over all labels, by autograd; and rows x and g of the summed loss."""
-    rows = {name: ([], []) for name in names}
-    total, n = dict.fromkeys(names, 0.0), 0
-
-    def after(name):
-        def hook(module, args, output):
-            output.retain_grad()
-            kept[name] = (args[0].detach(), output)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(after(name)) for name in names]
-    for batch, count in zip(batches, counts, strict=True):
-        kept = {}
-        model.zero_grad()
-        (model(**batch).loss * count).backward()
-        n += count
-        for name in names:
-            x, y = kept[name]
-            rows[name][0].append(x.flatten(0, -2))
-            rows[name][1].append(y.grad.flatten(0, -2))
-            weight = model.get_submodule(name).weight
-            total[name] += (weight.grad if isinstance(model.get_submodule(name), nn.Linear) else weight.grad.T).double()
-    for handle in handles:
-        handle.remove()
-    model.zero_grad(set_to_none=True)
-    return {name: (total[name] / n, *(torch.cat(part).double() for part in rows[name])) for name in names}
-
-
-def counts_of(model, batches):
-    return [count_labels(model, batch) for batch in batches]
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

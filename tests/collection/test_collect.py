@@ -3,37 +3,18 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_init import LoraInitError, collect, principal_angles
-from lora_init.collection.collect import Interrupted
+from lora_init import LoraInitError, collect
 from lora_init.layers.identity import count_parameters, fingerprint
 from tests import reference
-from tests.collection.test_activations import recorded
+from tests.collection.made import all_rows, low_rank_inputs, two_layers
 from tests.conftest import MODELS, batches_for, tiny_llama
 
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def all_rows(model, batches, name):
-    return torch.cat([recorded(model, b, name)[b["attention_mask"].bool()] for b in batches])
-
-
-def low_rank_inputs(n_batches, n=64, d=24, rank=3, seed=0, noise=0.05):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q
-    return [
-        torch.randn(n, rank, generator=generator) @ basis.T + noise * torch.randn(n, d, generator=generator)
-        for _ in range(n_batches)
-    ]
-
-
-def two_layers():
-    return nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -60,128 +41,6 @@ def test_the_components_are_those_of_the_recorded_rows(center):
         assert reference.captured(rows, stats[name].components, center) > 0.98 * best
         assert stats[name].total_variance == pytest.approx(total, rel=1e-5)
         assert stats[name].n_samples == len(rows)
-
-
-def test_the_held_out_share_is_what_earlier_batches_predict():
-    model, batches = two_layers(), low_rank_inputs(3)
-    stats = collect(model, batches, rank=2, rho=1.5)
-    components, _, _ = reference.pca(batches[0], 3)  # the second goes to the other half
-    unseen = np.asarray(batches[2] - batches[0].mean(0), dtype=np.float64)
-    expected = ((unseen @ components.T) ** 2).sum() / (unseen**2).sum()
-    assert stats.held_out["0"] == pytest.approx(expected, rel=1e-3)
-
-
-def test_stops_as_converged_when_unseen_rows_are_captured_as_well_as_seen_ones():
-    stats = collect(two_layers(), iter(low_rank_inputs(60)), rank=3)
-    assert stats.provenance.stop_reason == "converged"
-    assert 8 <= stats.provenance.n_batches < 20
-    assert stats.held_out["0"] > 0.9
-
-
-def drifting(n_other, n=64, d=256, rows=500, seed=0, power=1.0):
-    """Batches with variances j^-power, the first along other directions; and rows of the later kind to test on."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds = [torch.linalg.qr(torch.randn(d, d, generator=generator)).Q for _ in range(2)]
-    scale = torch.arange(1, d + 1).float() ** (-power / 2)
-    drawn = [torch.randn(rows, d, generator=generator) * scale for _ in range(n + 8)]
-    rotated = [batch @ kinds[i < n_other].T for i, batch in enumerate(drawn)]
-    return rotated[:n], torch.cat(rotated[n:])
-
-
-@pytest.mark.filterwarnings("ignore:batch")
-@pytest.mark.parametrize("power", [1.0, 0.5])  # the exact components of all rows capture 0.97 where it is 0.5
-@pytest.mark.parametrize(("n_other", "least"), [(0, 0.95), (1, 0.95), (4, 0.95)])  # the tolerance
-def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least, power):
-    batches, unseen = drifting(n_other, power=power)
-    layer = nn.Sequential(nn.Linear(256, 4))
-    stats = collect(layer, batches, rank=8)
-    best = reference.captured(unseen, reference.pca(unseen, 16)[0])
-    assert reference.captured(unseen, stats["0"].components) > least * best
-    assert n_other or stats.provenance.n_batches < 16 / power  # negative: steady data stop soon
-
-
-def test_data_that_are_sorted_are_a_warning():
-    batches, _ = drifting(6, n=12)
-    with pytest.warns(UserWarning, match="batch 6: far less of it is captured .* in 1 of 1 inputs.*Shuffle the data"):
-        collect(nn.Sequential(nn.Linear(256, 4)), batches, rank=8)
-
-
-def test_does_not_converge_on_noise_with_a_strict_tolerance():
-    noise = [torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) for i in range(40)]
-    stats = collect(two_layers(), noise, rank=3, tolerance=0.0, max_batches=30)
-    assert (stats.provenance.stop_reason, stats.provenance.n_batches) == ("max_batches", 30)
-
-
-def test_a_layer_that_is_not_done_keeps_the_pass_going_for_all():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.easy, self.hard = nn.Linear(24, 2), nn.Linear(24, 2)
-
-        def forward(self, easy, hard):
-            return self.easy(easy) + self.hard(hard)
-
-    batches = [
-        {"easy": easy, "hard": torch.randn(64, 24, generator=torch.Generator().manual_seed(i)) * 2**i}
-        for i, easy in enumerate(low_rank_inputs(20, noise=0.0))
-    ]
-    stats = collect(Two(), batches, rank=3)
-    assert (stats.provenance.stop_reason, stats["easy"].n_samples) == ("exhausted", 20 * 64)
-    assert collect(Two(), batches, "easy", rank=3).provenance.n_batches == 8
-
-
-def spread_rows(n, rows, d=256, seed=0):
-    """Batches of rows with variances 1/j, without drift, and rows to test on."""
-    batches, _ = drifting(0, n=n, d=d, rows=rows, seed=seed)
-    return batches, drifting(0, n=8, d=d, seed=seed)[1]
-
-
-def share_kept(stats, unseen):
-    best = reference.captured(unseen, reference.pca(unseen, 16)[0])
-    return float(reference.captured(unseen, stats["0"].components) / best)
-
-
-def test_few_rows_a_batch_are_not_enough():
-    """One row for each example, as an answer of one token has."""
-    layer = nn.Sequential(nn.Linear(256, 4))
-    (few, unseen), (many, _) = spread_rows(64, 20), spread_rows(64, 200)
-    of_few, of_many = collect(layer, few, rank=8), collect(layer, many, rank=8)
-    assert of_many.provenance.n_batches < 20 and of_few.provenance.n_batches > 3 * of_many.provenance.n_batches
-    assert min(share_kept(of_few, unseen), share_kept(of_many, unseen)) > 0.95
-
-
-def test_many_rows_of_few_texts_are_not_enough():
-    """Rows of a batch lie near three directions of its own; the same rows, mixed, are enough."""
-    batches, _ = spread_rows(40, 200)
-    generator = torch.Generator().manual_seed(0)
-    long = [rows[:3][torch.randint(0, 3, (200,), generator=generator)] + 0.1 * rows for rows in batches]
-    mixed = torch.cat(long)
-    mixed = mixed[torch.randperm(len(mixed), generator=generator)].split(200)
-    layer = nn.Sequential(nn.Linear(256, 4))
-    assert collect(layer, long, rank=8).provenance.stop_reason == "exhausted"
-    assert collect(layer, list(mixed), rank=8).provenance.n_batches < 20
-
-
-@pytest.mark.parametrize("times", [2, 4])  # of eight times the same there is nothing else to be seen
-def test_repeated_rows_are_not_enough(times):
-    """Both halves have the same rows, and agree; the next rows are captured worse than those."""
-    batches, unseen = spread_rows(25, 20)
-    stats = collect(nn.Sequential(nn.Linear(256, 4)), [rows for rows in batches for _ in range(times)], rank=8,
-                    max_batches=400)  # fmt: skip
-    assert stats.provenance.n_batches > 24
-    assert share_kept(stats, unseen) > 0.95
-
-
-def test_reads_no_more_batches_than_it_may():
-    drawn = []
-
-    def stream():
-        for batch in low_rank_inputs(10):
-            drawn.append(1)
-            yield batch
-
-    collect(two_layers(), stream(), rank=2, max_batches=3)
-    assert len(drawn) == 3
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -252,50 +111,6 @@ def test_padding_may_hold_nan():
     batches = [{"x": rows.view(4, 16, 24), "attention_mask": mask} for rows in low_rank_inputs(3)]
     stats = collect(Embedded(), batches, rank=2)
     assert stats["q"].n_samples == 3 * 4 * 12
-
-
-def test_interrupted_keeps_the_batches_that_were_complete():
-    def stream():
-        yield from low_rank_inputs(3)
-        raise KeyboardInterrupt
-
-    with pytest.raises(Interrupted) as caught:
-        collect(two_layers(), stream(), rank=2)
-    stats = caught.value.statistics
-    assert (stats.provenance.stop_reason, stats.provenance.n_batches) == ("interrupted", 3)
-    expected = collect(two_layers(), low_rank_inputs(3), rank=2)
-    assert principal_angles(stats["0"].components, expected["0"].components).max() < 1e-5
-
-    def at_once():
-        raise KeyboardInterrupt
-        yield
-
-    with pytest.raises(Interrupted) as caught:
-        collect(two_layers(), at_once(), rank=2)
-    assert caught.value.statistics is None
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_a_layer_that_first_ran_in_an_interrupted_batch_is_as_if_it_never_ran(gradients):
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.early, self.late, self.n = nn.Linear(24, 24), nn.Linear(24, 2), 0
-
-        def forward(self, x):
-            self.n += 1
-            y = self.early(x)
-            if self.n < 3:
-                return y
-            self.late(y)
-            raise KeyboardInterrupt
-
-    loss = {"gradients": True, "loss": lambda output, batch: output.square().mean()} if gradients else {}
-    with pytest.raises(Interrupted) as caught:
-        collect(Late(), low_rank_inputs(5), rank=2, **loss)
-    stats = caught.value.statistics
-    assert list(stats) == ["early"] and stats.provenance.n_batches == 2
-    assert stats.provenance.notes == ["late: never ran; PEFT's own initialisation."]
 
 
 def test_layers_that_never_run_are_said_and_those_that_run_twice_count_twice():
@@ -377,19 +192,6 @@ def test_somebody_elses_error_is_passed_on():
 
     with pytest.raises(RuntimeError, match="broken inside"):
         collect(two_layers(), low_rank_inputs(2), rank=2, forward=broken)
-
-
-def test_the_progress_bar_is_quiet_unless_asked(capsys):
-    collect(two_layers(), low_rank_inputs(3), rank=2)
-    assert capsys.readouterr().err == ""
-    collect(two_layers(), low_rank_inputs(9), rank=2, progress=True)
-    assert "the start would keep" in capsys.readouterr().err
-
-
-def test_time_is_accounted_for():
-    seconds = collect(tiny_llama(), batches_for("llama"), rank=2).provenance.seconds
-    assert set(seconds) == {"forward", "decomposition", "data"}
-    assert seconds["forward"] > 0 < seconds["decomposition"]
 
 
 def test_fingerprints_tell_models_apart_but_not_precisions():

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from lora_init import allocate_ranks, build_adapter, collect
-from tests.collection.test_activations import recorded
+from tests.collection.made import recorded
 from tests.versions import OLD_TRANSFORMERS
 
 TEXT = dict(

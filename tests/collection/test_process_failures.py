@@ -11,7 +11,7 @@ import torch
 from lora_init import LoraInitError, collect
 from lora_init.collection.processes import Processes
 from tests import processes
-from tests.collection.test_processes import SETTINGS, Q, llama, message
+from tests.collection.made import SETTINGS, Q, llama, message
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 

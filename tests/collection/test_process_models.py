@@ -14,7 +14,7 @@ from lora_init import Statistics, allocate_ranks, build_adapter, collect
 from lora_init.collection import loop
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.wrappers import gathered, unwrapped
-from tests.collection.test_processes import SETTINGS, kept, llama, message
+from tests.collection.made import SETTINGS, kept, llama, message
 from tests.conftest import batches_for
 from tests.processes import Processes, run
 from tests.versions import needs_fsdp_on_cpu

@@ -1,8 +1,6 @@
 """Several processes find together what one finds alone, and end together."""
 
-import json
 import warnings
-from hashlib import sha256
 
 import pytest
 import torch
@@ -11,41 +9,15 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 
 from lora_init import LoraInitError, Statistics, collect, principal_angles
-from lora_init.statistics.statistics import FORMAT, FORMAT_VERSION
-from lora_init.statistics.tensorfile import TensorFile
 from tests import reference
-from tests.collection.test_backward import counts_of, exact
-from tests.collection.test_collect import all_rows, low_rank_inputs, two_layers
-from tests.conftest import batches_for, tiny_llama
+from tests.collection.made import SETTINGS, all_rows, counts_of, exact, kept, llama, low_rank_inputs, two_layers
+from tests.conftest import batches_for
 from tests.processes import run
-
-SETTINGS = {"rank": 4, "tolerance": 0.0}
-Q = "model.layers.1.self_attn.q_proj"
-
-
-def llama(seed=5):
-    torch.manual_seed(seed)
-    return tiny_llama()
 
 
 def net():
     torch.manual_seed(5)
     return two_layers()
-
-
-def kept(stats, folder, name):
-    """Keep statistics; return a hash of all of their file: its header has the hash of every tensor."""
-    file = TensorFile(stats.save(folder / name), FORMAT, FORMAT_VERSION)
-    return sha256(json.dumps(file.header).encode()).hexdigest()
-
-
-def message(work):
-    """The error of some work: its type and text; empty if there is none."""
-    try:
-        work()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 class Sampled(torch.utils.data.Dataset):

@@ -5,20 +5,15 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
 
 from lora_init import Statistics, build_adapter, collect, find_targets
 from lora_init.layers.identity import count_parameters, fingerprint
-from tests.conftest import batches_for, tiny_llama
+from tests.collection.made import PackedLinear, hqq_4bit, plain
+from tests.conftest import batches_for
 
 # HQQ's layers are no nn.Linear, so to PEFT they are not among "all-linear".
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def plain():
-    torch.manual_seed(3)
-    return tiny_llama(hidden_size=64, intermediate_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +45,6 @@ def torchao_8bit(directory):
 
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
-
-
-def hqq_4bit(directory):
-    """transformers refuses HQQ on a CPU; its layers work there."""
-    quantize = pytest.importorskip("hqq.core.quantize")
-    model = plain()
-    for name in find_targets(model).layers:
-        parent, _, child = name.rpartition(".")
-        config = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
-        layer = quantize.HQQLinear(model.get_submodule(name), config, compute_dtype=torch.float32, device="cpu")
-        setattr(model.get_submodule(parent), child, layer)
-    return model.eval()
 
 
 LIBRARIES = [bitsandbytes_4bit, bitsandbytes_8bit, torchao_8bit, hqq_4bit]
@@ -113,18 +96,6 @@ def test_an_adapter_from_the_quantized_model_itself(load, directory, tmp_path):
     assert before == stats.provenance.fingerprint == fingerprint(load(directory))
     again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
     build_adapter(again, 2).apply(model)
-
-
-class PackedLinear(nn.Module):
-    """What a GPTQ layer shows: widths, buffers with packed weights, a forward; no weight."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_buffer("qweight", (layer.weight.detach() * 1000).round().to(torch.int32))
-
-    def forward(self, x):
-        return x @ (self.qweight.to(x.dtype) / 1000).T
 
 
 def packed():

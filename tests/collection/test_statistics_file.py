@@ -13,7 +13,7 @@ from lora_init import LoraInitError, Statistics, collect
 from lora_init.collection import loop
 from lora_init.collection.collect import Interrupted, OtherSettingsError
 from tests import reference
-from tests.collection.test_collect import all_rows
+from tests.collection.made import all_rows
 from tests.conftest import MODELS, batches_for, tiny_llama
 
 SETTINGS = {"rank": 4, "tolerance": 0.0, "data": "some data"}

@@ -4,6 +4,8 @@ import gc
 
 import pytest
 
+from tests.comparisons import make_home
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _libraries():
@@ -12,3 +14,8 @@ def _libraries():
     import peft  # noqa: F401
 
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("comparison"))

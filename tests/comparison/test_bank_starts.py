@@ -14,12 +14,7 @@ from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from lora_init.serving.trained import read_trained
 from tests.bank.made import fit
-from tests.comparisons import SMALL, make_home
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("comparison"))
+from tests.comparisons import SMALL
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from lora_init.comparison.report import describe_directory, write_report
 from lora_init.comparison.runs import Run
 from lora_init.comparison.training import evaluate
 from lora_init.errors import LoraInitError
-from tests.comparison.test_compare import compare, set_up_bench
-from tests.comparisons import broken, make_home, planted, record, settings, write
+from tests.comparison.made import compare, set_up_bench
+from tests.comparisons import broken, planted, record, settings, write
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
 
@@ -218,11 +218,6 @@ def test_without_settings_there_is_one_clear_error(tmp_path):
 
 
 # best/: the trained adapter of the best start, the very one of its run, never replaced unasked
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("winner"))
 
 
 def test_the_adapter_of_the_best_start_is_kept_once_and_not_replaced(home, tmp_path, monkeypatch):

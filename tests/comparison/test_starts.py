@@ -17,6 +17,7 @@ from lora_init.comparison.starts import (
     read_start,
 )
 from lora_init.errors import LoraInitError
+from tests.comparison.made import assert_same, snapshot
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama
 
 pytest.importorskip("peft")
@@ -77,26 +78,6 @@ class Case:
 def case(request):
     torch.manual_seed(0)
     return Case(request.param)
-
-
-def snapshot(model):
-    """All that `release` has to put back."""
-    modules = {
-        name: (id(module), module.training, len(module._forward_hooks), sorted(vars(module)))
-        for name, module in model.named_modules()
-    }
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return modules, {n: (id(t), t.data_ptr(), t.requires_grad, t.detach().clone(), t.grad) for n, t in tensors}
-
-
-def assert_same(before, after):
-    assert before[0] == after[0]
-    assert before[1].keys() == after[1].keys()
-    for name, (*facts, value, grad) in before[1].items():
-        *facts_after, value_after, grad_after = after[1][name]
-        assert facts == facts_after, name
-        assert torch.equal(value, value_after), name
-        assert grad is grad_after, name
 
 
 def trained(prepared, batch):

@@ -10,12 +10,6 @@ from lora_init.comparison.tasks import Loading, find_answer, load_task, read_cho
 from lora_init.errors import LoraInitError
 from lora_init.loading.reader import IGNORED
 from tests.commands import WORDS
-from tests.comparisons import make_home
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,7 @@ from lora_init.comparison.tasks import Loading, load_task
 from lora_init.comparison.training import Score, Training, evaluate, metrics, peak_bytes, reset_peak, train
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import pad_batch
-from tests.comparisons import make_home
 from tests.conftest import batches_for, tiny_llama
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("training"))
 
 
 def read(home, model, samples, **options):

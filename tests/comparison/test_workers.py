@@ -18,13 +18,8 @@ from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
 from lora_init.comparison.workers import find_workers, run_all
 from lora_init.errors import LoraInitError
-from tests.comparison.test_compare import again, compare, set_up_bench, without_clock
-from tests.comparisons import make_home, record, settings
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("workers"))
+from tests.comparison.made import again, compare, set_up_bench, without_clock
+from tests.comparisons import record, settings
 
 
 @pytest.fixture(scope="module")

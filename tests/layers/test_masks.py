@@ -9,7 +9,7 @@ from torch import nn
 from lora_init import LoraInitError, collect
 from lora_init.layers.masks import TokenMasks, shifts_labels
 from tests.conftest import batches_for, tiny_bart_decoder, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
-from tests.layers.test_purposes import bart, gpt2_with_cross_attention
+from tests.layers.made import bart, gpt2_with_cross_attention
 
 
 def counted(model, batch, layer, token_mask="labels", gradients=True, width=4):

@@ -9,17 +9,7 @@ from torch import nn
 from lora_init import LoraInitError, build_adapter, collect, find_targets, initialize
 from tests.commands import WORDS, run, save_model
 from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_t5
-
-SIZES = dict(
-    vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-)  # fmt: skip
-
-
-def bart():
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    return BartForConditionalGeneration(BartConfig(**SIZES, max_position_embeddings=64)).eval()
+from tests.layers.made import SIZES, bart, gpt2_with_cross_attention
 
 
 def whisper():
@@ -45,14 +35,8 @@ def mllama():
     return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text)).eval()
 
 
-def gpt2_with_cross_attention():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True)).eval()
-
-
 def mixtral():
-    from tests.layers.test_experts import mixtral
+    from tests.layers.made import mixtral
 
     return mixtral()
 

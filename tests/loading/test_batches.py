@@ -1,103 +1,19 @@
 """Rows of every source and form become batches with the right tokens and labels, and bad data one clear line."""
 
-import gzip
-import io
 import json
-import logging
 import re
 
-import datasets
-import numpy as np
 import pandas as pd
-import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset, config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import lora_init
 from lora_init import LoraInitError, load_batches
 from lora_init.loading.batches import Batches
-from lora_init.loading.sources import read_rows
+from tests.loading.made import CHAT, bert_tokenizer, byte_tokenizer, texts
 from tests.versions import OLD_DATASETS
-
-CHAT = (
-    "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m.name is defined %}{{ m.name + ': ' }}"
-    "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@pytest.fixture(autouse=True)
-def _own_datasets_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-
-
-def byte_tokenizer(merges=(), **tokens):
-    """One token a byte, but for the merges; like GPT-2's, it adds no special tokens by itself."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return tokenizer
-
-
-def bert_tokenizer():
-    vocab = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghij"])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
-    )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer(eos_token="<eos>")
-
-
-@pytest.fixture
-def write(tmp_path):
-    def to(rows, name="data.jsonl"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return to
-
-
-def texts(batches, tokenizer, key="input_ids"):
-    """Decode every example: all tokens under the mask, or only those with a label."""
-    found = []
-    for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            assert torch.equal(labels[labels != -100], ids[labels != -100])  # a label is the token itself
-            assert (labels[mask == 0] == -100).all()
-            found.append(tokenizer.decode(ids[mask == 1] if key == "input_ids" else ids[labels != -100]))
-    return found
-
-
-def test_every_kind_of_file_gives_the_same_batches(write, tokenizer, tmp_path):
-    rows = [{"text": f"example {'x' * i}, with a comma"} for i in range(5)]
-    write(rows)
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    (tmp_path / "data.txt").write_text("\n\n".join(row["text"] for row in rows))  # a blank line is no example
-    Dataset.from_list(rows).to_csv(tmp_path / "data.csv", index=False)
-    Dataset.from_list(rows).to_csv(tmp_path / "data.tsv", index=False, sep="\t")
-    Dataset.from_list(rows).to_parquet(tmp_path / "DATA.PARQUET")
-    for name in ("data.jsonl", "data.json", "data.txt", "data.csv", "data.tsv", "DATA.PARQUET"):
-        batches = load_batches(str(tmp_path / name), tokenizer)
-        assert sorted(texts(batches, tokenizer)) == sorted(row["text"] + "<eos>" for row in rows), name
-        assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
 
 
 def test_text_has_a_label_on_every_token(write, tokenizer):
@@ -142,14 +58,6 @@ def test_messages_label_the_assistants_turns(write, tokenizer):
     assert sorted(texts(every, tokenizer)) == [expected, "<|im_start|>user\nnever answered<|im_end|>\n"]
 
 
-def test_keys_that_parquet_filled_with_null_are_not_there_for_the_template(tmp_path):
-    turns = [{"role": "user", "content": "hi", "name": "bob"}, {"role": "assistant", "content": "hello"}]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "data.parquet")
-    tokenizer = byte_tokenizer(chat_template=CHAT)
-    (text,) = texts(load_batches(tmp_path / "data.parquet", tokenizer), tokenizer)
-    assert text == "<|im_start|>user\nbob: hi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
-
-
 def test_chat_template_alone_decides_on_special_tokens(write):
     tokenizer = bert_tokenizer()
     tokenizer.chat_template = "[CLS] {% for m in messages %}{{ m['content'] + ' [SEP] ' }}{% endfor %}"
@@ -181,16 +89,6 @@ def test_answers_are_labelled_whatever_the_template_makes_of_earlier_ones(write,
     batches = load_batches(write([{"messages": turns}]), tokenizer)
     assert texts(batches, tokenizer, "labels") == [labelled]
     assert texts(batches, tokenizer) == [tokenizer.apply_chat_template(turns, tokenize=False)]
-
-
-def test_rows_in_memory_keep_the_columns_that_the_first_one_lacks(write, tokenizer, monkeypatch):
-    rows = [{"instruction": "Greet.", "output": "hi"}, {"instruction": "Add.", "input": "1 and 2", "output": "3"}]
-    path = write(rows)
-    expected = sorted(texts(load_batches(path, tokenizer), tokenizer))
-    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text()))
-    assert any("1 and 2" in text for text in expected)
-    for source in (rows, "-"):
-        assert sorted(texts(load_batches(source, tokenizer), tokenizer)) == expected
 
 
 def test_a_role_that_templates_do_not_know_is_refused(write):
@@ -432,162 +330,6 @@ def test_bad_messages_name_the_row(write, tokenizer):
         load_batches(write([{"messages": "hi"}]), chatty)
 
 
-def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "blank.csv").write_text("text\n")
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
-    (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    (tmp_path / "nothing").mkdir()
-    write([{"text": "  "}, {"text": None}], "hollow.jsonl")
-    (tmp_path / "numbers.json").write_text("[1, 2, 3]")
-    (tmp_path / "words.jsonl").write_text('"a"\n"b"\n')
-    (tmp_path / "semicolons.csv").write_text("text;kind\na, b;c\n")
-    (tmp_path / "latin.csv").write_bytes("text\nplain\ncaf\xe9\n".encode("latin-1"))
-    (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1"))
-    (tmp_path / "wide.txt").write_bytes("a line\n".encode("utf-16"))
-    for name, message in {
-        "numbers.json": r"numbers.json: its rows are numbers, texts or lists. Expected objects: \{'text': ...\}",
-        "words.jsonl": "its rows are numbers, texts or lists",
-        "semicolons.csv": "columns are separated by a semicolon, expected a comma. Save it with commas",
-        "latin.csv": "latin.csv, line 3: byte 0xe9 is not valid UTF-8, .* iconv -f LATIN1 -t UTF-8",
-        "latin.jsonl": "latin.jsonl, line 1: byte 0xe9 is not valid UTF-8",
-        "wide.txt": "byte 0xff is not valid UTF-8, .* iconv -f UTF-16",
-        "missing.jsonl": "missing.jsonl': no such file or folder",
-        "empty.jsonl": "the data is empty",
-        "blank.csv": "the data is empty",
-        "broken.jsonl": "datasets cannot read it: .*JSON",
-        "image.png": r"files of this kind \(.png\). Expected one of .json, .jsonl, .csv, .tsv, .parquet, .txt",
-        "nothing": "doesn't contain any data files",
-        "hollow.jsonl": r"no usable example among 2 rows read as text \(2 left out with an empty field\)",
-    }.items():
-        with pytest.raises(LoraInitError, match=message) as caught:
-            load_batches(tmp_path / name, tokenizer)
-        assert "\n" not in str(caught.value), name
-    with pytest.raises(LoraInitError, match=r"mix kinds of values in a column: .* Write all of it as text"):
-        load_batches([{"text": "a"}, {"text": 1}], tokenizer)
-
-
-def test_folder_reads_one_kind_and_one_split(write, tokenizer, tmp_path):
-    write([{"text": "a"}], "plain/1.jsonl")
-    write([{"text": "b"}], "plain/more/2.jsonl")
-    write([{"text": "hidden"}], "plain/.cache/3.jsonl")
-    (tmp_path / "plain/README.md").write_text("no data")
-    batches = load_batches(tmp_path / "plain", tokenizer)
-    assert sorted(texts(batches, tokenizer)) == ["a<eos>", "b<eos>"]
-    assert batches.description.startswith("plain/: 2 of 2 examples")
-    # A script beside the data is never run.
-    (tmp_path / "plain/plain.py").write_text("raise SystemExit('this ran')")
-    with pytest.raises(LoraInitError, match="scripts are no longer supported"):
-        load_batches(tmp_path / "plain", tokenizer)
-
-    for name in ("train", "dev", "contest"):  # "test" inside a word marks no split
-        write([{"text": name}], f"splits/{name}.jsonl")
-    assert texts(load_batches(tmp_path / "splits", tokenizer), tokenizer) == ["train<eos>"]
-    assert texts(load_batches(tmp_path / "splits", tokenizer, split="validation"), tokenizer) == ["dev<eos>"]
-    with pytest.raises(LoraInitError, match=r"splits/, test: .* Unknown split .* one of \['train', 'validation'\]"):
-        load_batches(tmp_path / "splits", tokenizer, split="test")
-
-    write([{"text": "c"}], "mixed/1.jsonl")
-    (tmp_path / "mixed/2.txt").write_text("d")
-    assert texts(load_batches(tmp_path / "mixed", tokenizer), tokenizer) == ["c<eos>"]  # the kind there is most of
-    with pytest.raises(LoraInitError, match=r"files of this kind \(.jsonl, .txt\)"):
-        load_batches(tmp_path / "mixed" / "*", tokenizer)
-
-
-def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
-    asked = {}
-    monkeypatch.setattr("lora_init.loading.sources.check_hub", lambda *_: True)
-
-    def load_dataset(**arguments):
-        asked.update(arguments)
-        return Dataset.from_list([{"text": "from afar"}])
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    batches = load_batches("owner/name", tokenizer, subset="small", split="validation")
-    assert asked == {"path": "owner/name", "name": "small", "split": "validation"}  # no flag that would run its code
-    assert batches.description.startswith("owner/name (small), validation: 1 of 1 examples")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "text,b\n1,2,3\n4,5\n",
-            "data.csv: datasets cannot read it: Length of header .* does not match",
-        ),
-        ('text,b\n1,2\n\n"x\ny",5\n4,5,6\n', "Expected 2 fields in line 5, saw 3"),
-        ("text,b\n" + "x" * 200_000 + ",2\n4,5,6\n", "Expected 2 fields in line 3, saw 3"),
-    ],
-)
-def test_a_record_with_too_many_fields_is_refused(tmp_path, tokenizer, content, message):
-    (tmp_path / "data.csv").write_text(content)
-    with pytest.raises(LoraInitError, match=message):
-        load_batches(tmp_path / "data.csv", tokenizer)
-
-
-def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tmp_path, monkeypatch):
-    import pandas
-
-    rows = [{"text": f"example {i}"} for i in range(5)]
-    expected = sorted(row["text"] + "<eos>" for row in rows)
-    path = write(rows)
-    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    write(rows[:2], "parts/a.jsonl"), write(rows[2:], "parts/b.jsonl")
-    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text()))
-    table = Dataset.from_list(rows)
-    for source in (
-        rows, table, table.to_iterable_dataset(), pandas.DataFrame(rows), datasets.DatasetDict(train=table), "-",
-        tmp_path / "data.jsonl.gz", str(tmp_path / "parts" / "*.jsonl"), [tmp_path / f"parts/{n}.jsonl" for n in "ab"],
-    ):  # fmt: skip
-        assert sorted(texts(load_batches(source, tokenizer), tokenizer)) == expected, source
-    for source, message in {
-        str(tmp_path / "parts" / "*.csv"): "no such file or folder",
-        (path, tmp_path / "missing.jsonl"): "2 files: datasets cannot read it: .*missing.jsonl",
-        ("how are you?", "well"): r"no such files. For texts in memory, make rows of them: \[{'text': ...}, ...\]",
-        3: "data of type int: expected a path",
-        (1, 2): "data of type tuple: expected a path",
-    }.items():
-        with pytest.raises(LoraInitError, match=message):
-            load_batches(source, tokenizer)
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"text": "a"}\nnot json\n'))
-    with pytest.raises(LoraInitError, match="standard input, line 2 is not JSON"):
-        load_batches("-", tokenizer)
-
-
-def test_a_split_or_subset_of_what_has_none_is_refused(write, tokenizer):
-    path = write([{"text": "a"}])
-    with pytest.raises(LoraInitError, match=r"split='validation' is for a folder or a data set on the hub"):
-        load_batches(path, tokenizer, split="validation")
-    with pytest.raises(LoraInitError, match=r"validation: .* Unknown split .* one of \['train'\]"):
-        load_batches(path.parent, tokenizer, split="validation")
-    with pytest.raises(LoraInitError, match=r"subset='small' is for a folder or a data set on the hub"):
-        load_batches(path, tokenizer, subset="small")
-
-
-def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, tokenizer):
-    path = write([{"text": f"row {i:03d}"} for i in range(100)])
-
-    def sample(**arguments):
-        return set(texts(load_batches(path, tokenizer, **arguments), tokenizer))
-
-    assert sample(samples=20, batch_size=1) == sample(samples=20, batch_size=7)
-    assert sample(samples=20) < sample(samples=40)
-    assert sample(samples=20) != sample(samples=20, seed=1)
-    assert not sample(samples=20) & sample(samples=20, offset=20)
-    assert sample(samples=20) | sample(samples=20, offset=20) == sample(samples=40)
-    assert len(sample(samples=None)) == len(sample(samples=1000)) == 100
-    first, second = (load_batches(path, tokenizer, samples=20) for _ in range(2))
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
-
-
-def test_numbers_of_numpy_are_kept_as_json_has_them(write, tokenizer):
-    path = write([{"text": f"row {i:03d}"} for i in range(20)])
-    asked = dict(samples=8, offset=2, batch_size=2, max_length=9, seed=1)
-    plain, given = (load_batches(path, tokenizer, **{k: of(v) for k, v in asked.items()}) for of in (int, np.int64))
-    assert json.dumps(given.settings) == json.dumps(plain.settings)
-    assert texts(given, tokenizer) == texts(plain, tokenizer)
-
-
 def test_batches_have_little_padding_and_every_stretch_is_mixed(write, tokenizer):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (256,), generator=generator).tolist()
@@ -675,20 +417,6 @@ def test_description_says_which_examples_in_words(write, tokenizer):
     assert isinstance(batches, list) and Batches().description == ""
 
 
-def test_nothing_is_printed_and_progress_bars_are_as_before(write, tokenizer, capfd, tmp_path, monkeypatch):
-    records = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", records.append)
-    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
-    datasets.enable_progress_bars()
-    load_batches(write([{"text": "a"}]), tokenizer)
-    (tmp_path / "broken.jsonl").write_text("{broken\n")
-    with pytest.raises(LoraInitError):
-        load_batches(tmp_path / "broken.jsonl", tokenizer)
-    assert not datasets.are_progress_bars_disabled()
-    assert capfd.readouterr() == ("", "") and records == []
-
-
 def test_batches_train_a_model(write):
     from tests.conftest import tiny_llama
 
@@ -698,38 +426,6 @@ def test_batches_train_a_model(write):
     for batch in load_batches(path, tokenizer, batch_size=2):
         assert torch.isfinite(model(**batch).loss)
     assert lora_init.load_batches is load_batches
-
-
-def test_a_cell_of_a_table_is_read_as_its_text(tmp_path, tokenizer):
-    cells = ["007", "None", "1.50", "true", "NA", "2009-02-13", "1e5"]
-    (tmp_path / "data.csv").write_text("prompt,completion\n" + "".join(f"q,{cell}\n" for cell in [*cells, ""]))
-    with pytest.warns(UserWarning, match="of the first 8 rows 1 left out with an empty field"):
-        batches = load_batches(tmp_path / "data.csv", tokenizer)
-    assert sorted(texts(batches, tokenizer, "labels")) == sorted(cell + "<eos>" for cell in cells)
-
-
-@pytest.mark.parametrize("form", ["{}\n{}\n{}\n", "[{},\n {},\n {}]"])
-def test_dates_in_json_are_read_as_their_text(tmp_path, form):
-    rows = [
-        {"a": "2009-02-13", "c": [{"at": "2009-02-13T10:00:00"}], "d": "plain"},
-        {"a": "2009-02-14", "c": [], "d": "plain"},
-        {"a": None, "c": [{"at": "2009-02-13"}]},
-    ]
-    (tmp_path / "data.json.gz").write_bytes(gzip.compress(form.format(*map(json.dumps, rows)).encode()))
-    table = read_rows(tmp_path / "data.json.gz").table
-    assert table["a"][:] == ["2009-02-13", "2009-02-14", None]
-    assert table["c"][:] == [row["c"] for row in rows]
-    assert table["d"][:] == ["plain", "plain", None]
-
-
-@pytest.mark.parametrize("separator", [",", "\t"])
-def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separator):
-    lines = [separator.join(fields) for fields in (["text", "note"], ['"two\nlines"', "a"], [], ["one", "b"], ["", ""])]
-    file = tmp_path / f"data.{'csv' if separator == ',' else 'tsv'}.gz"
-    file.write_bytes(gzip.compress("\n".join(lines).encode()))
-    rows = read_rows(file)
-    assert [rows.place(i).rpartition(", ")[2] for i in range(2)] == ["line 2", "line 5"]
-    assert read_rows([{"text": "one"}]).place(0) == "data in memory, row 1"
 
 
 def test_the_longest_column_of_text_is_proposed_and_never_a_list(write, tokenizer):

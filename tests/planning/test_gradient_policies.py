@@ -9,7 +9,7 @@ from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
-from tests.collection.test_backward import labelled
+from tests.collection.made import labelled
 from tests.conftest import tiny_llama
 
 RANK = 4

@@ -7,7 +7,7 @@ import pytest
 import lora_init
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_llama
-from tests.serving.test_export import ADAPTERS, train
+from tests.serving.made import ADAPTERS, train
 from tests.versions import OLD_PEFT
 
 

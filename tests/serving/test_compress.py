@@ -13,9 +13,7 @@ from lora_init import LoraInitError, export_adapter
 from lora_init.serving.compress import Factors, best_ranks, errors, factorise, truncate
 from lora_init.serving.trained import Layer, read_trained
 from tests.conftest import tiny_llama
-from tests.serving.test_export import base, load, logits, randomise, train
-
-__all__ = ["base"]  # the fixture
+from tests.serving.made import load, logits, randomise, train
 
 
 def layer(d_in=12, d_out=9, rank=5, scaling=0.7, dtype=torch.float32, decay=0.3):

@@ -8,7 +8,7 @@ from lora_init import LoraInitError, dial
 from lora_init.serving.dial import STRONGEST, Rule, _change, example_losses, fit_strengths, label_losses, strengths
 from lora_init.serving.dialed import Point
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama, tiny_t5
-from tests.layers.test_experts import mixtral
+from tests.layers.made import mixtral
 
 KINDS = {
     "plain": (tiny_llama, dict(target_modules=["q_proj", "down_proj"])),

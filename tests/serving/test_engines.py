@@ -15,9 +15,7 @@ from lora_init.planning.lora_config import lora_config, scaling_of
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.serving.test_export import ADAPTERS, base, config_of, load, refused, train
-
-__all__ = ["base"]  # the fixture
+from tests.serving.made import ADAPTERS, config_of, load, refused, train
 
 UNEVEN = dict(
     target_modules=r".*layers\.(0\.self_attn\.[qk]|[02]\.self_attn\.v)_proj|.*layers\.[12]\.mlp\.down_proj",

@@ -19,8 +19,8 @@ from lora_init.serving import base as base_room
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.trained import read_trained
 from tests.commands import run
-from tests.layers.test_experts import BOTH, COMMON, MODELS
-from tests.serving.test_export import IDS, config_of, refused
+from tests.layers.made import BOTH, COMMON, MODELS
+from tests.serving.made import IDS, config_of, refused
 from tests.versions import OLD_TRANSFORMERS
 
 pytestmark = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,70 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_init import LoraInitError, build_adapter, collect, correct_base, export_adapter
-from lora_init.serving.trained import read_trained
+from lora_init import LoraInitError, export_adapter
 from tests import assets
-from tests.adapters.test_build import made_up_statistics
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
+from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
 from tests.versions import needs_intruders
-
-IDS = torch.arange(3, 23).reshape(2, 10)
-
-
-@pytest.fixture
-def base(tmp_path):
-    tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def load(base):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
-
-
-def train(base, directory, **settings):
-    """Make an adapter as PEFT saves it, with random numbers in place of training."""
-    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8} | settings))
-    randomise(model)
-    model.save_pretrained(directory)
-    return directory
-
-
-def randomise(model):
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name or "embedding_B" in name:
-            parameter.data.normal_(std=0.3)
-        if "magnitude" in name or "modules_to_save" in name:
-            parameter.data.mul_(1.5)
-
-
-@torch.no_grad()
-def logits(model, adapter=None):
-    model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
-    return model(IDS).logits
-
-
-def config_of(directory):
-    return json.loads((directory / "adapter_config.json").read_text())
-
-
-ADAPTERS = {
-    "plain": dict(target_modules=["q_proj", "down_proj"]),
-    "ranks, first match wins": dict(
-        target_modules=["q_proj", "k_proj"],
-        rank_pattern={"layers.0.self_attn.q_proj": 9, r"layers\.\d+\.self_attn\.q_proj": 2, "q_proj": 7},
-    ),
-    "rsLoRA with ranks": dict(
-        target_modules=["q_proj", "v_proj"], use_rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 5}
-    ),
-    "alphas": dict(target_modules=["q_proj", "v_proj", "o_proj"], alpha_pattern={"layers.[01].self_attn.v_proj": 3}),
-    "some layers": dict(target_modules=r".*layers\.[02]\.mlp\.(up|down)_proj"),
-    "DoRA": dict(target_modules=["q_proj", "down_proj"], use_dora=True, rank_pattern={"q_proj": 2}),
-    "whole head": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "embedding": dict(target_modules=["embed_tokens", "q_proj"], rank_pattern={"embed_tokens": 2}),
-}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -98,91 +38,6 @@ def test_layers_without_an_adapter_get_one_that_adds_nothing(base, tmp_path):
     assert config_of(tmp_path / "served")["target_modules"] == ["down_proj", "up_proj"]
     tensors = load_file(tmp_path / "served/adapter_model.safetensors")
     assert all(not t.any() for key, t in tensors.items() if ".layers.1." in key) and len(tensors) == 12
-
-
-def test_a_started_adapter_with_zero_ranks_keeps_its_outputs(base, tmp_path):
-    stats = made_up_statistics(tiny_llama(num_hidden_layers=3))
-    ranks = {name: i % 4 for i, name in enumerate(stats)}
-    model = build_adapter(stats, ranks).apply(load(base))
-    randomise(model)
-    model.save_pretrained(tmp_path / "trained")
-    exported = export_adapter(tmp_path / "trained", tmp_path / "served", base=str(base))
-    assert set(exported.added) == {name for name, rank in ranks.items() if not rank}
-    torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model.eval()), atol=1e-5, rtol=1e-5)
-
-
-def test_an_adapter_that_was_never_trained_is_said_to_be(base, tmp_path):
-    start = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    start.save_pretrained(tmp_path / "start")
-    (note,) = export_adapter(tmp_path / "start", tmp_path / "served").notes
-    assert note == "B is zero in every layer: the adapter was never trained, and changes nothing."
-    trained = train(base, tmp_path / "trained", target_modules=["q_proj"])
-    assert export_adapter(trained, tmp_path / "again").notes == ()
-
-
-def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
-    start = train(base, tmp_path / "start", r=5, target_modules=["q_proj", "down_proj"])
-    (start / "lora_init.json").write_text('{"method": "lora-ga"}')
-    model = load(base)
-    correct_base(model, start)
-    model = PeftModel.from_pretrained(model, start).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "trained")
-    exported = export_adapter(tmp_path / "trained", tmp_path / "served", start=start)
-    assert exported.rank == 16  # twice 5, rounded up
-    assert (logits(model) - logits(load(base))).abs().max() > 0.01
-    torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model), atol=1e-4, rtol=1e-4)
-    refused("began as lora-ga.*--start", start, tmp_path / "other")
-
-
-def test_a_start_that_changed_the_base_is_known_from_the_config_until_peft_converts_it(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    config = config_of(trained) | {"auto_mapping": {"lora_init": {"method": "lora-ga", "rank": 4}}}
-    (trained / "adapter_config.json").write_text(json.dumps(config))
-    refused("began as lora-ga.*--start", trained, tmp_path / "served")
-    config["auto_mapping"]["lora_init"]["rank"] = 2  # PEFT doubles the config's rank when it converts
-    (trained / "adapter_config.json").write_text(json.dumps(config))
-    export_adapter(trained, tmp_path / "served")
-    assert "auto_mapping" not in config_of(tmp_path / "served")
-
-
-def test_a_start_of_which_nothing_is_left_is_not_taken_off_again(base, tmp_path):
-    """PEFT has converted it, or it never changed the base: subtracted it would be off by as much as was trained."""
-    batches = [{**batch, "labels": batch["input_ids"]} for batch in ({"input_ids": IDS}, {"input_ids": IDS + 9})]
-    stats = collect(load(base), batches, ["q_proj", "v_proj"], rank=2, rho=1.0, gradients=True, task_type="CAUSAL_LM")
-    for method in ("lora-ga", "lora-one"):
-        start, trained = tmp_path / f"{method} start", tmp_path / f"{method} trained"
-        init = build_adapter(stats, 2, method)
-        init.save_pretrained(start)
-        model = init.apply(load(base))
-        for name, parameter in model.named_parameters():
-            parameter.data += 0.01 * ("lora_B" in name)  # training
-        converted = {"path_initial_model_for_weight_conversion": str(start)} if method == "lora-ga" else {}
-        model.save_pretrained(trained, **converted)
-        with pytest.raises(LoraInitError, match="fits the plain base already, since its start left that alone or PEFT"):
-            export_adapter(trained, tmp_path / "served", start=start, base=str(base))
-
-
-def test_rows_set_before_training_are_kept_or_refused(base, tmp_path):
-    """PEFT stores the weight of an embedding or head with its adapter, and reads it back on another base."""
-    for layer in ("embed_tokens", "lm_head"):
-        model, trained = load(base), tmp_path / layer
-        model.get_parameter("model.embed_tokens.weight" if layer == "embed_tokens" else "lm_head.weight").data[5:9] += (
-            0.5
-        )
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", layer]))
-        randomise(adapted)
-        adapted.save_pretrained(trained)
-        export_adapter(trained, tmp_path / f"{layer} served")
-        expected = logits(adapted.eval())
-        torch.testing.assert_close(logits(load(base), tmp_path / f"{layer} served"), expected, atol=1e-5, rtol=1e-5)
-        for options in (dict(engine="vllm"), dict(merge_into=str(base))):
-            with pytest.raises(LoraInitError, match=rf"{layer}.base_layer.weight|adapter of the embedding"):
-                export_adapter(trained, tmp_path / "other", **options)
-    (base / "model.safetensors").unlink()  # nothing to compare with: the copy counts as the base's own
-    assert export_adapter(trained, tmp_path / "other", engine="vllm").rank == 8
 
 
 def test_a_bias_beside_an_adapter_is_merged(tmp_path):
@@ -360,73 +215,6 @@ def test_the_card_has_what_the_hub_reads_and_how_to_serve(base, tmp_path):
     assert "- base_model:adapter:someone/some-model\n" in card and "--lora-paths served=" in card
 
 
-def break_pair(directory):
-    tensors = load_file(directory / "adapter_model.safetensors")
-    tensors.pop(next(key for key in tensors if "lora_B" in key))
-    save_file(tensors, directory / "adapter_model.safetensors")
-
-
-def break_rank(directory):
-    config = config_of(directory) | {"r": 3}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-
-
-def diverge(directory):
-    tensors = load_file(directory / "adapter_model.safetensors")
-    next(tensor for key, tensor in tensors.items() if "lora_B" in key)[0, 0] = math.nan
-    save_file(tensors, directory / "adapter_model.safetensors")
-
-
-def name_no_parameters(directory):
-    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"target_parameters": 3}))
-
-
-def set_alpha(directory, alpha):
-    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | {"lora_alpha": alpha}))
-
-
-def set_type(directory, dtype):
-    tensors = {key: tensor.to(dtype) for key, tensor in load_file(directory / "adapter_model.safetensors").items()}
-    save_file(tensors, directory / "adapter_model.safetensors")
-
-
-BROKEN = {
-    "alpha of 0": (lambda d: set_alpha(d, 0), "lora_alpha is 0, expected between"),
-    "infinite alpha": (lambda d: set_alpha(d, math.inf), "lora_alpha is inf, expected"),
-    "alpha is no number": (lambda d: set_alpha(d, math.nan), "lora_alpha is nan, expected"),
-    "alpha beyond float32": (lambda d: set_alpha(d, 1e308), r"lora_alpha is 1e\+308, expected between 1e-30 and 1e30"),
-    "float8": (lambda d: set_type(d, torch.float8_e4m3fn), r"layer '.*' is torch.float8_e4m3fn, and A and B are float"),
-    "int8": (lambda d: set_type(d, torch.int8), r"layer '.*' is torch.int8, and A and B are float32, float16 or"),
-    "complex": (lambda d: set_type(d, torch.complex64), r"layer '.*' is torch.complex64, and A and B are float"),
-    "diverged": (diverge, "layer '.*' holds NaN or infinite numbers"),
-    "no parameters": (name_no_parameters, "adapter_config.json is damaged: target_parameters is no list of names"),
-    "not there": (lambda directory: directory.rename(directory.with_name("gone")), "no such adapter directory"),
-    "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "has no adapter_config.json"),
-    "no tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-    "half a pair": (break_pair, r"layer '.*' has no lora_B.weight"),
-    "other ranks": (break_rank, r"A is \[4, 48\] and B \[32, 4\], and adapter_config.json says rank 3"),
-    "truncated": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x00" * 9), "is damaged"),
-    "other method": (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LOHA"}'), "type LOHA"),
-    "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_adapter_is_one_line_and_nothing_is_written(name, base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    damage, message = BROKEN[name]
-    damage(trained)
-    refused(message, trained, tmp_path / "served")
-
-
-def refused(message, *arguments, **options):
-    with pytest.raises(LoraInitError, match=message) as caught:
-        export_adapter(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    output = Path(arguments[1])
-    assert not output.exists() and not [path for path in output.parent.iterdir() if path.name.startswith(".")]
-
-
 def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "served"
     refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
@@ -578,12 +366,3 @@ def test_logits_of_a_real_model_stay_within_1e_4(settings, tmp_path):
     assert (logits(load(model).double()) - expected).abs().max() > 1.0
     served = PeftModel.from_pretrained(load(model), tmp_path / "served").eval().double()
     assert (logits(served) - expected).abs().max() < 1e-4
-
-
-def test_reading_scales_as_peft_does(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["rsLoRA with ranks"])
-    layers = read_trained(trained).layers
-    model = PeftModel.from_pretrained(load(base), trained)
-    for name, layer in layers.items():
-        module = model.get_base_model().get_submodule(name)
-        assert layer.rank == module.r["default"] and math.isclose(layer.scaling, module.scaling["default"])

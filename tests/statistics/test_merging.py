@@ -14,14 +14,14 @@ from lora_init import (
     Statistics,
     allocate_ranks,
     build_adapter,
-    collect,
     principal_angles,
 )
 from lora_init.statistics.merging import mix
-from tests.collection.test_backward import counts_of, exact
+from tests.collection.made import counts_of, exact
 from tests.conftest import batches_for, tiny_llama
-from tests.layers.test_experts import BOTH, mixtral
+from tests.layers.made import BOTH, mixtral
 from tests.reference import captured
+from tests.statistics.made import llama, passed
 
 K = 8
 
@@ -207,17 +207,6 @@ def test_a_large_mean_costs_no_variance():
 # Whole statistics
 
 DOWN = "model.layers.0.mlp.down_proj"
-
-
-def llama():
-    torch.manual_seed(0)
-    return tiny_llama()
-
-
-def passed(model=None, batches=None, targets=("q_proj", "k_proj", "down_proj", "embed_tokens"), **settings):
-    settings = dict(rank=4, rho=2.0, data="d") | settings
-    batches = batches_for("llama") if batches is None else batches
-    return collect(model or llama(), batches, list(targets), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,7 @@ import pytest
 import torch
 
 from lora_init.statistics.second_moment import SecondMoment
-from lora_init.statistics.spectrum import ExactPCA
-
-
-def spectrum_of(width=12, k=4, n=200, mean=3.0):
-    # Condition 1e4, and a mean far larger than the spread of most directions.
-    rows = torch.randn(n, width, dtype=torch.float64) * torch.logspace(1, -3, width, dtype=torch.float64) + mean
-    return ExactPCA(k).partial_fit(rows).spectrum()
-
-
-def dense(spectrum):
-    v, m, rest = spectrum.components.double(), spectrum.mean.double(), spectrum.noise_variance
-    return (
-        v.T @ torch.diag(spectrum.explained_variance - rest) @ v + torch.outer(m, m) + rest * torch.eye(len(m)).double()
-    )
+from tests.statistics.made import dense, spectrum_of
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, -0.5, -1.0])

@@ -1,0 +1,59 @@
+"""Models, batches and helpers that several tests of comparison need."""
+
+import torch
+
+import lora_init
+from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
+from lora_init.comparison.tasks import Loading
+from lora_init.comparison.training import Training
+from lora_init.comparison.workbench import set_up
+from tests.comparisons import SMALL
+
+
+def snapshot(model):
+    """All that `release` has to put back."""
+    modules = {
+        name: (id(module), module.training, len(module._forward_hooks), sorted(vars(module)))
+        for name, module in model.named_modules()
+    }
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return modules, {n: (id(t), t.data_ptr(), t.requires_grad, t.detach().clone(), t.grad) for n, t in tensors}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    for name, (*facts, value, grad) in before[1].items():
+        *facts_after, value_after, grad_after = after[1][name]
+        assert facts == facts_after, name
+        assert torch.equal(value, value_after), name
+        assert grad is grad_after, name
+
+
+# What differs between two identical comparisons.
+CLOCK = ("peak_memory_bytes",)
+
+
+def compare(home, output, model="llama", **changes):
+    settings = SMALL | dict(starts=("random", "eva")) | changes
+    if settings.get("label") or settings.get("options"):
+        settings["completion"] = None
+    return lora_init.compare(str(home / model), home / "rows.jsonl", output, **settings)
+
+
+def without_clock(records):
+    return [{key: record[key] for key in record if key not in CLOCK and "seconds" not in key} for record in records]
+
+
+def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **options):
+    training = Training(steps, 4, 0.1, [0, 3, steps])
+    asked = Loading(
+        **dict(template="{passage}", completion=" {options}", selection_samples=8, report_samples=12) | options
+    )
+    shape = AdapterShape(rank=2, lora_alpha=4)
+    return set_up(str(home / model), home / data, directory, asked, shape, training, 8)
+
+
+def again(model, seed):
+    """The random start under another name."""
+    return prepare(Variant("random"), Basis(model, AdapterShape(rank=2, lora_alpha=16), seed)).peft_model

@@ -1,0 +1,151 @@
+"""One run of a comparison: what it reads, trains and leaves; full weights, classifiers, the settings of a machine."""
+
+import json
+
+import pytest
+import torch
+
+from lora_init.comparison import workbench
+from lora_init.comparison.compare import model_name
+from lora_init.comparison.runs import Run
+from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
+from lora_init.comparison.workbench import circumstances
+from tests.commands import save_model
+from tests.comparison.made import compare, set_up_bench, without_clock
+from tests.comparisons import make_home
+
+
+def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
+    seen = []
+    real = workbench.collect
+
+    def spy(model, batches, *arguments, **options):
+        batches = list(batches)
+        seen.extend(tuple(row[row != 0].tolist()) for batch in batches for row in batch["input_ids"])
+        return real(model, batches, *arguments, **options)
+
+    monkeypatch.setattr(workbench, "collect", spy)
+    compare(home, tmp_path / "out", learning_rates=[1e-3], seeds=1)
+    bench = set_up_bench(home, tmp_path)
+    trained = {tuple(item.tokens[0]) for item in bench.task.train}
+    scored = {tuple(item.tokens[0]) for item in [*bench.task.selection, *bench.task.report]}
+    assert len(seen) == len(set(seen)) == 32 and set(seen) <= trained and not set(seen) & scored
+
+
+def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
+    real, calls = workbench.collect, []
+    monkeypatch.setattr(workbench, "collect", lambda *a, **k: calls.append(k["center"]) or real(*a, **k))
+    for starts in (["eva", "eva-rho1"], ["eva-uncentred", "eva-ranks"]):
+        compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=2)
+    assert sorted(calls) == [False, False, True, True]
+
+
+def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
+    bench = set_up_bench(home, tmp_path)
+    before = {name: value.clone() for name, value in bench.loaded.model.state_dict().items()}
+    first = bench.carry_out(Run(Variant("eva"), 0, 1e-2))
+    assert all(torch.equal(value, before[name]) for name, value in bench.loaded.model.state_dict().items())
+    bench.carry_out(Run(Variant("pissa"), 0, 1e-2))
+    assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_full_fine_tuning_trains_all_weights_and_leaves_them(home, tmp_path, model):
+    label = "first" if model == "bert" else None
+    found = compare(
+        home, tmp_path / "out", model, label=label, starts=["random"], full=True, seeds=2, learning_rates=[1e-2]
+    )
+    records = {(record["start"], record["seed"]): record for record in found.records}
+    full, random = records["full", 0], records["random", 0]
+    assert (full["learning_rate"], full["ranks"], full["a_scale"]) == (1e-3, None, 0.0)
+    assert full["trainable_parameters"] > 5 * random["trainable_parameters"]
+    # An adapter in the way may change the last bit.
+    assert full["report_loss"][0] == pytest.approx(random["report_loss"][0], rel=1e-6)
+    assert full["report_loss"][0] == pytest.approx(full["plain_loss"], rel=1e-6)
+    assert full["report_loss"][-1] < full["report_loss"][0]
+    assert "Full fine-tuning ends at" in found.summary.headroom and found.settings["starts"] == ["random", "full"]
+
+
+def test_a_classifier(home, tmp_path):
+    found = compare(home, tmp_path / "out", model="bert", label="first", seeds=2)
+    records = found.records
+    assert [record["status"] for record in records] == ["finished"] * len(found.planned)
+    assert found.settings["kind"] == "classification" and records[0]["retain_loss"] is None
+    assert " --label first " in found.settings["init"]
+    # A new head is drawn from the seed, alike for all starts.
+    for seed in (0, 1):
+        assert len({record["report_loss"][0] for record in records if record["seed"] == seed}) == 1
+    assert len({record["report_loss"][0] for record in records}) == 2
+
+
+def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
+    from tests.conftest import tiny_bert
+
+    home = make_home(tmp_path)
+    save_model(tiny_bert(), home / "trained")
+    rows = [{"text": f"the cat {'sat ' * i}", "kind": i % 2} for i in range(60)]
+    (home / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    bench = set_up_bench(
+        home,
+        tmp_path,
+        "trained",
+        "two.jsonl",
+        template=None,
+        completion=None,
+        label="kind",
+        selection_samples=2,
+        report_samples=4,
+    )
+    head = bench.loaded.model.classifier.weight.clone()
+    bench.carry_out(Run(Variant("random"), 1, 1e-2))
+    assert torch.equal(bench.loaded.model.classifier.weight, head)
+
+
+def test_a_start_that_has_learned_already_wins(home, tmp_path):
+    bench = set_up_bench(home, tmp_path, steps=40)
+    shape = AdapterShape(rank=2, lora_alpha=16, task_type="CAUSAL_LM")
+    trained = prepare(Variant("random"), Basis(bench.loaded.model, shape, 9))
+    order = bench.task.order(5, 40, 4)
+    workbench.train(trained.peft_model, bench.task, order, bench.training, learning_rate=1e-2, seed=0, plain_loss=9.0)
+    trained.peft_model.save_pretrained(tmp_path / "learned")
+    trained.release()
+    found = compare(
+        home, tmp_path / "out", starts=["random", ("learned", tmp_path / "learned")], learning_rates=[1e-3], seeds=4
+    )
+    assert [verdict.outcome for verdict in found.summary.verdicts] == ["better"]
+
+
+def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
+    """A language model and a classifier; the steps begin below random, the base is put back after each."""
+    starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")
+    found = compare(
+        home, tmp_path / "lm", starts=starts, steps=12, seeds=1, learning_rates=(1e-4,), evaluation_points=[6]
+    )
+    records = {record["start"]: record for record in found.records if "+" not in record["start"]}
+    assert set(records) == set(starts) and {record["status"] for record in records.values()} == {"finished"}
+    begin = {start: record["report_loss"][0] for start, record in records.items()}
+    assert begin["lora-one"] < begin["random"] - 0.01
+    for start in starts:
+        if start != "lora-one":
+            # lora-ga takes weights apart, which rounds
+            assert begin[start] == pytest.approx(begin["random"], rel=1e-5), start
+            assert records[start]["report_loss"][-1] < begin[start], start
+    assert records["gradient-ranks"]["ranks"] is not None
+    files = sorted(file.name for file in (tmp_path / "lm" / "statistics").iterdir())
+    assert files == ["seed0-centred-gradients.safetensors", "seed0-centred.safetensors"]
+    classes = compare(
+        home, tmp_path / "classes", model="bert", label="first", starts=("random", "eva-grad"), seeds=1,
+        learning_rates=(1e-3,),
+    )  # fmt: skip
+    assert {record["status"] for record in classes.records} == {"finished"}
+
+
+def test_settings_tell_nothing_about_this_machine_but_what_may_change_numbers(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    assert model_name(str(tmp_path / "model")) == "model"
+    assert model_name("org/name") == "org/name"
+    monkeypatch.chdir(tmp_path / "model")
+    assert model_name(".") == "model"
+    found = circumstances()
+    assert set(found["versions"]) == {"lora_init", "torch", "transformers", "peft", "python"}
+    assert found["threads"] >= 1 and isinstance(found["processor"], str)
