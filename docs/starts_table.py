@@ -5,12 +5,11 @@ from typing import Any
 from lora_init.adapters.starts import STARTS, Start
 
 _NEEDS = {
-    "nothing": "–",
-    "inputs": "data",
-    "gradients": "labelled data",
-    "errors": "data and the float weights",
-    "weights": "the weights",
     "bank": "a bank",
+    "errors": "data and the float weights",
+    "gradients": "labelled data",
+    "inputs": "data",
+    "weights": "the weights",
 }
 
 
@@ -28,4 +27,5 @@ def _row(start: Start) -> str:
     before = "base changed" if start.changes_base else "output changed" if start.changes_output else "unchanged"
     rate = start.learning_rate
     advice = f"{start.scaling:g} x rank as alpha, {rate:.0e}".replace("e-0", "e-") if rate else "tune the rate"
-    return f"| `{start.name}` | {start.summary} | {_NEEDS[start.needs]} | {before} | {advice} |"
+    needs = next((words for need, words in _NEEDS.items() if need in start.needed), "–")
+    return f"| `{start.name}` | {start.summary} | {needs} | {before} | {advice} |"

@@ -23,4 +23,4 @@ def tail(spectrum, rank, generator):
     return torch.linalg.qr(outside.T).Q.T.float()
 
 
-TAIL = Start("tail", "random orthonormal directions outside those of the data", needs="inputs", function=tail)
+TAIL = Start("tail", "random orthonormal directions outside those of the data", function=tail)

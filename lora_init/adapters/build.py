@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.config import default, only_given, read_config_for, with_defaults
@@ -94,8 +94,9 @@ def build_adapter(
     freeze_a: bool = False,
     errors: Mapping[str, Tensor] | None = None,
     config: LoraConfig | None = None,
+    model: nn.Module | None = None,
 ) -> AdapterInit:
-    """Compute the start of every layer's adapter. No model is needed.
+    """Compute the start of every layer's adapter. Our own starts need no model.
 
     Args:
         stats: What `collect` returned.
@@ -128,6 +129,7 @@ def build_adapter(
             `modules_to_save`; its `r` is the average rank. Of the layers of the statistics, those that it selects get
             an adapter. What it sets beyond that (`bias`, `rank_pattern` and so on) is refused by its name, and so is an
             argument that says otherwise.
+        model: The plain model, for a start of another package whose function takes `weight`.
 
     Warns:
         UserWarning: The data has fewer directions than ranks in some layers, which then get the ranks that there are.
@@ -166,13 +168,15 @@ def build_adapter(
     _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
     gamma = gamma or start.gamma
     lora_alpha = start.lora_alpha(rank, use_rslora) if lora_alpha is None else lora_alpha
-    known = dict(whiten=whiten, scaling=scaling_of(lora_alpha, rank, use_rslora))
+    scaling = scaling_of(lora_alpha, rank, use_rslora)
     weights, seen, squares = {}, {}, 0.0
     for name, r in plan.items():
         error = error_of(stats.targets[name], start, errors)
-        weights[name] = layer_start(start, stats, name, r, seed, known | {"error": error}, gamma)
+        weights[name] = layer_start(
+            start, stats, name, gamma, rank=r, scaling=scaling, whiten=whiten, seed=seed, error=error, model=model
+        )
         if error is not None:
-            seen[name] = error_before_and_after(stats[name], error, weights[name], known["scaling"])
+            seen[name] = error_before_and_after(stats[name], error, weights[name], scaling)
             squares += float(error.norm()) ** 2
     return AdapterInit(
         weights=weights,

@@ -1,7 +1,6 @@
 """How a layer's adapter starts: a function for each `Start` of the registry, and the mathematics that they share.
 
-Each takes, by name, what it needs of: the spectrum of what the layer reads, what the loss says about the layer
-(`GradientSpectrum`), a rank and a source of random numbers. It returns A, float32 [rank, d_in]; or A and B, float32
+Each takes, by name, what it needs of `PROVIDERS`. It returns A, float32 [rank, d_in]; or A and B, float32
 [d_out, rank], where B is not zero.
 """
 
@@ -39,12 +38,12 @@ def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool 
     return rows / whitening_scale(spectrum, rank)[:, None] if whiten else rows
 
 
-def random(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Start A as PEFT does by default: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)).
 
     Its rows have norm 0.58 on average, where those of `eva` and `orthogonal` have norm 1.
     """
-    return kaiming(rank, spectrum.components.shape[1], generator)
+    return kaiming(rank, width, generator)
 
 
 def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
@@ -52,15 +51,15 @@ def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(rank, width), a=math.sqrt(5), generator=generator)
 
 
-def gaussian(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+def gaussian(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Start A as PEFT's `init_lora_weights="gaussian"` does: normal with standard deviation 1 / rank.
 
     Its rows have norm sqrt(d_in) / rank on average, which depends on the rank: 3 at d_in = 576 and rank 8.
     """
-    return torch.randn(rank, spectrum.components.shape[1], generator=generator) / rank
+    return torch.randn(rank, width, generator=generator) / rank
 
 
-def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
+def orthogonal(width: int, rank: int, generator: torch.Generator) -> Tensor:
     """Start A from random orthonormal directions, uniformly distributed: `eva` without the data.
 
     Not PEFT's `init_lora_weights="orthogonal"`, which changes B too.
@@ -70,12 +69,11 @@ def orthogonal(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Ten
 
     Example:
         >>> import torch
-        >>> s = Spectrum(torch.eye(4)[:1], torch.ones(1).double(), 1.0, torch.zeros(4), 9)
-        >>> a = orthogonal(s, 3, layer_generator(0, "layer"))
+        >>> a = orthogonal(4, 3, layer_generator(0, "layer"))
         >>> torch.allclose(a @ a.T, torch.eye(3), atol=1e-6)
         True
     """
-    return random_orthonormal(rank, spectrum.components[:0].float(), generator)
+    return random_orthonormal(rank, torch.empty(0, width), generator)
 
 
 def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
@@ -87,7 +85,7 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     the spectrum's components counts as isotropic.
     """
     check_rank(spectrum, rank)
-    return as_large_as_eva(spectrum, random(spectrum, rank, generator))
+    return as_large_as_eva(spectrum, kaiming(rank, spectrum.components.shape[1], generator))
 
 
 def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:

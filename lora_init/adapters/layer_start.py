@@ -3,65 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_init.adapters.initializers import error_seen, layer_generator, scaled_by_gamma
+from lora_init.adapters.providers import PROVIDERS
+from lora_init.adapters.quantized import read_product
 from lora_init.adapters.starts import Start
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target
+from lora_init.layers.wrappers import plain_names, unwrapped
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 
 
-def layer_start(
-    start: Start, stats: Statistics, name: str, rank: int, seed: int, given: Mapping[str, Any], gamma: float | None
-) -> LoraWeights:
+@dataclass(frozen=True, eq=False)
+class LayerToStart:
+    """What is known of a layer, or of one of its experts, when it is started; `PROVIDERS` reads it."""
+
+    target: Target
+    stats: Statistics
+    part: str  # the name that its random numbers are drawn by: that of the layer, or of an expert
+    spectrum: Spectrum
+    rank: int
+    scaling: float
+    whiten: bool
+    seed: int
+    error: Tensor | None
+    model: nn.Module | None
+
+    @property
+    def width(self) -> int:
+        """Width d_in of what it reads."""
+        return self.spectrum.components.shape[1]
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Source of random numbers of its own."""
+        return layer_generator(self.seed, self.part)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that it multiplies by, float32 [d_out, d_in], on the CPU."""
+        if self.model is None:
+            raise LoraInitError(f"layer {self.target.name!r}: the start is made from its weight. Pass model=.")
+        model = unwrapped(self.model)
+        module, dtype = plain_names(model)[self.target.module], getattr(model, "dtype", torch.float32)
+        return read_product(module, self.target, dtype, f"layer {self.target.name!r}").cpu()
+
+
+def layer_start(start: Start, stats: Statistics, name: str, gamma: float | None, **known: Any) -> LoraWeights:
     """Compute A and B of a layer; of one with experts those of each, side by side.
 
     Args:
         start: What computes them.
         stats: What is known of all layers.
         name: The layer.
-        rank: Its rank.
-        seed: Of the random numbers, with the name of the layer.
-        given: What the start may ask for beyond that: `whiten`, `scaling`, `error`.
         gamma: What B A is divided by, where B is not zero.
+        **known: Further fields of `LayerToStart`.
 
     Raises:
         LoraInitError: The function of the start raises, or returns other shapes or what is not finite.
     """
-    gradient = stats.gradient(name) if start.by_gradient else None
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-    parts = []
-    for of, spectrum in (experts or {name: stats[name]}).items():
-        known = dict(spectrum=spectrum, gradient=gradient, rank=rank, generator=layer_generator(seed, of), **given)
-        parts.append(_called(start, stats.targets[name], known))
-    shape_a, shape_b = stats.targets[name].shapes(rank)
-    a = torch.cat([part.a for part in parts]).reshape(shape_a)
+    target, parts = stats.targets[name], (experts or {name: stats[name]}).items()
+    made = [_called(start, LayerToStart(target, stats, part, spectrum, **known)) for part, spectrum in parts]
+    shape_a, shape_b = target.shapes(known["rank"])
+    a = torch.cat([part.a for part in made]).reshape(shape_a)
     if start.b_is_zero:
         return LoraWeights(a, torch.zeros(shape_b))
-    weights = LoraWeights(a, torch.cat([part.b for part in parts]).reshape(shape_b))
+    weights = LoraWeights(a, torch.cat([part.b for part in made]).reshape(shape_b))
     return weights if gamma is None else scaled_by_gamma(weights, gamma)
 
 
-def _called(start: Start, layer: Target, known: Mapping[str, Any]) -> LoraWeights:
+def _called(start: Start, layer: LayerToStart) -> LoraWeights:
     """Call the function of a start; refuse what it raises or returns in a line that names it. B is empty where zero."""
-    where = f"layer {layer.name!r}: {start}"
+    where = f"layer {layer.target.name!r}: {start}"
     try:
-        made = start.compute(**known)
+        made = start.compute(**{name: PROVIDERS[name].of(layer) for name in start.takes})
     except (LoraInitError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a module that is imported for it may call sys.exit
         if is_out_of_memory(error):
             raise
         raise LoraInitError(f"{where}: its function raised {type(error).__name__}: {first_line(error)}") from error
-    rank, width = known["rank"], known["spectrum"].components.shape[1]
-    wanted = [[rank, width]] if start.b_is_zero else [[rank, width], [layer.out_features, rank]]
+    wanted = [[layer.rank, layer.width], [layer.target.out_features, layer.rank]][: 1 if start.b_is_zero else 2]
     parts = made if isinstance(made, tuple) else (made,)
     got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
     if got != wanted:

@@ -43,7 +43,7 @@ def build_measured(
         model: The plain model; as it was afterwards.
         stats: What the start is made from.
         start: What is known of it.
-        build: `build_adapter` with all that it needs but `gamma` and `errors`.
+        build: `build_adapter` with all that it needs but `gamma`, `errors` and `model`.
         aside: Batches to measure the loss on, others than those of the statistics.
         gamma: Take this size; it is measured alone.
         weights: The float model that a quantized one was made of, see `QuantizationErrors`.
@@ -55,6 +55,7 @@ def build_measured(
     Raises:
         LoraInitError: As `build_adapter`, `QuantizationErrors`, `find_step_size` and `with_losses` raise it.
     """
+    build = partial(build, model=model)
     given: dict[str, Any] = dict(batches=aside, forward=forward, loss=loss)
     if start.by_error:
         errors = QuantizationErrors(model, stats.targets, weights)

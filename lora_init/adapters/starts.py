@@ -7,6 +7,7 @@ line and its help, comparisons, the guard of `export`, the table in the document
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 import warnings
@@ -14,9 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora_init.adapters.providers import PROVIDERS
 from lora_init.errors import LoraInitError, did_you_mean, first_line
 from lora_init.planning.policies import POLICIES
 
@@ -32,13 +36,10 @@ class Start:
     Attributes:
         name: What it is asked for by.
         summary: One line for help and tables.
-        needs: What it is computed from, beside the shape of a layer: `"nothing"`, `"inputs"` (statistics of what the
-            layer reads), `"gradients"` (statistics with these), `"errors"` (statistics of inputs, and what
-            quantization took from the weights), `"weights"` of the base, or a `"bank"` of adapters.
+        needs: What a start needs that no function of a layer makes: `"inputs"` (data), `"weights"` of the base, a
+            `"bank"` of adapters. Of others it follows from the names of the function's parameters, whatever is here.
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
-            parameters are, by their names, those it needs of `spectrum` (a `Spectrum`), `gradient` (a
-            `GradientSpectrum`), `error` (W - Q, [d_out, d_in], with needs `"errors"`), `rank`, `scaling` (what B A is
-            multiplied by), `generator` (a `torch.Generator` of this layer) and `whiten`; of a start from a bank it is
+            parameters are, by their names, those that it needs of `providers.PROVIDERS`; of a start from a bank it is
             called once, see `bank.start.Update`. Given as `"module:name"`, it is imported when it is first used.
         made_by: `"lora_init"` by `function`; `"peft"` by PEFT itself, under this name; `"bank"` from adapters of other
             tasks, by `function`; `"training"` for no adapter at all, but all weights.
@@ -68,7 +69,7 @@ class Start:
 
     name: str
     summary: str
-    needs: Needs = "inputs"
+    needs: Needs = "nothing"
     function: Callable[..., Any] | str | None = None
     made_by: Literal["lora_init", "peft", "bank", "training"] = "lora_init"
     directions: Callable[[Any, Any], Any] | None = None
@@ -115,15 +116,29 @@ class Start:
         """How it uses a bank's adapters, by the word of `--by`."""
         return self.name.removeprefix("bank-")
 
+    @functools.cached_property
+    def takes(self) -> tuple[str, ...]:
+        """Names of the parameters of its function."""
+        module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
+        if module == _INITIALIZERS:
+            return _parameters()[name]
+        return tuple(signature(load_function(self.function)).parameters) if self.function else ()
+
+    @functools.cached_property
+    def needed(self) -> frozenset[str]:
+        """What must be at hand before: `"inputs"`, `"gradients"`, `"errors"`, `"weights"`, `"bank"`."""
+        own = [PROVIDERS[name].needs for name in self.takes] if self.made_by == "lora_init" else [self.needs]
+        return frozenset(own) - {"nothing"}
+
     @property
     def by_gradient(self) -> bool:
         """Whether it needs backward passes."""
-        return self.needs == "gradients"
+        return "gradients" in self.needed
 
     @property
     def by_error(self) -> bool:
         """Whether it corrects what quantization took from the weights."""
-        return self.needs == "errors"
+        return "errors" in self.needed
 
     def lora_alpha(self, rank: int, use_rslora: bool = False) -> float:
         """Compute the lora_alpha with which an adapter of this rank has the recommended scaling."""
@@ -135,21 +150,10 @@ class Start:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
 
     def compute(self, **known: Any) -> Any:
-        """Call the function with those of these arguments that it names.
-
-        Raises:
-            LoraInitError: The function cannot be imported, or asks for something else. What it raises itself passes.
-        """
+        """Call the function with those of these arguments that it names. What it raises passes."""
         if self.function is None:
             raise LoraInitError(f"{self} is made by {self.made_by}: there is no function to call.")
-        function = load_function(self.function)
-        wanted = signature(function).parameters
-        strange = [name for name in wanted if name not in known]
-        if strange:
-            raise LoraInitError(
-                f"{self}: its function asks for {', '.join(strange)}, and there is {', '.join(known)}. Rename them."
-            )
-        return function(**{name: known[name] for name in wanted})
+        return load_function(self.function)(**{name: known[name] for name in self.takes})
 
 
 def load_function(function: Callable[..., Any] | str) -> Callable[..., Any]:
@@ -159,6 +163,16 @@ def load_function(function: Callable[..., Any] | str) -> Callable[..., Any]:
     module, _, name = function.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), name)
     return found
+
+
+@functools.cache
+def _parameters() -> dict[str, tuple[str, ...]]:
+    """Read from the source what our functions take: importing them would import torch."""
+    spec = find_spec(_INITIALIZERS)
+    assert spec is not None and spec.origin is not None
+    defined = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    found = {node.name: node.args.args for node in defined if isinstance(node, ast.FunctionDef)}
+    return {name: tuple(argument.arg for argument in arguments) for name, arguments in found.items()}
 
 
 def _triplets(spectrum: Any, gradient: Any) -> int:
@@ -185,7 +199,6 @@ STARTS: tuple[Start, ...] = (
     Start(
         RANDOM,
         "PEFT's default: Kaiming uniform",
-        needs="nothing",
         function=f"{_INITIALIZERS}:random",
         matched=True,
     ),
@@ -195,31 +208,27 @@ STARTS: tuple[Start, ...] = (
         function=f"{_INITIALIZERS}:random_scaled",
         matched=True,
     ),
-    Start("gaussian", 'PEFT\'s init_lora_weights="gaussian"', needs="nothing", function=f"{_INITIALIZERS}:gaussian"),
+    Start("gaussian", 'PEFT\'s init_lora_weights="gaussian"', function=f"{_INITIALIZERS}:gaussian"),
     Start(
         "orthogonal",
         "random orthonormal directions: eva without the data",
-        needs="nothing",
         function=f"{_INITIALIZERS}:orthogonal",
     ),
     Start(
         "eva-grad",
         "the directions of the inputs, weighted by how much the loss depends on them",
-        needs="gradients",
         function=f"{_INITIALIZERS}:eva_grad",
         directions=lambda spectrum, gradient: gradient.weighted,
     ),
     Start(
         "grad-a",
         "the right singular vectors of the mean gradient",
-        needs="gradients",
         function=f"{_INITIALIZERS}:grad_a",
         directions=_triplets,
     ),
     Start(
         "natural-gradient",
         "the right singular vectors of a step along the natural gradient",
-        needs="gradients",
         function=f"{_INITIALIZERS}:natural_gradient",
         directions=_triplets,
         scaling=10.0,
@@ -228,7 +237,6 @@ STARTS: tuple[Start, ...] = (
     Start(
         "natural-gradient-step",
         "a step along the natural gradient; B is not zero",
-        needs="gradients",
         function=f"{_INITIALIZERS}:natural_gradient_step",
         directions=_triplets,
         b_is_zero=False,
@@ -237,7 +245,6 @@ STARTS: tuple[Start, ...] = (
     Start(
         "lora-ga",
         "LoRA-GA (arXiv 2407.05000); B is not zero, the base weights give it up",
-        needs="gradients",
         function=f"{_INITIALIZERS}:lora_ga",
         b_is_zero=False,
         corrects_base=True,
@@ -247,7 +254,6 @@ STARTS: tuple[Start, ...] = (
     Start(
         "lora-one",
         "LoRA-One (arXiv 2502.01235): a step down the gradient; B is not zero",
-        needs="gradients",
         function=f"{_INITIALIZERS}:lora_one",
         directions=_triplets,
         b_is_zero=False,
@@ -256,7 +262,6 @@ STARTS: tuple[Start, ...] = (
     Start(
         "qera",
         "of a quantized base: what quantization took from the weights, where the data are (QERA, arXiv 2410.06040)",
-        needs="errors",
         function=f"{_INITIALIZERS}:qera",
         b_is_zero=False,
     ),
@@ -272,6 +277,7 @@ STARTS: tuple[Start, ...] = (
     Start(
         "corda",
         "PEFT's CorDA (arXiv 2406.05223)",
+        needs="inputs",
         made_by="peft",
         b_is_zero=False,
         preprocess="lora_init.comparison.starts:preprocess_corda",
@@ -290,7 +296,7 @@ STARTS: tuple[Start, ...] = (
     _of_bank("mixture", "the mixture that lowers the loss most"),
     _of_bank("generated", "what the bank's generator makes"),
     _of_bank("mean", "the mean of all adapters, a control"),
-    Start(FULL, "no adapter: all weights are trained", needs="nothing", made_by="training", b_is_zero=False),
+    Start(FULL, "no adapter: all weights are trained", made_by="training", b_is_zero=False),
 )
 DEFAULT, DEFAULT_FOR_CLASSES, CORRECTION = "eva", "natural-gradient", "qera"
 # How a bank's adapters are used, by the word of `--by`.
@@ -337,7 +343,7 @@ class Recipe:
     @property
     def reads_data(self) -> bool:
         """Whether statistics are needed, for the start or for its ranks."""
-        return self.start.needs in ("inputs", "gradients", "errors") or self.moves_ranks
+        return bool(self.start.needed & {"inputs", "gradients"}) or self.moves_ranks
 
 
 _VARIATIONS = {
@@ -431,10 +437,16 @@ def _load(entry: EntryPoint, *others: EntryPoint) -> Start:
         raise LoraInitError(f"{where} is also in {', '.join(map(_package, others))}. Uninstall all but one of them.")
     try:
         start = entry.load()
-    except KeyboardInterrupt:
+        if not isinstance(start, Start) or not start.function or start.made_by != "lora_init":
+            raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
+        start = replace(start, name=entry.name, package=_package(entry))
+        strange = [name for name in start.takes if name not in PROVIDERS]
+    except (LoraInitError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a module may call sys.exit
         raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(start, Start) or not start.function or start.made_by != "lora_init":
-        raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
-    return replace(start, name=entry.name, package=_package(entry))
+    if strange:
+        raise LoraInitError(
+            f"{where}: its function asks for {', '.join(strange)}, and there is {', '.join(PROVIDERS)}. Rename them."
+        )
+    return start

@@ -457,7 +457,7 @@ def _put_built(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftMod
         alpha = alpha * ranks / rank
     build = partial(
         build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=basis.seed, freeze_a=recipe.freeze_a,
-        errors=basis.errors,
+        errors=basis.errors, model=basis.model,
     )  # fmt: skip
     steps = recipe.start.takes_step
     init = find_step_size(basis.model, lambda gamma: build(gamma=gamma), basis.loss_of) if steps else build()

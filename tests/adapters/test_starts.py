@@ -12,6 +12,7 @@ import torch
 from lora_init import LoraInitError, Start, build_adapter, collect, initialize
 from lora_init.adapters import starts
 from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.providers import PROVIDERS
 from lora_init.adapters.starts import STARTS, buildable, changes_base, find_start, load_function, start_names
 from tests.conftest import batches_for, tiny_llama
 
@@ -25,12 +26,19 @@ def test_importing_the_registry_takes_no_torch():
 
 
 @pytest.mark.parametrize("start", [start for start in STARTS if start.made_by == "lora_init"], ids=lambda s: s.name)
-def test_what_an_entry_says_is_what_its_function_takes(start):
-    wanted = inspect.signature(load_function(start.function)).parameters
-    named = {"gradient": "gradients", "error": "errors"}
-    needs = next((named[one] for one in named if one in wanted), "inputs" if start.needs == "inputs" else "nothing")
-    assert start.needs == needs and ("whiten" in wanted) == start.whitens
+def test_what_a_start_takes_is_read_from_the_source_as_its_function_says(start):
+    wanted = tuple(inspect.signature(load_function(start.function)).parameters)
+    assert start.takes == wanted and set(wanted) <= set(PROVIDERS)
+    assert ("whiten" in wanted) == start.whitens
     assert (start.gamma is None) == (start.b_is_zero or start.by_error)
+
+
+def test_what_a_start_needs_follows_from_the_names_of_its_parameters():
+    needed = {name: find_start(name).needed for name in ("random", "eva", "natural-gradient", "qera", "corda", "pissa")}
+    assert list(map(sorted, needed.values())) == [
+        [], ["inputs"], ["gradients", "inputs"], ["errors", "inputs"], ["inputs"], ["weights"]
+    ]  # fmt: skip
+    assert Start("x", "", function=lambda weight, rank: weight[:rank]).needed == {"weights"}
 
 
 def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():
@@ -110,14 +118,14 @@ def test_a_base_that_a_start_of_another_package_changed_is_known_where_it_is_not
         (lambda spectrum, rank: sys.exit(7), "its function raised SystemExit: 7"),
         (lambda spectrum, rank: 1 / 0, "its function raised ZeroDivisionError: division by zero"),
         (lambda spectra, rank: spectra, "its function asks for spectra, and there is spectrum, gradient"),
-        ("lora_init.adapters.initializers:nothing", "AttributeError"),
+        ("lora_init.adapters.build:nothing", "cannot be imported: AttributeError"),
     ],
 )
 def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(packages, stats, function, said):
     packages(theirs=Start("theirs", "", function=function))
     with pytest.raises(LoraInitError, match=said) as error:
         build_adapter(stats, RANK, "theirs")
-    assert "'theirs' (an unknown package)" in str(error.value) and "\n" not in str(error.value)
+    assert "'theirs'" in str(error.value) and "an unknown package" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_else(packages, stats):
@@ -164,3 +172,16 @@ def test_what_a_start_returns_is_cut_from_its_graph(packages, stats):
     own = Start("lead", "", function=lambda spectrum, rank: spectrum.components[:rank].clone().requires_grad_())
     packages(lead=own)
     assert not any(weights.a.requires_grad for weights in build_adapter(stats, RANK, "lead").weights.values())
+
+
+def test_a_start_may_take_the_weight_of_the_base_and_is_told_apart_where_there_is_no_model(packages, stats):
+    def rows(weight, rank):
+        return weight[:rank]
+
+    packages(rows=Start("rows", "", function=rows))
+    model = tiny_llama()
+    adapted = initialize(model, batches_for("llama"), rank=RANK, rho=1.0, method="rows")
+    layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    assert torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:RANK])
+    with pytest.raises(LoraInitError, match="the start is made from its weight"):
+        build_adapter(stats, RANK, "rows")
