@@ -172,7 +172,9 @@ def _tensors(file: Path, dice: random.Random) -> None:
     elif way == 2:
         tensors[key] = tensor.flatten()[None].clone()
     elif way == 3:
-        tensors[key] = tensor.to(dice.choice([torch.int64, torch.float16, torch.bool]))
+        tensors[key] = tensor.to(
+            dice.choice([torch.int64, torch.float16, torch.bool, torch.complex64, torch.float8_e4m3fn])
+        )
     elif way == 4:
         tensors[key] = torch.full_like(tensor, dice.choice([float("nan"), float("inf"), -1.0]))
     else:

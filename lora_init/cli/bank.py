@@ -102,11 +102,12 @@ def list_(bank: BankPath) -> None:
     }
 
     def show(console: Console, _: Any) -> None:
-        table = columns("entry", "task", "rank", "prompts", "statistics", "data")
-        for name, entry in found.entries.items():
-            numbers = str(entry.rank), str(entry.n_prompts), "yes" if entry.statistics_sha256 else "-"
-            table.add_row(name, entry.task, *numbers, entry.data.partition(":")[0])
-        console.print(facts(head), "", table, markup=False)
+        rows = [
+            {"entry": name, "task": entry.task, "rank": str(entry.rank), "prompts": str(entry.n_prompts)}
+            | {"statistics": "yes" if entry.statistics_sha256 else "-", "data": entry.data.partition(":")[0]}
+            for name, entry in found.entries.items()
+        ]
+        console.print(facts(head), "", columns(rows), markup=False)
 
     about = {"bank": str(found.path), "model": found.model, "encoder": found.encoder, "entries": entries}
     print_result(about, show)

@@ -162,17 +162,20 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
 def _show_all(console: Console, exports: list[Exported], summaries: list[dict[str, Any]], one_base: bool) -> None:
     from lora_init.serving.export import command_for_all
 
-    table = columns("adapter", "rank", "MB", "update lost", "at the next smaller rank", "loss before, after")
+    rows = []
     for about in summaries:
-        name = Path(about["path"]).name
-        if "rank" not in about:
-            table.add_row(name, "failed")
-            continue
-        smaller = "rank {}: {:.2%}".format(*about["smaller"]) if about["smaller"] else ""
-        losses = "{:.4f}, {:.4f}".format(*about["losses"]) if "losses" in about else ""
-        size = f"{about['n_bytes'] / 10**6:.2f}"
-        table.add_row(name, str(about["rank"] or "merged"), size, f"{about['error']:.2%}", smaller, losses)
-    console.print(table)
+        done, smaller = "rank" in about, about.get("smaller")
+        rows.append(
+            {
+                "adapter": Path(about["path"]).name,
+                "rank": str(about["rank"] or "merged") if done else "failed",
+                "MB": f"{about['n_bytes'] / 10**6:.2f}" if done else "",
+                "update lost": f"{about['error']:.2%}" if done else "",
+                "at the next smaller rank": "rank {}: {:.2%}".format(*smaller) if smaller else "",
+            }
+            | ({"loss before, after": "{:.4f}, {:.4f}".format(*about["losses"])} if "losses" in about else {})
+        )
+    console.print(columns(rows))
     together = command_for_all(exports) if exports and one_base else ""
     for line in [together] if together else [one.command for one in exports]:
         console.print(f"\n{line}", markup=False)

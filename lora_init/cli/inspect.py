@@ -268,20 +268,18 @@ def _spectrum_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show the share of variance that the first components capture, median over the layers of a kind."""
     collected = max((len(layer["explained_variance_ratio"]) for layer in layers.values()), default=0)
     counts = [count for count in (1, 4, 16, 64, 256) if count < collected] + [collected]
-    table = columns("layers", "count", "d_in", *(f"top {count}" for count in counts), "held out")
-    grid = layer_grid(layers)
+    grid, rows = layer_grid(layers), []
     for kind in grid.kinds:
         group = [layers[name] for name in grid.of_kind(kind).values()]
         shares = [[sum(layer["explained_variance_ratio"][:count]) for layer in group] for count in counts]
         held_out = [layer["held_out"] for layer in group if layer["held_out"] is not None]
-        table.add_row(
-            kind,
-            str(len(group)),
-            "/".join(dict.fromkeys(str(layer["in_features"]) for layer in group)),
-            *(f"{median(share):.1%}" for share in shares),
-            f"{median(held_out):.1%}" if held_out else "-",
+        widths = dict.fromkeys(str(layer["in_features"]) for layer in group)
+        rows.append(
+            {"layers": kind, "count": str(len(group)), "d_in": "/".join(widths)}
+            | {f"top {count}": f"{median(share):.1%}" for count, share in zip(counts, shares, strict=True)}
+            | {"held out": f"{median(held_out):.1%}" if held_out else "-"}
         )
-    return table
+    return columns(rows)
 
 
 # What a comparison says beside its verdicts.

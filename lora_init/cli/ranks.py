@@ -99,20 +99,22 @@ def show_plan(console: Console, plan: RankAllocation, stats: Statistics) -> None
     from lora_init.planning.plan import plan_config, plan_text, source_text
     from lora_init.serving.support import serving_note
 
-    totals = columns("", "this plan", "uniform ranks, same sum")
-    for row in totals_against_uniform(plan, stats):
-        totals.add_row(*row)
-    kinds = columns("layers", "count", "rank", "total rank", "parameters", "share", "explained")
-    for kind in kind_totals(plan).itertuples():
-        kinds.add_row(
-            kind.Index,
-            str(kind.layers),
-            _range([kind.least, kind.most]),
-            f"{kind.total_rank:,}",
-            f"{kind.parameters:,}",
-            f"{kind.parameters / plan.parameters:.1%}",
-            f"{kind.explained:.1%}",
-        )
+    heads = ("", "this plan", "uniform ranks, same sum")
+    totals = columns([dict(zip(heads, row, strict=True)) for row in totals_against_uniform(plan, stats)])
+    kinds = columns(
+        [
+            {
+                "layers": kind.Index,
+                "count": str(kind.layers),
+                "rank": _range([kind.least, kind.most]),
+                "total rank": f"{kind.total_rank:,}",
+                "parameters": f"{kind.parameters:,}",
+                "share": f"{kind.parameters / plan.parameters:.1%}",
+                "explained": f"{kind.explained:.1%}",
+            }
+            for kind in kind_totals(plan).itertuples()
+        ]
+    )
     rows = {"plan": plan_text(plan), "spent": _spent(plan), "from": source_text(plan)}
     for part in (rank_table(plan, console.width), "", kinds, "", totals, "", facts(rows)):
         console.print(part)
@@ -138,21 +140,23 @@ def _spent(plan: RankAllocation) -> str:
 
 def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
     """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
-    table = columns("plan", "rank", "layers", "total", "params", "MB", "explained", "least")
+    rows = []
     for label, plan in plans.items():
         used = [rank for rank in plan.values() if rank]
         least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
-        table.add_row(
-            label,
-            _range(used),
-            str(len(used)),
-            f"{plan.total_rank:,}",
-            f"{plan.parameters:,}",
-            f"{plan.megabytes():.2f}",
-            f"{plan.explained_variance:.2%}",
-            f"{least:.1%}",
+        rows.append(
+            {
+                "plan": label,
+                "rank": _range(used),
+                "layers": str(len(used)),
+                "total": f"{plan.total_rank:,}",
+                "params": f"{plan.parameters:,}",
+                "MB": f"{plan.megabytes():.2f}",
+                "explained": f"{plan.explained_variance:.2%}",
+                "least": f"{least:.1%}",
+            }
         )
-    return table
+    return columns(rows)
 
 
 EXAMPLE = """\b

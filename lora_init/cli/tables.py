@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -79,14 +79,16 @@ def facts(pairs: Mapping[str, str]) -> Table:
     return table
 
 
-def columns(first: str, *others: str) -> Table:
-    """Make a table without lines: the first column on the left, the others on the right."""
+def columns(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Lay out rows under the keys of the first one: the first column on the left, the others on the right."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+    for i, name in enumerate(rows[0] if rows else ()):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     return table
 
 

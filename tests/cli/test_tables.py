@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from lora_init.cli.tables import facts, heat_style, rank_table
+from lora_init.cli.tables import columns, facts, heat_style, rank_table
 from lora_init.planning.allocate import allocate_ranks
 from tests.planning.made import llama_like
 
@@ -13,6 +13,11 @@ def printed(*renderables, width=100):
     for renderable in renderables:
         console.print(renderable)
     return console.export_text()
+
+
+def test_a_cell_is_shown_as_it_is():
+    lines = printed(columns([{"task": "[red] herring", "rank": "8"}])).splitlines()
+    assert [line.split() for line in lines] == [["task", "rank"], ["[red]", "herring", "8"]]
 
 
 @pytest.mark.parametrize(("n_blocks", "width"), [(2, 40), (30, 100), (80, 100), (80, 60)])
