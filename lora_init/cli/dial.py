@@ -22,7 +22,7 @@ $ lora-init dial trained train.jsonl -o kept
 
 def dial(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
-    data: Annotated[str, Argument(help="Examples of its task, as for init.", show_default=False)],
+    data: Annotated[str, Argument(help="Examples of its task that it was not trained on.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="Directory to write.", show_default=False)],
     keep: Annotated[
         str | None, Option(help="Text to keep, read by its own columns. Default: the base model writes some.")
@@ -72,8 +72,8 @@ def dial(
         raise LoraInitError(f"{adapter}: B is zero in every layer, so it was never trained. Train it first.")
     source = open_model(base or trained.base, trust_remote_code=trust_remote_code)
     read = partial(load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
-    batches = read(data, **vars(reading), samples=samples, batch_size=max(samples // 18, 1))
-    half: dict[str, Any] = {"samples": samples // 2, "batch_size": KEPT_BATCH}
+    batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
+    half: dict[str, Any] = {"samples": samples // 2, "batch_size": min(samples // 6, KEPT_BATCH)}
     kept = None if keep is None else read(keep, **half)
     with busy(f"loading {source.name}"):
         loaded = source.load(dtype=dtype, device=device)

@@ -169,9 +169,7 @@ def dial(
     task = _thirds(as_batches(batches, model, seed), "batches")
     if keep is None:
         if tokenizer is None:
-            raise LoraInitError(
-                "dial() needs keep=, batches of text to keep, or tokenizer=, so that the base writes it."
-            )
+            raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
         rows = replay(model, tokenizer, seed=seed)
         keep = load_batches(rows, tokenizer, batch_size=KEPT_BATCH)
     kept = _thirds(as_batches(keep, model, seed), "keep")
@@ -188,19 +186,16 @@ _Parts = tuple[list[Any], list[Any], list[Any]]
 
 def _thirds(batches: Iterable[Any], what: str) -> _Parts:
     """Split batches into those to fit, to choose and to report by, every third each."""
-    found = [batch for batch in islice(batches, _MOST_BATCHES) if _has_labels(batch, what)]
+    found = []
+    for batch in islice(batches, _MOST_BATCHES):
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            raise LoraInitError(f"{what}: a batch has no labels [batch, length], as those of a language model are.")
+        if bool((labels[:, 1:] != IGNORED).any()):
+            found.append(batch)
     if len(found) < 3:
         raise LoraInitError(f"{what}: {len(found)} batches have labels, and at least 3 are needed. Pass smaller ones.")
     return found[0::3], found[1::3], found[2::3]
-
-
-def _has_labels(batch: Any, what: str) -> bool:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        raise LoraInitError(
-            f"{what}: a batch has no labels [batch, length]. The dial is for models that predict tokens."
-        )
-    return bool((labels[:, 1:] != IGNORED).any())
 
 
 def _texts(parts: _Parts) -> set[tuple[int, ...]]:

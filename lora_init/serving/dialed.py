@@ -102,24 +102,18 @@ class Dial:
         figure = Figure(figsize=(10.0, 3.8), dpi=110, layout="constrained")
         left, right = figure.subplots(1, 2)
         steps, base = [point.strength for point in self.curve], self.curve[0].task
-        for values, label, color, style in (
-            ([point.task - base for point in self.curve], "task", "#0072B2", "o-"),
-            ([point.rise for point in self.curve], "text to keep", "#D55E00", "^--"),
-        ):
-            left.plot(steps, values, style, color=color, label=label, markersize=4)
+        left.plot(steps, [point.task - base for point in self.curve], "o-", color="#0072B2", label="task")
+        left.plot(steps, [point.rise for point in self.curve], "^--", color="#D55E00", label="text to keep")
         left.set(xlabel="strength, the same in all layers", ylabel="loss above the base's")
-        shown = [point for point in self.curve if point.strength]  # the base's task loss would hide the others
-        right.plot(
-            [p.rise for p in shown], [p.task for p in shown], "o-", color="#555555", markersize=4, label="one strength"
-        )
-        for point in shown:
-            right.annotate(
-                f"{point.strength:g}", (point.rise, point.task), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
-        fitted = [p.rise for p in self.fitted], [p.task for p in self.fitted]
-        right.plot(*fitted, "D", color="#009E73", markersize=5, label="one for each layer")
-        star = {"color": "#CC0066", "markersize": 13, "markeredgecolor": "white"}
-        right.plot([self.chosen.rise], [self.chosen.task], "*", label="chosen", **star)
+        uniform = self.curve[1:]  # the task's loss at the base would hide the differences
+        for points, label, style in (
+            (uniform, "one strength", {"fmt": "o-", "color": "#555555"}),
+            (self.fitted, "one for each layer", {"fmt": "D", "color": "#009E73"}),
+            ([self.chosen], "chosen", {"fmt": "*", "color": "#CC0066", "markersize": 13}),
+        ):
+            right.errorbar([one.rise for one in points], [one.task for one in points], label=label, **style)
+        for one in uniform:
+            right.annotate(f" {one.strength:g}", (one.rise, one.task), fontsize=7)
         right.set(xlabel="rise of the loss on text to keep", ylabel="loss on the task")
         for axes in (left, right):
             axes.grid(alpha=0.25)
@@ -132,12 +126,11 @@ def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Put a `Dial` as plain values into words, by what each is about."""
     chosen, of = values["chosen"], values["chosen"]["layers"].values()
     task, keep = ({at: Change(**one) for at, one in values[part].items()} for part in ("task", "keep"))
-    spread = f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
-    zeros = sum(not value for value in of)
+    strength = f"{chosen['strength']:g} in all layers"
+    if chosen["weight"] is not None:
+        strength = f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
     rows = {
-        "strength": f"{chosen['strength']:g} in all layers"
-        if chosen["weight"] is None
-        else spread + (f"; {zeros} dropped" if zeros else ""),
+        "strength": strength,
         "chosen by": values["rule"],
         "task": f"{task['base'].loss:.3f} base, {task['trained'].loss:.3f} as trained, {task['chosen']} now",
         "text to keep": f"{keep['base'].loss:.3f} base, {keep['trained']} as trained, {keep['chosen']} now",
@@ -165,29 +158,24 @@ def write_dialed(
     Raises:
         LoraInitError: The directory exists and may not be replaced, or cannot be written.
     """
-    kept = {name: layer for name, layer in trained.layers.items() if found.strengths[name]}
-    turned = replace(trained, layers=at_strengths(kept, found))
-    alphas: dict[str, Any] = {}
-    if in_config:
-        turned = replace(trained, layers=kept).with_one_scaling()
-        alphas = {name: alpha_for(one.scaling * found.strengths[name], one.rank) for name, one in turned.layers.items()}
+    layers = {name: layer for name, layer in trained.layers.items() if found.strengths[name]}
+    one = replace(trained, layers=layers).with_one_scaling()
+    alphas = {name: alpha_for(one.scaling * found.strengths[name], layer.rank) for name, layer in one.layers.items()}
+    if not in_config and found.chosen.weight is None:
+        scaling = one.scaling * found.chosen.strength
+        one = replace(one, layers={name: replace(layer, scaling=scaling) for name, layer in one.layers.items()})
+    elif not in_config:
+        own = {name: replace(layer, b=layer.b.float() * found.strengths[name]) for name, layer in one.layers.items()}
+        one = replace(one, layers=own)
     with new_directory(path, overwrite, **_OURS) as fresh:
-        write_peft(fresh, turned.with_one_scaling(), base)
+        write_peft(fresh, one, base)
         if in_config:
             config = read_json(fresh / CONFIG_FILE)
             write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
         found.plot().savefig(fresh / PICTURE_FILE)
-        record = {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict()
-        write_json(fresh / RECORD_FILE, record)
+        write_json(fresh / RECORD_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
         (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")
     return Path(path).expanduser().resolve()
-
-
-def at_strengths(layers: Mapping[str, Any], found: Dial) -> dict[str, Any]:
-    """Multiply the scaling of each layer, if all have one strength, else B."""
-    if found.chosen.weight is None:
-        return {n: replace(one, scaling=one.scaling * found.strengths[n]) for n, one in layers.items()}
-    return {n: replace(one, b=one.b.float() * found.strengths[n]) for n, one in layers.items()}
 
 
 def _card(trained: Trained, found: Dial) -> str:
