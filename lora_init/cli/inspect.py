@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[
-        Path,
-        Argument(help="Statistics, plan, or directory of an adapter or a comparison.", show_default=False),
+    paths: Annotated[
+        list[Path],
+        Argument(help="Statistics, plans, or directories of adapters or comparisons.", show_default=False),
     ],
     intruders: Annotated[
         bool,
@@ -41,14 +41,22 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
-    with _damage_of(path):
-        description = describe(path)
-    if intruders:
-        description["intruders"] = describe_intruders(path, description, model, trust_remote_code)
-    elif model is not None:
+    if model is not None and not intruders:
         raise LoraInitError("--model is for --intruders; without it no model is loaded.")
-    with _damage_of(path):
-        print_result(description, show)
+    descriptions = []
+    for path in paths:
+        with _damage_of(path):
+            descriptions.append(describe(path))
+        if intruders:
+            descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], model, trust_remote_code)
+
+    def show_all(console: Console, _: Any) -> None:
+        for path, description in zip(paths, descriptions, strict=True):
+            with _damage_of(path):
+                show(console, description)
+
+    with _damage_of(*paths):
+        print_result(descriptions if len(paths) > 1 else descriptions[0], show_all)
 
 
 MERGE_EXAMPLE = """\b
@@ -79,14 +87,15 @@ def merge(
 
 
 @contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
+def _damage_of(*paths: Path) -> Iterator[None]:
     """Raise that a file is damaged where what it says has another form than anything lora_init or PEFT writes."""
     try:
         yield
     except LoraInitError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise LoraInitError(f"{path} is damaged: {type(error).__name__} {first_line(error)} Make it again.") from error
+        where = ", ".join(map(str, paths))
+        raise LoraInitError(f"{where} is damaged: {type(error).__name__} {first_line(error)} Make it again.") from error
 
 
 def describe_intruders(

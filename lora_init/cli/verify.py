@@ -23,7 +23,9 @@ _TEXTS = (
 
 
 def verify(
-    directory: Annotated[Path, Argument(help="Directory of the adapter, as PEFT loads it.", show_default=False)],
+    directories: Annotated[
+        list[Path], Argument(help="Directories of adapters of one base, as PEFT loads them.", show_default=False)
+    ],
     url: Annotated[str, Option(help="Where the server's API begins: http://127.0.0.1:8000/v1.", show_default=False)],
     model: Annotated[str | None, Option(help="The adapter's name on the server. Default: the directory's.")] = None,
     served_base: Annotated[str | None, Option(help="The base's name there. Default: what the server says.")] = None,
@@ -41,19 +43,25 @@ def verify(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Ask a running server whether it serves the adapter in DIRECTORY as it was trained; exits with 0 only then."""
+    """Ask a running server whether it serves adapters as they were trained; exits with 0 only if it serves all so."""
     from lora_init.serving.server import Server
 
-    server = Server(url, api_key, timeout)
-    name, base_name = server.find(directory.expanduser().resolve().name, model, served_base)
+    names = {directory: directory.expanduser().resolve().name for directory in directories}
+    if model is not None and len(names) > 1:
+        raise LoraInitError("--model names one adapter. Several are asked for under the names of their directories.")
+    server, several = Server(url, api_key, timeout), len(names) > 1
+    served = {one: server.find(name, name if several else model, served_base) for one, name in names.items()}
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import load_model
         from lora_init.serving.verify import AS_TRAINED, verify
-    source = base or AdapterDirectory(directory).base
+    sources = {base or AdapterDirectory(directory).base for directory in names}
+    if len(sources) > 1:
+        raise LoraInitError(f"the adapters are of {', '.join(sorted(sources))}. Ask about those of one base at a time.")
+    source, any_name = sources.pop(), served[directories[0]][0]
     chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
     hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
-    chat = next((form for form in (bool(chats), not chats) if server.ask(name, hello[form])), None)
+    chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, hello[form])), None)
     if chat is None:
         raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
     with busy(f"loading {source}"):
@@ -67,11 +75,18 @@ def verify(
         settings = dict(vars(reading), samples=2 * n, max_length=max_length)
         texts = texts if data is None else [*_texts(data, loaded.tokenizer, **settings)]
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
-    with busy(f"computing and asking {n} of {len(prompts)} prompts"):
-        at_base = partial(server.ask, base_name) if base_name else None
-        found = verify(directory, loaded.model, loaded.tokenizer, prompts, partial(server.ask, name), at_base, n=n)
-    print_result(asdict(found), lambda console, _: console.print(found.text, markup=False))
-    if found.verdict != AS_TRAINED:
+    results = {}
+    for directory, (name, base_name) in served.items():
+        with busy(f"computing and asking {n} of {len(prompts)} prompts"):
+            ask, at_base = partial(server.ask, name), partial(server.ask, base_name) if base_name else None
+            results[directory] = verify(directory, loaded.model, loaded.tokenizer, prompts, ask, at_base, n=n)
+    lines = [f"{names[one]}: {found.text}" if several else found.text for one, found in results.items()]
+    about = [{"directory": str(one), **asdict(found)} for one, found in results.items()]
+    print_result(
+        about if several else asdict(results[directories[0]]),
+        lambda console, _: console.print("\n".join(lines), markup=False),
+    )
+    if any(found.verdict != AS_TRAINED for found in results.values()):
         raise SystemExit(FAILED)
 
 

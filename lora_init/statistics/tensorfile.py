@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -111,4 +112,4 @@ def _sha256(content: bytes) -> str:
 
 def _digest(tensor: Tensor) -> str:
     described = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return _sha256(described + tensor.contiguous().numpy().tobytes())
+    return _sha256(described + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -90,6 +90,14 @@ def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
     assert process.wait() == 1
 
 
+def test_several_are_shown_below_each_other(made, tmp_path):
+    paths = made / "s.safetensors", made / "out"
+    one, other = (run("inspect", path) for path in paths)
+    assert run("inspect", *paths).stdout == one.stdout + other.stdout
+    assert [about["what"] for about in json.loads(run("inspect", *paths, "--json").stdout)] == ["statistics", "adapter"]
+    assert_one_line_error(run("inspect", *paths, tmp_path / "gone"), "gone: no such file or directory")
+
+
 def test_inspect_what_is_neither(made, home, tmp_path):
     assert_one_line_error(run("inspect", tmp_path / "nowhere"), "no such file or directory")
     assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")

@@ -134,6 +134,20 @@ def test_chats_are_asked_as_such_and_a_template_without_the_generation_prompt_is
     assert ask(home, "plain", engine).exit_code == 0
 
 
+def test_several_adapters_are_asked_about_with_one_base(home):
+    engine = served(home, home / "plain")
+    engine.add("plain", home / "base", home / "plain", parent="the-base")
+    engine.add("dora", home / "base", home / "other-task", parent="the-base")
+    with engine.running() as url:
+        done = run("verify", home / "plain", home / "dora", "--url", url, "--data", home / "rows.jsonl", "--n", 4)
+        lines = done.stdout.splitlines()
+        assert done.exit_code == 1 and lines[0].startswith("plain: served as trained"), done.output
+        assert lines[1].startswith("dora: another adapter") and len(lines) == 2
+        both = "verify", home / "plain", home / "ranks", "--url", url
+        assert_one_line_error(run(*both), "has no model 'ranks'")
+        assert_one_line_error(run(*both, "--model", "served"), "--model names one adapter.")
+
+
 def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
     engine = served(home, home / "plain")
     engine.by_number = False
