@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError
-from lora_init.statistics.gradient_spectrum import GradientSpectrum
+from lora_init.statistics.gradient_spectrum import GradientSpectrum, product_svd
 from lora_init.statistics.incremental_svd import leading_rows
 from lora_init.statistics.second_moment import SecondMoment
 from lora_init.statistics.spectrum import NEGLIGIBLE, Spectrum
@@ -261,18 +261,10 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
     moment = gradient.output_moment
     root = (moment + _DAMPING * moment.mean()).rsqrt()  # S_y^-1/2
     k = 2 * rank
-    left, right = -gradient.left[:k].double() * root, inputs.times(gradient.right[:k].double(), -0.5)
-    left, values, right = _thin_svd(left, gradient.singular_values[:k], right)
-    left, values, right = _thin_svd(left[:rank] * root, values[:rank], inputs.times(right[:rank], -0.5))
-    return left.float(), values, right.float()
-
-
-def _thin_svd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the singular triplets of left^T diag(values) right, [k, d_out], [k] and [k, d_in], without making it."""
-    q_left, r_left = torch.linalg.qr(left.T)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, values, v = torch.linalg.svd(r_left @ torch.diag(values) @ r_right.T)
-    return (q_left @ u).T, values, v @ q_right.T
+    left = -(gradient.left[:k].double() * root).T * gradient.singular_values[:k]  # [d_out, k]
+    left, values, right = product_svd(left, inputs.times(gradient.right[:k].double(), -0.5), rank)
+    left, values, right = product_svd(root[:, None] * left * values, inputs.times(right, -0.5), rank)
+    return left.T.float(), values, right.float()
 
 
 def scaled_by_gamma(weights: LoraWeights, gamma: float) -> LoraWeights:
