@@ -6,13 +6,13 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import PREFIX
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.trained import Layer, Trained, zero_layers
+from lora_init.statistics.gradient_spectrum import product_svd
 
 
 def fit(
@@ -80,12 +80,9 @@ class Factors:
 
 def factorise(layer: Layer) -> Factors:
     """Decompose B A through QR of both: cost O((d_in + d_out) r^2), and no [d_out, d_in] is ever made."""
-    q_out, r_out = torch.linalg.qr(layer.b.float())
-    q_in, r_in = torch.linalg.qr(layer.a.float().mT)
-    # The small product in float64: it costs nothing, and float32 loses the small values of a wide spectrum.
-    u, values, vh = torch.linalg.svd(r_out.double() @ r_in.double().mT, full_matrices=False)
+    left, values, right = product_svd(layer.b, layer.a, layer.rank)
     energies = (layer.scaling * values).square().reshape(-1, values.shape[-1]).sum(0).tolist()
-    return Factors(q_out @ u.float(), values.float(), vh.float() @ q_in.mT, tuple(energies))
+    return Factors(left.float(), values.float(), right.float(), tuple(energies))
 
 
 def truncate(layer: Layer, factors: Factors, rank: int) -> Layer:

@@ -275,14 +275,14 @@ def _right_image(g: Tensor, x: Tensor, outputs: Tensor) -> Tensor:
 
 
 def product_svd(left: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose left @ right, of thin factors [d_out, m] and [m, d_in], without making it, in float64.
+    """Decompose left @ right, of thin factors [..., d_out, m] and [..., m, d_in], without making it, in float64.
 
     The `size` leading left singular vectors stand in columns, the right ones in rows; fewer if there are.
     """
     left, r_left = torch.linalg.qr(left.double())
-    right, r_right = torch.linalg.qr(right.double().T)
-    u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return left @ u[:, :size], s[:size], v[:size] @ right.T
+    right, r_right = torch.linalg.qr(right.double().mT)
+    u, s, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    return left @ u[..., :size], s[..., :size], v[..., :size, :] @ right.mT
 
 
 def freeze_triplets(u: Tensor, s: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
