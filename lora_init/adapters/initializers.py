@@ -303,6 +303,6 @@ def error_seen(spectrum: Spectrum, error: Tensor) -> float:
 
 
 def _step(left: Tensor, values: Tensor, right: Tensor, rank: int) -> LoraWeights:
-    """Give A and B whose product is the best rank-r part of left^T values right, of norm 1."""
+    """Return A and B whose product is the best rank-r part of left^T values right, of norm 1."""
     root = (values[:rank] / values[0]).sqrt().float()  # [r]
     return LoraWeights(root[:, None] * right[:rank], left[:rank].T * root)

@@ -105,7 +105,7 @@ def _called(start: Start, layer: LayerToStart) -> LoraWeights:
 
 
 def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Give what quantization took from a layer's weight, if the start is about that.
+    """Return what quantization took from a layer's weight, if the start is about that.
 
     Raises:
         LoraInitError: There is no error for the layer, or one of another shape, or one that is not finite.

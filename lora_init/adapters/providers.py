@@ -12,15 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Provider:
-    """Where an argument comes from.
+    """Where an argument comes from."""
 
-    Attributes:
-        of: Finds it for a layer, see `layer_start.LayerToStart`.
-        needs: What must be at hand.
-    """
-
-    of: Callable[[Any], Any]
-    needs: str = "nothing"
+    of: Callable[[Any], Any]  # finds it for a layer, see `layer_start.LayerToStart`
+    needs: str = "nothing"  # what must be at hand
 
 
 PROVIDERS: Mapping[str, Provider] = {

@@ -118,7 +118,7 @@ class Start:
 
     @functools.cached_property
     def takes(self) -> tuple[str, ...]:
-        """Names of the parameters of its function."""
+        """The names of the parameters of its function."""
         module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
         if module == _INITIALIZERS:
             return _parameters()[name]
@@ -307,23 +307,14 @@ _OWN = {start.name: start for start in STARTS}
 
 @dataclass(frozen=True)
 class Recipe:
-    """A start with the choices that a comparison makes for it.
+    """A start with the choices that a comparison makes for it."""
 
-    Attributes:
-        start: What A and B are.
-        rho: At most rho x rank in one layer.
-        policy: What ranks compete by.
-        center: Whether the statistics are centred.
-        freeze_a: Whether A stays as it is in training.
-        resized: Whether, where ranks are moved, it is also run with as many parameters as random has.
-    """
-
-    start: Start
-    rho: float
-    policy: str = "eva"
-    center: bool = True
-    freeze_a: bool = False
-    resized: bool = True
+    start: Start  # what A and B are
+    rho: float  # at most rho x rank in one layer
+    policy: str = "eva"  # what ranks compete by
+    center: bool = True  # whether the statistics are centred
+    freeze_a: bool = False  # whether A stays as it is in training
+    resized: bool = True  # whether, where ranks are moved, it is also run with as many parameters as random has
 
     @property
     def moves_ranks(self) -> bool:
@@ -360,17 +351,17 @@ _TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}
 
 
 def start_names() -> tuple[str, ...]:
-    """Name all starts, those of other packages last. None of these is imported for it."""
+    """Return the names of all starts, those of other packages last. None of these is imported for it."""
     return (*_OWN, *(name for name in _of_packages() if name not in _TAKEN))
 
 
 def buildable() -> list[str]:
-    """Name the starts that `build_adapter` makes."""
+    """Return the names of the starts that `build_adapter` makes."""
     return [name for name in start_names() if name not in _OWN or _OWN[name].made_by == "lora_init"]
 
 
 def compared_names() -> tuple[str, ...]:
-    """Name all that a comparison can run: the starts, and some of them with other choices."""
+    """Return the names of all that a comparison can run: the starts, and some of them with other choices."""
     return (*start_names(), *_VARIATIONS)
 
 
@@ -402,7 +393,7 @@ def find_recipe(name: str) -> Recipe | None:
 
 
 def changes_base(name: str) -> bool:
-    """Tell whether a start changes the base weights, by the name that a file has, such as PEFT's `pissa_niter_4`.
+    """Return whether a start changes the base weights, by the name that a file has, such as PEFT's `pissa_niter_4`.
 
     A name that is unknown does not count; of a start of another package the adapter's origin says it.
     """

@@ -187,7 +187,7 @@ def choose_rate(records: Iterable[Record]) -> float | None:
 
 
 def half_decade(rate: float, up: bool) -> float:
-    """Give the next learning rate on a grid of half decades.
+    """Return the next learning rate on a grid of half decades.
 
     Example:
         >>> half_decade(1e-3, up=True), half_decade(3e-3, up=True), half_decade(1e-4, up=False)
@@ -240,7 +240,7 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
 
 
 def _status(record: Mapping[str, Any]) -> str:
-    """Say how a run ended; one that finished without a finite loss was unstable."""
+    """Return how a run ended; one that finished without a finite loss was unstable."""
     losses = [*(record.get("report_loss") or [None]), record.get("selection_loss")]
     finite = all(loss is not None and math.isfinite(loss) for loss in losses)
     return "unstable" if record["status"] == "finished" and not finite else str(record["status"])
@@ -275,7 +275,7 @@ def rate_means(table: pd.DataFrame) -> pd.Series:
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
-    """Give the learning rate at which each start is compared; a start without a rate that counts has none."""
+    """Return the learning rate at which each start is compared; a start without a rate that counts has none."""
     return dict(table[table["best"]].groupby("start", sort=False)["learning_rate"].first())
 
 
@@ -298,17 +298,11 @@ _HASHES = ("examples", "own", "packages", "recommended")
 
 @dataclass
 class RunDirectory:
-    """The runs of a comparison in their directory, a file for each new one. `open_runs` makes it.
+    """The runs of a comparison in their directory, a file for each new one. `open_runs` makes it."""
 
-    Attributes:
-        path: Where it is.
-        settings: What all runs share, and the starts, rates and seeds asked for so far.
-        records: The runs that ended.
-    """
-
-    path: Path
-    settings: dict[str, Any]
-    records: dict[Run, Record]
+    path: Path  # where it is
+    settings: dict[str, Any]  # what all runs share, and the starts, rates and seeds asked for so far
+    records: dict[Run, Record]  # the runs that ended
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Keep a run that ended; it is on the disk, whole, when this returns.

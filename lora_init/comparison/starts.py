@@ -61,19 +61,12 @@ OwnStart: TypeAlias = "tuple[str, str | Path | Callable[[nn.Module, int], PeftMo
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What all starts have in common.
+    """What all starts have in common."""
 
-    Attributes:
-        rank: Average rank of a layer.
-        lora_alpha: The adapter is scaled by lora_alpha / rank.
-        target_modules: See `collect`.
-        task_type: PEFT's task type.
-    """
-
-    rank: int
-    lora_alpha: float
-    target_modules: str | list[str] = "all-linear"
-    task_type: str | None = None
+    rank: int  # average rank of a layer
+    lora_alpha: float  # the adapter is scaled by lora_alpha / rank
+    target_modules: str | list[str] = "all-linear"  # see `collect`
+    task_type: str | None = None  # PEFT's task type
 
 
 def _no_data(*_: object) -> NoReturn:
@@ -82,19 +75,14 @@ def _no_data(*_: object) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A start on a model, as `prepare` returns it.
+    """A start on a model, as `prepare` returns it."""
 
-    Attributes:
-        peft_model: The model with the adapter; for `full` the model itself, in float32. The plain model inside it is
-            the one that was given.
-        seconds: Time that it took, without that for statistics.
-        gamma: What B A was divided by, where B is not zero and the start is ours.
-        release: Puts the plain model back, bit for bit; `peft_model` is of no use afterwards.
-    """
-
+    # The model with the adapter; for `full` the model itself, in float32. The plain model inside it is the one
+    # that was given
     peft_model: Any
-    seconds: float
-    gamma: float | None
+    seconds: float  # time that it took, without that for statistics
+    gamma: float | None  # what B A was divided by, where B is not zero and the start is ours
+    # Puts the plain model back, bit for bit; `peft_model` is of no use afterwards
     release: Callable[[], None] = field(repr=False)
 
     @property
@@ -183,7 +171,7 @@ class Variant(str):
         return self.start is not None and self.start.changes_base
 
     def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
-        """Tell whether it trains another number of parameters than `random`, so that it is run with as many, too.
+        """Return whether it trains another number of parameters than `random`, so that it is run with as many, too.
 
         Args:
             ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
@@ -203,7 +191,7 @@ class Variant(str):
         return self.is_plain and (ours.b_is_zero and not ours.matched if ours else self.start is None)
 
     def init_options(self) -> list[str] | None:
-        """Give the options with which `lora-init init` makes its adapter; None if it does not make that one.
+        """Return the options with which `lora-init init` makes its adapter; None if it does not make that one.
 
         Example:
             >>> Variant("eva-rho1").init_options(), Variant("pissa").init_options()
@@ -219,7 +207,7 @@ class Variant(str):
 
 
 def recommended(rank: int) -> dict[str, float]:
-    """Name the starts that are recommended, at the size that they are recommended with, and the rate of each.
+    """Return the starts that are recommended, at the size that they are recommended with, and the rate of each.
 
     Example:
         >>> recommended(8)
@@ -272,7 +260,7 @@ def read_start(start: str | OwnStart) -> Variant:
 
 
 def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bool) -> None:
-    """Make sure that starts can have a base that is quantized, or is not.
+    """Check that starts can have a base that is quantized, or is not.
 
     Args:
         starts: Their names.
@@ -308,32 +296,25 @@ def hash_own(source: str | Path | Callable[..., Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """What an adapter is started on, and what starts are made from.
+    """What an adapter is started on, and what starts are made from."""
 
-    Attributes:
-        model: The plain model.
-        shape: Layers, rank and scaling.
-        seed: The same seed gives the same adapter.
-        statistics: Called by starts from data with whether the statistics are centered and whether they have gradients;
-            for the rank with rho = 2.
-        batches: Tokens with their mask for PEFT's starts that read data by themselves, and labels for starts from a
-            bank, which tell prompts by them.
-        loss_of: Measures the loss of the model as it is, on data that the statistics are not from. Starts that step
-            take the size of their step by it, see `find_step_size`.
-        bank: For starts from a bank; its prompts are embedded by the base model.
-        errors: What quantization took from the weights, such as `QuantizationErrors`, if the model is quantized.
-        own: Where a start of one's own comes from: an adapter directory, the same for every seed, or a function of the
-            plain model and the seed that returns the PeftModel around that model. It may change the weights.
-    """
-
-    model: Any
-    shape: AdapterShape
-    seed: int
+    model: Any  # the plain model
+    shape: AdapterShape  # layers, rank and scaling
+    seed: int  # the same seed gives the same adapter
+    # Called by starts from data with whether the statistics are centered and whether they have gradients; for
+    # the rank with rho = 2
     statistics: Callable[[bool, bool], Statistics] = _no_data
+    # Tokens with their mask for PEFT's starts that read data by themselves, and labels for starts from a bank,
+    # which tell prompts by them
     batches: Iterable[Mapping[str, Tensor]] = ()
+    # Measures the loss of the model as it is, on data that the statistics are not from. Starts that step take
+    # the size of their step by it, see `find_step_size`
     loss_of: Callable[[nn.Module], float] = _no_data
-    bank: Bank | None = None
+    bank: Bank | None = None  # for starts from a bank; its prompts are embedded by the base model
+    # What quantization took from the weights, such as `QuantizationErrors`, if the model is quantized
     errors: Mapping[str, Tensor] | None = None
+    # Where a start of one's own comes from: an adapter directory, the same for every seed, or a function of the
+    # plain model and the seed that returns the PeftModel around that model. It may change the weights
     own: Any = None
 
 
@@ -411,7 +392,7 @@ def match_scale(peft_model: PeftModel, seed: int) -> None:
 
 
 def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:
-    """Give the files that PEFT saves of an adapter: name to content."""
+    """Return the files that PEFT saves of an adapter: name to content."""
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the base model's configuration, which need not be at hand
         peft_model.save_pretrained(folder)

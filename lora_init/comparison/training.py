@@ -109,19 +109,12 @@ def _score_classes(model: nn.Module, task: Task, items: Sequence[Item]) -> Score
 
 @dataclass(frozen=True)
 class Training:
-    """How every run trains.
+    """How every run trains."""
 
-    Attributes:
-        steps: Steps of each run.
-        batch_size: Examples in a batch.
-        warmup: Share of the steps in which the learning rate rises; then it falls to zero on a cosine.
-        evaluation_points: Steps after which the loss to report is measured, rising, from 0 to `steps`.
-    """
-
-    steps: int
-    batch_size: int
-    warmup: float
-    evaluation_points: Sequence[int]
+    steps: int  # steps of each run
+    batch_size: int  # examples in a batch
+    warmup: float  # share of the steps in which the learning rate rises; then it falls to zero on a cosine
+    evaluation_points: Sequence[int]  # steps after which the loss to report is measured, rising, from 0 to `steps`
 
     def __post_init__(self) -> None:
         points, steps = list(self.evaluation_points), self.steps
@@ -152,29 +145,17 @@ _CLIP = 1.0
 
 @dataclass(kw_only=True)
 class TrainingResult:
-    """What one training did.
+    """What one training did."""
 
-    Attributes:
-        status: `"finished"`, or `"unstable"` if the loss diverged; the run ended there.
-        error: Why it is unstable.
-        evaluation_points: Steps after which the loss to report was measured.
-        report_loss: At each of those points.
-        selection_loss: At the end; None unless the run finished.
-        training_loss: Of each step's batch, before that step.
-        metrics: At the end, or None.
-        data_order: Hash of all batches in the order they were trained on.
-        training_seconds: Wall time of the steps.
-    """
-
-    status: str = "finished"
-    error: str | None = None
-    evaluation_points: list[int] = field(default_factory=list)
-    report_loss: list[float] = field(default_factory=list)
-    selection_loss: float | None = None
-    training_loss: list[float] = field(default_factory=list)
-    metrics: dict[str, float] | None = None
-    data_order: str | None = None
-    training_seconds: float = 0.0
+    status: str = "finished"  # `"finished"`, or `"unstable"` if the loss diverged; the run ended there
+    error: str | None = None  # why it is unstable
+    evaluation_points: list[int] = field(default_factory=list)  # steps after which the loss to report was measured
+    report_loss: list[float] = field(default_factory=list)  # at each of those points
+    selection_loss: float | None = None  # at the end; None unless the run finished
+    training_loss: list[float] = field(default_factory=list)  # of each step's batch, before that step
+    metrics: dict[str, float] | None = None  # at the end, or None
+    data_order: str | None = None  # hash of all batches in the order they were trained on
+    training_seconds: float = 0.0  # wall time of the steps
 
 
 def train(
@@ -250,7 +231,7 @@ def _evaluate(run: TrainingResult, model: nn.Module, task: Task, step: int, last
 
 
 def _diverged(run: TrainingResult, plain_loss: float) -> bool:
-    """Tell whether the loss is far above that of the plain model, and note why."""
+    """Return whether the loss is far above that of the plain model, and note why."""
     recent = run.training_loss[-_WINDOW:]
     mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
     for name, value in (("loss", run.report_loss[-1]), ("training loss", mean)):

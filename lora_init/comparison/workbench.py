@@ -62,7 +62,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name the processor: on another one sums are rounded otherwise."""
+    """Find the processor: on another one sums are rounded otherwise."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -71,40 +71,26 @@ def processor() -> str:
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What is kept of a run beside the `TrainingResult` of its training.
+    """What is kept of a run beside the `TrainingResult` of its training."""
 
-    Attributes:
-        start: Name of the start, with how it was run.
-        seed: Decides the order of the data and all that is random in the start.
-        learning_rate: Of the run.
-        trainable_parameters: All that training changes.
-        ranks: Rank of each layer that has an adapter; None if all layers have the rank asked for, or for `full`.
-        a_scale: Root mean square of the norms of all rows of A.
-        gamma: What B A was divided by, where B is not zero and the start is ours.
-        plain_loss: Loss to report of the plain model.
-        float_loss: Of the model before it was quantized; None if it is not quantized, or that one is not known.
-        metrics_before: Metrics of the plain model.
-        retain_loss: Loss on text of another kind, before and after.
-        initialisation_seconds: Time that the start takes with its statistics, whenever they were collected.
-        peak_memory_bytes: From the start to the end of the training.
-        run_seconds: Wall time of it all.
-        circumstances: What may differ between runs of a comparison, see `circumstances`.
-    """
-
-    start: str
-    seed: int
-    learning_rate: float
-    trainable_parameters: int | None = None
+    start: str  # name of the start, with how it was run
+    seed: int  # decides the order of the data and all that is random in the start
+    learning_rate: float  # of the run
+    trainable_parameters: int | None = None  # all that training changes
+    # Rank of each layer that has an adapter; None if all layers have the rank asked for, or for `full`
     ranks: dict[str, int] | None = None
-    a_scale: float | None = None
-    gamma: float | None = None
-    plain_loss: float | None = None
+    a_scale: float | None = None  # root mean square of the norms of all rows of A
+    gamma: float | None = None  # what B A was divided by, where B is not zero and the start is ours
+    plain_loss: float | None = None  # loss to report of the plain model
+    # Of the model before it was quantized; None if it is not quantized, or that one is not known
     float_loss: float | None = None
-    metrics_before: dict[str, float] | None = None
-    retain_loss: list[float] | None = None
+    metrics_before: dict[str, float] | None = None  # metrics of the plain model
+    retain_loss: list[float] | None = None  # loss on text of another kind, before and after
+    # Time that the start takes with its statistics, whenever they were collected
     initialisation_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    run_seconds: float | None = None
+    peak_memory_bytes: int | None = None  # from the start to the end of the training
+    run_seconds: float | None = None  # wall time of it all
+    # What may differ between runs of a comparison, see `circumstances`
     circumstances: dict[str, Any] = field(default_factory=circumstances)
 
     def joined(self, result: TrainingResult) -> Record:
@@ -120,33 +106,21 @@ def failed(run: Run, why: str) -> Record:
 
 @dataclass
 class Workbench:
-    """Everything equal between runs.
+    """Everything equal between runs."""
 
-    Attributes:
-        loaded: The plain model and its tokenizer. Each run leaves it as it was.
-        task: What to learn.
-        retain: Text of another kind, whose loss before and after tells forgetting.
-        directory: Where statistics are kept, in a folder of their own.
-        shape: Layers, rank and scaling of the adapters.
-        training: How every run trains.
-        statistics_batches: Batches of the run's own training data that statistics are made from.
-        own: Starts that are not ours: name to an adapter directory, or a function of model and seed.
-        bank: Adapters of other tasks, for starts from a bank.
-        float_model: Loads the model before it was quantized; None if it is not quantized, or that one is not known.
-        float_weights: The directory or hub id of that model, if it is not the model itself.
-    """
-
-    loaded: LoadedModel
-    task: Task
-    retain: Batches | None
-    directory: Path
-    shape: AdapterShape
-    training: Training
-    statistics_batches: int
+    loaded: LoadedModel  # the plain model and its tokenizer. Each run leaves it as it was
+    task: Task  # what to learn
+    retain: Batches | None  # text of another kind, whose loss before and after tells forgetting
+    directory: Path  # where statistics are kept, in a folder of their own
+    shape: AdapterShape  # layers, rank and scaling of the adapters
+    training: Training  # how every run trains
+    statistics_batches: int  # batches of the run's own training data that statistics are made from
+    # Starts that are not ours: name to an adapter directory, or a function of model and seed
     own: Mapping[str, Any] = field(default_factory=dict)
-    bank: Bank | None = None
+    bank: Bank | None = None  # adapters of other tasks, for starts from a bank
+    # Loads the model before it was quantized; None if it is not quantized, or that one is not known
     float_model: Callable[[], LoadedModel] | None = None
-    float_weights: str | Path | None = None
+    float_weights: str | Path | None = None  # the directory or hub id of that model, if it is not the model itself
     _before: dict[int, tuple[Score, float | None, float | None]] = field(default_factory=dict, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None, keep: bool = False) -> Record:
@@ -331,7 +305,7 @@ class Workbench:
             return plain, retained, evaluate(self.loaded.model, self.task, self.task.report).loss
 
     def _errors(self, modules: str | list[str]) -> QuantizationErrors | None:
-        """Say what quantization took from the weights of layers; None if there is no float model to compare with."""
+        """Find what quantization took from the weights of layers; None if there is no float model to compare with."""
         if self.float_model is None:
             return None
         targets = find_targets(self.loaded.model, modules, task_type=self.shape.task_type)

@@ -273,7 +273,7 @@ def run_all(
 
 
 def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float], n_workers: int) -> str:
-    """Say how a run ended, and how long those that are left may take if they are like those that ended."""
+    """Report how a run ended, and how long those that are left may take if they are like those that ended."""
     losses = record["report_loss"]
     how = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}" if record["status"] == "finished" else record["error"]
     left = f"; {n_left} left, about {n_left * fmean(seconds) / n_workers / 60:.1f} min" if n_left else ""
