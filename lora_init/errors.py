@@ -23,7 +23,7 @@ class LoraInitError(ValueError):
 
 
 def explain(error: BaseException) -> str:
-    """Say in one line what went wrong and, where it is known, what to do about it.
+    """Return in one line what went wrong and, where it is known, what to do about it.
 
     Example:
         >>> explain(MemoryError())
@@ -44,7 +44,7 @@ def explain(error: BaseException) -> str:
 
 
 def require(*libraries: str) -> None:
-    """Make sure, before the work, that libraries of `EXTRAS` are installed.
+    """Check, before the work, that libraries of `EXTRAS` are installed.
 
     Raises:
         LoraInitError: Some are not; names all of them and the extras that install them.
@@ -63,7 +63,7 @@ def _how_to_install(*libraries: str) -> str:
 
 
 def require_version(library: str, release: str, what: str) -> None:
-    """Make sure, before the work, that a library is as new as one feature needs, such as `"0.19"`.
+    """Check, before the work, that a library is as new as one feature needs, such as `"0.19"`.
 
     Raises:
         LoraInitError: It is older.
@@ -104,7 +104,7 @@ def _shortened(text: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out."""
+    """Return whether an error says that memory ran out."""
     # By name and by text: torch has a class for CUDA only, and importing torch to look would be slow.
     text = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "not enough memory")

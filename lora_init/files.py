@@ -243,7 +243,7 @@ def digests_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def is_as_written(directory: Path, record: str) -> bool:
-    """Tell whether a record of ours is there, and the files that it has hashes of are those that it was written with.
+    """Return whether a record of ours is there, and the files that it has hashes of are unchanged.
 
     PEFT saves into the same directory without a word, and leaves the record of what was there.
     """

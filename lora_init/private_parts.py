@@ -43,7 +43,7 @@ def forget_loader(accelerator: Any, loader: Any) -> None:
 
 
 def is_gated(module: Any) -> bool:
-    """Tell whether a module is one of transformers' fused experts whose first matrix has a gate's half."""
+    """Return whether a module is one of transformers' fused experts, whose first matrix may have a gate's half."""
     return hasattr(module, "_apply_gate")
 
 
@@ -57,7 +57,7 @@ def apply_gate(module: Any, up: Any) -> Any:
 
 
 def has_plain_loss(model: Any) -> bool:
-    """Tell the decoders of transformers whose own loss is a plain cross entropy, such as BartForCausalLM.
+    """Return whether a decoder of transformers has a plain cross entropy as its own loss, as BartForCausalLM has.
 
     `loss_type` says of them what it says of decoders that shift their labels; since 4.46. What tells them apart is
     which names their forward uses. If it breaks, gradients are taken at the wrong tokens: compare the loss with both.

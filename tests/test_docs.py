@@ -46,6 +46,7 @@ SMALLER = (
 
 
 # Gradients of a tiny classifier of three classes have two directions in its last layers.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* layers get fewer ranks than asked for")
 @pytest.mark.parametrize("page", RUN)
 def test_blocks_run(page, home, tmp_path, monkeypatch):

@@ -56,6 +56,28 @@ def test_no_test_imports_from_a_test():
     assert not {name: lines for name, lines in found.items() if lines}
 
 
+# Done so far. A first word of a docstring is a verb that says what comes back or happens: Return, Compute, Read, Check.
+PLAIN = [
+    "bank/*.py", "loading/*.py", "*.py",
+    *(f"adapters/{name}.py" for name in (
+        "adapter_init", "build", "directory", "intruders", "peft_eva", "peft_model", "recommended", "step_size",
+    )),
+]  # fmt: skip
+VAGUE = re.compile(r"(Give|Say|Tell|Ask|Make sure)\b")
+
+
+@pytest.mark.parametrize("pattern", PLAIN)
+def test_docstrings_begin_with_plain_words(pattern):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [
+        (path.name, ast.get_docstring(node) or "")
+        for path in PACKAGE.glob(pattern)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds)
+    ]
+    assert texts and not [one for one in texts if VAGUE.match(one[1])]
+
+
 class _AtRunTime(ast.NodeTransformer):
     """Leave out what only type checkers import."""
 

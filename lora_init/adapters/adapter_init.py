@@ -287,7 +287,7 @@ class AdapterInit:
         )
 
     def start_in_words(self) -> str:
-        """Say what the adapter does to the model before it is trained, and what of it is trained."""
+        """Return what the adapter does to the model before it is trained, and what of it is trained."""
         frozen = "; A stays as it is in training, see README.md" if self.freeze_a else ""
         if self.corrects_base:
             return (
@@ -331,7 +331,7 @@ class AdapterInit:
         )
 
     def _tensors(self, model: nn.Module | None) -> dict[str, Tensor]:
-        """Give all tensors of the adapter's file: A and B, and by PEFT what else it keeps there."""
+        """Return all tensors of the adapter's file: A and B, and by PEFT what else it keeps there."""
         heads = HEADS.get(self.provenance.task_type or "", ())
         whole = [*([f"the head ({' or '.join(heads)})"] if heads else []), *self.modules_to_save]
         if whole and model is None:

@@ -277,7 +277,7 @@ def _ranks_asked(
 
 
 def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> dict[str, int]:
-    """Give each layer at most as many ranks as its data has directions, and warn where that is fewer."""
+    """Limit each layer's rank to the directions that its data have, and warn where that is fewer."""
     there = {}
     for name, rank in plan.items():
         groups = stats.targets[name].groups

@@ -222,7 +222,7 @@ def start_digest(weights: Weights) -> str:
 
 
 def hub_id(model: str | None) -> str | None:
-    """Give the id of a model; a path of this machine is none: it says nothing elsewhere, and the hub refuses it."""
+    """Return the hub id of a model; None for a path, which means nothing elsewhere and is refused by the hub."""
     return model if model and not Path(model).exists() else None
 
 

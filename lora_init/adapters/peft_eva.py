@@ -169,7 +169,7 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Give an EVA adapter its ranks and weights, as `peft.initialize_lora_eva_weights` does with the same arguments.
+    """Set the ranks and weights of an EVA adapter, as `peft.initialize_lora_eva_weights` does with the same arguments.
 
     What differs from PEFT, beside `get_eva_state_dict`: names in `eva_state_dict` may be those of the plain model; it
     is not emptied; `rank_pattern` and `alpha_pattern` keys may start with `^`, and those written do; the scaling is
@@ -275,7 +275,7 @@ class _Batch(dict[str, Any]):
     """A batch as PEFT's EVA takes it. PEFT before 0.20 looks for the labels among its attributes."""
 
     def __getattr__(self, name: str) -> Any:
-        """Give an entry as an attribute."""
+        """Return an entry as an attribute."""
         if name in self:
             return self[name]
         raise AttributeError(name)

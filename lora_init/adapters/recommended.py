@@ -76,7 +76,7 @@ class Fit:
         return {"learning_rate": rate, "warmup": WARMUP, "schedule": SCHEDULE, "optimizer": OPTIMIZER}
 
     def how_to_train(self) -> str:
-        """Say in a line what to train the adapter with."""
+        """Return in one line what to train the adapter with."""
         rate = rate_text(self.learning_rate or self.start.learning_rate or 0.0)
         if self.learning_rate is not None:
             return f"Train with {OPTIMIZER} at {rate}, warm-up {WARMUP:.0%}, {SCHEDULE}, as you asked for it."
@@ -89,7 +89,7 @@ class Fit:
         return f"Tune the learning rate with `lora-init compare`: {why}."
 
     def far_off(self, settings: Any) -> list[str]:
-        """Say what of a trainer's `args` or of the adapter is far off from what was measured, and what to make of it.
+        """List settings of a trainer's `args` or of the adapter far from those measured, with their fix.
 
         In one line; none if nothing is, or if nothing was measured for such an adapter. Without `settings` there is no
         trainer yet, and only the adapter is looked at.

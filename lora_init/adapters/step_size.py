@@ -93,12 +93,12 @@ def _lowest(measure: Callable[[float], float], first: float) -> float:
 
 
 def most_aside(batch_size: int) -> int:
-    """Say how many examples are set aside where there are plenty: four batches, and 16."""
+    """Return how many examples are set aside where there are plenty: four batches, and 16."""
     return max(_N_BATCHES * batch_size, LEAST)
 
 
 def n_aside(n_examples: int, batch_size: int) -> int:
-    """Say how many examples are set aside: `most_aside`, but at most a quarter of those that there are.
+    """Return how many examples are set aside: `most_aside`, but at most a quarter of those that there are.
 
     Example:
         >>> [n_aside(n, batch_size=4) for n in (256, 40, 2)], n_aside(256, batch_size=1)

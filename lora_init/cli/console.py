@@ -109,6 +109,7 @@ class _Running:
 
     options: dict[str, tuple[str, str]] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)  # arguments that are on the command line
+    reading: tuple[Any, ...] | None = None  # template, completion, format and label of its data
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
@@ -153,6 +154,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         _common(context, quiet, verbose, as_json)
         with one_line_errors():
             require(*_libraries(context.command.name, options))
+            asked = {name: options.get(name) for name in ("template", "completion", "format", "label")}
+            _running.reading = None if options.get("options") else tuple(asked.values())
             for name, kind in shared.items():
                 options[name] = kind(**{one.name: options.pop(one.name) for one in fields(kind)})
             function(**options)
@@ -236,12 +239,15 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
     Afterwards transformers and the hub's client neither log nor draw bars of their own, unless asked to.
     """
     from lora_init.loading.models import check_model_source
+    from lora_init.loading.reader import check_columns
     from lora_init.loading.sources import check_data
 
     if model is not None:
         check_model_source(model)
     if data is not None:
         check_data(data)
+        if _running.reading is not None:
+            check_columns(data, *_running.reading)
     import logging
 
     with busy("importing torch and transformers"):

@@ -159,7 +159,7 @@ def _text(row: Mapping[str, Any], name: str) -> str | None:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a field says nothing: null, NaN or blank, as files and tables write what is not there."""
+    """Return whether a field is empty: null, NaN or blank, as files and tables write a missing value."""
     return value is None or value != value or not str(value).strip()
 
 
@@ -228,7 +228,7 @@ def _first_answer(turns: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callable[..., str]) -> tuple[str, str]:
-    """Give the text before turn i of a chat, the assistant's, and that up to its end.
+    """Return the text before turn i of a chat, the assistant's, and that up to its end.
 
     A template may write a turn otherwise once others follow, as Qwen3's does without its thoughts, and none says where
     the first turn begins. There the turn lies where the whole differs from what it is with other words in that turn.
@@ -245,7 +245,7 @@ def _span(turns: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callab
 
 
 def _difference(text: str, other: str) -> tuple[int, int]:
-    """Say where a text begins to differ from another, and from where on it does no longer."""
+    """Return where a text begins to differ from another, and where it stops."""
     start = count_common(text, other)
     same = count_common(text[start:][::-1], other[start:][::-1])
     return start, len(text) - same

@@ -220,7 +220,7 @@ def find_device(device: str) -> Any:
 
 
 def is_better_in_float32(dtype: Any, place: Any, n_bytes: int = 0) -> bool:
-    """Tell whether a model of half precision is to be run in float32: where the processor emulates the other.
+    """Return whether to run a model of half precision in float32: where the processor emulates the other.
 
     One without AVX-512 took 7.6 times as long for a matrix product in bfloat16 as in float32, and 6.2 times in float16.
 
@@ -279,7 +279,7 @@ def _kind(source: str, config: Any, task_type: str | None) -> tuple[str | None, 
 
 
 def kind_of(architecture: str, is_encoder_decoder: bool) -> tuple[str | None, str] | None:
-    """Give PEFT's task type and transformers' Auto class of a class of models; None if they are not known."""
+    """Return PEFT's task type and transformers' Auto class of a class of models; None if they are not known."""
     kind = next((kind for ending, kind in _KINDS.items() if architecture.endswith(ending)), None)
     # A multimodal model generates too, but has no encoder that takes the text.
     if kind is not None and kind[0] == "SEQ_2_SEQ_LM" and not is_encoder_decoder:

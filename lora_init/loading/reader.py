@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.examples import Example, Recipe, count_common, is_missing, recipe
-from lora_init.loading.sources import Rows
+from lora_init.loading.sources import Rows, columns_of, read_rows
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 IGNORED = -100  # the label of a token that has none, as in layers.masks
@@ -82,6 +83,33 @@ def open_reader(
     return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, classes)
 
 
+def check_columns(
+    source: str, template: str | None, completion: str | None, data_format: str | None, label: str | None
+) -> None:
+    """Refuse columns that a local file does not have, before torch is imported.
+
+    The first row is looked at. Only if it lacks something all rows are read, since later ones may have it.
+    """
+
+    def check(names: list[str], place: str, texts: Sequence[str] = ()) -> None:
+        recipe(names, place, SimpleNamespace(chat_template="any"), template, completion, data_format, texts)
+        _check_label(label, names, place)
+
+    names = columns_of(source)
+    if not names or "input_ids" in names:
+        return
+    try:
+        check(names, source)
+    except LoraInitError:
+        rows = read_rows(source)
+        check(rows.table.column_names, rows.label, rows.texts(but=label))
+
+
+def _check_label(column: str | None, names: Sequence[str], place: str) -> None:
+    if column is not None and column not in names:
+        raise LoraInitError(f"label={column!r} is not a column. Columns of {place}: {', '.join(names)}.")
+
+
 def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
     """Name the classes of a column in the order in which labels count them.
 
@@ -98,9 +126,7 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
         LoraInitError: No such column, or it is a part of the text; too few or too many values for classes, or values
             that are measured.
     """
-    names = rows.table.column_names
-    if column not in names:
-        raise LoraInitError(f"label={column!r} is not a column. Columns of {rows.label}: {', '.join(names)}.")
+    _check_label(column, rows.table.column_names, rows.label)
     found = {name for value in rows.table[column] if (name := _class_of(value)) is not None}
     numbers = {name: number for name in found if (number := _number(name)) is not None}
     are_numbers = len(numbers) == len(found)

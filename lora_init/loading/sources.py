@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -128,6 +128,17 @@ def check_data(source: str) -> None:
     """Refuse a name that is neither here nor can be had, before `datasets` is imported."""
     if _find_files(source) is None and not check_hub(source, "dataset"):
         stay_offline()
+
+
+def columns_of(source: str) -> list[str]:
+    """Read which columns the first row of a local file has, in no time; none if that takes `datasets`."""
+    file, *more = _find_files(source) or [Path()]
+    with suppress(OSError, ValueError, csv.Error), _opened(file) as lines:
+        if not more and _suffix(file) in (".csv", ".tsv"):
+            return next(csv.reader(lines, delimiter="\t" if _suffix(file) == ".tsv" else ","), [])
+        if not more and _suffix(file) == ".jsonl":
+            return list(dict(json.loads(next(lines, ""))))
+    return []
 
 
 def _find_files(source: Any) -> list[Path] | None:
@@ -287,7 +298,7 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
 
 
 def _or_none(value: Any) -> Any:
-    """Give None for the signs of pandas for what is not there: NaN, NA, NaT."""
+    """Return None in place of pandas' missing values: NaN, NA, NaT."""
     from pandas import isna
     from pandas.api.types import is_scalar
 
