@@ -181,10 +181,10 @@ def show(curves: dict[str, tuple[dict[int, float], dict[int, float]]], samples: 
 
 CAVEAT = (
     f"Both saw the same examples in the same order at learning rate {LEARNING_RATE:g} with the same ranks: only A\n"
-    "differs. EVA's A x is larger than the random one's, which alone acts like a higher learning rate: to see\n"
-    "what its directions do, compare with the start random-scaled.\n"
+    "differs. EVA's A lets larger inputs through, so that its first steps are larger, as at a higher rate.\n"
     "One learning rate, one seed and a few held-out examples prove nothing about which start is better:\n"
-    "this shows that the adapter loads and trains. To compare starts, sweep learning rates and seeds."
+    "this shows that the adapter loads and trains. Next: lora-init compare MODEL DATA trains on your data\n"
+    "from several starts, each at its own best rate."
 )
 
 

@@ -13,7 +13,6 @@ from importlib.metadata import distributions
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import lora_init
 from lora_init.cli import bank, compare, dial, export, init, inspect, ranks, verify
@@ -26,7 +25,7 @@ from lora_init.cli.console import (
     process_rank,
     silence,
 )
-from lora_init.cli.help import GroupedCommand
+from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
 from lora_init.private_parts import usage_error
@@ -50,7 +49,7 @@ def _one_line_usage() -> Iterator[None]:
         raise typer.Exit(WRONG_USAGE) from None
 
 
-class _Commands(TyperGroup):
+class _Commands(ListedCommands):
     def make_context(self, *words: Any, **more: Any) -> Any:
         with _one_line_usage():
             return super().make_context(*words, **more)

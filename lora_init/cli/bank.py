@@ -12,6 +12,7 @@ import typer
 from typer import Argument, Option
 
 from lora_init.cli.console import busy, command, importing, print_result, say
+from lora_init.cli.help import ListedCommands
 from lora_init.cli.options import MaxLength, Reading, TrustRemoteCode
 from lora_init.cli.tables import columns, facts, finite
 from lora_init.errors import LoraInitError
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from lora_init.loading.models import LoadedModel
     from lora_init.statistics.statistics import Statistics
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keep trained adapters as starts for new tasks.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    cls=ListedCommands,
+    help="Keep trained adapters as starts for new tasks.",
+)
 
 BankPath = Annotated[Path, Argument(help="Directory of the bank.", show_default=False)]
 

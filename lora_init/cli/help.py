@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 # Options by what they are about, whichever command has them; those of no group come first, with those everybody needs.
 _GROUPS = {
@@ -23,7 +23,18 @@ _WIDEST = 70  # columns of an option and what it takes
 _GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
 # What is said of a number or a default in the form of Python or of a range.
 _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+)[<>]=?[^\]]*\]", ""),
-            (r"\[default: \((.*?)\)\]", r"[default: \1]")]  # fmt: skip
+            (r"\[default: \((.*?)\)\]", r"[default: \1]"), (r"<list\[Path\]>", "<path>"),
+            (r"<list\[(\w+)\]>", r"<\1>")]  # fmt: skip
+
+
+class ListedCommands(TyperGroup):
+    """Lists commands with their whole first sentence; click cuts it at the end of the line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write names and first sentences into the help."""
+        sentences = {name: " ".join((one.help or "").split()).partition(". ")[0] for name, one in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, f"{text.rstrip('.')}.") for name, text in sentences.items()])
 
 
 class GroupedCommand(TyperCommand):

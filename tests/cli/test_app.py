@@ -116,6 +116,13 @@ def test_every_command_reads_data_by_the_same_options(name):
     assert {one.name for one in fields(Reading)} < {parameter.name for parameter in commands.params}
 
 
+@pytest.mark.parametrize("words", [[], ["bank"]])
+def test_no_sentence_of_the_list_of_commands_is_cut(words, monkeypatch):
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    listed = run(*words, "--help").stdout.partition("Commands:")[2]
+    assert listed.count(".\n") >= 3 and "..." not in listed
+
+
 def test_the_version_is_printed():
     assert run("--version").stdout == f"lora-init {lora_init.__version__}\n"
 
@@ -216,7 +223,7 @@ def test_help_is_in_groups_and_in_eighty_columns(name, monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     lines = run(name, "--help").stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert not any("x>=" in line or "default: (" in line for line in lines)
+    assert not any("x>=" in line or "default: (" in line or "<list" in line for line in lines)
     if name in ("init", "compare"):
         headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
         assert headings[:3] == ["Arguments:", "Options:", "Data:"] and headings[-1] == "Output:"
