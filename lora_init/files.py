@@ -14,12 +14,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from filelock import FileLock, Timeout
 
 from lora_init.errors import LoraInitError
 
+Made = TypeVar("Made")
 # How a file of each kind begins. Only a file of the same kind may be replaced.
 _BEGINNINGS = {
     "plan": rb'\{\s*"format": "lora_init\.plan"',
@@ -270,6 +272,33 @@ def _shown(value: Any) -> Any:
     if isinstance(value, dict):
         return {_shown(key): _shown(item) for key, item in value.items()}
     return [_shown(item) for item in value] if isinstance(value, list) else value
+
+
+def read_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """Make a dataclass of values from JSON; those that it does not know, of other versions, are left alone.
+
+    Raises:
+        ValueError: One is of another type.
+    """
+    hints = get_type_hints(kind)
+    for name, hint in hints.items():
+        if name in values and not is_of(values[name], hint):
+            raise ValueError(f"{kind.__name__} has {name}={values[name]!r}")
+    return kind(**{name: values[name] for name in hints if name in values})
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Check whether a value from JSON is of a type such as `list[str] | None`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(is_of(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(is_of(each, inner[0]) for each in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(is_of(each, inner[1]) for each in value.values())
+    if hint is float:
+        return isinstance(value, (int, float))
+    return hint is Any or isinstance(value, hint)
 
 
 def read_json(path: Path) -> dict[str, Any]:

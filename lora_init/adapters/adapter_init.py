@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -394,7 +395,8 @@ class AdapterInit:
 # A LoRA adapter before training
 
 Made by lora_init for {base}: method `{self.method}`, {len(ranks)} layers, rank {min(ranks)} to \
-{max(ranks)} (average {self.rank}), {self.n_parameters():,} trainable parameters. {self.start_in_words()}:
+{max(ranks)} (average {statistics.fmean(ranks):.3g}), {self.n_parameters():,} trainable parameters. \
+{self.start_in_words()}:
 
 ```python
 from peft import PeftModel

@@ -7,14 +7,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
 from torch import Tensor
 
 from lora_init.errors import LoraInitError
-from lora_init.files import read_json, write_whole
+from lora_init.files import read_fields, read_json, write_whole
 from lora_init.serving.trained import LINEAR, Layer, Trained
 from lora_init.statistics.statistics import Statistics
 from lora_init.statistics.tensorfile import TensorFile, write_tensors
@@ -103,24 +103,15 @@ def open_bank(path: str | Path) -> Bank:
     if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
         raise LoraInitError(f"{path / INDEX} is of another format than {_FORMAT} {_VERSION}. Give another directory.")
     try:
-        entries = {name: Entry(**entry) for name, entry in content["entries"].items()}
-        bank = Bank(path, content["fingerprint"], content["model"], content["encoder"], entries)
-        _check_types(bank)
-        for entry in entries.values():
-            _check_types(entry)
-    except (KeyError, TypeError, AttributeError) as error:
+        entries = {name: read_fields(Entry, entry) for name, entry in content["entries"].items()}
+        bank = read_fields(Bank, {**content, "path": path, "entries": entries})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LoraInitError(f"{path / INDEX} is damaged ({error}). Add the adapters to a new bank.") from error
     for name in entries:
         check_name(name)
     if not entries:
         raise LoraInitError(f"{path} is an empty bank. Add an adapter: lora-init bank add {path} ADAPTER.")
     return bank
-
-
-def _check_types(made: Bank | Entry) -> None:
-    for field in fields(made):
-        if field.type in ("str", "int") and type(getattr(made, field.name)).__name__ != field.type:
-            raise TypeError(f"{field.name} is no {field.type}")
 
 
 def check_name(name: str) -> None:

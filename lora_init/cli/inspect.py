@@ -246,7 +246,7 @@ def _plan_view(about: Mapping[str, Any], width: int) -> list[Any]:
     head = {
         "file": f"{about['path']}: plan for {totals['layers']} of {len(about['layers'])} layers",
         "policy": f"{about['policy']}, asked for {about['asked']}" if about["budget"] else "by hand",
-        "rank": f"{about['rank']} on average, {totals['total_rank']:,} in all",
+        "rank": f"{totals['total_rank'] / max(totals['layers'], 1):.3g} on average, {totals['total_rank']:,} in all",
         "parameters": f"{totals['parameters']:,}",
         "explained": f"{totals['explained_variance']:.1%} of a layer's variance on average",
         "model": f"{made.get('model_class', 'any')} {made.get('model_id', '')}".strip(),

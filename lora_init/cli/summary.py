@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lora_init.cli.tables import correction_facts, finite, quantization_name
@@ -110,7 +110,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print what `summary_of` returned: start and size, how to train, who takes it, how to load it, where more is."""
     ranks, directory = summary["ranks"], summary["adapter"]
     given = [rank for rank in ranks.values() if rank]
-    spread = f"{min(given)} to {max(given)} (average {summary['rank']})" if len(set(given)) > 1 else f"{given[0]}"
+    spread = f"{min(given)} to {max(given)} (average {fmean(given):.3g})" if len(set(given)) > 1 else f"{given[0]}"
     corrected = correction_facts(summary["correction"]) if summary["correction"] else {}
     size, at_one = summary["megabytes"], summary["megabytes_at_one_rank"]
     export = f" `export` makes {at_one:.1f} MB of it at one rank, {size:.1f} MB with --keep-ranks."

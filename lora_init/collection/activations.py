@@ -15,7 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import Experts, Patches, experts_of, patches_of, routed
 from lora_init.layers.running import evaluating, on_device_of
-from lora_init.layers.wrappers import Precision, is_offloaded, is_sharded
+from lora_init.layers.wrappers import Precision, class_name, is_offloaded, is_sharded
 from lora_init.private_parts import version_of
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
@@ -26,7 +26,7 @@ class Sink:
     """Receives what is read in a pass, and must not keep the tensors. This one wants nothing."""
 
     def wants(self, group: str) -> bool:
-        """Tell whether a group needs more rows."""
+        """Check whether a group needs more rows."""
         return False
 
     def rows(self, group: str, rows: Tensor) -> None:
@@ -49,23 +49,15 @@ class ActivationHooks:
     fused parameter of experts, see `Experts`, has a group for each expert and one for all experts. A pass ends before
     the output embedding (`lm_head`) and the loss, unless the output embedding is itself a layer to watch. Layers that
     read the same tensor when they were first seen, and others later, are refused: their rows would be mixed.
-
-    Args:
-        model: Any torch model.
-        modules: Layers to watch, by name; for a fused parameter of experts, its name and its module.
-        masks: Tells which tokens count.
-        rows: Takes the place of the masks: gives the rows of one layer from its arguments. Layers are then not
-            grouped, since it may treat each its own way.
-        to_the_end: Let a pass run to its end, since something comes after the output embedding.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module],  # to watch, by name; a fused parameter of experts by its own
         masks: TokenMasks,
-        rows: RowsFunction | None = None,
-        to_the_end: bool = False,
+        rows: RowsFunction | None = None,  # in place of the masks; layers are not grouped then
+        to_the_end: bool = False,  # for something comes after the output embedding
     ) -> None:
         self.model = model
         self.modules = modules
@@ -126,18 +118,25 @@ class ActivationHooks:
         if self._sink is not None:
             raise _EndOfPass
 
-    def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._sink is None or self.goes_backward:  # somebody else's forward pass, or one that is run again
-            return
+    def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._sink is None:  # somebody else's forward pass
+            return None
+        if not self.goes_backward:  # or one that is run again
+            self._hand_on(name, args, kwargs, self._sink)
+        # bitsandbytes' layers of eight bits set outliers in what they read to zero for a while, so they read a copy:
+        # those that read the same tensor afterwards are told by its version.
+        return ((args[0].clone(), *args[1:]), kwargs) if args and class_name(module) == "Linear8bitLt" else None
+
+    def _hand_on(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         with torch.no_grad(), Precision().off():
             if self._rows is not None:
                 group = self.group_of.setdefault(name, name)
-                if self._sink.wants(group):
-                    self._sink.rows(group, self._rows(name, args, kwargs))
+                if sink.wants(group):
+                    sink.rows(group, self._rows(name, args, kwargs))
             elif name in self._experts:
-                self._read_experts(self._experts[name], args, kwargs, self._sink)
+                self._read_experts(self._experts[name], args, kwargs, sink)
             else:
-                self._read_input(name, input_of(name, args, kwargs), self._sink)
+                self._read_input(name, input_of(name, args, kwargs), sink)
 
     def _read_input(self, name: str, x: Tensor, sink: Sink) -> None:
         version = version_of(x)
@@ -154,7 +153,7 @@ class ActivationHooks:
                 sink.rows(group, self.masks.rows(name, x) if patches is None else patches.rows(x))
 
     def _check_groups(self) -> None:
-        """Make sure that the layers of each group read the same in this pass, too, as far as they ran."""
+        """Check that the layers of each group read the same in this pass, too, as far as they ran."""
         read = {name: set(map(id, inputs)) for name, inputs in self._inputs.items()}
         for name, group in self.group_of.items():
             if name in read and group in read and read[name] != read[group]:

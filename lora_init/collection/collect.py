@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import lora_init
 from lora_init.collection.activations import ActivationHooks
 from lora_init.collection.backward import BackwardHooks
 from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, run_pass
 from lora_init.collection.losses import Loss
-from lora_init.collection.processes import Processes, Shard, digest_of, own_batches
+from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, Settings, read_settings
 from lora_init.errors import LoraInitError, explain
 from lora_init.files import check_writable, locked
@@ -61,11 +60,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class OtherSettingsError(LoraInitError):
-    """A statistics file was made from other data or with other settings.
-
-    Attributes:
-        difference: What differs, a sentence.
-    """
+    """A statistics file was made from other data or with other settings; `difference` is a sentence about it."""
 
     def __init__(self, difference: str) -> None:
         remedy = "Pass overwrite=True to begin again, or use the file as it is: Statistics.load."
@@ -147,7 +142,7 @@ def collect(
         task_type: As in PEFT; goes into the adapter's configuration.
         rank: Average rank per layer that the statistics must serve.
         rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
-        center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentred second moment
+        center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentered second moment
             of the paper's theorem.
         token_mask: `"attention"` counts all tokens but padding; `"labels"` only those with a label. Without gradients
             these are the tokens that a label stands at, as in EVA: what the model reads there. With gradients of a
@@ -269,16 +264,46 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
         earlier = _earlier(job)
         done = Position("") if earlier is None else Position.of(earlier.provenance)
         shard = own_batches(processes, batches, done.used, in_step=is_sharded(job.model))
-        of_list = processes.share(_digest_of_list(batches, settings.max_batches))
+        digest = digest_of(batches[: settings.max_batches]) if isinstance(batches, list) else None
+        of_list = processes.share(digest)
         start = Position(shard.first, of_list, shard.common)
         if earlier is not None:
             if start.is_in_other_data(done):
                 raise OtherSettingsError(f"{file} was made from other data: the batches are other ones.")
             if earlier.provenance.complete:
                 return earlier
-        max_batches = settings.max_batches - sum(done.used)
-        with progress_bar(batches, max_batches, job.progress if processes.rank == 0 else False) as bar:
-            return _pass_over(shard, max_batches, run, _Parts(job, start, earlier), processes, bar)
+
+        def frozen(found: Collected) -> Statistics:
+            later = _frozen(job, found, start)
+            return later if earlier is None else _continued(earlier, later)
+
+        def save() -> None:
+            so_far = processes.merge(run.found)
+            if processes.rank == 0 and file is not None and any(so_far.n_batches):
+                _write(file, frozen(so_far))
+
+        left, may_fail = settings.max_batches - sum(done.used), max(job.skip_bad_batches - done.n_bad, 0)
+        with (
+            progress_bar(batches, left, job.progress if processes.rank == 0 else False) as bar,
+            run.hooks,
+            run.backward or nullcontext(),
+        ):
+            found = run_pass(run, shard, left, processes, bar, None if file is None else save, may_fail)
+        if run.failure is None and not sum(found.n_batches) and earlier is None:
+            raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
+        result = frozen(found)
+        if run.failure is None and not result:
+            no_rows = (
+                f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches "
+                "are empty. Check target_modules and the batches."
+            )
+            raise LoraInitError(next(iter(found.empty + found.bad), no_rows))
+        result = replace(result, gradients=_with_importance(job, result))
+        if file is not None and processes.rank == 0 and result.provenance.n_batches:
+            _write(file, result)
+        if run.failure is not None:
+            raise _with_statistics(run.failure, run.failed, result)
+        return result
 
 
 def _set_up(job: _Job) -> Pass:
@@ -299,56 +324,6 @@ def _set_up(job: _Job) -> Pass:
         settings.seed,
         n_triplets=max(settings.n_components, 2 * settings.rank),  # lora-ga needs two a rank
     )
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The part of a pass that is made now, and the one that was made earlier, if any."""
-
-    job: _Job
-    start: Position
-    earlier: Statistics | None
-
-    def frozen(self, found: Collected) -> Statistics:
-        """Make the result of both."""
-        later = _frozen(self.job, found, self.start)
-        return later if self.earlier is None else _continued(self.earlier, later)
-
-    @property
-    def n_bad(self) -> int:
-        """Batches that failed earlier."""
-        return 0 if self.earlier is None else Position.of(self.earlier.provenance).n_bad
-
-
-def _pass_over(
-    shard: Shard, max_batches: int, run: Pass, parts: _Parts, processes: Processes, bar: tqdm[Any]
-) -> Statistics:
-    """Take in at most so many batches, and keep what comes of it, whatever ends the pass."""
-    job, file = parts.job, parts.job.file
-
-    def save() -> None:
-        so_far = processes.merge(run.found)
-        if processes.rank == 0 and file is not None and any(so_far.n_batches):
-            _write(file, parts.frozen(so_far))
-
-    with run.hooks, run.backward or nullcontext():
-        kept = save if file is not None else None
-        whole = run_pass(run, shard, max_batches, processes, bar, kept, job.skip_bad_batches - parts.n_bad)
-    if run.failure is None and not sum(whole.n_batches) and parts.earlier is None:
-        raise LoraInitError("there is no batch to learn from: the data is empty. Pass at least one batch.")
-    result = parts.frozen(whole)
-    if run.failure is None and not result:
-        no_rows = (
-            f"no targeted layer received rows in {result.provenance.n_batches} batches: none ran, or the batches are "
-            "empty. Check target_modules and the batches."
-        )
-        raise LoraInitError(next(iter(whole.empty + whole.bad), no_rows))
-    result = replace(result, gradients=_with_importance(job, result))
-    if file is not None and processes.rank == 0 and result.provenance.n_batches:
-        _write(file, result)
-    if run.failure is not None:
-        raise _with_statistics(run.failure, run.failed, result)
-    return result
 
 
 def _with_statistics(error: BaseException, name: str, result: Statistics) -> BaseException:
@@ -499,7 +474,7 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
         stop_reason=found.stop_reason,
         seconds={part: round(value, 3) for part, value in found.seconds.items()},
         n_labels=found.n_labels,
-        keeps=found.keeps if sum(found.n_batches) > 1 else None,
+        keeps=found.keeps or None,  # of one batch no half is known
         complete=found.stop_reason not in ("interrupted", "failed"),
         settings={**job.provenance.settings, **position.stored()},
     )
@@ -549,11 +524,6 @@ def _name_of(function: Any) -> str | None:
     return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _digest_of_list(batches: Any, max_batches: int) -> str | None:
-    """Hash all batches that a pass may read, where they are in memory."""
-    return digest_of(batches[:max_batches]) if isinstance(batches, list) else None
-
-
 def _hash_of(targets: Targets) -> str:
     named = repr(sorted(targets.layers.values(), key=lambda t: t.name))
     others = repr(sorted(targets.unsupported.items())) if targets.unsupported else ""
@@ -561,8 +531,8 @@ def _hash_of(targets: Targets) -> str:
 
 
 def _notes(job: _Job, found: Collected, groups: Mapping[str, Spectrum], never_ran: list[str]) -> list[str]:
-    notes = [f"{name}: {reason}; PEFT's own initialisation." for name, reason in job.targets.reasons.items()]
-    notes += [f"{name}: never ran; PEFT's own initialisation." for name in never_ran]
+    notes = [f"{name}: {reason}; PEFT's own initialization." for name, reason in job.targets.reasons.items()]
+    notes += [f"{name}: never ran; PEFT's own initialization." for name in never_ran]
     for name in dict.fromkeys(found.group_of.values()):
         if name in groups:
             kept, width = groups[name].components.shape

@@ -57,8 +57,9 @@ class Halves(Generic[_Half]):
         return self.halves[0]
 
     def merge(self, other: Halves[_Half]) -> None:
-        """Take in what another process has seen of this layer."""
-        for ours, theirs in zip(self.halves, other.halves, strict=True):
+        """Take in what another process has seen of this layer: more of it into the smaller half."""
+        fewest, most = (sorted(one.halves, key=lambda half: half.n_samples) for one in (self, other))
+        for ours, theirs in zip(fewest, reversed(most), strict=True):
             ours.merge(theirs)
 
     def whole(self) -> _Half:
@@ -72,7 +73,7 @@ class Halves(Generic[_Half]):
         return sum(half.n_samples for half in self.halves)
 
     def update(self) -> bool:
-        """Complete a batch; tell whether it had any rows."""
+        """Complete a batch; return whether it had any rows."""
         half, other = self.halves
         before = half.n_samples
         half.update()
@@ -100,7 +101,7 @@ class GroupRecord(Halves[IncrementalSVD]):
     shares: list[tuple[int, float, float]] = field(default_factory=list)
 
     def record_share(self, number: int) -> bool:
-        """Record how well the last batch, of this number, was predicted; tell whether there were earlier ones."""
+        """Record how well the last batch, of this number, was predicted; return whether there were earlier ones."""
         half = self.halves[1]
         if half.held_out is None:
             return False
@@ -122,16 +123,12 @@ class GroupRecord(Halves[IncrementalSVD]):
 
 
 def is_enough(keeps: float, relative: Sequence[float], tolerance: float) -> bool:
-    """Tell whether more data would leave the start as it is, by at most `tolerance`.
+    """Check whether more data would leave the start as it is, by at most `tolerance`.
 
     Halves of data that drift agree, too. There later batches are captured worse than the rows before, while the
     components follow, and then better than what they hold of both kinds. So the later half of the batches has to be
     captured as well as the rows before it, and not to rise by more than twice that; single batches differ.
-
-    Args:
-        keeps: Share of what the start captures that it would keep on other data.
-        relative: For each batch the share of its variance that was captured, over that share of the rows before.
-        tolerance: Share of what the start captures that may be lost.
+    `relative` has for each batch the share of its variance that was captured, over that share of the rows before.
     """
     if len(relative) + 2 < MIN_BATCHES or keeps < 1.0 - tolerance:
         return False
@@ -142,7 +139,7 @@ def is_enough(keeps: float, relative: Sequence[float], tolerance: float) -> bool
 
 
 def falls_sharply(shares: Sequence[float]) -> bool:
-    """Tell whether the last batch was predicted far worse than those before: by a quarter, and five deviations."""
+    """Check whether the last batch was predicted far worse than those before: by a quarter, and five deviations."""
     if len(shares) < 4:
         return False
     *before, last = shares
@@ -179,7 +176,7 @@ class Collected:
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "decomposition": 0.0, "data": 0.0})
 
     def of_all(self) -> Iterator[Halves[Any]]:
-        """Give all halves that there are."""
+        """Iterate over all halves that there are."""
         yield from self.groups.values()
         yield from self.weighted.values()
         yield from self.gradients.values()
@@ -368,10 +365,14 @@ def run_pass(
     """
     found, total, n_bad, saved = run.found, 0, 0, time.monotonic()
     while True:
-        wanted = not (processes.interrupted or run.converged) and processes.rank < max_batches - total
-        batch = _read(shard.batches, found.seconds, processes) if wanted else None
-        if wanted and batch is None:
-            run.failure = shard.batches.error
+        wants = not (processes.interrupted or run.converged)
+        wanting = processes.sum(*(wants and rank == processes.rank for rank in range(processes.size)))
+        before = sum(wanting[: processes.rank])  # processes that take a batch of this step before this one does
+        position = shard.start + (total + before if shard.common else found.n_batches[0])
+        wants = wants and before < max_batches - total
+        batch = _read(shard, position, found.seconds, processes) if wants else None
+        if wants and batch is None:
+            run.failure = shard.error
         due = processes.rank == 0 and time.monotonic() - saved > SAVE_EVERY
         reading, converged, interrupts, saving, failed = processes.sum(
             batch is not None, run.converged, processes.interrupted, due, run.failure is not None
@@ -381,7 +382,7 @@ def run_pass(
         if saving and save is not None:
             save()
             saved = time.monotonic()
-        name = f"batch {shard.position(found.n_batches[0])}"
+        name = f"batch {position}"
         failure = _attempt(run, batch, name, shard.spare, processes)
         if processes.interrupted and processes.size == 1:
             continue  # to the end; the batch was not completed
@@ -408,7 +409,7 @@ def run_pass(
 
 
 def _first_failure(run: Pass, processes: Processes) -> BaseException:
-    """Give the error of this process, or else say whose ended the pass."""
+    """Return the error of this process, or else one that names whose ended the pass."""
     said = processes.gather(run.failure and _line(run.failure, run.failed))
     rank = next(rank for rank, line in enumerate(said) if line)
     return run.failure or LoraInitError(f"rank {rank} failed: {said[rank]}")
@@ -417,7 +418,7 @@ def _first_failure(run: Pass, processes: Processes) -> BaseException:
 def _attempt(
     run: Pass, batch: list[Any] | Exception | None, name: str, spare: Any, processes: Processes
 ) -> Exception | None:
-    """Run a batch, or what takes its place; give the error if it fails. When alone, Ctrl-C ends it."""
+    """Run a batch, or what takes its place; return the error if it fails. When alone, Ctrl-C ends it."""
     alone = processes.size == 1
     try:
         with processes.interruptible() if alone else nullcontext():
@@ -438,7 +439,7 @@ def _attempt(
 
 
 def _line(error: BaseException, name: str) -> str:
-    """Say why a batch failed."""
+    """Describe why a batch failed."""
     return (
         str(error)
         if isinstance(error, LoraInitError)
@@ -453,12 +454,12 @@ def progress_bar(batches: Iterable[Any], max_batches: int, progress: bool | None
     return tqdm(total=total, desc="collect", unit="batch", disable=disable, dynamic_ncols=True)
 
 
-def _read(batches: Iterator[Any], seconds: dict[str, float], processes: Processes) -> list[Any] | Exception | None:
-    """Read a batch; give what the data raises in its place, None at their end."""
+def _read(shard: Shard, position: int, seconds: dict[str, float], processes: Processes) -> list[Any] | Exception | None:
+    """Read a batch; return what the data raises in its place, None at their end."""
     start = time.perf_counter()
     try:
         with processes.interruptible():
-            return [next(batches)]
+            return [shard.read(position)]
     except StopIteration:
         return None
     except KeyboardInterrupt:

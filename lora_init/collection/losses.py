@@ -77,13 +77,9 @@ def mean_loss(
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Run a language model on a batch.
+    """Return the loss of every position of a batch, zero without a label, float32 [batch, k], and whether it has one.
 
     Only the logits from the first label on are computed where the model can do so; the others would be thrown away.
-
-    Returns:
-        The loss of every position, zero where there is no label, float32 [batch, k], and whether it has a label, bool
-        [batch, k].
     """
     labels = batch["labels"]
     first = int((labels != IGNORED).any(dim=0).int().argmax())

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -109,7 +109,7 @@ class Processes:
         return [int(number) for number in total]
 
     def gather(self, value: Any) -> list[Any]:
-        """Give all processes the values of all, by rank."""
+        """Return the values of all processes, by rank."""
         values = [value] * self.size
         if self.size > 1:
             with self._named_errors():
@@ -117,7 +117,7 @@ class Processes:
         return values
 
     def check_alike(self, asked: Mapping[str, Any]) -> None:
-        """Refuse, in all processes, to go on if they were given different things; say what differs and where."""
+        """Raise in all processes if they were given different things; the error names what differs and where."""
         everywhere = self.gather(dict(asked))
         for rank, theirs in enumerate(everywhere):
             for setting, first in everywhere[0].items():
@@ -128,7 +128,7 @@ class Processes:
                     )
 
     def merge(self, found: Found) -> Found:
-        """Give all processes what all have found: that of two neighbours, then of two such pairs, and so on.
+        """Return what all processes have found: that of two neighbors merged, then of two such pairs, and so on.
 
         What this process has found is not changed.
         """
@@ -149,7 +149,7 @@ class Processes:
         return shared  # rank 0 reads the bytes, too: all do the same
 
     def share(self, value: Any, source: int = 0) -> Any:
-        """Give all processes what the process of rank `source` has; no tensors but those on the CPU."""
+        """Return what the process of rank `source` has; no tensors but those on the CPU."""
         values = [value]
         if self.size > 1:
             with self._named_errors():
@@ -169,54 +169,46 @@ def from_bytes(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
 
 
-class Part(Iterator[Any]):
-    """Items start, start + step, ... of an iterator. Unlike `islice`, it goes on after an item that cannot be read.
+class Shard:
+    """The batches of one process, read by where they are in the data."""
 
-    Attributes:
-        error: Why the item before could not be read, this process's or not; None if it could. If that is the last, it
-            may have been the end of the iterator, as of a generator, and nobody knows what else it had.
-    """
+    def __init__(self, stream: Iterator[Any], spare: Any, first: str, common: bool, start: int) -> None:
+        self.spare = spare  # a batch to run a sharded model on when there is none left; None if no process has a batch
+        self.first = first  # hash of the first batch of rank 0, empty if there is none: another one means other data
+        self.common = common  # all processes have the same loader and each reads its part of it
+        self.start = start  # where in the data this pass begins
+        self.error: Exception | None = None  # why what was read last, wanted or not, could not be read
+        self._stream, self._next = stream, 0
 
-    def __init__(self, items: Iterator[Any], start: int, step: int) -> None:
-        self.error: Exception | None = None
-        self._items, self._before, self._step = items, start, step
+    def read(self, position: int) -> Any:
+        """Read the batch at a position, past those before it; unlike with `islice`, also past one that cannot be read.
 
-    def __next__(self) -> Any:
-        before, self._before = self._before, self._step - 1
-        for i in range(before + 1):
+        If `error` is set when the data ends, that may have been the end of the iterator, as of a generator, and nobody
+        knows what else it had.
+        """
+        while True:
+            here, self._next = self._next, self._next + 1
             try:
-                item, self.error = next(self._items), None
+                item, self.error = next(self._stream), None
             except StopIteration:
                 raise
             except Exception as error:
                 self.error = error
-                if i == before:
+                if here == position:
                     raise
-        return item
-
-
-class Shard(NamedTuple):
-    """The batches of one process."""
-
-    batches: Part  # those that are still to be read
-    spare: Any  # one to run a sharded model on when there is none left; None if no process has a batch
-    first: str  # hash of the first one of rank 0, empty if there is none: another one means other data
-    common: bool  # all processes have the same loader and each reads its part of it
-    start: int = 0  # where in the data the first batch of this process is
-    step: int = 1  # and how far from each of its batches to the next
-
-    def position(self, n: int) -> int:
-        """Say where in the data batch `n` of this process is, both from 0."""
-        return self.start + n * self.step
+            else:
+                if here == position:
+                    return item
 
 
 def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int], in_step: bool) -> Shard:
     """Open the batches that are this process's, past those that an earlier pass has used.
 
     A loader that gives each process its own is read as it is. One that gives all of them the same, which the hash of
-    the first batch tells, is read as one data set: the process of rank r takes batches r, r + size, and so on. `used`
-    has a number for each process of the earlier pass, or one for all of a loader that they had in common. Processes
-    that run a sharded model together (`in_step`) get a spare batch.
+    the first batch tells, is read as one data set: before each step the next batches go to the processes that want one,
+    so that what was used is a number of batches from the first on. `used` has a number for each process of the earlier
+    pass, or one for all of a loader that they had in common. Processes that run a sharded model together (`in_step`)
+    get a spare batch.
     """
     if type(batches).__name__ == "DataLoaderDispatcher" and processes.size > 1:
         raise LoraInitError(
@@ -232,7 +224,7 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
     same = [rank for rank, found in enumerate(digests) if found and digests.count(found) > 1]
     common = len(same) == processes.size
     if common:
-        start, step = sum(used) + processes.rank, processes.size
+        start = sum(used)
     else:
         if same and processes.rank == 0:
             warnings.warn(
@@ -245,12 +237,12 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
                 f"the pass to go on with was made by {len(used)} processes, each with data of its own, and this one by "
                 f"{processes.size}. Start as many as before."
             )
-        start, step = used[processes.rank] if used else 0, 1
-    return Shard(Part(stream, start, step), spare, "".join(digests[0]), common, start, step)
+        start = used[processes.rank] if used else 0
+    return Shard(stream, spare, "".join(digests[0]), common, start)
 
 
 def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> Any:
-    """Give a batch to run a sharded model on: the first one, or that of another process to one that has none."""
+    """Return a batch to run a sharded model on: the first one, or that of another process to one that has none."""
     having = [rank for rank, found in enumerate(digests) if found]
     if having and len(having) < processes.size:
         lent = processes.share(send_to_device(first, "cpu"), having[0])

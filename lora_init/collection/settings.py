@@ -12,20 +12,10 @@ from lora_init.statistics.statistics import Provenance
 
 @dataclass(frozen=True)
 class Settings:
-    """What a pass is made with: what it runs with, what all its processes share, and what its file is compared by.
+    """What a pass is made with: what it runs with, what all its processes share, and what its file is compared by."""
 
-    Attributes:
-        fingerprint: Of the model.
-        layers: Number of layers and a hash of them.
-        forward: Name of the function that runs the model; None for the model itself.
-        loss: Name of the function for the loss; None for the model's own.
-        of_batches: What the batches bring along: how they were read.
-
-    The others are arguments of `collect`.
-    """
-
-    fingerprint: str
-    layers: str
+    fingerprint: str  # of the model
+    layers: str  # number of layers and a hash of them
     rank: int
     rho: float
     center: bool
@@ -36,9 +26,9 @@ class Settings:
     gradients: bool
     task_type: str | None
     data: str
-    forward: str | None
-    loss: str | None
-    of_batches: Mapping[str, Any] = field(default_factory=dict)
+    forward: str | None  # name of the function that runs the model; None for the model itself
+    loss: str | None  # name of the function for the loss; None for the model's own
+    of_batches: Mapping[str, Any] = field(default_factory=dict)  # what the batches bring along: how they were read
 
     @property
     def n_components(self) -> int:
@@ -54,14 +44,14 @@ class Settings:
         return {"fingerprint": self.fingerprint, **self.of_batches, **beside, **own}
 
     def stored(self) -> dict[str, Any]:
-        """Give the fields of a `Provenance` that hold all this."""
+        """Return the fields of a `Provenance` that hold all this."""
         compared = self.compared()
         inside = {name: compared.pop(name) for name in _IN_PROVENANCE}
         return {**inside, "settings": compared}
 
 
 # Those with a field of their own in a file; the others are in its `settings`.
-_IN_PROVENANCE = {one.name for one in fields(Settings)} & {one.name for one in fields(Provenance)}
+_IN_PROVENANCE = ("fingerprint", "rank", "center", "token_mask", "seed", "gradients", "task_type", "data")
 
 
 def read_settings(made: Provenance) -> dict[str, Any]:
@@ -71,21 +61,13 @@ def read_settings(made: Provenance) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Position:
-    """How far a pass has come, and in which data.
+    """How far a pass has come, and in which data."""
 
-    Attributes:
-        first_batch: Hash of the first batch; None if a file does not say.
-        batches: Hash of all batches that it may read, where they are in memory.
-        common_loader: Whether all processes read one loader, each its part.
-        used: Batches read, of each process, or of all where the loader is common.
-        n_bad: How many of them failed and were left out.
-    """
-
-    first_batch: str | None
-    batches: str | None = None
-    common_loader: bool = False
-    used: tuple[int, ...] = ()
-    n_bad: int = 0
+    first_batch: str | None  # hash of the first batch; None if a file does not say
+    batches: str | None = None  # hash of all batches that it may read, where they are in memory
+    common_loader: bool = False  # whether all processes read one loader, each its part
+    used: tuple[int, ...] = ()  # batches read, of each process, or of all where the loader is common
+    n_bad: int = 0  # how many of them failed and were left out
 
     @classmethod
     def of(cls, made: Provenance) -> Position:
@@ -96,14 +78,14 @@ class Position:
         return cls(kept.get("first_batch"), kept.get("batches"), common, used, int(kept.get("bad_batches", 0)))
 
     def stored(self) -> dict[str, Any]:
-        """Give the entries in the `settings` of a file."""
+        """Return the entries in the `settings` of a file."""
         batches = {} if self.batches is None else {"batches": self.batches}
         bad = {"bad_batches": self.n_bad} if self.n_bad else {}
         kept = {"first_batch": self.first_batch, **batches, "common_loader": self.common_loader}
         return {**kept, "used": list(self.used), **bad}
 
     def is_in_other_data(self, other: Position) -> bool:
-        """Tell whether the two are known to be in different data."""
+        """Check whether the two are known to be in different data."""
         pairs = ((self.first_batch, other.first_batch), (self.batches, other.batches))
         return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 

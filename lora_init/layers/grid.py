@@ -30,17 +30,11 @@ _ROUTER = re.compile(r"(gate|router)(\.|$)")
 
 @dataclass(frozen=True)
 class LayerGrid:
-    """Layers as kind x block.
+    """Layers as kind x block."""
 
-    Attributes:
-        kinds: Short labels that tell the kinds apart, in model order.
-        blocks: Block numbers, rising; -1 stands for layers outside any block.
-        cells: Names of layers by (kind, block); few models have more than one in a cell.
-    """
-
-    kinds: list[str]
-    blocks: list[int]
-    cells: dict[tuple[str, int], str]
+    kinds: list[str]  # short labels that tell the kinds apart, in model order
+    blocks: list[int]  # block numbers, rising; -1 stands for layers outside any block
+    cells: dict[tuple[str, int], str]  # names of layers by (kind, block); few models have more than one in a cell
 
     def of_kind(self, kind: str) -> dict[int, str]:
         """Name the layers of a kind by block."""
@@ -75,7 +69,7 @@ def _place(name: str) -> tuple[tuple[str, str], int]:
 
 
 def _labels(kinds: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Give each kind the shortest ending that no other has; if stacks share an ending, after the name of the stack."""
+    """Find each kind's shortest ending that no other has; if stacks share an ending, after the name of the stack."""
     labels = {kind: _ending(kind[1], [rest for _, rest in kinds]) for kind in kinds}
     if len(set(labels.values())) == len(kinds):
         return labels

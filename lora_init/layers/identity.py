@@ -17,12 +17,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tell models apart: a hash of the names and shapes of the weights and of 16 values of each.
+    """Compute what tells models apart: a hash of the names and shapes of the weights and of 16 values of each.
 
-    Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in float32 and in bfloat16.
-
-    Returns:
-        32 hexadecimal digits.
+    They are 32 hexadecimal digits. Values are rounded to bfloat16, so that one checkpoint gives one fingerprint in
+    float32 and in bfloat16.
     """
     digest = hashlib.sha256()
     for name, weight in weights(unwrapped(model)):

@@ -117,7 +117,7 @@ class TokenMasks:
         return flat if tokens is None else flat.index_select(0, tokens)
 
     def tokens(self, name: str, x: Tensor, predicting: bool = False) -> Tensor | None:
-        """Give the numbers of the rows of a layer's input [..., d] that count, or have a gradient; None if all do."""
+        """Return the numbers of the rows of a layer's input [..., d] that count, or have a gradient; None if all do."""
         mask = self._predicting if predicting else self._main
         from_encoder = self._encoder_output is not None and self._encoder_output() is x
         if from_encoder or name.startswith(self._encoder_prefix) or name in self._cross_inputs:
@@ -137,7 +137,7 @@ class TokenMasks:
 
 
 def _text_parts(model: nn.Module) -> dict[str, bool]:
-    """Say of each part of a model that has a configuration, by name, whether it works on the tokens of the text."""
+    """Find the parts of a model with a configuration, by name, and whether each works on the tokens of the text."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     text = getattr(getattr(model, "config", None), "text_config", None)
     if text is None:
@@ -158,7 +158,7 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Tell whether a model's own loss predicts the label of a token from the tokens before it."""
+    """Check whether a model's own loss predicts the label of a token from the tokens before it."""
     if encoder_of(model) is not None:
         return False
     kind = getattr(model, "loss_type", "")
@@ -191,7 +191,7 @@ def _as_mask(batch: Mapping[str, Any], key: str) -> Tensor | None:
 
 
 def _decoder_mask(batch: Mapping[str, Any], labelled: Tensor | None) -> Tensor | None:
-    """Tell which inputs of a decoder count; None if they are made of the encoder's."""
+    """Find which inputs of a decoder count; None if they are made of the encoder's."""
     mask = _as_mask(batch, "decoder_attention_mask")
     if mask is None and labelled is not None:  # up to the last label: what has none before it is read later on
         mask = labelled.flip(1).cumsum(1).flip(1) > 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import regex
 from torch import nn
 
 from lora_init.errors import LoraInitError
@@ -21,18 +22,18 @@ from lora_init.layers.wrappers import class_name, plain_names, unwrapped
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell transformers' `Conv1D`, a linear layer with a transposed weight."""
+    """Recognize transformers' `Conv1D`, a linear layer with a transposed weight."""
     # By name: transformers need not be imported.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether `"all-linear"` means this layer."""
+    """Check whether `"all-linear"` means this layer."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_in(name: str, modules: Collection[str]) -> bool:
-    """Tell whether a layer is one of these modules or in one, as PEFT does for those that it trains whole.
+    """Check whether a layer is one of these modules or in one, as PEFT does for those that it trains whole.
 
     It takes the names for ends of any length: with `classifier` DistilBERT's `pre_classifier` is trained whole, too.
     """
@@ -41,17 +42,22 @@ def is_in(name: str, modules: Collection[str]) -> bool:
 
 
 def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
-    """Tell whether a regular expression, or one of several names or endings, selects a layer, as in PEFT."""
+    """Check whether a regular expression, or one of several names or endings, selects a layer, as in PEFT."""
     if isinstance(patterns, str):
         try:
-            return re.fullmatch(patterns, name) is not None
-        except re.error as error:
+            return regex.fullmatch(patterns, name, timeout=_PATIENCE) is not None
+        except regex.error as error:
             raise LoraInitError(f"{argument}={patterns!r} is not a regular expression: {error}.") from None
+        except TimeoutError:
+            raise LoraInitError(
+                f"{argument}={patterns!r} was not matched with {name!r} within {_PATIENCE:g} s, as happens with "
+                "repetitions inside repetitions. Write it without, or name layers."
+            ) from None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def _closest_names(modules: Mapping[str, nn.Module], patterns: Collection[str]) -> str:
-    """Say which names of a model are closest to some that match nothing; failing that, how linear layers are named."""
+    """Describe which names of a model are closest to some that match nothing; else how linear layers are named."""
     endings = Counter(name.rsplit(".", 1)[-1] for name in modules)
     words = [re.split(r"[^\w]+", pattern.rstrip("$)"))[-1] for pattern in patterns]
     close = [match for word in words for match in difflib.get_close_matches(word, list(endings), n=3)]
@@ -61,14 +67,13 @@ def _closest_names(modules: Mapping[str, nn.Module], patterns: Collection[str]) 
     return f"Closest names: {shown}." if close else f"Its linear layers are named: {shown or 'none'}."
 
 
-def _warn_of_unmatched(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], what: str) -> None:
-    """Warn of names that match nothing: they were meant to do something."""
-    for pattern in names:
-        if not any(matches([pattern], name, what) for name in modules):
-            hint = _closest_names(modules, [pattern])
-            warnings.warn(f"{what}={pattern!r} matches nothing in {type(model).__name__}. {hint}", stacklevel=3)
+def _unmatched(modules: Mapping[str, nn.Module], names: Collection[str]) -> list[str]:
+    """Find the names that match nothing: they were meant to do something."""
+    return [one for one in names if not any(matches([one], name, "") for name in modules)]
 
 
+# Seconds for one name and a regular expression; a sane one takes microseconds.
+_PATIENCE = 1.0
 ALL_LINEAR = "all-linear"
 # What PEFT puts in front of the names of the plain model, in a PeftModel and in an adapter's file.
 PREFIX = "base_model.model."
@@ -134,7 +139,7 @@ class Target:
         return self.name.rpartition(".")[0] if self.experts else self.name
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Give the shapes that A and B of this rank have in PEFT. Those of experts are stacked, A expert by expert."""
+        """Return the shapes of A and B of this rank in PEFT. Those of experts are stacked, A expert by expert."""
         if self.experts:
             return (self.experts * rank, self.in_features), (self.out_features, rank * self.experts)
         channels = self.in_features // math.prod(self.kernel)
@@ -146,7 +151,7 @@ class Target:
         return magnitudes + (math.prod(self.shapes(rank)[1]) if freeze_a else rank * self.cost)
 
     def extras(self) -> dict[str, Any]:
-        """Give the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""
+        """Return the fields that most layers leave at their defaults, as JSON has them; `read_target` reads them."""
         convolution = {"kernel": list(self.kernel), "groups": self.groups} if self.kernel else {}
         return convolution | ({"experts": self.experts} if self.experts else {})
 
@@ -167,7 +172,7 @@ def read_target(name: str, kind: str, in_features: int, out_features: int, extra
 
 
 def file_prefixes(targets: Iterable[Target]) -> dict[str, str]:
-    """Say what stands before `lora_A` in the names of an adapter's tensors, for all its layers in model order.
+    """Return what stands before `lora_A` in the names of an adapter's tensors, for all its layers in model order.
 
     PEFT wraps the module of a fused parameter once for each of its parameters that has an adapter, the last outermost.
     """
@@ -181,18 +186,13 @@ def file_prefixes(targets: Iterable[Target]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Targets:
-    """What `target_modules` selects in one model, in model order.
+    """What `target_modules` selects in one model, in model order."""
 
-    Attributes:
-        layers: Layers that can be initialised from their inputs, by name.
-        unsupported: Layers that PEFT adapts but whose A cannot start from data (an embedding), name to kind, which is
-            `"Parameter"` for a parameter. They keep PEFT's own initialisation.
-        reasons: Why, for each of these.
-    """
-
-    layers: Mapping[str, Target]
+    layers: Mapping[str, Target]  # layers that can be initialized from their inputs, by name
+    # Layers that PEFT adapts but whose A cannot start from data (an embedding), name to kind, which is `"Parameter"`
+    # for a parameter. They keep PEFT's own initialization.
     unsupported: Mapping[str, str]
-    reasons: Mapping[str, str]
+    reasons: Mapping[str, str]  # why, for each of these
 
     def check_layers(self) -> None:
         """Refuse a selection without a single layer whose A can start from data; say why for the first."""
@@ -223,10 +223,11 @@ def find_targets(
         target_parameters: Names of parameters, or dot-separated endings of names: those of fused experts.
 
     Warns:
-        UserWarning: A name in a list matches nothing.
+        UserWarning: A name in `exclude_modules` matches nothing.
 
     Raises:
-        LoraInitError: Nothing matches, or a matched module is one that PEFT cannot adapt.
+        LoraInitError: A name or expression matches nothing, an expression takes more than a second for a name, or a
+            matched module is one that PEFT cannot adapt.
 
     Example:
         >>> from torch import nn
@@ -241,7 +242,9 @@ def find_targets(
     selected = [name for name in selected if not is_in(name, heads)]
     if exclude_modules:
         if not isinstance(exclude_modules, str):
-            _warn_of_unmatched(model, modules, exclude_modules, "exclude_modules")
+            for name in _unmatched(modules, exclude_modules):
+                said = f"exclude_modules={name!r} matches nothing in {type(model).__name__}."
+                warnings.warn(f"{said} {_closest_names(modules, [name])}", stacklevel=2)
         selected = [name for name in selected if not matches(exclude_modules, name, "exclude_modules")]
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
@@ -273,13 +276,13 @@ def _selected(
         return linear if keyword == ALL_LINEAR else _of_purpose(keyword, modules, linear, type(model).__name__)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     selected = [name for name in modules if matches(target_modules, name, "target_modules")]
-    if not selected and (names or not optional):
+    # Of names in a list each has to match: one that is misspelt was meant, too.
+    wrong = _unmatched(modules, names) if names is target_modules else [] if selected else names
+    if wrong or not (selected or optional):
         raise LoraInitError(
-            f"target_modules={target_modules!r} matches no layer of {type(model).__name__}. "
-            + _closest_names(modules, names)
+            f"target_modules={target_modules if wrong is names else wrong!r} matches no layer of "
+            f"{type(model).__name__}. {_closest_names(modules, wrong)}"
         )
-    if not isinstance(target_modules, str):
-        _warn_of_unmatched(model, modules, names, "target_modules")
     return selected
 
 
@@ -296,7 +299,7 @@ def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str
 
 
 def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str]:
-    """Describe a parameter of experts, or give the kind and the reason why it cannot start from data."""
+    """Describe a parameter of experts, or return the kind and the reason why it cannot start from data."""
     if experts is None:
         return "Parameter", "a parameter whose input no interface of transformers' experts shows"
     widths = experts.in_features, experts.out_features
@@ -304,7 +307,7 @@ def _fused_target(name: str, experts: Experts | None) -> Target | tuple[str, str
 
 
 def _target(name: str, module: nn.Module) -> Target | tuple[str, str]:
-    """Describe a layer, or give its kind and the reason why it cannot start from data."""
+    """Describe a layer, or return its kind and the reason why it cannot start from data."""
     kind = class_name(module)
     reason = next((why for without, why in _WITHOUT_ROWS.items() if isinstance(module, without)), None)
     if reason is not None:

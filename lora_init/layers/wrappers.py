@@ -23,7 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Give all modules of a model under the names that they have where no part is wrapped, the plain module each."""
+    """Return all modules of a model under the names that they have where no part is wrapped, the plain module each."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         modules.setdefault(plain_name(name), unwrapped(module))
@@ -41,12 +41,12 @@ def class_name(module: nn.Module) -> str:
 
 
 def model_id(model: nn.Module) -> str:
-    """Give the directory or hub id that a model of transformers was loaded from; empty for others."""
+    """Return the directory or hub id that a model of transformers was loaded from; empty for others."""
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
-    """Give how transformers quantized a model: what its `from_pretrained` takes as `quantization_config`; else None."""
+    """Return how transformers quantized a model, as `quantization_config` of `from_pretrained`; else None."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     if found is None:
         return None
@@ -58,17 +58,17 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a forward pass needs all processes at once (FSDP2)."""
+    """Check whether a forward pass needs all processes at once (FSDP2)."""
     return any(isinstance(module, _fsdp_module()) for module in model.modules())
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Tell whether single layers are split over processes, each of which then reads a part of their inputs."""
+    """Check whether single layers are split over processes, each of which then reads a part of their inputs."""
     return not is_sharded(model) and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Tell whether accelerate brings weights to where they are used and takes them away after the forward pass."""
+    """Check whether accelerate brings weights to where they are used and takes them away after the forward pass."""
     return any(_offloaded_weights(module) for module in model.modules())
 
 
@@ -99,7 +99,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def gathered(tensor: Any) -> Tensor:
-    """Give a parameter whole where processes hold a part each; all of them have to do this at once."""
+    """Return a parameter whole where processes hold a part each; all of them have to do this at once."""
     if hasattr(tensor, "full_tensor"):
         # Of a model whose shards are kept on the CPU, it is the accelerators that can talk to each other.
         tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()

@@ -204,7 +204,7 @@ def _reach(task: _Task, steps: Steps) -> BoolArray:
 
 
 def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
-    """Say where what was collected, not the policy, decided: layers at their top that could have had more.
+    """Report where what was collected, not the policy, decided: layers at their top that could have had more.
 
     Too little data in a layer is a warning; too few components for a budget in ranks, or to spend it, an error.
     """
@@ -237,7 +237,7 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
 
 
 def _uncounted(budget: Budget, unsupported: Mapping[str, str]) -> list[str]:
-    """Say that layers which no data can start, and of which widths are not known, come on top of a budget."""
+    """Report that layers which no data can start, whose widths are not known, come on top of a budget."""
     if not unsupported or budget.unit not in ("parameters", "bytes"):
         return []
     return [f"{budget} does not count {', '.join(unsupported)}: PEFT adds an adapter of the average rank there."]
@@ -269,7 +269,7 @@ class Steps:
         return np.argsort(-self.priority, kind="stable")
 
     def ranks_after(self, taken: BoolArray) -> IntArray:
-        """Give the rank of each layer after the steps that were taken, [n]."""
+        """Return the rank of each layer after the steps that were taken, [n]."""
         widths = np.bincount(self.unit[taken], weights=self.width[taken], minlength=len(self.start))
         return (self.start + widths.astype(np.int64))[self.unit_of]
 
@@ -326,18 +326,11 @@ def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
 
 
 def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> BoolArray:
-    """Take steps in order until the units explain a share of their variance.
+    """Take steps in order until the units explain a share of their variance, summed over all layers, [s].
 
-    Where steps differ in cost (grids, ties), the last one may be dearer than needed, and make an earlier one needless:
-    steps that follow are tried in its place, and what can be given back is.
-
-    Args:
-        steps: All of them explain the share.
-        explained: Sum of the shares that the first r components of a unit's layers explain, [u, K + 1].
-        share: Sum over all layers to reach.
-
-    Returns:
-        Which steps are taken, [s].
+    `explained` is the sum of what the first r components of a unit's layers explain, [u, K + 1]. Where steps differ in
+    cost (grids, ties), the last one may be dearer than needed, and make an earlier one needless: steps that follow are
+    tried in its place, and what can be given back is.
     """
     gain = explained[steps.unit, steps.rank] - explained[steps.unit, steps.rank - steps.width]
     if not len(gain):  # the limits leave no choice

@@ -27,24 +27,16 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent.
+    """What may be spent."""
 
-    Attributes:
-        kind: The argument that was given: `"rank"`, `"total_rank"`, `"parameters"`, `"fraction"`, `"megabytes"` or
-            `"variance"`.
-        asked: Its value.
-        unit: What `limit` counts: `"ranks"`, `"parameters"`, `"bytes"` or `"variance"`.
-        limit: The most that may be spent; for `"variance"`, the share of the variance to reach.
-        dtype: Of the saved adapter, for `"megabytes"`.
-        coverage: `"every-layer"` or `"total"`, for `"variance"`.
-    """
-
+    # The argument that was given: `"rank"`, `"total_rank"`, `"parameters"`, `"fraction"`, `"megabytes"` or
+    # `"variance"`.
     kind: str
-    asked: float
-    unit: str
-    limit: float
-    dtype: str = "float32"
-    coverage: str = ""
+    asked: float  # its value
+    unit: str  # what `limit` counts: `"ranks"`, `"parameters"`, `"bytes"` or `"variance"`
+    limit: float  # the most that may be spent; for `"variance"`, the share of the variance to reach
+    dtype: str = "float32"  # of the saved adapter, for `"megabytes"`
+    coverage: str = ""  # `"every-layer"` or `"total"`, for `"variance"`
 
     def __str__(self) -> str:
         if self.kind == "variance":
@@ -109,14 +101,14 @@ def choose_budget(
 
 
 def bytes_per_parameter(dtype: str) -> int:
-    """Give the size of a saved parameter."""
+    """Return the size of a saved parameter."""
     if dtype not in _BYTES:
         raise LoraInitError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _BYTES)}")
     return _BYTES[dtype]
 
 
 def costs(budget: Budget, targets: Sequence[Target]) -> IntArray:
-    """Give the cost of one rank of each layer in the unit of the budget, [n]."""
+    """Return the cost of one rank of each layer in the unit of the budget, [n]."""
     if budget.unit in ("ranks", "variance"):
         return np.ones(len(targets), dtype=np.int64)
     bytes_each = bytes_per_parameter(budget.dtype) if budget.unit == "bytes" else 1

@@ -52,7 +52,7 @@ def draw_heat_map(axes: Any, ranks: Mapping[str, int]) -> None:
 
 
 def map_size(ranks: Mapping[str, int]) -> tuple[float, float]:
-    """Give the inches at which every cell can be read."""
+    """Return the inches at which every cell can be read."""
     grid = layer_grid(ranks)
     return 0.36 * len(grid.kinds) + 1.2, 0.17 * len(grid.blocks) + 2.4
 

@@ -19,18 +19,12 @@ from lora_init.planning.budgets import BoolArray, IntArray
 
 @dataclass(frozen=True)
 class Limits:
-    """What a layer's rank may be. Rank 0, no adapter, is always allowed unless `min_rank` is above 0.
+    """What a layer's rank may be. Rank 0, no adapter, is always allowed unless `min_rank` is above 0."""
 
-    Attributes:
-        min_rank: Smallest rank.
-        max_rank: Largest rank; None for no limit.
-        multiple_of: Ranks are multiples of this, as some kernels want them.
-        allowed_ranks: The only ranks there are, as for a server that fixes them; None for any.
-    """
-
-    min_rank: int = 0
-    max_rank: int | None = None
-    multiple_of: int = 1
+    min_rank: int = 0  # smallest rank
+    max_rank: int | None = None  # largest rank; None for no limit
+    multiple_of: int = 1  # ranks are multiples of this, as some kernels want them
+    # The only ranks there are, as for a server that fixes them; None for any.
     allowed_ranks: tuple[int, ...] | None = None
 
     def changed(self, settings: Mapping[str, Any], where: str) -> Limits:

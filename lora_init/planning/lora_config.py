@@ -11,12 +11,12 @@ from lora_init.layers.targets import matches
 
 
 def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
-    """Give what B A x is multiplied by in PEFT: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
+    """Return what B A x is multiplied by in PEFT: lora_alpha / rank, or lora_alpha / sqrt(rank)."""
     return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Give the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
+    """Return the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
 
     Example:
         >>> alpha_for(scaling_of(16, 13), 26)
@@ -77,14 +77,8 @@ def lora_config(
 ) -> dict[str, Any]:
     """Write the configuration of an adapter in which each layer has its rank, and all have one scaling.
 
-    Args:
-        ranks: Rank of each layer; one of rank 0 has no adapter.
-        rank: `r`: patterns name the layers of other ranks.
-        scaling: What B A is multiplied by.
-        target_modules: Names or a pattern, see `listed_or_pattern`.
-        use_rslora: Reach the scaling by lora_alpha / sqrt(rank).
-        **others: More of the configuration. What says nothing is left out: older readers refuse keys that they do not
-            know.
+    `rank` is its `r`: patterns name the layers of other ranks; one of rank 0 has no adapter. Of `others` what says
+    nothing is left out: older readers refuse keys that they do not know.
     """
     patterns = to_patterns({name: own for name, own in ranks.items() if own}, rank)
     config = {

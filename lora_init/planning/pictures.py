@@ -30,7 +30,7 @@ FORMATS = {".png": "PNG picture", ".svg": "SVG picture", ".html": "HTML page"}
 
 
 def picture_kind(path: Path) -> str:
-    """Say what kind of file a picture's name asks for.
+    """Return what kind of file a picture's name asks for.
 
     Raises:
         LoraInitError: None that can be written.
@@ -42,11 +42,6 @@ def picture_kind(path: Path) -> str:
 
 def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> Path:
     """Draw a plan: heat map of ranks, spectra with the ranks marked, and what other budgets and policies explain.
-
-    Args:
-        plan: What to draw.
-        stats: What it was made from.
-        path: Ends in .png, .svg or .html.
 
     Raises:
         LoraInitError: Another ending, a plan for another model, or a file that cannot be written.
@@ -97,7 +92,7 @@ def _by_kind(ranks: Mapping[str, int]) -> dict[str, dict[int, str]]:
 
 
 def uniform_twin(plan: RankAllocation, stats: Statistics) -> RankAllocation:
-    """Give the same total rank to the same layers as evenly as can be: what the plan is to be compared with."""
+    """Compute what the plan is compared with: the same total rank, shared out as evenly as can be."""
     with warnings.catch_warnings():  # where the data has too few directions was said when the plan was made
         warnings.simplefilter("ignore")
         return allocate_ranks(stats, total_rank=plan.total_rank, policy="uniform", exclude=plan.excluded)
@@ -122,10 +117,8 @@ def totals_against_uniform(plan: RankAllocation, stats: Statistics) -> list[tupl
 def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int, float]]:
     """Plan for budgets from an eighth of the plan's parameters to eight times as many, as far as components reach.
 
-    Rank limits, ties and exclusions are the plan's; so is rho, relative to the average rank of each budget.
-
-    Returns:
-        Explained variance by parameters, for each policy.
+    For each policy what is explained, by parameters. Rank limits, ties and exclusions are the plan's; so is rho,
+    relative to the average rank of each budget.
     """
     settings = {"rho": 2.0, **plan.settings}
     spectra = stack_spectra(stats, [name for name in plan if name not in set(plan.excluded)])
@@ -144,7 +137,7 @@ def budget_curves(plan: RankAllocation, stats: Statistics) -> dict[str, dict[int
     return curves
 
 
-# From the palette of Okabe and Ito, distinct to every kind of colour vision, as are dashes and markers.
+# From the palette of Okabe and Ito, distinct to every kind of color vision, as are dashes and markers.
 _STYLES = (
     {"color": "#555555", "linestyle": "--", "marker": "s"},
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
-from lora_init.files import read_json, write_whole
+from lora_init.files import read_fields, read_json, write_whole
 from lora_init.layers.targets import Target, read_target
 from lora_init.planning.budgets import Budget, bytes_per_parameter
 from lora_init.planning.heat_map import heat_map_figure, rank_grid
@@ -140,7 +140,7 @@ class RankAllocation(Mapping[str, int]):
         return self.parameters * (bytes_per_parameter(self.budget.dtype) if self.budget.unit == "bytes" else 1)
 
     def check_model(self, fingerprint: str, name: str) -> None:
-        """Make sure that the plan was made for the model with a fingerprint. One made by hand has none and fits any."""
+        """Check that the plan was made for the model with a fingerprint. One made by hand has none and fits any."""
         made = self.provenance
         if made is not None and made.fingerprint and fingerprint and made.fingerprint != fingerprint:
             raise LoraInitError(
@@ -149,7 +149,7 @@ class RankAllocation(Mapping[str, int]):
             )
 
     def check(self, stats: Statistics) -> None:
-        """Make sure that the plan fits these statistics: of the same model, with all its layers."""
+        """Check that the plan fits these statistics: of the same model, with all its layers."""
         made = stats.provenance
         self.check_model(made.fingerprint, f"the model of the statistics, {made.model_id or made.model_class}")
         missing = next((name for name in self.ranks if name not in stats), None)
@@ -160,18 +160,18 @@ class RankAllocation(Mapping[str, int]):
 
 
 def source_text(plan: RankAllocation) -> str:
-    """Say what a plan was computed from."""
+    """Describe what a plan was computed from."""
     made = plan.provenance
     if made is None:
         return "a plan made by hand"
     model = made.model_id or made.model_class or "a model without a name"
     rows = f"{made.n_samples:,} rows in {made.n_batches} batches" if made.n_samples else "rows that were not counted"
-    centred = "centred (PCA)" if made.center else "not centred (second moment)"
-    return f"the inputs of each layer of {model} on {made.data or 'data not described'}: {rows}, {centred}"
+    centered = "centered (PCA)" if made.center else "not centered (second moment)"
+    return f"the inputs of each layer of {model} on {made.data or 'data not described'}: {rows}, {centered}"
 
 
 def plan_text(plan: RankAllocation) -> str:
-    """Say what was asked for, in the words of the command line."""
+    """Describe what was asked for, in the words of the command line."""
     settings = [
         f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in plan.settings.items()
     ]
@@ -302,22 +302,10 @@ def _plan_from(content: Mapping[str, Any]) -> RankAllocation:
         },
         explained={name: float(layer["explained_variance"]) for name, layer in layers.items()},
         policy=str(content["policy"]),
-        budget=_read_fields(Budget, content["budget"]) if content["budget"] else None,
+        budget=read_fields(Budget, content["budget"]) if content["budget"] else None,
         settings=content["settings"],
-        provenance=_read_fields(Provenance, content["provenance"]) if content["provenance"] else None,
+        provenance=read_fields(Provenance, content["provenance"]) if content["provenance"] else None,
         unsupported=content["unsupported"],
         excluded=tuple(map(str, content["excluded"])),
         notes=tuple(map(str, content["notes"])),
     )
-
-
-_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-
-
-def _read_fields(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """Make a dataclass of the fields that it knows."""
-    known = {item.name: _TYPES.get(str(item.type), object) for item in fields(kind)}
-    for name, value in values.items():
-        if name in known and not isinstance(value, known[name]):
-            raise ValueError(f"{kind.__name__} has {name}={value!r}")
-    return kind(**{name: value for name, value in values.items() if name in known})

@@ -21,21 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Policy:
-    """What ranks compete by.
+    """What ranks compete by."""
 
-    Attributes:
-        function: Takes K numbers of each layer, [n, K], 0 where a layer has fewer, and d_in + d_out of each layer, [n];
-            returns the worth of each rank, [n, K].
-        reads: Gives the numbers of one layer where they come from its gradients. None for the explained-variance ratio
-            of each component, falling.
-        per_parameter: Whether ranks compete by worth per parameter, and not by worth.
-        if_zero: Why all numbers may be 0, where they come from gradients.
-    """
-
+    # Takes K numbers of each layer, [n, K], 0 where a layer has fewer, and d_in + d_out of each layer, [n]; returns the
+    # worth of each rank, [n, K].
     function: Callable[[FloatArray, FloatArray], FloatArray]
+    # Gives the numbers of one layer where they come from its gradients. None for the explained-variance ratio of each
+    # component, falling.
     reads: Callable[[Statistics, str], Sequence[float]] | None = None
-    per_parameter: bool = False
-    if_zero: str = "the loss depends on no layer"
+    per_parameter: bool = False  # whether ranks compete by worth per parameter, and not by worth
+    if_zero: str = "the loss depends on no layer"  # why all numbers may be 0, where they come from gradients
 
     @property
     def by_gradient(self) -> bool:

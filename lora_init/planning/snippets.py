@@ -20,25 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snippet:
-    """What a tool's function writes down.
+    """What a tool's function writes down."""
 
-    Attributes:
-        plan: Where the ranks come from.
-        scaling: Of every layer.
-        use_rslora: Whether the tool may write that scaling as rsLoRA.
-        about: What the plan is, as comments.
-        command: What makes an adapter of the plan, for tools that need it made first.
-        recommended: learning_rate, warmup and schedule for that adapter; empty if none were measured.
-        advice: The same in a line, or what to do where none were.
-    """
-
-    plan: RankAllocation
-    scaling: float
-    use_rslora: bool
-    about: tuple[str, ...]
-    command: str
-    recommended: Mapping[str, Any]
-    advice: str
+    plan: RankAllocation  # where the ranks come from
+    scaling: float  # of every layer
+    use_rslora: bool  # whether the tool may write that scaling as rsLoRA
+    about: tuple[str, ...]  # what the plan is, as comments
+    command: str  # what makes an adapter of the plan, for tools that need it made first
+    recommended: Mapping[str, Any]  # learning_rate, warmup and schedule for that adapter; empty if none were measured
+    advice: str  # the same in a line, or what to do where none were
 
 
 def snippet(
@@ -50,16 +40,9 @@ def snippet(
     recommended: Mapping[str, Any] | None = None,
     advice: str = "",
 ) -> str:
-    """Write a plan as what a tool reads.
+    """Write a plan as what a tool of `TOOLS` reads; all layers are scaled by lora_alpha over the average rank.
 
-    Args:
-        plan: Where the ranks come from.
-        tool: A name of `TOOLS`, such as `"peft"`, `"axolotl"` or `"csv"`.
-        lora_alpha: Relative to `plan.rank`; every layer is scaled alike, by lora_alpha / rank.
-        use_rslora: Scale by lora_alpha / sqrt(rank) instead.
-        plan_path: Where the plan is or will be saved, for tools that need the adapter made first.
-        recommended: What was measured for an adapter that is made of the plan: learning_rate, warmup and schedule.
-        advice: The same in a line, or what to do where nothing was.
+    `recommended` and `advice` are as in `Snippet`; the plan is or will be saved at `plan_path`.
 
     Raises:
         LoraInitError: Unknown tool; an alpha that is not positive, or for axolotl one that is not whole for every rank;
@@ -166,7 +149,7 @@ def _made_first(asked: Snippet, start: str, older: str = "") -> str:
 
 
 def _training(asked: Snippet, warmup: str, schedule: str = "lr_scheduler_type") -> dict[str, Any]:
-    """Give what is recommended, under a tool's names; the warm-up is a share of all steps."""
+    """Return what is recommended, under a tool's names; the warm-up is a share of all steps."""
     names = {"learning_rate": "learning_rate", "warmup": warmup, "schedule": schedule}
     return {name: asked.recommended[key] for key, name in names.items() if key in asked.recommended}
 

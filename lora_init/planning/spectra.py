@@ -18,24 +18,16 @@ from lora_init.statistics.statistics import Statistics
 
 @dataclass(frozen=True, eq=False)
 class Spectra:
-    """What n layers' components explain, at most K components each.
+    """What n layers' components explain, at most K components each."""
 
-    Attributes:
-        names: Layer names.
-        targets: Their kinds and widths.
-        ratios: Explained-variance ratio of each component, falling, [n, K]; 0 beyond what a layer has.
-        reached: Share of the variance that the first r components explain, [n, K + 1]: column r. 1 where rows are
-            constant: there is nothing to explain.
-        collected: Components that each layer has, [n].
-        starved: Layers that have fewer components than were asked for, because their data has no more, [n].
-    """
-
-    names: list[str]
-    targets: list[Target]
-    ratios: FloatArray
+    names: list[str]  # layer names
+    targets: list[Target]  # their kinds and widths
+    ratios: FloatArray  # explained-variance ratio of each component, falling, [n, K]; 0 beyond what a layer has
+    # Share of the variance that the first r components explain, [n, K + 1]: column r. 1 where rows are constant: there
+    # is nothing to explain.
     reached: FloatArray
-    collected: IntArray
-    starved: BoolArray
+    collected: IntArray  # components that each layer has, [n]
+    starved: BoolArray  # layers that have fewer components than were asked for, because their data has no more, [n]
 
     @property
     def most_collected(self) -> int:
@@ -43,7 +35,7 @@ class Spectra:
         return int(self.ratios.shape[1])
 
     def reached_at(self, ranks: IntArray) -> FloatArray:
-        """Give the share of its variance that each layer's rank explains, [n]."""
+        """Return the share of its variance that each layer's rank explains, [n]."""
         return np.take_along_axis(self.reached, ranks[:, None], axis=1)[:, 0]
 
     @property
@@ -71,10 +63,10 @@ def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
     most = int(collected.max(initial=0))
     ratios = _stacked(rows, most)
     d_in = np.array([target.in_features for target in targets], dtype=np.int64)
-    # A pass asks for at least as many as its average rank. A layer with fewer, or with as many as there were rows (one
-    # less where the mean is taken out), would not have more if more had been asked for.
+    # A pass asks for rank x rho; a merge keeps fewer, and an old file does not say rho. A layer with fewer, or with as
+    # many as there were rows (one less where the mean is taken out), would not have more if more had been asked for.
     few_rows = 0 < stats.provenance.n_samples <= most + 1
-    asked = max(most, stats.provenance.rank)
+    asked = max(most, round(stats.provenance.rank * stats.provenance.settings.get("rho", 1.0)))
     starved = (collected < d_in) & ((collected < asked) | few_rows)
     reached = np.concatenate([np.zeros((len(rows), 1)), np.cumsum(ratios, axis=1)], axis=1)
     reached[[stats.total_variance(name) <= 0.0 for name in names]] = 1.0

@@ -30,8 +30,8 @@ class GradientSpectrum:
     All tensors are on the CPU.
 
     Attributes:
-        weighted: Principal directions of the rows |g| x, uncentred. `explained_variance` is the expected squared
-            gradient of B, for one token, along each of them; the first r maximise its sum over all A of r orthonormal
+        weighted: Principal directions of the rows |g| x, uncentered. `explained_variance` is the expected squared
+            gradient of B, for one token, along each of them; the first r maximize its sum over all A of r orthonormal
             rows. `total_variance` is E |g|^2 |x|^2. Layers are comparable: all are gradients of one loss.
         left: Left singular vectors of the mean gradient G of the weight, orthonormal rows, float32 [k, d_out].
         singular_values: Its singular values, falling, float64 [k].
@@ -239,7 +239,7 @@ class MeanGradient:
         return self
 
     def agreement(self, other: MeanGradient, rank: int) -> float:
-        """Give the cosine between the two mean gradients, at least 0; `rank` is that of `IncrementalSVD.agreement`."""
+        """Compute the cosine of the two mean gradients, at least 0; `rank` is that of `IncrementalSVD.agreement`."""
         if self._state is None or other._state is None:
             return 0.0
         (a, b), (c, d) = self._state.factors(), other._state.to(self._state.left.device).factors()
@@ -247,7 +247,7 @@ class MeanGradient:
         return max(squares[0], 0.0) / math.sqrt(squares[1] * squares[2]) if min(squares[1:]) > 0 else 1.0
 
     def triplets(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the leading singular triplets of G: left [k, d_out], values [k] float64, right [k, d_in], on the CPU.
+        """Return the leading singular triplets of G: left [k, d_out], values [k] float64, right [k, d_in], on the CPU.
 
         Rows are orthonormal; there are fewer where G has fewer directions.
         """
@@ -260,7 +260,7 @@ class MeanGradient:
 
 
 def _balancing(rows: Tensor) -> Tensor:
-    """Give factors that bring entries of the core to one size: singular values span orders of magnitude."""
+    """Compute factors that bring entries of the core to one size: singular values span orders of magnitude."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     factors: Tensor = norms.clamp_min(max(_ROUNDING * float(norms.max()), 1e-300)).rsqrt()
     return factors

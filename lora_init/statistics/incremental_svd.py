@@ -108,25 +108,20 @@ class _State(NamedTuple):
         scale = diagonal.clamp_min(float(diagonal.max()) * NEGLIGIBLE).rsqrt()[:, None]
         scaled = sums.gram * scale * scale.T
         scaled.diagonal().add_(_RIDGE)
-        root = torch.linalg.cholesky(scaled).to(sums.image.device)
-        factor = torch.linalg.solve_triangular(root, scale.to(root) * sums.image, upper=False)  # F^T F is the new C
-        weights, directions = principal_directions(factor, len(factor))
+        root = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), scale.flatten().diag(), upper=False)
+        root = root.to(sums.image.device)
+        weights, directions = principal_directions(root @ sums.image, len(root))  # of F with F^T F the new C
         # What the old rows had outside of V is forgotten. For the next T, they are taken to have it as the new ones do,
         # the less so the fewer new rows there are for a direction: then it is mostly noise.
         image = new.image.double()
         outside = image - (image @ directions.T) @ directions
         guess = sums.image + self.moments.n_samples / (new.moments.n_samples + image.shape[1]) * outside
         # Scaled like F, so that directions are told apart by their spread and not by its square.
-        factor = torch.linalg.solve_triangular(root, scale.to(root) * guess, upper=False)
-        _, tests = principal_directions(factor, len(factor))
+        _, tests = principal_directions(root @ guess, len(root))
         return _State(sums.moments, directions.float(), weights.cpu(), tests.float())
 
     def captured_by(self, overlap: Tensor) -> float:
-        """Say what other directions capture, over what as many of these do.
-
-        Args:
-            overlap: Squared cosines of the other directions and these, float64 [r, k].
-        """
+        """Compute what r other directions capture over what as many of these do, from squared cosines [r, k]."""
         width, size = self.directions.shape[1], len(self.weights)
         rest = (self.moments.scatter - float(self.weights.sum())) / max(width - size, 1)  # along each of all others
         captured = overlap @ self.weights + (1.0 - overlap.sum(1)) * max(rest, 0.0)
@@ -134,7 +129,7 @@ class _State(NamedTuple):
         return min(float(captured.sum()) / best, 1.0) if best > 0 else 1.0
 
     def rows(self) -> _Rows:
-        """Give C by rows."""
+        """Return C by rows."""
         return _Rows(self.moments, self.weights.sqrt().to(self.directions.device)[:, None] * self.directions)
 
     def to(self, device: torch.device) -> _State:
@@ -171,7 +166,7 @@ class IncrementalSVD:
 
     Args:
         n_components: Components to report.
-        center: Subtract the mean (PCA). False gives the uncentred second moment.
+        center: Subtract the mean (PCA). False gives the uncentered second moment.
         seed: Seed of the random start of the first batch.
 
     Attributes:
@@ -245,7 +240,7 @@ class IncrementalSVD:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         rows = rows if weights is None else rows * weights[:, None]
         try:
-            moments, rows, mean = _centred(rows, self.center)
+            moments, rows, mean = _centered(rows, self.center)
         except LoraInitError:
             self.forget_batch()
             raise
@@ -274,7 +269,8 @@ class IncrementalSVD:
         start = torch.randn(self._n_directions, offsets.shape[1], generator=generator).to(offsets)
         if self._state is not None:
             start[: len(self._state.directions)] = self._state.directions
-        self._few = _Rows(moments, _compressed(offsets, start)).plus(self._few)
+        few = len(offsets) <= min(start.shape)
+        self._few = _Rows(moments, offsets if few else leading_rows(offsets, start)).plus(self._few)
 
     def update(self) -> None:
         """Complete the batch that was projected, and set `held_out`."""
@@ -320,7 +316,7 @@ class IncrementalSVD:
         return self
 
     def agreement(self, other: IncrementalSVD, rank: int) -> float:
-        """Say what share of the variance that the first directions of one capture the other's capture, too, in [0, 1].
+        """Compute what share of the variance that the first directions of one capture the other's capture, in [0, 1].
 
         The mean of both ways; 0 if one of them has seen nothing. What a set has outside of its directions is taken to
         be the same along all others. Rows that are gathered, and not in the directions yet, do not count.
@@ -344,17 +340,17 @@ class IncrementalSVD:
         return freeze(moments, directions[: self.n_components], weights[: self.n_components])
 
 
-def _centred(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
-    """Give the moments of rows [n, d], and rows and a mean [d] whose difference is exact.
+def _centered(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
+    """Return the moments of rows [n, d], and rows and a mean [d] whose difference is exact.
 
     Those are the rows as they came and their mean, so that nothing of n x d is made, unless the mean is so large that
-    the difference of products would be rounding: then the rows are centred and the mean given is zero. They are in
-    float64 if squares demand it. Uncentred, the mean is zero.
+    the difference of products would be rounding: then the rows are centered and the mean given is zero. They are in
+    float64 if squares demand it. Uncentered, the mean is zero.
     """
     mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
     squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
     if rows.dtype != torch.float64 and not _SMALLEST < squares < _LARGEST:
-        return _centred(rows.double(), center)
+        return _centered(rows.double(), center)
     if not math.isfinite(squares):
         raise_if_not_finite(rows.square().sum(1))
     of_mean = len(rows) * float(mean.double() @ mean.double())
@@ -367,24 +363,14 @@ def _centred(rows: Tensor, center: bool) -> tuple[Moments, Tensor, Tensor]:
     return Moments(len(rows), mean.double(), scatter), offsets, torch.zeros_like(mean)
 
 
-def _compressed(offsets: Tensor, start: Tensor) -> Tensor:
-    """Reduce centred rows [n, d] to k at most of nearly the same scatter matrix."""
-    return offsets if len(offsets) <= min(start.shape) else leading_rows(offsets, start)
-
-
 def leading_rows(rows: Tensor, start: Tensor) -> Tensor:
-    """Take the leading right singular vectors of rows [n, d], each times its value: a randomised SVD.
+    """Compute the leading right singular vectors of rows [n, d], each times its value: a randomized SVD.
 
-    Args:
-        rows: The matrix.
-        start: Where the subspace iteration begins, [k, d].
-
-    Returns:
-        At most k orthogonal rows by falling length, [min(k, n, d), d].
+    Subspace iteration begins at `start`, [k, d]. At most k orthogonal rows by falling length, [min(k, n, d), d].
     """
     basis = torch.linalg.qr(start[: rows.shape[1]].T).Q  # [d, k]
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-    _, scale, vectors = torch.linalg.svd(rows @ basis, full_matrices=False)
-    factor: Tensor = scale[:, None] * (vectors @ basis.T)
+    squares, vectors = principal_directions((rows @ basis).double(), basis.shape[1])
+    factor: Tensor = (squares.sqrt()[:, None] * vectors).to(basis) @ basis.T
     return factor

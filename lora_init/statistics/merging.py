@@ -89,7 +89,7 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
 
 
 def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
-    """Say how many components to keep, given the groups of each part: as many as every part has that left any out.
+    """Compute how many components to keep, given the groups of each part: as many as every part has that left any out.
 
     A part that saw few rows has few components and lacks nothing. One that was asked for fewer than another lacks the
     rest, and what is known of that from the other alone would pass for the whole.
@@ -103,7 +103,7 @@ def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:
 
 
 def _check_weights(parts: Sequence[Statistics], weights: Sequence[float] | None) -> list[float] | None:
-    """Give the weights as numbers; refuse what is not one share for each part, and one part alone."""
+    """Return the weights as numbers; raise if they are not one share for each part, or there is one part alone."""
     for part in parts:
         if not isinstance(part, Statistics):
             raise LoraInitError(f"merge got a {type(part).__name__}, not Statistics. Read files by Statistics.load.")
@@ -138,7 +138,7 @@ def _check_parts(parts: Sequence[Statistics]) -> None:
 
 
 def _have_same_rows(part: Statistics, other: Statistics) -> bool:
-    """Tell it by numbers of rows, total variances and, where these agree, the means: single rows have no variance."""
+    """Compare numbers of rows, total variances and, where these agree, the means: single rows have no variance."""
     counts = [[(group, s.total_variance, s.n_samples) for group, s in one.groups.items()] for one in (part, other)]
     return counts[0] == counts[1] and all(
         torch.equal(part.groups[group].mean, other.groups[group].mean) for group in part.groups
@@ -172,11 +172,9 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
 
 
 def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, dict[int, str]]]:
-    """Group the layers that share a group in every part.
+    """Group the layers that share a group in every part: the group of each layer, and its name in each part by number.
 
-    Returns:
-        For each layer, in model order, the name of its group; for each group, the parts that have it, by number, and
-        what it is called there. Groups of experts follow that of their parameter.
+    Layers are in model order. Groups of experts follow that of their parameter.
     """
     order: TopologicalSorter[str] = TopologicalSorter({name: () for part in parts for name in part.group_of})
     for part in parts:

@@ -16,25 +16,15 @@ class SecondMoment:
 
     Its powers have the same eigenvectors, so that rows are multiplied by them at a cost of k x d each, and no d x d
     matrix is made.
-
-    Attributes:
-        directions: U^T, orthonormal rows, float64 [k, d].
-        excess: u, how much more than s each direction has, float64 [k].
-        floor: s.
     """
 
-    directions: Tensor
-    excess: Tensor
-    floor: float
+    directions: Tensor  # U^T, orthonormal rows, float64 [k, d]
+    excess: Tensor  # u, how much more than s each direction has, float64 [k]
+    floor: float  # s
 
     @classmethod
     def of(cls, spectrum: Spectrum, damping: float = 0.0) -> SecondMoment:
-        """Take S = V diag(v - s) V^T + m m^T + s I from a spectrum: its components, mean, and isotropic rest.
-
-        Args:
-            spectrum: Of the rows.
-            damping: Share of the mean eigenvalue that is added to all.
-        """
+        """Compute S = V diag(v - s) V^T + m m^T + s I; a share `damping` of the mean eigenvalue is added to all."""
         mean, rest = spectrum.mean.double(), spectrum.noise_variance
         leading = (spectrum.explained_variance - rest).clamp_min(0.0).sqrt()[:, None] * spectrum.components.double()
         _, scale, directions = torch.linalg.svd(torch.cat([leading, mean[None]]), full_matrices=False)
@@ -48,5 +38,5 @@ class SecondMoment:
         return product
 
     def to(self, like: Tensor) -> SecondMoment:
-        """Give the same on the device and in the type of a tensor."""
+        """Return the same on the device and in the type of a tensor."""
         return SecondMoment(self.directions.to(like), self.excess.to(like), self.floor)

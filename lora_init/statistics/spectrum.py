@@ -21,7 +21,7 @@ class Spectrum:
             is positive.
         explained_variance: Variance along each component, divided by n - 1, float64 [k].
         total_variance: Variance over all d_in directions, exact: not the sum of what was kept.
-        mean: Mean row, float32 [d_in]. Zero where the decomposition is uncentred.
+        mean: Mean row, float32 [d_in]. Zero where the decomposition is uncentered.
         n_samples: Number of rows seen.
     """
 
@@ -83,7 +83,7 @@ class Moments:
     """Count, mean and total scatter, exact under any split of the rows (Chan, Golub and LeVeque 1983)."""
 
     n_samples: int
-    mean: Tensor  # [d], float64; zero if uncentred
+    mean: Tensor  # [d], float64; zero if uncentered
     scatter: float  # sum of squared distances from the mean
 
     def plus(self, other: Moments) -> tuple[Moments, Tensor]:
@@ -110,7 +110,7 @@ def freeze(moments: Moments, directions: Tensor, weights: Tensor) -> Spectrum:
 
 
 def principal_directions(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Give the `size` largest eigenvalues of rows^T rows, falling, [k], and their directions [k, d], all in float64.
+    """Compute the `size` largest eigenvalues of rows^T rows, falling, [k], and their directions [k, d], all in float64.
 
     They are those of the smaller of the two Gram matrices; fewer where the rest is rounding. Directions of the smallest
     eigenvalues are orthonormal to fewer digits: `freeze` mends that.
@@ -133,9 +133,9 @@ def check_rows(rows: Tensor, width: int | None) -> None:
 
 
 def check_alike(one_center: bool, other_center: bool) -> None:
-    """Refuse to merge centred with uncentred."""
+    """Refuse to merge centered with uncentered."""
     if other_center != one_center:
-        raise LoraInitError("merge: one decomposition is centred and the other is not. Collect both the same way.")
+        raise LoraInitError("merge: one decomposition is centered and the other is not. Collect both the same way.")
 
 
 def raise_if_not_finite(row_norms: Tensor) -> None:
@@ -158,7 +158,7 @@ class ExactPCA:
 
     Args:
         n_components: Components to report; None for all.
-        center: Subtract the mean (PCA). False gives the uncentred second moment.
+        center: Subtract the mean (PCA). False gives the uncentered second moment.
     """
 
     def __init__(self, n_components: int | None = None, center: bool = True) -> None:

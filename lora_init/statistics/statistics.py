@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lora_init.errors import LoraInitError, require
+from lora_init.files import is_of, read_fields
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, read_target
 from lora_init.statistics.gradient_spectrum import GradientSpectrum
@@ -224,7 +224,7 @@ class Statistics(Mapping[str, Spectrum]):
         return self.groups[self.group_of[name]].explained_variance_ratio
 
     def gradient(self, name: str) -> GradientSpectrum:
-        """Give what the loss says about a layer.
+        """Return what the loss says about a layer.
 
         Its mean gradient is that of the loss by the weight; with `token_mask="labels"` the part of it that comes from
         the tokens that predict a label.
@@ -241,12 +241,12 @@ class Statistics(Mapping[str, Spectrum]):
         return self.gradients[name]
 
     def of_experts(self, name: str) -> list[Spectrum]:
-        """Give the spectrum of each expert of a fused parameter; with too few rows of its own, that of all together."""
+        """Return the spectrum of each expert of a fused parameter; with too few rows of its own that of all experts."""
         few, pooled, n_experts = set(self.experts_with_few_rows(name)), self[name], self.targets[name].experts
         return [pooled if i in few else self.groups[expert_group(name, i)] for i in range(n_experts)]
 
     def experts_with_few_rows(self, name: str) -> list[int]:
-        """Name the experts of a fused parameter that read fewer than two rows for each component to be found."""
+        """Find the experts of a fused parameter that read fewer than two rows for each component to be found."""
         least = 2 * len(self.explained_variance(name))
         counts = [self.rows_of_expert(name, expert) for expert in range(self.targets[name].experts)]
         return [expert for expert, count in enumerate(counts) if count < least]
@@ -339,7 +339,7 @@ class Statistics(Mapping[str, Spectrum]):
         file = TensorFile(path, FORMAT, *_READABLE)
         with file.checking("its content"):
             header = {"gradients": {}, **file.header}
-            groups, made = header["groups"], header["provenance"]
+            groups = header["groups"]
             shares = {name: group["held_out"] for name, group in groups.items()}
             statistics = cls(
                 groups={name: _read_group(file, name, group) for name, group in groups.items()},
@@ -348,7 +348,7 @@ class Statistics(Mapping[str, Spectrum]):
                     name: read_target(name, kind, d_in, d_out, extras[0] if extras else {})
                     for name, (_, kind, d_in, d_out, *extras) in header["layers"].items()
                 },
-                provenance=Provenance(**{one.name: made[one.name] for one in fields(Provenance) if one.name in made}),
+                provenance=read_fields(Provenance, header["provenance"]),
                 held_out={name: math.nan if share is None else float(share) for name, share in shares.items()},
                 unsupported=header["unsupported"],
                 gradients={
@@ -362,11 +362,7 @@ class Statistics(Mapping[str, Spectrum]):
 
     def _check(self, file: TensorFile) -> None:
         """Refuse a file whose parts do not fit each other."""
-        hints = get_type_hints(Provenance)
-        for name, value in vars(self.provenance).items():
-            if not _is_of(value, hints[name]):
-                raise file.changed(f"its provenance, {name}={value!r},")
-        if not _is_of(self.unsupported, dict[str, str]):
+        if not is_of(self.unsupported, dict[str, str]):
             raise file.changed("its list of unsupported layers")
         if not self.gradients.keys() <= self.group_of.keys():
             raise file.changed("its list of layers")
@@ -404,17 +400,3 @@ def _floats(file: TensorFile, name: str, part: str) -> Tensor:
     if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
         raise file.changed(f"tensor {name + '/' + part!r}")
     return tensor
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Tell whether a value from JSON is of a type such as `list[str] | None`."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_is_of(value, one) for one in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_is_of(each, inner[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_is_of(each, inner[1]) for each in value.values())
-    if hint is float:
-        return isinstance(value, (int, float))
-    return hint is Any or isinstance(value, hint)

@@ -200,7 +200,7 @@ def test_verbose_and_debug_let_the_traceback_through(command, monkeypatch, optio
 
 
 def test_quiet_prints_warnings_and_what_was_asked_for_but_no_summary(command, tmp_path):
-    command += ["--statistics", str(tmp_path / "stats"), "--target-modules", "q_prj,v_proj"]
+    command += ["--statistics", str(tmp_path / "stats"), "--exclude-modules", "q_prj"]
     assert run_here(*command).exit_code == 0
     loud = run_here(*command, "--overwrite")
     quiet = run_here(*command, "--overwrite", "--quiet")

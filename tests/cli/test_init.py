@@ -1,6 +1,7 @@
 """`lora-init init`: the adapter that it makes, the statistics file, and what it refuses."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -656,11 +657,17 @@ def test_what_can_be_refused_is_refused_before_the_weights_are_read(command, mon
 
 
 def test_a_name_that_matches_nothing_is_said_once(command):
-    result = run(*command, "--target-modules", "q_prj,v_proj", "--exclude-modules", "lm_haed")
+    assert_one_line_error(run(*command, "--target-modules", "q_prj,v_proj"), "Closest names: 'q_proj'")
+    result = run(*command, "--target-modules", "q_proj,v_proj", "--exclude-modules", "lm_haed")
     assert result.exit_code == 0, result.stderr
-    first, second = result.stderr.splitlines()
-    assert first.startswith("warning: --target-modules 'q_prj' matches nothing in LlamaForCausalLM")
-    assert second.startswith("warning: --exclude-modules 'lm_haed' matches nothing in LlamaForCausalLM")
+    assert result.stderr.startswith("warning: --exclude-modules 'lm_haed' matches nothing in LlamaForCausalLM")
+
+
+def test_the_average_that_is_printed_is_that_of_the_ranks(command):
+    result = run(*command, "--rank", "16", "--max-length", "8", "--samples", "2")
+    assert result.exit_code == 0 and "as many ranks as the data has directions" in result.stderr
+    low, high, average = re.search(r"rank (\d+) to (\d+) \(average ([\d.]+)\)", result.stdout).groups()
+    assert float(low) <= float(average) <= float(high) < 16
 
 
 def make_bad_models(home, folder):

@@ -126,7 +126,7 @@ def test_layers_that_never_run_are_said_and_those_that_run_twice_count_twice():
     assert list(stats) == ["twice"]
     assert stats.unsupported == {"never": "Linear"}
     assert stats["twice"].n_samples == 3 * 64 * 2
-    assert "never: never ran; PEFT's own initialisation." in stats.provenance.notes
+    assert "never: never ran; PEFT's own initialization." in stats.provenance.notes
 
 
 def test_fewer_rows_than_components_are_used_and_said():

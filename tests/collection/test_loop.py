@@ -7,6 +7,8 @@ from torch import nn
 
 from lora_init import collect, principal_angles
 from lora_init.collection.collect import Interrupted
+from lora_init.collection.loop import GroupRecord, both
+from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests import reference
 from tests.collection.made import low_rank_inputs, two_layers
 from tests.conftest import batches_for, tiny_llama
@@ -175,7 +177,7 @@ def test_a_layer_that_first_ran_in_an_interrupted_batch_is_as_if_it_never_ran(gr
         collect(Late(), low_rank_inputs(5), rank=2, **loss)
     stats = caught.value.statistics
     assert list(stats) == ["early"] and stats.provenance.n_batches == 2
-    assert stats.provenance.notes == ["late: never ran; PEFT's own initialisation."]
+    assert stats.provenance.notes == ["late: never ran; PEFT's own initialization."]
 
 
 def test_the_progress_bar_is_quiet_unless_asked(capsys):
@@ -189,3 +191,29 @@ def test_time_is_accounted_for():
     seconds = collect(tiny_llama(), batches_for("llama"), rank=2).provenance.seconds
     assert set(seconds) == {"forward", "decomposition", "data"}
     assert seconds["forward"] > 0 < seconds["decomposition"]
+
+
+def record(*batches):
+    one = GroupRecord(both(lambda: IncrementalSVD(4)))
+    for batch in batches:
+        one.current.project(batch)
+        one.update()
+    return one
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (3, 1), (3, 3), (1, 4)])
+def test_halves_of_processes_merge_into_halves(counts):
+    """Whatever number of batches each has; what they would keep is known as soon as there are two batches."""
+    rows = torch.randn(sum(counts), 100, 32, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(32)
+    one, other = record(*rows[: counts[0]]), record(*rows[counts[0] :])
+    one.merge(other)
+    few, many = sorted(half.n_samples for half in one.halves)
+    assert few + many == 100 * sum(counts) and many - few <= 100 * (sum(counts) % 2)
+    one.compare(4)
+    assert one.keeps > 0.9
+
+
+def test_one_batch_says_nothing_of_other_data():
+    model, batch = torch.nn.Sequential(torch.nn.Linear(32, 8)), torch.randn(100, 32)
+    assert collect(model, [batch], rank=2).provenance.keeps is None
+    assert 0 < collect(model, [batch, batch[:50]], rank=2).provenance.keeps <= 1

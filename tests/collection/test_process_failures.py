@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 
-from lora_init import LoraInitError, collect
+from lora_init import LoraInitError, Statistics, collect
+from lora_init.collection import loop
 from lora_init.collection.processes import Processes
 from tests import processes
 from tests.collection.made import SETTINGS, Q, llama, message
@@ -93,13 +94,13 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout_of_the_group(tmp
 class Forward:
     """Run a batch, and be interrupted in the middle of one."""
 
-    def __init__(self, interrupted_at=0):
-        self.n, self.interrupted_at = 0, interrupted_at
+    def __init__(self, interrupted_at=0, by=signal.SIGINT):
+        self.n, self.interrupted_at, self.by = 0, interrupted_at, by
 
     def __call__(self, model, batch):
         self.n += 1
         if self.n == self.interrupted_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.by)
         model(**batch)
 
 
@@ -138,6 +139,29 @@ def go_on(rank, size, folder):
     with Processes() as together:
         made = stats.provenance
         return [made.n_batches, made.complete, stats[Q].mean.tolist(), *together.sum(forward.n)]
+
+
+def converging(rank, size, folder, killed):
+    """Take in the common batches, of which the first two processes have seen enough after a few of their own."""
+    enough = (2, 5, 40)[rank]
+    loop.SAVE_EVERY = 0.0
+    loop.Pass.converged = property(lambda run: run.found.n_batches[0] >= enough)
+    forward = Forward(9 if killed and rank == 2 else 0, signal.SIGKILL)
+    stats = collect(llama(), batches_for("llama", 40), **SETTINGS, statistics=folder / "stats", forward=forward)
+    return [stats.provenance.n_batches, stats.provenance.stop_reason, stats[Q].n_samples, stats[Q].mean.tolist()]
+
+
+def test_processes_that_have_enough_at_different_batches_leave_none_out_after_a_kill(tmp_path):
+    cut = processes.Processes(converging, 3, tmp_path, True)
+    cut.running[2].join(60)
+    for process in cut.running:
+        process.kill()
+    kept = Statistics.load(tmp_path / "stats").provenance
+    assert not kept.complete and kept.n_batches >= 10 and kept.settings["used"] == [kept.n_batches]
+    whole = collect(llama(), batches_for("llama", 40), **SETTINGS)
+    for n_batches, stop_reason, n_samples, mean in run(converging, 3, tmp_path, False):
+        assert (n_batches, stop_reason, n_samples) == (40, "exhausted", whole[Q].n_samples)
+        torch.testing.assert_close(torch.tensor(mean), whole[Q].mean, atol=1e-6, rtol=1e-5)
 
 
 class Broken(Forward):

@@ -31,12 +31,12 @@ def bitsandbytes_4bit(directory):
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
 
 
-def bitsandbytes_8bit(directory):
+def bitsandbytes_8bit(directory, dtype=torch.float32):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": "cpu"}, "dtype": dtype}
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
 def torchao_8bit(directory):
@@ -64,6 +64,24 @@ def test_statistics_are_close_to_those_of_the_plain_model(load, directory):
         # Four bits move a weight by a tenth of its size, and the rows of the later layers with it.
         assert stats.total_variance(name) == pytest.approx(expected.total_variance(name), rel=0.1)
     assert count_parameters(model) == count_parameters(plain()) or load is hqq_4bit  # HQQ's weights are no parameters
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_outliers_that_eight_bit_layers_take_out_and_put_back_split_no_group(gradients, directory):
+    """In float16 they do that in the tensor itself, which raises its version; the first batch has none."""
+    model, batches = bitsandbytes_8bit(directory, torch.float16), batches_for("llama")
+    norm = model.model.layers[0].input_layernorm
+
+    def outliers(module, args, output):
+        nonlocal n_calls
+        n_calls += 1
+        return output * (100.0 if n_calls > 1 else 1.0)
+
+    n_calls = 0
+    norm.register_forward_hook(outliers)
+    stats = collect(model, batches, NAMES, rank=2, gradients=gradients)
+    assert stats.group_of["model.layers.0.self_attn.k_proj"] == "model.layers.0.self_attn.q_proj"
+    assert stats.provenance.n_batches == len(batches) and len(stats.gradients) == gradients * len(stats)
 
 
 @every_library

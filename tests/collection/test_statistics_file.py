@@ -303,6 +303,18 @@ def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skippe
         assert stats.total_variance(name) == pytest.approx(clean.total_variance(name), rel=1e-5)
 
 
+def test_fewer_bad_batches_may_be_allowed_than_were_skipped_before(tmp_path):
+    """None more then, and the good ones are taken in."""
+    batches, file = batches_for("llama", n_batches=6), tmp_path / "stats"
+    forward = Failing(batches[1])
+    with pytest.raises(Interrupted):
+        collect(
+            model(), interrupted_after(3, batches), statistics=file, forward=forward, skip_bad_batches=2, **SETTINGS
+        )
+    stats = collect(model(), batches, statistics=file, forward=forward, skip_bad_batches=0, **SETTINGS)
+    assert (stats.provenance.complete, stats.provenance.n_batches) == (True, 5)
+
+
 def test_data_that_ends_with_an_error_is_not_taken_for_complete(tmp_path):
     """A generator that has raised gives nothing more."""
 

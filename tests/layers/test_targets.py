@@ -16,7 +16,10 @@ from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama, tiny_t5
 ARGUMENTS = [
     dict(target_modules="all-linear"),
     dict(target_modules="ALL-linear", exclude_modules=["q_proj", "query", "q", "c_attn"]),
-    dict(target_modules=["q_proj", "v_proj", "query", "c_attn", "q", "c_proj", "wi_0", "k"]),
+    dict(target_modules=["q_proj", "v_proj"]),
+    dict(target_modules=["query"]),
+    dict(target_modules=["c_attn", "c_proj"]),
+    dict(target_modules=["q", "wi_0", "k"]),
     dict(target_modules=r".*\.(0|1)\..*(q_proj|query|c_fc|\.q|fc1|intermediate\.dense)", exclude_modules=r".*\.1\..*"),
     dict(target_modules=r".*(down_proj|c_proj|wo|output\.dense|fc2)"),
 ]
@@ -28,7 +31,7 @@ def adapted_by_peft(model, **arguments):
     return [name.removeprefix(prefix) for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
 
 
-@pytest.mark.filterwarnings("ignore:.*_modules")  # one list of names for all models
+@pytest.mark.filterwarnings("ignore:.*_modules")
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda a: str(a["target_modules"])[:24])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_same_layers_as_peft(name, arguments):
@@ -45,7 +48,7 @@ def test_the_same_layers_as_peft(name, arguments):
 
 
 @pytest.mark.filterwarnings("ignore:.*_modules")
-@pytest.mark.parametrize("targets", ["all-linear", ["query", "classifier"], r".*(value|classifier|qa_outputs)"])
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "HEAD"], r".*(value|classifier|qa_outputs)"])
 @pytest.mark.parametrize(
     ("task", "task_type"),
     [
@@ -56,10 +59,11 @@ def test_the_same_layers_as_peft(name, arguments):
 )
 def test_a_head_that_peft_trains_whole_is_left_out(task, task_type, targets):
     model = tiny_bert(task)
+    head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
+    targets = [head if name == "HEAD" else name for name in targets] if isinstance(targets, list) else targets
     found = list(find_targets(model, targets, task_type=task_type).layers)
     if task_type == "SEQ_CLS":  # for the others PEFT adapts the head, then fails to wrap it
         assert found == adapted_by_peft(model, target_modules=targets, task_type=task_type)
-    head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
     assert head not in found
     assert (head in find_targets(model, targets).layers) == (head in str(targets) or targets == "all-linear")
 
@@ -105,18 +109,22 @@ def test_quantized_layers_are_told_by_their_interface():
     assert find_targets(nn.ModuleDict({"q": Packed()}), ["q"]).layers["q"].kind == "Packed"
 
 
-@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules"])
-def test_a_name_in_a_list_that_matches_nothing_is_a_warning(argument):
-    arguments = {"target_modules": ["q_proj", "v_proj"], argument: ["q_prj", "v_proj"]}
-    with pytest.warns(UserWarning, match=rf"^{argument}='q_prj' matches nothing in Llama.* names: 'q_proj'"):
-        found = find_targets(tiny_llama(), **arguments)
-    assert {name.rpartition(".")[2] for name in found.layers} == {
-        "v_proj" if argument == "target_modules" else "q_proj"
-    }
+def test_each_name_in_a_list_has_to_match():
+    with pytest.raises(LoraInitError, match=r"^target_modules=\['v_porj'\] matches no layer of .* names: 'v_proj'"):
+        find_targets(tiny_llama(), ["q_proj", "v_porj"])
+    with pytest.warns(UserWarning, match=r"^exclude_modules='q_prj' matches nothing in Llama.* names: 'q_proj'"):
+        found = find_targets(tiny_llama(), ["q_proj", "v_proj"], exclude_modules=["q_prj", "v_proj"])
+    assert {name.rpartition(".")[2] for name in found.layers} == {"q_proj"}
     with warnings.catch_warnings():  # negative: a list whose names all match something, and expressions
         warnings.simplefilter("error")
         find_targets(tiny_llama(), ["q_proj", "layers.1.mlp.up_proj"], exclude_modules=["lm_head"])
         find_targets(tiny_llama(), r".*(q_proj|none)", exclude_modules=r".*\.7\..*")
+
+
+def test_an_expression_that_would_run_for_years_is_refused(monkeypatch):
+    monkeypatch.setattr("lora_init.layers.targets._PATIENCE", 0.05)
+    with pytest.raises(LoraInitError, match=r"^target_modules='.*' was not matched with '.*' within 0.05 s"):
+        find_targets(tiny_llama(), r"(.|\w)*[0-9]q")
 
 
 def test_embeddings_alone_are_refused_by_what_needs_rows():

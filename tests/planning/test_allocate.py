@@ -396,6 +396,15 @@ def test_too_little_data_is_one_rule_however_little_it_is(n_rows, copies):
         assert dict(allocate_ranks(stats)) == {"0": n_rows - 1}
 
 
+@pytest.mark.parametrize("rank", [2, 4, 8, 16])
+def test_rows_with_as_many_directions_as_the_rank_are_used_up(rank):
+    """Of rank + 1 distinct rows, however often they come, no other pass would find more."""
+    rows = torch.randn(rank + 1, 64)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    stats = collect(model, [rows.repeat(20, 1)] * 3, rank=rank, progress=False)
+    assert set(allocate_ranks(stats).values()) == {rank}
+
+
 def test_data_without_any_direction_is_refused():
     stats = collect(torch.nn.Sequential(torch.nn.Linear(64, 32)), [torch.randn(1, 64)], rank=16, progress=False)
     for arguments in ({}, {"policy": "proportional"}, {"variance": 0.5}, {"min_rank": 1}):

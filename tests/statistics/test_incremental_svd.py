@@ -361,7 +361,7 @@ def test_other_misuse_is_refused(kind):
         decomposition.partial_fit(torch.randn(2, 9, 6))
     with pytest.raises(LoraInitError, match="floating point"):
         decomposition.partial_fit(torch.ones(9, 6, dtype=torch.long))
-    with pytest.raises(LoraInitError, match="centred"):
+    with pytest.raises(LoraInitError, match="centered"):
         decomposition.merge(kind(2, center=False).partial_fit(torch.randn(9, 6)))
     with pytest.raises(LoraInitError, match="width 5, expected 6"):
         decomposition.merge(kind(2).partial_fit(torch.randn(9, 5)))

@@ -349,7 +349,7 @@ def test_layers_that_ran_in_one_part_only_come_from_it():
     assert torch.equal(merged["right"].components, b["right"].components)
     assert all(math.isnan(share) for share in merged.held_out.values())
     assert merged["both"].n_samples == 120
-    assert "part 1, right: never ran; PEFT's own initialisation." in merged.provenance.notes
+    assert "part 1, right: never ran; PEFT's own initialization." in merged.provenance.notes
     assert list(b.merge(a)) == ["left", "both", "right"]
 
 
