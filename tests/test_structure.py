@@ -128,6 +128,4 @@ def test_names_of_starts_are_read_where_they_come_in():
     for file in (PACKAGE / "comparison").glob("*.py"):
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         read[file.name] = sum("Variant" in map(ast.unparse, (call.func, *call.args)) for call in calls)
-    assert read.pop("findings.py") <= 9
-    known = {"starts.py": 3, "runs.py": 4, "plots.py": 1, "outlook.py": 1}
-    assert {name: n for name, n in read.items() if n} == known
+    assert sum(read.values()) <= 17

@@ -225,14 +225,15 @@ def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | N
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
     """Write the command that makes the adapter of a start, to be trained at a rate; None where `init` does not."""
-    options = Variant(start).init_options() if start else None
-    if start is None or not options or not settings.get("init"):
+    asked = Variant(start) if start else None
+    options = asked.init_options() if asked else None
+    if not asked or not options or not settings.get("init"):
         return None
     of_bank = "--bank" in options  # whose adapters decide all else
     rate = "" if learning_rate is None or of_bank else f"--learning-rate {rate_text(learning_rate)} "
-    batches = Variant(start).batches or settings["statistics_batches"]
+    batches = asked.batches or settings["statistics_batches"]
     samples = f"--samples {batches * settings['batch_size']} --max-batches {batches}"
-    alpha = f"--lora-alpha {Variant(start).alpha or settings['lora_alpha']:g}"
+    alpha = f"--lora-alpha {asked.alpha or settings['lora_alpha']:g}"
     return " ".join([settings["init"], samples, alpha, *options, f"{rate}--output adapter"])
 
 
@@ -322,11 +323,12 @@ def equal_loss(table: pd.DataFrame) -> pd.DataFrame:
 def data_needed(table: pd.DataFrame) -> list[str]:
     """Compare each start with statistics of fewer batches with the same start with most, each at its own best rate."""
     losses, said = by_seed(table), []
-    numbers = {start: n for start in losses.index if (n := Variant(start).batches)}
-    for name in dict.fromkeys(Variant(start).any_batches for start in numbers):
-        own = [start for start in numbers if Variant(start).any_batches == name]  # from few to many
-        most, reference = own[-1], float(losses.loc[own[-1]].mean())
-        for start, effect in effects(losses.loc[own], most).items():
+    varied = table[table["best"] & table["batches"].gt(0)]
+    for name, runs in varied.groupby("any_batches", sort=False):
+        numbers = dict(zip(runs["start"], map(int, runs["batches"]), strict=True))  # from few to many
+        most = list(numbers)[-1]
+        reference = float(losses.loc[most].mean())
+        for start, effect in effects(losses.loc[list(numbers)], most).items():
             batches = {"fewer": numbers[start], "most": numbers[most]}
             said.append(say("data_needed", start=name, **batches, effect=effect, reference=reference))
     return said
