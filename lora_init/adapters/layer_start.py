@@ -60,13 +60,6 @@ class LayerToStart:
 def layer_start(start: Start, stats: Statistics, name: str, gamma: float | None, **known: Any) -> LoraWeights:
     """Compute A and B of a layer; of one with experts those of each, side by side.
 
-    Args:
-        start: What computes them.
-        stats: What is known of all layers.
-        name: The layer.
-        gamma: What B A is divided by, where B is not zero.
-        **known: Further fields of `LayerToStart`.
-
     Raises:
         LoraInitError: The function of the start raises, or returns other shapes or what is not finite.
     """

@@ -62,24 +62,17 @@ class RunPlan:
     With `"halving"` the other seeds are run at the best rate alone, with `"full"` at every rate. Should the best be
     unstable on another seed, the next best takes its place; a start that has no stable rate has no other seeds.
     A start that is there as it is recommended is run at the rate of the recommendation, too, on all seeds.
-
-    Attributes:
-        starts: What is compared.
-        learning_rates: Tried for every start, and a tenth of them for `full`. A single one is not asked whether another
-            were better.
-        seeds: Each decides the order of the data and all that is random in a start.
-        sweep: `"halving"` or `"full"`.
-        extend: How often rates are added on either side.
-        match_scale: Also run starts with A scaled to the size of the random one, where that differs.
-        recommended: Learning rates of the starts that are there as they are recommended.
     """
 
-    starts: Sequence[Variant]
+    starts: Sequence[Variant]  # what is compared
+    # tried for every start, and a tenth of them for `full`. A single one is not asked whether another were
+    # better
     learning_rates: Sequence[float]
-    seeds: Sequence[int]
-    sweep: str
-    extend: int = 2
-    match_scale: bool = False
+    seeds: Sequence[int]  # each decides the order of the data and all that is random in a start
+    sweep: str  # `"halving"` or `"full"`
+    extend: int = 2  # how often rates are added on either side
+    match_scale: bool = False  # also run starts with A scaled to the size of the random one, where that differs
+    # learning rates of the starts that are there as they are recommended
     recommended: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,12 +101,7 @@ class RunPlan:
         return list(dict.fromkeys([*self.starts, *map(Variant, added)]))
 
     def runs(self, starts: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:
-        """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end.
-
-        Args:
-            starts: From `compared`.
-            records: Runs that have ended.
-        """
+        """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end."""
         grids = {start: self._grid(start, records) for start in starts}
         rates = sorted({rate for grid in grids.values() for rate in grid})
         # Seed by seed, so that what is there when it is stopped can be paired.
@@ -328,10 +316,6 @@ class RunDirectory:
 @contextmanager
 def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
     """Make the directory of a comparison, or go on with what is there; no other process can meanwhile.
-
-    Args:
-        path: Directory.
-        settings: What all runs share. Starts, rates and seeds are added to those of the directory.
 
     Raises:
         LoraInitError: The directory has runs with other settings, holds something else, or is in use by another

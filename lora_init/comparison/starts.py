@@ -171,11 +171,7 @@ class Variant(str):
         return self.start is not None and self.start.changes_base
 
     def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
-        """Return whether it trains another number of parameters than `random`, so that it is run with as many, too.
-
-        Args:
-            ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another.
-        """
+        """Return whether it trains another number of parameters than `random`, so that it is run with as many, too."""
         if self.recipe is None or self.equal_parameters or self.matched_scale:  # itself run beside another
             return False
         return self.recipe.freeze_a or (self.recipe.moves_ranks and self.recipe.resized and not ranks_cost_the_same)
@@ -261,11 +257,6 @@ def read_start(start: str | OwnStart) -> Variant:
 
 def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bool) -> None:
     """Check that starts can have a base that is quantized, or is not.
-
-    Args:
-        starts: Their names.
-        is_quantized: Whether the base is.
-        has_float: Whether it is known what model it was before.
 
     Raises:
         LoraInitError: One corrects a quantized base, and this is in float; or one changes weights that are quantized;
@@ -376,10 +367,6 @@ def match_scale(peft_model: PeftModel, seed: int) -> None:
     The comparison that "The Primacy of Magnitude" (arXiv 2507.06558) asks for: what remains of a start's advantage
     when its updates are as large as those of plain LoRA. B is divided by the same number, which changes nothing where B
     is zero, and elsewhere keeps B A and with it the model's output.
-
-    Args:
-        peft_model: Changed in place.
-        seed: That of the random start to compare with.
     """
     layers = adapter_layers(peft_model)
     for name, a in a_weights(peft_model).items():

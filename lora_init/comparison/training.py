@@ -56,12 +56,6 @@ def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: 
     The loss is the mean over all labelled tokens, or over all examples for a classification. Metrics are accuracy,
     macro F1 and the Matthews correlation of the most probable class or option; an option's score is the log-likelihood
     of its tokens, divided by their number if the task says so.
-
-    Args:
-        model: The model, on any device.
-        task: The task.
-        items: Examples of it.
-        with_metrics: Compute metrics, too. For multiple choice that means running every option.
     """
     if task.kind == CLASSIFICATION:
         return _score_classes(model, task, items)
@@ -177,16 +171,6 @@ def train(
     A run is unstable, and ends, when a loss or gradient is not finite, or when the loss to report or the mean of the
     last five training losses is above twice `plain_loss` plus 0.5. That limit is the same for every start, wherever it
     begins.
-
-    Args:
-        model: Trained in place.
-        task: Says what the loss is and has the examples to score by.
-        order: Batches, one a step.
-        training: Schedule and evaluation points.
-        learning_rate: At the end of the warm-up.
-        seed: Seed of the random state.
-        plain_loss: Loss to report of the plain model.
-        on_step: Called after each step.
     """
     torch.manual_seed(seed)
     run, digest = TrainingResult(), hashlib.sha256()

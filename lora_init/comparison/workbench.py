@@ -127,11 +127,6 @@ class Workbench:
         """Prepare the start, train, measure, and put the plain model back.
 
         Running out of memory, or a start that does not apply to this model, makes a record of status `"failed"`.
-
-        Args:
-            run: What to do.
-            on_step: Called after each step.
-            keep: Add the files of the trained adapter to the record, as `"adapter"`: name to bytes.
         """
         if run.learning_rate is None:
             raise LoraInitError(f"{run.title}: its learning rate is not known yet. Do the runs before it first.")
@@ -151,11 +146,7 @@ class Workbench:
         return record.joined(result) | ({"adapter": files} if keep else {})
 
     def settings(self, model: str) -> dict[str, Any]:
-        """Describe in plain values all that shapes a run, for `settings.json`.
-
-        Args:
-            model: What to call the model.
-        """
+        """Describe in plain values all that shapes a run, for `settings.json`."""
         weight = next(self.loaded.model.parameters())
         return {
             "format": FORMAT,
@@ -193,14 +184,7 @@ class Workbench:
         return hashes | ({"text to retain": digest_of(self.retain)} if self.retain else {})
 
     def statistics(self, seed: int, center: bool, gradients: bool, n_batches: int | None = None) -> Statistics:
-        """Collect the statistics of a seed's training data, or take them from the directory.
-
-        Args:
-            seed: Of the run.
-            center: Whether the mean is subtracted.
-            gradients: Whether gradients are collected, too.
-            n_batches: How many batches they are from. Default: as many as for all starts that do not say.
-        """
+        """Collect the statistics of a seed's training data, or take them from the directory."""
         kind = ("centred" if center else "uncentred") + ("-gradients" if gradients else "")
         kind += f"-{n_batches}" if n_batches else ""
         file = self.directory / "statistics" / f"seed{seed}-{kind}.safetensors"

@@ -184,11 +184,6 @@ class RayActor:
 def find_workers(make: Callable[[], Workbench], count: int | None, ray: str | None) -> list[Worker]:
     """Start with Ray where an address is given, else processes.
 
-    Args:
-        make: Sets up what a worker works on.
-        count: How many. Default with Ray: a worker for each GPU of the cluster or, without any, for each processor.
-        ray: `"auto"` or the address of a cluster.
-
     Raises:
         LoraInitError: Ray has no cluster there, or a start cannot be sent to another process.
     """
@@ -225,13 +220,6 @@ def run_all(
 
     Failed runs get one more chance each time this is called. A worker that dies costs its run, which is done again; a
     second time it counts as failed.
-
-    Args:
-        due: Lists runs by those that ended, and says what was decided; see `RunBudget.due`.
-        log: Where runs are kept.
-        workers: Who does them.
-        budget: How long it may take.
-        say: Receives a line for each run.
     """
     for run in [run for run, record in log.records.items() if record["status"] == "failed"]:
         del log.records[run]
