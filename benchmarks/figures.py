@@ -12,6 +12,7 @@ is a directory in `results/`, `rate` the start's best one unless given; shares a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,63 @@ def verdicts_of_fourteen_starts(outcome: str | None = None) -> int:
     """Count the comparisons of `benchmarks.starts`: all, or those with an outcome."""
     judged = [verdict for runs in starts.read_tasks().values() for verdict in verdicts(runs)]
     return sum(outcome in (None, verdict.outcome) for verdict in judged)
+
+
+RISES = ("seen", "unseen")  # of the loss on text to keep, and on news
+
+
+def dialed(arm: str, strength: str, *tasks: str) -> tuple[float, ...]:
+    """Return loss and rises of `benchmarks.dial` in each task, means over the seeds."""
+    means = _dialed().groupby(["arm", "strength", "task"])[["loss", *RISES]].mean()
+    return tuple(float(value) for task in tasks for value in means.loc[arm, strength, task])
+
+
+def dial_task(arm: str, strength: str, of: str | None = None, at: str = "1") -> float:
+    """Return how far the task's loss is above that of an arm at a strength, by default the same as trained, in %."""
+    return float(_dial_pairs(arm, strength, of, at)["loss"].mean())
+
+
+def dial_task_between(arm: str, strength: str, of: str | None = None, at: str = "1") -> tuple[float, float]:
+    """Return the interval of `dial_task`."""
+    mean, half = dial_task(arm, strength, of, at), dial_detectable(arm, strength, of, at)
+    return mean - half, mean + half
+
+
+def dial_detectable(arm: str, strength: str, of: str | None = None, at: str = "1") -> float:
+    """Return half the width of that interval, by t over seeds within tasks: the smallest difference to be shown."""
+    from scipy.stats import t
+
+    found = _dial_pairs(arm, strength, of, at)["loss"].groupby("task")
+    freedom = int((found.count() - 1).sum())
+    noise = float((found.count() - 1).mul(found.var().fillna(0.0)).sum()) / freedom
+    return float(t.ppf(0.975, freedom)) * (noise / int(found.count().sum())) ** 0.5
+
+
+def dial_rises(arm: str, strength: str, of: str | None = None, at: str = "1") -> tuple[float, ...]:
+    """Return the rises as shares of those of an arm at a strength, over all tasks and seeds, in %."""
+    pairs = _dial_pairs(arm, strength, of, at)
+    return tuple(100 * float(pairs[part].sum() / pairs[f"{part} of"].sum()) for part in RISES)
+
+
+def _dial_pairs(arm: str, strength: str, of: str | None, at: str) -> pd.DataFrame:
+    runs = _dialed().set_index(["arm", "strength", "task", "seed"])
+    own, other = runs.loc[(arm, strength)], runs.loc[(of or arm, at)]
+    pairs = own.join(other, rsuffix=" of", how="inner")
+    return pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+
+
+@cache
+def _dialed() -> pd.DataFrame:
+    directory = starts.RESULTS / "dial"
+    counts = read_json(directory / "counts.json")
+    table = pd.DataFrame(map(json.loads, (directory / "runs.jsonl").read_text(encoding="utf-8").splitlines()))
+    for part, name in (("task", "loss"), ("seen", "seen"), ("unseen", "unseen")):
+        labels = table["task"].map(lambda task, part=part: sum(counts[task][part]))
+        table[name] = table["sums"].map(lambda sums, part=part: sum(sums[part])) / labels
+    base = table[table["strength"].eq("0")].set_index("task")
+    for name in RISES:
+        table[name] -= table["task"].map(base[name])
+    return table[["arm", "strength", "task", "seed", "loss", *RISES]]
 
 
 def cited(*numbers: float) -> tuple[float, ...]:
