@@ -101,9 +101,9 @@ def replay(
     model: Annotated[str, Argument(help="Directory or hub id of the model.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="JSON lines to write.", show_default=False)],
     n: Annotated[int, Option("--n", min=1, help="Number of texts.")] = 256,
-    length: Annotated[int, Option(min=1, help="Tokens of a text at most.")] = 64,
+    length: Annotated[int, Option(min=1, help="Tokens of a text, of an answer at most.")] = 64,
     seed: Annotated[int, Option(min=0, help="Seed of what is drawn.")] = 0,
-    text: Annotated[bool, Option("--text", help="Plain text, also of a model with a chat template.")] = False,
+    chat: Annotated[bool, Option("--chat", help="Answers to short questions, by the chat template.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -120,7 +120,7 @@ def replay(
     with busy(f"loading {model}"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with busy(f"writing {n} texts"):
-        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat=False if text else None)
+        rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat)
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
     result = {"path": str(output.resolve()), "texts": len(rows), "columns": [*rows[0]], "seed": seed}
     print_result(

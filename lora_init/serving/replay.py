@@ -28,45 +28,47 @@ def replay(
     n: int = 64,
     length: int = 64,
     seed: int = 0,
-    chat: bool | None = None,
+    chat: bool = False,
 ) -> list[dict[str, Any]]:
     """Let a model write texts at temperature 1; of a PEFT model the base does.
 
-    From the empty prompt, or for a chat from short questions that are asked by its template.
+    A text begins with a token drawn from the whole vocabulary, so that few begin alike, and is as long as asked for.
 
     Args:
         model: A causal language model of transformers, or a PEFT model of one.
         tokenizer: Its tokenizer.
         n: Number of texts.
-        length: New tokens of a text at most.
+        length: New tokens of a text, of an answer at most.
         seed: Seed of what is drawn.
-        chat: Whether to ask for answers. Default: if the tokenizer has a chat template.
+        chat: Ask short questions by the chat template in place of it. A small model's answers end after a few tokens.
 
     Returns:
         Rows that `load_batches` reads: `text`, or `messages` of a question and the answer.
 
     Raises:
-        LoraInitError: The model cannot write, or writes nothing.
+        LoraInitError: The model cannot write, or writes nothing; a chat without a chat template.
     """
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
-    chat = bool(tokenizer.chat_template) if chat is None else chat
-    questions = [form.format(topic) for topic in _TOPICS for form in _ASKED] if chat else [""]
+    if chat and not tokenizer.chat_template:
+        raise LoraInitError("the tokenizer has no chat template, so it can ask no question. Leave chat away.")
+    questions = [form.format(topic) for topic in _TOPICS for form in _ASKED]
     place, rows = model.device, []
-    pad = padding_token(tokenizer)
+    pad, n_tokens = padding_token(tokenizer), min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), _base_of(model):
         torch.manual_seed(seed)
         for first in range(0, 4 * n, _BATCH):  # some texts end before they begin
             asked = [questions[(first + i) * 37 % len(questions)] for i in range(_BATCH)]
-            prompts = [_tokens(tokenizer, question) for question in asked]
+            drawn = torch.randint(n_tokens, (_BATCH, 1)).tolist()
+            prompts = [_question(tokenizer, one) for one in asked] if chat else drawn
             longest = max(map(len, prompts))
             ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=place)
             mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=place)
             written = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=length, pad_token_id=pad,
+                max_new_tokens=length, min_new_tokens=0 if chat else length, pad_token_id=pad,
             )  # fmt: skip
-            for question, answer in zip(asked, written[:, longest:], strict=True):
+            for question, answer in zip(asked, written[:, longest if chat else 0 :], strict=True):
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 if text.strip():
                     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
@@ -78,13 +80,10 @@ def replay(
     return rows
 
 
-def _tokens(tokenizer: Any, question: str) -> list[int]:
-    """Write a prompt: a question in the chat template, or what a text begins with."""
-    if question:
-        turns = [{"role": "user", "content": question}]
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
-    found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return [next((token for token in found if token is not None), padding_token(tokenizer))]
+def _question(tokenizer: Any, question: str) -> list[int]:
+    """Write a question in the chat template."""
+    turns = [{"role": "user", "content": question}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _base_of(model: Any) -> Any:

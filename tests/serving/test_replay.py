@@ -33,17 +33,30 @@ def test_of_an_adapted_model_the_base_writes(tokenizer):
     assert sum(len(batch["labels"]) for batch in load_batches(expected, tokenizer)) == 20
 
 
-def test_with_a_chat_template_it_answers_questions(tokenizer):
+def test_a_text_begins_with_any_token_and_does_not_end_early(tokenizer, monkeypatch):
+    written, decode = [], type(tokenizer).decode
+    monkeypatch.setattr(
+        type(tokenizer), "decode", lambda self, ids, **more: written.append(ids.tolist()) or decode(self, ids, **more)
+    )
+    model = tiny_llama()
+    model.generation_config.eos_token_id = list(range(0, 64, 2))  # half of what it draws would end the text
+    replay(model, tokenizer, n=20, length=12)
+    assert all(len(ids) == 13 for ids in written) and len({ids[0] for ids in written}) > 10
+
+
+def test_for_chats_it_answers_questions(tokenizer):
     tokenizer.chat_template = TEMPLATE
-    rows = replay(tiny_llama(), tokenizer, n=20, length=12)
+    rows = replay(tiny_llama(), tokenizer, n=20, length=12, chat=True)
     questions = [row["messages"][0]["content"] for row in rows]
     assert len(set(questions)) > 15 and all(row["messages"][1]["content"].strip() for row in rows)
-    assert "text" in replay(tiny_llama(), tokenizer, n=1, length=12, chat=False)[0]
+    assert "text" in replay(tiny_llama(), tokenizer, n=1, length=12)[0]
 
 
 def test_what_cannot_write_is_refused(tokenizer, monkeypatch):
     with pytest.raises(LoraInitError, match="T5ForConditionalGeneration continues no text"):
         replay(tiny_t5(), tokenizer)
+    with pytest.raises(LoraInitError, match="no chat template"):
+        replay(tiny_llama(), tokenizer, chat=True)
     monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: " ")
     with pytest.raises(LoraInitError, match="only empty texts"):
         replay(tiny_llama(), tokenizer, n=1)
