@@ -6,13 +6,15 @@ import difflib
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.config import default, only_given, read_config_for, with_defaults
+from lora_init.adapters.asked import Shape
+from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
 from lora_init.adapters.initializers import check_rank
 from lora_init.adapters.layer_start import error_before_and_after, error_of, layer_start
@@ -30,39 +32,27 @@ if TYPE_CHECKING:
 
 
 def check_adapter_options(
-    method: str | Start = DEFAULT,
-    *,
-    whiten: bool = False,
-    lora_alpha: float | None = None,
-    use_dora: bool = False,
-    lora_dropout: float = 0.0,
-    modules_to_save: Sequence[str] = (),
-    gamma: float | None = None,
-    output: str | Path | None = None,
-    overwrite: bool = False,
+    start: Start, shape: Shape, output: str | Path | None = None, overwrite: bool = False
 ) -> None:
-    """Check what `build_adapter` and `AdapterInit.save_pretrained` will be given, before any data is read.
-
-    `output` is the directory that the adapter will be saved in; None if it will not be.
-    """
-    start = method if isinstance(method, Start) else buildable_start(method)
+    """Check what an adapter is to be like, before any data are read, and the directory `output` if it will be saved."""
+    gamma, lora_alpha = shape.gamma, shape.lora_alpha
     steps = start.gamma is not None or start.made_by == "bank"
     if gamma is not None and not (steps and 0.0 < gamma < math.inf):
         stepping = ", ".join(repr(one.name) for one in STARTS if one.gamma is not None)
         raise LoraInitError(f"gamma={gamma!r} with method={start.name!r}: it is a positive number, for {stepping}.")
-    if use_dora and not start.b_is_zero:
+    if shape.use_dora and not start.b_is_zero:
         raise LoraInitError(
             f"method={start.name!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
         )
-    if whiten and not start.whitens:
+    if shape.whiten and not start.whitens:
         able = " or ".join(repr(one.name) for one in STARTS if one.whitens)
         raise LoraInitError(f"whiten=True needs method={able}; method={start.name!r} has no variances to divide by.")
     if lora_alpha is not None and not (0.0 < lora_alpha < math.inf):
         raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number. Leave it out to take what is best.")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise LoraInitError(f"lora_dropout={lora_dropout!r} must be at least 0 and less than 1.")
-    if isinstance(modules_to_save, str):
-        raise LoraInitError(f"modules_to_save={modules_to_save!r} must be a list of names, as in PEFT.")
+    if not 0.0 <= shape.lora_dropout < 1.0:
+        raise LoraInitError(f"lora_dropout={shape.lora_dropout!r} must be at least 0 and less than 1.")
+    if isinstance(shape.modules_to_save, str):
+        raise LoraInitError(f"modules_to_save={shape.modules_to_save!r} must be a list of names, as in PEFT.")
     if output is not None:
         check_place(output, overwrite)
 
@@ -84,11 +74,11 @@ def build_adapter(
     ranks: Mapping[str, int] | int | None = None,
     method: str = DEFAULT,
     whiten: bool = False,
-    lora_alpha: float | None = default(None),
-    use_rslora: bool = default(False),
-    use_dora: bool = default(False),
-    lora_dropout: float = default(0.0),
-    modules_to_save: Sequence[str] = default(()),
+    lora_alpha: float | None = None,
+    use_rslora: bool | None = None,
+    use_dora: bool | None = None,
+    lora_dropout: float | None = None,
+    modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
     gamma: float | None = None,
     freeze_a: bool = False,
@@ -112,9 +102,9 @@ def build_adapter(
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank. Default:
             what the method is recommended with, see `starts.STARTS`; 4 x rank for `"eva"`.
-        use_rslora: Scale by lora_alpha / sqrt(rank) instead.
-        use_dora: Let PEFT add DoRA's magnitude vectors.
-        lora_dropout: Dropout on what A reads, in training.
+        use_rslora: Scale by lora_alpha / sqrt(rank) instead. Default: False.
+        use_dora: Let PEFT add DoRA's magnitude vectors. Default: False.
+        lora_dropout: Dropout on what A reads, in training. Default: 0.
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole, such as `"lm_head"`. Layers
             in them get no adapter.
         seed: Seed of the random numbers. Each layer's depend on it and on the layer's name only.
@@ -140,35 +130,35 @@ def build_adapter(
             impossible lora_alpha, lora_dropout or gamma. A `config` that selects what was not collected, sets what
             cannot be kept, or says otherwise than an argument.
     """
-    given = dict(
-        lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save,
-    )  # fmt: skip
     if not isinstance(stats, Statistics):
         raise LoraInitError(
             f"build_adapter() takes statistics first and got a {type(stats).__name__}. collect() makes them from a "
             "model and data, Statistics.load() reads a file."
         )
     start = buildable_start(method)
-    shape, selected = with_defaults(given) | {"rank": None}, [*stats, *stats.unsupported]
-    if config is not None:
-        shape, selected = read_config_for(stats, config, only_given(given))
-    lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save = (shape[name] for name in given)
-    check_adapter_options(
-        method, whiten=whiten, lora_alpha=lora_alpha, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save, gamma=gamma,
+    given: dict[str, Any] = dict(
+        lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout,
+        modules_to_save=modules_to_save,
     )  # fmt: skip
-    asked, rank = _ranks_asked(stats, ranks, shape["rank"], selected, start.rho)
+    given = {name: value for name, value in given.items() if value is not None}
+    shape, average, selected = Shape(whiten=whiten, gamma=gamma, freeze_a=freeze_a, **given), None, None
+    if config is not None:
+        said, selected = read_config_for(stats, config, given)
+        average, shape = said.pop("rank"), replace(shape, **said)
+    selected = [*stats, *stats.unsupported] if selected is None else selected
+    check_adapter_options(start, shape)
+    modules_to_save = shape.modules_to_save
+    asked, rank = _ranks_asked(stats, ranks, average, selected, start.rho)
     plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
         raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
     plan = _ranks_there(stats, plan, start)
-    _check_experts([stats.targets[name] for name in plan], use_dora, lora_dropout)
+    _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
     gamma = gamma or start.gamma
-    lora_alpha = start.lora_alpha(rank, use_rslora) if lora_alpha is None else lora_alpha
-    scaling = scaling_of(lora_alpha, rank, use_rslora)
+    lora_alpha = start.lora_alpha(rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
+    scaling = scaling_of(lora_alpha, rank, shape.use_rslora)
     weights, seen, squares = {}, {}, 0.0
     for name, r in plan.items():
         error = error_of(stats.targets[name], start, errors)
@@ -188,9 +178,9 @@ def build_adapter(
         },
         rank=rank,
         lora_alpha=lora_alpha,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        lora_dropout=lora_dropout,
+        use_rslora=shape.use_rslora,
+        use_dora=shape.use_dora,
+        lora_dropout=shape.lora_dropout,
         method=method,
         whiten=whiten,
         seed=seed,

@@ -1,14 +1,15 @@
-"""What an adapter is to be like: by arguments, of which it is known which were given, or by PEFT's `LoraConfig`."""
+"""What PEFT's `LoraConfig`, or an adapter on a model, says an adapter is to be like."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lora_init.adapters.asked import Asked
 from lora_init.adapters.peft_model import adapter_layers, as_it_was
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
@@ -18,7 +19,6 @@ from lora_init.statistics.statistics import Statistics
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-T = TypeVar("T")
 # The fields of LoraConfig; any other one is refused by its name if it is set. These go on to the adapter:
 _SHAPE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
 # These select layers, and which they selected is read off the model:
@@ -36,37 +36,6 @@ _DROPPED = (
 )  # fmt: skip
 
 
-class _Default(Generic[T]):
-    """A default in a signature. It looks like its value there, and is not mistaken for an argument that equals it."""
-
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-def default(value: T) -> T:
-    """Mark the default of a parameter, so that `only_given` knows whether an argument was given."""
-    return cast("T", _Default(value))
-
-
-def only_given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the arguments that were not given."""
-    return {name: value for name, value in arguments.items() if not isinstance(value, _Default)}
-
-
-def with_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Put defaults in the place of the arguments that were not given.
-
-    Example:
-        >>> arguments = dict(rank=default(16), lora_alpha=16)
-        >>> only_given(arguments), with_defaults(arguments)
-        ({'lora_alpha': 16}, {'rank': 16, 'lora_alpha': 16})
-    """
-    return {name: value.value if isinstance(value, _Default) else value for name, value in arguments.items()}
-
-
 def check_agreement(given: Mapping[str, Any], said: Mapping[str, Any], whose: str) -> None:
     """Refuse arguments that say otherwise than a configuration does."""
     for name, value in given.items():
@@ -79,16 +48,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) else frozenset(value or ())
 
 
-def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a LoraConfig for a plain model, as arguments of `initialize`: PEFT itself says which layers it selects.
+def read_config(model: nn.Module, config: LoraConfig, asked: Asked) -> Asked:
+    """Add to what was asked for what a LoraConfig says for a plain model: PEFT itself says which layers it selects.
 
-    Args:
-        model: It is as it was afterwards.
-        config: From the user; not changed.
-        given: Arguments that were given beside it.
-
-    Raises:
-        LoraInitError: It selects nothing, sets what cannot be kept, or an argument says otherwise.
+    Refused is one that selects nothing, sets what cannot be kept, or contradicts an argument. The model is as it was.
     """
     from peft import get_peft_model
 
@@ -99,26 +62,18 @@ def read_config(model: nn.Module, config: LoraConfig, given: Mapping[str, Any]) 
             peft_model = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise LoraInitError(f"config does not fit {type(model).__name__}: {in_one_line(error)}") from error
-        said = read_adapter(peft_model, given, "config", config)
-    return said if config.task_type else {name: value for name, value in said.items() if name != "task_type"}
+        said = read_adapter(peft_model, asked, "config", config)
+    return said if config.task_type else said.but(task_type=asked.layers.task_type)
 
 
 def read_config_for(
     stats: Statistics, config: LoraConfig, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read a LoraConfig for layers that statistics were collected of, as arguments of `build_adapter`.
+    """Read a LoraConfig for layers that statistics were collected of: arguments of `build_adapter`, layers in order.
 
-    Args:
-        stats: Their layers are all that can be selected, by their names, since there is no model.
-        config: From the user; not changed. Without `target_modules` and `target_parameters` it selects all layers.
-        given: Arguments that were given beside it.
-
-    Returns:
-        The arguments, and the layers that it selects, in model order.
-
-    Raises:
-        LoraInitError: It selects nothing, or what was not collected; sets what cannot be kept; is for another task; or
-            an argument says otherwise.
+    It selects by their names, since there is no model; without `target_modules` and `target_parameters` all of them.
+    Refused is one that selects nothing or what was not collected, sets what cannot be kept, is for another task, or
+    contradicts an argument in `given`.
     """
     _check_plain_config(config)
     said = _shape_of(config, "config", "build_adapter()")
@@ -182,17 +137,11 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
     return shape | {"modules_to_save": [name for name in config.modules_to_save or () if name not in heads]}
 
 
-def read_adapter(model: Any, given: Mapping[str, Any], whose: str, asked: LoraConfig | None = None) -> dict[str, Any]:
-    """Read what an adapter that is on a model is to be like, as arguments of `initialize`.
+def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None = None) -> Asked:
+    """Add to what was asked for what an adapter that is on a model says; `whose` is what to call its configuration.
 
-    Args:
-        model: With PEFT's layers.
-        given: Arguments that were given beside it.
-        whose: What to call its configuration.
-        asked: The configuration before PEFT has replaced names in it. Default: that of the model.
-
-    Raises:
-        LoraInitError: It is no LoRA adapter, was trained, sets what cannot be kept, or an argument says otherwise.
+    `before` is the configuration before PEFT has replaced names in it, where that is at hand. Refused is an adapter
+    that is no LoRA, or was trained, sets what cannot be kept, or contradicts an argument.
     """
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
@@ -212,9 +161,9 @@ def read_adapter(model: Any, given: Mapping[str, Any], whose: str, asked: LoraCo
         )
     plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     said = _shape_of(config, whose) | {
-        "target_modules": (asked or config).target_modules,
+        "target_modules": (before or config).target_modules,
         "target_parameters": config.target_parameters,
         "task_type": config.task_type,
     }
-    check_agreement(given, said, whose)
-    return said | {"target_modules": exact_pattern(plain) if plain else []}
+    check_agreement({name: value for name, value in asked.given.items() if name in said}, said, whose)
+    return asked.but(**said | {"target_modules": exact_pattern(plain) if plain else []})

@@ -152,7 +152,7 @@ def _warn_of_few(n: int, total: int) -> None:
         warnings.warn(
             f"the start is judged by the loss on {n} of {total} different examples, and fewer than {LEAST} "
             f"say little about it. Give at least {4 * LEAST} different examples, or gamma=.",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

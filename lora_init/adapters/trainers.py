@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from lora_init.adapters.asked import Asked
 from lora_init.adapters.config import read_adapter
 from lora_init.adapters.peft_model import remember, remove_adapters
-from lora_init.adapters.starts import DEFAULT, find_start
+from lora_init.adapters.starts import DEFAULT, Start
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import call_model
@@ -42,40 +43,31 @@ def is_trainer(model: Any) -> bool:
 
 
 @contextmanager
-def opened(
-    trainer: Any, method: str, given: Mapping[str, Any], collect_options: Mapping[str, Any]
-) -> Iterator[tuple[nn.Module, dict[str, Any], Iterator[Any]]]:
+def opened(trainer: Any, asked: Asked, start: Start) -> Iterator[tuple[nn.Module, Asked, Iterator[Any]]]:
     """Take a trainer's untrained adapter off its model, if it has one, and open its data; put it back on an exception.
 
-    Gives the plain model; options for `initialize`, what the trainer's `peft_config` says of the adapter and how its
-    batches are run; and the batches that the trainer is about to train on, in its order. `given` are the arguments
-    about the adapter that were given.
-
-    Raises:
-        LoraInitError: Training has begun, or would make another model; the adapter was trained, has settings that
-            cannot be kept, or is on a head that TRL leaves out; `given` says otherwise than the `peft_config`; or a
-            start from gradients is asked of a trainer with a loss of its own.
+    Gives the plain model; what was asked for, with what the trainer's `peft_config` says of the adapter and how its
+    batches are run; and the batches that the trainer is about to train on, in its order. Refused is a trainer that has
+    begun or would make another model, an adapter that `read_adapter` refuses or on a head that TRL leaves out, and a
+    start from gradients for a trainer with a loss of its own.
     """
-    name, options = type(trainer).__name__, dict(collect_options)
+    name, run = type(trainer).__name__, asked.run
     if trainer.optimizer is not None:
         raise LoraInitError(f"the {name} has an optimizer already. Call initialize() right after it is made.")
     if trainer.model_init is not None:
         raise LoraInitError(f"the {name} makes its model anew when training begins. Give it model= for model_init=.")
-    start = find_start(method)
-    gradients = start.by_gradient or bool(options.get("gradients"))
-    source = _source_of_loss(trainer)
+    gradients, source = start.by_gradient or run.gradients, _source_of_loss(trainer)
     if gradients and not has_plain_loss(trainer):
         raise LoraInitError(
-            f"method={method!r}: a start from gradients needs the gradient of the training loss, and this {name} "
+            f"method={start.name!r}: a start from gradients needs the gradient of the training loss, and this {name} "
             f"computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs alone."
         )
     model = trainer.model
     if hasattr(model, "peft_config"):
-        decided: dict[str, Any] = {key: options[key] for key in ("task_type", "target_parameters") if key in options}
-        shape = read_adapter(model, {**given, **decided}, "the trainer's peft_config")
+        asked = read_adapter(model, asked, "the trainer's peft_config")
     else:
-        _check_head(model, given.get("target_modules", ()), name)
-        shape = {"task_type": options.get("task_type", task_of(model))}
+        _check_head(model, asked.given.get("target_modules", ()), name)
+        asked = asked.but(task_type=asked.layers.task_type or task_of(model))
     restore = remember(model)
     try:
         if hasattr(model, "peft_config"):
@@ -94,10 +86,9 @@ def opened(
                 )
             return call_model(model, kept, with_labels=gradients or start.by_error)  # which is checked by the loss
 
-        options.setdefault("data", f"training batches of {name}")
-        options.setdefault("forward", forward)
+        asked = asked.but(data=run.data or f"training batches of {name}", forward=run.forward or forward)
         with _batches(trainer) as batches:
-            yield model, {**given, **options, **shape}, batches
+            yield model, asked, batches
     except BaseException:
         restore()
         raise

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, command, importing, print_result, say
 from lora_init.cli.help import ListedCommands
-from lora_init.cli.options import MaxLength, Reading, TrustRemoteCode
+from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import columns, facts, finite
 from lora_init.errors import LoraInitError
 

@@ -7,11 +7,13 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.cli.console import importing, is_quiet, print_result, prints_json, say
 from lora_init.cli.options import (
@@ -20,12 +22,8 @@ from lora_init.cli.options import (
     FloatWeights,
     MaxLength,
     Quantize,
-    Reading,
     TrustRemoteCode,
-    read_modules,
-    read_names,
     read_numbers,
-    unescape,
 )
 from lora_init.errors import LoraInitError
 
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_init.comparison.findings import Summary
+
+_data, _runs = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Runs"))
 
 EXAMPLE = """\b
 Examples:
@@ -74,62 +74,65 @@ def compare(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Say what it would do and how long it takes; a step is measured, nothing kept.")
     ] = False,
-    train_samples: Annotated[int, Option(min=1, help="Training examples at most.")] = 1024,
+    train_samples: Annotated[int, _data(min=1, help="Training examples at most.")] = 1024,
     selection_samples: Annotated[
         int | None,
-        Option(min=1, help="Examples that learning rates are chosen by. Default: 128, at most a sixth of the data."),
+        _data(min=1, help="Examples that learning rates are chosen by. Default: 128, at most a sixth of the data."),
     ] = None,
     report_samples: Annotated[
-        int | None, Option(min=1, help="Examples that every figure is from. Default: 256, at most a third of the data.")
+        int | None, _data(min=1, help="Examples that every figure is from. Default: 256, at most a third of the data.")
     ] = None,
     max_length: MaxLength = 256,
-    data_seed: Annotated[int, Option(min=0, help="Seed of the split.")] = 0,
+    data_seed: Annotated[int, _data(min=0, help="Seed of the split.")] = 0,
     options: Annotated[
-        str | None, Option(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
+        str | None, _data(help="Column of the options, or yes,no: scores a multiple choice by log-likelihood.")
     ] = None,
-    answer: Annotated[str, Option(help="With --options: column that says which is right.")] = "answer",
+    answer: Annotated[str, _data(help="With --options: column that says which is right.")] = "answer",
     normalize: Annotated[
-        bool, Option("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
+        bool, _data("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
     ] = False,
-    name: Annotated[str | None, Option(help="Name of the task in the report. Default: that of the data.")] = None,
-    retain_data: Annotated[str | None, Option(help="Text of another kind, to measure forgetting.")] = None,
-    retain_template: Annotated[str | None, Option(callback=unescape, help="How an example of it reads.")] = None,
-    retain_samples: Annotated[int, Option(min=1, help="Examples of it.")] = 64,
+    name: Annotated[str | None, _data(help="Name of the task in the report. Default: that of the data.")] = None,
+    retain_data: Annotated[str | None, _data(help="Text of another kind, to measure forgetting.")] = None,
+    retain_template: Annotated[str | None, _data(callback=unescape, help="How an example of it reads.")] = None,
+    retain_samples: Annotated[int, _data(min=1, help="Examples of it.")] = 64,
     target_modules: Annotated[str, Option(help="As for lora-init init.")] = "all-linear",
-    steps: Annotated[int, Option(min=1, help="Steps of each run.")] = 100,
+    steps: Annotated[int, _runs(min=1, help="Steps of each run.")] = 100,
     batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 8,
-    warmup: Annotated[float, Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    warmup: Annotated[float, _runs(help="Share of the steps in which the learning rate rises.")] = 0.1,
     eval_points: Annotated[
-        str | None, Option(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
+        str | None, _runs(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
     ] = None,
     sweep: Annotated[
         Literal["halving", "full"] | None,
-        Option(
+        _runs(
             help="halving: all rates on two seeds, each start's best on the others. Default on a CPU.",
             show_default=False,
         ),
     ] = None,
     extend: Annotated[
-        int, Option(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
+        int, _runs(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
     ] = 2,
     match_scale: Annotated[
-        bool, Option("--match-scale", help="Also run each start with A scaled to the size of the random one.")
+        bool, _runs("--match-scale", help="Also run each start with A scaled to the size of the random one.")
     ] = False,
-    full: Annotated[bool, Option("--full", help="Also train all weights, to say how much there is to win.")] = False,
+    full: Annotated[bool, _runs("--full", help="Also train all weights, to say how much there is to win.")] = False,
     statistics_batches: Annotated[
-        str, Option(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
+        str, _runs(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")
     ] = "32",
-    precision: Annotated[str | None, Option(help="Add seeds until every verdict is this precise, such as 1%.")] = None,
+    precision: Annotated[str | None, _runs(help="Add seeds until every verdict is this precise, such as 1%.")] = None,
     workers: Annotated[
-        int | None, Option(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
+        int | None, _runs(min=1, help="Processes that do runs side by side, a GPU each if there are any.")
     ] = None,
-    ray: Annotated[str | None, Option(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
+    ray: Annotated[str | None, _runs(help="Do the runs on a Ray cluster: auto, or its address.")] = None,
     quantize: Quantize = None,
     weights: FloatWeights = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    bank: Annotated[Path | None, Option(help="Bank for bank-nearest, -mixture, -generated and -mean.")] = None,
+    bank: Annotated[
+        Path | None,
+        Option(rich_help_panel="Starts from a bank", help="Bank for bank-nearest, -mixture, -generated and -mean."),
+    ] = None,
 ) -> None:
     """Train the same adapter on MODEL and DATA from several starts, everything else equal, and compare.
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,13 +122,15 @@ def _common(
     context: typer.Context,
     quiet: Annotated[
         bool,
-        Option("--quiet", "-q", help="Print no progress and no summary of what was written."),
+        Option("--quiet", "-q", rich_help_panel="Output", help="Print no progress and no summary of what was written."),
     ] = False,
     verbose: Annotated[
         bool,
-        Option("--verbose", "-v", help="Let other libraries speak, and show tracebacks."),
+        Option("--verbose", "-v", rich_help_panel="Output", help="Let other libraries speak, and show tracebacks."),
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON, and nothing else, to stdout.")] = False,
+    as_json: Annotated[
+        bool, Option("--json", rich_help_panel="Output", help="Print JSON, and nothing else, to stdout.")
+    ] = False,
 ) -> None:
     _running.options = {}
     for parameter in context.command.params:
@@ -157,10 +159,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             asked = {name: options.get(name) for name in ("template", "completion", "format", "label")}
             _running.reading = None if options.get("options") else tuple(asked.values())
             for name, kind in shared.items():
-                options[name] = kind(**{one.name: options.pop(one.name) for one in fields(kind)})
+                options[name] = kind(**{one.name: options.pop(one.name) for one in _options(kind)})
             function(**options)
 
-    groups = (_parameters(one.annotation) if one.name in shared else [one] for one in own)
+    groups = (_options(one.annotation) if one.name in shared else [one] for one in own)
     parameters = [*chain.from_iterable(groups), *_parameters(_common)]
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [one.replace(kind=one.KEYWORD_ONLY) for one in parameters]
@@ -170,6 +172,27 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [*inspect.signature(function, eval_str=True).parameters.values()]
+
+
+def _options(kind: Any) -> Iterator[inspect.Parameter]:
+    """List the fields of a dataclass that say how the command line offers them, as typer wants them.
+
+    `kind` is the type of the text, `first` puts an option before those of the group that the class is.
+    """
+    for one in _parameters(kind):
+        said = dict(next(iter(getattr(one.annotation, "__metadata__", ())), {}))
+        if said:
+            default, text = said.pop("default", one.default), said.pop("kind", one.annotation.__origin__)
+            panel = None if said.pop("first", False) else kind.title
+            flags = [f"--{one.name.replace('_', '-')}"] if default is False else []  # without a --no-
+            yield one.replace(
+                default=default, annotation=Annotated[text, Option(*flags, rich_help_panel=panel, **said)]
+            )
+
+
+def offered(*kinds: Any) -> list[str]:
+    """Name the fields of these dataclasses that the command line offers."""
+    return [one.name for kind in kinds for one in _options(kind)]
 
 
 def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_result
-from lora_init.cli.options import Device, Dtype, MaxLength, Reading, TrustRemoteCode
+from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError
 

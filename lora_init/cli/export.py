@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from lora_init.adapters.asked import Reading
 from lora_init.cli.console import FAILED, busy, importing, in_words_of_the_command, print_error, print_result
-from lora_init.cli.options import MaxLength, Reading, Samples, WrittenAs
+from lora_init.cli.options import MaxLength, Samples, WrittenAs
 from lora_init.cli.tables import columns, facts
 from lora_init.errors import LoraInitError, explain, require_version
 from lora_init.serving.engines import ENGINES, find_engine

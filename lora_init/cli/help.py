@@ -7,20 +7,12 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-# Options by what they are about, whichever command has them; those of no group come first, with those everybody needs.
-_GROUPS = {
-    "Data": "format subset split samples batch_size max_length options answer normalize name train_samples "
-    "selection_samples report_samples data_seed retain_data retain_template retain_samples",
-    "Layers and ranks": "target_modules exclude_modules target_parameters modules_to_save rho ranks_from use_rslora "
-    "use_dora freeze_a",
-    "The pass over the data": "gradients whiten gamma center token_mask max_batches skip_bad_batches seed",
-    "Runs": "sweep extend match_scale full steps warmup eval_points statistics_batches precision workers ray",
-    "Model": "quantize weights unchecked task_type dtype device trust_remote_code",
-    "Starts from a bank": "bank by similarity",
-    "Output": "quiet verbose as_json",
-}
+# Headings in this order; options without a `rich_help_panel` come before them, with those that everybody needs.
+_PANELS = (
+    "Data", "Layers and ranks", "The adapter", "The pass over the data", "Runs", "Model", "Starts from a bank",
+    "Output",
+)  # fmt: skip
 _WIDEST = 70  # columns of an option and what it takes
-_GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names.split()}
 # What is said of a number or a default in the form of Python or of a range.
 _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+)[<>]=?[^\]]*\]", ""),
             (r"\[default: \((.*?)\)\]", r"[default: \1]"), (r"<list\[Path\]>", "<path>"),
@@ -51,9 +43,9 @@ def grouped_options(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
     """Return the arguments and options of a command by heading: how each is written, and its help."""
     parameters = command.get_params(ctx)
     many = len(parameters) > 20
-    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_GROUPS)}
+    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_PANELS)}
     for parameter in parameters:
-        title = _GROUP_OF.get(parameter.name or "", "Options") if many else "Options"
+        title = (many and getattr(parameter, "rich_help_panel", None)) or "Options"
         if parameter.param_type_name == "argument":
             title = "Arguments"
         if record := parameter.get_help_record(ctx):

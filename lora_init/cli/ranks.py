@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
+from lora_init.adapters.asked import read_names
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import DEFAULT, find_start
 from lora_init.cli.console import print_result, prints_json, say
-from lora_init.cli.options import WrittenAs, read_names, read_numbers
+from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable

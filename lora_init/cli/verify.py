@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from lora_init.adapters.asked import Reading
 from lora_init.cli.console import FAILED, busy, importing, print_result
-from lora_init.cli.options import Device, Dtype, MaxLength, Reading, TrustRemoteCode
+from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.errors import LoraInitError
 
 # Asked where no data is given: what these begin with, word by word.

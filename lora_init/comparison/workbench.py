@@ -19,9 +19,10 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters.peft_model import check_modules_to_save
+from lora_init.adapters.pipeline import split
 from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.starts import FULL
-from lora_init.adapters.step_size import n_aside, set_aside
+from lora_init.adapters.step_size import n_aside
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import batch_loss, mean_loss, text_loss
@@ -263,7 +264,7 @@ class Workbench:
 
         def loss_of(model: nn.Module) -> float:
             """Measure the loss that training minimises on training batches that the statistics are not from."""
-            aside, _ = set_aside(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside()))
+            aside = split(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside())).aside
             return mean_loss(model, aside, **_AS_TRAINED)
 
         loaded = self.loaded

@@ -11,7 +11,8 @@ from torch import nn
 
 import lora_init
 from lora_init import LoraInitError, build_adapter, collect
-from lora_init.adapters.build import check_adapter_options, rank_with_frozen_a
+from lora_init.adapters.asked import Shape
+from lora_init.adapters.build import buildable_start, check_adapter_options, rank_with_frozen_a
 from lora_init.planning.allocate import allocate_ranks
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics
 from tests.conftest import MODELS, batches_for, tiny_llama
@@ -75,15 +76,17 @@ def test_what_can_be_known_before_the_pass_is_refused_before_it(tmp_path):
             lora_init.initialize(tiny_llama(), unread(), **arguments)
         if "modules_to_save" not in arguments or isinstance(arguments["modules_to_save"], str):
             with pytest.raises(LoraInitError, match=message):
-                check_adapter_options(**arguments)
+                start = buildable_start(arguments.get("method", "eva"))
+                check_adapter_options(start, Shape(**{k: v for k, v in arguments.items() if k != "method"}))
     build_adapter(made_up_statistics(tiny_llama()), 2).save_pretrained(tmp_path / "there")
+    eva = buildable_start("eva")
     with pytest.raises(LoraInitError, match=r"there exists and is not empty.*overwrite=True"):
-        check_adapter_options(output=tmp_path / "there")
-    check_adapter_options(output=tmp_path / "there", overwrite=True)
+        check_adapter_options(eva, Shape(), output=tmp_path / "there")
+    check_adapter_options(eva, Shape(), output=tmp_path / "there", overwrite=True)
     (tmp_path / "there" / "thesis.tex").write_text("x")
     with pytest.raises(LoraInitError, match=r"holds more than an adapter \(thesis.tex\)"):
-        check_adapter_options(output=tmp_path / "there", overwrite=True)
-    check_adapter_options(output=tmp_path / "new")
+        check_adapter_options(eva, Shape(), output=tmp_path / "there", overwrite=True)
+    check_adapter_options(eva, Shape(), output=tmp_path / "new")
 
 
 def test_what_is_no_plain_model_or_no_statistics_is_one_clear_line(tmp_path):

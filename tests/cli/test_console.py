@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import lora_init
 from lora_init import Statistics
+from lora_init.adapters.asked import read_modules, unescape
 from lora_init.cli import app as cli
 from lora_init.cli import console
 from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank
-from lora_init.cli.options import read_modules, unescape
 from lora_init.errors import explain
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here

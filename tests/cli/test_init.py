@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -13,16 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
-from lora_init.adapters.starts import find_start
 from lora_init.cli.dry_run import STATE
-from lora_init.cli.init import _read_examples
 from lora_init.collection.backward import BackwardHooks, NoGradientsError
 from lora_init.collection.loop import both
 from lora_init.loading.models import load_model
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
-from tests.loading.made import byte_tokenizer
 
 # What it makes
 
@@ -32,7 +28,7 @@ def test_starts_by_the_gradient_collect_it_and_say_what_they_do_to_the_model(com
     plain = run(*command, "--statistics", file)
     assert plain.exit_code == 0, plain.output
     command[command.index("-o") + 1] = str(tmp_path / "lora-ga")
-    refused = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", 2)
+    refused = run(*command, "--statistics", file, "--method", "eva-grad", "--rho", 2)
     assert refused.exit_code == 1 and "was made with gradients False, and True is asked for" in refused.stderr
     file.unlink()
     made = run(*command, "--statistics", file, "--method", "lora-ga", "--rho", "1", "--gamma", "32")
@@ -317,9 +313,7 @@ def test_a_head_that_the_adapter_would_not_hold_is_taken_along(home, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     command = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
     command += ["--rank", 2, "--rho", 1, "--method", "natural-gradient", "-o", tmp_path / "out"]
-    head = "classification_head.dense,classification_head.out_proj"
-    assert_one_line_error(run(*command), f"the weights of {head} are new and random", f"--modules-to-save {head}.")
-    made = run(*command, "--modules-to-save", head)
+    made = run(*command)
     assert made.exit_code == 0, made.output
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert sum("classification_head" in name for name in tensors) == 4
@@ -472,7 +466,7 @@ def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_
     for options, part in (
         (["--template", "{text} {text}"], "was made with template None, and '{text} {text}' is asked for"),
         (["--max-length", "8"], "with max_length"),
-        (["--samples", "12"], "with samples"),
+        (["--samples", "20"], "with samples"),
         (["--seed", "3"], "with seed"),
         (["--no-center"], "with center True, and False"),
         (["--token-mask", "labels"], "with token_mask"),
@@ -700,19 +694,6 @@ def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
     result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)
     assert result.exit_code == 0, result.stderr
     assert r"'{text}\nthe\tcat'" in lora_init.Statistics.load(file).provenance.data  # repr of a real newline and tab
-
-
-@pytest.mark.parametrize(("n", "left"), [(257, 241), (300, 256)])
-def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
-    rows = [{"text": f"row {i}"} for i in range(n)]
-    read = partial(load_batches, rows, byte_tokenizer(), batch_size=4)
-    sample = read(samples=256)
-    aside, others = _read_examples(read, find_start("lora-one"), 256, 4)
-    assert [sum(map(len, (b["input_ids"] for b in batches))) for batches in (aside, others)] == [16, left]
-    if left < 256:  # a statistics file of the whole sample is another one
-        assert others.settings["set aside"] == 16 and others.description == f"{sample.description}, 16 set aside"
-    else:
-        assert others.description == sample.description and "set aside" not in others.settings
 
 
 def test_a_statistics_file_is_read_once(command, tmp_path, monkeypatch):

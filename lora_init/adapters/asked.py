@@ -1,0 +1,232 @@
+"""What was asked for, by keywords of `initialize` or options of `init`: a class for each thing that they are about.
+
+Who makes the pass is handed a `Pass`, who reads data a `Reading` and a `Sample`. A field's annotation also says how the
+command line offers it; a field without is for Python alone. Importing this file imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from inspect import Parameter, signature
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+
+from lora_init.adapters.starts import RANDOM, STARTS, find_start
+from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.layers.grid import PURPOSES
+from lora_init.loading.examples import FORMATS
+
+if TYPE_CHECKING:
+    _Format: TypeAlias = str
+else:  # the registry decides what there is
+    _Format = Literal[tuple(FORMATS)]
+
+RANK = 16
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def unescape(template: str | None) -> str | None:
+    r"""Read \n and \t as newline and tab, which are hard to type in a shell."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def read_modules(text: str | None) -> str | list[str] | None:
+    """Read names separated by commas as a list; what has a character that no name has is a regular expression."""
+    keywords = ("all-linear", *PURPOSES)
+    if not text or text.lower().replace("_", "-") in keywords or re.search(r"[^\w.,\s-]", text):
+        return text or None
+    return read_names(text)
+
+
+def read_names(text: str | None) -> list[str]:
+    """Read names separated by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def each(fact: str) -> str:
+    """List a number of the starts that have one of their own, and that of all others."""
+    usual = getattr(find_start(RANDOM), fact)
+    ours = [one for one in STARTS if one.made_by == "lora_init" and getattr(one, fact) != usual]
+    return ", ".join([*(f"{getattr(one, fact):g} for {one.name}" for one in ours), f"else {usual:g}"])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data become examples: options of every command that reads data, and arguments of `load_batches`."""
+
+    title: ClassVar = "Data"
+    template: Annotated[
+        str | None,
+        dict(callback=unescape, help='Text of an example, as in "{passage}\\nQuestion: {question}?".', first=True),
+    ] = None
+    completion: Annotated[
+        str | None,
+        dict(callback=unescape, help="What the model should answer; --template is then the prompt.", first=True),
+    ] = None
+    format: Annotated[
+        _Format | None, dict(help="How examples are written. Default: what the columns say.", show_default=False)
+    ] = None
+    subset: Annotated[str | None, dict(help="Configuration of a hub data set.")] = None
+    split: Annotated[str, dict(help="Split of a hub data set or a folder.")] = "train"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which of the examples are read, and as what: the other arguments of `load_batches`. None is for what fits."""
+
+    title: ClassVar = "Data"
+    label: Annotated[
+        str | None, dict(help="Column of the class: an adapter and a head for a classifier.", first=True)
+    ] = None
+    samples: Annotated[int | None, dict(min=1, help="Examples to draw at random, at most.")] = 512
+    batch_size: Annotated[int, dict(min=1, help="Examples in a batch.")] = 8
+    max_length: Annotated[int, dict(min=2, help="Tokens of an example at most.")] = 512
+    offset: int = 0
+    seq2seq: bool | None = None
+    needs_labels: bool | None = None
+    known_classes: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How much rank there is, and how far it may move between layers."""
+
+    title: ClassVar = "Layers and ranks"
+    rank: Annotated[int, dict(min=1, help="Average rank of a layer.", first=True)] = RANK
+    rho: Annotated[float | None, dict(min=1.0, help=f"At most rho x rank in one layer. Default: {each('rho')}.")] = None
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers take an adapter: arguments of `find_targets`."""
+
+    title: ClassVar = "Layers and ranks"
+    target_modules: Annotated[
+        str | Collection[str],
+        dict(
+            kind=str, callback=read_modules,
+            help="all-linear, attention, mlp, cross-attention, names, or a regular expression for full names.",
+        ),
+    ] = "all-linear"  # fmt: skip
+    exclude_modules: Annotated[
+        str | Collection[str] | None,
+        dict(kind=str | None, callback=read_modules, help="Names, or a regular expression, to leave out."),
+    ] = None
+    target_parameters: Annotated[
+        Collection[str] | None,
+        dict(
+            kind=str | None,
+            callback=lambda text: read_names(text) or None,
+            help="Names of fused parameters of experts.",
+        ),
+    ] = None
+    task_type: Annotated[str | None, dict(help="PEFT's task type. Default: what the checkpoint is for.")] = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the adapter is like: arguments of `build_adapter`, and what measures its step or checks it."""
+
+    title: ClassVar = "The adapter"
+    lora_alpha: Annotated[
+        float | None,
+        dict(help=f"The adapter is scaled by lora_alpha / rank. Default: rank x {each('scaling')}.", first=True),
+    ] = None
+    use_rslora: Annotated[bool, dict(help="Scale by lora_alpha / sqrt(rank).")] = False
+    use_dora: Annotated[bool, dict(help="Add DoRA's magnitudes.")] = False
+    lora_dropout: float = 0.0
+    modules_to_save: Annotated[
+        Sequence[str],
+        dict(kind=str | None, callback=read_names, help="Modules to train whole, such as lm_head.", default=None),
+    ] = ()
+    freeze_a: Annotated[bool, dict(help="Train B alone: see the adapter's README.md.")] = False
+    whiten: Annotated[bool, dict(help="With eva: scale each row by its variance.")] = False
+    gamma: Annotated[
+        float | None,
+        dict(
+            help="Where B is not zero: larger is a smaller step. Default: searched"
+            f"{''.join(f'; {one.name} {one.gamma:g}' for one in STARTS if one.corrects_base)}."
+        ),
+    ] = None
+    weights: Annotated[
+        str | Path | None,
+        dict(kind=str | None, help="The float model that a quantized MODEL was made of. Default: MODEL itself."),
+    ] = None
+    unchecked: Annotated[
+        bool, dict(help="With qera: write it even if the loss on examples set aside does not fall.")
+    ] = False
+
+    def of_adapter(self) -> dict[str, Any]:
+        """Return the arguments of `build_adapter`."""
+        return {name: value for name, value in vars(self).items() if name not in ("gamma", "weights", "unchecked")}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How the pass over the data is made: the other arguments of `collect`."""
+
+    title: ClassVar = "The pass over the data"
+    gradients: Annotated[bool, dict(help="Run backward passes, too, for later use.")] = False
+    center: Annotated[bool, dict(help="Subtract the mean: PCA. Without: the second moment.")] = True
+    token_mask: Annotated[
+        Literal["attention", "labels"], dict(help="Count all tokens but padding, or those with a label.")
+    ] = "attention"
+    max_batches: Annotated[int, dict(min=1, help="Batches at most; fewer if the start would not change.")] = 64
+    skip_bad_batches: Annotated[int, dict(min=0, help="Batches that may fail, and are then left out.")] = 0
+    seed: Annotated[int, dict(min=0, help="Seed of the sample and of all else that is random.")] = 0
+    tolerance: float | None = None
+    forward: Callable[..., Any] | None = None
+    loss: Callable[..., Any] | None = None
+    data: str = ""
+    progress: bool | None = None
+    statistics: str | Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All of it, each thing with its defaults where nothing was said of it."""
+
+    method: str | None = None  # None for the start that is recommended
+    reading: Reading = Reading()
+    sample: Sample = Sample()
+    ranks: Ranks = Ranks()
+    layers: Layers = Layers()
+    shape: Shape = Shape()
+    run: Pass = Pass()
+    given: Mapping[str, Any] = field(default_factory=dict)  # as it was, which a LoraConfig must not contradict
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        return ((name, value) for name, value in vars(self).items() if name not in ("method", "given"))
+
+    def but(self, **changes: Any) -> Asked:
+        """Return the same but for some keywords, each in the part that has it."""
+        parts = {}
+        for name, part in self._parts():
+            own = {one.name: changes[one.name] for one in fields(part) if one.name in changes}
+            parts[name] = replace(part, **own)
+        return replace(self, **parts)
+
+    @classmethod
+    def by(cls, taker: str, method: str | None = None, **given: Any) -> Asked:
+        """Sort the keywords of a function into parts; refuse those that are in none, with the nearest one."""
+        known = {one.name for _, part in cls()._parts() for one in fields(part)}
+        for name in given:
+            if name not in known:
+                raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, sorted(known))}")
+        return cls(method=method, given=given).but(**given)
+
+
+def shows_keywords(function: _F) -> _F:
+    """Let help(), editors and the documentation see the keywords of `Asked` that a function takes by **options."""
+    own = signature(function)
+    shown = {name: one for name, one in own.parameters.items() if one.kind is not Parameter.VAR_KEYWORD}
+    for one in chain.from_iterable(fields(part) for _, part in Asked()._parts()):
+        shown.setdefault(
+            one.name, Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+        )
+    function.__signature__ = own.replace(parameters=[*shown.values()])  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,226 @@
+"""The way from a model and data to an adapter: choose a start, read, set aside, collect, allocate, build, measure.
+
+Its steps stand here once. `initialize` calls them in this order, by `adapter_for`; `lora-init init` calls them one by
+one, since it reads data before weights and keeps statistics in a file; a comparison splits its own batches (`split`)
+and builds on its own statistics (`build`). What was asked for travels as an `Asked`, what is read as `Examples`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.asked import Asked
+from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
+from lora_init.adapters.peft_model import check_modules_to_save
+from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
+from lora_init.adapters.recommended import default_start
+from lora_init.adapters.starts import DEFAULT, Start, find_start
+from lora_init.adapters.step_size import LEAST, find_step_size, most_aside, set_aside
+from lora_init.collection.backward import NoGradientsError
+from lora_init.collection.collect import collect
+from lora_init.collection.losses import mean_loss
+from lora_init.collection.processes import Processes
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import encoder_of
+from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in
+from lora_init.loading.batches import Batches, as_batches, load_batches
+from lora_init.loading.models import classes_of, task_of
+from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.plan import RankAllocation
+from lora_init.statistics.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Batches for the statistics, and others that a loss is measured on, if the start asks for that."""
+
+    batches: Any
+    aside: Sequence[Any] = ()
+    classes: tuple[str, ...] = ()
+    data: str = ""  # in words
+
+
+def choose_start(method: str | None, classifies: bool) -> Start:
+    """Find the start that was asked for, or the one that is recommended for the task."""
+    return buildable_start(method or default_start(classifies))
+
+
+def check(asked: Asked, start: Start, **place: Any) -> None:
+    """Refuse what no model and no data can make right; `place` is where the adapter is to be saved."""
+    check_adapter_options(start, asked.shape, **place)
+    rank, rho = asked.ranks.rank, asked.ranks.rho or start.rho
+    if start.one_rank and round(rho * rank) > rank:
+        raise LoraInitError(f"method={start.name!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
+
+
+def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
+    """Add what the model decides: its task, and its head to what is trained whole, since a checkpoint may lack it.
+
+    Refused are other `classes` of the data than the head's, names of no module, and parameters `drawn` at random, where
+    these are known, that are neither in the head nor trained whole.
+    """
+    _check_classes(model, classes)
+    task = asked.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
+    if asked.layers.task_type is None and task not in HEADS:
+        task = None
+    heads, whole = HEADS.get(task or "", ()), [*asked.shape.modules_to_save]
+    whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]
+    check_modules_to_save(model, whole, task, drawn)
+    return asked.but(task_type=task, modules_to_save=whole)
+
+
+def _check_classes(model: nn.Module, classes: Collection[str]) -> None:
+    if not classes or not hasattr(model, "config"):
+        return
+    head = classes_of(model.config) if heads_of(model) else ()
+    if len(classes) != len(head):
+        raise LoraInitError(
+            f"the data have {len(classes)} classes, the model's head {len(head)}. Load the model by "
+            f"AutoModelForSequenceClassification with num_labels={len(classes)}."
+        )
+    if {*classes} == {*head} and tuple(classes) != head:
+        raise LoraInitError(
+            f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
+            "known_classes=tuple(model.config.id2label.values()) to load_batches."
+        )
+
+
+def read(
+    source: Any, tokenizer: Any, asked: Asked, start: Start, *, seq2seq: bool, known: Sequence[str]
+) -> tuple[Batches, Sequence[Any]]:
+    """Read the sample and, where a loss is measured, examples beyond it."""
+    sample, run = asked.sample, asked.run
+    fitting = {
+        "seq2seq": seq2seq and sample.label is None, "known_classes": known,
+        "needs_labels": run.gradients or start.by_gradient or run.token_mask == "labels",
+    }  # fmt: skip
+    options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
+    load = partial(load_batches, source, tokenizer, **vars(asked.reading), seed=run.seed)
+    batches = load(**options)
+    n = sum(len(batch["input_ids"]) for batch in batches)
+    if n < LEAST:
+        warnings.warn(
+            f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.", stacklevel=4
+        )
+    beyond: Sequence[Any] = ()
+    if measures(start, asked) and sample.samples is not None:
+        more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
+        with suppress(LoraInitError):  # there are none
+            beyond = load(**options | more)
+    return batches, beyond
+
+
+def measures(start: Start, asked: Asked) -> bool:
+    """Whether a loss is measured, to find the size of a step or to check a correction."""
+    return start.by_error or (start.takes_step and asked.shape.gamma is None)
+
+
+def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:
+    """Set aside what a loss is `measured` on: of `beyond`, or else of the batches."""
+    classes, words = tuple(getattr(batches, "classes", ())), getattr(batches, "description", "")
+    if not measured:
+        return Examples(batches, (), classes, words)
+    aside, others = set_aside(batches, beyond)
+    if others is not batches and isinstance(batches, Batches):
+        n = sum(len(batch["input_ids"]) for batch in aside)
+        others, words = Batches(others, batches.settings | {"set aside": n}), f"{words}, {n} set aside"
+    return Examples(others, aside, classes, words)
+
+
+def learn(
+    model: nn.Module, examples: Examples, asked: Asked, start: Start, rho: float | None = None
+) -> tuple[Statistics, Start]:
+    """Collect what the start needs; where nothing was asked for and there are no gradients, what the default needs.
+
+    `rho` is that of the pass, where it is not that of the ranks. Returns the start that the statistics serve, too.
+    """
+    if start.by_error:  # refuses before the pass what cannot be read after it
+        QuantizationErrors(model, find_targets(model, **vars(asked.layers)).layers, asked.shape.weights)
+
+    def collect_for(start: Start, rho: float | None, gradients: bool) -> Statistics:
+        run = replace(asked.run, gradients=gradients, data=asked.run.data or examples.data)
+        options = {name: value for name, value in vars(run).items() if value is not None}
+        return collect(
+            model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
+            rho=rho or asked.ranks.rho or start.rho,
+        )  # fmt: skip
+
+    try:
+        return collect_for(start, rho, asked.run.gradients or start.by_gradient), start
+    except NoGradientsError as error:  # before any batch is read
+        if asked.method is not None:
+            raise
+        warnings.warn(f"{error} So the start is {DEFAULT}, from what the layers read.", stacklevel=4)
+    start = find_start(DEFAULT)
+    return collect_for(start, None, False), start
+
+
+def allocate(stats: Statistics, asked: Asked, start: Start) -> RankAllocation:
+    """Share the ranks out among the layers."""
+    return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho or start.rho)
+
+
+def build(
+    model: nn.Module,
+    stats: Statistics,
+    ranks: RankAllocation | int,
+    start: Start,
+    asked: Asked,
+    aside: Sequence[Any] = (),
+    in_all_processes: bool = False,
+) -> AdapterInit:
+    """Build the adapter, and measure on batches `aside` what the start asks to be measured.
+
+    A start that steps takes the size of its step by the loss, see `find_step_size`. One that corrects a quantized base
+    is checked by it, see `with_losses`. All others are built, and so are these if nothing was set aside. All processes
+    of a group, each with batches of its own, can measure together.
+    """
+    shape, run = asked.shape, asked.run
+    of_loss: dict[str, Any] = dict(batches=aside, forward=run.forward, loss=run.loss)
+    made = partial(build_adapter, stats, ranks, start.name, **shape.of_adapter(), seed=run.seed, model=model)
+
+    def shared(loss_of: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
+        def mean(model: nn.Module) -> float:
+            loss = loss_of(model)
+            with Processes() as processes:
+                return statistics.fmean(processes.gather(loss))
+
+        return mean if in_all_processes else loss_of
+
+    if start.by_error:
+        errors = QuantizationErrors(model, stats.targets, shape.weights)
+        built = made(errors=errors)
+        if not aside:
+            return built
+        return with_losses(model, built, errors, shared(loss_or_distance(model, errors, **of_loss)), shape.unchecked)
+    if start.takes_step and aside:
+        return find_step_size(
+            model, lambda gamma: made(gamma=gamma), shared(partial(mean_loss, **of_loss)), shape.gamma
+        )
+    return made(gamma=shape.gamma)
+
+
+def adapter_for(model: nn.Module, source: Any, tokenizer: Any, asked: Asked, start: Start) -> AdapterInit:
+    """Go the whole way for a model at hand; all processes of a group do it together."""
+    check(asked, start)
+    if tokenizer is None:
+        idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
+        if idle:
+            raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
+        found: tuple[Any, Sequence[Any]] = as_batches(source, model, asked.run.seed), ()
+    else:
+        known = classes_of(getattr(model, "config", None))
+        found = read(source, tokenizer, asked, start, seq2seq=encoder_of(model) is not None, known=known)
+    examples = split(*found, measures(start, asked))
+    asked = fit_to(model, asked, examples.classes)
+    stats, start = learn(model, examples, asked, start)
+    return build(model, stats, allocate(stats, asked, start), start, asked, examples.aside, True)
