@@ -40,7 +40,7 @@ def dial(
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     *,
     reading: Reading,
-    samples: Annotated[int, Option(min=12, help="Examples of the task at most; half as many texts to keep.")] = 144,
+    samples: Annotated[int, Option(min=12, help="Examples of the task at most; half as many texts to keep.")] = 192,
     max_length: MaxLength = 512,
     seed: Annotated[int, Option(min=0, help="Seed of the sample and of what the base writes.")] = 0,
     dtype: Dtype = "auto",

@@ -186,3 +186,24 @@ def test_experts_that_are_parameters_have_strengths_too():
     found = fit_strengths(model, batches[:2], batches[2:], 1.0, steps=2)
     moved = {name: value for name, value in found.items() if abs(value - 0.7) > 0.01}
     assert set(found) == set(moved) and any(name.endswith("experts.down_proj") for name in moved)
+
+
+def test_models_that_cannot_be_dialed_are_refused_by_what_they_are():
+    model, batches = trained_model(dtype=torch.float32)
+    keep = batches_for("llama", seed=1)
+    with pytest.raises(LoraInitError, match="takes a PEFT model with one active adapter and got LlamaForCausalLM"):
+        dial(tiny_llama(), batches, keep)
+    classes = [batch | {"labels": torch.zeros(4, dtype=torch.long)} for batch in batches]
+    with pytest.raises(LoraInitError, match="batches: a batch has no labels"):
+        dial(model, classes, keep)
+    model.merge_adapter()
+    with pytest.raises(LoraInitError, match="unmerge_adapter"):
+        dial(model, batches, keep)
+    for settings, words in (
+        (dict(use_dora=True), "use_dora"),
+        (dict(bias="all"), "trained whole"),
+        ({}, "never trained"),
+    ):
+        fresh = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], **settings))
+        with pytest.raises(LoraInitError, match=words):
+            dial(fresh, batches, keep)
