@@ -15,6 +15,7 @@ from lora_init.cli.console import FAILED, busy, importing, print_result
 from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.errors import LoraInitError
 
+UNKNOWN = 2  # the exit status where nothing is wrong that could be told
 # Asked where no data is given: what these begin with, word by word.
 _TEXTS = (
     "Question: Why do leaves turn red in autumn? Answer: Because the tree takes back what made them green.",
@@ -44,7 +45,7 @@ def verify(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Ask a running server whether it serves adapters as they were trained; exits with 0 only if it serves all so."""
+    """Ask a running server whether it serves adapters as trained; exits with 0 if so, 1 if not, 2 if it cannot tell."""
     from lora_init.serving.server import Server
 
     names = {directory: directory.expanduser().resolve().name for directory in directories}
@@ -55,7 +56,7 @@ def verify(
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import load_model
-        from lora_init.serving.verify import AS_TRAINED, verify
+        from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, verify
     sources = {base or AdapterDirectory(directory).base for directory in names}
     if len(sources) > 1:
         raise LoraInitError(f"the adapters are of {', '.join(sorted(sources))}. Ask about those of one base at a time.")
@@ -87,8 +88,9 @@ def verify(
         about if several else asdict(results[directories[0]]),
         lambda console, _: console.print("\n".join(lines), markup=False),
     )
-    if any(found.verdict != AS_TRAINED for found in results.values()):
-        raise SystemExit(FAILED)
+    verdicts = {found.verdict for found in results.values()} - {AS_TRAINED}
+    if verdicts:
+        raise SystemExit(UNKNOWN if verdicts == {CANNOT_TELL} else FAILED)
 
 
 def _chats(data: str, reading: Reading, most: int) -> list[Any]:

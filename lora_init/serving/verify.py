@@ -20,7 +20,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.grid import layer_grid
 from lora_init.serving.engines import VLLM_RANKS
 
-AS_TRAINED = "served as trained"
+AS_TRAINED, CANNOT_TELL = "served as trained", "cannot tell"
 _TOKENS = 1024  # of a batch, whose logits are held
 _TOP = 20  # likeliest tokens, on which the effect of an adapter counts: as many as servers tell
 _OTHER_BASE = 0.03  # share of the variance within prompts; a served base that misses more of it is another one
@@ -131,13 +131,13 @@ def diagnose(
         return Verification(name, text, effect, noise if measured else None, off, answered, values)
 
     if effect == 0:
-        return verdict("cannot tell", "the adapter changes nothing in PEFT either; is B zero?")
+        return verdict(CANNOT_TELL, "the adapter changes nothing in PEFT either; is B zero?")
     if 4 * answered < len(plain):
-        return verdict("cannot tell", "hardly an answer has tokens that are the tokenizer's")
+        return verdict(CANNOT_TELL, "hardly an answer has tokens that are the tokenizer's")
     if measured and noise**2 > _OTHER_BASE * _variance_within_prompts(plain, ~at_base.isnan()):
         return verdict("another base or template", f"the served base is {noise:.2g} off")
     if effect < 2 * noise:
-        return verdict("cannot tell", f"the effect would have to be {2 * noise:.2g} at least")
+        return verdict(CANNOT_TELL, f"the effect would have to be {2 * noise:.2g} at least")
     allowed = _NOISES * noise + _LEFT * effect if measured else _LEFT_WITHOUT_NOISE * effect
     if residual > (allowed / 2 if measured else allowed):  # small faults leave less than what is allowed
         of_effect = _LEFT_BY_FAULT * max(effect, from_base)

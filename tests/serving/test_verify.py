@@ -118,7 +118,7 @@ def test_another_task_another_base_and_a_zero_adapter(dtype, home, tmp_path):
     assert done.stdout.startswith("ignored"), done.output
     engine.asked.clear()
     done = ask(home, zero, engine)
-    assert done.exit_code == 1 and "changes nothing in PEFT either; is B zero?" in done.stdout, done.output
+    assert done.exit_code == 2 and "changes nothing in PEFT either; is B zero?" in done.stdout, done.output
     assert len(engine.asked) == 1  # which tells the form of its answers
 
 
@@ -157,7 +157,7 @@ def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
     engine.tokenizer = engine.tokenizer.__class__(tokenizer_object=engine.tokenizer.backend_tokenizer)
     engine.tokenizer.decode = lambda ids: f"other {ids}"
     done = ask(home, "plain", engine)
-    assert done.exit_code == 1 and done.stdout.startswith("cannot tell: hardly an answer has tokens"), done.output
+    assert done.exit_code == 2 and done.stdout.startswith("cannot tell: hardly an answer has tokens"), done.output
 
 
 def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be(home, tmp_path):
@@ -174,7 +174,7 @@ def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be
 
     engine.answer = noisy
     done = ask(home, weak, engine, "--model", "served")
-    assert done.exit_code == 1 and "cannot tell: the effect would have to be 0.1 at least" in done.stdout, done.output
+    assert done.exit_code == 2 and "cannot tell: the effect would have to be 0.1 at least" in done.stdout, done.output
 
 
 @pytest.mark.parametrize("alpha", [16, 48])  # an effect of 1 and of 3
