@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
-from lora_init.cli.console import importing, is_quiet, print_result, prints_json, say
+from lora_init.cli.console import FAILED, importing, is_quiet, print_result, prints_json, say
 from lora_init.cli.options import (
     Device,
     Dtype,
@@ -69,7 +69,7 @@ def compare(
     reading: Reading,
     label: Annotated[str | None, Option(help="Column of the class: trains a classifier.")] = None,
     time: Annotated[
-        str | None, Option(help="Limit, such as 2h or 30m: seeds are spent where they still decide.")
+        str | None, Option(help="Limit, such as 20m or 2h: what is left open is made as small as that needs.")
     ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Say what it would do and how long it takes; a step is measured, nothing kept.")
@@ -95,8 +95,14 @@ def compare(
     retain_data: Annotated[str | None, _data(help="Text of another kind, to measure forgetting.")] = None,
     retain_template: Annotated[str | None, _data(callback=unescape, help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, _data(min=1, help="Examples of it.")] = 64,
+    dial: Annotated[
+        bool, _data("--dial/--no-dial", help="With --retain-data: evaluate each adapter at several strengths.")
+    ] = True,
+    replay: Annotated[str | None, _data(help="Text to train on, too, one beside the examples of each step.")] = None,
     target_modules: Annotated[str, Option(help="As for lora-init init.")] = "all-linear",
-    steps: Annotated[int, _runs(min=1, help="Steps of each run.")] = 100,
+    steps: Annotated[
+        int | None, _runs(min=1, help="Steps of each run. Default: 100, with --time at most that.")
+    ] = None,
     batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 8,
     warmup: Annotated[float, _runs(help="Share of the steps in which the learning rate rises.")] = 0.1,
     eval_points: Annotated[
@@ -111,7 +117,7 @@ def compare(
     ] = None,
     extend: Annotated[
         int, _runs(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
-    ] = 2,
+    ] = 4,
     match_scale: Annotated[
         bool, _runs("--match-scale", help="Also run each start with A scaled to the size of the random one.")
     ] = False,
@@ -168,6 +174,8 @@ def compare(
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():
             say(f"{found.directory / 'best'}: the trained adapter of the best start")
+    if found.records and all(record["status"] == "failed" for record in found.records):
+        raise SystemExit(FAILED)
 
 
 # What a dry run says of runs that may be added.
@@ -201,7 +209,11 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
     added = [_ADDED[what].format(n) for what, n in ahead["may_add"].items() if n]
     lines.append(f"{ahead['n_runs']} runs, {ahead['ended']} ended{'; at most ' * bool(added)}{', '.join(added)}.")
     time = " to ".join(dict.fromkeys(map(duration, (ahead["seconds"], ahead["most_seconds"]))))
-    lines.append(f"Time: about {time}; a step takes {ahead['pace']['step']:.2g} s.")
+    dial = ahead["dial_seconds"]
+    of_it = (
+        f", {duration(dial)} of it to evaluate adapters at several strengths (--no-dial leaves it out)" if dial else ""
+    )
+    lines.append(f"Time: about {time}{of_it}; a step takes {ahead['pace']['step']:.2g} s.")
     lines.append(_detectable(len(swept) + len(others), ahead, percent))
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

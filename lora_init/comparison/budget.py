@@ -24,17 +24,10 @@ STAGES = (3, 4, 6, 8, 12, 16, 24, 32)
 
 @dataclass(frozen=True)
 class RunBudget:
-    """How much may be spent on a comparison; without any limit, what is planned is run.
+    """How much may be spent on a comparison; without any limit, what is planned is run."""
 
-    Attributes:
-        seconds: No run begins that would probably not end in this time, of which that of one run is kept for the
-            adapter of the best start.
-        precision: A verdict is precise if half the width of its interval is at most this share of random's loss.
-        began: When the time began.
-    """
-
-    seconds: float | None = None
-    precision: float | None = None
+    seconds: float | None = None  # no run begins that would probably not end in it, and after it the best adapter
+    precision: float | None = None  # half the width of an interval that is enough, as a share of random's loss
     began: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,26 +41,26 @@ class RunBudget:
         return self.seconds is not None or self.precision is not None
 
     def settings(self) -> dict[str, Any]:
-        """Describe it in plain values."""
+        """Return it in plain values."""
         limits = {"time": self.seconds, "precision": self.precision}
         return {"budget": limits} if self.limited else {}
 
+    @property
+    def spent(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
     def fits(self, seconds: float) -> bool:
-        """Tell whether what takes so long would end in time."""
-        return self.seconds is None or time.monotonic() - self.began + seconds <= self.seconds
+        """Return whether what takes so long would end in time."""
+        return self.seconds is None or self.spent + seconds <= self.seconds
 
     def due(
         self, plan: RunPlan, starts: Sequence[Variant], records: Mapping[Run, Record]
     ) -> tuple[list[Run], list[str]]:
-        """List the runs to do as far as is known, those that ended among them, and say why the others are left out.
+        """List the runs to do as far as is known, those that ended among them, and why the others are left out.
 
         Under a limit seeds are added in stages, see `STAGES`. After each the starts that `stops` names get no more, and
         all ends when none is left. What it lists depends on the runs alone, in whatever order they ended.
-
-        Args:
-            plan: With as many seeds as may be needed.
-            starts: From `RunPlan.compared`.
-            records: Runs that have ended.
         """
         planned = plan.runs(starts, records)
         said: list[str] = []
@@ -80,7 +73,7 @@ class RunBudget:
                 table = run_table([record for run, record in records.items() if run.seed in seeds[:n]])
                 over, left = stops(judged_losses(table), self.precision)
                 why = [{**over, **left}[start] for start in going if start in over or start in left]
-                said.append(f"{n} seeds: {'; '.join(why) or 'nothing to compare'}")
+                said.append(f"After {n} seeds: {'; '.join(why) or 'nothing to compare'}.")
                 going = [start for start in going if start == RANDOM or start in left]
                 if going in ([], [RANDOM]) or n >= len(seeds):
                     break
@@ -91,19 +84,12 @@ class RunBudget:
 
 
 def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Say which starts get no more seeds, and which go on.
+    """Find which starts get no more seeds, and which get more: start to reason, of either kind.
 
     A start cannot win any more if its interval lies above zero, or above that of another start. Since that is asked
     after each of the `STAGES`, the 5 % of errors are divided among them; the intervals of one stage hold for all starts
     together, see `effects`. A start is also left alone when it is known precisely enough. A start that is better goes
     on until it is, so that nothing is called better because somebody looked often.
-
-    Args:
-        losses: A row for each start, a column for each seed; NaN where there is no run.
-        precision: Half the width of an interval that is wanted, as a share of random's loss, if any is.
-
-    Returns:
-        Start to reason, of those that stop and of those that go on.
     """
     careful = effects(losses, RANDOM, 1 - (1 - CONFIDENCE) / len(STAGES))
     usual = effects(losses, RANDOM)
@@ -113,18 +99,18 @@ def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str]
     for start, effect in careful.items():
         known = usual[start].showable / float(losses.loc[RANDOM].mean())
         if effect.low > bound:
-            over[start] = f"{start} stops, as it cannot win any more against {rival}"
+            over[start] = f"{start} gets no more, as it cannot win any more against {rival}"
         elif precision is not None and known <= precision:
-            over[start] = f"{start} is known to {percent(known)}"
+            over[start] = f"{start} gets no more, as its difference to random is known within {percent(known)}"
         else:
-            wanted = "" if precision is None else f", {percent(precision)} is wanted"
-            left[start] = f"{start} goes on, known to {percent(known)}{wanted}"
+            wanted = "" if precision is None else f" ({percent(precision)} is wanted)"
+            left[start] = f"{start} gets more, its difference to random is known within {percent(known)}{wanted}"
     return over, left
 
 
 def longer_runs(records: Mapping[Run, Record]) -> list[Run]:
-    """List the runs of random with twice the steps, if a start is better: what that is worth in time, they tell."""
+    """List the runs of random with more steps, if a start is better: what that is worth in time, they tell."""
     table = run_table(records.values())
     better = [verdict for verdict in verdicts(table) if verdict.outcome == "better"]
     seeds = dict.fromkeys(seed for verdict in better for seed in verdict.differences)
-    return [Run(longer_random(table), seed, best_rates(table)[RANDOM]) for seed in seeds]
+    return [Run(longer_random(table, better), seed, best_rates(table)[RANDOM]) for seed in seeds]

@@ -1,4 +1,4 @@
-"""compare(): train the same adapter from several starts, everything else equal, and say what was found."""
+"""compare(): train the same adapter from several starts, everything else equal, and report what was found."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import torch
 from lora_init.adapters.starts import FULL, RANDOM, find_start
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
-from lora_init.comparison.outlook import Outlook, look_ahead
+from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek
+from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek, read_settings
+from lora_init.comparison.size import SIZES, Asked, Size, fit
 from lora_init.comparison.starts import (
     AdapterShape,
     Variant,
@@ -32,7 +33,6 @@ from lora_init.comparison.starts import (
 )
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
-from lora_init.comparison.training import Training
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, require
@@ -99,13 +99,13 @@ def compare(
     learning_rates: Sequence[float] = LEARNING_RATES,
     seeds: int | Sequence[int] | None = None,
     sweep: str | None = None,
-    extend: int = 2,
+    extend: int = 4,
     match_scale: bool = False,
     full: bool = False,
     rank: int = 8,
     lora_alpha: float | None = None,
     target_modules: str | list[str] = "all-linear",
-    steps: int = 100,
+    steps: int | None = None,
     batch_size: int = 8,
     warmup: float = 0.1,
     evaluation_points: Sequence[int] | None = None,
@@ -147,7 +147,7 @@ def compare(
         lora_alpha: The adapter is scaled by lora_alpha / rank, but for starts with an alpha of their own, as in
             `eva+32-alpha`. Default: twice the rank.
         target_modules: See `collect`.
-        steps: Steps of each run.
+        steps: Steps of each run. Default: 100, with `time` at most that.
         batch_size: Examples in a batch.
         warmup: Share of the steps in which the learning rate rises; then it falls to zero on a cosine.
         evaluation_points: Steps after which the loss to report is measured. Default: every quarter. 0 and the last
@@ -157,8 +157,9 @@ def compare(
             fewer, with four set aside for the size of a step, that is the number.
         bank: Directory of a bank of this model, for the starts `bank-nearest`, `bank-mixture`, `bank-generated` and
             `bank-mean`. It should not hold the task that is compared on.
-        time: Seconds that it may take. Then, and with `precision`, seeds are spent where they still decide, see
-            `RunBudget`.
+        time: Seconds that it may take. What is left open (starts, steps, examples to select by and to report) is then
+            made as small as needed to come to an answer, see `size.SIZES`. With it, and with `precision`, seeds are
+            spent where they still decide, see `RunBudget`.
         precision: Half the width of an interval at which a verdict is precise enough, as a share of random's loss.
         workers: Processes that do runs side by side, each with a GPU of its own if there are any.
         ray: `"auto"` or the address of a Ray cluster whose workers do the runs.
@@ -183,19 +184,32 @@ def compare(
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     plan = RunPlan(names, list(learning_rates), seeds, sweep, extend, match_scale)
-    points = sorted({0, steps, *(evaluation_points or [round(steps * i / 4) for i in (1, 2, 3)])})
-    training = Training(steps, batch_size, warmup, points)
-    directory = _directory(output, dry_run)
+    asked = Asked(options, steps, batch_size, warmup, evaluation_points)
+    directory = Path(output).expanduser().absolute()
+    if not dry_run:
+        check_place(directory / SETTINGS_FILE)
+    stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, lora_alpha or find_start(RANDOM).lora_alpha(rank), target_modules)
     make = partial(
-        set_up, _absolute(model), _absolute(data), directory, options, shape, training, batches[0], own,
-        _absolute(bank), names,
+        set_up, _absolute(model), _absolute(data), directory, options, shape, statistics_batches=batches[0], own=own,
+        bank=_absolute(bank), starts=names,
     )  # fmt: skip
-    bench = make()
+    bench = make(training=asked.training())
     plan = _vary(plan, by_rate, _there_are(bench, names, batches, say))
+    lay_out = partial(asked.lay_out, bench, plan)
+    size = Size(**stored) if stored else SIZES[0]
+    if time and not (directory / SETTINGS_FILE).exists():
+        size = fit(lay_out, measure(bench), budget, steps is None)
+    bench, plan = lay_out(size)
+    make = partial(make, training=bench.training, folds=asked.folds(size))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
-    settings |= {"command": command, "init": _init_command(model, data, options, bench), **_packages(plan.starts)}
+    settings |= {"command": command, "init": _init_command(model, data, options, bench)}
+    settings |= {} if size == SIZES[0] else {"size": asdict(size)}
+    packages = {name: start.package for name in plan.starts if (start := Variant(name).start) and start.package}
+    settings |= {"packages": packages} if packages else {}
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
+    if narrow := next((target for target in targets if rank > target.in_features), None):
+        raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)
@@ -225,19 +239,13 @@ def compare(
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
 
 
-def _directory(output: str | Path, dry_run: bool) -> Path:
-    """Find out, before model and data are read, whether runs can be written there."""
-    directory = Path(output).expanduser().absolute()
-    if not dry_run:
-        check_place(directory / SETTINGS_FILE)
-    return directory
-
-
 def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return where those of the user's own come from beside them, by name."""
-    starts = [*starts, FULL] if full and FULL not in starts else starts
+    starts = [*starts, FULL] if full and FULL not in starts else list(starts)
+    if starts and RANDOM not in starts:
+        starts = [RANDOM, *starts]  # which all are compared with
     names = [read_start(start) for start in starts]
     own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
     for name in names:
@@ -257,12 +265,6 @@ def _vary(plan: RunPlan, by_rate: Mapping[str, float], batches: Sequence[int]) -
     return replace(plan, starts=names, recommended=rates)
 
 
-def _packages(starts: Sequence[Variant]) -> dict[str, dict[str, str]]:
-    """Say which packages the starts come from that are not ours."""
-    found: dict[str, str] = {name: name.start.package for name in starts if name.start and name.start.package}
-    return {"packages": found} if found else {}
-
-
 def _read_batches(given: int | Sequence[int]) -> list[int]:
     batches = [given] if isinstance(given, int) else list(given)
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
@@ -273,7 +275,7 @@ def _read_batches(given: int | Sequence[int]) -> list[int]:
 def _there_are(
     bench: Workbench, names: Sequence[Variant], batches: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Put what the data make in the place of numbers of batches that are larger; refuse names that ask for more."""
+    """Return numbers of batches that the data make, in place of larger ones; refuse names that ask for more."""
     for name in names:
         wanted = name.batches or 1
         if bench.n_batches(wanted) < wanted:
@@ -284,7 +286,7 @@ def _there_are(
 
 
 def _absolute(source: Any) -> Any:
-    """Let a path mean the same in another process; a hub id, a function and data in memory stay."""
+    """Return a path that means the same in another process; a hub id, a function and data in memory stay."""
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     return str(path.absolute()) if path is not None and path.exists() else source
 
@@ -296,7 +298,7 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *inspect.signature(compare).parameters], n=1, cutoff=0.0)
             raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close[0]!r}.")
-    return Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "weights")}})
+    return Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
 
 
 def _init_command(model: str, data: str | Path, reading: Loading, bench: Workbench) -> str | None:

@@ -21,17 +21,10 @@ Outcome = Literal["better", "worse", "no difference shown"]
 
 @dataclass(frozen=True)
 class Effect:
-    """The difference of a start to the reference.
+    """The difference of a start to the reference. All intervals are right together with 95 %."""
 
-    Attributes:
-        mean: Of the start, less that of the reference, as the layout has them.
-        low: Lower end of its interval. The intervals of all starts are right together with 95 %, where they scatter
-            alike.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
+    mean: float  # of the start, less that of the reference, as the layout has them
+    low: float  # ends of the interval
     high: float
 
     @property
@@ -45,7 +38,7 @@ class Effect:
         return "better" if self.high < 0 else "worse" if self.low > 0 else "no difference shown"
 
     def over(self, reference: float) -> Effect:
-        """Give it as a share of a reference."""
+        """Return it as a share of a reference."""
         return Effect(self.mean / reference, self.low / reference, self.high / reference)
 
 
@@ -56,9 +49,6 @@ def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
     that what a seed does to all starts does not count, nor what one of the others did. It is unlike if its ratio to the
     median spread of the others is above the F quantile of 99 %. Seeds with fewer than four starts have no part: of so
     few, nobody can tell which one scattered.
-
-    Args:
-        losses: A row for each start, a column for each seed; NaN where there is no run.
 
     Returns:
         Their standard deviations as multiples of the usual one.
@@ -121,9 +111,9 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
 
 
 def detectable(n_starts: int, n_seeds: int) -> float | None:
-    """Say what difference to the reference can be shown, if all runs are there and all starts scatter alike.
+    """Compute what difference to the reference can be shown, in standard deviations of a run; None with one seed.
 
-    It is what `Effect.showable` is in the mean, in standard deviations of a run; None with fewer than two seeds.
+    It is the mean of `Effect.showable` if all runs are there and all starts scatter alike.
 
     Example:
         >>> [f"{detectable(2, n):.1f}" for n in (2, 3, 5)]

@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
@@ -20,39 +21,23 @@ from lora_init.comparison.wording import rate_text, say
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said about one start.
-
-    Attributes:
-        start: Name of the start.
-        outcome: In a word or three. "better" or "worse" only if zero lies outside the interval, and "no statement"
-            with fewer than two pairs.
-        sentence: In full, with the caveats.
-        differences: Final loss less that of random with the same seed, by seed; only seeds that both have.
-        mean: The difference as `effects` estimates it; of one pair, that; None without a pair.
-        low: Lower end of its interval; None with fewer than two pairs. See `Effect`.
-        high: Upper end.
-        showable: The smallest difference that the runs could have shown, half the width of the interval.
-        reference: Mean loss of random at its best rate, which differences in per cent are relative to.
-        closed: Share of the headroom that the start closes: its gain over random by that of full fine-tuning. None
-            where the latter is not known, or so small that the runs could not have shown it.
-        caveats: What changes the meaning: spreads, rates at the edge, numbers of parameters.
-    """
+    """What may be said about one start; differences are of final losses, less those of random."""
 
     start: str
-    outcome: Outcome | Literal["no statement"]
-    sentence: str = ""
-    differences: dict[int, float] = field(default_factory=dict)
-    mean: float | None = None
-    low: float | None = None
+    outcome: Outcome | Literal["no statement"]  # better or worse if zero lies outside the interval
+    sentence: str = ""  # in full, with the caveats
+    differences: dict[int, float] = field(default_factory=dict)  # by seed, of seeds that both have
+    mean: float | None = None  # as `effects` estimates it; of one pair, that
+    low: float | None = None  # ends of its interval; None with fewer than two pairs
     high: float | None = None
-    showable: float | None = None
-    reference: float | None = None
-    closed: float | None = None
-    caveats: list[str] = field(default_factory=list)
+    showable: float | None = None  # the smallest difference that could have been shown, half the width of the interval
+    reference: float | None = None  # mean loss of random at its best rate, which per cents are of
+    closed: float | None = None  # gain by that of full fine-tuning; None if the runs could not have shown the latter
+    caveats: list[str] = field(default_factory=list)  # what changes the meaning
 
 
 def is_judged(start: str) -> bool:
-    """Tell whether a start is compared with random: random itself is not, nor full, nor what trains longer."""
+    """Return whether a start is compared with random: random itself is not, nor full, nor what trains longer."""
     return start not in (RANDOM, FULL) and Variant(start).steps is None
 
 
@@ -104,17 +89,25 @@ def _left(table: pd.DataFrame) -> float:
     return float((losses.loc[RANDOM] - losses.loc[FULL]).mean())
 
 
+def _edge(table: pd.DataFrame, start: str) -> Literal["lowest", "highest"] | None:
+    """Return at which end of the rates tried a start's best one is."""
+    runs, best = table[table["start"] == start], best_rates(table).get(start)
+    tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
+    if len(tried) < 2 or best not in (tried[0], tried[-1]):
+        return None
+    return "lowest" if best == tried[0] else "highest"
+
+
 def _caveats(table: pd.DataFrame, start: str, unlike: Mapping[str, float]) -> list[str]:
-    """Say what changes the meaning of a comparison with this start."""
+    """List what changes the meaning of a comparison with this start."""
     said = []
     if start in unlike:
         said.append(say("scatters", start=start, times=unlike[start]))
     runs, best = table[table["start"] == start], best_rates(table)
-    tried = sorted(runs[runs["status"] != "failed"]["learning_rate"].unique())
-    if start in best and len(tried) == 1:
+    if edge := _edge(table, start):
+        said.append(say("at_the_edge", start=start, best=best[start], edge=edge))
+    elif start in best and runs[runs["status"] != "failed"]["learning_rate"].nunique() == 1:
         said.append(say("one_rate", start=start, best=best[start]))
-    elif start in best and best[start] in (tried[0], tried[-1]):
-        said.append(say("at_the_edge", start=start, best=best[start], lowest=best[start] == tried[0]))
     sizes = table.groupby("start")["trainable_parameters"].first()
     ratio = sizes.get(start, math.nan) / sizes.get(RANDOM, math.nan)
     if start != FULL and abs(ratio - 1) > _EQUAL_PARAMETERS:
@@ -134,7 +127,7 @@ _EQUAL_LOSS = 0.005  # a share, too
 
 
 def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
-    """Say what a reader must know beside the verdicts in whole sentences, the most serious first."""
+    """List what a reader must know beside the verdicts, the most serious first."""
     if table.empty:
         return [say("nothing_yet")]
     said = [] if RANDOM in best_rates(table) else [say("no_reference")]
@@ -144,10 +137,11 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     lacking: dict[frozenset[int], list[str]] = {}
     for start, own in table[table["best"]].groupby("start", sort=False):
         seeds = frozenset(settings.get("seeds") or []) - set(own["seed"])
-        if seeds and not settings.get("budget") and Variant(start).steps is None:
+        if seeds and not settings.get("budget") and (start in (RANDOM, FULL) or is_judged(start)):
             lacking.setdefault(seeds, []).append(start)
     said += [say("seeds_lacking", starts=own, which=seeds) for seeds, own in lacking.items()]
     said += [say("few_examples", n=n)] if (n := settings.get("folds", {}).get("report", FEW)) < FEW else []
+    said += [say("small", steps=settings["steps"], tuned=size["tuned"])] if (size := settings.get("size")) else []
     said += _hardly_learned(table)
     if table["learning_rate"].nunique() > 1 and table["seed"].nunique() == 1:
         said.append(say("one_seed_chose"))
@@ -155,7 +149,7 @@ def notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _circumstances(table: pd.DataFrame) -> list[str]:
-    """Say that not all runs are from one machine, on which alone the same run has the same numbers."""
+    """Report that not all runs are from one machine, on which alone the same run has the same numbers."""
     known = [run for run in table["circumstances"] if isinstance(run, dict)]
     facts = [{**{name: run.get(name) for name in ("processor", "threads")}, **run.get("versions", {})} for run in known]
     names = dict.fromkeys(name for run in facts for name in run)
@@ -175,7 +169,7 @@ def _hardly_learned(table: pd.DataFrame) -> list[str]:
 
 
 def _lost(table: pd.DataFrame) -> list[str]:
-    """Name the runs that came to nothing, and why."""
+    """List the runs that came to nothing, and why."""
     said = []
     unstable = table[table["status"] == "unstable"]
     for (start, rate), runs in unstable.groupby(["start", "learning_rate"], sort=False):
@@ -188,7 +182,7 @@ def _lost(table: pd.DataFrame) -> list[str]:
 
 
 def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
-    """Say how far random goes from the plain model to full fine-tuning, and whether what is left could be shown."""
+    """Report how far random goes from the plain model to full fine-tuning, and whether what is left could be shown."""
     losses, best = by_seed(table), best_rates(table)
     if RANDOM not in losses.index:
         return ""
@@ -210,17 +204,42 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
     )
 
 
-def answer(table: pd.DataFrame, judged: Sequence[Verdict]) -> tuple[str, str | None, list[str]]:
-    """Say which start to use and name it, None if the runs do not say yet; and list what changes the meaning."""
-    doubts = _caveats(table, RANDOM, unlike_spreads(judged_losses(table)))
-    better = [verdict for verdict in judged if verdict.outcome == "better"]
+def answer(
+    table: pd.DataFrame, judged: Sequence[Verdict], timed: Mapping[str, EqualTime], settings: Mapping[str, Any]
+) -> tuple[str, str | None, list[str]]:
+    """Return which start to use in a sentence, its name if there is advice, and what changes the meaning.
+
+    There is none where a best rate is at the edge of those tried. A start that `random` beats when it trains for the
+    same time is not advised.
+    """
+    better = sorted((verdict for verdict in judged if verdict.outcome == "better"), key=lambda one: one.mean or 0.0)
+    lasting = [verdict for verdict in better if timed[verdict.start].outcome != "worse"]
+    winner = next(iter([*lasting, *better]), None)
     could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
-    winner = min(better, key=lambda verdict: verdict.mean or 0.0, default=None)
-    doubts = [*winner.caveats, *doubts] if winner else doubts
-    span = [min(could), max(could)] if could else []
-    said = say("answer", winner=winner, could=span, rates=best_rates(table))
-    start = winner.start if winner else RANDOM if could else None
-    return said, start, [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts if start]
+    start = winner.start if lasting and winner else RANDOM if could else None
+    edges = {one: edge for one in dict.fromkeys([start, RANDOM]) if one and could and (edge := _edge(table, one))}
+    rates, left = best_rates(table), forgotten(table)
+    known: dict[str, Any] = {"winner": winner, "lasting": bool(lasting), "edges": edges, "rates": rates}
+    known |= {"could": [min(could), max(could)] if could else [], "forgotten": left.get(start or "", left.get(RANDOM))}
+    said = say("answer", **known, extend=_next_extend(table, edges, settings))
+    doubts = _caveats(table, RANDOM, unlike_spreads(judged_losses(table)))
+    if winner:
+        late = timed[winner.start]
+        doubts = [*winner.caveats, *doubts, *([late.sentence] if late.outcome != "better" else [])]
+    doubts = [f"{doubt[0].upper()}{doubt[1:].rstrip('.')}." for doubt in doubts if start]
+    return said, None if edges else start, doubts
+
+
+def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mapping[str, Any]) -> int | None:
+    """Return the `--extend` that goes on from the edge; None if the same command does, as after an interruption."""
+    asked, extend = settings.get("learning_rates") or [], settings.get("extend", 0)
+    for start, edge in edges.items():
+        tried, scale = table[table["start"] == start]["learning_rate"].unique(), 0.1 if start == FULL else 1.0
+        ends = [rate * scale for rate in asked] or [0.0]
+        added = sum(rate < 0.999 * min(ends) for rate in tried) if edge == "lowest" else sum(tried > 1.001 * max(ends))
+        if added >= extend:
+            return int(extend) + 2
+    return None
 
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
@@ -251,9 +270,15 @@ def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str
     return said
 
 
-def longer_random(table: pd.DataFrame) -> Variant:
-    """Name the start that is random with twice the steps."""
-    return Variant(f"{RANDOM}+{2 * _steps(table)}-steps")
+_MOST_TIMES = 8  # as many steps is as long as random trains to be compared at equal time
+
+
+def longer_random(table: pd.DataFrame, judged: Iterable[Verdict]) -> Variant:
+    """Return the start that is random trained for at least the time of each better start: 2, 4 or 8 times the steps."""
+    steps, took = _steps(table), steps_of_start(table)
+    most = max((float(took[verdict.start]) for verdict in judged if verdict.outcome == "better"), default=0.0)
+    times = 2 ** math.ceil(math.log2(max(2.0, 1 + most / steps)))
+    return Variant(f"{RANDOM}+{min(times, _MOST_TIMES) * steps}-steps")
 
 
 def _steps(table: pd.DataFrame) -> int:
@@ -261,63 +286,102 @@ def _steps(table: pd.DataFrame) -> int:
     return int(table[table["best"] & table["start"].eq(RANDOM)]["evaluation_points"].iloc[0][-1])
 
 
-def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> list[str]:
-    """Judge the better starts at equal total time: random trains for the time of statistics, start and search, too.
+class EqualTime(NamedTuple):
+    """What is left of a better start where random trains for the time of its statistics, start and search, too."""
 
-    Its loss after more steps is read, seed by seed, between that after the steps of all and that after twice as many,
-    on a line over the logarithm of the number of steps. Where more steps are no gain, it would not train on.
+    outcome: Outcome | Literal["no statement"]
+    sentence: str
+
+
+def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> dict[str, EqualTime]:
+    """Judge the better starts at equal total time.
+
+    The loss of random after more steps is read, seed by seed, between those after the steps of all and after the steps
+    of a longer run, on a line over the logarithm of their number. Where more steps are no gain, it would not train on.
+    If the longer run is not as long as the start takes, but ends lower all the same, random is better.
     """
-    losses, took, said = by_seed(table), steps_of_start(table), []
-    for verdict in judged:
-        if verdict.outcome != "better" or verdict.mean is None:
+    losses, found = by_seed(table), dict[str, EqualTime]()
+    longer = {n: name for name in losses.index if (n := Variant(name).steps) and name == f"{RANDOM}+{n}-steps"}
+    for verdict in (one for one in judged if one.outcome == "better"):
+        start, steps = verdict.start, _steps(table)
+        took = float(steps_of_start(table)[start])
+        n = min((n for n in longer if n >= steps + took), default=max(longer, default=0))
+        if n <= steps:
+            found[start] = EqualTime("no statement", say("not_trained_longer", start=start, n=0, wanted=0))
             continue
-        start, longer, steps = verdict.start, longer_random(table), _steps(table)
-        if longer not in losses.index or took[start] > steps:
-            said.append(say("not_trained_longer", start=start, at_all=longer in losses.index))
-            continue
-        gained = (losses.loc[RANDOM] - losses.loc[longer]) / math.log(2)  # by e times as many steps
+        gained = (losses.loc[RANDOM] - losses.loc[longer[n]]) / math.log(n / steps)  # by e times as many steps
         if gained.mean() <= 0:
-            said.append(say("more_steps_gain_nothing", start=start, took=took[start]))
+            found[start] = EqualTime(verdict.outcome, say("more_steps_gain_nothing", start=start, took=took))
             continue
         rows = losses.loc[[other.start for other in judged if other.start in losses.index]]
-        later = (losses.loc[RANDOM] - gained * math.log1p(took[start] / steps)).rename(RANDOM).to_frame().T
+        later = (losses.loc[RANDOM] - gained * math.log(min(n, steps + took) / steps)).rename(RANDOM).to_frame().T
         effect = effects(pd.concat([later, rows]), RANDOM).get(start)
-        if effect is not None:
-            reference, worth = float(later.loc[RANDOM].mean()), math.expm1(min(-verdict.mean / gained.mean(), 50.0))
-            known = {"effect": effect, "reference": reference, "took": took[start], "worth": worth}
-            said.append(say("equal_time", start=start, **known))
-    return said
+        if effect is None or (n < steps + took and effect.outcome != "worse"):
+            sentence = say("not_trained_longer", start=start, n=n, wanted=round(steps + took))
+            found[start] = EqualTime("no statement", sentence)
+            continue
+        worth = math.expm1(min(-(verdict.mean or 0.0) / gained.mean(), 50.0))
+        known = {"took": took, "worth": worth, "most": n / steps - 1, "n": n if n < steps + took else None}
+        reference = float(later.loc[RANDOM].mean())
+        found[start] = EqualTime(
+            effect.outcome, say("equal_time", start=start, effect=effect, reference=reference, **known)
+        )
+    return found
 
 
 def facts(table: pd.DataFrame, settings: Mapping[str, Any]) -> str:
-    """Say in a line what was trained, on what, and how long."""
+    """Describe in a line what was trained, on what, and how long."""
     known = {name: settings.get(name) for name in ("model", "kind", "task", "steps", "batch_size", "rank", "data")}
     return say("facts", known=known, n_seeds=table["seed"].nunique(), n_runs=len(table))
 
 
-def forgetting(table: pd.DataFrame) -> list[str]:
-    """Judge what starts forget at equal task loss, over all rates and not only at each one's best, see `equal_loss`."""
+class Forgotten(NamedTuple):
+    """How much a start raises the loss on other text at the task loss of random at its best rate."""
+
+    rise: float
+    random: float
+    effect: Effect | None  # None with too few seeds that reach that loss
+
+
+def forgotten(table: pd.DataFrame) -> dict[str, Forgotten]:
+    """Judge what random and the starts compared with it forget, see `equal_loss`."""
     least = equal_loss(table)
     if RANDOM not in least.index:
-        return []
-    found, said = effects(_judged(least), RANDOM), []
-    for start in filter(is_judged, table[table["counts"] & table["rise"].notna()]["start"].unique()):
-        means = least.reindex([start, RANDOM]).dropna(axis=1).mean(axis=1)
-        said.append(say("forgetting", start=start, effect=found.get(start), own=means[start], random=means[RANDOM]))
-    return said
+        return {}
+    found = effects(_judged(least), RANDOM)
+    judged = {}
+    for start in table[table["counts"] & table["rise"].notna()]["start"].unique():
+        if start == RANDOM or is_judged(start):
+            means = least.reindex(list(dict.fromkeys([start, RANDOM]))).dropna(axis=1).mean(axis=1)
+            judged[start] = Forgotten(means[start], means[RANDOM], found.get(start))
+    return judged
 
 
-def equal_loss(table: pd.DataFrame) -> pd.DataFrame:
-    """Arrange the rise of the loss on other text at equal task loss: a row for each start, a column for each seed.
+def equal_loss(table: pd.DataFrame, above: float = _EQUAL_LOSS) -> pd.DataFrame:
+    """Arrange the least rise of the loss on other text at equal task loss: a row for each start, a column for a seed.
 
-    Of the runs of a start and a seed that end at most 0.5 % above random's best with that seed, the one counts that
-    raises the loss on other text least; so for random, too. Empty where no run of random counts.
+    Of the runs of a start and a seed that end at most `above`, a share, over random's best with that seed, the one
+    counts that raises the loss on other text least; so for random, too. Runs that were evaluated at several strengths
+    of their adapter count at any strength, between two of them on a line. Empty where no run of random counts.
     """
     target, runs = by_seed(table), table[table["counts"] & table["rise"].notna()]
     if RANDOM not in target.index or runs.empty:
         return pd.DataFrame()
-    equal = runs["loss"] <= (1 + _EQUAL_LOSS) * runs["seed"].map(target.loc[RANDOM])
-    return runs[equal].groupby(["start", "seed"], sort=False)["rise"].min().unstack()
+    limits = (1 + above) * runs["seed"].map(target.loc[RANDOM])
+    least = [_least_rise(run, limit) for (_, run), limit in zip(runs.iterrows(), limits, strict=True)]
+    found = runs.assign(least=least).dropna(subset="least")
+    return found.groupby(["start", "seed"], sort=False)["least"].min().unstack()
+
+
+def _least_rise(run: pd.Series, limit: float) -> float:
+    """Return the least rise of the loss on other text at which a run's task loss is within a limit; NaN if none is."""
+    if not isinstance(run["dial"], list):
+        return float(run["rise"]) if run["loss"] <= limit else math.nan
+    strengths, losses, retained = np.array(run["dial"]).T
+    between = np.linspace(strengths[0], strengths[-1], 301)
+    within = np.interp(between, strengths, losses) <= limit
+    rises = np.interp(between, strengths, retained)[within] - run["retained_before"]
+    return float(rises.min()) if len(rises) else math.nan
 
 
 def data_needed(table: pd.DataFrame) -> list[str]:
@@ -336,45 +400,28 @@ def data_needed(table: pd.DataFrame) -> list[str]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a comparison found so far.
+    """What a comparison found so far."""
 
-    Attributes:
-        title: Task and model.
-        facts: What was trained, on what, and how long.
-        answer: Which start to use, in a sentence.
-        caveats: What changes the meaning of that, a sentence each.
-        start: Its name; None if the runs do not say yet.
-        command: The command that makes its adapter; None if there is none.
-        headline: The verdicts in one sentence, and how many runs ended how.
-        headroom: How much of what full fine-tuning gains random gains already, in a sentence or two.
-        verdicts: One for each start other than random, in order.
-        as_recommended: What each start that is there as recommended is at the rate of the recommendation.
-        equal_time: What is left of each better start at equal total time; see `equal_time`.
-        forgetting: What each start forgets at equal task loss, a sentence each; see `forgetting`.
-        data_needed: How each start ends with statistics of fewer batches, a sentence each; see `data_needed`.
-        notes: What a reader must know beside them.
-        table: The runs themselves, see `run_table`.
-    """
-
-    title: str
-    facts: str
-    answer: str
-    caveats: list[str]
-    start: str | None
-    command: str | None
-    headline: str
-    headroom: str
-    verdicts: list[Verdict]
-    as_recommended: list[str]
-    equal_time: list[str]
-    forgetting: list[str]
-    data_needed: list[str]
-    notes: list[str]
-    table: pd.DataFrame
+    title: str  # task and model
+    facts: str  # what was trained, on what, and how long
+    answer: str  # which start to use
+    caveats: list[str]  # what changes the meaning of that, a sentence each
+    start: str | None  # its name; None if the runs do not say yet
+    command: str | None  # makes its adapter; None if no command does
+    headline: str  # the verdicts in one sentence, and how many runs ended how
+    headroom: str  # how much of what full fine-tuning gains random gains already
+    verdicts: list[Verdict]  # one for each start other than random, in order
+    as_recommended: list[str]  # what each recommended start is at the rate of the recommendation
+    equal_time: list[str]  # what is left of each better start at equal total time
+    forgetting: list[str]  # what each start forgets at equal task loss
+    data_needed: list[str]  # how each start ends with statistics of fewer batches
+    notes: list[str]  # what a reader must know beside them
+    alphas: dict[str, float]  # lora_alpha of each start
+    table: pd.DataFrame  # the runs, see `run_table`
 
 
 def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) -> Summary:
-    """Say what the runs show, whether they are all there or only some.
+    """Collect what the runs show, whether they are all there or only some.
 
     Args:
         records: Content of the files of the runs.
@@ -382,7 +429,11 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
     """
     table = run_table(records, settings.get("starts") or [])
     judged = verdicts(table)
-    said, start, caveats = answer(table, judged)
+    timed = equal_time(table, judged)
+    said, start, caveats = answer(table, judged, timed, settings)
+    starts = [one for one in table["start"].unique() if one != FULL]
+    outcomes, statuses = Counter(verdict.outcome for verdict in judged), dict(table["status"].value_counts())
+    dialled = any(isinstance(dial, list) for dial in table["dial"])
     return Summary(
         title=" · ".join(filter(None, ["Starts compared", settings.get("task"), settings.get("model")])),
         facts=facts(table, settings),
@@ -390,17 +441,18 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         caveats=caveats,
         start=start,
         command=make_command(start, settings, best_rates(table).get(start or "")),
-        headline=say(
-            "headline",
-            outcomes=Counter(verdict.outcome for verdict in judged),
-            statuses=dict(table["status"].value_counts()),
-        ),
+        headline=say("headline", outcomes=outcomes, statuses=statuses),
         headroom=headroom(table, judged),
         verdicts=judged,
         as_recommended=as_recommended(table, settings),
-        equal_time=equal_time(table, judged),
-        forgetting=forgetting(table),
+        equal_time=[found.sentence for found in timed.values()],
+        forgetting=[
+            say("forgetting", start=name, it=found, dialled=dialled)
+            for name, found in forgotten(table).items()
+            if name != RANDOM
+        ],
         data_needed=data_needed(table),
         notes=notes(table, settings),
+        alphas={name: Variant(name).alpha or settings.get("lora_alpha", math.nan) for name in starts},
         table=table,
     )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from lora_init.adapters.starts import RANDOM
+from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.effects import detectable
 from lora_init.comparison.findings import is_judged
 from lora_init.comparison.runs import Record, Run, RunPlan
@@ -28,72 +28,42 @@ _PASS, _PASS_WITH_GRADIENTS = 1.2, 3.5
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that things take, measured on a batch of usual length.
+    """Seconds that things take, measured on a batch of usual length."""
 
-    Attributes:
-        step: A training step of the random start.
-        example: Scoring an example.
-    """
-
-    step: float
-    example: float
+    step: float  # of training the random start
+    example: float  # scoring it
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What `compare(..., dry_run=True)` says beforehand.
+    """What `compare(..., dry_run=True)` says beforehand."""
 
-    Attributes:
-        starts: For each start its `name`, the `rates` that it is run at with the first seeds, the `own_rate` that it
-            is recommended with and run at with all, and its number of `runs`.
-        swept: Seeds that all rates are run with.
-        others: Seeds that only the best rate is run with, and one's own.
-        folds: Examples to train on, to select by, to report.
-        n_runs: Runs in all, those that ended among them.
-        ended: Runs that ended.
-        may_add: How many may be added at most: at `rates` beside a best one at the edge, on more `seeds` under a limit,
-            and of random trained for `longer`, if a start is better.
-        most_runs: All of these together.
-        pace: What was measured.
-        seconds: Time for the runs that are left, one after the other.
-        most_seconds: The same if it grows as far as it may.
-        detectable: The smallest difference that can be shown, as a share of the loss, if runs scatter as ours did: by
-            the number of seeds, for those that are planned and for five. One seed shows none.
-        scatter: How far that is: the standard deviation of a run as a share of the loss.
-    """
-
-    starts: list[dict[str, Any]]
-    swept: list[int]
-    others: list[int]
-    folds: dict[str, int]
-    n_runs: int
+    starts: list[dict[str, Any]]  # `name`, `rates` with the first seeds, `own_rate` with all, number of `runs`
+    swept: list[int]  # seeds that all rates are run with
+    others: list[int]  # seeds that only the best rate is run with, and one's own
+    folds: dict[str, int]  # examples to train on, to select by, to report
+    n_runs: int  # those that ended among them
     ended: int
-    may_add: dict[str, int]
+    may_add: dict[str, int]  # at most: `rates` at the edge, `seeds` under a limit, random for `longer`
     most_runs: int
     pace: Pace
-    seconds: float
-    most_seconds: float
-    detectable: dict[int, float]
-    scatter: float
+    seconds: float  # for the runs that are left, one after the other
+    dial_seconds: float  # of it, to evaluate adapters at several strengths
+    most_seconds: float  # if it grows as far as it may
+    detectable: dict[int, float]  # by number of seeds: the smallest difference to be shown, as a share of the loss
+    scatter: float  # standard deviation of a run as a share of the loss, if it is as in our runs
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it in plain values."""
+        """Return it in plain values."""
         return asdict(self)
 
 
 def look_ahead(
     bench: Workbench, plan: RunPlan, planned: Sequence[Run], ended: Mapping[Run, Record], n_workers: int = 1
 ) -> Outlook:
-    """Say what a comparison will do, and measure one step for the time that it takes.
-
-    Args:
-        bench: What runs are done on.
-        plan: The plan.
-        planned: Runs that are due as far as is known.
-        ended: Those that ended.
-        n_workers: How many runs are done side by side.
-    """
-    names = list(dict.fromkeys(run.start for run in planned))
+    """Report what a comparison will do, and measure one step for the time that it takes."""
+    due = {run.start for run in planned}
+    names = list(dict.fromkeys([*(start for start in plan.starts if start in due), *(run.start for run in planned)]))
     judged = [name for name in names if is_judged(name)]
     swept, seeds = list(plan.swept), list(plan.seeds)
     rows = [
@@ -112,8 +82,9 @@ def look_ahead(
         "seeds": sum(run not in planned for run in plan.runs(names, ended)),
         "longer": len(seeds) if judged else 0,
     }
-    one = _seconds_of_run(bench, pace)
-    seconds = len(left) * one + _seconds_of_statistics(bench, pace, left)
+    one = seconds_of_run(bench, pace)
+    seconds = len(left) * one + seconds_of_statistics(bench, pace, left)
+    dialled = sum(not run.start.changes_base and run.start != FULL for run in left)
     most = seconds + sum(add.values()) * one + add["longer"] * bench.training.steps * pace.step
     scatter = _SCATTER_OF_CLASSES if bench.task.kind == CLASSIFICATION else _SCATTER
     shown = {n: detectable(len(judged), n) for n in {len(seeds), _ENOUGH_SEEDS}}
@@ -128,6 +99,7 @@ def look_ahead(
         most_runs=len(planned) + sum(add.values()),
         pace=pace,
         seconds=seconds / n_workers,
+        dial_seconds=dialled * _scored_at_strengths(bench) * pace.example / n_workers,
         most_seconds=most / n_workers,
         detectable={n: known * scatter for n, known in sorted(shown.items()) if known is not None},
         scatter=scatter,
@@ -153,16 +125,21 @@ def measure(bench: Workbench) -> Pace:
         prepared.release()
 
 
-def _seconds_of_run(bench: Workbench, pace: Pace) -> float:
+def seconds_of_run(bench: Workbench, pace: Pace) -> float:
     """Estimate a run: its steps, and the examples that are scored on the way and at the end."""
     task, points = bench.task, len(bench.training.evaluation_points)
     choices = sum(len(item.choices) for item in task.report)  # at the end, each option
     retained = 0 if bench.retain is None else sum(len(batch["input_ids"]) for batch in bench.retain)
-    scored = len(task.report) * points + len(task.selection) + choices + retained
+    scored = len(task.report) * points + len(task.selection) + choices + retained + _scored_at_strengths(bench)
     return bench.training.steps * pace.step + scored * pace.example
 
 
-def _seconds_of_statistics(bench: Workbench, pace: Pace, left: Iterable[Run]) -> float:
+def _scored_at_strengths(bench: Workbench) -> int:
+    retained = sum(len(batch["input_ids"]) for batch in bench.retain or ())
+    return max(0, len(bench.strengths) - 1) * (len(bench.task.report) + retained)
+
+
+def seconds_of_statistics(bench: Workbench, pace: Pace, left: Iterable[Run]) -> float:
     """Estimate the passes for statistics: one for each seed, number of batches, and kind."""
     passes = set()
     for run in left:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
-from lora_init.comparison.findings import Summary
+from lora_init.comparison.findings import Summary, equal_loss
 from lora_init.comparison.runs import best_rates
 from lora_init.comparison.starts import Variant
 from lora_init.comparison.wording import rate_text
@@ -29,8 +29,12 @@ COLORS = ("#3803f1", "#d87917", "#7e3106", "#c075aa", "#4b88f7", "#65067c")
 _MARKERS = "o^Dvp<>"
 # Line and filling of the marker (matplotlib's fillstyle) for each way in which a start is run.
 _WAYS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "right"))
-_PER_ROW = 4
-_LOOK: dict[Any, Any] = {"font.family": "sans-serif", "text.color": INK, "text.parse_math": False}
+# Two panels of this width, in inches, fill a narrow screen of 390 px: letters of _SMALL points have 11 px there.
+_PER_ROW, _WIDTH, _SMALL = 2, 2.15, 9
+_LOOK: dict[Any, Any] = {
+    "font.family": "sans-serif", "font.size": _SMALL, "axes.titlesize": _SMALL, "axes.labelsize": _SMALL,
+    "xtick.labelsize": _SMALL, "ytick.labelsize": _SMALL, "text.color": INK, "text.parse_math": False,
+}  # fmt: skip
 
 
 class Look(NamedTuple):
@@ -43,7 +47,7 @@ class Look(NamedTuple):
 
 
 def looks(starts: Iterable[str]) -> dict[str, Look]:
-    """Give each start a colour and a marker, in the order given: six before a colour comes again, 42 before a pair.
+    """Return a colour and a marker for each start: six before a colour comes again, 42 before a pair.
 
     The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
     """
@@ -68,13 +72,16 @@ def pictures(summary: Summary) -> dict[str, bytes]:
     if panels:
         top = _rate_limits(runs)
         if best["evaluation_points"].map(len).max() > 2:  # from one point after the first no line can be drawn
-            figures["learning_curves"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_curves(axes, s, best, styles))
-        figures["learning_rates"] = _draw(panels, (2.1, 1.8), lambda axes, s: _draw_rates(axes, s, runs, styles, top))
+            figures["learning_curves"] = _draw(panels, 1.9, lambda axes, s: _draw_curves(axes, s, best, styles))
+        figures["learning_rates"] = _draw(panels, 1.9, lambda axes, s: _draw_rates(axes, s, runs, styles, top))
     if any(verdict.mean is not None for verdict in summary.verdicts):
         figures["differences"] = difference_figure(summary)
-    if best["rise"].notna().any():
+    if any(isinstance(dial, list) for dial in best["dial"]):
+        lines = frontiers(runs)
+        figures["frontiers"] = _draw(panels, 2.1, lambda axes, s: _draw_frontiers(axes, _shown(runs, s), lines, styles))
+    elif best["rise"].notna().any():
         counted = runs[runs["counts"]]
-        figures["forgetting"] = _draw(panels, (2.1, 2.1), lambda axes, s: _draw_forgetting(axes, s, counted, styles))
+        figures["forgetting"] = _draw(panels, 2.1, lambda axes, s: _draw_forgetting(axes, s, counted, styles))
     return {name: _png(figure) for name, figure in figures.items()}
 
 
@@ -98,22 +105,22 @@ def difference_figure(summary: Summary) -> Figure:
     if not compared:
         raise LoraInitError("no start has been compared with random yet, so there is nothing to draw.")
     styles = looks(summary.table["start"])
-    return shown(_draw([""], (5.0, 1.1 + 0.36 * compared), lambda axes, _: _draw_differences(axes, summary, styles)))
+    return shown(_draw([""], 1.2 + 0.4 * compared, lambda axes, _: _draw_differences(axes, summary, styles)))
 
 
-def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, str], None]) -> Figure:
-    """Draw a panel of `size` inches for each name, four in a row."""
+def _draw(names: Sequence[str], height: float, draw: Callable[[Any, str], None]) -> Figure:
+    """Draw a panel of so many inches for each name, two in a row."""
     import matplotlib
     from matplotlib.figure import Figure
 
     columns = min(len(names), _PER_ROW)
     rows = math.ceil(len(names) / columns)
     with matplotlib.rc_context(_LOOK):
-        figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.4), layout="constrained")
+        figure = Figure(figsize=(_PER_ROW * _WIDTH, rows * height + 0.4), layout="constrained")
         places = list(figure.subplots(rows, columns, squeeze=False, sharey=len(names) > 1).flat)
         for name, axes in zip(names, places, strict=False):
             draw(axes, name)
-            axes.set_title("\n".join(wrap(name, 28)), fontsize=9)
+            axes.set_title("\n".join(wrap(name.replace("+", " +"), 22)))
         for axes in places[len(names) :]:
             axes.set_visible(False)
     return figure
@@ -122,8 +129,9 @@ def _draw(names: Sequence[str], size: tuple[float, float], draw: Callable[[Any, 
 def _rate_limits(runs: pd.DataFrame) -> tuple[float, float]:
     """Find the losses to show by rate: not those so high that the others would look alike."""
     means = runs[runs["counts"]].groupby(["start", "learning_rate"])["loss"].mean()
-    low, high = means.min(), means.max()
-    return _with_room(low, min(high, low + 4 * (means.median() - low) or high), 0.06)
+    top = min(means.max(), means.min() + 4 * (means.median() - means.min()) or means.max())
+    drawn = runs[runs["counts"] & ((runs["loss"] <= top) | runs["best"])]["loss"]
+    return _with_room(drawn.min(), drawn.max(), 0.08)
 
 
 def _with_room(low: float, high: float, share: float) -> tuple[float, float]:
@@ -151,7 +159,7 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
         color, _, line, _ = styles[name]
         axes.plot(curves.columns, curves.mean(), line, color=color, linewidth=1.5)
         axes.fill_between(curves.columns, curves.min(), curves.max(), color=color, alpha=0.2, linewidth=0)
-    _finish(axes, "steps")
+    _finish(axes, "steps", "loss")
 
 
 def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limits: tuple[float, float]) -> None:
@@ -163,17 +171,18 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
         counted = own[own["counts"]]
         means = counted.groupby("learning_rate")["loss"].mean()
         axes.plot(means.index, means, line, color=color, linewidth=1.5)
-        axes.plot(counted["learning_rate"], counted["loss"], ".", color=color, markersize=3)
+        near = counted[counted["loss"] < limits[1]]  # no half dots at the edge
+        axes.plot(near["learning_rate"], near["loss"], ".", color=color, markersize=3)
         axes.plot([best[name]], [means[best[name]]], marker, color=color, markersize=6, fillstyle=fill)
         unstable = own[own["status"] == "unstable"]["learning_rate"].unique()
         axes.plot(unstable, [top] * len(unstable), "x", color=color, markersize=6, markeredgewidth=1.6)
     rates = sorted(runs["learning_rate"].unique())
     axes.set_xscale("log")
     axes.set_xlim(rates[0] / 1.6, rates[-1] * 1.6)
-    axes.set_xticks(rates, list(map(rate_text, rates)), rotation=45 if len(rates) > 5 else 0)
+    axes.set_xticks(rates, list(map(rate_text, rates)), rotation=90 if len(rates) > 3 else 0)
     axes.set_xticks([], minor=True)
     axes.set_ylim(*limits)
-    _finish(axes, "learning rate")
+    _finish(axes, "learning rate", "final loss")
 
 
 def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
@@ -195,13 +204,12 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -reach), min(high, reach))
     axes.set_ylim(len(verdicts) - 0.5, -0.6)
-    axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+", 1) for verdict in verdicts])
-    axes.locator_params(axis="x", nbins=5)
+    axes.set_yticks(range(len(verdicts)), [verdict.start.replace("+", "\n+") for verdict in verdicts])
+    axes.locator_params(axis="x", nbins=4)
     _finish(axes, "final loss, start − random\n← start better · random better →")
     reference = verdicts[0].reference or math.nan
     above = axes.secondary_xaxis("top", functions=(lambda x: 100 * x / reference, lambda x: x * reference / 100))
-    above.set_xlabel("per cent of random's", fontsize=8)
-    above.tick_params(labelsize=8)
+    above.set_xlabel("per cent of random's loss")
 
 
 def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) -> None:
@@ -218,14 +226,31 @@ def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) 
     axes.set_xlim(*_with_room(near["loss"].min(), near["loss"].max(), 0.2))
     axes.set_ylim(*_with_room(near["rise"].min(), near["rise"].max(), 0.2))
     axes.locator_params(axis="x", nbins=4)
+    _finish(axes, "final loss", "rise on other text")
+
+
+def frontiers(runs: pd.DataFrame) -> pd.DataFrame:
+    """Compute the least rise of the loss on other text by task loss: a row for each start, means over seeds.
+
+    Columns are task losses, in per cent above that of random at its best rate; see `equal_loss`.
+    """
+    shares = [i / 200 for i in range(-10, 13)]
+    return pd.DataFrame({100 * share: equal_loss(runs, share).mean(axis=1, skipna=False) for share in shares})
+
+
+def _draw_frontiers(axes: Any, names: Iterable[str], lines: pd.DataFrame, styles: Styles) -> None:
+    """Draw what each start raises the loss on other text by at a task loss, at the best strength; down is better."""
+    axes.axvline(0, color=INK, linewidth=0.6, linestyle=":")
+    for name in (name for name in names if name in lines.index):
+        axes.plot(lines.columns, lines.loc[name], styles[name].line, color=styles[name].color, linewidth=1.5)
+    axes.set_xlim(lines.columns[0], lines.columns[-1])
+    _finish(axes, "task loss, %\nabove random's", "rise on other text")
+
+
+def _finish(axes: Any, x_label: str, y_label: str = "") -> None:
+    """Label axes, and set the look that all plots share."""
+    axes.set_xlabel(x_label)
     if axes.get_subplotspec().is_first_col():
-        axes.set_ylabel("rise of retained loss", fontsize=8)
-    _finish(axes, "final loss")
-
-
-def _finish(axes: Any, x_label: str) -> None:
-    """Give axes the look that all plots share."""
-    axes.set_xlabel(x_label, fontsize=8)
-    axes.tick_params(labelsize=8)
+        axes.set_ylabel(y_label)
     axes.grid(alpha=0.15, color=INK)
     axes.spines[["top", "right"]].set_visible(False)

@@ -91,11 +91,6 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
     """Train the best start once more, as its run with the lowest loss on the examples to select by, and keep it.
 
     Adapters of all runs would take more room than this takes time. What is in `best/` already is never replaced.
-
-    Args:
-        log: The runs, and the directory that `best/` is put in.
-        worker: Does the run.
-        say: Receives a line where there is nothing to keep, or something else is there.
     """
     summary = summarise(log.records.values(), log.settings)
     if summary.start is None:

@@ -74,6 +74,7 @@ class RunPlan:
     match_scale: bool = False  # also run starts with A scaled to the size of the random one, where that differs
     # learning rates of the starts that are there as they are recommended
     recommended: Mapping[str, float] = field(default_factory=dict)
+    tuned: bool = True  # whether these are run at the other rates, too
 
     def __post_init__(self) -> None:
         rates, seeds = self.learning_rates, self.seeds
@@ -129,6 +130,8 @@ class RunPlan:
 
     def asked(self, start: str) -> list[float]:
         """List the rates that are tried with a start in any case."""
+        if start in self.recommended and not self.tuned:
+            return self._rate_of_its_own(start)
         rates = {float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates}
         return sorted({*rates, *self._rate_of_its_own(start)})
 
@@ -138,7 +141,7 @@ class RunPlan:
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell."""
         grid = asked = self.asked(start)
-        for _ in range(2 * self.extend if self.extends else 0):
+        for _ in range(2 * self.extend if self.extends and len(asked) > 1 else 0):
             runs = [Run(start, seed, rate) for seed in self.swept for rate in grid]
             if not all(run in records for run in runs):
                 break
@@ -193,7 +196,7 @@ _NUMBERS = [
 ]  # fmt: skip
 _COLUMNS = [
     "start", "base", "any_batches", "batches", "learning_rate", "seed", "status", "error", "data_order",
-    "evaluation_points", "report_loss", "circumstances",
+    "evaluation_points", "report_loss", "circumstances", "dial",
     *_NUMBERS,
 ]  # fmt: skip
 
@@ -279,7 +282,20 @@ BEST, BEST_RUN = "best", "run.json"  # the directory of the best adapter, and in
 FORMAT = 3
 # More of these may be asked of a directory that has some: they shape no single run.
 _GROWING = ("starts", "learning_rates", "seeds")
-_FREE = ("sweep", "extend", "match_scale", "threads", "versions", "processor", "command", "init", "budget", "folds")
+_FREE = (
+    "sweep",
+    "extend",
+    "match_scale",
+    "tuned",
+    "size",
+    "threads",
+    "versions",
+    "processor",
+    "command",
+    "init",
+    "budget",
+    "folds",
+)
 # Hashes and the like by name, which directories of before lack: what both have must be equal, the others are added.
 _HASHES = ("examples", "own", "packages", "recommended")
 

@@ -13,37 +13,24 @@ import pandas as pd
 
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import effects
-from lora_init.comparison.findings import Summary, steps_of_start
+from lora_init.comparison.findings import Summary, forgotten, steps_of_start
 from lora_init.comparison.runs import METRICS, best_rates, by_seed, rate_means
 from lora_init.comparison.wording import number, percent, rate_text, share
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the report: a heading, what it shows, and a table or a picture of the same name, or both.
-
-    Attributes:
-        title: The heading.
-        caption: What table and picture show.
-        table: Makes the table of text, a row for each start, or each run with its start in a column of that name. None
-            if there is a picture alone.
-        leads: Whether it stands before the verdicts.
-        of_best: Whether the table is of runs at each start's best rate, so that there is none before there are such.
-    """
+    """A part of the report: a heading, what it shows, and a table or a picture of the same name, or both."""
 
     title: str
     caption: str
-    table: Callable[[Summary], pd.DataFrame] | None = None
-    leads: bool = False
-    of_best: bool = False
+    table: Callable[[Summary], pd.DataFrame] | None = None  # a row for each start, or runs with a column `start`
+    leads: bool = False  # whether it stands before the verdicts
+    of_best: bool = False  # whether the table is of runs at each start's best rate: none before there are such
 
 
 def run_tables(summary: Summary) -> dict[str, pd.DataFrame]:
-    """Make all tables that there is something to put in, without columns that are empty throughout.
-
-    Returns:
-        Tables of text by name; the first column of each names the row.
-    """
+    """Return the tables that there is something to put in, by name, as text and without empty columns."""
     if summary.table.empty:
         return {}
     any_best = summary.table["best"].any()
@@ -106,6 +93,7 @@ def _best(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "rate": best["learning_rate"].first().map(rate_text),
+            "lora_alpha": pd.Series(summary.alphas).map(lambda alpha: "–" if math.isnan(alpha) else f"{alpha:g}"),
             "runs": losses.count(axis=1).map(str),
             "mean loss": losses.mean(axis=1).map(number),
             "lowest to highest": losses.min(axis=1).map(number) + " to " + losses.max(axis=1).map(number),
@@ -118,7 +106,7 @@ def _best(summary: Summary) -> pd.DataFrame:
 
 
 def _steps_cell(runs: pd.DataFrame, target: float) -> str:
-    """Say at which evaluation each run of a start is first as good as the target."""
+    """Return at which evaluation each run of a start is first as good as the target."""
     steps = []
     for points, losses in zip(runs["evaluation_points"], runs["report_loss"], strict=True):
         reached = [step for step, loss in zip(points, losses, strict=True) if loss <= target]
@@ -167,6 +155,19 @@ def _forgetting(summary: Summary) -> pd.DataFrame:
     )
 
 
+def _frontiers(summary: Summary) -> pd.DataFrame:
+    rows = {}
+    for start, found in forgotten(summary.table).items():
+        rows[start] = {"rise on other text": number(found.rise, "+")}
+        if found.effect:
+            ends = (found.effect.low, found.effect.high)
+            rows[start] |= {"start − random": number(found.effect.mean, "+")}
+            rows[start] |= {"interval": " to ".join(number(end, "+") for end in ends)}
+    dialled = any(isinstance(dial, list) for dial in summary.table["dial"])
+    columns = ["rise on other text", "start − random", "interval"]
+    return pd.DataFrame.from_dict(rows if dialled else {}, orient="index", columns=columns)
+
+
 def _every_run(summary: Summary) -> pd.DataFrame:
     runs = summary.table
     return pd.DataFrame(
@@ -186,32 +187,40 @@ def _every_run(summary: Summary) -> pd.DataFrame:
 PARTS = {
     "differences": Part(
         "Difference to random",
-        "Final loss, start minus random, paired by seed, each at its own best rate; below zero is better. Per cent are "
-        "of random's loss; the headroom is what full fine-tuning gains over it. Intervals are from one layout of "
-        "starts and seeds and hold for all starts together; what could be shown is half their width. Picture: large "
-        "markers are means over seeds, hollow if there is one seed and so no interval. Dots below: one pair each. A "
-        "line that ends at the edge goes on beyond it.",
+        "How much lower or higher each start ends than random with the same seed, each at its own best learning rate; "
+        "below zero is better. The interval is where the true difference lies, in 95 % of comparisons for all starts "
+        "at once; a difference of half its width could have been shown. Large markers: means. Small dots: one seed "
+        "each.",
         _differences,
         leads=True,
     ),
+    "frontiers": Part(
+        "What is kept at the same task loss",
+        "Each trained adapter was evaluated at several strengths: weaker, it forgets less and does less of the task. "
+        "At each task loss the line is the least rise of the loss on other text, over rates and strengths; lower is "
+        "better. Grey is random. The table is at the task loss of random at its best rate, the dotted line, or at "
+        "most 0.5 % above.",
+        _frontiers,
+        leads=True,
+        of_best=True,
+    ),
     "learning_curves": Part(
         "Learning curves",
-        "Loss on the examples to report over steps from the first evaluation in training on, each start at its own "
-        "best rate: the mean, and a band from the lowest to the highest seed. Grey is random, the same in every panel. "
-        "One start run in several ways: a whole line, then dashed, dotted and dash-dotted, in the order of the tables.",
+        "Loss on the examples to report while training, each start at its own best learning rate: the mean, and a "
+        "band from the lowest to the highest seed. Grey is random. The same start run in other ways has broken lines.",
     ),
     "learning_rates": Part(
         "Final loss by learning rate",
-        "Picture: means over the seeds that each rate has, with a dot for each run. The large marker is the rate at "
-        "which a start is compared; a cross at the top is a rate with an unstable run. Grey is random. Table: means "
-        "over the seeds that all starts and rates have; a star marks the rate at which a start is compared.",
+        "Means over seeds, and a dot for each run. The large marker, in the table a star, is the rate at which a "
+        "start is compared; a cross is a rate at which a run was unstable. Grey is random. What lies far above is "
+        "left out.",
         _rates,
     ),
     "best": Part(
         "Each start at its best rate",
-        "Final loss over the seeds that finished. Steps: seed by seed, the first evaluation at which the final loss of "
-        "the best random run is reached. A start that changes the model's output begins with another loss; gamma is "
-        "what its step was divided by, found on training batches set aside.",
+        "Final loss over seeds. Steps to random's best: for each seed the first evaluation that is as good as the "
+        "best run of random ends. Loss at step 0 differs for a start that changes the model's output; gamma is what "
+        "its step was divided by.",
         _best,
         of_best=True,
     ),
@@ -224,19 +233,17 @@ PARTS = {
     ),
     "cost": Part(
         "Cost",
-        "Means of the runs at each start's best rate. Scale of A: root mean square of the norms of its rows; if a "
-        "difference goes away with matched scale, the scale was what made it. Start: with its statistics and the "
-        "search of its step; in steps: as many steps of the same training take as long.",
+        "Means of the runs at each start's best rate. Scale of A: root mean square of the norms of its rows. Start: "
+        "its statistics, itself and the search of its step; in steps: as many steps of training take as long.",
         _cost,
         of_best=True,
     ),
     "forgetting": Part(
         "Forgetting",
-        "Retained: loss on text of another kind. Table: means of the runs at each start's best rate. Picture: a line "
-        "over all learning rates of a start, a dot for each run at its best, a large marker for their mean; down and "
-        "left is better. Grey is random. A line that ends at the edge goes on beyond it.",
+        "Loss on text of another kind before and after training. Table: at each start's best rate. Picture: a line "
+        "over the learning rates of a start, a dot for each run at its best, a large marker for their mean; down and "
+        "left is better. Grey is random.",
         _forgetting,
-        leads=True,
         of_best=True,
     ),
     "runs": Part(

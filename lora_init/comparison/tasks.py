@@ -6,7 +6,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_choices(row: Mapping[str, Any], options: str, answer: str) -> tuple[list[str], int] | None:
-    """Read the options of a row and the position of the right one; None if the row does not say.
-
-    Args:
-        row: Its columns.
-        options: Column with the options; or the options themselves, separated by commas.
-        answer: Column that says which one is right.
+    """Read the options of a row, or those named, and the position of the right one; None if the row does not say.
 
     Example:
         >>> read_choices({"right": "no"}, "yes, no", "right")
@@ -69,50 +64,39 @@ CAUSAL_LM, CLASSIFICATION, MULTIPLE_CHOICE = "causal-lm", "classification", "mul
 
 @dataclass(frozen=True)
 class Item:
-    """One example.
+    """One example."""
 
-    Attributes:
-        tokens: What training sees.
-        choices: The example as it reads with each option, for multiple choice.
-        answer: Position of the right option, or the class; None for text alone.
-    """
-
-    tokens: Encoded
-    choices: tuple[Encoded, ...] = ()
-    answer: int | None = None
+    tokens: Encoded  # what training sees
+    choices: tuple[Encoded, ...] = ()  # the example as it reads with each option, for multiple choice
+    answer: int | None = None  # position of the right option, or the class; None for text alone
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples in three folds. No example is there twice, and no prompt in two folds.
-
-    Attributes:
-        kind: `"causal-lm"`, `"classification"` or `"multiple-choice"`.
-        train: Examples to train on, and to learn statistics from.
-        selection: Examples that learning rates are chosen by.
-        report: Examples that every figure is from.
-        classes: Names of the classes, for classification.
-        padding: Token to pad with.
-        normalize: Whether an option's log-likelihood is divided by its number of tokens.
-        data: Which examples of which data these are, in words.
-        label: Name of the task in the report.
-        spelled_out: Whether the column of the answer has its text, as `init` reads it, and no letter or position.
-    """
+    """Examples in three folds. No example is there twice, and no prompt in two folds."""
 
     kind: str
-    train: Sequence[Item]
-    selection: Sequence[Item]
-    report: Sequence[Item]
+    train: Sequence[Item]  # also for statistics
+    selection: Sequence[Item]  # learning rates are chosen by these
+    report: Sequence[Item]  # every figure is from these
     classes: tuple[str, ...]
-    padding: int
-    normalize: bool
-    data: str
-    label: str
-    spelled_out: bool = True
+    padding: int  # token to pad with
+    normalize: bool  # whether an option's log-likelihood is divided by its number of tokens
+    data: str  # which examples of which data these are
+    label: str  # name of the task in the report
+    spelled_out: bool = True  # whether the column of the answer has its text, as `init` reads it, and no letter
 
     def batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Pad examples to a batch, with the class as label for classification."""
         return pad_batch([item.tokens for item in items], self.padding, self.kind == CLASSIFICATION)
+
+    def cut(self, n_report: int | None, n_selection: int | None) -> Task:
+        """Return the task with at most so many examples to report and to select by; None leaves them."""
+        report, selection = self.report[:n_report], self.selection[:n_selection]
+        if (len(report), len(selection)) == (len(self.report), len(self.selection)):
+            return self
+        data = f"{self.data}; the first {len(selection)} to select by and {len(report)} to report are used"
+        return replace(self, report=report, selection=selection, data=data)
 
     def order(self, seed: int, steps: int, batch_size: int) -> list[list[Item]]:
         """Draw the batches of a run. They depend on the seed alone: every start sees the same, in the same order.
@@ -135,60 +119,33 @@ def item_length(item: Item) -> int:
 
 @dataclass(frozen=True)
 class Loading:
-    """How examples are read from a data set, how it is split, and how the model is loaded.
+    """How examples are read from a data set, how it is split, and how the model is loaded: options of `compare`."""
 
-    Attributes:
-        template: Text of an example, or the prompt if there is a completion.
-        format: As for `load_batches`.
-        completion: What the model should answer. For multiple choice it names the column `answer`; that is its
-            default, after a space.
-        label: Column of the class; makes this a classification.
-        options: Column with the options (a list, or one a line), or options separated by commas; makes this a multiple
-            choice.
-        answer: Column that says which option is right: its text, its letter or its position.
-        normalize: Divide an option's log-likelihood by its number of tokens before options are compared.
-        subset: Configuration of a hub data set.
-        split: Split of a hub data set or a folder.
-        train_samples: Training examples at most.
-        selection_samples: Examples that learning rates are chosen by. Default: 128, but see `fold_sizes`.
-        report_samples: Examples that every figure is from. Default: 256, but see `fold_sizes`.
-        max_length: Tokens of an example at most.
-        data_seed: Seed of the split.
-        name: Name of the task in the report. Default: that of the data.
-        retain_data: Text of another kind: its loss before and after training tells what was forgotten.
-        retain_template: How an example of it reads.
-        retain_samples: Examples of it.
-        dtype: Of the base model's weights; `"auto"` keeps the checkpoint's, or takes float32 where the processor
-            emulates that. Adapters are float32, and so is a classifier, whose head is trained whole.
-        quantize: How the base is quantized while it is loaded, one of `models.QUANTIZATIONS`.
-        weights: The float model that a quantized one was made of, directory or hub id. Default: the model itself.
-        device: Where the model runs.
-        trust_remote_code: Allow code that comes with the model.
-    """
-
-    template: str | None = None
-    format: str | None = None
-    completion: str | None = None
-    label: str | None = None
-    options: str | None = None
-    answer: str = "answer"
-    normalize: bool = False
-    subset: str | None = None
-    split: str = "train"
-    train_samples: int = 1024
-    selection_samples: int | None = None
-    report_samples: int | None = None
-    max_length: int = 256
-    data_seed: int = 0
-    name: str | None = None
-    retain_data: str | Path | None = None
-    retain_template: str | None = None
+    template: str | None = None  # text of an example, or the prompt if there is a completion
+    format: str | None = None  # as for `load_batches`
+    completion: str | None = None  # what the model should answer; of a multiple choice a space and the column `answer`
+    label: str | None = None  # column of the class; makes this a classification
+    options: str | None = None  # column with the options, or options by commas; makes this a multiple choice
+    answer: str = "answer"  # column that says which option is right: its text, its letter or its position
+    normalize: bool = False  # divide an option's log-likelihood by its number of tokens
+    subset: str | None = None  # configuration of a hub data set
+    split: str = "train"  # of a hub data set or a folder
+    train_samples: int = 1024  # training examples at most
+    selection_samples: int | None = None  # examples that learning rates are chosen by: 128, but see `fold_sizes`
+    report_samples: int | None = None  # examples that every figure is from: 256, but see `fold_sizes`
+    max_length: int = 256  # tokens of an example at most
+    data_seed: int = 0  # of the split
+    name: str | None = None  # of the task in the report; by default that of the data
+    retain_data: str | Path | None = None  # text of another kind: its loss before and after tells what was forgotten
+    retain_template: str | None = None  # how an example of it reads
     retain_samples: int = 64
-    dtype: str = "auto"
-    quantize: str | None = None
-    weights: str | Path | None = None
-    device: str = "auto"
-    trust_remote_code: bool = False
+    dial: bool = True  # with `retain_data`, evaluate each trained adapter at several strengths
+    replay: str | Path | None = None  # text to train on beside the examples, one with each step, weighed 0.25
+    dtype: str = "auto"  # of the base: the checkpoint's, or float32 where the processor emulates that, or to classify
+    quantize: str | None = None  # how the base is quantized while it is loaded, one of `models.QUANTIZATIONS`
+    weights: str | Path | None = None  # the float model that a quantized one was made of; by default the model itself
+    device: str = "auto"  # where the model runs
+    trust_remote_code: bool = False  # allow code that comes with the model
 
 
 REPORT, SELECTION = 256, 128
@@ -197,7 +154,7 @@ FEW = 100
 
 
 def fold_sizes(asked: Loading, n_prompts: int) -> tuple[int, int]:
-    """Say how many examples to report and to select by: a third and a sixth of few data, so that half train.
+    """Compute how many examples to report and to select by: a third and a sixth of few data, so that half train.
 
     What is asked for stays; the other is then a share of what that leaves.
 
@@ -219,13 +176,6 @@ def load_task(
 
     So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts,
     and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
-
-    Args:
-        source: A file, a folder or a hub id.
-        tokenizer: The model's tokenizer.
-        asked: What to read, and how.
-        batch_size: Examples in a batch; there must be as many to train on.
-        known_classes: Classes of the checkpoint, see `class_names`.
 
     Raises:
         LoraInitError: Too few rows, missing columns, labels that are no classes, or what `load_batches` raises.
@@ -311,7 +261,7 @@ def _has_text(row: Mapping[str, Any], options: str, answer: str) -> bool:
 
 
 def _read(row: Mapping[str, Any], reader: Reader, asked: Loading) -> tuple[str, Item] | str:
-    """Read a row as an item, and its prompt; or say why it is left out."""
+    """Return a row's prompt and the row as an item, or why it is left out."""
     example = reader.recipe.to_example(row)
     tokens = reader.encode(example, row)
     if example is None or isinstance(tokens, str):
@@ -331,7 +281,7 @@ def _read(row: Mapping[str, Any], reader: Reader, asked: Loading) -> tuple[str, 
 
 
 def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
-    """Say what kind of task is asked for, whose columns are all there."""
+    """Return what kind of task is asked for, after a check of its columns."""
     columns = f"Columns of {name}: {', '.join(names)}."
     if asked.label is not None and asked.options is not None:
         raise LoraInitError("label makes this a classification, options a multiple choice. Give one of them.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Score:
 
 
 def evaluate(model: nn.Module, task: Task, items: Sequence[Item], with_metrics: bool = False) -> Score:
-    """Score examples in evaluation mode; the model's mode is as before afterwards.
+    """Compute the loss of examples in evaluation mode, and metrics; for multiple choice these run every option.
 
     The loss is the mean over all labelled tokens, or over all examples for a classification. Metrics are accuracy,
     macro F1 and the Matthews correlation of the most probable class or option; an option's score is the log-likelihood
@@ -130,6 +131,7 @@ class Training:
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
+REPLAYED = 0.25  # what the loss of the replayed text is weighed by beside that of the examples of a step
 # A loss this many times that of the plain model, plus half a nat for tasks near zero, is no progress any more.
 _FAR, _SLACK = 2.0, 0.5
 # Single batches of a healthy run can be hard: their mean over this many steps counts.
@@ -161,6 +163,7 @@ def train(
     learning_rate: float,
     seed: int,
     plain_loss: float,
+    replay: Sequence[Mapping[str, torch.Tensor]] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """Train with AdamW, linear warm-up and a cosine to zero, in the given order of batches.
@@ -171,26 +174,31 @@ def train(
     A run is unstable, and ends, when a loss or gradient is not finite, or when the loss to report or the mean of the
     last five training losses is above twice `plain_loss` plus 0.5. That limit is the same for every start, wherever it
     begins.
+
+    Of texts to replay, one a step is trained on beside the batch, weighed by `REPLAYED`, in an order that the seed
+    decides.
     """
     torch.manual_seed(seed)
     run, digest = TrainingResult(), hashlib.sha256()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
+    texts = random.Random(seed).sample(list(replay), len(replay))
     model.train()
     _evaluate(run, model, task, 0, last=False)
     for step, items in enumerate(order, 1):
         if _diverged(run, plain_loss):
             break
         started = time.perf_counter()
-        batch = task.batch(items)
-        for tensor in batch.values():
-            digest.update(tensor.numpy().tobytes())
-        loss = batch_loss(model, send_to_device(batch, parameters[0].device))
+        parts = [(task.batch(items), 1.0)] + ([(texts[step % len(texts)], REPLAYED)] if texts else [])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for batch, weight in parts:
+            for tensor in batch.values():
+                digest.update(tensor.numpy().tobytes())
+            loss = batch_loss(model, send_to_device(batch, parameters[0].device))
+            (weight * loss).backward()  # type: ignore[no-untyped-call]
+            run.training_loss += [float(loss.detach())] * (weight == 1.0)
         norm = float(nn.utils.clip_grad_norm_(parameters, _CLIP))
-        run.training_loss.append(float(loss.detach()))
         if not (math.isfinite(run.training_loss[-1]) and math.isfinite(norm)):
             run.error = f"loss {run.training_loss[-1]:.3g}, gradient {norm:.3g} in step {step}"
             break

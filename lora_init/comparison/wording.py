@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lora_init.adapters.recommended import rate_text as rate_text
+from lora_init.comparison.starts import Variant
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -44,6 +45,20 @@ def share(part: float) -> str:
     return f"{100 * part:.0f} %".replace("-", "−")
 
 
+def in_words(start: str) -> str:
+    """Write the name of a start so that it says how it is run.
+
+    Example:
+        >>> in_words("eva"), in_words("eva+32-alpha+equal-parameters")
+        ('eva', 'eva with lora_alpha 32 and as many parameters as random (eva+32-alpha+equal-parameters)')
+    """
+    asked = Variant(start)
+    how = [f"lora_alpha {asked.alpha}"] * bool(asked.alpha)
+    how += ["as many parameters as random"] * asked.equal_parameters + ["A as large as random's"] * asked.matched_scale
+    how += [f"statistics of {asked.batches} batches"] * bool(asked.batches)
+    return f"{asked.base} with {' and '.join(how)} ({start})" if how else start
+
+
 def say(sentence: str, **facts: Any) -> str:
     """Fill facts into a macro of `sentences.jinja`."""
     text = getattr(_environment(html=False).get_template("sentences.jinja").module, sentence)(**facts)
@@ -66,7 +81,7 @@ def _environment(html: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": number, "percent": percent, "share": share, "rate": rate_text, "plain": _plain,
+        "number": number, "percent": percent, "share": share, "rate": rate_text, "in_words": in_words, "plain": _plain,
         "base64": lambda png: base64.b64encode(png).decode(),
     }  # fmt: skip
     return environment

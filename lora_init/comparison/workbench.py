@@ -46,8 +46,10 @@ from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, open_model
+from lora_init.serving.dial import strengths
 from lora_init.statistics.statistics import Statistics
 
+STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at
 # Says to `collect` and `mean_loss` that the loss is the very one that training minimises.
 _AS_TRAINED: dict[str, Any] = {"forward": batch_loss, "loss": lambda loss, batch: loss}
 
@@ -87,6 +89,7 @@ class RunRecord:
     float_loss: float | None = None
     metrics_before: dict[str, float] | None = None  # metrics of the plain model
     retain_loss: list[float] | None = None  # loss on text of another kind, before and after
+    dial: list[list[float]] | None = None  # strength of the adapter, loss to report, and loss on other text, for each
     # Time that the start takes with its statistics, whenever they were collected
     initialisation_seconds: float | None = None
     peak_memory_bytes: int | None = None  # from the start to the end of the training
@@ -122,6 +125,8 @@ class Workbench:
     # Loads the model before it was quantized; None if it is not quantized, or that one is not known
     float_model: Callable[[], LoadedModel] | None = None
     float_weights: str | Path | None = None  # the directory or hub id of that model, if it is not the model itself
+    strengths: Sequence[float] = ()  # what a trained adapter is evaluated at
+    replay: Batches | None = None  # text that all starts are trained on beside the examples
     _before: dict[int, tuple[Score, float | None, float | None]] = field(default_factory=dict, repr=False)
 
     def carry_out(self, run: Run, on_step: Callable[[], None] = lambda: None, keep: bool = False) -> Record:
@@ -160,6 +165,8 @@ class Workbench:
             "folds": self.folds,
             "normalize": self.task.normalize,
             "retain_data": None if self.retain is None else self.retain.description,
+            **({"strengths": list(self.strengths)} if self.strengths else {}),
+            **({"replay": self.replay.description} if self.replay else {}),
             "examples": self._hashes(),
             **asdict(self.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -182,7 +189,8 @@ class Workbench:
         """Hash the examples that figures are from; those to train on are hashed with each run."""
         named = {"examples to report": self.task.report, "examples to select by": self.task.selection}
         hashes = {name: digest_of([vars(item) for item in items]) for name, items in named.items()}
-        return hashes | ({"text to retain": digest_of(self.retain)} if self.retain else {})
+        texts = {"text to retain": self.retain, "text to replay": self.replay}
+        return hashes | {name: digest_of(text) for name, text in texts.items() if text}
 
     def statistics(self, seed: int, center: bool, gradients: bool, n_batches: int | None = None) -> Statistics:
         """Collect the statistics of a seed's training data, or take them from the directory."""
@@ -242,16 +250,30 @@ class Workbench:
             order = self.task.order(run.seed, training.steps, training.batch_size)
             done = train(
                 prepared.peft_model, self.task, order, training, learning_rate=record.learning_rate,
-                seed=run.seed, plain_loss=plain.loss, on_step=on_step,
+                seed=run.seed, plain_loss=plain.loss, replay=self.replay or (), on_step=on_step,
             )  # fmt: skip
             record.peak_memory_bytes = peak_bytes()
             if done.status == "finished" and self.retain is not None and retained is not None:
                 record.retain_loss = [retained, text_loss(prepared.peft_model, self.retain)]
+                if self.strengths and run.start.base != FULL and not run.start.changes_base:
+                    record.dial = self._dial(
+                        prepared.peft_model, self.retain, done.report_loss[-1], record.retain_loss[1]
+                    )
             if files is not None:
                 files.update(adapter_files(prepared.peft_model))
             return done
         finally:
             prepared.release()
+
+    def _dial(self, peft_model: Any, retain: Batches, loss: float, retained: float) -> list[list[float]]:
+        """Measure the loss on the task and on other text at each strength of an adapter; known are those at 1."""
+        found = {1.0: (loss, retained)}
+        for strength in self.strengths:
+            if strength not in found:
+                with strengths(peft_model, strength):
+                    task = evaluate(peft_model, self.task, self.task.report).loss
+                    found[strength] = task, text_loss(peft_model, retain)
+        return [[strength, *found[strength]] for strength in self.strengths]
 
     def _prepare(self, asked: Variant, seed: int) -> Prepared:
         """Put a start on the model that it trains. Its seconds are with those of its statistics."""
@@ -327,6 +349,7 @@ def set_up(
     own: Mapping[str, Any] | None = None,
     bank: str | None = None,
     starts: Sequence[Variant] = (),
+    folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`.
 
@@ -341,7 +364,7 @@ def set_up(
     check_quantized(starts, is_quantized, has_float)
     if options.weights is not None and not is_quantized:
         raise LoraInitError(f"weights={options.weights!r}: model {model!r} is not quantized. Leave it out.")
-    task = load_task(data, source.tokenizer, options, training.batch_size, source.classes)
+    task = load_task(data, source.tokenizer, options, training.batch_size, source.classes).cut(*folds)
     classifies, retain = task.kind == CLASSIFICATION, None
     if options.retain_data is not None:
         if classifies:
@@ -350,6 +373,11 @@ def set_up(
             options.retain_data, source.tokenizer, template=options.retain_template, samples=options.retain_samples,
             batch_size=training.batch_size, max_length=options.max_length,
         )  # fmt: skip
+    replay = None
+    if options.replay is not None:
+        if classifies:
+            raise LoraInitError("replay is for language models: a classifier has no loss on text. Leave it out.")
+        replay = load_batches(options.replay, source.tokenizer, batch_size=1, max_length=options.max_length)
     dtype = "float32" if classifies and options.dtype == "auto" else options.dtype  # for the head
     load = partial(
         _load, task_type="SEQ_CLS" if classifies else None, n_labels=len(task.classes) if classifies else None,
@@ -372,7 +400,7 @@ def set_up(
         check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
     return Workbench(
         loaded, task, retain, directory, shape, training, statistics_batches, own or {}, adapters, float_model,
-        options.weights,
+        options.weights, STRENGTHS if retain and options.dial else (), replay,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Record, Run, RunDirectory
+from lora_init.comparison.starts import Variant
 from lora_init.comparison.workbench import Workbench, failed
 from lora_init.errors import LoraInitError, first_line
 
@@ -234,8 +235,8 @@ def run_all(
         begun = {run for _, run, _ in running.values()}
         left = [run for run in planned if run not in log.records]
         ready = [run for run in left if run.learning_rate is not None and run not in begun]
-        expected = 2 * fmean(seconds) if seconds else 0.0  # the second is for the best adapter
-        while idle and ready and budget.fits(expected):
+        expected = fmean(seconds) if seconds else 0.0
+        while idle and ready and budget.fits(expected * (1 + _times_longer(ready[0], log))):  # 1 for the best adapter
             run, worker = ready.pop(0), idle.pop(0)
             title = f"run {len(planned) - len(left) + len(running) + 1}/{len(planned)} {run.title}"
             running[worker.submit(run, title)] = worker, run, title
@@ -258,6 +259,12 @@ def run_all(
             seconds.append(record["run_seconds"] or 0.0)
             say(f"{title}: {_ended(record, len(left) - 1, seconds, len(workers))}")
             left = left[1:]
+
+
+def _times_longer(run: Run, log: RunDirectory) -> float:
+    """Return how many times the steps of all a run trains for."""
+    steps: int = log.settings["steps"]
+    return (Variant(run.start).steps or steps) / steps
 
 
 def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float], n_workers: int) -> str:

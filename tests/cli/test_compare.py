@@ -16,6 +16,7 @@ from lora_init.cli import app as cli
 from lora_init.cli.compare import show_comparison
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import read_runs, read_settings
+from lora_init.comparison.workbench import Workbench
 from tests.commands import WORDS
 from tests.comparisons import make_home, planted
 from tests.comparisons import settings as planted_settings
@@ -112,7 +113,10 @@ def test_limits_reach_the_comparison(command, tmp_path):
     result = run(*command[:-6], "--seeds", 3, "--extend", 0, "--statistics-batches", "2,4", "--time", "1h30m",
                  "--precision", "90%", "--learning-rates", "1e-2")  # fmt: skip
     assert read_settings(tmp_path / "out")["budget"] == {"time": 5400.0, "precision": 0.9}
-    assert "3 seeds: eva-rho1+2-batches is known to " in result.stderr and "best: the trained adapter" in result.stderr
+    assert (
+        "After 3 seeds: eva-rho1+2-batches gets no more, as its difference to random is known " in result.stderr
+        and "best: the trained adapter" in result.stderr
+    )
     assert {record["start"] for record in read_runs(tmp_path / "out")} >= {"eva-rho1+2-batches", "eva-rho1+4-batches"}
 
 
@@ -148,6 +152,14 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     result = run(*command, *arguments, code=1)
     assert message in result.stderr and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_where_every_run_fails_the_command_does(command, monkeypatch):
+    def no_room(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Workbench, "_fill", no_room)
+    assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())
 
 
 def test_standard_input_is_not_for_several_processes():

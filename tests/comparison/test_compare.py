@@ -16,6 +16,7 @@ import lora_init
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.tables import run_tables
+from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
 from tests.commands import save_model
@@ -51,17 +52,49 @@ def test_every_run_is_there_with_every_key(full):
     records = read_runs(found.directory)
     assert [record["status"] for record in records] == ["finished"] * len(found.planned)
     for record in of_equal_steps(records):
-        assert set(record) == {field.name for field in dataclasses.fields(RunRecord)}
+        kinds = (RunRecord, TrainingResult)
+        assert set(record) == {field.name for kind in kinds for field in dataclasses.fields(kind)}
         assert record["evaluation_points"] == [0, 3, 6] and len(record["report_loss"]) == 3
         assert len(record["training_loss"]) == 6
         assert set(record["metrics"]) == set(record["metrics_before"]) == {"accuracy", "macro_f1", "mcc"}
         assert len(record["retain_loss"]) == 2
+        assert [point[0] for point in record["dial"]] == [0.4, 0.55, 0.7, 0.85, 1.0, 1.15]
+        assert record["dial"][4][1:] == [record["report_loss"][-1], record["retain_loss"][1]]
+        # With less of the adapter the model is nearer to the plain one, on the task and on other text.
+        assert abs(record["dial"][0][2] - record["retain_loss"][0]) < abs(
+            record["dial"][4][2] - record["retain_loss"][0]
+        )
     starts = {record["start"] for record in records}
     assert {start for start in starts if "+equal" in start} == {
         f"{x}+equal-parameters" for x in ("eva", "eva-frozen-a")
     }
     matched = ("orthogonal", "eva-rho1", "eva", "eva-frozen-a")
     assert {start for start in starts if "+matched" in start} == {f"{x}+matched-scale" for x in matched}
+
+
+def test_without_the_dial_adapters_are_evaluated_as_trained_and_the_dry_run_says_what_it_takes(full, home, tmp_path):
+    found, _ = full
+    options = dict(retain_data=home / "retain.txt", retain_samples=8, dry_run=True)
+    with_dial, without = (compare(home, tmp_path, **options, dial=dial).outlook for dial in (True, False))
+    assert 0.0 < with_dial.dial_seconds < with_dial.seconds and without.dial_seconds == 0.0
+    assert found.settings["strengths"] == [0.4, 0.55, 0.7, 0.85, 1.0, 1.15]
+    assert (found.directory / "frontiers.png").exists() and not (found.directory / "forgetting.png").exists()
+
+
+def test_every_start_is_trained_with_the_same_replayed_text(home, tmp_path):
+    texts = home / "replay.txt"
+    texts.write_text("\n".join(["the red hats run to one dog", "my green house", "one dog"] * 4))
+    options = dict(learning_rates=[1e-2], seeds=1, retain_data=texts, retain_samples=12, dial=False)
+    plain, found = (
+        compare(home, tmp_path / str(i), **options, replay=replay) for i, replay in enumerate((None, texts))
+    )
+    assert "12 of 12 examples" in found.settings["replay"] and "replay" not in plain.settings
+    (order,) = {record["data_order"] for record in found.records}
+    assert order != plain.records[0]["data_order"]
+    for with_text, alone in zip(found.records, plain.records, strict=True):
+        assert with_text["retain_loss"][1] < alone["retain_loss"][1]
+    with pytest.raises(LoraInitError, match="replay is for language models"):
+        compare(home, tmp_path / "classes", model="bert", label="first", replay=texts)
 
 
 def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
@@ -362,7 +395,7 @@ def test_the_default_is_random_against_what_is_recommended(home, tmp_path, monke
     assert found.settings["dtype"] == "bfloat16" and found.settings["lora_alpha"] == 8
     assert found.settings["recommended"] == own and not (tmp_path / "out").exists()
     assert (ahead.swept, ahead.others, ahead.n_runs, ahead.ended) == ([0, 1], [2, 3, 4], 9 + 14 + 14, 0)
-    assert ahead.may_add == {"rates": 3 * 2 * 2, "seeds": 0, "longer": 5} and ahead.most_runs == ahead.n_runs + 17
+    assert ahead.may_add == {"rates": 3 * 2 * 4, "seeds": 0, "longer": 5} and ahead.most_runs == ahead.n_runs + 29
     assert ahead.folds == {"train": 100, "selection": 8, "report": 12}
     assert 0.0 < ahead.seconds < ahead.most_seconds and list(ahead.detectable) == [5]
 
@@ -376,6 +409,11 @@ def test_a_recommended_start_is_judged_untuned(home, tmp_path):
     assert "As recommended, without tuning" in (tmp_path / "out" / "report.html").read_text()
     more = compare(home, tmp_path / "out", starts=["random", "orthogonal"], seeds=3, learning_rates=[1e-3])
     assert len(more.summary.as_recommended) == 2 and more.settings["recommended"] == found.settings["recommended"]
+
+
+def test_random_is_always_among_the_starts(home, tmp_path):
+    found = compare(home, tmp_path / "out", starts=["eva-rho1"], dry_run=True)
+    assert [start["name"] for start in found.outlook.starts] == ["random", "eva-rho1"]
 
 
 def test_a_dry_run_writes_nothing(home, tmp_path):
@@ -396,6 +434,8 @@ def test_a_dry_run_writes_nothing(home, tmp_path):
         (dict(starts=["eva", "random", "eva"]), "expected names, each once"),
         (dict(starts=["random", ("eva", useless)]), "a pair is needed, of a new name and"),
         (dict(starts=["random", ("mine", "nowhere")]), "start 'mine': nowhere is no adapter directory"),
+        (dict(rank=700), "rank 700 is larger than the input width"),
+        (dict(rank=700, dry_run=True), "rank 700 is larger than the input width"),
         (dict(learning_rates=[-1e-3]), "learning_rates=[-0.001]: expected positive numbers"),
         (dict(evaluation_points=[7]), "expected rising steps from 0 to 6"),
         (dict(model="bert"), "is a BertForSequenceClassification, and a comparison trains causal language models"),

@@ -113,7 +113,7 @@ def test_markdown_has_a_picture_for_each_png_and_every_run(full):
     names = ("learning_curves", "learning_rates", "differences", "forgetting")
     shown = re.findall(r"\]\((.*?\.png)\)", markdown)
     assert pngs == {f"{name}.png" for name in names} == set(shown)
-    assert shown[:2] == ["differences.png", "forgetting.png"]
+    assert shown[0] == "differences.png"
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
     assert all(f"{run['report_loss'][-1]:.4f}" in markdown for run in runs)
 
@@ -171,7 +171,7 @@ PARTIAL = {
         "1 run failed (out of memory): random.",
     ),
     "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
-    "one rate": (planted({"eva": 0}, rates=(1e-3,)), "But it was run at 1e-3 only, so it is not known to be tuned."),
+    "one rate": (planted({"eva": 0}, rates=(1e-3,)), "it was run at 1e-3 only, so it is not known to be tuned."),
     "all failed": (
         [broken("failed", "out of memory", start=s) for s in ("random", "eva")],
         "2 runs failed (out of memory): random, eva.",
@@ -258,9 +258,9 @@ def test_the_adapter_of_changed_weights_is_not_kept(home, tmp_path):
     found = compare(home, tmp_path / "out", **runs, say=lines.append)
     assert found.summary.start == "pissa" and not list((tmp_path / "out" / "best").iterdir())
     assert lines[-1] == "pissa changes the weights of the model, so its trained adapter is not kept."
-    # What is better at equal steps has made random train for twice as many.
-    assert [run["evaluation_points"] for run in found.records if run["start"] == "random+12-steps"] == [[0, 12]] * 2
-    assert found.summary.equal_time[0].startswith("At equal total time, pissa: ")
+    # What is better at equal steps has made random train for longer: how long depends on how fast the machine is.
+    longer = [run for run in found.records if run["start"] in ("random+12-steps", "random+24-steps", "random+48-steps")]
+    assert len(longer) == 2 and found.summary.equal_time[0].startswith("At equal total time ")
 
 
 def test_numbers_of_statistics_batches_are_compared(home, tmp_path):

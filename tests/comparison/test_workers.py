@@ -119,7 +119,11 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
         run_all(lambda records: (runs, []), log, [Slow()], RunBudget(45.0, began=0.0), lines.append)
         # After three runs, at 30 s, there is no time for one more and the one that is kept for the adapter.
         assert len(log.records) == 3
-    assert lines[-1] == "The time is out with 6 runs left; the same command goes on from there."
+        assert lines[-1] == "The time is out with 6 runs left; the same command goes on from there."
+    longer, now[0] = [*runs[:2], Run("random+180-steps", 0, 1e-3)], 0.0  # three times the steps of all
+    with open_runs(tmp_path / "longer", settings()) as log:
+        run_all(lambda records: (longer, []), log, [Slow()], RunBudget(59.0, began=0.0), lines.append)
+        assert len(log.records) == 2
 
 
 def test_a_start_that_cannot_be_sent_is_refused():

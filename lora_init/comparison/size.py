@@ -1,0 +1,103 @@
+"""How large a comparison is: what is asked for or, under a limit of time, the most that comes to an answer in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES
+from lora_init.comparison.budget import RunBudget
+from lora_init.comparison.outlook import Pace, duration, seconds_of_run, seconds_of_statistics
+from lora_init.comparison.runs import SWEEP_SEEDS, RunPlan
+from lora_init.comparison.tasks import CLASSIFICATION, REPORT, SELECTION, Loading
+from lora_init.comparison.training import Training
+from lora_init.comparison.workbench import Workbench
+from lora_init.errors import LoraInitError
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a limit of time may make smaller, where it was left open."""
+
+    steps: int = 100
+    report: int = REPORT  # examples at most
+    selection: int = SELECTION
+    seeds: int = 5  # that the time must be enough for; more are added while it lasts
+    recommended: int = 2  # starts that are compared with random
+    tuned: bool = True  # whether these are run at all learning rates, and not at the recommended one alone
+
+
+# From all that is done without a limit to the least that can be an answer.
+SIZES = (
+    Size(),
+    Size(100, 128, 64, 5, tuned=False),
+    Size(100, 128, 64, 4, recommended=1, tuned=False),
+    Size(64, 128, 64, 4, recommended=1, tuned=False),
+    Size(48, 96, 48, 3, recommended=1, tuned=False),
+    Size(32, 64, 32, 3, recommended=1, tuned=False),
+    Size(24, 64, 32, 3, recommended=1, tuned=False),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user has said of the size; None leaves it open."""
+
+    loading: Loading
+    steps: int | None
+    batch_size: int
+    warmup: float
+    evaluation_points: Sequence[int] | None
+
+    def training(self, size: Size = SIZES[0]) -> Training:
+        """Return how every run trains."""
+        steps = self.steps or size.steps
+        quarters = [round(steps * i / 4) for i in (1, 2, 3)] if size == SIZES[0] else []
+        points = quarters if self.evaluation_points is None else self.evaluation_points
+        return Training(steps, self.batch_size, self.warmup, sorted({0, steps, *points}))
+
+    def folds(self, size: Size) -> tuple[int | None, int | None]:
+        """Return how many examples to report and to select by there may be at most."""
+        report = size.report if self.loading.report_samples is None else None
+        return report, size.selection if self.loading.selection_samples is None else None
+
+    def lay_out(self, bench: Workbench, plan: RunPlan, size: Size) -> tuple[Workbench, RunPlan]:
+        """Return the workbench and the plan of a comparison of this size."""
+        first = DEFAULT_FOR_CLASSES if bench.task.kind == CLASSIFICATION else DEFAULT
+        known = [start for start in plan.starts if start in plan.recommended]
+        bases = list(dict.fromkeys([first, *(start.base for start in known)]))[: size.recommended]
+        left = [start for start in known if start.base in bases]
+        starts = [start for start in plan.starts if start in left or start not in known]
+        rates = {start: rate for start, rate in plan.recommended.items() if start in left}
+        task = bench.task.cut(*self.folds(size))
+        bench = replace(bench, task=task, training=self.training(size), _before={})
+        return bench, replace(plan, starts=starts, recommended=rates, tuned=size.tuned)
+
+
+def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget: RunBudget, is_open: bool) -> Size:
+    """Return the largest size that comes to an answer in the time that is left.
+
+    Raises:
+        LoraInitError: The least takes longer. If the steps were asked for, that size is returned all the same: its runs
+            may be done in several calls.
+    """
+    for size in SIZES:
+        needed = _seconds_to_answer(*lay_out(size), size.seeds, pace)
+        if budget.fits(1.1 * needed):  # what is estimated is not exact
+            return size
+    if not is_open:
+        return SIZES[0]
+    bench, plan = lay_out(SIZES[-1])
+    raise LoraInitError(
+        f"time={budget.seconds:g}: the least time for an answer here is about {duration(1.1 * needed + budget.spent)}: "
+        f"{', '.join(plan.starts)}, {bench.training.steps} steps of {pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. "
+        "Give it that, or shorter examples (max_length), fewer in a batch, or a smaller model."
+    )
+
+
+def _seconds_to_answer(bench: Workbench, plan: RunPlan, n_seeds: int, pace: Pace) -> float:
+    """Estimate the runs on so many seeds, a rate beyond the edge, random for twice the steps, and the best adapter."""
+    plan = replace(plan, seeds=plan.seeds[:n_seeds])
+    runs = plan.runs(plan.starts, {})
+    n_runs = len(runs) + SWEEP_SEEDS + 2 * len(plan.seeds) + 1
+    return n_runs * seconds_of_run(bench, pace) + seconds_of_statistics(bench, pace, runs)
