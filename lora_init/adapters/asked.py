@@ -221,7 +221,7 @@ class Asked:
 
 
 def shows_keywords(function: _F) -> _F:
-    """Let help(), editors and the documentation see the keywords of `Asked` that a function takes by **options."""
+    """Show help(), editors and the documentation the keywords of `Asked` that a function takes by **options."""
     own = signature(function)
     shown = {name: one for name, one in own.parameters.items() if one.kind is not Parameter.VAR_KEYWORD}
     for one in chain.from_iterable(fields(part) for _, part in Asked()._parts()):

@@ -58,11 +58,7 @@ def check_adapter_options(
 
 
 def buildable_start(method: str) -> Start:
-    """Look up a start that `build_adapter` makes.
-
-    Raises:
-        LoraInitError: There is none of this name, or it is made otherwise.
-    """
+    """Look up a start that `build_adapter` makes."""
     known = buildable()
     if method not in known:
         raise LoraInitError(f"method={method!r} is unknown. {did_you_mean(str(method), known)}")
@@ -199,10 +195,6 @@ def build_adapter(
 def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
     """Compute the rank at which B alone has as many parameters as A and B have at `rank`, rounded down.
 
-    Args:
-        targets: Layers that take an adapter, such as `stats.targets.values()`.
-        rank: Of an adapter whose A is trained.
-
     Example:
         >>> rank_with_frozen_a([Target("up", "Linear", 64, 256), Target("down", "Linear", 256, 64)], rank=8)
         16
@@ -230,10 +222,7 @@ def _ranks_asked(
     selected: Collection[str],
     rho: float,
 ) -> tuple[dict[str, int], int]:
-    """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to.
-
-    `average` and `selected` are what a LoraConfig says of the ranks and the layers, which `ranks` must not contradict.
-    """
+    """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to."""
     if ranks is None:
         from lora_init.planning.allocate import allocate_ranks
 

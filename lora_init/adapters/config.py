@@ -49,10 +49,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_config(model: nn.Module, config: LoraConfig, asked: Asked) -> Asked:
-    """Add to what was asked for what a LoraConfig says for a plain model: PEFT itself says which layers it selects.
-
-    Refused is one that selects nothing, sets what cannot be kept, or contradicts an argument. The model is as it was.
-    """
+    """Add to what was asked what a LoraConfig says; PEFT itself selects its layers, on a model that is as it was."""
     from peft import get_peft_model
 
     _check_plain_config(config)
@@ -69,12 +66,7 @@ def read_config(model: nn.Module, config: LoraConfig, asked: Asked) -> Asked:
 def read_config_for(
     stats: Statistics, config: LoraConfig, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read a LoraConfig for layers that statistics were collected of: arguments of `build_adapter`, layers in order.
-
-    It selects by their names, since there is no model; without `target_modules` and `target_parameters` all of them.
-    Refused is one that selects nothing or what was not collected, sets what cannot be kept, is for another task, or
-    contradicts an argument in `given`.
-    """
+    """Read from a LoraConfig arguments of `build_adapter`, and which layers of the statistics it selects by name."""
     _check_plain_config(config)
     said = _shape_of(config, "config", "build_adapter()")
     check_agreement(given, said, "config")
@@ -138,11 +130,7 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
 
 
 def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None = None) -> Asked:
-    """Add to what was asked for what an adapter that is on a model says; `whose` is what to call its configuration.
-
-    `before` is the configuration before PEFT has replaced names in it, where that is at hand. Refused is an adapter
-    that is no LoRA, or was trained, sets what cannot be kept, or contradicts an argument.
-    """
+    """Add to what was asked what an untrained adapter on a model says; `before` is its config as the user wrote it."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import ParamWrapper
 

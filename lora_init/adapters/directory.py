@@ -30,21 +30,7 @@ _OURS: dict[str, Any] = {"marker": ORIGIN_FILE, "replaceable": (WEIGHTS_FILE, CO
 
 
 class AdapterDirectory:
-    """An adapter directory that PEFT or lora_init has written.
-
-    The configuration is read at once. Everything else is read when it is first asked for.
-
-    Args:
-        path: The directory.
-
-    Attributes:
-        path: The directory, `~` expanded.
-        config: adapter_config.json.
-
-    Raises:
-        LoraInitError: The configuration is missing, damaged, or not LoRA's; or, from what reads the weights, their file
-            is missing or damaged.
-    """
+    """An adapter directory that PEFT or lora_init has written: the config is read at once, the rest when asked for."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -94,10 +80,7 @@ class AdapterDirectory:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each layer, without its model.
-
-        What nests deepest is taken for the first matrix of experts, as it is in transformers' modules of experts.
-        """
+        """The rank of each layer, without its model: what nests deepest is taken for the first matrix of experts."""
         ranks: dict[str, int] = {}
         wanted = self.config.get("target_parameters")
         wanted = wanted if isinstance(wanted, list) else []
@@ -119,11 +102,7 @@ class AdapterDirectory:
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        """What lora_init knew when it made the adapter, also after training; empty if it did not make it.
-
-        `AdapterInit.save_pretrained` writes it to a file of its own, which PEFT does not keep, and in short to a field
-        of the config, see `carrying`.
-        """
+        """What lora_init knew when it made the adapter, also after training; empty if it did not make it."""
         if self.is_start:
             return read_json(self.path / ORIGIN_FILE)
         return carried(self.config)
@@ -173,11 +152,7 @@ def write_start(
     card: str,
     overwrite: bool,
 ) -> Path:
-    """Write the directory of an adapter before training, complete or not at all; return its absolute path.
-
-    Raises:
-        LoraInitError: The directory exists and may not be replaced, or cannot be written.
-    """
+    """Write the directory of an adapter before training, complete or not at all; return its absolute path."""
     with new_directory(path, overwrite, **_OURS) as fresh:
         write_files(fresh, tensors, config)
         write_json(fresh / ORIGIN_FILE, {**origin, "sha256": digests_of(fresh, [WEIGHTS_FILE])})
@@ -195,10 +170,8 @@ def write_files(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, 
 
 
 def carrying(origin: dict[str, Any], task_type: str | None) -> dict[str, Any]:
-    """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes.
-
-    It overwrites `auto_mapping` where there is no task type. `megatron_core` it carries always, but that is a string.
-    """
+    """Put an origin into a field of LoraConfig that PEFT carries from the config it reads to the one it writes."""
+    # PEFT overwrites `auto_mapping` where there is no task type; `megatron_core` stays, but is a string.
     return {"auto_mapping": {ORIGIN: origin}} if task_type else {"megatron_core": json.dumps({ORIGIN: origin})}
 
 

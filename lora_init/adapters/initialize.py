@@ -39,7 +39,7 @@ def initialize(
     adapter_name: str = "default",
     **options: Any,
 ) -> PeftModel:
-    """Do all of it in one call: read data, collect statistics, allocate ranks, build the adapter, put it on the model.
+    """Start an adapter in one call: read data, collect statistics, allocate ranks, build it, put it on the model.
 
     Given a trainer, it learns from the very batches that the trainer is about to train on (its collator, its template,
     its packing, its labels, in its order), and the trainer then trains the adapter. A trainer that was made with a

@@ -24,13 +24,8 @@ from lora_init.statistics.spectrum import NEGLIGIBLE, Spectrum
 def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool = False) -> Tensor:
     """Start A from the top principal directions of what the layer reads (EVA, Paischer et al., arXiv 2410.07170).
 
-    The rows are orthonormal: with whiten=False each has norm 1. With `whiten` each is divided by `whitening_scale`, as
-    PEFT's `EvaConfig(whiten=True)` does. Where the data had fewer directions than `rank`, as a single expert's may,
-    those found come first and random directions orthogonal to them fill up.
-
-    Raises:
-        LoraInitError: `rank` is larger than d_in, or the decomposition was cut off below `rank` although the data
-            holds more.
+    The rows are orthonormal; with `whiten` each is divided by `whitening_scale`, as PEFT does. Where the data had fewer
+    directions than `rank`, as a single expert's may, random ones fill up.
     """
     check_rank(spectrum, rank)
     found = spectrum.components[:rank].float()
@@ -39,10 +34,7 @@ def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool 
 
 
 def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Start A as PEFT does by default: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)).
-
-    Its rows have norm 0.58 on average, where those of `eva` and `orthogonal` have norm 1.
-    """
+    """Start A as PEFT does by default: U(-1/sqrt(d_in), 1/sqrt(d_in)). Its rows have norm 0.58, those of `eva` 1."""
     return kaiming(rank, width, generator)
 
 
@@ -52,20 +44,12 @@ def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def gaussian(width: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Start A as PEFT's `init_lora_weights="gaussian"` does: normal with standard deviation 1 / rank.
-
-    Its rows have norm sqrt(d_in) / rank on average, which depends on the rank: 3 at d_in = 576 and rank 8.
-    """
+    """Start A as PEFT's `gaussian`: standard deviation 1 / rank, so that the norm of the rows depends on the rank."""
     return torch.randn(rank, width, generator=generator) / rank
 
 
 def orthogonal(width: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Start A from random orthonormal directions, uniformly distributed: `eva` without the data.
-
-    Not PEFT's `init_lora_weights="orthogonal"`, which changes B too.
-
-    Raises:
-        LoraInitError: `rank` is larger than d_in.
+    """Start A from random orthonormal directions, `eva` without the data; PEFT's `orthogonal` changes B too.
 
     Example:
         >>> import torch
@@ -79,10 +63,8 @@ def orthogonal(width: int, rank: int, generator: torch.Generator) -> Tensor:
 def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Tensor:
     """Start A as `random` does, times one number: A x then has as much energy, E |A x|^2, as with the A of `eva`.
 
-    With B = 0 and Adam, B's first steps move every entry by the learning rate, so they change the output in proportion
-    to |A x|, and a larger A is a higher learning rate for B. `eva` chooses the A of orthonormal rows with the
-    largest E |A x|^2; this keeps that size, layer by layer, and leaves the directions to chance. What lies outside of
-    the spectrum's components counts as isotropic.
+    With B = 0 and Adam, B's first steps move every entry by the learning rate, so a larger A is a higher rate for B.
+    This keeps the size of `eva`, layer by layer, and leaves the directions to chance.
     """
     check_rank(spectrum, rank)
     return as_large_as_eva(spectrum, kaiming(rank, spectrum.components.shape[1], generator))
@@ -95,11 +77,7 @@ def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:
 
 
 def energy(spectrum: Spectrum, a: Tensor) -> float:
-    """Compute E |A x|^2 for the rows x that a spectrum describes, the mean included.
-
-    Args:
-        spectrum: Variance outside its components counts as isotropic.
-        a: A, [r, d_in].
+    """Compute E |A x|^2, mean included, for the rows x of a spectrum, isotropic outside its components; A is [r, d_in].
 
     Example:
         >>> import torch
@@ -123,15 +101,10 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 
 
 def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
-    """Return what `whiten=True` divides each row of A by: the square root of the singular value, float32 [rank].
+    """Return what `whiten=True` divides each row of A by: ((n - 1) * explained_variance_i) ** (1/4), float32 [rank].
 
-    The singular value is that of the (centred) rows, s_i = sqrt((n - 1) * explained_variance_i), so the scale is
-    ((n - 1) * explained_variance_i) ** (1/4). This is EVA's and PEFT's definition, kept so that published settings
-    carry over. Whitening in the textbook sense divides by sqrt(explained_variance_i), so that A x has unit
-    variance; the definition here equalises the coordinates only halfway, and the rows shrink with the fourth root
-    of the number of rows seen.
-
-    A direction without variance has no scale of its own and takes that of the last one that has; 1 if none has.
+    That is EVA's and PEFT's definition, kept so that published settings carry over; textbook whitening divides by
+    sqrt(explained_variance_i). A direction without variance takes the scale of the last one that has; 1 if none has.
     """
     singular = ((spectrum.n_samples - 1) * spectrum.explained_variance[:rank]).clamp(min=0.0).sqrt()
     # Below this a direction is the rounding noise of the float32 rows that the first direction came from.
@@ -185,19 +158,14 @@ def eva_grad(gradient: GradientSpectrum, rank: int) -> Tensor:
 
 
 def grad_a(gradient: GradientSpectrum, rank: int) -> Tensor:
-    """Start A from the right singular vectors of the mean gradient G; B is zero.
-
-    Among all A with orthonormal rows this one has the largest squared mean gradient of B, |G A^T|^2: what `eva_grad`
-    does with the square inside the mean.
-    """
+    """Start A from the right singular vectors of the mean gradient G, the rows of largest |G A^T|^2; B is zero."""
     return gradient.right[:rank].clone()
 
 
 def natural_gradient(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> Tensor:
     """Start A from the right singular vectors of a step along the natural gradient, see `natural_step`; B is zero.
 
-    The preconditioner prefers directions of little variance, along which A x is small and B learns slowly: it takes a
-    larger `lora_alpha`, or a higher rate.
+    It prefers directions of little variance, along which B learns slowly: it takes a larger `lora_alpha` or rate.
     """
     _, _, right = natural_step(spectrum, gradient, rank)
     return right
@@ -211,11 +179,7 @@ def natural_gradient_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: 
 def lora_ga(gradient: GradientSpectrum, rank: int) -> LoraWeights:
     """Start as LoRA-GA does (Wang et al., arXiv 2407.05000): A = V[:r], B = U[:, r:2r], from the mean gradient U S V.
 
-    The base weight gives up what B A adds. PEFT's `init_lora_weights="lora_ga"` with the same directions and scale
-    also multiplies B by its S.
-
-    Raises:
-        LoraInitError: There are fewer than 2 r singular vectors.
+    The base weight gives up what B A adds. PEFT's `lora_ga` with the same directions also multiplies B by its S.
     """
     if len(gradient.singular_values) < 2 * rank:
         raise LoraInitError(
@@ -229,9 +193,8 @@ def lora_ga(gradient: GradientSpectrum, rank: int) -> LoraWeights:
 def lora_one(gradient: GradientSpectrum, rank: int) -> LoraWeights:
     """Start as LoRA-One does (Zhang et al., arXiv 2502.01235): from the best rank-r part of a step down the gradient.
 
-    With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled as `scaled_by_gamma` does.
-    The authors' later code scales both by 1 / sqrt(gamma) alone: the same step has a gamma there that is smaller by
-    sqrt(d_out). The model's output changes.
+    With -G = U S V, B = U[:, :r] sqrt(S / S_1) and A = sqrt(S / S_1) V[:r], both scaled as `scaled_by_gamma` does. The
+    authors' later code scales by 1 / sqrt(gamma) alone: the same step has a gamma smaller by sqrt(d_out) there.
     """
     return _step(-gradient.left, gradient.singular_values, gradient.right, rank)
 
@@ -240,19 +203,14 @@ def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> t
     """Compute the step of rank r that lowers the loss most, by its gradient and curvature, without a d x d matrix.
 
     The curvature is K-FAC's, S_x = E x x^T on the side of the input and S_y = E g g^T on that of the output, so that
-    without a bound on the rank the best step is the natural gradient D = -S_y^-1 G S_x^-1. Of rank r it is
-    S_y^-1/2 W S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2, and the promised decrease is half the
-    sum of their values squared. Truncating D itself promises less. S_x is modelled as its r leading directions, the
-    mean and an isotropic rest, so that its powers cost r x d; S_y as its diagonal. Both are damped by 0.01 of their
-    mean eigenvalue. G is known by its 2 r leading triplets, or by those that there are. Statistics for a larger rank
-    know more of both, which is left out: a start does not depend on what else they are for.
+    without a bound on the rank the best step is the natural gradient D = -S_y^-1 G S_x^-1. Of rank r it is S_y^-1/2 W
+    S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2; truncating D itself promises less. S_x is
+    modelled as its r leading directions, the mean and an isotropic rest, so that its powers cost r x d; S_y as its
+    diagonal. Both are damped by 0.01 of their mean eigenvalue. Of G the 2 r leading triplets are taken, even where more
+    are known: a start does not depend on what else statistics are for. LoRA-DA (arXiv 2510.24561) has the same D with d
+    x d factors, less a term for the variance of D, which between S_y^1/2 and S_x^1/2 is the same in all directions.
 
-    LoRA-DA (arXiv 2510.24561) has the same D with d x d factors, and takes A from the first eigenvectors of
-    D^T D - beta tr(S_y^-1) / N S_x^-1, whose second term is the variance of D from N samples, and B = D A^T. Between
-    S_y^1/2 and S_x^1/2 that variance is the same in all directions, so that it has no say in W.
-
-    Returns:
-        The step's singular triplets: left [r, d_out], values [r], right [r, d_in], float32 but for the values.
+    Returns the step's singular triplets: left [r, d_out], values [r], right [r, d_in], float32 but for the values.
     """
     spectrum = replace(
         spectrum, components=spectrum.components[:rank], explained_variance=spectrum.explained_variance[:rank]
@@ -275,13 +233,11 @@ def scaled_by_gamma(weights: LoraWeights, gamma: float) -> LoraWeights:
 def qera(spectrum: Spectrum, error: Tensor, rank: int, scaling: float, generator: torch.Generator) -> LoraWeights:
     """Start from what quantization took from the weights, where the data are (QERA, Zhang et al., arXiv 2410.06040).
 
-    Of all matrices of rank r, scaling * B A is the closest to the error W - Q in the norm of what the layer reads: it
-    minimises |(W - Q - scaling * B A) S^1/2|, with S as `SecondMoment.of` takes it from the spectrum. With U the
-    first r left singular vectors of (W - Q) S^1/2, the optimum is U U^T (W - Q). The paper writes it as
-    [(W - Q) S^1/2]_r S^-1/2, which is the same, and needs S to be invertible. U is found by subspace iteration: of an
-    error without any structure 0.3 % more is left than with the exact one. Rows of A and columns of B are equally long.
-
-    Where the error has a lower rank, further rows of A are random and those of B zero.
+    Of all matrices of rank r, scaling * B A is the one with the least |(W - Q - scaling * B A) S^1/2|, S as
+    `SecondMoment.of` has it: U U^T (W - Q) with U the first r left singular vectors of (W - Q) S^1/2, which is the
+    paper's [(W - Q) S^1/2]_r S^-1/2 without an inverse. U is found by subspace iteration: of an error without any
+    structure 0.3 % more is left than with the exact one. Where the error has a lower rank, further rows of A are
+    random, those of B zero.
     """
     weighted = SecondMoment.of(spectrum).to(error).times(error, 0.5)  # [d_out, d_in]
     start = torch.randn(rank + _OVERSAMPLED, len(error), generator=generator).to(error)

@@ -23,18 +23,11 @@ K, THRESHOLD = 10, 0.5
 
 @dataclass(frozen=True)
 class LayerIntruders:
-    """The first singular vectors of one trained weight, next to those of the plain weight.
+    """The first singular vectors of one trained weight, next to those of the plain weight."""
 
-    Attributes:
-        similarities: For each of the first k left singular vectors of the trained weight, the largest |cosine| with
-            any left singular vector of the plain weight, in [0, 1].
-        energies: Their singular values squared.
-        threshold: Those less similar than this are intruders.
-    """
-
-    similarities: tuple[float, ...]
-    energies: tuple[float, ...]
-    threshold: float
+    similarities: tuple[float, ...]  # of each of the first k left vectors, the largest |cosine| with any plain one
+    energies: tuple[float, ...]  # their singular values squared
+    threshold: float  # those less similar than this are intruders
 
     @property
     def of(self) -> int:
@@ -142,11 +135,7 @@ def intruder_dimensions(
 
 
 def left_singular_vectors(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """Decompose plain weights of linear layers once, for `intruder_dimensions` to compare any number of trained ones.
-
-    Gives for each layer its left singular vectors as columns, float32 [d_out, min(d_out, d_in)], on the CPU, and
-    refuses weights that are quantized, or have NaN or inf.
-    """
+    """Compute left singular vectors of plain weights, columns, float32 [d_out, min(d_out, d_in)], on the CPU."""
     return {name: torch.linalg.svd(_weight(model.get_submodule(name), name), full_matrices=False).U for name in layers}
 
 

@@ -58,11 +58,7 @@ class LayerToStart:
 
 
 def layer_start(start: Start, stats: Statistics, name: str, gamma: float | None, **known: Any) -> LoraWeights:
-    """Compute A and B of a layer; of one with experts those of each, side by side.
-
-    Raises:
-        LoraInitError: The function of the start raises, or returns other shapes or what is not finite.
-    """
+    """Compute A and B of a layer; of one with experts those of each, side by side."""
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
     target, parts = stats.targets[name], (experts or {name: stats[name]}).items()
     made = [_called(start, LayerToStart(target, stats, part, spectrum, **known)) for part, spectrum in parts]
@@ -98,11 +94,7 @@ def _called(start: Start, layer: LayerToStart) -> LoraWeights:
 
 
 def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Return what quantization took from a layer's weight, if the start is about that.
-
-    Raises:
-        LoraInitError: There is no error for the layer, or one of another shape, or one that is not finite.
-    """
+    """Return what quantization took from a layer's weight, if the start is about that."""
     if not start.by_error:
         return None
     if errors is None or target.name not in errors:

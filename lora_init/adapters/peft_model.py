@@ -42,11 +42,7 @@ def check_plain(model: Any, taker: str) -> None:
 def check_modules_to_save(
     model: nn.Module, modules_to_save: Collection[str], task_type: str | None = None, drawn: Collection[str] = ()
 ) -> None:
-    """Refuse a name that is not the ending of a module's, as PEFT matches it, which leaves it out silently.
-
-    Of parameters that the checkpoint lacks, `drawn` at random, refuse those that an adapter for this task would not
-    hold: they would be others wherever it is loaded. T5's `classification_head` is one that PEFT does not know.
-    """
+    """Refuse names of no module, which PEFT leaves out silently, and random weights that an adapter would not hold."""
     names = [name for name, _ in model.named_modules() if name]
     for ending in modules_to_save:
         if not any(name.endswith(ending) for name in names):
@@ -54,7 +50,7 @@ def check_modules_to_save(
             close = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=3, cutoff=0.4)
             hint = f" Closest: {', '.join(close)}." if close else ""
             raise LoraInitError(f"modules_to_save: {ending!r} is no module of {type(model).__name__}.{hint}")
-    heads = HEADS.get(task_type or "", ())
+    heads = HEADS.get(task_type or "", ())  # PEFT saves these; T5's `classification_head` is one that it does not know
     owners = sorted({name.rpartition(".")[0] for name in drawn})
     lost = ",".join(owner for owner in owners if not is_in(owner, (*heads, *modules_to_save)))
     if heads and lost:
@@ -99,10 +95,7 @@ def check_fits(model: nn.Module, init: AdapterInit, adapter_name: str) -> None:
 
 
 def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
-    """Note how a model is, and return a function that puts it back: submodules, hooks, modes, attributes, buffers.
-
-    With `weights` it keeps a copy of the weights too, which takes as much memory as the model.
-    """
+    """Note how a model is, with a copy of its `weights` if asked for, and return a function that puts it back."""
     wiring = [(module, dict(vars(module))) for module in model.modules()]
     # Their dicts stay the same objects, since whoever added a hook holds on to one.
     dicts = [(value, dict(value)) for _, found in wiring for value in found.values() if isinstance(value, dict)]
@@ -171,10 +164,7 @@ def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
 
 
 def match_modes(peft_model: PeftModel) -> None:
-    """Put PEFT's new modules into the mode of the model inside them.
-
-    They start in training mode also inside a model in evaluation mode, which would switch dropout on.
-    """
+    """Put PEFT's new modules, which start in training mode, into the mode of the model inside them."""
     for layer in adapter_layers(peft_model).values():
         layer.train(layer.get_base_layer().training)
     for module in peft_model.get_base_model().modules():
@@ -230,11 +220,7 @@ def _described(target: Target) -> str:
 
 
 def load_adapter(model: nn.Module, directory: AdapterDirectory, trainable: bool) -> PeftModel:
-    """Put an adapter directory on a plain model, in place, and make sure that all of it found its place.
-
-    PEFT itself only warns of weights that are not in the file, and says nothing of weights that are there for nothing.
-    Refuses one that is damaged or for another model. The model may then be half wrapped: `with_adapter` puts it back.
-    """
+    """Put an adapter directory on a plain model, in place, and check what PEFT does not: that all of it is there."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 

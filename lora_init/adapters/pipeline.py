@@ -63,11 +63,7 @@ def check(asked: Asked, start: Start, **place: Any) -> None:
 
 
 def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
-    """Add what the model decides: its task, and its head to what is trained whole, since a checkpoint may lack it.
-
-    Refused are other `classes` of the data than the head's, names of no module, and parameters `drawn` at random, where
-    these are known, that are neither in the head nor trained whole.
-    """
+    """Add what the model decides: its task, and its head to what is trained whole; refuse classes of another head."""
     _check_classes(model, classes)
     task = asked.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
     if asked.layers.task_type is None and task not in HEADS:
@@ -120,7 +116,7 @@ def read(
 
 
 def measures(start: Start, asked: Asked) -> bool:
-    """Whether a loss is measured, to find the size of a step or to check a correction."""
+    """Return whether a loss is measured, to find the size of a step or to check a correction."""
     return start.by_error or (start.takes_step and asked.shape.gamma is None)
 
 
@@ -139,10 +135,7 @@ def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Ex
 def learn(
     model: nn.Module, examples: Examples, asked: Asked, start: Start, rho: float | None = None
 ) -> tuple[Statistics, Start]:
-    """Collect what the start needs; where nothing was asked for and there are no gradients, what the default needs.
-
-    `rho` is that of the pass, where it is not that of the ranks. Returns the start that the statistics serve, too.
-    """
+    """Collect what the start needs, or the default one where there are no gradients; return which it was, too."""
     if start.by_error:  # refuses before the pass what cannot be read after it
         QuantizationErrors(model, find_targets(model, **vars(asked.layers)).layers, asked.shape.weights)
 
@@ -178,12 +171,7 @@ def build(
     aside: Sequence[Any] = (),
     in_all_processes: bool = False,
 ) -> AdapterInit:
-    """Build the adapter, and measure on batches `aside` what the start asks to be measured.
-
-    A start that steps takes the size of its step by the loss, see `find_step_size`. One that corrects a quantized base
-    is checked by it, see `with_losses`. All others are built, and so are these if nothing was set aside. All processes
-    of a group, each with batches of its own, can measure together.
-    """
+    """Build the adapter, and by the loss on batches `aside` find the size of its step or check what it corrects."""
     shape, run = asked.shape, asked.run
     of_loss: dict[str, Any] = dict(batches=aside, forward=run.forward, loss=run.loss)
     made = partial(build_adapter, stats, ranks, start.name, **shape.of_adapter(), seed=run.seed, model=model)

@@ -127,7 +127,7 @@ class QuantizationErrors(Mapping[str, Tensor]):
         return self._targets[name].out_features, self._targets[name].in_features
 
     def _is_transposed(self, name: str, weight: Tensor) -> bool:
-        """Tell whether the checkpoint has a weight as [d_in, d_out]; of a square one Q tells."""
+        """Return whether the checkpoint has a weight as [d_in, d_out]; of a square one Q decides."""
         if weight.shape[0] != weight.shape[1]:
             return weight.shape != self._shape(name)
         if name not in self._flipped:
@@ -166,19 +166,9 @@ def _restore_forward(module: Any, own: Callable[..., Any] | None) -> None:
 
 @torch.no_grad()
 def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
-    """Read the matrix that a layer multiplies by, float32 [d_out, d_in].
+    """Read the matrix that a layer multiplies by, float32 [d_out, d_in]; `dtype` is that of what it reads.
 
-    It is what PEFT takes the weight to be if the layer returns its product with that for a few rows, and what the layer
-    returns for the unit vectors otherwise.
-
-    Args:
-        module: The layer; as it was afterwards.
-        target: Its widths.
-        dtype: Of what it reads.
-        where: For messages.
-
-    Raises:
-        LoraInitError: It does not run, or does not compute the product with that matrix.
+    That is PEFT's if the layer returns its product with that for a few rows, else what it returns for the unit vectors.
     """
     part = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)]), torch.empty(0))
     device, shape = part.device, (target.out_features, target.in_features)
@@ -208,7 +198,7 @@ def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) ->
 
 
 def _dequantized(module: Any) -> Tensor | None:
-    """Ask PEFT for the weight, float32, which knows several libraries; None where it does not know this one."""
+    """Read the weight by PEFT, float32, which knows several libraries; None where it does not know this one."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight = getattr(module, "weight", None)
@@ -254,22 +244,7 @@ def with_losses(
     loss_of: Callable[[nn.Module], float],
     unchecked: bool = False,
 ) -> AdapterInit:
-    """Measure what quantization costs and what an adapter gives back.
-
-    Args:
-        model: The quantized model, plain; as it was afterwards.
-        init: The adapter.
-        errors: Of the same model.
-        loss_of: Measures the loss of the model as it is then, on others than the batches of the statistics; such as
-            `loss_or_distance` gives it.
-        unchecked: Accept an adapter that does not lower the loss.
-
-    Returns:
-        The adapter with `losses` and `exact_loss`.
-
-    Raises:
-        LoraInitError: The loss with the adapter is not below that without it.
-    """
+    """Measure what quantization costs and what an adapter gives back; refuse one without gain unless `unchecked`."""
     with as_it_was(model):
         before = loss_of(model)
         with errors.undone():
@@ -292,17 +267,9 @@ def loss_or_distance(
     forward: Forward | None = None,
     loss: Loss | None = None,
 ) -> Callable[[nn.Module], float]:
-    """Give what measures a quantized model on some batches: its mean loss, where it computes one.
+    """Return what measures a quantized model on some batches: its mean loss, where it computes one.
 
-    Where it does not, as an encoder without a head, it is 1 - cosine between its outputs, token by token, and those of
-    the model before it was quantized.
-
-    Args:
-        model: The quantized model, plain.
-        errors: Of the same model.
-        batches: As `collect` takes them.
-        forward: As for `collect`.
-        loss: As for `collect`.
+    Of an encoder without a head it is 1 - cosine, token by token, to the outputs of the model before it was quantized.
     """
     batches = list(batches)
     if not batches:
@@ -325,7 +292,7 @@ def loss_or_distance(
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: Any, run: Forward) -> Tensor:
-    """Give what a model returns first, [rows, d], without padding, on the CPU."""
+    """Return what a model returns first, [rows, d], without padding, on the CPU."""
     moved = on_device_of(model, batch)
     with evaluating(model):
         output = run(model, moved)

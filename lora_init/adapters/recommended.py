@@ -13,7 +13,7 @@ _FAR = 3.0  # the random start at its usual size ends 7 to 9 % higher where its 
 
 
 def default_start(classifies: bool) -> str:
-    """Name the start to take where none was asked for."""
+    """Return the name of the start to take where none was asked for."""
     return DEFAULT_FOR_CLASSES if classifies else DEFAULT
 
 
@@ -30,25 +30,15 @@ def rate_text(rate: float) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter compares with what was measured of its start.
-
-    Attributes:
-        start: The start.
-        rank: Average rank.
-        lora_alpha: The adapter's.
-        use_rslora: Whether the scaling is lora_alpha / sqrt(rank).
-        use_dora: Whether it has DoRA's magnitudes.
-        freeze_a: Whether A stays as it is.
-        learning_rate: What it is to be trained with, as a comparison found it; None for what was measured of the start.
-    """
+    """How an adapter compares with what was measured of its start."""
 
     start: Start
-    rank: int
+    rank: int  # on average
     lora_alpha: float
     use_rslora: bool = False
     use_dora: bool = False
     freeze_a: bool = False
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # to be trained with; None for what was measured
 
     @property
     def beyond(self) -> str:
@@ -89,11 +79,7 @@ class Fit:
         return f"Tune the learning rate with `lora-init compare`: {why}."
 
     def far_off(self, settings: Any) -> list[str]:
-        """List settings of a trainer's `args` or of the adapter far from those measured, with their fix.
-
-        In one line; none if nothing is, or if nothing was measured for such an adapter. Without `settings` there is no
-        trainer yet, and only the adapter is looked at.
-        """
+        """List settings of the adapter or of a trainer's `args` that are far from those measured, with their fix."""
         rate = self.start.learning_rate
         if rate is None or self.beyond:
             return []

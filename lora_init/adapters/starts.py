@@ -366,15 +366,7 @@ def compared_names() -> tuple[str, ...]:
 
 
 def find_start(name: str) -> Start:
-    """Look a start up.
-
-    Warns:
-        UserWarning: A package has a start of the same name as one of ours, which counts.
-
-    Raises:
-        LoraInitError: There is none of this name; or two packages have one; or the package that has it cannot be
-            imported, or has no `Start` there.
-    """
+    """Look a start up; warn of one of a package that has the name of one of ours, which counts."""
     _warn_of_theirs(name)
     if name in _OWN:
         return _OWN[name]
@@ -393,10 +385,7 @@ def find_recipe(name: str) -> Recipe | None:
 
 
 def changes_base(name: str) -> bool:
-    """Return whether a start changes the base weights, by the name that a file has, such as PEFT's `pissa_niter_4`.
-
-    A name that is unknown does not count; of a start of another package the adapter's origin says it.
-    """
+    """Return whether a start changes the base weights, by the name that a file has, such as PEFT's `pissa_niter_4`."""
     began = name.lower().replace("_", "-")
     return any(began.startswith(start.name) for start in STARTS if start.changes_base and start.name != FULL)
 

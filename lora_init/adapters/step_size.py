@@ -109,18 +109,10 @@ def n_aside(n_examples: int, batch_size: int) -> int:
 
 
 def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
-    """Set examples aside for the search, `n_aside` of them, and give the batches of the others, for the statistics.
+    """Set `n_aside` examples aside for the search; return batches of them, and of the others for the statistics.
 
-    They are those of `beyond`, if these are enough, and the first of all otherwise. No example is in both: those
-    with the same tokens are one. A batch whose values are not one for each example is set aside whole, and counts as 4.
-    If there is nothing else, the same batch serves for both.
-
-    Args:
-        batches: As `collect` takes them; an iterator is read as far as needed.
-        beyond: Batches of examples that the statistics need not be from.
-
-    Warns:
-        UserWarning: Fewer than 16 are set aside.
+    They are those of `beyond`, if enough, else the first of all. No example is in both: those with the same tokens are
+    one. A batch whose values are not one for each example is taken whole and counts as 4. A lone batch serves both.
     """
     spare = [(batch, _examples(batch)) for batch in beyond]
     if spare:

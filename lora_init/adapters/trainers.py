@@ -38,7 +38,7 @@ _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image"
 
 
 def is_trainer(model: Any) -> bool:
-    """Tell a trainer from a model, without importing transformers."""
+    """Return whether this is a trainer and no model, without importing transformers."""
     return hasattr(model, "get_train_dataloader") and hasattr(model, "train_dataset")
 
 
@@ -46,10 +46,7 @@ def is_trainer(model: Any) -> bool:
 def opened(trainer: Any, asked: Asked, start: Start) -> Iterator[tuple[nn.Module, Asked, Iterator[Any]]]:
     """Take a trainer's untrained adapter off its model, if it has one, and open its data; put it back on an exception.
 
-    Gives the plain model; what was asked for, with what the trainer's `peft_config` says of the adapter and how its
-    batches are run; and the batches that the trainer is about to train on, in its order. Refused is a trainer that has
-    begun or would make another model, an adapter that `read_adapter` refuses or on a head that TRL leaves out, and a
-    start from gradients for a trainer with a loss of its own.
+    Yields the plain model, what was asked for with what the trainer's `peft_config` says, and the batches to come.
     """
     name, run = type(trainer).__name__, asked.run
     if trainer.optimizer is not None:
@@ -95,7 +92,7 @@ def opened(trainer: Any, asked: Asked, start: Start) -> Iterator[tuple[nn.Module
 
 
 def classifies_by_own_loss(trainer: Any) -> bool:
-    """Tell whether a trainer trains a classifier by the loss that the model computes from classes."""
+    """Return whether a trainer trains a classifier by the loss that the model computes from classes."""
     config = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
     base = trainer.model if config is None else trainer.model.get_base_model()
     classifies = getattr(config, "task_type", None) == "SEQ_CLS" or type(base).__name__.endswith(_CLASSIFIERS)
@@ -108,7 +105,7 @@ def adapter_dtype(trainer: Any) -> torch.dtype | None:
 
 
 def hand_over(trainer: Any, adapted: PeftModel, dtype: torch.dtype | None) -> None:
-    """Let a trainer train this model, as if it had been made with it; `dtype` was that of the adapter it had."""
+    """Put this model into a trainer, as if it had been made with it; `dtype` was that of the adapter it had."""
     if dtype is not None:
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
@@ -119,18 +116,18 @@ def hand_over(trainer: Any, adapted: PeftModel, dtype: torch.dtype | None) -> No
 
 
 def has_plain_loss(trainer: Any) -> bool:
-    """Tell whether a trainer trains by the loss that its model computes from labels."""
+    """Return whether a trainer trains by the loss that its model computes from labels."""
     source = _source_of_loss(trainer)
     return source in _PLAIN_LOSS and not _changes_loss(trainer, source)
 
 
 def _source_of_loss(trainer: Any) -> str:
-    """Name the class that says how the loss is computed."""
+    """Return the name of the class that says how the loss is computed."""
     return next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
 
 
 def _changes_loss(trainer: Any, source: str) -> bool:
-    """Tell whether a function or a setting makes a trainer's loss another one than the model's."""
+    """Return whether a function or a setting makes a trainer's loss another one than the model's."""
     function = trainer.compute_loss_func or vars(trainer).get("compute_loss")
     named = getattr(trainer.args, "loss_type", None) if source == "SFTTrainer" else None
     return bool(function or trainer.args.label_smoothing_factor) or named not in _OWN_LOSS
@@ -172,7 +169,7 @@ def _batches(trainer: Any) -> Iterator[Iterator[Any]]:
 
 
 class _Twice(IterableDataset[Any]):
-    """Gives its rows to the pass, and to training from the same beginning, also where they are there only once."""
+    """Rows for the pass, and for training from the same beginning, also where they are there only once."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -187,7 +184,7 @@ class _Twice(IterableDataset[Any]):
         return len(self.rows)
 
     def __getattr__(self, name: str) -> Any:
-        """Give what Trainer asks data for, such as `set_epoch`."""
+        """Return what Trainer looks for in data, such as `set_epoch`."""
         return getattr(self.rows, name)
 
 

@@ -9,15 +9,10 @@ from torch import Tensor
 
 
 class LoraWeights(NamedTuple):
-    """A and B of one layer, as PEFT's `lora_A` and `lora_B` hold them. A layer adds scaling * B A x to its output.
+    """A and B of one layer, as PEFT's `lora_A` and `lora_B` hold them. A layer adds scaling * B A x to its output."""
 
-    Attributes:
-        a: What reads the input, [r, d_in]; of a convolution and of experts in the shape of `Target.shapes`.
-        b: What writes the output, [d_out, r], likewise.
-    """
-
-    a: Tensor
-    b: Tensor
+    a: Tensor  # what reads the input, [r, d_in]; of a convolution and of experts in the shape of `Target.shapes`
+    b: Tensor  # what writes the output, [d_out, r], likewise
 
     def to(self, *args: Any, **options: Any) -> LoraWeights:
         """Convert both, as `Tensor.to` does."""

@@ -52,7 +52,7 @@ class Reader:
         return self.encode(self.recipe.to_example(row), row)
 
     def encode(self, example: Example | None, row: Mapping[str, Any]) -> Encoded | str:
-        """Do the same where the row's text is known."""
+        """Read a row whose text is known."""
         encoded = example and _encode(example, self.tokenizer, self.limit, self.seq2seq, ends=self.label is None)
         if not encoded:
             return "with an empty field"

@@ -225,7 +225,7 @@ class IncrementalSVD:
         return self
 
     def project(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Do the part of `partial_fit` that needs the rows, times weights [n] if there are any; `update` does the rest.
+        """Compute of `partial_fit` what needs the rows, times weights [n] if there are any; `update` does the rest.
 
         Projecting again before that adds to the same batch (a module that runs twice in one forward pass). Rows that
         are refused drop the whole batch.
