@@ -23,8 +23,7 @@ def embed(
 ) -> Tensor:
     """Embed the prompts of some batches, at most 128: the mean hidden state over a prompt's tokens, float32 [n, d].
 
-    A prompt is the text before the answer, or the whole of a text without one. Without an encoder the middle layer of
-    the base model is read, else the last layer of the encoder.
+    Without an encoder the middle layer of the base model is read, else the last layer of the encoder.
     """
     found: list[Tensor] = []
     with evaluating(model):

@@ -194,11 +194,7 @@ def train_generator(
 
 
 def _aligned(bank: Bank, rank: int) -> dict[str, dict[str, Layer]]:
-    """Bring all adapters to one rank, and rotate each to be as near as possible to the first one.
-
-    B A is the same for R B^T and R A with R orthogonal. The R that brings both nearest to those of another adapter is
-    the polar factor of A_0 A^T + B_0^T B (orthogonal Procrustes problem, Schoenemann 1966).
-    """
+    """Bring all adapters to one rank, and rotate each to be as near as possible to the first one."""
     adapters: dict[str, dict[str, Layer]] = {}
     for name in bank.entries:
         cut = {n: balanced(layer, rank) for n, layer in bank.layers(name).items()}
@@ -218,6 +214,7 @@ def balanced(layer: Layer, rank: int) -> Layer:
 
 
 def _rotated(layer: Layer, to: Layer) -> Layer:
+    # B R^T and R A are the same B A, nearest where R is this polar factor (Procrustes problem, Schoenemann 1966).
     u, _, vh = torch.linalg.svd((to.a @ layer.a.T + to.b.T @ layer.b).double())
     rotation = (u @ vh).float()
     return replace(layer, a=rotation @ layer.a, b=layer.b @ rotation.T)

@@ -35,13 +35,10 @@ def find_weights(
     build: Callable[[Mapping[str, Layer]], AdapterInit],
     loss_of: Callable[[nn.Module], float],
 ) -> tuple[list[float], int]:
-    """Search the weights with which the sum of adapters has the lowest loss.
+    """Search the weights with which the sum of adapters has the lowest loss; return how often it was measured, too.
 
-    The loss is measured for each adapter alone and for their mean. From the best of these on,
-    COBYLA of scipy searches with what is left of 60 measurements. LoraHub begins at zero, searches with CMA-ES and adds
-    a penalty on the weights; the step-size search that follows has its place here.
-
-    `build` puts a sum into an adapter that adds it whole. Returns the weights, and how often the loss was measured.
+    From the best of each adapter alone and their mean on, COBYLA searches with what is left of 60 measurements. LoraHub
+    begins at zero, searches with CMA-ES and adds a penalty on the weights. `build` makes an adapter of a sum.
     """
     require("scipy")
     from scipy.optimize import minimize

@@ -131,7 +131,7 @@ def mixture(bank: Bank, names: Sequence[str], weigh: Callable[..., tuple[list[fl
 
 
 def generated(bank: Bank, embeddings: Tensor, leave_out: Sequence[str]) -> Update:
-    """Let the bank's generator make it."""
+    """Generate it by the bank's generator."""
     generator = load_generator(bank)
     if set(leave_out) & set(generator.tasks):
         raise LoraInitError(f"the generator of {bank.path} has learned from {', '.join(leave_out)}. Train another.")

@@ -35,7 +35,7 @@ _UsageError = usage_error()
 
 @contextmanager
 def _one_line_usage() -> Iterator[None]:
-    """Say in one line what is wrong with the words of a command, with the closest choice of an option."""
+    """Print in one line what is wrong with the words of a command, with the closest choice of an option."""
     try:
         yield
     except _UsageError as error:
@@ -132,8 +132,6 @@ app.add_typer(bank.app, name="bank")
 
 def main() -> None:
     """Run the command line and exit: 0, 1 after an error that was explained, 2 after wrong usage, 130 after Ctrl-C.
-
-    SIGTERM is treated as Ctrl-C.
 
     In several processes all do the pass of `init`; everything else is done by the first, which alone writes and speaks.
     """

@@ -82,10 +82,7 @@ def print_result(content: Any, show: Callable[[Console, Any], None], written: ob
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user or a machine can cause into one line on stderr, and an exit code.
-
-    `-v` or `LORA_INIT_DEBUG=1` lets the traceback through.
-    """
+    """Turn what a user or a machine can cause into one line on stderr and an exit code; `-v` lets it through."""
     try:
         with _quiet_libraries():
             yield
@@ -144,10 +141,7 @@ def _common(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: it takes the options of `_common`, too, and what goes wrong is one line.
-
-    A parameter that is a dataclass stands for the options that its fields are.
-    """
+    """Make a command of a function, with the options of `_common`; a dataclass stands for those that its fields are."""
     own = _parameters(function)
     shared: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
 
@@ -175,10 +169,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _options(kind: Any) -> Iterator[inspect.Parameter]:
-    """List the fields of a dataclass that say how the command line offers them, as typer wants them.
-
-    `kind` is the type of the text, `first` puts an option before those of the group that the class is.
-    """
+    """Yield as options the fields of a dataclass that say how: `kind` is the type of the text, `first` comes first."""
     for one in _parameters(kind):
         said = dict(next(iter(getattr(one.annotation, "__metadata__", ())), {}))
         if said:
@@ -191,7 +182,7 @@ def _options(kind: Any) -> Iterator[inspect.Parameter]:
 
 
 def offered(*kinds: Any) -> list[str]:
-    """Name the fields of these dataclasses that the command line offers."""
+    """Return the names of those fields of these dataclasses that the command line offers."""
     return [one.name for kind in kinds for one in _options(kind)]
 
 
@@ -205,22 +196,22 @@ def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
 
 
 def given(arguments: Iterable[str]) -> list[str]:
-    """Name the options of those of these arguments that are on the command line."""
+    """Return, by their options, those of these arguments that are on the command line."""
     return [_running.options[name][0] for name in arguments if name in _running.given]
 
 
 def prints_json() -> bool:
-    """Tell whether the command that runs prints JSON, and nothing else, to stdout."""
+    """Return whether the command that runs prints JSON, and nothing else, to stdout."""
     return _running.as_json
 
 
 def is_quiet() -> bool:
-    """Tell whether the command that runs was asked to say only what matters."""
+    """Return whether the command that runs was asked to print only what matters."""
     return _running.quiet
 
 
 def in_words_of_the_command(text: str) -> str:
-    """Name options as the command that runs does where a message of the library names its arguments.
+    """Write options as the command that runs does where a message of the library names its arguments.
 
     `overwrite=True` becomes `--overwrite`, `center=False` becomes `--no-center`, `rank=64` becomes `--rank 64`. What
     stands in quotes is the user's own, and stays.
@@ -236,7 +227,7 @@ def in_words_of_the_command(text: str) -> str:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Let only this package's warnings through, each as one line on stderr, and once."""
+    """Print warnings of this package alone, each as one line on stderr, and once."""
     if _running.verbose:
         yield
         return
@@ -257,10 +248,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def importing(model: str | None = None, data: str | None = None) -> Iterator[None]:
-    """Import torch and transformers in the block, after a look whether a model and data can be had, which is quick.
-
-    Afterwards transformers and the hub's client neither log nor draw bars of their own, unless asked to.
-    """
+    """Import torch and transformers in the block, quietly, after a quick look whether a model and data can be had."""
     from lora_init.loading.models import check_model_source
     from lora_init.loading.reader import check_columns
     from lora_init.loading.sources import check_data
@@ -284,7 +272,7 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
 
 
 def process_rank() -> int | None:
-    """Give the number of this process among those of one launch; None if it is alone."""
+    """Return the number of this process among those of one launch; None if it is alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
         return None
@@ -292,7 +280,7 @@ def process_rank() -> int | None:
 
 
 def silence() -> None:
-    """Let nothing more be written to stdout by this process: the first one says the same."""
+    """Print nothing more to stdout from this process: the first one prints the same."""
     sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

@@ -31,22 +31,11 @@ _MARGIN = 1.5
 def estimate(
     source: ModelSource, batches: Batches | None, selection: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Say how many layers take an adapter, and what that and the pass would cost.
+    """Compute how many layers take an adapter, and what that and the pass would cost, in plain values.
 
-    Args:
-        source: The model, of which only the configuration is read.
-        batches: The data; None if there would be no pass.
-        selection: Arguments of `find_targets`.
-        settings: rank, rho, gradients, max_batches, freeze_a, use_dora, dtype, device and quantize.
-
-    Returns:
-        Plain values. The parameters are those of one rank everywhere. The time is that of an idle machine: beside
-        other work a pass of 21 s was seen to take 59 s. It is less where the pass ends before its last batch or where
-        only some of the experts run. `operations` are those of matrix products. `offloaded_bytes_read` is what forward
-        passes read if `device_map` leaves all weights on disk: each batch reads them again.
-
-    Raises:
-        LoraInitError: The model or the layers cannot be had.
+    `selection` are arguments of `find_targets`; without `batches` there would be no pass. The parameters are those of
+    one rank everywhere; the time is that of an idle machine: beside other work a pass of 21 s was seen to take 59 s.
+    `operations` are those of matrix products.
     """
     import transformers
 

@@ -55,7 +55,7 @@ else:  # the registry decides what there is, starts of other packages among them
 
 
 def _named(**facts: bool) -> str:
-    """Name the starts of this package that `init` makes and of which all these facts are true."""
+    """Return the names of the starts of this package that `init` makes and of which all these facts are true."""
     ours = [one for one in STARTS if one.made_by == "lora_init"]
     return ", ".join(one.name for one in ours if all(getattr(one, fact) == value for fact, value in facts.items()))
 
@@ -228,7 +228,7 @@ def _refuse_idle(arguments: Sequence[str], why: str) -> None:
 
 
 def _is_from_bank(method: str | None, bank: Path | None, data: str | None) -> bool:
-    """Tell it, and refuse options that would say nothing."""
+    """Return whether the start is from a bank, and refuse options that would say nothing."""
     from_bank = method == FROM_BANK
     if from_bank != (bank is not None) or (from_bank and data is None):
         raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")
@@ -242,7 +242,7 @@ def _is_from_bank(method: str | None, bank: Path | None, data: str | None) -> bo
 def _find_statistics(
     data: str | None, statistics: Path | None, label: str | None, token_mask: str
 ) -> tuple[Path | None, Statistics | None]:
-    """Name the statistics file and read it if it is there; refuse to go without data where it does not replace them."""
+    """Return the statistics file, read if it is there; refuse to go without data where it does not replace them."""
     from lora_init.statistics.statistics import Statistics
 
     if label is not None and token_mask == "labels":
@@ -298,10 +298,7 @@ def _budget(
 def _open(
     model: str, asked: Asked, start: Start, trust_remote_code: bool, needs_loss: bool, quantize: str | None
 ) -> ModelSource:
-    """Read what a model is, for classes if the data have them.
-
-    Refuses a gradient whose loss texts do not make, and a base that cannot be quantized, or is not and should be.
-    """
+    """Read what a model is, for classes if the data have them; refuse one that the start cannot be made for."""
     from lora_init.layers.targets import HEADS
     from lora_init.loading.models import open_model
 
@@ -350,7 +347,7 @@ def _written(file: Path | None) -> int | None:
 
 @contextmanager
 def _saying_what_is_kept(file: Path | None) -> Iterator[None]:
-    """Say what is kept of a pass that did not come to its end."""
+    """Print what is kept of a pass that did not come to its end."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as stop:

@@ -45,7 +45,7 @@ def verify(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Ask a running server whether it serves adapters as trained; exits with 0 if so, 1 if not, 2 if it cannot tell."""
+    """Check whether a running server serves adapters as trained; exits with 0 if so, 1 if not, 2 if it cannot tell."""
     from lora_init.serving.server import Server
 
     names = {directory: directory.expanduser().resolve().name for directory in directories}

@@ -27,16 +27,10 @@ _T = TypeVar("_T")
 
 
 class Batches(list["dict[str, Tensor]"]):
-    """Batches of `input_ids`, `attention_mask` and `labels`, each int64 [batch, length]; of classes `labels` [batch].
+    """Batches of `input_ids`, `attention_mask` and `labels`, int64 [batch, length]; `labels` of classes are [batch]."""
 
-    Attributes:
-        description: Which examples of which data these are, in words, for `collect(..., data=batches.description)`.
-        settings: What they were made with. `collect` keeps it, and notices if a file is of other ones.
-        classes: Names of the classes that `labels` count from 0, if the data were read with a `label`.
-    """
-
-    description: str = ""
-    classes: tuple[str, ...] = ()
+    description: str = ""  # which examples of which data these are, in words: `data=` of `collect`
+    classes: tuple[str, ...] = ()  # those that `labels` count from 0, if the data were read with a `label`
 
     def __init__(self, batches: Iterable[dict[str, Tensor]] = (), settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(batches)
@@ -171,10 +165,7 @@ def padding_token(tokenizer: Any) -> int:
 
 
 def pad_batch(examples: Sequence[Encoded], pad: int, of_classes: bool = False) -> dict[str, Tensor]:
-    """Pad examples on the right to one length: `input_ids`, `attention_mask`, `labels`, each int64 [batch, length].
-
-    Where an example's only label is its class, `labels` is int64 [batch].
-    """
+    """Pad examples on the right to one length: each int64 [batch, length]; `labels` that are classes [batch]."""
     import torch
 
     rows = [
@@ -189,13 +180,7 @@ def pad_batch(examples: Sequence[Encoded], pad: int, of_classes: bool = False) -
 
 
 def as_batches(batches: Any, model: Any, seed: int) -> Any:
-    """Make batches of a tokenized `datasets.Dataset` or `IterableDataset`; return anything else as it is.
-
-    The model's `forward` says which columns count, and its configuration what to pad with.
-
-    Raises:
-        LoraInitError: The data set has no column that the model takes, so it is not tokenized.
-    """
+    """Make batches of a tokenized data set, of the columns that the model takes; return anything else as it is."""
     import torch
 
     if not (type(batches).__module__.startswith("datasets.") and hasattr(batches, "select_columns")):
@@ -221,10 +206,8 @@ def as_batches(batches: Any, model: Any, seed: int) -> Any:
 
 
 def collate(pad: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Put rows into a batch: what goes with tokens is padded on the right, and all else has one shape.
-
-    transformers' collators need a tokenizer with a padding token, and pad on its side.
-    """
+    """Put rows into a batch: what goes with tokens is padded on the right, and all else has one shape."""
+    # transformers' collators need a tokenizer with a padding token, and pad on its side.
     import torch
     from torch.nn.utils.rnn import pad_sequence
 

@@ -33,11 +33,7 @@ class Stored:
 
 
 def find_tensors(source: str) -> dict[str, Stored]:
-    """Find all tensors of a checkpoint, file by file; none is read.
-
-    Raises:
-        LoraInitError: There are no whole safetensors files, or the model is quantized.
-    """
+    """Find all tensors of a checkpoint of float weights, file by file; none is read."""
     directory = Path(source).expanduser()
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
@@ -67,17 +63,10 @@ def find_tensors(source: str) -> dict[str, Stored]:
 def find_parameter(
     tensors: Mapping[str, Stored], model: Any, name: str, shape: tuple[int, ...]
 ) -> dict[Stored, Tensor | None]:
-    """Find what of a checkpoint a parameter of a model is read from.
+    """Find what of a checkpoint a parameter of a model is read from; empty if it has none of it.
 
-    Args:
-        tensors: From `find_tensors`.
-        model: A model of transformers, whose own names and forms may differ from those of its checkpoints.
-        name: Of the parameter in the model.
-        shape: Of the parameter in the model.
-
-    Returns:
-        The tensor, of the same shape or transposed; or several that together hold the parameter, each with the places,
-        in the flat parameter, of its entries. Empty if the checkpoint has none of these.
+    That is a tensor of the same shape or transposed; or several that hold the parameter, each with the places of its
+    entries in the flat parameter.
     """
     found = next((tensors[key] for key in _names(model, name) if key in tensors), None)
     if found is not None and found.shape in (shape, shape[::-1]):
@@ -115,10 +104,7 @@ def _names(model: Any, name: str) -> Iterator[str]:
 
 
 def as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Bring a tensor of a parameter's form into that of checkpoints, as `save_pretrained` does: one tensor or several.
-
-    What transformers does there (rename, split, transpose) it does to sums and to single experts alike.
-    """
+    """Bring a tensor of a parameter's form, or a sum of such, into that of checkpoints: one tensor or several."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 saves parameters as they are

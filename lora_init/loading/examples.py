@@ -14,51 +14,31 @@ from lora_init.errors import LoraInitError, did_you_mean
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text.
+    """One row as text."""
 
-    Attributes:
-        text: All of it.
-        labelled: For each labelled stretch, the text before it, and the text up to its end.
-        prompt: What is answered; the text itself where nothing comes before the labels.
-        rendered: Whether a chat template made the text, so that special tokens are already in it.
-    """
-
-    text: str
-    labelled: Sequence[tuple[str, str]]
-    prompt: str
-    rendered: bool = False
+    text: str  # all of it
+    labelled: Sequence[tuple[str, str]]  # for each labelled stretch, the text before it, and the text up to its end
+    prompt: str  # what is answered; the text itself where nothing comes before the labels
+    rendered: bool = False  # by a chat template, so that special tokens are in it
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How rows become examples.
+    """How rows become examples."""
 
-    Attributes:
-        name: What to call it: the columns or the templates.
-        columns: Columns that are read.
-        to_example: From a row to an example; None if a field is empty.
-    """
-
-    name: str
-    columns: list[str]
-    to_example: Callable[[Mapping[str, Any]], Example | None]
+    name: str  # the columns or the templates
+    columns: list[str]  # those that are read
+    to_example: Callable[[Mapping[str, Any]], Example | None]  # None if a field is empty
 
 
 @dataclass(frozen=True)
 class Format:
-    """A form of rows.
+    """A form of rows."""
 
-    Attributes:
-        columns: Columns that it is known by.
-        read: From a row and the tokenizer to an example; None if a field is empty.
-        optional: Columns that are read, too, if they are there.
-        is_chat: Whether the tokenizer must have a chat template.
-    """
-
-    columns: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], Any], Example | None]
-    optional: tuple[str, ...] = ()
-    is_chat: bool = False
+    columns: tuple[str, ...]  # those that it is known by
+    read: Callable[[Mapping[str, Any], Any], Example | None]  # from a row and the tokenizer; None if a field is empty
+    optional: tuple[str, ...] = ()  # columns that are read, too, if they are there
+    is_chat: bool = False  # whether the tokenizer must have a chat template
 
 
 def recipe(
@@ -70,10 +50,7 @@ def recipe(
     data_format: str | None = None,
     texts: Sequence[str] = (),
 ) -> Recipe:
-    """Decide how to read rows with columns `names`, and refuse what the columns or the tokenizer do not allow.
-
-    `texts` are the columns to propose for a template, the best first.
-    """
+    """Decide how to read rows with columns `names`; `texts` are those to propose for a template, the best first."""
     if data_format is not None and (template is not None or data_format not in FORMATS):
         unknown = f"is unknown. {did_you_mean(str(data_format), FORMATS)}"
         both = "and a template say two things. Give one."
@@ -118,11 +95,8 @@ _Parts = list[tuple[str, str | None]]  # literal text, and the column whose valu
 
 
 def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[_Parts, list[str]]:
-    """Split a template into its parts and the columns it names.
-
-    Names are only compared with the columns, never evaluated as `str.format` would: `{x.__class__}` is no column.
-    """
-    try:
+    """Split a template into its parts and the columns that it names."""
+    try:  # names are only compared with the columns, never evaluated as `str.format` would: {x.__class__}
         parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise LoraInitError(f"{argument}={template!r}: {error}. Write {{{{ for a brace.") from None

@@ -12,17 +12,7 @@ _SECONDS = 3.0
 
 
 def check_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
-    """Refuse what cannot be had.
-
-    It takes a second: neither torch nor transformers nor `datasets` is imported. Their client would try for half a
-    minute to reach a hub that does not answer.
-
-    Returns:
-        Whether the hub has it; False if it cannot be asked, and there is only what a cache has.
-
-    Raises:
-        LoraInitError: The hub has nothing of this name, or cannot be asked and no cache has it.
-    """
+    """Refuse what cannot be had, in a second; return whether the hub has it, False if only a cache does."""
     import huggingface_hub.utils
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError

@@ -41,39 +41,26 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "sentencepiece
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as the command line needs it, in evaluation mode on its device.
-
-    Attributes:
-        task_type: PEFT's task type, or None where PEFT has none for this kind of model.
-        seq2seq: Whether it is an encoder-decoder: prompts go to the encoder, completions to the decoder.
-        drawn: Names of the parameters that the checkpoint lacks, or has in another shape: they are random.
-    """
+    """A model as the command line needs it, in evaluation mode on its device."""
 
     model: Any
     tokenizer: Any
-    task_type: str | None
-    seq2seq: bool
-    drawn: frozenset[str] = frozenset()
+    task_type: str | None  # PEFT's, or None where PEFT has none for this kind of model
+    seq2seq: bool  # an encoder-decoder: prompts go to the encoder, completions to the decoder
+    drawn: frozenset[str] = frozenset()  # parameters that the checkpoint lacks, or has in another shape: random
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model whose configuration and tokenizer are read and whose weights are not, so that data can be read first.
-
-    Attributes:
-        task_type: PEFT's task type, or None where PEFT has none for this kind of model.
-        auto_class: transformers' Auto class for it.
-        options: Options of every `from_pretrained`.
-        saved_as: The class that it was saved as, which takes the place of the Auto class; empty if none may.
-    """
+    """A model whose configuration and tokenizer are read and whose weights are not, so that data can be read first."""
 
     name: str
     config: Any
     tokenizer: Any
-    task_type: str | None
-    auto_class: str
-    options: dict[str, Any] = field(repr=False)
-    saved_as: str
+    task_type: str | None  # PEFT's, or None where PEFT has none for this kind of model
+    auto_class: str  # transformers' Auto class for it
+    options: dict[str, Any] = field(repr=False)  # of every `from_pretrained`
+    saved_as: str  # class that takes the place of the Auto class; empty if none may
 
     @property
     def seq2seq(self) -> bool:
@@ -96,13 +83,7 @@ class ModelSource:
     ) -> LoadedModel:
         """Read the weights, in the class that they were saved as, or for a task in that for the task.
 
-        Args:
-            dtype: One of `DTYPES`; `"auto"` keeps the checkpoint's, but for what `is_better_in_float32` says.
-            device: A torch device; `"auto"` is the first GPU if there is one.
-            seed: Seed of weights that the checkpoint lacks, such as those of a new head.
-            n_labels: Classes of a classifier; a head of another size in the checkpoint is replaced. The model then
-                knows what batches are padded with.
-            quantize: One of `QUANTIZATIONS`: how linear layers but the head are quantized while they are loaded.
+        With `n_labels` a head of another size is replaced, drawn by `seed`, and the model learns the padding token.
         """
         place = find_device(device)
         self.check_quantized(quantize)
@@ -154,7 +135,7 @@ class ModelSource:
 
 
 def classes_of(config: Any) -> tuple[str, ...]:
-    """Name the classes of a configuration, in the order of the head's outputs."""
+    """Return the names of a configuration's classes, in the order of the head's outputs."""
     return tuple(name for _, name in sorted((getattr(config, "id2label", None) or {}).items()))
 
 
@@ -223,11 +204,7 @@ def is_better_in_float32(dtype: Any, place: Any, n_bytes: int = 0) -> bool:
     """Return whether to run a model of half precision in float32: where the processor emulates the other.
 
     One without AVX-512 took 7.6 times as long for a matrix product in bfloat16 as in float32, and 6.2 times in float16.
-
-    Args:
-        dtype: Of the checkpoint.
-        place: The device.
-        n_bytes: What the weights would take in float32. It is not done if that is more than half of the memory.
+    It is not done if the weights would then take `n_bytes` of more than half of the memory.
     """
     import torch
 
@@ -249,7 +226,7 @@ def _memory() -> int:
 
 
 def _check_source(source: str) -> bool:
-    """Refuse what can be no model; tell whether it is a directory here."""
+    """Refuse what can be no model; return whether it is a directory here."""
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

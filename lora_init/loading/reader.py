@@ -22,25 +22,15 @@ _MOST_FRACTIONS = 20
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows become tokens with labels.
+    """How rows become tokens with labels."""
 
-    Attributes:
-        recipe: Which columns make the text.
-        tokenizer: The model's.
-        limit: Most tokens an example.
-        seq2seq: Whether the completion has tokens of its own, for an encoder-decoder.
-        needs_labels: Whether rows without a labelled token are left out.
-        label: Column of the class, for a classifier.
-        classes: Its classes, in the order in which labels count them.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # which columns make the text
     tokenizer: Any
-    limit: int
-    seq2seq: bool = False
-    needs_labels: bool = True
-    label: str | None = None
-    classes: tuple[str, ...] = ()
+    limit: int  # most tokens of an example
+    seq2seq: bool = False  # whether the completion has tokens of its own, for an encoder-decoder
+    needs_labels: bool = True  # whether rows without a labelled token are left out
+    label: str | None = None  # column of the class, for a classifier
+    classes: tuple[str, ...] = ()  # in the order in which labels count them
 
     @property
     def columns(self) -> list[str]:
@@ -69,11 +59,7 @@ def open_reader(
     data_format: str | None, seq2seq: bool = False, needs_labels: bool = True, label: str | None = None,
     known_classes: Sequence[str] = (),
 ) -> Reader:  # fmt: skip
-    """Decide how to read rows; arguments as for `load_batches`.
-
-    Raises:
-        LoraInitError: Columns, template, tokenizer or labels do not allow it.
-    """
+    """Decide how to read rows; arguments as for `load_batches`."""
     if label is not None and completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
     names = list(rows.table.column_names)
@@ -86,10 +72,7 @@ def open_reader(
 def check_columns(
     source: str, template: str | None, completion: str | None, data_format: str | None, label: str | None
 ) -> None:
-    """Refuse columns that a local file does not have, before torch is imported.
-
-    The first row is looked at. Only if it lacks something all rows are read, since later ones may have it.
-    """
+    """Refuse columns that a local file does not have, before torch is imported."""
 
     def check(names: list[str], place: str, texts: Sequence[str] = ()) -> None:
         recipe(names, place, SimpleNamespace(chat_template="any"), template, completion, data_format, texts)
@@ -111,20 +94,10 @@ def _check_label(column: str | None, names: Sequence[str], place: str) -> None:
 
 
 def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
-    """Name the classes of a column in the order in which labels count them.
+    """Return the classes of a column in the order in which labels count them.
 
-    That is the checkpoint's order if it `known` them all, so that its head keeps its meaning; else the order of their
-    numbers, if they are numbers, so that 0, 1, 2 stay what they are; else that of their names.
-
-    Args:
-        rows: The data.
-        column: Column of the class.
-        used: Columns that the text is from.
-        known: Classes of the checkpoint, in its order.
-
-    Raises:
-        LoraInitError: No such column, or it is a part of the text; too few or too many values for classes, or values
-            that are measured.
+    That is the checkpoint's order if it `known` them all, so that its head keeps its meaning; else that of their
+    numbers, if they are numbers, or of their names. `used` are the columns that the text is from.
     """
     _check_label(column, rows.table.column_names, rows.label)
     found = {name for value in rows.table[column] if (name := _class_of(value)) is not None}
@@ -149,10 +122,8 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
 
 
 def _class_of(value: Any) -> str | None:
-    """Name the class that a field says; None if it says nothing.
-
-    A whole number is written as one: a column of whole numbers with a gap is read as 0.0, 1.0 by pandas.
-    """
+    """Return the name of the class that a field says; None if it says nothing."""
+    # pandas reads a column of whole numbers with a gap as 0.0, 1.0.
     return None if is_missing(value) else re.sub(r"^(-?\d+)\.0+$", r"\1", str(value))
 
 
@@ -165,11 +136,7 @@ def _number(name: str) -> float | None:
 
 
 def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: bool) -> Encoded | None:
-    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts.
-
-    The end-of-sequence token follows if the text `ends`, where its end is a thing to learn. A classifier's text does
-    not: a decoder's head reads the last token, and in training on `tokenizer(text)` that is one of the text.
-    """
+    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts."""
 
     def tokens(text: str, role: str = "text") -> list[int]:
         return list(tokenizer(**{role: text}, add_special_tokens=not example.rendered, verbose=False)["input_ids"])
@@ -190,6 +157,7 @@ def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: b
         start = count_common(tokens(before), ids) if before else 0
         end = len(ids) if until == example.text else count_common(tokens(until), ids)
         labels[start:end] = ids[start:end]
+    # Not after a classifier's text: a decoder's head reads the last token, and in training that is one of the text.
     eos = getattr(tokenizer, "eos_token_id", None)
     if ends and eos is not None and ids[-1] != eos and not example.rendered:
         ids.append(eos)

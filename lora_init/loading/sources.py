@@ -45,20 +45,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set as rows.
+    """A data set as rows."""
 
-    Attributes:
-        table: The rows, a `datasets.Dataset`.
-        label: What to call the data, without the path to it: the name goes into files that users share.
-        file: The file, if it is one.
-    """
-
-    table: Any
-    label: str
-    file: Path | None = None
+    table: Any  # a `datasets.Dataset`
+    label: str  # what to call the data, without the path to it: it goes into files that users share
+    file: Path | None = None  # if it is one
 
     def place(self, index: int) -> str:
-        """Name a row: by the line where it begins if its file has lines, else by its number, from 1."""
+        """Return the name of a row: the line where it begins if its file has lines, else its number, from 1."""
         line = _first_line_of(self.file, index) if self.file and self.file.is_file() else None
         return f"{self.label}, line {line}" if line else f"{self.label}, row {index + 1}"
 
@@ -91,10 +85,7 @@ class Rows:
 
 
 def read_rows(source: Any, subset: str | None = None, split: str = "train", seed: int = 0) -> Rows:
-    """Read a data set: what `load_batches` takes, a split and a configuration of it.
-
-    Of a stream only the beginning is read; `seed` is that of the order in which it is.
-    """
+    """Read a data set: what `load_batches` takes; of a stream the beginning, in an order drawn by `seed`."""
     several = isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source)
     files = [Path(path).expanduser() for path in source] if several else _find_files(source)
     with _quiet():
