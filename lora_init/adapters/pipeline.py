@@ -170,6 +170,7 @@ def build(
     asked: Asked,
     aside: Sequence[Any] = (),
     in_all_processes: bool = False,
+    errors: QuantizationErrors | None = None,
 ) -> AdapterInit:
     """Build the adapter, and by the loss on batches `aside` find the size of its step or check what it corrects."""
     shape, run = asked.shape, asked.run
@@ -185,7 +186,7 @@ def build(
         return mean if in_all_processes else loss_of
 
     if start.by_error:
-        errors = QuantizationErrors(model, stats.targets, shape.weights)
+        errors = QuantizationErrors(model, stats.targets, shape.weights) if errors is None else errors
         built = made(errors=errors)
         if not aside:
             return built

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.asked import Asked, Pass, Shape
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
 from lora_init.adapters.initializers import kaiming, layer_generator
@@ -27,6 +28,8 @@ from lora_init.adapters.peft_model import (
     match_modes,
     remember,
 )
+from lora_init.adapters.pipeline import build
+from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.starts import (
     CORRECTION,
     DEFAULT,
@@ -41,10 +44,10 @@ from lora_init.adapters.starts import (
     find_start,
     load_function,
 )
-from lora_init.adapters.step_size import find_step_size
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank
+from lora_init.collection.losses import batch_loss, mean_loss
 from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
@@ -56,6 +59,8 @@ from lora_init.statistics.statistics import Provenance, Statistics
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+# Says to a pass and to `mean_loss` that the loss is the very one that training minimizes.
+AS_TRAINED: dict[str, Any] = {"forward": batch_loss, "loss": lambda loss, batch: loss}
 OwnStart: TypeAlias = "tuple[str, str | Path | Callable[[nn.Module, int], PeftModel]]"
 
 
@@ -298,12 +303,10 @@ class Basis:
     # Tokens with their mask for PEFT's starts that read data by themselves, and labels for starts from a bank,
     # which tell prompts by them
     batches: Iterable[Mapping[str, Tensor]] = ()
-    # Measures the loss of the model as it is, on data that the statistics are not from. Starts that step take
-    # the size of their step by it, see `find_step_size`
-    loss_of: Callable[[nn.Module], float] = _no_data
+    # Returns batches that the statistics are not from. Starts that step take the size of their step by the loss on them
+    aside: Callable[[], Sequence[Any]] = _no_data
     bank: Bank | None = None  # for starts from a bank; its prompts are embedded by the base model
-    # What quantization took from the weights, such as `QuantizationErrors`, if the model is quantized
-    errors: Mapping[str, Tensor] | None = None
+    errors: QuantizationErrors | None = None  # what quantization took from the weights, if the model is quantized
     # Where a start of one's own comes from: an adapter directory, the same for every seed, or a function of the
     # plain model and the seed that returns the PeftModel around that model. It may change the weights
     own: Any = None
@@ -423,12 +426,9 @@ def _put_built(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftMod
         ranks = replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
     else:
         alpha = alpha * ranks / rank
-    build = partial(
-        build_adapter, stats, ranks, recipe.start.name, lora_alpha=alpha, seed=basis.seed, freeze_a=recipe.freeze_a,
-        errors=basis.errors, model=basis.model,
-    )  # fmt: skip
-    steps = recipe.start.takes_step
-    init = find_step_size(basis.model, lambda gamma: build(gamma=gamma), basis.loss_of) if steps else build()
+    own = Asked(shape=Shape(lora_alpha=alpha, freeze_a=recipe.freeze_a), run=Pass(seed=basis.seed, **AS_TRAINED))
+    aside = basis.aside() if recipe.start.takes_step else ()
+    init = build(basis.model, stats, ranks, recipe.start, own, aside, errors=basis.errors)
     return init.apply(basis.model), init.gamma
 
 
@@ -436,9 +436,9 @@ def _put_of_bank(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftM
     if basis.bank is None or basis.bank.encoder:
         raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
     assert asked.start is not None
-    shape = basis.shape
+    shape, loss_of = basis.shape, partial(mean_loss, batches=basis.aside(), **AS_TRAINED)
     init = start_from_bank(
-        basis.bank, basis.model, embed(basis.model, basis.batches), basis.loss_of, asked.start.bank_way,
+        basis.bank, basis.model, embed(basis.model, basis.batches), loss_of, asked.start.bank_way,
         rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type,
     ).init  # fmt: skip
     return init.apply(basis.model), init.gamma

@@ -25,10 +25,11 @@ from lora_init.adapters.starts import FULL
 from lora_init.adapters.step_size import n_aside
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect
-from lora_init.collection.losses import batch_loss, mean_loss, text_loss
+from lora_init.collection.losses import text_loss
 from lora_init.collection.processes import digest_of
 from lora_init.comparison.runs import FORMAT, Record, Run
 from lora_init.comparison.starts import (
+    AS_TRAINED,
     AdapterShape,
     Basis,
     Prepared,
@@ -50,8 +51,6 @@ from lora_init.serving.dial import strengths
 from lora_init.statistics.statistics import Statistics
 
 STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at
-# Says to `collect` and `mean_loss` that the loss is the very one that training minimises.
-_AS_TRAINED: dict[str, Any] = {"forward": batch_loss, "loss": lambda loss, batch: loss}
 
 
 def circumstances() -> dict[str, Any]:
@@ -211,7 +210,7 @@ class Workbench:
                 data=f"{self.task.data}; training examples in the order of seed {seed}",
                 progress=False,
                 gradients=gradients,
-                **(_AS_TRAINED if gradients else {}),
+                **(AS_TRAINED if gradients else {}),
             ).save(file)
         return Statistics.load(file)
 
@@ -284,17 +283,15 @@ class Workbench:
             collected.append(self.statistics(seed, center, gradients, asked.batches))
             return collected[-1]
 
-        def loss_of(model: nn.Module) -> float:
-            """Measure the loss that training minimises on training batches that the statistics are not from."""
-            aside = split(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside())).aside
-            return mean_loss(model, aside, **_AS_TRAINED)
+        def aside() -> Sequence[Any]:
+            return split(self._batches(seed, 0, n), self._batches(seed, n, self._n_aside())).aside
 
         loaded = self.loaded
         if asked.base == FULL and self.float_model is not None:
             loaded = self.float_model()  # beside the quantized one, whose weights cannot be trained
             self._renew_head(loaded, seed)
         basis = Basis(
-            loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), loss_of, self.bank,
+            loaded.model, self.shape, seed, statistics, self._batches(seed, 0, n), aside, self.bank,
             self._errors(self.shape.target_modules), self.own.get(asked.base),
         )  # fmt: skip
         prepared = prepare(asked, basis)

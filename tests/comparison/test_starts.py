@@ -60,11 +60,8 @@ class Case:
         shape = AdapterShape(**dict(rank=RANK, lora_alpha=8, task_type=self.task) | shape)
         batches = self.batches if batches is None else batches
         own = start[1] if isinstance(start, tuple) and len(start) == 2 else None
-        basis = Basis(self.model, shape, seed, self.statistics, batches, self.loss_of, own=own)
+        basis = Basis(self.model, shape, seed, self.statistics, batches, self.labelled, own=own)
         return prepare(read_start(start), basis)
-
-    def loss_of(self, model):
-        return sum(float(model(**batch).loss.detach()) for batch in self.labelled())
 
     def labelled(self):
         return [{"labels": torch.arange(len(b["input_ids"])) % 2, **b} for b in self.batches]
