@@ -130,6 +130,13 @@ def load_batches(
         )
     if needs_labels and left_out.total() > _MOST_LEFT_OUT * n_read:
         warnings.warn(f"{rows.label}: of the first {n_read} rows {skipped}.", stacklevel=2)
+    ends = (IGNORED, getattr(tokenizer, "eos_token_id", None))
+    n_cut = sum(len(ids) == reader.limit and of[0] == IGNORED and of[-1] not in ends for ids, of in examples)
+    if needs_labels and n_cut > _MOST_LEFT_OUT * len(examples):
+        warnings.warn(
+            f"{rows.label}: {n_cut} of {len(examples)} answers are cut off at {reader.limit} tokens. Raise max_length.",
+            stacklevel=2,
+        )
     pad = padding_token(tokenizer)
     groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
     settings = {

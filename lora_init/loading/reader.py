@@ -18,6 +18,7 @@ IGNORED = -100  # the label of a token that has none, as in layers.masks
 _MOST_CLASSES = 100
 # Numbers with fractions are classes up to this many, as half stars are; more of them are measured values.
 _MOST_FRACTIONS = 20
+_DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d\d){1,2}\b")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
             f"{min(numbers.values()):g} to {max(numbers.values()):g}. They are measured values, not classes. Round "
             "them to a few, or put words such as 'low' and 'high' in their place."
         )
+    if found and all(map(_DATE.match, found)):
+        raise LoraInitError(f"{rows.label}: column {column!r} holds dates, such as {min(found)}. Name the class.")
     if not 2 <= len(found) <= _MOST_CLASSES:
         raise LoraInitError(
             f"{rows.label}: column {column!r} has {len(found)} different values, and a classification needs 2 to "

@@ -244,6 +244,13 @@ def test_measured_numbers_are_no_classes(tokenizer):
     assert len(load_batches(rows[:20], tokenizer, template="{q}", label="stars").classes) == 20
 
 
+def test_dates_are_no_classes(tokenizer):
+    rows = [{"q": f"text {i}", "day": f"2026-11-{i:02} 08:30", "version": f"v1.{i}.0"} for i in range(1, 10)]
+    with pytest.raises(LoraInitError, match="column 'day' holds dates, such as 2026-11-01 08:30"):
+        load_batches(rows, tokenizer, template="{q}", label="day")
+    assert len(load_batches(rows, tokenizer, template="{q}", label="version").classes) == 9
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizers_text(bos):
     tokenizer = byte_tokenizer(eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
@@ -356,6 +363,14 @@ def test_too_long_an_answer_is_left_out_and_a_longer_text_is_cut(write, tokenize
     assert batches.description.endswith("1 left out without a labelled token among the first 10")
     batches = load_batches(write([{"text": "abcdefghijklmn"}], "long.jsonl"), tokenizer, max_length=10)
     assert texts(batches, tokenizer) == ["abcdefghij"]
+
+
+def test_answers_that_are_cut_off_are_warned_of(write, tokenizer):
+    rows = [{"prompt": "p", "completion": "y" * n} for n in (2, 3, 20)]
+    with pytest.warns(UserWarning, match="1 of 3 answers are cut off at 10 tokens"):
+        load_batches(write(rows), tokenizer, max_length=10)
+    load_batches(write(rows), tokenizer, max_length=10, needs_labels=False)
+    load_batches(write([{"prompt": "p", "completion": "y" * 8}], "fits.jsonl"), tokenizer, max_length=10)
 
 
 def test_tokenizer_limit_counts_and_nothing_on_it_changes(write):
