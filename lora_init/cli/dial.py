@@ -34,9 +34,6 @@ def dial(
     keep_within: Annotated[float | None, Option(help="In place of it: most rise of the loss on text to keep.")] = None,
     strength: Annotated[float | None, Option(help="In place of it: this strength in all layers.")] = None,
     uniform: Annotated[bool, Option("--uniform", help="One strength for all layers.")] = False,
-    alpha_pattern: Annotated[
-        bool, Option("--alpha-pattern", help="Put strengths there, not into B; some engines ignore it.")
-    ] = False,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     *,
     reading: Reading,
@@ -83,7 +80,7 @@ def dial(
             kept = read(replay(loaded.model, source.tokenizer, samples // 2, seed=seed), **half)
     with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
         found = turn(model, batches, kept, **asked, uniform=uniform, seed=seed)
-    path = write_dialed(output, trained, plain, found, alpha_pattern, overwrite)
+    path = write_dialed(output, trained, plain, found, overwrite)
     result = {"path": str(path)} | found.to_dict()
     print_result(
         result, lambda console, _: console.print(facts({"written": str(path)} | found.summary())), written=True

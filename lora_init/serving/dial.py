@@ -87,16 +87,7 @@ class Rule:
 
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
-    """Refuse an adapter whose effect is not one factor times what was trained.
-
-    Args:
-        config: Its configuration.
-        whole: Names of tensors that are no A or B.
-        where: What to call it.
-
-    Raises:
-        LoraInitError: It has DoRA, modules or biases that were trained whole, or a start that changed the base.
-    """
+    """Refuse an adapter, called `where`, that is more than a factor times A and B: `whole` names its other tensors."""
     other = next((key for key in ("use_dora", "lora_bias", *OTHER_UPDATES) if config.get(key)), None)
     trained = next(iter(whole), None)
     origin = carried(config) if carried(config).get("rank") in (None, config.get("r")) else {}
@@ -164,8 +155,13 @@ def dial(
     outputs = _outputs(model)
     if not any(bool(b.any()) for b in outputs.values()):
         raise LoraInitError(f"{where}: B is zero in every layer, so it was never trained. Train it first.")
-    if any(layer.merged for layer in adapter_layers(model).values()):
-        raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
+    for name, layer in adapter_layers(model).items():
+        if layer.merged:
+            raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+            raise LoraInitError(
+                f"{where} adapts {name!r}, an nn.MultiheadAttention: two adapters, one inside the other."
+            )
     task = _thirds(as_batches(batches, model, seed), "batches")
     if keep is None:
         if tokenizer is None:
@@ -224,7 +220,8 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
         limit = rule.limit(curve[1:])
         chosen, done = rule.choose(curve[1:], limit)
         if not uniform:
-            fitted = list(_fits(model, task[0], kept[0], chosen, rule, limit, measure))
+            found = _fits(model, task[0], kept[0], chosen, rule, limit, measure)
+            fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
             chosen, done = rule.choose([*curve[1:], *fitted], limit)
         if not done:
             notes.append("no strength keeps what was asked for; the one that forgets least was taken")
@@ -280,12 +277,8 @@ def _change(losses: Tensor, reference: Tensor) -> Change:
 def strengths(model: PeftModel, values: float | Tensor | Mapping[str, float | Tensor]) -> Iterator[None]:
     """Multiply what the active adapter adds, in all layers or layer by layer, while the block runs.
 
-    At 1 the adapter acts as trained, at 0 the model is its base, except for modules that were trained whole.
-
-    Args:
-        model: A PEFT model.
-        values: One strength, or one for each layer by its name in the plain model; layers not named keep theirs.
-            Tensors without dimensions may require gradients, except for experts that PEFT adapts as parameters.
+    At 1 the adapter acts as trained, at 0 the model is its base, except for modules that were trained whole. Layers not
+    named keep theirs. Tensors may require gradients, except for experts that PEFT adapts as parameters.
     """
     layers, adapter = adapter_layers(model), model.active_adapter
     before = {name: layer.scaling[adapter] for name, layer in layers.items()}
@@ -311,16 +304,7 @@ def fit_strengths(
     """Find a strength for each layer by gradient on the loss of the task plus `weight` times that of text to keep.
 
     Adam with a rate that falls to 0 linearly; strengths stay between 0 and `STRONGEST`. The model is afterwards as it
-    was. A step costs a forward and a backward pass without gradients of the base, and no memory beyond those of B.
-
-    Args:
-        model: A PEFT model.
-        task: Batches of the task, one a step, from the first again after the last.
-        keep: Batches of text to keep, likewise.
-        weight: What the loss on text to keep is multiplied by.
-        start: Strengths to begin at.
-        steps: Number of steps.
-        rate: Adam's rate in the first step.
+    was. A step costs a forward and a backward pass on a batch of each, without gradients of the base.
     """
     names, outputs = zip(*_outputs(model).items(), strict=True)
     trained = [b.detach().clone() for b in outputs]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.adapters.directory import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card_header
-from lora_init.files import check_free, digests_of, new_directory, read_json, write_json
-from lora_init.planning.lora_config import alpha_for, to_patterns
+from lora_init.files import check_free, digests_of, new_directory, write_json
 from lora_init.serving.base import Base
 from lora_init.serving.trained import Trained
 from lora_init.serving.writers import write_peft
@@ -144,34 +143,18 @@ def check_place(path: str | Path, overwrite: bool) -> None:
     check_free(Path(path).expanduser().resolve(), overwrite, **_OURS)
 
 
-def write_dialed(
-    path: str | Path, trained: Trained, base: Base, found: Dial, in_config: bool = False, overwrite: bool = False
-) -> Path:
+def write_dialed(path: str | Path, trained: Trained, base: Base, found: Dial, overwrite: bool = False) -> Path:
     """Write an adapter at its strengths as a PEFT directory, with a card, the numbers and a picture.
 
-    One strength for all layers scales `lora_alpha`; others are multiplied into B, or with `in_config` stand in
-    `alpha_pattern`, which not every engine reads. Layers of strength 0 are left out.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        LoraInitError: The directory exists and may not be replaced, or cannot be written.
+    One strength for all layers scales `lora_alpha`; others are multiplied into B. Layers of strength 0 are left out.
     """
     layers = {name: layer for name, layer in trained.layers.items() if found.strengths[name]}
     one = replace(trained, layers=layers).with_one_scaling()
-    alphas = {name: alpha_for(one.scaling * found.strengths[name], layer.rank) for name, layer in one.layers.items()}
-    if not in_config and found.chosen.weight is None:
-        scaling = one.scaling * found.chosen.strength
-        one = replace(one, layers={name: replace(layer, scaling=scaling) for name, layer in one.layers.items()})
-    elif not in_config:
-        own = {name: replace(layer, b=layer.b.float() * found.strengths[name]) for name, layer in one.layers.items()}
-        one = replace(one, layers=own)
+    own = {n: replace(layer, scaling=layer.scaling * found.strengths[n]) for n, layer in one.layers.items()}
+    if found.chosen.weight is not None:
+        own = {name: layer.rescaled(one.scaling) for name, layer in own.items()}
     with new_directory(path, overwrite, **_OURS) as fresh:
-        write_peft(fresh, one, base)
-        if in_config:
-            config = read_json(fresh / CONFIG_FILE)
-            write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
+        write_peft(fresh, replace(one, layers=own), base)
         found.plot().savefig(fresh / PICTURE_FILE)
         write_json(fresh / RECORD_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
         (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")

@@ -54,8 +54,9 @@ def replay(
         raise LoraInitError("the tokenizer has no chat template, so it can ask no question. Leave chat away.")
     questions = [form.format(topic) for topic in _TOPICS for form in _ASKED]
     place, rows = model.device, []
+    base = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
     pad, n_tokens = padding_token(tokenizer), min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), _base_of(model):
+    with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), base:
         torch.manual_seed(seed)
         for first in range(0, 4 * n, _BATCH):  # some texts end before they begin
             asked = [questions[(first + i) * 37 % len(questions)] for i in range(_BATCH)]
@@ -84,7 +85,3 @@ def _question(tokenizer: Any, question: str) -> list[int]:
     """Write a question in the chat template."""
     turns = [{"role": "user", "content": question}]
     return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _base_of(model: Any) -> Any:
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()

@@ -172,6 +172,13 @@ def test_rules_choose_what_they_say():
             Rule(**wrong)
 
 
+def test_strengths_of_nothing_but_zeros_are_no_choice(monkeypatch):
+    model, batches = trained_model(dtype=torch.float32)
+    monkeypatch.setattr("lora_init.serving.dial.fit_strengths", lambda *_: dict.fromkeys(own_strengths(model), 0.0))
+    found = dial(model, batches, batches_for("llama", n_batches=4, seed=1), keep_within=0.0)
+    assert min(found.strengths.values()) > 0 and all(point.strength for point in found.fitted)
+
+
 def test_experts_that_are_parameters_have_strengths_too():
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     model = get_peft_model(mixtral(), config)
@@ -199,6 +206,11 @@ def test_models_that_cannot_be_dialed_are_refused_by_what_they_are():
     model.merge_adapter()
     with pytest.raises(LoraInitError, match="unmerge_adapter"):
         dial(model, batches, keep)
+    attention = tiny_llama()
+    attention.more = torch.nn.MultiheadAttention(8, 2)
+    attention = get_peft_model(attention, LoraConfig(target_modules=["more", "q_proj"], init_lora_weights=False))
+    with pytest.raises(LoraInitError, match=r"'more', an nn\.MultiheadAttention"):
+        dial(attention, batches, keep)
     for settings, words in (
         (dict(use_dora=True), "use_dora"),
         (dict(bias="all"), "trained whole"),

@@ -33,7 +33,7 @@ def found(layers, weight):
     return Dial("a rule", chosen, (chosen, chosen), (), report, report, (4, 4))
 
 
-@pytest.mark.parametrize("form", ["uniform", "in B", "in the config"])
+@pytest.mark.parametrize("form", ["uniform", "in B"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_path):
@@ -52,7 +52,7 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
     with strengths(model.eval(), layers):
         expected = model(IDS).logits
     weight = None if form == "uniform" else 1.0
-    path = write_dialed(tmp_path / "out", trained, base, found(layers, weight), form == "in the config")
+    path = write_dialed(tmp_path / "out", trained, base, found(layers, weight))
     written = PeftModel.from_pretrained(load(tmp_path), path).eval()
     torch.testing.assert_close(written(IDS).logits, expected, atol=1e-5, rtol=1e-5)
     kept = {name for name, value in layers.items() if value}
