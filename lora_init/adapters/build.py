@@ -259,8 +259,14 @@ def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> di
     """Limit each layer's rank to the directions that its data have, and warn where that is fewer."""
     there = {}
     for name, rank in plan.items():
+        bound: Any = rank  # of a start that takes nothing from the data
+        if start.directions is not None:
+            bound = start.directions(stats[name], stats.gradient(name) if start.by_gradient else None)
+        if isinstance(bound, Spectrum):
+            check_rank(bound, rank, f"layer {name!r}: ")
+            bound = bound.n_components
         groups = stats.targets[name].groups
-        there[name] = min(rank, _directions(stats, name, rank, start)) // groups * groups
+        there[name] = min(rank, int(bound)) // groups * groups
     if not any(there.values()):
         raise LoraInitError("the data has no direction in any layer: its rows are all alike. Collect from more data.")
     short = [name for name, rank in plan.items() if there[name] < rank]
@@ -271,14 +277,3 @@ def _ranks_there(stats: Statistics, plan: Mapping[str, int], start: Start) -> di
             stacklevel=3,
         )
     return {name: rank for name, rank in there.items() if rank}
-
-
-def _directions(stats: Statistics, name: str, rank: int, start: Start) -> int:
-    """Count the directions that a start can take from the data of a layer; as many as it likes where it takes none."""
-    if start.directions is None:
-        return rank
-    bound = start.directions(stats[name], stats.gradient(name) if start.by_gradient else None)
-    if not isinstance(bound, Spectrum):
-        return int(bound)
-    check_rank(bound, rank, f"layer {name!r}: ")
-    return bound.n_components

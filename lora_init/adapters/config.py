@@ -67,6 +67,8 @@ def read_config_for(
     stats: Statistics, config: LoraConfig, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Read from a LoraConfig arguments of `build_adapter`, and which layers of the statistics it selects by name."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     _check_plain_config(config)
     said = _shape_of(config, "config", "build_adapter()")
     check_agreement(given, said, "config")
@@ -75,12 +77,6 @@ def read_config_for(
             f"config says task_type={str(config.task_type)!r}, and the statistics were collected for "
             f"{stats.provenance.task_type!r}. Collect with that task_type, or leave it out."
         )
-    return said, _selected(stats, config)
-
-
-def _selected(stats: Statistics, config: LoraConfig) -> list[str]:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     names = [*stats, *stats.unsupported]
     fused = {name for name, kind in stats.unsupported.items() if kind == "Parameter"}
     fused |= {name for name in stats if stats.targets[name].experts}
@@ -100,7 +96,7 @@ def _selected(stats: Statistics, config: LoraConfig) -> list[str]:
     ]
     if not selected:
         raise LoraInitError(f"config selects none of the {len(names)} layers that the statistics have.")
-    return selected
+    return said, selected
 
 
 def _check_plain_config(config: Any) -> None:

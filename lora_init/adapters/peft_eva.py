@@ -116,8 +116,12 @@ def get_eva_state_dict(
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
             stack.enter_context(model.disable_adapter())  # type: ignore[operator]
         spectra = _collect(model, modules, dataloader, max(most.values()), functions, processes, show_progress_bar)
+    # The largest ratios get a rank each. Stable: ties go to the earlier layer.
+    ratios = [spectrum.explained_variance_ratio[: most[name]] for name, spectrum in spectra.items()]
+    owner = torch.repeat_interleave(torch.arange(len(ratios)), torch.tensor([len(ratio) for ratio in ratios]))
+    order = torch.cat(ratios).argsort(descending=True, stable=True)[: sum(ranks[name] for name in spectra)]
     state = {}
-    for name, rank in _distributed(spectra, ranks, most).items():
+    for name, rank in zip(spectra, torch.bincount(owner[order], minlength=len(ratios)).tolist(), strict=True):
         a = eva(spectra[name], rank, layer_generator(0, name), whiten=peft_config.eva_config.whiten)
         state[name] = a.to(next((p.device for p in modules[name].parameters() if not p.is_meta), a.device))
     return state
@@ -323,15 +327,6 @@ class _Functions:
         if function is not None and (tokens or function is not prepare_layer_inputs_fn_language_modeling):
             return function(given, self.for_layers, name)
         return input_of(name, given, {}).flatten(0, -2)
-
-
-def _distributed(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
-    """Distribute the ranks of the layers that had rows: the largest explained-variance ratios get one each."""
-    ratios = [spectrum.explained_variance_ratio[: most[name]] for name, spectrum in spectra.items()]
-    owner = torch.repeat_interleave(torch.arange(len(ratios)), torch.tensor([len(ratio) for ratio in ratios]))
-    order = torch.cat(ratios).argsort(descending=True, stable=True)  # stable: ties go to the earlier layer
-    chosen = owner[order[: sum(ranks[name] for name in spectra)]]
-    return dict(zip(spectra, torch.bincount(chosen, minlength=len(ratios)).tolist(), strict=True))
 
 
 def _plain(name: str) -> str:

@@ -64,7 +64,18 @@ def check(asked: Asked, start: Start, **place: Any) -> None:
 
 def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
     """Add what the model decides: its task, and its head to what is trained whole; refuse classes of another head."""
-    _check_classes(model, classes)
+    if classes and hasattr(model, "config"):
+        head = classes_of(model.config) if heads_of(model) else ()
+        if len(classes) != len(head):
+            raise LoraInitError(
+                f"the data have {len(classes)} classes, the model's head {len(head)}. Load the model by "
+                f"AutoModelForSequenceClassification with num_labels={len(classes)}."
+            )
+        if {*classes} == {*head} and tuple(classes) != head:
+            raise LoraInitError(
+                f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
+                "known_classes=tuple(model.config.id2label.values()) to load_batches."
+            )
     task = asked.layers.task_type or ("SEQ_CLS" if classes else task_of(model))
     if asked.layers.task_type is None and task not in HEADS:
         task = None
@@ -72,22 +83,6 @@ def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn:
     whole += [name for name in heads_of(model) if not is_in(name, (*heads, *whole))]
     check_modules_to_save(model, whole, task, drawn)
     return asked.but(task_type=task, modules_to_save=whole)
-
-
-def _check_classes(model: nn.Module, classes: Collection[str]) -> None:
-    if not classes or not hasattr(model, "config"):
-        return
-    head = classes_of(model.config) if heads_of(model) else ()
-    if len(classes) != len(head):
-        raise LoraInitError(
-            f"the data have {len(classes)} classes, the model's head {len(head)}. Load the model by "
-            f"AutoModelForSequenceClassification with num_labels={len(classes)}."
-        )
-    if {*classes} == {*head} and tuple(classes) != head:
-        raise LoraInitError(
-            f"the data count the classes as {', '.join(classes)}, the model's head as {', '.join(head)}. Pass "
-            "known_classes=tuple(model.config.id2label.values()) to load_batches."
-        )
 
 
 def read(

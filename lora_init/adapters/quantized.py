@@ -102,9 +102,15 @@ class QuantizationErrors(Mapping[str, Tensor]):
 
     def weight(self, name: str) -> Tensor:
         """Read W of a layer, float32 [d_out, d_in], on the CPU."""
-        shape = self._shape(name)
+        target = self._targets[name]
+        shape = target.out_features, target.in_features
         weight = read_parameter(self._found[name], shape)
-        return weight.T if self._is_transposed(name, weight) else weight
+        if shape[0] != shape[1]:
+            return weight if weight.shape == shape else weight.T
+        if name not in self._flipped:  # of a square one Q shows whether the checkpoint has it as [d_in, d_out]
+            quantized = read_product(self._modules[name], target, self._dtype, f"layer {name!r}").cpu()
+            self._flipped[name] = bool((weight.T - quantized).norm() < (weight - quantized).norm())
+        return weight.T if self._flipped[name] else weight
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -115,25 +121,14 @@ class QuantizationErrors(Mapping[str, Tensor]):
                 module = self._modules[name]
                 own = vars(module).get("forward")  # as accelerate's hooks set it
                 module.forward = partial(self._exact, name, module)  # a hook would run after the layer's own product
-                stack.callback(_restore_forward, module, own)
+                found_again = partial(delattr, module, "forward")  # that of its class
+                stack.callback(found_again if own is None else partial(setattr, module, "forward", own))
             yield
 
     def _exact(self, name: str, module: Any, rows: Tensor) -> Tensor:
         bias = getattr(module, "bias", None)
         exact = nn.functional.linear(rows, self.weight(name).to(rows.device, rows.dtype))
         return exact if bias is None else (exact + bias).to(rows.dtype)
-
-    def _shape(self, name: str) -> tuple[int, int]:
-        return self._targets[name].out_features, self._targets[name].in_features
-
-    def _is_transposed(self, name: str, weight: Tensor) -> bool:
-        """Return whether the checkpoint has a weight as [d_in, d_out]; of a square one Q decides."""
-        if weight.shape[0] != weight.shape[1]:
-            return weight.shape != self._shape(name)
-        if name not in self._flipped:
-            quantized = read_product(self._modules[name], self._targets[name], self._dtype, f"layer {name!r}").cpu()
-            self._flipped[name] = bool((weight.T - quantized).norm() < (weight - quantized).norm())
-        return self._flipped[name]
 
     def _find(self, model: Any, target: Target, tensors: Mapping[str, Stored]) -> Mapping[Stored, Tensor | None]:
         where, module = f"layer {target.name!r}, a {target.kind}", self._modules[target.module]
@@ -155,13 +150,6 @@ class QuantizationErrors(Mapping[str, Tensor]):
 
 
 QuantisationErrors = QuantizationErrors  # its name before
-
-
-def _restore_forward(module: Any, own: Callable[..., Any] | None) -> None:
-    if own is None:
-        del module.forward  # that of its class is found again
-    else:
-        module.forward = own
 
 
 @torch.no_grad()

@@ -118,19 +118,16 @@ def hand_over(trainer: Any, adapted: PeftModel, dtype: torch.dtype | None) -> No
 def has_plain_loss(trainer: Any) -> bool:
     """Return whether a trainer trains by the loss that its model computes from labels."""
     source = _source_of_loss(trainer)
-    return source in _PLAIN_LOSS and not _changes_loss(trainer, source)
+    if source not in _PLAIN_LOSS:
+        return False
+    function = trainer.compute_loss_func or vars(trainer).get("compute_loss")
+    named = getattr(trainer.args, "loss_type", None) if source == "SFTTrainer" else None
+    return not (function or trainer.args.label_smoothing_factor) and named in _OWN_LOSS
 
 
 def _source_of_loss(trainer: Any) -> str:
     """Return the name of the class that says how the loss is computed."""
     return next(kind.__name__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
-
-
-def _changes_loss(trainer: Any, source: str) -> bool:
-    """Return whether a function or a setting makes a trainer's loss another one than the model's."""
-    function = trainer.compute_loss_func or vars(trainer).get("compute_loss")
-    named = getattr(trainer.args, "loss_type", None) if source == "SFTTrainer" else None
-    return bool(function or trainer.args.label_smoothing_factor) or named not in _OWN_LOSS
 
 
 def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
@@ -164,7 +161,9 @@ def _batches(trainer: Any) -> Iterator[Iterator[Any]]:
         if streams and not trainer.args.dataloader_num_workers:
             trainer.train_dataset = _Twice(rows)
         loader = trainer.get_train_dataloader()
-        stack.callback(_close, trainer, loader)
+        if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
+            stack.callback(loader.end)
+        stack.callback(forget_loader, trainer.accelerator, loader)
         yield _labelled(trainer, loader)
 
 
@@ -186,12 +185,6 @@ class _Twice(IterableDataset[Any]):
     def __getattr__(self, name: str) -> Any:
         """Return what Trainer looks for in data, such as `set_epoch`."""
         return getattr(self.rows, name)
-
-
-def _close(trainer: Any, loader: Any) -> None:
-    forget_loader(trainer.accelerator, loader)
-    if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
-        loader.end()
 
 
 def _labelled(trainer: Any, loader: Any) -> Iterator[Any]:

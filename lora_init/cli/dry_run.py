@@ -52,7 +52,9 @@ def estimate(
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
     used = (batches or [])[: settings["max_batches"]]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    n_matrix = sum(p.numel() for p in _matrices(model))
+    # A pass multiplies with matrices but those of embeddings, of which the last is not reached.
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    n_matrix = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
     operations = 2 * n_matrix * tokens * (_BACKWARD if settings["gradients"] else 1.0)
     weights_bytes = _weights_bytes(model, dtype, settings["quantize"])
     per_second = _speed(dtype, place)
@@ -73,12 +75,6 @@ def estimate(
         "operations_per_second": per_second,
         "seconds": operations * _OVERHEAD / per_second,
     }
-
-
-def _matrices(model: Any) -> list[nn.Parameter]:
-    """List the weights that a pass multiplies with: not those of embeddings, of which the last is not reached."""
-    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
-    return [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in ends]
 
 
 def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:

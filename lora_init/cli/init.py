@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from typer import Argument, Option
 
@@ -169,12 +169,10 @@ def init(
         print_result(estimate(source, examples.batches, vars(asked.layers), settings), show_estimate)
         return
     with busy(f"loading {model}"):
-        loaded = source.load(
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            **_head(examples.classes, there if data is None else None, run.seed),
-        )
+        classes, seed = examples.classes, run.seed  # of a new head
+        if data is None and made is not None:
+            classes, seed = made.settings.get("classes", ()), made.seed
+        loaded = source.load(dtype=dtype, device=device, quantize=quantize, seed=seed, n_labels=len(classes) or None)
     asked = pipeline.fit_to(loaded.model, asked, examples.classes, loaded.drawn)
     if bank is not None:
         start_from(
@@ -312,13 +310,6 @@ def _open(
         other = "Name their column: --label COLUMN." if source.task_type == "SEQ_CLS" else "Use initialize() in Python."
         raise LoraInitError(f"gradients for the task type {source.task_type} need classes, not texts alone. {other}")
     return source
-
-
-def _head(classes: Sequence[str], there: Statistics | None, seed: int) -> dict[str, Any]:
-    """Return how many classes a new head has and what it is drawn from: as the data say, or the file in their place."""
-    if there is not None:
-        classes, seed = there.provenance.settings.get("classes", ()), there.provenance.seed
-    return {"n_labels": len(classes) or None, "seed": seed}
 
 
 def _as_it_is(stats: Statistics, model: nn.Module, layers: Layers) -> Statistics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,10 @@ def find_parameter(
     That is a tensor of the same shape or transposed; or several that hold the parameter, each with the places of its
     entries in the flat parameter.
     """
-    found = next((tensors[key] for key in _names(model, name) if key in tensors), None)
+    # As the model, with or without its prefix, or as what it is tied to.
+    prefix, tied = f"{getattr(model, 'base_model_prefix', '')}.", getattr(model, "all_tied_weights_keys", {})
+    names = (name, prefix + name, name.removeprefix(prefix), tied.get(name, name))
+    found = next((tensors[key] for key in names if key in tensors), None)
     if found is not None and found.shape in (shape, shape[::-1]):
         return {found: None}
     try:  # the places go the way of the weights: split, permuted, under other names
@@ -90,17 +93,6 @@ def read_parameter(found: Mapping[Stored, Tensor | None], shape: tuple[int, ...]
         assert at is not None  # several tensors all have places
         weight.view(-1)[at.reshape(-1)] = stored.read().float().reshape(-1)
     return weight
-
-
-def _names(model: Any, name: str) -> Iterator[str]:
-    """Name a parameter as checkpoints do: as the model, with or without its prefix, as what it is tied to."""
-    prefix, tied = getattr(model, "base_model_prefix", ""), getattr(model, "all_tied_weights_keys", {})
-    yield name
-    if prefix:
-        yield f"{prefix}.{name}"
-        yield name.removeprefix(f"{prefix}.")
-    if name in tied:
-        yield tied[name]
 
 
 def as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:

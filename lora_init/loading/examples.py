@@ -56,7 +56,15 @@ def recipe(
         both = "and a template say two things. Give one."
         raise LoraInitError(f"format={data_format!r} {unknown if template is None else both}")
     if template is not None:
-        return _template_recipe(names, label, template, completion)
+        prompt, used = _parse(template, "template", names, label)
+        if completion is None:
+            return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
+        answer, more = _parse(completion, "completion", names, label)
+        return Recipe(
+            f"template {template!r} and completion {completion!r}",
+            [*dict.fromkeys(used + more)],
+            lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
+        )
     if completion is not None:
         raise LoraInitError(f"completion={completion!r} needs a template for the prompt, too.")
     possible = FORMATS if data_format is None else {data_format: FORMATS[data_format]}
@@ -77,18 +85,6 @@ def recipe(
         )
     columns = [*found.columns, *(column for column in found.optional if column in names)]
     return Recipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
-
-
-def _template_recipe(names: list[str], label: str, template: str, completion: str | None) -> Recipe:
-    prompt, used = _parse(template, "template", names, label)
-    if completion is None:
-        return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
-    answer, more = _parse(completion, "completion", names, label)
-    return Recipe(
-        f"template {template!r} and completion {completion!r}",
-        [*dict.fromkeys(used + more)],
-        lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
-    )
 
 
 _Parts = list[tuple[str, str | None]]  # literal text, and the column whose value follows it

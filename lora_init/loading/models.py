@@ -208,14 +208,9 @@ def is_better_in_float32(dtype: Any, place: Any, n_bytes: int = 0) -> bool:
     """
     import torch
 
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    return is_half and place.type == "cpu" and _emulates_halves() and 2 * n_bytes <= _memory()
-
-
-def _emulates_halves() -> bool:
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if dtype not in (torch.bfloat16, torch.float16) or place.type != "cpu":
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and 2 * n_bytes <= _memory()
 
 
 def _memory() -> int:
