@@ -23,6 +23,17 @@ def version_of(tensor: Any) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
+def goes_backward() -> bool:
+    """Return whether this runs inside a backward pass, where checkpointing runs layers again.
+
+    A caller's `forward` may go backward by itself, so a flag around our own call is not enough; torch has no public
+    name for it; since 1.10. Without it rows of checkpointed layers count twice there: have the hooks set a flag.
+    """
+    import torch
+
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def hook_of(module: Any) -> Any:
     """Read accelerate's hook of a module; None if it has none.
 

@@ -88,6 +88,13 @@ def test_torch_counts_changes_in_place():
         assert private_parts.version_of(torch.zeros(2).add_(1)) == 0
 
 
+def test_torch_knows_whether_it_goes_backward():
+    seen, x = [], torch.ones(2, requires_grad=True)
+    x.register_hook(lambda gradient: seen.append(private_parts.goes_backward()))
+    x.sum().backward()
+    assert seen == [True] and not private_parts.goes_backward()
+
+
 def test_accelerate_keeps_its_hook_with_the_module():
     from accelerate.hooks import ModelHook, add_hook_to_module
 

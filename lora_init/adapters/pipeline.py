@@ -112,7 +112,7 @@ def read(
 
 def measures(start: Start, asked: Asked) -> bool:
     """Return whether a loss is measured, to find the size of a step or to check a correction."""
-    return start.by_error or (start.takes_step and asked.shape.gamma is None)
+    return start.by_error or start.made_by == "bank" or (start.takes_step and asked.shape.gamma is None)
 
 
 def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:

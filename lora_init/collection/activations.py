@@ -16,7 +16,7 @@ from lora_init.layers.masks import TokenMasks
 from lora_init.layers.rows import Experts, Patches, experts_of, patches_of, routed
 from lora_init.layers.running import evaluating, on_device_of
 from lora_init.layers.wrappers import Precision, class_name, is_offloaded, is_sharded
-from lora_init.private_parts import version_of
+from lora_init.private_parts import goes_backward, version_of
 
 # (layer name, positional and keyword arguments of the layer) -> rows [n, d_in]
 RowsFunction = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -74,7 +74,6 @@ class ActivationHooks:
         self._handles: list[Any] = []
         self._mode = ExitStack()
         self._sink: Sink | None = None
-        self.goes_backward = False  # set by `BackwardHooks`: checkpointing then runs layers again
 
     def __enter__(self) -> ActivationHooks:
         self._mode.enter_context(evaluating(self.model))
@@ -121,7 +120,7 @@ class ActivationHooks:
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._sink is None:  # somebody else's forward pass
             return None
-        if not self.goes_backward:  # or one that is run again
+        if not goes_backward():  # or one that is run again
             self._hand_on(name, args, kwargs, self._sink)
         # bitsandbytes' layers of eight bits set outliers in what they read to zero for a while, so they read a copy:
         # those that read the same tensor afterwards are told by its version.

@@ -20,7 +20,7 @@ from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.running import Forward
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import Precision, reshard, run_eagerly
-from lora_init.private_parts import version_of
+from lora_init.private_parts import goes_backward, version_of
 
 
 @dataclass(eq=False)
@@ -113,7 +113,6 @@ class BackwardHooks:
                 n_labels = count_labels(self._hooks.model, moved)
                 loss = self._loss_of(moved) * n_labels
                 n_calls = len(self._waiting)
-                self._hooks.goes_backward = True
                 try:
                     loss.backward()  # type: ignore[no-untyped-call]
                 except RuntimeError as error:
@@ -123,8 +122,6 @@ class BackwardHooks:
                         f"the backward pass of {self._name} failed: {first_line(error)} Some quantized layers give no "
                         "gradient of their input: collect from the model in float."
                     ) from error
-                finally:
-                    self._hooks.goes_backward = False
             if n_calls == len(self._waiting) > 0:
                 raise LoraInitError(f"the loss of {self._name} does not depend on any of the targeted layers.")
             for call in self._waiting:
@@ -162,7 +159,7 @@ class BackwardHooks:
             return None  # somebody else's pass, or the first run of a reentrant checkpoint
         x = input_of(name, args, kwargs).detach()
         call = _Call(name, x, version_of(x), self._hooks.masks.tokens(name, x, predicting=True), output.shape[-1])
-        if not self._hooks.goes_backward:
+        if not goes_backward():
             self._waiting[call] = None
         wanting: Tensor = _wanting_gradient(module, args, output)
         wanting.register_hook(partial(self._gradient_hook, call))  # type: ignore[no-untyped-call]

@@ -474,7 +474,7 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
         stop_reason=found.stop_reason,
         seconds={part: round(value, 3) for part, value in found.seconds.items()},
         n_labels=found.n_labels,
-        keeps=found.keeps or None,  # of one batch no half is known
+        keeps=found.keeps if sum(found.n_batches) - len(found.bad) > 1 else None,  # of one batch no half is known
         complete=found.stop_reason not in ("interrupted", "failed"),
         settings={**job.provenance.settings, **position.stored()},
     )

@@ -89,9 +89,9 @@ def test_the_saved_config_is_a_plain_lora_config(tmp_path):
 def test_saving_again_gives_the_same_bytes(tmp_path):
     stats = made_up_statistics(tiny_llama())
     for name in "ab":
-        build_adapter(stats, uneven(stats), method="random").save_pretrained(tmp_path / name)
-    for file in listing(tmp_path / "a"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        build_adapter(stats, uneven(stats), method="random").save_pretrained(tmp_path / name / "out")
+    for file in listing(tmp_path / "a" / "out"):
+        assert (tmp_path / "a" / "out" / file).read_bytes() == (tmp_path / "b" / "out" / file).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -223,11 +223,13 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     assert "random" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_quiet_and_format_reach_the_comparison(command, monkeypatch):
-    asked = []
+def test_quiet_and_format_reach_the_comparison(command, tmp_path, monkeypatch):
+    asked, rows = [], tmp_path / "alpaca.jsonl"
+    rows.write_text('{"instruction": "say", "output": "sat"}')
     monkeypatch.setattr("lora_init.comparison.compare.compare", lambda *_, **options: asked.append(options) or 1 / 0)
-    for more in ([], ["-q", "--format", "alpaca", "--quantize", "int8", "--weights", "there"]):
-        run(*command, *more, code=1)
+    run(*command, code=1)
+    other = ["compare", command[1], rows, "-o", tmp_path / "out", "-q", "--format", "alpaca"]
+    run(*other, "--quantize", "int8", "--weights", "there", code=1)
     told = [[options[name] for name in ("progress", "format", "quantize", "weights")] for options in asked]
     assert told == [[None] * 4, [False, "alpaca", "int8", "there"]]
 

@@ -164,7 +164,7 @@ def test_fixed_options(home, tokenizer):
         (dict(options="listed", template=None), "needs a template"),
         (dict(options="options", template="{passage} {answer}"), "gives the answer away"),
         (dict(options="options", completion=" {letter}"), "must name {answer}"),
-        (dict(options="listed", answer="key"), "answer='key' is not a column. Columns of tasks0/rows.jsonl: "),
+        (dict(options="listed", answer="key"), "answer='key' is not a column. Columns of "),
         (dict(options="opts"), "options='opts' is not a column, and not a list of options"),
         (dict(options="listed", answer="text"), "120 left out whose answer is none of the options"),
         (dict(completion=" {empty}"), "120 left out with an empty field"),
