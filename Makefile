@@ -9,7 +9,7 @@ OLDEST := .venv-oldest-$(notdir $(PYTHON))
 .PHONY: help venv test test-oldest test-serving check format docs demo bench clean
 
 help:
-	@echo 'make demo    a small model and real questions: compute an adapter, train it, export it, and write a page about it'
+	@echo 'make demo    a small model and real questions: compute an adapter, train it, dial it, export it, and write a page about it'
 	@echo 'make test    run the tests'
 	@echo 'make test-oldest   the same with the oldest versions that pyproject.toml allows (PYTHON=python3.11 or newer)'
 	@echo 'make test-serving  serve exported adapters in real engines; needs python3.11, a compiler and an hour'

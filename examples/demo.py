@@ -5,8 +5,9 @@
 1. Fetches SmolLM2-135M-Instruct and SIQA, short questions about people (once).
 2. Runs `lora-init init` on them: all seven projections of every layer, rank 16, rho 2.
 3. Trains that adapter, and one of the same shape with PEFT's random start, in transformers.Trainer.
-4. Exports the trained adapter to one rank, as engines want it, loads it with PEFT and compares what the model says.
-5. Writes build/demo.html: where the ranks went, how the losses fell, what the model answers before and after.
+4. Runs `lora-init dial` on the trained adapter: how strongly it should act, so that the model keeps what it knew.
+5. Exports that to one rank, as engines want it, loads it with PEFT and compares what the model says.
+6. Writes build/demo.html: where the ranks went, how the losses fell, what the model answers before and after.
 """
 
 import argparse
@@ -29,6 +30,7 @@ MAX_LENGTH = 128
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-4
 N_ANSWERS = 4
+HELD_OUT = "siqa-held-out.jsonl"  # what `dial` chooses and reports by
 
 
 def main() -> None:
@@ -48,20 +50,23 @@ def main() -> None:
     curves = {name: losses for name, (losses, _) in trained.items()}
     show(curves, args.samples)
     print(f"The adapter before training lies in {Path(args.output).resolve()}")
-    served = serve(model, f"{args.output}-trained", f"{args.output}-served")
+    kept = dial(data.with_name(HELD_OUT), f"{args.output}-trained", f"{args.output}-kept", max(args.samples // 10, 12))
+    served = serve(model, f"{args.output}-kept", f"{args.output}-served")
     seconds = time.perf_counter() - start
     facts = dict(command=command, seconds=seconds, samples=args.samples, steps=args.steps, rate=LEARNING_RATE)
-    write_page(Path(args.page), f"{args.output}.safetensors", curves, trained["eva"][1], facts | served)
+    write_page(Path(args.page), f"{args.output}.safetensors", curves, trained["eva"][1], facts | kept | served)
     print(f"The demo took {seconds:.0f} s. Its story, with pictures: {Path(args.page).resolve()}")
 
 
 def answers_as_text(source: Path, folder: Path) -> Path:
-    """Write the rows with an answer that is text alone: "Find somewhere to go", not "C. Find somewhere to go"."""
+    """Write answers as text alone: "find somewhere to go", not "C. Find somewhere to go"; every tenth row apart."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     for row in rows:
         row["answer"] = row["answer"].split(". ", 1)[-1].strip().rstrip(".").lower()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "siqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rest = [row for i, row in enumerate(rows) if i % 10]
+    for name, part in (("siqa.jsonl", rest), (HELD_OUT, rows[::10])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return folder / "siqa.jsonl"
 
 
@@ -69,11 +74,25 @@ def run_lora_init(model: Path, data: Path, output: str, samples: int) -> str:
     command = ["lora-init", "init", str(model), str(data), "--template", TEMPLATE, "--completion", COMPLETION]
     command += ["--rank", "16", "--rho", "2", "--samples", str(samples), "--max-length", str(MAX_LENGTH)]
     command += ["--statistics", f"{output}.safetensors", "--output", output, "--overwrite"]
-    print(f"$ {shlex.join(command)}\n", flush=True)
+    return run(command).replace(str(model), model.name.partition("-0.")[0])
+
+
+def run(command: list[str]) -> str:
+    """Run a command; return it as one types it."""
+    typed = shlex.join(command).replace("\n", r"\n")
+    print(f"$ {typed}\n", flush=True)
     done = subprocess.run([sys.executable, "-m", "lora_init", *command[1:]], check=False)
     if done.returncode:
         sys.exit(done.returncode)
-    return shlex.join([part.replace(str(model), model.name.partition("-0.")[0]) for part in command])
+    return typed
+
+
+def dial(data: Path, trained: str, kept: str, samples: int) -> dict[str, Any]:
+    """Choose how strongly the adapter acts, by text that the base writes; a few examples, to save time."""
+    command = ["lora-init", "dial", trained, str(data), "--template", TEMPLATE, "--completion", COMPLETION]
+    command += ["--samples", str(samples), "--max-length", str(MAX_LENGTH), "--output", kept, "--overwrite"]
+    command += ["--uniform"]  # a strength for each layer takes minutes
+    return {"dialed": run(command), "dial": json.loads((Path(kept) / "dial.json").read_text(encoding="utf-8"))}
 
 
 def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) -> tuple[Any, list[dict[str, str]]]:
@@ -189,7 +208,7 @@ CAVEAT = (
 
 
 def serve(model: Path, trained: str, served: str) -> dict[str, Any]:
-    """Export the trained adapter and compare its log-probabilities, loaded by PEFT, with those before."""
+    """Export an adapter and compare its log-probabilities, loaded by PEFT, with those before."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -205,8 +224,8 @@ def serve(model: Path, trained: str, served: str) -> dict[str, Any]:
             answers.append(PeftModel.from_pretrained(base, directory).eval()(ids).logits.log_softmax(-1))
     difference = float((answers[0] - answers[1]).abs().max())
     print(
-        f"\nThe trained adapter, exported to rank {exported.rank} in every layer ({len(exported.added)} had none), "
-        f"gives log-probabilities\nwithin {difference:.0e} of its own. This serves it:\n{exported.command}\n"
+        f"\nThe adapter, exported to rank {exported.rank} in every layer ({len(exported.added)} had none), gives "
+        f"log-probabilities\nwithin {difference:.0e} of its own. This serves it:\n{exported.command}\n"
     )
     return dict(rank=exported.rank, difference=difference, serve=exported.command)
 

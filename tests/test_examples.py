@@ -67,7 +67,9 @@ def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
     assert (tmp_path / "output/adapter_config.json").exists()
     assert numbers(r"within (\S+) of its own", out)[0] < 1e-4
     assert f"--lora-modules output-served={tmp_path / 'output-served'}" in out
+    assert "strength" in out and (tmp_path / "output-kept/dial.png").exists()
     page = (tmp_path / "output.html").read_text(encoding="utf-8")
+    assert "<td>answers</td>" in page and page.count("<td>") == 8
     assert page.count("<svg") == 2 == len(re.findall(r'role="img" aria-label="[^"]{60,}"', page))
     assert page.count('<dd class="after">') == 1 and "<script" not in page and "http-equiv" in page
     assert f"{at_start[0]:.2f} before" in page and str(tmp_path / "output.html") in out
