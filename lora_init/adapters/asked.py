@@ -6,6 +6,7 @@ command line offers it; a field without is for Python alone. Importing this file
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -225,8 +226,10 @@ def shows_keywords(function: _F) -> _F:
     own = signature(function)
     shown = {name: one for name, one in own.parameters.items() if one.kind is not Parameter.VAR_KEYWORD}
     for one in chain.from_iterable(fields(part) for _, part in Asked()._parts()):
-        shown.setdefault(
-            one.name, Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
-        )
+        kind = ast.parse(str(one.type), mode="eval").body
+        if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
+            kind = kind.slice.elts[0]  # type: ignore[attr-defined]
+        said = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=ast.unparse(kind))
+        shown.setdefault(one.name, said)
     function.__signature__ = own.replace(parameters=[*shown.values()])  # type: ignore[attr-defined]
     return function
