@@ -118,7 +118,7 @@ def whitening_scale(spectrum: Spectrum, rank: int) -> Tensor:
 def check_rank(spectrum: Spectrum, rank: int, where: str = "") -> None:
     """Refuse a rank below which the decomposition was cut off although the data holds more."""
     found, width = spectrum.components.shape
-    # n centred rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
+    # n centered rows span at most n - 1 directions, and directions beyond the last variance do not exist either.
     all_there = float(spectrum.explained_variance.sum()) >= (1.0 - 1e-6) * spectrum.total_variance
     if found < rank and found < min(width, spectrum.n_samples - 1) and not all_there:
         raise LoraInitError(

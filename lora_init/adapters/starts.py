@@ -312,7 +312,7 @@ class Recipe:
     start: Start  # what A and B are
     rho: float  # at most rho x rank in one layer
     policy: str = "eva"  # what ranks compete by
-    center: bool = True  # whether the statistics are centred
+    center: bool = True  # whether the statistics are centered
     freeze_a: bool = False  # whether A stays as it is in training
     resized: bool = True  # whether, where ranks are moved, it is also run with as many parameters as random has
 

@@ -265,7 +265,7 @@ def _statistics_view(about: Mapping[str, Any], width: int) -> list[Any]:
         "data": about["data"] or "not described",
         "tokens": "those with a label" if about["token_mask"] == "labels" else "all but padding",
         "rows": rows_read(about),
-        "decomposition": "centred (PCA)" if about["center"] else "not centred (second moment)",
+        "decomposition": "centered (PCA)" if about["center"] else "not centered (second moment)",
         "made for": f"rank {about['rank']} with seed {about['seed']}",
         "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
     }

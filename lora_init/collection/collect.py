@@ -111,7 +111,7 @@ def collect(
 ) -> Statistics:
     """Learn the principal directions of what each targeted layer receives, from one pass over sample data.
 
-    Every other batch goes into one half, the rest into another. Two halves that give the same start would give it from
+    Even batches go to one half, odd ones to the other. Two halves that give the same start would give it from
     other data, too: what the first `rank` directions of one capture of the other, over what its own capture, says what
     share of it the start would keep (`provenance.keeps`; for gradients it is the cosine of the two means). The pass
     stops when that is all but `tolerance` of it in the mean over layers, and new batches are captured as well as those
@@ -157,10 +157,9 @@ def collect(
             settings that they were made with.
         progress: Show a progress bar on stderr; by default only on a terminal.
         statistics: File for the result. It is written every minute, after Ctrl-C, after an error and at the end, in one
-            piece, and says whether the pass was complete. If it is there already: a complete one is returned as it is;
-            one that is not is gone on with after the batches that it has used, and merged; `batches` then have to be
-            the same ones. Those in a list are all compared, of a loader the first; of functions it is the names.
-            Meanwhile no other pass can have the file.
+            piece, and says whether the pass was complete. A complete file is returned; an incomplete one is resumed,
+            provided the batches are the same. Lists are compared in full, loaders by their first batch, functions by
+            name. Meanwhile no other pass can have the file.
         overwrite: Begin again in place of what is in that file.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
             need labels. No weight's gradient is computed, so the memory is that of the activations and of

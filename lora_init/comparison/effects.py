@@ -29,7 +29,7 @@ class Effect:
 
     @property
     def showable(self) -> float:
-        """The smallest difference that could have been shown: half the width of the interval."""
+        """The detectable difference: half the width of the interval."""
         return (self.high - self.low) / 2
 
     @property

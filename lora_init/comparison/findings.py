@@ -30,7 +30,7 @@ class Verdict:
     mean: float | None = None  # as `effects` estimates it; of one pair, that
     low: float | None = None  # ends of its interval; None with fewer than two pairs
     high: float | None = None
-    showable: float | None = None  # the smallest difference that could have been shown, half the width of the interval
+    showable: float | None = None  # the detectable difference, half the width of the interval
     reference: float | None = None  # mean loss of random at its best rate, which per cents are of
     closed: float | None = None  # gain by that of full fine-tuning; None if the runs could not have shown the latter
     caveats: list[str] = field(default_factory=list)  # what changes the meaning

@@ -296,7 +296,7 @@ _FREE = (
     "budget",
     "folds",
 )
-# Hashes and the like by name, which directories of before lack: what both have must be equal, the others are added.
+# Hashes and the like by name. Older directories may lack these: the keys that both have must match.
 _HASHES = ("examples", "own", "packages", "recommended")
 
 

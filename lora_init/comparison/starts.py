@@ -484,7 +484,7 @@ def _put_correction(asked: Variant, basis: Basis, stats: Statistics) -> tuple[Pe
 
 
 def _put_by_peft(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
-    """Let PEFT start the adapter, which changes the model's weights.
+    """Start the adapter by PEFT, which changes the model's weights.
 
     Raises:
         LoraInitError: The start does not apply: layers that PEFT would start otherwise without a word, a package or a
@@ -536,7 +536,7 @@ _BY_MAKER = {"lora_init": _put_built, "bank": _put_of_bank, "peft": _put_by_peft
 def preprocess_corda(
     model: nn.Module, config: LoraConfig, layers: Sequence[str], batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
-    """Let PEFT's CorDA read batches. It takes one sequence at a time and knows no mask."""
+    """Run PEFT's CorDA over batches. It takes one sequence at a time and knows no mask."""
     from peft.tuners.lora import corda
     from peft.tuners.lora.config import CordaConfig
 

@@ -217,7 +217,7 @@ def run_all(
     budget: RunBudget,
     say: Callable[[str], None],
 ) -> None:
-    """Do what is due and has not ended, until nothing is or the time is out.
+    """Carry out what is due and has not ended, until nothing is or the time is out.
 
     Failed runs get one more chance each time this is called. A worker that dies costs its run, which is done again; a
     second time it counts as failed.

@@ -44,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Change:
-    """A loss on examples that nothing was chosen by, and how far it is from another, with half of a 95 % interval."""
+    """A loss on held-out examples, and how far it is from another, with half of a 95 % interval."""
 
     loss: float
     change: float

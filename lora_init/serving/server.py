@@ -55,7 +55,7 @@ class Server:
         return found, base or parents[found] or (others[0] if len(others) == 1 else None)
 
     def ask(self, model: str, prompt: Any) -> dict[int | str, float]:
-        """Ask for log-probabilities of the token after a text, or of the first one of the answer to messages.
+        """Request log-probabilities of the token after a text, or of the first one of the answer to messages.
 
         They go by the token's number or, where a server does not tell it, its text; empty if it tells none.
         """

@@ -236,7 +236,7 @@ class _Local:
                 layer.lora_variant.update(variant)
 
     def observe(self, ask: Ask | None, prompts: Sequence[Any]) -> Tensor:
-        """Ask an engine, [prompts, vocabulary]; NaN where it tells nothing, or a text that several tokens have."""
+        """Read answers of an engine, [prompts, vocabulary]; NaN where it tells nothing, or a text of several tokens."""
         told = torch.full((len(prompts), self.size), torch.nan)
         for row, prompt in zip(told, prompts, strict=True):
             for token, value in ask(prompt).items() if ask else ():
