@@ -11,20 +11,10 @@ from lora_init.cli import app as cli
 from tests.conftest import tiny_bert, tiny_llama
 
 MODEL, DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "boolq.jsonl"
-
-
 LARGE = "Qwen/Qwen2.5-7B-Instruct"  # here with the least widths that bitsandbytes' kernels take
-
-
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-
-
 TEMPLATE = "{passage}\nQuestion: {question}?"
-
-
 WORDS = "the cat sat on a mat and saw one dog run to two red hats in my green house plus is".split()  # noqa: SIM905
-
-
 CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lora_init
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, find_start
 from lora_init.cli import app as cli
-from tests.pages import DATA, ENCODER, LARGE, MODEL, TEMPLATE
+from tests.pages import DATA, ENCODER, LARGE, MODEL, TEMPLATE, home  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -49,7 +49,7 @@ SMALLER = (
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* layers get fewer ranks than asked for")
 @pytest.mark.parametrize("page", RUN)
-def test_blocks_run(page, home, tmp_path, monkeypatch):
+def test_blocks_run(page, home, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for name in (MODEL, LARGE, ENCODER):
