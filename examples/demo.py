@@ -24,6 +24,8 @@ from typing import Any
 
 import demo_assets
 
+import lora_init
+
 TEMPLATE = "{passage} {question}\nAnswer:"
 COMPLETION = " {answer}"
 MAX_LENGTH = 128
@@ -102,10 +104,7 @@ def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
     from transformers.utils import logging
 
-    import lora_init
-
     logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it lacks, though nothing is quantized
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = dict(template=TEMPLATE, completion=COMPLETION, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
     train = lora_init.load_batches(data, tokenizer, samples=args.samples, **settings)
@@ -213,8 +212,6 @@ def serve(model: Path, trained: str, served: str) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    import lora_init
-
     exported = lora_init.export_adapter(trained, served, engine="vllm", overwrite=True)
     ids = torch.arange(100, 164)[None]
     answers = []
@@ -233,8 +230,6 @@ def serve(model: Path, trained: str, served: str) -> dict[str, Any]:
 def write_page(path: Path, statistics: str, curves: Any, examples: list[dict[str, str]], facts: dict[str, Any]) -> None:
     """Tell the story on one page, which needs no other file."""
     import jinja2
-
-    import lora_init
 
     stats = lora_init.Statistics.load(statistics)
     ranks = lora_init.allocate_ranks(stats, rank=16)

@@ -282,7 +282,7 @@ def _budget(
     """Read the plan; and the rank and rho of the pass: those of a file that is there, if it serves, or of the plan."""
     from lora_init.planning.plan import load_plan
 
-    of_file = there.provenance.settings.get("rho", start.rho) if there else start.rho
+    of_file = (there.provenance.rho if there else None) or start.rho
     if ranks_from is None:
         return None, ranks.rank, ranks.rho or max(start.rho, of_file)
     if given(("rank", "rho")):

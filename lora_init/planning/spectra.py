@@ -66,7 +66,7 @@ def stack_spectra(stats: Statistics, names: Sequence[str]) -> Spectra:
     # A pass asks for rank x rho; a merge keeps fewer, and an old file does not say rho. A layer with fewer, or with as
     # many as there were rows (one less where the mean is taken out), would not have more if more had been asked for.
     few_rows = 0 < stats.provenance.n_samples <= most + 1
-    asked = max(most, round(stats.provenance.rank * stats.provenance.settings.get("rho", 1.0)))
+    asked = max(most, round(stats.provenance.rank * (stats.provenance.rho or 1.0)))
     starved = (collected < d_in) & ((collected < asked) | few_rows)
     reached = np.concatenate([np.zeros((len(rows), 1)), np.cumsum(ratios, axis=1)], axis=1)
     reached[[stats.total_variance(name) <= 0.0 for name in names]] = 1.0

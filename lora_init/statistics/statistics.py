@@ -97,6 +97,12 @@ class Provenance:
         """Class and id of the model."""
         return f"{self.model_class} {self.model_id}".strip()
 
+    @property
+    def rho(self) -> float | None:
+        """That of the pass; None if the file does not say one."""
+        rho = self.settings.get("rho")
+        return float(rho) if isinstance(rho, (int, float)) and 1.0 <= rho < 1e6 else None
+
 
 def shown(figure: Figure) -> Figure:
     """Let a notebook show a figure that was made without pyplot, which it would print as `<Figure size ...>`."""

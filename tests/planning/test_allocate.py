@@ -526,3 +526,11 @@ def test_ties_with_a_layer_in_common_are_one_and_limits_of_tied_layers_must_agre
 def test_what_is_no_statistics_is_one_clear_line(stats, message):
     with pytest.raises(LoraInitError, match=message):
         allocate_ranks(stats)
+
+
+@pytest.mark.parametrize("rho", [[2.0], {"a": 1}, "2", float("nan"), 1e300, -1.0, None])
+def test_a_file_that_says_no_sensible_rho_is_one_that_says_none(rho):
+    stats = statistics(WIDE)
+    strange = replace(stats.provenance, settings={"rho": rho})
+    ranks = allocate_ranks(Statistics(stats.groups, stats.group_of, stats.targets, strange), rank=2)
+    assert strange.rho is None and dict(ranks) == dict(allocate_ranks(stats, rank=2))
