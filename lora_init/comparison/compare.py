@@ -23,7 +23,7 @@ from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek, read_settings
-from lora_init.comparison.size import SIZES, Asked, Size, fit
+from lora_init.comparison.size import SIZES, AskedSize, Size, fit
 from lora_init.comparison.starts import (
     AdapterShape,
     Variant,
@@ -184,7 +184,7 @@ def compare(
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     plan = RunPlan(names, list(learning_rates), seeds, sweep, extend, match_scale)
-    asked = Asked(options, steps, batch_size, warmup, evaluation_points)
+    asked = AskedSize(options, steps, batch_size, warmup, evaluation_points)
     directory = Path(output).expanduser().absolute()
     if not dry_run:
         check_place(directory / SETTINGS_FILE)

@@ -40,7 +40,7 @@ SIZES = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedSize:
     """What a user has said of the size; None leaves it open."""
 
     loading: Loading

@@ -6,7 +6,7 @@ from lora_init.comparison import compare as comparing
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
 from lora_init.comparison.runs import RunPlan, read_settings
-from lora_init.comparison.size import SIZES, Asked, fit
+from lora_init.comparison.size import SIZES, AskedSize, fit
 from lora_init.comparison.starts import Variant
 from lora_init.comparison.tasks import Loading
 from lora_init.errors import LoraInitError
@@ -28,7 +28,7 @@ def lay_out(home, tmp_path_factory):
     plan = RunPlan(
         [*map(Variant, ["random", *RECOMMENDED])], [1e-4, 1e-3], range(32), "halving", recommended=RECOMMENDED
     )
-    asked = Asked(Loading(), None, 4, 0.1, None)
+    asked = AskedSize(Loading(), None, 4, 0.1, None)
     return lambda size: asked.lay_out(bench, plan, size)
 
 
@@ -53,7 +53,7 @@ def test_where_the_least_takes_longer_the_time_for_it_is_said_but_not_to_those_w
 def test_what_was_asked_for_stays(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
     plan = RunPlan([Variant("random"), Variant("eva")], [1e-4, 1e-3], range(3), "halving")
-    asked = Asked(Loading(report_samples=12), 6, 4, 0.1, [3])
+    asked = AskedSize(Loading(report_samples=12), 6, 4, 0.1, [3])
     small, same = asked.lay_out(bench, plan, SIZES[-1])
     assert (small.training.steps, list(small.training.evaluation_points)) == (6, [0, 3, 6])
     assert (same.starts, same.asked("eva")) == (["random", "eva"], [1e-4, 1e-3])
