@@ -257,8 +257,10 @@ def collect(
 def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
     """Make the pass, or what is left of it; write the file."""
     file, settings, run = job.file, job.settings, _set_up(job)
+    processes.check_alike(settings.compared())
+    # Not before all are here: one that begins again may be ahead of the one that writes.
     there = file is not None and file.exists()
-    processes.check_alike({**settings.compared(), "statistics file": [file and str(file), there]})
+    processes.check_alike({"statistics file": [file and str(file), there]})
     with _reserved(file, processes):
         earlier = _earlier(job)
         done = Position("") if earlier is None else Position.of(earlier.provenance)

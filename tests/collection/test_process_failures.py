@@ -173,9 +173,31 @@ class Broken(Forward):
             raise RuntimeError("broken")
 
 
+class Behind:
+    """The slowest writer, beside the fastest reader: rank 0 writes when rank 1 has begun again."""
+
+    def __init__(self, monkeypatch, rank, folder):
+        check, save, begun = Processes.check_alike, Statistics.save, folder / "begun again"
+
+        def checked(processes, asked):
+            if rank and self.again:
+                begun.touch()
+            check(processes, asked)
+
+        def saved(statistics, file):
+            while not rank and not begun.exists():
+                time.sleep(0.01)
+            save(statistics, file)
+
+        self.again = False
+        monkeypatch.setattr(Processes, "check_alike", checked)
+        monkeypatch.setattr(Statistics, "save", saved)
+
+
 def skipping(rank, size, folder):
-    batches, found = batches_for("llama", 40), []
+    batches, found, behind = batches_for("llama", 40), [], Behind(pytest.MonkeyPatch(), rank, folder)
     for skip in (0, 1):
+        behind.again = bool(skip)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
