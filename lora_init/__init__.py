@@ -22,6 +22,7 @@ _NAMES = {
     "collection.collect": ["collect", "Interrupted"],
     "collection.losses": ["mean_loss"],
     "planning.allocate": ["allocate_ranks", "RankAllocation"],
+    "planning.policies": ["Policy"],
     "adapters.build": ["build_adapter"],
     "adapters.starts": ["Start"],
     "adapters.adapter_init": ["AdapterInit", "correct_base"],
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.loading.batches import load_batches as load_batches
     from lora_init.planning.allocate import RankAllocation as RankAllocation
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
+    from lora_init.planning.policies import Policy as Policy
     from lora_init.serving.dial import dial as dial
     from lora_init.serving.dialed import Dial as Dial
     from lora_init.serving.export import Exported as Exported

@@ -21,6 +21,35 @@ def _one_seed():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that packages bring things by a group of entry points: name to a thing or an exception; some twice."""
+    from importlib.metadata import EntryPoint
+
+    from lora_init import packages
+
+    def install(group, *twice, **made):
+        class Entry(EntryPoint):
+            def load(self):
+                if isinstance(made[self.name], BaseException):
+                    raise made[self.name]
+                return made[self.name]
+
+        entries = [Entry(name, "theirs:THING", group) for name in [*made, *twice]]
+        monkeypatch.setattr(packages, "entry_points", lambda group: [one for one in entries if one.group == group])
+        forget()
+
+    def forget():
+        from lora_init.adapters import starts
+
+        for cached in (packages._entries, packages._warn_of, starts._load):
+            cached.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    forget()
+
+
 def tiny_llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 

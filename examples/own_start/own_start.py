@@ -1,11 +1,12 @@
-"""A start in a package of its own: `pip install examples/own_start`, then `lora-init init ... --method tail`.
+"""A start and a policy in a package of its own: `pip install examples/own_start`, then `init ... --method tail`.
 
-A reads where the data leave room: random orthonormal directions outside the principal ones. Made from text that should
-not be forgotten, such an adapter hardly sees that text while it learns something else (the idea of LoRA-Null,
-arXiv 2503.02659, which takes the null space of the inputs in place of what lies beyond their leading directions).
+A of the start reads where the data leave room: random orthonormal directions outside the principal ones. Made from text
+that should not be forgotten, such an adapter hardly sees that text while it learns something else (the idea of
+LoRA-Null, arXiv 2503.02659, which takes the null space of the inputs in place of what lies beyond their leading
+directions).
 """
 
-from lora_init import LoraInitError, Start
+from lora_init import LoraInitError, Policy, Start
 
 
 def tail(spectrum, rank, generator):
@@ -24,3 +25,11 @@ def tail(spectrum, rank, generator):
 
 
 TAIL = Start("tail", "random orthonormal directions outside those of the data", function=tail)
+
+
+def spread(ratios, widths):
+    """Value the j-th rank of a layer, [n, K], at its share of standard deviation: more even than by variance."""
+    return ratios**0.5
+
+
+SPREAD = Policy(spread)  # lora-init ranks ... --policy spread

@@ -10,21 +10,20 @@ from __future__ import annotations
 import ast
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_init.adapters.providers import PROVIDERS
-from lora_init.errors import LoraInitError, did_you_mean, first_line
+from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.packages import Group, package_of
 from lora_init.planning.policies import POLICIES
 
-ENTRY_POINTS = "lora_init.starts"
+_THEIRS = Group("lora_init.starts", "start")
 _INITIALIZERS = "lora_init.adapters.initializers"
 Needs = Literal["nothing", "inputs", "gradients", "errors", "weights", "bank"]
 
@@ -352,7 +351,7 @@ _TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}
 
 def start_names() -> tuple[str, ...]:
     """Return the names of all starts, those of other packages last. None of these is imported for it."""
-    return (*_OWN, *(name for name in _of_packages() if name not in _TAKEN))
+    return (*_OWN, *(name for name in _THEIRS.entries() if name not in _TAKEN))
 
 
 def buildable() -> list[str]:
@@ -367,18 +366,19 @@ def compared_names() -> tuple[str, ...]:
 
 def find_start(name: str) -> Start:
     """Look a start up; warn of one of a package that has the name of one of ours, which counts."""
-    _warn_of_theirs(name)
+    if name in _TAKEN:
+        _THEIRS.warn_of(name)
     if name in _OWN:
         return _OWN[name]
     if name not in start_names():
         raise LoraInitError(f"start {name!r} is unknown. {did_you_mean(str(name), start_names())}")
-    return _load(*_of_packages()[name])
+    return _load(name)
 
 
 def find_recipe(name: str) -> Recipe | None:
     """Look up how a comparison makes a start; None for those that `build_adapter` does not make."""
     if name in _VARIATIONS:
-        _warn_of_theirs(name)
+        _THEIRS.warn_of(name)
         return _VARIATIONS[name]
     start = find_start(name)
     return Recipe(start, start.rho) if start.made_by == "lora_init" else None
@@ -391,40 +391,13 @@ def changes_base(name: str) -> bool:
 
 
 @functools.cache
-def _of_packages() -> dict[str, list[EntryPoint]]:
-    """Find the starts of other packages."""
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=ENTRY_POINTS):
-        found.setdefault(entry.name, []).append(entry)
-    return found
-
-
-def _package(entry: EntryPoint) -> str:
-    return "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
-
-
-@functools.cache
-def _warn_of_theirs(name: str) -> None:
-    """Warn once of a start that cannot be had, since its name is ours."""
-    for entry in _of_packages().get(name, ()) if name in _TAKEN else ():
-        warnings.warn(f"start {name!r} of {_package(entry)} is not used: this name is lora_init's own.", stacklevel=3)
-
-
-@functools.cache
-def _load(entry: EntryPoint, *others: EntryPoint) -> Start:
-    where = f"start {entry.name!r} of {_package(entry)}"
-    if others:
-        raise LoraInitError(f"{where} is also in {', '.join(map(_package, others))}. Uninstall all but one of them.")
-    try:
+def _load(name: str) -> Start:
+    with _THEIRS.loading(name) as (entry, where):
         start = entry.load()
         if not isinstance(start, Start) or not start.function or start.made_by != "lora_init":
             raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
-        start = replace(start, name=entry.name, package=_package(entry))
+        start = replace(start, name=name, package=package_of(entry))
         strange = [name for name in start.takes if name not in PROVIDERS]
-    except (LoraInitError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a module may call sys.exit
-        raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     if strange:
         raise LoraInitError(
             f"{where}: its function asks for {', '.join(strange)}, and there is {', '.join(PROVIDERS)}. Rename them."

@@ -88,8 +88,9 @@ def init(
         Method | None,
         Option(
             metavar="START",
-            help=f"How the adapter starts. With backward passes: {_named(by_gradient=True)}. B is not zero with "
-            f"{_named(b_is_zero=False)} and {FROM_BANK}. Default: {DEFAULT}; with --label {DEFAULT_FOR_CLASSES}.",
+            help=f"How the adapter starts: {', '.join(buildable())} or {FROM_BANK}. With backward passes: "
+            f"{_named(by_gradient=True)}. B is not zero with {_named(b_is_zero=False)} and {FROM_BANK}. "
+            f"Default: {DEFAULT}; with --label {DEFAULT_FOR_CLASSES}.",
         ),
     ] = None,
     learning_rate: Annotated[

@@ -17,7 +17,7 @@ from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.files import check_writable
-from lora_init.planning.policies import POLICIES
+from lora_init.planning.policies import POLICIES, policy_names
 from lora_init.planning.snippets import TOOLS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Policy: TypeAlias = str
     Tool: TypeAlias = str
 else:  # the registries decide what there is
-    Policy, Tool = Literal[tuple(POLICIES)], Literal[tuple(TOOLS)]
+    Policy, Tool = Literal[policy_names()], Literal[tuple(TOOLS)]
 _BY_GRADIENT = ", ".join(name for name, policy in POLICIES.items() if policy.by_gradient)
 
 _BUDGETS = ("rank", "total_rank", "parameters", "fraction", "megabytes", "variance")

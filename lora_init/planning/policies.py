@@ -2,7 +2,8 @@
 
 A policy is one function from the spectra of all layers to the worth of each rank. `allocate` then takes ranks by
 falling worth until the budget is spent, so that a policy holds no rule about budgets, limits or ties. To add one, write
-its function and add a `Policy` to `POLICIES`.
+its function and add a `Policy` to `POLICIES`; or publish a package of your own with an entry point of the group
+`lora_init.policies` that refers to one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.packages import Group, check_takes
 
 if TYPE_CHECKING:
     from lora_init.planning.budgets import FloatArray
@@ -21,16 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Policy:
-    """What ranks compete by."""
+    """What ranks compete by.
 
-    # Takes K numbers of each layer, [n, K], 0 where a layer has fewer, and d_in + d_out of each layer, [n]; returns the
-    # worth of each rank, [n, K].
+    Attributes:
+        function: Takes K numbers of each layer, [n, K], 0 where a layer has fewer, and d_in + d_out of each layer, [n];
+            returns the worth of each rank, [n, K].
+        reads: Returns the numbers of one layer, from statistics and its name, where they come from its gradients. None
+            for the explained-variance ratio of each component, falling.
+        per_parameter: Whether ranks compete by worth per parameter, and not by worth.
+        if_zero: Why all numbers may be 0, where they come from gradients.
+    """
+
     function: Callable[[FloatArray, FloatArray], FloatArray]
-    # Gives the numbers of one layer where they come from its gradients. None for the explained-variance ratio of each
-    # component, falling.
     reads: Callable[[Statistics, str], Sequence[float]] | None = None
-    per_parameter: bool = False  # whether ranks compete by worth per parameter, and not by worth
-    if_zero: str = "the loss depends on no layer"  # why all numbers may be 0, where they come from gradients
+    per_parameter: bool = False
+    if_zero: str = "the loss depends on no layer"
 
     @property
     def by_gradient(self) -> bool:
@@ -128,3 +135,32 @@ POLICIES = {
     "gradient-per-parameter": Policy(gradient, _gains, per_parameter=True),
     "gora": Policy(gora, _importance, if_zero="the weights are quantized"),
 }
+_THEIRS = Group("lora_init.policies", "policy")
+
+
+def policy_names() -> tuple[str, ...]:
+    """Return the names of all policies, those of other packages last. None of these is imported for it."""
+    return (*POLICIES, *(name for name in _THEIRS.entries() if name not in POLICIES))
+
+
+def find_policy(name: str) -> Policy:
+    """Look a policy up; warn of one of a package that has the name of one of ours, which counts.
+
+    Raises:
+        LoraInitError: It is unknown, or what a package has under its name is no policy.
+    """
+    if name in POLICIES:
+        _THEIRS.warn_of(name)
+        return POLICIES[name]
+    if name not in policy_names():
+        raise LoraInitError(
+            f"policy={name!r} is unknown. {did_you_mean(str(name), policy_names())} A function is one, too."
+        )
+    with _THEIRS.loading(name) as (entry, where):
+        policy = entry.load()
+        if not isinstance(policy, Policy):
+            raise LoraInitError(f"{where}: {entry.value} is no lora_init.Policy.")
+        check_takes(policy.function, f"{where}: its function", "numbers", "widths")
+        if policy.reads is not None:
+            check_takes(policy.reads, f"{where}: its reads", "statistics", "name")
+    return policy

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import Target
+from lora_init.packages import check_takes
 from lora_init.planning.budgets import BoolArray, FloatArray, IntArray
-from lora_init.planning.policies import POLICIES
+from lora_init.planning.policies import find_policy
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 
@@ -84,12 +85,13 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
     """
     widths = spectra.widths.astype(np.float64)
     if callable(policy):
-        rows = [_rule_worth(policy, name, stats[name]) for name in spectra.names]
+        check_takes(policy, f"policy={getattr(policy, '__name__', policy)}: the function", "name", "spectrum")
+        rows = [
+            _scores(f"layer {name!r}: the policy", (stats[name].n_components,), policy, name, stats[name])
+            for name in spectra.names
+        ]
         return _stacked(rows, spectra.most_collected), np.ones(len(widths))
-    if policy not in POLICIES:
-        known = did_you_mean(str(policy), POLICIES)
-        raise LoraInitError(f"policy={policy!r} is unknown. {known} A function is one, too.")
-    found = POLICIES[policy]
+    found = find_policy(policy)
     numbers = spectra.ratios
     if found.reads is not None:
         numbers = _stacked([found.reads(stats, name) for name in spectra.names], spectra.most_collected)
@@ -97,18 +99,21 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
             raise LoraInitError(
                 f"policy={policy!r}: all layers are worth nothing, since {found.if_zero}. Choose another policy."
             )
-    return found.function(numbers, widths), widths if found.per_parameter else np.ones(len(widths))
+    scores = _scores(f"policy={policy!r}", numbers.shape, found.function, numbers, widths)
+    return scores, widths if found.per_parameter else np.ones(len(widths))
 
 
-def _rule_worth(rule: Rule, name: str, spectrum: Spectrum) -> FloatArray:
-    """Apply somebody's own rule to a layer, [k], falling."""
+def _scores(where: str, shape: tuple[int, ...], function: Callable[..., Any], *arguments: Any) -> FloatArray:
+    """Compute the worth of ranks by somebody's function, and sort it, falling."""
     try:
-        scores = np.asarray(rule(name, spectrum), dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise LoraInitError(f"layer {name!r}: the policy failed, or returned no numbers: {error}.") from error
-    if scores.shape != (spectrum.n_components,) or not np.isfinite(scores).all():
+        scores = np.asarray(function(*arguments), dtype=np.float64)
+    except LoraInitError:
+        raise
+    except Exception as error:
+        raise LoraInitError(f"{where} raised {type(error).__name__}: {first_line(error)}") from error
+    if scores.shape != shape or not np.isfinite(scores).all():
         raise LoraInitError(
-            f"layer {name!r}: the policy returned scores of shape {scores.shape}, {np.isfinite(scores).sum()} of them "
-            f"finite. It must return {spectrum.n_components} finite numbers, one per component."
+            f"{where} returned numbers of shape {scores.shape}, {np.isfinite(scores).sum()} of them finite. Expected "
+            f"finite ones of shape {shape}, one for each component."
         )
-    return np.sort(scores)[::-1]
+    return -np.sort(-scores, axis=-1)

@@ -4,13 +4,12 @@ import inspect
 import math
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from functools import partial
 
 import pytest
 import torch
 
 from lora_init import LoraInitError, Start, build_adapter, collect, initialize
-from lora_init.adapters import starts
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.providers import PROVIDERS
 from lora_init.adapters.starts import STARTS, buildable, changes_base, find_start, load_function, start_names
@@ -47,27 +46,8 @@ def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights()
 
 
 @pytest.fixture
-def packages(monkeypatch):
-    """Pretend that packages with these starts are installed: name to a `Start`, or to an exception; some twice."""
-
-    def install(*twice, **made):
-        class Entry(EntryPoint):
-            def load(self):
-                if isinstance(made[self.name], BaseException):
-                    raise made[self.name]
-                return made[self.name]
-
-        entries = [Entry(name, "theirs:START", starts.ENTRY_POINTS) for name in [*made, *twice]]
-        monkeypatch.setattr(starts, "entry_points", lambda group: entries if group == starts.ENTRY_POINTS else [])
-        forget()
-
-    def forget():
-        for cached in (starts._of_packages, starts._load, starts._warn_of_theirs):
-            cached.cache_clear()
-
-    yield install
-    monkeypatch.undo()
-    forget()
+def packages(installed):
+    return partial(installed, "lora_init.starts")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +118,7 @@ def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_e
         find_start("ends")
     with pytest.raises(LoraInitError, match=r"start 'broken' of an unknown package cannot be imported: Imp"):
         build_adapter(stats, RANK, "broken")
-    with pytest.raises(LoraInitError, match=r"start 'odd' .*: theirs:START is no lora_init.Start with a function"):
+    with pytest.raises(LoraInitError, match=r"start 'odd' .*: theirs:THING is no lora_init.Start with a function"):
         initialize(tiny_llama(), batches_for("llama"), method="odd")
     with pytest.raises(LoraInitError, match=r"method='evva' is unknown. Did you mean eva"):
         build_adapter(stats, RANK, "evva")

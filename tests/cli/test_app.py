@@ -30,7 +30,7 @@ from lora_init.errors import LoraInitError
 from lora_init.loading.examples import FORMATS
 from lora_init.loading.models import open_model
 from lora_init.loading.sources import FILE_TYPES
-from lora_init.planning.policies import POLICIES
+from lora_init.planning.policies import policy_names
 from lora_init.planning.snippets import TOOLS, snippet
 from lora_init.serving.engines import ENGINES, find_engine
 from tests.commands import assert_one_line_error, run
@@ -93,7 +93,7 @@ def test_a_mistyped_choice_is_answered_with_the_closest():
     [
         (init, "method", [*buildable(), FROM_BANK]),
         (Reading, "format", FORMATS),
-        (ranks, "policy", POLICIES),
+        (ranks, "policy", policy_names()),
         (ranks, "tool", TOOLS),
     ],
 )

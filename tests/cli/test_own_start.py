@@ -1,4 +1,4 @@
-"""examples/own_start: a start in a package of its own works in every command and in Python."""
+"""examples/own_start: a start and a policy in a package of its own work in every command and in Python."""
 
 import json
 import subprocess
@@ -26,13 +26,14 @@ for words in {commands}:
 
 @pytest.mark.slow
 def test_the_package_of_the_examples_installs_and_works_everywhere(home, tmp_path, monkeypatch):
-    own, adapter, runs = tmp_path / "own", str(tmp_path / "adapter"), str(tmp_path / "runs")
+    own, adapter, runs, file = tmp_path / "own", *(str(tmp_path / name) for name in ("adapter", "runs", "stats"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(own), str(EXAMPLES / "own_start")], check=True)
     model, text = str(home / "model"), str(home / "text.txt")
     short = ["--steps=2", "--seeds=2", "--learning-rates=1e-3", "--report-samples=8", "--selection-samples=4"]
     commands = [
-        ["init", model, text, "-o", adapter, "--rank", "3", "--rho", "1", "--method", "tail"],
+        ["init", model, text, "-o", adapter, "--rank", "3", "--rho", "1", "--method", "tail", "--statistics", file],
+        ["ranks", file, "--rank", "2", "--max-rank", "3", "--policy", "spread"],
         ["inspect", adapter],
         ["compare", model, text, "-o", runs, "--starts", "random,tail", "--rank", "2", "--max-length", "16", *short],
     ]
@@ -40,6 +41,6 @@ def test_the_package_of_the_examples_installs_and_works_everywhere(home, tmp_pat
     program = PROGRAM.format(commands=commands)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     ended = [line for line in done.stdout.splitlines() if line.startswith(("CODE", "OUTSIDE"))]
-    assert ended == ["OUTSIDE True", "CODE init 0", "CODE inspect 0", "CODE compare 0"], done.stderr
+    assert ended == ["OUTSIDE True", "CODE init 0", "CODE ranks 0", "CODE inspect 0", "CODE compare 0"], done.stderr
     assert "tail (own-start 0.1.0)" in done.stdout  # inspect
     assert json.loads((Path(runs) / "settings.json").read_text())["packages"] == {"tail": "own-start 0.1.0"}

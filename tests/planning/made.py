@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lora_init.layers.targets import Target, find_targets
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.planning.policies import POLICIES
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics
 from tests.conftest import tiny_llama
@@ -17,6 +18,7 @@ from tests.conftest import tiny_llama
 # Plans take a millisecond, but two cores are shared: no deadline.
 laws = settings(deadline=None, max_examples=60)
 QKV = ("q_proj", "k_proj", "v_proj")
+PLAIN = [name for name, policy in POLICIES.items() if not policy.by_gradient]
 WIDE = [[0.2, 0.1, 0.05, 0.02]] * 3
 
 

@@ -15,10 +15,10 @@ from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.budgets import parse_count
-from lora_init.planning.policies import POLICIES
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
 from tests.planning.made import (
+    PLAIN,
     QKV,
     WIDE,
     cumulative,
@@ -30,8 +30,6 @@ from tests.planning.made import (
     vectors,
     widths3,
 )
-
-PLAIN = [name for name, policy in POLICIES.items() if not policy.by_gradient]
 
 # --- EVA's rule -----------------------------------------------------------------------------------------------------
 
@@ -458,8 +456,9 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(variance=0.9, coverage="some"), "coverage='some' is unknown"),
         (dict(policy="best"), "policy='best' is unknown. Choose from uniform, eva"),
         (dict(policy=lambda n, s: [1, math.nan, 1, 1]), r"layer 'h.0.up': .* shape \(4,\), 3 of them finite"),
-        (dict(policy=lambda n, s: [1, 2]), r"shape \(2,\), 2 of them finite. It must return 4 finite numbers"),
-        (dict(policy=lambda n, s: "no"), "the policy failed, or returned no numbers"),
+        (dict(policy=lambda n, s: [1, 2]), r"shape \(2,\), 2 of them finite. Expected finite ones of shape \(4,\)"),
+        (dict(policy=lambda n, s: "no"), "layer 'h.0.up': the policy raised ValueError: could not"),
+        (dict(policy=lambda s: 1), r"takes \(s\), and is called with \(name, spectrum\)"),
         (dict(min_rank=3, max_rank=2), r"a layer has no possible rank: 'h.0.up' \(min_rank=3, max_rank=2; at most 4\)"),
         (dict(min_rank=6), r"no possible rank: 'h.0.up' \(min_rank=6; at most 4\).* the components collected"),
         (dict(rank=2, rho=1, min_rank=3), r"\(min_rank=3; at most 2\).* rho x average rank allow. Relax"),

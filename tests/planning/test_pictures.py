@@ -18,7 +18,7 @@ from lora_init.planning.pictures import (
     totals_against_uniform,
     uniform_twin,
 )
-from tests.planning.made import llama_like
+from tests.planning.made import PLAIN, llama_like
 
 # --- Numbers behind the pictures ------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def test_budget_curves_are_plans_within_the_limits_and_meet_the_plan():
     stats = llama_like(3)
     plan = allocate_ranks(stats, parameters=4000, max_rank=6)
     curves = budget_curves(plan, stats)
-    assert list(curves) == ["uniform", "eva", "cost-aware", "proportional"]
+    assert list(curves) == PLAIN
     for curve in curves.values():
         assert len(curve) > 5 and list(curve) == sorted(curve)
     for parameters, share in curves["eva"].items():
@@ -72,9 +72,7 @@ def test_the_figure_has_a_cell_for_each_layer_a_panel_for_each_kind_and_a_line_f
         assert all(len(line.get_xdata()) == 9 and line.get_ydata()[0] == 0.0 for line in axes.lines[::2])
     ends = [(line.get_xdata()[0], line.get_ydata()[0]) for line in panels[0].lines[1::2]]
     assert ends == [(rank, pytest.approx(plan.explained[name])) for name, rank in plan.items() if "q_proj" in name]
-    assert [line.get_label().split(":")[0] for line in curve.lines] == [
-        "uniform", "eva", "cost-aware", "proportional", "this plan",
-    ]  # fmt: skip
+    assert [line.get_label().split(":")[0] for line in curve.lines] == [*PLAIN, "this plan"]
     assert curve.lines[-1].get_xdata()[0] == plan.parameters
     caption = " ".join(figure.get_supxlabel().split())
     assert "policy eva, budget rank=4" in caption and "some/model on some data: 500 rows in 5 batches" in caption

@@ -1,0 +1,85 @@
+"""What other packages bring by entry points: starts and policies. None is imported before it is used.
+
+Importing this file imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
+from typing import Any, NamedTuple
+
+from lora_init.errors import LoraInitError, first_line
+
+
+class Group(NamedTuple):
+    """A group of entry points."""
+
+    name: str  # such as "lora_init.starts"
+    kind: str  # what one is called in messages
+
+    def entries(self) -> dict[str, list[EntryPoint]]:
+        """Return what is installed, by name."""
+        return _entries(self.name)
+
+    @contextmanager
+    def loading(self, name: str) -> Iterator[tuple[EntryPoint, str]]:
+        """Yield the entry point of a name, and how messages call it; what fails in the block becomes one line.
+
+        Raises:
+            LoraInitError: Several packages have it, or the block failed.
+        """
+        entry, *others = self.entries()[name]
+        where = f"{self.kind} {name!r} of {package_of(entry)}"
+        if others:
+            raise LoraInitError(f"{where} is also in {', '.join(map(package_of, others))}. Uninstall all but one.")
+        try:
+            yield entry, where
+        except (LoraInitError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a module may call sys.exit
+            raise LoraInitError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+
+    def warn_of(self, name: str) -> None:
+        """Warn once of those that cannot be had, since their name is ours."""
+        _warn_of(self, name)
+
+
+@functools.cache
+def _entries(group: str) -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=group):
+        found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+@functools.cache
+def _warn_of(group: Group, name: str) -> None:
+    for entry in group.entries().get(name, ()):
+        text = f"{group.kind} {name!r} of {package_of(entry)} is not used: this name is lora_init's own."
+        warnings.warn(text, stacklevel=4)
+
+
+def package_of(entry: EntryPoint) -> str:
+    """Return name and version of the package that an entry point is in."""
+    return "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+
+
+def check_takes(function: Callable[..., Any], where: str, *arguments: str) -> None:
+    """Check that a function can be called with these arguments, by position.
+
+    Raises:
+        LoraInitError: It cannot; names what it is called with.
+    """
+    try:
+        taken = signature(function)
+    except (TypeError, ValueError):  # some that are written in C do not say
+        return
+    try:
+        taken.bind(*arguments)
+    except TypeError as error:
+        raise LoraInitError(f"{where} takes {taken}, and is called with ({', '.join(arguments)}).") from error
