@@ -44,11 +44,7 @@ def explain(error: BaseException) -> str:
 
 
 def require(*libraries: str) -> None:
-    """Check, before the work, that libraries of `EXTRAS` are installed.
-
-    Raises:
-        LoraInitError: Some are not; names all of them and the extras that install them.
-    """
+    """Check, before the work, that libraries of `EXTRAS` are installed."""
     missing = [name for name in libraries if find_spec(name) is None]
     if missing:
         raise LoraInitError(_how_to_install(*missing))
@@ -63,11 +59,7 @@ def _how_to_install(*libraries: str) -> str:
 
 
 def require_version(library: str, release: str, what: str) -> None:
-    """Check, before the work, that a library is as new as one feature needs, such as `"0.19"`.
-
-    Raises:
-        LoraInitError: It is older.
-    """
+    """Check, before the work, that a library is as new as one feature needs, such as `"0.19"`."""
     found = version(library)
     if [int(part) for part in found.split(".")[:2]] < [int(part) for part in release.split(".")]:
         raise LoraInitError(f"{what} needs {library} {release} or newer, and {found} is installed.")

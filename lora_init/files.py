@@ -120,10 +120,6 @@ def locked(path: Path, remedy: str) -> Iterator[None]:
     """Keep other processes that ask for the same file or directory out; they get a line that says who has it.
 
     The kernel holds the lock, so it goes with the process, however that ends.
-
-    Raises:
-        LoraInitError: Another process has it; `remedy` is what to do then.
-        OSError: The lock file cannot be written.
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     holder = ""
@@ -156,11 +152,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it. A crash or Ctrl-C leaves the old file or the new one.
-
-    Raises:
-        OSError: The file cannot be written; no temporary file is left.
-    """
+    """Write a file under a temporary name, then rename it. A crash or Ctrl-C leaves the old file or the new one."""
     with new_file(path) as fresh, fresh.open("wb") as file:
         file.write(content)
         file.flush()
@@ -173,9 +165,6 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
 
     An existing empty directory is used. An existing directory with content is replaced only if `overwrite`, and only if
     it has a file named `marker` and nothing but files named in `replaceable`, so that no checkpoint is lost to a typo.
-
-    Raises:
-        LoraInitError: The directory exists and may not be replaced, or cannot be written (no space, no permission).
     """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
@@ -255,11 +244,7 @@ def is_as_written(directory: Path, record: str) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON that may come from elsewhere: what a terminal would obey becomes a sign that it shows.
-
-    Raises:
-        ValueError: It is no JSON, or nested too deeply.
-    """
+    """Parse JSON that may come from elsewhere: what a terminal would obey becomes a sign that it shows."""
     try:
         return _shown(json.loads(text))
     except RecursionError as error:
@@ -275,11 +260,7 @@ def _shown(value: Any) -> Any:
 
 
 def read_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
-    """Make a dataclass of values from JSON; those that it does not know, of other versions, are left alone.
-
-    Raises:
-        ValueError: One is of another type.
-    """
+    """Make a dataclass of values from JSON; those that it does not know, of other versions, are left alone."""
     hints = get_type_hints(kind)
     for name, hint in hints.items():
         if name in values and not is_of(values[name], hint):

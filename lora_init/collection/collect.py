@@ -411,12 +411,7 @@ def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
 
 
 def _earlier(job: _Job) -> Statistics | None:
-    """Read the file of an earlier pass, if it is there and this pass is to use it.
-
-    Raises:
-        LoraInitError: It is of another model.
-        OtherSettingsError: It is of other data or other settings.
-    """
+    """Read the file of an earlier pass, if it is there and this pass is to use it."""
     file, ours = job.file, job.settings
     if file is None or job.overwrite or not file.exists():
         return None

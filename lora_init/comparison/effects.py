@@ -43,15 +43,12 @@ class Effect:
 
 
 def unlike_spreads(losses: pd.DataFrame) -> dict[str, float]:
-    """Find the starts whose losses scatter more over the seeds than those of the others do.
+    """Find starts whose losses scatter more over the seeds than the others': how many times the usual deviation.
 
     A start's spread is the variance over the seeds of its distance to the median of the others with the same seed, so
     that what a seed does to all starts does not count, nor what one of the others did. It is unlike if its ratio to the
     median spread of the others is above the F quantile of 99 %. Seeds with fewer than four starts have no part: of so
     few, nobody can tell which one scattered.
-
-    Returns:
-        Their standard deviations as multiples of the usual one.
     """
     from scipy.stats import chi2, f
 
@@ -81,13 +78,8 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
     1,500 comparisons of five seeds that `benchmarks.power` draws, in 5.7 % with eight, and in 5.6 % with five seeds and
     equal noise.
 
-    Args:
-        losses: A row for each start, a column for each seed; NaN where there is no run.
-        reference: Its row.
-        confidence: With which all intervals are right together.
-
-    Returns:
-        An effect for each start that shares at least two seeds with the reference.
+    `losses` has a row for each start and a column for each seed, NaN where there is no run. A start that shares fewer
+    than two seeds with the reference has no effect. All intervals are right together with `confidence`.
     """
     from scipy.stats import sem, t
 

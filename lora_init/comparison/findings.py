@@ -421,12 +421,7 @@ class Summary:
 
 
 def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) -> Summary:
-    """Collect what the runs show, whether they are all there or only some.
-
-    Args:
-        records: Content of the files of the runs.
-        settings: Content of `settings.json`.
-    """
+    """Collect what the runs show, whether they are all there or only some; `settings` is what `settings.json` says."""
     table = run_table(records, settings.get("starts") or [])
     judged = verdicts(table)
     timed = equal_time(table, judged)

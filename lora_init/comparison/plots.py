@@ -95,11 +95,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def difference_figure(summary: Summary) -> Figure:
-    """Draw the differences alone.
-
-    Raises:
-        LoraInitError: There is none yet.
-    """
+    """Draw the differences alone."""
     require("matplotlib")
     compared = sum(verdict.mean is not None for verdict in summary.verdicts)
     if not compared:

@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 
 def write_report(directory: str | Path) -> list[Path]:
-    """Write report.html, report.md and the pictures into the directory of a comparison, from what ended so far.
-
-    Returns:
-        The files.
-
-    Raises:
-        LoraInitError: settings.json is missing or damaged.
-        OSError: A file can't be written.
-    """
+    """Write report.html, report.md and the pictures into the directory of a comparison, from what ended so far."""
     directory = Path(directory).expanduser()
     settings = read_settings(directory)
     summary = summarise(read_runs(directory), settings)
@@ -53,14 +45,7 @@ def write_report(directory: str | Path) -> list[Path]:
 
 
 def describe_directory(path: str | Path) -> dict[str, Any]:
-    """Describe the directory of a comparison: from which model and data it is, how far it is, what it found.
-
-    Returns:
-        Plain values that `json.dumps` takes.
-
-    Raises:
-        LoraInitError: It is no directory of a comparison, one of an older version, or damaged.
-    """
+    """Return as plain values from which model and data a comparison is, how far it is, and what it found."""
     path = Path(path).expanduser()
     settings = read_settings(path)
     summary = summarise(read_runs(path), settings)

@@ -90,10 +90,8 @@ class RunPlan:
     def compared(self, ranks_cost_the_same: bool) -> list[Variant]:
         """List the starts, and after them the same with what makes them comparable.
 
-        Args:
-            ranks_cost_the_same: Whether a rank costs as many parameters in one layer as in another; if not, starts that
-                move ranks, or train no A, are also run at the parameter count of the random start; those that are there
-                as they are recommended are not.
+        Where a rank costs more parameters in one layer than in another, starts that move ranks, or train no A, are also
+        run with as many as `random` has; those that are there as they are recommended are not.
         """
         changed = [start for start in self.starts if start not in self.recommended]
         equal = [start for start in changed if start.differs_in_parameters(ranks_cost_the_same)]
@@ -202,19 +200,12 @@ _COLUMNS = [
 
 
 def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataFrame:
-    """Arrange runs as the table that findings, tables and pictures are read from.
+    """Arrange runs as the table that findings, tables and pictures are read from: a row for each run.
 
-    Args:
-        records: Content of the files of the runs.
-        starts: Their order. Random comes first in any case, and a start that is scaled or resized after itself, few
-            batches before many.
-
-    Returns:
-        A row for each run, by start, rate and seed. Columns are those of `RunRecord`, its metrics, and: `base`,
-        `any_batches` and `batches` of the start's `Variant`, 0 where it has no number of its own; `first_loss` and
-        `loss`, the final loss to report (NaN unless finished); `retained_before`, `retained_after`, and `rise`, the
-        difference; `counts`, whether the run finished at a rate with no unstable run; `best`, whether it also is at the
-        start's best rate, which is chosen by the mean loss on the examples to select by.
+    Rows go by start (random first, then as in `starts`, each before what is scaled or resized of it), rate and seed.
+    Columns are those of `RunRecord`, its metrics, what its `Variant` says, and what is computed here: `loss` is the
+    final one to report, NaN unless finished; `counts` is whether no run of that rate was unstable; `best` whether the
+    rate is also the start's best, by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
     bases = [RANDOM, *(Variant(start).base for start in starts), *(row["base"] for row in rows)]
@@ -309,12 +300,7 @@ class RunDirectory:
     records: dict[Run, Record]  # the runs that ended
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Keep a run that ended; it is on the disk, whole, when this returns.
-
-        Raises:
-            LoraInitError: Another run of its seed saw other data: the two cannot be compared.
-            OSError: It cannot be written; the other runs are as they were.
-        """
+        """Keep a run that ended; it is on the disk, whole, when this returns."""
         run = Run.of(record)
         for other, theirs in self.records.items():
             finished = record["status"] == theirs["status"] == "finished"
@@ -331,13 +317,7 @@ class RunDirectory:
 
 @contextmanager
 def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
-    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile.
-
-    Raises:
-        LoraInitError: The directory has runs with other settings, holds something else, or is in use by another
-            process.
-        OSError: It cannot be written.
-    """
+    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
     path.mkdir(parents=True, exist_ok=True)
     # Names with a dot are those of the lock, and of temporary files that a kill has left.
     others = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {RUNS}
@@ -358,22 +338,14 @@ def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]
 
 
 def peek(path: Path, settings: Mapping[str, Any]) -> dict[Run, Record]:
-    """Read the runs in a directory, if there are any, and change nothing.
-
-    Raises:
-        LoraInitError: They have other settings, or are damaged.
-    """
+    """Read the runs in a directory, if there are any, and change nothing."""
     if (path / SETTINGS_FILE).exists():
         _check_same(path, read_settings(path), json.loads(json.dumps(settings)))
     return {Run.of(record): record for record in read_runs(path)}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read `settings.json`.
-
-    Raises:
-        LoraInitError: It is missing or no JSON object, or the directory is of an older version.
-    """
+    """Read `settings.json`."""
     if not (path / SETTINGS_FILE).exists():
         raise LoraInitError(f"{path / SETTINGS_FILE}: no such file. Name the directory of a comparison.")
     content = read_json(path / SETTINGS_FILE)
@@ -390,9 +362,6 @@ def read_runs(path: Path) -> list[Record]:
     """Read the runs of a directory: those in `runs.jsonl`, in its order, then the files in `runs`, by name.
 
     Of two records of a run the one in `runs` counts: it is the later one.
-
-    Raises:
-        LoraInitError: A file or a line is not a run.
     """
     packed = path / PACKED
     lines = packed.read_bytes().splitlines() if packed.exists() else []

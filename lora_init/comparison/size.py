@@ -77,9 +77,7 @@ class AskedSize:
 def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget: RunBudget, is_open: bool) -> Size:
     """Return the largest size that comes to an answer in the time that is left.
 
-    Raises:
-        LoraInitError: The least takes longer. If the steps were asked for, that size is returned all the same: its runs
-            may be done in several calls.
+    If the least takes longer it is refused, unless the steps were asked for: its runs may be done in several calls.
     """
     for size in SIZES:
         needed = _seconds_to_answer(*lay_out(size), size.seeds, pace)

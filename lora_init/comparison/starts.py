@@ -121,15 +121,6 @@ class Variant(str):
 
     Names are read once, where they come in: from a caller, a directory, a table. One that is unknown is the user's own.
 
-    Attributes:
-        base: The part that names the start.
-        ways: All that follows a plus.
-        alpha: lora_alpha of its own, if it has one.
-        batches: Number of batches for its statistics, if it has one of its own.
-        steps: How long it is trained, if it is not as long as all others.
-        recipe: How `build_adapter` makes it; None for a start that is made otherwise, or that is the user's own.
-        start: None if it is the user's own.
-
     Example:
         >>> one = Variant("eva+32-alpha+matched-scale")
         >>> one.base, one.alpha, one.matched_scale
@@ -140,11 +131,13 @@ class Variant(str):
 
     def __init__(self, name: str) -> None:
         self.base = _WAYS.sub("", name)
-        self.ways = tuple(name[len(self.base) :].split("+")[1:])
+        self.ways = tuple(name[len(self.base) :].split("+")[1:])  # all that follows a plus
         numbers = {kind: int(n) for n, _, kind in (way.partition("-") for way in self.ways) if n.isdecimal()}
-        self.alpha, self.batches, self.steps = map(numbers.get, ("alpha", "batches", "steps"))
+        self.alpha, self.batches, self.steps = map(numbers.get, ("alpha", "batches", "steps"))  # of its own
         known = self.base in compared_names()
-        self.recipe: Recipe | None = find_recipe(self.base) if known else None
+        self.recipe: Recipe | None = (
+            find_recipe(self.base) if known else None
+        )  # None if `build_adapter` does not make it
         self.start: Start | None = self.recipe.start if self.recipe else find_start(self.base) if known else None
 
     def __reduce__(self) -> tuple[type[Variant], tuple[str]]:
@@ -233,11 +226,7 @@ def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Varian
 
 
 def read_start(start: str | OwnStart) -> Variant:
-    """Read the name of a start, or that of a pair of one's own.
-
-    Raises:
-        LoraInitError: There is no such start, with the closest name; it cannot be run so; or one's own has no new name.
-    """
+    """Read the name of a start, or that of a pair of one's own."""
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
         asked = Variant(name if isinstance(name, str) else "")
@@ -261,12 +250,7 @@ def read_start(start: str | OwnStart) -> Variant:
 
 
 def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bool) -> None:
-    """Check that starts can have a base that is quantized, or is not.
-
-    Raises:
-        LoraInitError: One corrects a quantized base, and this is in float; or one changes weights that are quantized;
-            or one needs the float weights.
-    """
+    """Check that starts can have a base that is quantized, or is not."""
     for start, known in ((one, one.start) for one in starts if one.start):
         full = start.base == FULL
         corrects = known.by_error or (is_quantized and known.corrects_quantized)
@@ -331,8 +315,7 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
     ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal. Several may follow.
 
-    Raises:
-        LoraInitError: The start does not apply to this model; the model is as it was.
+    If a start does not apply, the model is as it was.
     """
     recipe, put = asked.recipe, _BY_MAKER[asked.start.made_by] if asked.start else _put_own
     if asked.start and asked.start.corrects_quantized and basis.errors is not None:
@@ -484,12 +467,7 @@ def _put_correction(asked: Variant, basis: Basis, stats: Statistics) -> tuple[Pe
 
 
 def _put_by_peft(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
-    """Start the adapter by PEFT, which changes the model's weights.
-
-    Raises:
-        LoraInitError: The start does not apply: layers that PEFT would start otherwise without a word, a package or a
-            device that is missing, or what PEFT says.
-    """
+    """Start the adapter by PEFT, which changes the model's weights."""
     from peft import get_peft_model
 
     assert asked.start is not None

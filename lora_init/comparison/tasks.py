@@ -176,9 +176,6 @@ def load_task(
 
     So more training moves neither. Rows are read as by `load_batches`. Of rows with the same tokens the first counts,
     and a row whose prompt is in a fold before is left out: the model would have seen the question that it is scored by.
-
-    Raises:
-        LoraInitError: Too few rows, missing columns, labels that are no classes, or what `load_batches` raises.
     """
     for option in ("selection_samples", "report_samples"):
         value = getattr(asked, option)

@@ -348,11 +348,7 @@ def set_up(
     starts: Sequence[Variant] = (),
     folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:
-    """Read the data, load the model in the class that the task needs, and put both on a `Workbench`.
-
-    Raises:
-        LoraInitError: Data or model cannot be read, or one does not suit the other.
-    """
+    """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     source.check_quantized(options.quantize)

@@ -183,11 +183,7 @@ class RayActor:
 
 
 def find_workers(make: Callable[[], Workbench], count: int | None, ray: str | None) -> list[Worker]:
-    """Start with Ray where an address is given, else processes.
-
-    Raises:
-        LoraInitError: Ray has no cluster there, or a start cannot be sent to another process.
-    """
+    """Start with Ray where an address is given, else processes."""
     if ray is None:
         try:
             pickle.dumps(make)

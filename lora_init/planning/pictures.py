@@ -30,22 +30,14 @@ FORMATS = {".png": "PNG picture", ".svg": "SVG picture", ".html": "HTML page"}
 
 
 def picture_kind(path: Path) -> str:
-    """Return what kind of file a picture's name asks for.
-
-    Raises:
-        LoraInitError: None that can be written.
-    """
+    """Return what kind of file a picture's name asks for."""
     if path.suffix.lower() not in FORMATS:
         raise LoraInitError(f"{path}: pictures are written as {', '.join(FORMATS)}. Name the file so.")
     return FORMATS[path.suffix.lower()]
 
 
 def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> Path:
-    """Draw a plan: heat map of ranks, spectra with the ranks marked, and what other budgets and policies explain.
-
-    Raises:
-        LoraInitError: Another ending, a plan for another model, or a file that cannot be written.
-    """
+    """Draw a plan: heat map of ranks, spectra with the ranks marked, and what other budgets and policies explain."""
     require("matplotlib")
     import matplotlib
 

@@ -244,11 +244,7 @@ def _plain(value: Any) -> Any:
 
 
 def save_plan(plan: RankAllocation, path: str | Path) -> Path:
-    """Write a plan to a JSON file. A crash leaves the old file or none, never half a one.
-
-    Raises:
-        LoraInitError: The directory does not exist, or cannot be written to; or a plan made by hand, without widths.
-    """
+    """Write a plan to a JSON file. A crash leaves the old file or none, never half a one."""
     path = Path(path).expanduser()
     text = json.dumps(plan_to_dict(plan), indent=1, ensure_ascii=False) + "\n"
     try:
@@ -259,11 +255,7 @@ def save_plan(plan: RankAllocation, path: str | Path) -> Path:
 
 
 def load_plan(path: str | Path) -> RankAllocation:
-    """Read a plan. Whether it fits a model is checked when it is used, by `RankAllocation.check`.
-
-    Raises:
-        LoraInitError: No such file, not a plan, a newer version, or damaged.
-    """
+    """Read a plan. Whether it fits a model is checked when it is used, by `RankAllocation.check`."""
     path = Path(path).expanduser()
     try:
         content = read_json(path)

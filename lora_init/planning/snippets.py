@@ -43,10 +43,6 @@ def snippet(
     """Write a plan as what a tool of `TOOLS` reads; all layers are scaled by lora_alpha over the average rank.
 
     `recommended` and `advice` are as in `Snippet`; the plan is or will be saved at `plan_path`.
-
-    Raises:
-        LoraInitError: Unknown tool; an alpha that is not positive, or for axolotl one that is not whole for every rank;
-            a plan without ranks; or for JSON and CSV, a plan made by hand, without widths.
     """
     from lora_init.planning.lora_config import scaling_of
     from lora_init.planning.plan import plan_text, source_text

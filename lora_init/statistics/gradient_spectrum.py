@@ -175,11 +175,7 @@ class MeanGradient:
         self._pending = _State(outputs, inputs, left, right, squares, state.n_samples + len(g), n_chosen)
 
     def check_batch(self) -> None:
-        """Refuse what was projected since the last `update` if it has NaN or inf.
-
-        Raises:
-            LoraInitError: It has; it is dropped.
-        """
+        """Refuse what was projected since the last `update` if it has NaN or inf."""
         new = self._pending
         if new is not None and not bool(torch.isfinite(new.squares.sum() + new.left.sum() + new.right.sum())):
             self.forget_batch()

@@ -21,11 +21,7 @@ from lora_init.files import parse_json, write_whole
 def write_tensors(
     path: str | Path, kind: str, version: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Path:
-    """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one.
-
-    Raises:
-        LoraInitError: The file cannot be written (no space, no permission, a directory of that name).
-    """
+    """Write tensors and a header under a temporary name, then rename: a crash leaves the old file or the new one."""
     path = Path(path).expanduser()
     text = json.dumps({**header, "digests": {name: _digest(tensor) for name, tensor in tensors.items()}})
     metadata = {"format": kind, "version": str(version), "header": text, "sha256": _sha256(text.encode())}
@@ -43,9 +39,6 @@ class TensorFile:
     """A file from `write_tensors`, opened; its header is checked now, each tensor when it is read.
 
     The file stays mapped: another file renamed over it does not reach this object.
-
-    Raises:
-        LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
     """
 
     def __init__(self, path: str | Path, kind: str, *versions: int) -> None:
@@ -78,11 +71,7 @@ class TensorFile:
             raise self.changed("its header")
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            LoraInitError: It is missing, or not what was written.
-        """
+        """Read one tensor."""
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
