@@ -136,7 +136,7 @@ def below_between(study: str, start: str, of: str = RANDOM) -> tuple[float, floa
 
 def detectable(study: str, *names: str, of: str = RANDOM) -> Any:
     """Give the smallest difference to another start that the runs could have shown."""
-    return _each(names, lambda start: 100 * _effect(study, start, of).showable)
+    return _each(names, lambda start: 100 * _effect(study, start, of).detectable)
 
 
 def closed(study: str, start: str) -> float:

@@ -97,7 +97,7 @@ def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str]
     rival, bound = (best, careful[best].high) if careful and careful[best].high < 0.0 else (RANDOM, 0.0)
     over, left = {}, {}
     for start, effect in careful.items():
-        known = usual[start].showable / float(losses.loc[RANDOM].mean())
+        known = usual[start].detectable / float(losses.loc[RANDOM].mean())
         if effect.low > bound:
             over[start] = f"{start} gets no more, as it cannot win any more against {rival}"
         elif precision is not None and known <= precision:

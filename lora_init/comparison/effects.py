@@ -28,7 +28,7 @@ class Effect:
     high: float
 
     @property
-    def showable(self) -> float:
+    def detectable(self) -> float:
         """The detectable difference: half the width of the interval."""
         return (self.high - self.low) / 2
 
@@ -105,7 +105,7 @@ def effects(losses: pd.DataFrame, reference: str, confidence: float = CONFIDENCE
 def detectable(n_starts: int, n_seeds: int) -> float | None:
     """Compute what difference to the reference can be shown, in standard deviations of a run; None with one seed.
 
-    It is the mean of `Effect.showable` if all runs are there and all starts scatter alike.
+    It is the mean of `Effect.detectable` if all runs are there and all starts scatter alike.
 
     Example:
         >>> [f"{detectable(2, n):.1f}" for n in (2, 3, 5)]

@@ -30,7 +30,7 @@ class Verdict:
     mean: float | None = None  # as `effects` estimates it; of one pair, that
     low: float | None = None  # ends of its interval; None with fewer than two pairs
     high: float | None = None
-    showable: float | None = None  # the detectable difference, half the width of the interval
+    detectable: float | None = None  # the detectable difference, half the width of the interval
     reference: float | None = None  # mean loss of random at its best rate, which per cents are of
     closed: float | None = None  # gain by that of full fine-tuning; None if the runs could not have shown the latter
     caveats: list[str] = field(default_factory=list)  # what changes the meaning
@@ -76,8 +76,8 @@ def _judge(
             mean=effect.mean,
             low=effect.low,
             high=effect.high,
-            showable=effect.showable,
-            closed=-effect.mean / left if left > effect.showable else None,
+            detectable=effect.detectable,
+            closed=-effect.mean / left if left > effect.detectable else None,
         )
     sentence = say("verdict", it=found, rates=best, lacking=lacking[-1] if lacking else None, left=left)
     return replace(found, sentence=sentence)
@@ -197,7 +197,7 @@ def headroom(table: pd.DataFrame, judged: Sequence[Verdict]) -> str:
         # There is none for a single seed.
         against=effects(losses.reindex([RANDOM, FULL]), RANDOM).get(FULL),
         left=left,
-        could=min((verdict.showable for verdict in judged if verdict.showable is not None), default=None),
+        could=min((verdict.detectable for verdict in judged if verdict.detectable is not None), default=None),
         # What a start has won was there to win, whatever full fine-tuning gains.
         won=any(verdict.outcome == "better" for verdict in judged),
         caveats=[] if math.isnan(left) else _caveats(table, FULL, {}),
@@ -215,7 +215,7 @@ def answer(
     better = sorted((verdict for verdict in judged if verdict.outcome == "better"), key=lambda one: one.mean or 0.0)
     lasting = [verdict for verdict in better if timed[verdict.start].outcome != "worse"]
     winner = next(iter([*lasting, *better]), None)
-    could = [verdict.showable / verdict.reference for verdict in judged if verdict.showable and verdict.reference]
+    could = [verdict.detectable / verdict.reference for verdict in judged if verdict.detectable and verdict.reference]
     start = winner.start if lasting and winner else RANDOM if could else None
     edges = {one: edge for one in dict.fromkeys([start, RANDOM]) if one and could and (edge := _edge(table, one))}
     rates, left = best_rates(table), forgotten(table)

@@ -194,7 +194,7 @@ def _draw_differences(axes: Any, summary: Summary, styles: Styles) -> None:
         face = "none" if verdict.low is None else color
         axes.plot([verdict.mean], [y], marker, color=color, markerfacecolor=face, markersize=6.5)
     # An interval that is far longer than usual leaves the picture, so that the others can be told apart.
-    usual = median([verdict.showable for verdict in verdicts if verdict.showable is not None] or [0.0])
+    usual = median([verdict.detectable for verdict in verdicts if verdict.detectable is not None] or [0.0])
     farthest = max(abs(pair) for verdict in verdicts for pair in verdict.differences.values())
     reach = 1.1 * max(4 * usual, farthest) or math.inf
     low, high = axes.get_xlim()

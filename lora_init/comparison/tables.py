@@ -59,12 +59,13 @@ def _differences(summary: Summary) -> pd.DataFrame:
                 "in per cent": percent(verdict.mean / verdict.reference, "+"),
                 "pairs": str(len(verdict.differences)),
             }
-        if verdict.low is not None and verdict.high is not None and verdict.showable is not None and verdict.reference:
-            row["interval"] = " to ".join(percent(end / verdict.reference, "+") for end in (verdict.low, verdict.high))
-            row["could be shown"] = percent(verdict.showable / verdict.reference)
+        low, high, detectable = verdict.low, verdict.high, verdict.detectable
+        if low is not None and high is not None and detectable is not None and verdict.reference:
+            row["interval"] = " to ".join(percent(end / verdict.reference, "+") for end in (low, high))
+            row["detectable"] = percent(detectable / verdict.reference)
         if verdict.closed is not None:
             row["of the headroom"] = share(verdict.closed)
-    columns = ["difference", "in per cent", "interval", "could be shown", "of the headroom", "pairs", "verdict"]
+    columns = ["difference", "in per cent", "interval", "detectable", "of the headroom", "pairs", "verdict"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 

@@ -29,7 +29,7 @@ def test_what_can_be_shown_is_known_before_any_run(n_starts, n_seeds):
     losses = layout(np.random.default_rng(3), n_seeds).iloc[: n_starts + 1]
     residuals = losses - losses.mean() - losses.mean(axis=1).to_numpy()[:, None] + losses.to_numpy().mean()
     noise = np.sqrt(np.square(residuals.to_numpy()).sum() / (n_starts * (n_seeds - 1)))
-    found = effects(losses, "random")["a"].showable / noise
+    found = effects(losses, "random")["a"].detectable / noise
     assert detectable(n_starts, n_seeds) == pytest.approx(found, rel=5e-3)  # of the critical value
     assert detectable(n_starts, 1) is None
 

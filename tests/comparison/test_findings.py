@@ -56,14 +56,14 @@ def test_a_planted_winner_a_loser_and_a_tie():
         "3 compared with random: 1 better, 1 worse, 1 no difference shown. Runs: 48 finished."
     )
     row = cells(summary, "differences", "eva")
-    assert row["verdict"] == "better" and row["pairs"] == "3" and row["could be shown"].endswith(" %")
+    assert row["verdict"] == "better" and row["pairs"] == "3" and row["detectable"].endswith(" %")
 
 
 def test_a_difference_inside_the_interval_wins_nothing_however_large():
     found = judged((0.10, 0.19, 0.21), (0.2, 0.2, 0.2))
     assert found.outcome == "no difference shown"
     assert "16.7 % lower" in found.sentence and "better" not in found.sentence
-    assert found.showable > abs(found.mean)
+    assert found.detectable > abs(found.mean)
 
 
 def test_each_start_is_compared_at_its_own_best_rate():
