@@ -122,3 +122,22 @@ def test_names_of_starts_are_read_where_they_come_in():
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         read[file.name] = sum("Variant" in map(ast.unparse, (call.func, *call.args)) for call in calls)
     assert sum(read.values()) <= 17
+
+
+def words(tree):
+    """Return the strings of some length, as no regular expression."""
+    found = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return {re.sub(r"\\(.)", r"\1", text) for text in found if len(text) >= 25 and text.count(" ") >= 4}
+
+
+def test_the_wording_of_a_message_is_pinned_by_one_test():
+    """Other tests match what was got and expected, so that a sentence can be made better in two places."""
+    said = "\n".join(text for file in PACKAGE.rglob("*.py") for text in words(ast.parse(file.read_text())))
+    pinned = {}
+    for file in Path(__file__).parent.rglob("test_*.py"):
+        for test in ast.walk(ast.parse(file.read_text())):
+            for text in words(test) if isinstance(test, ast.FunctionDef) else ():
+                if text in said:
+                    pinned.setdefault(text, set()).add(f"{file.name}::{test.name}")
+    assert len(pinned) > 50
+    assert {text: tests for text, tests in pinned.items() if len(tests) > 1} == {}

@@ -411,7 +411,7 @@ def test_what_cannot_be_built_is_said(case, options, message):
 
 def test_statistics_without_gradients_are_refused():
     stats = collect(tiny_llama(), labelled("llama"), rank=RANK)
-    with pytest.raises(LoraInitError, match=r"no gradients. Collect them with gradients=True"):
+    with pytest.raises(LoraInitError, match="no gradients"):
         build_adapter(stats, RANK, "eva-grad")
     for policy in ("gradient", "gradient-per-parameter", "gora"):
         with pytest.raises(LoraInitError, match="no gradients"):

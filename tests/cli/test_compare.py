@@ -138,7 +138,7 @@ def test_an_adapter_of_ones_own(command, home, tmp_path):
         (["--learning-rates", "-1e-3"], "--learning-rates [-0.001]: expected positive numbers"),
         (["--eval-points", "9"], "expected rising steps from 0 to 4"),
         (["--eval-points", "1.5"], "--eval-points '1.5': expected whole numbers"),
-        (["--label", "class"], "a classification has no completion: the class is what --label names."),
+        (["--label", "class"], "what --label names"),
         (["--batch-size", 500], "expected 500 or more"),
         (["--time", "2 weeks"], "--time '2 weeks': expected a duration such as 90s, 30m, 2h or 1h30m."),
         (["--time", "0s"], "--time 0.0: expected a number above zero"),

@@ -590,7 +590,7 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({2: "nowhere.jsonl"}, ["nowhere.jsonl", "no such file"]),
         ({2: "rows.jsonl"}, ["passage", "question"]),
         ({"--target-modules": "qproj"}, ["matches no layer", "'q_proj' (2 layers)"]),
-        ({"--target-modules": "(q"}, ["is not a regular expression"]),
+        ({"--target-modules": "(q"}, ["--target-modules", "(q"]),
         ({"--rank": "64"}, ["--rank 64", "input width 32"]),
         ({"--device": "quantum"}, ["device 'quantum' cannot be used here"]),
         ({"--device": "cuda:99"}, ["device 'cuda:99' cannot be used here"]),

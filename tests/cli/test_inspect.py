@@ -103,7 +103,7 @@ def test_inspect_what_is_neither(made, home, tmp_path):
     assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")
     assert_one_line_error(run("inspect", home / "text.txt"), "text.txt is neither statistics nor a plan")
     (tmp_path / "rows.json").write_text('{"text": "a"}')
-    assert_one_line_error(run("inspect", tmp_path / "rows.json"), "is not a plan of lora_init")
+    assert_one_line_error(run("inspect", tmp_path / "rows.json"), "not a plan")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert_one_line_error(run("inspect", tmp_path / "rows.jsonl"), "holds more than one JSON object, as data on")
     assert_one_line_error(run("inspect", home / "model" / "model.safetensors"), "model.safetensors")

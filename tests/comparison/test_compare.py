@@ -432,7 +432,7 @@ def test_a_dry_run_writes_nothing(home, tmp_path):
         (dict(starts=["random", "evva"]), "start 'evva' is unknown. Did you mean eva"),
         (dict(starts=[]), "expected names, each once"),
         (dict(starts=["eva", "random", "eva"]), "expected names, each once"),
-        (dict(starts=["random", ("eva", useless)]), "a pair is needed, of a new name and"),
+        (dict(starts=["random", ("eva", useless)]), "a new name"),
         (dict(starts=["random", ("mine", "nowhere")]), "start 'mine': nowhere is no adapter directory"),
         (dict(rank=700), "rank 700 is larger than the input width"),
         (dict(rank=700, dry_run=True), "rank 700 is larger than the input width"),

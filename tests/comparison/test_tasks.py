@@ -159,7 +159,7 @@ def test_fixed_options(home, tokenizer):
         (dict(label="passage"), "column 'passage' has 120 different values"),
         (dict(label="first", template="{passage} {first}"), "label='first' is a part of the text, which gives"),
         (dict(label="empty"), "column 'empty' has 0 different values"),
-        (dict(label="first", completion=" {first}"), "a classification has no completion"),
+        (dict(label="first", completion=" {first}"), "no completion"),
         (dict(label="first", options="listed"), "Give one of them"),
         (dict(options="listed", template=None), "needs a template"),
         (dict(options="options", template="{passage} {answer}"), "gives the answer away"),
