@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +63,7 @@ def export(
         from lora_init.serving.export import check_output, export_adapter
     for place in places:
         check_output(place, engine, overwrite)  # before a model is loaded
-    loaded = _load(directories[0], base) if data is not None or reduce_intruders else None
+    loaded = _load(directories, base) if data is not None or reduce_intruders else None
     batches = None
     if loaded is not None and data is not None:
         batches = load_batches(
@@ -109,11 +111,19 @@ def _places(directories: list[Path], output: Path, engine: str | None) -> dict[P
     return {root / f"{name}{suffix}": directory for name, directory in zip(names, directories, strict=True)}
 
 
-def _load(directory: Path, base: str | None) -> LoadedModel:
+def _load(directories: Sequence[Path], base: str | None) -> LoadedModel:
+    """Load the one base of adapters; those that cannot be read are left to `export_adapter`."""
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.loading.models import load_model
 
-    source = base or AdapterDirectory(directory).base
+    bases = set()
+    for directory in directories:
+        with suppress(LoraInitError):
+            bases.add(base or AdapterDirectory(directory).base)
+    if len(bases) > 1:
+        of = ", ".join(sorted(bases))
+        raise LoraInitError(f"--data and --reduce-intruders need one base, and the adapters are of {of}. Name --base.")
+    source = bases.pop() if bases else AdapterDirectory(directories[0]).base  # which raises
     with busy(f"loading {source}"):
         return load_model(source, dtype="float32")
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import FAILED, busy, importing, print_result
+from lora_init.cli.console import FAILED, busy, importing, in_words_of_the_command, print_result
 from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
-from lora_init.errors import LoraInitError
+from lora_init.cli.tables import facts
+from lora_init.errors import LoraInitError, explain
+
+if TYPE_CHECKING:
+    from lora_init.serving.verify import Verification
 
 UNKNOWN = 2  # the exit status where nothing is wrong that could be told
 # Asked where no data is given: what these begin with, word by word.
@@ -52,15 +57,37 @@ def verify(
     if model is not None and len(names) > 1:
         raise LoraInitError("--model names one adapter. Several are asked for under the names of their directories.")
     server, several = Server(url, api_key, timeout), len(names) > 1
-    served = {one: server.find(name, name if several else model, served_base) for one, name in names.items()}
+    failed: dict[Path, str] = {}
+
+    @contextmanager
+    def noting(directory: Path) -> Iterator[None]:
+        """Go on with the others where one of several fails."""
+        try:
+            yield
+        except LoraInitError as error:
+            if not several:
+                raise
+            failed[directory] = in_words_of_the_command(explain(error))
+
+    served: dict[Path, tuple[str, str | None]] = {}
+    sources: dict[Path, str] = {}
+    _ = server.models  # where it does not answer, there is nothing to go on with
+    for one, name in names.items():
+        with noting(one):
+            served[one] = server.find(name, name if several else model, served_base)
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import load_model
-        from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, verify
-    sources = {base or AdapterDirectory(directory).base for directory in names}
-    if len(sources) > 1:
-        raise LoraInitError(f"the adapters are of {', '.join(sorted(sources))}. Ask about those of one base at a time.")
-    source, any_name = sources.pop(), served[directories[0]][0]
+        from lora_init.serving.verify import AS_EXPORTED, AS_TRAINED, CANNOT_TELL, verify
+    for one in served:
+        with noting(one):
+            sources[one] = base or AdapterDirectory(one).base
+    if not sources:
+        raise LoraInitError(" ".join(dict.fromkeys(failed.values())))
+    if len({*sources.values()}) > 1:
+        of = ", ".join(sorted({*sources.values()}))
+        raise LoraInitError(f"the adapters are of {of}. Ask about those of one base at a time.")
+    source, any_name = next(iter(sources.values())), served[next(iter(sources))][0]
     chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
     hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
     chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, hello[form])), None)
@@ -77,20 +104,28 @@ def verify(
         settings = dict(vars(reading), samples=2 * n, max_length=max_length)
         texts = texts if data is None else [*_texts(data, loaded.tokenizer, **settings)]
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
-    results = {}
-    for directory, (name, base_name) in served.items():
-        with busy(f"computing and asking {n} of {len(prompts)} prompts"):
+    results: dict[Path, Verification] = {}
+    for directory in sources:
+        name, base_name = served[directory]
+        with noting(directory), busy(f"computing and asking {n} of {len(prompts)} prompts"):
             ask, at_base = partial(server.ask, name), partial(server.ask, base_name) if base_name else None
             results[directory] = verify(directory, loaded.model, loaded.tokenizer, prompts, ask, at_base, n=n)
-    lines = [f"{names[one]}: {found.text}" if several else found.text for one, found in results.items()]
-    about = [{"directory": str(one), **asdict(found)} for one, found in results.items()]
-    print_result(
-        about if several else asdict(results[directories[0]]),
-        lambda console, _: console.print("\n".join(lines), markup=False),
-    )
-    verdicts = {found.verdict for found in results.values()} - {AS_TRAINED}
-    if verdicts:
-        raise SystemExit(UNKNOWN if verdicts == {CANNOT_TELL} else FAILED)
+    _show(names, results, failed)
+    verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
+    if verdicts or failed:
+        raise SystemExit(UNKNOWN if verdicts == {CANNOT_TELL} and not failed else FAILED)
+
+
+def _show(names: Mapping[Path, str], results: Mapping[Path, Verification], failed: Mapping[Path, str]) -> None:
+    if len(names) == 1:
+        (found,) = results.values()
+        print_result(asdict(found), lambda console, _: console.print(found.text, markup=False))
+        return
+    texts = {name: results[one].text if one in results else f"error: {failed[one]}" for one, name in names.items()}
+    about = [
+        {"directory": str(one)} | (asdict(results[one]) if one in results else {"error": failed[one]}) for one in names
+    ]
+    print_result(about, lambda console, _: console.print(facts(texts)))
 
 
 def _chats(data: str, reading: Reading, most: int) -> list[Any]:

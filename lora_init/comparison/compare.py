@@ -190,6 +190,7 @@ def compare(
         check_place(directory / SETTINGS_FILE)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, lora_alpha or find_start(RANDOM).lora_alpha(rank), target_modules)
+    _report_sizes(names if lora_alpha is None else (), shape, say)
     make = partial(
         set_up, _absolute(model), _absolute(data), directory, options, shape, statistics_batches=batches[0], own=own,
         bank=_absolute(bank), starts=names,
@@ -283,6 +284,14 @@ def _there_are(
     if (most := bench.n_batches(max(batches))) < max(batches):
         say(f"Statistics are from at most {most} batches: the training data make no more, and some are set aside.")
     return list(dict.fromkeys(min(number, most) for number in batches))
+
+
+def _report_sizes(names: Sequence[Variant], shape: AdapterShape, say: Callable[[str], None]) -> None:
+    """Report the starts that were measured with another lora_alpha than that of all."""
+    for name in names:
+        if name.start and name.start.name == name and name.start.learning_rate:
+            sized = f"{name}+{name.start.lora_alpha(shape.rank):g}-alpha"
+            say(f"{name} runs with lora_alpha {shape.lora_alpha:g}, as random does; {sized} is what is recommended.")
 
 
 def _absolute(source: Any) -> Any:

@@ -87,9 +87,10 @@ def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget
         return SIZES[0]
     bench, plan = lay_out(SIZES[-1])
     raise LoraInitError(
-        f"time={budget.seconds:g}: the least time for an answer here is about {duration(1.1 * needed + budget.spent)}: "
-        f"{', '.join(plan.starts)}, {bench.training.steps} steps of {pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. "
-        "Give it that, or shorter examples (max_length), fewer in a batch, or a smaller model."
+        f"within {duration(budget.seconds or 0.0)} there is no answer: the least time for one is about "
+        f"{duration(1.1 * needed + budget.spent)}: {', '.join(plan.starts)}, {bench.training.steps} steps of "
+        f"{pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. Give it that by time=, shorten examples by max_length=, "
+        "take fewer in a batch by batch_size=, or choose a smaller model."
     )
 
 

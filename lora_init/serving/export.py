@@ -49,8 +49,8 @@ class Exported:
         intruders: Intruder dimensions before and after `reduce_intruders`.
         error_share: Of an adapter that began by correcting a quantized base: |W - Q| over the size of the update,
             without what it began with if that was subtracted. None for others.
-        verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where the trained
-            adapter does not fit the plain base and what was written is not PEFT's to load.
+        verify: What asks that server whether it serves the adapter as trained; empty for PEFT, and where what was
+            written is not PEFT's to load and the trained adapter was compressed or does not fit the plain base.
         smaller: Where a rank was chosen above the adapter's largest: the next smaller one that vLLM makes room for, and
             the relative error of the update there.
         notes: What to know about the adapter, such as that it was never trained.
@@ -178,7 +178,7 @@ def export_adapter(
     result = replace(
         result, rank=final.rank, smaller=(below[-1], error_at(trained, below[-1])) if padded else None,
         command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
-        verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None, base),
+        verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None and not error, base),
         added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
     )  # fmt: skip

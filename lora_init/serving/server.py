@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from lora_init.errors import LoraInitError, in_one_line, require
@@ -16,6 +17,7 @@ _REFUSED, _NOT_THERE, _BUSY = (400, 422), (404, 405, 501), (429, 502, 503, 504)
 # Seconds before a busy server is asked again where it does not say how many; the last is the most that it gets.
 _WAITS = (1.0, 3.0, 10.0, 30.0)
 _LARGEST = 2**24  # bytes of an answer
+_ENDS = " An OpenAI-compatible API often ends in /v1."
 
 
 class Server:
@@ -36,15 +38,24 @@ class Server:
         if address.scheme not in ("http", "https") or not address.host:
             raise LoraInitError(f"url={self.url!r} is no address of a server, such as http://127.0.0.1:8000/v1.")
 
+    @cached_property
+    def models(self) -> dict[str, Any] | None:
+        """What it serves: name to the name of the base, if it is an adapter; None if it has no list."""
+        status, answer = self._send("models")
+        if status in _NOT_THERE:
+            return None
+        if status != 200:
+            raise self._error(status, answer, _ENDS)
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        return {str(one.get("id")): one.get("parent") for one in entries or () if isinstance(one, dict)}
+
     def find(self, name: str, model: str | None = None, base: str | None = None) -> tuple[str, str | None]:
         """Find what an adapter of this name and its base are called there; None if the base is not served beside it."""
-        status, answer = self._send("models")
-        if model is not None and status in _NOT_THERE:  # some have no list
+        parents = self.models
+        if parents is None and model is not None:
             return model, base
-        if status != 200:
-            raise self._error(status, answer, " An OpenAI-compatible API often ends in /v1.")
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        parents = {str(one.get("id")): one.get("parent") for one in entries or () if isinstance(one, dict)}
+        if parents is None:
+            raise LoraInitError(f"{self.url}/models is not there. Name the adapter by model=.{_ENDS}")
         wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
         chosen = [model] if model else [name] if name in parents else [*filter(parents.get, parents)] or [*parents]
         if wrong is not None or len(chosen) != 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_init.adapters.directory import AdapterDirectory
 from lora_init.adapters.peft_model import adapter_layers, with_adapter
 from lora_init.errors import LoraInitError
+from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
 from lora_init.serving.engines import VLLM_RANKS
+from lora_init.serving.export import RECORD_FILE
 
-AS_TRAINED, CANNOT_TELL = "served as trained", "cannot tell"
+AS_TRAINED, AS_EXPORTED, CANNOT_TELL = "served as trained", "served as exported", "cannot tell"
 _TOKENS = 1024  # of a batch, whose logits are held
 _TOP = 20  # likeliest tokens, on which the effect of an adapter counts: as many as servers tell
 _OTHER_BASE = 0.03  # share of the variance within prompts; a served base that misses more of it is another one
@@ -35,8 +37,9 @@ class Verification:
     """What `verify` found. Distances are root mean squares of differences of log-probabilities.
 
     Attributes:
-        verdict: "served as trained", "ignored", "scaled", "a part is missing", "another adapter", "another base or
-            template", or "cannot tell".
+        verdict: "served as trained"; "served as exported", which is the same of an export that lost a part of the
+            update; "ignored", "scaled", "a part is missing", "another adapter", "another base or template", or "cannot
+            tell".
         text: The verdict in one line, with its reason and numbers.
         effect: How far the adapter moves the likeliest tokens.
         noise: How far the served base is from the local one; None if it is not served.
@@ -107,7 +110,12 @@ def verify(
         plain, trained, asked = plain[chosen], trained[chosen], [prompts[i] for i in chosen.tolist()]
         effect = float(effects[chosen].mean().sqrt())
         observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
-        return diagnose(observed, at_base, plain, trained, effect, faults, lambda fault: local.run(asked, fault))
+        found = diagnose(observed, at_base, plain, trained, effect, faults, lambda fault: local.run(asked, fault))
+    lost = read_json(adapter.path / RECORD_FILE).get("error") if is_as_written(adapter.path, RECORD_FILE) else None
+    if not lost or not isinstance(lost, float) or found.verdict != AS_TRAINED:
+        return found
+    text = found.text.replace(AS_TRAINED, f"{AS_EXPORTED}, which lost {lost:.2%} of the update", 1)
+    return replace(found, verdict=AS_EXPORTED, text=text)
 
 
 def diagnose(
@@ -149,7 +157,9 @@ def diagnose(
     if residual <= allowed:
         return verdict(AS_TRAINED, f"{residual:.2g} off")
     fits = max(0.0, 1 - (residual / from_base) ** 2)
-    what = "this one with layers changed or in other places" if fits > 0.5 else "that of another task, say"
+    what = (
+        "this one compressed, or with layers changed or in other places" if fits > 0.5 else "that of another task, say"
+    )
     what += "" if measured else ", or another base or template"
     return verdict("another adapter", f"{what}; {fits:.0%} fits, {residual:.2g} off")
 

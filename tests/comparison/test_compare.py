@@ -416,8 +416,10 @@ def test_random_is_always_among_the_starts(home, tmp_path):
     assert [start["name"] for start in found.outlook.starts] == ["random", "eva-rho1"]
 
 
-def test_a_dry_run_writes_nothing(home, tmp_path):
-    found = compare(home, tmp_path / "out", dry_run=True)
+def test_a_dry_run_writes_nothing_and_says_which_starts_are_not_as_recommended(home, tmp_path):
+    lines = []
+    found = compare(home, tmp_path / "out", dry_run=True, lora_alpha=None, say=lines.append)
+    assert lines == ["eva runs with lora_alpha 4, as random does; eva+8-alpha is what is recommended."]
     assert not (tmp_path / "out").exists()
     assert [run.learning_rate for run in found.planned] == ([1e-3] * 3 + [1e-2] * 3) * 2
     assert found.records == []

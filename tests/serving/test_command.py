@@ -60,6 +60,11 @@ def test_json_has_errors_losses_and_intruders(trained, tmp_path):
     assert summary["rank"] == 1 and 0 < summary["error"] < 1 and (OLD_PEFT or len(summary["intruders"]) == 2)
     before, after = summary["losses"]
     assert before > 0 and after > 0 and before != after
+    assert run("export", tmp_path / "nowhere", trained, "-o", tmp_path / "two", *options).exit_code == 1
+    assert json.loads((tmp_path / "two/trained/export.json").read_text())["rank"] == 1
+    save_model(tiny_llama(), tmp_path / "second")
+    other = train(tmp_path / "second", tmp_path / "other", **ADAPTERS["ranks, first match wins"])
+    assert_one_line_error(run("export", trained, other, "-o", tmp_path / "three", *options), "need one base")
 
 
 @pytest.mark.parametrize("found", ["0.18.1", "0.19.0"])
@@ -96,6 +101,8 @@ def test_the_command_that_verifies_names_what_peft_can_load(trained, tmp_path):
     served = tmp_path / "a b.gguf"
     exported = lora_init.export_adapter(trained, served, "llama.cpp", base=str(tmp_path / "base"))
     assert exported.verify == f"lora-init verify {trained} --url http://127.0.0.1:8080/v1 --base {tmp_path / 'base'}"
+    cut = lora_init.export_adapter(trained, tmp_path / "cut.gguf", "llama.cpp", 1, base=str(tmp_path / "base"))
+    assert cut.error > 0 and cut.verify == ""  # not what was trained, and PEFT reads no GGUF
     merged = lora_init.export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
     assert merged.verify == f"lora-init verify {trained} --url http://127.0.0.1:8000/v1 --model {tmp_path / 'merged'}"
     assert lora_init.export_adapter(trained, tmp_path / "for-peft").verify == ""

@@ -134,18 +134,38 @@ def test_chats_are_asked_as_such_and_a_template_without_the_generation_prompt_is
     assert ask(home, "plain", engine).exit_code == 0
 
 
-def test_several_adapters_are_asked_about_with_one_base(home):
+def test_several_adapters_are_asked_about_with_one_base_and_one_that_fails_stops_no_other(home, tmp_path):
     engine = served(home, home / "plain")
-    engine.add("plain", home / "base", home / "plain", parent="the-base")
-    engine.add("dora", home / "base", home / "other-task", parent="the-base")
+    for name in ("plain", "dora", "damaged"):
+        engine.add(name, home / "base", home / "other-task" if name == "dora" else home / "plain", parent="the-base")
+    damaged = changed(home / "plain", tmp_path / "damaged", config={})
+    (damaged / "adapter_model.safetensors").write_bytes(b"nothing")
     with engine.running() as url:
-        done = run("verify", home / "plain", home / "dora", "--url", url, "--data", home / "rows.jsonl", "--n", 4)
-        lines = done.stdout.splitlines()
-        assert done.exit_code == 1 and lines[0].startswith("plain: served as trained"), done.output
-        assert lines[1].startswith("dora: another adapter") and len(lines) == 2
-        both = "verify", home / "plain", home / "ranks", "--url", url
-        assert_one_line_error(run(*both), "has no model 'ranks'")
-        assert_one_line_error(run(*both, "--model", "served"), "--model names one adapter.")
+        asked = home / "plain", damaged, home / "ranks", home / "dora", tmp_path / "nowhere"
+        options = "--url", url, "--data", home / "rows.jsonl", "--n", 4
+        done = run("verify", *asked, *options)
+        rows = re.split(r"\n(?=\S)", done.stdout)
+        assert done.exit_code == 1 and re.match("plain +served as trained", rows[0]), done.output
+        found = dict(row.split(maxsplit=1) for row in rows)
+        assert "is damaged" in found["damaged"] and "has no model 'ranks'" in found["ranks"]
+        assert found["dora"].startswith("another adapter") and "no model 'nowhere'" in found["nowhere"]
+        found = json.loads(run("verify", *asked, *options, "--json").stdout)
+        assert [one.get("verdict") for one in found] == ["served as trained", None, None, "another adapter", None]
+        assert run("verify", home / "plain", damaged, *options).exit_code == 1
+        assert_one_line_error(run("verify", home / "plain", home / "ranks", "--url", url, "--model", "x"), "names one")
+        assert_one_line_error(run("verify", home / "ranks", home / "rslora", "--url", url), "has no model 'ranks'")
+
+
+def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
+    lossy, exact = tmp_path / "lossy", tmp_path / "exact"
+    exported = lora_init.export_adapter(home / "plain", lossy, "vllm", 4)
+    lora_init.export_adapter(home / "plain", exact, "vllm", 16)
+    done = ask(home, lossy, served(home, lossy))
+    lost = f"{exported.error:.2%}"
+    assert done.exit_code == 0 and done.stdout.startswith(f"served as exported, which lost {lost} of the update: ")
+    assert ask(home, exact, served(home, exact)).stdout.startswith("served as trained")
+    assert ask(home, "plain", served(home, lossy)).stdout.startswith("another adapter: this one compressed")
+    assert ask(home, lossy, served(home, home / "plain")).exit_code == 1
 
 
 def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
@@ -240,7 +260,10 @@ def test_what_is_wrong_with_the_server_is_one_line(home):
         engine.raw = b"<html>"
         assert "answers with no JSON" in error("--url", url)
         engine.status, engine.raw = 404, b"Not Found"
-        assert "answers 404: Not Found. An OpenAI-compatible API often ends in /v1." in error("--url", url)
+        assert (
+            "v1/models is not there. Name the adapter by --model. An OpenAI-compatible API often ends in /v1."
+            in error("--url", url)
+        )
         engine.status, engine.headers = 307, {"Location": "http://127.0.0.1:9/other/v1"}
         assert "answers 307: it is at http://127.0.0.1:9/other/v1. Give that by --url." in error("--url", url)
         engine.status, engine.raw, engine.headers = 200, b" " * (2**24 + 1), {}
