@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, importing, print_result
-from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
+from lora_init.cli.options import Device, Dtype, MaxLength, Quantize, TrustRemoteCode
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError
 
@@ -34,6 +34,9 @@ def dial(
     keep_within: Annotated[float | None, Option(help="In place of it: most rise of the loss on text to keep.")] = None,
     strength: Annotated[float | None, Option(help="In place of it: this strength in all layers.")] = None,
     uniform: Annotated[bool, Option("--uniform", help="One strength for all layers.")] = False,
+    alpha_pattern: Annotated[
+        bool, Option("--alpha-pattern", help="Write strengths to alpha_pattern, which few engines read, and leave B.")
+    ] = False,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     *,
     reading: Reading,
@@ -41,6 +44,7 @@ def dial(
     max_length: MaxLength = 512,
     seed: Annotated[int, Option(min=0, help="Seed of the sample and of what the base writes.")] = 0,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier dial wrote.")] = False,
@@ -69,18 +73,19 @@ def dial(
     if not any(bool(layer.b.any()) for layer in trained.layers.values()):
         raise LoraInitError(f"{adapter}: B is zero in every layer, so it was never trained. Train it first.")
     source = open_model(base or trained.base, trust_remote_code=trust_remote_code)
+    source.check_quantized(quantize)
     read = partial(load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
     batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
     half: dict[str, Any] = {"samples": samples // 2, "batch_size": min(samples // 6, KEPT_BATCH)}
     kept = None if keep is None else read(keep, **half)
     with busy(f"loading {source.name}"):
-        loaded = source.load(dtype=dtype, device=device)
+        loaded = source.load(dtype=dtype, device=device, quantize=quantize)
     if kept is None:
         with busy("writing text to keep"):
             kept = read(replay(loaded.model, source.tokenizer, samples // 2, seed=seed), **half)
     with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
         found = turn(model, batches, kept, **asked, uniform=uniform, seed=seed)
-    path = write_dialed(output, trained, plain, found, overwrite)
+    path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     result = {"path": str(path)} | found.to_dict()
     print_result(
         result, lambda console, _: console.print(facts({"written": str(path)} | found.summary())), written=True

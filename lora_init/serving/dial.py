@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of
 from lora_init.loading.batches import as_batches, load_batches
-from lora_init.serving.dialed import Change, Dial, Point
+from lora_init.serving.dialed import UNIFORM, Change, Dial, Point
 from lora_init.serving.replay import replay
 from lora_init.serving.trained import OTHER_UPDATES
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 STRONGEST = 1.5  # of one layer, in a fit
 _START, _STEPS, _RATE = 0.7, 24, 0.06
-CURVE = (0.0, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
+CURVE = (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
 # Weights of the text to keep that are tried in this order, each from the strengths found with the one before.
 _WEIGHTS = (0.3, 1.0, 3.0)
 _MORE_STEPS, _LOWER_RATE = 8, 0.03
@@ -121,9 +120,9 @@ def dial(
 ) -> Dial:
     """Choose how strongly each layer of a trained adapter acts, and multiply it into B, in place.
 
-    A third of the batches is for fitting a strength for each layer by gradient, a third for choosing between these, the
-    same closer to one strength, and one strength for all layers, a third for the report. Cost: about 40 forward passes
-    over a third of the batches, 12 with `uniform`.
+    A third of the batches is for fitting a strength for each layer by gradient, a third for choosing between these and
+    one strength for all layers, a third for the report; with `uniform` the first two thirds are for choosing. Cost:
+    about 40 forward passes over a third of the batches, 20 with `uniform`.
 
     Args:
         model: A PEFT model of a language model, trained by LoRA or rsLoRA.
@@ -171,6 +170,8 @@ def dial(
     kept = _thirds(as_batches(keep, model, seed), "keep")
     if _texts(kept) <= _texts(task):
         raise LoraInitError("keep holds examples of the task and nothing else. Pass text of another kind.")
+    if uniform:  # nothing is fitted
+        task, kept = ((fit, fit + choose, report) for fit, choose, report in (task, kept))
     found = _search(model, task, kept, rule, uniform)
     for name, b in outputs.items():
         b.data *= found.strengths[name]
@@ -202,33 +203,33 @@ def _texts(parts: _Parts) -> set[tuple[int, ...]]:
 
 def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool) -> Dial:
     names = [*_outputs(model)]
-    with strengths(model, 0.0):
-        base = [(example_losses(model, task[i]), example_losses(model, kept[i])) for i in (1, 2)]
+
+    def read(layers: Mapping[str, float], third: int) -> list[Tensor]:
+        with strengths(model, layers):
+            return [example_losses(model, part[third]) for part in (task, kept)]
 
     def measure(layers: Mapping[str, float], weight: float | None) -> Point:
-        with strengths(model, layers):
-            losses = [_ratio(example_losses(model, part[1])) for part in (task, kept)]
-        mean = sum(layers.values()) / len(layers)
-        return Point(mean, losses[0], losses[1] - _ratio(base[0][1]), weight, layers)
+        on_task, on_kept = map(_ratio, read(layers, 1))
+        return Point(sum(layers.values()) / len(layers), on_task, on_kept - base, weight, layers)
 
-    steps = sorted({*CURVE, *([] if rule.strength is None else [rule.strength])})
-    curve = [measure(dict.fromkeys(names, step), None) for step in steps]
-    notes, fitted = [], []
+    nothing = dict.fromkeys(names, 0.0)
+    task_at_0, base = map(_ratio, read(nothing, 1))
+    steps = sorted({*CURVE, *([] if rule.strength is None else [rule.strength])})[1:]
+    curve = [Point(0.0, task_at_0, 0.0, None, nothing), *(measure(dict.fromkeys(names, step), None) for step in steps)]
+    notes, fitted, reported = [], [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
     if rule.strength is not None:
-        chosen = curve[steps.index(rule.strength)]
+        chosen = curve[1 + steps.index(rule.strength)]
     else:
         limit = rule.limit(curve[1:])
         chosen, done = rule.choose(curve[1:], limit)
         if not uniform:
-            found = _fits(model, task[0], kept[0], chosen, rule, limit, measure)
+            reported[UNIFORM] = chosen
+            found = _fits(model, task[0], kept[0], rule, limit, measure)
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
             chosen, done = rule.choose([*curve[1:], *fitted], limit)
         if not done:
             notes.append("no strength keeps what was asked for; the one that forgets least was taken")
-    at: dict[str, list[Tensor]] = {"base": [*base[1]]}
-    for name, layers in (("trained", curve[steps.index(1.0)].layers), ("chosen", chosen.layers)):
-        with strengths(model, layers):
-            at[name] = [example_losses(model, part[2]) for part in (task, kept)]
+    at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
     on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}
     on_kept = {name: _change(losses[1], at["base"][1]) for name, losses in at.items()}
     sizes = len(at["base"][0]), len(at["base"][1])
@@ -239,24 +240,23 @@ def _fits(
     model: PeftModel,
     task: list[Any],
     keep: list[Any],
-    start: Point,
     rule: Rule,
     limit: float,
     measure: Callable[[Mapping[str, float], float | None], Point],
 ) -> Iterator[Point]:
     """Fit strengths of the layers with rising weights of the text to keep, while more can gain within the rule.
 
-    With few examples a fit goes too far, so strengths half way back to one are measured, too.
+    Half way from each to those before is measured, too: weights are coarse, and with few examples a fit goes too far.
     """
-    layers = start.layers
-    fit = partial(fit_strengths, model, task, keep)
+    layers = dict.fromkeys(_outputs(model), _START)
     for i, weight in enumerate(_WEIGHTS):
-        layers = fit(weight, layers, _MORE_STEPS, _LOWER_RATE) if i else fit(weight, layers)
-        half = {name: (value + start.strength) / 2 for name, value in layers.items()}
-        points = [measure(layers, weight), measure(half, weight)]
+        more = (_MORE_STEPS, _LOWER_RATE) if i else ()
+        before, layers = layers, fit_strengths(model, task, keep, weight, layers, *more)
+        half = {name: (value + before[name]) / 2 for name, value in layers.items()}
+        points = [measure(half, weight), measure(layers, weight)]
         yield from points
-        kept = rule.keep_within is not None and points[0].rise <= rule.keep_within
-        if kept or all(point.task > limit for point in points):
+        kept = rule.keep_within is not None and points[1].rise <= rule.keep_within
+        if kept or points[1].task > limit:
             break
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.adapters.directory import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card_header
-from lora_init.files import check_free, digests_of, new_directory, write_json
+from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
+from lora_init.planning.lora_config import alpha_for, to_patterns
 from lora_init.serving.base import Base
 from lora_init.serving.trained import Trained
 from lora_init.serving.writers import write_peft
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECORD_FILE, PICTURE_FILE = "dial.json", "dial.png"
+UNIFORM = "uniform"  # the best strength for all layers, where layers have their own
 _OURS: dict[str, Any] = {
     "marker": RECORD_FILE,
     "replaceable": (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, RECORD_FILE, PICTURE_FILE),
@@ -63,7 +65,8 @@ class Dial:
         chosen: The strengths, with their losses on the examples to choose by.
         curve: One strength for all layers, rising from 0.
         fitted: Strengths of their own for the layers.
-        task: Loss on held-out examples of the task, at the base, as trained and as chosen; against that as trained.
+        task: Loss on held-out examples of the task, at the base, as trained, at the best strength for all layers if
+            layers have their own, and as chosen; against that as trained.
         keep: Loss on held-out text to keep, likewise; against that of the base.
         examples: Held-out examples of the task, and of text to keep.
         notes: What to know, such as that no strength does what was asked for.
@@ -98,7 +101,7 @@ class Dial:
         """Draw both losses over one strength for all layers, and what each choice costs of the one for the other."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10.0, 3.8), dpi=110, layout="constrained")
+        figure = Figure(figsize=(11.0, 4.6), dpi=110, layout="constrained")
         left, right = figure.subplots(1, 2)
         steps, base = [point.strength for point in self.curve], self.curve[0].task
         left.plot(steps, [point.task - base for point in self.curve], "o-", color="#0072B2", label="task")
@@ -112,12 +115,12 @@ class Dial:
         ):
             right.errorbar([one.rise for one in points], [one.task for one in points], label=label, **style)
         for one in uniform:
-            right.annotate(f" {one.strength:g}", (one.rise, one.task), fontsize=7)
+            right.annotate(f" {one.strength:g}", (one.rise, one.task), fontsize=10)
         right.set(xlabel="rise of the loss on text to keep", ylabel="loss on the task")
         for axes in (left, right):
             axes.grid(alpha=0.25)
-            axes.legend(fontsize=8)
-        figure.suptitle(f"Examples to choose by: {self.rule}", fontsize=9, parse_math=False)
+            axes.legend()
+        figure.suptitle(f"Examples to choose by: {self.rule}", fontsize=11, parse_math=False)
         return figure
 
 
@@ -133,9 +136,16 @@ def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
         "chosen by": values["rule"],
         "task": f"{task['base'].loss:.3f} base, {task['trained'].loss:.3f} as trained, {task['chosen']} now",
         "text to keep": f"{keep['base'].loss:.3f} base, {keep['trained']} as trained, {keep['chosen']} now",
+        **({"at one strength": f"{task[UNIFORM]} task, {keep[UNIFORM]} text to keep"} if UNIFORM in task else {}),
         "measured on": "{} and {} other examples; ± is a 95 % interval".format(*values["examples"]),
     }
     return rows | {f"note {i}": note for i, note in enumerate(values["notes"], 1)}
+
+
+def note_of(directory: Path) -> tuple[str, ...]:
+    """Return a note on the strength at which the dial wrote an adapter, in words; none of another."""
+    found = read_json(directory / RECORD_FILE) if is_as_written(directory, RECORD_FILE) else None
+    return () if found is None else (f"its strength is the dial's: {summary_of(found)['strength']}",)
 
 
 def check_place(path: str | Path, overwrite: bool) -> None:
@@ -143,18 +153,25 @@ def check_place(path: str | Path, overwrite: bool) -> None:
     check_free(Path(path).expanduser().resolve(), overwrite, **_OURS)
 
 
-def write_dialed(path: str | Path, trained: Trained, base: Base, found: Dial, overwrite: bool = False) -> Path:
+def write_dialed(
+    path: str | Path, trained: Trained, base: Base, found: Dial, overwrite: bool = False, alpha_pattern: bool = False
+) -> Path:
     """Write an adapter at its strengths as a PEFT directory, with a card, the numbers and a picture.
 
-    One strength for all layers scales `lora_alpha`; others are multiplied into B. Layers of strength 0 are left out.
+    One strength for all layers scales `lora_alpha`; others are multiplied into B, or B stays as trained and
+    `alpha_pattern` has them. Layers of strength 0 are left out.
     """
-    layers = {name: layer for name, layer in trained.layers.items() if found.strengths[name]}
-    one = replace(trained, layers=layers).with_one_scaling()
+    one = replace(trained, layers={name: layer for name, layer in trained.layers.items() if found.strengths[name]})
+    one = one if alpha_pattern else one.with_one_scaling()
     own = {n: replace(layer, scaling=layer.scaling * found.strengths[n]) for n, layer in one.layers.items()}
-    if found.chosen.weight is not None:
+    if found.chosen.weight is not None and not alpha_pattern:
         own = {name: layer.rescaled(one.scaling) for name, layer in own.items()}
     with new_directory(path, overwrite, **_OURS) as fresh:
         write_peft(fresh, replace(one, layers=own), base)
+        if alpha_pattern:
+            config = read_json(fresh / CONFIG_FILE)
+            alphas = {name: alpha_for(layer.scaling, layer.rank) for name, layer in own.items()}
+            write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
         found.plot().savefig(fresh / PICTURE_FILE)
         write_json(fresh / RECORD_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
         (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")
@@ -166,5 +183,5 @@ def _card(trained: Trained, found: Dial) -> str:
     return (
         f"{card_header(trained.base, trained.config.get('task_type'))}\n"
         f"# A trained LoRA adapter, at the strength that keeps what the model knew\n\n{lines}\n\n"
-        f"The strengths are in the weights: load it as any adapter.\n\n![losses over strength]({PICTURE_FILE})\n"
+        f"The strengths are in it: load it as any adapter.\n\n![losses over strength]({PICTURE_FILE})\n"
     )

@@ -23,6 +23,7 @@ from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
 from lora_init.serving.compress import error_at, fit
+from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
@@ -162,7 +163,7 @@ def export_adapter(
     trained = trained.with_one_scaling()
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
     untrained = not any(layer.b.any() for layer in trained.layers.values())
-    result = replace(result, error_share=share, notes=(_UNTRAINED,) if untrained else ())
+    result = replace(result, error_share=share, notes=(_UNTRAINED,) if untrained else note_of(began.path))
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))

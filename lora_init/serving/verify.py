@@ -19,6 +19,7 @@ from lora_init.adapters.peft_model import adapter_layers, with_adapter
 from lora_init.errors import LoraInitError
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
+from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.export import RECORD_FILE
 
@@ -111,6 +112,7 @@ def verify(
         effect = float(effects[chosen].mean().sqrt())
         observed, at_base = (local.observe(ask if effect else None, asked) for ask in (served, base))
         found = diagnose(observed, at_base, plain, trained, effect, faults, lambda fault: local.run(asked, fault))
+    found = replace(found, text="; ".join((found.text, *note_of(adapter.path))))
     lost = read_json(adapter.path / RECORD_FILE).get("error") if is_as_written(adapter.path, RECORD_FILE) else None
     if not lost or not isinstance(lost, float) or found.verdict != AS_TRAINED:
         return found

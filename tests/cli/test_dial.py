@@ -60,7 +60,7 @@ def dialed(folder, output, *more):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("more", [[], ["--strength", 0.6], ["--uniform", "--keep-within", 0.05]])
+@pytest.mark.parametrize("more", [[], ["--strength", 0.6], ["--uniform", "--keep-within", 0.05], ["--alpha-pattern"]])
 def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
     found = dialed(place, tmp_path / "kept", *more)
     layers = found["chosen"]["layers"]
@@ -68,10 +68,10 @@ def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
     assert (expected - logits(place, "trained")).abs().max() > 1e-3
     torch.testing.assert_close(logits(place, tmp_path / "kept"), expected, atol=1e-5, rtol=1e-5)
     exported = run("export", tmp_path / "kept", "-o", tmp_path / "served", "--engine", "vllm")
-    assert exported.exit_code == 0, exported.stderr
+    assert exported.exit_code == 0 and "its strength is the dial's: " in exported.stdout, exported.stderr
     torch.testing.assert_close(logits(place, tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "kept/adapter_config.json").read_text())
-    assert not config["alpha_pattern"]
+    assert bool(config["alpha_pattern"]) == ("--alpha-pattern" in more)
     if "--strength" in more:  # the weights are the trained ones
         assert config["lora_alpha"] == pytest.approx(0.6 * 8) and set(layers.values()) == {0.6}
         old, new = (load_file(at / "adapter_model.safetensors") for at in (place / "trained", tmp_path / "kept"))
@@ -89,6 +89,7 @@ def test_the_default_forgets_less_at_the_price_that_was_allowed(place, tmp_path)
     )
     shown = run("inspect", tmp_path / "kept")
     assert shown.exit_code == 0 and "text to keep" in shown.stdout and "dial.png" in shown.stdout
+    assert "at one strength" in shown.stdout  # beside it
     assert "one for each of 4 layers" in (tmp_path / "kept/README.md").read_text()
     assert (tmp_path / "kept/dial.png").read_bytes()[1:4] == b"PNG"
     again = run("dial", place / "trained", place / "task.txt", "-o", tmp_path / "kept")

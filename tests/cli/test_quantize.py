@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.commands import assert_one_line_error, run, save_model, write_data
+from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
 from tests.conftest import tiny_llama
 
 
@@ -110,3 +110,19 @@ def test_a_quantized_checkpoint_needs_the_float_model(command, wide, tmp_path):
     assert refused.exit_code == 1 and "holds no float weights" in refused.stderr.replace("hold", "holds")
     made = run(*command, "--method", "qera", "--unchecked", "--weights", wide / "model")
     assert made.exit_code == 0, made.output
+
+
+def test_an_adapter_of_a_quantized_base_is_dialed_on_it(wide, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(wide / "model"), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "trained")
+    (tmp_path / "task.txt").write_text("\n".join(f"mat a on sat cat {word} the" for word in WORDS * 2))
+    losses = []
+    for more in ([], ["--quantize", "nf4"]):
+        done = run("dial", tmp_path / "trained", tmp_path / "task.txt", "--keep", wide / "text.txt", "--samples", 36,
+                   "-o", tmp_path / f"out{len(more)}", "--strength", 0.5, "--json", *more)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        losses.append(json.loads(done.stdout)["task"]["base"]["loss"])
+    assert 1e-5 < abs(losses[1] - losses[0]) < 0.5

@@ -33,7 +33,7 @@ def found(layers, weight):
     return Dial("a rule", chosen, (chosen, chosen), (), report, report, (4, 4))
 
 
-@pytest.mark.parametrize("form", ["uniform", "in B"])
+@pytest.mark.parametrize("form", ["uniform", "in B", "in alpha_pattern"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_path):
@@ -52,9 +52,13 @@ def test_what_is_written_does_what_peft_does_at_these_strengths(kind, form, tmp_
     with strengths(model.eval(), layers):
         expected = model(IDS).logits
     weight = None if form == "uniform" else 1.0
-    path = write_dialed(tmp_path / "out", trained, base, found(layers, weight))
+    in_pattern = form == "in alpha_pattern"
+    path = write_dialed(tmp_path / "out", trained, base, found(layers, weight), alpha_pattern=in_pattern)
     written = PeftModel.from_pretrained(load(tmp_path), path).eval()
     torch.testing.assert_close(written(IDS).logits, expected, atol=1e-5, rtol=1e-5)
-    kept = {name for name, value in layers.items() if value}
-    assert sum("lora_" in key and "A" in key for key in load_file(path / "adapter_model.safetensors")) == len(kept)
+    tensors = load_file(path / "adapter_model.safetensors")
+    assert sum("lora_" in key and "A" in key for key in tensors) == sum(map(bool, layers.values()))
+    if in_pattern:  # weights are as trained
+        before = load_file(tmp_path / "trained/adapter_model.safetensors")
+        assert all(torch.equal(before[key], tensor) for key, tensor in tensors.items())
     assert "a rule" in (path / "README.md").read_text() and (path / "dial.png").stat().st_size > 1000

@@ -168,6 +168,18 @@ def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
     assert ask(home, lossy, served(home, home / "plain")).exit_code == 1
 
 
+def test_a_dialed_adapter_is_known_and_the_one_before_is_another_strength(home, tmp_path):
+    rows = tmp_path / "task.txt"
+    rows.write_text("\n".join(f"w{i} w{i % 7} w{i % 5}" for i in range(40)))
+    words = ["--keep", home / "rows.jsonl", "-o", tmp_path / "kept", "--strength", 0.5, "--samples", 24]
+    done = run("dial", home / "plain", rows, *words)
+    assert done.exit_code == 0, done.output
+    done = ask(home, tmp_path / "kept", served(home, tmp_path / "kept"), "--model", "served")
+    assert done.stdout.startswith("served as trained") and "the dial's: 0.5 in all layers" in done.stdout, done.output
+    done = ask(home, tmp_path / "kept", served(home, home / "plain"), "--model", "served")
+    assert done.exit_code == 1 and done.stdout.startswith("scaled: by 2"), done.output
+
+
 def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
     engine = served(home, home / "plain")
     engine.by_number = False
