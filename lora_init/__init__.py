@@ -37,6 +37,7 @@ _NAMES = {
     "serving.replay": ["replay"],
     "serving.export": ["export_adapter", "Exported"],
     "serving.verify": ["verify", "Verification"],
+    "serving.watch": ["ServingWatch", "ServingCallback"],
     "comparison.compare": ["compare", "Comparison"],
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
@@ -76,6 +77,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.serving.replay import replay as replay
     from lora_init.serving.verify import Verification as Verification
     from lora_init.serving.verify import verify as verify
+    from lora_init.serving.watch import ServingCallback as ServingCallback
+    from lora_init.serving.watch import ServingWatch as ServingWatch
     from lora_init.statistics.gradient_spectrum import GradientSpectrum as GradientSpectrum
     from lora_init.statistics.incremental_svd import IncrementalSVD as IncrementalSVD
     from lora_init.statistics.spectrum import ExactPCA as ExactPCA

@@ -40,7 +40,7 @@ class Verification:
     Attributes:
         verdict: "served as trained"; "served as exported", which is the same of an export that lost a part of the
             update; "ignored", "scaled", "a part is missing", "another adapter", "another base or template", or "cannot
-            tell".
+            tell"; of a `ServingWatch` also "stale".
         text: The verdict in one line, with its reason and numbers.
         effect: How far the adapter moves the likeliest tokens.
         noise: How far the served base is from the local one; None if it is not served.
@@ -100,7 +100,7 @@ def verify(
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
     with with_adapter(model, adapter) as peft_model:
-        local = _Local(peft_model.eval(), tokenizer)
+        local = Local(peft_model.eval(), tokenizer)
         faults = local.faults()
         plain, trained = local.run(prompts, faults[0]), local.run(prompts)
         likeliest = trained.topk(min(_TOP, trained.shape[1])).indices
@@ -208,7 +208,7 @@ def _fault_that_fits(
     return (scaled(lowest), distance) if is_factor and distance <= min(by_search, most, closest) else None
 
 
-class _Local:
+class Local:
     """The adapter in PEFT: its log-probabilities, also under faults, and the tokens that an engine means."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:

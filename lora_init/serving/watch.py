@@ -1,0 +1,176 @@
+"""Whether an engine serves what is being trained: `verify` in the loop, with the steps before to compare with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_init.errors import LoraInitError
+from lora_init.layers.running import evaluating
+from lora_init.serving.server import Server
+from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, diagnose
+
+STALE = "stale"
+# Where on the way from this step's answer to that of an earlier one an answer has to be, how exactly that has to be
+# known, and the share of the way that may be left over.
+_ON_THE_WAY, _EXACTLY, _LEFT_OVER = 0.75, 0.1, 0.3
+
+
+class ServingWatch:
+    """Compare what an engine serves during training with the model that is trained, and with that of earlier steps.
+
+    Of each step that is noted the log-probabilities after the prompts are kept, no weights. An engine that was not
+    synchronized answers as an earlier step did, and that step is named. All else is as `verify` has it. A check costs a
+    forward pass over the prompts and one question a prompt; `diagnose` runs some 40 more where something is wrong.
+
+    Args:
+        tokenizer: The model's.
+        prompts: Texts or chats, of the kind that is trained on. Eight are enough.
+        served: From a prompt to log-probabilities of the next token by number or text of a token; or the URL of an
+            OpenAI-compatible server, where `name` is the adapter.
+        base: The same for the base model in that engine: what tells the engine's noise. With a URL it is found.
+        name: With a URL, the adapter's name there. Default: what the server says.
+        keep: How many noted steps are kept; numbers [prompts, vocabulary] in float32 for each.
+
+    Raises:
+        LoraInitError: There is no prompt, or the server does not answer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompts: Sequence[Any], served: Ask | str, base: Ask | None = None, *,
+        name: str | None = None, keep: int = 16,
+    ) -> None:  # fmt: skip
+        if not prompts or keep < 1:
+            raise LoraInitError(f"a watch needs a prompt and a step to keep, and got {len(prompts)} and keep={keep}.")
+        if isinstance(served, str):
+            server = Server(served)
+            adapter, beside = server.find(name or "", name)
+            served, base = partial(server.ask, adapter), partial(server.ask, beside) if beside else base
+        self._tokenizer, self._prompts, self._ask, self._base, self._keep = tokenizer, [*prompts], served, base, keep
+        self._kept: dict[int, Tensor] = {}  # of noted steps, [prompts, vocabulary]
+        self._plain: tuple[Tensor, Tensor] | None = None  # of the base here and there, which nothing changes
+
+    def note(self, model: Any, step: int) -> None:
+        """Keep what the model answers now, as that of a step: call it when weights are sent to the engine.
+
+        Args:
+            model: The `PeftModel` that is trained.
+            step: Its number; one that was noted is noted anew.
+
+        Raises:
+            LoraInitError: The model has no adapter.
+        """
+        with evaluating(model):
+            self._note(self._local(model), step)
+
+    def check(self, model: Any, step: int) -> Verification:
+        """Check whether the engine serves that step; a step that was not noted is the model as it is now.
+
+        Returns:
+            What `verify` returns, with the verdict "stale" where an earlier step is served.
+        """
+        with evaluating(model):
+            local = self._local(model)
+            if step not in self._kept:
+                self._note(local, step)
+            now, faults = self._kept[step], local.faults()
+            if self._plain is None:
+                self._plain = local.run(self._prompts, faults[0]), local.observe(self._base, self._prompts)
+            (plain, at_base), local.size = self._plain, now.shape[1]
+            likeliest = now.topk(min(20, now.shape[1])).indices
+            effect = float((now - plain).gather(1, likeliest).square().mean().sqrt())
+            observed = local.observe(self._ask, self._prompts)
+            run = partial(local.run, self._prompts)
+            found = diagnose(observed, at_base, plain, now, effect, faults, run)
+        earlier = {other: kept for other, kept in self._kept.items() if other != step}
+        stale = None if found.verdict == "ignored" else _stale(observed, now, earlier, found.noise)
+        if stale is None:
+            return found
+        other, prompts = stale
+        many = f"{prompts} of {found.prompts} prompts are" if prompts < found.prompts else "it is"
+        text = f"{STALE}: {many} answered as by step {other}, and step {step} was expected"
+        return replace(found, verdict=STALE, text=f"{text} ({found.text})")
+
+    def _local(self, model: Any) -> Local:
+        if not isinstance(model, PeftModel):
+            raise LoraInitError(f"a watch compares a model with an adapter, and this {type(model).__name__} has none.")
+        return Local(model, self._tokenizer)
+
+    def _note(self, local: Local, step: int) -> None:
+        self._kept.pop(step, None)
+        self._kept[step] = local.run(self._prompts)
+        while len(self._kept) > self._keep:
+            del self._kept[next(iter(self._kept))]
+
+
+def _stale(observed: Tensor, now: Tensor, earlier: dict[int, Tensor], noise: float | None) -> tuple[int, int] | None:
+    """Find the earlier step that all prompts, or else some, are answered as by, and their number; None if none are.
+
+    What is observed is projected on the way from the answer of this step (0) to that of the other (1): with noise of
+    its own it is at 0, with a standard deviation of the noise over the length of the way.
+    """
+    told, off = ~observed.isnan(), (observed - now).nan_to_num()
+    for several in (True, False):  # the prompts of a group are judged together
+        best: tuple[float, int, int] | None = None
+        for step, kept in earlier.items():
+            way = (kept - now).where(told, 0.0)
+            per_prompt = (way.square(), off * way, (off - way).square(), off.square(), told)
+            sums = torch.stack([part.float().sum(1) for part in per_prompt])
+            length, along, left, at_now, values = sums.sum(1, keepdim=True) if several else sums
+            of_noise = (left / values if noise is None else torch.tensor(noise**2)) * values
+            exact = of_noise / values < _EXACTLY**2 * length
+            there = exact & (along > _ON_THE_WAY * length) & (left < _LEFT_OVER**2 * length + 4 * of_noise)
+            n = len(told) if several and there.any() else int(there.sum())
+            found = (float((left - at_now)[there].sum()), step, n)
+            best = found if n and (best is None or found < best) else best
+        if best is not None:
+            return best[1:]
+    return None
+
+
+class ServingCallback(TrainerCallback):
+    """Check the engine in a training loop, and warn, or stop the run, if it does not serve what is trained.
+
+    A step is noted when it begins and asked about when it ends: trainers that generate, such as TRL's `GRPOTrainer`,
+    send the weights to their engine in between.
+
+    Args:
+        watch: What to ask.
+        every: Number of steps between two checks.
+        stop: End the run; default is to warn.
+    """
+
+    def __init__(self, watch: ServingWatch, every: int = 10, stop: bool = False) -> None:
+        if every < 1:
+            raise LoraInitError(f"every={every}: a number of steps of at least 1 is needed.")
+        self.watch, self.every, self.stop = watch, every, stop
+        self.found: dict[int, Verification] = {}  # by step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        """Note what is sent to the engine in this step."""
+        if state.is_world_process_zero:
+            self.watch.note(model, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        """Check what the engine serves."""
+        step = state.global_step - 1
+        if not state.is_world_process_zero or state.global_step % self.every:
+            return
+        self.found[step] = found = self.watch.check(model, step)
+        if found.verdict in (AS_TRAINED, CANNOT_TELL):
+            return
+        warnings.warn(f"step {step}: the engine does not serve what is trained: {found.text}", stacklevel=2)
+        if self.stop:
+            control.should_training_stop = True

@@ -1,0 +1,168 @@
+"""An engine beside a training loop: it serves the step that is trained, or what it serves otherwise is named."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from lora_init import LoraInitError, ServingCallback, ServingWatch
+from tests.conftest import tiny_llama
+from tests.serving.engine import Engine, word_tokenizer
+
+PROMPTS = [" ".join(f"w{(5 * i + j * j) % 58}" for j in range(3 + i)) for i in range(8)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def policy():
+    torch.manual_seed(0)
+    base = tiny_llama(initializer_range=0.2, num_hidden_layers=4)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.1)
+    return get_peft_model(base, config).train()
+
+
+class InProcess:
+    """An engine that holds a copy of the policy, and what goes wrong with it."""
+
+    def __init__(self, model, dtype):
+        self.copy, self.cache = copy.deepcopy(model).to(dtype).eval(), {}
+
+    def synchronize(self, model):
+        self.copy.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def ask(self, prompt):
+        if prompt in self.cache:
+            return self.cache[prompt]
+        ids = torch.tensor([word_tokenizer()(prompt)["input_ids"]])
+        top = self.copy(ids).logits[0, -1].float().log_softmax(-1).topk(20)
+        return dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+    def base(self, prompt):
+        with self.copy.disable_adapter():
+            kept, self.cache = self.cache, {}
+            found, self.cache = self.ask(prompt), kept
+            return found
+
+    def remember(self, prompts):
+        self.cache = {prompt: self.ask(prompt) for prompt in prompts}
+
+    def scale(self, factor, blocks=range(4)):
+        for name, layer in self.copy.named_modules():
+            if hasattr(layer, "lora_A") and any(f"layers.{block}." in name for block in blocks):
+                layer.scaling["default"] *= factor
+
+
+def train(model, steps, each=lambda step: None):
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
+    for step in range(steps):
+        each(step)
+        ids = torch.randint(6, 64, (4, 12), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fifty_synchronizations_raise_no_alarm(dtype):
+    model = policy()
+    engine, said = InProcess(model, DTYPES[dtype]), []
+    watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base)
+
+    def each(step):
+        engine.synchronize(model)
+        said.append(watch.check(model, step))
+
+    train(model, 51, each)
+    assert said[0].verdict == "cannot tell" and "changes nothing" in said[0].text  # B is zero
+    wrong = [one.text for one in said if one.verdict not in ("served as trained", "cannot tell")]
+    assert not wrong and sum(one.verdict == "served as trained" for one in said) >= 45
+    assert model.training and all(layer.training for layer in model.modules())
+
+
+FAULTS = {
+    "base": (lambda engine: engine.scale(0.0), "ignored"),
+    "stale by 1": (1, "stale"),
+    "stale by 10": (10, "stale"),
+    "alpha doubled": (lambda engine: engine.scale(2.0), "scaled: by "),
+    "half of the layers": (lambda engine: engine.scale(0.0, blocks=(2, 3)), "another adapter"),
+    "a cache of the policy before": ("all", "stale: it is answered as by step 20"),
+    "a cache of some prompts": ("some", "stale: 3 of 8 prompts are answered as by step 20"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(fault, dtype):
+    model, (plant, verdict) = policy(), FAULTS[fault]
+    engine, last = InProcess(model, DTYPES[dtype]), 30
+    watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base)
+
+    def each(step):
+        watch.note(model, step)
+        if not (isinstance(plant, int) and step > last - plant):
+            engine.synchronize(model)
+        if step == last - 10 and isinstance(plant, str):
+            engine.remember(PROMPTS[3:6] if plant == "some" else PROMPTS)
+
+    train(model, last + 1, each)
+    # Asked about is the step whose weights were sent last; the model is one step ahead of it, as when a step ends.
+    if callable(plant):
+        plant(engine)
+    found = watch.check(model, last)
+    assert found.text.startswith(verdict), found.text
+    if isinstance(plant, int):
+        assert f"it is answered as by step {last - plant}, and step {last} was expected" in found.text
+
+
+def test_a_trainer_asks_every_few_steps_warns_and_stops(tmp_path):
+    model, tokenizer = policy(), word_tokenizer()
+    engine = InProcess(model, torch.float32)
+    rows = [{"input_ids": torch.arange(6, 18) + i, "labels": torch.arange(6, 18) + i} for i in range(40)]
+    callback = ServingCallback(ServingWatch(tokenizer, PROMPTS, engine.ask, engine.base), every=2, stop=True)
+
+    class Synchronizing(Trainer):
+        def training_step(self, model, *args, **kwargs):
+            if self.state.global_step < 5:  # then it forgets to
+                engine.synchronize(model)
+            return super().training_step(model, *args, **kwargs)
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Synchronizing(model, arguments, train_dataset=rows, callbacks=[callback])
+    with pytest.warns(UserWarning, match="step 5: the engine does not serve what is trained: stale: it is .* step 4"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    assert {step: one.verdict for step, one in callback.found.items()} == {
+        1: "served as trained", 3: "served as trained", 5: "stale",
+    }  # fmt: skip
+
+
+def test_a_server_is_asked_by_its_url(tmp_path):
+    model, engine = policy(), Engine(word_tokenizer())
+    train(model, 3)
+    model.save_pretrained(tmp_path / "now")
+    base = copy.deepcopy(model).unload()
+    base.save_pretrained(tmp_path / "base")
+    engine.add("the-base", tmp_path / "base")
+    engine.add("policy", tmp_path / "base", tmp_path / "now", parent="the-base")
+    with engine.running() as url:
+        watch = ServingWatch(word_tokenizer(), PROMPTS, url, name="policy")
+        assert watch.check(model, 3).verdict == "served as trained"
+        watch = ServingWatch(word_tokenizer(), PROMPTS, url, keep=1)  # the one with a base beside it
+        train(model, 1)
+        watch.note(model, 4)
+        assert watch.check(model, 4).verdict != "served as trained"
+
+
+def test_wrong_use_is_one_line():
+    with pytest.raises(LoraInitError, match="got 0 and keep=16"):
+        ServingWatch(word_tokenizer(), [], lambda prompt: {})
+    with pytest.raises(LoraInitError, match="every=0"):
+        ServingCallback(ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}), every=0)
+    with warnings.catch_warnings(), pytest.raises(LoraInitError, match="this LlamaForCausalLM has none"):
+        ServingWatch(word_tokenizer(), PROMPTS, lambda prompt: {}).note(tiny_llama(), 0)
