@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.cli.console import busy, command, importing, print_result, say
-from lora_init.cli.help import ListedCommands
+from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import columns, facts, finite
 from lora_init.errors import LoraInitError
@@ -150,7 +150,7 @@ def train(
 
 
 for _name, _function in (("add", add), ("list", list_), ("train", train)):
-    app.command(_name)(command(_function))
+    app.command(_name, cls=GroupedCommand)(command(_function))
 
 
 def start_from(

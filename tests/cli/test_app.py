@@ -116,6 +116,14 @@ def test_every_command_reads_data_by_the_same_options(name):
     assert {one.name for one in fields(Reading)} < {parameter.name for parameter in commands.params}
 
 
+def test_no_help_shows_a_type_or_a_range_of_python():
+    group = typer.main.get_command(cli.app)
+    names = [*group.commands, *(f"bank {name}" for name in group.commands["bank"].commands)]
+    texts = {name: run(*name.split(), "--help").stdout for name in names}
+    assert not {name: found for name, text in texts.items() if (found := re.findall(r"list\[| range|>=", text))}
+    assert "B is not zero" in texts["init"] and all(name in texts["init"] for name in buildable())
+
+
 @pytest.mark.parametrize("words", [[], ["bank"]])
 def test_no_sentence_of_the_list_of_commands_is_cut(words, monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
