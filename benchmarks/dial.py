@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -36,11 +35,11 @@ from lora_init.collection.losses import batch_loss, sequence_losses
 from lora_init.comparison.plots import COLORS, INK, RANDOM_COLOR
 from lora_init.comparison.tasks import Loading, item_length, load_task
 from lora_init.comparison.training import Training
-from lora_init.loading.batches import load_batches, pad_batch
+from lora_init.loading.batches import pad_batch
 from lora_init.loading.sources import read_rows
 from lora_init.serving.dial import Rule, _outputs, dial, fit_strengths, strengths
 from lora_init.serving.dialed import Point
-from lora_init.serving.replay import replay
+from lora_init.serving.replay import replayed
 
 RESULTS = Path(__file__).parent / "results" / "dial"
 RANK, STEPS, SHORT, LONG = 8, 48, 40, 64  # tokens of a text that is scored, and of one to keep
@@ -85,19 +84,19 @@ PATH = ("0.3", "1", "3")  # weights of the library, in its order
 LOSE, MOST = "lose ", 0.02  # what `lora_init.dial` chooses of its own, with so many per cent; the most of them
 # Arms with their seeds and strengths, the most needed first: a number for all layers, or text to keep and its weight.
 JOBS: list[tuple[str, Sequence[int], Sequence[str]]] = [
-    ("random 3e-3", [0, 1, 2], ("lose 2", "lose 1")),
-    ("replay own", [0], ("1", "0.6")),
+    ("random 3e-3", [0], ("0", "lose 2", "lose 1")),
     ("replay real", [0], ("1",)),
     ("24 more steps", [0], ("1",)),
+    ("random 3e-3", [1], ("lose 2", "lose 1")),
     ("natural-gradient", [0], ("1", "0.6")),
-    ("eva", [0], ("1", "0.6", "own 0.3")),
-    ("replay own", [1, 2], ("1",)),
+    ("random 3e-3", [2], ("lose 2", "lose 1")),
     ("random 1e-3", [0], ("1", "0.6")),
-    ("replay own", [0], ("own 0.3",)),
+    ("replay own", [0], ("1", "0.6", "own 0.3")),
+    ("replay own", [1, 2], ("1",)),
     ("mlp", [0], ("1",)),
-    ("eva", [1, 2], ("1", "0.6")),
-    ("random 3e-3", [0], ("0",)),
     ("random 3e-3", [0, 1, 2], ("0.6", "0.8", "1", "own 0.3", "own 0.3 1", HALF_WAY)),
+    ("eva", [0], ("1", "0.6", "own 0.3")),
+    ("eva", [1, 2], ("1", "0.6")),
     ("natural-gradient", [1, 2], ("1", "0.6")),
     ("random 3e-3", [0], ("own 1", "real 1")),
 ]
@@ -120,6 +119,8 @@ class Bench:
         self.seen = [(ids[:SHORT], ids[:SHORT]) for ids in passages[:N_SCORED]]
         self.unseen = [(ids[:SHORT], ids[:SHORT]) for ids in self._texts("XSum/test.jsonl", "document")[:N_SCORED]]
         self.real = [(ids, ids) for ids in passages[N_SCORED : N_SCORED + N_KEPT]]
+        # Text to choose by, as the dial lets the base write it, in as many batches as that to fit.
+        self.written = replayed(self.model, self.tokenizer, N_SCORED, 1, 2)
 
     def _task(self, name: str) -> Any:
         source, make, settings = TASKS[name]
@@ -151,14 +152,6 @@ class Bench:
                 )  # fmt: skip
             file.write_text(json.dumps(written.tolist()))
         return [(ids, ids) for ids in json.loads(file.read_text())]
-
-    @cached_property
-    def written(self) -> list[Any]:
-        """Return text to choose by, written as for `lora-init dial`, in as many batches as those to fit."""
-        file = self.cache / "written.json"
-        if not file.exists():
-            file.write_text(json.dumps(replay(self.model, self.tokenizer, N_SCORED, seed=1)))
-        return [*load_batches(json.loads(file.read_text()), self.tokenizer, batch_size=2)]
 
     def adapter(self, task: str, arm: str, seed: int) -> nn.Module:
         """Return the base with a trained adapter on it; trained once. `unload()` takes it off."""

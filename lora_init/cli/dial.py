@@ -61,7 +61,7 @@ def dial(
         from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable
         from lora_init.serving.dial import dial as turn
         from lora_init.serving.dialed import check_place, write_dialed
-        from lora_init.serving.replay import replay
+        from lora_init.serving.replay import replayed
         from lora_init.serving.trained import read_trained, with_parameters
     asked = {"lose": _share(lose), "keep_within": keep_within, "strength": strength}
     Rule(**asked)
@@ -77,12 +77,12 @@ def dial(
     read = partial(load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
     batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
     half: dict[str, Any] = {"samples": samples // 2, "batch_size": min(samples // 6, KEPT_BATCH)}
-    kept = None if keep is None else read(keep, **half)
+    kept: Any = None if keep is None else read(keep, **half)
     with busy(f"loading {source.name}"):
         loaded = source.load(dtype=dtype, device=device, quantize=quantize)
     if kept is None:
         with busy("writing text to keep"):
-            kept = read(replay(loaded.model, source.tokenizer, samples // 2, seed=seed), **half)
+            kept = replayed(loaded.model, source.tokenizer, half["samples"], seed, half["batch_size"])
     with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
         found = turn(model, batches, kept, **asked, uniform=uniform, seed=seed)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)

@@ -19,9 +19,9 @@ from lora_init.collection.losses import token_losses
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of
-from lora_init.loading.batches import as_batches, load_batches
+from lora_init.loading.batches import as_batches
 from lora_init.serving.dialed import UNIFORM, Change, Dial, Point
-from lora_init.serving.replay import replay
+from lora_init.serving.replay import replayed
 from lora_init.serving.trained import OTHER_UPDATES
 
 if TYPE_CHECKING:
@@ -165,8 +165,7 @@ def dial(
     if keep is None:
         if tokenizer is None:
             raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
-        rows = replay(model, tokenizer, seed=seed)
-        keep = load_batches(rows, tokenizer, batch_size=KEPT_BATCH)
+        keep = replayed(model, tokenizer, 64, seed, KEPT_BATCH)
     kept = _thirds(as_batches(keep, model, seed), "keep")
     if _texts(kept) <= _texts(task):
         raise LoraInitError("keep holds examples of the task and nothing else. Pass text of another kind.")

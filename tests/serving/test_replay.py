@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from lora_init import LoraInitError, load_batches
-from lora_init.serving.replay import replay
+from lora_init.serving.replay import replay, replayed
 from tests.commands import save_model
 from tests.conftest import tiny_llama, tiny_t5
 
@@ -33,15 +33,16 @@ def test_of_an_adapted_model_the_base_writes(tokenizer):
     assert sum(len(batch["labels"]) for batch in load_batches(expected, tokenizer)) == 20
 
 
-def test_a_text_begins_with_any_token_and_does_not_end_early(tokenizer, monkeypatch):
-    written, decode = [], type(tokenizer).decode
-    monkeypatch.setattr(
-        type(tokenizer), "decode", lambda self, ids, **more: written.append(ids.tolist()) or decode(self, ids, **more)
-    )
+def test_a_text_begins_with_any_token_and_has_no_end(tokenizer):
     model = tiny_llama()
     model.generation_config.eos_token_id = list(range(0, 64, 2))  # half of what it draws would end the text
-    replay(model, tokenizer, n=20, length=12)
-    assert all(len(ids) == 13 for ids in written) and len({ids[0] for ids in written}) > 10
+    batches = replayed(model, tokenizer, 20, 0, 8)
+    rows = [row for batch in batches for row in batch["labels"].tolist()]
+    assert [len(batch["labels"]) for batch in batches] == [8, 8, 4]
+    assert all(len(ids) == 65 for ids in rows) and len({ids[0] for ids in rows}) > 10
+    texts = replay(model, tokenizer, n=20)  # the same, as text
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows] == [row["text"] for row in texts]
+    assert tokenizer.eos_token_id is not None and not any(ids[-1] == tokenizer.eos_token_id for ids in rows)
 
 
 def test_for_chats_it_answers_questions(tokenizer):
