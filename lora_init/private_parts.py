@@ -53,6 +53,15 @@ def forget_loader(accelerator: Any, loader: Any) -> None:
     loaders[:] = [other for other in loaders if other is not loader]
 
 
+def has_added_adapter(model: Any) -> bool:
+    """Return whether `add_adapter` of transformers or diffusers has put layers into a model.
+
+    `active_adapters()` raises without them, and where PEFT is too old for it; since 4.33 and 0.20. Without it such
+    a model is refused, as one inside a PeftModel is: look for what `add_adapter` sets.
+    """
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def is_gated(module: Any) -> bool:
     """Return whether a module is one of transformers' fused experts, whose first matrix may have a gate's half."""
     return hasattr(module, "_apply_gate")

@@ -15,9 +15,11 @@ from tests.assets import EXAMPLES, demo_assets
 # Which arguments make a script short. "OUTPUT" becomes a folder of the test.
 SHORT = {
     "demo": ["--samples=24", "--steps=2", "--held-out=8", "--output=OUTPUT", "--page=OUTPUT.html"],
+    "embeddings": ["--steps=2", "--output=OUTPUT"],
     "finetune_classifier": ["--samples=40", "--steps=2", "--output=OUTPUT"],
     "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=60", "--output=OUTPUT"],
+    "reranker": ["--steps=2", "--output=OUTPUT"],
 }
 # tests/adapters, tests/cli, tests/collection and tests/layers run these.
 ELSEWHERE = {"diffusion", "dpo_trl", "quickstart", "sft_trl", "rank_budget", "two_processes"}
@@ -96,6 +98,15 @@ def test_finetune_vit_reads_turned_digits_better_with_the_adapter(run):
     (before,) = numbers(r"upright, (\S+) turned", out)
     (after,) = numbers(r"with the adapter: accuracy (\S+) turned", out)
     assert after > before + 0.1
+
+
+@pytest.mark.parametrize("name", ["embeddings", "reranker"])
+def test_what_sentence_transformers_saves_it_reads_again(name, run, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    assets.minilm(), assets.boolq("dev.jsonl")
+    (difference,) = numbers(r"differ by (\S+)", run(name))
+    assert difference < 1e-5
+    assert (tmp_path / "output/adapter_model.safetensors").exists()
 
 
 @pytest.fixture

@@ -149,3 +149,15 @@ def test_typer_shows_the_error_that_all_wrong_words_are():
     with pytest.raises(error, match="--nothing"):
         typer.main.get_command(app).main(["--nothing"], standalone_mode=False)
     assert issubclass(typer.BadParameter, error)
+
+
+def test_add_adapter_leaves_a_mark_that_a_peft_model_has_not():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    assert not private_parts.has_added_adapter(get_peft_model(tiny_llama(), config).get_base_model())
+    assert "self._hf_peft_config_loaded = True" in inspect.getsource(tiny_llama().add_adapter)
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    assert private_parts.has_added_adapter(model)

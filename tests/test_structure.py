@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 ROOT_FILES = {"__init__", "__main__", "errors", "files", "packages", "private_parts"}
 KNOW_PEFT = {"adapters", "serving", "comparison"}
-FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/*.py"))
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/*.py"))
 
 
 def imports(file):

@@ -24,7 +24,15 @@ from lora_init.adapters.directory import (
     start_digest,
     write_start,
 )
-from lora_init.adapters.peft_model import as_it_was, attach, check_fits, check_plain, remove_adapters
+from lora_init.adapters.peft_model import (
+    as_it_was,
+    attach,
+    check_fits,
+    check_plain,
+    fill_in_place,
+    is_filled,
+    remove_adapters,
+)
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import Start, find_start
 from lora_init.adapters.weights import LoraWeights, Weights
@@ -226,23 +234,31 @@ class AdapterInit:
         back as a PeftModel that is not, to compile anew. A and B are float32 also on a half-precision or quantized
         model, and A is frozen if it should be. If anything fails, the model is as it was.
 
+        A model that has fresh LoRA layers from `add_adapter` of transformers or diffusers is filled and returned: A and
+        B are copied into the layers that are there, of one rank, so that an optimizer may hold them already.
+
         Args:
             model: The model the statistics come from, or one with layers of the same names and widths (quantized, say).
-            adapter_name: PEFT's name for the adapter.
+            adapter_name: PEFT's name for the adapter; one from `add_adapter` has its own.
             correct_base: With `corrects_base`: False leaves the base weights alone and takes the adapter's own start
                 off in the forward pass, by a hook on each layer, at the cost of a second adapter. Merging does not
                 know of it: convert.
 
         Raises:
-            LoraInitError: The model already has an adapter, or a layer of the plan is missing or has other widths, or
-                is quantized and should change.
+            LoraInitError: The model already has an adapter that is a PeftModel's, is in use, or has other layers,
+                ranks or scaling; or a layer of the plan is missing or has other widths, or is quantized and should
+                change, or the base weights should and the adapter is from `add_adapter`.
         """
-        check_plain(model, "apply()")
-        model = unwrapped(model)
-        check_fits(model, self, adapter_name)
-        if self.corrects_base and correct_base:
-            check_correctable(model, self.targets)
-        adapted = attach(model, self, adapter_name)
+        adapted: Any = unwrapped(model) if isinstance(model, nn.Module) else model
+        if is_filled(adapted):
+            fill_in_place(adapted, self)
+        else:
+            check_plain(model, "apply()")
+            model = adapted
+            check_fits(model, self, adapter_name)
+            if self.corrects_base and correct_base:
+                check_correctable(model, self.targets)
+            adapted = attach(model, self, adapter_name)
         if self.corrects_base and correct_base:
             correct_weights(model, self.weights, self.scaling)
         elif self.corrects_base:
@@ -250,7 +266,8 @@ class AdapterInit:
         if self.freeze_a:
             for name, parameter in adapted.named_parameters():  # PEFT has no setting for it
                 parameter.requires_grad &= ".lora_A." not in name
-        return adapted
+        result: PeftModel = adapted
+        return result
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False, model: nn.Module | None = None) -> Path:
         """Write a standard PEFT adapter directory.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_init.adapters.asked import Asked
-from lora_init.adapters.peft_model import adapter_layers, as_it_was
+from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
 from lora_init.planning.lora_config import exact_pattern
@@ -134,15 +134,10 @@ def read_adapter(model: Any, asked: Asked, whose: str, before: LoraConfig | None
     config, layers = model.peft_config[adapter], adapter_layers(model)
     if len(model.peft_config) > 1 or not isinstance(config, LoraConfig):
         raise LoraInitError(
-            f"the trainer's model has the adapters {', '.join(model.peft_config)} ({config.peft_type}), and one LoRA "
-            "adapter is expected. Give the trainer the plain model and a LoraConfig as peft_config."
+            f"the model has the adapters {', '.join(model.peft_config)} ({config.peft_type}), and one LoRA adapter is "
+            "expected. Begin with the plain model."
         )
-    weights = (layer.lora_B[adapter].weight for layer in layers.values() if adapter in layer.lora_B)
-    if any(bool(weight.any()) for weight in weights if not weight.is_meta):
-        raise LoraInitError(
-            f"the trainer's adapter is no fresh one: B is not zero (init_lora_weights={config.init_lora_weights!r}). "
-            "Give the trainer the plain model and a LoraConfig as peft_config."
-        )
+    check_fresh(layers, adapter, "the adapter on the model", "Begin with the plain model and a LoraConfig alone.")
     plain = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     said = _shape_of(config, whose) | {
         "target_modules": (before or config).target_modules,

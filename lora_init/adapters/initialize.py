@@ -10,16 +10,10 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked, shows_keywords
 from lora_init.adapters.config import read_config
-from lora_init.adapters.peft_model import check_plain
+from lora_init.adapters.doors.carriers import Carrier
+from lora_init.adapters.doors.registry import find_carrier, find_trainer, is_trainer
+from lora_init.adapters.peft_model import check_plain, is_filled
 from lora_init.adapters.pipeline import adapter_for, choose_start
-from lora_init.adapters.trainers import (
-    adapter_dtype,
-    classifies_by_own_loss,
-    hand_over,
-    has_plain_loss,
-    is_trainer,
-    opened,
-)
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -38,7 +32,7 @@ def initialize(
     config: LoraConfig | None = None,
     adapter_name: str = "default",
     **options: Any,
-) -> PeftModel:
+) -> PeftModel | Any:
     """Start an adapter in one call: read data, collect statistics, allocate ranks, build it, put it on the model.
 
     Given a trainer, it learns from the very batches that the trainer is about to train on (its collator, its template,
@@ -48,9 +42,11 @@ def initialize(
     `peft_config`: without one it has loaded a second model as its reference, which stays.
 
     Args:
-        model: The plain model; or a `Trainer` of transformers or one of TRL's, before `train()`.
+        model: The plain model; one with a fresh adapter from `add_adapter` of transformers or diffusers; a
+            `SentenceTransformer` or `CrossEncoder`; or, before `train()`, a `Trainer` of transformers, one of TRL's or
+            one of sentence-transformers'.
         batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
-            in memory. Default: those of the trainer.
+            in memory; or texts for a `SentenceTransformer`, pairs for a `CrossEncoder`. Default: those of the trainer.
         rank: Average rank of a layer, 16 by default. What a trainer's `peft_config` says otherwise is refused, here and
             below.
         rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank. Default: what the method is
@@ -75,7 +71,8 @@ def initialize(
             correction that does not lower the loss on the examples set aside. `seed` is that of all that is random.
 
     Returns:
-        The PeftModel; also `trainer.model` from then on.
+        The PeftModel; also `trainer.model` from then on. Where the adapter is in place, or inside a model of
+        sentence-transformers, that model.
 
     Raises:
         LoraInitError: As `load_batches`, `collect`, `allocate_ranks`, `build_adapter`, `find_step_size` and
@@ -87,22 +84,29 @@ def initialize(
     if not is_trainer(model):
         if batches is None:
             raise LoraInitError("batches are missing: what collect takes, such as load_batches(data, tokenizer).")
-        check_plain(model, "initialize()")
+        if not is_filled(model):
+            check_plain(model, "initialize()")
+        carrier = find_carrier(model)
         if config is not None:
-            asked = read_config(model, config, asked)
-        init = adapter_for(model, batches, tokenizer, asked, choose_start(method, classifies))
-        if config is not None:  # which does not tell whether its lora_alpha was given or is PEFT's 8
-            _warn_if_far_off(init, None)
-        return _applied(init, model, adapter_name)
+            if not carrier.wraps_anew:
+                raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
+            asked = read_config(carrier.model, config, asked)
+        start = choose_start(method, classifies)
+        with carrier.opened(asked) as read:
+            init = adapter_for(carrier, *carrier.feed(batches, read), tokenizer, start)
+            if config is not None:  # which does not tell whether its lora_alpha was given or is PEFT's 8
+                _warn_if_far_off(init, None)
+            return _applied(init, carrier, adapter_name)
     if config is not None:
         raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
-    start, dtype = choose_start(method, classifies or classifies_by_own_loss(model)), adapter_dtype(model)
-    with opened(model, asked, start) as (plain, asked, own):
+    door = find_trainer(model)
+    start = choose_start(method, classifies or door.classifies)
+    with door.opened(asked, start) as (read, own):
         source, reads_with = (own, None) if batches is None else (batches, tokenizer)
-        init = adapter_for(plain, source, reads_with, asked, start)
-        adapted = _applied(init, plain, adapter_name)
-    hand_over(model, adapted, dtype)
-    if has_plain_loss(model):  # for other losses nothing was measured
+        init = adapter_for(door.carrier, source, read, reads_with, start)
+        adapted = _applied(init, door.carrier, adapter_name)
+    door.hand_over(adapted)
+    if door.is_measured:
         _warn_if_far_off(init, model.args)
     return adapted
 
@@ -112,7 +116,8 @@ def _warn_if_far_off(init: AdapterInit, settings: Any) -> None:
         warnings.warn(said, stacklevel=3)
 
 
-def _applied(init: AdapterInit, model: nn.Module, adapter_name: str) -> PeftModel:
+def _applied(init: AdapterInit, carrier: Carrier, adapter_name: str) -> Any:
+    adapted = carrier.put(init, adapter_name)
     if init.corrects_base:
         start = "START" if adapter_name == "default" else f"START/{adapter_name}"  # where PEFT saves it
         warnings.warn(
@@ -121,4 +126,4 @@ def _applied(init: AdapterInit, model: nn.Module, adapter_name: str) -> PeftMode
             "needs that to make an adapter for the plain base of what was saved after it.",
             stacklevel=3,
         )
-    return init.apply(model, adapter_name)
+    return adapted

@@ -222,7 +222,7 @@ def _load(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_name: 
     config: Any = copy.copy(model.peft_config[adapter_name])  # type: ignore[index]
     weights = {_plain(name): weight for name, weight in eva_state_dict.items()}
     modules = dict(model.get_base_model().named_modules())  # type: ignore[operator]
-    layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}  # type: ignore[arg-type]
+    layers = {name: layer for name, layer in adapter_layers(model).items() if adapter_name in layer.r}
     for name, layer in layers.items():
         weight = weights.get(name)
         if weight is not None and (weight.dim() != 2 or weight.shape[1] != layer.in_features):

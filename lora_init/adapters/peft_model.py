@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, Target, find_targets, is_in
 from lora_init.layers.wrappers import plain_name
 from lora_init.planning.lora_config import exact_pattern
+from lora_init.private_parts import has_added_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,16 +29,34 @@ if TYPE_CHECKING:
 
 def check_plain(model: Any, taker: str) -> None:
     """Refuse what is no model, or has an adapter already, as an argument of the function `taker`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if not isinstance(model, nn.Module):
         got = f"its name, {model!r}. Load it by from_pretrained()" if isinstance(model, str) else type(model).__name__
         raise LoraInitError(f"{taker} takes a model in this place and got {got}.")
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if holds_layers(model):
+        off = "unload() or merge_and_unload()" if hasattr(model, "unload") else "delete_adapter()"
+        off = "delete_adapters()" if hasattr(model, "delete_adapters") else off
         raise LoraInitError(
-            f"{type(model).__name__} already has an adapter. Call its unload() or merge_and_unload() first, or give "
-            f"{taker} the plain model."
+            f"{type(model).__name__} already has an adapter. Call its {off} first, or give {taker} the plain model."
         )
+
+
+def holds_layers(model: Any) -> bool:
+    """Return whether there are layers of an adapter in a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def is_filled(model: Any) -> bool:
+    """Return whether a model has LoRA layers from `add_adapter`, which are filled, and is no PeftModel."""
+    return holds_layers(model) and not hasattr(model, "get_base_model") and has_added_adapter(model)
+
+
+def check_fresh(layers: Mapping[str, Any], adapter: str, whose: str, remedy: str) -> None:
+    """Refuse an adapter that was trained, or started in another way."""
+    weights = (layer.lora_B[adapter].weight for layer in layers.values() if adapter in layer.lora_B)
+    if any(bool(weight.any()) for weight in weights if not weight.is_meta):
+        raise LoraInitError(f"{whose} is no fresh one: B is not zero. {remedy}")
 
 
 def check_modules_to_save(
@@ -98,10 +118,12 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
     """Note how a model is, with a copy of its `weights` if asked for, and return a function that puts it back."""
     wiring = [(module, dict(vars(module))) for module in model.modules()]
     # Their dicts stay the same objects, since whoever added a hook holds on to one.
-    dicts = [(value, dict(value)) for _, found in wiring for value in found.values() if isinstance(value, dict)]
+    # Those of other classes are configurations, and diffusers' allow no change.
+    values = (value for _, found in wiring for value in found.values() if type(value) in (dict, OrderedDict))
+    dicts = [(value, dict(value)) for value in values]
     trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     kept = [*model.buffers(), *(model.parameters() if weights else ())]
-    values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
+    contents = [(tensor, tensor.data, tensor.detach().clone()) for tensor in kept]
 
     def restore() -> None:
         for attributes, content in [*((vars(module), found) for module, found in wiring), *dicts]:
@@ -110,7 +132,7 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
         for parameter, requires_grad, grad in trainable:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for tensor, data, value in values:
+        for tensor, data, value in contents:
             tensor.data = data
             tensor.data.copy_(value)
 
@@ -127,13 +149,15 @@ def as_it_was(model: nn.Module, weights: bool = False) -> Iterator[None]:
         restore()
 
 
-def adapter_layers(peft_model: PeftModel) -> dict[str, Any]:
+def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
     """Find PEFT's layers by the names of the plain model's layers and parameters."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
     layers: dict[str, Any] = {}
-    for name, module in peft_model.get_base_model().named_modules():
+    base: Any = peft_model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    for name, module in base.named_modules():
         if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
             layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
         # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
@@ -161,6 +185,38 @@ def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
         restore()
         raise
     return peft_model
+
+
+@torch.no_grad()
+def fill_in_place(model: Any, init: AdapterInit) -> None:
+    """Copy A and B into the fresh layers that a model has from `add_adapter`; where A is shorter the rest stays."""
+    layers, name = adapter_layers(model), type(model).__name__
+    adapter = next(iter(getattr(model, "peft_config", {})), "default")
+    if len(getattr(model, "peft_config", ())) > 1:
+        raise LoraInitError(f"{name} has the adapters {', '.join(model.peft_config)}, and one is expected.")
+    check_fresh(layers, adapter, f"the adapter on {name}", "Delete it, and call add_adapter() again.")
+    if init.corrects_base:
+        raise LoraInitError(
+            f"method={init.method!r} changes the base weights, and an adapter in {name} is saved without them. Take a "
+            "start at B = 0, or give the plain model."
+        )
+    differing = sorted({*layers} ^ {*init.weights, *init.unsupported, *init.left_out})
+    if differing:
+        raise LoraInitError(
+            f"the adapter on {name} has other layers than the start; first of {len(differing)} differences: "
+            f"{differing[0]!r}. Collect with the same target_modules."
+        )
+    for layer in init.weights:
+        there, scaling, r = layers[layer], layers[layer].scaling[adapter], init.ranks[layer]
+        partly = r < there.r[adapter] and bool(init.targets[layer].experts)
+        if partly or r > there.r[adapter] or not math.isclose(scaling, init.scaling):
+            raise LoraInitError(
+                f"layer {layer!r}: the adapter on {name} has rank {there.r[adapter]} and scaling {scaling:.4g}, the "
+                f"start {r} and {init.scaling:.4g}. Allocate with rho=1 and the rank and lora_alpha of the adapter."
+            )
+    for layer, (a, b) in init.weights.items():
+        layers[layer].lora_A[adapter].weight[: len(a)].copy_(a)
+        layers[layer].lora_B[adapter].weight[:, : len(a)].copy_(b)
 
 
 def match_modes(peft_model: PeftModel) -> None:

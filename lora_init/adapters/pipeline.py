@@ -20,6 +20,7 @@ from torch import nn
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
+from lora_init.adapters.doors.carriers import Carrier
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
 from lora_init.adapters.recommended import default_start
@@ -193,9 +194,11 @@ def build(
     return made(gamma=shape.gamma)
 
 
-def adapter_for(model: nn.Module, source: Any, tokenizer: Any, asked: Asked, start: Start) -> AdapterInit:
+def adapter_for(carrier: Carrier, source: Any, asked: Asked, tokenizer: Any, start: Start) -> AdapterInit:
     """Go the whole way for a model at hand; all processes of a group do it together."""
     check(asked, start)
+    carrier.check(start)
+    model = carrier.model
     if tokenizer is None:
         idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
         if idle:
@@ -205,6 +208,7 @@ def adapter_for(model: nn.Module, source: Any, tokenizer: Any, asked: Asked, sta
         known = classes_of(getattr(model, "config", None))
         found = read(source, tokenizer, asked, start, seq2seq=encoder_of(model) is not None, known=known)
     examples = split(*found, measures(start, asked))
-    asked = fit_to(model, asked, examples.classes)
+    if not carrier.in_place:  # whose LoraConfig says what is trained whole
+        asked = fit_to(model, asked, examples.classes)
     stats, start = learn(model, examples, asked, start)
     return build(model, stats, allocate(stats, asked, start), start, asked, examples.aside, True)

@@ -73,6 +73,7 @@ class ActivationHooks:
         self._head = head if isinstance(head, nn.Module) and not to_the_end else None
         self._handles: list[Any] = []
         self._mode = ExitStack()
+        self._batch: Any = None
         self._sink: Sink | None = None
 
     def __enter__(self) -> ActivationHooks:
@@ -81,7 +82,7 @@ class ActivationHooks:
             self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
         if self._head is not None:
             self._handles.append(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
-        self._handles += self.masks.hooks()
+        self._handles += [self.model.register_forward_pre_hook(self._start_call, with_kwargs=True), *self.masks.hooks()]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -100,7 +101,7 @@ class ActivationHooks:
         batch = on_device_of(self.model, batch)
         if self._rows is None:
             self.masks.start(batch)
-        self._sink = sink
+        self._batch, self._sink = batch, sink
         # Tensors read in this pass: id and way of reading -> (weak reference, version, groups). Weak: no activation is
         # kept, and an id that Python gave to a second tensor is told from the first.
         self._read: dict[tuple[int, Patches | None], tuple[weakref.ref[Tensor], int, list[str]]] = {}
@@ -110,8 +111,15 @@ class ActivationHooks:
                 yield batch
             self._check_groups()
         finally:
-            self._sink, self._read = None, {}
+            self._batch, self._sink, self._read = None, None, {}
             self.masks.stop()
+
+    def _start_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Take the mask of a call, where `forward` makes several of a batch, as for questions and their passages."""
+        watched = self._rows is None and self._sink is not None
+        batch = self._batch if isinstance(self._batch, Mapping) else {}
+        if watched and "attention_mask" not in batch and isinstance(kwargs.get("attention_mask"), Tensor):
+            self.masks.start(kwargs)
 
     def _end_pass(self, module: nn.Module, args: Any) -> None:
         if self._sink is not None:

@@ -368,8 +368,8 @@ def _check_types(model: Any, batches: Any) -> None:
     # By name: peft need not be imported.
     if any(kind.__name__ == "BaseTunerLayer" for module in model.modules() for kind in type(module).__mro__):
         raise LoraInitError(
-            f"collect got a {type(model).__name__} with an adapter, and would take its parts for layers. Call its "
-            "unload() or merge_and_unload() first, or give collect the plain model."
+            f"collect got a {type(model).__name__} with an adapter, and would take its parts for layers. Give it the "
+            "plain model: take the adapter off (PEFT: unload(), diffusers: delete_adapters())."
         )
     first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
     wrong = isinstance(batches, (str, Path, Mapping, Tensor, nn.Module)) or not isinstance(batches, Iterable)

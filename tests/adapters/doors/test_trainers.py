@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import lora_init
-from lora_init.adapters import trainers
+from lora_init.adapters.doors.trainers import TrainerDoor
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import QUANTIZATIONS
@@ -141,14 +141,14 @@ def test_the_trainer_trains_the_adapter(made, checkpointing, tmp_path, tokenizer
 def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, tokenizer, monkeypatch):
     seen = []
     trainer, other = (MADE[made](tmp_path, tokenizer) for _ in range(2))
-    inner = trainers._labelled
+    inner = TrainerDoor.batches
 
-    def record(trainer, loader):
-        for batch in inner(trainer, loader):
+    def record(door, loader):
+        for batch in inner(door, loader):
             seen.append(batch["input_ids"].clone())
             yield batch
 
-    monkeypatch.setattr(trainers, "_labelled", record)
+    monkeypatch.setattr(TrainerDoor, "batches", record)
     lora_init.initialize(trainer, **RANK[made])
     assert len(seen) > 3
     trained, without = batches_of(trainer), batches_of(other)

@@ -1,0 +1,205 @@
+"""A trainer of transformers or TRL: its model, its batches, the loss it trains by; and its adapter put back into it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import tee
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from lora_init.adapters.asked import Asked
+from lora_init.adapters.doors.carriers import Carrier, carrier_of
+from lora_init.adapters.starts import DEFAULT, Start
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import IGNORED
+from lora_init.layers.running import call_model
+from lora_init.layers.targets import find_targets
+from lora_init.loading.models import task_of
+from lora_init.private_parts import forget_loader
+
+# Their loss is what the model computes from labels. Other trainers compute their own, of two answers for example.
+_PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
+# How an SFTTrainer calls that loss; older ones have no name for it.
+_OWN_LOSS = (None, "nll", "chunked_nll")
+
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
+
+
+class TrainerDoor:
+    """A trainer before `train()`, and the carrier of its model."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.name = trainer, type(trainer).__name__
+        self.carrier = self.find_carrier()
+
+    def find_carrier(self) -> Carrier:
+        """Find how the trainer's model holds an adapter."""
+        return carrier_of(self.trainer.model)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the trainer trains a classifier by the loss that the model computes from classes."""
+        config = next(iter(getattr(self.trainer.model, "peft_config", {}).values()), None)
+        named = type(self.carrier.model).__name__.endswith(_CLASSIFIERS)
+        return (getattr(config, "task_type", None) == "SEQ_CLS" or named) and self.has_plain_loss
+
+    @property
+    def has_plain_loss(self) -> bool:
+        """Whether the trainer trains by the loss that its model computes from labels."""
+        source, args = self._source_of_loss, self.trainer.args
+        if source not in _PLAIN_LOSS:
+            return False
+        function = self.trainer.compute_loss_func or vars(self.trainer).get("compute_loss")
+        named = getattr(args, "loss_type", None) if source == "SFTTrainer" else None
+        return not (function or args.label_smoothing_factor) and named in _OWN_LOSS
+
+    @property
+    def gives_loss(self) -> bool:
+        """Whether `forward` gives the loss that is trained by."""
+        return self.has_plain_loss
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether rates were measured for what it trains: models of text, by their own loss."""
+        return self.has_plain_loss and "input_ids" in inspect.signature(type(self.carrier.model).forward).parameters
+
+    @property
+    def _source_of_loss(self) -> str:
+        """The name of the class that says how the loss is computed."""
+        return next(kind.__name__ for kind in type(self.trainer).__mro__ if "compute_loss" in vars(kind))
+
+    @contextmanager
+    def opened(self, asked: Asked, start: Start) -> Iterator[tuple[Asked, Iterator[Any]]]:
+        """Take the trainer's untrained adapter off its model, if it has one, and open its data.
+
+        Yields what was asked for with what the trainer's `peft_config` says, and the batches to come. The block ends
+        with `put`; on an exception all is as it was.
+        """
+        self.check(start, start.by_gradient or asked.run.gradients)
+        trainer, run = self.trainer, asked.run
+        if self.carrier.wraps_anew:
+            _check_head(self.carrier.model, asked.given.get("target_modules", ()), self.name)
+            asked = asked.but(task_type=asked.layers.task_type or task_of(self.carrier.model))
+        with self.carrier.opened(asked) as asked:
+            forward = run.forward or self.forward(with_labels=start.by_gradient or run.gradients or start.by_error)
+            data = run.data or f"training batches of {self.name}"
+            with _loader(trainer) as loader:
+                yield asked.but(data=data, forward=forward), self.batches(loader)
+
+    def check(self, start: Start, gradients: bool) -> None:
+        """Refuse a trainer that has begun, and a start that its loss cannot give."""
+        if self.trainer.optimizer is not None:
+            raise LoraInitError(f"the {self.name} has an optimizer already. Call initialize() right after it is made.")
+        if self.trainer.model_init is not None:
+            raise LoraInitError(
+                f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
+            )
+        if gradients and not self.gives_loss:
+            raise LoraInitError(
+                f"method={start.name!r}: a start from gradients needs the gradient of the training loss, and this "
+                f"{self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs alone."
+            )
+
+    def forward(self, with_labels: bool) -> Any:
+        """Return how a batch is run, `with_labels` so that there is a loss."""
+        taken = inspect.signature(type(self.carrier.model).forward).parameters
+        # What a forward function does not name, Trainer hands to it all the same; TRL's trainers keep it.
+        whole = self._source_of_loss in ("Trainer", "Seq2SeqTrainer")
+        whole = whole and any(one.kind is one.VAR_KEYWORD for one in taken.values())
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            kept = {key: value for key, value in batch.items() if whole or key in taken}
+            if not kept:  # DPOTrainer before TRL 0.29: prompts and answers apart
+                raise LoraInitError(
+                    f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. "
+                    "TRL 0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
+                )
+            return call_model(model, kept, with_labels=with_labels)
+
+        return forward
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Read batches as the model takes them."""
+        for batch in loader:
+            if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+                raise LoraInitError(
+                    f"{self.name} makes its batches of tokens while it trains, so there are none to learn "
+                    "from yet. Initialize the plain model on load_batches(...), and give the trainer the result."
+                )
+            if "labels" not in batch and "completion_mask" in batch:  # of DPOTrainer: both answers count
+                yield {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
+            else:
+                yield batch
+
+    def hand_over(self, adapted: Any) -> None:
+        """Put this model into the trainer, as if it had been made with it."""
+        trainer = self.trainer
+        if self.carrier.wraps_anew and trainer.args.gradient_checkpointing:
+            model: Any = self.carrier.model
+            model.enable_input_require_grads()  # as TRL does for an adapter of its own
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
+
+
+def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
+    """Refuse an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
+    taken = inspect.signature(model.forward, follow_wrapped=False).parameters  # TRL's forward is wrapped as the model's
+    if not target_modules or "fused_lm_head" not in taken:
+        return
+    head = model.get_output_embeddings()
+    selected = find_targets(model, target_modules).layers
+    if any(model.get_submodule(layer) is head for layer in selected):
+        raise LoraInitError(
+            f"{trainer} computes its loss from the weight of the head alone, so that an adapter there would never be "
+            "trained. Leave the head out of target_modules, or train it whole: modules_to_save."
+        )
+
+
+@contextmanager
+def _loader(trainer: Any) -> Iterator[Any]:
+    """Open a trainer's own data, and leave no trace: the trainer will draw the same batches in the same order."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        # Collators draw from Python's and numpy's random numbers, too, or from a generator of their own.
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
+        with suppress(Exception):  # what cannot be copied is used itself
+            trainer.data_collator = copy.deepcopy(trainer.data_collator)
+        rows = trainer.train_dataset
+        # Those of datasets begin anew each time, and workers read copies.
+        streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
+        if streams and not trainer.args.dataloader_num_workers:
+            trainer.train_dataset = _Twice(rows)
+        loader = trainer.get_train_dataloader()
+        if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
+            stack.callback(loader.end)
+        stack.callback(forget_loader, trainer.accelerator, loader)
+        yield loader
+
+
+class _Twice(IterableDataset[Any]):
+    """Rows for the pass, and for training from the same beginning, also where they are there only once."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.streams: list[Iterator[Any]] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.streams is None:
+            self.streams = list(tee(iter(self.rows)))
+        return self.streams.pop() if self.streams else iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what Trainer looks for in data, such as `set_epoch`."""
+        return getattr(self.rows, name)

@@ -1,0 +1,207 @@
+"""Embeddings and rerankers: the adapter inside a model of sentence-transformers, from its trainer's batches."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+import lora_init
+from lora_init.adapters.doors.sentences import SentenceTrainer
+from lora_init.adapters.peft_model import adapter_layers
+from lora_init.errors import LoraInitError
+from tests.conftest import tiny_bert
+from tests.loading.made import bert_tokenizer
+
+library = pytest.importorskip("sentence_transformers")
+from sentence_transformers.sentence_transformer import losses  # noqa: E402
+
+TEXTS = [" ".join("abcdefghij"[(i * k + k) % 10] for k in range(1, 3 + i % 5)) for i in range(24)]
+PAIRS = {"anchor": TEXTS, "positive": [text[::-1] + " a b" for text in TEXTS]}
+SCORED = PAIRS | {"score": [i / 24 for i in range(24)]}
+LOSSES = {
+    "MultipleNegativesRankingLoss": PAIRS, "CachedMultipleNegativesRankingLoss": PAIRS, "CoSENTLoss": SCORED,
+    "CosineSimilarityLoss": SCORED,
+}  # fmt: skip
+
+
+def encoder(folder, kind="SentenceTransformer", **more):
+    torch.manual_seed(0)
+    tiny_bert(None).save_pretrained(folder / "base")
+    bert_tokenizer().save_pretrained(folder / "base")
+    return getattr(library, kind)(str(folder / "base"), device="cpu", **more)
+
+
+def trainer_of(folder, loss="MultipleNegativesRankingLoss", model=None, **more):
+    model, more = model or encoder(folder), {"max_steps": 3, "prompts": {"anchor": "j i: "}} | more
+    return made(library.SentenceTransformerTrainer, model, folder, LOSSES[loss], getattr(losses, loss)(model), **more)
+
+
+def reranker_trainer(folder, label=True, **more):
+    model = encoder(folder, "CrossEncoder", num_labels=1)
+    columns = PAIRS | ({"label": [float(i % 2) for i in range(24)]} if label else {})
+    kinds = library.cross_encoder.losses
+    loss = (kinds.BinaryCrossEntropyLoss if label else kinds.MultipleNegativesRankingLoss)(model)
+    return made(library.CrossEncoderTrainer, model, folder, columns, loss, max_steps=3, **more)
+
+
+def made(kind, model, folder, columns, loss, **more):
+    settings = dict(per_device_train_batch_size=6, learning_rate=1e-2, report_to="none", save_strategy="no")
+    settings |= dict(use_cpu=True, disable_tqdm=True, logging_steps=1, output_dir=str(folder / "out"))
+    args = getattr(library, kind.__name__.removesuffix("er") + "ingArguments")(**settings | more)
+    return kind(model, args, Dataset.from_dict(columns), loss=loss)
+
+
+def statistics_of(trainer, folder, **options):
+    file = folder / f"{len(list(folder.iterdir()))}.safetensors"
+    model = lora_init.initialize(trainer, rank=2, statistics=file, tolerance=0, **options)
+    assert model is trainer.model
+    return lora_init.Statistics.load(file)
+
+
+@pytest.mark.parametrize("method", ["eva", "natural-gradient"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_trainer_trains_the_adapter_and_the_library_reads_it_again(loss, method, tmp_path):
+    trainer = trainer_of(tmp_path, loss)
+    model, before = trainer.model, trainer.model.encode(TEXTS)
+    assert lora_init.initialize(trainer, rank=2, method=method, exclude_modules=".*pooler.*") is model is trainer.model
+    assert abs(model.encode(TEXTS) - before).max() < 1e-6  # B is zero
+    assert not trainer.accum_loss_components["train"]
+    trainer.train()
+    layers = adapter_layers(model[0].model)
+    assert len(layers) == 12 and all(layer.lora_B["default"].weight.any() for layer in layers.values())
+    assert abs(model.encode(TEXTS) - before).max() > 1e-4
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert abs(again.encode(TEXTS) - model.encode(TEXTS)).max() < 1e-5
+
+
+def test_statistics_are_of_the_tokens_of_every_column_with_their_prompts(tmp_path):
+    trainer = trainer_of(tmp_path)
+    model = trainer.model
+    tokens = [model.preprocess([f"j i: {text}"]) for text in TEXTS] + [model.preprocess([t]) for t in PAIRS["positive"]]
+    bare = copy.deepcopy(model[0].model)
+    batches = [{key: one[key] for key in ("input_ids", "attention_mask")} for one in tokens]
+    expected = lora_init.collect(bare, batches, rank=2, tolerance=0)
+    found = statistics_of(trainer, tmp_path)
+    assert found.provenance.n_batches == 4 and found.provenance.data == "training batches of SentenceTransformerTrainer"
+    for name in expected:
+        if "pooler" not in name:  # it reads one token of each text
+            assert (
+                found[name].n_samples == expected[name].n_samples == sum(int(b["attention_mask"].sum()) for b in tokens)
+            )
+            assert found.total_variance(name) == pytest.approx(expected.total_variance(name), rel=1e-4)
+
+
+def test_the_cached_loss_has_the_gradients_of_the_plain_one(tmp_path):
+    plain, cached = trainer_of(tmp_path), trainer_of(tmp_path)
+    cached.loss = losses.CachedMultipleNegativesRankingLoss(cached.model, mini_batch_size=2)
+    one, other = (
+        statistics_of(t, tmp_path, method="natural-gradient", exclude_modules=".*pooler.*") for t in (plain, cached)
+    )
+    for name in one:
+        assert other.gradient(name).weighted.total_variance == pytest.approx(
+            one.gradient(name).weighted.total_variance, rel=1e-3
+        )
+        assert other[name].n_samples == one[name].n_samples  # the first of its two passes does not count twice
+
+
+def test_training_reads_the_batches_that_the_statistics_are_from(tmp_path, monkeypatch):
+    seen, trained, inner = [], [], SentenceTrainer.batches
+
+    def record(door, loader):
+        for batch in inner(door, loader):
+            seen.append(batch["anchor_input_ids"].clone())
+            yield batch
+
+    monkeypatch.setattr(SentenceTrainer, "batches", record)
+    trainer = trainer_of(tmp_path)
+    lora_init.initialize(trainer, rank=2)
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        trained.append(inputs["anchor_input_ids"].clone()), step(model, inputs, *rest)
+    )[1]  # fmt: skip
+    trainer.train()
+    assert len(trained) == 3 and all(torch.equal(*pair) for pair in zip(seen, trained, strict=False))
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("method", ["eva", "natural-gradient"])
+def test_a_reranker_keeps_its_head(label, method, tmp_path):
+    trainer = reranker_trainer(tmp_path, label)
+    model = trainer.model
+    assert lora_init.initialize(trainer, rank=2, method=method) is model
+    before = {
+        name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and "classifier" in name
+    }
+    trainer.train()
+    assert before and not any(torch.equal(model.get_parameter(name), old) for name, old in before.items())
+    model.save_pretrained(str(tmp_path / "saved"))
+    again, pairs = library.CrossEncoder(str(tmp_path / "saved"), device="cpu"), list(zip(*PAIRS.values(), strict=True))
+    assert np.ptp(model.predict(pairs)) > 0 and abs(again.predict(pairs) - model.predict(pairs)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder"])
+def test_without_a_trainer_texts_are_enough(kind, tmp_path):
+    model = encoder(tmp_path, kind, **({"num_labels": 1} if kind == "CrossEncoder" else {}))
+    data = TEXTS if kind == "SentenceTransformer" else list(zip(*PAIRS.values(), strict=True))
+    assert lora_init.initialize(model, data, rank=2) is model
+    assert adapter_layers(model[0].model) and model[0].model.peft_config["default"].r == 2
+    tokens = [model.preprocess(data[:12]), model.preprocess(data[12:])]
+    other = encoder(tmp_path, kind, **({"num_labels": 1} if kind == "CrossEncoder" else {}))
+    lora_init.initialize(other, tokens, rank=2)
+
+
+def test_an_adapter_that_is_there_is_taken_whichever_way_it_came(tmp_path):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"])
+    model = encoder(tmp_path)
+    model[0].model = get_peft_model(model[0].model, config)
+    trainer = trainer_of(tmp_path, model=model)
+    lora_init.initialize(trainer)
+    layers = adapter_layers(model[0].model)
+    assert len(layers) == 4 and {layer.r["default"] for layer in layers.values()} == {2}
+    trainer.train()
+
+
+def router(folder):
+    from sentence_transformers.base.modules import Router
+
+    one, other = encoder(folder), encoder(folder)
+    return library.SentenceTransformer(modules=[Router.for_query_document([*one], [*other])], device="cpu")
+
+
+def begun(folder):
+    trainer = trainer_of(folder)
+    trainer.train()
+    return trainer
+
+
+REFUSED = {
+    "changes the base": (
+        trainer_of, {"method": "lora-ga", "rank": 2}, "changes the base weights, and sentence-transformers saves"
+    ),
+    "has begun": (begun, {}, "has an optimizer already"),
+    "two models": (router, {"batches": TEXTS}, "SentenceTransformer has 2 models of transformers inside"),
+    "no texts": (encoder, {}, "batches are missing"),
+    "one column": (
+        lambda folder: made(
+            library.SentenceTransformerTrainer, model := encoder(folder), folder, {"anchor": TEXTS},
+            losses.MultipleNegativesRankingLoss(model),
+        ),
+        {}, "cannot take its batch of .*anchor_input_ids.*check the columns",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_use_is_one_line(case, tmp_path):
+    make, arguments, message = REFUSED[case]
+    given = make(tmp_path)
+    model = getattr(given, "model", given)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LoraInitError, match=message):
+        lora_init.initialize(given, **arguments)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
