@@ -79,26 +79,24 @@ ARMS = {
     "24 more steps": Arm("random 3e-3", rate=1e-3, steps=24, replay="own", texts=4, weight=1.0, more=True),
     "300 steps": Arm(steps=300),
 }
-HALF_WAY = "own 0.3 to 1"  # between the strengths of two weights
-PATH = ("0.3", "1", "3")  # weights of the library, in its order
+HALF_WAY, SHRUNK = "own 0.3 to 1", "0.7 to own 0.3"  # between the strengths of two weights; between 0.7 and the first
+PATH = ("0.3", "1")  # weights of the library, in its order
 LOSE, MOST = "lose ", 0.02  # what `lora_init.dial` chooses of its own, with so many per cent; the most of them
 # Arms with their seeds and strengths, the most needed first: a number for all layers, or text to keep and its weight.
 JOBS: list[tuple[str, Sequence[int], Sequence[str]]] = [
-    ("random 3e-3", [0], ("0", "lose 2", "lose 1")),
+    ("random 3e-3", [0, 1, 2], (SHRUNK, "0.8")),
     ("replay real", [0], ("1",)),
     ("24 more steps", [0], ("1",)),
-    ("random 3e-3", [1], ("lose 2", "lose 1")),
     ("natural-gradient", [0], ("1", "0.6")),
-    ("random 3e-3", [2], ("lose 2", "lose 1")),
     ("random 1e-3", [0], ("1", "0.6")),
     ("replay own", [0], ("1", "0.6", "own 0.3")),
     ("replay own", [1, 2], ("1",)),
     ("mlp", [0], ("1",)),
-    ("random 3e-3", [0, 1, 2], ("0.6", "0.8", "1", "own 0.3", "own 0.3 1", HALF_WAY)),
+    ("random 3e-3", [0, 1, 2], ("0.6", "1", "own 0.3", "own 0.3 1", HALF_WAY)),
     ("eva", [0], ("1", "0.6", "own 0.3")),
     ("eva", [1, 2], ("1", "0.6")),
     ("natural-gradient", [1, 2], ("1", "0.6")),
-    ("random 3e-3", [0], ("own 1", "real 1")),
+    ("random 3e-3", [0], ("0", "own 1", "real 1", "lose 2", "lose 1")),
 ]
 
 
@@ -196,6 +194,8 @@ class Bench:
             return self.choice(model, task, arm, seed, float(how.removeprefix(LOSE)) / 100)
         if " " not in how:
             return float(how)
+        if how == SHRUNK:
+            return {name: (0.7 + value) / 2 for name, value in self.strength(model, task, arm, seed, "own 0.3").items()}
         if how == HALF_WAY:
             pairs = [self.strength(model, task, arm, seed, "own 0.3" + more) for more in ("", " 1")]
             return {name: (pairs[0][name] + pairs[1][name]) / 2 for name in pairs[0]}
@@ -249,7 +249,7 @@ class Bench:
         fitted, limit = [Point(**point) for point in found["fitted"]], rule.limit(curve)
         # Every second one is a fit, after what is half way to it; the first that loses more is the last.
         n = next((i for i, point in enumerate(fitted) if i % 2 and point.task > limit), len(fitted))
-        return rule.choose([*curve, *fitted[: n + 1]], limit)[0].layers
+        return rule.choose(limit, fitted[: n + 1], curve).layers
 
     def read(self, model: nn.Module, task: str, select: bool) -> dict[str, list[tuple[float, int]]]:
         """Sum the loss of each example, and count its labels."""
@@ -306,7 +306,7 @@ def run(cache: Path) -> None:
                     fitted = time.process_time() - began
                     with strengths(model, values):
                         if values != before:
-                            read = bench.read(model, task, arm in ("random 3e-3", "eva") and " " not in how)
+                            read = bench.read(model, task, arm in ("random 3e-3", "eva") and how in ("0.6", "1"))
                     each = [*values.values()] if isinstance(values, Mapping) else []
                     shape = [fmean(each), pstdev(each), sum(value < 0.01 for value in each)] if each else []
                     row = {"job": (task, arm, seed, how), "shape": shape, "fit": fitted, "read": read}

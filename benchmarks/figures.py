@@ -21,6 +21,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks import starts, trade_off
@@ -164,6 +165,7 @@ def verdicts_of_fourteen_starts(outcome: str | None = None) -> int:
 
 HOT = "random 3e-3"  # the arm that others are compared with
 RISES = ("seen", "unseen")  # of the loss on text to keep, and on news
+LOSE = "lose "  # what `lora_init.dial` chooses with so many per cent
 
 
 def dialed(arm: str, strength: str, task: str, seed: int = 0) -> tuple[float, ...]:
@@ -207,10 +209,41 @@ def dial_time(arm: str) -> tuple[float, float]:
 
 def _dial_pairs(arm: str, strength: str, task: str | None = None) -> pd.DataFrame:
     """Put an arm beside random at 3e-3 as trained, of the same task and seed."""
-    runs = _dialed().set_index(["arm", "strength", "task", "seed"])
-    pairs = runs.loc[(arm, strength)].join(runs.loc[(HOT, "1")], rsuffix=" of", how="inner")
-    pairs = pairs if task is None else pairs.loc[[task]]
-    return pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+    if strength.startswith(LOSE):
+        pairs = _by_rule(arm, float(strength.removeprefix(LOSE)) / 100)
+    else:
+        runs = _dialed().set_index(["arm", "strength", "task", "seed"])
+        pairs = runs.loc[(arm, strength)].join(runs.loc[(HOT, "1")], rsuffix=" of", how="inner")
+        pairs = pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+    return pairs if task is None else pairs.loc[[task]]
+
+
+# As `lora_init.dial` prefers them: strengths of the layers, most weight on the text to keep first, then one for all.
+_ORDER = ("own 0.3 1", "own 0.3 to 1", "own 0.3", "0.7 to own 0.3", "0.6", "0.8", "1")
+
+
+@cache
+def _by_rule(arm: str, lose: float) -> pd.DataFrame:
+    """Let one half of the reported examples choose as `lora_init.dial` does and judge by the other, for 100 halves."""
+    runs, rng, rows = _dialed().set_index(["task", "seed", "strength"]).sort_index(), np.random.default_rng(0), {}
+    counts = {task: np.array(parts["task"]) for task, parts in read_json(starts.RESULTS / "dial/counts.json").items()}
+    for task, seed in runs[runs["arm"].eq(arm)].index.droplevel("strength").unique():
+        own = runs[runs["arm"].eq(arm)].loc[(task, seed)]
+        sums = {one: np.array(own.loc[one, "sums"]["task"]) for one in _ORDER if one in own.index}
+        picks = []
+        for _ in range(100):
+            halves = np.array_split(rng.permutation(len(counts[task])), 2)
+            by, judged = ({one: sums[one][i].sum() / counts[task][i].sum() for one in sums} for i in halves)
+            limit = (1 + lose) * min(by[one] for one in sums if " " not in one)
+            ends = by["own 0.3"] > limit  # then no further weight is tried
+            tried = (one for one in sums if not ends or one in ("0.7 to own 0.3", "0.6", "0.8", "1"))
+            pick = next(one for one in tried if by[one] <= limit)
+            picks.append(
+                {"loss": 100 * (judged[pick] / judged["1"] - 1)} | {part: own.loc[pick, part] for part in RISES}
+            )
+        full = {f"{part} of": runs[runs["arm"].eq(HOT)].loc[(task, seed, "1"), part] for part in RISES}
+        rows[task, seed] = pd.DataFrame(picks).mean().to_dict() | full
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["task", "seed"])
 
 
 @cache
@@ -224,7 +257,7 @@ def _dialed() -> pd.DataFrame:
     base = table[table["strength"].eq("0")].set_index("task")
     for name in RISES:
         table[name] -= table["task"].map(base[name])
-    return table[["arm", "strength", "task", "seed", "seconds", "loss", *RISES]]
+    return table[["arm", "strength", "task", "seed", "seconds", "loss", *RISES, "sums"]]
 
 
 def cited(*numbers: float) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ def dial(
         str | None, Option(help="Text to keep, read by its own columns. Default: the base model writes some.")
     ] = None,
     lose: Annotated[
-        str | None, Option(help="Most loss on the task above that of the best strength, such as 1% (the default).")
+        str | None, Option(help="Most loss on the task above that of the best strength, such as 2% (the default).")
     ] = None,
     keep_within: Annotated[float | None, Option(help="In place of it: most rise of the loss on text to keep.")] = None,
     strength: Annotated[float | None, Option(help="In place of it: this strength in all layers.")] = None,
@@ -93,11 +93,11 @@ def dial(
 
 
 def _share(text: str | None) -> float | None:
-    """Read 1% or 0.01."""
+    """Read 2% or 0.02."""
     try:
         return None if text is None else float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise LoraInitError(f"--lose {text!r}: expected a share, such as 1% or 0.01.") from None
+        raise LoraInitError(f"--lose {text!r}: expected a share, such as 2% or 0.02.") from None
 
 
 def replay(

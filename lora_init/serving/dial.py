@@ -31,11 +31,11 @@ STRONGEST = 1.5  # of one layer, in a fit
 _START, _STEPS, _RATE = 0.7, 24, 0.06
 CURVE = (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
 # Weights of the text to keep that are tried in this order, each from the strengths found with the one before.
-_WEIGHTS = (0.3, 1.0, 3.0)
+_WEIGHTS = (0.3, 1.0)
 _MORE_STEPS, _LOWER_RATE = 8, 0.03
 _MOST_BATCHES = 48
 KEPT_BATCH = 4  # texts to keep in a batch
-LOSE = 0.01
+LOSE = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,16 @@ class Rule:
         """Return the highest loss on the task that may be chosen."""
         return math.inf if self.lose is None else min(point.task for point in curve) * (1.0 + self.lose)
 
-    def choose(self, points: Sequence[Point], limit: float) -> tuple[Point, bool]:
-        """Choose, and return whether the choice does what was asked; if none does, the closest is taken."""
-        if self.keep_within is not None:
-            within = [point for point in points if point.rise <= self.keep_within]
-            return (min(within, key=lambda p: p.task), True) if within else (min(points, key=lambda p: p.rise), False)
-        return min((point for point in points if point.task <= limit), key=lambda p: p.rise), True
+    def choose(self, limit: float, *groups: Sequence[Point]) -> Point:
+        """Choose in the first group where a point does what was asked; if none does, what forgets least of the last."""
+        for points in groups:
+            if self.keep_within is not None:
+                within = sorted((p for p in points if p.rise <= self.keep_within), key=lambda p: p.task)
+            else:
+                within = sorted((p for p in points if p.task <= limit), key=lambda p: p.rise)
+            if within:
+                return within[0]
+        return min(groups[-1], key=lambda p: p.rise)
 
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
@@ -130,7 +134,7 @@ def dial(
         keep: Batches of text that the model should still predict as well. Default: the base writes it itself.
         tokenizer: Needed only for that.
         lose: Share by which the task's loss may exceed that of the best strength; then the least forgetting. The
-            default, 0.01.
+            default, 0.02.
         keep_within: In place of it: most rise of the loss on text to keep; then the best task.
         strength: In place of it: this one in all layers.
         uniform: Choose one strength for all layers.
@@ -220,13 +224,14 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
         chosen = curve[1 + steps.index(rule.strength)]
     else:
         limit = rule.limit(curve[1:])
-        chosen, done = rule.choose(curve[1:], limit)
+        chosen = rule.choose(limit, curve[1:])
         if not uniform:
             reported[UNIFORM] = chosen
             found = _fits(model, task[0], kept[0], rule, limit, measure)
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
-            chosen, done = rule.choose([*curve[1:], *fitted], limit)
-        if not done:
+            # Layers of their own come first: on few examples one strength for all often seems as good by chance.
+            chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
+        if rule.keep_within is not None and chosen.rise > rule.keep_within:
             notes.append("no strength keeps what was asked for; the one that forgets least was taken")
     at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
     on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}

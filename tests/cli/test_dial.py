@@ -80,7 +80,7 @@ def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
 
 def test_the_default_forgets_less_at_the_price_that_was_allowed(place, tmp_path):
     found = dialed(place, tmp_path / "kept", "--own")
-    assert found["fitted"] and found["chosen"]["task"] <= 1.01 * min(point["task"] for point in found["curve"][1:])
+    assert found["fitted"] and found["chosen"]["task"] <= 1.02 * min(point["task"] for point in found["curve"][1:])
     full = next(point for point in found["curve"] if point["strength"] == 1.0)
     assert found["chosen"]["rise"] < full["rise"]
     assert found["examples"] == [12, 4]
@@ -122,7 +122,7 @@ def test_what_cannot_be_dialed_is_one_line(place, tmp_path):
     for more, words in (
         (["--strength", -0.5], ["--strength", "above 0"]),
         (["--strength", "nan"], ["--strength", "finite"]),
-        (["--lose", "much"], ["--lose 'much'", "1%"]),
+        (["--lose", "much"], ["--lose 'much'", "2%"]),
         (["--lose", "1%", "--keep-within", 0.1], ["both given"]),
         (["--base", tmp_path / "other"], ["32", "16"]),
     ):

@@ -157,16 +157,15 @@ def point(strength, task, rise):
 def test_rules_choose_what_they_say():
     points = [point(0.5, 1.02, 0.0), point(0.7, 1.005, 0.05), point(1.0, 1.0, 0.3)]
 
-    def chosen(**asked):
+    def chosen(*first, **asked):
         rule = Rule(**asked)
-        found, done = rule.choose(points, rule.limit(points))
-        return found.strength, done
+        return rule.choose(rule.limit(points), *first, points).strength
 
-    assert chosen() == chosen(lose=0.01) == (0.7, True)
-    assert chosen(lose=0.0) == (1.0, True) and chosen(lose=0.03) == (0.5, True)
-    assert chosen(keep_within=0.1) == (0.7, True)
-    assert Rule(keep_within=0.1).choose(points[2:], 9.0) == (points[2], False)
-    assert str(Rule()) == "the least forgetting at most 1 % above the task's loss at the best strength"
+    assert chosen() == chosen(lose=0.02) == 0.5 and chosen(lose=0.01) == 0.7 and chosen(lose=0.0) == 1.0
+    assert chosen(keep_within=0.1) == 0.7 and chosen(keep_within=0.0) == 0.5
+    assert Rule(keep_within=0.1).choose(9.0, points[2:]) == points[2]
+    assert chosen(points[1:]) == 0.7 and chosen([point(0.6, 1.1, 0.0)]) == 0.5  # the first of them where one is
+    assert str(Rule()) == "the least forgetting at most 2 % above the task's loss at the best strength"
     for wrong in (dict(lose=-0.1), dict(strength=0.0), dict(keep_within=float("nan")), dict(lose=0.1, strength=1.0)):
         with pytest.raises(LoraInitError):
             Rule(**wrong)
