@@ -171,6 +171,15 @@ def test_rules_choose_what_they_say():
             Rule(**wrong)
 
 
+def test_one_strength_for_all_is_chosen_by_two_thirds():
+    model, batches = trained_model(dtype=torch.float32)
+    with strengths(model, 0.0):
+        expected = example_losses(model, [batch for i, batch in enumerate(batches) if i % 3 < 2]).sum(0)
+    found = dial(model, batches, batches_for("llama", n_batches=4, seed=1), uniform=True)
+    assert found.curve[0].task == pytest.approx(float(expected[0] / expected[1]))
+    assert set(found.task) == {"base", "trained", "chosen"} and not found.fitted
+
+
 def test_strengths_of_nothing_but_zeros_are_no_choice(monkeypatch):
     model, batches = trained_model(dtype=torch.float32)
     monkeypatch.setattr("lora_init.serving.dial.fit_strengths", lambda *_: dict.fromkeys(own_strengths(model), 0.0))
