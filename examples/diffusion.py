@@ -9,12 +9,11 @@ same: `pipeline.unet`, your latents and the states of your text encoder.
 
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 
 import lora_init
 
@@ -22,7 +21,7 @@ SCHEDULER = DDPMScheduler(num_train_timesteps=100, steps_offset=1, clip_sample=F
 WIDTH = 24  # of what the text encoder returns
 
 
-def make_pipeline() -> StableDiffusionPipeline:
+def make_pipeline():
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
@@ -36,81 +35,55 @@ def make_pipeline() -> StableDiffusionPipeline:
     return pipeline
 
 
-def make_batches(n_batches: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Latents of pictures that go with their text, with the noise and the time step of one denoising step each."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds, pictures = torch.randn(3, 6, WIDTH, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
-    batches = []
-    for _ in range(n_batches):
-        kind = torch.randint(3, (8,), generator=generator)
-        text = kinds[kind] + 0.1 * torch.randn(8, 6, WIDTH, generator=generator)
-        noise = torch.randn(8, 4, 8, 8, generator=generator)
-        step = torch.randint(100, (8,), generator=generator)
-        batches.append({"latents": pictures[kind], "text": text, "noise": noise, "step": step})
-    return batches
+def make_batches(n_batches):
+    """Latents of three kinds of pictures, each with its text."""
+    kinds, pictures = torch.randn(3, 6, WIDTH), torch.randn(3, 4, 8, 8)
+    chosen = [torch.randint(3, (8,)) for _ in range(n_batches)]
+    return [{"latents": pictures[kind], "text": kinds[kind] + 0.1 * torch.randn(8, 6, WIDTH)} for kind in chosen]
 
 
-def denoise(unet: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Predict the noise in noisy latents, as in training: this is the pass that `collect` watches."""
-    noisy = SCHEDULER.add_noise(batch["latents"], batch["noise"], batch["step"])
-    return unet(noisy, batch["step"], encoder_hidden_states=batch["text"]).sample
+def denoise(unet, batch, noise=None):
+    """Predict the noise at a noise level drawn for each picture, as in training."""
+    noise, step = torch.randn_like(batch["latents"]) if noise is None else noise, torch.randint(100, (8,))
+    return unet(SCHEDULER.add_noise(batch["latents"], noise, step), step, encoder_hidden_states=batch["text"]).sample
 
 
-def train(unet: PeftModel, batches: list[dict[str, Tensor]]) -> list[float]:
+def picture(pipeline, text):
+    generator = torch.Generator().manual_seed(0)
+    prompts = dict(prompt_embeds=text, negative_prompt_embeds=torch.zeros_like(text))
+    return pipeline(**prompts, num_inference_steps=2, output_type="latent", generator=generator).images
+
+
+def main(directory):
+    pipeline, batches = make_pipeline(), make_batches(40)
+    unet, text = pipeline.unet, batches[0]["text"][:1]
+    pictures = {"plain": picture(pipeline, text)}
+
+    cross_attention = sorted(lora_init.find_targets(unet, "cross-attention").layers)  # or ["to_q", "to_k", ...]: all
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=cross_attention))
+    lora_init.initialize(unet, batches, forward=denoise)  # over noise levels and prompts, in place
+    pictures["at_start"] = picture(pipeline, text)
+
     # No rate was measured for diffusion: tune it. This one suits a tiny random model.
-    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=5e-3)
-    losses = []
+    optimizer, losses = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=5e-3), []
     for batch in batches:
-        loss = torch.nn.functional.mse_loss(denoise(unet, batch), batch["noise"])
+        noise = torch.randn_like(batch["latents"])
+        loss = torch.nn.functional.mse_loss(denoise(unet, batch, noise), noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return losses
+    pictures["trained"] = picture(pipeline, text)
+    print(f"loss {sum(losses[:8]) / 8:.3f} -> {sum(losses[-8:]) / 8:.3f} in {len(losses)} steps")
 
-
-def save_for_diffusers(unet: PeftModel, directory: Path) -> None:
-    """Write the adapter as diffusers does; the config goes along, for ranks and scalings that are not the same."""
-    layers = {
-        name.removeprefix("base_model.model."): tensor for name, tensor in get_peft_model_state_dict(unet).items()
-    }
-    config = {**unet.peft_config["default"].to_dict(), "inference_mode": True, "auto_mapping": None}
-    StableDiffusionPipeline.save_lora_weights(directory, layers, unet_lora_adapter_metadata=config)
-
-
-def picture(pipeline: StableDiffusionPipeline, text: Tensor) -> Tensor:
-    return pipeline(
-        prompt_embeds=text, negative_prompt_embeds=torch.zeros_like(text), num_inference_steps=2, output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
-
-
-def main(directory: Path) -> dict[str, Tensor | float]:
-    pipeline, batches = make_pipeline(), make_batches(40)
-    text = batches[0]["text"][:1]
-    plain = picture(pipeline, text)
-
-    # What the layers of cross-attention read: hidden states of the picture (to_q), of the text (to_k and to_v).
-    stats = lora_init.collect(pipeline.unet, batches[:8], "cross-attention", rank=4, forward=denoise)
-    init = lora_init.build_adapter(stats, lora_init.allocate_ranks(stats, rank=4))
-    print(init)
-    unet = init.apply(pipeline.unet)  # the pipeline's own UNet now has the adapter in it
-    at_start = picture(pipeline, text)
-
-    losses = train(unet, batches)
-    first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
-    print(f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps")
-    trained = picture(pipeline, text)
-    save_for_diffusers(unet, directory)
-
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(directory, unet_lora_layers=layers)
     other = make_pipeline()
     other.load_lora_weights(directory)
-    loaded = picture(other, text)
-    print(
-        f"saved to {directory}; load_lora_weights gives the same pictures: {torch.allclose(loaded, trained, atol=1e-5)}"
-    )
-    return {"plain": plain, "at_start": at_start, "trained": trained, "loaded": loaded, "first": first, "last": last}
+    pictures["loaded"] = picture(other, text)
+    print(f"saved to {directory}; load_lora_weights gives the same: {pictures['loaded'].equal(pictures['trained'])}")
+    return pictures, losses
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()))
+    main(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())

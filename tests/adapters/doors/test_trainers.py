@@ -1,5 +1,6 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
+import copy
 import json
 import random
 
@@ -13,8 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import lora_init
@@ -22,7 +27,8 @@ from lora_init.adapters.doors.trainers import TrainerDoor
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
 from lora_init.loading.models import QUANTIZATIONS
-from tests.conftest import tiny_bert, tiny_llama
+from tests.adapters.doors.made import add_adapter
+from tests.conftest import tiny_bert, tiny_llama, tiny_vit
 
 # These trainers take the rates that a tiny model learns at.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
@@ -445,3 +451,70 @@ def test_a_correction_of_a_quantised_base_is_checked_by_the_loss_of_the_trainers
         assert trainer.model is adapted and all(
             layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values()
         )
+
+
+@pytest.mark.filterwarnings("error:.*(learning_rate|lora_alpha) is ")  # none was measured for images
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_classifier_of_images_keeps_its_head_and_takes_the_start_for_classes(in_place, tmp_path):
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
+    images = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 1), dtype=np.uint8)
+
+    def collate(rows):
+        pixels = processor([row["image"] for row in rows], return_tensors="pt", input_data_format="channels_last")
+        return {**pixels, "labels": torch.tensor([row["label"] for row in rows])}
+
+    base = tiny_vit()
+    model = copy.deepcopy(base)
+    if in_place:
+        add_adapter(model, target_modules=["query", "value", "q_proj", "v_proj"], modules_to_save=["classifier"])
+    rows = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
+    args = settings(TrainingArguments, tmp_path, remove_unused_columns=False, learning_rate=0.5)
+    trainer = Trainer(model, args, collate, rows)
+    file = tmp_path / "statistics.safetensors"
+    adapted = lora_init.initialize(trainer, statistics=file, **({} if in_place else {"rank": 4}))
+    assert adapted is trainer.model and (adapted is model) == in_place
+    assert lora_init.Statistics.load(file).provenance.gradients  # of natural-gradient
+    trainer.train()
+    head = adapted.get_submodule("classifier" if in_place else "base_model.model.classifier").modules_to_save["default"]
+    assert not torch.equal(head.weight, base.classifier.weight)
+    if not in_place:
+        trainer.save_model(str(tmp_path / "saved"))
+        again = PeftModel.from_pretrained(base, str(tmp_path / "saved"))
+        pixels = collate(rows)["pixel_values"]
+        assert torch.equal(again.eval()(pixels).logits, adapted.eval()(pixels).logits)
+
+
+def test_speech_is_features_and_text(tmp_path):
+    config = WhisperConfig(
+        vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=20, pad_token_id=0,
+        max_target_positions=16, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "input_features": torch.randn(8, 40, generator=generator),
+            "labels": torch.tensor([5 + i % 7, 6, 7, 2] + [-100] * (i % 3)),
+        }
+        for i in range(24)
+    ]
+
+    def collate(rows):
+        features = torch.stack([row["input_features"] for row in rows])
+        labels = torch.nn.utils.rnn.pad_sequence([row["labels"] for row in rows], True, -100)
+        return {"input_features": features, "labels": labels}
+
+    for method in (None, "natural-gradient"):
+        args = settings(Seq2SeqTrainingArguments, tmp_path, remove_unused_columns=False)
+        trainer = Seq2SeqTrainer(copy.deepcopy(model), args, collate, rows)
+        file = tmp_path / f"{method}.safetensors"
+        adapted = lora_init.initialize(trainer, rank=2, method=method, statistics=file, tolerance=0)
+        found = lora_init.Statistics.load(file)
+        names = {name.partition(".layers")[0]: found[name].n_samples for name in found if name.endswith("fc1")}
+        assert names == {"model.encoder": 24 * 20, "model.decoder": 24 * 4}  # frames, and tokens with a label
+        trainer.train()
+        assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values())
