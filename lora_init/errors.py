@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
+from numbers import Real
+from typing import Any
 
 # Libraries that only some things need, and the extra of this package that installs each.
 EXTRAS = {
@@ -75,7 +77,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     import difflib
 
     names = {name.lower(): name for name in choices}
-    close = difflib.get_close_matches(word.lower(), names, n=1)
+    close = difflib.get_close_matches(str(word).lower(), names, n=1)
     return (f"Did you mean {names[close[0]]}? " if close else "") + f"Choose from {', '.join(names.values())}."
 
 
@@ -93,6 +95,11 @@ def in_one_line(error: BaseException) -> str:
 def _shortened(text: str) -> str:
     text = text if len(text) <= 300 else text[:297] + "..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, as of Python or numpy, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
@@ -69,12 +69,10 @@ def package_of(entry: EntryPoint) -> str:
     return "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
 
 
-def check_takes(function: Callable[..., Any], where: str, *arguments: str) -> None:
-    """Check that a function can be called with these arguments, by position.
-
-    Raises:
-        LoraInitError: It cannot; names what it is called with.
-    """
+def check_takes(function: Any, where: str, *arguments: str) -> None:
+    """Check that somebody's function can be called with these arguments, by position; name them if it cannot."""
+    if not callable(function):
+        raise LoraInitError(f"{where} is {function!r}, expected a function of ({', '.join(arguments)}).")
     try:
         taken = signature(function)
     except (TypeError, ValueError):  # some that are written in C do not say

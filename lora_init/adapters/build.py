@@ -19,7 +19,7 @@ from lora_init.adapters.directory import check_place
 from lora_init.adapters.initializers import check_rank
 from lora_init.adapters.layer_start import error_before_and_after, error_of, layer_start
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import scaling_of
@@ -47,7 +47,7 @@ def check_adapter_options(
     if shape.whiten and not start.whitens:
         able = " or ".join(repr(one.name) for one in STARTS if one.whitens)
         raise LoraInitError(f"whiten=True needs method={able}; method={start.name!r} has no variances to divide by.")
-    if lora_alpha is not None and not (0.0 < lora_alpha < math.inf):
+    if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
         raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number. Leave it out to take what is best.")
     if not 0.0 <= shape.lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={shape.lora_dropout!r} must be at least 0 and less than 1.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -264,8 +263,8 @@ def _check_start(
     start: Start, data: str | None, learning_rate: float | None, quantize: str | None, shape: Shape
 ) -> None:
     """Refuse a start without the data for its step, options about a quantized base for others, and what is missing."""
-    if learning_rate is not None and not 0.0 < learning_rate < math.inf:
-        raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a positive number such as 2e-4.")
+    if learning_rate is not None and not 0.0 < learning_rate < 1.0:
+        raise LoraInitError(f"--learning-rate {learning_rate:g}: expected a number between 0 and 1, such as 2e-4.")
     if data is None and start.takes_step:
         raise LoraInitError(
             f"--method {start.name} finds the size of its step by the loss on examples, and DATA is missing."

@@ -42,6 +42,7 @@ from lora_init.layers.wrappers import (
     unwrapped,
 )
 from lora_init.loading.batches import as_batches
+from lora_init.packages import check_takes
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
@@ -197,6 +198,10 @@ def collect(
     _check_flags(center=center, gradients=gradients)
     if loss is not None and not gradients:
         raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
+    if forward is not None:
+        check_takes(forward, "forward=", "model", "batch")
+    if loss is not None:
+        check_takes(loss, "loss=", "output", "batch")
     model, precision = unwrapped(model), Precision()
     batches = as_batches(batches, model, int(seed))
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
@@ -372,12 +377,16 @@ def _check_types(model: Any, batches: Any) -> None:
             "plain model: take the adapter off (PEFT: unload(), diffusers: delete_adapters())."
         )
     first = batches[0] if isinstance(batches, (list, tuple)) and batches else None
-    wrong = isinstance(batches, (str, Path, Mapping, Tensor, nn.Module)) or not isinstance(batches, Iterable)
+    wrong = (
+        isinstance(first, (int, float))
+        or isinstance(batches, (str, Path, Mapping, Tensor, nn.Module))
+        or not isinstance(batches, Iterable)
+    )
     if wrong or isinstance(first, str):
         got = "texts" if isinstance(first, str) else f"a {type(batches).__name__}"
         raise LoraInitError(
             f"collect got {got} for the batches, expected an iterable of batches. Make them of texts and files with "
-            "load_batches; put one batch into a list."
+            "load_batches, or give initialize() a tokenizer, too; put one batch into a list."
         )
 
 

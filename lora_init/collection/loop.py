@@ -256,6 +256,8 @@ class Pass(Sink):
         except NothingCountsError as error:
             found.empty.append(f"{name}: {error}")
             return False
+        except IndexError as error:
+            raise LoraInitError(f"{name}: {error}. Has it a token that is not in the model's vocabulary?") from error
         except (LoraInitError, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise LoraInitError(f"{name}: out of memory. Use a smaller batch or shorter sequences.") from error

@@ -16,7 +16,7 @@ from lora_init.comparison.findings import judged_losses, longer_random, verdicts
 from lora_init.comparison.runs import Record, Run, RunPlan, best_rates, run_table
 from lora_init.comparison.starts import Variant
 from lora_init.comparison.wording import percent
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, is_number
 
 # Numbers of seeds after which a budget asks what still decides. The last is where it ends at the latest.
 STAGES = (3, 4, 6, 8, 12, 16, 24, 32)
@@ -31,9 +31,10 @@ class RunBudget:
     began: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value in (("time", self.seconds), ("precision", self.precision)):
-            if value is not None and not 0.0 < value < math.inf:
-                raise LoraInitError(f"{name}={value}: expected a number above zero.")
+        for name, value, most in (("time", self.seconds, math.inf), ("precision", self.precision, 1.0)):
+            if value is not None and not (is_number(value) and 0.0 < value < most):
+                below = f" and below {most:g}, such as 0.01" if most < math.inf else ""
+                raise LoraInitError(f"{name}={value!r}: expected a number above zero{below}.")
 
     @property
     def limited(self) -> bool:

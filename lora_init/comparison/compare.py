@@ -35,9 +35,10 @@ from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
-from lora_init.errors import LoraInitError, require
+from lora_init.errors import LoraInitError, is_number, require
 from lora_init.files import check_place
 from lora_init.layers.targets import find_targets
+from lora_init.planning.limits import whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +175,7 @@ def compare(
             or in use by another process.
         KeyboardInterrupt: Ctrl-C; the report is written from the runs that ended.
     """
-    require("matplotlib", "scipy", "sklearn", *(["ray"] if ray else []))  # most are for the report, at the end
+    _check_asked(model, rank, ray)
     options = _read_options(loading)
     batches = _read_batches(statistics_batches)
     by_rate = recommended(rank) if starts is None else {}
@@ -182,14 +183,16 @@ def compare(
     budget = RunBudget(time, precision)
     sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    plan = RunPlan(names, list(learning_rates), seeds, sweep, extend, match_scale)
+    seeds = list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
+    plan = RunPlan(names, _listed(learning_rates), seeds, sweep, extend, match_scale)
     asked = AskedSize(options, steps, batch_size, warmup, evaluation_points)
     directory = Path(output).expanduser().absolute()
     if not dry_run:
         check_place(directory / SETTINGS_FILE)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
-    shape = AdapterShape(rank, lora_alpha or find_start(RANDOM).lora_alpha(rank), target_modules)
+    shape = AdapterShape(
+        rank, find_start(RANDOM).lora_alpha(rank) if lora_alpha is None else lora_alpha, target_modules
+    )
     _report_sizes(names if lora_alpha is None else (), shape, say)
     make = partial(
         set_up, _absolute(model), _absolute(data), directory, options, shape, statistics_batches=batches[0], own=own,
@@ -240,10 +243,18 @@ def compare(
         return Comparison(Path(output), log.settings, records, planned, summarise(records, log.settings), files)
 
 
+def _check_asked(model: Any, rank: Any, ray: str | None) -> None:
+    require("matplotlib", "scipy", "sklearn", *(["ray"] if ray else []))  # most are for the report, at the end
+    if not isinstance(model, (str, Path)):
+        raise LoraInitError(f"compare() takes a directory or hub id in this place and got a {type(model).__name__}.")
+    whole_number(rank, "rank", 1)
+
+
 def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return where those of the user's own come from beside them, by name."""
+    starts = [starts] if isinstance(starts, str) else starts
     starts = [*starts, FULL] if full and FULL not in starts else list(starts)
     if starts and RANDOM not in starts:
         starts = [RANDOM, *starts]  # which all are compared with
@@ -257,6 +268,10 @@ def _read_starts(
     if bank is None and any(name.start and name.start.made_by == "bank" for name in names):
         raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     return names, own
+
+
+def _listed(numbers: Any) -> list[Any]:
+    return [numbers] if isinstance(numbers, str) or is_number(numbers) else list(numbers)
 
 
 def _vary(plan: RunPlan, by_rate: Mapping[str, float], batches: Sequence[int]) -> RunPlan:

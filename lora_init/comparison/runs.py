@@ -19,7 +19,7 @@ import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, Variant
-from lora_init.errors import LoraInitError, did_you_mean
+from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.files import locked, parse_json, read_json, write_whole
 
 Record = dict[str, Any]
@@ -78,6 +78,8 @@ class RunPlan:
 
     def __post_init__(self) -> None:
         rates, seeds = self.learning_rates, self.seeds
+        if not all(is_number(value) for value in (*rates, *seeds)):
+            raise LoraInitError(f"learning_rates={list(rates)} and seeds={list(seeds)}: expected numbers.")
         if not rates or len(set(rates)) < len(rates) or not all(0.0 < rate < math.inf for rate in rates):
             raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers, each once, such as 1e-4.")
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:

@@ -48,10 +48,11 @@ from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank
 from lora_init.collection.losses import batch_loss, mean_loss
-from lora_init.errors import LoraInitError, did_you_mean, first_line, is_out_of_memory
+from lora_init.errors import LoraInitError, did_you_mean, first_line, is_number, is_out_of_memory
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import exact_pattern
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Provenance, Statistics
@@ -72,6 +73,11 @@ class AdapterShape:
     lora_alpha: float  # the adapter is scaled by lora_alpha / rank
     target_modules: str | list[str] = "all-linear"  # see `collect`
     task_type: str | None = None  # PEFT's task type
+
+    def __post_init__(self) -> None:
+        whole_number(self.rank, "rank", 1)
+        if not (is_number(self.lora_alpha) and 0.0 < self.lora_alpha < math.inf):
+            raise LoraInitError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
 
 
 def _no_data(*_: object) -> NoReturn:

@@ -234,6 +234,11 @@ def find_targets(
         >>> list(find_targets(nn.ModuleDict({"up": nn.Linear(2, 8), "down": nn.Linear(8, 2)}), ["up"]).layers)
         ['up']
     """
+    if not isinstance(model, nn.Module):
+        raise LoraInitError(f"find_targets() takes a model in this place and got {type(model).__name__}.")
+    for name, given in (("target_modules", target_modules), ("exclude_modules", exclude_modules or ())):
+        if not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
+            raise LoraInitError(f"{name}={given!r}: expected a regular expression, or a list of names.")
     model = unwrapped(model)
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}

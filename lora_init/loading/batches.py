@@ -11,7 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_init.errors import LoraInitError, first_line
+from lora_init.errors import LoraInitError, first_line, is_number
 from lora_init.loading.reader import IGNORED, Encoded, open_reader
 from lora_init.loading.sources import read_rows
 
@@ -104,13 +104,18 @@ def load_batches(
             is out of range, or a label goes with a completion or is no class.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
-        if value < least:
-            raise LoraInitError(f"{name}={value} must be at least {least}.")
+        if not is_number(value) or value < least:
+            raise LoraInitError(f"{name}={value!r} must be at least {least}, as a number.")
+    for name, text in (("template", template), ("completion", completion)):
+        if text is not None and not isinstance(text, str):
+            raise LoraInitError(f"{name}={text!r}: expected a text with columns in braces.")
     if offset < 0 or (samples is not None and samples < 1):
         raise LoraInitError(f"samples={samples} must be at least 1 or None for all, and offset={offset} at least 0.")
     batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
     samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
     rows = read_rows(source, subset, split, seed)
+    if not callable(tokenizer):
+        raise LoraInitError(f"tokenizer={tokenizer!r}: expected the model's, from AutoTokenizer.from_pretrained().")
     reader = open_reader(
         rows, tokenizer, max_length, template=template, completion=completion, data_format=format, seq2seq=seq2seq,
         needs_labels=needs_labels, label=label, known_classes=known_classes,

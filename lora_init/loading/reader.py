@@ -101,7 +101,10 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
     numbers, if they are numbers, or of their names. `used` are the columns that the text is from.
     """
     _check_label(column, rows.table.column_names, rows.label)
-    found = {name for value in rows.table[column] if (name := _class_of(value)) is not None}
+    if any(isinstance(value, (list, dict)) for value in rows.table[column]):
+        raise LoraInitError(f"{rows.label}: column {column!r} holds lists, and a row has one class. Name another.")
+    named = [name for value in rows.table[column] if (name := _class_of(value)) is not None]
+    found = set(named)
     numbers = {name: number for name in found if (number := _number(name)) is not None}
     are_numbers = len(numbers) == len(found)
     if are_numbers and len(found) > _MOST_FRACTIONS and any(number % 1 for number in numbers.values()):
@@ -112,6 +115,11 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
         )
     if found and all(map(_DATE.match, found)):
         raise LoraInitError(f"{rows.label}: column {column!r} holds dates, such as {min(found)}. Name the class.")
+    if len(found) == len(named) > _MOST_FRACTIONS:
+        raise LoraInitError(
+            f"{rows.label}: column {column!r} has another value in each of its {len(named)} rows, as numbers of rows "
+            "have. Name the column of the class."
+        )
     if not 2 <= len(found) <= _MOST_CLASSES:
         raise LoraInitError(
             f"{rows.label}: column {column!r} has {len(found)} different values, and a classification needs 2 to "

@@ -117,7 +117,10 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
 
 def check_data(source: str) -> None:
     """Refuse a name that is neither here nor can be had, before `datasets` is imported."""
-    if _find_files(source) is None and not check_hub(source, "dataset"):
+    found = _find_files(source)
+    if found and (is_model := [one for one in found if (one / "config.json").is_file()]):
+        raise LoraInitError(f"data {is_model[0]}: this is the directory of a model. Name a file, or a folder of data.")
+    if found is None and not check_hub(source, "dataset"):
         stay_offline()
 
 

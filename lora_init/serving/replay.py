@@ -79,6 +79,8 @@ def _write(
     model: Any, tokenizer: Any, n: int, length: int = LENGTH, seed: int = 0, chat: bool = False
 ) -> Generator[tuple[str, list[int]], None, None]:
     """Yield what a model writes, and for a chat the question before it."""
+    if min(n, length) < 1:
+        raise LoraInitError(f"n={n} and length={length} must be at least 1.")
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
     if chat and not tokenizer.chat_template:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.peft_model import adapter_layers, with_adapter
+from lora_init.adapters.peft_model import adapter_layers, check_plain, with_adapter
 from lora_init.errors import LoraInitError
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
+from lora_init.packages import check_takes
 from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.export import RECORD_FILE
@@ -99,6 +100,10 @@ def verify(
     adapter.check_fits_plain_base()
     if not prompts or n < 1:
         raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
+    check_plain(model, "verify()")
+    for ask, name in ((served, "served="), (base, "base=")):
+        if ask is not None:
+            check_takes(ask, name, "prompt")
     with with_adapter(model, adapter) as peft_model:
         local = Local(peft_model.eval(), tokenizer)
         faults = local.faults()
@@ -251,7 +256,12 @@ class Local:
         """Read answers of an engine, [prompts, vocabulary]; NaN where it tells nothing, or a text of several tokens."""
         told = torch.full((len(prompts), self.size), torch.nan)
         for row, prompt in zip(told, prompts, strict=True):
-            for token, value in ask(prompt).items() if ask else ():
+            answer = ask(prompt) if ask else {}
+            if not isinstance(answer, Mapping):
+                raise LoraInitError(
+                    f"served= and base= return {type(answer).__name__}, expected token: log-probability."
+                )
+            for token, value in answer.items():
                 number = token if isinstance(token, int) else self._numbers.get(token)
                 if number is not None and 0 <= number < self.size:
                     row[number] = value

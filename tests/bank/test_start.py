@@ -304,7 +304,8 @@ def test_a_generator_needs_two_tasks(trained, tmp_path):
 def test_a_generator_needs_adapters_of_the_same_layers(bank, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    get_peft_model(made.base(), LoraConfig(r=4, target_modules=["o_proj"])).save_pretrained(tmp_path / "other")
+    config = LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)
+    get_peft_model(made.base(), config).save_pretrained(tmp_path / "other")
     bank = made.add(bank.path, 1, tmp_path / "other", name="other")
     with pytest.raises(LoraInitError, match="adapts other layers than the first"):
         train_generator(bank, steps=1)

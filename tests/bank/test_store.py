@@ -113,6 +113,9 @@ def test_only_plain_lora_is_kept(options, bank, tmp_path):
     get_peft_model(made.base(), LoraConfig(target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "odd")
     with pytest.raises(LoraInitError, match="a bank holds plain LoRA of linear layers"):
         made.add(bank.path, 1, tmp_path / "odd", name="odd")
+    get_peft_model(made.base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "new")
+    with pytest.raises(LoraInitError, match="never trained"):
+        made.add(bank.path, 1, tmp_path / "new", name="new")
 
 
 def test_statistics_come_along(bank, trained, tmp_path):

@@ -167,6 +167,14 @@ def test_mistakes_get_one_clear_line():
         collect(model, low_rank_inputs(2), rank=25)
     with pytest.raises(LoraInitError, match="max_batches=0"):
         collect(model, low_rank_inputs(2), rank=2, max_batches=0)
+    with pytest.raises(LoraInitError, match=r"forward= takes \(model\), and is called with \(model, batch\)"):
+        collect(model, low_rank_inputs(2), rank=2, forward=lambda model: 0)
+    with pytest.raises(LoraInitError, match=r"loss= is 'mse', expected a function of \(output, batch\)"):
+        collect(model, low_rank_inputs(2), rank=2, gradients=True, loss="mse")
+    with pytest.raises(LoraInitError, match="collect got a list for the batches"):
+        collect(model, [1, 2], rank=2)
+    with pytest.raises(LoraInitError, match="batch 0: index out of range in self"):
+        collect(tiny_llama(), [{"input_ids": torch.full((1, 4), 9999)}], rank=2)
 
     def exhausted(model, batch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")

@@ -92,8 +92,11 @@ def test_without_a_limit_everything_planned_is_due():
     assert RunBudget().due(plan, plan.starts, {}) == (plan.runs(plan.starts, {}), [])
 
 
-@pytest.mark.parametrize("limits", [dict(seconds=0.0), dict(precision=-0.1), dict(precision=float("nan"))])
-def test_a_limit_is_above_zero(limits):
+@pytest.mark.parametrize(
+    "limits",
+    [dict(seconds=0.0), dict(precision=-0.1), dict(precision=float("nan")), dict(precision=2), dict(seconds="20m")],
+)
+def test_a_limit_is_above_zero_and_a_share_below_one(limits):
     with pytest.raises(LoraInitError, match="expected a number above zero"):
         RunBudget(**limits)
 

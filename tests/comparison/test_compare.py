@@ -439,6 +439,11 @@ def test_a_dry_run_writes_nothing_and_says_which_starts_are_not_as_recommended(h
         (dict(rank=700), "rank 700 is larger than the input width"),
         (dict(rank=700, dry_run=True), "rank 700 is larger than the input width"),
         (dict(learning_rates=[-1e-3]), "learning_rates=[-0.001]: expected positive numbers"),
+        (dict(learning_rates="1e-3"), "learning_rates=['1e-3'] and seeds=[0, 1]: expected numbers"),
+        (dict(lora_alpha=-4), "lora_alpha=-4 must be a positive number"),
+        (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
+        (dict(rank="8"), "rank='8': a whole number of at least 1 is needed"),
+        (dict(starts="evva"), "start 'evva' is unknown"),
         (dict(evaluation_points=[7]), "expected rising steps from 0 to 6"),
         (dict(model="bert"), "is a BertForSequenceClassification, and a comparison trains causal language models"),
         (dict(model="bert", label="first", retain_data="rows.jsonl"), "a classifier has no loss on text"),
@@ -460,6 +465,8 @@ def test_bad_input(home, tmp_path, changes, message):
 def test_a_misspelt_argument_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(LoraInitError, match=r"has no argument 'dtpye'\. Closest: 'dtype'"):
         lora_init.compare("no/such/model", "no-such-data.jsonl", tmp_path / "out", dtpye="bfloat16")
+    with pytest.raises(LoraInitError, match="takes a directory or hub id in this place and got a Linear"):
+        lora_init.compare(torch.nn.Linear(2, 2), "no-such-data.jsonl", tmp_path / "out")
 
 
 def test_runs_are_held_against_the_loss_of_the_plain_model(home, tmp_path, monkeypatch):

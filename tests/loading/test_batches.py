@@ -244,6 +244,17 @@ def test_measured_numbers_are_no_classes(tokenizer):
     assert len(load_batches(rows[:20], tokenizer, template="{q}", label="stars").classes) == 20
 
 
+def test_a_number_of_the_row_or_a_list_is_no_class(tokenizer):
+    rows = [{"q": f"text {i}", "id": f"T{i}", "tags": ["a", "b"][: i % 3]} for i in range(21)]
+    with pytest.raises(LoraInitError, match="tokenizer=None: expected the model's"):
+        load_batches(rows, None, template="{q}", label="id")
+    with pytest.raises(LoraInitError, match="column 'id' has another value in each of its 21 rows"):
+        load_batches(rows, tokenizer, template="{q}", label="id")
+    assert len(load_batches([*rows, rows[0]], tokenizer, template="{q}", label="id").classes) == 21
+    with pytest.raises(LoraInitError, match="column 'tags' holds lists, and a row has one class"):
+        load_batches(rows, tokenizer, template="{q}", label="tags")
+
+
 def test_dates_are_no_classes(tokenizer):
     rows = [{"q": f"text {i}", "day": f"2026-11-{i:02} 08:30", "version": f"v1.{i}.0"} for i in range(1, 10)]
     with pytest.raises(LoraInitError, match="column 'day' holds dates, such as 2026-11-01 08:30"):
@@ -307,6 +318,8 @@ def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizer
         (dict(), "name others, such as template='{passage}' with completion=' {label}'."),
         (dict(label="label"), "name others, such as template='{passage}'."),
         (dict(template="{passage}", batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(template="{passage}", batch_size="8"), "batch_size='8' must be at least 1, as a number"),
+        (dict(template=3), "template=3: expected a text with columns in braces"),
         (dict(template="{passage}", max_length=1), "max_length=1 must be at least 2"),
         (dict(template="{passage}", samples=0), "samples=0 must be at least 1"),
         (dict(template="{passage}", seed=-1), "seed=-1 must be at least 0"),

@@ -91,6 +91,17 @@ def test_wrong_usage_is_one_line(options, message, trained, tmp_path):
     assert not (tmp_path / "served").exists()
 
 
+def test_an_adapter_of_a_base_of_another_size_is_warned_of(tmp_path):
+    save_model(tiny_llama(), tmp_path / "base")
+    save_model(tiny_llama(num_hidden_layers=3), tmp_path / "deeper")
+    (tmp_path / "text.txt").write_text("\n".join([" ".join(WORDS)] * 20))
+    assert run("init", tmp_path / "base", tmp_path / "text.txt", "--rank", 2, "-o", tmp_path / "new").exit_code == 0
+    assert run("export", tmp_path / "new", "-o", tmp_path / "same").stderr == ""
+    done = run("export", tmp_path / "new", "-o", tmp_path / "other", "--base", tmp_path / "deeper")
+    assert done.exit_code == 0 and "warning: the adapter was made for LlamaForCausalLM" in done.stderr
+    assert done.stderr.rstrip().endswith("Is it the same base?")
+
+
 def test_an_output_that_exists_is_said_before_a_model_is_loaded(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_init.loading.models.load_model", lambda *_, **__: pytest.fail("loaded"))
     done = run("export", trained, "-o", tmp_path, "--data", tmp_path / "data.jsonl")

@@ -249,6 +249,15 @@ def test_a_function_is_asked_in_place_of_a_server_and_the_model_is_left_as_it_wa
     assert all(torch.equal(state[key], t) for key, t in model.state_dict().items())
     with pytest.raises(LoraInitError, match="verify needs a prompt"):
         lora_init.verify(home / "ranks", model, engine.tokenizer, [], told("served"))
+    for wrong, said in (
+        ("http://x", "served= is 'http://x', expected a function"),
+        (lambda *, given: {}, r"served= takes \(\*, given\), and is called with \(prompt\)"),
+        (lambda prompt: [1.0], "return list, expected token: log-probability"),
+    ):
+        with pytest.raises(LoraInitError, match=said):
+            lora_init.verify(home / "ranks", model, engine.tokenizer, prompts, wrong)
+    with pytest.raises(LoraInitError, match=r"verify\(\) takes a model in this place"):
+        lora_init.verify(home / "ranks", "base", engine.tokenizer, prompts, told("served"))
 
 
 def test_what_is_wrong_with_the_server_is_one_line(home):
