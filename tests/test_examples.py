@@ -20,6 +20,7 @@ SHORT = {
     "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=120", "--output=OUTPUT"],
     "reranker": ["--steps=2", "--output=OUTPUT"],
+    "whisper": ["--output=OUTPUT"],
 }
 # tests/adapters, tests/cli, tests/collection and tests/layers run these.
 ELSEWHERE = {"diffusion", "dpo_trl", "quickstart", "sft_trl", "rank_budget", "two_processes"}
@@ -97,6 +98,12 @@ def test_finetune_vit_reads_turned_digits_better_with_the_adapter(run):
     out = run("finetune_vit")
     before, after = numbers(r"base model: accuracy (\S+) on turned[^$]*default start: accuracy (\S+) on turned", out)
     assert after > before + 0.1 and "from random: accuracy 0." in out
+
+
+def test_whisper_learns_what_is_said(run, tmp_path):
+    first, last = numbers(r"loss (\S+) -> (\S+);", run("whisper"))
+    assert last < first
+    assert (tmp_path / "output/adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["embeddings", "reranker"])
