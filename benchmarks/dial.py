@@ -2,10 +2,10 @@
 
 SmolLM2-135M-Instruct in bfloat16, rank 8, 48 steps of 8 examples of three language tasks, with a split of the data that
 nothing was chosen by. Each arm trains once and its adapter is kept in CACHE; then it is read at several strengths: one
-for all layers, or one for each, which is fitted to 64 other examples of the task and 64 texts to keep, by weights set
-here or by `lora_init.dial` as a user calls it. What is read: the loss on examples to report (and on those to select
-by), on passages as those to keep (`seen`), and on news (`unseen`). Texts to keep are passages, `real`, or what the base
-wrote itself, `own`.
+for all layers, or one for each, which is fitted to 64 other examples of the task and 64 texts to keep. What is read:
+the loss on examples to report (and on those to select by), on passages as those to keep (`seen`), and on news
+(`unseen`). Texts to keep are passages, `real`, or what the base wrote itself, `own`. How `lora_init.dial` would choose
+among these is computed from the readings (`benchmarks.figures`).
 
 `results/dial/runs.jsonl` has a line for each reading: the sum over the labels of each example.
 """
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -37,9 +36,7 @@ from lora_init.comparison.tasks import Loading, item_length, load_task
 from lora_init.comparison.training import Training
 from lora_init.loading.batches import pad_batch
 from lora_init.loading.sources import read_rows
-from lora_init.serving.dial import Rule, _outputs, dial, fit_strengths, strengths
-from lora_init.serving.dialed import Point
-from lora_init.serving.replay import replayed
+from lora_init.serving.dial import fit_strengths, strengths
 
 RESULTS = Path(__file__).parent / "results" / "dial"
 RANK, STEPS, SHORT, LONG = 8, 48, 40, 64  # tokens of a text that is scored, and of one to keep
@@ -80,8 +77,6 @@ ARMS = {
     "300 steps": Arm(steps=300),
 }
 HALF_WAY, SHRUNK = "own 0.3 to 1", "0.7 to own 0.3"  # between the strengths of two weights; between 0.7 and the first
-PATH = ("0.3", "1")  # weights of the library, in its order
-LOSE, MOST = "lose ", 0.02  # what `lora_init.dial` chooses of its own, with so many per cent; the most of them
 # Arms with their seeds and strengths, the most needed first: a number for all layers, or text to keep and its weight.
 JOBS: list[tuple[str, Sequence[int], Sequence[str]]] = [
     ("random 3e-3", [0], ("0",)),
@@ -118,8 +113,6 @@ class Bench:
         self.seen = [(ids[:SHORT], ids[:SHORT]) for ids in passages[:N_SCORED]]
         self.unseen = [(ids[:SHORT], ids[:SHORT]) for ids in self._texts("XSum/test.jsonl", "document")[:N_SCORED]]
         self.real = [(ids, ids) for ids in passages[N_SCORED : N_SCORED + N_KEPT]]
-        # Text to choose by, as the dial lets the base write it, in as many batches as that to fit.
-        self.written = replayed(self.model, self.tokenizer, N_SCORED, 1, 2)
 
     def _task(self, name: str) -> Any:
         source, make, settings = TASKS[name]
@@ -191,8 +184,6 @@ class Bench:
 
     def strength(self, model: nn.Module, task: str, arm: str, seed: int, how: str) -> float | Mapping[str, float]:
         """Return the strength of all layers, or fit one for each; fitted once."""
-        if how.startswith(LOSE):
-            return self.choice(model, task, arm, seed, float(how.removeprefix(LOSE)) / 100)
         if " " not in how:
             return float(how)
         if how == SHRUNK:
@@ -218,40 +209,6 @@ class Bench:
         random.Random(seed).shuffle(batches)
         return batches, [pad_batch(kept[i : i + 4], self.padding) for i in range(0, len(kept), 4)]
 
-    def choice(self, model: nn.Module, task: str, arm: str, seed: int, lose: float) -> Mapping[str, float]:
-        """Return what `lora_init.dial` chooses by 64 examples that nothing was trained on, and 32 texts of the base.
-
-        It fits strengths to 64 others, as for the weights set here, so what was fitted is taken from there. OpenBookQA
-        has only 64 such examples in all: half of them for each. The search is run once, with the most that may be lost:
-        with less it goes the same way and ends earlier.
-        """
-        file, data = self._folder(task, arm, seed) / "dial.json", self.tasks[task]
-        if not file.exists():
-            batches, texts = self.fitted_batches(task, seed)
-            trained = {id(item) for batch in data.order(seed, STEPS, 8) for item in batch}
-            free = [item for item in data.train if id(item) not in trained][: len(data.selection)]
-            if len(free) == len(data.selection):
-                chosen_by = [data.batch(free[i : i + 8]) for i in range(0, len(free), 8)]
-                fits = {weight: " ".join(["own", *PATH[: i + 1]]) for i, weight in enumerate(map(float, PATH))}
-                fit = lambda *asked: self.strength(model, task, arm, seed, fits[asked[3]])  # noqa: E731
-            else:
-                batches, chosen_by, fit = batches[0::2], batches[1::2], fit_strengths
-            shown = [data.batch([item]) for item in data.report]  # the first of them; `read` takes all
-            three = [texts, self.written, [pad_batch([text], self.padding) for text in self.seen]]
-            before = {name: b.detach().clone() for name, b in _outputs(model).items()}
-            with mock.patch("lora_init.serving.dial.fit_strengths", fit):
-                found = dial(model, _mixed(batches, chosen_by, shown), _mixed(*three), lose=MOST)
-            for name, b in _outputs(model).items():  # `dial` works in place
-                b.data = before[name]
-            file.write_text(json.dumps(found.to_dict()))
-        found = json.loads(file.read_text())
-        rule, names = Rule(lose=lose), [*_outputs(model)]
-        curve = [Point(**point, layers=dict.fromkeys(names, point["strength"])) for point in found["curve"][1:]]
-        fitted, limit = [Point(**point) for point in found["fitted"]], rule.limit(curve)
-        # Every second one is a fit, after what is half way to it; the first that loses more is the last.
-        n = next((i for i, point in enumerate(fitted) if i % 2 and point.task > limit), len(fitted))
-        return rule.choose(limit, fitted[: n + 1], curve).layers
-
     def read(self, model: nn.Module, task: str, select: bool) -> dict[str, list[tuple[float, int]]]:
         """Sum the loss of each example, and count its labels."""
         data = self.tasks[task]
@@ -259,11 +216,6 @@ class Bench:
         parts |= {"selection": [item.tokens for item in data.selection]} if select else {}
         parts |= {"seen": self.seen, "unseen": self.unseen}
         return {name: sequence_losses(model, examples, self.padding) for name, examples in parts.items()}
-
-
-def _mixed(*thirds: list[Any]) -> list[Any]:
-    """Order batches so that `dial` divides them into these thirds."""
-    return [batch for three in zip(*thirds, strict=False) for batch in three]
 
 
 def train(model: nn.Module, batches: list[Any], task: Any, how: Arm, kept: list[Any], seed: int) -> list[float]:
