@@ -29,7 +29,7 @@ from lora_init.files import check_writable, locked
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.masks import TokenMasks
 from lora_init.layers.running import Forward, call_model
-from lora_init.layers.targets import ALL_LINEAR, Targets, find_targets
+from lora_init.layers.targets import ALL_LINEAR, HEADS, Targets, find_targets
 from lora_init.layers.wrappers import (
     Precision,
     class_name,
@@ -42,6 +42,7 @@ from lora_init.layers.wrappers import (
     unwrapped,
 )
 from lora_init.loading.batches import as_batches
+from lora_init.loading.models import task_of
 from lora_init.packages import check_takes
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
 from lora_init.statistics.spectrum import Spectrum
@@ -140,7 +141,8 @@ def collect(
         exclude_modules: As in PEFT: a regular expression, or names or endings.
         target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
             of the rows that the router sends to it, and there is one of all experts, which the ranks go by.
-        task_type: As in PEFT; goes into the adapter's configuration.
+        task_type: As in PEFT; goes into the adapter's configuration. Default: that of a classifier whose head PEFT
+            knows, since its head is then trained whole and saved. Heads of other models are for `modules_to_save`.
         rank: Average rank per layer that the statistics must serve.
         rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
         center: Subtract the mean (PCA, as in PEFT and the EVA authors' code). False gives the uncentered second moment
@@ -203,6 +205,8 @@ def collect(
     if loss is not None:
         check_takes(loss, "loss=", "output", "batch")
     model, precision = unwrapped(model), Precision()
+    if task_type is None and task_of(model) in HEADS:
+        task_type = task_of(model)  # PEFT then trains the head whole and saves it
     batches = as_batches(batches, model, int(seed))
     targets = find_targets(model, target_modules, exclude_modules, task_type, target_parameters)
     targets.check_layers()
