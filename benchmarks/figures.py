@@ -207,6 +207,28 @@ def dial_time(arm: str) -> tuple[float, float]:
     return float(ratio.min()), float(ratio.max())
 
 
+def cut(way: str) -> tuple[float, ...]:
+    """Return what the cut of `benchmarks.compression` adds to the loss: mean, least and most, in %."""
+    found = _cut()
+    change = 100 * (found[way] / found["full"] - 1)
+    return float(change.mean()), float(change.min()), float(change.max())
+
+
+def cut_by_data() -> tuple[float, ...]:
+    """Return in how many adapters, of how many, the cut by data has the lower loss, and the mean difference in %."""
+    found = _cut()
+    gained = 100 * (found["data"] / found["weights"] - 1)
+    return float((gained < 0).sum()), float(len(gained)), float(gained.mean())
+
+
+@cache
+def _cut() -> pd.DataFrame:
+    """Tabulate the loss on the task by adapter and way."""
+    table = pd.read_json(starts.RESULTS / "compression" / "runs.jsonl", lines=True)
+    table["loss"] = table["sums"].map(sum) / table["labels"].map(sum)
+    return table.pivot(index=["task", "arm", "seed"], columns="way", values="loss").dropna()
+
+
 def _dial_pairs(arm: str, strength: str, task: str | None = None) -> pd.DataFrame:
     """Put an arm beside random at 3e-3 as trained, of the same task and seed."""
     if strength.startswith(LOSE):
