@@ -157,7 +157,7 @@ def test_mistakes_get_one_clear_line():
         collect(model, [torch.randn(0, 24)] * 2, rank=2)
     with pytest.raises(LoraInitError, match=r"a list of 'input_ids', expected a tensor.*return_tensors='pt'"):
         collect(tiny_llama(), [{"input_ids": [[3, 4, 5]]}], rank=2)
-    with pytest.raises(LoraInitError, match=r"a PeftModel with an adapter.* give collect the plain model"):
+    with pytest.raises(LoraInitError, match=r"a PeftModel with an adapter.*Give it the plain model"):
         collect(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), batches_for("llama"), rank=2)
     with pytest.raises(LoraInitError, match="rank=0"):
         collect(model, low_rank_inputs(2), rank=0)
