@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from lora_init.adapters.asked import Reading
 from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import find_start
 from lora_init.cli.console import busy, importing, print_result
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_MERGED_SAMPLES = 32  # examples at most, of which the divergence takes 512 tokens
+
+
 def inspect(
     paths: Annotated[
         list[Path],
@@ -35,20 +39,35 @@ def inspect(
         bool,
         Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
     ] = False,
-    model: Annotated[
-        str | None, Option(help="With --intruders: base model. Default: the one that the adapter names.")
+    merge_type: Annotated[
+        Literal["bfloat16", "float16", "int8", "nf4"] | None,
+        Option("--merge", help="How much of a trained adapter is there after a merge that is rounded to this type."),
     ] = None,
+    base: Annotated[
+        str | None,
+        Option("--base", "--model", help="With --intruders or --merge: base. Default: the one that the adapter names."),
+    ] = None,
+    statistics: Annotated[
+        Path | None, Option(help="With --merge: statistics of the base, to count rounding where the data are.")
+    ] = None,
+    data: Annotated[str | None, Option(help="With --merge: data to measure the divergence on, as for init.")] = None,
+    *,
+    reading: Reading,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
-    if model is not None and not intruders:
-        raise LoraInitError("--model is for --intruders; without it no model is loaded.")
+    if base is not None and not (intruders or merge_type):
+        raise LoraInitError("--base is for --intruders and --merge; without them no model is read.")
+    if not merge_type and (data or statistics):
+        raise LoraInitError("--data and --statistics are for --merge.")
     descriptions = []
     for path in paths:
         with _damage_of(path):
             descriptions.append(describe(path))
         if intruders:
-            descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], model, trust_remote_code)
+            descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], base, trust_remote_code)
+        if merge_type:
+            descriptions[-1]["merge"] = describe_merge(path, merge_type, base, statistics, data, reading)
 
     def show_all(console: Console, _: Any) -> None:
         for path, description in zip(paths, descriptions, strict=True):
@@ -108,7 +127,7 @@ def describe_intruders(
         )
     source = model or about["base_model"]
     if not source:
-        raise LoraInitError(f"{path} does not name its base model. Name it with --model.")
+        raise LoraInitError(f"{path} does not name its base model. Name it with --base.")
     with importing(source):
         from lora_init.adapters.intruders import THRESHOLD, K, intruder_dimensions
         from lora_init.loading.models import TASK_TYPES, load_model
@@ -135,6 +154,41 @@ def describe_intruders(
             for name, layer in found.layers.items()
         },
     }
+
+
+def describe_merge(
+    path: Path, dtype: str, base: str | None, statistics: Path | None, data: str | None, reading: Reading
+) -> dict[str, Any]:
+    """Compute what is there of an adapter after a merge that is rounded to a type, layer by layer; measure it on data.
+
+    The base's weights are read tensor by tensor, and loaded only where there are data.
+    """
+    with importing(data=data):
+        from lora_init.adapters.directory import AdapterDirectory
+        from lora_init.loading.batches import load_batches
+        from lora_init.loading.models import load_model
+        from lora_init.serving.base import plan_merge, read_base
+        from lora_init.serving.kept import Kept, divergence, kept_by_merge
+        from lora_init.serving.trained import read_trained, with_parameters
+        from lora_init.statistics.statistics import Statistics
+    trained = read_trained(path)
+    plain = read_base(base or trained.base, trained)
+    trained = with_parameters(trained, plain.parameters)
+    stats = None if statistics is None else Statistics.load(statistics)
+    with busy(f"merging into {plain.source}"):
+        layers = kept_by_merge(plain, trained, plan_merge(plain, trained), dtype, stats)
+    total, measured = sum(layers.values(), Kept()), None
+    if data is not None:
+        with busy(f"loading {plain.source}"):
+            loaded = load_model(plain.source, dtype="float32")
+        batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)
+        with busy("measuring"):
+            measured = asdict(divergence(loaded.model, AdapterDirectory(path), batches, dtype))
+    return {
+        "base": plain.source, "type": dtype, "statistics": stats is not None, "divergence": measured,
+        "arrives": finite(total.arrives), "noise": finite(total.ratio), "advice": total.advice(dtype),
+        "layers": {n: {"arrives": finite(one.arrives), "noise": finite(one.ratio)} for n, one in layers.items()},
+    }  # fmt: skip
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -345,7 +399,28 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
 
         head |= summary_of(about["dial"]) | {"picture": about["dial"]["picture"]}
     views = [head, "", rank_table(ranks, width), "", about["serving"]]
-    return [*views, *_intruder_view(about["intruders"], width)] if "intruders" in about else views
+    views += _intruder_view(about["intruders"], width) if "intruders" in about else []
+    return [*views, *_merge_view(about["merge"])] if "merge" in about else views
+
+
+def _merge_view(about: Mapping[str, Any]) -> list[Any]:
+    """Show what `describe_merge` returned: the whole, and the layers that lose most."""
+    layers, found = about["layers"], about["divergence"]
+    worst = sorted(layers, key=lambda name: -layers[name]["noise"])[:3]
+    counted = ", counted where the data are" * about["statistics"]
+    head = {
+        "merge": f"into {about['base']}, rounded to {about['type']}{counted}",
+        "noisiest": ", ".join(f"{name} {layers[name]['noise']:.2g}" for name in worst),
+    }
+    if found:
+        head["measured"] = (
+            f"{found['merged']:.2g} nats a token from the adapter on its base, on {found['tokens']} tokens; the base "
+            f"without it is {found['base']:.2g} away"
+        )
+    hint = (
+        "" if about["statistics"] else " Over all weights: --statistics counts where the data are, which is less noise."
+    )
+    return ["", facts(head | {"advice": about["advice"] + hint})]
 
 
 def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:

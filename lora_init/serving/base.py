@@ -309,7 +309,7 @@ def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping
     for path, group in groupby(sources.items(), key=lambda item: item[1].file):
         with safe_open(path, framework="pt") as file:
             for name, source in group:
-                shard[name] = _merged(file.get_tensor(source.name), source, trained, base)
+                shard[name] = merged(file.get_tensor(source.name), source, trained, base)
                 is_last = len(shard) + len(index) == len(sources)
                 if is_last or sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
                     part = f"model-{len(set(index.values())) + 1:05}.safetensors"
@@ -319,7 +319,7 @@ def write_merged(directory: Path, trained: Trained, base: Base, sources: Mapping
     write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": index})
 
 
-def _merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
+def merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
     """Change a tensor of the checkpoint as the adapter says, in its own type; of experts, one after another."""
     name = source.parameter
     if not name:
@@ -327,7 +327,7 @@ def _merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Ten
     fused = base.model.get_parameter(name).dim() == 3
     if fused and source.expert is None:
         for expert, part in enumerate(weight):  # in place: no second copy of all experts
-            part.copy_(_merged(part, replace(source, expert=expert), trained, base))
+            part.copy_(merged(part, replace(source, expert=expert), trained, base))
         return weight
     new = trained.others.get(PREFIX + name)
     if new is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from lora_init.serving.base import is_transposed, plan_merge, read_base, with_ch
 from lora_init.serving.compress import error_at, fit
 from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
 
@@ -156,6 +158,10 @@ def export_adapter(
         others = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in trained.others.items()}
         trained = replace(trained, others=others)
         sources = plan_merge(model, trained)
+        kept = sum(kept_by_merge(model, trained, sources).values(), Kept())
+        if kept.is_lost:
+            remedy = "`lora-init inspect ADAPTER --merge TYPE --data FILE` measures what that does."
+            warnings.warn(f"{merge_into}: {kept.advice('the type of its weights')} {remedy}", stacklevel=2)
     if reduce_intruders is not None:
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")

@@ -262,7 +262,7 @@ def test_inspect_on_the_command_line(home, name):
     assert {n: layer["count"] for n, layer in about["layers"].items()} == {
         n: layer.count for n, layer in expected.layers.items()
     }
-    shown = run("inspect", home / f"{name}_adapter", "--intruders", "--model", home / name).stdout
+    shown = run("inspect", home / f"{name}_adapter", "--intruders", "--base", home / name).stdout
     for part in (f"{expected.count} of {expected.of}", f"{expected.energy_share:.1%}"):
         assert part in shown
     assert "intruders" not in json.loads(run("inspect", home / f"{name}_adapter", "--json").stdout)
@@ -270,11 +270,11 @@ def test_inspect_on_the_command_line(home, name):
 
 def test_wrong_requests_on_the_command_line(home, tmp_path):
     adapter = home / "llama_adapter"
-    assert_one_line_error(run("inspect", adapter, "--model", home / "llama"), "--model is for --intruders")
-    assert_one_line_error(run("inspect", adapter, "--intruders", "--model", home / "nowhere"), "nowhere")
+    assert_one_line_error(run("inspect", adapter, "--model", home / "llama"), "--base is for --intruders")
+    assert_one_line_error(run("inspect", adapter, "--intruders", "--base", home / "nowhere"), "nowhere")
     assert_one_line_error(
-        run("inspect", adapter, "--intruders", "--model", home / "bert"), "llama_adapter cannot be put on"
+        run("inspect", adapter, "--intruders", "--base", home / "bert"), "llama_adapter cannot be put on"
     )
     nameless = tmp_path / "nameless"
     get_peft_model(tiny_llama(), LoraConfig(target_modules=NAMES)).save_pretrained(nameless)
-    assert_one_line_error(run("inspect", nameless, "--intruders"), "does not name its base model. Name it with --model")
+    assert_one_line_error(run("inspect", nameless, "--intruders"), "does not name its base model. Name it with --base")

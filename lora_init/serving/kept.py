@@ -1,0 +1,168 @@
+"""What a merge keeps of an adapter: W + s B A is rounded to a type, and rounding may take what was learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.adapters.peft_model import adapter_layers, with_adapter
+from lora_init.errors import LoraInitError, require
+from lora_init.layers.running import on_device_of
+from lora_init.layers.targets import PREFIX, is_conv1d
+from lora_init.serving.base import Base, Source, is_transposed, merged
+from lora_init.serving.trained import Trained
+from lora_init.statistics.second_moment import SecondMoment
+from lora_init.statistics.statistics import Statistics
+
+_MOST_TOKENS = 512  # whose log-probabilities of the whole vocabulary are held
+_SMALL = 0.2  # noise over change up to which a merge is advised
+
+
+def _int8(weight: Tensor) -> Tensor:
+    """Round each row of a weight [d_out, d_in] to 255 steps, as LLM.int8 does."""
+    step = weight.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (weight / step).round() * step
+
+
+def _nf4(weight: Tensor) -> Tensor:
+    """Round blocks of 64 along the rows to NF4, by bitsandbytes."""
+    require("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    found: Tensor = dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type="nf4"))
+    return found
+
+
+# What a float32 weight [d_out, d_in] is in a type, as float32.
+ROUNDINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "bfloat16": lambda weight: weight.bfloat16().float(),
+    "float16": lambda weight: weight.half().float(),
+    "int8": _int8,
+    "nf4": _nf4,
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a layer's change, or of all: squares of Frobenius norms, or of what outputs change by."""
+
+    change: float = 0.0  # of C = s B A
+    along: float = 0.0  # the part of round(W + C) - round(W) along C, times C
+    noise: float = 0.0  # of round(W + C) - (W + C)
+
+    @property
+    def arrives(self) -> float:
+        """The share of the change that is there: 1 for all of it, 0 where rounding gives W again."""
+        return self.along / self.change if self.change else 1.0
+
+    @property
+    def ratio(self) -> float:
+        """How large the noise of rounding is, in sizes of the change."""
+        return math.sqrt(self.noise / self.change) if self.change else 0.0
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(self.change + other.change, self.along + other.along, self.noise + other.noise)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether rounding takes half of the change, or brings more noise than there is change."""
+        return self.ratio > 1.0 or self.arrives < 0.5
+
+    def advice(self, dtype: str) -> str:
+        """Write what to do."""
+        what = "Merge in a wider type where you can" if self.ratio > _SMALL else "Merge"
+        what = "Keep the adapter, or merge in a wider type" if self.is_lost else what
+        return (
+            f"{what}: {self.arrives:.1%} of the change arrives in {dtype}, under {self.ratio:.2g} times as much noise."
+        )
+
+
+def kept_by_merge(
+    base: Base,
+    trained: Trained,
+    sources: Mapping[str, Source],
+    dtype: str | None = None,  # a name of `ROUNDINGS`; None for the type that each weight is stored in
+    stats: Statistics | None = None,
+) -> dict[str, Kept]:
+    """Compute what is there of each layer's change after the merge; nothing of those that are stored in float32.
+
+    With statistics squares are those of outputs, E |M x|^2 over the rows x that a layer reads. It costs as much as the
+    merge, a tensor at a time.
+    """
+    found: dict[str, Kept] = {}
+    for source in sources.values():
+        if not source.parameter or PREFIX + source.parameter in trained.others:
+            continue
+        stored = source.read()
+        if dtype is None and stored.dtype == torch.float32:
+            continue
+        name, weight = source.parameter.removesuffix(".weight"), stored.float()
+        summed = merged(weight.clone(), source, trained, base)
+        across = source.piece == "" and weight.dim() == 2 and is_transposed(base.model.get_submodule(name))
+        parts = [part.mT if across else part for part in (weight, summed)]
+        before, after = (ROUNDINGS[dtype](part) if dtype else part.to(stored.dtype).float() for part in parts)
+        change, arrived, noise = parts[1] - parts[0], after - before, after - parts[1]
+        if stats is not None:
+            if name not in stats or change.shape[-1] != stats.targets[name].in_features:
+                raise LoraInitError(f"the statistics do not know layer {name!r} as it is stored. Leave them out.")
+            moment = SecondMoment.of(stats[name]).to(change)
+            change, arrived, noise = (moment.times(part, 0.5) for part in (change, arrived, noise))
+        squares = (change.square(), arrived * change, noise.square())
+        found[name] = found.get(name, Kept()) + Kept(*(float(one.sum(dtype=torch.float64)) for one in squares))
+    return found
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Kullback-Leibler divergences of next-token distributions from those of the adapter on its base, in nats."""
+
+    merged: float  # of the merged model
+    base: float  # of the base without the adapter
+    tokens: int
+
+
+@torch.no_grad()
+def divergence(
+    model: Any, directory: AdapterDirectory, batches: Iterable[Mapping[str, Tensor]], dtype: str
+) -> Divergence:
+    """Measure what a merge does to a loaded float32 base on examples; its weights are the rounded ones afterwards."""
+    with with_adapter(model.eval(), directory) as peft_model:
+
+        def answers() -> list[Tensor]:
+            rows, n = [], 0
+            for batch in batches:
+                moved = on_device_of(model, batch)
+                labelled = moved["labels"][:, 1:] != -100
+                inputs = {key: value for key, value in moved.items() if key != "labels"}
+                logits = peft_model(**inputs).logits[:, :-1][labelled][: _MOST_TOKENS - n]
+                rows.append(logits.float().log_softmax(-1).cpu())
+                n += len(logits)
+                if n >= _MOST_TOKENS:
+                    break
+            return rows
+
+        adapted = answers()
+        with peft_model.disable_adapter():
+            plain = answers()
+        peft_model.merge_adapter()
+        for layer in adapter_layers(peft_model).values():
+            own = layer.get_base_layer()
+            weight = own.weight.data.float()
+            across = is_conv1d(own)
+            rounded = ROUNDINGS[dtype](weight.mT if across else weight)
+            own.weight.data = (rounded.mT if across else rounded).to(own.weight)
+        rounded_answers = answers()
+    n = sum(map(len, adapted))
+    if not n:
+        raise LoraInitError("no example has a token with a label to compare. Use other data.")
+
+    def far(others: list[Tensor]) -> float:
+        return sum(float((p.exp() * (p - q)).sum()) for p, q in zip(adapted, others, strict=True)) / n
+
+    return Divergence(far(rounded_answers), far(plain), n)

@@ -1,0 +1,129 @@
+"""What a merge keeps of an adapter, against brute force, and what it does to the model's answers."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import lora_init
+from lora_init import LoraInitError, export_adapter
+from lora_init.adapters.directory import AdapterDirectory
+from lora_init.serving.base import plan_merge, read_base
+from lora_init.serving.kept import ROUNDINGS, Kept, divergence, kept_by_merge
+from lora_init.serving.trained import read_trained
+from tests.commands import WORDS, assert_one_line_error, run, save_model
+from tests.conftest import tiny_gpt2, tiny_llama
+from tests.serving.made import load
+
+KINDS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+
+
+def make(tmp_path, kind="llama", size=1.0, dtype=torch.bfloat16):
+    """Write a base and an adapter whose change is about `size` of the weights."""
+    base = save_model((tiny_llama() if kind == "llama" else tiny_gpt2()).to(dtype), tmp_path / "base")
+    model = get_peft_model(load(base).float(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=KINDS[kind]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.03 * size)
+    model.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained", base
+
+
+def kept(directory, dtype=None, stats=None):
+    trained = read_trained(directory)
+    base = read_base(trained.base, trained)
+    return kept_by_merge(base, trained, plan_merge(base, trained), dtype, stats)
+
+
+def weights(directory, base):
+    """W and s B A of each layer, [d_out, d_in], from PEFT itself."""
+    model = load(base)
+    plain = {name: module.weight.float() for name, module in model.named_modules() if hasattr(module, "weight")}
+    for name, layer in read_trained(directory).layers.items():
+        weight = plain[name].mT if layer.widths != plain[name].shape[::-1] else plain[name]
+        yield name, weight.detach(), layer.scaling * layer.b @ layer.a
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_rounding_leaves_of_the_sum(kind, dtype, tmp_path):
+    directory, base = make(tmp_path, kind)
+    found, seen = kept(directory, dtype), 0
+    for name, weight, change in weights(directory, base):
+        after, before = ROUNDINGS[dtype](weight + change), ROUNDINGS[dtype](weight)
+        assert found[name].arrives == pytest.approx(
+            float(((after - before) * change).sum() / change.square().sum()), rel=1e-3
+        )
+        noise = (after - weight - change).norm() / change.norm()
+        assert found[name].ratio == pytest.approx(float(noise), rel=1e-2)  # the change is a difference of float32
+        seen += 1
+    assert seen == len(found) == 4
+
+
+def test_a_change_below_the_rounding_does_not_arrive_and_is_warned_of_before_anything_is_written(tmp_path):
+    large, _ = make(tmp_path)
+    whole = sum(kept(large).values(), Kept())
+    assert (
+        whole.arrives == pytest.approx(1.0, abs=0.01) and whole.ratio < 0.1 and whole.advice("x").startswith("Merge: ")
+    )
+    small, base = make(tmp_path / "small", size=0.001)
+    lost = sum(kept(small).values(), Kept())
+    assert (
+        lost.is_lost and lost.arrives < 0.5 and "Keep the adapter, or merge in a wider type" in lost.advice("bfloat16")
+    )
+    with pytest.warns(
+        UserWarning, match=r"Keep the adapter, or merge in a wider type: .* arrives in the type of its we"
+    ):
+        export_adapter(small, tmp_path / "merged", merge_into=str(base))
+    exact, base = make(tmp_path / "exact", size=0.001, dtype=torch.float32)
+    assert kept(exact) == {}  # which export takes as nothing to warn of
+    export_adapter(exact, tmp_path / "exact/merged", merge_into=str(base))
+
+
+def test_with_statistics_it_counts_where_the_data_are(tmp_path):
+    directory, base = make(tmp_path)
+    batches = [{"input_ids": torch.randint(3, 23, (8, 20))} for _ in range(4)]
+    stats = lora_init.collect(load(base).float(), batches, rank=4, rho=1.0, max_batches=4)
+    found = kept(directory, "int8", stats)
+    for name, weight, change in weights(directory, base):
+        spectrum = stats[name]
+        v, rest = spectrum.components.double(), spectrum.noise_variance
+        second = (v.mT * (spectrum.explained_variance - rest).clamp_min(0)) @ v + rest * torch.eye(v.shape[1]).double()
+        second += torch.outer(spectrum.mean.double(), spectrum.mean.double())
+        noise = (ROUNDINGS["int8"](weight + change) - weight - change).double()
+        assert found[name].noise == pytest.approx(float((noise @ second * noise).sum()), rel=1e-4)
+    with pytest.raises(LoraInitError, match="the statistics do not know layer"):
+        kept(directory, "int8", lora_init.collect(load(base).float(), batches, ["q_proj"], rank=4, rho=1.0))
+
+
+def test_the_divergence_is_that_of_the_merged_model(tmp_path):
+    directory, base = make(tmp_path, size=2.0)
+    ids = torch.randint(3, 23, (4, 12))
+    batches = [{"input_ids": ids, "labels": ids}]
+    found = {dtype: divergence(load(base).float(), AdapterDirectory(directory), batches, dtype) for dtype in ROUNDINGS}
+    export_adapter(directory, tmp_path / "merged", merge_into=str(base))
+    from peft import PeftModel
+
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(load(base).float(), directory)(input_ids=ids).logits.log_softmax(-1)
+        merged = load(tmp_path / "merged").float()(input_ids=ids).logits.log_softmax(-1)
+    expected = (adapted.exp() * (adapted - merged)).sum(-1)[:, :-1].mean()
+    assert found["bfloat16"].merged == pytest.approx(float(expected), rel=1e-3) and found["bfloat16"].tokens == 44
+    assert found["float16"].merged < found["bfloat16"].merged < found["nf4"].merged < found["nf4"].base
+    with pytest.raises(LoraInitError, match="no example has a token with a label"):
+        divergence(load(base).float(), AdapterDirectory(directory), [], "nf4")
+
+
+def test_the_command_says_what_arrives_and_measures_it(tmp_path):
+    directory, base = make(tmp_path, size=0.05)
+    (tmp_path / "text.txt").write_text("\n".join([" ".join(WORDS[:12])] * 6))
+    done = run("inspect", directory, "--merge", "nf4", "--base", base, "--data", tmp_path / "text.txt")
+    assert done.exit_code == 0 and "rounded to nf4" in done.stdout and "nats a token" in done.stdout, done.output
+    assert "times as much noise" in " ".join(done.stdout.split())
+    found = json.loads(run("inspect", directory, "--merge", "float16", "--json").stdout)["merge"]
+    assert found["noise"] < 0.2 and found["advice"].startswith("Merge: ") and len(found["layers"]) == 4
+    wrong = run("inspect", directory, "--data", tmp_path / "text.txt")
+    assert_one_line_error(wrong, "--data and --statistics are for --merge.")
+    assert_one_line_error(run("inspect", directory, "--base", base), "--base is for --intruders and --merge")
