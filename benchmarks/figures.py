@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import starts, trade_off
+from benchmarks import rates, starts, trade_off
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
 from lora_init.comparison.findings import equal_loss, is_judged, judged_losses, verdicts
@@ -33,7 +33,10 @@ from lora_init.comparison.wording import rate_text
 from lora_init.files import read_json
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/dial.md", "docs/practice.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md")
+PAGES = (
+    "README.md", "docs/dial.md", "docs/learning-rates.md", "docs/practice.md", "docs/what-a-start-is-worth.md",
+    "benchmarks/README.md",
+)  # fmt: skip
 # What the pages recommend, by the names that runs have.
 STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva+32-alpha"
 NATURAL_LANGUAGE = "natural-gradient-x5"  # the same, run before the names above
@@ -47,6 +50,7 @@ FRESH_OPENBOOKQA, FRESH_SIQA, FRESH_HELLASWAG = "fresh-openbookqa", "fresh-siqa"
 FRESH_SIQA_HALF = "fresh-bfloat16-siqa"  # `natural-gradient`, and `random` at four rates
 FRESH_MEDICAL, FRESH_KINDS = "fresh-minilm-medical-subjects", "fresh-minilm-siqa-kinds"
 FRESH_SPECIALTIES = "fresh-minilm-specialties"
+GEMMA = "gemma-openbookqa"
 # Two seeds chose 3e-3; on all eight both losses are lower at 2e-3.
 TUNED = {(SPECIALTIES, RANDOM): 2e-3}
 
@@ -280,6 +284,53 @@ def _dialed() -> pd.DataFrame:
     for name in RISES:
         table[name] -= table["task"].map(base[name])
     return table[["arm", "strength", "task", "seed", "seconds", "loss", *RISES, "sums"]]
+
+
+def swept(start: str, encoder: bool = False) -> tuple[float, float]:
+    """Return the lowest and the highest best rate that was interpolated for a start."""
+    found = rates.best_rates()
+    own = found[found["start"].eq(start) & found["encoder"].eq(encoder)]["rate"]
+    return float(f"{own.min():.1e}"), float(f"{own.max():.1e}")
+
+
+def lost(study: str, *rates_of_random: float) -> Any:
+    """Return how far random ends at some rates above its best one."""
+    return tuple(above_at(study, rate, RANDOM) for rate in rates_of_random)
+
+
+def rule(name: str, *left_out: str) -> Any:
+    """Return the share of pairs for which a rule of `benchmarks.rates` is within a factor of 2 of the best rate."""
+    return _each(left_out or tuple(rates.LEFT_OUT), lambda out: rates.judged(name, out)[0])
+
+
+def rule_pairs() -> int:
+    """Count the pairs of task and start that rules are judged by."""
+    return len(rates.pairs())
+
+
+def factor(name: str) -> float:
+    """Return the k of a rule without an exponent, from all language tasks."""
+    found = rates.pairs().query("not encoder")
+    return float(np.exp((np.log(found["rate"]) - found[name]).mean()))
+
+
+def predicted(name: str, *starts_of_gemma: str) -> Any:
+    """Return what such a rule predicts for starts on Gemma."""
+    rows = {row["start"]: row for row in map(json.loads, rates.GEMMA.read_text().splitlines())}
+    found = {start: factor(name) * float(np.exp(rates.RULES[name](row, rows[RANDOM]))) for start, row in rows.items()}
+    return _each(starts_of_gemma, lambda start: float(f"{found[start]:.0e}"))
+
+
+def seconds_of_measuring() -> tuple[float, float]:
+    """Return the fewest and the most seconds of a processor that measuring a start of a language task took."""
+    seconds = rates.pairs().query("not encoder")["seconds"]
+    return seconds.min(), seconds.max()
+
+
+def response_times_rate(start: str, *tasks: str) -> Any:
+    """Return the response of a start on a task times its best rate."""
+    found = rates.pairs().set_index(["task", "start"])
+    return _each(tasks, lambda task: float(found.loc[(task, start), ["response", "rate"]].prod()))
 
 
 def cited(*numbers: float) -> tuple[float, ...]:

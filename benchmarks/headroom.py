@@ -21,6 +21,8 @@ most eight. A study asks more of a task:
 - `enough`: what `natural-gradient` loses from as many batches as `collect` takes by itself.
 - `fresh`: what is recommended, at its own rate, and `random` at the best of several, with other examples to train on,
   to choose the rate by and to report. `fresh-rank-16` and `fresh-300-steps` do the same with these, on four seeds.
+- `rates-100`, `rates-1000` and `rates-rank-64`: `random` at several rates in a shorter run, a longer one, and with a
+  larger adapter: how wide the range of good rates is.
 
 The first six join the directory of the task, the others have their own, `results/STUDY-TASK/`.
 """
@@ -54,6 +56,7 @@ FROZEN = [f"{start}-frozen-a+equal-parameters" for start in ("random", "eva", "n
 SWEEP = {"learning_rates": [3e-4, 1e-3, 3e-3], "extend": 1, "sweep": "halving", "seeds": 8, "precision": 0.02}
 # In float32, since a processor without AVX-512 takes eight times as long for bfloat16.
 FRESH = {"precision": None, "data_seed": 1, "dtype": "float32", "extend": 0}
+RATES = {"starts": ["random"], "extend": 0, "sweep": "full", "seeds": 2, "precision": None}
 STUDIES: dict[str, dict[str, Any]] = {
     "headroom": {"starts": STARTS, "full": True},  # and `random` at two lower ranks
     "starts": {"starts": ["random", "random-scaled", "natural-gradient", "lora-one", *FROZEN]},
@@ -113,6 +116,9 @@ STUDIES: dict[str, dict[str, Any]] = {
     "fresh": FRESH,
     "fresh-rank-16": FRESH | {"rank": 16},
     "fresh-300-steps": FRESH | {"steps": 300, "evaluation_points": [300]},
+    "rates-100": RATES | {"steps": 100, "evaluation_points": [100], "learning_rates": [3e-4, 1e-3, 3e-3, 1e-2]},
+    "rates-1000": RATES | {"steps": 1000, "evaluation_points": [100, 300, 1000], "learning_rates": [1e-4, 3e-4, 1e-3]},
+    "rates-rank-64": RATES | {"rank": 64, "learning_rates": [1e-4, 3e-4, 1e-3]},
 }
 # At the best rate of the grid `random` is stuck on some seeds of the first, and far apart on those of the second.
 BETWEEN = {"minilm-siqa-kinds": 5e-4, "minilm-specialties": 2e-3}
