@@ -19,6 +19,7 @@ SHORT = {
     "finetune_classifier": ["--samples=40", "--steps=2", "--output=OUTPUT"],
     "finetune_llm": ["--samples=8", "--steps=2", "--output=OUTPUT"],
     "finetune_vit": ["--steps=120", "--output=OUTPUT"],
+    "grpo_trl": ["--output=OUTPUT"],
     "reranker": ["--steps=2", "--output=OUTPUT"],
     "whisper": ["--output=OUTPUT"],
 }
@@ -98,6 +99,13 @@ def test_finetune_vit_reads_turned_digits_better_with_the_adapter(run):
     out = run("finetune_vit")
     before, after = numbers(r"base model: accuracy (\S+) on turned[^$]*default start: accuracy (\S+) on turned", out)
     assert after > before + 0.1 and "from random: accuracy 0." in out
+
+
+def test_grpo_earns_more(run, tmp_path):
+    pytest.importorskip("trl")
+    first, last = numbers(r"reward (\S+) -> (\S+);", run("grpo_trl"))
+    assert last > first
+    assert (tmp_path / "output/adapter_model.safetensors").exists()
 
 
 def test_whisper_learns_what_is_said(run, tmp_path):

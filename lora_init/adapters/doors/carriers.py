@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,8 +112,5 @@ class InPlace(Carrier):
 
 def carrier_of(model: Any) -> Carrier:
     """Find how a model holds an adapter."""
-    kinds: tuple[tuple[Callable[[Any], bool], type[Carrier]], ...] = (
-        (lambda model: hasattr(model, "get_base_model"), Wrapped),
-        (is_filled, InPlace),
-    )
-    return next((kind for fits, kind in kinds if fits(model)), Carrier)(model)
+    kind = Wrapped if hasattr(model, "get_base_model") else InPlace if is_filled(model) else Carrier
+    return kind(model)

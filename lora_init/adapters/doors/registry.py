@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
+from lora_init.adapters.doors.prompts import PromptTrainer
 from lora_init.adapters.doors.sentences import LIBRARY, Sentences, SentenceTrainer
 from lora_init.adapters.doors.trainers import TrainerDoor
 
 # By a module of the classes of what is given, so that no library is imported that is not in use; the first that fits.
 CARRIERS = {LIBRARY: Sentences}
-TRAINERS = {LIBRARY: SentenceTrainer}
+TRAINERS = {
+    LIBRARY: SentenceTrainer,
+    "trl.trainer.grpo_trainer.": PromptTrainer,
+    "trl.trainer.rloo_trainer.": PromptTrainer,
+}
 
 
 def is_trainer(given: Any) -> bool:

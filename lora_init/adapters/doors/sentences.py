@@ -54,7 +54,8 @@ class Sentences(Carrier):
             asked = asked.but(data=asked.run.data or f"{len(batches)} texts")
             cut = range(0, len(batches), _BATCH_SIZE)
             batches = [tokenize(list(batches[i : i + _BATCH_SIZE])) for i in cut]
-        return batches, asked.but(forward=asked.run.forward or (lambda _, batch: self.given(dict(batch))))
+        forward = asked.run.forward or (lambda model, batch: model(dict(batch)))
+        return batches, asked.but(forward=lambda _, batch: forward(self.given, batch))
 
     @contextmanager
     def opened(self, asked: Asked) -> Iterator[Asked]:

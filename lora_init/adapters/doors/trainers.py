@@ -102,6 +102,7 @@ class TrainerDoor:
             raise LoraInitError(
                 f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
             )
+        self.carrier.check(start)
         if gradients and not self.gives_loss:
             raise LoraInitError(
                 f"method={start.name!r}: a start from gradients needs the gradient of the training loss, and this "
@@ -121,6 +122,12 @@ class TrainerDoor:
                 raise LoraInitError(
                     f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. "
                     "TRL 0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
+                )
+            needed = getattr(model, "main_input_name", None)
+            if needed and needed not in kept and not any(key.endswith(("embeds", "outputs")) for key in kept):
+                raise LoraInitError(
+                    f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} needs {needed}. Check "
+                    "columns and collator; remove_unused_columns=False keeps what a collator reads."
                 )
             return call_model(model, kept, with_labels=with_labels)
 

@@ -113,9 +113,13 @@ def test_without_a_trainer_texts_are_enough(kind, tmp_path):
     data = TEXTS if kind == "SentenceTransformer" else list(zip(*PAIRS.values(), strict=True))
     assert lora_init.initialize(model, data, rank=2) is model
     assert adapter_layers(model[0].model) and model[0].model.peft_config["default"].r == 2
-    tokens = [model.preprocess(data[:12]), model.preprocess(data[12:])]
+    tokens = [model.preprocess(data[:16]), model.preprocess(data[16:])]
     other = encoder(tmp_path, kind, **({"num_labels": 1} if kind == "CrossEncoder" else {}))
-    lora_init.initialize(other, tokens, rank=2)
+    lora_init.initialize(other, tokens, rank=2, forward=lambda model, batch: model(dict(batch)))
+    ours, theirs = (adapter_layers(one[0].model) for one in (model, other))
+    assert all(
+        torch.equal(layer.lora_A["default"].weight, theirs[n].lora_A["default"].weight) for n, layer in ours.items()
+    )
 
 
 def test_an_adapter_that_is_there_is_taken_whichever_way_it_came(tmp_path):

@@ -486,6 +486,15 @@ def test_a_classifier_of_images_keeps_its_head_and_takes_the_start_for_classes(i
         assert torch.equal(again.eval()(pixels).logits, adapted.eval()(pixels).logits)
 
 
+def test_a_batch_without_what_the_model_needs_is_one_line(tmp_path):
+    rows = [{"image": torch.zeros(1, 16, 16), "label": 0}] * 8
+    args = settings(TrainingArguments, tmp_path, remove_unused_columns=False)
+    with pytest.raises(
+        LoraInitError, match=r"a batch of Trainer has labels, image, and ViTForImage.* needs pixel_values"
+    ):
+        lora_init.initialize(Trainer(tiny_vit(), args, train_dataset=rows), rank=2)
+
+
 def test_speech_is_features_and_text(tmp_path):
     config = WhisperConfig(
         vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
