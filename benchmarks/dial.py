@@ -299,6 +299,7 @@ LINES = {
     "eva, one strength": ("eva", ("0.6", "1"), "^-", COLORS[1]),
     "natural-gradient, one strength": ("natural-gradient", ("0.6", "1"), "o-", COLORS[0]),
     "random with replay of its own text, one strength": ("replay own", ("0.6", "1"), "P-", COLORS[4]),
+    "random with replay of passages": ("replay real", ("1",), "X-", COLORS[4]),
 }
 
 
