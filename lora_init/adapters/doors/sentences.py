@@ -74,7 +74,7 @@ class Sentences(Carrier):
             try:
                 yield asked
             finally:
-                own.pop("forward")
+                own.pop("forward", None)  # `put` may have restored the model already
                 own.update({} if was is None else {"forward": was})
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:

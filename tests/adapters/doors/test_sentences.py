@@ -15,6 +15,7 @@ from lora_init.errors import LoraInitError
 library = pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
+from tests.adapters.doors.made import add_adapter  # noqa: E402
 from tests.adapters.doors.sentences import LOSSES, PAIRS, TEXTS, encoder, made, reranker_trainer, trainer_of  # noqa: E402
 
 
@@ -122,10 +123,14 @@ def test_without_a_trainer_texts_are_enough(kind, tmp_path):
     )
 
 
-def test_an_adapter_that_is_there_is_taken_whichever_way_it_came(tmp_path):
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_adapter_that_is_there_is_taken_whichever_way_it_came(in_place, tmp_path):
+    changes = dict(r=2, lora_alpha=4, target_modules=["query", "value"])
     model = encoder(tmp_path)
-    model[0].model = get_peft_model(model[0].model, config)
+    if in_place:
+        add_adapter(model[0].model, **changes)
+    else:
+        model[0].model = get_peft_model(model[0].model, LoraConfig(**changes))
     trainer = trainer_of(tmp_path, model=model)
     lora_init.initialize(trainer)
     layers = adapter_layers(model[0].model)
