@@ -177,16 +177,17 @@ def describe_merge(
     stats = None if statistics is None else Statistics.load(statistics)
     with busy(f"merging into {plain.source}"):
         layers = kept_by_merge(plain, trained, plan_merge(plain, trained), dtype, stats)
-    total, measured = sum(layers.values(), Kept()), None
+    total, measured, lost = sum(layers.values(), Kept()), None, None
     if data is not None:
         with busy(f"loading {plain.source}"):
             loaded = load_model(plain.source, dtype="float32")
         batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)
         with busy("measuring"):
-            measured = asdict(divergence(loaded.model, AdapterDirectory(path), batches, dtype))
+            found = divergence(loaded.model, AdapterDirectory(path), batches, dtype)
+        measured, lost = asdict(found), found.lost
     return {
         "base": plain.source, "type": dtype, "statistics": stats is not None, "divergence": measured,
-        "arrives": finite(total.arrives), "noise": finite(total.ratio), "advice": total.advice(dtype),
+        "arrives": finite(total.arrives), "noise": finite(total.ratio), "advice": total.advice(lost),
         "layers": {n: {"arrives": finite(one.arrives), "noise": finite(one.ratio)} for n, one in layers.items()},
     }  # fmt: skip
 
@@ -407,9 +408,10 @@ def _merge_view(about: Mapping[str, Any]) -> list[Any]:
     """Show what `describe_merge` returned: the whole, and the layers that lose most."""
     layers, found = about["layers"], about["divergence"]
     worst = sorted(layers, key=lambda name: -layers[name]["noise"])[:3]
-    counted = ", counted where the data are" * about["statistics"]
+    counted = "where the data are" if about["statistics"] else "over all weights"
     head = {
-        "merge": f"into {about['base']}, rounded to {about['type']}{counted}",
+        "merge": f"into {about['base']}, rounded to {about['type']}",
+        "arrives": f"{about['arrives']:.1%} of the change, under {about['noise']:.2g} times as much noise, {counted}",
         "noisiest": ", ".join(f"{name} {layers[name]['noise']:.2g}" for name in worst),
     }
     if found:
@@ -417,10 +419,7 @@ def _merge_view(about: Mapping[str, Any]) -> list[Any]:
             f"{found['merged']:.2g} nats a token from the adapter on its base, on {found['tokens']} tokens; the base "
             f"without it is {found['base']:.2g} away"
         )
-    hint = (
-        "" if about["statistics"] else " Over all weights: --statistics counts where the data are, which is less noise."
-    )
-    return ["", facts(head | {"advice": about["advice"] + hint})]
+    return ["", facts(head | {"advice": about["advice"]})]
 
 
 def _with_gaps(ranks: Mapping[str, int]) -> dict[str, int]:

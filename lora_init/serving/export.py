@@ -159,9 +159,9 @@ def export_adapter(
         trained = replace(trained, others=others)
         sources = plan_merge(model, trained)
         kept = sum(kept_by_merge(model, trained, sources).values(), Kept())
-        if kept.is_lost:
-            remedy = "`lora-init inspect ADAPTER --merge TYPE --data FILE` measures what that does."
-            warnings.warn(f"{merge_into}: {kept.advice('the type of its weights')} {remedy}", stacklevel=2)
+        if kept.is_doubtful:
+            remedy = "`lora-init inspect ADAPTER --merge TYPE --data FILE` measures it."
+            warnings.warn(f"{merge_into}, in the type of its weights: {kept.advice()} {remedy}", stacklevel=2)
     if reduce_intruders is not None:
         if start is not None:
             raise LoraInitError("PEFT cannot load an adapter that needs its start. Export it first, then reduce that.")

@@ -21,7 +21,7 @@ from lora_init.statistics.second_moment import SecondMoment
 from lora_init.statistics.statistics import Statistics
 
 _MOST_TOKENS = 512  # whose log-probabilities of the whole vocabulary are held
-_SMALL = 0.2  # noise over change up to which a merge is advised
+_LITTLE, _MUCH = 0.02, 0.1  # of the effect lost: up to the first a merge is advised, beyond the second the adapter
 
 
 def _int8(weight: Tensor) -> Tensor:
@@ -70,17 +70,19 @@ class Kept:
         return Kept(self.change + other.change, self.along + other.along, self.noise + other.noise)
 
     @property
-    def is_lost(self) -> bool:
+    def is_doubtful(self) -> bool:
         """Whether rounding takes half of the change, or brings more noise than there is change."""
         return self.ratio > 1.0 or self.arrives < 0.5
 
-    def advice(self, dtype: str) -> str:
-        """Write what to do."""
-        what = "Merge in a wider type where you can" if self.ratio > _SMALL else "Merge"
-        what = "Keep the adapter, or merge in a wider type" if self.is_lost else what
-        return (
-            f"{what}: {self.arrives:.1%} of the change arrives in {dtype}, under {self.ratio:.2g} times as much noise."
-        )
+    def advice(self, lost: float | None = None) -> str:
+        """Write what to do: by the share of the adapter's effect that was measured to be lost, where it is known."""
+        keep = "Keep the adapter, or merge in a wider type"
+        if lost is not None:
+            what = keep if lost > _MUCH else "Merge in a wider type where you can" if lost > _LITTLE else "Merge"
+            return f"{what}: answers move by {lost:.1%} of what the adapter moves them."
+        what = "Measure on data before you merge" if self.is_doubtful else "Merge"
+        what = keep if self.arrives < 0.5 else what
+        return f"{what}: {self.arrives:.1%} of the change arrives, under {self.ratio:.2g} times as much noise."
 
 
 def kept_by_merge(
@@ -125,6 +127,11 @@ class Divergence:
     merged: float  # of the merged model
     base: float  # of the base without the adapter
     tokens: int
+
+    @property
+    def lost(self) -> float | None:
+        """The first in sizes of the second; None if the adapter does nothing."""
+        return self.merged / self.base if self.base > 0.0 else None
 
 
 @torch.no_grad()
