@@ -298,6 +298,13 @@ def lost(study: str, *rates_of_random: float) -> Any:
     return tuple(above_at(study, rate, RANDOM) for rate in rates_of_random)
 
 
+def best_run(study: str, start: str) -> tuple[float, float]:
+    """Return the lowest mean loss of a start at any of its rates, and that rate."""
+    runs = _runs(study)
+    means = runs[runs["start"].eq(start) & runs["status"].eq("finished")].groupby("learning_rate")["loss"].mean()
+    return float(means.min()), float(means.idxmin())
+
+
 def rule(name: str, *left_out: str) -> Any:
     """Return the share of pairs for which a rule of `benchmarks.rates` is within a factor of 2 of the best rate."""
     return _each(left_out or tuple(rates.LEFT_OUT), lambda out: rates.judged(name, out)[0])
