@@ -79,6 +79,7 @@ def make_tiny_model(path: Path) -> Path:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     special: dict[str, Any] = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    special["model_input_names"] = ["input_ids", "attention_mask"]  # an older TRL's GRPOTrainer hands all to the model
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(path)
     torch.manual_seed(0)
     config = LlamaConfig(

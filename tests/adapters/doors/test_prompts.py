@@ -20,6 +20,7 @@ WORDS = "abcdefghij"
 def trainer_of(kind, folder, chats=False, peft_config=None, **more):
     tokenizer = bert_tokenizer()
     tokenizer.eos_token = "[SEP]"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # an older TRL hands all to the model
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}a"
     texts = [" ".join(WORDS[(i + k) % 10] for k in range(1 + i % 4)) for i in range(16)]
     prompts = [[{"role": "user", "content": text}] for text in texts] if chats else texts
