@@ -19,7 +19,7 @@ SMALL = {
     "fresh-openbookqa": 11,
     "fresh-rank-16-minilm-specialties": 10,
     "fresh-siqa": 6,
-    "gemma-openbookqa": 13,
+    "gemma-openbookqa": 14,
     "quantised-minilm-medical-subjects": 9,
 }
 QUICK = ["bank-disflqa", "targets-siqa"]
