@@ -71,7 +71,11 @@ class Fit:
         if self.learning_rate is not None:
             return f"Train with {OPTIMIZER} at {rate}, warm-up {WARMUP:.0%}, {SCHEDULE}, as you asked for it."
         if self.recommended:
-            return f"Train with {OPTIMIZER} at {rate}, warm-up {WARMUP:.0%}, {SCHEDULE}; {MEASURED}."
+            tenth = rate_text((self.start.learning_rate or 0.0) / 10)  # which Gemma 3 270M wanted
+            return (
+                f"Train with {OPTIMIZER} at {rate}, warm-up {WARMUP:.0%}, {SCHEDULE}; {MEASURED}. On another model try "
+                f"{tenth}, too."
+            )
         if self.is_measured:
             why = f"{rate} was measured with lora_alpha={self.best_alpha:g}, and this is {self.lora_alpha:g}"
         else:

@@ -92,7 +92,7 @@ def test_a_size_that_was_not_measured_has_no_rate(command, tmp_path):
         assert made.exit_code == 0, made.output
         said = json.loads(made.stdout)
         assert (said["recommended"] is None) == (why is not None)
-        assert said["train"].endswith(why or "see docs/practice.md.")
+        assert said["train"].endswith(why or "On another model try 2e-5, too.")
         assert said["scaling"] == {"--lora-alpha 2": 1.0, "--lora-alpha 6": 3.0}.get(options, pytest.approx(4.0))
 
 
