@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -140,6 +141,30 @@ def test_a_trainer_asks_every_few_steps_warns_and_stops(tmp_path):
     assert {step: one.verdict for step, one in callback.found.items()} == {
         1: "served as trained", 3: "served as trained", 5: "stale",
     }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_grpo_is_warned_when_its_engine_was_not_synchronized(tmp_path):
+    trl = pytest.importorskip("trl")
+    model, tokenizer = policy(), word_tokenizer()
+    engine = InProcess(model, torch.float32)
+    callback = ServingCallback(ServingWatch(tokenizer, PROMPTS, engine.ask, engine.base), every=1)
+
+    def reward(completions, **rest):  # after the answers of a step, before its update
+        if trainer.state.global_step < 3:
+            engine.synchronize(model)
+        return [float(len(set(text.split()))) for text in completions]
+
+    arguments = trl.GRPOConfig(
+        str(tmp_path), max_steps=4, learning_rate=1e-2, per_device_train_batch_size=4, num_generations=2,
+        max_completion_length=5, report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = trl.GRPOTrainer(model, reward, arguments, rows, processing_class=tokenizer, callbacks=[callback])
+    with pytest.warns(UserWarning, match="step 3: the engine does not serve what is trained: stale: .* step 2, and"):
+        trainer.train()
+    verdicts = [one.verdict for one in callback.found.values()]
+    assert verdicts == ["cannot tell", "served as trained", "served as trained", "stale"]
 
 
 def test_a_server_is_asked_by_its_url(tmp_path):
