@@ -211,6 +211,14 @@ def dial_time(arm: str) -> tuple[float, float]:
     return float(ratio.min()), float(ratio.max())
 
 
+def merged(dtype: str) -> tuple[float, ...]:
+    """Return of merges in `benchmarks.merging` the noise in sizes of the change, and the effect lost in %."""
+    table = pd.read_json(starts.RESULTS / "merging" / "rows.jsonl", lines=True)
+    own = table[table["type"].eq(dtype)]
+    lost = 100 * own["merged"] / own["base"]
+    return float(own["noise"].min()), float(own["noise"].max()), float(lost.min()), float(lost.max())
+
+
 def cut(way: str) -> tuple[float, ...]:
     """Return what the cut of `benchmarks.compression` adds to the loss: mean, least and most, in %."""
     found = _cut()
