@@ -313,6 +313,8 @@ def _run(job: _Job, batches: Iterable[Any], processes: Processes) -> Statistics:
             _write(file, result)
         if run.failure is not None:
             raise _with_statistics(run.failure, run.failed, result)
+        if file is not None:
+            processes.share(None)  # so that the file is there for all of them from here on
         return result
 
 

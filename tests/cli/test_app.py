@@ -34,6 +34,7 @@ from lora_init.planning.policies import policy_names
 from lora_init.planning.snippets import TOOLS, snippet
 from lora_init.serving.engines import ENGINES, find_engine
 from tests.commands import assert_one_line_error, run
+from tests.loading.made import byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_nothing_names_this_machine():
         (lambda: snippet(allocate_ranks(statistics(), rank=2), "axolotll"), "axolotl"),
         (lambda: build_adapter(statistics(), 2, "evva"), "eva"),
         (lambda: collect(nn.Sequential(nn.Linear(8, 8)), [torch.randn(8, 8)], rank=2, token_mask="label"), "labels"),
-        (lambda: load_batches([{"text": "x"}], None, format="alpacca"), "alpaca"),
+        (lambda: load_batches([{"text": "x"}], byte_tokenizer(), format="alpacca"), "alpaca"),
         (lambda: open_model("x", task_type="CAUSALLM"), "CAUSAL_LM"),
         (lambda: find_engine("vlm"), "vllm"),
         (lambda: RunPlan(["random"], [1e-3], [0], "halvin"), "halving"),

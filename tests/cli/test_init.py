@@ -103,7 +103,7 @@ def test_a_rate_that_a_comparison_found_is_what_to_train_with(command, tmp_path)
     assert made.exit_code == 0 and line in made.stdout and line in inspected, made.output
     assert line in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "lora_init.json").read_text())["recommended"]["learning_rate"] == 1e-3
-    assert_one_line_error(run(*command, "--learning-rate", "0"), "--learning-rate 0: expected a positive number")
+    assert_one_line_error(run(*command, "--learning-rate", "0"), "--learning-rate 0: expected a number between 0 and 1")
 
 
 def test_classes_of_layers_that_give_no_gradients_start_from_what_these_read(home, tmp_path):

@@ -156,7 +156,7 @@ def test_fixed_options(home, tokenizer):
         (dict(report_samples=500), "0 examples to train on, 0 to select by and 120 to report"),
         (dict(batch_size=64), "expected 64 or more"),
         (dict(label="class"), "label='class' is not a column. Columns of "),
-        (dict(label="passage"), "column 'passage' has 120 different values"),
+        (dict(label="passage"), "column 'passage' has another value in each of its 120 rows"),
         (dict(label="first", template="{passage} {first}"), "label='first' is a part of the text, which gives"),
         (dict(label="empty"), "column 'empty' has 0 different values"),
         (dict(label="first", completion=" {first}"), "no completion"),
