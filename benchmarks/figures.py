@@ -34,8 +34,8 @@ from lora_init.files import read_json
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
-    "README.md", "docs/dial.md", "docs/learning-rates.md", "docs/practice.md", "docs/what-a-start-is-worth.md",
-    "benchmarks/README.md",
+    "README.md", "docs/dial.md", "docs/kinds-of-models.md", "docs/learning-rates.md", "docs/practice.md",
+    "docs/serving.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md",
 )  # fmt: skip
 # What the pages recommend, by the names that runs have.
 STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva+32-alpha"
@@ -209,6 +209,26 @@ def dial_time(arm: str) -> tuple[float, float]:
     seconds = _dialed().set_index(["arm", "strength", "seed", "task"]).sort_index()["seconds"]
     ratio = seconds.loc[arm, "1", 0] / seconds.loc[HOT, "1", 0]
     return float(ratio.min()), float(ratio.max())
+
+
+def retrieval(start: str, rate: float = 0.0) -> tuple[float, ...]:
+    """Return of runs in `benchmarks.embeddings` the seeds, and the mean nDCG@10 on the task and on the other set."""
+    own = _retrieval(start, rate)
+    return float(len(own)), float(own["report"].mean()), float(own["other"].mean())
+
+
+def retrieval_gain(start: str, rate: float, of: str, of_rate: float) -> tuple[float, ...]:
+    """Return the mean difference in nDCG@10 of the task between two, and its 95 % interval by t over shared seeds."""
+    from scipy.stats import t
+
+    gained = (_retrieval(start, rate)["report"] - _retrieval(of, of_rate)["report"]).dropna()
+    half = float(t.ppf(0.975, len(gained) - 1) * gained.sem())
+    return float(gained.mean()), float(gained.mean()) - half, float(gained.mean()) + half
+
+
+def _retrieval(start: str, rate: float) -> pd.DataFrame:
+    table = pd.read_json(starts.RESULTS / "embeddings" / "runs.jsonl", lines=True)
+    return table[table["start"].eq(start) & table["rate"].sub(rate).abs().lt(1e-9)].set_index("seed")
 
 
 def merged(dtype: str) -> tuple[float, ...]:
