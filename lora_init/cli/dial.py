@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -61,7 +61,6 @@ def dial(
         from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable
         from lora_init.serving.dial import dial as turn
         from lora_init.serving.dialed import check_place, write_dialed
-        from lora_init.serving.replay import replayed
         from lora_init.serving.trained import read_trained, with_parameters
     asked = {"lose": _share(lose), "keep_within": keep_within, "strength": strength}
     Rule(**asked)
@@ -76,15 +75,11 @@ def dial(
     source.check_quantized(quantize)
     read = partial(load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
     batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
-    half: dict[str, Any] = {"samples": samples // 2, "batch_size": min(samples // 6, KEPT_BATCH)}
-    kept: Any = None if keep is None else read(keep, **half)
+    kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
     with busy(f"loading {source.name}"):
         loaded = source.load(dtype=dtype, device=device, quantize=quantize)
-    if kept is None:
-        with busy("writing text to keep"):
-            kept = replayed(loaded.model, source.tokenizer, half["samples"], seed, half["batch_size"])
     with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-        found = turn(model, batches, kept, **asked, uniform=uniform, seed=seed)
+        found = turn(model, batches, kept, tokenizer=source.tokenizer, **asked, uniform=uniform, seed=seed)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     result = {"path": str(path)} | found.to_dict()
     print_result(

@@ -131,7 +131,8 @@ def dial(
     Args:
         model: A PEFT model of a language model, trained by LoRA or rsLoRA.
         batches: Of the task, as `collect` takes them, with labels; at least three, and no more than 48 are read.
-        keep: Batches of text that the model should still predict as well. Default: the base writes it itself.
+        keep: Batches of text that the model should still predict as well. Default: the base writes it itself, half as
+            many texts as there are examples of the task.
         tokenizer: Needed only for that.
         lose: Share by which the task's loss may exceed that of the best strength; then the least forgetting. The
             default, 0.02.
@@ -169,7 +170,8 @@ def dial(
     if keep is None:
         if tokenizer is None:
             raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
-        keep = replayed(model, tokenizer, 64, seed, KEPT_BATCH)
+        n = max(sum(len(batch["labels"]) for part in task for batch in part) // 2, 3)
+        keep = replayed(model, tokenizer, n, seed, min(n // 3, KEPT_BATCH))
     kept = _thirds(as_batches(keep, model, seed), "keep")
     if _texts(kept) <= _texts(task):
         raise LoraInitError("keep holds examples of the task and nothing else. Pass text of another kind.")
