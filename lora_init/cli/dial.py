@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -81,10 +82,10 @@ def dial(
     with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
         found = turn(model, batches, kept, tokenizer=source.tokenizer, **asked, uniform=uniform, seed=seed)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
+    serve = shlex.join(["lora-init", "export", str(path), "--engine", "vllm", "-o", f"{path}-served"])
+    shown = {"written": str(path)} | found.summary() | {"next": f"load it as any adapter, or serve it: {serve}"}
     result = {"path": str(path)} | found.to_dict()
-    print_result(
-        result, lambda console, _: console.print(facts({"written": str(path)} | found.summary())), written=True
-    )
+    print_result(result, lambda console, _: console.print(facts(shown)), written=True)
 
 
 def _share(text: str | None) -> float | None:
@@ -121,6 +122,6 @@ def replay(
         rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat)
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
     result = {"path": str(output.resolve()), "texts": len(rows), "columns": [*rows[0]], "seed": seed}
-    print_result(
-        result, lambda console, values: console.print(facts({k: str(v) for k, v in values.items()})), written=True
-    )
+    shown = {name: str(value) for name, value in result.items()}
+    shown["next"] = "train with one of these beside eight examples of the task: docs/dial.md, Replay"
+    print_result(result, lambda console, _: console.print(facts(shown)), written=True)
