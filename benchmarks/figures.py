@@ -169,6 +169,7 @@ def verdicts_of_fourteen_starts(outcome: str | None = None) -> int:
 
 HOT = "random 3e-3"  # the arm that others are compared with
 RISES = ("seen", "unseen")  # of the loss on text to keep, and on news
+TEXTS = ("passages", "news", "chats")
 LOSE = "lose "  # what `lora_init.dial` chooses with so many per cent
 
 
@@ -180,7 +181,7 @@ def dialed(arm: str, strength: str, task: str, seed: int = 0) -> tuple[float, ..
 
 def dial_row(arm: str, strength: str, task: str | None = None) -> tuple[float, ...]:
     """Return how an arm at a strength stands to random at 3e-3 as trained: seeds at least, task, and rises, in %."""
-    found = _dial_pairs(arm, strength, task).groupby("task")
+    found = dial_pairs(arm, strength, task).groupby("task")
     means = found[["loss", *RISES, *(f"{part} of" for part in RISES)]].mean().mean()
     rises = [100 * float(means[part] / means[f"{part} of"]) for part in RISES]
     return float(found.size().min()), float(means["loss"]), *rises
@@ -188,9 +189,54 @@ def dial_row(arm: str, strength: str, task: str | None = None) -> tuple[float, .
 
 def dial_between(arm: str, strength: str) -> tuple[float, float]:
     """Return the interval of the task in `dial_row`, by t over seeds within tasks."""
+    return _within_tasks(dial_pairs(arm, strength)["loss"])
+
+
+def detectable_dial(arm: str) -> float:
+    """Return half of that interval, of an arm as trained."""
+    low, high = dial_between(arm, "1")
+    return (high - low) / 2
+
+
+def judged_row(strength: str, task: str | None = None) -> tuple[float, ...]:
+    """Return how a strength of `benchmarks.dial_judged` stands to full strength: task, passages, news, chats, in %."""
+    found = _judged_pairs(strength, task).groupby("task").mean().mean()
+    return float(found["loss"]), *(100 * float(found[part] / found[f"{part} of"]) for part in TEXTS)
+
+
+def judged_between(strength: str) -> tuple[float, float]:
+    """Return the interval of the task in `judged_row`, by t over seeds within tasks."""
+    return _within_tasks(_judged_pairs(strength)["loss"])
+
+
+def dial_seconds() -> tuple[float, float]:
+    """Return the processor time of `lora_init.dial` over that of training, the least and the most."""
+    lines = map(json.loads, (starts.RESULTS / "dial" / "judged.jsonl").read_text(encoding="utf-8").splitlines())
+    ratios = [line["seconds"] / line["training_seconds"] for line in lines if "seconds" in line]
+    return min(ratios), max(ratios)
+
+
+def divergence_within() -> tuple[float, float]:
+    """Return the least and the most rank correlation of divergence and rise, of a kind of text, on one task."""
+    found = [_correlations(own) for _, own in _dial_judged().drop("0").groupby("task")]
+    return min(map(min, found)), max(map(max, found))
+
+
+def divergence_across() -> tuple[float, float]:
+    """Return the same of all tasks at once."""
+    found = _correlations(_dial_judged().drop("0"))
+    return min(found), max(found)
+
+
+def _correlations(runs: pd.DataFrame) -> list[float]:
+    return [float(runs["divergence"].corr(runs[kind], "spearman")) for kind in TEXTS]
+
+
+def _within_tasks(values: pd.Series) -> tuple[float, float]:
+    """Compute the 95 % interval of the mean over tasks, from how far seeds of a task are apart."""
     from scipy.stats import t
 
-    found = _dial_pairs(arm, strength).groupby("task")["loss"]
+    found = values.groupby("task")
     counts, mean = found.count(), float(found.mean().mean())
     freedom = int((counts - 1).sum())
     noise = float((counts - 1).mul(found.var().fillna(0.0)).sum()) / freedom
@@ -198,10 +244,29 @@ def dial_between(arm: str, strength: str) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def dial_at(arm: str, strength: str, task: str) -> tuple[float, ...]:
-    """Return how seed 0 stands there on one task: its loss against random as trained in %, and the rises themselves."""
-    loss, *rises = dialed(arm, strength, task)
-    return 100 * (loss / dialed(HOT, "1", task)[0] - 1), *rises
+def _judged_pairs(strength: str, task: str | None = None) -> pd.DataFrame:
+    """Put the readings at a strength beside those at full strength, of the same task and seed."""
+    runs = _dial_judged()
+    pairs = runs.loc[strength].join(runs.loc["1"].add_suffix(" of"))
+    pairs = pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+    return pairs if task is None else pairs.loc[[task]]
+
+
+@cache
+def _dial_judged() -> pd.DataFrame:
+    """Tabulate loss on the task and rises on other text by strength, task and seed."""
+    lines = [*map(json.loads, (starts.RESULTS / "dial" / "judged.jsonl").read_text(encoding="utf-8").splitlines())]
+    labels = {(line["task"], part): sum(n) for line in lines for part, n in line.get("labels", {}).items()}
+    rows = [
+        {name: line[name] for name in ("strength", "task", "seed")}
+        | {part: sum(sums) / labels[line["task"], part] for part, sums in line["sums"].items() if part != "task"}
+        | {"loss": sum(line["sums"]["task"]) / labels[line["task"], "task"]}
+        | {"divergence": line.get("divergence", [float("nan")])[0]}
+        for line in lines
+    ]
+    table = pd.DataFrame(rows).set_index(["strength", "task", "seed"]).sort_index()
+    base = table.loc["0"].assign(loss=0.0, divergence=0.0)
+    return table - base.reindex(table.index.droplevel(0)).to_numpy()
 
 
 def dial_time(arm: str) -> tuple[float, float]:
@@ -261,13 +326,13 @@ def _cut() -> pd.DataFrame:
     return table.pivot(index=["task", "arm", "seed"], columns="way", values="loss").dropna()
 
 
-def _dial_pairs(arm: str, strength: str, task: str | None = None) -> pd.DataFrame:
+def dial_pairs(arm: str, strength: str, task: str | None = None) -> pd.DataFrame:
     """Put an arm beside random at 3e-3 as trained, of the same task and seed."""
     if strength.startswith(LOSE):
         pairs = _by_rule(arm, float(strength.removeprefix(LOSE)) / 100)
     else:
         runs = _dialed().set_index(["arm", "strength", "task", "seed"])
-        pairs = runs.loc[(arm, strength)].join(runs.loc[(HOT, "1")], rsuffix=" of", how="inner")
+        pairs = runs.loc[(arm, strength)].join(runs.loc[(HOT, "1")].add_suffix(" of"), how="inner")
         pairs = pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
     return pairs if task is None else pairs.loc[[task]]
 
