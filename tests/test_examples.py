@@ -1,5 +1,7 @@
 """Every script in examples/ runs, shortened by its arguments; what it fetches is verified and complete or not there."""
 
+import html
+import json
 import re
 import runpy
 import sys
@@ -76,6 +78,8 @@ def test_demo_trains_two_adapters_of_one_size_from_one_loss(run, tmp_path):
     assert "<td>answers</td>" in page and page.count("<td>") == 8
     assert page.count("<svg") == 2 == len(re.findall(r'role="img" aria-label="[^"]{60,}"', page))
     assert page.count('<dd class="after">') == 1 and "<script" not in page and "http-equiv" in page
+    rule = json.loads((tmp_path / "output-kept/dial.json").read_text())["rule"]
+    assert f"the one with {rule}" in html.unescape(page)
     assert f"{at_start[0]:.2f} before" in page and str(tmp_path / "output.html") in out
 
 
