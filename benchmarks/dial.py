@@ -113,8 +113,6 @@ class Bench:
         self.padding = self.tokenizer.pad_token_id
         self.tasks = {name: self._task(name) for name in self.TASKS}
         self.texts = self.scored()
-        passages = self.distinct("BoolQ/dev.jsonl", "passage")
-        self.real = [(ids, ids) for ids in passages[N_SCORED : N_SCORED + N_KEPT]]
 
     def scored(self) -> dict[str, list[tuple[list[int], list[int]]]]:
         """Return the texts whose loss is read, with their labels: as those to keep, and of another kind."""
@@ -137,6 +135,11 @@ class Bench:
         random.Random(2).shuffle(texts)
         found = (self.tokenizer(text)["input_ids"][:LONG] for text in texts[:400])
         return [ids for ids in found if len(ids) == LONG]
+
+    @property
+    def real(self) -> list[tuple[list[int], list[int]]]:
+        """Return passages beyond those whose loss is read."""
+        return [(ids, ids) for ids in self.distinct("BoolQ/dev.jsonl", "passage")[N_SCORED : N_SCORED + N_KEPT]]
 
     @property
     def own(self) -> list[tuple[list[int], list[int]]]:

