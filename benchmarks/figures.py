@@ -406,39 +406,14 @@ def best_run(study: str, start: str) -> tuple[float, float]:
     return float(means.min()), float(means.idxmin())
 
 
-def rule(name: str, *left_out: str) -> Any:
-    """Return the share of pairs for which a rule of `benchmarks.rates` is within a factor of 2 of the best rate."""
-    return _each(left_out or tuple(rates.LEFT_OUT), lambda out: rates.judged(name, out)[0])
+def rule(of_all: bool = True) -> tuple[float, float, float]:
+    """Return the shares of pairs that the rule of the rate is within a factor of 2 and of 1.5 for, and the rms factor."""
+    return rates.judged(rates.errors(of_all=of_all))
 
 
-def rule_pairs() -> int:
-    """Count the pairs of task and start that rules are judged by."""
-    return len(rates.pairs())
-
-
-def factor(name: str) -> float:
-    """Return the k of a rule without an exponent, from all language tasks."""
-    found = rates.pairs().query("not encoder")
-    return float(np.exp((np.log(found["rate"]) - found[name]).mean()))
-
-
-def predicted(name: str, *starts_of_gemma: str) -> Any:
-    """Return what such a rule predicts for starts on Gemma."""
-    rows = {row["start"]: row for row in map(json.loads, rates.GEMMA.read_text().splitlines())}
-    found = {start: factor(name) * float(np.exp(rates.RULES[name](row, rows[RANDOM]))) for start, row in rows.items()}
-    return _each(starts_of_gemma, lambda start: float(f"{found[start]:.0e}"))
-
-
-def seconds_of_measuring() -> tuple[float, float]:
-    """Return the fewest and the most seconds of a processor that measuring a start of a language task took."""
-    seconds = rates.pairs().query("not encoder")["seconds"]
-    return seconds.min(), seconds.max()
-
-
-def response_times_rate(start: str, *tasks: str) -> Any:
-    """Return the response of a start on a task times its best rate."""
-    found = rates.pairs().set_index(["task", "start"])
-    return _each(tasks, lambda task: float(found.loc[(task, start), ["response", "rate"]].prod()))
+def rule_pairs(of_all: bool = True) -> int:
+    """Count the pairs of task and start that the rule is judged by."""
+    return len(rates.errors(of_all=of_all))
 
 
 def cited(*numbers: float) -> tuple[float, ...]:

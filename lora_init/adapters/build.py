@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Shape
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
-from lora_init.adapters.initializers import check_rank
+from lora_init.adapters.initializers import check_rank, energies
 from lora_init.adapters.layer_start import error_before_and_after, error_of, layer_start
+from lora_init.adapters.learning_rate import Response, response
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
+from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
@@ -186,10 +188,21 @@ def build_adapter(
         modules_to_save=tuple(modules_to_save),
         gamma=gamma,
         freeze_a=freeze_a,
+        responses=dict(_responses(stats, weights, scaling, freeze_a)),
         errors=seen,
         error_size=squares**0.5,
         dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
     )
+
+
+def _responses(stats: Statistics, weights: Weights, scaling: float, freeze_a: bool) -> Iterator[tuple[str, Response]]:
+    """Compute how far each layer moves at a learning rate. A x is taken to be Gaussian."""
+    for name, own in weights.items():
+        if name in stats.sizes:
+            ax = float((energies(stats[name], own.a.flatten(1)) * (2.0 / math.pi)).sqrt().sum())
+            found = response(stats.sizes[name], ax, len(own.a), scaling, freeze_a)
+            if found:
+                yield name, found
 
 
 def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -31,6 +32,7 @@ def initialize(
     tokenizer: Any = None,
     config: LoraConfig | None = None,
     adapter_name: str = "default",
+    learning_rate: Literal["measured"] | None = None,
     **options: Any,
 ) -> PeftModel | Any:
     """Start an adapter in one call: read data, collect statistics, allocate ranks, build it, put it on the model.
@@ -62,6 +64,8 @@ def initialize(
             `layers_to_transform` and so on). What it sets beyond that is refused by its name, and so is an argument
             that says otherwise.
         adapter_name: PEFT's name for the adapter.
+        learning_rate: With a trainer, `"measured"` sets its learning rate to what the pass says for its steps. Without,
+            a rate that is more than three times off is a warning.
         **options: All other arguments of `collect`, of `build_adapter` and, with a tokenizer, of `load_batches`
             (`label`, whose classes are in the order of the model's `id2label` if it names them). Without `gamma` a
             method that steps sets four batches aside, and at least 16 examples, but at most a quarter of the data, and
@@ -79,6 +83,10 @@ def initialize(
             `AdapterInit.apply` do; before any batch is read, where that can be known then. A trainer that has begun, or
             whose adapter is not a fresh LoRA adapter; it is as it was then.
     """
+    if learning_rate not in (None, "measured") or (learning_rate and not is_trainer(model)):
+        raise LoraInitError(
+            f"learning_rate={learning_rate!r}: 'measured' sets that of a trainer. Of a model learning_rate() tells it."
+        )
     asked = Asked.by("initialize()", method, **options, **({} if rank is None else {"rank": rank}), rho=rho)
     classifies = asked.sample.label is not None or bool(getattr(batches, "classes", ()))
     if not is_trainer(model):
@@ -93,27 +101,22 @@ def initialize(
             asked = read_config(carrier.model, config, asked)
         start = choose_start(method, classifies)
         with carrier.opened(asked) as read:
-            init = adapter_for(carrier, *carrier.feed(batches, read), tokenizer, start)
-            if config is not None:  # which does not tell whether its lora_alpha was given or is PEFT's 8
-                _warn_if_far_off(init, None)
-            return _applied(init, carrier, adapter_name)
+            return _applied(adapter_for(carrier, *carrier.feed(batches, read), tokenizer, start), carrier, adapter_name)
     if config is not None:
         raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
     door = find_trainer(model)
     start = choose_start(method, classifies or door.classifies)
     with door.opened(asked, start) as (read, own):
         source, reads_with = (own, None) if batches is None else (batches, tokenizer)
-        init = adapter_for(door.carrier, source, read, reads_with, start)
+        init = replace(adapter_for(door.carrier, source, read, reads_with, start), steps=door.steps)
         adapted = _applied(init, door.carrier, adapter_name)
     door.hand_over(adapted)
-    if door.is_measured:
-        _warn_if_far_off(init, model.args)
+    if learning_rate and init.rate:
+        door.trainer.args.learning_rate = init.rate.rate
+    elif door.is_measured and init.rate:
+        for said in init.rate.far_off(door.trainer.args):
+            warnings.warn(said, stacklevel=2)
     return adapted
-
-
-def _warn_if_far_off(init: AdapterInit, settings: Any) -> None:
-    for said in init.fit.far_off(settings):
-        warnings.warn(said, stacklevel=3)
 
 
 def _applied(init: AdapterInit, carrier: Carrier, adapter_name: str) -> Any:

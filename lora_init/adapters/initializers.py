@@ -85,13 +85,16 @@ def energy(spectrum: Spectrum, a: Tensor) -> float:
         >>> energy(s, torch.eye(4)[:2])  # 5 along the component, 1 of the rest, 4 of the mean
         10.0
     """
+    return float(energies(spectrum, a).sum())
+
+
+def energies(spectrum: Spectrum, a: Tensor) -> Tensor:
+    """Compute E (A x)_i^2 as `energy` does, for each row of A, float64 [r]."""
     rest = spectrum.noise_variance
-    along = (a @ spectrum.components.to(a).T).square().sum(dim=0).double().cpu()  # [k]
-    return (
-        float(along @ (spectrum.explained_variance - rest).clamp_min(0.0))
-        + rest * float(a.square().sum())
-        + float((a @ spectrum.mean.to(a)).square().sum())
-    )
+    along = (a @ spectrum.components.to(a).T).square().double().cpu()  # [r, k]
+    of_mean = (a @ spectrum.mean.to(a)).square().double().cpu()
+    excess = (spectrum.explained_variance - rest).clamp_min(0.0)
+    return along @ excess + rest * a.square().sum(dim=1).double().cpu() + of_mean
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:

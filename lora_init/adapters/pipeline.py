@@ -23,8 +23,7 @@ from lora_init.adapters.build import build_adapter, buildable_start, check_adapt
 from lora_init.adapters.doors.carriers import Carrier
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
-from lora_init.adapters.recommended import default_start
-from lora_init.adapters.starts import DEFAULT, Start, find_start
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, Start, find_start
 from lora_init.adapters.step_size import LEAST, find_step_size, most_aside, set_aside
 from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
@@ -52,7 +51,7 @@ class Examples:
 
 def choose_start(method: str | None, classifies: bool) -> Start:
     """Find the start that was asked for, or the one that is recommended for the task."""
-    return buildable_start(method or default_start(classifies))
+    return buildable_start(method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT))
 
 
 def check(asked: Asked, start: Start, **place: Any) -> None:

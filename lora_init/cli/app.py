@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_init
-from lora_init.cli import bank, compare, dial, export, init, inspect, ranks, verify
+from lora_init.cli import bank, compare, dial, export, init, inspect, ranks, rate, verify
 from lora_init.cli.console import (
     WRONG_USAGE,
     busy,
@@ -116,6 +116,7 @@ def env() -> None:
 _COMMANDS: dict[Callable[..., None], str | None] = {
     init.init: init.EXAMPLE,
     inspect.inspect: None,
+    rate.rate: rate.EXAMPLE,
     ranks.ranks: ranks.EXAMPLE,
     inspect.merge: inspect.MERGE_EXAMPLE,
     compare.compare: compare.EXAMPLE,

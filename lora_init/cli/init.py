@@ -94,7 +94,10 @@ def init(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        Option(help="What it says to train with, as lora-init compare found it. Default: what was measured."),
+        Option(help="What it says to train with, as lora-init compare found it. Default: the rate of the rule."),
+    ] = None,
+    steps: Annotated[
+        int | None, Option(min=1, help="Steps that it will be trained for. Default: an epoch in batches of 8.")
     ] = None,
     reading: Reading,
     sample: Sample,
@@ -205,7 +208,7 @@ def init(
     with busy(f"computing the start {start.name}"):
         plan = plan or pipeline.allocate(stats, asked, start)
         built = pipeline.build(loaded.model, stats, plan, start, asked, examples.aside)
-    built = replace(built, learning_rate=learning_rate)
+    built = replace(built, learning_rate=learning_rate, steps=steps)
     directory = built.save_pretrained(output, overwrite=overwrite, model=loaded.model)
     print_result(summary_of(model, stats, plan, directory, file, built), show_summary, written=True)
 
@@ -215,7 +218,7 @@ _OF_DATA = offered(Reading, Sample)
 _OF_PASS = [name for name in offered(Pass) if name != "seed"]
 _OF_BANK = ["by", "similarity"]
 _WITH_BANK = ("task_type", "lora_alpha", "gamma", "weights", "unchecked", "seed")
-_OF_OWN_START = ["rho", "ranks_from", "dry_run", "label", "learning_rate"]
+_OF_OWN_START = ["rho", "ranks_from", "dry_run", "label", "learning_rate", "steps"]
 _OF_OWN_START += [name for name in offered(Layers, Shape, Pass) if name not in _WITH_BANK]
 
 

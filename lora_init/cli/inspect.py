@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.adapters.recommended import Fit
-from lora_init.adapters.starts import find_start
+from lora_init.adapters.learning_rate import LearningRate, training_in_words
 from lora_init.cli.console import busy, importing, print_result
 from lora_init.cli.options import TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
@@ -51,6 +50,9 @@ def inspect(
         Path | None, Option(help="With --merge: statistics of the base, to count rounding where the data are.")
     ] = None,
     data: Annotated[str | None, Option(help="With --merge: data to measure the divergence on, as for init.")] = None,
+    steps: Annotated[
+        int | None, Option(min=1, help="Steps that an adapter will be trained for: its learning rate depends on them.")
+    ] = None,
     *,
     reading: Reading,
     trust_remote_code: TrustRemoteCode = False,
@@ -63,7 +65,7 @@ def inspect(
     descriptions = []
     for path in paths:
         with _damage_of(path):
-            descriptions.append(describe(path))
+            descriptions.append(describe(path, steps))
         if intruders:
             descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], base, trust_remote_code)
         if merge_type:
@@ -192,7 +194,7 @@ def describe_merge(
     }  # fmt: skip
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, steps: int | None = None) -> dict[str, Any]:
     """Read what statistics, a plan, an adapter or a comparison are and hold, as plain values.
 
     Any LoRA directory of PEFT will do; where it comes from is known only if lora_init made it, before or after
@@ -205,7 +207,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
         return describe_directory(path)
     if path.is_dir():
-        return _describe_adapter(path)
+        return _describe_adapter(path, steps)
     if not path.exists():
         raise LoraInitError(
             f"{path}: no such file or directory. Expected statistics, a plan, an adapter directory or a comparison."
@@ -252,13 +254,14 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_adapter(path: Path) -> dict[str, Any]:
+def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
     from lora_init.serving.dialed import PICTURE_FILE, RECORD_FILE
     from lora_init.serving.support import serving_note
 
     directory = AdapterDirectory(path)
     config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
+    rate = LearningRate.read(origin["rate"], steps) if "rate" in origin else None
     everywhere = _with_gaps(ranks) | dict.fromkeys(origin.get("left_out", ()), 0)
     # The file's keys are sorted as text, block 10 before block 2; lora_init.json knows the model's order.
     known = [name for name in origin.get("explained", {}) if name in ranks]
@@ -275,6 +278,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for key, shape in shapes.items() if ".lora_" in key),
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
+        "train": training_in_words(rate, origin.get("learning_rate")) if origin else None,
         "dial": read_json(path / RECORD_FILE) | {"picture": str(path / PICTURE_FILE)}
         if is_as_written(path, RECORD_FILE)
         else None,
@@ -385,12 +389,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
             head["base"] = f"quantized: {quantization_name(source['quantisation'])}"
         if origin.get("correction"):
             head |= correction_facts(origin["correction"])
-        if "recommended" in origin and not origin.get("package"):
-            fit = Fit(
-                find_start(origin["method"]), about["rank"], about["lora_alpha"], about["use_rslora"],
-                about["use_dora"], bool(origin.get("freeze_a")), origin.get("learning_rate"),
-            )  # fmt: skip
-            head["train"] = fit.how_to_train()
+        head["train"] = about["train"]
         head["data"] = source.get("data") or "not described"
         head["rows"] = rows_read(source)
         if shares:

@@ -10,8 +10,7 @@ import typer
 from typer import Argument, Option
 
 from lora_init.adapters.asked import read_names
-from lora_init.adapters.recommended import Fit
-from lora_init.adapters.starts import DEFAULT, find_start
+from lora_init.adapters.starts import DEFAULT
 from lora_init.cli.console import print_result, prints_json, say
 from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
@@ -220,6 +219,7 @@ def ranks(
     _refuse(coverage and not any(one.get("variance") for one in asked), "--coverage is for --variance.")
     _refuse(not tool and (lora_alpha is not None or use_rslora), "--lora-alpha and --use-rslora are for --format.")
     _check_outputs(output, plot, overwrite)
+    from lora_init.adapters.build import build_adapter
     from lora_init.planning.allocate import allocate_ranks
     from lora_init.planning.plan import plan_to_dict, save_plan
     from lora_init.statistics.statistics import Statistics
@@ -237,11 +237,9 @@ def ranks(
     if tool is not None:
         from lora_init.planning.snippets import snippet
 
-        start = find_start(DEFAULT)
-        alpha = start.lora_alpha(plan.rank, use_rslora) if lora_alpha is None else lora_alpha
-        fit = Fit(start, plan.rank, alpha, use_rslora)
-        path = str(output or "plan.json")
-        typer.echo(snippet(plan, tool, alpha, use_rslora, path, fit.recommended, fit.how_to_train()), nl=False)
+        built = build_adapter(stats, plan, lora_alpha=lora_alpha, use_rslora=use_rslora)
+        alpha, path = built.lora_alpha, str(output or "plan.json")
+        typer.echo(snippet(plan, tool, alpha, use_rslora, path, built.recommended, built.how_to_train), nl=False)
         return
     several = [{"plan": label, **plan_to_dict(one)} for label, one in plans.items()]
 

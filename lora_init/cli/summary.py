@@ -79,7 +79,7 @@ def summary_of(
         "serving": serving_note(ranks, written.config, written.shapes, base_change),
         "load": _how_to_load(model, directory, built),
         "recommended": built.recommended,
-        "train": built.fit.how_to_train(),
+        "train": built.how_to_train,
         "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_beyond(built, ranks)],
     }
 

@@ -32,6 +32,9 @@ class Sink:
     def rows(self, group: str, rows: Tensor) -> None:
         """Take the rows [n, d_in] that a group has read in a run of its layers."""
 
+    def output(self, layer: str, y: Tensor, tokens: Tensor | None) -> None:
+        """Take what a layer has computed without its bias, [..., d_out], and which rows of it count; None for all."""
+
     def gradient(self, layer: str, x: Tensor, g: Tensor) -> None:
         """Take what a layer has read [n, d_in] and the gradient at its output [n, d_out], of the tokens that count."""
 
@@ -80,6 +83,8 @@ class ActivationHooks:
         self._mode.enter_context(evaluating(self.model))
         for name, module in self.modules.items():
             self._handles.append(module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True))
+            if self._rows is None and name not in self._experts:
+                self._handles.append(module.register_forward_hook(partial(self._output_hook, name), with_kwargs=True))
         if self._head is not None:
             self._handles.append(self._head.register_forward_pre_hook(self._end_pass, prepend=True))
         self._handles += [self.model.register_forward_pre_hook(self._start_call, with_kwargs=True), *self.masks.hooks()]
@@ -133,6 +138,15 @@ class ActivationHooks:
         # bitsandbytes' layers of eight bits set outliers in what they read to zero for a while, so they read a copy:
         # those that read the same tensor afterwards are told by its version.
         return ((args[0].clone(), *args[1:]), kwargs) if args and class_name(module) == "Linear8bitLt" else None
+
+    def _output_hook(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._sink is None or goes_backward() or not isinstance(output, Tensor) or output.is_nested:
+            return
+        with torch.no_grad(), Precision().off():
+            y = output.detach() if self._patches[name] is None else output.detach().movedim(1, -1)
+            bias = getattr(module, "bias", None)
+            tokens = self.masks.tokens(name, input_of(name, args, kwargs)) if self._patches[name] is None else None
+            self._sink.output(name, y if bias is None else y - bias, tokens)
 
     def _hand_on(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:
         with torch.no_grad(), Precision().off():

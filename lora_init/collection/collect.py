@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -46,7 +47,7 @@ from lora_init.loading.models import task_of
 from lora_init.packages import check_takes
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_gradient
 from lora_init.statistics.spectrum import Spectrum
-from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
+from lora_init.statistics.statistics import Provenance, Sizes, Statistics, notes_on_experts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -497,9 +498,21 @@ def _frozen(job: _Job, found: Collected, start: Position) -> Statistics:
         held_out={name: found.groups[name].held_out() for name in groups},
         unsupported={**job.targets.unsupported, **{name: layers[name].kind for name in never_ran}},
         gradients=gradients,
+        sizes=dict(_sizes(found, ran, groups)),
     )
     notes = [*_notes(job, found, groups, never_ran), *notes_on_experts(result)]
     return replace(result, provenance=replace(provenance, notes=notes))
+
+
+def _sizes(found: Collected, ran: list[str], groups: Mapping[str, Spectrum]) -> Iterator[tuple[str, Sizes]]:
+    for name in ran:
+        group, tokens = found.group_of[name], found.sums["tokens", name]
+        sizes = Sizes(
+            found.sums["inputs", group] / groups[group].n_samples,
+            math.sqrt(found.sums["outputs", name] / tokens) if tokens else math.nan,
+        )
+        if all(map(math.isfinite, sizes)):
+            yield name, sizes
 
 
 def _with_importance(job: _Job, result: Statistics) -> dict[str, GradientSpectrum]:

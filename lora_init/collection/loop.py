@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -147,6 +148,12 @@ def falls_sharply(shares: Sequence[float]) -> bool:
     return last < 0.75 * mean and last < mean - 5.0 * statistics.stdev(before)
 
 
+def row_norms(x: Tensor, rows: Tensor | None, order: int) -> Tensor:
+    """Compute the norm of each row of x [..., d], or of those named: [n], in float32 at least."""
+    norms: Tensor = torch.linalg.vector_norm(x, order, -1, dtype=torch.promote_types(x.dtype, torch.float32)).flatten()
+    return norms if rows is None else norms.index_select(0, rows)
+
+
 def both(make: Callable[[], _Half]) -> tuple[_Half, _Half]:
     """Make two empty halves."""
     return make(), make()
@@ -167,6 +174,8 @@ class Collected:
     groups: dict[str, GroupRecord] = field(default_factory=dict)  # by the name of a group's first layer
     weighted: dict[str, GroupRecord] = field(default_factory=dict)  # of rows times the size of their gradient, by layer
     gradients: dict[str, Halves[MeanGradient]] = field(default_factory=dict)
+    # Sums over tokens, by kind and name: "inputs" of a group's |x_j|, "outputs" of a layer's mean square, and "tokens".
+    sums: Counter[tuple[str, str]] = field(default_factory=Counter)
     n_labels: int = 0
     group_of: dict[str, str] = field(default_factory=dict)  # of every layer that ran
     n_batches: list[int] = field(default_factory=lambda: [0])  # by process
@@ -209,6 +218,7 @@ class Collected:
         _merge_each(self.groups, other.groups)
         _merge_each(self.weighted, other.weighted)
         _merge_each(self.gradients, other.gradients)
+        self.sums.update(other.sums)
         self.n_labels += other.n_labels
         self.group_of = other.group_of | self.group_of
         self.n_batches = self.n_batches + other.n_batches
@@ -233,6 +243,7 @@ class Pass(Sink):
     failure: BaseException | None = field(default=None, init=False)  # what ended the pass, here or in another process
     failed: str = field(default="", init=False)  # the name of the batch that did
     _n_labels: int = field(default=0, init=False)  # of the batch that was projected
+    _sums: dict[tuple[str, str], Any] = field(default_factory=dict, init=False)  # of it, on the model's device
 
     @property
     def converged(self) -> bool:
@@ -269,7 +280,7 @@ class Pass(Sink):
 
     def forget(self) -> None:
         """Drop the batch that was projected, or what there is of it."""
-        self._n_labels = 0
+        self._n_labels, self._sums = 0, {}
         for halves in self.found.of_all():
             halves.current.forget_batch()
 
@@ -292,6 +303,16 @@ class Pass(Sink):
         """Add rows to the batch of a group."""
         with self._computing(group):
             self._record(self.found.groups, group).current.project(rows)
+            self._add("inputs", group, row_norms(rows, None, 1).sum())
+
+    def output(self, layer: str, y: Tensor, tokens: Tensor | None) -> None:
+        """Add to the mean square of what a layer computes."""
+        norms = row_norms(y, tokens, 2)
+        self._add("outputs", layer, norms.square().sum() / y.shape[-1])
+        self._add("tokens", layer, len(norms))
+
+    def _add(self, kind: str, name: str, value: Any) -> None:
+        self._sums[kind, name] = self._sums.get((kind, name), 0.0) + value
 
     def gradient(self, name: str, x: Tensor, g: Tensor) -> None:
         """Add to the batch of a layer's mean gradient, and of the rows weighted by its size."""
@@ -324,6 +345,8 @@ class Pass(Sink):
         number = self.found.n_batches[0]
         self.found.n_batches[0] += 1
         self.found.n_labels, self._n_labels = self.found.n_labels + self._n_labels, 0
+        self.found.sums.update({key: float(value) for key, value in self._sums.items()})
+        self._sums = {}
         self.found.group_of = dict(self.hooks.group_of)
         may_end = number + 1 >= MIN_BATCHES
         updated = []

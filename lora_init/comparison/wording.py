@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_init.adapters.recommended import rate_text as rate_text
+from lora_init.adapters.learning_rate import rate_text as rate_text
 from lora_init.comparison.starts import Variant
 
 

@@ -146,7 +146,8 @@ def load_batches(
     groups = group_by_length(examples, batch_size, seed, lambda e: len(e[0]))
     settings = {
         "template": template, "completion": completion, "max_length": max_length, "samples": samples, "offset": offset,
-        "batch_size": batch_size, "seed of the sample": seed, **({"classes": [*reader.classes]} if label else {}),
+        "batch_size": batch_size, "seed of the sample": seed, "rows": len(rows.table),
+        **({"classes": [*reader.classes]} if label else {}),
     }  # fmt: skip
     batches = Batches((pad_batch(group, pad, bool(label)) for group in groups), settings)
     batches.classes = reader.classes

@@ -15,7 +15,7 @@ from lora_init.errors import LoraInitError
 from lora_init.layers.rows import expert_group
 from lora_init.statistics.gradient_spectrum import GradientSpectrum, freeze_triplets, product_svd
 from lora_init.statistics.spectrum import Moments, Spectrum, freeze, principal_directions
-from lora_init.statistics.statistics import Provenance, Statistics, notes_on_experts
+from lora_init.statistics.statistics import Provenance, Sizes, Statistics, notes_on_experts
 
 # A group whose components leave out less than this share of its variance has kept all that its rows span: two rows of
 # a float32 model were measured to leave out 3e-6.
@@ -50,6 +50,7 @@ def merge_statistics(parts: Sequence[Statistics], weights: Sequence[float] | Non
         held_out=dict.fromkeys(groups, math.nan),
         unsupported={name: kind for part in parts for name, kind in part.unsupported.items() if name not in group_of},
         gradients=_merge_gradients(parts, weights, list(group_of)) if provenance.gradients else {},
+        sizes=dict(_merge_sizes(parts, weights, group_of)),
     )
     notes = [*_origins(parts, weights, size), *_notes(parts), *notes_on_experts(merged)]
     return replace(merged, provenance=replace(merged.provenance, notes=notes))
@@ -86,6 +87,19 @@ def mix(spectra: Sequence[Spectrum], size: int, shares: Sequence[float] | None =
         noise += one.noise_variance * degrees
     weights, directions = principal_directions(torch.cat(rows), size)
     return freeze(Moments(n_samples, mean, scatter), directions, weights + noise)
+
+
+def _merge_sizes(
+    parts: Sequence[Statistics], weights: Sequence[float] | None, names: Iterable[str]
+) -> Iterator[tuple[str, Sizes]]:
+    """Average the sizes of each layer over the parts it ran in, if all of them have them."""
+    for name in names:
+        there = [i for i, part in enumerate(parts) if name in part.group_of]
+        if all(name in parts[i].sizes for i in there):
+            counts = [weights[i] if weights else parts[i].groups[parts[i].group_of[name]].n_samples for i in there]
+            shares = [(count / sum(counts), parts[i].sizes[name]) for i, count in zip(there, counts, strict=True)]
+            mean_square = sum(share * size.output**2 for share, size in shares)
+            yield name, Sizes(sum(share * size.input for share, size in shares), math.sqrt(mean_square))
 
 
 def _common_size(spectra: Iterable[Iterable[Spectrum]]) -> int:

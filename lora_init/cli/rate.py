@@ -1,0 +1,61 @@
+"""The command `lora-init rate`: the learning rate of any adapter that was not trained yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from lora_init.adapters.asked import Reading
+from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
+from lora_init.errors import LoraInitError
+
+EXAMPLE = """\b
+Example:
+$ lora-init rate adapter sums.jsonl --base MODEL --steps 300
+"""
+
+
+def rate(
+    adapter: Annotated[Path, Argument(help="Directory of a LoRA adapter before training.", show_default=False)],
+    data: Annotated[str, Argument(help="What it will be trained on, as for init.", show_default=False)],
+    base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
+    steps: Annotated[
+        int | None, Option(min=1, help="Steps that it will be trained for. Default: an epoch in batches of 8.")
+    ] = None,
+    *,
+    reading: Reading,
+    max_length: MaxLength = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tell the learning rate of an ADAPTER from a few forward passes, whoever made it."""
+    with importing(data=data):
+        from lora_init.adapters.directory import AdapterDirectory
+        from lora_init.adapters.measured_rate import learning_rate
+        from lora_init.adapters.peft_model import with_adapter
+        from lora_init.loading.batches import load_batches
+        from lora_init.loading.models import open_model
+    directory = AdapterDirectory(adapter)
+    base = base or directory.config.get("base_model_name_or_path")
+    if not base:
+        raise LoraInitError(f"{adapter} does not name its base model. Pass --base.")
+    source = open_model(base, trust_remote_code=trust_remote_code)
+    batches = load_batches(
+        data, source.tokenizer, **vars(reading), samples=64, max_length=max_length, seq2seq=source.seq2seq
+    )
+    with busy(f"loading {source.name}"):
+        loaded = source.load(dtype=dtype, device=device)
+    with busy("measuring"), with_adapter(loaded.model, directory) as model:
+        found = learning_rate(model, batches, steps=steps, freeze_a=bool(directory.origin.get("freeze_a")))
+    first, last = found.layers[0], found.layers[-1]
+    left_out = f"\n{len(found.left_out)} layers say nothing, such as {found.left_out[0]}." if found.left_out else ""
+    result = {
+        "learning_rate": found.rate, "range": found.range, "steps": found.steps, "moves_most": first,
+        "moves_least": last, "left_out": [*found.left_out],
+    }  # fmt: skip
+    text = f"{found}\nMoves most: {first}; least: {last}.{left_out}"
+    print_result(result, lambda console, _: console.print(text, markup=False, highlight=False, soft_wrap=True))

@@ -1,0 +1,205 @@
+"""The learning rate from one forward pass: the rule against brute force, the pass against the rule, wrong input."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lora_init
+from lora_init import LoraInitError, build_adapter, collect, learning_rate
+from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
+from lora_init.statistics.statistics import Sizes
+from tests.conftest import tiny_llama
+
+ONE = {"layer": Response(2.0, 0.0)}
+
+
+def tiny(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32, bias), nn.Tanh(), nn.Linear(32, 8, bias)).double()
+
+
+def batches(n=4, scale=1.0):
+    generator = torch.Generator().manual_seed(1)
+    return [scale * torch.randn(64, 16, generator=generator, dtype=torch.float64) for _ in range(n)]
+
+
+def test_a_move_of_unit_sign_in_b_changes_an_output_by_what_the_response_says():
+    model, data = tiny(), torch.cat(batches())
+    init = build_adapter(collect(model, [data], rank=4), 4, "random", lora_alpha=12)
+    a, scaling, eta = init.weights["0"].a.double(), 3.0, 1e-3
+    ax = data @ a.T  # [n, r]
+    moved = scaling * ax.abs().sum(1) * eta  # B moves with the sign of A x in each column
+    y = (data @ model[0].weight.T).square().mean().sqrt()
+    exact = response(Sizes(float(data.abs().sum(1).mean()), float(y)), float(ax.abs().sum(1).mean()), 4, scaling)
+    assert exact.linear * eta == pytest.approx(float(moved.mean() / y), rel=1e-9)
+    assert exact.quadratic == pytest.approx(float(scaling * GROWTH * 4 * data.abs().sum(1).mean() / 2 / y), rel=1e-9)
+    # Of A x the pass knows the second moment alone. These inputs are Gaussian, of 16 dimensions.
+    assert init.responses["0"].linear == pytest.approx(exact.linear, rel=0.03)
+
+
+def test_sizes_are_those_of_the_tokens_that_count_without_the_bias():
+    model, data = tiny(), batches(3)
+    whole, hidden = torch.cat(data), tiny()[:2](torch.cat(data))
+    found = collect(model, data, rank=2).sizes
+    assert found["0"].input == pytest.approx(float(whole.abs().sum(1).mean()), rel=1e-6)
+    assert found["0"].output == pytest.approx(float((whole @ model[0].weight.T).square().mean().sqrt()), rel=1e-6)
+    assert found["2"].output == pytest.approx(float((hidden @ model[2].weight.T).square().mean().sqrt()), rel=1e-6)
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokens():
+    return {"input_ids": torch.randint(3, 64, (4, 12))}
+
+
+def test_padding_does_not_count(llama, tokens):
+    padded = {**tokens, "input_ids": nn.functional.pad(tokens["input_ids"], (0, 5), value=7)}
+    padded["attention_mask"] = nn.functional.pad(torch.ones_like(tokens["input_ids"]), (0, 5))
+    one, two = (collect(llama, [batch], rank=2).sizes for batch in (tokens, padded))
+    assert {name: pytest.approx(pair, rel=1e-4) for name, pair in one.items()} == two
+
+
+def test_a_batch_that_failed_leaves_no_trace_in_the_sizes():
+    bad = [*batches(2), torch.full((4, 16), math.nan, dtype=torch.float64), *batches(4)[2:]]
+    assert collect(tiny(), bad, rank=2, skip_bad_batches=1).sizes == collect(tiny(), batches(), rank=2).sizes
+
+
+def test_sizes_merge_as_if_all_rows_had_come_in_one_pass(tmp_path):
+    model, data = tiny(), batches(5)
+    one, two = collect(model, data[:1], rank=2), collect(model, data[1:], rank=2)
+    merged, whole = one.merge(two), collect(model, data, rank=2)
+    for name, pair in whole.sizes.items():
+        assert merged.sizes[name] == pytest.approx(pair, rel=1e-9)
+    assert lora_init.Statistics.load(merged.save(tmp_path / "s.safetensors")).sizes == merged.sizes
+    half = one.merge(two, weights=[0.5, 0.5]).sizes["0"]
+    assert half.input == pytest.approx((one.sizes["0"].input + two.sizes["0"].input) / 2, rel=1e-9)
+    assert one.merge(replace(two, sizes={})).sizes == {}
+
+
+def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
+    stats = replace(collect(tiny(), batches(), rank=2), sizes={})
+    init = build_adapter(stats, 2)
+    assert init.rate is None and init.recommended is None
+    assert "`lora-init rate` measures it" in init.how_to_train
+
+
+@pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
+def test_the_rate_solves_the_rule(scaling):
+    responses = {str(i): Response(scaling * (i + 1), scaling * 40.0 * i) for i in range(3)}
+    rate = LearningRate(responses, 48).rate
+    change = [rate * one.linear + rate**2 * one.quadratic for one in responses.values()]
+    assert math.prod(change) ** (1 / 3) == pytest.approx(CHANGE, rel=0.1)  # the rate has two digits
+
+
+def test_the_rate_falls_with_the_root_of_the_steps_and_rises_for_a_new_head():
+    assert LearningRate(ONE, 48).rate == pytest.approx(CHANGE / 2, rel=0.02)
+    assert LearningRate(ONE, 192).rate == pytest.approx(CHANGE / 4, rel=0.05)
+    assert LearningRate(ONE, 48, new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
+
+
+def test_it_reads_what_it_stores_for_other_steps_too():
+    rate = LearningRate({"a": Response(2.0, 30.0), "b": Response(1.0, 0.0)}, 48, left_out=["c"], why_steps="an epoch")
+    assert LearningRate.read(rate.stored()) == rate
+    assert LearningRate.read(rate.stored(), steps=480) == replace(rate, steps=480, why_steps="")
+
+
+def test_the_sentence_names_steps_range_and_what_is_extrapolated():
+    assert str(LearningRate(ONE, 48)) == (
+        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.45e-3 and "
+        "5.8e-3."
+    )
+    assert "extrapolated: measured from 24 to 1000" in str(LearningRate(ONE, 5000))
+    assert one_epoch({"rows": 500}) == (63, "an epoch of 500 examples in batches of 8")
+    assert one_epoch({})[0] == 100
+
+
+@pytest.mark.parametrize("method", ["random", "eva"])
+def test_the_pass_of_collect_and_that_of_learning_rate_agree(method):
+    model, data = tiny(), batches()
+    init = build_adapter(collect(model, data, rank=4), 4, method)
+    measured = learning_rate(init.apply(model), data, steps=100)
+    assert measured.rate == pytest.approx(replace(init, steps=100).rate.rate, rel=0.1)
+    for name, pair in init.responses.items():
+        assert measured.responses[name].quadratic == pytest.approx(pair.quadratic, rel=1e-6)
+
+
+def test_learning_rate_takes_any_adapter_of_peft_and_leaves_the_model_as_it_was(llama, tokens):
+    model = get_peft_model(llama, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = learning_rate(model, [tokens], steps=10)
+    assert {name.rpartition(".")[2] for name in found.layers} == {"q_proj", "down_proj"} and not found.left_out
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+    # Four times the scaling: a rate between a half, where A and B grow, and a quarter, where B alone does.
+    larger = get_peft_model(model.unload(), LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"]))
+    assert 0.2 < learning_rate(larger, [tokens], steps=10).rate / found.rate < 0.6
+
+
+def test_a_frozen_a_wants_a_higher_rate():
+    model, data = tiny(), batches()
+    stats = collect(model, data, rank=4)
+    free, frozen = (build_adapter(stats, 4, "random", lora_alpha=0.1, freeze_a=freeze) for freeze in (False, True))
+    free, adapted, frozen = free.rate.rate, frozen.apply(model), frozen.rate.rate
+    assert frozen > 1.5 * free
+    assert learning_rate(adapted, data, steps=100, freeze_a=True).rate == pytest.approx(frozen, rel=0.1)
+
+
+def test_a_layer_whose_output_is_zero_is_left_out_and_named():
+    model = tiny(bias=False)
+    nn.init.zeros_(model[2].weight)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    found = learning_rate(model, batches(), steps=9)
+    assert found.left_out == ["2"] and found.layers == ["0"]
+
+
+@pytest.fixture
+def adapted():
+    return get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0", "2"]))
+
+
+def test_wrong_input_is_one_line(adapted):
+    nan = torch.full((4, 16), math.nan, dtype=torch.float64)
+    trained = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0"]))
+    nn.init.ones_(trained.base_model.model[0].lora_B["default"].weight)
+    cases = {
+        "has no LoRA adapter 'default'": lambda: learning_rate(tiny(), batches()),
+        "has no LoRA adapter 'other'": lambda: learning_rate(adapted, batches(), adapter_name="other"),
+        "B is not zero. The rule is for adapters before training.": lambda: learning_rate(trained, batches()),
+        "steps=0, expected a number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
+        "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),
+        "batch 0: layer '0': what it reads or computes contains NaN or inf": lambda: learning_rate(adapted, [nan]),
+        "learning_rate='high': 'measured' sets that of a trainer": lambda: lora_init.initialize(
+            tiny(), batches(), learning_rate="high"
+        ),
+    }
+    for words, call in cases.items():
+        with pytest.raises(LoraInitError) as error:
+            call()
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rate", "optimizer", "words"),
+    [
+        (2e-3, "adamw_torch", ""),
+        (
+            1e-4,
+            "adamw_torch",
+            "learning_rate is 1e-4 in the trainer's args, and the forward pass says 2.9e-3 for 48 st",
+        ),
+        (2e-3, "sgd", "the learning rate was measured for AdamW, and the trainer has optim='sgd'"),
+    ],
+)
+def test_a_trainer_whose_rate_is_far_off_is_told_in_one_line(rate, optimizer, words):
+    said = LearningRate(ONE, 48).far_off(SimpleNamespace(learning_rate=rate, optim=optimizer))
+    assert len(said) == bool(words) and all(line.startswith(words) for line in said)
