@@ -407,7 +407,7 @@ def best_run(study: str, start: str) -> tuple[float, float]:
 
 
 def rule(of_all: bool = True) -> tuple[float, float, float]:
-    """Return the shares of pairs that the rule of the rate is within a factor of 2 and of 1.5 for, and the rms factor."""
+    """Return the shares of pairs for which the rule is within a factor of 2 and of 1.5, and the rms factor."""
     return rates.judged(rates.errors(of_all=of_all))
 
 

@@ -30,7 +30,6 @@ TEMPLATE = "{passage} {question}\nAnswer:"
 COMPLETION = " {answer}"
 MAX_LENGTH = 128
 BATCH_SIZE = 8
-LEARNING_RATE = 2e-4
 N_ANSWERS = 4
 HELD_OUT = "siqa-held-out.jsonl"  # what `dial` chooses and reports by
 
@@ -47,15 +46,16 @@ def main() -> None:
 
     model = demo_assets.smollm2()
     data = answers_as_text(demo_assets.dataset("SIQA", "test.jsonl"), Path(args.output).parent)
-    command = run_lora_init(model, data, args.output, args.samples)
+    command = run_lora_init(model, data, args.output, args.samples, args.steps)
     trained = {name: finetune(model, data, args, name == "random") for name in ("random", "eva")}
-    curves = {name: losses for name, (losses, _) in trained.items()}
-    show(curves, args.samples)
+    curves = {name: losses for name, (losses, *_) in trained.items()}
+    rates = {name: rate for name, (*_, rate) in trained.items()}
+    show(curves, rates)
     print(f"The adapter before training lies in {Path(args.output).resolve()}")
     kept = dial(data.with_name(HELD_OUT), f"{args.output}-trained", f"{args.output}-kept", max(args.samples // 10, 12))
     served = serve(model, f"{args.output}-kept", f"{args.output}-served")
     seconds = time.perf_counter() - start
-    facts = dict(command=command, seconds=seconds, samples=args.samples, steps=args.steps, rate=LEARNING_RATE)
+    facts = dict(command=command, seconds=seconds, samples=args.samples, steps=args.steps, rates=rates)
     write_page(Path(args.page), f"{args.output}.safetensors", curves, trained["eva"][1], facts | kept | served)
     print(f"The demo took {seconds:.0f} s. Its story, with pictures: {Path(args.page).resolve()}")
 
@@ -72,9 +72,10 @@ def answers_as_text(source: Path, folder: Path) -> Path:
     return folder / "siqa.jsonl"
 
 
-def run_lora_init(model: Path, data: Path, output: str, samples: int) -> str:
+def run_lora_init(model: Path, data: Path, output: str, samples: int, steps: int) -> str:
     command = ["lora-init", "init", str(model), str(data), "--template", TEMPLATE, "--completion", COMPLETION]
     command += ["--rank", "16", "--rho", "2", "--samples", str(samples), "--max-length", str(MAX_LENGTH)]
+    command += ["--steps", str(steps)]
     command += ["--statistics", f"{output}.safetensors", "--output", output, "--overwrite"]
     return run(command).replace(str(model), model.name.partition("-0.")[0])
 
@@ -97,8 +98,8 @@ def dial(data: Path, trained: str, kept: str, samples: int) -> dict[str, Any]:
     return {"dialed": run(command), "dial": json.loads((Path(kept) / "dial.json").read_text(encoding="utf-8"))}
 
 
-def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) -> tuple[Any, list[dict[str, str]]]:
-    """Train one adapter; return its training and held-out losses by step, and what it answers before and after."""
+def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) -> tuple[Any, list[dict[str, str]], str]:
+    """Train one adapter; return its losses by step, training and held out, what it answers, and its rate."""
     import torch
     from peft import PeftConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -121,11 +122,12 @@ def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) ->
         peft_model = PeftModel.from_pretrained(base, args.output, is_trainable=True)
     trainable, _ = peft_model.get_nb_trainable_parameters()
     start = "a random" if random else "the EVA"
-    print(f"\nTraining {start} start: {trainable:,} parameters, {args.steps} steps", flush=True)
+    found = lora_init.learning_rate(peft_model, train, steps=args.steps)
+    print(f"\nTraining {start} start: {trainable:,} parameters. {found}", flush=True)
     arguments = TrainingArguments(
         output_dir="build/demo-trainer",
         max_steps=args.steps,
-        learning_rate=LEARNING_RATE,
+        learning_rate=found.rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
         per_device_train_batch_size=1,  # of these, each is a batch of BATCH_SIZE examples already
@@ -157,7 +159,8 @@ def finetune(model: Path, data: Path, args: argparse.Namespace, random: bool) ->
         peft_model.save_pretrained(f"{args.output}-trained")
     history = trainer.state.log_history
     losses = {entry["step"]: float(entry["loss"]) for entry in history if "loss" in entry}
-    return (losses, {entry["step"]: float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}), examples
+    held = {entry["step"]: float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}
+    return (losses, held), examples, f"{found.rate:g}"
 
 
 def asked(batches: Any, tokenizer: Any) -> list[dict[str, str]]:
@@ -179,7 +182,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def show(curves: dict[str, tuple[dict[int, float], dict[int, float]]], samples: int) -> None:
+def show(curves: dict[str, tuple[dict[int, float], dict[int, float]]], rates: dict[str, str]) -> None:
     """Print both loss curves side by side."""
     from rich.console import Console
     from rich.table import Table
@@ -194,15 +197,14 @@ def show(curves: dict[str, tuple[dict[int, float], dict[int, float]]], samples: 
     console = Console(width=100) if not sys.stdout.isatty() else Console()
     console.print()
     console.print(table)
-    print(f"\n{CAVEAT}\n")
+    print(f"\n{CAVEAT.format(**rates)}\n")
 
 
 CAVEAT = (
-    f"Both saw the same examples in the same order at learning rate {LEARNING_RATE:g} with the same ranks: only A\n"
-    "differs. EVA's A lets larger inputs through, so that its first steps are larger, as at a higher rate.\n"
-    "One learning rate, one seed and a few held-out examples prove nothing about which start is better:\n"
-    "this shows that the adapter loads and trains. Next: lora-init compare MODEL DATA trains on your data\n"
-    "from several starts, each at its own best rate."
+    "Both saw the same examples in the same order with the same ranks, each at the learning rate that a few forward\n"
+    "passes tell, {random} and {eva}: only A differs. One seed and a few held-out examples prove nothing about which\n"
+    "start is better: this shows that the adapter loads and trains. Next: lora-init compare MODEL DATA trains on your\n"
+    "data from several starts, at three rates around that of each."
 )
 
 
@@ -237,7 +239,8 @@ def write_page(path: Path, statistics: str, curves: Any, examples: list[dict[str
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     page = environment.get_template("demo_page.html").render(
-        ranks=ranks, captured=stats.to_pandas()["held_out"].median(), losses=curves, examples=examples, caveat=CAVEAT,
+        ranks=ranks, captured=stats.to_pandas()["held_out"].median(), losses=curves, examples=examples,
+        caveat=CAVEAT.format(**facts["rates"]),
         map=svg(ranks.plot()), curve=svg(draw(curves)), **facts,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,6 @@ trainer = Trainer(
     args=TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
-        learning_rate=2e-4,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
         per_device_train_batch_size=16,
@@ -70,7 +69,7 @@ trainer = Trainer(
 )
 
 # What the trainer is about to train on decides where its adapter starts: for classes by the gradient.
-peft_model = lora_init.initialize(trainer, rank=8)
+peft_model = lora_init.initialize(trainer, rank=8, learning_rate="measured")
 peft_model.print_trainable_parameters()
 
 before = trainer.evaluate()

@@ -41,7 +41,6 @@ trainer = Trainer(
     args=TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
-        learning_rate=2e-4,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
         per_device_train_batch_size=1,
@@ -57,7 +56,7 @@ trainer = Trainer(
 )
 
 # What the trainer is about to train on decides where its adapter starts and how much rank each layer gets.
-peft_model = lora_init.initialize(trainer, rank=16, freeze_a=args.freeze_a)
+peft_model = lora_init.initialize(trainer, rank=16, freeze_a=args.freeze_a, learning_rate="measured")
 peft_model.print_trainable_parameters()
 
 before = trainer.evaluate()["eval_loss"]

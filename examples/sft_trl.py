@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--output", default=None, help="where the trained adapter goes; default: nowhere")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--freeze-a", action="store_true", help="train B alone, which takes less memory")
     arguments = parser.parse_args()
 
@@ -43,7 +42,6 @@ def main() -> None:
             args=SFTConfig(
                 output_dir=str(Path(folder) / "trainer"),
                 max_steps=arguments.steps,
-                learning_rate=arguments.learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=arguments.steps // 10,
                 per_device_train_batch_size=8,
@@ -54,9 +52,11 @@ def main() -> None:
                 bf16=torch.cuda.is_available(),
             ),
         )
-        # The one addition to a TRL script: what the trainer is about to train on decides where its adapter starts. The
-        # adapter has the lora_alpha that the rate was measured with.
-        model = lora_init.initialize(trainer, rank=arguments.rank, freeze_a=arguments.freeze_a)
+        # The one addition to a TRL script: what the trainer is about to train on decides where its adapter starts, and
+        # at which learning rate it is trained.
+        model = lora_init.initialize(
+            trainer, rank=arguments.rank, freeze_a=arguments.freeze_a, learning_rate="measured"
+        )
         model.print_trainable_parameters()
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

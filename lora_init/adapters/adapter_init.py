@@ -84,6 +84,7 @@ class AdapterInit:
         lora_dropout: Dropout on what A reads, in training.
         method: As given to `build_adapter`.
         whiten: Whether A's rows were divided by `initializers.whitening_scale`.
+        unit_rows: Whether the rows of A have the length that the method gives them, one for `"eva"`.
         seed: Seed of the random numbers.
         left_out: Layers without an adapter: of rank 0, without a direction in the data, or trained whole.
         explained: For each layer, the share of the variance of its input that its first r components capture; empty if
@@ -113,6 +114,7 @@ class AdapterInit:
     lora_dropout: float = 0.0
     method: str
     whiten: bool = False
+    unit_rows: bool = False
     seed: int = 0
     left_out: tuple[str, ...] = ()
     explained: Mapping[str, float] = field(default_factory=dict)
@@ -392,7 +394,9 @@ class AdapterInit:
         """Lay out as plain values where the adapter comes from; in short without what each layer would add."""
         provenance = asdict(self.provenance)
         # PEFT doubles the rank when it converts a start that changed the base.
-        origin = {name: getattr(self, name) for name in ("method", "whiten", "seed", "gamma", "freeze_a", "rank")}
+        origin = {
+            name: getattr(self, name) for name in ("method", "whiten", "unit_rows", "seed", "gamma", "freeze_a", "rank")
+        }
         origin["recommended"] = self.recommended
         if self.learning_rate is not None:
             origin["learning_rate"] = self.learning_rate

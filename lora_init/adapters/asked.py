@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from lora_init.adapters.starts import RANDOM, STARTS, find_start
+from lora_init.adapters.starts import STARTS
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import FORMATS
@@ -45,13 +45,6 @@ def read_modules(text: str | None) -> str | list[str] | None:
 def read_names(text: str | None) -> list[str]:
     """Read names separated by commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def each(fact: str) -> str:
-    """List a number of the starts that have one of their own, and that of all others."""
-    usual = getattr(find_start(RANDOM), fact)
-    ours = [one for one in STARTS if one.made_by == "lora_init" and getattr(one, fact) != usual]
-    return ", ".join([*(f"{getattr(one, fact):g} for {one.name}" for one in ours), f"else {usual:g}"])
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Ranks:
 
     title: ClassVar = "Layers and ranks"
     rank: Annotated[int, dict(min=1, help="Average rank of a layer.", first=True)] = RANK
-    rho: Annotated[float | None, dict(min=1.0, help=f"At most rho x rank in one layer. Default: {each('rho')}.")] = None
+    rho: Annotated[float, dict(min=1.0, help="At most rho x rank in one layer; 1 gives all the same.")] = 1.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ class Shape:
     title: ClassVar = "The adapter"
     lora_alpha: Annotated[
         float | None,
-        dict(help=f"The adapter is scaled by lora_alpha / rank. Default: rank x {each('scaling')}.", first=True),
+        dict(help="The adapter is scaled by lora_alpha / rank. Default: twice the rank.", first=True),
     ] = None
     use_rslora: Annotated[bool, dict(help="Scale by lora_alpha / sqrt(rank).")] = False
     use_dora: Annotated[bool, dict(help="Add DoRA's magnitudes.")] = False
@@ -145,6 +138,7 @@ class Shape:
     ] = ()
     freeze_a: Annotated[bool, dict(help="Train B alone: see the adapter's README.md.")] = False
     whiten: Annotated[bool, dict(help="With eva: scale each row by its variance.")] = False
+    unit_rows: Annotated[bool, dict(help="Leave the rows of A at length one, as PEFT's EVA does.")] = False
     gamma: Annotated[
         float | None,
         dict(

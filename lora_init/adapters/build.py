@@ -24,7 +24,7 @@ from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
-from lora_init.planning.lora_config import scaling_of
+from lora_init.planning.lora_config import SCALING, alpha_for, scaling_of
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
@@ -83,14 +83,14 @@ def build_adapter(
     errors: Mapping[str, Tensor] | None = None,
     config: LoraConfig | None = None,
     model: nn.Module | None = None,
+    unit_rows: bool = False,
 ) -> AdapterInit:
     """Compute the start of every layer's adapter. Our own starts need no model.
 
     Args:
         stats: What `collect` returned.
         ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
-            that it doesn't name get none. Default: `allocate_ranks(stats)` at the rank they were made for, with the
-            `rho` that the method is recommended with.
+            that it doesn't name get none. Default: the rank that they were made for, in every layer.
             The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
@@ -99,7 +99,7 @@ def build_adapter(
             the float model). See `starts.STARTS`. Or a start of another package.
         whiten: With `"eva"`: scale the rows as PEFT's `EvaConfig(whiten=True)` does.
         lora_alpha: Numerator of the scaling, which is lora_alpha / rank in every layer whatever its own rank. Default:
-            what the method is recommended with, see `starts.STARTS`; 4 x rank for `"eva"`.
+            twice the rank.
         use_rslora: Scale by lora_alpha / sqrt(rank) instead. Default: False.
         use_dora: Let PEFT add DoRA's magnitude vectors. Default: False.
         lora_dropout: Dropout on what A reads, in training. Default: 0.
@@ -118,6 +118,9 @@ def build_adapter(
             an adapter. What it sets beyond that (`bias`, `rank_pattern` and so on) is refused by its name, and so is an
             argument that says otherwise.
         model: The plain model, for a start of another package whose function takes `weight`.
+        unit_rows: Leave the rows of A at length one, as EVA's authors and PEFT do. Else A x has the size in each layer
+            that it has with `"random"`, so that all starts learn at about one rate, A as well as B. That is for starts
+            whose B is zero; `"gaussian"` and `"random-scaled"` have a size of their own.
 
     Warns:
         UserWarning: The data has fewer directions than ranks in some layers, which then get the ranks that there are.
@@ -139,14 +142,18 @@ def build_adapter(
         modules_to_save=modules_to_save,
     )  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
-    shape, average, selected = Shape(whiten=whiten, gamma=gamma, freeze_a=freeze_a, **given), None, None
+    shape, average, selected = (
+        Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a, **given),
+        None,
+        None,
+    )
     if config is not None:
         said, selected = read_config_for(stats, config, given)
         average, shape = said.pop("rank"), replace(shape, **said)
     selected = [*stats, *stats.unsupported] if selected is None else selected
     check_adapter_options(start, shape)
     modules_to_save = shape.modules_to_save
-    asked, rank = _ranks_asked(stats, ranks, average, selected, start.rho)
+    asked, rank = _ranks_asked(stats, ranks, average, selected)
     plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
@@ -155,13 +162,23 @@ def build_adapter(
     plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
     gamma = gamma or start.gamma
-    lora_alpha = start.lora_alpha(rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
+    lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
     scaling = scaling_of(lora_alpha, rank, shape.use_rslora)
     weights, seen, squares = {}, {}, 0.0
     for name, r in plan.items():
         error = error_of(stats.targets[name], start, errors)
         weights[name] = layer_start(
-            start, stats, name, gamma, rank=r, scaling=scaling, whiten=whiten, seed=seed, error=error, model=model
+            start,
+            stats,
+            name,
+            gamma,
+            rank=r,
+            scaling=scaling,
+            whiten=whiten,
+            seed=seed,
+            error=error,
+            model=model,
+            unit_rows=unit_rows,
         )
         if error is not None:
             seen[name] = error_before_and_after(stats[name], error, weights[name], scaling)
@@ -181,6 +198,7 @@ def build_adapter(
         lora_dropout=shape.lora_dropout,
         method=method,
         whiten=whiten,
+        unit_rows=unit_rows,
         seed=seed,
         left_out=tuple(name for name in stats if name not in plan),
         explained={name: float(stats.explained_variance_ratio(name)[:r].sum()) for name, r in plan.items()},
@@ -233,14 +251,13 @@ def _ranks_asked(
     ranks: Mapping[str, int] | int | None,
     average: int | None,
     selected: Collection[str],
-    rho: float,
 ) -> tuple[dict[str, int], int]:
     """Return the rank of each layer that was named, in model order, and the rank that the scaling is relative to."""
     if ranks is None:
         from lora_init.planning.allocate import allocate_ranks
 
         left_out = [name for name in stats if name not in selected]
-        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, rho=rho, exclude=left_out)
+        ranks = allocate_ranks(stats, rank=average or stats.provenance.rank, rho=1.0, exclude=left_out)
     if isinstance(ranks, RankAllocation):
         ranks.check(stats)
     if not isinstance(ranks, Mapping):

@@ -51,8 +51,7 @@ def initialize(
             in memory; or texts for a `SentenceTransformer`, pairs for a `CrossEncoder`. Default: those of the trainer.
         rank: Average rank of a layer, 16 by default. What a trainer's `peft_config` says otherwise is refused, here and
             below.
-        rho: At most round(rho * rank) in one layer; 1 gives every layer the same rank. Default: what the method is
-            recommended with, 2 for `"eva"`.
+        rho: At most round(rho * rank) in one layer. Default: 1, the same rank everywhere, which every engine serves.
         method: See `build_adapter`. Default: `"natural-gradient"` for classes (`label`, here or of `load_batches`, or a
             trainer of a classifier) if they give gradients, else `"eva"`. See there, too, `whiten`, `lora_alpha`,
             `use_rslora`, `use_dora`, `lora_dropout`, `modules_to_save` and `freeze_a`. The head of a classifier is
@@ -87,7 +86,9 @@ def initialize(
         raise LoraInitError(
             f"learning_rate={learning_rate!r}: 'measured' sets that of a trainer. Of a model learning_rate() tells it."
         )
-    asked = Asked.by("initialize()", method, **options, **({} if rank is None else {"rank": rank}), rho=rho)
+    asked = Asked.by("initialize()", method, **options, **{
+        name: value for name, value in (("rank", rank), ("rho", rho)) if value is not None
+    })  # fmt: skip
     classifies = asked.sample.label is not None or bool(getattr(batches, "classes", ()))
     if not is_trainer(model):
         if batches is None:

@@ -24,8 +24,9 @@ from lora_init.statistics.spectrum import NEGLIGIBLE, Spectrum
 def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool = False) -> Tensor:
     """Start A from the top principal directions of what the layer reads (EVA, Paischer et al., arXiv 2410.07170).
 
-    The rows are orthonormal; with `whiten` each is divided by `whitening_scale`, as PEFT does. Where the data had fewer
-    directions than `rank`, as a single expert's may, random ones fill up.
+    The rows are orthonormal (`as_large_as_random` gives all of them one other length); with `whiten` each is divided by
+    `whitening_scale`, as PEFT does. Where the data had fewer directions than `rank`, as a single expert's may, random
+    ones fill up.
     """
     check_rank(spectrum, rank)
     found = spectrum.components[:rank].float()
@@ -34,7 +35,7 @@ def eva(spectrum: Spectrum, rank: int, generator: torch.Generator, whiten: bool 
 
 
 def random(width: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Start A as PEFT does by default: U(-1/sqrt(d_in), 1/sqrt(d_in)). Its rows have norm 0.58, those of `eva` 1."""
+    """Start A as PEFT does by default: U(-1/sqrt(d_in), 1/sqrt(d_in)). Its rows have norm 0.58."""
     return kaiming(rank, width, generator)
 
 
@@ -67,13 +68,23 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     This keeps the size of `eva`, layer by layer, and leaves the directions to chance.
     """
     check_rank(spectrum, rank)
-    return as_large_as_eva(spectrum, kaiming(rank, spectrum.components.shape[1], generator))
+    return _with_energy(spectrum, kaiming(rank, spectrum.components.shape[1], generator), _of_unit_rows(spectrum, rank))
 
 
-def as_large_as_eva(spectrum: Spectrum, a: Tensor) -> Tensor:
-    """Multiply A [r, d_in] by the number with which its `energy` is that of `eva`; by 1 where either has none."""
-    own, of_eva = energy(spectrum, a), energy(spectrum, spectrum.components[: len(a)])
-    return a * math.sqrt(of_eva / own) if own > 0.0 and of_eva > 0.0 else a
+def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
+    """Multiply A [r, d_in] by the number with which A x has the energy that it has on average with `random`."""
+    of_random = len(a) / (3 * a.shape[1]) * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
+    return _with_energy(spectrum, a, of_random)
+
+
+def _of_unit_rows(spectrum: Spectrum, rank: int) -> float:
+    return energy(spectrum, spectrum.components[:rank])
+
+
+def _with_energy(spectrum: Spectrum, a: Tensor, wanted: float) -> Tensor:
+    """Multiply A by the number that gives it this `energy`; by 1 where it has none, or none is wanted."""
+    own = energy(spectrum, a)
+    return a * math.sqrt(wanted / own) if own > 0.0 and wanted > 0.0 else a
 
 
 def energy(spectrum: Spectrum, a: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_init.adapters.initializers import error_seen, layer_generator, scaled_by_gamma
+from lora_init.adapters.initializers import as_large_as_random, error_seen, layer_generator, scaled_by_gamma
 from lora_init.adapters.providers import PROVIDERS
 from lora_init.adapters.quantized import read_product
 from lora_init.adapters.starts import Start
@@ -57,11 +57,20 @@ class LayerToStart:
         return read_product(module, self.target, dtype, f"layer {self.target.name!r}").cpu()
 
 
-def layer_start(start: Start, stats: Statistics, name: str, gamma: float | None, **known: Any) -> LoraWeights:
-    """Compute A and B of a layer; of one with experts those of each, side by side."""
+def layer_start(
+    start: Start, stats: Statistics, name: str, gamma: float | None, unit_rows: bool = False, **known: Any
+) -> LoraWeights:
+    """Compute A and B of a layer; of one with experts those of each, side by side.
+
+    Where B is zero A x has the size that it has with `random`, unless the start has one of its own or with `unit_rows`.
+    """
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
     target, parts = stats.targets[name], (experts or {name: stats[name]}).items()
     made = [_called(start, LayerToStart(target, stats, part, spectrum, **known)) for part, spectrum in parts]
+    if start.b_is_zero and not (start.matched or unit_rows):
+        made = [
+            own._replace(a=as_large_as_random(spectrum, own.a)) for own, (_, spectrum) in zip(made, parts, strict=True)
+        ]
     shape_a, shape_b = target.shapes(known["rank"])
     a = torch.cat([part.a for part in made]).reshape(shape_a)
     if start.b_is_zero:

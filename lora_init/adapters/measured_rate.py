@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -64,16 +65,28 @@ def learning_rate(
             "get_peft_model() or PeftModel.from_pretrained()."
         )
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
+    found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
+    found = as_batches(found, _base_of(model), 0)
+    of_data, why = one_epoch(getattr(found, "settings", {}))
+    rate = measure_rate(model, found, of_data if steps is None else steps, adapter_name, freeze_a)
+    return rate if steps is not None else replace(rate, why_steps=why)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
     base: Any = unwrapped(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    batches = as_batches(batches, base, 0) if tokenizer is None else load_batches(batches, tokenizer, samples=64)
-    of_data, why = one_epoch(getattr(batches, "settings", {}))
+    plain: nn.Module = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return plain
+
+
+def measure_rate(
+    model: nn.Module, batches: Iterable[Any], steps: int, adapter_name: str = "default", freeze_a: bool = False
+) -> LearningRate:
+    """Measure the rate of an adapter, whatever its B is: of starts whose B is not zero the rule holds as well."""
+    base, layers = _base_of(model), adapter_layers(unwrapped(model))
     responses = measure_responses(base, layers, batches, adapter_name, freeze_a)
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    return LearningRate(
-        responses, of_data if steps is None else steps, trains_head(getattr(config, "task_type", None)),
-        [name for name in layers if name not in responses], why if steps is None else "",
-    )  # fmt: skip
+    left_out = [name for name in layers if name not in responses]
+    return LearningRate(responses, steps, trains_head(getattr(config, "task_type", None)), left_out)
 
 
 def measure_responses(

@@ -38,6 +38,8 @@ from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.statistics import Statistics
 
+SPARE = 2.0  # components that a pass keeps for each rank at least, so that ranks can be planned from its statistics
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -57,7 +59,7 @@ def choose_start(method: str | None, classifies: bool) -> Start:
 def check(asked: Asked, start: Start, **place: Any) -> None:
     """Refuse what no model and no data can make right; `place` is where the adapter is to be saved."""
     check_adapter_options(start, asked.shape, **place)
-    rank, rho = asked.ranks.rank, asked.ranks.rho or start.rho
+    rank, rho = asked.ranks.rank, asked.ranks.rho
     if start.one_rank and round(rho * rank) > rank:
         raise LoraInitError(f"method={start.name!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
 
@@ -139,7 +141,7 @@ def learn(
         options = {name: value for name, value in vars(run).items() if value is not None}
         return collect(
             model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
-            rho=rho or asked.ranks.rho or start.rho,
+            rho=max(rho or asked.ranks.rho, SPARE),
         )  # fmt: skip
 
     try:
@@ -154,7 +156,7 @@ def learn(
 
 def allocate(stats: Statistics, asked: Asked, start: Start) -> RankAllocation:
     """Share the ranks out among the layers."""
-    return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho or start.rho)
+    return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
 
 
 def build(

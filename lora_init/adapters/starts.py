@@ -50,10 +50,8 @@ class Start:
             searched by `find_step_size` unless the base is corrected.
         one_rank: Whether all layers must have the rank that was collected for.
         whitens: Whether `whiten=True` means something.
-        matched: Whether A has the size of the random one, or another on purpose: matching the size changes nothing.
-        rho: How far ranks should move between layers, recommended.
-        scaling: lora_alpha / rank, recommended.
-        learning_rate: Of AdamW with that scaling, recommended; None where none was measured.
+        matched: Whether A has a size of its own on purpose. Else, where B is zero, `build_adapter` gives A x the size
+            that it has with `random`.
         linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
         corrects_quantized: Of PEFT's starts: whether it has a form for a base that is quantized already, which it then
             corrects without any data, and does not change.
@@ -78,9 +76,6 @@ class Start:
     one_rank: bool = False
     whitens: bool = False
     matched: bool = False
-    rho: float = 1.0
-    scaling: float = 2.0
-    learning_rate: float | None = None
     linear_only: bool = False
     corrects_quantized: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -90,10 +85,8 @@ class Start:
     def __post_init__(self) -> None:
         if self.needs not in get_args(Needs):
             raise LoraInitError(f"{self}: needs={self.needs!r} is unknown. {did_you_mean(self.needs, get_args(Needs))}")
-        for number in ("gamma", "rho", "scaling", "learning_rate"):
-            value = getattr(self, number)
-            if value is not None and not 0.0 < value < math.inf:
-                raise LoraInitError(f"{self}: {number}={value!r}, expected a positive number.")
+        if self.gamma is not None and not 0.0 < self.gamma < math.inf:
+            raise LoraInitError(f"{self}: gamma={self.gamma!r}, expected a positive number.")
 
     @property
     def changes_base(self) -> bool:
@@ -138,12 +131,6 @@ class Start:
     def by_error(self) -> bool:
         """Whether it corrects what quantization took from the weights."""
         return "errors" in self.needed
-
-    def lora_alpha(self, rank: int, use_rslora: bool = False) -> float:
-        """Compute the lora_alpha with which an adapter of this rank has the recommended scaling."""
-        from lora_init.planning.lora_config import alpha_for
-
-        return alpha_for(self.scaling, rank, use_rslora)
 
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
@@ -191,9 +178,6 @@ STARTS: tuple[Start, ...] = (
         function=f"{_INITIALIZERS}:eva",
         directions=lambda spectrum, gradient: spectrum,
         whitens=True,
-        rho=2.0,
-        scaling=4.0,
-        learning_rate=2e-4,
     ),
     Start(
         RANDOM,
@@ -203,11 +187,11 @@ STARTS: tuple[Start, ...] = (
     ),
     Start(
         "random-scaled",
-        "random, with as much energy in A x as with eva",
+        "random, with as much energy in A x as with eva in rows of length one",
         function=f"{_INITIALIZERS}:random_scaled",
         matched=True,
     ),
-    Start("gaussian", 'PEFT\'s init_lora_weights="gaussian"', function=f"{_INITIALIZERS}:gaussian"),
+    Start("gaussian", 'PEFT\'s init_lora_weights="gaussian"', function=f"{_INITIALIZERS}:gaussian", matched=True),
     Start(
         "orthogonal",
         "random orthonormal directions: eva without the data",
@@ -230,8 +214,6 @@ STARTS: tuple[Start, ...] = (
         "the right singular vectors of a step along the natural gradient",
         function=f"{_INITIALIZERS}:natural_gradient",
         directions=_triplets,
-        scaling=10.0,
-        learning_rate=2e-4,
     ),
     Start(
         "natural-gradient-step",
@@ -337,7 +319,8 @@ class Recipe:
 
 
 _VARIATIONS = {
-    "eva-rho1": Recipe(_OWN["eva"], rho=1.0),
+    "eva-rho1": Recipe(_OWN["eva"], rho=1.0),  # what it was called before that was the default
+    "eva-rho2": Recipe(_OWN["eva"], rho=2.0),
     "eva-uncentred": Recipe(_OWN["eva"], rho=2.0, center=False),
     "eva-rho1-uncentred": Recipe(_OWN["eva"], rho=1.0, center=False),
     "eva-ranks": Recipe(_OWN[RANDOM], rho=2.0, resized=False),  # a control, of eva
@@ -381,7 +364,7 @@ def find_recipe(name: str) -> Recipe | None:
         _THEIRS.warn_of(name)
         return _VARIATIONS[name]
     start = find_start(name)
-    return Recipe(start, start.rho) if start.made_by == "lora_init" else None
+    return Recipe(start, rho=1.0) if start.made_by == "lora_init" else None
 
 
 def changes_base(name: str) -> bool:

@@ -54,15 +54,16 @@ def compare(
         str | None,
         Option(
             help="Names separated by commas; mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha "
-            f"of its own. Default: {RANDOM}, and {DEFAULT} and {DEFAULT_FOR_CLASSES} as they are recommended."
+            f"of its own. Default: {RANDOM}, {DEFAULT} and {DEFAULT_FOR_CLASSES}."
         ),
     ] = None,
     lora_alpha: Annotated[
         float | None, Option(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")
     ] = None,
     learning_rates: Annotated[
-        str, Option(help="Tried for every start; the default starts are also run at the rate that is recommended.")
-    ] = "1e-4,3e-4,1e-3",
+        str | None,
+        Option(help="Tried for every start. Default: three around the rate that a forward pass tells of it."),
+    ] = None,
     seeds: Annotated[
         int | None, Option(min=1, help="Seeds: 0, 1, 2 and so on. Default: 5, with a limit at most 32.")
     ] = None,
@@ -149,7 +150,7 @@ def compare(
         raise LoraInitError("DATA '-': workers read the data, too, and standard input is read once. Name a file.")
     given |= {
         "starts": None if starts is None else [_start(word) for word in read_names(starts)],
-        "learning_rates": read_numbers("--learning-rates", learning_rates, float),
+        "learning_rates": learning_rates and read_numbers("--learning-rates", learning_rates, float),
         "evaluation_points": None if eval_points is None else read_numbers("--eval-points", eval_points, int),
         "target_modules": read_modules(target_modules),
         "statistics_batches": read_numbers("--statistics-batches", statistics_batches, int),
@@ -204,7 +205,7 @@ def show_outlook(console: Console, ahead: Mapping[str, Any]) -> None:
         then = ["the best" + (f" and {rate_text(own)}*" if own else "")] if others else []
         table.add_row(start["name"], " ".join(rates), *then, str(start["runs"]))
     console.print(table)
-    lines = ["* is the rate that the start is recommended with."] * any(x["own_rate"] for x in ahead["starts"])
+    lines = ["* is the rate that a forward pass tells."] * any(x["own_rate"] for x in ahead["starts"])
     lines.append(f"Data: {ahead['data']}.")
     added = [_ADDED[what].format(n) for what, n in ahead["may_add"].items() if n]
     lines.append(f"{ahead['n_runs']} runs, {ahead['ended']} ended{'; at most ' * bool(added)}{', '.join(added)}.")

@@ -38,6 +38,7 @@ from lora_init.cli.summary import show_summary, summary_of
 from lora_init.errors import LoraInitError, require
 from lora_init.files import check_writable
 from lora_init.loading.sources import FILE_TYPES
+from lora_init.planning.lora_config import SCALING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,7 +150,7 @@ def init(
     asked = Asked(method, reading, sample, ranks, layers, shape, run)
     pipeline.check(asked, start, output=output, overwrite=overwrite)
     find_device(device)
-    plan, rank, rho = _budget(ranks_from, ranks, start, there)
+    plan, rank, rho = _budget(ranks_from, ranks, there)
     asked = asked.but(rank=rank)
     with busy(f"reading {model} and the data"):
         needs_loss = (run.gradients or start.by_gradient) and data is not None
@@ -180,7 +181,7 @@ def init(
     if bank is not None:
         start_from(
             bank, loaded, examples.batches, [*examples.aside], there, by=by, rank=asked.ranks.rank, gamma=shape.gamma,
-            similarity=similarity, lora_alpha=shape.lora_alpha or start.lora_alpha(asked.ranks.rank), output=output,
+            similarity=similarity, lora_alpha=shape.lora_alpha or SCALING * asked.ranks.rank, output=output,
             overwrite=overwrite,
         )  # fmt: skip
         return
@@ -280,14 +281,15 @@ def _check_start(
 
 
 def _budget(
-    ranks_from: Path | None, ranks: Ranks, start: Start, there: Statistics | None
+    ranks_from: Path | None, ranks: Ranks, there: Statistics | None
 ) -> tuple[RankAllocation | None, int, float]:
     """Read the plan; and the rank and rho of the pass: those of a file that is there, if it serves, or of the plan."""
+    from lora_init.adapters.pipeline import SPARE
     from lora_init.planning.plan import load_plan
 
-    of_file = (there.provenance.rho if there else None) or start.rho
+    of_file = (there.provenance.rho if there else None) or SPARE
     if ranks_from is None:
-        return None, ranks.rank, ranks.rho or max(start.rho, of_file)
+        return None, ranks.rank, max(ranks.rho, of_file)
     if given(("rank", "rho")):
         raise LoraInitError("--ranks names a plan, which has all ranks. Leave --rank and --rho out.")
     plan = load_plan(ranks_from)

@@ -382,7 +382,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
     }
     if origin:
         source, shares = origin.get("provenance", {}), list(origin.get("explained", {}).values())
-        whitened = ", whitened" if origin.get("whiten") else ""
+        whitened = ", whitened" * bool(origin.get("whiten")) + ", rows of length one" * bool(origin.get("unit_rows"))
         package = f" ({origin['package']})" if origin.get("package") else ""
         head["start"] = f"{origin.get('method')}{package}{whitened}, seed {origin.get('seed')}"
         if source.get("quantisation"):

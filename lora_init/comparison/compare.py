@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_init.adapters.starts import FULL, RANDOM, find_start
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
@@ -29,7 +29,6 @@ from lora_init.comparison.starts import (
     Variant,
     by_batches,
     read_start,
-    recommended,
 )
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
@@ -39,12 +38,11 @@ from lora_init.errors import LoraInitError, is_number, require
 from lora_init.files import check_place
 from lora_init.layers.targets import find_targets
 from lora_init.planning.limits import whole_number
+from lora_init.planning.lora_config import SCALING, alpha_for
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +95,7 @@ def compare(
     output: str | Path,
     *,
     starts: Sequence[str | tuple[str, Any]] | None = None,
-    learning_rates: Sequence[float] = LEARNING_RATES,
+    learning_rates: Sequence[float] | None = None,
     seeds: int | Sequence[int] | None = None,
     sweep: str | None = None,
     extend: int = 4,
@@ -133,10 +131,9 @@ def compare(
         data: See `load_batches`.
         output: Directory for the runs and the report.
         starts: Names, see `starts.prepare`, or pairs of a name of your own and an adapter directory, or a function of
-            model and seed that returns a PeftModel. Default: `random`, and `eva` and `natural-gradient` at the size
-            that they are recommended with, see `starts.recommended`; these two are also run at the rate of the
-            recommendation, on all seeds.
-        learning_rates: Tried for every start, on the first two seeds.
+            model and seed that returns a PeftModel. Default: `random`, `eva` and `natural-gradient`.
+        learning_rates: Tried for every start, on the first two seeds. Default: three for each start, around the rate
+            that a forward pass tells of it, see `learning_rate`.
         seeds: How many, or which. A seed decides the order of the data and all that is random in a start. Default: 5,
             with `time` or `precision` at most 32.
         sweep: `"halving"`: other seeds at the best rate alone; `"full"`: everything. Default: halving on a CPU.
@@ -178,28 +175,29 @@ def compare(
     _check_asked(model, rank, ray)
     options = _read_options(loading)
     batches = _read_batches(statistics_batches)
-    by_rate = recommended(rank) if starts is None else {}
-    names, own = _read_starts([RANDOM, *by_rate] if starts is None else starts, full, bank)
+    names, own = _read_starts([RANDOM, DEFAULT, DEFAULT_FOR_CLASSES] if starts is None else starts, full, bank)
     budget = RunBudget(time, precision)
     sweep = sweep or ("full" if torch.cuda.is_available() and not budget.limited else "halving")
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
-    plan = RunPlan(names, _listed(learning_rates), seeds, sweep, extend, match_scale)
-    asked = AskedSize(options, steps, batch_size, warmup, evaluation_points)
+    # Until they are measured, any rate stands for all.
+    plan = RunPlan(
+        names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend, match_scale
+    )
+    asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
     directory = Path(output).expanduser().absolute()
     if not dry_run:
         check_place(directory / SETTINGS_FILE)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
-    shape = AdapterShape(
-        rank, find_start(RANDOM).lora_alpha(rank) if lora_alpha is None else lora_alpha, target_modules
-    )
-    _report_sizes(names if lora_alpha is None else (), shape, say)
+    shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     make = partial(
         set_up, _absolute(model), _absolute(data), directory, options, shape, statistics_batches=batches[0], own=own,
         bank=_absolute(bank), starts=names,
     )  # fmt: skip
     bench = make(training=asked.training())
-    plan = _vary(plan, by_rate, _there_are(bench, names, batches, say))
+    plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
+    if learning_rates is None:
+        asked = replace(asked, rates=bench.measured_rates(plan.starts, blank=dry_run))
     lay_out = partial(asked.lay_out, bench, plan)
     size = Size(**stored) if stored else SIZES[0]
     if time and not (directory / SETTINGS_FILE).exists():
@@ -274,13 +272,6 @@ def _listed(numbers: Any) -> list[Any]:
     return [numbers] if isinstance(numbers, str) or is_number(numbers) else list(numbers)
 
 
-def _vary(plan: RunPlan, by_rate: Mapping[str, float], batches: Sequence[int]) -> RunPlan:
-    """Run each start with each number of batches for its statistics, and those of a rate of their own at that."""
-    names = by_batches(plan.starts, batches)
-    rates: dict[str, float] = {name: by_rate[base] for name in names if (base := name.any_batches) in by_rate}
-    return replace(plan, starts=names, recommended=rates)
-
-
 def _read_batches(given: int | Sequence[int]) -> list[int]:
     batches = [given] if isinstance(given, int) else list(given)
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
@@ -299,14 +290,6 @@ def _there_are(
     if (most := bench.n_batches(max(batches))) < max(batches):
         say(f"Statistics are from at most {most} batches: the training data make no more, and some are set aside.")
     return list(dict.fromkeys(min(number, most) for number in batches))
-
-
-def _report_sizes(names: Sequence[Variant], shape: AdapterShape, say: Callable[[str], None]) -> None:
-    """Report the starts that were measured with another lora_alpha than that of all."""
-    for name in names:
-        if name.start and name.start.name == name and name.start.learning_rate:
-            sized = f"{name}+{name.start.lora_alpha(shape.rank):g}-alpha"
-            say(f"{name} runs with lora_alpha {shape.lora_alpha:g}, as random does; {sized} is what is recommended.")
 
 
 def _absolute(source: Any) -> Any:

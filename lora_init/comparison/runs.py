@@ -61,26 +61,31 @@ class RunPlan:
     select by is a start's best. While that is the lowest or the highest rate, half a decade more is tried on that side.
     With `"halving"` the other seeds are run at the best rate alone, with `"full"` at every rate. Should the best be
     unstable on another seed, the next best takes its place; a start that has no stable rate has no other seeds.
-    A start that is there as it is recommended is run at the rate of the recommendation, too, on all seeds.
+    Without a list of rates each start has three, a factor of three apart, around the rate that a forward pass tells
+    (`measured_rate`); at that one it is run on all seeds.
     """
 
     starts: Sequence[Variant]  # what is compared
-    # tried for every start, and a tenth of them for `full`. A single one is not asked whether another were
-    # better
+    # tried for every start, and a tenth of them for `full`; empty for three around that of each start in `recommended`.
+    # A single one is not asked whether another were better
     learning_rates: Sequence[float]
     seeds: Sequence[int]  # each decides the order of the data and all that is random in a start
     sweep: str  # `"halving"` or `"full"`
     extend: int = 2  # how often rates are added on either side
     match_scale: bool = False  # also run starts with A scaled to the size of the random one, where that differs
-    # learning rates of the starts that are there as they are recommended
+    # the learning rate that a forward pass tells of each start
     recommended: Mapping[str, float] = field(default_factory=dict)
-    tuned: bool = True  # whether these are run at the other rates, too
+    tuned: bool = True  # whether others than `random` are run at other rates, too
 
     def __post_init__(self) -> None:
         rates, seeds = self.learning_rates, self.seeds
         if not all(is_number(value) for value in (*rates, *seeds)):
             raise LoraInitError(f"learning_rates={list(rates)} and seeds={list(seeds)}: expected numbers.")
-        if not rates or len(set(rates)) < len(rates) or not all(0.0 < rate < math.inf for rate in rates):
+        if (
+            not (rates or self.recommended)
+            or len(set(rates)) < len(rates)
+            or not all(0.0 < rate < math.inf for rate in rates)
+        ):
             raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers, each once, such as 1e-4.")
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise LoraInitError(f"seeds={list(seeds)}: expected whole numbers from 0 on, each once.")
@@ -93,10 +98,9 @@ class RunPlan:
         """List the starts, and after them the same with what makes them comparable.
 
         Where a rank costs more parameters in one layer than in another, starts that move ranks, or train no A, are also
-        run with as many as `random` has; those that are there as they are recommended are not.
+        run with as many as `random` has.
         """
-        changed = [start for start in self.starts if start not in self.recommended]
-        equal = [start for start in changed if start.differs_in_parameters(ranks_cost_the_same)]
+        equal = [start for start in self.starts if start.differs_in_parameters(ranks_cost_the_same)]
         matched = [start for start in self.starts if self.match_scale and start.differs_in_scale]
         added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal] + [f"{start}+{MATCHED_SCALE}" for start in matched]
         return list(dict.fromkeys([*self.starts, *map(Variant, added)]))
@@ -126,17 +130,23 @@ class RunPlan:
     @property
     def extends(self) -> bool:
         """Whether rates may be added."""
-        return self.extend > 0 and len(self.learning_rates) > 1
+        return self.extend > 0 and len(self.learning_rates) != 1
 
     def asked(self, start: str) -> list[float]:
         """List the rates that are tried with a start in any case."""
-        if start in self.recommended and not self.tuned:
-            return self._rate_of_its_own(start)
-        rates = {float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates}
-        return sorted({*rates, *self._rate_of_its_own(start)})
+        if self.learning_rates:
+            return sorted(float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates)
+        own = self._rate_of_its_own(start)
+        return [
+            float(f"{rate * x:.2g}") for rate in own for x in ((1 / 3, 1, 3) if self.tuned or start == RANDOM else (1,))
+        ]
 
     def _rate_of_its_own(self, start: str) -> list[float]:
-        return [self.recommended[start]] if start in self.recommended else []
+        """Return the rate that a pass tells of a start, or of what it varies; of `full` a tenth of random's."""
+        if start == FULL and RANDOM in self.recommended:
+            return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
+        rate = self.recommended.get(start, self.recommended.get(Variant(start).base))
+        return [] if rate is None else [rate]
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
         """List the rates to try with a start, as far as the runs that ended tell."""

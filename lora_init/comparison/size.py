@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES
+from lora_init.adapters.learning_rate import LearningRate
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace, duration, seconds_of_run, seconds_of_statistics
 from lora_init.comparison.runs import SWEEP_SEEDS, RunPlan
@@ -23,19 +25,19 @@ class Size:
     report: int = REPORT  # examples at most
     selection: int = SELECTION
     seeds: int = 5  # that the time must be enough for; more are added while it lasts
-    recommended: int = 2  # starts that are compared with random
-    tuned: bool = True  # whether these are run at all learning rates, and not at the recommended one alone
+    starts: int = 2  # that are compared with random, where they were left open
+    tuned: bool = True  # whether these are run at all learning rates, and not at that of a forward pass alone
 
 
 # From all that is done without a limit to the least that can be an answer.
 SIZES = (
     Size(),
     Size(100, 128, 64, 5, tuned=False),
-    Size(100, 128, 64, 4, recommended=1, tuned=False),
-    Size(64, 128, 64, 4, recommended=1, tuned=False),
-    Size(48, 96, 48, 3, recommended=1, tuned=False),
-    Size(32, 64, 32, 3, recommended=1, tuned=False),
-    Size(24, 64, 32, 3, recommended=1, tuned=False),
+    Size(100, 128, 64, 4, starts=1, tuned=False),
+    Size(64, 128, 64, 4, starts=1, tuned=False),
+    Size(48, 96, 48, 3, starts=1, tuned=False),
+    Size(32, 64, 32, 3, starts=1, tuned=False),
+    Size(24, 64, 32, 3, starts=1, tuned=False),
 )
 
 
@@ -48,6 +50,8 @@ class AskedSize:
     batch_size: int
     warmup: float
     evaluation_points: Sequence[int] | None
+    starts: Sequence[Any] | None = ()  # None leaves them open, too
+    rates: Mapping[str, LearningRate] = field(default_factory=dict)  # of each start, if none were asked for
 
     def training(self, size: Size = SIZES[0]) -> Training:
         """Return how every run trains."""
@@ -64,14 +68,14 @@ class AskedSize:
     def lay_out(self, bench: Workbench, plan: RunPlan, size: Size) -> tuple[Workbench, RunPlan]:
         """Return the workbench and the plan of a comparison of this size."""
         first = DEFAULT_FOR_CLASSES if bench.task.kind == CLASSIFICATION else DEFAULT
-        known = [start for start in plan.starts if start in plan.recommended]
-        bases = list(dict.fromkeys([first, *(start.base for start in known)]))[: size.recommended]
-        left = [start for start in known if start.base in bases]
-        starts = [start for start in plan.starts if start in left or start not in known]
-        rates = {start: rate for start, rate in plan.recommended.items() if start in left}
-        task = bench.task.cut(*self.folds(size))
-        bench = replace(bench, task=task, training=self.training(size), _before={})
-        return bench, replace(plan, starts=starts, recommended=rates, tuned=size.tuned)
+        bases = list(dict.fromkeys([RANDOM, first, *(start.base for start in plan.starts)]))[: 1 + size.starts]
+        starts = [start for start in plan.starts if self.starts is not None or start.base in bases]
+        training = self.training(size)
+        if self.rates:
+            rates = {start: replace(rate, steps=training.steps).rate for start, rate in self.rates.items()}
+            plan = replace(plan, learning_rates=[], recommended=rates)
+        bench = replace(bench, task=bench.task.cut(*self.folds(size)), training=training, _before={})
+        return bench, replace(plan, starts=starts, tuned=size.tuned or bool(plan.learning_rates))
 
 
 def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget: RunBudget, is_open: bool) -> Size:

@@ -32,8 +32,6 @@ from lora_init.adapters.pipeline import build
 from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.starts import (
     CORRECTION,
-    DEFAULT,
-    DEFAULT_FOR_CLASSES,
     FROM_BANK,
     FULL,
     RANDOM,
@@ -204,17 +202,6 @@ class Variant(str):
             return None
         switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
         return ["--method", recipe.start.name, "--rho", f"{recipe.rho:g}", *switches]
-
-
-def recommended(rank: int) -> dict[str, float]:
-    """Return the starts that are recommended, at the size that they are recommended with, and the rate of each.
-
-    Example:
-        >>> recommended(8)
-        {'eva+32-alpha': 0.0002, 'natural-gradient+80-alpha': 0.0002}
-    """
-    starts = map(find_start, (DEFAULT, DEFAULT_FOR_CLASSES))
-    return {f"{x.name}+{x.lora_alpha(rank):g}-alpha": x.learning_rate for x in starts if x.learning_rate}
 
 
 def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Variant]:

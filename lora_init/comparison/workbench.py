@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,10 +18,12 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 import lora_init
+from lora_init.adapters.learning_rate import LearningRate
+from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.pipeline import split
 from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.starts import FULL
+from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.adapters.step_size import n_aside
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect
@@ -297,6 +299,26 @@ class Workbench:
         prepared = prepare(asked, basis)
         collecting = sum(sum(stats.provenance.seconds.values()) for stats in collected)
         return replace(prepared, seconds=prepared.seconds + collecting)
+
+    def measured_rates(self, starts: Iterable[Variant], blank: bool = False) -> dict[str, LearningRate]:
+        """Measure the learning rate of each start on some of the data; a start that does not apply has none.
+
+        With `blank`, in which no statistics are collected, those that read data are given the rate of `random`, whose
+        size they have.
+        """
+        found: dict[str, LearningRate] = {}
+        for start in starts:
+            read = Variant(RANDOM) if blank and (start.recipe is None or start.recipe.reads_data) else start
+            if start == FULL or read in found:
+                found |= {start: found[read]} if read in found else {}
+                continue
+            with suppress(LoraInitError):  # its runs say why
+                prepared = self._prepare(read, 0)
+                try:
+                    found[start] = measure_rate(prepared.peft_model, self._batches(0, 0, 4), self.training.steps)
+                finally:
+                    prepared.release()
+        return found
 
     def _measure_before(self) -> tuple[Score, float | None, float | None]:
         """Score the plain model, on other text too, and as it was before it was quantized."""
