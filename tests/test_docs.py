@@ -108,7 +108,7 @@ def test_no_block_escapes(page):
 
 
 def test_no_block_sets_a_rate_that_a_forward_pass_tells():
-    """Blocks take the measured rate, or say that it is what `init` printed; alpha is twice the rank where it is named."""
+    """Blocks take the measured rate, or one that `init` printed; where alpha is named it is twice the rank."""
     for page in {"README.md", *DOCS} - {"docs/comparing-starts.md"}:
         code = "".join(text for language, text in BLOCK.findall(TEXTS[page]) if language in ("python", "bash"))
         assert all(int(alpha) == 2 * int(rank) for rank, alpha in re.findall(r"r=(\d+), lora_alpha=(\d+)", code)), page
