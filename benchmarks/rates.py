@@ -38,7 +38,7 @@ from lora_init.files import read_json
 RESULTS = Path(__file__).parent / "results"
 MEASURED = RESULTS / "rates" / "responses.jsonl"
 GEMMA = "gemma-openbookqa"
-STUDIES = ("headroom", "fresh", "frozen-32", "long", "planned")
+STUDIES = ("headroom", "fresh", "long", "planned", "frozen-32")
 GRID = [CHANGE * 2.0**k for k in range(-4, 6)]  # of the constant C
 # How the changes of all layers become one; the paper trail of what was tried.
 MEANS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -179,7 +179,8 @@ def measure_all() -> None:
         done = {(row["study"], row["task"], row["start"]) for row in map(json.loads, MEASURED.read_text().splitlines())}
     left = best_rates()
     left = left[[(row.study, row.task, row.start) not in done for row in left.itertuples()]]
-    for (study, task, rank), own in left.groupby(["study", "task", "rank"]):
+    left = left.assign(order=left["study"].map({study: i for i, study in enumerate(STUDIES)}).fillna(0))
+    for (_, study, task, rank), own in left.groupby(["order", "study", "task", "rank"]):
         with tempfile.TemporaryDirectory() as folder:
             bench = _bench(str(task), int(rank), Path(folder))
             for start in own["start"]:

@@ -158,12 +158,14 @@ class LearningRate:
         ]
 
 
-def training_in_words(rate: LearningRate | None, asked: float | None = None) -> str:
-    """Return in a line what to train an adapter with: at the rate that was asked for, or at that of the rule."""
+def training_in_words(rate: LearningRate | None, asked: float | None = None, use_dora: bool = False) -> str:
+    """Return in a line what to train an adapter with: the rate that was asked for, or the one that the rule gives."""
     if asked is not None:
         return f"Train with {OPTIMIZER} at {rate_text(asked)}, warm-up {WARMUP:.0%}, {SCHEDULE}, as you asked for it."
+    if use_dora:
+        return "Tune the learning rate with `lora-init compare`: the rule was not measured with DoRA."
     if rate is None:
-        return "Its learning rate is unknown: the statistics are older than that. `lora-init rate` measures it."
+        return "The learning rate is unknown: its statistics have no sizes of layers. `lora-init rate` measures it."
     return str(rate)
 
 

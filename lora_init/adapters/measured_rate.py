@@ -36,7 +36,7 @@ def learning_rate(
     adapter_name: str = "default",
     freeze_a: bool = False,
 ) -> LearningRate:
-    """Tell the learning rate of a LoRA adapter from at most eight forward passes, before it is trained.
+    """Compute the learning rate of a LoRA adapter from at most eight forward passes, before it is trained.
 
     Any adapter of PEFT whose B is zero will do: of `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter` or
     `initialize`. Its gradients are not needed, and the model is as it was afterwards. One rate for all layers; the
@@ -65,6 +65,8 @@ def learning_rate(
             "get_peft_model() or PeftModel.from_pretrained()."
         )
     check_fresh(layers, adapter_name, f"the adapter {adapter_name!r}", "The rule is for adapters before training.")
+    if any(getattr(layer, "use_dora", {}).get(adapter_name) for layer in layers.values()):
+        raise LoraInitError("learning_rate(): the rule was not measured with DoRA. Tune the rate: lora-init compare.")
     found = batches if tokenizer is None else load_batches(batches, tokenizer, samples=64)
     found = as_batches(found, _base_of(model), 0)
     of_data, why = one_epoch(getattr(found, "settings", {}))

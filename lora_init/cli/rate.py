@@ -32,7 +32,7 @@ def rate(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Tell the learning rate of an ADAPTER from a few forward passes, whoever made it."""
+    """Print the learning rate of an ADAPTER from a few forward passes, whoever made it."""
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.measured_rate import learning_rate

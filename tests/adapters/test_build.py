@@ -20,9 +20,41 @@ from tests.conftest import MODELS, batches_for, tiny_llama
 peft = pytest.importorskip("peft")
 
 
-def test_ranks_default_to_an_allocation_at_the_rank_of_the_statistics():
+def test_ranks_default_to_the_rank_of_the_statistics_in_every_layer():
     stats = lora_init.collect(tiny_llama(), batches_for("llama", 4), rank=3, rho=2.0)
-    assert build_adapter(stats).ranks == {n: r for n, r in lora_init.allocate_ranks(stats, rank=3).items() if r}
+    assert build_adapter(stats).ranks == dict.fromkeys(stats, 3)
+
+
+def energies_of(stats, init, rows):
+    """Mean of |A x|^2 over the very rows that the statistics are of, by layer."""
+    return {name: float((rows[name] @ init.weights[name].a.double().T).square().sum(1).mean()) for name in stats}
+
+
+@pytest.mark.parametrize("method", ["eva", "orthogonal", "eva-grad", "natural-gradient"])
+@pytest.mark.parametrize("center", [True, False])
+def test_a_lets_as_much_through_in_each_layer_as_random_does(method, center):
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 5)).double()
+    data = torch.randn(256, 12).double() * torch.logspace(0, -3, 12) + 2.0
+    loss = dict(forward=lambda model, x: model(x), loss=lambda y, x: y.square().mean(), gradients=True)
+    stats = collect(model, [data[:128], data[128:]], rank=4, center=center, **loss)
+    rows = {"0": data, "2": model[1](model[0](data)).detach()}
+    wanted = {name: 4 / 3 * float(x.square().sum(1).mean()) / x.shape[1] for name, x in rows.items()}
+    of_random = [energies_of(stats, build_adapter(stats, 4, "random", seed=seed), rows) for seed in range(300)]
+    for name, energy in energies_of(stats, build_adapter(stats, 4, method), rows).items():
+        # What is outside of 8 components is taken to be isotropic; 300 draws of random have their error.
+        assert energy == pytest.approx(wanted[name], rel=0.02)
+        assert sum(one[name] for one in of_random) / 300 == pytest.approx(wanted[name], rel=0.15)
+    unit = build_adapter(stats, 4, method, unit_rows=True)
+    for own in unit.weights.values():
+        assert torch.allclose(own.a @ own.a.T, torch.eye(4), atol=1e-5)
+    assert unit.unit_rows and not build_adapter(stats, 4, method).unit_rows
+
+
+def test_starts_with_a_size_of_their_own_keep_it():
+    stats = made_up_statistics(tiny_llama())
+    for method in ("random", "random-scaled", "gaussian"):
+        one, two = (build_adapter(stats, 4, method, unit_rows=unit).weights for unit in (True, False))
+        assert all(torch.equal(one[name].a, two[name].a) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
     init = build_adapter(stats, 2)
     assert init.rate is None and init.recommended is None
     assert "`lora-init rate` measures it" in init.how_to_train
+    dora = build_adapter(collect(tiny(), batches(), rank=2), 2, use_dora=True)
+    assert dora.rate is None and "the rule was not measured with DoRA" in dora.how_to_train
 
 
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
@@ -171,7 +173,9 @@ def test_wrong_input_is_one_line(adapted):
     nan = torch.full((4, 16), math.nan, dtype=torch.float64)
     trained = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0"]))
     nn.init.ones_(trained.base_model.model[0].lora_B["default"].weight)
+    dora = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0"], use_dora=True))
     cases = {
+        "the rule was not measured with DoRA": lambda: learning_rate(dora, batches()),
         "has no LoRA adapter 'default'": lambda: learning_rate(tiny(), batches()),
         "has no LoRA adapter 'other'": lambda: learning_rate(adapted, batches(), adapter_name="other"),
         "B is not zero. The rule is for adapters before training.": lambda: learning_rate(trained, batches()),

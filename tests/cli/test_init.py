@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
+from lora_init.adapters.learning_rate import rate_text
 from lora_init.cli.dry_run import STATE
 from lora_init.collection.backward import BackwardHooks, NoGradientsError
 from lora_init.collection.loop import both
@@ -55,45 +56,39 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
     save_model(tiny_bert(task=None), tmp_path / "model")
     classes = [tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question", "--rank", 2]
     answers = [*command[1:2], home / "rows.jsonl", "--template", "{passage}", "--completion", " {question}"]
-    cases = {  # method, lora_alpha / rank, whether ranks are moved
-        "text": ([*command[1:3]], "eva", 4, True),
-        "answers": (answers, "eva", 4, True),
-        "classes": (classes, "natural-gradient", 10, False),
-        "random": ([*command[1:3], "--method", "random"], "random", 2, False),
+    cases = {  # method, and the steps of an epoch
+        "text": ([*command[1:3]], "eva"),
+        "answers": (answers, "eva"),
+        "classes": (classes, "natural-gradient"),
+        "random": ([*command[1:3], "--method", "random"], "random"),
     }
-    for name, (words, method, scaling, moved) in cases.items():
+    for name, (words, method) in cases.items():
         out = tmp_path / name
-        made = run("init", *words, "--rank", 2, "-o", out)
+        made = run("init", *words, "--rank", 2, "--steps", 40, "-o", out)
         assert made.exit_code == 0, made.output
         config, origin = (json.loads((out / file).read_text()) for file in ("adapter_config.json", "lora_init.json"))
-        assert (origin["method"], config["lora_alpha"]) == (method, 2 * scaling)
-        assert bool(config["rank_pattern"]) == moved != ("rank 2 in " in made.stdout)
-        rate = {"learning_rate": 2e-4, "warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"}
-        assert origin["recommended"] == (None if method == "random" else rate)
-        line = "Train with AdamW at 2e-4, warm-up 10%, cosine; measured on SmolLM2-135M and MiniLM-L6"
-        if method == "random":
-            line = "Tune the learning rate with `lora-init compare`: none was measured for method 'random'."
+        assert (origin["method"], config["lora_alpha"], config["rank_pattern"]) == (method, 4, {})
+        assert "rank 2 in " in made.stdout
+        rate = origin["recommended"].pop("learning_rate")
+        assert origin["recommended"] == {"warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"} and 1e-5 < rate < 1
+        line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 40 steps."
         inspected = " ".join(run("inspect", out).stdout.split())
         assert line in made.stdout and line in (out / "README.md").read_text() and line in inspected
         assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
 
 
-def test_a_size_that_was_not_measured_has_no_rate(command, tmp_path):
-    cases = {
-        "--lora-alpha 2": "2e-4 was measured with lora_alpha=8, and this is 2.",
-        "--use-dora": "none was measured with DoRA.",
-        "--freeze-a": "none was measured with a frozen A.",
-        "--lora-alpha 6": None,
-        "--use-rslora": None,
-    }
-    for i, (options, why) in enumerate(cases.items()):
+def test_the_rate_follows_alpha_and_is_unknown_with_dora(command, tmp_path):
+    found = {}
+    for i, options in enumerate(("", "--lora-alpha 8", "--freeze-a", "--unit-rows", "--use-dora")):
         command[command.index("-o") + 1] = str(tmp_path / str(i))
         made = run(*command, "--rank", 2, *options.split(), "--json")
         assert made.exit_code == 0, made.output
-        said = json.loads(made.stdout)
-        assert (said["recommended"] is None) == (why is not None)
-        assert said["train"].endswith(why or "On another model try 2e-5, too.")
-        assert said["scaling"] == {"--lora-alpha 2": 1.0, "--lora-alpha 6": 3.0}.get(options, pytest.approx(4.0))
+        found[options] = json.loads(made.stdout)
+    rates = {options: (said["recommended"] or {}).get("learning_rate") for options, said in found.items()}
+    assert 0.4 < rates["--lora-alpha 8"] / rates[""] < 0.8
+    assert rates["--freeze-a"] > rates[""] and rates["--use-dora"] is None
+    assert rates["--unit-rows"] != rates[""]
+    assert found["--use-dora"]["train"].endswith("the rule was not measured with DoRA.")
 
 
 def test_a_rate_that_a_comparison_found_is_what_to_train_with(command, tmp_path):

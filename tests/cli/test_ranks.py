@@ -8,6 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from lora_init.adapters.learning_rate import rate_text
 from lora_init.cli.app import app
 from lora_init.cli.ranks import read_overrides, read_variants
 from lora_init.collection.collect import collect
@@ -104,12 +105,13 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     )
 
 
-def test_a_snippet_has_the_size_and_the_rate_that_the_default_start_is_recommended_with(file):
+def test_a_snippet_has_alpha_and_the_rate_of_the_default_start(file):
     written = run(file, "--rank", 3, "--format", "axolotl").stdout
-    assert yaml.safe_load(written)["lora_alpha"] == 12 and "--lora-alpha 12 " in written
-    assert yaml.safe_load(written)["learning_rate"] == 2e-4 and "# Train with AdamW at 2e-4" in written
-    written = run(file, "--rank", 3, "--format", "ms-swift", "--lora-alpha", 3).stdout  # a quarter of it
-    assert "learning_rate" not in yaml.safe_load(written) and "# Tune the learning rate" in written
+    rate = yaml.safe_load(written)["learning_rate"]
+    assert yaml.safe_load(written)["lora_alpha"] == 6 and "--lora-alpha 6 " in written
+    assert f"# Train with AdamW at {rate_text(rate)}" in written
+    written = run(file, "--rank", 3, "--format", "ms-swift", "--lora-alpha", 24).stdout
+    assert yaml.safe_load(written)["learning_rate"] < rate
 
 
 @pytest.mark.parametrize(
