@@ -250,8 +250,6 @@ def _find_statistics(
     if label is not None and token_mask == "labels":
         raise LoraInitError(f"--label {label}: a class is no --token-mask labels. Leave it out.")
     file = statistics.expanduser() if statistics else None
-    if file is not None and not file.parent.is_dir():
-        raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
     if file is not None and data is not None:
         check_writable(file, overwrite=True, kind="statistics file")
     if data is None and file is None:

@@ -22,7 +22,16 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek, read_settings
+from lora_init.comparison.runs import (
+    SETTINGS_FILE,
+    Record,
+    Run,
+    RunPlan,
+    check_directory,
+    open_runs,
+    peek,
+    read_settings,
+)
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
 from lora_init.comparison.starts import (
     AdapterShape,
@@ -35,7 +44,6 @@ from lora_init.comparison.tasks import Loading
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, is_number, require
-from lora_init.files import check_place
 from lora_init.layers.targets import find_targets
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import SCALING, alpha_for
@@ -186,8 +194,7 @@ def compare(
     )
     asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
     directory = Path(output).expanduser().absolute()
-    if not dry_run:
-        check_place(directory / SETTINGS_FILE)
+    check_directory(directory)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     make = partial(

@@ -20,7 +20,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, Variant
 from lora_init.errors import LoraInitError, did_you_mean, is_number
-from lora_init.files import locked, parse_json, read_json, write_whole
+from lora_init.files import check_output, locked, parse_json, read_json, write_whole
 
 Record = dict[str, Any]
 
@@ -327,16 +327,22 @@ class RunDirectory:
         self.records[run] = kept
 
 
-@contextmanager
-def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
-    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
-    path.mkdir(parents=True, exist_ok=True)
+def check_directory(path: Path) -> None:
+    """Check that a comparison may be written here: one is there, or nothing."""
+    check_output(path, "folder")
     # Names with a dot are those of the lock, and of temporary files that a kill has left.
-    others = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {RUNS}
-    if not (path / SETTINGS_FILE).exists() and others:
+    there = path.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).exists() else ()
+    if {entry.name for entry in there if not entry.name.startswith(".")} - {RUNS}:
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
+
+
+@contextmanager
+def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
+    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
+    check_directory(path)
+    path.mkdir(parents=True, exist_ok=True)
     with locked(path, "Wait until that comparison has ended, or name another directory."):
         there = peek(path, settings)
         (path / RUNS).mkdir(exist_ok=True)

@@ -320,7 +320,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(LoraInitError, match="holds no comparison"):
         keep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+    with pytest.raises(LoraInitError, match=r"thesis\.tex is a file, and a directory is needed"):
         keep(tmp_path / "thesis.tex")
     assert peek(tmp_path, settings()) == {}
 
