@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import shlex
 import sys
@@ -43,8 +42,9 @@ from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
-from lora_init.errors import LoraInitError, is_number, require
+from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
+from lora_init.loading.models import find_device
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import SCALING, alpha_for
 
@@ -182,6 +182,7 @@ def compare(
     """
     _check_asked(model, rank, ray)
     options = _read_options(loading)
+    find_device(options.device)
     batches = _read_batches(statistics_batches)
     names, own = _read_starts([RANDOM, DEFAULT, DEFAULT_FOR_CLASSES] if starts is None else starts, full, bank)
     budget = RunBudget(time, precision)
@@ -259,7 +260,12 @@ def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return where those of the user's own come from beside them, by name."""
-    starts = [starts] if isinstance(starts, str) else starts
+    if isinstance(starts, str):
+        if "," in starts:
+            raise LoraInitError(
+                f"starts={starts!r} is one text. Pass a list: starts={[*map(str.strip, starts.split(','))]}."
+            )
+        starts = [starts]
     starts = [*starts, FULL] if full and FULL not in starts else list(starts)
     if starts and RANDOM not in starts:
         starts = [RANDOM, *starts]  # which all are compared with
@@ -310,8 +316,8 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
     known = [field.name for field in fields(Loading)]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, *inspect.signature(compare).parameters], n=1, cutoff=0.0)
-            raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close[0]!r}.")
+            every = [*known, *inspect.signature(compare).parameters]
+            raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
     return Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
 
 

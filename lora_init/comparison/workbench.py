@@ -371,6 +371,7 @@ def set_up(
     folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
+    adapters = None if bank is None else open_bank(bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     source.check_quantized(options.quantize)
@@ -410,7 +411,6 @@ def set_up(
             "classifiers with --label COLUMN."
         )
     shape = replace(shape, task_type=loaded.task_type)
-    adapters = None if bank is None else open_bank(bank)
     if adapters is not None:
         check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
     return Workbench(
