@@ -33,10 +33,8 @@ class RunBudget:
     def __post_init__(self) -> None:
         for name, value, most in (("time", self.seconds, math.inf), ("precision", self.precision, 1.0)):
             if value is not None and not (is_number(value) and 0.0 < value < most):
-                what = (
-                    "number above zero and below 1, such as 0.01" if most == 1.0 else "number of seconds, such as 1200"
-                )
-                raise LoraInitError(f"{name}={value!r}: expected a {what}.")
+                below = f" and below {most:g}, such as 0.01" if most < math.inf else ", in seconds"
+                raise LoraInitError(f"{name}={value!r}: expected a number above zero{below}.")
 
     @property
     def limited(self) -> bool:

@@ -220,6 +220,7 @@ def compare(
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
     if narrow := next((target for target in targets if rank > target.in_features), None):
         raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
+    bench.check(plan.starts)
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)

@@ -51,7 +51,7 @@ def home(tmp_path_factory):
 INIT = ["init", "llama", "text.jsonl", "-o", "out"]
 COMPARE = ["compare", "llama", "rows.jsonl", "--template", "{passage}", "-o", "out"]
 COMMANDS = {
-    "rate above one": ([*COMPARE, "--learning-rates", "5"], "--learning-rates [5.0]: expected numbers between 0 and 1"),
+    "rate above one": ([*COMPARE, "--learning-rates", "5"], "--learning-rates [5.0]: expected positive numbers below 1"),
     "fractional classes": (
         ["init", "bert", "scores.csv", "--template", "{text}", "--label", "score", "-o", "out"],
         "column 'score' has 10 different numbers with fractions, from 0 to 0.9. They are measured values, not classes",
@@ -131,7 +131,7 @@ CALLS = {
         lambda compare: compare(seed=3), r"compare\(\) has no argument seed=\. Did you mean seeds\?",
     ),
     "a duration in words": (
-        lambda compare: compare(time="20m"), "time='20m': expected a number of seconds, such as 1200",
+        lambda compare: compare(time="20m"), "time='20m': expected a number above zero, in seconds",
     ),
     "starts in one text": (
         lambda compare: compare(starts="random,eva"),
