@@ -259,13 +259,8 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def rate_means(table: pd.DataFrame) -> pd.Series:
-    """Compute the mean final loss by start and rate, over the seeds that all have, or over each one's own if none.
-
-    With `halving` the seeds that all have are those of the sweep.
-    """
-    losses = table[table["counts"]].pivot(index=["start", "learning_rate"], columns="seed", values="loss")
-    shared = losses.dropna(axis="columns")
-    return (losses if shared.empty else shared).mean(axis="columns")
+    """Compute the mean final loss by start and rate, over all seeds that the rate was run with."""
+    return table[table["counts"]].groupby(["start", "learning_rate"])["loss"].mean()
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, float]:

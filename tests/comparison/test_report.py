@@ -68,7 +68,7 @@ def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
         assert setting in words
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert len(page.links) == sum(file.suffix == ".png" for file in files)
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
     assert "url(" not in text and "@import" not in text
 
 
