@@ -204,6 +204,10 @@ def compare(
     )  # fmt: skip
     bench = make(training=asked.training())
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
+    targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
+    if narrow := next((target for target in targets if rank > target.in_features), None):
+        raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
+    bench.check(plan.starts)
     if learning_rates is None:
         asked = replace(asked, rates=bench.measured_rates(plan.starts, blank=dry_run))
     lay_out = partial(asked.lay_out, bench, plan)
@@ -217,10 +221,6 @@ def compare(
     settings |= {} if size == SIZES[0] else {"size": asdict(size)}
     packages = {name: start.package for name in plan.starts if (start := Variant(name).start) and start.package}
     settings |= {"packages": packages} if packages else {}
-    targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
-    if narrow := next((target for target in targets if rank > target.in_features), None):
-        raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
-    bench.check(plan.starts)
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)

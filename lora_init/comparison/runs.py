@@ -84,9 +84,9 @@ class RunPlan:
         if (
             not (rates or self.recommended)
             or len(set(rates)) < len(rates)
-            or not all(0.0 < rate < 1.0 for rate in rates)
+            or not all(0.0 < rate <= 1.0 for rate in rates)
         ):
-            raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers below 1, each once.")
+            raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers up to 1, each once.")
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise LoraInitError(f"seeds={list(seeds)}: expected whole numbers from 0 on, each once.")
         if self.sweep not in ("halving", "full"):

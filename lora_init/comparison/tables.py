@@ -212,7 +212,7 @@ PARTS = {
     ),
     "learning_rates": Part(
         "Final loss by learning rate",
-        "Means over the seeds of a rate, and a dot for each run. The large marker, in the table a star, is the rate at which a "
+        "Means over seeds, and a dot for each run. The large marker, in the table a star, is the rate at which a "
         "start is compared; a cross is a rate at which a run was unstable. Grey is random. What lies far above is "
         "left out.",
         _rates,

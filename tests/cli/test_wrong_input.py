@@ -51,7 +51,9 @@ def home(tmp_path_factory):
 INIT = ["init", "llama", "text.jsonl", "-o", "out"]
 COMPARE = ["compare", "llama", "rows.jsonl", "--template", "{passage}", "-o", "out"]
 COMMANDS = {
-    "rate above one": ([*COMPARE, "--learning-rates", "5"], "--learning-rates [5.0]: expected positive numbers below 1"),
+    "rate above one": (
+        [*COMPARE, "--learning-rates", "5"], "--learning-rates [5.0]: expected positive numbers up to 1",
+    ),
     "fractional classes": (
         ["init", "bert", "scores.csv", "--template", "{text}", "--label", "score", "-o", "out"],
         "column 'score' has 10 different numbers with fractions, from 0 to 0.9. They are measured values, not classes",

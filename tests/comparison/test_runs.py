@@ -173,7 +173,7 @@ def test_what_is_run_beside_the_starts():
     [
         (
             dict(learning_rates=[1e-3, 0.0]),
-            r"learning_rates=\[0.001, 0.0\]: expected positive numbers below 1, each once",
+            r"learning_rates=\[0.001, 0.0\]: expected positive numbers up to 1, each once",
         ),
         (dict(learning_rates=[-1e-3]), r"learning_rates=\[-0.001\]"),
         (dict(learning_rates=[float("nan")]), r"learning_rates=\[nan\]"),
