@@ -122,9 +122,9 @@ def initialize(
     if asked.run.progress is not False and door.trainer.is_world_process_zero():
         made, ranks = init.provenance, sorted(init.ranks.values())
         of = f"{made.n_batches} batches of {door.trainer.args.per_device_train_batch_size} examples"
-        rank = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
+        of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
         took = f"{of}, {time.perf_counter() - began:.1f} s"
-        print(f"{init.method}: {len(ranks)} layers, rank {rank}, {took}. {init.how_to_train}", file=sys.stderr)
+        print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
     return adapted
 
 

@@ -41,16 +41,10 @@ _LIBRARIES = {
 
 # What commands write, by argument, as for `check_output`: looked at before anything else.
 WRITES = {
-    "init": {"output": "directory"},
-    "ranks": {"output": "file", "plot": "file"},
-    "merge": {"output": "file"},
-    "compare": {"output": "folder"},
-    "dial": {"output": "directory"},
-    "replay": {"output": "file"},
-    "export": {"output": ""},  # which depends on the engine
-    "add": {"bank": "folder"},
-    "train": {"bank": "folder"},
-}
+    "init": {"output": "directory"}, "dial": {"output": "directory"}, "compare": {"output": "folder"},
+    "ranks": {"output": "file", "plot": "file"}, "merge": {"output": "file"}, "replay": {"output": "file"},
+    "export": {"output": ""}, "add": {"bank": "folder"}, "train": {"bank": "folder"},
+}  # fmt: skip
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.

@@ -21,16 +21,7 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import (
-    SETTINGS_FILE,
-    Record,
-    Run,
-    RunPlan,
-    check_directory,
-    open_runs,
-    peek,
-    read_settings,
-)
+from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, check_there, open_runs, peek, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
 from lora_init.comparison.starts import (
     AdapterShape,
@@ -195,7 +186,7 @@ def compare(
     )
     asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
     directory = Path(output).expanduser().absolute()
-    check_directory(directory)
+    check_there(directory)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     make = partial(
@@ -261,12 +252,9 @@ def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return where those of the user's own come from beside them, by name."""
-    if isinstance(starts, str):
-        if "," in starts:
-            raise LoraInitError(
-                f"starts={starts!r} is one text. Pass a list: starts={[*map(str.strip, starts.split(','))]}."
-            )
-        starts = [starts]
+    if isinstance(starts, str) and "," in starts:
+        raise LoraInitError(f"starts={starts!r} is one text. Pass a list: starts={starts.split(',')}.")
+    starts = [starts] if isinstance(starts, str) else starts
     starts = [*starts, FULL] if full and FULL not in starts else list(starts)
     if starts and RANDOM not in starts:
         starts = [RANDOM, *starts]  # which all are compared with

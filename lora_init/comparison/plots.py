@@ -92,7 +92,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
     out = io.BytesIO()
     with matplotlib.rc_context(_LOOK):  # labels of ticks are made as they are drawn
         unsaid = {"Software": None} if kind == "png" else {"Date": None}
-        figure.savefig(out, format=kind, dpi=300, facecolor="white", metadata=unsaid)
+        figure.savefig(out, format=kind, dpi=200, facecolor="white", metadata=unsaid)
     return out.getvalue()
 
 

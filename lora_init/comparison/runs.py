@@ -322,7 +322,7 @@ class RunDirectory:
         self.records[run] = kept
 
 
-def check_directory(path: Path) -> None:
+def check_there(path: Path) -> None:
     """Check that a comparison may be written here: one is there, or nothing."""
     check_output(path, "folder")
     # Names with a dot are those of the lock, and of temporary files that a kill has left.
@@ -336,7 +336,7 @@ def check_directory(path: Path) -> None:
 @contextmanager
 def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
     """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
-    check_directory(path)
+    check_there(path)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, "Wait until that comparison has ended, or name another directory."):
         there = peek(path, settings)

@@ -176,9 +176,7 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     turns = [_turn(message) for message in _without_nulls(messages)]
     for number, turn in enumerate(turns, 1):
         if not turn.keys() - {"role", "name"}:
-            raise LoraInitError(
-                f"message {number}, of {turn['role']!r}, has no content. Write it, or leave out the row."
-            )
+            raise LoraInitError(f"message {number}, of {turn['role']!r}, has no content. Leave out the row.")
     options = _without_nulls(row.get("chat_template_kwargs") or {})
 
     def render(some: Sequence[Mapping[str, Any]], answer_next: bool = False) -> str:

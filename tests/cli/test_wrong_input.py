@@ -75,14 +75,14 @@ COMMANDS = {
     ),
     "no content": (
         ["init", "chat", "silent.jsonl", "-o", "out"],
-        "silent.jsonl, line 5: message 2, of 'assistant', has no content. Write it, or leave out the row.",
+        "silent.jsonl, line 5: message 2, of 'assistant', has no content. Leave out the row.",
     ),
     "no value": (["init", "chat", "sharegpt.jsonl", "-o", "out"], "line 1: message 2, of 'assistant', has no content"),
     "cut line": (["init", "llama", "cut.jsonl", "-o", "out"], "cut.jsonl, line 8 is not JSON: "),
     "cut file": (["init", "llama", "ended.jsonl", "-o", "out"], "ended.jsonl, line 8 is not JSON: Unterminated string"),
     "more than was collected": (
         ["init", "llama", "-o", "out", "--rank", 32, "--statistics", "rank8.safetensors"],
-        "--rank 32 lets a layer have rank 48, and 'model.layers.0.self_attn.q_proj' and 13 other layers would take "
+        "--rank 32 lets a layer have rank 32, and 'model.layers.0.self_attn.q_proj' and 13 other layers would take "
         "more than the 16 components that were collected.",
     ),
     "smallest above largest": (
