@@ -241,7 +241,7 @@ def _check_text(label: str, file: Path, kind: str) -> None:
 def _check_lines(files: Sequence[str]) -> None:
     """Find the line of JSON lines that is none, as of a file that was cut off."""
     for file in (Path(name) for name in files if _suffix(Path(name)) == ".jsonl"):
-        with _opened(file) as lines:
+        with suppress(OSError, EOFError, zlib.error), _opened(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     json.loads(line.strip() or "0")
