@@ -42,17 +42,30 @@ def check_writable(path: str | Path, overwrite: bool, kind: str) -> None:
     An existing file is replaced only if `overwrite`, and only if it is of the same kind, one of `_BEGINNINGS`.
     """
     path = Path(path).expanduser()
-    if not path.parent.is_dir():
-        raise LoraInitError(f"{path}: there is no directory {path.parent}. Create it first.")
+    check_output(path, "file")
     if path.exists():
         article = "an" if kind.startswith(("SVG", "HTML")) else "a"
-        if not path.is_file() or not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
+        if not re.match(_BEGINNINGS[kind], _beginning(path), re.DOTALL):
             raise LoraInitError(
                 f"{path} exists and is not {article} {kind}, so it is never replaced. Choose another name."
             )
         if not overwrite:
             raise LoraInitError(f"{path} exists. Choose another name, or pass --overwrite to replace this {kind}.")
-    check_place(path)
+
+
+def check_output(path: Path, what: str) -> None:
+    """Check that there is room for what a command writes: a `"file"`, a `"directory"`, or files into a `"folder"`.
+
+    Whether something that is there may be replaced is for `check_writable` and `check_free`. Empty is for any of them.
+    """
+    path = path.expanduser()
+    if what == "file" and not path.parent.is_dir():
+        raise LoraInitError(f"{path}: there is no directory {path.parent}. Create it first.")
+    if what == "file" and path.is_dir():
+        raise LoraInitError(f"{path} is a directory, and a file is needed. Choose another name.")
+    if what in ("directory", "folder") and path.exists() and not path.is_dir():
+        raise LoraInitError(f"{path} is a file, and a directory is needed. Choose another name.")
+    check_place(path / "file" if what == "folder" else path)
 
 
 def check_place(path: Path) -> None:
@@ -168,14 +181,14 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
     """
     # resolve() follows a symbolic link to a directory: the target is replaced, the link stays.
     final = Path(directory).expanduser().resolve()
-    _check_content(final, overwrite, marker, replaceable)
+    check_free(final, overwrite, marker, replaceable)
     fresh, old = _temporary(final, "tmp"), _temporary(final, "old")
     _sweep(final, "tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
-        _check_content(final, overwrite, marker, replaceable)  # another process may have written meanwhile
+        check_free(final, overwrite, marker, replaceable)  # another process may have written meanwhile
         if final.exists():
             final.rename(old)
         fresh.rename(final)
@@ -195,15 +208,9 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
 
 def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
     """Check that `new_directory` may write here, and can, so that nobody finds out after the work."""
-    _check_content(final, overwrite, marker, replaceable)
-    check_place(final)
-
-
-def _check_content(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
+    check_output(final, "directory")
     if final.is_mount():
         raise LoraInitError(f"{final} is a mount point, which cannot be replaced. Name a directory in it.")
-    if final.exists() and not final.is_dir():
-        raise LoraInitError(f"{final} is a file, and a directory is needed. Choose another name.")
     present = sorted(entry.name for entry in final.iterdir()) if final.is_dir() else []
     if not present:
         return

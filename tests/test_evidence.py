@@ -48,7 +48,9 @@ def test_results_name_no_path_of_the_machine_that_made_them():
 def test_its_report_is_what_the_runs_say(study, tmp_path, monkeypatch):
     for name in (PACKED, SETTINGS_FILE):
         shutil.copy(RESULTS / study / name, tmp_path)
-    monkeypatch.setattr(report, "pictures", lambda _: {file.stem: b"" for file in (RESULTS / study).glob("*.png")})
+    monkeypatch.setattr(
+        report, "pictures", lambda _: {file.stem: dict(svg=b"", png=b"") for file in (RESULTS / study).glob("*.png")}
+    )
     report.write_report(tmp_path)
     committed = (RESULTS / study / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == committed, AGAIN

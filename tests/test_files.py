@@ -54,7 +54,7 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_if_asked(tmp_path, ki
 
 
 def test_a_directory_is_no_file_and_has_to_exist(tmp_path):
-    with pytest.raises(LoraInitError, match="is not a plan, so it is never replaced"):
+    with pytest.raises(LoraInitError, match="is a directory, and a file is needed"):
         check_writable(tmp_path, True, "plan")
     with pytest.raises(LoraInitError, match=r"there is no directory .*none. Create it first"):
         check_writable(tmp_path / "none" / "plan.json", False, "plan")

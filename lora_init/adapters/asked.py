@@ -211,7 +211,8 @@ class Asked:
         known = {one.name for _, part in cls()._parts() for one in fields(part)}
         for name in given:
             if name not in known:
-                raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, sorted(known))}")
+                every = sorted({*known, "tokenizer", "config", "adapter_name"})  # which `initialize` takes by itself
+                raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, every)}")
         return cls(method=method, given=given).but(**given)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,7 +107,7 @@ def initialize(
             return _applied(adapter_for(carrier, *carrier.feed(batches, read), tokenizer, start), carrier, adapter_name)
     if config is not None:
         raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
-    door = find_trainer(model)
+    began, door = time.perf_counter(), find_trainer(model)
     start = choose_start(method, classifies or door.classifies)
     with door.opened(asked, start) as (read, own):
         source, reads_with = (own, None) if batches is None else (batches, tokenizer)
@@ -117,6 +119,12 @@ def initialize(
     elif door.is_measured and init.rate:
         for said in init.rate.far_off(door.trainer.args):
             warnings.warn(said, stacklevel=2)
+    if asked.run.progress is not False and door.trainer.is_world_process_zero():
+        made, ranks = init.provenance, sorted(init.ranks.values())
+        of = f"{made.n_batches} batches of {door.trainer.args.per_device_train_batch_size} examples"
+        of_layer = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
+        took = f"{of}, {time.perf_counter() - began:.1f} s"
+        print(f"{init.method}: {len(ranks)} layers, rank {of_layer}, {took}. {init.how_to_train}", file=sys.stderr)
     return adapted
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -195,6 +195,15 @@ def build(
     return made(gamma=shape.gamma)
 
 
+def _check_tokens(source: Any) -> None:
+    """Refuse texts where batches are wanted."""
+    first = source[0] if isinstance(source, (list, tuple)) and source else None
+    values = first.values() if isinstance(first, Mapping) else [first]
+    if any(isinstance(one, str) or (isinstance(one, list) and one and isinstance(one[0], Mapping)) for one in values):
+        columns = f" with the columns {', '.join(map(str, first))}" if isinstance(first, Mapping) else ""
+        raise LoraInitError(f"batches are rows of text{columns}, and tokens are needed. Pass tokenizer=, the model's.")
+
+
 def adapter_for(carrier: Carrier, source: Any, asked: Asked, tokenizer: Any, start: Start) -> AdapterInit:
     """Go the whole way for a model at hand; all processes of a group do it together."""
     check(asked, start)
@@ -204,6 +213,7 @@ def adapter_for(carrier: Carrier, source: Any, asked: Asked, tokenizer: Any, sta
         idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
         if idle:
             raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
+        _check_tokens(source)
         found: tuple[Any, Sequence[Any]] = as_batches(source, model, asked.run.seed), ()
     else:
         known = classes_of(getattr(model, "config", None))

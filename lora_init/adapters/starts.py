@@ -385,4 +385,6 @@ def _load(name: str) -> Start:
         raise LoraInitError(
             f"{where}: its function asks for {', '.join(strange)}, and there is {', '.join(PROVIDERS)}. Rename them."
         )
+    if start.needs not in ("nothing", *start.needed):
+        raise LoraInitError(f"{where}: needs={start.needs!r}, and its function takes nothing of the kind. Add it.")
     return start

@@ -175,7 +175,7 @@ def compare(
         say(f"{found.directory / 'report.html'}: written")
         if (found.directory / "best").exists():
             say(f"{found.directory / 'best'}: the trained adapter of the best start")
-    if found.records and all(record["status"] == "failed" for record in found.records):
+    if any(record["status"] == "failed" for record in found.records):
         raise SystemExit(FAILED)
 
 

@@ -19,6 +19,7 @@ import typer
 from typer import Option
 
 from lora_init.errors import explain, require
+from lora_init.files import check_output
 from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ _LIBRARIES = {
     "export --reduce-intruders": ("scipy",),
     **{f"export --engine {name}": engine.libraries for name, engine in ENGINES.items()},
 }
+
+# What commands write, by argument, as for `check_output`: looked at before anything else.
+WRITES = {
+    "init": {"output": "directory"}, "dial": {"output": "directory"}, "compare": {"output": "folder"},
+    "ranks": {"output": "file", "plot": "file"}, "merge": {"output": "file"}, "replay": {"output": "file"},
+    "export": {"output": ""}, "add": {"bank": "folder"}, "train": {"bank": "folder"},
+}  # fmt: skip
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 # Output that goes to a file or a pipe: wide enough for the ranks of 30 blocks.
@@ -150,6 +158,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         _common(context, quiet, verbose, as_json)
         with one_line_errors():
             require(*_libraries(context.command.name, options))
+            for name, what in WRITES.get(context.command.name or "", {}).items():
+                if options[name] is not None:
+                    check_output(options[name], what)
             asked = {name: options.get(name) for name in ("template", "completion", "format", "label")}
             _running.reading = None if options.get("options") else tuple(asked.values())
             for name, kind in shared.items():

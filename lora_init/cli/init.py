@@ -150,7 +150,7 @@ def init(
     asked = Asked(method, reading, sample, ranks, layers, shape, run)
     pipeline.check(asked, start, output=output, overwrite=overwrite)
     find_device(device)
-    plan, rank, rho = _budget(ranks_from, ranks, there)
+    plan, rank, rho = _budget(ranks_from, ranks, there, data)
     asked = asked.but(rank=rank)
     with busy(f"reading {model} and the data"):
         needs_loss = (run.gradients or start.by_gradient) and data is not None
@@ -234,7 +234,10 @@ def _is_from_bank(method: str | None, bank: Path | None, data: str | None) -> bo
     from_bank = method == FROM_BANK
     if from_bank != (bank is not None) or (from_bank and data is None):
         raise LoraInitError("--method from-bank and --bank go together, and need DATA: examples of the new task.")
-    if from_bank:
+    if bank is not None:
+        from lora_init.bank.store import open_bank
+
+        open_bank(bank)
         _refuse_idle(_OF_OWN_START, "a bank's adapters decide that")
     else:
         _refuse_idle(_OF_BANK, "that is for --method from-bank")
@@ -250,8 +253,6 @@ def _find_statistics(
     if label is not None and token_mask == "labels":
         raise LoraInitError(f"--label {label}: a class is no --token-mask labels. Leave it out.")
     file = statistics.expanduser() if statistics else None
-    if file is not None and not file.parent.is_dir():
-        raise LoraInitError(f"--statistics {file}: the directory {file.parent} doesn't exist. Create it first.")
     if file is not None and data is not None:
         check_writable(file, overwrite=True, kind="statistics file")
     if data is None and file is None:
@@ -281,12 +282,15 @@ def _check_start(
 
 
 def _budget(
-    ranks_from: Path | None, ranks: Ranks, there: Statistics | None
+    ranks_from: Path | None, ranks: Ranks, there: Statistics | None, data: str | None
 ) -> tuple[RankAllocation | None, int, float]:
     """Read the plan; and the rank and rho of the pass: those of a file that is there, if it serves, or of the plan."""
     from lora_init.adapters.pipeline import SPARE
+    from lora_init.planning.allocate import allocate_ranks
     from lora_init.planning.plan import load_plan
 
+    if there is not None and data is None and ranks_from is None:
+        allocate_ranks(there, ranks.rank, ranks.rho)  # refuses more than was collected
     of_file = (there.provenance.rho if there else None) or SPARE
     if ranks_from is None:
         return None, ranks.rank, max(ranks.rho, of_file)

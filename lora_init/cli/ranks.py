@@ -66,6 +66,9 @@ def read_variants(texts: Sequence[str], base: Mapping[str, Any]) -> dict[str, di
     variants = {}
     for text in texts:
         change = _pairs(text if "=" in text else f"policy={text}", f"--compare {text!r}")
+        if "=" not in text and text not in policy_names():
+            choose = did_you_mean(text, policy_names())
+            raise LoraInitError(f"--compare {text!r}: expected a policy, or a change such as 'rank=8'. {choose}")
         unknown = next((key for key in change if key not in _VARIED), None)
         if unknown is not None:
             raise LoraInitError(f"--compare {text!r}: {unknown!r} is unknown. {did_you_mean(unknown, _VARIED)}")
@@ -140,7 +143,7 @@ def _spent(plan: RankAllocation) -> str:
 
 def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
     """Set plans side by side. MB is the file's in float32; least is what is explained in the layer with least."""
-    rows = []
+    rows, first = [], next(iter(plans.values())).parameters
     for label, plan in plans.items():
         used = [rank for rank in plan.values() if rank]
         least = min((plan.explained[name] for name in plan if name not in plan.excluded), default=0.0)
@@ -151,6 +154,7 @@ def comparison_table(plans: Mapping[str, RankAllocation]) -> Table:
                 "layers": str(len(used)),
                 "total": f"{plan.total_rank:,}",
                 "params": f"{plan.parameters:,}",
+                "to first": f"{plan.parameters / first - 1:+.1%}",
                 "MB": f"{plan.megabytes():.2f}",
                 "explained": f"{plan.explained_variance:.2%}",
                 "least": f"{least:.1%}",

@@ -33,7 +33,7 @@ class RunBudget:
     def __post_init__(self) -> None:
         for name, value, most in (("time", self.seconds, math.inf), ("precision", self.precision, 1.0)):
             if value is not None and not (is_number(value) and 0.0 < value < most):
-                below = f" and below {most:g}, such as 0.01" if most < math.inf else ""
+                below = f" and below {most:g}, such as 0.01" if most < math.inf else ", in seconds"
                 raise LoraInitError(f"{name}={value!r}: expected a number above zero{below}.")
 
     @property

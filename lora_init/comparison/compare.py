@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import shlex
 import sys
@@ -22,7 +21,7 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
 from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
-from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, open_runs, peek, read_settings
+from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, check_there, open_runs, peek, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
 from lora_init.comparison.starts import (
     AdapterShape,
@@ -34,9 +33,9 @@ from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.workbench import Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
-from lora_init.errors import LoraInitError, is_number, require
-from lora_init.files import check_place
+from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
+from lora_init.loading.models import find_device
 from lora_init.planning.limits import whole_number
 from lora_init.planning.lora_config import SCALING, alpha_for
 
@@ -174,6 +173,7 @@ def compare(
     """
     _check_asked(model, rank, ray)
     options = _read_options(loading)
+    find_device(options.device)
     batches = _read_batches(statistics_batches)
     names, own = _read_starts([RANDOM, DEFAULT, DEFAULT_FOR_CLASSES] if starts is None else starts, full, bank)
     budget = RunBudget(time, precision)
@@ -186,8 +186,7 @@ def compare(
     )
     asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
     directory = Path(output).expanduser().absolute()
-    if not dry_run:
-        check_place(directory / SETTINGS_FILE)
+    check_there(directory)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
     make = partial(
@@ -196,6 +195,10 @@ def compare(
     )  # fmt: skip
     bench = make(training=asked.training())
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
+    targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
+    if narrow := next((target for target in targets if rank > target.in_features), None):
+        raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
+    bench.check(plan.starts)
     if learning_rates is None:
         asked = replace(asked, rates=bench.measured_rates(plan.starts, blank=dry_run))
     lay_out = partial(asked.lay_out, bench, plan)
@@ -209,9 +212,6 @@ def compare(
     settings |= {} if size == SIZES[0] else {"size": asdict(size)}
     packages = {name: start.package for name in plan.starts if (start := Variant(name).start) and start.package}
     settings |= {"packages": packages} if packages else {}
-    targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
-    if narrow := next((target for target in targets if rank > target.in_features), None):
-        raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)
@@ -252,6 +252,8 @@ def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return where those of the user's own come from beside them, by name."""
+    if isinstance(starts, str) and "," in starts:
+        raise LoraInitError(f"starts={starts!r} is one text. Pass a list: starts={starts.split(',')}.")
     starts = [starts] if isinstance(starts, str) else starts
     starts = [*starts, FULL] if full and FULL not in starts else list(starts)
     if starts and RANDOM not in starts:
@@ -303,8 +305,8 @@ def _read_options(given: Mapping[str, Any]) -> Loading:
     known = [field.name for field in fields(Loading)]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, *inspect.signature(compare).parameters], n=1, cutoff=0.0)
-            raise LoraInitError(f"compare() has no argument {name!r}. Closest: {close[0]!r}.")
+            every = [*known, *inspect.signature(compare).parameters]
+            raise LoraInitError(f"compare() has no argument {name}=. {did_you_mean(name, every)}")
     return Loading(**{**given, **{name: _absolute(given.get(name)) for name in ("retain_data", "replay", "weights")}})
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as PNG: learning curves, losses by rate, differences, forgetting."""
+"""The pictures of a comparison, as SVG and PNG: learning curves, losses by rate, differences, forgetting."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _WAYS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "right"))
 _PER_ROW, _WIDTH, _SMALL = 2, 2.15, 9
 _LOOK: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": _SMALL, "axes.titlesize": _SMALL, "axes.labelsize": _SMALL,
-    "xtick.labelsize": _SMALL, "ytick.labelsize": _SMALL, "text.color": INK, "text.parse_math": False,
+    "xtick.labelsize": _SMALL, "ytick.labelsize": _SMALL, "legend.fontsize": _SMALL, "text.color": INK,
+    "text.parse_math": False, "svg.hashsalt": "lora_init",
 }  # fmt: skip
 
 
@@ -62,8 +63,8 @@ def looks(starts: Iterable[str]) -> dict[str, Look]:
     return found
 
 
-def pictures(summary: Summary) -> dict[str, bytes]:
-    """Draw the pictures that there is something to draw for: PNG by name."""
+def pictures(summary: Summary) -> dict[str, dict[str, bytes]]:
+    """Draw the pictures that there is something to draw for: by name, as `svg` and `png`."""
     runs, figures = summary.table, {}
     best = runs[runs["best"]]
     styles = looks(runs["start"])
@@ -82,15 +83,16 @@ def pictures(summary: Summary) -> dict[str, bytes]:
     elif best["rise"].notna().any():
         counted = runs[runs["counts"]]
         figures["forgetting"] = _draw(panels, 2.1, lambda axes, s: _draw_forgetting(axes, s, counted, styles))
-    return {name: _png(figure) for name, figure in figures.items()}
+    return {name: {kind: _saved(figure, kind) for kind in ("svg", "png")} for name, figure in figures.items()}
 
 
-def _png(figure: Figure) -> bytes:
+def _saved(figure: Figure, kind: str) -> bytes:
     import matplotlib
 
     out = io.BytesIO()
     with matplotlib.rc_context(_LOOK):  # labels of ticks are made as they are drawn
-        figure.savefig(out, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        unsaid = {"Software": None} if kind == "png" else {"Date": None}
+        figure.savefig(out, format=kind, dpi=200, facecolor="white", metadata=unsaid)
     return out.getvalue()
 
 
@@ -119,6 +121,10 @@ def _draw(names: Sequence[str], height: float, draw: Callable[[Any, str], None])
             axes.set_title("\n".join(wrap(name.replace("+", " +"), 22)))
         for axes in places[len(names) :]:
             axes.set_visible(False)
+        drawn = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        if len(drawn) > 1:
+            figure.set_figheight(figure.get_figheight() + 0.18 * len(drawn))
+            figure.legend(drawn.values(), drawn, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -153,7 +159,7 @@ def _draw_curves(axes: Any, start: str, best: pd.DataFrame, styles: Styles) -> N
         runs = best[best["start"] == name]
         curves = pd.DataFrame(runs["report_loss"].tolist(), columns=runs["evaluation_points"].iloc[0]).iloc[:, 1:]
         color, _, line, _ = styles[name]
-        axes.plot(curves.columns, curves.mean(), line, color=color, linewidth=1.5)
+        axes.plot(curves.columns, curves.mean(), line, color=color, linewidth=1.5, label=name)
         axes.fill_between(curves.columns, curves.min(), curves.max(), color=color, alpha=0.2, linewidth=0)
     _finish(axes, "steps", "loss")
 
@@ -166,7 +172,7 @@ def _draw_rates(axes: Any, start: str, runs: pd.DataFrame, styles: Styles, limit
         own = runs[runs["start"] == name]
         counted = own[own["counts"]]
         means = counted.groupby("learning_rate")["loss"].mean()
-        axes.plot(means.index, means, line, color=color, linewidth=1.5)
+        axes.plot(means.index, means, line, color=color, linewidth=1.5, label=name)
         near = counted[counted["loss"] < limits[1]]  # no half dots at the edge
         axes.plot(near["learning_rate"], near["loss"], ".", color=color, markersize=3)
         axes.plot([best[name]], [means[best[name]]], marker, color=color, markersize=6, fillstyle=fill)
@@ -214,7 +220,7 @@ def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) 
         color, marker, line, fill = styles[name]
         own = runs[runs["start"] == name]
         curve, best = own.groupby("learning_rate")[["loss", "rise"]].mean(), own[own["best"]]
-        axes.plot(curve["loss"], curve["rise"], line, color=color, linewidth=1.2)
+        axes.plot(curve["loss"], curve["rise"], line, color=color, linewidth=1.2, label=name)
         axes.plot(best["loss"], best["rise"], ".", color=color, markersize=3)
         axes.plot(best["loss"].mean(), best["rise"].mean(), marker, color=color, markersize=6, fillstyle=fill)
     # What matters is near the best rates: rates far from them leave the picture.
@@ -238,7 +244,7 @@ def _draw_frontiers(axes: Any, names: Iterable[str], lines: pd.DataFrame, styles
     """Draw what each start raises the loss on other text by at a task loss, at the best strength; down is better."""
     axes.axvline(0, color=INK, linewidth=0.6, linestyle=":")
     for name in (name for name in names if name in lines.index):
-        axes.plot(lines.columns, lines.loc[name], styles[name].line, color=styles[name].color, linewidth=1.5)
+        axes.plot(lines.columns, lines.loc[name], styles[name].line, color=styles[name].color, label=name)
     axes.set_xlim(lines.columns[0], lines.columns[-1])
     _finish(axes, "task loss, %\nabove random's", "rise on other text")
 

@@ -37,7 +37,7 @@ def write_report(directory: str | Path) -> list[Path]:
     parts = {name: part for name, part in PARTS.items() if name in drawn or name in tables}
     content = {"summary": summary, "parts": parts, "pictures": drawn, "tables": tables}
     content |= {"settings": listed, "kept": kept}
-    files = {f"{name}.png": png for name, png in drawn.items()}
+    files = {f"{name}.png": kinds["png"] for name, kinds in drawn.items()}  # for Markdown; the page has its own, sharp
     files |= {name: fill(name, content).encode() for name in ("report.md", "report.html")}
     for name, data in files.items():
         write_whole(directory / name, data)

@@ -20,7 +20,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, Variant
 from lora_init.errors import LoraInitError, did_you_mean, is_number
-from lora_init.files import locked, parse_json, read_json, write_whole
+from lora_init.files import check_output, locked, parse_json, read_json, write_whole
 
 Record = dict[str, Any]
 
@@ -84,9 +84,9 @@ class RunPlan:
         if (
             not (rates or self.recommended)
             or len(set(rates)) < len(rates)
-            or not all(0.0 < rate < math.inf for rate in rates)
+            or not all(0.0 < rate <= 1.0 for rate in rates)
         ):
-            raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers, each once, such as 1e-4.")
+            raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers up to 1, each once.")
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise LoraInitError(f"seeds={list(seeds)}: expected whole numbers from 0 on, each once.")
         if self.sweep not in ("halving", "full"):
@@ -259,13 +259,8 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def rate_means(table: pd.DataFrame) -> pd.Series:
-    """Compute the mean final loss by start and rate, over the seeds that all have, or over each one's own if none.
-
-    With `halving` the seeds that all have are those of the sweep.
-    """
-    losses = table[table["counts"]].pivot(index=["start", "learning_rate"], columns="seed", values="loss")
-    shared = losses.dropna(axis="columns")
-    return (losses if shared.empty else shared).mean(axis="columns")
+    """Compute the mean final loss by start and rate, over all seeds that the rate was run with."""
+    return table[table["counts"]].groupby(["start", "learning_rate"])["loss"].mean()
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
@@ -327,16 +322,22 @@ class RunDirectory:
         self.records[run] = kept
 
 
-@contextmanager
-def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
-    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
-    path.mkdir(parents=True, exist_ok=True)
+def check_there(path: Path) -> None:
+    """Check that a comparison may be written here: one is there, or nothing."""
+    check_output(path, "folder")
     # Names with a dot are those of the lock, and of temporary files that a kill has left.
-    others = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {RUNS}
-    if not (path / SETTINGS_FILE).exists() and others:
+    there = path.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).exists() else ()
+    if {entry.name for entry in there if not entry.name.startswith(".")} - {RUNS}:
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
+
+
+@contextmanager
+def open_runs(path: Path, settings: Mapping[str, Any]) -> Iterator[RunDirectory]:
+    """Make the directory of a comparison, or go on with what is there; no other process can meanwhile."""
+    check_there(path)
+    path.mkdir(parents=True, exist_ok=True)
     with locked(path, "Wait until that comparison has ended, or name another directory."):
         there = peek(path, settings)
         (path / RUNS).mkdir(exist_ok=True)

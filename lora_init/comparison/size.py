@@ -93,9 +93,23 @@ def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget
     raise LoraInitError(
         f"within {duration(budget.seconds or 0.0)} there is no answer: the least time for one is about "
         f"{duration(1.1 * needed + budget.spent)}: {', '.join(plan.starts)}, {bench.training.steps} steps of "
-        f"{pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. Give it that by time=, shorten examples by max_length=, "
-        "take fewer in a batch by batch_size=, or choose a smaller model."
+        f"{pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. {_levers(bench, plan, needed, pace)}. Or give it that by "
+        "time=, shorten examples by max_length=, take fewer in a batch by batch_size=, or choose a smaller model."
     )
+
+
+def _levers(bench: Workbench, plan: RunPlan, needed: float, pace: Pace) -> str:
+    """Write what would save time, the most first."""
+    seeds, half = SIZES[-1].seeds, bench.training.steps // 2
+    shorter = replace(bench, training=replace(bench.training, steps=half, evaluation_points=[0, half]))
+    one = replace(plan, learning_rates=[*plan.learning_rates, 1e-3][:1])
+    less = {
+        "a single one of learning_rates=": _seconds_to_answer(bench, one, seeds, pace),
+        f"seeds={seeds - 1}": _seconds_to_answer(bench, plan, seeds - 1, pace),
+        f"steps={half}": _seconds_to_answer(shorter, plan, seeds, pace),
+    }
+    saved = {name: 1.1 * (needed - left) for name, left in sorted(less.items(), key=lambda item: item[1])}
+    return "What would save time: " + ", ".join(f"{name} {duration(time)}" for name, time in saved.items())
 
 
 def _seconds_to_answer(bench: Workbench, plan: RunPlan, n_seeds: int, pace: Pace) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -216,6 +217,26 @@ class Workbench:
             ).save(file)
         return Statistics.load(file)
 
+    def check(self, starts: Iterable[Variant]) -> None:
+        """Build each start on one layer from a few batches, one's own on all: what cannot be built is known now."""
+        model, n = self.loaded.model, min(4, self.n_batches())
+        layers = [*find_targets(model, self.shape.target_modules, task_type=self.shape.task_type).layers][:1]
+        batches, one = list(self._batches(0, 0, n)), replace(self.shape, target_modules=layers)
+
+        def statistics(center: bool, gradients: bool) -> Statistics:
+            return collect(
+                model, batches, layers, task_type=one.task_type, rank=one.rank, rho=2.0, center=center, progress=False,
+                gradients=gradients, **(AS_TRAINED if gradients else {}),
+            )  # fmt: skip
+
+        basis = Basis(model, one, 0, statistics, batches, lambda: batches[:1], errors=self._errors(layers))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of so few data
+            for start in starts:
+                own = self.own.get(start.base)
+                if own or (start.start and start.start.made_by not in ("bank", "training")):
+                    prepare(start, replace(basis, own=own, shape=self.shape if own else one)).release()
+
     def n_batches(self, wanted: int | None = None) -> int:
         """Count the batches for statistics: fewer than wanted if an example would be read twice.
 
@@ -371,6 +392,7 @@ def set_up(
     folds: tuple[int | None, int | None] = (None, None),
 ) -> Workbench:
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
+    adapters = None if bank is None else open_bank(bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     source.check_quantized(options.quantize)
@@ -410,7 +432,6 @@ def set_up(
             "classifiers with --label COLUMN."
         )
     shape = replace(shape, task_type=loaded.task_type)
-    adapters = None if bank is None else open_bank(bank)
     if adapters is not None:
         check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
     return Workbench(

@@ -78,13 +78,18 @@ def recipe(
         raise LoraInitError(
             f"{label} has the columns {', '.join(names)}. Expected {expected}; name others, such as {proposal}."
         )
-    if found.is_chat and not getattr(tokenizer, "chat_template", None):
-        raise LoraInitError(
-            f"{label} has a column {found.columns[0]!r}, but this tokenizer has no chat template. "
-            "Use an instruction-tuned model's tokenizer, or name columns in a template."
-        )
+    if found.is_chat:
+        _check_chat_template(tokenizer, f"{label} has a column {found.columns[0]!r}")
     columns = [*found.columns, *(column for column in found.optional if column in names)]
     return Recipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
+
+
+def _check_chat_template(tokenizer: Any, what: str) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise LoraInitError(
+            f"{what}, but this tokenizer has no chat template, as those of base models. Use the model that was "
+            "tuned to instructions; or set tokenizer.chat_template, and save the tokenizer beside the model."
+        )
 
 
 _Parts = list[tuple[str, str | None]]  # literal text, and the column whose value follows it
@@ -167,7 +172,11 @@ def _chat(messages: Any, row: Mapping[str, Any], tokenizer: Any, first: int = 0)
     known = isinstance(messages, list) and all(isinstance(m, Mapping) and {"role", "from"} & set(m) for m in messages)
     if not known:
         raise LoraInitError("messages must be a list of {'role': ..., 'content': ...}.")
+    _check_chat_template(tokenizer, "the row has messages")
     turns = [_turn(message) for message in _without_nulls(messages)]
+    for number, turn in enumerate(turns, 1):
+        if not turn.keys() - {"role", "name"}:
+            raise LoraInitError(f"message {number}, of {turn['role']!r}, has no content. Leave out the row.")
     options = _without_nulls(row.get("chat_template_kwargs") or {})
 
     def render(some: Sequence[Mapping[str, Any]], answer_next: bool = False) -> str:
@@ -236,7 +245,7 @@ def _turn(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return message
     if who not in _ROLES:
         raise LoraInitError(f"a message is from {who!r}, and expected is one of {', '.join(_ROLES)}. Rename it.")
-    return {"role": _ROLES[who], "content": message.get("value", "")}
+    return {"role": _ROLES[who], **({"content": message["value"]} if "value" in message else {})}
 
 
 def _without_nulls(value: Any) -> Any:

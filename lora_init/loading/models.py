@@ -196,7 +196,10 @@ def find_device(device: str) -> Any:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise LoraInitError(f"device {device!r} cannot be used here: {first_line(error)}") from error
+        reason = first_line(error)
+        if reason.startswith("Expected one of"):  # two dozen names, of which most are for nobody
+            reason = "expected auto, cpu, cuda, cuda:1 or mps."
+        raise LoraInitError(f"device {device!r} cannot be used here: {reason}") from error
     return place
 
 

@@ -16,7 +16,7 @@ from lora_init.loading.sources import Rows, columns_of, read_rows
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
 IGNORED = -100  # the label of a token that has none, as in layers.masks
 _MOST_CLASSES = 100
-# Numbers with fractions are classes up to this many, as half stars are; more of them are measured values.
+# Numbers with fractions are classes if they are halves, as of stars, and up to this many; others are measured values.
 _MOST_FRACTIONS = 20
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d\d){1,2}\b")
 
@@ -107,7 +107,8 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
     found = set(named)
     numbers = {name: number for name in found if (number := _number(name)) is not None}
     are_numbers = len(numbers) == len(found)
-    if are_numbers and len(found) > _MOST_FRACTIONS and any(number % 1 for number in numbers.values()):
+    fractions = {number % 1 for number in numbers.values()} if are_numbers else set()
+    if fractions > {0.0} and (len(found) > _MOST_FRACTIONS or fractions - {0.0, 0.5}):
         raise LoraInitError(
             f"{rows.label}: column {column!r} has {len(found)} different numbers with fractions, from "
             f"{min(numbers.values()):g} to {max(numbers.values()):g}. They are measured values, not classes. Round "

@@ -186,6 +186,7 @@ def _load(label: str, **arguments: Any) -> Any:
         reason = first_line(cause or error)
         if reason.startswith(_NOTHING):
             raise LoraInitError(f"{label}: {_EMPTY}") from error
+        _check_lines(arguments.get("data_files", ()))
         raise LoraInitError(f"{label}: datasets cannot read it: {reason}") from error
 
 
@@ -235,6 +236,18 @@ def _check_text(label: str, file: Path, kind: str) -> None:
         raise LoraInitError(
             f"{label}: its columns are separated by {separator}, expected a comma. Save it with commas{remedy}."
         )
+
+
+def _check_lines(files: Sequence[str]) -> None:
+    """Find the line of JSON lines that is none, as of a file that was cut off."""
+    for file in (Path(name) for name in files if _suffix(Path(name)) == ".jsonl"):
+        with suppress(OSError, EOFError, zlib.error), _opened(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    json.loads(line.strip() or "0")
+                except ValueError as error:
+                    place = f"{file.resolve().parent.name}/{file.name}, line {number}"
+                    raise LoraInitError(f"{place} is not JSON: {first_line(error)} Is it cut off?") from error
 
 
 def _as_written(table: Any, files: Sequence[str]) -> Any:

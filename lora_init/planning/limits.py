@@ -44,7 +44,10 @@ class Limits:
                 checked[key] = _rank_list(value, f"{where}allowed_ranks")
             else:
                 checked[key] = whole_number(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
-        return replace(self, **checked)
+        changed = replace(self, **checked)
+        if changed.max_rank is not None and changed.min_rank > changed.max_rank:
+            raise LoraInitError(f"{where}min_rank={changed.min_rank} is above max_rank={changed.max_rank}. Lower it.")
+        return changed
 
     def __str__(self) -> str:
         default = asdict(Limits())

@@ -260,7 +260,10 @@ def load_plan(path: str | Path) -> RankAllocation:
     try:
         content = read_json(path)
     except OSError as error:
-        raise LoraInitError(f"{path}: the plan could not be read: {error.strerror or error}.") from error
+        reason = error.strerror or error
+        raise LoraInitError(
+            f"{path}: the plan could not be read: {reason}. Name a file that `lora-init ranks --output` wrote."
+        ) from error
     if content.get("format") != FORMAT:
         raise LoraInitError(f"{path} is not a plan of lora_init. `lora-init ranks STATS --output FILE` writes one.")
     version = content.get("format_version")

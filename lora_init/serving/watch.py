@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, explain
 from lora_init.layers.running import evaluating
 from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, diagnose
@@ -140,12 +140,13 @@ class ServingCallback(TrainerCallback):
     """Check the engine in a training loop, and warn, or stop the run, if it does not serve what is trained.
 
     A step is noted when it begins and asked about when it ends: trainers that generate, such as TRL's `GRPOTrainer`,
-    send the weights to their engine in between.
+    send the weights to their engine in between. An engine that fails or does not answer is a fault, too; each kind of
+    fault is warned of once.
 
     Args:
         watch: What to ask.
         every: Number of steps between two checks.
-        stop: End the run; default is to warn.
+        stop: End the run with a checkpoint, unless `save_strategy` is `"no"`. Default is to warn and to go on.
     """
 
     def __init__(self, watch: ServingWatch, every: int = 10, stop: bool = False) -> None:
@@ -153,6 +154,7 @@ class ServingCallback(TrainerCallback):
             raise LoraInitError(f"every={every}: a number of steps of at least 1 is needed.")
         self.watch, self.every, self.stop = watch, every, stop
         self.found: dict[int, Verification] = {}  # by step
+        self._warned: set[str] = set()  # kinds of faults
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -168,9 +170,18 @@ class ServingCallback(TrainerCallback):
         step = state.global_step - 1
         if not state.is_world_process_zero or state.global_step % self.every:
             return
-        self.found[step] = found = self.watch.check(model, step)
-        if found.verdict in (AS_TRAINED, CANNOT_TELL):
-            return
-        warnings.warn(f"step {step}: the engine does not serve what is trained: {found.text}", stacklevel=2)
+        try:
+            self.found[step] = found = self.watch.check(model, step)
+        except Exception as error:  # of an engine that is asked by a function: whatever that raises
+            text = explain(error)
+            kind, fault = text.partition(": ")[0], f"what the engine serves could not be checked: {text}"
+        else:
+            if found.verdict in (AS_TRAINED, CANNOT_TELL):
+                return
+            kind, fault = found.verdict, f"the engine does not serve what is trained: {found.text}"
+        if kind not in self._warned:
+            warnings.warn(f"step {step}: {fault}", stacklevel=2)
+        self._warned.add(kind)
         if self.stop:
             control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"

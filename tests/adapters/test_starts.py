@@ -110,7 +110,10 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
 
 def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_else(packages, stats):
     broken = ImportError("no module named 'jax'\nand more")
-    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text", ends=SystemExit(7))
+    idle = Start("idle", "", needs="weights", function=leading)
+    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text", ends=SystemExit(7), idle=idle)
+    with pytest.raises(LoraInitError, match=r"start 'idle' .*: needs='weights', and its function takes nothing of the"):
+        find_start("idle")
     with pytest.warns(UserWarning, match="start 'eva' of an unknown package is not used"):
         assert find_start("eva").package == ""
     assert build_adapter(stats, RANK, "eva").n_parameters() > 0

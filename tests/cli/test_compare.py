@@ -154,9 +154,14 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_where_every_run_fails_the_command_does(command, monkeypatch):
-    def no_room(*_):
-        raise MemoryError("no room")
+@pytest.mark.parametrize("failing", ["random", "eva-rho1"])
+def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
+    fill = Workbench._fill
+
+    def no_room(bench, record, run, *others):
+        if run.start == failing:
+            raise MemoryError("no room")
+        return fill(bench, record, run, *others)
 
     monkeypatch.setattr(Workbench, "_fill", no_room)
     assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())

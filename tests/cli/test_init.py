@@ -597,7 +597,7 @@ def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch)
         ({"--label": "kind"}, ["--label 'kind' is not a column. Columns of"]),
         ({"--label": "text", "--token-mask": "labels"}, ["--label text: a class is no --token-mask labels"]),
         ({"--lora-alpha": "-1"}, ["--lora-alpha -1"]),
-        ({"--statistics": "nowhere/s"}, ["the directory nowhere doesn't exist"]),
+        ({"--statistics": "nowhere/s"}, ["nowhere/s: there is no directory nowhere. Create it first."]),
         ({"--statistics": "text.txt"}, ["text.txt"]),
         ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
         ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),

@@ -82,7 +82,9 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
     assert run(tmp_path / "own", "a", "--overwrite", output="own").exit_code == 0
     assert Statistics.load(tmp_path / "own").provenance.n_batches == 7
     (tmp_path / "directory").mkdir()
-    assert_one_line_error(run("a", "b", "--overwrite", output="directory"), "is not a statistics file")
+    assert_one_line_error(
+        run("a", "b", "--overwrite", output="directory"), "directory is a directory, and a file is needed"
+    )
     assert_one_line_error(run("a", "b", output="own/below"), "there is no directory")
 
 

@@ -48,6 +48,16 @@ def test_the_options_are_those_of_allocate_ranks(file, tmp_path):
     assert plan.parameters <= 4000
 
 
+def test_each_row_of_a_comparison_shows_how_many_more_parameters_it_has(file):
+    shown = run(file, "--rank", 2, "--rho", 2, "--compare", "uniform", "--compare", "rank=4,policy=uniform").stdout
+    asked = (dict(rank=2), dict(rank=2, policy="uniform"), dict(rank=4, policy="uniform"))
+    first, *others = (allocate_ranks(Statistics.load(file), rho=2.0, **one).parameters for one in asked)
+    heads, *rows = shown.splitlines()
+    assert "to first" in heads
+    for row, parameters in zip(rows, [first, *others], strict=True):
+        assert f" {parameters / first - 1:+.1%} " in row
+
+
 def test_other_budgets_and_limits_reach_it_too(file):
     stats = Statistics.load(file)
     for options, arguments in (
@@ -126,7 +136,7 @@ def test_a_snippet_has_alpha_and_the_rate_of_the_default_start(file):
         (["--override", "down_proj:max_rank=x"], "--max-rank 'x': a whole number of at least 0 is needed"),
         (["--compare", "rho=x"], "--rho 'x': a finite number of at least 1 is needed"),
         (["--allowed-ranks", "8;16"], "--allowed-ranks '8;16': expected whole numbers separated by commas"),
-        (["--compare", "best"], "--policy 'best' is unknown"),
+        (["--compare", "best"], "--compare 'best': expected a policy, or a change such as 'rank=8'."),
         (["--compare", "size=3"], "--compare 'size=3': 'size' is unknown"),
         (["--compare", "rank="], "'rank=' is not of the form key=value"),
         (["--plot", "plan.pdf"], "pictures are written as"),

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora_init
+from lora_init import Start
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.tables import run_tables
@@ -22,6 +23,7 @@ from lora_init.errors import LoraInitError
 from tests.commands import save_model
 from tests.comparison.made import again, compare, without_clock
 from tests.comparisons import SMALL
+from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +314,28 @@ def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkey
     assert sorted(without_clock(again.records), key=key) == sorted(without_clock(clean.records), key=key)
 
 
+def broken_start(model, seed):
+    raise TypeError("got an unexpected keyword argument 'r'")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("kind", ["a function", "an adapter of another base", "a package"])
+def test_a_start_that_cannot_be_built_is_refused_before_the_first_run(
+    kind, dry_run, home, tmp_path, monkeypatch, installed
+):
+    monkeypatch.setattr(workbench, "train", lambda *_, **__: pytest.fail("a run began"))
+    start, said = ("mine", broken_start), "start 'mine': its function raised TypeError: got an unexpected keyword"
+    if kind == "an adapter of another base":
+        again(tiny_llama(num_hidden_layers=3), 0).save_pretrained(tmp_path / "theirs")
+        start, said = ("mine", tmp_path / "theirs"), "start 'mine': "
+    if kind == "a package":
+        installed("lora_init.starts", theirs=Start("theirs", "", function=lambda rank: rank + "x"))
+        start, said = "theirs", r"start 'theirs' \(an unknown package\): its function raised TypeError: unsupported"
+    with pytest.raises(LoraInitError, match=said):
+        compare(home, tmp_path / "out", starts=["random", start], dry_run=dry_run)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_an_error_in_the_code_is_not_a_failed_run(home, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("shapes do not fit")
@@ -451,8 +475,8 @@ def test_a_dry_run_writes_nothing_and_says_which_starts_are_not_as_recommended(h
         (dict(label="kind"), "label='kind' is not a column"),
         (dict(report_samples=111), "1 examples to train on, 8 to select by and 111 to report"),
         (dict(report_samples=0), "report_samples=0: expected at least 1"),
-        (dict(report_sample=12), "compare() has no argument 'report_sample'. Closest: 'report_samples'."),
-        (dict(learning_rate=1e-3), "compare() has no argument 'learning_rate'. Closest: 'learning_rates'."),
+        (dict(report_sample=12), "compare() has no argument report_sample=. Did you mean report_samples?"),
+        (dict(learning_rate=1e-3), "compare() has no argument learning_rate=. Did you mean learning_rates?"),
     ],
 )
 def test_bad_input(home, tmp_path, changes, message):
@@ -463,7 +487,7 @@ def test_bad_input(home, tmp_path, changes, message):
 
 
 def test_a_misspelt_argument_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(LoraInitError, match=r"has no argument 'dtpye'\. Closest: 'dtype'"):
+    with pytest.raises(LoraInitError, match=r"has no argument dtpye=\. Did you mean dtype\?"):
         lora_init.compare("no/such/model", "no-such-data.jsonl", tmp_path / "out", dtpye="bfloat16")
     with pytest.raises(LoraInitError, match="takes a directory or hub id in this place and got a Linear"):
         lora_init.compare(torch.nn.Linear(2, 2), "no-such-data.jsonl", tmp_path / "out")

@@ -1,5 +1,6 @@
 """report.html, report.md and pictures: every number is in them, nothing from outside; and the adapter in best/."""
 
+import base64
 import json
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from lora_init.comparison.findings import summarise
 from lora_init.comparison.plots import difference_figure, looks
 from lora_init.comparison.report import describe_directory, write_report
 from lora_init.comparison.runs import Run
+from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import evaluate
 from lora_init.errors import LoraInitError
 from tests.comparison.made import compare, set_up_bench
@@ -68,7 +70,7 @@ def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
         assert setting in words
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert len(page.links) == sum(file.suffix == ".png" for file in files)
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
     assert "url(" not in text and "@import" not in text
 
 
@@ -288,3 +290,20 @@ def test_numbers_of_statistics_batches_are_compared(home, tmp_path):
     assert f"at most {most} batches" in said[0]
     read = [id(item) for items in bench.task.order(0, most + most_aside(4) // 4, 4) for item in items]
     assert len(set(read)) == len(read) > len(bench.task.train) - 4
+
+
+def test_a_run_has_one_mean_in_all_tables(tmp_path):
+    runs = [one for one in planted({"eva": 0.0}, noise=0.02) if one["seed"] < 2 or one["learning_rate"] == 1e-3]
+    tables = run_tables(summarise(runs, settings(sweep="halving")))
+    best, rates = (tables[name].set_index("start") for name in ("best", "learning_rates"))
+    assert list(best["runs"]) == ["3", "3"] and [cell.rstrip("*") for cell in rates["1e-3"]] == list(best["mean loss"])
+
+
+def test_pictures_of_the_page_are_svg_with_a_legend_and_the_page_says_how_to_cite(full):
+    _, folder, _ = full
+    page = Page((folder / "report.html").read_text())
+    drawn = [base64.b64decode(link.partition(",")[2]).decode() for link in page.links]
+    assert all("<svg" in svg for svg in drawn)
+    assert sum("<!-- random -->" in svg for svg in drawn) == 3  # in the legend alone: no panel is named random
+    for file in ("report.html", "report.md"):
+        assert "docs/cite.md of lora_init" in (folder / file).read_text()

@@ -171,7 +171,10 @@ def test_what_is_run_beside_the_starts():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(learning_rates=[1e-3, 0.0]), r"learning_rates=\[0.001, 0.0\]: expected positive numbers, each once"),
+        (
+            dict(learning_rates=[1e-3, 0.0]),
+            r"learning_rates=\[0.001, 0.0\]: expected positive numbers up to 1, each once",
+        ),
         (dict(learning_rates=[-1e-3]), r"learning_rates=\[-0.001\]"),
         (dict(learning_rates=[float("nan")]), r"learning_rates=\[nan\]"),
         (dict(learning_rates=[float("inf")]), r"learning_rates=\[inf\]"),
@@ -320,7 +323,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(LoraInitError, match="holds no comparison"):
         keep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+    with pytest.raises(LoraInitError, match=r"thesis\.tex is a file, and a directory is needed"):
         keep(tmp_path / "thesis.tex")
     assert peek(tmp_path, settings()) == {}
 

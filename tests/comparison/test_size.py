@@ -44,7 +44,9 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
 
 def test_where_the_least_takes_longer_the_time_for_it_is_said_but_not_to_those_who_named_the_steps(lay_out):
     with pytest.raises(
-        LoraInitError, match=r"within 1 min there is no answer: the least time for one is about 1\.\d h: random, eva"
+        LoraInitError,
+        match=r"within 1 min there is no answer: the least time for one is about 1\.\d h: random, eva.* 3 seeds\. "
+        r"What would save time: steps=12 \d+ min, .*seeds=2 \d+ min.*\. Or give it that by time=",
     ):
         fit(lay_out, SLOW, RunBudget(60.0), True)
     assert fit(lay_out, SLOW, RunBudget(60.0), False) == SIZES[0]

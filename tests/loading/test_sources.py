@@ -72,7 +72,7 @@ def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
         "missing.jsonl": "missing.jsonl': no such file or folder",
         "empty.jsonl": "the data is empty",
         "blank.csv": "the data is empty",
-        "broken.jsonl": "datasets cannot read it: .*JSON",
+        "broken.jsonl": r"broken.jsonl, line 2 is not JSON: .* Is it cut off\?",
         "image.png": r"files of this kind \(.png\). Expected one of .json, .jsonl, .csv, .tsv, .parquet, .txt",
         "nothing": "doesn't contain any data files",
         "hollow.jsonl": r"no usable example among 2 rows read as text \(2 left out with an empty field\)",

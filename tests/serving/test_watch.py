@@ -1,7 +1,10 @@
 """An engine beside a training loop: it serves the step that is trained, or what it serves otherwise is named."""
 
 import copy
+import threading
 import warnings
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from lora_init import LoraInitError, ServingCallback, ServingWatch
+from lora_init.serving.server import Server
 from tests.conftest import tiny_llama
 from tests.serving.engine import Engine, word_tokenizer
 
@@ -118,11 +122,18 @@ def test_a_fault_is_named(fault, dtype):
         assert f"it is answered as by step {last - plant}, and step {last} was expected" in found.text
 
 
-def test_a_trainer_asks_every_few_steps_warns_and_stops(tmp_path):
-    model, tokenizer = policy(), word_tokenizer()
-    engine = InProcess(model, torch.float32)
+def trainer_of(model, folder, callback, kind=Trainer, **changes):
     rows = [{"input_ids": torch.arange(6, 18) + i, "labels": torch.arange(6, 18) + i} for i in range(40)]
-    callback = ServingCallback(ServingWatch(tokenizer, PROMPTS, engine.ask, engine.base), every=2, stop=True)
+    arguments = TrainingArguments(
+        folder, max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, **changes,
+    )  # fmt: skip
+    return kind(model, arguments, train_dataset=rows, callbacks=[callback])
+
+
+def test_a_trainer_asks_every_few_steps_warns_and_stops(tmp_path):
+    model, engine = policy(), InProcess(policy(), torch.float32)
+    callback = ServingCallback(ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base), every=2, stop=True)
 
     class Synchronizing(Trainer):
         def training_step(self, model, *args, **kwargs):
@@ -130,17 +141,52 @@ def test_a_trainer_asks_every_few_steps_warns_and_stops(tmp_path):
                 engine.synchronize(model)
             return super().training_step(model, *args, **kwargs)
 
-    arguments = TrainingArguments(
-        tmp_path, max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Synchronizing(model, arguments, train_dataset=rows, callbacks=[callback])
+    trainer = trainer_of(model, tmp_path, callback, Synchronizing)
     with pytest.warns(UserWarning, match="step 5: the engine does not serve what is trained: stale: it is .* step 4"):
         trainer.train()
     assert trainer.state.global_step == 6
     assert {step: one.verdict for step, one in callback.found.items()} == {
         1: "served as trained", 3: "served as trained", 5: "stale",
     }  # fmt: skip
+
+
+def raising(error):
+    def ask(prompt):
+        raise error
+
+    return ask
+
+
+DOWN = {  # how an engine fails, and what is warned of
+    "500": "answers 500: it broke",
+    "refused": "does not answer: .* Is the server running",
+    "hangs": "gives no answer in time",
+    "a function": "unexpected RuntimeError: the engine is dead",
+}
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["goes on", "stops"])
+@pytest.mark.parametrize("fault", DOWN)
+def test_an_engine_that_is_down_is_warned_of_once_and_no_training_is_lost(fault, stop, tmp_path):
+    engine, ended = Engine(word_tokenizer()), threading.Event()
+    engine.answer = lambda *_: (500, {"error": "it broke"})
+    if fault == "hangs":
+        engine.answer = lambda *_: (200, {} if ended.wait() else None)
+    with ExitStack() as stack:
+        url = stack.enter_context(engine.running())
+        stack.callback(ended.set)
+        if fault == "refused":
+            stack.pop_all().close()
+        ask = raising(RuntimeError("the engine is dead"))
+        if fault != "a function":
+            ask = partial(Server(url, timeout=0.2).ask, "policy")
+        callback = ServingCallback(ServingWatch(word_tokenizer(), PROMPTS, ask), every=2, stop=stop)
+        trainer = trainer_of(policy(), tmp_path, callback, save_strategy="steps", save_steps=1000)
+        with pytest.warns(UserWarning, match=f"step 1: .* could not be checked: .*{DOWN[fault]}") as said:
+            trainer.train()
+    assert len([one for one in said if "could not be checked" in str(one.message)]) == 1
+    assert trainer.state.global_step == (2 if stop else 12) and not callback.found
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

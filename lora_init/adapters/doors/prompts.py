@@ -14,6 +14,8 @@ from lora_init.adapters.doors.trainers import TrainerDoor
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 
+_SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 class PromptTrainer(TrainerDoor):
     """GRPOTrainer and RLOOTrainer; the statistics are of prompts with one answer each, as training samples them."""
@@ -53,11 +55,25 @@ def _answered(prompts: list[Any], trainer: Any, model: Any) -> dict[str, Tensor]
         text=prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chats
     )
     asked = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    sampling = dict(do_sample=True, temperature=args.temperature, max_new_tokens=args.max_completion_length)
+    sampling = _sampling(trainer)
     whole = model.generate(**asked, **sampling)
-    length, ends = asked["input_ids"].shape[1], model.generation_config.eos_token_id
+    length, ends = asked["input_ids"].shape[1], sampling.get("eos_token_id", model.generation_config.eos_token_id)
     ended = torch.isin(whole[:, length:], torch.as_tensor([] if ends is None else ends, device=whole.device)).long()
     mask = torch.cat([asked["attention_mask"], (ended.cumsum(1) == ended).long()], dim=1)  # the first end counts, too
     labels = whole.masked_fill(mask == 0, IGNORED)
     labels[:, :length] = IGNORED
     return {"input_ids": whole, "attention_mask": mask, "labels": labels}
+
+
+def _sampling(trainer: Any) -> dict[str, Any]:
+    """Return the trainer's own settings of `generate`; what it leaves open is the checkpoint's, as it is in training.
+
+    A trainer with vLLM has none. Its arguments are used then, but for those that only vLLM knows.
+    """
+    args = trainer.args
+    chosen = getattr(trainer, "generation_kwargs", None)
+    if chosen is None:
+        chosen = {name: getattr(args, name) for name in _SAMPLED_BY} | (args.generation_kwargs or {})
+        chosen = {name: value for name, value in chosen.items() if hasattr(trainer.model.generation_config, name)}
+        chosen |= {"do_sample": True, "max_new_tokens": args.max_completion_length}
+    return {name: value for name, value in chosen.items() if value is not None}

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
 import lora_init
-from lora_init.adapters.doors.prompts import PromptTrainer
+from lora_init.adapters.doors.prompts import PromptTrainer, _answered
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
 from tests.conftest import tiny_llama
@@ -68,6 +68,38 @@ def test_the_statistics_are_of_prompts_with_answers_of_the_models_own(kind, chat
             assert 2 not in row[kept][:-1]  # nothing after the end
     trainer.train()
     assert any(layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values())
+
+
+SAMPLING = {
+    "all tokens": {},  # where transformers alone would take the 50 likeliest
+    "top_k": dict(top_k=3),
+    "top_p": dict(top_p=0.5),
+    "min_p": dict(min_p=0.9),
+    "repetition": dict(repetition_penalty=5.0),
+    "more": dict(generation_kwargs={"suppress_tokens": [*range(3, 40)]}),
+    "more wins": dict(top_k=3, generation_kwargs={"top_k": 1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+@pytest.mark.parametrize("asked", SAMPLING)
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_answers_are_sampled_as_the_trainer_samples_them(kind, asked, backend, tmp_path):
+    trainer = trainer_of(kind, tmp_path, peft_config=LoraConfig(**LORA), temperature=2.0, **SAMPLING[asked])
+    theirs, model = trainer.generation_config, trainer.model.get_base_model()
+    model.generation_config.top_k = 2  # the checkpoint's own, which the trainer does not take
+    prompts = [" ".join(WORDS[: 1 + i % 3]) for i in range(8)]
+    if backend == "vllm":  # which a trainer asks by its arguments
+        del trainer.generation_kwargs
+        if trainer.args.generation_kwargs:
+            trainer.args.generation_kwargs = {**trainer.args.generation_kwargs, "frequency_penalty": 1.0}  # its own
+    torch.manual_seed(0)
+    ours = _answered(prompts, trainer, model)
+    tokens = trainer.processing_class(text=prompts, return_tensors="pt", padding=True, padding_side="left")
+    torch.manual_seed(0)
+    expected = model.generate(tokens["input_ids"], attention_mask=tokens["attention_mask"], generation_config=theirs)
+    assert torch.equal(ours["input_ids"], expected)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -527,3 +528,12 @@ def test_speech_is_features_and_text(tmp_path):
         assert names == {"model.encoder": 24 * 20, "model.decoder": 24 * 4}  # frames, and tokens with a label
         trainer.train()
         assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values())
+
+
+def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
+    lora_init.initialize(sft(tmp_path, tokenizer), rank=4)
+    line = capsys.readouterr().err.splitlines()[-1]
+    said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d+\.\d s\. "
+    assert re.fullmatch(said + "Train with AdamW at .*", line)
+    lora_init.initialize(sft(tmp_path, tokenizer), rank=4, progress=False)
+    assert "batches of 4 examples" not in capsys.readouterr().err
