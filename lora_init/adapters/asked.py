@@ -26,6 +26,7 @@ else:  # the registry decides what there is
     _Format = Literal[tuple(FORMATS)]
 
 RANK = 16
+SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import Shape
+from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
 from lora_init.adapters.initializers import check_rank, energies
@@ -24,7 +24,7 @@ from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
-from lora_init.planning.lora_config import SCALING, alpha_for, scaling_of
+from lora_init.planning.lora_config import alpha_for, scaling_of
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Asked, Layers, Pass, Ranks, Reading, Sample, Shape
+from lora_init.adapters.asked import SCALING, Asked, Layers, Pass, Ranks, Reading, Sample, Shape
 from lora_init.adapters.starts import (
     BANK_WAY,
     BANK_WAYS,
@@ -38,7 +38,6 @@ from lora_init.cli.summary import show_summary, summary_of
 from lora_init.errors import LoraInitError, require
 from lora_init.files import check_writable
 from lora_init.loading.sources import FILE_TYPES
-from lora_init.planning.lora_config import SCALING
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_init.adapters.asked import SCALING
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
@@ -37,7 +38,7 @@ from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
 from lora_init.loading.models import find_device
 from lora_init.planning.limits import whole_number
-from lora_init.planning.lora_config import SCALING, alpha_for
+from lora_init.planning.lora_config import alpha_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,13 +200,13 @@ def compare(
     if narrow := next((target for target in targets if rank > target.in_features), None):
         raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
     bench.check(plan.starts)
-    if learning_rates is None:
-        asked = replace(asked, rates=bench.measured_rates(plan.starts, blank=dry_run))
+    asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
     lay_out = partial(asked.lay_out, bench, plan)
     size = Size(**stored) if stored else SIZES[0]
     if time and not (directory / SETTINGS_FILE).exists():
         size = fit(lay_out, measure(bench), budget, steps is None)
     bench, plan = lay_out(size)
+    plan = _with_kept_rates(plan, directory)
     make = partial(make, training=bench.training, folds=asked.folds(size))
     settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
@@ -292,6 +293,14 @@ def _there_are(
     if (most := bench.n_batches(max(batches))) < max(batches):
         say(f"Statistics are from at most {most} batches: the training data make no more, and some are set aside.")
     return list(dict.fromkeys(min(number, most) for number in batches))
+
+
+def _with_kept_rates(plan: RunPlan, directory: Path) -> RunPlan:
+    """Take measured rates from a directory that is gone on with: on another machine a last digit may differ."""
+    if plan.learning_rates or not (directory / SETTINGS_FILE).exists():
+        return plan
+    kept = read_settings(directory).get("recommended") or {}
+    return replace(plan, recommended={**plan.recommended, **kept})
 
 
 def _absolute(source: Any) -> Any:

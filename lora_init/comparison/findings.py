@@ -235,7 +235,8 @@ def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mappin
     asked, extend = settings.get("learning_rates") or [], settings.get("extend", 0)
     for start, edge in edges.items():
         tried, scale = table[table["start"] == start]["learning_rate"].unique(), 0.1 if start == FULL else 1.0
-        ends = [rate * scale for rate in asked] or [0.0]
+        own = (settings.get("recommended") or {}).get(start)
+        ends = [rate * scale for rate in asked] or ([own / 3, own * 3] if own else [0.0])
         added = sum(rate < 0.999 * min(ends) for rate in tried) if edge == "lowest" else sum(tried > 1.001 * max(ends))
         if added >= extend:
             return int(extend) + 2

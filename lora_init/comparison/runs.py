@@ -145,7 +145,7 @@ class RunPlan:
         """Return the rate that a pass tells of a start, or of what it varies; of `full` a tenth of random's."""
         if start == FULL and RANDOM in self.recommended:
             return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
-        rate = self.recommended.get(start, self.recommended.get(Variant(start).base))
+        rate = self.recommended.get(start, self.recommended.get(start.partition("+")[0]))
         return [] if rate is None else [rate]
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:

@@ -321,15 +321,16 @@ class Workbench:
         collecting = sum(sum(stats.provenance.seconds.values()) for stats in collected)
         return replace(prepared, seconds=prepared.seconds + collecting)
 
-    def measured_rates(self, starts: Iterable[Variant], blank: bool = False) -> dict[str, LearningRate]:
+    def measured_rates(self, starts: Sequence[Variant], blank: bool = False) -> dict[str, LearningRate]:
         """Measure the learning rate of each start on some of the data; a start that does not apply has none.
 
         With `blank`, in which no statistics are collected, those that read data are given the rate of `random`, whose
         size they have.
         """
         found: dict[str, LearningRate] = {}
+        random = next(start for start in starts if start == RANDOM)
         for start in starts:
-            read = Variant(RANDOM) if blank and (start.recipe is None or start.recipe.reads_data) else start
+            read = random if blank and (start.recipe is None or start.recipe.reads_data) else start
             if start == FULL or read in found:
                 found |= {start: found[read]} if read in found else {}
                 continue

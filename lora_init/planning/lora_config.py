@@ -15,9 +15,6 @@ def scaling_of(lora_alpha: float, rank: int, use_rslora: bool = False) -> float:
     return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as PEFT's users mostly take it
-
-
 def alpha_for(scaling: float, rank: int, use_rslora: bool = False) -> float:
     """Return the alpha by which a layer of this rank comes out at exactly this scaling; an int where it is whole.
 

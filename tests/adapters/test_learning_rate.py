@@ -91,7 +91,7 @@ def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
     assert init.rate is None and init.recommended is None
     assert "`lora-init rate` measures it" in init.how_to_train
     dora = build_adapter(collect(tiny(), batches(), rank=2), 2, use_dora=True)
-    assert dora.rate is None and "the rule was not measured with DoRA" in dora.how_to_train
+    assert dora.rate is None and dora.how_to_train.startswith("Tune the learning rate")
 
 
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -50,31 +51,30 @@ def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
     assert planned == done
 
 
-@pytest.mark.parametrize(("optimum", "n_runs"), [(1e-3, 6), (3e-3, 4)])
-def test_a_recommended_start_has_its_own_rate_on_every_seed(optimum, n_runs):
-    plan, records = RunPlan(["random", "eva"], [1e-3], (0, 1, 2, 3), "halving", recommended={"eva": 3e-3}), {}
+def test_without_a_list_each_start_has_three_rates_around_its_own_which_is_run_on_every_seed():
+    own = {"random": 1e-3, "eva": 3e-3}
+    plan, records = RunPlan([*map(Variant, (*own, "full"))], [], (0, 1, 2, 3), "halving", 0, recommended=own), {}
+    assert [plan.asked(start) for start in plan.starts] == [
+        [3.3e-4, 1e-3, 3e-3],
+        [1e-3, 3e-3, 9e-3],
+        [3.3e-5, 1e-4, 3e-4],
+    ]
+    assert replace(plan, tuned=False).asked("eva") == [3e-3] and len(replace(plan, tuned=False).asked("random")) == 3
     waiting = plan.runs(plan.starts, records)
     assert waiting.count(Run("eva", 3, None)) == waiting.count(Run("eva", 3, 3e-3)) == 1
     for run in waiting:
         if run.learning_rate:
-            ends = abs(run.learning_rate - optimum)
-            records[run] = record(run.start, run.learning_rate, run.seed, ends)
+            records[run] = record(run.start, run.learning_rate, run.seed, abs(run.learning_rate - 1e-3))
     planned = plan.runs(plan.starts, records)
-    assert [run.learning_rate for run in planned if run.start == "random"] == [1e-3] * 4  # a single one is not asked
     eva = [(run.seed, run.learning_rate) for run in planned if run.start == "eva"]
-    assert eva[:4] == [(0, 1e-3), (0, 3e-3), (1, 1e-3), (1, 3e-3)] and len(eva) == 2 + n_runs
-    assert {(2, 3e-3), (3, 3e-3), (3, optimum)} <= set(eva)
+    assert sorted(eva) == [*((seed, rate) for seed in (0, 1) for rate in (1e-3, 3e-3, 9e-3)), (2, 1e-3), (2, 3e-3),
+                           (3, 1e-3), (3, 3e-3)]  # fmt: skip
+    assert [run.learning_rate for run in planned if run.start == "random" and run.seed > 1] == [1e-3, 1e-3]
 
 
-def test_a_recommended_start_is_not_run_with_equal_parameters():
-    plan = RunPlan(
-        list(map(Variant, ["random", "eva", "eva+32-alpha"])),
-        RATES,
-        SEEDS,
-        "halving",
-        recommended={"eva+32-alpha": 2e-4},
-    )
-    assert plan.compared(False) == ["random", "eva", "eva+32-alpha", "eva+equal-parameters"]
+def test_a_list_of_rates_is_for_all_starts():
+    plan = RunPlan([*map(Variant, ("random", "eva", "full"))], [1e-3], (0,), "full", recommended={"eva": 3e-3})
+    assert [plan.asked(start) for start in plan.starts] == [[1e-3], [1e-3], [1e-4]]
 
 
 def test_before_the_sweep_has_ended_the_rates_are_open():
@@ -154,16 +154,16 @@ def test_full_is_everything():
 
 
 def test_what_is_run_beside_the_starts():
-    starts = list(map(Variant, ["random", "eva", "eva-rho1", "eva-ranks", "eva-frozen-a", "pissa", "mine"]))
+    starts = list(map(Variant, ["random", "eva", "eva-rho2", "eva-ranks", "eva-frozen-a", "pissa", "mine"]))
     plan = RunPlan(starts, RATES, SEEDS, "full")
     assert plan.compared(True) == [*starts, "eva-frozen-a+equal-parameters"]
-    moved = ["eva+equal-parameters", "eva-frozen-a+equal-parameters"]
+    moved = ["eva-rho2+equal-parameters", "eva-frozen-a+equal-parameters"]
     assert plan.compared(False) == [*starts, *moved]
-    scaled = [f"{start}+matched-scale" for start in ("eva", "eva-rho1", "eva-frozen-a", "mine")]
+    scaled = [f"{start}+matched-scale" for start in ("eva", "eva-rho2", "eva-frozen-a", "mine")]
     assert RunPlan(starts, RATES, SEEDS, "full", match_scale=True).compared(False) == [*starts, *moved, *scaled]
     asked = list(map(Variant, ["random", "eva+matched-scale"]))
     assert RunPlan(asked, RATES, SEEDS, "full", match_scale=True).compared(False) == asked
-    asked = list(map(Variant, ["random", "eva+32-alpha", "eva+4-batches"]))
+    asked = list(map(Variant, ["random", "eva-rho2+32-alpha", "eva-rho2+4-batches"]))
     equal = [f"{start}+equal-parameters" for start in asked[1:]]
     assert RunPlan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lora_init.adapters.learning_rate import LearningRate, Response
 from lora_init.comparison import compare as comparing
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
@@ -13,7 +14,7 @@ from lora_init.errors import LoraInitError
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import make_home
 
-RECOMMENDED = {"eva+8-alpha": 2e-4, "natural-gradient+20-alpha": 2e-4}
+STARTS = [Variant(name) for name in ("random", "eva", "natural-gradient")]
 SLOW = Pace(step=10.0, example=0.1)
 
 
@@ -25,10 +26,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lay_out(home, tmp_path_factory):
     bench = set_up_bench(home, tmp_path_factory.mktemp("bench"))
-    plan = RunPlan(
-        [*map(Variant, ["random", *RECOMMENDED])], [1e-4, 1e-3], range(32), "halving", recommended=RECOMMENDED
-    )
-    asked = AskedSize(Loading(), None, 4, 0.1, None)
+    rates = {start: LearningRate({"layer": Response(1.0, 0.0)}, 100) for start in STARTS}
+    plan = RunPlan(STARTS, [1.0], range(32), "halving")
+    asked = AskedSize(Loading(), None, 4, 0.1, None, None, rates)
     return lambda size: asked.lay_out(bench, plan, size)
 
 
@@ -37,8 +37,9 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
     places = [SIZES.index(size) for size in chosen]
     assert places[0] == 0 and places == sorted(places) and len(set(places)) > 3
     bench, plan = lay_out(SIZES[-1])
-    assert (plan.starts, plan.recommended) == (["random", "eva+8-alpha"], {"eva+8-alpha": 2e-4})
-    assert plan.asked("eva+8-alpha") == [2e-4] and plan.asked("random") == [1e-4, 1e-3]
+    rate = LearningRate({"layer": Response(1.0, 0.0)}, 24).rate  # of so short a run
+    assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (["random", "eva"], [], rate)
+    assert plan.asked("eva") == [rate] and len(plan.asked("random")) == 3
     assert (bench.training.steps, list(bench.training.evaluation_points)) == (24, [0, 24])
 
 
@@ -74,7 +75,7 @@ def test_a_comparison_in_a_limit_goes_on_at_its_size(home, tmp_path, monkeypatch
     monkeypatch.setattr(comparing, "measure", lambda bench: Pace(10.0, 0.1))
     monkeypatch.setattr(comparing, "fit", lambda *_: SIZES[-1])
     found = compare(home, tmp_path / "out", **open_size, time=1e5, dry_run=True)
-    assert [start["name"] for start in found.outlook.starts] == ["random", "eva+8-alpha"]
+    assert [start["name"] for start in found.outlook.starts] == ["random", "eva"]
     assert found.settings["steps"] == 24 and found.settings["size"]["tuned"] is False
     first = compare(home, tmp_path / "out", **open_size, time=1e5, seeds=3)
     assert any(note.startswith("The limit of time made this a comparison of 24 steps") for note in first.summary.notes)
