@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 STRONGEST = 1.5  # of one layer, in a fit
 _START, _STEPS, _RATE = 0.7, 24, 0.06
 CURVE = (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
-# Weights of the text to keep that are tried in this order, each from the strengths found with the one before.
-_WEIGHTS = (0.3, 1.0)
-_MORE_STEPS, _LOWER_RATE = 8, 0.03
+# Weights of the text to keep that are tried while the rule holds, each from the strengths found with the one before.
+_WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_MORE_STEPS, _LOWER_RATE = 16, 0.05
+_GAIN = 0.01  # of the rise as trained: what a weight must take off for the next one to be tried
 _MOST_BATCHES = 48
 KEPT_BATCH = 4  # texts to keep in a batch
 LOSE = 0.02
@@ -229,7 +230,7 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
         chosen = rule.choose(limit, curve[1:])
         if not uniform:
             reported[UNIFORM] = chosen
-            found = _fits(model, task[0], kept[0], rule, limit, measure)
+            found = _fits(model, task[0], kept[0], rule, limit, reported["trained"].rise, measure)
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
             # Layers of their own come first: on few examples one strength for all often seems as good by chance.
             chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
@@ -248,22 +249,24 @@ def _fits(
     keep: list[Any],
     rule: Rule,
     limit: float,
+    trained: float,
     measure: Callable[[Mapping[str, float], float | None], Point],
 ) -> Iterator[Point]:
-    """Fit strengths of the layers with rising weights of the text to keep, while more can gain within the rule.
+    """Fit strengths of the layers with rising weights of the text to keep, until the rule breaks or nothing is gained.
 
     Half way from each to those before is measured, too: weights are coarse, and with few examples a fit goes too far.
     """
-    layers = dict.fromkeys(_outputs(model), _START)
-    for i, weight in enumerate(_WEIGHTS):
-        more = (_MORE_STEPS, _LOWER_RATE) if i else ()
+    layers, least = dict.fromkeys(_outputs(model), _START), math.inf
+    for weight in _WEIGHTS:
+        more = (_MORE_STEPS, _LOWER_RATE) if least < math.inf else ()
         before, layers = layers, fit_strengths(model, task, keep, weight, layers, *more)
         half = {name: (value + before[name]) / 2 for name, value in layers.items()}
         points = [measure(half, weight), measure(layers, weight)]
         yield from points
         kept = rule.keep_within is not None and points[1].rise <= rule.keep_within
-        if kept or points[1].task > limit:
+        if kept or points[1].task > limit or points[1].rise > least - _GAIN * max(trained, 0.0):
             break
+        least = points[1].rise
 
 
 def _ratio(losses: Tensor) -> float:

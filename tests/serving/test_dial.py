@@ -5,7 +5,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_init import LoraInitError, dial
-from lora_init.serving.dial import STRONGEST, Rule, _change, example_losses, fit_strengths, label_losses, strengths
+from lora_init.serving.dial import (
+    STRONGEST,
+    Rule,
+    _change,
+    _fits,
+    example_losses,
+    fit_strengths,
+    label_losses,
+    strengths,
+)  # fmt: skip
 from lora_init.serving.dialed import Point
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama, tiny_t5
 from tests.layers.made import mixtral
@@ -169,6 +178,38 @@ def test_rules_choose_what_they_say():
     for wrong in (dict(lose=-0.1), dict(strength=0.0), dict(keep_within=float("nan")), dict(lose=0.1, strength=1.0)):
         with pytest.raises(LoraInitError):
             Rule(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("asked", "rises", "tried"),
+    [
+        ({}, [0.9, 0.5, 0.2, 0.1, 0.05], [0.3, 1.0, 3.0, 10.0]),  # the task is lost at the fourth
+        ({}, [0.9, 0.5, 0.495], [0.3, 1.0, 3.0]),  # the third gains nothing
+        ({}, [0.9, 0.95], [0.3, 1.0]),
+        ({"keep_within": 0.3}, [0.9, 0.5, 0.2], [0.3, 1.0, 3.0]),
+        ({"keep_within": 0.95}, [0.9], [0.3]),
+    ],
+)
+def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_gained(asked, rises, tried, monkeypatch):
+    model, _ = trained_model()
+    starts, weights = [], []
+
+    def fit(model, task, keep, weight, layers, *more):
+        starts.append((layers, more))
+        weights.append(weight)
+        return dict.fromkeys(layers, 0.7 - 0.1 * len(weights))
+
+    def measure(layers, weight):
+        strength = next(iter(layers.values()))
+        return Point(strength, 3.1 - strength, rises[len(weights) - 1], weight, layers)
+
+    monkeypatch.setattr("lora_init.serving.dial.fit_strengths", fit)
+    limit = 3.1 - 0.35 if not asked else float("inf")
+    points = [*_fits(model, [], [], Rule(**asked), limit, 1.0, measure)]
+    assert weights == tried and [point.weight for point in points] == [one for one in tried for _ in range(2)]
+    begun = [next(iter(layers.values())) for layers, _ in starts]
+    assert begun == pytest.approx([0.7 - 0.1 * i for i in range(len(tried))])
+    assert [more for _, more in starts] == [()] + [(16, 0.05)] * (len(tried) - 1)
 
 
 def test_one_strength_for_all_is_chosen_by_two_thirds():
