@@ -170,6 +170,9 @@ def export_adapter(
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
     untrained = not any(layer.b.any() for layer in trained.layers.values())
     result = replace(result, error_share=share, notes=(_UNTRAINED,) if untrained else note_of(began.path))
+    if trained.quantized and not began.error_size:
+        on = f"it was made on a base in {trained.quantized}: on another one, as --data measures it, it acts otherwise"
+        result = replace(result, notes=(*result.notes, on))
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
