@@ -118,6 +118,28 @@ def test_a_fault_is_named(fault, dtype):
         assert f"it is answered as by step {last - plant}, and step {last} was expected" in found.text
 
 
+@pytest.mark.parametrize("blocks", [(0, 1), (1, 3), (2, 3)])
+def test_without_the_engines_noise_missing_layers_are_not_called_stale(blocks):
+    torch.manual_seed(0)
+    model = policy()
+    engine = InProcess(model, torch.float32)
+    watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask)
+
+    def each(step):
+        watch.note(model, step)
+        if step == 20:
+            engine.synchronize(model)
+
+    train(model, 31, each)
+    assert watch.check(model, 30).text.startswith("stale: it is answered as by step 20")
+    engine.synchronize(model)
+    watch.note(model, 31)
+    engine.scale(0.0, blocks)
+    found = watch.check(model, 31)
+    assert found.verdict not in ("stale", "served as trained"), found.text
+    assert "fits as well, and base= would tell them apart" in found.text
+
+
 def test_a_trainer_asks_every_few_steps_warns_and_stops(tmp_path):
     model, tokenizer = policy(), word_tokenizer()
     engine = InProcess(model, torch.float32)
