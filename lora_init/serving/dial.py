@@ -63,14 +63,11 @@ class Rule:
     def __post_init__(self) -> None:
         asked = {name: value for name, value in vars(self).items() if value is not None}
         if len(asked) > 1:
-            raise LoraInitError(
-                f"{' and '.join(f'{name}=' for name in asked)} are both given. One of them says what is chosen."
-            )
+            both = " and ".join(f"{name}=" for name in asked)
+            raise LoraInitError(f"{both} are both given. One of them says what is chosen.")
         for name, value in asked.items():
             if name == "strength" and not _WEAKEST <= value < math.inf:
-                raise LoraInitError(
-                    f"strength={value:g} must be a finite number of at least {_WEAKEST:g}: 0 is the base."
-                )
+                raise LoraInitError(f"strength={value:g} must be finite and at least {_WEAKEST:g}: 0 is the base.")
             if name == "lose" and value > 1.0:
                 raise LoraInitError(f"lose={value:g} is {value:.0%} more loss. Write 2 % as 2% or 0.02.")
             if not 0.0 <= value < math.inf:
@@ -200,8 +197,7 @@ def turn(
     """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
     task = _read(as_batches(batches, model, seed), "batches")
     n = sum(len(batch["labels"]) for batch in task)
-    own = keep is None
-    if own:
+    if own := keep is None:
         if tokenizer is None:
             raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
         keep = replayed(model, tokenizer, max(n // 2, 3), seed, min(max(n // 2, 3) // 3, KEPT_BATCH))
@@ -254,11 +250,10 @@ def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
     """Collect the tokens of all examples, without padding, and their labels."""
     found = set()
     for batch in batches:
-        labels = batch["labels"]
-        ids = batch.get("input_ids", labels)
-        mask = batch.get("attention_mask")
-        used = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
-        found |= {(*i[at].tolist(), *of[of != IGNORED].tolist()) for i, at, of in zip(ids, used, labels, strict=True)}
+        ids = batch.get("input_ids", batch["labels"])
+        used = batch.get("attention_mask", torch.ones_like(ids)).expand_as(ids) != 0
+        rows = zip(ids, used, batch["labels"], strict=True)
+        found |= {(*row[at].tolist(), *labels[labels != IGNORED].tolist()) for row, at, labels in rows}
     return found
 
 
@@ -417,13 +412,12 @@ def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
 def _factors(model: PeftModel) -> dict[str, tuple[Tensor, nn.Parameter]]:
     """Find A and B of each layer of the active adapter."""
     name, layers = _active(model)
-    found = {}
-    for at, layer in layers.items():
-        if name in getattr(layer, "lora_embedding_B", {}):
-            found[at] = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        else:
-            found[at] = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return found
+    return {
+        at: (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+        if name in getattr(layer, "lora_embedding_B", {})
+        else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        for at, layer in layers.items()
+    }
 
 
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
