@@ -176,7 +176,7 @@ def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
 def test_a_dialed_adapter_is_known_and_the_one_before_is_another_strength(home, tmp_path):
     rows = tmp_path / "task.txt"
     rows.write_text("\n".join(f"w{i} w{i % 7} w{i % 5}" for i in range(40)))
-    words = ["--keep", home / "rows.jsonl", "-o", tmp_path / "kept", "--strength", 0.5, "--samples", 24]
+    words = ["--keep", home / "rows.jsonl", "-o", tmp_path / "kept", "--strength", 0.5, "--samples", 36]
     done = run("dial", home / "plain", rows, *words)
     assert done.exit_code == 0, done.output
     done = ask(home, tmp_path / "kept", served(home, tmp_path / "kept"), "--model", "served")
