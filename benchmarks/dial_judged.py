@@ -115,7 +115,8 @@ def strengths_of(how: str, found: Mapping[str, Any]) -> float | Mapping[str, flo
     curve = [Point(layers=dict.fromkeys(layers, one["strength"]), **one) for one in found["curve"][1:]]
     fitted, rule = [Point(**one) for one in found["fitted"]], Rule(lose=float(how.removeprefix(LOSE)) / 100)
     limit = rule.limit(curve)
-    tried = fitted if fitted[1].task <= limit else fitted[:2]  # no further weight once one breaks the rule
+    broken = (i for i, point in enumerate(fitted) if i % 2 and point.task > limit)
+    tried = fitted[: next(broken, len(fitted)) + 1]  # no further weight once one breaks the rule
     return rule.choose(limit, tried, [*curve, *tried]).layers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,11 @@ $ lora-init dial trained train.jsonl -o kept
 
 def dial(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
-    data: Annotated[str, Argument(help="Examples of its task that it was not trained on.", show_default=False)],
+    data: Annotated[
+        str | None,
+        Argument(help="Examples of its task that it was not trained on; --strength needs none.", show_default=False),
+    ] = None,
+    *,
     output: Annotated[Path, Option("--output", "-o", help="Directory to write.", show_default=False)],
     keep: Annotated[
         str | None, Option(help="Text to keep, read by its own columns. Default: the base model writes some.")
@@ -39,9 +44,8 @@ def dial(
         bool, Option("--alpha-pattern", help="Write strengths to alpha_pattern, which few engines read, and leave B.")
     ] = False,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
-    *,
     reading: Reading,
-    samples: Annotated[int, Option(min=12, help="Examples of the task at most; half as many texts to keep.")] = 192,
+    samples: Annotated[int, Option(min=36, help="Examples of the task at most; half as many texts to keep.")] = 192,
     max_length: MaxLength = 512,
     seed: Annotated[int, Option(min=0, help="Seed of the sample and of what the base writes.")] = 0,
     dtype: Dtype = "auto",
@@ -51,7 +55,10 @@ def dial(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier dial wrote.")] = False,
 ) -> None:
     """Find how strongly each layer of a trained ADAPTER should act, so that the model keeps what it knew."""
-    if keep is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
+    if data is None and (strength is None or keep is not None):
+        what = "--keep is measured beside the task" if strength is not None else "strengths are chosen on its task"
+        raise LoraInitError(f"{what}: name DATA, or --strength 0.8 alone for that strength in all layers.")
+    if keep is not None and data is not None and Path(keep).expanduser().resolve() == Path(data).expanduser().resolve():
         raise LoraInitError(f"--keep {keep} is the task's own data. Name text of another kind, or leave --keep away.")
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
@@ -59,12 +66,10 @@ def dial(
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import open_model
         from lora_init.serving.base import read_base
-        from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable
-        from lora_init.serving.dial import dial as turn
-        from lora_init.serving.dialed import check_place, write_dialed
+        from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable, turn
+        from lora_init.serving.dialed import Dial, check_place, write_dialed
         from lora_init.serving.trained import read_trained, with_parameters
-    asked = {"lose": _share(lose), "keep_within": keep_within, "strength": strength}
-    Rule(**asked)
+    rule = Rule(_share(lose), keep_within, strength)
     check_place(output, overwrite)
     trained = read_trained(adapter)
     check_dialable(trained.config, trained.others, str(adapter))
@@ -72,15 +77,25 @@ def dial(
     trained = with_parameters(trained, plain.parameters)
     if not any(bool(layer.b.any()) for layer in trained.layers.values()):
         raise LoraInitError(f"{adapter}: B is zero in every layer, so it was never trained. Train it first.")
-    source = open_model(base or trained.base, trust_remote_code=trust_remote_code)
-    source.check_quantized(quantize)
-    read = partial(load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq)
-    batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
-    kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
-    with busy(f"loading {source.name}"):
-        loaded = source.load(dtype=dtype, device=device, quantize=quantize)
-    with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
-        found = turn(model, batches, kept, tokenizer=source.tokenizer, **asked, uniform=uniform, seed=seed)
+    if data is None and strength is not None:
+        found = Dial.unmeasured(str(rule), dict.fromkeys(trained.layers, strength))
+    else:
+        source = open_model(base or trained.base, trust_remote_code=trust_remote_code)
+        source.check_quantized(quantize)
+        if trained.quantized and not quantize and getattr(source.config, "quantization_config", None) is None:
+            how = trained.quantized
+            warnings.warn(
+                f"{adapter} was made on a base in {how}, and this one is not: --quantize {how}.", stacklevel=2
+            )
+        read = partial(
+            load_batches, tokenizer=source.tokenizer, max_length=max_length, seed=seed, seq2seq=source.seq2seq
+        )
+        batches = read(data, **vars(reading), samples=samples, batch_size=min(samples // 9, 8))
+        kept = None if keep is None else read(keep, samples=samples // 2, batch_size=min(samples // 6, KEPT_BATCH))
+        with busy(f"loading {source.name}"):
+            loaded = source.load(dtype=dtype, device=device, quantize=quantize)
+        with busy("measuring strengths"), with_adapter(loaded.model, AdapterDirectory(adapter)) as model:
+            found = turn(model, rule, batches, kept, source.tokenizer, uniform, seed)
     path = write_dialed(output, trained, plain, found, overwrite, alpha_pattern)
     serve = shlex.join(["lora-init", "export", str(path), "--engine", "vllm", "-o", f"{path}-served"])
     shown = {"written": str(path)} | found.summary() | {"next": f"load it as any adapter, or serve it: {serve}"}
@@ -113,11 +128,18 @@ def replay(
         raise LoraInitError(f"{output} exists, and is never replaced. Choose another name.")
     with importing(model):
         from lora_init.files import check_place, write_whole
-        from lora_init.loading.models import load_model
+        from lora_init.loading.models import open_model
+        from lora_init.serving.replay import check_length
         from lora_init.serving.replay import replay as write
     check_place(output)
+    source = open_model(model, trust_remote_code=trust_remote_code)
+    check_length(source.config, length + 1, length)
+    if chat and not getattr(source.tokenizer, "chat_template", None):
+        raise LoraInitError(
+            f"the tokenizer of {model} has no chat template, so it can ask no question. Leave --chat away."
+        )
     with busy(f"loading {model}"):
-        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = source.load(dtype=dtype, device=device)
     with busy(f"writing {n} texts"):
         rows = write(loaded.model, loaded.tokenizer, n, length, seed, chat)
     write_whole(output, "".join(json.dumps(row) + "\n" for row in rows).encode())

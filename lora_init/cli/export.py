@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,7 @@ def export(
     with importing():
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.batches import load_batches
-        from lora_init.serving.export import check_output, export_adapter
+        from lora_init.serving.export import Exported, check_output, export_adapter
     for place in places:
         check_output(place, engine, overwrite)  # before a model is loaded
     loaded = _load(directories, base) if data is not None or reduce_intruders else None
@@ -78,7 +79,7 @@ def export(
                 dtype=dtype, start=start, base=base, merge_into=merge_into, overwrite=overwrite,
                 reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
             )  # fmt: skip
-            summary = exported.to_dict()
+            summary = exported.to_dict() | ({"failed": None} if len(places) > 1 else {})
             if loaded is not None and batches is not None:
                 summary["losses"] = [_loss(loaded, one, batches) for one in (directory, exported.path)]
             exports.append(exported)
@@ -86,14 +87,15 @@ def export(
             if len(places) == 1:
                 raise
             text = explain(error) if str(directory) in str(error) else f"{directory}: {explain(error)}"
-            summary = {"path": str(place), "error": text}
+            summary = {one.name: None for one in fields(Exported)} | {"path": str(place), "failed": text}
             print_error(in_words_of_the_command(text))
         summaries.append(summary)
     if len(places) == 1:
         print_result(summaries[0], lambda console, values: _show(console, exports[0], values.get("losses")), True)
         return
     one_base = base or len({AdapterDirectory(places[one.path]).base for one in exports}) == 1
-    print_result(summaries, lambda console, values: _show_all(console, exports, values, bool(one_base)), written=True)
+    of = base or "" if one_base else None
+    print_result(summaries, lambda console, values: _show_all(console, exports, values, of), written=True)
     if len(exports) < len(places):
         raise SystemExit(FAILED)
 
@@ -170,12 +172,13 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
         console.print(exported.verify, markup=False)
 
 
-def _show_all(console: Console, exports: list[Exported], summaries: list[dict[str, Any]], one_base: bool) -> None:
-    from lora_init.serving.export import command_for_all
+def _show_all(console: Console, exports: list[Exported], summaries: list[dict[str, Any]], base: str | None) -> None:
+    """Show a table, and the commands; `base` is None where there are several, and empty where none was named."""
+    from lora_init.serving.export import command_for_all, verify_for_all
 
     rows = []
     for about in summaries:
-        done, smaller = "rank" in about, about.get("smaller")
+        done, smaller = about["failed"] is None, about["smaller"]
         rows.append(
             {
                 "adapter": Path(about["path"]).name,
@@ -187,6 +190,9 @@ def _show_all(console: Console, exports: list[Exported], summaries: list[dict[st
             | ({"loss before, after": "{:.4f}, {:.4f}".format(*about["losses"])} if "losses" in about else {})
         )
     console.print(columns(rows))
-    together = command_for_all(exports) if exports and one_base else ""
-    for line in [together] if together else [one.command for one in exports]:
-        console.print(f"\n{line}", markup=False)
+    together = command_for_all(exports) if exports and base is not None else ""
+    each = [(together, verify_for_all(exports, base))] if together else [(one.command, one.verify) for one in exports]
+    for serve, verify in each:
+        console.print(f"\n{serve}", markup=False)
+        if verify:
+            console.print(verify, markup=False)

@@ -186,7 +186,7 @@ def describe_merge(
         batches = load_batches(data, loaded.tokenizer, **vars(reading), samples=_MERGED_SAMPLES)
         with busy("measuring"):
             found = divergence(loaded.model, AdapterDirectory(path), batches, dtype)
-        measured, lost = asdict(found), found.lost
+        measured, lost = asdict(found) | {"computed_in": "float32"}, found.lost
     return {
         "base": plain.source, "type": dtype, "statistics": stats is not None, "divergence": measured,
         "arrives": finite(total.arrives), "noise": finite(total.ratio), "advice": total.advice(lost),
@@ -416,7 +416,7 @@ def _merge_view(about: Mapping[str, Any]) -> list[Any]:
     if found:
         head["measured"] = (
             f"{found['merged']:.2g} nats a token from the adapter on its base, on {found['tokens']} tokens; the base "
-            f"without it is {found['base']:.2g} away"
+            f"without it is {found['base']:.2g} away; computed in {found['computed_in']}, whatever is served"
         )
     return ["", facts(head | {"advice": about["advice"]})]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import FAILED, busy, importing, in_words_of_the_command, print_result
+from lora_init.cli.console import busy, importing, in_words_of_the_command, print_error, print_result
 from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, explain
@@ -20,7 +20,7 @@ from lora_init.errors import LoraInitError, explain
 if TYPE_CHECKING:
     from lora_init.serving.verify import Verification
 
-UNKNOWN = 2  # the exit status where nothing is wrong that could be told
+DIFFERS, UNKNOWN = 1, 2  # exit statuses: another thing is served; nothing could be asked, or nothing told
 # Asked where no data is given: what these begin with, word by word.
 _TEXTS = (
     "Question: Why do leaves turn red in autumn? Answer: Because the tree takes back what made them green.",
@@ -29,6 +29,17 @@ _TEXTS = (
 )
 
 
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Exit with `UNKNOWN` after an error, so that `DIFFERS` means one thing."""
+    try:
+        yield
+    except LoraInitError as error:
+        print_error(in_words_of_the_command(explain(error)))
+        raise SystemExit(UNKNOWN) from None
+
+
+@_asking()
 def verify(
     directories: Annotated[
         list[Path], Argument(help="Directories of adapters of one base, as PEFT loads them.", show_default=False)
@@ -50,9 +61,13 @@ def verify(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check whether a running server serves adapters as trained; exits with 0 if so, 1 if not, 2 if it cannot tell."""
+    """Check whether a running server serves adapters as trained.
+
+    Exits with 0 if so, with 1 if it serves anything else, with 2 if it could not be asked or nothing can be told.
+    """
     from lora_init.serving.server import Server
 
+    _check_there(directories)
     names = {directory: directory.expanduser().resolve().name for directory in directories}
     if model is not None and len(names) > 1:
         raise LoraInitError("--model names one adapter. Several are asked for under the names of their directories.")
@@ -113,7 +128,13 @@ def verify(
     _show(names, results, failed)
     verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
     if verdicts or failed:
-        raise SystemExit(UNKNOWN if verdicts == {CANNOT_TELL} and not failed else FAILED)
+        raise SystemExit(DIFFERS if verdicts - {CANNOT_TELL} else UNKNOWN)
+
+
+def _check_there(directories: list[Path]) -> None:
+    """Refuse to ask about nothing; where some are adapters, the others are reported beside them."""
+    if not any((one.expanduser() / "adapter_config.json").is_file() for one in directories):
+        raise LoraInitError(f"{directories[0]} is no adapter directory: it has no adapter_config.json.")
 
 
 def _show(names: Mapping[Path, str], results: Mapping[Path, Verification], failed: Mapping[Path, str]) -> None:

@@ -107,7 +107,7 @@ def _warn_of_another(trained: Trained, base: Base) -> None:
     """Warn where an adapter that fits was made for a model of another size, as lora_init has noted."""
     made = carried(trained.config).get("provenance") or {}
     known, here = made.get("n_parameters"), count_parameters(base.model)
-    if isinstance(known, int) and known != here:
+    if isinstance(known, int) and known != here and not trained.others:  # such as a head, which may have its own size
         was = f"{made.get('model_class')} {made.get('model_id')} with {known:,} parameters"
         said = f"the adapter was made for {was}, and {base.source} has {here:,}. Is it the same base?"
         warnings.warn(said, stacklevel=4)
@@ -258,9 +258,15 @@ def _check_shape(base: Base, name: str, tensor: Tensor) -> None:
     """Refuse a tensor that was trained whole in another size, as embeddings are after new tokens."""
     shape = base.model.get_parameter(name).shape
     if tensor.shape != shape:
+        is_embedding = name.removesuffix(".weight") in base.embeddings
+        how = (
+            "After new tokens: call resize_token_embeddings() on the base"
+            if is_embedding
+            else "Load it so (num_labels=)"
+        )
         raise LoraInitError(
-            f"{name!r} is {list(tensor.shape)} in the adapter and {list(shape)} in {base.source!r}. After new tokens: "
-            "call resize_token_embeddings() on the base, save it, and merge into that."
+            f"{name!r} is {list(tensor.shape)} in the adapter and {list(shape)} in {base.source!r}. {how}, save "
+            "it, and merge into that."
         )
 
 

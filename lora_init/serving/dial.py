@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 STRONGEST = 1.5  # of one layer, in a fit
+_WEAKEST = 1e-3  # of all layers, as asked: far below it B is zero in types of 16 bits
 _START, _STEPS, _RATE = 0.7, 24, 0.06
 CURVE = (0.0, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2)
-# Weights of the text to keep that are tried in this order, each from the strengths found with the one before.
-_WEIGHTS = (0.3, 1.0)
-_MORE_STEPS, _LOWER_RATE = 8, 0.03
-_MOST_BATCHES = 48
+# Weights of the text to keep that are tried while the rule holds, each from the strengths found with the one before.
+_WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_MORE_STEPS, _LOWER_RATE = 16, 0.05
+_GAIN = 0.01  # of the rise as trained: what a weight must take off for the next one to be tried
+_MOST_BATCHES = 48  # of a loader
+_SHARED = 0.1  # of the text to keep that may be examples of the task
 KEPT_BATCH = 4  # texts to keep in a batch
 LOSE = 0.02
+_PLAIN = {"input_ids", "attention_mask", "labels"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Rule:
         strength: This one in all layers.
 
     Raises:
-        LoraInitError: Several are given, or one is negative, NaN or infinite.
+        LoraInitError: Several are given, or one is out of range.
     """
 
     lose: float | None = None
@@ -58,11 +63,15 @@ class Rule:
     def __post_init__(self) -> None:
         asked = {name: value for name, value in vars(self).items() if value is not None}
         if len(asked) > 1:
-            raise LoraInitError(f"{' and '.join(asked)} are both given. One of them says what is chosen.")
+            both = " and ".join(f"{name}=" for name in asked)
+            raise LoraInitError(f"{both} are both given. One of them says what is chosen.")
         for name, value in asked.items():
-            if not 0.0 <= value < math.inf or (name == "strength" and not value):
-                least = "above 0 (at 0 the model is its base)" if name == "strength" else "at least 0"
-                raise LoraInitError(f"{name}={value:g} must be a finite number {least}.")
+            if name == "strength" and not _WEAKEST <= value < math.inf:
+                raise LoraInitError(f"strength={value:g} must be finite and at least {_WEAKEST:g}: 0 is the base.")
+            if name == "lose" and value > 1.0:
+                raise LoraInitError(f"lose={value:g} is {value:.0%} more loss. Write 2 % as 2% or 0.02.")
+            if not 0.0 <= value < math.inf:
+                raise LoraInitError(f"{name}={value:g} must be a finite number of at least 0.")
         if not asked:
             object.__setattr__(self, "lose", LOSE)
 
@@ -112,7 +121,7 @@ def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) 
 
 def dial(
     model: PeftModel,
-    batches: Any,
+    batches: Any = None,
     keep: Any = None,
     *,
     tokenizer: Any = None,
@@ -126,11 +135,12 @@ def dial(
 
     A third of the batches is for fitting a strength for each layer by gradient, a third for choosing between these and
     one strength for all layers, a third for the report; with `uniform` the first two thirds are for choosing. Cost:
-    about 40 forward passes over a third of the batches, 20 with `uniform`.
+    about 60 forward passes over a third of the batches, 20 with `uniform`.
 
     Args:
         model: A PEFT model of a language model, trained by LoRA or rsLoRA.
-        batches: Of the task, as `collect` takes them, with labels; at least three, and no more than 48 are read.
+        batches: Of the task, as `collect` takes them, with labels; at least three. A list is read whole, of a loader 48
+            batches. Not needed with `strength`, which is then not measured; if given, all of it is for the report.
         keep: Batches of text that the model should still predict as well. Default: the base writes it itself, half as
             many texts as there are examples of the task.
         tokenizer: Needed only for that.
@@ -138,58 +148,77 @@ def dial(
             default, 0.02.
         keep_within: In place of it: most rise of the loss on text to keep; then the best task.
         strength: In place of it: this one in all layers.
-        uniform: Choose one strength for all layers.
+        uniform: Choose one strength for all layers, as for an adapter in which layers share a B.
         seed: Of the text that the base writes.
 
     Returns:
         The strengths and losses.
 
     Raises:
-        LoraInitError: The adapter was never trained or is of a kind whose strength cannot be scaled, batches are too
-            few or have no labels, both are the same, or arguments are out of range.
+        LoraInitError: The adapter was never trained, is disabled, one of several that are active or of a kind whose
+            strength cannot be scaled, batches are too few or have no labels, both are the same, or arguments are out of
+            range.
     """
     from peft import get_peft_model_state_dict
 
     rule = Rule(lose, keep_within, strength)
-    if not hasattr(model, "peft_config") or not isinstance(getattr(model, "active_adapter", None), str):
+    if not hasattr(model, "peft_config"):
         raise LoraInitError(f"dial() takes a PEFT model with one active adapter and got {type(model).__name__}.")
-    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    config, where = model.peft_config[model.active_adapter].to_dict(), f"adapter {model.active_adapter!r}"
-    check_dialable(config, (name for name in tensors if ".lora_" not in name), where)
-    outputs = _outputs(model)
-    if not any(bool(b.any()) for b in outputs.values()):
+    active = model.active_adapters
+    if len(active) != 1:
+        raise LoraInitError(f"the adapters {', '.join(active)} are active. Call set_adapter() with the one to dial.")
+    name, layers = _active(model)
+    where = f"adapter {name!r}"
+    if any(layer.disable_adapters for layer in layers.values()):
+        raise LoraInitError(f"{where} is disabled, so what would be measured is the base. Enable it first.")
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    check_dialable(model.peft_config[name].to_dict(), (key for key in tensors if ".lora_" not in key), where)
+    if not any(bool(b.any()) for b in _outputs(model).values()):
         raise LoraInitError(f"{where}: B is zero in every layer, so it was never trained. Train it first.")
-    for name, layer in adapter_layers(model).items():
+    for at, layer in layers.items():
         if layer.merged:
             raise LoraInitError(f"{where} is merged into the base. Call unmerge_adapter() first.")
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-            raise LoraInitError(
-                f"{where} adapts {name!r}, an nn.MultiheadAttention: two adapters, one inside the other."
-            )
-    task = _thirds(as_batches(batches, model, seed), "batches")
-    if keep is None:
+            raise LoraInitError(f"{where} adapts {at!r}, an nn.MultiheadAttention: two adapters, one inside the other.")
+    if batches is None and strength is not None:
+        found = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
+    else:
+        found = turn(model, rule, batches, keep, tokenizer, uniform, seed)
+    shared = _sharing(model)
+    for at, b in _outputs(model).items():
+        if at not in shared:
+            b.data *= found.strengths[at]
+    return found
+
+
+def turn(
+    model: PeftModel, rule: Rule, batches: Any, keep: Any, tokenizer: Any, uniform: bool = False, seed: int = 0
+) -> Dial:
+    """Choose as `dial` does, of an adapter that may be dialed, and leave it as it is."""
+    task = _read(as_batches(batches, model, seed), "batches")
+    n = sum(len(batch["labels"]) for batch in task)
+    if own := keep is None:
         if tokenizer is None:
             raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
-        n = max(sum(len(batch["labels"]) for part in task for batch in part) // 2, 3)
-        keep = replayed(model, tokenizer, n, seed, min(n // 3, KEPT_BATCH))
-    kept = _thirds(as_batches(keep, model, seed), "keep")
-    if _texts(kept) <= _texts(task):
-        raise LoraInitError("keep holds examples of the task and nothing else. Pass text of another kind.")
-    if uniform:  # nothing is fitted
-        task, kept = ((fit, fit + choose, report) for fit, choose, report in (task, kept))
-    found = _search(model, task, kept, rule, uniform)
-    for name, b in outputs.items():
-        b.data *= found.strengths[name]
-    return found
+        keep = replayed(model, tokenizer, max(n // 2, 3), seed, min(max(n // 2, 3) // 3, KEPT_BATCH))
+    kept = _read(as_batches(keep, model, seed), "keep")
+    notes = [] if own else _check_other(task, kept)
+    if shared := _sharing(model):
+        uniform, notes = True, [*notes, f"{shared[0]!r} shares a matrix with another layer: one strength for all"]
+    parts = [_thirds(one, rule, uniform) for one in (task, kept)]
+    found = _search(model, parts[0], parts[1], rule, uniform)
+    return replace(found, read=(n, sum(len(batch["labels"]) for batch in kept)), notes=(*notes, *found.notes))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
 
 
-def _thirds(batches: Iterable[Any], what: str) -> _Parts:
-    """Split batches into those to fit, to choose and to report by, every third each."""
+def _read(batches: Iterable[Any], what: str) -> list[Any]:
+    """Read those batches that have labels: all of a list, of a loader the first."""
+    if batches is None:
+        raise LoraInitError("dial() needs batches of the task, unless strength= says what to do.")
     found = []
-    for batch in islice(batches, _MOST_BATCHES):
+    for batch in batches if isinstance(batches, Sequence) else islice(batches, _MOST_BATCHES):
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise LoraInitError(f"{what}: a batch has no labels [batch, length], as those of a language model are.")
@@ -197,29 +226,55 @@ def _thirds(batches: Iterable[Any], what: str) -> _Parts:
             found.append(batch)
     if len(found) < 3:
         raise LoraInitError(f"{what}: {len(found)} batches have labels, and at least 3 are needed. Pass smaller ones.")
-    return found[0::3], found[1::3], found[2::3]
+    return found
 
 
-def _texts(parts: _Parts) -> set[tuple[int, ...]]:
-    """Collect the labels of all examples."""
-    rows = (row for batches in parts for batch in batches for row in batch["labels"])
-    return {tuple(row[row != IGNORED].tolist()) for row in rows}
+def _thirds(batches: list[Any], rule: Rule, uniform: bool) -> _Parts:
+    """Split batches into those to fit, to choose and to report by; where nothing is fitted, or chosen, all others."""
+    if rule.strength is not None:
+        return [], batches, batches
+    fit, choose, report = (batches[i::3] for i in range(3))
+    return fit, fit + choose if uniform else choose, report
+
+
+def _check_other(task: list[Any], kept: list[Any]) -> list[str]:
+    """Refuse text to keep that is examples of the task, and note the share of it that is."""
+    texts, own = _sequences(kept), _sequences(task)
+    share = len(texts & own) / len(texts)
+    if share >= _SHARED:
+        raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task, too. Pass text of another kind.")
+    return [f"{share:.1%} of the text to keep are examples of the task, too"] if share else []
+
+
+def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
+    """Collect the tokens of all examples, without padding, and their labels."""
+    found = set()
+    for batch in batches:
+        ids = batch.get("input_ids", batch["labels"])
+        used = batch.get("attention_mask", torch.ones_like(ids)).expand_as(ids) != 0
+        rows = zip(ids, used, batch["labels"], strict=True)
+        found |= {(*row[at].tolist(), *labels[labels != IGNORED].tolist()) for row, at, labels in rows}
+    return found
 
 
 def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool) -> Dial:
     names = [*_outputs(model)]
 
-    def read(layers: Mapping[str, float], third: int) -> list[Tensor]:
-        with strengths(model, layers):
-            return [example_losses(model, part[third]) for part in (task, kept)]
+    @cache  # where all examples are for the report, they are read once
+    def losses(values: tuple[float, ...], alone: bool) -> list[Tensor]:
+        with strengths(model, dict(zip(names, values, strict=True))):
+            return [example_losses(model, part[2 if alone else 1]) for part in (task, kept)]
+
+    def read(layers: Mapping[str, float], to_report: bool = False) -> list[Tensor]:
+        return losses(tuple(layers[name] for name in names), to_report and rule.strength is None)
 
     def measure(layers: Mapping[str, float], weight: float | None) -> Point:
-        on_task, on_kept = map(_ratio, read(layers, 1))
+        on_task, on_kept = map(_ratio, read(layers))
         return Point(sum(layers.values()) / len(layers), on_task, on_kept - base, weight, layers)
 
     nothing = dict.fromkeys(names, 0.0)
-    task_at_0, base = map(_ratio, read(nothing, 1))
-    steps = sorted({*CURVE, *([] if rule.strength is None else [rule.strength])})[1:]
+    task_at_0, base = map(_ratio, read(nothing))
+    steps = CURVE[1:] if rule.strength is None else sorted({rule.strength, 1.0})
     curve = [Point(0.0, task_at_0, 0.0, None, nothing), *(measure(dict.fromkeys(names, step), None) for step in steps)]
     notes, fitted, reported = [], [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
     if rule.strength is not None:
@@ -229,13 +284,13 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
         chosen = rule.choose(limit, curve[1:])
         if not uniform:
             reported[UNIFORM] = chosen
-            found = _fits(model, task[0], kept[0], rule, limit, measure)
+            found = _fits(model, task[0], kept[0], rule, limit, reported["trained"].rise, measure)
             fitted = [point for point in found if point.strength]  # with zeros alone there is no adapter
             # Layers of their own come first: on few examples one strength for all often seems as good by chance.
             chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
         if rule.keep_within is not None and chosen.rise > rule.keep_within:
             notes.append("no strength keeps what was asked for; the one that forgets least was taken")
-    at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
+    at = {name: read(point.layers, True) for name, point in (reported | {"chosen": chosen}).items()}
     on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}
     on_kept = {name: _change(losses[1], at["base"][1]) for name, losses in at.items()}
     sizes = len(at["base"][0]), len(at["base"][1])
@@ -248,22 +303,24 @@ def _fits(
     keep: list[Any],
     rule: Rule,
     limit: float,
+    trained: float,
     measure: Callable[[Mapping[str, float], float | None], Point],
 ) -> Iterator[Point]:
-    """Fit strengths of the layers with rising weights of the text to keep, while more can gain within the rule.
+    """Fit strengths of the layers with rising weights of the text to keep, until the rule breaks or nothing is gained.
 
     Half way from each to those before is measured, too: weights are coarse, and with few examples a fit goes too far.
     """
-    layers = dict.fromkeys(_outputs(model), _START)
-    for i, weight in enumerate(_WEIGHTS):
-        more = (_MORE_STEPS, _LOWER_RATE) if i else ()
+    layers, least = dict.fromkeys(_outputs(model), _START), math.inf
+    for weight in _WEIGHTS:
+        more = (_MORE_STEPS, _LOWER_RATE) if least < math.inf else ()
         before, layers = layers, fit_strengths(model, task, keep, weight, layers, *more)
         half = {name: (value + before[name]) / 2 for name, value in layers.items()}
         points = [measure(half, weight), measure(layers, weight)]
         yield from points
         kept = rule.keep_within is not None and points[1].rise <= rule.keep_within
-        if kept or points[1].task > limit:
+        if kept or points[1].task > limit or points[1].rise > least - _GAIN * max(trained, 0.0):
             break
+        least = points[1].rise
 
 
 def _ratio(losses: Tensor) -> float:
@@ -286,7 +343,7 @@ def strengths(model: PeftModel, values: float | Tensor | Mapping[str, float | Te
     At 1 the adapter acts as trained, at 0 the model is its base, except for modules that were trained whole. Layers not
     named keep theirs. Tensors may require gradients, except for experts that PEFT adapts as parameters.
     """
-    layers, adapter = adapter_layers(model), model.active_adapter
+    adapter, layers = _active(model)
     before = {name: layer.scaling[adapter] for name, layer in layers.items()}
     each = values if isinstance(values, Mapping) else dict.fromkeys(layers, values)
     try:
@@ -346,13 +403,38 @@ def fit_strengths(
     return dict(zip(names, values.tolist(), strict=True))
 
 
+def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
+    """Return the active adapter and its layers."""
+    (name,) = model.active_adapters
+    return name, {at: layer for at, layer in adapter_layers(model).items() if name in layer.scaling}
+
+
+def _factors(model: PeftModel) -> dict[str, tuple[Tensor, nn.Parameter]]:
+    """Find A and B of each layer of the active adapter."""
+    name, layers = _active(model)
+    return {
+        at: (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+        if name in getattr(layer, "lora_embedding_B", {})
+        else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        for at, layer in layers.items()
+    }
+
+
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
     """Find B of each layer of the active adapter."""
-    found = {}
-    for name, layer in adapter_layers(model).items():
-        embedding = getattr(layer, "lora_embedding_B", {})
-        adapter = model.active_adapter
-        found[name] = embedding[adapter] if adapter in embedding else layer.lora_B[adapter].weight
+    return {at: b for at, (_, b) in _factors(model).items()}
+
+
+def _sharing(model: PeftModel) -> list[str]:
+    """List the layers that are scaled already when B of each layer before is: their A or B is one of these."""
+    scaled: set[int] = set()
+    found = []
+    for at, pair in _factors(model).items():
+        places = [one.untyped_storage().data_ptr() for one in pair]
+        if scaled.isdisjoint(places):
+            scaled.add(places[1])
+        else:
+            found.append(at)
     return found
 
 
@@ -362,10 +444,18 @@ def _mean(losses: Tensor, labelled: Tensor) -> Tensor:
 
 def label_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Compute the loss of each label, zero where there is none, and where there is one; both [batch, length]."""
-    batch = on_device_of(model, batch)
-    if shifts_labels(model):
+    batch, shifted = on_device_of(model, batch), shifts_labels(model)
+    if shifted and batch.keys() == _PLAIN:
         return token_losses(model, batch)
-    labels, logits = batch["labels"], call_model(model, batch, with_labels=True).logits
+    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    labels, logits = batch["labels"], call_model(plain, batch, with_labels=not shifted).logits
+    if logits.shape[:2] != labels.shape:
+        more = ", ".join(sorted({*batch} - _PLAIN)) or "nothing else"
+        raise LoraInitError(
+            f"a batch has labels {list(labels.shape)}, and with {more} beside tokens {type(plain).__name__} returns "
+            f"logits {list(logits.shape[:2])}. Pass batches with a label for each of these."
+        )
+    labels, logits = (labels[:, 1:], logits[:, :-1]) if shifted else (labels, logits)
     losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return losses, labels != IGNORED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,6 +71,7 @@ class Dial:
         keep: Loss on held-out text to keep, likewise; against that of the base.
         examples: Held-out examples of the task, and of text to keep.
         notes: What to know, such as that no strength does what was asked for.
+        read: Examples of the task, and texts to keep, that were read in all.
     """
 
     rule: str
@@ -80,6 +82,13 @@ class Dial:
     keep: Mapping[str, Change]
     examples: tuple[int, int]
     notes: tuple[str, ...] = ()
+    read: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def unmeasured(cls, rule: str, layers: Mapping[str, float]) -> Dial:
+        """Return the one strength that was asked for, of which nothing was measured."""
+        chosen = Point(next(iter(layers.values())), math.nan, math.nan, None, layers)
+        return cls(rule, chosen, (), (), {}, {}, (0, 0))
 
     @property
     def strengths(self) -> Mapping[str, float]:
@@ -91,6 +100,8 @@ class Dial:
         values = asdict(self)
         for point in values["curve"]:
             del point["layers"]  # which all have its strength
+        if not self.curve:
+            del values["chosen"]["task"], values["chosen"]["rise"]
         return values
 
     def summary(self) -> dict[str, str]:
@@ -131,13 +142,16 @@ def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
     strength = f"{chosen['strength']:g} in all layers"
     if chosen["weight"] is not None:
         strength = f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
+    if not task:
+        return {"strength": strength, "chosen by": values["rule"], "measured on": "nothing: no data were given"}
+    read = " of {} and {} that were read".format(*values["read"]) if values.get("read") else ""
     rows = {
         "strength": strength,
         "chosen by": values["rule"],
         "task": f"{task['base'].loss:.3f} base, {task['trained'].loss:.3f} as trained, {task['chosen']} now",
         "text to keep": f"{keep['base'].loss:.3f} base, {keep['trained']} as trained, {keep['chosen']} now",
         **({"at one strength": f"{task[UNIFORM]} task, {keep[UNIFORM]} text to keep"} if UNIFORM in task else {}),
-        "measured on": "{} and {} other examples; ± is a 95 % interval".format(*values["examples"]),
+        "measured on": "{} and {} other examples{}; ± is a 95 % interval".format(*values["examples"], read),
     }
     return rows | {f"note {i}": note for i, note in enumerate(values["notes"], 1)}
 
@@ -172,7 +186,8 @@ def write_dialed(
             config = read_json(fresh / CONFIG_FILE)
             alphas = {name: alpha_for(layer.scaling, layer.rank) for name, layer in own.items()}
             write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
-        found.plot().savefig(fresh / PICTURE_FILE)
+        if found.curve:
+            found.plot().savefig(fresh / PICTURE_FILE)
         write_json(fresh / RECORD_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
         (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")
     return Path(path).expanduser().resolve()
@@ -180,8 +195,9 @@ def write_dialed(
 
 def _card(trained: Trained, found: Dial) -> str:
     lines = "\n".join(f"- {about}: {text}" for about, text in found.summary().items())
+    picture = f"\n\n![losses over strength]({PICTURE_FILE})" if found.curve else ""
     return (
         f"{card_header(trained.base, trained.config.get('task_type'))}\n"
         f"# A trained LoRA adapter, at the strength that keeps what the model knew\n\n{lines}\n\n"
-        f"The strengths are in it: load it as any adapter.\n\n![losses over strength]({PICTURE_FILE})\n"
+        f"The strengths are in it: load it as any adapter.{picture}\n"
     )

@@ -20,6 +20,7 @@ from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
 from lora_init.layers.targets import PREFIX
+from lora_init.loading.models import class_of_task
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
@@ -170,6 +171,9 @@ def export_adapter(
     result = Exported(path, engine, 0, trained.scaling, f"vllm serve {shlex.quote(str(path))}", intruders=intruders)
     untrained = not any(layer.b.any() for layer in trained.layers.values())
     result = replace(result, error_share=share, notes=(_UNTRAINED,) if untrained else note_of(began.path))
+    if trained.quantized and not began.error_size:
+        on = f"it was made on a base in {trained.quantized}: on another one, as --data measures it, it acts otherwise"
+        result = replace(result, notes=(*result.notes, on))
     if sources is not None:
         server = ENGINES["vllm"].server.replace("{name}", "{path}")
         result = replace(result, verify=_verify(server, path, Path(directory), False, start is None, base))
@@ -184,7 +188,7 @@ def export_adapter(
     padded = below and not (sizes or keep_ranks) and final.rank > trained.rank
     result = replace(
         result, rank=final.rank, smaller=(below[-1], error_at(trained, below[-1])) if padded else None,
-        command=_command(wanted, path, model.source, final.rank), errors=errors, error=error,
+        command=_command(wanted, path, model.source, final), errors=errors, error=error,
         verify=_verify(wanted.server, path, Path(directory), wanted.writes_peft, start is None and not error, base),
         added=tuple(name for name in final.layers if name not in trained.layers),
         parameters=sum(layer.a.numel() + layer.b.numel() for layer in final.layers.values()),
@@ -271,10 +275,14 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
     return replace(trained, layers=layers), counts
 
 
-def _command(engine: Engine, path: Path, base: str, rank: int) -> str:
+def _command(engine: Engine, path: Path, base: str, trained: Trained) -> str:
     quote = repr if engine is PEFT else shlex.quote
-    filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(rank)}
-    return engine.command.format_map(filled)
+    filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(trained.rank)}
+    command, task = engine.command.format_map(filled), trained.config.get("task_type")
+    if engine is PEFT and task in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [len(t) for key, t in trained.others.items() if key.endswith(("classifier.weight", "score.weight"))]
+        command = command.replace("), ", f", num_labels={heads[0]}), ", 1) if heads else command
+    return command.replace("AutoModelForCausalLM", class_of_task(task)) if engine is PEFT else command
 
 
 def command_for_all(exports: Sequence[Exported]) -> str:
@@ -282,6 +290,13 @@ def command_for_all(exports: Sequence[Exported]) -> str:
     several, largest = find_engine(exports[0].engine).several, max(exports, key=lambda one: one.rank)
     words = [f"{_name(one.path)}={shlex.quote(str(one.path))}" for one in [largest, *exports]]
     return largest.command.removesuffix(words[0]) + several.join(words[1:]) if several else ""
+
+
+def verify_for_all(exports: Sequence[Exported], base: str | None = None) -> str:
+    """Write the command that asks one server about all of them, by the names under which it serves them."""
+    server, paths = find_engine(exports[0].engine).server, " ".join(shlex.quote(str(one.path)) for one in exports)
+    of = f" --base {shlex.quote(base)}" if base else ""
+    return f"lora-init verify {paths} {server.partition(' --model')[0]}{of}"
 
 
 def _name(path: Path) -> str:

@@ -15,6 +15,11 @@ from lora_init.serving.base import Base
 from lora_init.serving.engines import ENGINES, PEFT, Engine
 from lora_init.serving.trained import EMBEDDING, MAGNITUDE, OTHER_UPDATES, Trained, scalings
 
+# Kinds of model that write no text, in words.
+WRITE_NO_TEXT = {
+    "SEQ_CLS": "a classifier", "TOKEN_CLS": "a classifier of tokens", "QUESTION_ANS": "a model that finds answers",
+    "FEATURE_EXTRACTION": "an encoder",
+}  # fmt: skip
 # What an adapter may be trained with that neither an engine nor a merged model does.
 _PEFT_ALONE = ("alora_invocation_tokens", "trainable_token_indices", "lora_bias", *OTHER_UPDATES)
 
@@ -37,6 +42,8 @@ def serving_note(
             f"It began as {base_change}, which changes the base weights, so no engine takes it as it is. "
             "`lora-init export --start DIRECTORY`, of the adapter before training, converts it."
         )
+    if kind := WRITE_NO_TEXT.get(str(config.get("task_type"))):
+        return f"PEFT takes this adapter as it is. It is of {kind}, and the engines of `lora-init export` write text."
     alone = next((key for key in _PEFT_ALONE if config.get(key)), None)
     if alone is not None:
         return f"PEFT takes this adapter as it is. It was trained with {alone}, which no other does."

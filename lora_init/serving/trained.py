@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, start_digest
+from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, carried, start_digest
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
+from lora_init.loading.models import QUANTIZATIONS
 from lora_init.planning.lora_config import from_patterns, lora_config, scaling_of
 
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
@@ -102,6 +103,14 @@ class Trained:
     def base(self) -> str:
         """Directory or hub id of the base model, as the adapter names it; may be empty."""
         return str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def quantized(self) -> str:
+        """How the base was quantized as it was loaded for lora_init, such as "nf4"; empty if it was not."""
+        provenance = carried(self.config).get("provenance")
+        made = provenance.get("quantisation") if isinstance(provenance, dict) else None
+        made = made if isinstance(made, dict) else {}
+        return next((name for name, how in QUANTIZATIONS.items() if how.items() <= made.items()), "")
 
     @property
     def scaling(self) -> float:

@@ -94,7 +94,11 @@ class ServingWatch:
         stale = None if found.verdict == "ignored" else _stale(observed, now, earlier, found.noise)
         if stale is None:
             return found
-        other, prompts = stale
+        other, prompts, is_sure = stale
+        if not is_sure:
+            if found.verdict == AS_TRAINED:
+                return found
+            return replace(found, text=f"{found.text}; step {other} fits as well, and base= would tell them apart")
         many = f"{prompts} of {found.prompts} prompts are" if prompts < found.prompts else "it is"
         text = f"{STALE}: {many} answered as by step {other}, and step {step} was expected"
         return replace(found, verdict=STALE, text=f"{text} ({found.text})")
@@ -111,15 +115,19 @@ class ServingWatch:
             del self._kept[next(iter(self._kept))]
 
 
-def _stale(observed: Tensor, now: Tensor, earlier: dict[int, Tensor], noise: float | None) -> tuple[int, int] | None:
+def _stale(
+    observed: Tensor, now: Tensor, earlier: dict[int, Tensor], noise: float | None
+) -> tuple[int, int, bool] | None:
     """Find the earlier step that all prompts, or else some, are answered as by, and their number; None if none are.
+
+    Last, whether nothing else fits as well: without the engine's noise, what is off the way has to be little.
 
     What is observed is projected on the way from the answer of this step (0) to that of the other (1): with noise of
     its own it is at 0, with a standard deviation of the noise over the length of the way.
     """
     told, off = ~observed.isnan(), (observed - now).nan_to_num()
     for several in (True, False):  # the prompts of a group are judged together
-        best: tuple[float, int, int] | None = None
+        best: tuple[float, int, int, bool] | None = None
         for step, kept in earlier.items():
             way = (kept - now).where(told, 0.0)
             per_prompt = (way.square(), off * way, (off - way).square(), off.square(), told)
@@ -129,7 +137,8 @@ def _stale(observed: Tensor, now: Tensor, earlier: dict[int, Tensor], noise: flo
             exact = of_noise / values < _EXACTLY**2 * length
             there = exact & (along > _ON_THE_WAY * length) & (left < _LEFT_OVER**2 * length + 4 * of_noise)
             n = len(told) if several and there.any() else int(there.sum())
-            found = (float((left - at_now)[there].sum()), step, n)
+            is_sure = noise is not None or bool((left < _LEFT_OVER**2 * length)[there].all())
+            found = (float((left - at_now)[there].sum()), step, n, is_sure)
             best = found if n and (best is None or found < best) else best
         if best is not None:
             return best[1:]

@@ -83,7 +83,7 @@ def test_the_default_forgets_less_at_the_price_that_was_allowed(place, tmp_path)
     assert found["fitted"] and found["chosen"]["task"] <= 1.02 * min(point["task"] for point in found["curve"][1:])
     full = next(point for point in found["curve"] if point["strength"] == 1.0)
     assert found["chosen"]["rise"] < full["rise"]
-    assert found["examples"] == [12, 4]
+    assert found["examples"] == [12, 4] and found["read"] == [36, 18]
     assert (
         found["keep"]["chosen"]["change"] < found["keep"]["trained"]["change"] and found["keep"]["base"]["change"] == 0
     )
@@ -127,21 +127,56 @@ def test_what_cannot_be_dialed_is_one_line(place, tmp_path):
     refused("classifier", "trained whole", adapter=tmp_path / "classifier")
     save_model(tiny_llama(hidden_size=16), tmp_path / "other")
     for more, words in (
-        (["--strength", -0.5], ["--strength", "above 0"]),
+        (["--strength", -0.5], ["--strength -0.5", "at least 0.001"]),
+        (["--strength", 1e-31], ["--strength 1e-31", "at least 0.001"]),
         (["--strength", "nan"], ["--strength", "finite"]),
         (["--lose", "much"], ["--lose 'much'", "2%"]),
-        (["--lose", "1%", "--keep-within", 0.1], ["both given"]),
+        (["--lose", 2], ["--lose 2 is 200% more loss", "2% or 0.02"]),
+        (["--lose", "1%", "--keep-within", 0.1], ["--lose and --keep-within are both given"]),
         (["--base", tmp_path / "other"], ["32", "16"]),
     ):
         assert_one_line_error(run("dial", place / "trained", task, "--keep", text, "-o", out, *more), *words)
+    for more, words in (([], ["name DATA", "--strength 0.8"]), (["--strength", 0.5, "--keep", text], ["name DATA"])):
+        assert_one_line_error(run("dial", place / "trained", "-o", out, *more), *words)
+    few = run("dial", place / "trained", task, "-o", out, "--samples", 12)
+    assert_one_line_error(few, "--samples", "greater than or equal to 36", code=2)
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    refused("chat template", data=tmp_path / "chats.jsonl")
     assert not out.exists()
 
 
-def test_replay_writes_lines_that_can_be_trained_on(place, tmp_path):
+def test_one_strength_needs_neither_data_nor_a_pass(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_init.loading.models.ModelSource.load", None)  # no weights of the base are needed
+    done = run("dial", place / "trained", "-o", tmp_path / "kept", "--strength", 0.6)
+    assert done.exit_code == 0 and "0.6 in all layers" in done.stdout, done.output
+    torch.testing.assert_close(logits(place, tmp_path / "kept"), logits(place, "trained", 0.6), atol=1e-5, rtol=1e-5)
+    assert "0.6 in all layers" in run("inspect", tmp_path / "kept").stdout and not (tmp_path / "kept/dial.png").exists()
+    assert "its strength is the dial's: 0.6" in run("export", tmp_path / "kept", "-o", tmp_path / "served").stdout
+
+
+def test_how_the_base_was_loaded_is_not_forgotten(place, tmp_path):
+    made = {"provenance": {"quantisation": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bits": None,
+                                            "bnb_4bit_quant_type": "nf4"}}}  # fmt: skip
+    model = adapted(place, auto_mapping={"lora_init": made})
+    train(model, IDS, 3)
+    model.save_pretrained(tmp_path / "nf4")
+    words = [tmp_path / "nf4", place / "task.txt", "--keep", place / "text.txt", "--samples", 36, "--uniform"]
+    done = run("dial", *words, "-o", tmp_path / "kept")
+    assert done.exit_code == 0 and "made on a base in nf4, and this one is not: --quantize nf4" in done.stderr
+    done = run("export", tmp_path / "nf4", "-o", tmp_path / "served", "--data", place / "task.txt")
+    assert done.exit_code == 0 and "note: it was made on a base in nf4" in done.stdout, done.output
+    assert "nf4" not in run("export", place / "trained", "-o", tmp_path / "other").output
+
+
+def test_replay_writes_lines_that_can_be_trained_on(place, tmp_path, monkeypatch):
     file = tmp_path / "replay.jsonl"
     done = run("replay", place / "base", "-o", file, "--n", 5, "--length", 12)
     assert done.exit_code == 0 and "5" in done.stdout
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 5 and all(row["text"].strip() for row in rows)
     assert_one_line_error(run("replay", place / "base", "-o", file), "exists")
+    monkeypatch.setattr("lora_init.loading.models.ModelSource.load", None)  # refused before
+    more = ["replay", place / "base", "-o", tmp_path / "r.jsonl"]
+    assert_one_line_error(run(*more, "--length", 3000), "--length 3000", "3001 tokens, and the model takes 64")
+    assert_one_line_error(run(*more, "--chat"), "no chat template")
     assert_one_line_error(run("replay", tmp_path / "none", "-o", tmp_path / "r.jsonl"), "no such directory")

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import transformers
+from peft import LoraConfig, get_peft_model
 
 import lora_init
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_bert, tiny_llama
 from tests.serving.made import ADAPTERS, train
 from tests.versions import OLD_PEFT
 
@@ -46,10 +48,15 @@ def test_several_are_written_beside_each_other_with_a_table_and_one_command_and_
     assert rows["v1.2"][0] == "64" and rows["v1.2"][3:5] == ["rank", "32:"] and rows["v1.3"] == ["failed"]
     names = " ".join(f"{name}={tmp_path / 'served' / name}" for name in ("trained", "v1.1", "v1.2"))
     serve = f"vllm serve {tmp_path / 'base'} --enable-lora --max-lora-rank 64 --lora-modules {names}"
-    assert done.stdout.splitlines()[-1] == serve
+    paths = " ".join(str(tmp_path / "served" / name) for name in ("trained", "v1.1", "v1.2"))
+    ask = f"lora-init verify {paths} --url http://127.0.0.1:8000/v1"
+    assert done.stdout.splitlines()[-2:] == [serve, ask]
     again = run("export", trained, others[0], "-o", tmp_path / "served", "--engine", "vllm", "--overwrite", "--json")
     assert again.exit_code == 0 and [one["rank"] for one in json.loads(again.stdout)] == [16, 8]
     assert_one_line_error(run("export", trained, trained, "-o", tmp_path / "two"), "have the name 'trained'")
+    mixed = json.loads(run("export", trained, others[2], "-o", tmp_path / "mixed", "--json").stdout)
+    assert mixed[0].keys() == mixed[1].keys() and mixed[0]["failed"] is None and mixed[1]["error"] is None
+    assert mixed[0]["error"] == 0.0 and "no adapter_model.safetensors" in mixed[1]["failed"]
 
 
 def test_json_has_errors_losses_and_intruders(trained, tmp_path):
@@ -117,3 +124,31 @@ def test_the_command_that_verifies_names_what_peft_can_load(trained, tmp_path):
     merged = lora_init.export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
     assert merged.verify == f"lora-init verify {trained} --url http://127.0.0.1:8000/v1 --model {tmp_path / 'merged'}"
     assert lora_init.export_adapter(trained, tmp_path / "for-peft").verify == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "load"),
+    [
+        ("SEQ_CLS", "a classifier", "AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=3)"),
+        ("FEATURE_EXTRACTION", "an encoder", "AutoModel.from_pretrained({base!r})"),
+    ],
+)
+def test_models_that_write_no_text_are_offered_no_engine_of_text(task, kind, load, tmp_path):
+    base = str(save_model(tiny_bert(), tmp_path / "base"))
+    auto = load.partition(".")[0]
+    more = {"num_labels": 3, "ignore_mismatched_sizes": True} if task == "SEQ_CLS" else {}
+    model = getattr(transformers, auto).from_pretrained(base, **more)
+    config = LoraConfig(task_type=task, target_modules=["query"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "trained")
+    shown = run("inspect", tmp_path / "trained").stdout
+    assert f"It is of {kind}, and the engines of `lora-init export` write text." in shown and "vLLM" not in shown
+    done = run("export", tmp_path / "trained", "-o", tmp_path / "for-peft", "--base", base)
+    command = f"PeftModel.from_pretrained({load.format(base=base)}, '{tmp_path / 'for-peft'}')"
+    assert done.stdout.splitlines()[-1] == command, done.output
+    if task == "SEQ_CLS":
+        merge = ["export", tmp_path / "trained", "-o", tmp_path / "merged", "--merge-into"]
+        assert_one_line_error(run(*merge, base), "num_labels=")
+        fitting = getattr(transformers, auto).from_pretrained(base, **more)
+        fitting.save_pretrained(tmp_path / "fitting")
+        done = run(*merge, tmp_path / "fitting")
+        assert done.exit_code == 0 and "warning" not in done.stderr, done.output

@@ -1,11 +1,22 @@
 """Strengths do what merged weights do, their gradient is that of finite differences, and a model is left as it was."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_init import LoraInitError, dial
-from lora_init.serving.dial import STRONGEST, Rule, _change, example_losses, fit_strengths, label_losses, strengths
+from lora_init.serving.dial import (
+    STRONGEST,
+    Rule,
+    _change,
+    _fits,
+    example_losses,
+    fit_strengths,
+    label_losses,
+    strengths,
+)  # fmt: skip
 from lora_init.serving.dialed import Point
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama, tiny_t5
 from tests.layers.made import mixtral
@@ -121,7 +132,7 @@ def test_dial_works_in_place_and_what_is_saved_reloads_with_the_same_outputs(tmp
         dial(model, batches[:2], keep)
     with pytest.raises(LoraInitError, match="tokenizer="):
         dial(model, batches)
-    with pytest.raises(LoraInitError, match="nothing else"):
+    with pytest.raises(LoraInitError, match="100% of its texts are examples of the task"):
         dial(model, batches, [*batches])
     with torch.no_grad():
         full = model.eval()(**batches[0]).logits
@@ -166,9 +177,48 @@ def test_rules_choose_what_they_say():
     assert Rule(keep_within=0.1).choose(9.0, points[2:]) == points[2]
     assert chosen(points[1:]) == 0.7 and chosen([point(0.6, 1.1, 0.0)]) == 0.5  # the first of them where one is
     assert str(Rule()) == "the least forgetting at most 2 % above the task's loss at the best strength"
-    for wrong in (dict(lose=-0.1), dict(strength=0.0), dict(keep_within=float("nan")), dict(lose=0.1, strength=1.0)):
-        with pytest.raises(LoraInitError):
+    for wrong, words in (
+        (dict(lose=-0.1), "at least 0"),
+        (dict(lose=2), "200% more loss"),
+        (dict(strength=0.0), "at least 0.001"),
+        (dict(strength=1e-31), "at least 0.001"),
+        (dict(keep_within=float("nan")), "finite"),
+        (dict(lose=0.1, strength=1.0), "both given"),
+    ):
+        with pytest.raises(LoraInitError, match=words):
             Rule(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("asked", "rises", "tried"),
+    [
+        ({}, [0.9, 0.5, 0.2, 0.1, 0.05], [0.3, 1.0, 3.0, 10.0]),  # the task is lost at the fourth
+        ({}, [0.9, 0.5, 0.495], [0.3, 1.0, 3.0]),  # the third gains nothing
+        ({}, [0.9, 0.95], [0.3, 1.0]),
+        ({"keep_within": 0.3}, [0.9, 0.5, 0.2], [0.3, 1.0, 3.0]),
+        ({"keep_within": 0.95}, [0.9], [0.3]),
+    ],
+)
+def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_gained(asked, rises, tried, monkeypatch):
+    model, _ = trained_model()
+    starts, weights = [], []
+
+    def fit(model, task, keep, weight, layers, *more):
+        starts.append((layers, more))
+        weights.append(weight)
+        return dict.fromkeys(layers, 0.7 - 0.1 * len(weights))
+
+    def measure(layers, weight):
+        strength = next(iter(layers.values()))
+        return Point(strength, 3.1 - strength, rises[len(weights) - 1], weight, layers)
+
+    monkeypatch.setattr("lora_init.serving.dial.fit_strengths", fit)
+    limit = 3.1 - 0.35 if not asked else float("inf")
+    points = [*_fits(model, [], [], Rule(**asked), limit, 1.0, measure)]
+    assert weights == tried and [point.weight for point in points] == [one for one in tried for _ in range(2)]
+    begun = [next(iter(layers.values())) for layers, _ in starts]
+    assert begun == pytest.approx([0.7 - 0.1 * i for i in range(len(tried))])
+    assert [more for _, more in starts] == [()] + [(16, 0.05)] * (len(tried) - 1)
 
 
 def test_one_strength_for_all_is_chosen_by_two_thirds():
@@ -227,3 +277,121 @@ def test_models_that_cannot_be_dialed_are_refused_by_what_they_are():
         fresh = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], **settings))
         with pytest.raises(LoraInitError, match=words):
             dial(fresh, batches, keep)
+
+
+def packed(batch):
+    """Two documents in a row, whose positions begin anew."""
+    n = batch["input_ids"].shape[1]
+    positions = (torch.arange(n) % (n // 2)).expand_as(batch["input_ids"])
+    return {"input_ids": batch["input_ids"], "position_ids": positions, "labels": batch["labels"]}
+
+
+def embedded(batch):
+    embedding = tiny_llama().double().get_input_embeddings()
+    return {key: batch[key] for key in ("attention_mask", "labels")} | {
+        "inputs_embeds": embedding(batch["input_ids"]).detach()
+    }
+
+
+@pytest.mark.parametrize("change", [packed, embedded])
+def test_the_loss_is_that_of_the_whole_batch(change):
+    model, (batch, *_) = trained_model()
+    batch = change(batch)
+    with torch.no_grad():
+        expected = float(model.eval()(**batch, use_cache=False).loss)  # as transformers' Trainer calls it
+        assert float(mean(*label_losses(model, batch))) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(LoraInitError, match=r"with inputs_embeds beside tokens .* logits \[4, \d+\]"):
+        label_losses(model, embedded(batches_for("llama")[0]) | {"labels": torch.ones(4, 3, dtype=torch.long)})
+    with pytest.raises(LoraInitError, match=r"'pixel_values', which LlamaForCausalLM\.forward does not take"):
+        label_losses(strict(model), batch | {"pixel_values": torch.ones(4, 3)})
+
+
+def strict(model):
+    """Let the forward pass take what it names, and no more."""
+    plain = model.get_base_model()
+    forward = plain.forward
+    plain.forward = lambda input_ids=None, labels=None: forward(input_ids=input_ids, labels=labels)
+    return model
+
+
+@torch.no_grad()
+def test_a_tensor_that_layers_share_is_scaled_once():
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True)
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(std=0.3)
+    batches, keep = batches_for("llama"), batches_for("llama", n_batches=4, seed=1)
+    with strengths(model, 0.8):
+        expected = model.eval()(**batches[0]).logits
+    assert not torch.allclose(model(**batches[0]).logits, expected, atol=1e-3)
+    dial(model, strength=0.8)
+    torch.testing.assert_close(model(**batches[0]).logits, expected)
+    with torch.enable_grad():
+        found = dial(model, batches, keep)
+    assert len({*found.strengths.values()}) == 1 and "one strength for all" in found.notes[0] and not found.fitted
+
+
+def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
+    model, batches = trained_model(dtype=torch.float32)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj", "q_proj"]))
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".other." in name}
+    keep = batches_for("llama", n_batches=4, seed=1)
+    found = dial(model, batches, keep)
+    assert {*found.strengths} == {*own_strengths(trained_model()[0])} and found.task["chosen"].loss > 0
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.items())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(LoraInitError, match="adapters default, other are active"):
+        dial(model, batches, keep)
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(LoraInitError, match="'default' is disabled"):
+        dial(model, strength=0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_list_is_read_whole_and_of_a_loader_the_first_batches():
+    model, batches = trained_model(dtype=torch.float32)
+    many, keep = [batch for batch in batches for _ in range(20)], batches_for("llama", n_batches=4, seed=1)
+    found = dial(model, many, keep, strength=0.9)
+    assert found.read == (4 * len(many), 16) and found.examples == found.read
+    assert dial(model, iter(many), keep, strength=0.9).read == (4 * 48, 16)
+    assert "of 192 and 16 that were read" in dial(model, iter(many), keep, uniform=True).summary()["measured on"]
+
+
+def test_text_to_keep_is_compared_with_the_task_whatever_its_order():
+    model, batches = trained_model(dtype=torch.float32)
+    rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(4)]
+    with pytest.raises(LoraInitError, match="keep: 100% of its texts are examples of the task"):
+        dial(model, rows, rows[::-1][:6])
+    others = [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches_for("llama", seed=1, n_batches=8)
+        for i in range(4)
+    ]
+    with pytest.raises(LoraInitError, match="keep: 50% of"):
+        dial(model, rows, rows[:6] + others[:6])
+    assert "3.1% of the text to keep are examples of the task" in dial(model, rows, others[:31] + rows[:1]).notes[0]
+    answers = [row | {"input_ids": 63 - row["input_ids"]} for row in rows[:6]]  # the same answers to other prompts
+    assert not dial(model, rows, answers).notes
+
+
+def test_one_strength_needs_no_data_and_with_data_reports_both_ends():
+    model, batches = trained_model(dtype=torch.float32)
+    with strengths(model, 0.8):
+        expected = example_losses(model, batches)
+    ends = {}
+    for value in (0.0, 1.0):
+        with strengths(model, value):
+            ends[value] = example_losses(model, batches).sum(0)
+    measured = dial(copy.deepcopy(model), batches, batches_for("llama", n_batches=4, seed=1), strength=0.8)
+    assert [point.strength for point in measured.curve] == [0.0, 0.8, 1.0] and measured.examples == (16, 16)
+    for name, sums in (("base", ends[0.0]), ("trained", ends[1.0]), ("chosen", expected.sum(0))):
+        assert measured.task[name].loss == pytest.approx(float(sums[0] / sums[1]))
+    found = dial(model, strength=0.8)
+    torch.testing.assert_close(example_losses(model, batches), expected)
+    assert found.summary()["measured on"] == "nothing: no data were given"
+    assert "task" not in found.to_dict()["chosen"] and {*found.strengths.values()} == {0.8}
+    with pytest.raises(LoraInitError, match="needs batches of the task"):
+        dial(model)

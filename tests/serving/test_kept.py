@@ -116,7 +116,11 @@ def test_the_command_says_what_arrives_and_measures_it(tmp_path):
     done = run("inspect", directory, "--merge", "nf4", "--base", base, "--data", tmp_path / "text.txt")
     assert done.exit_code == 0 and "rounded to nf4" in done.stdout and "nats a token" in done.stdout, done.output
     said = " ".join(done.stdout.split())
-    assert "times as much noise, over all weights" in said and "of what the adapter moves them." in said
+    assert (
+        "computed in float32, whatever is served" in said
+        and "times as much noise, over all weights" in said
+        and "of what the adapter moves them." in said
+    )
     found = json.loads(run("inspect", directory, "--merge", "float16", "--json").stdout)["merge"]
     assert found["noise"] < 0.2 and found["advice"].startswith("Merge: ") and len(found["layers"]) == 4
     wrong = run("inspect", directory, "--data", tmp_path / "text.txt")

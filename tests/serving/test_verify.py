@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from transformers import AutoModelForCausalLM
 import lora_init
 from lora_init import LoraInitError
 from lora_init.serving import server
-from tests.commands import assert_one_line_error, run
+from tests import commands
+from tests.commands import run
 from tests.conftest import tiny_llama
 from tests.serving.engine import FAULTS, Engine, changed, without, word_tokenizer
 
+# What could not be asked is not what differs, which is 1.
+assert_one_line_error = partial(commands.assert_one_line_error, code=2)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = ["q_proj", "v_proj", "up_proj"]
 ADAPTERS = {
@@ -151,8 +155,9 @@ def test_several_adapters_are_asked_about_with_one_base_and_one_that_fails_stops
         assert found["dora"].startswith("another adapter") and "no model 'nowhere'" in found["nowhere"]
         found = json.loads(run("verify", *asked, *options, "--json").stdout)
         assert [one.get("verdict") for one in found] == ["served as trained", None, None, "another adapter", None]
-        assert run("verify", home / "plain", damaged, *options).exit_code == 1
+        assert run("verify", home / "plain", damaged, *options).exit_code == 2
         assert_one_line_error(run("verify", home / "plain", home / "ranks", "--url", url, "--model", "x"), "names one")
+        assert_one_line_error(run("verify", home / "none", "--url", "http://127.0.0.1:1/v1"), "none is no adapter dir")
         assert_one_line_error(run("verify", home / "ranks", home / "rslora", "--url", url), "has no model 'ranks'")
 
 
@@ -171,7 +176,7 @@ def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
 def test_a_dialed_adapter_is_known_and_the_one_before_is_another_strength(home, tmp_path):
     rows = tmp_path / "task.txt"
     rows.write_text("\n".join(f"w{i} w{i % 7} w{i % 5}" for i in range(40)))
-    words = ["--keep", home / "rows.jsonl", "-o", tmp_path / "kept", "--strength", 0.5, "--samples", 24]
+    words = ["--keep", home / "rows.jsonl", "-o", tmp_path / "kept", "--strength", 0.5, "--samples", 36]
     done = run("dial", home / "plain", rows, *words)
     assert done.exit_code == 0, done.output
     done = ask(home, tmp_path / "kept", served(home, tmp_path / "kept"), "--model", "served")

@@ -122,6 +122,28 @@ def test_a_fault_is_named(fault, dtype):
         assert f"it is answered as by step {last - plant}, and step {last} was expected" in found.text
 
 
+@pytest.mark.parametrize("blocks", [(0, 1), (1, 3), (2, 3)])
+def test_without_the_engines_noise_missing_layers_are_not_called_stale(blocks):
+    torch.manual_seed(0)
+    model = policy()
+    engine = InProcess(model, torch.float32)
+    watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask)
+
+    def each(step):
+        watch.note(model, step)
+        if step == 20:
+            engine.synchronize(model)
+
+    train(model, 31, each)
+    assert watch.check(model, 30).text.startswith("stale: it is answered as by step 20")
+    engine.synchronize(model)
+    watch.note(model, 31)
+    engine.scale(0.0, blocks)
+    found = watch.check(model, 31)
+    assert found.verdict not in ("stale", "served as trained"), found.text
+    assert "fits as well, and base= would tell them apart" in found.text
+
+
 def trainer_of(model, folder, callback, kind=Trainer, **changes):
     rows = [{"input_ids": torch.arange(6, 18) + i, "labels": torch.arange(6, 18) + i} for i in range(40)]
     arguments = TrainingArguments(
