@@ -94,24 +94,19 @@ class Bench:
     def train(self, run: Run) -> dict[str, Any]:
         """Train once and read the loss of the examples to report."""
         began = time.process_time()
-        init = lora_init.build_adapter(self.stats, RANK, run.start, lora_alpha=2 * RANK, seed=run.seed)
+        init = lora_init.build_adapter(self.stats, RANK, run.start, lora_alpha=2 * RANK, seed=run.seed, unit_rows=True)
         if run.start != "random" and run.size != "rows":
             init = replace(init, weights=self.resized(init.weights, float(run.size)))
         peft_model = init.apply(self.model)
-        found = measured(peft_model, self.sample[:4])
-        rate = rule(found, init.scaling, RANK, run.steps) * run.x
+        rate = lora_init.learning_rate(peft_model, self.sample[:4], steps=run.steps).rate * run.x
         training = Training(run.steps, 8, run.warmup, [0, run.steps])
         order = self.task.order(run.seed, run.steps, 8)
         result = train(peft_model, self.task, order, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
         self.model = peft_model.unload()
         del peft_model
         gc.collect()
-        of_energy = {name: a_of(self.stats[name], own.a) for name, own in init.weights.items()}
-        off = [math.log(of_energy[name] / a) for name, (a, _, _) in found.items() if a > 0]
         return {
             **asdict(run), "rate": rate, "loss": result.report_loss, "status": result.status,
-            "say": [geometric(v[i] for v in found.values()) for i in range(3)],
-            "a by energy": [round(math.exp(sum(off) / len(off)), 4), round(max(off), 3), round(min(off), 3)],
             "seconds": round(time.process_time() - began),
         }  # fmt: skip
 
@@ -124,59 +119,6 @@ class Bench:
             of_random = rank / width / 3 * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
             resized[name] = LoraWeights(own.a * (size * math.sqrt(of_random / energy(spectrum, own.a))), own.b)
         return resized
-
-
-def a_of(spectrum: Any, a: torch.Tensor) -> float:
-    """Compute a of the rule as if A x were Gaussian."""
-    return sum(math.sqrt(2 / math.pi * energy(spectrum, row[None])) for row in a)
-
-
-def geometric(values: Any) -> float:
-    logs = [math.log(v) for v in values if v > 0]
-    return math.exp(sum(logs) / len(logs))
-
-
-def measured(peft_model: Any, batches: Any) -> dict[str, tuple[float, float, float]]:
-    """Measure a, x1 and y of each layer."""
-    sums: dict[str, list[float]] = {}
-    handles = []
-    mask: list[Any] = [None]
-
-    def hook(name: str, layer: Any) -> Any:
-        def read(module: Any, args: Any, out: Any) -> None:
-            x = args[0][mask[0]].float()
-            y = out[mask[0]].float()
-            if module.bias is not None:
-                y = y - module.bias.float()
-            ax = x @ layer.lora_A["default"].weight.float().T
-            own = sums.setdefault(name, [0.0] * 4)
-            for i, v in enumerate((ax.abs().sum(), x.abs().sum(), y.square().mean(1).sum(), torch.tensor(len(x)))):
-                own[i] += float(v)
-
-        return read
-
-    for name, module in peft_model.named_modules():
-        if hasattr(module, "lora_A"):
-            handles.append(module.base_layer.register_forward_hook(hook(name, module)))
-    with torch.no_grad():
-        for batch in batches:
-            mask[0] = batch["attention_mask"].bool()
-            peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1)
-    for handle in handles:
-        handle.remove()
-    name_of = {name: name.removeprefix("base_model.model.") for name in sums}
-    return {name_of[n]: (a / k, x / k, math.sqrt(y / k)) for n, (a, x, y, k) in sums.items()}
-
-
-def rule(found: Any, scaling: float, rank: int, steps: int) -> float:
-    """Solve for the rate: bisection in the log."""
-    target = math.log(0.0058 * (48 / steps) ** 0.5)
-    low, high = 1e-8, 10.0
-    while high / low > 1.0001:
-        eta = math.sqrt(low * high)
-        f = sum(math.log(eta * scaling * (a + 2.5 * rank * eta * x / 2) / y) for a, x, y in found.values()) / len(found)
-        low, high = (eta, high) if f < target else (low, eta)
-    return math.sqrt(low * high)
 
 
 def main() -> None:
