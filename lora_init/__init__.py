@@ -34,6 +34,7 @@ _NAMES = {
     "adapters.intruders": ["intruder_dimensions", "Intruders"],
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "loading.batches": ["load_batches"],
+    "serving.fit": ["check_fit", "FitReport"],
     "serving.dial": ["dial"],
     "serving.dialed": ["Dial"],
     "serving.replay": ["replay"],
@@ -78,6 +79,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.serving.dialed import Dial as Dial
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
+    from lora_init.serving.fit import FitReport as FitReport
+    from lora_init.serving.fit import check_fit as check_fit
     from lora_init.serving.replay import replay as replay
     from lora_init.serving.verify import Verification as Verification
     from lora_init.serving.verify import verify as verify
