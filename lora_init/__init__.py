@@ -27,6 +27,8 @@ _NAMES = {
     "adapters.starts": ["Start"],
     "adapters.adapter_init": ["AdapterInit", "correct_base"],
     "adapters.initialize": ["initialize"],
+    "adapters.doors.callback": ["StartCallback"],
+    "adapters.doors.axolotl": ["axolotl"],
     "adapters.quantized": ["QuantizationErrors", "QuantisationErrors"],
     "adapters.learning_rate": ["LearningRate"],
     "adapters.measured_rate": ["learning_rate"],
@@ -52,6 +54,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.adapter_init import correct_base as correct_base
     from lora_init.adapters.build import build_adapter as build_adapter
+    from lora_init.adapters.doors.axolotl import axolotl as axolotl
+    from lora_init.adapters.doors.callback import StartCallback as StartCallback
     from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders
     from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
