@@ -119,9 +119,8 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
     form, source = form_of(adapter.header), base or adapter.base
     if form:
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
-    folder = _folder_of(source, adapter.config.get("revision"))
-    tensors = _stored(folder)
-    fits = [*_fits(adapter, source, tensors, engine is not None)]
+    folder, tensors = _checkpoint_of(source, adapter.config.get("revision")) if source else (None, {})
+    fits = [*_fits(adapter, source, engine is not None)]
     if not fits:
         raise LoraInitError(f"{source!r} is of a class that transformers does not know. Name the base by base=.")
     reports = [fit.report(source, converts=engine is None) for fit in fits]
@@ -135,38 +134,27 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
     return replace(report, misfits=(*report.misfits, *more))
 
 
-def _folder_of(source: str, revision: Any) -> Path | None:
-    """Find the directory of a base model, also in the hub's cache; None if it is not there."""
+def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, Stored]]:
+    """Find the directory of a base, also in the hub's cache, and its tensors; none if quantized or not safetensors."""
     from huggingface_hub import try_to_load_from_cache
 
-    if not source or Path(source).expanduser().is_dir():
-        return Path(source).expanduser() if source else None
-    found = None
-    with suppress(ValueError):  # no name that the hub could have
-        found = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
-    return Path(found).parent if isinstance(found, str) else None
+    folder: Any = Path(source).expanduser()
+    if not folder.is_dir():
+        with suppress(ValueError):  # no name that the hub could have
+            folder = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
+        folder = Path(folder).parent if isinstance(folder, str) else None
+    weights = [folder / name for name in (INDEX_FILE, "model.safetensors")] if folder is not None else []
+    if not any(path.is_file() or path.is_symlink() for path in weights):
+        return folder, {}
+    quantized = '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8")
+    return folder, {} if quantized else find_tensors(str(folder))
 
 
-def _stored(folder: Path | None) -> dict[str, Stored]:
-    """Find the tensors of a checkpoint of float weights; none where it is quantized or in files of another kind."""
-    weights = () if folder is None else (folder / INDEX_FILE, folder / "model.safetensors")
-    there = [path for path in weights if path.is_file() or path.is_symlink()]
-    if not there or '"quantization_config"' in (there[0].parent / "config.json").read_text(encoding="utf-8"):
-        return {}
-    return find_tensors(str(folder))
-
-
-def _fits(adapter: AdapterDirectory, source: str, tensors: Mapping[str, Stored], as_saved: bool) -> Iterator[_Fit]:
+def _fits(adapter: AdapterDirectory, source: str, as_saved: bool) -> Iterator[_Fit]:
     """Put the adapter on the classes that it may be of: its own, that of its task, that of the checkpoint."""
     import transformers
 
-    try:
-        config = read_config(source)
-    except LoraInitError:
-        if not tensors:
-            raise
-        yield _Fit(adapter, lambda: _stand_in(tensors), "the checkpoint")
-        return
+    config = read_config(source)
     mapping, task = adapter.config.get("auto_mapping") or {}, adapter.config.get("task_type")
     saved, of_task = [*(config.architectures or ())], CLASS_OF_TASK.get(task, "") if task else "AutoModel"
     own = [str(mapping.get("base_model_class") or "")]
@@ -174,36 +162,19 @@ def _fits(adapter: AdapterDirectory, source: str, tensors: Mapping[str, Stored],
     for name in dict.fromkeys(saved if as_saved and saved else [*own, *saved, of_task]):
         make = getattr(transformers, name, None) if name else None
         if on_meta(make, config) is not None:
-            yield _Fit(adapter, lambda make=make: on_meta(make, config), saved=saved[0] if saved else name)
-
-
-def _stand_in(tensors: Mapping[str, Stored]) -> nn.Module:
-    """Build layers by the names and shapes in a checkpoint, for a model whose class transformers does not have."""
-    root = nn.Module()
-    for name, stored in tensors.items():
-        *path, last = name.removesuffix(".weight").split(".")
-        if len(stored.shape) != 2 or not name.endswith(".weight"):
-            continue
-        owner = root
-        for word in path:
-            if not hasattr(owner, word):
-                owner.add_module(word, nn.Module())
-            owner = owner.get_submodule(word)
-        kind: Any = nn.Embedding if "emb" in last or last == "wte" else nn.Linear
-        owner.add_module(last, kind(*stored.shape[:: 1 if kind is nn.Embedding else -1], device="meta"))
-    return root
+            yield _Fit(adapter, lambda make=make: on_meta(make, config), saved[0] if saved else name)
 
 
 class _Fit:
     """An adapter on one class of its base model, without weights."""
 
-    def __init__(self, adapter: AdapterDirectory, make: Any, name: str = "", saved: str = "") -> None:
+    def __init__(self, adapter: AdapterDirectory, make: Any, saved: str) -> None:
         from peft import get_peft_model_state_dict
 
         model = make()
-        self.adapter, self.make, self.saved, self.name = adapter, make, saved, name or type(model).__name__
+        self.adapter, self.make, self.saved, self.name = adapter, make, saved, type(model).__name__
         self.base, self.n_parameters = Base("", model, widths_of(model), {}), count_parameters(model)
-        self.embeddings = {*self.base.embeddings} - {""} if saved else set()
+        self.embeddings = {*self.base.embeddings} - {""}
         self.owners = {name.rpartition(".")[0] for name, one in model.named_parameters() if one.dim() > 2}
         # Names and shapes of what the configuration selects, and of all other weights of the model.
         self.expected: dict[str, list[int]] = {}
@@ -234,7 +205,7 @@ class _Fit:
     @property
     def tied_head(self) -> str:
         """What of the adapter no engine takes since input and output embedding are one weight."""
-        tied = self.embeddings if self.embeddings and self.base.tied else ()
+        tied = self.embeddings if self.base.tied else ()
         head = next((name for name in self.adapter.layers if name in tied), "")
         return f"takes no adapter of {head!r}, whose weight is also that of the other embedding" if head else ""
 
@@ -262,7 +233,7 @@ class _Fit:
             lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
             there = {*header, *renames.values()}
             found += [Misfit("missing", key, lost) for key in self.expected if key not in there and one_to_one]
-        if self.saved and self.name != self.saved:
+        if self.name != self.saved:
             notes.append(f"It fits {self.name}, and the base was saved as {self.saved}: load it in that class.")
         return FitReport(source, self.name, len(header), tuple(found), renames, tuple(notes))
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters import directory as directory_room
-from lora_init.loading import checkpoint
+from lora_init.loading import checkpoint, models
+from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
 from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
 from tests.layers.made import mixtral, qwen3_moe
@@ -244,16 +245,14 @@ def test_another_revision_in_the_cache_is_found(bases, tmp_path):
     assert f"names revision {a}, and this is {b}" in line
 
 
-def test_a_base_whose_class_transformers_does_not_have_is_read_by_the_names_of_its_checkpoint(bases, tmp_path):
+def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     shutil.copytree(bases / "llama", tmp_path / "custom")
-    (tmp_path / "custom/config.json").write_text(
-        json.dumps({"model_type": "new", "architectures": ["NewForCausalLM"], "auto_map": {"AutoConfig": "new.Config"}})
-    )
-    found = check_fit(directory, str(tmp_path / "custom"))
-    assert not found.misfits and found.model_class == "the checkpoint"
-    change(directory, named("q_proj", "wq"))
-    assert "has no layer of this name" in check_fit(directory, str(tmp_path / "custom")).lines[0]
+    (tmp_path / "custom/new.py").write_text("raise SystemExit('run')")
+    config = {"model_type": "new", "auto_map": {"AutoConfig": "new.Config"}}
+    (tmp_path / "custom/config.json").write_text(json.dumps(config))
+    with pytest.raises(LoraInitError, match="cannot be read"):
+        check_fit(directory, str(tmp_path / "custom"))
 
 
 @pytest.mark.parametrize("case", NAMES)
@@ -380,3 +379,31 @@ def test_no_weight_is_read(bases, tmp_path, monkeypatch):
         monkeypatch.setattr(holder, "load_file", None, raising=False)
     monkeypatch.setattr(checkpoint.Stored, "read", None)
     assert not check_fit(directory).misfits
+
+
+class Silent:
+    """A server that has every adapter, and is not asked."""
+
+    models = ()
+
+    def __init__(self, *arguments):
+        pass
+
+    def find(self, name, model, base):
+        return name, None
+
+
+@pytest.mark.parametrize("command", ["dial", "verify", "export"])
+def test_commands_refuse_a_misfit_before_a_model_is_loaded(bases, tmp_path, monkeypatch, command):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    change(directory, target_modules=["q_proj", "v_proj", "k_proj"])
+    (tmp_path / "data.txt").write_text("the cat\n" * 20)
+    monkeypatch.setattr(server, "Server", Silent)
+    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(models.ModelSource, "load", None)
+    more = {
+        "dial": [tmp_path / "data.txt", "-o", tmp_path / "b"],
+        "verify": ["--url", "http://127.0.0.1:1"],
+        "export": ["-o", tmp_path / "b"],
+    }
+    assert_one_line_error(run(command, directory, *more[command]), "k_proj.lora_A.weight: is not in adapter_model")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -34,6 +35,8 @@ class StartCallback(TrainerCallback):
     Args:
         method: See `initialize`. Default: `"eva"`.
         samples: Number of examples to learn from.
+        learning_rate: `"measured"` sets the trainer's to what the pass says for its steps. Without, a rate that is more
+            than three times off is a warning.
         **options: Other arguments of `initialize` that leave the form of the adapter alone, such as `token_mask`.
 
     Raises:
@@ -47,9 +50,14 @@ class StartCallback(TrainerCallback):
         lora_init.errors.LoraInitError: StartCallback() has no argument sample=. Did you mean samples? ...
     """
 
-    def __init__(self, method: str | None = None, samples: int = 512, **options: Any) -> None:
+    def __init__(
+        self, method: str | None = None, samples: int = 512, learning_rate: str | None = None, **options: Any
+    ) -> None:
         if not isinstance(samples, int) or samples < 1:
             raise LoraInitError(f"samples={samples!r}: a number of examples of at least 1 is needed.")
+        if learning_rate not in (None, "measured"):
+            raise LoraInitError(f"learning_rate={learning_rate!r}: 'measured' is expected, or none for the tool's own.")
+        self.measured = learning_rate is not None
         self.asked, self.samples = Asked.by("StartCallback()", method, **options), samples
         self.start = choose_start(method, False)
 
@@ -73,10 +81,13 @@ class StartCallback(TrainerCallback):
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
             init = adapter_for(carrier, batches, asked.but(data="training batches"), None, self.start)
             carrier.put(init, "")
-        for said in init.fit.far_off(args):
+        rate = replace(init, steps=state.max_steps).rate
+        if self.measured and rate:
+            _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
+        for said in rate.far_off(args) if rate else ():
             warnings.warn(said, stacklevel=2)
-        what = f"{init.method} start of {len(init.weights)} layers from the first training batches"
-        _say(state, f"{what}, of {self.samples} examples at most.")
+        what = f"{init.method} start of {len(init.weights)} layers, from {self.samples} examples of the data at most"
+        _say(state, f"{what}; the learning rate is {args.learning_rate:.2g}.")
 
 
 class Filled(InPlace):
@@ -120,6 +131,15 @@ def _batches(loader: Any, model: Any) -> Iterator[Iterator[dict[str, Any]]]:
     finally:
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             loader.end()
+
+
+def _set_rate(args: Any, rate: float, optimizer: Any, scheduler: Any) -> None:
+    """Set the learning rate of a trainer that has its optimizer and its schedule."""
+    factor, schedule = rate / args.learning_rate, getattr(scheduler, "scheduler", scheduler)  # accelerate's holds it
+    for group in optimizer.param_groups:
+        group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+    schedule.base_lrs = [one * factor for one in schedule.base_lrs]
+    args.learning_rate = rate
 
 
 def _say(state: TrainerState, text: str) -> None:

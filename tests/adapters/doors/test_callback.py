@@ -52,7 +52,7 @@ def adapter_of(adapted):
 @pytest.mark.parametrize("method", [None, "natural-gradient"])
 def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys):
     expected = trainer(tmp_path, model())
-    lora_init.initialize(expected, method=method or "eva", rho=1, max_batches=2)
+    lora_init.initialize(expected, method=method or "eva", max_batches=2)
     watch, adapted = Watch(method, samples=8), model()
     before = adapter_of(adapted)
     trainer(tmp_path, adapted, watch).train()
@@ -61,7 +61,7 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
         torch.testing.assert_close(watch.begun[name], value, rtol=1e-5, atol=1e-6)
         assert name.endswith("lora_B.default.weight") or not torch.equal(before[name], watch.begun[name])
     said = capsys.readouterr().err
-    assert f"lora_init: {method or 'eva'} start of 4 layers" in said and "of 8 examples at most" in said
+    assert f"lora_init: {method or 'eva'} start of 4 layers" in said and "from 8 examples of the data at most" in said
 
 
 def test_training_is_otherwise_as_it_would_have_been(tmp_path):
@@ -84,6 +84,17 @@ def test_a_resumed_run_is_left_alone(tmp_path, capsys):
     assert "resumed at step 2, and its adapter is left alone" in capsys.readouterr().err
     for name, value in adapter_of(first).items():
         torch.testing.assert_close(adapter_of(again)[name], value)
+
+
+def test_the_measured_rate_is_that_of_initialize_and_the_schedule_goes_by_it(tmp_path):
+    expected = trainer(tmp_path, model())
+    lora_init.initialize(expected, max_batches=2, learning_rate="measured")
+    made = trainer(tmp_path, model(), lora_init.StartCallback(samples=8, learning_rate="measured"), logging_steps=1,
+                   lr_scheduler_type="linear")  # fmt: skip
+    made.train()
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert made.args.learning_rate == expected.args.learning_rate != 1e-2
+    assert rates[1:] == pytest.approx([made.args.learning_rate * left / 3 for left in (2, 1)])
 
 
 class Stream(IterableDataset):
@@ -141,6 +152,7 @@ def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
 @pytest.mark.parametrize(("options", "expected"), [
     ({"sample": 8}, "has no argument sample=. Did you mean samples?"),
     ({"method": "evva"}, "Did you mean eva?"),
+    ({"learning_rate": 1e-3}, "learning_rate=0.001: 'measured' is expected"),
     ({"samples": 0}, "samples=0: a number of examples"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_when_the_callback_is_made(options, expected):
