@@ -51,16 +51,22 @@ def main(tool: str, python: str, directory: Path) -> None:
     (directory / "dataset_info.json").write_text(json.dumps({"chat": info}))
     page, model = (ROOT / "docs" / "other-trainers.md").read_text(), demo_assets.smollm2()
     for name, text in re.findall(r"^```[^\n]*\n# ([\w.]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
-        (directory / name).write_text(text.replace("samples=512", "samples=64"))
+        (directory / name).write_text(text.replace('512, learning_rate="measured"', "64"))
     settings: dict[str, Any] = yaml.safe_load((directory / f"{tool}.yaml").read_text())
     settings |= {MODEL_KEYS[tool]: str(model), **COMMON, **MORE[tool]}
     if "lora_init" in settings:
-        settings["lora_init"]["samples"] = 64
+        settings["lora_init"] = {"method": "eva", "samples": 64}
     said = run(tool, python, directory, settings)
     print(*(line for line in said.splitlines() if "lora_init:" in line))
     saved = directory / "trained"
     steps = [path.parent for path in sorted(saved.rglob("adapter_model.safetensors")) if "checkpoint-8" in str(path)]
-    init = [sys.executable, "-m", "lora_init", "init", str(model), str(directory / "chat.jsonl"), "--rank", "8"]
+    data = directory / "chat.jsonl"
+    if tool != "axolotl":  # which takes the tokenizer's own template, and these the plain ChatML of their file
+        turn = "<|im_start|>{}\n{}<|im_end|>\n".format
+        texts = [{"text": turn("user", question) + turn("assistant", answer)} for question, answer in rows]
+        data = directory / "text.jsonl"
+        data.write_text("\n".join(map(json.dumps, texts)))
+    init = [sys.executable, "-m", "lora_init", "init", str(model), str(data), "--rank", "8"]
     subprocess.run([*init, "-o", str(directory / "ours"), "--method", "eva", "--overwrite"], check=True)
     print(f"{tool}: A shares {shared(steps[0], directory / 'ours'):.4f} of its space with that of init")
     resumed = settings | {"resume_from_checkpoint": str(steps[0].with_name("checkpoint-4"))}

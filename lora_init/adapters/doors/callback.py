@@ -82,7 +82,7 @@ class StartCallback(TrainerCallback):
             init = adapter_for(carrier, batches, asked.but(data="training batches"), None, self.start)
             carrier.put(init, "")
         rate = replace(init, steps=state.max_steps).rate
-        if self.measured and rate:
+        if self.measured and rate and args.learning_rate:
             _set_rate(args, rate.rate, rest["optimizer"], rest["lr_scheduler"])
         for said in rate.far_off(args) if rate else ():
             warnings.warn(said, stacklevel=2)
