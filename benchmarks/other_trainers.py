@@ -28,7 +28,7 @@ import demo_assets  # noqa: E402
 TRIED = {"axolotl": "axolotl 0.19.0", "ms_swift": "ms-swift 4.6.0", "llama_factory": "LLaMA-Factory 0.9.5"}
 COMMANDS = {
     "axolotl": ["-m", "axolotl.cli.train", "axolotl.yaml"],
-    "ms_swift": ["-m", "swift.cli.sft", "--config", "ms_swift.yaml"],
+    "ms_swift": ["-m", "swift.cli.main", "sft", "ms_swift.yaml"],
     "llama_factory": ["start.py", "llama_factory.yaml"],
 }
 MODEL_KEYS = {"axolotl": "base_model", "ms_swift": "model", "llama_factory": "model_name_or_path"}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
 from lora_init.errors import LoraInitError, in_one_line
@@ -341,7 +340,7 @@ def _of_another_base(fit: _Fit, folder: Path | None, tensors: Mapping[str, Store
         yield Misfit("base", str(fit.adapter.path), said)
 
 
-def _fingerprint(model: nn.Module, tensors: Mapping[str, Stored]) -> str:
+def _fingerprint(model: Any, tensors: Mapping[str, Stored]) -> str:
     """Compute the fingerprint of a checkpoint, in which 16 numbers of a tensor are read; empty in another form."""
     prefix, state = f"{getattr(model, 'base_model_prefix', '')}.", {}
     for name, parameter in model.named_parameters():
@@ -351,4 +350,5 @@ def _fingerprint(model: nn.Module, tensors: Mapping[str, Stored]) -> str:
             return ""
         state[name] = stored.read()  # which maps the file into memory
     model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
     return fingerprint(model)

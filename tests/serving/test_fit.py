@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import lora_init
 from lora_init import LoraInitError, check_fit, export_adapter
 from lora_init.adapters import directory as directory_room
 from lora_init.loading import checkpoint, models
 from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
-from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 from tests.layers.made import mixtral, qwen3_moe
 from tests.serving.made import config_of, load, logits, randomise
 from tests.versions import OLD_TRANSFORMERS
@@ -213,14 +214,8 @@ def test_a_misfit_is_found(bases, tmp_path, case):
 @pytest.fixture(scope="module")
 def ours(bases, tmp_path_factory):
     """An adapter that lora_init has started: it knows of which weights."""
-    from transformers import AutoModelForCausalLM
-
-    from lora_init import initialize
-    from tests.conftest import batches_for
-
-    model = AutoModelForCausalLM.from_pretrained(bases / "llama")
     directory = tmp_path_factory.mktemp("ours") / "adapter"
-    initialize(model, batches_for("llama"), rank=4, task_type="CAUSAL_LM").save_pretrained(directory)
+    lora_init.initialize(load(bases / "llama"), batches_for("llama"), rank=4).save_pretrained(directory)
     return directory
 
 
@@ -233,6 +228,15 @@ def ours(bases, tmp_path_factory):
 def test_the_base_that_an_adapter_was_made_for_is_told_from_others(bases, ours, base, expected):
     lines = check_fit(ours, str(bases / base)).lines
     assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
+
+
+def test_an_adapter_fits_the_tied_base_that_it_was_made_for(bases, tmp_path):
+    lora_init.initialize(load(bases / "tied"), batches_for("llama"), rank=4).save_pretrained(tmp_path / "a")
+    assert not check_fit(tmp_path / "a", str(bases / "tied")).misfits
+    other = load(bases / "tied")
+    other.model.embed_tokens.weight.data.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    assert "with other weights" in check_fit(tmp_path / "a", str(tmp_path / "other")).lines[0]
 
 
 def test_another_revision_in_the_cache_is_found(bases, tmp_path):
