@@ -172,9 +172,10 @@ def _form_of(path: Path) -> str:
 
 def form_of(keys: Collection[str]) -> str:
     """Describe whose names of tensors these are, if they are not PEFT's; empty if they are."""
-    if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in keys):
+    loras = [key for key in keys if "lora" in key and not key.startswith(PREFIX)]
+    if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in loras):
         return "holds an adapter in kohya's form"
-    if any(key.startswith(("unet.", "transformer.", "text_encoder")) and "lora" in key for key in keys):
+    if any(key.startswith(("unet.", "text_encoder")) or "transformer_blocks." in key for key in loras):
         return "holds an adapter in diffusers' form"
     return "" if any("lora_" in key for key in keys) else "holds no lora_A, but weights of a whole model"
 

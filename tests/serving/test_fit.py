@@ -135,6 +135,7 @@ NAMES = {
     "compiled": (LLAMA, named(rf"^{PREFIX}", rf"{PREFIX}_orig_mod."), NEAR),
     "the adapter's name": (LLAMA, named(r"(lora_[AB])\.", r"\1.default."), NEAR),
     "no .weight": (LLAMA, named(r"\.weight$", ""), NEAR),
+    "GPT-2 without the prefix of PEFT": (GPT2, named(rf"^{PREFIX}", ""), "Nearest: base_model.model.transformer.h.0"),
     "GPT-2 without transformer.": (GPT2, named("transformer.", ""), "Nearest: base_model.model.transformer.h.0"),
     "experts without model.": (
         MOE,
