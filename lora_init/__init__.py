@@ -27,6 +27,8 @@ _NAMES = {
     "adapters.starts": ["Start"],
     "adapters.adapter_init": ["AdapterInit", "correct_base"],
     "adapters.initialize": ["initialize"],
+    "adapters.doors.callback": ["StartCallback"],
+    "adapters.doors.axolotl": ["axolotl"],
     "adapters.quantized": ["QuantizationErrors", "QuantisationErrors"],
     "adapters.learning_rate": ["LearningRate"],
     "adapters.measured_rate": ["learning_rate"],
@@ -34,6 +36,7 @@ _NAMES = {
     "adapters.intruders": ["intruder_dimensions", "Intruders"],
     "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "loading.batches": ["load_batches"],
+    "serving.fit": ["check_fit", "FitReport"],
     "serving.dial": ["dial"],
     "serving.dialed": ["Dial"],
     "serving.replay": ["replay"],
@@ -51,6 +54,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.adapter_init import correct_base as correct_base
     from lora_init.adapters.build import build_adapter as build_adapter
+    from lora_init.adapters.doors.axolotl import axolotl as axolotl
+    from lora_init.adapters.doors.callback import StartCallback as StartCallback
     from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders
     from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
@@ -78,6 +83,8 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.serving.dialed import Dial as Dial
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
+    from lora_init.serving.fit import FitReport as FitReport
+    from lora_init.serving.fit import check_fit as check_fit
     from lora_init.serving.replay import replay as replay
     from lora_init.serving.verify import Verification as Verification
     from lora_init.serving.verify import verify as verify

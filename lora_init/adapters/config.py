@@ -113,7 +113,7 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
     from peft import LoraConfig
 
     default = LoraConfig(init_lora_weights=config.init_lora_weights)
-    other = [field.name for field in fields(config) if field.name not in (*_SHAPE, *_SELECTION, *_DROPPED)]
+    other = [field.name for field in fields(default) if field.name not in (*_SHAPE, *_SELECTION, *_DROPPED)]
     changed = [name for name in other if getattr(config, name) != getattr(default, name)]
     if changed:
         raise LoraInitError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -35,12 +35,15 @@ class AdapterDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         file = self.path / CONFIG_FILE
-        if not self.path.is_dir():
+        if self.path.is_symlink() and not self.path.exists():
+            raise LoraInitError(f"{self.path} is a link to {self.path.readlink()}, which does not exist. Set it anew.")
+        if not self.path.is_dir() and not self.path.is_file():
             raise LoraInitError(f"{self.path}: no such adapter directory.")
         if not file.is_file():
+            form = _form_of(self.path)
             raise LoraInitError(
-                f"{self.path} has no {CONFIG_FILE}, so it is not an adapter directory. PEFT's save_pretrained() writes "
-                "one."
+                f"{self.path} has no {CONFIG_FILE}{form and f' and {form}'}, so it is not an adapter directory. PEFT's "
+                "save_pretrained() writes one."
             )
         self.config: Mapping[str, Any] = read_json(file)
         if self.config.get("peft_type") != "LORA":
@@ -54,18 +57,19 @@ class AdapterDirectory:
         return str(self.config.get("base_model_name_or_path") or "")
 
     @cached_property
-    def shapes(self) -> dict[str, list[int]]:
-        """Names and shapes of the tensors."""
-        from safetensors import SafetensorError, safe_open
-
+    def header(self) -> dict[str, tuple[list[int], str]]:
+        """Names of the tensors, with the shape and the type of each, such as `"BF16"`."""
         path = self.path / WEIGHTS_FILE
+        if path.is_symlink() and not path.exists():
+            raise LoraInitError(f"{path} is a link to {path.readlink()}, which does not exist. Download it again.")
         if not path.is_file():
             raise LoraInitError(f"{self.path} has no {WEIGHTS_FILE}. Only adapters in safetensors files are read.")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise LoraInitError(f"{path} is damaged: {error}.") from error
+        return _header_of(path)
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Names and shapes of the tensors."""
+        return {key: shape for key, (shape, _) in self.header.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Read all tensors, by their names in the file."""
@@ -76,7 +80,8 @@ class AdapterDirectory:
     @property
     def layers(self) -> list[str]:
         """The layers that have an A, by their names in the plain model."""
-        return [key.removeprefix(PREFIX).removesuffix(LORA_A) for key in self.shapes if key.endswith(LORA_A)]
+        names = (key.removesuffix(LORA_A) for key in self.shapes if key.endswith(LORA_A))
+        return [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -137,6 +142,42 @@ class AdapterDirectory:
         """Whether loading it changes weights of the plain model: by its start, or by what else it holds."""
         by_start = isinstance(self.config.get("init_lora_weights"), str)
         return by_start or any(".lora_" not in key for key in self.shapes)
+
+
+def _header_of(path: Path) -> dict[str, tuple[list[int], str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 - no mapping
+            return {key: (list(one.get_shape()), one.get_dtype()) for key, one in slices}
+    except SafetensorError as error:
+        with path.open("rb") as opened:
+            pointer = opened.read(12) == b"version http"
+        found = "a pointer of Git LFS and not the file: run git lfs pull" if pointer else f"damaged: {error}"
+        raise LoraInitError(f"{path} is {found}.") from error
+
+
+def _form_of(path: Path) -> str:
+    """Describe what else than PEFT's adapter is in a file or directory, by the names of its files and tensors."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    if any(file.name.endswith((".incomplete", ".part", ".crdownload")) for file in files):
+        return "is half a download"
+    file = next((file for file in files if file.suffix == ".safetensors"), None)
+    if (path / "config.json").is_file() or (path / "pytorch_model.bin").is_file():
+        return "is a checkpoint of a whole model"
+    keys = [] if file is None else [*_header_of(file)]
+    return form_of(keys) if keys else "is a file" if path.is_file() else ""
+
+
+def form_of(keys: Collection[str]) -> str:
+    """Describe whose names of tensors these are, if they are not PEFT's; empty if they are."""
+    loras = [key for key in keys if "lora" in key and not key.startswith(PREFIX)]
+    if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in loras):
+        return "holds an adapter in kohya's form"
+    if any(key.startswith(("unet.", "text_encoder")) or "transformer_blocks." in key for key in loras):
+        return "holds an adapter in diffusers' form"
+    return "" if any("lora_" in key for key in keys) else "holds no lora_A, but weights of a whole model"
 
 
 def check_place(path: str | Path, overwrite: bool) -> None:

@@ -68,11 +68,13 @@ def dial(
         from lora_init.serving.base import read_base
         from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable, turn
         from lora_init.serving.dialed import Dial, check_place, write_dialed
+        from lora_init.serving.fit import check_fit
         from lora_init.serving.trained import read_trained, with_parameters
     rule = Rule(_share(lose), keep_within, strength)
     check_place(output, overwrite)
     trained = read_trained(adapter)
     check_dialable(trained.config, trained.others, str(adapter))
+    check_fit(adapter, base).check()
     plain = read_base(base or trained.base, trained)
     trained = with_parameters(trained, plain.parameters)
     if not any(bool(layer.b.any()) for layer in trained.layers.values()):

@@ -39,6 +39,7 @@ def export(
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     merge_into: Annotated[str | None, Option(help="Write this whole model with the adapter merged in.")] = None,
     reduce_intruders: Annotated[bool, Option("--reduce-intruders", help="Take most intruders out, by PEFT.")] = False,
+    rename: Annotated[bool, Option("--rename", help="Write names of tensors that fit the base: see inspect.")] = False,
     data: Annotated[str | None, Option(help="Data to measure the loss on before and after, as for init.")] = None,
     *,
     reading: Reading,
@@ -76,7 +77,7 @@ def export(
         try:
             exported = export_adapter(
                 directory, place, engine, rank, parameters=parameters, megabytes=megabytes, keep_ranks=keep_ranks,
-                dtype=dtype, start=start, base=base, merge_into=merge_into, overwrite=overwrite,
+                dtype=dtype, start=start, base=base, merge_into=merge_into, rename=rename, overwrite=overwrite,
                 reduce_intruders=loaded.model if loaded is not None and reduce_intruders else None,
             )  # fmt: skip
             summary = exported.to_dict() | ({"failed": None} if len(places) > 1 else {})

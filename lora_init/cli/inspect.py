@@ -14,12 +14,13 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.adapters.learning_rate import LearningRate, training_in_words
-from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.console import FAILED, busy, importing, print_result
 from lora_init.cli.options import TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
 from lora_init.files import check_writable, is_as_written, read_json
 from lora_init.layers.grid import layer_grid
+from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,12 @@ def inspect(
     ] = None,
     base: Annotated[
         str | None,
-        Option("--base", "--model", help="With --intruders or --merge: base. Default: the one that the adapter names."),
+        Option(
+            "--base", "--model", help="Check that an adapter fits this base, or the base for --intruders or --merge."
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None, Option(help=f"Check that an adapter fits its base in one of {', '.join(ENGINES)}.")
     ] = None,
     statistics: Annotated[
         Path | None, Option(help="With --merge: statistics of the base, to count rounding where the data are.")
@@ -57,15 +63,20 @@ def inspect(
     reading: Reading,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them."""
-    if base is not None and not (intruders or merge_type):
-        raise LoraInitError("--base is for --intruders and --merge; without them no model is read.")
+    """Print what statistics, a plan, an adapter or a comparison are: of which model and data, and what is in them.
+
+    With --base or --engine the exit status is 1 if anything of an adapter would not be applied to its base.
+    """
+    checks = engine is not None or (base is not None and not (intruders or merge_type))
     if not merge_type and (data or statistics):
         raise LoraInitError("--data and --statistics are for --merge.")
-    descriptions = []
+    descriptions, fits = [], True
     for path in paths:
+        fit = describe_fit(path, base, engine) if checks else None
         with _damage_of(path):
             descriptions.append(describe(path, steps))
+        if fit is not None:
+            descriptions[-1]["fit"], fits = fit, fits and fit["fits"]
         if intruders:
             descriptions[-1]["intruders"] = describe_intruders(path, descriptions[-1], base, trust_remote_code)
         if merge_type:
@@ -78,6 +89,8 @@ def inspect(
 
     with _damage_of(*paths):
         print_result(descriptions if len(paths) > 1 else descriptions[0], show_all)
+    if not fits:
+        raise SystemExit(FAILED)
 
 
 MERGE_EXAMPLE = """\b
@@ -117,6 +130,15 @@ def _damage_of(*paths: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         where = ", ".join(map(str, paths))
         raise LoraInitError(f"{where} is damaged: {type(error).__name__} {first_line(error)} Make it again.") from error
+
+
+def describe_fit(path: Path, base: str | None, engine: str | None) -> dict[str, Any]:
+    """Check that an adapter fits its base, by the headers of their files."""
+    with importing(base):
+        from lora_init.serving.fit import check_fit
+    with _damage_of(path):
+        report = check_fit(path, base, engine)
+        return report.to_dict() | {"lines": report.lines, "engine": engine}
 
 
 def describe_intruders(
@@ -400,7 +422,16 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         head |= summary_of(about["dial"]) | {"picture": about["dial"]["picture"]}
     views = [head, "", rank_table(ranks, width), "", about["serving"]]
     views += _intruder_view(about["intruders"], width) if "intruders" in about else []
+    views += _fit_view(about["fit"]) if "fit" in about else []
     return [*views, *_merge_view(about["merge"])] if "merge" in about else views
+
+
+def _fit_view(about: Mapping[str, Any]) -> list[Any]:
+    """Show what `describe_fit` returned."""
+    of = f"{about['model_class']} {about['base']}" + (f" in {about['engine']}" if about["engine"] else "")
+    names = {one["where"] for one in about["misfits"]}
+    said = f"all {about['tensors']} tensors are applied" if about["fits"] else f"no: {len(names)} names below"
+    return ["", facts({"fits": f"{of}: {said}"}), *(f"misfit: {line}" for line in about["lines"]), *about["notes"]]
 
 
 def _merge_view(about: Mapping[str, Any]) -> list[Any]:

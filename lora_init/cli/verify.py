@@ -93,9 +93,12 @@ def verify(
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.loading.models import load_model
+        from lora_init.serving.fit import check_fit
         from lora_init.serving.verify import AS_EXPORTED, AS_TRAINED, CANNOT_TELL, verify
     for one in served:
         with noting(one):
+            if not trust_remote_code:
+                check_fit(one, base).check()
             sources[one] = base or AdapterDirectory(one).base
     if not sources:
         raise LoraInitError(" ".join(dict.fromkeys(failed.values())))

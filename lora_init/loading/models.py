@@ -23,8 +23,8 @@ _KINDS = {
     "LMHeadModel": ("CAUSAL_LM", "AutoModelForCausalLM"),
     "Model": ("FEATURE_EXTRACTION", "AutoModel"),
 }
-_CLASS_OF_TASK = {task: auto_class for task, auto_class in _KINDS.values() if task}
-TASK_TYPES = tuple(_CLASS_OF_TASK)
+CLASS_OF_TASK = {task: auto_class for task, auto_class in _KINDS.values() if task}
+TASK_TYPES = tuple(CLASS_OF_TASK)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # How a model can be quantized while it is loaded: what transformers takes as `quantization_config`.
 QUANTIZATIONS = {
@@ -247,7 +247,7 @@ def _check_source(source: str) -> bool:
 
 def _kind(source: str, config: Any, task_type: str | None) -> tuple[str | None, str]:
     if task_type is not None:
-        return task_type, _CLASS_OF_TASK[task_type]
+        return task_type, CLASS_OF_TASK[task_type]
     architecture = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
     kind = kind_of(architecture, config.is_encoder_decoder)
     if kind is None:

@@ -69,28 +69,34 @@ class Base:
         return bool(getattr(self.model.config, "tie_word_embeddings", False)) and all(self.embeddings)
 
 
-def read_base(source: str, trained: Trained) -> Base:
-    """Build the base model on the meta device, in the class that the adapter's names are of."""
+def read_config(source: str) -> Any:
+    """Read the configuration of a base model; no code that comes with it is run."""
     import transformers
 
     if not source:
         raise LoraInitError("the adapter names no base model. Name it by base=.")
     try:
-        config = transformers.AutoConfig.from_pretrained(str(Path(source).expanduser()))
+        return transformers.AutoConfig.from_pretrained(str(Path(source).expanduser()), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise LoraInitError(
             f"the base model {source!r} cannot be read: {first_line(error)} Name it by base=."
         ) from error
+
+
+def read_base(source: str, trained: Trained) -> Base:
+    """Build the base model on the meta device, in the class that the adapter's names are of."""
+    import transformers
+
+    config = read_config(source)
     mapping = trained.config.get("auto_mapping") or {}
     auto_classes = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
     classes = (mapping.get("base_model_class", ""), *(config.architectures or ()), *auto_classes)
     problem = ""
     for name in dict.fromkeys(classes):
-        made = _on_meta(getattr(transformers, name, None), config)
+        made = on_meta(getattr(transformers, name, None), config)
         if made is None:
             continue
-        layers = ((n, m) for n, m in made.named_modules() if isinstance(m, (nn.Embedding, nn.Linear)) or is_conv1d(m))
-        base = Base(source, made, {n: _widths(m) for n, m in layers}, _parameters(made, trained.config))
+        base = Base(source, made, widths_of(made), _parameters(made, trained.config))
         difference = _difference(trained, base)
         if difference is None:
             _warn_of_another(trained, base)
@@ -136,14 +142,21 @@ def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target
     return linear | {prefixes[name]: target for name, target in named.items()}
 
 
-def _on_meta(model_class: Any, config: Any) -> nn.Module | None:
+def on_meta(model_class: Any, config: Any) -> nn.Module | None:
+    """Build a model without weights; None where there is no such class, or it does not go with the configuration."""
     make: Any = getattr(model_class, "from_config", model_class)  # Auto classes have it
     try:
         with torch.device("meta"):
             model: nn.Module = make(config)
-    except (ValueError, AttributeError, TypeError):  # no such class, or no such head for this kind of model
+    except (ValueError, AttributeError, TypeError):
         return None
     return model
+
+
+def widths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return d_in and d_out of each linear layer and embedding by name, in model order."""
+    layers = model.named_modules()
+    return {n: _widths(m) for n, m in layers if isinstance(m, (nn.Embedding, nn.Linear)) or is_conv1d(m)}
 
 
 def _widths(module: Any) -> tuple[int, int]:

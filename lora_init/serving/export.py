@@ -27,6 +27,7 @@ from lora_init.serving.base import is_transposed, plan_merge, read_base, with_ch
 from lora_init.serving.compress import error_at, fit
 from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
+from lora_init.serving.fit import check_fit
 from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import check_engine
 from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
@@ -95,6 +96,7 @@ def export_adapter(
     base: str | None = None,
     merge_into: str | None = None,
     reduce_intruders: nn.Module | None = None,
+    rename: bool = False,
     overwrite: bool = False,
 ) -> Exported:
     """Write a trained adapter in the form that an engine loads.
@@ -123,6 +125,7 @@ def export_adapter(
         base: Base model, directory or hub id. Default: the one that the adapter names.
         merge_into: Write a whole model instead: this one with the adapter merged in, in its own dtype.
         reduce_intruders: The plain base model, loaded, for PEFT's `reduce_intruder_dimension` to work with.
+        rename: Write the adapter's tensors under the names that fit the base, where each has just one, see `check_fit`.
         overwrite: Replace what an earlier export wrote.
 
     Raises:
@@ -144,9 +147,12 @@ def export_adapter(
     path = check_output(output, engine, overwrite)
     if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
         raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
-    trained = read_trained(directory, start)
     began = AdapterDirectory(directory)
+    renames = check_fit(directory, merge_into or base).to_rename(str(began.path)) if rename else {}
+    trained = read_trained(directory, start, renames)
     _check_start(began, start, merge_into)
+    if not rename:
+        check_fit(directory, merge_into or base).check()
     model = read_base(merge_into or base or trained.base, trained)
     trained = with_changed_copies(with_parameters(trained, model.parameters), model)
     if start is not None:

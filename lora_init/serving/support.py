@@ -56,7 +56,28 @@ def serving_note(
     most = max(ranks.values(), default=0)
     if not most:
         return "No layer has an adapter, so there is nothing to serve."
-    grid = layer_grid(ranks)
+    why_not = {engine: _beyond_engine(engine, ranks, config) for engine in ENGINES.values()}
+    room = max(most, int(config.get("r") or most))
+    ready = [PEFT.title, *(engine.name_with(room) for engine, reason in why_not.items() if not reason)]
+    others = [engine.title for engine, reason in why_not.items() if reason]
+    return (
+        f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
+        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
+    )
+
+
+def beyond_engine(
+    engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[str], base_change: str
+) -> str:
+    """Describe what of an adapter directory an engine would not serve as trained; empty if it takes all of it."""
+    if base_change:
+        return f"takes no adapter that began as {base_change}, which changes the base weights"
+    alone = next((key for key in _PEFT_ALONE if config.get(key)), None) or next(_beyond_layers(config, tensors), None)
+    return f"takes no {alone} in a directory of PEFT" if alone else _beyond_engine(engine, ranks, config)
+
+
+def _beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str, Any]) -> str:
+    grid, most = layer_grid(ranks), max(ranks.values(), default=0)
     kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
     named = int(config.get("r") or most)
     scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else set()
@@ -67,18 +88,15 @@ def serving_note(
     )
     whole = not config.get("layers_to_transform") and named == most  # blocks of which no name is known lack theirs
     is_uniform = scales_alike and whole and all(kind in ({0}, {most}) for kind in kinds)
-    room = max(most, named)
-
-    def takes(engine: Engine) -> bool:
-        fits = scales_alike and engine.allows(room) and (is_uniform or "rank_pattern" in engine.reads)
-        return fits and bool(engine.reads) and ("use_rslora" in engine.reads or not config.get("use_rslora"))
-
-    ready = [PEFT.title, *(engine.name_with(room) for engine in ENGINES.values() if takes(engine))]
-    others = [engine.title for engine in ENGINES.values() if not takes(engine)]
-    return (
-        f"{_listed(ready)} take{'s' * (len(ready) == 1)} this adapter as it is. "
-        f"{_listed(others)} need{'s' * (len(others) == 1)} `lora-init export`."
-    )
+    if not engine.reads:
+        return "reads no directory of PEFT"
+    if not engine.allows(max(most, named)):
+        return f"takes {engine.allowed}, and this is {max(most, named)}"
+    if config.get("use_rslora") and "use_rslora" not in engine.reads:
+        return "does not read use_rslora"
+    if not scales_alike:
+        return "reads one scaling, and here layers have their own"
+    return "" if is_uniform or "rank_pattern" in engine.reads else "takes one rank for every layer of a kind"
 
 
 def _beyond_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -170,10 +171,17 @@ class Trained:
         return replace(self, layers={name: layer.rescaled(scaling) for name, layer in self.layers.items()})
 
 
-def read_trained(directory: str | Path, start: str | Path | None = None) -> Trained:
-    """Read an adapter directory; `start` is the same adapter before training, which `subtract` takes off."""
+def read_trained(
+    directory: str | Path, start: str | Path | None = None, renames: Mapping[str, str] = MappingProxyType({})
+) -> Trained:
+    """Read an adapter directory; `start` is the same adapter before training, which `subtract` takes off.
+
+    `renames` has other names for tensors of the file. Ranks and alphas are those that patterns give to the names there.
+    """
     adapter = AdapterDirectory(directory)
     config, directory = adapter.config, adapter.path
+    if renames:
+        config = _with_renamed_patterns(config, renames)
     other = next((key for key in OTHER_UPDATES if config.get(key)), None)
     if other is not None:
         raise LoraInitError(
@@ -187,13 +195,14 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in adapter.tensors().items():
-        match = _PART.fullmatch(key)
+        match = _PART.fullmatch(renames.get(key, key))
         if match is None:
-            others[key] = tensor
+            others[renames.get(key, key)] = tensor
         else:
             parts.setdefault(match["name"], {})[match["part"]] = tensor
     if not parts:
-        raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export.")
+        hint = "`lora-init inspect ADAPTER --base MODEL` looks for the names that fit."
+        raise LoraInitError(f"{path} holds no lora_A, so there is no adapter to export. {hint}")
     # With the adapter of an embedding PEFT stores the base's own weight, which training has not changed.
     copies = {key: others.pop(key) for name in parts if (key := f"{PREFIX}{name}.base_layer.weight") in others}
     trained = Trained(config, {}, others, copies, parts)
@@ -205,6 +214,15 @@ def read_trained(directory: str | Path, start: str | Path | None = None) -> Trai
     if start is None:
         adapter.check_fits_plain_base()
     return trained
+
+
+def _with_renamed_patterns(config: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
+    """Write out what patterns say of layers under the names in the file, for their new names."""
+    old = {key.partition(".lora_A")[0].removeprefix(PREFIX): new for key, new in renames.items() if ".lora_A" in key}
+    new = {name: re.escape(match["name"]) for name, key in old.items() if (match := _PART.fullmatch(key))}
+    ranks, alphas = _ranks_and_alphas(config, new)
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return {**config, **{key: {new[name]: value for name, value in of.items()} for key, of in patterns.items()}}
 
 
 def _check_pair(name: str, found: Mapping[str, Tensor], path: Path) -> None:

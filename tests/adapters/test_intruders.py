@@ -270,7 +270,6 @@ def test_inspect_on_the_command_line(home, name):
 
 def test_wrong_requests_on_the_command_line(home, tmp_path):
     adapter = home / "llama_adapter"
-    assert_one_line_error(run("inspect", adapter, "--model", home / "llama"), "--base is for --intruders")
     assert_one_line_error(run("inspect", adapter, "--intruders", "--base", home / "nowhere"), "nowhere")
     assert_one_line_error(
         run("inspect", adapter, "--intruders", "--base", home / "bert"), "llama_adapter cannot be put on"

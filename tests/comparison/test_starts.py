@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_init.adapters.initializers import layer_generator
+from lora_init.adapters.initializers import as_large_as_random, layer_generator
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import STARTS, compared_names
 from lora_init.collection.collect import collect
@@ -30,7 +30,7 @@ PEFT_STARTS = [start.name for start in STARTS if start.made_by == "peft"]
 HERE = [name for name in compared_names() if name not in ("loftq", "qera", "full", *BANK_STARTS)]
 BY_GRADIENT = [start.name for start in STARTS if start.by_gradient] + ["natural-gradient-frozen-a", "gradient-ranks"]
 EVA = [name for name in compared_names() if name.startswith("eva") and name not in BY_GRADIENT]
-MOVES_RANKS = ["eva", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]
+MOVES_RANKS = ["eva-rho2", "eva-uncentred", "eva-ranks", "eva-frozen-a", "gradient-ranks"]
 FROZEN = ["eva-frozen-a", "random-frozen-a", "natural-gradient-frozen-a"]
 STEPS = ["lora-one", "natural-gradient-step"]
 FROM_DATA = [*EVA, *BY_GRADIENT, "random-scaled"]
@@ -210,7 +210,7 @@ def test_frozen_a_trains_b_alone(case, start):
 
 
 def test_a_of_the_starts_from_data(case):
-    """eva has the ranks and the directions, eva-ranks only the ranks, eva-rho1 only the directions."""
+    """eva-rho2 has the ranks and the directions, eva-ranks only the ranks, eva only the directions."""
 
     def a_of(start):
         prepared = case.prepare(start)
@@ -218,17 +218,17 @@ def test_a_of_the_starts_from_data(case):
         prepared.release()
         return found
 
-    eva, uniform, ranks, uncentred = map(a_of, ["eva", "eva-rho1", "eva-ranks", "eva-uncentred"])
+    eva, uniform, ranks, uncentred = map(a_of, ["eva-rho2", "eva", "eva-ranks", "eva-uncentred"])
     stats = case.statistics(True)
     assert {n: len(a) for n, a in eva.items()} == {n: len(a) for n, a in ranks.items()}
     for name, a in eva.items():
-        assert torch.equal(a, stats[name].components[: len(a)])
-        assert torch.equal(uniform[name], stats[name].components[:RANK])
+        assert torch.equal(a, as_large_as_random(stats[name], stats[name].components[: len(a)]))
+        assert torch.equal(uniform[name], as_large_as_random(stats[name], stats[name].components[:RANK]))
         width = a.shape[1]
         assert torch.equal(ranks[name], drawn(len(a), width, name))
     second_moment = case.statistics(False)
     for name, a in uncentred.items():
-        assert torch.equal(a, second_moment[name].components[: len(a)])
+        assert torch.equal(a, as_large_as_random(second_moment[name], second_moment[name].components[: len(a)]))
     assert any(not torch.equal(eva[name][:1], uncentred[name][:1]) for name in eva if name in uncentred)
 
 

@@ -25,6 +25,7 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
         return real(model, batches, *arguments, **options)
 
     monkeypatch.setattr(workbench, "collect", spy)
+    monkeypatch.setattr(workbench.Workbench, "check", lambda *_: None)  # which collects from one layer
     compare(home, tmp_path / "out", learning_rates=[1e-3], seeds=1)
     bench = set_up_bench(home, tmp_path)
     trained = {tuple(item.tokens[0]) for item in bench.task.train}
@@ -34,6 +35,7 @@ def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
 
 def test_statistics_are_kept_for_the_next_call(home, tmp_path, monkeypatch):
     real, calls = workbench.collect, []
+    monkeypatch.setattr(workbench.Workbench, "check", lambda *_: None)  # which collects from one layer
     monkeypatch.setattr(workbench, "collect", lambda *a, **k: calls.append(k["center"]) or real(*a, **k))
     for starts in (["eva", "eva-rho1"], ["eva-uncentred", "eva-ranks"]):
         compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=2)

@@ -286,13 +286,12 @@ def test_what_does_not_belong_together_is_said(base, tmp_path):
 
     trained = train(base, tmp_path / "trained")
     tiny_llama().save_pretrained(tmp_path / "llama")
-    refused("experts.*' is no linear layer or embedding, nor fused parameters, of LlamaForCausalLM", trained,
-            tmp_path / "served", base=str(tmp_path / "llama"))  # fmt: skip
+    refused("LlamaForCausalLM", trained, tmp_path / "served", base=str(tmp_path / "llama"))
     (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"r": 3}))
-    refused(r"gate_up_proj': A is \[16, 32\] and B .*says rank 3 for each of 4 experts", trained, tmp_path / "served")
+    refused("has 16 rows of rank, and adapter_config.json says 12", trained, tmp_path / "served")
     (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"r": 4}))
     rewrite(trained, lambda found: {n: t for n, t in found.items() if "1.mlp.experts.base_layer" not in n})
-    refused("selects 'model.layers.1.mlp.experts.*', and .* holds nothing for it", trained, tmp_path / "served")
+    refused("layers.1.mlp.experts.*is not in adapter_model.safetensors, and", trained, tmp_path / "served")
 
 
 def shapes(directory):

@@ -125,4 +125,3 @@ def test_the_command_says_what_arrives_and_measures_it(tmp_path):
     assert found["noise"] < 0.2 and found["advice"].startswith("Merge: ") and len(found["layers"]) == 4
     wrong = run("inspect", directory, "--data", tmp_path / "text.txt")
     assert_one_line_error(wrong, "--data and --statistics are for --merge.")
-    assert_one_line_error(run("inspect", directory, "--base", base), "--base is for --intruders and --merge")

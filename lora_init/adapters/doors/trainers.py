@@ -180,13 +180,19 @@ def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
 
 
 @contextmanager
-def _loader(trainer: Any) -> Iterator[Any]:
-    """Open a trainer's own data, and leave no trace: the trainer will draw the same batches in the same order."""
+def undisturbed() -> Iterator[None]:
+    """Draw random numbers, of torch, numpy and Python, as collators do, that will be drawn again after the block."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        # Collators draw from Python's and numpy's random numbers, too, or from a generator of their own.
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
+        yield
+
+
+@contextmanager
+def _loader(trainer: Any) -> Iterator[Any]:
+    """Open a trainer's own data, and leave no trace: the trainer will draw the same batches in the same order."""
+    with undisturbed(), ExitStack() as stack:  # a collator may have a generator of its own
         stack.callback(setattr, trainer, "data_collator", trainer.data_collator)
         with suppress(Exception):  # what cannot be copied is used itself
             trainer.data_collator = copy.deepcopy(trainer.data_collator)

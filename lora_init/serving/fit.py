@@ -1,0 +1,354 @@
+"""Whether an adapter fits its base model, by the headers of their files: nothing is loaded, and no code is run."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory, form_of
+from lora_init.errors import LoraInitError, in_one_line
+from lora_init.layers.identity import count_parameters, fingerprint
+from lora_init.layers.targets import PREFIX
+from lora_init.layers.wrappers import plain_name
+from lora_init.loading.checkpoint import INDEX_FILE, Stored, find_tensors
+from lora_init.loading.models import CLASS_OF_TASK
+from lora_init.planning.lora_config import from_patterns
+from lora_init.serving.base import Base, on_meta, read_config, widths_of
+from lora_init.serving.engines import find_engine
+from lora_init.serving.support import beyond_engine
+
+# Layer and part in the name of a tensor, also where the adapter's own name stands in it, as it does on the model.
+_PARTS = r"lora_(?:embedding_)?[AB]|lora_magnitude_vector"
+_TENSOR = re.compile(rf"(?P<layer>.+?)\.(?P<part>{_PARTS})(?:\.[^.]+)??(\.weight)?")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What stands in front of the same layer in one class of a model and not in another: no layers are told apart by it.
+_WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model", "module"}
+# What PEFT and transformers raise where a configuration and a model do not go together.
+_REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, ImportError, re.error)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What of an adapter would not be applied, or not as it was trained."""
+
+    kind: str  # "name", "config", "missing", "shape", "vocabulary", "rank", "type", "engine", "base" or "revision"
+    where: str  # the tensor in the file, or the file
+    problem: str
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What `check_fit` found.
+
+    Attributes:
+        base: Directory or hub id of the base model.
+        model_class: The class of the model that the names were compared with.
+        tensors: Number of tensors in the adapter's file.
+        misfits: What would not be applied; empty if the adapter fits.
+        renames: For each tensor whose name is not that of the model, the name that is; empty unless each has just one.
+        notes: What else to know.
+    """
+
+    base: str
+    model_class: str
+    tensors: int
+    misfits: tuple[Misfit, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each kind of misfit: the first, and how many there are."""
+        counts = Counter(one.kind for one in self.misfits)
+        first = {one.kind: one for one in reversed(self.misfits)}
+        more = {kind: f" {count - 1} more are alike." if count > 1 else "" for kind, count in counts.items()}
+        lines = [f"{first[kind].where}: {first[kind].problem}{more[kind]}" for kind in counts]
+        return [*lines, "`lora-init export --rename` writes names that fit."] if lines and self.renames else lines
+
+    def to_rename(self, where: str) -> Mapping[str, str]:
+        """Return `renames`; refuse an adapter in which more is wrong than names, or no name is."""
+        replace(self, misfits=tuple(one for one in self.misfits if one.kind not in ("name", "config"))).check()
+        if not self.renames:
+            self.check()
+            raise LoraInitError(f"rename: {where} has the names of {self.model_class}. Leave rename out.")
+        return self.renames
+
+    def check(self) -> None:
+        """Refuse an adapter that does not fit, for what comes first."""
+        if self.misfits:
+            raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.renames else [])]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that `json.dumps` takes."""
+        return asdict(self) | {"fits": not self.misfits}
+
+
+def check_fit(directory: str | Path, base: str | None = None, engine: str | None = None) -> FitReport:
+    """Find out, before anything is loaded, whether each tensor of an adapter finds its layer in a base model.
+
+    PEFT puts the adapter's configuration on the model without weights, in the class that the adapter or the checkpoint
+    names, and names and shapes are compared with the file's header. Where the adapter's record has the fingerprint of
+    its base, 16 numbers of each weight are read.
+
+    Args:
+        directory: What PEFT's `save_pretrained`, or ours, wrote.
+        base: Directory or cached hub id of the base model. Default: the one that the adapter names.
+        engine: A name of `engines.ENGINES`, which takes less than PEFT does. None is for PEFT.
+
+    Raises:
+        LoraInitError: There is no adapter, or a file of it or of the base is damaged, missing or of another form.
+
+    Example:
+        >>> check_fit("trained", engine="vllm").misfits  # doctest: +SKIP
+        ()
+    """
+    adapter, wanted = AdapterDirectory(directory), find_engine(engine)
+    form, source = form_of(adapter.header), base or adapter.base
+    if form:
+        raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
+    folder, tensors = _checkpoint_of(source, adapter.config.get("revision")) if source else (None, {})
+    fits = [*_fits(adapter, source, engine is not None)]
+    if not fits:
+        raise LoraInitError(f"{source!r} is of a class that transformers does not know. Name the base by base=.")
+    reports = [fit.report(source, converts=engine is None) for fit in fits]
+    report = min(reports, key=lambda one: len(one.misfits))
+    fit = fits[reports.index(report)]
+    more = [] if report.misfits else [*_of_another_base(fit, folder, tensors)]
+    beyond = beyond_engine(wanted, adapter.ranks, adapter.config, adapter.header, adapter.base_change)
+    if engine is not None and (beyond := beyond or fit.tied_head):
+        how = "--start DIRECTORY` converts it" if adapter.base_change else f"--engine {engine}` writes what it takes"
+        more.append(Misfit("engine", str(adapter.path), f"{wanted.title} {beyond}. `lora-init export {how}."))
+    return replace(report, misfits=(*report.misfits, *more))
+
+
+def _checkpoint_of(source: str, revision: Any) -> tuple[Path | None, dict[str, Stored]]:
+    """Find the directory of a base, also in the hub's cache, and its tensors; none if quantized or not safetensors."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder: Any = Path(source).expanduser()
+    if not folder.is_dir():
+        with suppress(ValueError):  # no name that the hub could have
+            folder = try_to_load_from_cache(source, "config.json", revision=str(revision) if revision else None)
+        folder = Path(folder).parent if isinstance(folder, str) else None
+    weights = [folder / name for name in (INDEX_FILE, "model.safetensors")] if folder is not None else []
+    if not any(path.is_file() or path.is_symlink() for path in weights):
+        return folder, {}
+    quantized = '"quantization_config"' in (folder / "config.json").read_text(encoding="utf-8")
+    return folder, {} if quantized else find_tensors(str(folder))
+
+
+def _fits(adapter: AdapterDirectory, source: str, as_saved: bool) -> Iterator[_Fit]:
+    """Put the adapter on the classes that it may be of: its own, that of its task, that of the checkpoint."""
+    import transformers
+
+    config = read_config(source)
+    mapping, task = adapter.config.get("auto_mapping") or {}, adapter.config.get("task_type")
+    saved, of_task = [*(config.architectures or ())], CLASS_OF_TASK.get(task, "") if task else "AutoModel"
+    own = [str(mapping.get("base_model_class") or "")]
+    own += [of_task] if task and task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else []
+    for name in dict.fromkeys(saved if as_saved and saved else [*own, *saved, of_task]):
+        make = getattr(transformers, name, None) if name else None
+        if on_meta(make, config) is not None:
+            yield _Fit(adapter, lambda make=make: on_meta(make, config), saved[0] if saved else name)
+
+
+class _Fit:
+    """An adapter on one class of its base model, without weights."""
+
+    def __init__(self, adapter: AdapterDirectory, make: Any, saved: str) -> None:
+        from peft import get_peft_model_state_dict
+
+        model = make()
+        self.adapter, self.make, self.saved, self.name = adapter, make, saved, type(model).__name__
+        self.base, self.n_parameters = Base("", model, widths_of(model), {}), count_parameters(model)
+        self.embeddings = {*self.base.embeddings} - {""}
+        self.owners = {name.rpartition(".")[0] for name, one in model.named_parameters() if one.dim() > 2}
+        # Names and shapes of what the configuration selects, and of all other weights of the model.
+        self.expected: dict[str, list[int]] = {}
+        self.whole: dict[str, list[int]] = {}
+        self.refused = ""
+        try:
+            peft_model = self._adapted(rank_pattern={}, alpha_pattern={})  # which PEFT takes long for; see `_rank_of`
+            state, weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False), peft_model.state_dict()
+        except _REFUSED as error:
+            self.refused = in_one_line(error)
+            return
+        self.rank = peft_model.active_peft_config.r
+        self.expected = {key: [*tensor.shape] for key, tensor in state.items()}
+        self.whole = {key: [*tensor.shape] for key, tensor in weights.items() if ".lora_" not in key}
+
+    def _adapted(self, **changes: Any) -> Any:
+        """Put the adapter's configuration on the model."""
+        from peft import LoraConfig, get_peft_model
+
+        said = {key: value for key, value in self.adapter.config.items() if key in LoraConfig.__dataclass_fields__}
+        if said.get("task_type") in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):  # which add nothing but generate()
+            del said["task_type"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = LoraConfig(**said | {"init_lora_weights": True, "inference_mode": True} | changes)
+            return get_peft_model(self.make(), config, low_cpu_mem_usage=True)
+
+    @property
+    def tied_head(self) -> str:
+        """What of the adapter no engine takes since input and output embedding are one weight."""
+        tied = self.embeddings if self.base.tied else ()
+        head = next((name for name in self.adapter.layers if name in tied), "")
+        return f"takes no adapter of {head!r}, whose weight is also that of the other embedding" if head else ""
+
+    def report(self, source: str, converts: bool) -> FitReport:
+        """Compare each tensor of the file with what is expected under its name."""
+        header, found, notes = self.adapter.header, [], []
+        if self.refused:
+            found.append(Misfit("config", CONFIG_FILE, f"does not go with {self.name}: {self.refused}"))
+        strangers: dict[str, tuple[Misfit, str | None]] = {}
+        for key, (shape, dtype) in header.items():
+            if _TENSOR.fullmatch(key) and dtype not in _FLOATS:
+                found.append(Misfit("type", key, f"is {dtype}, and A and B are float32, float16 or bfloat16."))
+            wanted = self.expected.get(key, self.whole.get(key))
+            if wanted is None:
+                strangers[key] = self._stranger(key, shape)
+            else:
+                found += self._of_shape(key, shape, wanted)
+        misnamed = {key: new for key, (misfit, new) in strangers.items() if misfit.kind == "name"}
+        one_to_one = None not in misnamed.values() and len({*misnamed.values()} - {*header}) == len(misnamed)
+        renames = {key: new for key, new in misnamed.items() if new is not None and one_to_one}
+        if misnamed and converts and self._converts():
+            notes.append("PEFT brings its names into the model's form; for engines `lora-init export --rename` does.")
+        else:
+            found += [misfit for misfit, _ in strangers.values()]
+            lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
+            there = {*header, *renames.values()}
+            found += [Misfit("missing", key, lost) for key in self.expected if key not in there and one_to_one]
+        if self.name != self.saved:
+            notes.append(f"It fits {self.name}, and the base was saved as {self.saved}: load it in that class.")
+        return FitReport(source, self.name, len(header), tuple(found), renames, tuple(notes))
+
+    def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Iterator[Misfit]:
+        match, wanted = _TENSOR.fullmatch(key), [*expected]
+        layer = (match["layer"] if match else key.rpartition(".")[0]).removeprefix(PREFIX)
+        axis = None if match is None else {"A": 0, "B": 1}.get(match["part"][-1])
+        if axis is not None and len(shape) == len(wanted):
+            wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
+        other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
+        tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.embeddings else None
+        if [*shape] == wanted:
+            return
+        if len(shape) == len(wanted) and axis is not None and other == [axis]:
+            yield Misfit("rank", key, f"has {shape[axis]} rows of rank, and {CONFIG_FILE} says {wanted[axis]}.")
+        elif len(shape) == len(wanted) and [wanted[i] for i in other] == [tokens]:
+            said = f"is for {shape[other[0]]} tokens, and the vocabulary of the base has {tokens}. Call"
+            yield Misfit("vocabulary", key, f"{said} resize_token_embeddings() on the base, and save it.")
+        else:
+            yield Misfit("shape", key, f"is {[*shape]}, and {wanted} fits {self.name}: a base of another size.")
+
+    def _rank_of(self, layer: str, there: int, experts: int) -> int:
+        """Return how many rows of rank a layer has by the configuration; of experts whose pattern counts, those there.
+
+        Patterns name their parameters, which the file does not.
+        """
+        patterns = self.adapter.config.get("rank_pattern") or {}
+        if patterns and layer not in self.base.widths:
+            return there - there % experts or experts
+        return int(experts * from_patterns(patterns, [layer], self.rank)[layer])
+
+    def _converts(self) -> bool:
+        """Return whether PEFT brings all names into the model's form when it loads the adapter."""
+        from peft import set_peft_model_state_dict
+
+        tensors = {key: torch.empty(shape, device="meta") for key, (shape, _) in self.adapter.header.items()}
+        try:
+            result: Any = set_peft_model_state_dict(self._adapted(), tensors, low_cpu_mem_usage=True)
+        except _REFUSED:
+            return False
+        return not [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+
+    def _stranger(self, key: str, shape: Sequence[int]) -> tuple[Misfit, str | None]:
+        """Describe a tensor whose name has no place, and find the name under which it fits."""
+        match = _TENSOR.fullmatch(key)
+        if match is None:
+            new = PREFIX + key if PREFIX + key in self.expected else None
+            return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
+        words = plain_name(match["layer"]).split(".")
+        while words[:2] == ["base_model", "model"]:
+            words = words[2:]
+        end = match["part"] + ".weight" * (match["part"] in ("lora_A", "lora_B"))
+        alike = self._by_ending.get(words[-1], [])
+        fitting = [one for one in alike if _is_wrapped(words, one) and self._takes(".".join(one), end, shape)]
+        fitting = [words] if words in fitting else fitting
+        new = f"{PREFIX}{'.'.join(fitting[0])}.{end}" if len(fitting) == 1 else None
+        if new == key or ".".join(words).replace(".base_layer", "") in self.owners:
+            said = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
+            return Misfit("config", key, said), None
+        if re.search(r"\bexperts\.\d+\.", key):
+            said = "is of one expert, and the base has its experts fused. Load it with PEFT and save it again."
+            return Misfit("name", key, said), new
+        near = [".".join(one) for one in alike or chain.from_iterable(self._by_ending.values())][:2000]
+        near = [new] if new else difflib.get_close_matches(".".join(words), near, 1, 0.0)
+        return Misfit("name", key, f"{self.name} has no layer of this name. Nearest: {near[0] if near else '-'}."), new
+
+    @cached_property
+    def _by_ending(self) -> dict[str, list[list[str]]]:
+        """All names of layers in words, by the last of them."""
+        matches, found = map(_TENSOR.fullmatch, self.expected), defaultdict(list)
+        selected = (match["layer"].removeprefix(PREFIX) for match in matches if match)
+        for name in dict.fromkeys([*self.base.widths, *selected]):
+            found[name.rpartition(".")[2]].append(name.split("."))
+        return found
+
+    def _takes(self, layer: str, end: str, shape: Sequence[int]) -> bool:
+        """Return whether a layer has the widths of a tensor, whatever its rank."""
+        wanted = self.expected.get(f"{PREFIX}{layer}.{end}")
+        d_in, d_out = self.base.widths.get(layer, (0, 0)) if wanted is None else (wanted[-1], wanted[0])
+        return shape[-1] == d_in if "_A" in end else shape[0] == d_out
+
+
+def _is_wrapped(words: list[str], other: list[str]) -> bool:
+    """Return whether two names differ only in front, and there only in what models are wrapped in."""
+    same = 0
+    while same < min(len(words), len(other)) and words[-1 - same] == other[-1 - same]:
+        same += 1
+    return {*words[: len(words) - same], *other[: len(other) - same]} <= _WRAPPERS
+
+
+def _of_another_base(fit: _Fit, folder: Path | None, tensors: Mapping[str, Stored]) -> Iterator[Misfit]:
+    """Compare the base with the one that the adapter was made for, as far as that is known."""
+    revision, made = str(fit.adapter.config.get("revision")), fit.adapter.origin.get("provenance") or {}
+    here = "" if folder is None else folder.absolute().name
+    if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(here) and here != revision:
+        yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {here}.")
+    known = made.get("n_parameters")
+    if made.get("model_class") != fit.name or made.get("quantisation"):
+        return
+    if known and known != fit.n_parameters:
+        said = f"says that the base has {known} parameters, and this one has {fit.n_parameters}."
+        yield Misfit("base", CONFIG_FILE, said)
+    elif made.get("fingerprint") and (own := _fingerprint(fit.make(), tensors)) and own != made["fingerprint"]:
+        said = "is for a base of the same form with other weights: another revision, or one that was trained further."
+        yield Misfit("base", str(fit.adapter.path), said)
+
+
+def _fingerprint(model: Any, tensors: Mapping[str, Stored]) -> str:
+    """Compute the fingerprint of a checkpoint, in which 16 numbers of a tensor are read; empty in another form."""
+    prefix, state = f"{getattr(model, 'base_model_prefix', '')}.", {}
+    for name, parameter in model.named_parameters():
+        names = (name, prefix + name, name.removeprefix(prefix))
+        stored = next((tensors[key] for key in names if key in tensors), None)
+        if stored is None or stored.shape != tuple(parameter.shape):
+            return ""
+        state[name] = stored.read()  # which maps the file into memory
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return fingerprint(model)

@@ -1,0 +1,414 @@
+"""Whether an adapter fits its base, by headers alone: 20 right pairs, 40 planted misfits, bad input, `--rename`."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import lora_init
+from lora_init import LoraInitError, check_fit, export_adapter
+from lora_init.adapters import directory as directory_room
+from lora_init.loading import checkpoint, models
+from lora_init.serving import server
+from tests.commands import assert_one_line_error, run
+from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.layers.made import mixtral, qwen3_moe
+from tests.serving.made import config_of, load, logits, randomise
+from tests.versions import OLD_TRANSFORMERS
+
+pytestmark = pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers fuses experts since 5.0")
+
+EXPERTS = dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+PREFIX = "base_model.model."
+
+
+def llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = dict(num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, hidden_size=32)
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=32)
+    text = LlamaConfig(**sizes | {"num_hidden_layers": 2}, vocab_size=64, num_key_value_heads=2)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
+
+
+BASES = {
+    "llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": mixtral, "qwen3_moe": qwen3_moe, "llava": llava,
+    "tied": lambda: tiny_llama(tie_word_embeddings=True), "bert": lambda: tiny_bert(None), "classifier": tiny_bert,
+    "wide": lambda: tiny_llama(hidden_size=48), "deep": lambda: tiny_llama(num_hidden_layers=1),
+    "more tokens": lambda: tiny_llama(vocab_size=70), "other weights": lambda: (torch.manual_seed(5), tiny_llama())[1],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    for name, make in BASES.items():
+        torch.manual_seed(2)
+        make().save_pretrained(folder / name)
+    load(folder / "llama").save_pretrained(folder / "shards", max_shard_size="20KB")
+    return folder
+
+
+def adapter(bases, name, directory, task_type="CAUSAL_LM", **settings):
+    """Make an adapter as PEFT saves it, of any class."""
+    model = BASES[name]()
+    model.name_or_path = str(bases / name)
+    settings = dict(r=4, lora_alpha=8, task_type=task_type) | settings
+    model = get_peft_model(model, LoraConfig(**settings))
+    randomise(model)
+    model.save_pretrained(directory)
+    return directory
+
+
+def change(directory, tensors=None, **config):
+    """Edit the tensors and the configuration of an adapter directory."""
+    file = directory / "adapter_model.safetensors"
+    if tensors is not None:
+        save_file({key: value.contiguous().clone() for key, value in tensors(load_file(file)).items()}, file)
+    (directory / "adapter_config.json").write_text(json.dumps(config_of(directory) | config))
+
+
+def named(pattern, new):
+    return lambda tensors: {re.sub(pattern, new, key): value for key, value in tensors.items()}
+
+
+def one(change, end="layers.0.self_attn.q_proj.lora_A.weight"):
+    """Change one tensor; None takes it out."""
+
+    def edit(tensors):
+        key = next(key for key in tensors if key.endswith(end))
+        new = change(tensors.pop(key))
+        return tensors | ({} if new is None else {key: new})
+
+    return edit
+
+
+QV = dict(target_modules=["q_proj", "v_proj"])
+RIGHT = {
+    "plain": ("llama", QV),
+    "every layer": ("llama", dict(target_modules="all-linear")),
+    "shards": ("llama", QV),
+    "a pattern": ("llama", dict(target_modules=r".*layers\.1\.mlp\.(up|down)_proj")),
+    "some layers": ("llama", QV | dict(layers_to_transform=[1])),
+    "left out": ("llama", QV | dict(exclude_modules=["layers.0.self_attn.q_proj"])),
+    "ranks": ("llama", QV | dict(rank_pattern={"q_proj": 2, r"1\.self_attn\.v_proj": 9}, alpha_pattern={"v_proj": 3})),
+    "rsLoRA": ("llama", QV | dict(use_rslora=True)),
+    "DoRA": ("llama", QV | dict(use_dora=True)),
+    "embedding": ("llama", dict(target_modules=["embed_tokens", "q_proj"])),
+    "new tokens": ("llama", QV | dict(trainable_token_indices=[3, 5])),
+    "whole head": ("llama", QV | dict(modules_to_save=["lm_head"])),
+    "biases": ("gpt2", dict(target_modules=["c_attn"], bias="lora_only")),
+    "transposed": ("gpt2", dict(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "experts": ("mixtral", EXPERTS),
+    "one kind of experts": ("qwen3_moe", dict(target_modules=["q_proj"], target_parameters=["experts.down_proj"])),
+    "vision": ("llava", QV),
+    "vision with its tower alone": ("llava", dict(target_modules=r".*vision_tower.*q_proj")),
+    "encoder": ("bert", dict(target_modules=["query"], task_type="FEATURE_EXTRACTION")),
+    "classifier": ("classifier", dict(target_modules=["query"], task_type="SEQ_CLS")),
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_a_right_pair_fits(bases, tmp_path, case):
+    name, settings = RIGHT[case]
+    adapter(bases, name, tmp_path / "a", **settings)
+    found = check_fit(tmp_path / "a", str(bases / "shards") if case == "shards" else None)
+    assert found.misfits == () and found.lines == [] and found.tensors == len(load_file(
+        tmp_path / "a" / "adapter_model.safetensors"))  # fmt: skip
+
+
+# What is changed, the base, the engine, and what is said: first the base it is made on, with its settings.
+LLAMA, GPT2, MOE, VISION = ("llama", QV), ("gpt2", dict(target_modules=["c_attn"])), ("mixtral", EXPERTS), ("llava", QV)
+HALF = lambda value: value[..., : value.shape[-1] // 2]  # noqa: E731
+NEAR = "Nearest: base_model.model.model.layers.0"
+NAMES = {
+    "no prefix of PEFT": (LLAMA, named(rf"^{PREFIX}", ""), NEAR),
+    "the prefix twice": (LLAMA, named("^", PREFIX), NEAR),
+    "no model.": (LLAMA, named(r"model\.model\.model\.", "model.model."), NEAR),
+    "model. twice": (LLAMA, named("model.layers", "model.model.layers"), NEAR),
+    "language_model.": (LLAMA, named("model.layers", "model.language_model.layers"), "Nearest: base_model.model.mod"),
+    "module.": (LLAMA, named(rf"^{PREFIX}", rf"{PREFIX}module."), NEAR),
+    "compiled": (LLAMA, named(rf"^{PREFIX}", rf"{PREFIX}_orig_mod."), NEAR),
+    "the adapter's name": (LLAMA, named(r"(lora_[AB])\.", r"\1.default."), NEAR),
+    "no .weight": (LLAMA, named(r"\.weight$", ""), NEAR),
+    "GPT-2 without the prefix of PEFT": (GPT2, named(rf"^{PREFIX}", ""), "Nearest: base_model.model.transformer.h.0"),
+    "GPT-2 without transformer.": (GPT2, named("transformer.", ""), "Nearest: base_model.model.transformer.h.0"),
+    "experts without model.": (
+        MOE,
+        named(r"model\.model\.model\.", "model.model."),
+        "Nearest: base_model.model.model.",
+    ),
+    "vision of text alone": (VISION, named("model.language_model.", "model."), "Nearest: base_model.model.model.lan"),
+}
+MISSPELT = {
+    "a typo": (LLAMA, named("q_proj", "q_prj"), "has no layer of this name. Nearest: model.layers.0.self_attn.q_pro"),
+    "one layer": (LLAMA, named(r"layers\.1", "layers.7"), "no layer of this name. Nearest: model.layers.1.self_attn"),
+    "fused attention": (LLAMA, named("q_proj", "qkv_proj"), "no layer of this name. Nearest: model.layers.0.self_at"),
+    "of BERT": (
+        LLAMA,
+        named(r"model.layers.(\d).self_attn.q_proj", r"encoder.layer.\1.attention.self.query"),
+        "no layer",
+    ),
+    "GPT-2's MLP": (GPT2, named("attn.c_attn", "mlp.c_attn"), "Nearest: transformer.h.0.attn.c_attn"),
+    "one expert's": (
+        MOE,
+        named("experts.lora", "experts.0.up.lora"),
+        "of one expert, and the base has its experts fused",
+    ),
+    "experts of another block": (MOE, named("mlp.experts", "ffn.experts"), "has no layer of this name"),
+    "vision tower of another": (VISION, named("vision_tower", "visual.blocks"), "has no layer of this name"),
+}
+OTHERS = {
+    "half of A": (LLAMA, one(HALF), {}, "q_proj.lora_A.weight: is [4, 16], and [4, 32] fits"),
+    "half of B": (LLAMA, one(lambda b: b[:8], "q_proj.lora_B.weight"), {}, "lora_B.weight: is [8, 4], and [32, 4] f"),
+    "B transposed": (LLAMA, one(lambda b: b.T, "v_proj.lora_B.weight"), {}, "is [4, 16], and [16, 4] fits"),
+    "of a wider base": (LLAMA, None, dict(base="wide"), "fits LlamaForCausalLM: a base of another size. 7 more are"),
+    "of a deeper base": (LLAMA, None, dict(base="deep"), "no layer of this name. Nearest: model.layers.0.self_attn"),
+    "of GPT-2": (GPT2, None, dict(base="llama"), "LlamaForCausalLM has no layer of this name"),
+    "GPT-2's A transposed": (GPT2, one(lambda a: a.T, "h.0.attn.c_attn.lora_A.weight"), {}, "is [32, 4], and [4, 32"),
+    "an expert less": (MOE, one(lambda a: a[:12], "0.mlp.experts.lora_A.weight"), {}, "has 12 rows of rank, and ada"),
+    "vision's A": (VISION, one(HALF), {}, "is [4, 16], and [4, 32] fits LlavaForConditionalGeneration"),
+    "rank of the config": (LLAMA, None, dict(r=8), "has 4 rows of rank, and adapter_config.json says 8. 7 more are"),
+    "rank by pattern": (LLAMA, None, dict(rank_pattern={"q_proj": 2}), "has 4 rows of rank, and adapter_config.json"),
+    "config selects less": (LLAMA, None, dict(target_modules=["v_proj"]), "adapter_config.json does not select it"),
+    "config selects more": (LLAMA, None, dict(target_modules=["q_proj", "v_proj", "k_proj"]), "k_proj.lora_A.weight"),
+    "config selects nothing": (LLAMA, None, dict(target_modules=["wqkv"]), "adapter_config.json: does not go with L"),
+    "a tensor less": (LLAMA, one(lambda a: None), {}, "layers.0.self_attn.q_proj.lora_A.weight: is not in adapter_m"),
+    "experts not in the config": (MOE, None, dict(target_parameters=None), "does not select it"),
+    "integers": (LLAMA, one(lambda a: a.to(torch.int8)), {}, "is I8, and A and B are float32, float16 or bfloat16"),
+    "eight bits": (VISION, one(lambda a: a.to(torch.float8_e4m3fn)), {}, "is F8_E4M3, and A and B are"),
+    "rank beyond vLLM": (("llama", QV | dict(r=600)), None, dict(engine="vllm"), "vLLM takes at most rank 512, and"),
+    "rank beyond TGI": (("llama", QV | dict(r=12)), None, dict(engine="tgi"), "TGI takes rank 8 or a multiple of 16"),
+    "ranks for SGLang": (("llama", QV | dict(rank_pattern={"q_proj": 2})), None, dict(engine="sglang"), "SGLang rea"),
+    "rsLoRA for SGLang": (("llama", QV | dict(use_rslora=True)), None, dict(engine="sglang"), "does not read use_rs"),
+    "DoRA for vLLM": (("llama", QV | dict(use_dora=True)), None, dict(engine="vllm"), "vLLM takes no DoRA"),
+    "experts for vLLM": (MOE, None, dict(engine="vllm"), "vLLM takes no adapter of experts"),
+    "embedding for vLLM": (("llama", dict(target_modules=["embed_tokens"])), None, dict(engine="vllm"), "takes no t"),
+    "a tied head for vLLM": (("tied", dict(target_modules=["lm_head", "q_proj"])), None, dict(engine="vllm"), "tied"),
+    "MLX": (LLAMA, None, dict(engine="mlx"), "MLX reads no directory of PEFT. `lora-init export --engine mlx`"),
+    "vocabulary": (("more tokens", dict(target_modules=["embed_tokens"])), None, dict(base="llama"), "is for 70 tok"),
+    "a head of more tokens": (("more tokens", QV | dict(modules_to_save=["lm_head"])), None, dict(base="llama"),
+                              "is for 70 tokens, and the vocabulary of the base has 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*NAMES, *MISSPELT, *OTHERS])
+def test_a_misfit_is_found(bases, tmp_path, case):
+    row = (NAMES | MISSPELT).get(case)
+    (name, settings), tensors, more, expected = OTHERS[case] if row is None else (row[0], row[1], {}, row[2])
+    adapter(bases, name, tmp_path / "a", **settings)
+    # PEFT loads names that have the adapter's own, and engines do not.
+    base, engine = more.get("base"), "vllm" if case == "the adapter's name" else more.get("engine")
+    change(tmp_path / "a", tensors, **{key: value for key, value in more.items() if key not in ("base", "engine")})
+    found = check_fit(tmp_path / "a", None if base is None else str(bases / base), engine)
+    assert any(expected in line for line in found.lines), found.lines
+    assert all("\n" not in line for line in found.lines)
+    assert bool(found.renames) == (case in NAMES)
+    with pytest.raises(LoraInitError):
+        found.check()
+
+
+@pytest.fixture(scope="module")
+def ours(bases, tmp_path_factory):
+    """An adapter that lora_init has started: it knows of which weights."""
+    directory = tmp_path_factory.mktemp("ours") / "adapter"
+    lora_init.initialize(load(bases / "llama"), batches_for("llama"), rank=4).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("base", "expected"), [
+    ("llama", None),
+    ("shards", None),
+    ("other weights", "for a base of the same form with other weights"),
+    ("more tokens", "parameters, and this one has"),
+])  # fmt: skip
+def test_the_base_that_an_adapter_was_made_for_is_told_from_others(bases, ours, base, expected):
+    lines = check_fit(ours, str(bases / base)).lines
+    assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
+
+
+def test_an_adapter_fits_the_tied_base_that_it_was_made_for(bases, tmp_path):
+    lora_init.initialize(load(bases / "tied"), batches_for("llama"), rank=4).save_pretrained(tmp_path / "a")
+    assert not check_fit(tmp_path / "a", str(bases / "tied")).misfits
+    other = load(bases / "tied")
+    other.model.embed_tokens.weight.data.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    assert "with other weights" in check_fit(tmp_path / "a", str(tmp_path / "other")).lines[0]
+
+
+def test_another_revision_in_the_cache_is_found(bases, tmp_path):
+    a, b = "a" * 40, "b" * 40
+    for commit in (a, b):
+        shutil.copytree(bases / "llama", tmp_path / "snapshots" / commit)
+    directory = adapter(bases, "llama", tmp_path / "a", **QV, revision=a)
+    assert not check_fit(directory, str(tmp_path / "snapshots" / a)).misfits
+    (line,) = check_fit(directory, str(tmp_path / "snapshots" / b)).lines
+    assert f"names revision {a}, and this is {b}" in line
+
+
+def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    shutil.copytree(bases / "llama", tmp_path / "custom")
+    (tmp_path / "custom/new.py").write_text("raise SystemExit('run')")
+    config = {"model_type": "new", "auto_map": {"AutoConfig": "new.Config"}}
+    (tmp_path / "custom/config.json").write_text(json.dumps(config))
+    with pytest.raises(LoraInitError, match="cannot be read"):
+        check_fit(directory, str(tmp_path / "custom"))
+
+
+@pytest.mark.parametrize("case", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_renamed_adapter_does_what_it_did_before(bases, tmp_path, case):
+    (name, settings), misname, _ = NAMES[case]
+    layer = "model.layers.0.self_attn.q_proj"
+    if name == "llama":  # with patterns, which go by the names in the file
+        settings = settings | dict(rank_pattern={layer: 2}, alpha_pattern={layer: 4})
+    directory = adapter(bases, name, tmp_path / "a", **settings)
+    change(directory, lambda tensors: {key: value.double() for key, value in tensors.items()})
+    options = dict(experts_implementation="eager") if name == "mixtral" else {}
+
+    def model():
+        return type(BASES[name]()).from_pretrained(bases / name, dtype=torch.float64, **options).eval()
+
+    expected, plain = logits(model(), directory), logits(model())
+    patterns = {}
+    if name == "llama":
+        (key,) = misname({f"{PREFIX}{layer}.lora_A.weight": 0})
+        key = key.removeprefix(PREFIX).partition(".lora_A")[0]
+        patterns = {"rank_pattern": {key: 2}, "alpha_pattern": {key: 4}}
+    change(directory, misname, **patterns)
+    export_adapter(directory, tmp_path / "b", keep_ranks=True, rename=True)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model(), tmp_path / "b"), expected, atol=1e-9, rtol=0)
+    assert not check_fit(tmp_path / "b").misfits
+
+
+def test_nothing_is_renamed_where_names_fit_or_no_name_does(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    with pytest.raises(LoraInitError, match=r"has the names of LlamaForCausalLM\. Leave rename out"):
+        export_adapter(directory, tmp_path / "b", rename=True)
+    change(directory, named("q_proj", "q_prj"))
+    with pytest.raises(LoraInitError, match=r"has no layer of this name\. Nearest: model\.layers"):
+        export_adapter(directory, tmp_path / "b", rename=True)
+
+
+def whole(directory):
+    tiny_llama().save_pretrained(directory)
+
+
+def form(*names):
+    def write(directory):
+        directory.mkdir()
+        save_file({name: torch.zeros(2, 2) for name in names}, directory / "pytorch_lora_weights.safetensors")
+
+    return write
+
+
+def dangling(directory):
+    directory.symlink_to(directory.with_name("gone"))
+
+
+def incomplete(directory):
+    directory.mkdir()
+    (directory / "x.incomplete").write_bytes(b"x")
+
+
+BAD = {
+    "full weights": (whole, "is a checkpoint of a whole model"),
+    "kohya": (form("lora_unet_down_0.lora_down.weight"), "holds an adapter in kohya's form"),
+    "diffusers": (form("unet.down.0.lora_A.weight"), "holds an adapter in diffusers' form"),
+    "weights under another name": (form("model.layers.0.weight"), "holds no lora_A, but weights of a whole model"),
+    "half a download": (incomplete, "is half a download"),
+    "a link": (dangling, "gone, which does not exist"),
+}
+DAMAGED = {
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "is damaged"),
+    "cut in the header": (lambda file: file.write_bytes(file.read_bytes()[:50]), "is damaged"),
+    "empty": (lambda file: file.write_bytes(b""), "is damaged"),
+    "Git LFS": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
+    "a link": (lambda file: (file.unlink(), file.symlink_to("blob")), "is a link to blob, which does not exist"),
+    "none": (lambda file: file.unlink(), "has no adapter_model.safetensors"),
+    "full weights": (lambda file: save_file({"lm_head.weight": torch.ones(2)}, file), "but weights of a whole model"),
+    "kohya": (lambda file: save_file({"lora_te_0.lora_down.weight": torch.ones(2)}, file), "in kohya's form"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_adapter_is_named_in_one_line(bases, tmp_path, case):
+    write, expected = BAD[case]
+    write(tmp_path / "a")
+    assert_one_line_error(run("inspect", tmp_path / "a", "--base", bases / "llama"), expected)
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_adapter_is_named_in_one_line(bases, tmp_path, case):
+    damage, expected = DAMAGED[case]
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    damage(directory / "adapter_model.safetensors")
+    assert_one_line_error(run("inspect", directory, "--base", bases / "llama"), expected)
+
+
+def test_half_a_base_is_named_in_one_line(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    shutil.copytree(bases / "shards", tmp_path / "half")
+    first = min((tmp_path / "half").glob("model-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-8])
+    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "half"), first.name, "is damaged")
+    first.unlink()
+    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "half"), f"has no {first.name}")
+    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "nowhere"), "no such directory")
+
+
+def test_inspect_says_what_fits_by_its_exit_status(bases, tmp_path):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    result = run("inspect", directory, "--engine", "vllm")
+    assert result.exit_code == 0 and "all 8 tensors are applied" in result.stdout
+    change(directory, named("model.layers", "layers"))
+    result = run("inspect", directory, "--base", bases / "llama")
+    assert result.exit_code == 1 and "no: 8 names below" in result.stdout and "--rename" in result.stdout
+    assert json.loads(run("inspect", directory, "--base", bases / "llama", "--json").stdout)["fit"]["fits"] is False
+    assert run("export", directory, "-o", tmp_path / "b", "--rename").exit_code == 0
+    assert run("inspect", tmp_path / "b", "--engine", "vllm").exit_code == 0
+
+
+def test_no_weight_is_read(bases, tmp_path, monkeypatch):
+    """Only headers: neither the adapter's tensors nor those of the base, whose model has none."""
+    import safetensors
+
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    for holder in (safetensors.torch, directory_room):
+        monkeypatch.setattr(holder, "load_file", None, raising=False)
+    monkeypatch.setattr(checkpoint.Stored, "read", None)
+    assert not check_fit(directory).misfits
+
+
+class Silent:
+    """A server that has every adapter, and is not asked."""
+
+    models = ()
+
+    def __init__(self, *arguments):
+        pass
+
+    def find(self, name, model, base):
+        return name, None
+
+
+@pytest.mark.parametrize("command", ["dial", "verify", "export"])
+def test_commands_refuse_a_misfit_before_a_model_is_loaded(bases, tmp_path, monkeypatch, command):
+    directory = adapter(bases, "llama", tmp_path / "a", **QV)
+    change(directory, target_modules=["q_proj", "v_proj", "k_proj"])
+    (tmp_path / "data.txt").write_text("the cat\n" * 20)
+    monkeypatch.setattr(server, "Server", Silent)
+    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(models.ModelSource, "load", None)
+    more = {
+        "dial": [tmp_path / "data.txt", "-o", tmp_path / "b"],
+        "verify": ["--url", "http://127.0.0.1:1"],
+        "export": ["-o", tmp_path / "b"],
+    }
+    assert_one_line_error(run(command, directory, *more[command]), "k_proj.lora_A.weight: is not in adapter_model")
