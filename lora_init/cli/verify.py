@@ -102,10 +102,7 @@ def verify(
             sources[one] = base or AdapterDirectory(one).base
     if not sources:
         raise LoraInitError(" ".join(dict.fromkeys(failed.values())))
-    if len({*sources.values()}) > 1:
-        of = ", ".join(sorted({*sources.values()}))
-        raise LoraInitError(f"the adapters are of {of}. Ask about those of one base at a time.")
-    source, any_name = next(iter(sources.values())), served[next(iter(sources))][0]
+    source, any_name = _one_base(sources), served[next(iter(sources))][0]
     chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
     hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
     chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, hello[form])), None)
@@ -132,6 +129,13 @@ def verify(
     verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
     if verdicts or failed:
         raise SystemExit(DIFFERS if verdicts - {CANNOT_TELL} else UNKNOWN)
+
+
+def _one_base(sources: Mapping[Path, str]) -> str:
+    if len({*sources.values()}) > 1:
+        of = ", ".join(sorted({*sources.values()}))
+        raise LoraInitError(f"the adapters are of {of}. Ask about those of one base at a time.")
+    return next(iter(sources.values()))
 
 
 def _check_there(directories: list[Path]) -> None:

@@ -136,7 +136,7 @@ class ModelSource:
 
 def class_of_task(task_type: str | None) -> str:
     """Return the name of the Auto class that loads a model for a task of PEFT; without one, for causal language."""
-    return _CLASS_OF_TASK.get(task_type or "", "AutoModelForCausalLM")
+    return CLASS_OF_TASK.get(task_type or "", "AutoModelForCausalLM")
 
 
 def classes_of(config: Any) -> tuple[str, ...]:
