@@ -86,8 +86,8 @@ class FitReport:
         return self.renames
 
     def check(self) -> None:
-        """Refuse an adapter that does not fit, for what comes first."""
-        if self.misfits:
+        """Refuse an adapter that would not be applied, for what comes first; one of other weights would be."""
+        if any(one.kind not in ("base", "revision") for one in self.misfits):
             raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.renames else [])]))
 
     def to_dict(self) -> dict[str, Any]:

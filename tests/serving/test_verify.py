@@ -339,7 +339,7 @@ def test_an_adapter_of_another_base_or_with_a_start_is_one_line(home, tmp_path):
     tiny_llama(hidden_size=16).save_pretrained(tmp_path / "narrow")
     word_tokenizer().save_pretrained(tmp_path / "narrow")
     done = ask(home, "plain", served(home, home / "plain"), "--base", tmp_path / "narrow")
-    assert_one_line_error(done, "cannot be put on LlamaForCausalLM")
+    assert_one_line_error(done, "fits LlamaForCausalLM: a base of another size")
     began = changed(home / "plain", tmp_path / "began", config={"init_lora_weights": "pissa"})
     done = ask(home, began, served(home, home / "plain"), "--model", "served")
     assert_one_line_error(done, "began as pissa, which changes the base weights, so it does not fit the plain base")
