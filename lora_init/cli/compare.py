@@ -119,9 +119,6 @@ def compare(
     extend: Annotated[
         int, _runs(min=0, help="Rates added on either side while a start's best is the lowest or the highest.")
     ] = 4,
-    match_scale: Annotated[
-        bool, _runs("--match-scale", help="Also run each start with A scaled to the size of the random one.")
-    ] = False,
     full: Annotated[bool, _runs("--full", help="Also train all weights, to say how much there is to win.")] = False,
     statistics_batches: Annotated[
         str, _runs(help="Training batches that statistics are made from; 4,16,64 compares these numbers.")

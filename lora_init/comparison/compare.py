@@ -99,7 +99,6 @@ def compare(
     seeds: int | Sequence[int] | None = None,
     sweep: str | None = None,
     extend: int = 4,
-    match_scale: bool = False,
     full: bool = False,
     rank: int = 8,
     lora_alpha: float | None = None,
@@ -139,7 +138,6 @@ def compare(
         sweep: `"halving"`: other seeds at the best rate alone; `"full"`: everything. Default: halving on a CPU.
         extend: How often half a decade is added to a start's rates while the best is the lowest or the highest, on
             either side.
-        match_scale: Also run each start with A scaled to the size of the random one.
         full: Also train all weights, at rates of a tenth, to say how much there is to win.
         rank: Average rank of a layer.
         lora_alpha: The adapter is scaled by lora_alpha / rank, but for starts with an alpha of their own, as in
@@ -182,9 +180,7 @@ def compare(
     seeds = (STAGES[-1] if budget.limited else 5) if seeds is None else seeds
     seeds = list(range(seeds)) if isinstance(seeds, int) else _listed(seeds)
     # Until they are measured, any rate stands for all.
-    plan = RunPlan(
-        names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend, match_scale
-    )
+    plan = RunPlan(names, [1.0] if learning_rates is None else _listed(learning_rates), seeds, sweep, extend)
     asked = AskedSize(options, steps, batch_size, warmup, evaluation_points, starts)
     directory = Path(output).expanduser().absolute()
     check_there(directory)

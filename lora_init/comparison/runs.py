@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
-from lora_init.comparison.starts import EQUAL_PARAMETERS, MATCHED_SCALE, Variant
+from lora_init.comparison.starts import EQUAL_PARAMETERS, Variant
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.files import check_output, locked, parse_json, read_json, write_whole
 
@@ -72,7 +72,6 @@ class RunPlan:
     seeds: Sequence[int]  # each decides the order of the data and all that is random in a start
     sweep: str  # `"halving"` or `"full"`
     extend: int = 2  # how often rates are added on either side
-    match_scale: bool = False  # also run starts with A scaled to the size of the random one, where that differs
     # the learning rate that a forward pass tells of each start
     recommended: Mapping[str, float] = field(default_factory=dict)
     tuned: bool = True  # whether others than `random` are run at other rates, too
@@ -101,8 +100,7 @@ class RunPlan:
         run with as many as `random` has.
         """
         equal = [start for start in self.starts if start.differs_in_parameters(ranks_cost_the_same)]
-        matched = [start for start in self.starts if self.match_scale and start.differs_in_scale]
-        added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal] + [f"{start}+{MATCHED_SCALE}" for start in matched]
+        added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal]
         return list(dict.fromkeys([*self.starts, *map(Variant, added)]))
 
     def runs(self, starts: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lora_init.adapters.asked import Asked, Pass, Shape
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
-from lora_init.adapters.initializers import kaiming, layer_generator
 from lora_init.adapters.peft_model import (
     adapter_layers,
     check_fits,
@@ -114,10 +113,10 @@ class Prepared:
         return math.sqrt(energy / max(1, sum(len(weight) for weight in weights)))
 
 
-EQUAL_PARAMETERS, MATCHED_SCALE = "equal-parameters", "matched-scale"
+EQUAL_PARAMETERS = "equal-parameters"
 # How a start may be run: `eva+32-alpha` has lora_alpha=32, `eva+32-alpha+16-batches` also statistics of 16 batches, and
 # `random+120-steps` trains for 120 steps.
-_WAYS = re.compile(rf"(\+({EQUAL_PARAMETERS}|{MATCHED_SCALE}|[1-9]\d*-(alpha|batches|steps)))*\Z")
+_WAYS = re.compile(rf"(\+({EQUAL_PARAMETERS}|[1-9]\d*-(alpha|batches|steps)))*\Z")
 
 
 class Variant(str):
@@ -126,8 +125,8 @@ class Variant(str):
     Names are read once, where they come in: from a caller, a directory, a table. One that is unknown is the user's own.
 
     Example:
-        >>> one = Variant("eva+32-alpha+matched-scale")
-        >>> one.base, one.alpha, one.matched_scale
+        >>> one = Variant("eva+32-alpha+equal-parameters")
+        >>> one.base, one.alpha, one.equal_parameters
         ('eva', 32, True)
         >>> Variant("mine+yours").base
         'mine+yours'
@@ -158,11 +157,6 @@ class Variant(str):
         return EQUAL_PARAMETERS in self.ways
 
     @property
-    def matched_scale(self) -> bool:
-        """Whether its A is scaled to the size of the random one."""
-        return MATCHED_SCALE in self.ways
-
-    @property
     def any_batches(self) -> str:
         """Its name without its own number of batches: what differs in these alone has the same."""
         return self.replace(f"+{self.batches}-batches", "")
@@ -174,19 +168,9 @@ class Variant(str):
 
     def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
         """Return whether it trains another number of parameters than `random`, so that it is run with as many, too."""
-        if self.recipe is None or self.equal_parameters or self.matched_scale:  # itself run beside another
+        if self.recipe is None or self.equal_parameters:  # itself run beside another
             return False
         return self.recipe.freeze_a or (self.recipe.moves_ranks and self.recipe.resized and not ranks_cost_the_same)
-
-    @property
-    def differs_in_scale(self) -> bool:
-        """Whether it may be run with its A scaled to the size of the random one.
-
-        Not where A has that size already, or another on purpose, or is a part of a change to the base weights, or of a
-        step whose size is that of the product of A and B.
-        """
-        ours = self.recipe and self.recipe.start
-        return self.is_plain and (ours.b_is_zero and not ours.matched if ours else self.start is None)
 
     def init_options(self) -> list[str] | None:
         """Return the options with which `lora-init init` makes its adapter; None if it does not make that one.
@@ -198,7 +182,7 @@ class Variant(str):
         if self.start is not None and self.start.made_by == "bank":
             return ["--method", FROM_BANK, "--by", self.start.bank_way, "--bank", "BANK"] if self.is_plain else None
         recipe = self.recipe
-        if recipe is None or not recipe.is_made_by_init or self.equal_parameters or self.matched_scale:
+        if recipe is None or not recipe.is_made_by_init or self.equal_parameters:
             return None
         switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
         return ["--method", recipe.start.name, "--rho", f"{recipe.rho:g}", *switches]
@@ -304,7 +288,7 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
       changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
       of the error: its output is near that of the plain model, not equal.
 
-    `NAME+32-alpha` has that lora_alpha. `NAME+matched-scale` scales A of each layer as `match_scale` says.
+    `NAME+32-alpha` has that lora_alpha.
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole
     ranks of at most 2 x `rank` allow, and never more; with a frozen A the ranks are then equal. Several may follow.
 
@@ -324,8 +308,6 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(basis.seed)
             peft_model, gamma = put(asked, basis, stats)
-            if asked.matched_scale:
-                match_scale(peft_model, basis.seed)
     except BaseException:
         restore()
         raise
@@ -337,24 +319,6 @@ def a_weights(peft_model: PeftModel) -> dict[str, Tensor]:
     found = {name: layer.lora_A for name, layer in adapter_layers(peft_model).items() if len(layer.lora_A)}
     weights = {name: next(iter(adapters.values())).weight for name, adapters in found.items()}
     return {name: weight for name, weight in weights.items() if weight.dim() == 2}
-
-
-@torch.no_grad()
-def match_scale(peft_model: PeftModel, seed: int) -> None:
-    """Scale A of each layer so that the root mean square of its rows' norms is that of the random start.
-
-    The comparison that "The Primacy of Magnitude" (arXiv 2507.06558) asks for: what remains of a start's advantage
-    when its updates are as large as those of plain LoRA. B is divided by the same number, which changes nothing where B
-    is zero, and elsewhere keeps B A and with it the model's output.
-    """
-    layers = adapter_layers(peft_model)
-    for name, a in a_weights(peft_model).items():
-        reference = kaiming(len(a), a.shape[1], layer_generator(seed, name))
-        norm = float(a.double().norm())
-        if norm > 0.0:
-            factor = float(reference.double().norm()) / norm
-            a.mul_(factor)
-            next(iter(layers[name].lora_B.values())).weight.div_(factor)
 
 
 def adapter_files(peft_model: PeftModel) -> dict[str, bytes]:

@@ -54,7 +54,7 @@ def in_words(start: str) -> str:
     """
     asked = Variant(start)
     how = [f"lora_alpha {asked.alpha}"] * bool(asked.alpha)
-    how += ["as many parameters as random"] * asked.equal_parameters + ["A as large as random's"] * asked.matched_scale
+    how += ["as many parameters as random"] * asked.equal_parameters
     how += [f"statistics of {asked.batches} batches"] * bool(asked.batches)
     return f"{asked.base} with {' and '.join(how)} ({start})" if how else start
 

@@ -69,13 +69,13 @@ def test_options_reach_the_comparison(command, home, tmp_path):
         "--train-samples", 32, "--max-length", 20,
         "--data-seed", 1, "--rank", 2, "--lora-alpha", 4, "--target-modules", "q_proj,v_proj", "--warmup", 0.2,
         "--eval-points", "1,2", "--starts", "random", "--learning-rates", "1e-3", "--seeds", 1, "--sweep", "full",
-        "--retain-data", listed, "--retain-samples", 8, "--name", "first word", "--match-scale",
+        "--retain-data", listed, "--retain-samples", 8, "--name", "first word",
     )  # fmt: skip
     settings = read_settings(tmp_path / "out")
     expected = {
         "task": "first word", "kind": "multiple-choice", "normalize": True, "steps": 3, "rank": 2, "lora_alpha": 4,
         "target_modules": ["q_proj", "v_proj"], "warmup": 0.2, "evaluation_points": [0, 1, 2, 3], "sweep": "full",
-        "match_scale": True, "seeds": [0], "dtype": "float32",
+        "seeds": [0], "dtype": "float32",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
     for part in (

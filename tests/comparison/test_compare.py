@@ -34,7 +34,7 @@ def full(home, tmp_path_factory):
     retain.write_text("\n".join(["one dog run to the red hats", "my green house"] * 4))
     lines = []
     found = compare(
-        home, output, options="options", match_scale=True, retain_data=retain, retain_samples=8, say=lines.append,
+        home, output, options="options", retain_data=retain, retain_samples=8, say=lines.append,
         learning_rates=[1e-3],
         starts=("random", "orthogonal", "eva-rho1", "eva-rho2", "eva-ranks", "eva-frozen-a"),
     )  # fmt: skip
@@ -70,8 +70,6 @@ def test_every_run_is_there_with_every_key(full):
     assert {start for start in starts if "+equal" in start} == {
         f"{x}+equal-parameters" for x in ("eva-rho2", "eva-frozen-a")
     }
-    matched = ("orthogonal", "eva-rho1", "eva-rho2", "eva-frozen-a")
-    assert {start for start in starts if "+matched" in start} == {f"{x}+matched-scale" for x in matched}
 
 
 def test_without_the_dial_adapters_are_evaluated_as_trained_and_the_dry_run_says_what_it_takes(full, home, tmp_path):
@@ -115,11 +113,10 @@ def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
             assert record["trainable_parameters"] <= counts.copy().pop()
 
 
-def test_the_scale_of_a_is_recorded_and_matched(full):
+def test_the_scale_of_a_is_recorded(full):
     scale = {record["start"]: record["a_scale"] for record in full[0].records if record["seed"] == 0}
     assert 0.0 < scale["eva-rho1"] < scale["random"]  # along its directions inputs are larger
     assert scale["random"] == pytest.approx(0.58, abs=0.05)
-    assert scale["eva-rho1+matched-scale"] == pytest.approx(scale["random"], rel=1e-5)
 
 
 def test_statistics_cost_time_and_are_made_once_for_each_seed(full):

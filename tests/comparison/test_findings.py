@@ -101,7 +101,7 @@ def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
 def test_random_with_another_scale_is_not_the_random_to_compare_with():
     runs = planted({"eva": -0.01})
     for run in runs:
-        run["start"] = run["start"].replace("random", "random+matched-scale")
+        run["start"] = run["start"].replace("random", "random+32-alpha")
     assert [v.outcome for v in summarise(runs, settings()).verdicts] == ["no statement", "no statement"]
 
 
@@ -116,11 +116,11 @@ def test_seeds_without_a_partner_are_left_out_and_named():
 
 def test_variants_of_a_start_are_judged_apart():
     runs = planted({"eva": -0.01})
-    runs += [{**run, "start": "eva+matched-scale", "report_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
+    runs += [{**run, "start": "eva+32-alpha", "report_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
              for run in runs if run["start"] == "eva"]  # fmt: skip
     summary = summarise(runs, settings())
-    assert [(v.start, v.outcome) for v in summary.verdicts] == [("eva", "better"), ("eva+matched-scale", "worse")]
-    assert cells(summary, "best", "eva+matched-scale")["mean loss"] == "0.2010"
+    assert [(v.start, v.outcome) for v in summary.verdicts] == [("eva", "better"), ("eva+32-alpha", "worse")]
+    assert cells(summary, "best", "eva+32-alpha")["mean loss"] == "0.2010"
 
 
 # Rates
@@ -240,7 +240,7 @@ def test_the_command_of_a_start_with_an_alpha_and_batches_of_its_own_has_both():
         assert summary.command == f"lora-init init m d.jsonl {own} {last}"
     summary = summarise(planted({"eva": -0.01}), settings(init=None))
     assert summary.answer.startswith("Use eva at ") and summary.command is None
-    for how in ("matched-scale", "80-alpha+equal-parameters"):
+    for how in ("equal-parameters", "80-alpha+equal-parameters"):
         summary = summarise(planted({f"eva+{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
         assert summary.answer.startswith("Use eva with ") and f"(eva+{how}) at 1e-3: its final" in summary.answer
         assert summary.command is None

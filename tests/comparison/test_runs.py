@@ -159,10 +159,6 @@ def test_what_is_run_beside_the_starts():
     assert plan.compared(True) == [*starts, "eva-frozen-a+equal-parameters"]
     moved = ["eva-rho2+equal-parameters", "eva-frozen-a+equal-parameters"]
     assert plan.compared(False) == [*starts, *moved]
-    scaled = [f"{start}+matched-scale" for start in ("eva", "eva-rho2", "eva-frozen-a", "mine")]
-    assert RunPlan(starts, RATES, SEEDS, "full", match_scale=True).compared(False) == [*starts, *moved, *scaled]
-    asked = list(map(Variant, ["random", "eva+matched-scale"]))
-    assert RunPlan(asked, RATES, SEEDS, "full", match_scale=True).compared(False) == asked
     asked = list(map(Variant, ["random", "eva-rho2+32-alpha", "eva-rho2+4-batches"]))
     equal = [f"{start}+equal-parameters" for start in asked[1:]]
     assert RunPlan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
@@ -269,7 +265,7 @@ def test_of_two_records_of_a_run_the_later_counts(tmp_path):
 
 
 def test_any_name_of_a_start_has_a_file_of_its_own(tmp_path):
-    names = ["a/b", "a_1", "../x", "eva,white,4", "eva+matched-scale", "<b>", "ä b"]
+    names = ["a/b", "a_1", "../x", "eva,white,4", "eva+equal-parameters", "<b>", "ä b"]
     runs = [record(name) for name in names] + [record("eva")]
     keep(tmp_path, *runs)
     assert sorted(r["start"] for r in read_runs(tmp_path)) == sorted([*names, "eva"])
@@ -309,7 +305,7 @@ def test_another_configuration_is_refused_and_named(tmp_path):
             with pytest.raises(LoraInitError, match=message):
                 opening(tmp_path, **changes)
     assert (tmp_path / "settings.json").read_bytes() == before
-    keep(tmp_path, threads=2, versions={"torch": "9"}, command="x", match_scale=True)
+    keep(tmp_path, threads=2, versions={"torch": "9"}, command="x")
 
 
 def test_starts_rates_and_seeds_may_be_added(tmp_path):

@@ -88,11 +88,10 @@ def trained(prepared, batch):
                 parameter.add_(0.1)
 
 
-@pytest.mark.parametrize("how", ["", "+matched-scale"])
 @pytest.mark.parametrize("start", HERE)
-def test_a_start_leaves_the_output_and_release_the_model(case, start, how):
+def test_a_start_leaves_the_output_and_release_the_model(case, start):
     before, output = snapshot(case.model), case.logits()
-    prepared = case.prepare(start + how)
+    prepared = case.prepare(start)
     started = case.logits(prepared.peft_model)
     if start in STEPS:
         assert not torch.equal(started, output)
@@ -197,7 +196,7 @@ def test_full_fine_tuning_trains_the_model_itself_in_float32():
     prepared.release()
     assert_same(before, snapshot(case.model))
     with pytest.raises(LoraInitError, match="start 'full' has no adapter"):
-        case.prepare("full+matched-scale")
+        case.prepare("full+equal-parameters")
 
 
 @pytest.mark.parametrize("start", FROZEN)
@@ -230,19 +229,6 @@ def test_a_of_the_starts_from_data(case):
     for name, a in uncentred.items():
         assert torch.equal(a, as_large_as_random(second_moment[name], second_moment[name].components[: len(a)]))
     assert any(not torch.equal(eva[name][:1], uncentred[name][:1]) for name in eva if name in uncentred)
-
-
-@pytest.mark.parametrize("start", HERE)
-def test_matched_scale(case, start):
-    prepared = case.prepare(f"{start}+matched-scale")
-    weights = a_weights(prepared.peft_model)
-    energy = 0.0
-    for name, a in weights.items():
-        expected = drawn(len(a), a.shape[1], name)
-        assert float(a.detach().norm()) == pytest.approx(float(expected.norm()), rel=1e-6)
-        energy += float(a.detach().square().sum())
-    assert prepared.a_scale == pytest.approx((energy / sum(map(len, weights.values()))) ** 0.5, rel=1e-5)
-    prepared.release()
 
 
 def test_only_starts_from_data_ask_for_statistics():
