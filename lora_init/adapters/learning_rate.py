@@ -89,12 +89,9 @@ class LearningRate:
         """The rate at which the geometric mean over layers of their change is what was best, to two digits."""
         best = CHANGE * (STEPS / self.steps) ** FALL * (NEW_HEAD if self.new_head else 1.0)
         low, high = -40.0, 5.0  # bounds of its logarithm
-        while high - low > 1e-6:
+        for _ in range(50):
             middle = (low + high) / 2
-            if self._mean_log_change(middle) < math.log(best):
-                low = middle
-            else:
-                high = middle
+            low, high = (middle, high) if self._mean_log_change(middle) < math.log(best) else (low, middle)
         return float(f"{math.exp(low):.1e}")
 
     def _mean_log_change(self, log_rate: float) -> float:
@@ -105,7 +102,7 @@ class LearningRate:
     @property
     def range(self) -> tuple[float, float]:
         """Where 95 % of the best rates were that it was judged by: a factor of two down and up."""
-        return self.rate / WITHIN, float(f"{self.rate * WITHIN:.2g}")
+        return float(f"{self.rate / WITHIN:.2g}"), float(f"{self.rate * WITHIN:.2g}")
 
     @property
     def layers(self) -> list[str]:

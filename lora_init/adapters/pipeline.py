@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
@@ -198,8 +198,10 @@ def build(
 def _check_tokens(source: Any) -> None:
     """Refuse texts where batches are wanted."""
     first = source[0] if isinstance(source, (list, tuple)) and source else None
-    values = first.values() if isinstance(first, Mapping) else [first]
-    if any(isinstance(one, str) or (isinstance(one, list) and one and isinstance(one[0], Mapping)) for one in values):
+    values = [*first.values()] if isinstance(first, Mapping) else [first]
+    if not any(isinstance(one, Tensor) for one in values) and any(
+        isinstance(one, str) or (isinstance(one, list) and one and isinstance(one[0], Mapping)) for one in values
+    ):
         columns = f" with the columns {', '.join(map(str, first))}" if isinstance(first, Mapping) else ""
         raise LoraInitError(f"batches are rows of text{columns}, and tokens are needed. Pass tokenizer=, the model's.")
 

@@ -133,10 +133,11 @@ def load_batches(
             + (f" ({skipped})" if skipped else "")
             + ". Check the columns and max_length."
         )
-    if reader.label is None and not any(of != IGNORED for _, labels in examples for of in labels):
+    of_chats = reader.recipe.name in ("messages", "sharegpt")
+    if of_chats and reader.label is None and not any(of != IGNORED for _, labels in examples for of in labels):
         raise LoraInitError(
             f"{rows.label}: no token of its {len(examples)} examples has a label, so there is nothing to learn. A chat "
-            f"needs a turn of the assistant's, and an answer must begin before max_length={max_length}."
+            f"needs a turn of the assistant's that begins before max_length={max_length}."
         )
     if needs_labels and left_out.total() > _MOST_LEFT_OUT * n_read:
         warnings.warn(f"{rows.label}: of the first {n_read} rows {skipped}.", stacklevel=2)

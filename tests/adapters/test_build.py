@@ -155,8 +155,8 @@ def test_fewer_directions_than_rank_give_the_rank_that_there_is():
     stats = made_up_statistics(tiny_llama(), k=3, n_samples=4)
     with pytest.warns(UserWarning, match=r"14 of 14 layers get fewer ranks than asked for.*3 of 4.*More data"):
         init = build_adapter(stats, 4)
-    assert set(init.ranks.values()) == {3} and init.scaling == 16 / 4
-    assert {layer.scaling["default"] for layer in lora_layers(init.apply(tiny_llama())).values()} == {4.0}
+    assert set(init.ranks.values()) == {3} and init.scaling == 8 / 4
+    assert {layer.scaling["default"] for layer in lora_layers(init.apply(tiny_llama())).values()} == {2.0}
     model = nn.Sequential(nn.Linear(8, 8))
     for n_rows, expected in ((10, 4), (3, 2), (2, 1)):
         stats = collect(model, [torch.randn(n_rows, 8)], rank=4)
@@ -185,7 +185,7 @@ def test_initialize_does_all_of_it_in_one_call(name):
     before = logits(model, batches[0])
     exclude = ["classifier"] if name in ("bert", "vit") else None
     stats = lora_init.collect(model, batches, rank=3, rho=2.0, seed=1, exclude_modules=exclude, task_type=TASKS[name])
-    ranks = lora_init.allocate_ranks(stats, rank=3, rho=2.0)
+    ranks = lora_init.allocate_ranks(stats, rank=3, rho=1.0)
     expected = build_adapter(stats, ranks, lora_alpha=8, use_rslora=True, seed=1)
     peft_model = lora_init.initialize(
         model, batches, rank=3, lora_alpha=8, use_rslora=True, seed=1, adapter_name="mine", exclude_modules=exclude,

@@ -53,7 +53,7 @@ def test_build_adapter_takes_a_config_for_the_keywords(selection, stats):
     config, names = configured(**selection), selected_by_peft(selection)
     before = {**vars(config)}
     others = [name for name in stats if name not in names]
-    for ranks, spelled in ((None, allocate_ranks(stats, rank=3, exclude=others)), (3, dict.fromkeys(names, 3))):
+    for ranks, spelled in ((None, allocate_ranks(stats, rank=3, rho=1, exclude=others)), (3, dict.fromkeys(names, 3))):
         wanted = build_adapter(stats, spelled, seed=1, **SHAPE)
         for given in ({}, SHAPE):
             got = build_adapter(stats, ranks, seed=1, config=config, **given)
@@ -65,7 +65,7 @@ def test_build_adapter_takes_a_config_for_the_keywords(selection, stats):
 
 def test_a_config_that_names_no_layers_selects_those_of_the_statistics(stats):
     config = LoraConfig(r=3, lora_alpha=16)
-    assert build_adapter(stats, config=config).ranks == build_adapter(stats, allocate_ranks(stats, rank=3)).ranks
+    assert build_adapter(stats, config=config).ranks == build_adapter(stats, 3).ranks
 
 
 @pytest.mark.parametrize("way", ["names", "a block", "PEFT's own"])

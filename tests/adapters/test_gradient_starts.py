@@ -36,7 +36,7 @@ def case():
 
 
 def a_of(stats, method, rank=RANK, **options):
-    return {name: a for name, (a, _) in build_adapter(stats, rank, method, **options).weights.items()}
+    return {name: a for name, (a, _) in build_adapter(stats, rank, method, unit_rows=True, **options).weights.items()}
 
 
 class PerToken(nn.Module):

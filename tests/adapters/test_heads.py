@@ -143,7 +143,7 @@ def test_batches_of_classes_say_what_they_are_for(name, tmp_path):
     batches = load_batches(ROWS, bert_tokenizer(), template="{text}", label="kind")
     adapted = initialize(model, batches, rank=1, rho=1)
     assert adapted.peft_config["default"].task_type == "SEQ_CLS"
-    assert adapted.peft_config["default"].lora_alpha == 10  # that of natural-gradient
+    assert adapted.peft_config["default"].lora_alpha == 2
     assert_kept(adapted, tmp_path, batch_for(name))
 
 
@@ -169,7 +169,7 @@ def test_a_trainer_of_a_classifier_keeps_its_head(name, tmp_path):
     args = dict(per_device_train_batch_size=2, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
     trainer = Trainer(model, TrainingArguments(tmp_path / "runs", save_strategy="no", **args), train_dataset=rows)
     adapted = initialize(trainer, rank=1, rho=1)
-    assert adapted.peft_config["default"].lora_alpha == 10  # that of natural-gradient
+    assert adapted.peft_config["default"].lora_alpha == 2
     trainer.train()
     assert_kept(adapted, tmp_path, batch)
 

@@ -116,7 +116,7 @@ def test_it_reads_what_it_stores_for_other_steps_too():
 
 def test_the_sentence_names_steps_range_and_what_is_extrapolated():
     assert str(LearningRate(ONE, 48)) == (
-        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.45e-3 and "
+        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.4e-3 and "
         "5.8e-3."
     )
     assert "extrapolated: measured from 24 to 1000" in str(LearningRate(ONE, 5000))

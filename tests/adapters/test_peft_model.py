@@ -205,7 +205,7 @@ class Experts(nn.Module):
 def test_a_layer_that_never_ran_is_adapted_by_peft():
     model = Experts()
     stats = lora_init.collect(model, [torch.randn(40, 8)], rank=2, rho=2.0)
-    init = build_adapter(stats, 2)
+    init = build_adapter(stats, 2, unit_rows=True)
     layers = lora_layers(init.apply(model))
     assert {n: layer.r["default"] for n, layer in layers.items()} == {"experts.0": 2, "experts.1": 2}
     assert torch.equal(layers["experts.0"].lora_A["default"].weight, stats["experts.0"].components[:2])

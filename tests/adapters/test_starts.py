@@ -140,8 +140,7 @@ def test_a_name_that_two_packages_have_is_refused_when_it_is_used(packages):
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"scaling": -1}, "scaling=-1, expected a positive number"),
-        ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"gamma": -1}, "gamma=-1, expected a positive number"),
         ({"gamma": math.inf}, "gamma=inf"),
         ({"needs": "input"}, "needs='input' is unknown. Did you mean inputs"),
     ],
@@ -163,7 +162,7 @@ def test_a_start_may_take_the_weight_of_the_base_and_is_told_apart_where_there_i
 
     packages(rows=Start("rows", "", function=rows))
     model = tiny_llama()
-    adapted = initialize(model, batches_for("llama"), rank=RANK, rho=1.0, method="rows")
+    adapted = initialize(model, batches_for("llama"), rank=RANK, method="rows", unit_rows=True)
     layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     assert torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:RANK])
     with pytest.raises(LoraInitError, match="the start is made from its weight"):

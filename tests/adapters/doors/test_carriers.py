@@ -198,7 +198,8 @@ def test_what_the_page_on_diffusion_adds_to_a_training_script():
     exec(lines, names)
     for layer in adapter_layers(unet).values():
         a = layer.lora_A["default"].weight
-        assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-5)  # directions
+        gram = a @ a.T
+        assert torch.allclose(gram / gram[0, 0], torch.eye(4), atol=1e-4)  # directions, of one length
 
     def both(unet, batch):
         noise = torch.randn(len(batch["input_ids"]), 4, 8, 8)
