@@ -1,4 +1,4 @@
-"""Tables of the pages that the code decides: `python docs/tables.py` writes them, and a test checks that they are fresh.
+"""Tables of the pages that the code decides: `python docs/tables.py` writes them, and a test checks them.
 
 A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -14,6 +14,7 @@ import typer
 import lora_init
 from lora_init.adapters.starts import STARTS, Start
 from lora_init.cli.app import app as cli
+from lora_init.cli.help import is_further
 
 DOCS = Path(__file__).parent
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -66,14 +67,14 @@ def commands() -> Iterator[str]:
 
 
 def options() -> Iterator[str]:
-    """Write a row for each command, with the names of its options; `--help` has more of those before the semicolon."""
-    yield from ("| command | on its first screen | the rest |", "|---|---|---|")
+    """Write a row for each command, with the names of its options: those of --help, and those of --help-all."""
+    yield from ("| command | in `--help` | in `--help-all`, too |", "|---|---|---|")
     for name, command in _commands():
         shown: dict[bool, list[str]] = {True: [], False: []}
         for one in command.params:
             if one.param_type_name == "option":
-                shown[command.is_first(one)].append(f"`{max(one.opts, key=len)}`")
-        yield f"| `{name}` | {' '.join(shown[True])} | {' '.join(shown[False])} |"
+                shown[is_further(one)].append(f"`{max(one.opts, key=len)}`")
+        yield f"| `{name}` | {' '.join(shown[False])} | {' '.join(shown[True])} |"
 
 
 def _commands() -> Iterator[tuple[str, Any]]:
