@@ -34,8 +34,8 @@ from lora_init.files import read_json
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
-    "README.md", "docs/dial.md", "docs/kinds-of-models.md", "docs/learning-rates.md", "docs/practice.md",
-    "docs/serving.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md",
+    "README.md", "docs/dial.md", "docs/learning-rates.md", "docs/results.md", "docs/serving.md", "docs/which-start.md",
+    "benchmarks/README.md", "benchmarks/STUDIES.md",
 )  # fmt: skip
 # What the pages recommend, by the names that runs have.
 STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva+32-alpha"

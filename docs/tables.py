@@ -25,6 +25,7 @@ _NEEDS = {
     "inputs": "data",
     "weights": "the weights",
 }
+_COMMON = ("--quiet", "--verbose", "--json", "--help-all")  # of all commands
 # Public names by topic, in the order in which they are used; what is in none of them comes last.
 TOPICS = {
     "from data to an adapter": (
@@ -33,7 +34,7 @@ TOPICS = {
     ),
     "results": (
         "Statistics", "Provenance", "Spectrum", "GradientSpectrum", "RankAllocation", "AdapterInit", "LearningRate",
-        "QuantizationErrors",
+        "QuantizationErrors", "QuantisationErrors",
     ),
     "keeping what the model knew": ("dial", "Dial", "replay"),
     "serving": ("export_adapter", "Exported", "verify", "Verification", "ServingWatch", "ServingCallback"),
@@ -72,7 +73,7 @@ def options() -> Iterator[str]:
     for name, command in _commands():
         shown: dict[bool, list[str]] = {True: [], False: []}
         for one in command.params:
-            if one.param_type_name == "option":
+            if one.param_type_name == "option" and one.opts[0] not in _COMMON:
                 shown[is_further(one)].append(f"`{max(one.opts, key=len)}`")
         yield f"| `{name}` | {' '.join(shown[False])} | {' '.join(shown[True])} |"
 

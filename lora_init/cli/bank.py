@@ -183,7 +183,9 @@ def start_from(
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
     from lora_init.collection.losses import mean_loss
+    from lora_init.planning.lora_config import SCALING
 
+    how["lora_alpha"] = how["lora_alpha"] or SCALING * how["rank"]
     bank = open_bank(path)
     with busy(f"starting from {path}"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(bank.encoder))

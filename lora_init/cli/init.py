@@ -186,11 +186,9 @@ def init(
         loaded = source.load(dtype=dtype, device=device, quantize=quantize, seed=seed, n_labels=len(classes) or None)
     asked = pipeline.fit_to(loaded.model, asked, examples.classes, loaded.drawn)
     if bank is not None:
-        from lora_init.planning.lora_config import SCALING  # imports torch
-
         start_from(
             bank, loaded, examples.batches, [*examples.aside], there, by=by, rank=asked.ranks.rank, gamma=shape.gamma,
-            similarity=similarity, lora_alpha=shape.lora_alpha or SCALING * asked.ranks.rank, output=output,
+            similarity=similarity, lora_alpha=shape.lora_alpha, output=output,
             overwrite=overwrite,
         )  # fmt: skip
         return
