@@ -42,7 +42,7 @@ def add(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
     data: Annotated[str, Option(help="What it was trained on, as for init.", show_default=False)],
     statistics: Annotated[Path | None, Option(help="Statistics of this data, from init.")] = None,
-    name: Annotated[str | None, Option(help="Name of the entry. Default: that of the adapter's directory.")] = None,
+    name: Annotated[str | None, Option(help="Name of the entry. Default: the directory's name.")] = None,
     task: Annotated[
         str | None, Option(help="What it was trained for; checkpoints of one training share it. Default: the name.")
     ] = None,

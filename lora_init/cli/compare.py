@@ -92,7 +92,7 @@ def compare(
     normalize: Annotated[
         bool, _data("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
     ] = False,
-    name: Annotated[str | None, _data(help="Name of the task in the report. Default: that of the data.")] = None,
+    name: Annotated[str | None, _data(help="Name of the task in the report. Default: the data's name.")] = None,
     retain_data: Annotated[str | None, _data(help="Text of another kind, to measure forgetting.")] = None,
     retain_template: Annotated[str | None, _data(callback=unescape, help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, _data(min=1, help="Examples of it.")] = 64,

@@ -216,7 +216,7 @@ def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
 
 
 def given(arguments: Iterable[str]) -> list[str]:
-    """Return, by their options, those of these arguments that are on the command line."""
+    """Return the options of those arguments that are on the command line."""
     return [_running.options[name][0] for name in arguments if name in _running.given]
 
 
@@ -292,7 +292,7 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
 
 
 def process_rank() -> int | None:
-    """Return the number of this process among those of one launch; None if it is alone."""
+    """Return the number of this process in its launch; None if it is alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
         return None

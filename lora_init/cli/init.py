@@ -291,7 +291,7 @@ def _check_start(
 def _budget(
     ranks_from: Path | None, ranks: Ranks, there: Statistics | None, data: str | None
 ) -> tuple[RankAllocation | None, int, float]:
-    """Read the plan; and the rank and rho of the pass: those of a file that is there, if it serves, or of the plan."""
+    """Read the plan; and rank and rho of the pass from a file that is there, if it serves, or from the plan."""
     from lora_init.adapters.pipeline import SPARE
     from lora_init.planning.allocate import allocate_ranks
     from lora_init.planning.plan import load_plan

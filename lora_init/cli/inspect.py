@@ -473,7 +473,7 @@ def _intruder_view(about: Mapping[str, Any], width: int) -> list[Any]:
     head = {
         "intruders": f"{about['count']:,} of {about['of']:,}, the first {about['k']} directions of each weight",
         "criterion": f"|cosine| below {about['threshold']} with every direction of the same weight of {about['model']}",
-        "energy": f"{about['energy_share']:.1%} of that of these directions",
+        "energy": f"{about['energy_share']:.1%} of the energy of these directions",
     }
     skipped = [f"{name} ({kind}) has no singular vectors to compare." for name, kind in about["skipped"].items()]
     counts = {name: layer["count"] for name, layer in layers.items()}
