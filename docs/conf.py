@@ -1,7 +1,7 @@
 """How Sphinx builds the documentation: `make docs` writes docs/_build/html.
 
 The pages are whole on a code host. The site has in addition a table of contents, made of the links of `index.md`, and
-below `python.md` the docstrings of all public names.
+below `python.md` the docstrings of all public names. Of pages that it does not have it names the file.
 """
 
 import re
@@ -48,7 +48,8 @@ def _keep_bars(app, what, name, obj, options, lines):
     lines[:] = [line.replace("|", "\\|") for line in lines]
 
 
-def _add_what_only_a_site_has(app, page, source):
+def _make_page_of_site(app, page, source):
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([\w/-]+\.md)[^)]*\)", r"\1 (`\2`)", source[0])
     if page == "index":
         pages = "\n".join(re.findall(r"\]\(([\w-]+)\.md\)", source[0]))
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
@@ -65,4 +66,4 @@ def _add_what_only_a_site_has(app, page, source):
 
 def setup(app):
     app.connect("autodoc-process-docstring", _keep_bars)
-    app.connect("source-read", _add_what_only_a_site_has)
+    app.connect("source-read", _make_page_of_site)
