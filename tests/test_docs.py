@@ -177,6 +177,14 @@ def _name(page):
     return page.removeprefix("docs/")
 
 
+def test_each_goal_of_the_readme_is_reached_in_few_words():
+    """The README, and the page that it sends one to."""
+    goals = set(re.findall(r"^\| .*\]\((docs/[\w-]+\.md)[^)]*\) \|$", TEXTS["README.md"], re.MULTILINE))
+    assert len(goals) >= 4
+    for page in goals:
+        assert len(TEXTS["README.md"].split()) + len(TEXTS[page].split()) <= 2_500, page
+
+
 # A sentence that tells a reader what to take. Measured numbers stand in tables, or in sentences without such a verb.
 TELLS = r"(?:^|[.:;|(*] *|\b(?:and|so|or|then|please) )(?:train|take|try|use|set|keep|choose|prefer|start)\b"
 ADVICE = {
