@@ -333,7 +333,7 @@ def draw(target: Path) -> None:
     figure.axes[1].set_xlabel("loss on the task above random as trained, %", fontsize=11)
     figure.axes[0].set_ylabel("rise of the loss on news", fontsize=11)
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=11)
-    figure.savefig(target, dpi=110)
+    trade_off.save_svg(figure, target)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

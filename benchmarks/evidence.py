@@ -1,7 +1,7 @@
 """Everything that is made from committed runs, made again: `python -m benchmarks.evidence`.
 
 For each study in `results/`: its runs in one file, `runs.jsonl`, its report and the report's pictures. And the
-pictures of several studies, `starts.png`, `trade_off.png` and `dial.png`, and the figures in our pages
+pictures of several studies, `starts.png`, `trade_off.svg` and `dial.svg`, and the figures in our pages
 (`benchmarks.figures`).
 """
 
@@ -54,8 +54,8 @@ def main() -> None:
         if read_json(directory / SETTINGS_FILE)["format"] == FORMAT:
             write_report(directory)
     starts.main()
-    trade_off.draw(RESULTS / "trade_off.png")
-    dial.draw(RESULTS / "dial.png")
+    trade_off.draw(RESULTS / "trade_off.svg")
+    dial.draw(RESULTS / "dial.svg")
     for page in figures.PAGES:
         text = (figures.ROOT / page).read_text(encoding="utf-8")
         write_whole(figures.ROOT / page, figures.corrected(text).encode())

@@ -27,19 +27,18 @@ import pandas as pd
 from benchmarks import rates, starts, trade_off
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
-from lora_init.comparison.findings import equal_loss, is_judged, judged_losses, verdicts
+from lora_init.comparison.findings import equal_loss, judged_losses, verdicts
 from lora_init.comparison.runs import SETTINGS_FILE, best_rates, by_seed, read_runs, run_table
 from lora_init.comparison.wording import rate_text
 from lora_init.files import read_json
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
-    "README.md", "docs/dial.md", "docs/kinds-of-models.md", "docs/learning-rates.md", "docs/practice.md",
-    "docs/serving.md", "docs/what-a-start-is-worth.md", "benchmarks/README.md",
+    "README.md", "docs/dial.md", "docs/learning-rates.md", "docs/results.md", "docs/serving.md", "docs/which-start.md",
+    "benchmarks/README.md", "benchmarks/STUDIES.md",
 )  # fmt: skip
 # What the pages recommend, by the names that runs have.
 STEP, NATURAL, EVA = "natural-gradient-step", "natural-gradient+80-alpha", "eva+32-alpha"
-NATURAL_LANGUAGE = "natural-gradient-x5"  # the same, run before the names above
 OPENBOOKQA, SIQA, HELLASWAG = "headroom-openbookqa", "headroom-siqa", "headroom-hellaswag"
 MEDICAL, KINDS = "headroom-minilm-medical-subjects", "headroom-minilm-siqa-kinds"
 SPECIALTIES = "headroom-minilm-specialties"
@@ -80,19 +79,6 @@ def rise_at_equal_loss(study: str, start: str) -> tuple[float, float]:
     """Give the same of random and a start, of runs that end no higher than random at its best rate."""
     pairs = equal_loss(_runs(study)).loc[[RANDOM, start]].dropna(axis=1)
     return float(pairs.loc[RANDOM].mean()), float(pairs.loc[start].mean())
-
-
-def rise_between_at_equal_loss(study: str, start: str) -> tuple[float, float]:
-    """Give the interval of the difference of these two, below zero where the start forgets less."""
-    least = equal_loss(_runs(study))
-    effect = effects(least[[name == RANDOM or is_judged(name) for name in least.index]], RANDOM)[start]
-    return effect.low, effect.high
-
-
-def less_forgotten(study: str, start: str) -> float:
-    """Give how much less of it there is, in per cent of random's."""
-    random, own = rise_at_equal_loss(study, start)
-    return 100 * (1 - own / random)
 
 
 def seeds(study: str, *names: str, rate: float | None = None) -> Any:
@@ -144,21 +130,9 @@ def detectable(study: str, *names: str, of: str = RANDOM) -> Any:
     return _each(names, lambda start: 100 * _effect(study, start, of).detectable)
 
 
-def closed(study: str, start: str) -> float:
-    """Give the share of what full fine-tuning gains that a start gains, in per cent."""
-    (share,) = (verdict.closed for verdict in verdicts(_runs(study)) if verdict.start == start)
-    return 100 * (share or 0.0)
-
-
 def cost(name: str, setting: str = "smollm2") -> float:
     """Give what a pass costs, from `benchmarks.statistics`, such as `"step / body"`."""
     return float(read_json(starts.RESULTS / "statistics" / f"{setting}.json")["cost"][name])
-
-
-def memory(what: str, setting: str = "smollm2") -> float:
-    """Give the peak memory of a pass over that of a forward pass."""
-    peak = read_json(starts.RESULTS / "statistics" / f"{setting}.json")["memory"]
-    return float(peak[what] / peak["forward"])
 
 
 def verdicts_of_fourteen_starts(outcome: str | None = None) -> int:

@@ -1,11 +1,12 @@
-"""How Sphinx builds the documentation: `make docs` writes docs/_build/html."""
+"""How Sphinx builds the documentation: `make docs` writes docs/_build/html.
 
-import sys
-from pathlib import Path
+The pages are whole on a code host. The site has in addition a table of contents, made of the links of `index.md`, and
+below `python.md` the docstrings of all public names. Of pages that it does not have it names the file.
+"""
+
+import re
 
 import lora_init
-
-sys.path.insert(0, str(Path(__file__).parent))  # for our own extensions
 
 project = "lora_init"
 author = "lora_init contributors"
@@ -16,10 +17,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "cli_reference",
-    "notebook_page",
-    "sample_report",
-    "starts_table",
     "sphinx_copybutton",
 ]
 source_suffix = {".md": "markdown"}
@@ -27,7 +24,6 @@ exclude_patterns = ["_build"]
 
 # Headings can be linked to by their text, as on GitHub: the same pages read well there.
 myst_heading_anchors = 3
-myst_enable_extensions = ["attrs_inline", "deflist"]
 
 # Docstrings are in Google's style and put names between single backticks.
 default_role = "literal"
@@ -52,5 +48,22 @@ def _keep_bars(app, what, name, obj, options, lines):
     lines[:] = [line.replace("|", "\\|") for line in lines]
 
 
+def _make_page_of_site(app, page, source):
+    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([\w/-]+\.md)[^)]*\)", r"\1 (`\2`)", source[0])
+    if page == "index":
+        pages = "\n".join(re.findall(r"\]\(([\w-]+)\.md\)", source[0]))
+        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+    elif page == "python":
+        kinds = {name: getattr(lora_init, name) for name in lora_init.__all__}
+        directives = "\n\n".join(
+            f".. autofunction:: lora_init.{name}" if not isinstance(kind, type)
+            else f".. autoexception:: lora_init.{name}" if issubclass(kind, Exception)
+            else f".. autoclass:: lora_init.{name}\n   :members:"
+            for name, kind in kinds.items()
+        )  # fmt: skip
+        source[0] += f"\n## All names\n\n```{{eval-rst}}\n{directives}\n```\n"
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _keep_bars)
+    app.connect("source-read", _make_page_of_site)

@@ -235,7 +235,7 @@ def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collectio
 
 
 def digests_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hash those of these files that a directory has."""
+    """Hash the files of these names that a directory has."""
     there = (directory / name for name in names)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there if path.is_file()}
 

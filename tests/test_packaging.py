@@ -21,13 +21,14 @@ def test_the_source_distribution_and_its_page(tmp_path):
     with tarfile.open(file) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
         info = message_from_bytes(archive.extractfile(f"{file.name.removesuffix('.tar.gz')}/PKG-INFO").read())
-    assert {"lora_init/__init__.py", "README.md", "hatch_build.py", "benchmarks/results/dial.png"} <= set(names)
+    assert {"lora_init/__init__.py", "README.md", "hatch_build.py", "benchmarks/results/dial.svg"} <= set(names)
     assert not [
-        name for name in names if name.startswith("benchmarks/results/") and not name.endswith((".png", ".json"))
+        name
+        for name in names
+        if name.startswith("benchmarks/results/") and not name.endswith((".svg", ".png", ".json"))
     ]
     assert file.stat().st_size < 3_000_000
     assert "Repository, https://example.org/a/b" in info.get_all("Project-URL")
     targets = re.findall(r"\]\(([^)\s]*)\)", info.get_payload())
     assert [target for target in targets if not target.startswith(("https://", "#"))] == []
-    assert "https://example.org/a/b/raw/v1/benchmarks/results/dial.png" in targets
-    assert "https://example.org/a/b/blob/v1/docs/practice.md" in targets
+    assert "https://example.org/a/b/blob/v1/docs/learning-rates.md" in targets

@@ -1,4 +1,4 @@
-"""The floors: docs/versions.md names them, and they are no higher than what the tools beside this package allow."""
+"""The floors: benchmarks/VERSIONS.md names them, and they are no higher than the tools beside this package allow."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in (ROOT / "docs/versions.md").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "benchmarks/VERSIONS.md").read_text(encoding="utf-8").splitlines()
     if line.startswith("| ")
 ]
 OLDEST = {row[0]: row[1] for row in ROWS if len(row) == 4 and row[0]}

@@ -223,7 +223,7 @@ class AdapterInit:
         return training_in_words(self.rate, self.learning_rate, self.use_dora)
 
     def n_parameters(self) -> int:
-        """Count the trainable parameters: those of all A and B, or of all B if A is frozen, and DoRA's magnitudes."""
+        """Count the trainable parameters: all A and B, or all B if A is frozen, and DoRA's magnitudes."""
         return sum(self._parameters())
 
     def _parameters(self) -> Iterator[int]:

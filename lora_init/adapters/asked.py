@@ -128,7 +128,7 @@ class Shape:
     title: ClassVar = "The adapter"
     lora_alpha: Annotated[
         float | None,
-        dict(help="The adapter is scaled by lora_alpha / rank. Default: twice the rank.", first=True),
+        dict(help="The adapter is scaled by lora_alpha / rank. Default: twice the rank."),
     ] = None
     use_rslora: Annotated[bool, dict(help="Scale by lora_alpha / sqrt(rank).")] = False
     use_dora: Annotated[bool, dict(help="Add DoRA's magnitudes.")] = False

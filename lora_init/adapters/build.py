@@ -91,7 +91,7 @@ def build_adapter(
         stats: What `collect` returned.
         ranks: What `allocate_ranks` returned; or one rank for all layers; or a mapping from layer to rank, where layers
             that it doesn't name get none. Default: the rank that they were made for, in every layer.
-            The scaling is relative to the average rank: `ranks.rank`, or that of the mapping's values, rounded.
+            The scaling is relative to the average rank: `ranks.rank`, or the mean of the mapping, rounded.
         method: `"eva"`, `"random"` (PEFT's Kaiming uniform), `"random-scaled"` (with as much energy in A x as `"eva"`),
             `"gaussian"` or `"orthogonal"`. From statistics with gradients also `"eva-grad"`, `"grad-a"`,
             `"natural-gradient"` (B = 0 in these), `"natural-gradient-step"`, `"lora-one"` (the output changes) and
@@ -110,10 +110,10 @@ def build_adapter(
             its root, so a larger one is a smaller step. `find_step_size` searches the best for the last two.
         errors: With `"qera"`: what quantization took from the weights of each layer, W - Q, [d_out, d_in], such as
             `QuantizationErrors(model, stats.targets)`. Layers are asked for one after the other.
-        freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x in place of x, and
+        freeze_a: Train B alone, as LoRA-FA does (arXiv 2308.03303). The backward pass then keeps A x instead of x, and
             the optimizer has no state for A. `rank_with_frozen_a` gives the rank at which B alone has as many
             parameters as A and B.
-        config: PEFT's `LoraConfig`, in place of `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
+        config: PEFT's `LoraConfig`, instead of `lora_alpha`, `use_rslora`, `use_dora`, `lora_dropout` and
             `modules_to_save`; its `r` is the average rank. Of the layers of the statistics, those that it selects get
             an adapter. What it sets beyond that (`bias`, `rank_pattern` and so on) is refused by its name, and so is an
             argument that says otherwise.

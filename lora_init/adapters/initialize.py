@@ -50,7 +50,7 @@ def initialize(
             `SentenceTransformer` or `CrossEncoder`; or, before `train()`, a `Trainer` of transformers, one of TRL's or
             one of sentence-transformers'.
         batches: What `collect` takes; or, with a tokenizer, what `load_batches` takes: files, a pattern, a hub id, rows
-            in memory; or texts for a `SentenceTransformer`, pairs for a `CrossEncoder`. Default: those of the trainer.
+            in memory; or texts for a `SentenceTransformer`, pairs for a `CrossEncoder`. Default: the trainer's data.
         rank: Average rank of a layer, 16 by default. What a trainer's `peft_config` says otherwise is refused, here and
             below.
         rho: At most round(rho * rank) in one layer. Default: 1, the same rank everywhere, which every engine serves.
@@ -60,7 +60,7 @@ def initialize(
             trained whole in any case and saved with the adapter, since a checkpoint may lack it: by the task type, or
             among `modules_to_save`.
         tokenizer: The model's tokenizer, where `batches` are texts and no tokens yet.
-        config: PEFT's `LoraConfig`, in place of `rank`, `target_modules`, `lora_alpha` and the like: rank, scaling,
+        config: PEFT's `LoraConfig`, instead of `rank`, `target_modules`, `lora_alpha` and the like: rank, scaling,
             dropout, modules that are trained whole, and the layers that PEFT selects by it (`exclude_modules`,
             `layers_to_transform` and so on). What it sets beyond that is refused by its name, and so is an argument
             that says otherwise.
@@ -73,7 +73,7 @@ def initialize(
             takes the size of its step by the loss on them, see `find_step_size`. If that is fewer than 16 different
             examples, a warning says so. With `"qera"`, `weights` is the float model that `model` was quantized from, a
             directory or hub id, by default what it was loaded from, and is read tensor by tensor; `unchecked` accepts a
-            correction that does not lower the loss on the examples set aside. `seed` is that of all that is random.
+            correction that does not lower the loss on the examples set aside. `seed` decides all that is random.
 
     Returns:
         The PeftModel; also `trainer.model` from then on. Where the adapter is in place, or inside a model of
@@ -86,7 +86,7 @@ def initialize(
     """
     if learning_rate not in (None, "measured") or (learning_rate and not is_trainer(model)):
         raise LoraInitError(
-            f"learning_rate={learning_rate!r}: 'measured' sets that of a trainer. Of a model learning_rate() tells it."
+            f"learning_rate={learning_rate!r}: 'measured' sets the rate of a trainer. For a model call learning_rate()."
         )
     asked = Asked.by("initialize()", method, **options, **{
         name: value for name, value in (("rank", rank), ("rho", rho)) if value is not None

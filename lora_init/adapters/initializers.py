@@ -216,7 +216,7 @@ def lora_one(gradient: GradientSpectrum, rank: int) -> LoraWeights:
 def natural_step(spectrum: Spectrum, gradient: GradientSpectrum, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the step of rank r that lowers the loss most, by its gradient and curvature, without a d x d matrix.
 
-    The curvature is K-FAC's, S_x = E x x^T on the side of the input and S_y = E g g^T on that of the output, so that
+    The curvature is K-FAC's, S_x = E x x^T for the input and S_y = E g g^T for the output, so that
     without a bound on the rank the best step is the natural gradient D = -S_y^-1 G S_x^-1. Of rank r it is S_y^-1/2 W
     S_x^-1/2 with W the first r singular triplets of S_y^1/2 D S_x^1/2; truncating D itself promises less. S_x is
     modelled as its r leading directions, the mean and an isotropic rest, so that its powers cost r x d; S_y as its

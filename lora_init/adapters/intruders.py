@@ -23,7 +23,7 @@ K, THRESHOLD = 10, 0.5
 
 @dataclass(frozen=True)
 class LayerIntruders:
-    """The first singular vectors of one trained weight, next to those of the plain weight."""
+    """The first singular vectors of one trained weight, next to the singular vectors of the plain weight."""
 
     similarities: tuple[float, ...]  # of each of the first k left vectors, the largest |cosine| with any plain one
     energies: tuple[float, ...]  # their singular values squared
@@ -41,7 +41,7 @@ class LayerIntruders:
 
     @property
     def energy_share(self) -> float:
-        """Energy of the intruders over that of all vectors looked at, in [0, 1]."""
+        """Energy of the intruders over the energy of all vectors looked at, in [0, 1]."""
         pairs = zip(self.similarities, self.energies, strict=True)
         return sum(energy for similarity, energy in pairs if similarity < self.threshold) / (sum(self.energies) or 1.0)
 
@@ -70,7 +70,7 @@ class Intruders:
 
     @property
     def energy_share(self) -> float:
-        """Energy of the intruders of all layers over that of all vectors looked at, in [0, 1]."""
+        """Energy of the intruders of all layers over the energy of all vectors, in [0, 1]."""
         totals = {name: sum(layer.energies) for name, layer in self.layers.items()}
         of_intruders = sum(layer.energy_share * totals[name] for name, layer in self.layers.items())
         return of_intruders / (sum(totals.values()) or 1.0)

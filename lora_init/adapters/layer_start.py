@@ -28,7 +28,7 @@ class LayerToStart:
 
     target: Target
     stats: Statistics
-    part: str  # the name that its random numbers are drawn by: that of the layer, or of an expert
+    part: str  # the name of the layer or of an expert, by which random numbers are drawn
     spectrum: Spectrum
     rank: int
     scaling: float
@@ -60,7 +60,7 @@ class LayerToStart:
 def layer_start(
     start: Start, stats: Statistics, name: str, gamma: float | None, unit_rows: bool = False, **known: Any
 ) -> LoraWeights:
-    """Compute A and B of a layer; of one with experts those of each, side by side.
+    """Compute A and B of a layer; with experts A and B of each, side by side.
 
     Where B is zero A x has the size that it has with `random`, unless the start has one of its own or with `unit_rows`.
     """

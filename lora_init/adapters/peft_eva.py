@@ -59,8 +59,8 @@ def get_eva_state_dict(
     What differs from PEFT: the data is read once, from its start, and no further than 512 batches. The pass ends as in
     `collect`, with a tolerance of 1 - tau^2, after 8 batches at the earliest: when the directions would keep at least
     tau^2 of what they capture on other data, as a direction off by a cosine of tau does. PEFT compares directions one
-    by one with those of the batch before, and goes on while two of near-equal variance swap. Both stop later for a
-    larger `tau`. A batch may have any number of tokens and be any mapping. Ties in the rank distribution go to the
+    by one with the previous batch's, and goes on while two of near-equal variance swap. Both stop later for a larger
+    `tau`. A batch may have any number of tokens and be any mapping. Ties in the rank distribution go to the
     earlier layer.
 
     Args:
@@ -175,7 +175,7 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Set the ranks and weights of an EVA adapter, as `peft.initialize_lora_eva_weights` does with the same arguments.
 
-    What differs from PEFT, beside `get_eva_state_dict`: names in `eva_state_dict` may be those of the plain model; it
+    What differs from PEFT, beside `get_eva_state_dict`: `eva_state_dict` may have the names of the plain model; it
     is not emptied; `rank_pattern` and `alpha_pattern` keys may start with `^`, and those written do; the scaling is
     kept under rsLoRA too; layers whose rank changes stay float32 on a half-precision model.
 

@@ -75,8 +75,8 @@ def check_modules_to_save(
     lost = ",".join(owner for owner in owners if not is_in(owner, (*heads, *modules_to_save)))
     if heads and lost:
         raise LoraInitError(
-            f"the weights of {lost} are new and random, and an adapter holds only those of {' and '.join(heads)}. "
-            f"Take them along: modules_to_save={lost}."
+            f"the weights of {lost} are new and random, and an adapter holds only the weights of "
+            f"{' and '.join(heads)}. Take them along: modules_to_save={lost}."
         )
 
 
@@ -118,7 +118,7 @@ def remember(model: nn.Module, weights: bool = False) -> Callable[[], None]:
     """Note how a model is, with a copy of its `weights` if asked for, and return a function that puts it back."""
     wiring = [(module, dict(vars(module))) for module in model.modules()]
     # Their dicts stay the same objects, since whoever added a hook holds on to one.
-    # Those of other classes are configurations, and diffusers' allow no change.
+    # Configurations of other classes are objects, and diffusers' allow no change.
     values = (value for _, found in wiring for value in found.values() if type(value) in (dict, OrderedDict))
     dicts = [(value, dict(value)) for value in values]
     trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -160,7 +160,7 @@ def adapter_layers(peft_model: PeftModel | nn.Module) -> dict[str, Any]:
     for name, module in base.named_modules():
         if isinstance(module, ParamWrapper):  # one inside another for each parameter of a module
             layers[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module
-        # nn.MultiheadAttention's adapter holds that of its output projection inside itself: one layer, not two.
+        # nn.MultiheadAttention's adapter holds the one of its output projection: one layer, not two.
         elif isinstance(module, LoraLayer) and ".base_layer." not in name:
             layers[name] = module
     return layers
@@ -177,7 +177,7 @@ def attach(model: nn.Module, init: AdapterInit, adapter_name: str) -> PeftModel:
         with warnings.catch_warnings():
             # Linear and Conv1D layers in one model: PEFT adjusts the flag for each layer, correctly, and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            # PEFT finds the ranks of parameters, then warns that their names are those of no module; `_fill` checks.
+            # PEFT finds the ranks of parameters, then warns that no module has such a name; `_fill` checks.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         _fill(peft_model, init, adapter_name)

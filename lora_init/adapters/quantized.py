@@ -121,7 +121,7 @@ class QuantizationErrors(Mapping[str, Tensor]):
                 module = self._modules[name]
                 own = vars(module).get("forward")  # as accelerate's hooks set it
                 module.forward = partial(self._exact, name, module)  # a hook would run after the layer's own product
-                found_again = partial(delattr, module, "forward")  # that of its class
+                found_again = partial(delattr, module, "forward")  # the method of its class
                 stack.callback(found_again if own is None else partial(setattr, module, "forward", own))
             yield
 
@@ -154,7 +154,7 @@ QuantisationErrors = QuantizationErrors  # its name before
 
 @torch.no_grad()
 def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
-    """Read the matrix that a layer multiplies by, float32 [d_out, d_in]; `dtype` is that of what it reads.
+    """Read the matrix that a layer multiplies by, float32 [d_out, d_in]; `dtype` is the type of what it reads.
 
     That is PEFT's if the layer returns its product with that for a few rows, else what it returns for the unit vectors.
     """

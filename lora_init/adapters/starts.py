@@ -136,7 +136,7 @@ class Start:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
 
     def compute(self, **known: Any) -> Any:
-        """Call the function with those of these arguments that it names. What it raises passes."""
+        """Call the function with the arguments that it names. What it raises passes."""
         if self.function is None:
             raise LoraInitError(f"{self} is made by {self.made_by}: there is no function to call.")
         return load_function(self.function)(**{name: known[name] for name in self.takes})
@@ -333,7 +333,7 @@ _TAKEN = {*_OWN, *_VARIATIONS, FROM_BANK}
 
 
 def start_names() -> tuple[str, ...]:
-    """Return the names of all starts, those of other packages last. None of these is imported for it."""
+    """Return the names of all starts, other packages' last. None of these is imported for it."""
     return (*_OWN, *(name for name in _THEIRS.entries() if name not in _TAKEN))
 
 

@@ -45,7 +45,7 @@ def find_step_size(
         model: The plain model; as it was afterwards, whatever `loss_of` does to it.
         build: Makes the adapter with a given gamma.
         loss_of: Measures the loss of the model as it is then, such as `mean_loss` of some batches. They should be
-            others than those of the statistics, on which the step is better than on new data.
+            not used for the statistics, on which the step is better than on new data.
         gamma: Measure this one alone.
         first: Where the search begins; it goes on down to 2^-10 and up to 2^14 times this.
 
@@ -53,7 +53,7 @@ def find_step_size(
         The adapter with that gamma, and `losses` with what was measured.
 
     Raises:
-        LoraInitError: The loss is not finite, or no gamma within those bounds gives one below that of the plain model.
+        LoraInitError: The loss is not finite, or no gamma within those bounds gives one below the plain model's loss.
 
     Example:
         >>> from functools import partial
@@ -111,8 +111,8 @@ def n_aside(n_examples: int, batch_size: int) -> int:
 def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[Any], Iterable[Any]]:
     """Set `n_aside` examples aside for the search; return batches of them, and of the others for the statistics.
 
-    They are those of `beyond`, if enough, else the first of all. No example is in both: those with the same tokens are
-    one. A batch whose values are not one for each example is taken whole and counts as 4. A lone batch serves both.
+    They are taken from `beyond`, if enough, else the first of all. No example is in both: equal tokens are one example.
+    A batch whose values are not one for each example is taken whole and counts as 4. A lone batch serves both.
     """
     spare = [(batch, _examples(batch)) for batch in beyond]
     if spare:

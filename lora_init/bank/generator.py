@@ -2,7 +2,7 @@
 
 As in the paper, a batch of prompts is the condition, a cascade of hyper-convolutions turns its embeddings into a grid
 of weights, and pairs of a batch of prompts and a checkpoint of the same task teach it by the squared error.
-What differs: one vector for each prompt in place of one for each of its tokens; weights less their mean over the
+What differs: one vector for each prompt instead of one for each of its tokens; weights less their mean over the
 bank, over the standard deviation of each A and B; before that, each adapter is rotated (B A stays) to be as near as
 possible to the first one.
 """
@@ -98,7 +98,7 @@ class Generator:
         return _unflattened(flat, self.shapes)
 
     def save(self, bank: Bank) -> Path:
-        """Write it into the bank, in place of an earlier one."""
+        """Write it into the bank, instead of an earlier one."""
         state = {f"decoder {name}": value for name, value in self.decoder.state_dict().items()}
         own = {name: getattr(self, name) for name in ("center", "scale", "shift", "spread")}
         header = {
@@ -121,7 +121,7 @@ def load_generator(bank: Bank) -> Generator:
         shapes = {str(name): (int(r), int(d_in), int(d_out)) for name, (r, d_in, d_out) in header["shapes"].items()}
         center, scale, shift, spread = (file.tensor(name) for name in ("center", "scale", "shift", "spread"))
         if not len(center) == len(scale) == _n_weights(shapes):  # before a decoder is made for so many
-            raise ValueError(f"{len(center)} weights in place of {_n_weights(shapes)}")
+            raise ValueError(f"{len(center)} weights instead of {_n_weights(shapes)}")
         decoder = Decoder(len(shift), _n_tokens(shapes))
         decoder.load_state_dict({name: file.tensor(f"decoder {name}") for name in decoder.state_dict()})
         return Generator(

@@ -66,7 +66,7 @@ def neighbours(
 
 
 def _overlap(bank: Bank, name: str, statistics: Statistics) -> float:
-    """Average over layers the share of the r leading directions of one data set that lies within those of another."""
+    """Average over layers the share of the r leading directions of one data set that lies within another's."""
     other = bank.statistics(name)
     if other is None:
         raise LoraInitError(f"entry {name!r} of {bank.path} has no statistics. Compare by embeddings alone.")

@@ -50,7 +50,7 @@ def start_from_bank(
     statistics: Statistics | None = None,
     leave_out: Sequence[str] = (),
 ) -> BankStart:
-    """Start an adapter from those of a bank, and step as far towards it as lowers the loss most.
+    """Start an adapter from the adapters of a bank, and step as far towards it as lowers the loss most.
 
     `by` is a way of `STARTS`. Without `loss_of` there are no labelled examples, and the adapter is taken at its full
     size, unchecked; with `gamma` the update is divided by that. `leave_out` are tasks that count as not there.

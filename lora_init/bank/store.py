@@ -43,7 +43,7 @@ class Bank:
     """Adapters of one base model."""
 
     path: Path  # the directory
-    fingerprint: str  # that of the base model, see `fingerprint`
+    fingerprint: str  # of the base model, see `fingerprint`
     model: str  # class and id of the base model, in words
     encoder: str  # directory or hub id of the encoder of prompts; empty for the base model itself
     entries: Mapping[str, Entry]  # by name, in the order in which they came
@@ -156,7 +156,9 @@ def add_entry(
         if statistics is not None:
             stats = Statistics.load(statistics)
             if stats.provenance.fingerprint != fingerprint:
-                raise LoraInitError(f"{statistics} has statistics of another model. Name those of the adapter's base.")
+                raise LoraInitError(
+                    f"{statistics} has statistics of another model. Name statistics of the adapter's base."
+                )
             digest = _hash_of(stats.save(bank._statistics_path(name)))
         entry = Entry(task, data, trained.rank, len(embeddings), _hash_of(file), digest)
         bank = Bank(path, fingerprint, bank.model, encoder, {**bank.entries, name: entry})

@@ -63,7 +63,7 @@ app = typer.Typer(
     name="lora-init",
     cls=_Commands,
     help="Compute from your data where LoRA adapters should start and how much rank each layer deserves.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -76,13 +76,32 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+FOUR_THINGS = """\
+lora-init makes LoRA adapters from your data. Four things to do with it:
+
+1. Start an adapter from your data, and learn which rate to train it with:
+   lora-init init MODEL DATA --steps 300 -o adapter
+2. Turn a trained adapter down where it does harm, to keep what the model knew:
+   lora-init dial trained HELD-OUT-DATA -o kept
+3. Write it for an engine, and check that the engine serves it as trained:
+   lora-init export kept --engine vllm -o served
+   lora-init verify served --url http://127.0.0.1:8000/v1
+4. Compare starts on your data:
+   lora-init compare MODEL DATA --time 1h -o comparison
+
+MODEL is a directory or a hub id, DATA a file, a folder or a hub id.
+All commands: lora-init --help"""
+
+
 @app.callback()
 def _before(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(FOUR_THINGS)
 
 
 _PACKAGES = (

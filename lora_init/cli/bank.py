@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ import typer
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, command, importing, print_result, say
+from lora_init.adapters.starts import FROM_BANK
+from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.options import MaxLength, TrustRemoteCode
 from lora_init.cli.tables import columns, facts, finite
@@ -21,6 +23,7 @@ from lora_init.errors import LoraInitError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_init.bank.store import Bank
     from lora_init.loading.models import LoadedModel
     from lora_init.statistics.statistics import Statistics
 
@@ -39,7 +42,7 @@ def add(
     adapter: Annotated[Path, Argument(help="Directory of a trained LoRA adapter.", show_default=False)],
     data: Annotated[str, Option(help="What it was trained on, as for init.", show_default=False)],
     statistics: Annotated[Path | None, Option(help="Statistics of this data, from init.")] = None,
-    name: Annotated[str | None, Option(help="Name of the entry. Default: that of the adapter's directory.")] = None,
+    name: Annotated[str | None, Option(help="Name of the entry. Default: the directory's name.")] = None,
     task: Annotated[
         str | None, Option(help="What it was trained for; checkpoints of one training share it. Default: the name.")
     ] = None,
@@ -92,7 +95,7 @@ def add(
         f"{found.path}: {name}, task {entry.task}, rank {entry.rank}, {entry.n_prompts} prompts. "
         f"In all {len(found.entries)}, tasks: {len(found.tasks)}."
     )
-    print_result(summary, lambda console, _: console.print(line, markup=False), written=True)
+    print_result(summary, partial(_show, line, found), written=True)
 
 
 def list_(bank: BankPath) -> None:
@@ -115,6 +118,7 @@ def list_(bank: BankPath) -> None:
             for name, entry in found.entries.items()
         ]
         console.print(facts(head), "", columns(rows), markup=False)
+        _show_next(console, found)
 
     about = {"bank": str(found.path), "model": found.model, "encoder": found.encoder, "entries": entries}
     print_result(about, show)
@@ -146,7 +150,17 @@ def train(
         f"{path}: {parameters:,} parameters. From prompts of its {len(found.tasks)} tasks that it did not see it "
         f"reproduces {max(0.0, generator.explained):.0%} of what distinguishes their adapters."
     )
-    print_result(summary, lambda console, _: console.print(line, markup=False), written=True)
+    print_result(summary, partial(_show, line, found), written=True)
+
+
+def _show(line: str, bank: Bank, console: Console, _: Any) -> None:
+    console.print(line, markup=False)
+    _show_next(console, bank)
+
+
+def _show_next(console: Console, bank: Bank) -> None:
+    how = f"--method {FROM_BANK} --bank {shlex.quote(str(bank.path))}"
+    print_next(console, f"lora-init init MODEL DATA {how} -o started")
 
 
 for _name, _function in (("add", add), ("list", list_), ("train", train)):
@@ -169,7 +183,9 @@ def start_from(
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
     from lora_init.collection.losses import mean_loss
+    from lora_init.planning.lora_config import SCALING
 
+    how["lora_alpha"] = how["lora_alpha"] or SCALING * how["rank"]
     bank = open_bank(path)
     with busy(f"starting from {path}"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(bank.encoder))

@@ -53,12 +53,12 @@ def compare(
     starts: Annotated[
         str | None,
         Option(
-            help="Names separated by commas; mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha "
-            f"of its own. Default: {RANDOM}, {DEFAULT} and {DEFAULT_FOR_CLASSES}."
+            help=f"Names separated by commas. Default: {RANDOM}, {DEFAULT} and {DEFAULT_FOR_CLASSES}. "
+            "mine=DIRECTORY is an adapter of your own, eva+32-alpha has a lora_alpha of its own."
         ),
     ] = None,
     lora_alpha: Annotated[
-        float | None, Option(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")
+        float | None, _runs(help="The adapter is scaled by lora_alpha / rank. Default: rank x 2.")
     ] = None,
     learning_rates: Annotated[
         str | None,
@@ -92,7 +92,7 @@ def compare(
     normalize: Annotated[
         bool, _data("--normalize", help="With --options: divide the log-likelihood by the number of tokens.")
     ] = False,
-    name: Annotated[str | None, _data(help="Name of the task in the report. Default: that of the data.")] = None,
+    name: Annotated[str | None, _data(help="Name of the task in the report. Default: the data's name.")] = None,
     retain_data: Annotated[str | None, _data(help="Text of another kind, to measure forgetting.")] = None,
     retain_template: Annotated[str | None, _data(callback=unescape, help="How an example of it reads.")] = None,
     retain_samples: Annotated[int, _data(min=1, help="Examples of it.")] = 64,
@@ -100,11 +100,11 @@ def compare(
         bool, _data("--dial/--no-dial", help="With --retain-data: evaluate each adapter at several strengths.")
     ] = True,
     replay: Annotated[str | None, _data(help="Text to train on, too, one beside the examples of each step.")] = None,
-    target_modules: Annotated[str, Option(help="As for lora-init init.")] = "all-linear",
+    target_modules: Annotated[str, _runs(help="As for lora-init init.")] = "all-linear",
     steps: Annotated[
         int | None, _runs(min=1, help="Steps of each run. Default: 100, with --time at most that.")
     ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Examples in a batch.")] = 8,
+    batch_size: Annotated[int, _runs(min=1, help="Examples in a batch.")] = 8,
     warmup: Annotated[float, _runs(help="Share of the steps in which the learning rate rises.")] = 0.1,
     eval_points: Annotated[
         str | None, _runs(help="Steps after which to measure, such as 10,20,50. Default: every quarter.")
@@ -245,7 +245,7 @@ def show_comparison(console: Console, summary: Summary) -> None:
     console.print(Text(f"\n{summary.facts}"))
     sentences = [summary.headroom, summary.headline, *(verdict.sentence for verdict in summary.verdicts)]
     sentences += [*summary.as_recommended, *summary.equal_time, *summary.forgetting, *summary.data_needed]
-    for text in [*([summary.command] if summary.command else []), *sentences]:
+    for text in sentences:
         console.print(Text(text))
     console.print()
     for name, cells in run_tables(summary).items():
@@ -259,6 +259,8 @@ def show_comparison(console: Console, summary: Summary) -> None:
         console.print()
         console.print(Text(name.replace("_", " "), "bold"))
         console.print(table)
+    if summary.command:
+        console.print(Text(f"\n{summary.command}"))
 
 
 def _start(word: str) -> str | tuple[str, Path]:

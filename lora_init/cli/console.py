@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from lora_init.cli.help import print_whole
 from lora_init.errors import explain, require
 from lora_init.files import check_output
 from lora_init.serving.engines import ENGINES
@@ -88,6 +89,11 @@ def print_result(content: Any, show: Callable[[Console, Any], None], written: ob
         show(make_console(), content)
 
 
+def print_next(console: Console, command: str) -> None:
+    """Print the command that one runs next: the last line of a result."""
+    console.print(f"Next: {command}", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user or a machine can cause into one line on stderr and an exit code; `-v` lets it through."""
@@ -136,6 +142,9 @@ def _common(
     as_json: Annotated[
         bool, Option("--json", rich_help_panel="Output", help="Print JSON, and nothing else, to stdout.")
     ] = False,
+    help_all: Annotated[
+        bool, Option("--help-all", is_eager=True, callback=print_whole, help="Show every option in full, and exit.")
+    ] = False,
 ) -> None:
     _running.options = {}
     for parameter in context.command.params:
@@ -154,8 +163,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     shared: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
 
     @functools.wraps(function)
-    def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
-        _common(context, quiet, verbose, as_json)
+    def run(context: typer.Context, quiet: bool, verbose: bool, as_json: bool, help_all: bool, **options: Any) -> None:
+        _common(context, quiet, verbose, as_json, help_all)
         with one_line_errors():
             require(*_libraries(context.command.name, options))
             for name, what in WRITES.get(context.command.name or "", {}).items():
@@ -207,7 +216,7 @@ def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
 
 
 def given(arguments: Iterable[str]) -> list[str]:
-    """Return, by their options, those of these arguments that are on the command line."""
+    """Return the options of those arguments that are on the command line."""
     return [_running.options[name][0] for name in arguments if name in _running.given]
 
 
@@ -283,7 +292,7 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
 
 
 def process_rank() -> int | None:
-    """Return the number of this process among those of one launch; None if it is alone."""
+    """Return the number of this process in its launch; None if it is alone."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(name) for name in names) or os.environ["WORLD_SIZE"] == "1":
         return None

@@ -35,19 +35,29 @@ def dial(
         str | None, Option(help="Text to keep, read by its own columns. Default: the base model writes some.")
     ] = None,
     lose: Annotated[
-        str | None, Option(help="Most loss on the task above that of the best strength, such as 2% (the default).")
+        str | None, Option(help="Most loss on the task above the best strength's, such as 2% (the default).")
     ] = None,
-    keep_within: Annotated[float | None, Option(help="In place of it: most rise of the loss on text to keep.")] = None,
-    strength: Annotated[float | None, Option(help="In place of it: this strength in all layers.")] = None,
+    keep_within: Annotated[
+        float | None, Option(help="Instead of --lose: most rise of the loss on text to keep.")
+    ] = None,
+    strength: Annotated[float | None, Option(help="Instead of --lose: this strength in all layers.")] = None,
     uniform: Annotated[bool, Option("--uniform", help="One strength for all layers.")] = False,
     alpha_pattern: Annotated[
-        bool, Option("--alpha-pattern", help="Write strengths to alpha_pattern, which few engines read, and leave B.")
+        bool,
+        Option(
+            "--alpha-pattern",
+            rich_help_panel="The adapter",
+            help="Write strengths to alpha_pattern, which few engines read, and leave B.",
+        ),
     ] = False,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     reading: Reading,
     samples: Annotated[int, Option(min=36, help="Examples of the task at most; half as many texts to keep.")] = 192,
     max_length: MaxLength = 512,
-    seed: Annotated[int, Option(min=0, help="Seed of the sample and of what the base writes.")] = 0,
+    seed: Annotated[
+        int,
+        Option(min=0, rich_help_panel="The pass over the data", help="Seed of the sample and of what the base writes."),
+    ] = 0,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     device: Device = "auto",

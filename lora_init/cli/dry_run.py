@@ -33,9 +33,9 @@ def estimate(
 ) -> dict[str, Any]:
     """Compute how many layers take an adapter, and what that and the pass would cost, in plain values.
 
-    `selection` are arguments of `find_targets`; without `batches` there would be no pass. The parameters are those of
-    one rank everywhere; the time is that of an idle machine: beside other work a pass of 21 s was seen to take 59 s.
-    `operations` are those of matrix products.
+    `selection` are arguments of `find_targets`; without `batches` there would be no pass. The parameters are for
+    one rank everywhere; the time is for an idle machine: beside other work a pass of 21 s was seen to take 59 s.
+    `operations` are matrix products.
     """
     import transformers
 
@@ -52,7 +52,7 @@ def estimate(
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
     used = (batches or [])[: settings["max_batches"]]
     tokens = sum(batch["input_ids"].numel() for batch in used)
-    # A pass multiplies with matrices but those of embeddings, of which the last is not reached.
+    # A pass multiplies with all matrices but embeddings, of which the last is not reached.
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     n_matrix = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
     operations = 2 * n_matrix * tokens * (_BACKWARD if settings["gradients"] else 1.0)
@@ -78,7 +78,7 @@ def estimate(
 
 
 def _weights_bytes(model: Any, dtype: torch.dtype, quantize: str | None) -> int:
-    """Compute the size of the weights. Quantized are those of linear layers, without the head's."""
+    """Compute the size of the weights. Linear layers except the head are quantized."""
     every: int = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     if quantize is None:
         return every

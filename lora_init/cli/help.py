@@ -1,18 +1,20 @@
-"""The help of a command: its options in groups, the ones that everybody needs first."""
+"""The help of a command: on one screen the options that everybody needs; with --help-all every option, in groups."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
-# Headings in this order; options without a `rich_help_panel` come before them, with those that everybody needs.
+# Headings of --help-all in this order. Options without a `rich_help_panel` come before them, and are in --help.
 _PANELS = (
-    "Data", "Layers and ranks", "The adapter", "The pass over the data", "Runs", "Model", "Starts from a bank",
-    "Output",
+    "Data", "Layers and ranks", "Limits", "The adapter", "The pass over the data", "Runs", "Model",
+    "Starts from a bank", "Output",
 )  # fmt: skip
-_WIDEST = 70  # columns of an option and what it takes
+_WHOLE = "lora_init.whole_help"
+_WIDEST, _NARROW = 70, 40  # columns of an option and what it takes, in --help-all and in --help
 # What is said of a number or a default in the form of Python or of a range.
 _CLUTTER = [(r" range>", ">"), (r"; (x|\d+)[<>]=?.*?(?=\])", ""), (r"\s*\[(x|\d+)[<>]=?[^\]]*\]", ""),
             (r"\[default: \((.*?)\)\]", r"[default: \1]"), (r"<list\[Path\]>", "<path>"),
@@ -30,32 +32,55 @@ class ListedCommands(TyperGroup):
 
 
 class GroupedCommand(TyperCommand):
-    """Writes options under a heading for each group."""
+    """Writes the options that everybody needs, and with --help-all every option under a heading for each group."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options into the help."""
-        for title, rows in grouped_options(self, ctx).items():
+        whole = ctx.meta.get(_WHOLE, False)
+        for title, rows in grouped_options(self, ctx, whole).items():
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=26)
 
 
-def grouped_options(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
-    """Return the arguments and options of a command by heading: how each is written, and its help."""
-    parameters = command.get_params(ctx)
-    many = len(parameters) > 20
+def print_whole(context: typer.Context, asked: bool) -> None:
+    """Print the help with every option, and exit, if that is asked for: a callback of --help-all."""
+    if asked and not context.resilient_parsing:
+        context.meta[_WHOLE] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def is_further(parameter: Any) -> bool:
+    """Return whether an option is in --help-all alone."""
+    return bool(getattr(parameter, "rich_help_panel", None))
+
+
+def grouped_options(command: Any, ctx: Any, whole: bool = True) -> dict[str, list[tuple[str, str]]]:
+    """Return the arguments and options of a command by heading: how each is written, and its help.
+
+    Of a command that is not shown as a `whole`: options without a heading, and of each what `_short` leaves.
+    """
     groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *_PANELS)}
-    for parameter in parameters:
-        title = (many and getattr(parameter, "rich_help_panel", None)) or "Options"
+    for parameter in command.get_params(ctx):
+        title = getattr(parameter, "rich_help_panel", None) or "Options"
         if parameter.param_type_name == "argument":
             title = "Arguments"
+        elif not whole and is_further(parameter):
+            continue
         if record := parameter.get_help_record(ctx):
-            words = _plain(record[0])
+            words, text = map(_plain, record)
             choices = re.search(r" <(.*\|.*)>$", words)
-            if choices and len(words) > _WIDEST:  # too many to stand beside the option
+            if choices and len(words) > (_WIDEST if whole else _NARROW):  # too many to stand beside the option
                 words = words[: choices.start()] + " WORD"
-                record = words, f"{record[1]}  Words: {choices[1].replace('|', ', ')}."
-            groups[title].append((words, _plain(record[1])))
+                text = f"{text}  Words: {choices[1].replace('|', ', ')}."
+            groups[title].append((words, text if whole else _short(text)))
     return {title: rows for title, rows in groups.items() if rows}
+
+
+def _short(text: str) -> str:
+    """Leave the first sentence, and what is taken by default."""
+    first, *others = re.split(r"(?<=[.;])\s+(?=[A-Z\[])", text)
+    return " ".join([first.rstrip(";"), *(one for one in others if one.startswith(("Default", "[", "Words")))])
 
 
 def _plain(text: str) -> str:

@@ -75,8 +75,8 @@ def init(
     data: Annotated[
         str | None,
         Argument(
-            help=f"File ({', '.join(FILE_TYPES)}, also with .gz), pattern or folder of files, hub id, or - for JSON "
-            "lines on standard input; see --format. Not needed if the --statistics file exists.",
+            help="File, pattern or folder of files, hub id, or - for JSON lines on standard input. Files are "
+            f"{', '.join(FILE_TYPES)}, also with .gz; see --format. Not needed if the --statistics file exists.",
             show_default=False,
         ),
     ] = None,
@@ -87,14 +87,17 @@ def init(
         Method | None,
         Option(
             metavar="START",
-            help=f"How the adapter starts: {', '.join(buildable())} or {FROM_BANK}. With backward passes: "
-            f"{_named(by_gradient=True)}. B is not zero with {_named(b_is_zero=False)} and {FROM_BANK}. "
-            f"Default: {DEFAULT}; with --label {DEFAULT_FOR_CLASSES}.",
+            help=f"How the adapter starts. Default: {DEFAULT}, with --label {DEFAULT_FOR_CLASSES}. There are "
+            f"{', '.join(buildable())} and {FROM_BANK}. With backward passes: {_named(by_gradient=True)}. "
+            f"B is not zero with {_named(b_is_zero=False)} and {FROM_BANK}.",
         ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        Option(help="What it says to train with, as lora-init compare found it. Default: the rate of the rule."),
+        Option(
+            rich_help_panel="The adapter",
+            help="What it says to train with, as lora-init compare found it. Default: the rate of the rule.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, Option(min=1, help="Steps that it will be trained for. Default: an epoch in batches of 8.")
@@ -106,7 +109,12 @@ def init(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what it would do and cost; no weights are read.")] = False,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the adapter, and statistics of other data or settings.")
+        bool,
+        Option(
+            "--overwrite",
+            rich_help_panel="Output",
+            help="Replace the adapter, and statistics of other data or settings.",
+        ),
     ] = False,
     layers: Layers,
     ranks_from: Annotated[
@@ -180,7 +188,7 @@ def init(
     if bank is not None:
         start_from(
             bank, loaded, examples.batches, [*examples.aside], there, by=by, rank=asked.ranks.rank, gamma=shape.gamma,
-            similarity=similarity, lora_alpha=shape.lora_alpha or SCALING * asked.ranks.rank, output=output,
+            similarity=similarity, lora_alpha=shape.lora_alpha, output=output,
             overwrite=overwrite,
         )  # fmt: skip
         return
@@ -283,7 +291,7 @@ def _check_start(
 def _budget(
     ranks_from: Path | None, ranks: Ranks, there: Statistics | None, data: str | None
 ) -> tuple[RankAllocation | None, int, float]:
-    """Read the plan; and the rank and rho of the pass: those of a file that is there, if it serves, or of the plan."""
+    """Read the plan; and rank and rho of the pass from a file that is there, if it serves, or from the plan."""
     from lora_init.adapters.pipeline import SPARE
     from lora_init.planning.allocate import allocate_ranks
     from lora_init.planning.plan import load_plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
 from lora_init.adapters.learning_rate import LearningRate, training_in_words
-from lora_init.cli.console import FAILED, busy, importing, print_result
+from lora_init.cli.console import FAILED, busy, importing, print_next, print_result
 from lora_init.cli.options import TrustRemoteCode, read_numbers
 from lora_init.cli.tables import columns, correction_facts, facts, finite, quantization_name, rank_table, rows_read
 from lora_init.errors import LoraInitError, first_line, require
@@ -320,6 +321,9 @@ def show(console: Console, about: Mapping[str, Any]) -> None:
     console.print(facts(head))
     for renderable in body:
         console.print(renderable, markup=False)
+    if about["what"] in ("statistics", "plan"):
+        option = "--ranks" if about["what"] == "plan" else "--statistics"
+        print_next(console, f"lora-init init MODEL {option} {shlex.quote(about['path'])} -o adapter")
 
 
 def _plan_view(about: Mapping[str, Any], width: int) -> list[Any]:
@@ -469,7 +473,7 @@ def _intruder_view(about: Mapping[str, Any], width: int) -> list[Any]:
     head = {
         "intruders": f"{about['count']:,} of {about['of']:,}, the first {about['k']} directions of each weight",
         "criterion": f"|cosine| below {about['threshold']} with every direction of the same weight of {about['model']}",
-        "energy": f"{about['energy_share']:.1%} of that of these directions",
+        "energy": f"{about['energy_share']:.1%} of the energy of these directions",
     }
     skipped = [f"{name} ({kind}) has no singular vectors to compare." for name, kind in about["skipped"].items()]
     counts = {name: layer["count"] for name, layer in layers.items()}

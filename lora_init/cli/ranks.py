@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -10,8 +12,7 @@ import typer
 from typer import Argument, Option
 
 from lora_init.adapters.asked import read_names
-from lora_init.adapters.starts import DEFAULT
-from lora_init.cli.console import print_result, prints_json, say
+from lora_init.cli.console import print_next, print_result, prints_json, say
 from lora_init.cli.options import WrittenAs, read_numbers
 from lora_init.cli.tables import columns, facts, rank_table
 from lora_init.errors import LoraInitError, did_you_mean
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lora_init.planning.plan import RankAllocation
     from lora_init.statistics.statistics import Statistics
 
+_limits, _output = (partial(Option, rich_help_panel=panel) for panel in ("Limits", "Output"))
 Coverage = Literal["every-layer", "total"]
 if TYPE_CHECKING:
     Policy: TypeAlias = str
@@ -173,36 +175,36 @@ $ lora-init ranks stats.safetensors --parameters 1M \\
 def ranks(
     statistics: Annotated[Path, Argument(help="Statistics file, from lora-init init.", show_default=False)],
     rank: Annotated[int | None, Option(help="Budget: average rank. Default: what the statistics are for.")] = None,
-    total_rank: Annotated[str | None, Option(help="Budget: sum of all ranks.")] = None,
+    total_rank: Annotated[str | None, _limits(help="Budget: sum of all ranks.")] = None,
     parameters: Annotated[str | None, Option(help="Budget: trainable parameters, such as 2.5M.")] = None,
-    fraction: Annotated[float | None, Option(help="Budget: share of the model's parameters, such as 0.01.")] = None,
+    fraction: Annotated[float | None, _limits(help="Budget: share of the model's parameters, such as 0.01.")] = None,
     megabytes: Annotated[float | None, Option(help="Budget: 10^6 bytes of parameters in --dtype.")] = None,
     variance: Annotated[float | None, Option(help="Budget: fewest ranks that explain this share.")] = None,
     dtype: Annotated[
-        WrittenAs | None, Option(help="For --megabytes: type that the adapter is written in. Default: float32.")
+        WrittenAs | None, _limits(help="For --megabytes: type that the adapter is written in. Default: float32.")
     ] = None,
-    coverage: Annotated[Coverage | None, Option(help="For --variance: in which layers. Default: every-layer.")] = None,
+    coverage: Annotated[Coverage | None, _limits(help="For --variance: in which layers. Default: every-layer.")] = None,
     policy: Annotated[Policy, Option(help=f"What ranks compete by. With gradients: {_BY_GRADIENT}.")] = "eva",
     rho: Annotated[float, Option(help="At most rho x average rank in one layer. 1 is the same everywhere.")] = 2.0,
-    min_rank: Annotated[int, Option(help="Smallest rank; 0 lets a layer go without.")] = 0,
-    max_rank: Annotated[int | None, Option(help="Largest rank.")] = None,
-    multiple_of: Annotated[int, Option(help="Ranks are multiples of this.")] = 1,
-    allowed_ranks: Annotated[str | None, Option(help="The only ranks there are, such as 8,16,32,64.")] = None,
+    min_rank: Annotated[int, _limits(help="Smallest rank; 0 lets a layer go without.")] = 0,
+    max_rank: Annotated[int | None, _limits(help="Largest rank.")] = None,
+    multiple_of: Annotated[int, _limits(help="Ranks are multiples of this.")] = 1,
+    allowed_ranks: Annotated[str | None, _limits(help="The only ranks there are, such as 8,16,32,64.")] = None,
     tie: Annotated[
-        list[str] | None, Option(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")
+        list[str] | None, _limits(help="Layers of one rank in each block, as q_proj,k_proj. Repeatable.")
     ] = None,
-    uniform_per_kind: Annotated[bool, Option("--uniform-per-kind", help="One rank for each kind of layer.")] = False,
-    override: Annotated[list[str] | None, Option(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None,
-    exclude: Annotated[list[str] | None, Option(help="Layers that get no rank: name, ending or wildcard.")] = None,
+    uniform_per_kind: Annotated[bool, _limits("--uniform-per-kind", help="One rank for each kind of layer.")] = False,
+    override: Annotated[list[str] | None, _limits(help="Limits, as '*.down_proj:max_rank=8'. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, _limits(help="Layers that get no rank: name, ending or wildcard.")] = None,
     compare: Annotated[list[str] | None, Option(help="Also plan: uniform, or parameters=1M,rho=1. Repeatable.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Plan to write, for init --ranks.")] = None,
     tool: Annotated[Tool | None, Option("--format", help="Print what this tool reads instead of tables.")] = None,
     lora_alpha: Annotated[
-        float | None, Option(help=f"For --format: scaled by lora_alpha / rank. Default: what {DEFAULT} is best with.")
+        float | None, _output(help="For --format: scaled by lora_alpha / rank. Default: twice the rank.")
     ] = None,
-    use_rslora: Annotated[bool, Option("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
+    use_rslora: Annotated[bool, _output("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
     plot: Annotated[Path | None, Option(help="Picture to write: .png, .svg or .html.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an older plan or picture.")] = False,
+    overwrite: Annotated[bool, _output("--overwrite", help="Replace an older plan or picture.")] = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
     arguments: dict[str, Any] = {
@@ -252,6 +254,9 @@ def ranks(
             console.print(comparison_table(plans))
         else:
             show_plan(console, plan, stats)
+        kept = "" if output is None else f" --ranks {shlex.quote(str(output))}"
+        model = stats.provenance.model_id or "MODEL"
+        print_next(console, f"lora-init init {model} --statistics {shlex.quote(str(statistics))}{kept} -o adapter")
 
     print_result(several if variants else plan_to_dict(plan), show, written=output or plot)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, print_result
+from lora_init.cli.console import busy, importing, print_next, print_result
 from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.errors import LoraInitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXAMPLE = """\b
 Example:
@@ -58,4 +61,9 @@ def rate(
         "moves_least": last, "left_out": [*found.left_out],
     }  # fmt: skip
     text = f"{found}\nMoves most: {first}; least: {last}.{left_out}"
-    print_result(result, lambda console, _: console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+    def show(console: Console, _: Any) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_next(console, "train with it; then lora-init dial TRAINED HELD-OUT-DATA -o kept")
+
+    print_result(result, show)

@@ -108,7 +108,7 @@ def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
     left = sorted((after / before if before else 1.0, name) for name, (before, after) in correction["errors"].items())
     least, most = left[0], left[-1]
     rows = {
-        "error of layers": f"{median(ratio for ratio, _ in left):.0%} of that of the quantized weights is left "
+        "error of layers": f"{median(ratio for ratio, _ in left):.0%} of the error of the quantized weights is left "
         f"(median), {least[0]:.0%} at least ({least[1]}), {most[0]:.0%} at most ({most[1]})"
     }
     losses, closed = correction["losses"], correction["share_closed"]

@@ -134,7 +134,7 @@ def verify(
 def _one_base(sources: Mapping[Path, str]) -> str:
     if len({*sources.values()}) > 1:
         of = ", ".join(sorted({*sources.values()}))
-        raise LoraInitError(f"the adapters are of {of}. Ask about those of one base at a time.")
+        raise LoraInitError(f"the adapters are of {of}. Ask about the adapters of one base at a time.")
     return next(iter(sources.values()))
 
 

@@ -59,7 +59,7 @@ class ActivationHooks:
         model: nn.Module,
         modules: Mapping[str, nn.Module],  # to watch, by name; a fused parameter of experts by its own
         masks: TokenMasks,
-        rows: RowsFunction | None = None,  # in place of the masks; layers are not grouped then
+        rows: RowsFunction | None = None,  # instead of the masks; layers are not grouped then
         to_the_end: bool = False,  # for something comes after the output embedding
     ) -> None:
         self.model = model

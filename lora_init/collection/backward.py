@@ -46,7 +46,7 @@ class NoGradientsError(LoraInitError):
 class BackwardHooks:
     """Run a forward and a backward pass and hand out what layers read, and the gradients at their outputs.
 
-    A context manager inside that of its `ActivationHooks`. While it lasts no weight wants a gradient, so the backward
+    A context manager inside its `ActivationHooks`. While it lasts no weight wants a gradient, so the backward
     pass computes none; afterwards that is as before, and no `.grad` was touched. What a layer read is kept until its
     gradient is there. Layers under gradient checkpointing are checkpointed here, too.
 

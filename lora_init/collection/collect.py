@@ -142,7 +142,7 @@ def collect(
         exclude_modules: As in PEFT: a regular expression, or names or endings.
         target_parameters: As in PEFT: names or endings of fused parameters of experts. Each expert has a decomposition
             of the rows that the router sends to it, and there is one of all experts, which the ranks go by.
-        task_type: As in PEFT; goes into the adapter's configuration. Default: that of a classifier whose head PEFT
+        task_type: As in PEFT; goes into the adapter's configuration. Default: the type of a classifier whose head PEFT
             knows, since its head is then trained whole and saved. Heads of other models are for `modules_to_save`.
         rank: Average rank per layer that the statistics must serve.
         rho: Largest rank of a single layer, over `rank`: `round(rho * rank)` components are kept.
@@ -152,7 +152,7 @@ def collect(
             these are the tokens that a label stands at, as in EVA: what the model reads there. With gradients of a
             causal language model they are those that predict a labelled one, the tokens before: the loss depends on
             what is computed there. The mean gradient is then of a weight that is used at these tokens alone: rows that
-            predict no label, as those of a prompt, reach the loss through attention and are left out.
+            predict no label, such as a prompt's, reach the loss through attention and are left out.
         max_batches: Bound on the number of batches, of all processes.
         tolerance: Share of what the start captures that it may lose on other data.
         seed: Seed of the decomposition.
@@ -164,9 +164,9 @@ def collect(
             piece, and says whether the pass was complete. A complete file is returned; an incomplete one is resumed,
             provided the batches are the same. Lists are compared in full, loaders by their first batch, functions by
             name. Meanwhile no other pass can have the file.
-        overwrite: Begin again in place of what is in that file.
+        overwrite: Collect again, and replace what is in that file.
         gradients: Run each batch backward, too, and learn what the loss depends on, see `Statistics.gradient`. Batches
-            need labels. No weight's gradient is computed, so the memory is that of the activations and of
+            need labels. No weight's gradient is computed, so the memory holds the activations and
             3 * rank * rho rows of width 2 d_in + d_out for each layer.
         loss: With gradients: function of what the model (or `forward`) returns and the batch, to the loss, a mean over
             the batch's labels. Default: the `loss` that a model of transformers returns for a batch with `labels`.

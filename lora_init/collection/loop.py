@@ -86,7 +86,7 @@ class Halves(Generic[_Half]):
     def compare(self, rank: int) -> None:
         """Compare the first `rank` directions of the halves, and set `keeps`.
 
-        Their agreement is that of two samples of half the size. What a sample of this size keeps follows by the formula
+        They agree as two samples of half the size do. What a sample of this size keeps follows by the formula
         of Spearman and Brown, which corrects split-half reliabilities.
         """
         agreement = self.halves[0].agreement(self.halves[1], rank)
@@ -331,7 +331,7 @@ class Pass(Sink):
 
     @contextmanager
     def _computing(self, layer: str) -> Iterator[None]:
-        """Count the time that a block takes as that of decompositions, and name the layer in its errors."""
+        """Count the time that a block takes as time of decompositions, and name the layer in its errors."""
         start = time.perf_counter()
         try:
             yield

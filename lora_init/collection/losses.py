@@ -125,7 +125,7 @@ def text_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> floa
 
 @torch.inference_mode()
 def sequence_losses(model: nn.Module, sequences: Sequence[Encoded], padding: int) -> list[tuple[float, int]]:
-    """Sum the loss of each sequence, and count its labelled tokens, in the order given; run in that of their length."""
+    """Sum the loss of each sequence, and count its labelled tokens, in the order given; run in the order of length."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
     found: dict[int, tuple[float, int]] = {}
     with evaluating(model):

@@ -128,7 +128,7 @@ class Processes:
                     )
 
     def merge(self, found: Found) -> Found:
-        """Return what all processes have found: that of two neighbors merged, then of two such pairs, and so on.
+        """Return what all processes have found: two neighbors merged, then two such pairs, and so on.
 
         What this process has found is not changed.
         """
@@ -242,7 +242,7 @@ def own_batches(processes: Processes, batches: Iterable[Any], used: Sequence[int
 
 
 def _spare(processes: Processes, first: list[Any], digests: list[list[str]]) -> Any:
-    """Return a batch to run a sharded model on: the first one, or that of another process to one that has none."""
+    """Return a batch to run a sharded model on: the first one, or another process's where there is none."""
     having = [rank for rank, found in enumerate(digests) if found]
     if having and len(having) < processes.size:
         lent = processes.share(send_to_device(first, "cpu"), having[0])

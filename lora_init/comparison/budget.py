@@ -87,7 +87,7 @@ class RunBudget:
 def stops(losses: pd.DataFrame, precision: float | None) -> tuple[dict[str, str], dict[str, str]]:
     """Find which starts get no more seeds, and which get more: start to reason, of either kind.
 
-    A start cannot win any more if its interval lies above zero, or above that of another start. Since that is asked
+    A start cannot win any more if its interval lies above zero, or above another start's interval. Since that is asked
     after each of the `STAGES`, the 5 % of errors are divided among them; the intervals of one stage hold for all starts
     together, see `effects`. A start is also left alone when it is known precisely enough. A start that is better goes
     on until it is, so that nothing is called better because somebody looked often.

@@ -81,7 +81,7 @@ class Comparison:
         return self.summary.table.copy()
 
     def plot(self) -> Figure:
-        """Draw how each start's final loss differs from that of random, and return the matplotlib figure.
+        """Draw how each start's final loss differs from random's, and return the matplotlib figure.
 
         Raises:
             LoraInitError: No start has been compared with random yet.
@@ -217,7 +217,7 @@ def compare(
         return Comparison(Path(output), settings, records, planned, summarise(records, settings), [], ahead)
     crew: list[Worker] = [Here(bench, sys.stderr.isatty() if progress is None else progress)]
     if workers or ray:
-        del bench  # a GPU may have room for those of the workers only
+        del bench  # a GPU may have room for the workers' models only
         crew = find_workers(make, workers, ray)
     with open_runs(directory, settings) as log, ExitStack() as stack:
         for worker in crew:
@@ -248,7 +248,7 @@ def _check_asked(model: Any, rank: Any, ray: str | None) -> None:
 def _read_starts(
     starts: Sequence[str | tuple[str, Any]], full: bool, bank: str | Path | None
 ) -> tuple[list[Variant], dict[str, Any]]:
-    """Read starts; return where those of the user's own come from beside them, by name."""
+    """Read starts; return beside them where the user's own come from, by name."""
     if isinstance(starts, str) and "," in starts:
         raise LoraInitError(f"starts={starts!r} is one text. Pass a list: starts={starts.split(',')}.")
     starts = [starts] if isinstance(starts, str) else starts
@@ -281,7 +281,7 @@ def _read_batches(given: int | Sequence[int]) -> list[int]:
 def _there_are(
     bench: Workbench, names: Sequence[Variant], batches: Sequence[int], say: Callable[[str], None]
 ) -> list[int]:
-    """Return numbers of batches that the data make, in place of larger ones; refuse names that ask for more."""
+    """Return numbers of batches that the data make, instead of larger ones; refuse names that ask for more."""
     for name in names:
         wanted = name.batches or 1
         if bench.n_batches(wanted) < wanted:

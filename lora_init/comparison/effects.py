@@ -23,7 +23,7 @@ Outcome = Literal["better", "worse", "no difference shown"]
 class Effect:
     """The difference of a start to the reference. All intervals are right together with 95 %."""
 
-    mean: float  # of the start, less that of the reference, as the layout has them
+    mean: float  # of the start, less the reference's mean, as the layout has them
     low: float  # ends of the interval
     high: float
 
@@ -155,6 +155,6 @@ def _critical(correlation: bytes, freedom: int, confidence: float) -> float:
         inside = multivariate_t.cdf(ends, shape=shape, df=freedom, lower_limit=-ends, maxpts=40_000, random_state=0)
         return float(inside) - confidence
 
-    # Between that of a single comparison and Bonferroni's, but for what the integral is off by.
+    # Between the quantile of a single comparison and Bonferroni's, but for what the integral is off by.
     least, most = t.ppf([(1 + confidence) / 2, 1 - (1 - confidence) / (2 * len(shape))], freedom)
     return float(brentq(excess, 0.98 * least, 1.02 * most, xtol=1e-3))

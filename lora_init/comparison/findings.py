@@ -21,7 +21,7 @@ from lora_init.comparison.wording import rate_text, say
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said about one start; differences are of final losses, less those of random."""
+    """What may be said about one start; differences are of final losses, less random's."""
 
     start: str
     outcome: Outcome | Literal["no statement"]  # better or worse if zero lies outside the interval
@@ -32,7 +32,9 @@ class Verdict:
     high: float | None = None
     detectable: float | None = None  # the detectable difference, half the width of the interval
     reference: float | None = None  # mean loss of random at its best rate, which per cents are of
-    closed: float | None = None  # gain by that of full fine-tuning; None if the runs could not have shown the latter
+    closed: float | None = (
+        None  # gain over the gain of full fine-tuning; None if the runs could not have shown the latter
+    )
     caveats: list[str] = field(default_factory=list)  # what changes the meaning
 
 

@@ -234,7 +234,7 @@ def _draw_forgetting(axes: Any, start: str, runs: pd.DataFrame, styles: Styles) 
 def frontiers(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute the least rise of the loss on other text by task loss: a row for each start, means over seeds.
 
-    Columns are task losses, in per cent above that of random at its best rate; see `equal_loss`.
+    Columns are task losses, in per cent above random's at its best rate; see `equal_loss`.
     """
     shares = [i / 200 for i in range(-10, 13)]
     return pd.DataFrame({100 * share: equal_loss(runs, share).mean(axis=1, skipna=False) for share in shares})

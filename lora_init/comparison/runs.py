@@ -66,7 +66,7 @@ class RunPlan:
     """
 
     starts: Sequence[Variant]  # what is compared
-    # tried for every start, and a tenth of them for `full`; empty for three around that of each start in `recommended`.
+    # tried for every start, and a tenth of them for `full`; empty for three around each start's rate in `recommended`.
     # A single one is not asked whether another were better
     learning_rates: Sequence[float]
     seeds: Sequence[int]  # each decides the order of the data and all that is random in a start
@@ -171,7 +171,7 @@ class RunPlan:
 def choose_rate(records: Iterable[Record]) -> float | None:
     """Choose the best rate of a start: the lowest mean loss on the examples to select by.
 
-    The mean is over the seeds that all rates have (with `halving` those of the sweep), or over each one's own if none.
+    The mean is over the seeds that all rates have (with `halving` the seeds of the sweep), or over each one's own.
     A rate with an unstable run is not chosen; None if there is no other.
     """
     records = list(records)
@@ -213,9 +213,9 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     """Arrange runs as the table that findings, tables and pictures are read from: a row for each run.
 
     Rows go by start (random first, then as in `starts`, each before what is scaled or resized of it), rate and seed.
-    Columns are those of `RunRecord`, its metrics, what its `Variant` says, and what is computed here: `loss` is the
-    final one to report, NaN unless finished; `counts` is whether no run of that rate was unstable; `best` whether the
-    rate is also the start's best, by the mean loss on the examples to select by.
+    Columns are the fields of `RunRecord`, its metrics, what its `Variant` says, and what is computed here: `loss` is
+    the final one to report, NaN unless finished; `counts` whether no run of that rate was unstable; `best` whether
+    the rate is also the start's best, by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
     bases = [RANDOM, *(Variant(start).base for start in starts), *(row["base"] for row in rows)]
@@ -323,7 +323,7 @@ class RunDirectory:
 def check_there(path: Path) -> None:
     """Check that a comparison may be written here: one is there, or nothing."""
     check_output(path, "folder")
-    # Names with a dot are those of the lock, and of temporary files that a kill has left.
+    # Names with a dot belong to the lock and to temporary files that a kill has left.
     there = path.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).exists() else ()
     if {entry.name for entry in there if not entry.name.startswith(".")} - {RUNS}:
         raise LoraInitError(

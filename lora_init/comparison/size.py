@@ -26,7 +26,7 @@ class Size:
     selection: int = SELECTION
     seeds: int = 5  # that the time must be enough for; more are added while it lasts
     starts: int = 2  # that are compared with random, where they were left open
-    tuned: bool = True  # whether these are run at all learning rates, and not at that of a forward pass alone
+    tuned: bool = True  # whether these are run at all learning rates, and not at the rate of a forward pass alone
 
 
 # From all that is done without a limit to the least that can be an answer.

@@ -203,7 +203,7 @@ def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Varian
 
 
 def read_start(start: str | OwnStart) -> Variant:
-    """Read the name of a start, or that of a pair of one's own."""
+    """Read the name of a start, or of a pair of one's own."""
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
         asked = Variant(name if isinstance(name, str) else "")
@@ -286,7 +286,7 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
     - PEFT's `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775) and `corda` (arXiv 2406.05223,
       instruction-previewed mode) take a part of each weight into A and B and leave the rest in the base, so the output
       changes by rounding only. `loftq` (arXiv 2310.08659) rounds the base to 4 bits and lets A and B make up for part
-      of the error: its output is near that of the plain model, not equal.
+      of the error: its output is near the plain model's, not equal.
 
     `NAME+32-alpha` has that lora_alpha.
     `NAME+equal-parameters` gives a start from data as many trainable parameters as `random` has, as nearly as whole

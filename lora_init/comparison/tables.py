@@ -1,6 +1,6 @@
 """The parts of a report: what each table and picture shows, and the tables as text, for terminal and pages alike.
 
-To add a table, write its function and add a `Part` to `PARTS`, whose order is that of the report.
+To add a table, write its function and add a `Part` to `PARTS`, which has the order of the report.
 """
 
 from __future__ import annotations

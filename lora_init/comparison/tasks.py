@@ -135,7 +135,7 @@ class Loading:
     report_samples: int | None = None  # examples that every figure is from: 256, but see `fold_sizes`
     max_length: int = 256  # tokens of an example at most
     data_seed: int = 0  # of the split
-    name: str | None = None  # of the task in the report; by default that of the data
+    name: str | None = None  # of the task in the report; by default the data's name
     retain_data: str | Path | None = None  # text of another kind: its loss before and after tells what was forgotten
     retain_template: str | None = None  # how an example of it reads
     retain_samples: int = 64

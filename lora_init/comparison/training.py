@@ -131,8 +131,8 @@ class Training:
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
-REPLAYED = 0.25  # what the loss of the replayed text is weighed by beside that of the examples of a step
-# A loss this many times that of the plain model, plus half a nat for tasks near zero, is no progress any more.
+REPLAYED = 0.25  # what the loss of the replayed text is weighed by beside the loss of a step's examples
+# A loss this many times the plain model's, plus half a nat for tasks near zero, is no progress any more.
 _FAR, _SLACK = 2.0, 0.5
 # Single batches of a healthy run can be hard: their mean over this many steps counts.
 _WINDOW = 5
@@ -223,7 +223,7 @@ def _evaluate(run: TrainingResult, model: nn.Module, task: Task, step: int, last
 
 
 def _diverged(run: TrainingResult, plain_loss: float) -> bool:
-    """Return whether the loss is far above that of the plain model, and note why."""
+    """Return whether the loss is far above the plain model's, and note why."""
     recent = run.training_loss[-_WINDOW:]
     mean = statistics.fmean(recent) if len(recent) == _WINDOW else 0.0
     for name, value in (("loss", run.report_loss[-1]), ("training loss", mean)):

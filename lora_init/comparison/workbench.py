@@ -298,7 +298,7 @@ class Workbench:
         return [[strength, *found[strength]] for strength in self.strengths]
 
     def _prepare(self, asked: Variant, seed: int) -> Prepared:
-        """Put a start on the model that it trains. Its seconds are with those of its statistics."""
+        """Put a start on the model that it trains. Its seconds count with the seconds of its statistics."""
         collected: list[Statistics] = []
         n = self.n_batches(asked.batches)
 

@@ -88,7 +88,7 @@ class TokenMasks:
         self._encoder_rows = _numbered(_as_mask(batch, "encoder_attention_mask" if alone else "attention_mask"))
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
-        """Compare the shapes of masks and labels with that of the tokens, before the model does so in its own words."""
+        """Compare the shapes of masks and labels with the shape of the tokens, before the model does."""
         labels, tokens = batch.get("labels"), batch.get("input_ids")
         got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
         if self.by_labels and not (isinstance(labels, Tensor) and labels.dim() == 2):

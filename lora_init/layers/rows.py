@@ -27,7 +27,7 @@ class Patches:
     """Cut the input of a convolution into what PEFT's `lora_A`, a convolution itself, multiplies by its weight.
 
     PEFT gives `lora_A` the kernel, stride and padding of the layer, all of its input channels whatever its groups,
-    zeros for padding whatever its `padding_mode`, and no dilation. The rows are those of `lora_A`, not of the layer.
+    zeros for padding whatever its `padding_mode`, and no dilation. The rows are what `lora_A` reads, not the layer.
     """
 
     kernel: tuple[int, ...]
@@ -66,8 +66,8 @@ def patches_of(name: str, module: nn.Module) -> Patches | None:
     spread = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     if spread and module.padding != "same":
         raise LoraInitError(
-            f"layer {name!r}: PEFT's adapter leaves out dilation={module.dilation}, so its output does not fit that of "
-            "the layer. Exclude it."
+            f"layer {name!r}: PEFT's adapter leaves out dilation={module.dilation}, so its output does not fit the "
+            "output of the layer. Exclude it."
         )
     return Patches(tuple(module.kernel_size), tuple(module.stride), padding)
 

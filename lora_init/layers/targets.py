@@ -135,11 +135,11 @@ class Target:
 
     @property
     def module(self) -> str:
-        """Full name of the module: that of the layer, or of the module that a fused parameter is in."""
+        """Full name of the module: of the layer, or of the module that a fused parameter is in."""
         return self.name.rpartition(".")[0] if self.experts else self.name
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B of this rank in PEFT. Those of experts are stacked, A expert by expert."""
+        """Return the shapes of A and B of this rank in PEFT. Experts are stacked, A expert by expert."""
         if self.experts:
             return (self.experts * rank, self.in_features), (self.out_features, rank * self.experts)
         channels = self.in_features // math.prod(self.kernel)
@@ -157,7 +157,7 @@ class Target:
 
     @property
     def cost(self) -> int:
-        """Trainable parameters of one rank; those of r ranks are r times as many."""
+        """Trainable parameters of one rank; r ranks have r times as many."""
         return max(self.experts, 1) * (self.in_features + self.out_features // self.groups)
 
 
@@ -220,7 +220,7 @@ def find_targets(
             `by_purpose`. An adapter is written with the full names.
         exclude_modules: Regular expression or collection of names or endings to leave out.
         task_type: PEFT's task type. Those that train a head whole (`"SEQ_CLS"` and the like) leave it out here.
-        target_parameters: Names of parameters, or dot-separated endings of names: those of fused experts.
+        target_parameters: Names of parameters, or dot-separated endings of names, of fused experts.
 
     Warns:
         UserWarning: A name in `exclude_modules` matches nothing.

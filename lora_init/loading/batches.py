@@ -92,8 +92,8 @@ def load_batches(
         needs_labels: Leave out rows without a labelled token among the first `max_length`, and warn if that is more
             than a tenth of them. Switch it off where every token counts.
         label: Column of the class, for a classifier: `labels` are classes, int64 [batch], as `class_names` counts them,
-            and rows without one are left out. Tokens are those of `tokenizer(text)`, without an end-of-sequence token
-            beyond.
+            and rows without one are left out. Tokens are what `tokenizer(text)` returns, with no
+            end-of-sequence token added.
         known_classes: With `label`: classes of the checkpoint, in its order.
 
     Returns:

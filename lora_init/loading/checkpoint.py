@@ -96,7 +96,7 @@ def read_parameter(found: Mapping[Stored, Tensor | None], shape: tuple[int, ...]
 
 
 def as_saved(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Bring a tensor of a parameter's form, or a sum of such, into that of checkpoints: one tensor or several."""
+    """Bring a tensor of a parameter's form, or a sum of such, into the form of checkpoints: one tensor or several."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 saves parameters as they are

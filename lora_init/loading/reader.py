@@ -148,7 +148,7 @@ def _number(name: str) -> float | None:
 
 
 def _encode(example: Example, tokenizer: Any, limit: int, seq2seq: bool, ends: bool) -> Encoded | None:
-    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from those of the parts."""
+    """Tokenise prompt and answer as one text, as training does: tokens at the seam differ from the parts' tokens."""
 
     def tokens(text: str, role: str = "text") -> list[int]:
         return list(tokenizer(**{role: text}, add_special_tokens=not example.rendered, verbose=False)["input_ids"])

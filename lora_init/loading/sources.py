@@ -293,7 +293,7 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
         if type(source).__name__ == "DataFrame":
             return datasets.Dataset.from_pandas(source, preserve_index=False)
         if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
-            columns = dict.fromkeys(name for row in source for name in row)  # `datasets` takes those of the first row
+            columns = dict.fromkeys(name for row in source for name in row)  # `datasets` takes the first row's
             return datasets.Dataset.from_dict({name: [_or_none(row.get(name)) for row in source] for name in columns})
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         said = " ".join(map(str, error.args))
@@ -305,7 +305,7 @@ def _from_memory(source: Any, split: str, seed: int) -> Any:
 
 
 def _or_none(value: Any) -> Any:
-    """Return None in place of pandas' missing values: NaN, NA, NaT."""
+    """Return None instead of pandas' missing values: NaN, NA, NaT."""
     from pandas import isna
     from pandas.api.types import is_scalar
 

@@ -106,7 +106,7 @@ def layer_limits(
 ) -> dict[str, Limits]:
     """Work out the limits of each layer that takes part, in the order of `targets`.
 
-    `base` are those of all layers; a later override wins over an earlier one, limit by limit. PEFT takes a grouped
+    `base` holds for all layers; a later override wins over an earlier one, limit by limit. PEFT takes a grouped
     convolution only at ranks that its groups divide.
     """
     names = list(targets)

@@ -61,7 +61,7 @@ def eva(ratios: FloatArray, widths: FloatArray) -> FloatArray:
     Source: EVA (Paischer et al., arXiv 2410.07170, section 3.3); `peft.tuners.lora.eva` does the same. `cost-aware`
     takes this per parameter: ratio_j / (d_in + d_out). Under a budget in parameters that is the greedy rule for the
     knapsack problem (Dantzig 1957). Because ratios fall within a layer, its total explained variance is less than the
-    best possible by at most that of one step.
+    best possible by at most one step's.
     """
     return ratios
 
@@ -139,7 +139,7 @@ _THEIRS = Group("lora_init.policies", "policy")
 
 
 def policy_names() -> tuple[str, ...]:
-    """Return the names of all policies, those of other packages last. None of these is imported for it."""
+    """Return the names of all policies, other packages' last. None of these is imported for it."""
     return (*POLICIES, *(name for name in _THEIRS.entries() if name not in POLICIES))
 
 

@@ -45,7 +45,7 @@ class Base:
 
     @property
     def config(self) -> Any:
-        """Its configuration; of a multimodal model that of the part which reads text."""
+        """Its configuration; of a multimodal model the configuration of the part which reads text."""
         return self.model.config.get_text_config()
 
     @property
@@ -122,7 +122,7 @@ def _warn_of_another(trained: Trained, base: Base) -> None:
 def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:
     """Find what `target_parameters` selects as PEFT does, by the names in the adapter's file, in model order.
 
-    A weight of two dimensions counts as that of one expert; that of a linear layer is adapted as the layer is.
+    A weight of two dimensions counts as one expert; a linear layer's is adapted as the layer is.
     """
     wanted, found, linear = config.get("target_parameters") or (), [], {}
     for owner, module in model.named_modules():
@@ -299,7 +299,7 @@ def _pieces(base: Base, name: str, sources: Mapping[str, Source]) -> dict[str, S
     found: dict[str, Source] = {}
     for piece, tensor in one.items():
         places: dict[str, int | None] = {piece: None}
-        if parameter.dim() == 3 and whole[piece].shape == tensor.shape:  # one for each expert; this is that of 0
+        if parameter.dim() == 3 and whole[piece].shape == tensor.shape:  # one for each expert; this is expert 0
             head, _, tail = piece.rpartition(".0.")
             places = {f"{head}.{expert}.{tail}": expert for expert in range(len(parameter))}
         elif parameter.dim() == 3 and whole[piece].shape != (len(parameter), *tensor.shape[1:]):
@@ -362,7 +362,7 @@ def merged(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tens
 
 
 def _change(weight: Tensor, source: Source, trained: Trained, base: Base) -> Tensor:
-    """Compute what the adapter adds to a weight of the model or to that of one expert, in float32 and in its form."""
+    """Compute what the adapter adds to a weight of the model or of one expert, in float32 and in its form."""
     name, owner = source.parameter, source.parameter.rpartition(".")[0]
     layer, module = trained.layers.get(name) or trained.layers[owner], base.model.get_submodule(owner)
     a, b = (factor[source.expert or 0] if layer.experts else factor for factor in (layer.a, layer.b))

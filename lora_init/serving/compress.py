@@ -20,7 +20,7 @@ def fit(
 ) -> tuple[Trained, dict[str, float], float]:
     """Bring all layers to one rank, or with `keep_ranks` to ranks of their own, of `rank` on average.
 
-    Return the adapter, the relative error of the update of each layer that lost rank, and that of all layers at once.
+    Return the adapter, the relative error of the update of each layer that lost rank, and the error of all together.
     """
     layers = dict(trained.layers)
     # A layer with DoRA and without an adapter has no magnitude to give it.

@@ -48,7 +48,7 @@ class Rule:
     """What a user asks of the dial; one of the three.
 
     Attributes:
-        lose: Share by which the task's loss may exceed that of the best strength; then the least forgetting.
+        lose: Share by which the task's loss may exceed the loss at the best strength; then the least forgetting.
         keep_within: Most rise of the loss on text to keep; then the best task.
         strength: This one in all layers.
 
@@ -146,8 +146,8 @@ def dial(
         tokenizer: Needed only for that.
         lose: Share by which the task's loss may exceed that of the best strength; then the least forgetting. The
             default, 0.02.
-        keep_within: In place of it: most rise of the loss on text to keep; then the best task.
-        strength: In place of it: this one in all layers.
+        keep_within: Instead of `lose`: most rise of the loss on text to keep; then the best task.
+        strength: Instead of `lose`: this one in all layers.
         uniform: Choose one strength for all layers, as for an adapter in which layers share a B.
         seed: Of the text that the base writes.
 
@@ -221,7 +221,7 @@ def _read(batches: Iterable[Any], what: str) -> list[Any]:
     for batch in batches if isinstance(batches, Sequence) else islice(batches, _MOST_BATCHES):
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() != 2:
-            raise LoraInitError(f"{what}: a batch has no labels [batch, length], as those of a language model are.")
+            raise LoraInitError(f"{what}: a batch has no labels [batch, length], as a language model takes them.")
         if bool((labels[:, 1:] != IGNORED).any()):
             found.append(batch)
     if len(found) < 3:
@@ -328,7 +328,7 @@ def _ratio(losses: Tensor) -> float:
 
 
 def _change(losses: Tensor, reference: Tensor) -> Change:
-    """Compare two losses of the same examples; the interval is that of a ratio of sums over examples."""
+    """Compare two losses of the same examples; the interval is for a ratio of sums over examples."""
     change = _ratio(losses) - _ratio(reference)
     n = len(losses)
     rest = losses[:, 0] - reference[:, 0] - change * losses[:, 1]
@@ -364,7 +364,7 @@ def fit_strengths(
     steps: int = _STEPS,
     rate: float = _RATE,
 ) -> dict[str, float]:
-    """Find a strength for each layer by gradient on the loss of the task plus `weight` times that of text to keep.
+    """Find a strength for each layer by gradient on the loss of the task plus `weight` times the loss on text to keep.
 
     Adam with a rate that falls to 0 linearly; strengths stay between 0 and `STRONGEST`. The model is afterwards as it
     was. A step costs a forward and a backward pass on a batch of each, without gradients of the base.

@@ -68,7 +68,7 @@ class Dial:
         fitted: Strengths of their own for the layers.
         task: Loss on held-out examples of the task, at the base, as trained, at the best strength for all layers if
             layers have their own, and as chosen; against that as trained.
-        keep: Loss on held-out text to keep, likewise; against that of the base.
+        keep: Loss on held-out text to keep, likewise; against the base's.
         examples: Held-out examples of the task, and of text to keep.
         notes: What to know, such as that no strength does what was asked for.
         read: Examples of the task, and texts to keep, that were read in all.

@@ -265,7 +265,7 @@ def _reduce_intruders(trained: Trained, directory: Path, model: nn.Module) -> tu
         raise LoraInitError("intruders are reduced in plain LoRA only, without DoRA, modules_to_save and experts.")
     modules = dict(model.named_modules())
     other = next((name for name in trained.layers if name in modules and is_transposed(modules[name])), None)
-    if other is not None:  # PEFT takes its weight for that of a linear layer
+    if other is not None:  # PEFT takes its weight for a linear layer's
         raise LoraInitError(f"layer {other!r} is a {type(modules[other]).__name__}: PEFT reduces linear layers alone.")
 
     with as_it_was(model):

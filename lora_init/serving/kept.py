@@ -94,7 +94,7 @@ def kept_by_merge(
 ) -> dict[str, Kept]:
     """Compute what is there of each layer's change after the merge; nothing of those that are stored in float32.
 
-    With statistics squares are those of outputs, E |M x|^2 over the rows x that a layer reads. It costs as much as the
+    With statistics squares are of outputs, E |M x|^2 over the rows x that a layer reads. It costs as much as the
     merge, a tensor at a time.
     """
     found: dict[str, Kept] = {}
@@ -122,7 +122,7 @@ def kept_by_merge(
 
 @dataclass(frozen=True)
 class Divergence:
-    """Kullback-Leibler divergences of next-token distributions from those of the adapter on its base, in nats."""
+    """Kullback-Leibler divergences of next-token distributions from the adapter's on its base, in nats."""
 
     merged: float  # of the merged model
     base: float  # of the base without the adapter

@@ -47,7 +47,7 @@ def replay(
         n: Number of texts.
         length: New tokens of a text, of an answer at most.
         seed: Seed of what is drawn.
-        chat: Ask short questions by the chat template in place of it. A small model's answers end after a few tokens.
+        chat: Ask short questions by the chat template instead. A small model's answers end after a few tokens.
 
     Returns:
         Rows that `load_batches` reads: `text`, or `messages` of a question and the answer.

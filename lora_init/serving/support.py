@@ -81,7 +81,7 @@ def _beyond_engine(engine: Engine, ranks: Mapping[str, int], config: Mapping[str
     kinds = [{ranks[name] for name in grid.of_kind(kind).values()} for kind in grid.kinds]
     named = int(config.get("r") or most)
     scales = set(scalings(config, ranks).values()) if "lora_alpha" in config else set()
-    # Engines have one scaling, that of the config, whatever patterns say. No alpha makes some exactly the same.
+    # Engines have one scaling, the config's, whatever patterns say. No alpha makes some exactly the same.
     scales_alike = all(
         math.isclose(scale, scaling_of(config["lora_alpha"], named, bool(config.get("use_rslora"))), rel_tol=1e-6)
         for scale in scales
@@ -140,7 +140,7 @@ def _beyond_lora(trained: Trained, base: Base) -> Iterator[str]:
         if layer.experts:
             yield f"an adapter of the parameter {name!r} of {layer.experts} experts"
         if name == tied:
-            yield f"an adapter of {name!r}, whose weight is also that of the input embedding"
+            yield f"an adapter of {name!r}, whose weight is also the input embedding's"
     for key in trained.others:
         yield f"a tensor that is no adapter ({key.removeprefix(PREFIX)!r}, of modules_to_save or the like)"
     yield from (key for key in ("alora_invocation_tokens", "trainable_token_indices") if trained.config.get(key))

@@ -41,7 +41,7 @@ _DAMAGE = (TypeError, AttributeError, ValueError, OverflowError, re.error)
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The adapter of one linear layer, embedding, or parameter such as that of fused experts."""
+    """The adapter of one linear layer, embedding, or parameter, such as fused experts."""
 
     a: Tensor  # what reads the input, [r, d_in]; of a parameter one for each expert, [experts, r, d_in]
     b: Tensor  # what writes the output, [d_out, r] or [experts, d_out, r]
@@ -115,7 +115,7 @@ class Trained:
 
     @property
     def scaling(self) -> float:
-        """The scaling of the first layer, which is that of all after `with_one_scaling`."""
+        """The scaling of the first layer, which all have after `with_one_scaling`."""
         return next(iter(self.layers.values())).scaling
 
     @property

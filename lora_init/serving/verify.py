@@ -79,10 +79,10 @@ def verify(
     """Find out what an engine serves under the name of an adapter.
 
     It is asked for log-probabilities of the token after those `n` prompts that the adapter changes most, which is
-    computed before. They are compared with PEFT's of the adapter; if they differ, with those of the base, of other
-    scalings and of the adapter without one kind of layer. How far the served base is from the local one is the engine's
-    noise; a fault that does less is not seen. Cost: two forward passes a prompt, and some 40 for each of the `n` where
-    something is wrong.
+    computed before. They are compared with PEFT's of the adapter; if they differ, with the base's, with other
+    scalings and with the adapter without one kind of layer. The distance of the served base from the local
+    one is the noise; a fault that does less is not seen. Cost: two forward passes a prompt, and
+    some 40 for each of the `n` where something is wrong.
 
     Args:
         directory: The adapter, as PEFT loads it.

@@ -19,13 +19,13 @@ from lora_init.serving.server import Server
 from lora_init.serving.verify import AS_TRAINED, CANNOT_TELL, Ask, Local, Verification, diagnose
 
 STALE = "stale"
-# Where on the way from this step's answer to that of an earlier one an answer has to be, how exactly that has to be
+# Where on the way from this step's answer to an earlier step's an answer has to be, how exactly that has to be
 # known, and the share of the way that may be left over.
 _ON_THE_WAY, _EXACTLY, _LEFT_OVER = 0.75, 0.1, 0.3
 
 
 class ServingWatch:
-    """Compare what an engine serves during training with the model that is trained, and with that of earlier steps.
+    """Compare what an engine serves during training with the model that is trained, now and at earlier steps.
 
     Of each step that is noted the log-probabilities after the prompts are kept, no weights. An engine that was not
     synchronized answers as an earlier step did, and that step is named. All else is as `verify` has it. A check costs a
@@ -59,7 +59,7 @@ class ServingWatch:
         self._plain: tuple[Tensor, Tensor] | None = None  # of the base here and there, which nothing changes
 
     def note(self, model: Any, step: int) -> None:
-        """Keep what the model answers now, as that of a step: call it when weights are sent to the engine.
+        """Keep what the model answers now, as the answer of a step: call it when weights are sent to the engine.
 
         Args:
             model: The `PeftModel` that is trained.

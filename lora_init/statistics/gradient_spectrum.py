@@ -235,7 +235,7 @@ class MeanGradient:
         return self
 
     def agreement(self, other: MeanGradient, rank: int) -> float:
-        """Compute the cosine of the two mean gradients, at least 0; `rank` is that of `IncrementalSVD.agreement`."""
+        """Compute the cosine of the two mean gradients, at least 0; `rank` as in `IncrementalSVD.agreement`."""
         if self._state is None or other._state is None:
             return 0.0
         (a, b), (c, d) = self._state.factors(), other._state.to(self._state.left.device).factors()

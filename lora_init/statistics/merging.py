@@ -188,7 +188,7 @@ def _check_alike(first: Statistics, other: Statistics, first_name: str, other_na
 def _grouping(parts: Sequence[Statistics]) -> tuple[dict[str, str], dict[str, dict[int, str]]]:
     """Group the layers that share a group in every part: the group of each layer, and its name in each part by number.
 
-    Layers are in model order. Groups of experts follow that of their parameter.
+    Layers are in model order. Groups of experts follow the group of their parameter.
     """
     order: TopologicalSorter[str] = TopologicalSorter({name: () for part in parts for name in part.group_of})
     for part in parts:
@@ -258,7 +258,7 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
     seconds: Counter[str] = Counter()
     for one in made:
         seconds.update(one.seconds)
-    gradients = all(one.gradients for one in made)  # those of some alone are not those of the whole
+    gradients = all(one.gradients for one in made)  # the gradients of some are not the gradients of the whole
     return replace(
         made[0],
         data="; ".join(dict.fromkeys(text for text in data if text)),
@@ -293,7 +293,7 @@ def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size:
         yield f"the parts have up to {' and '.join(map(str, most))} components of a layer; {size} are kept."
     without = [str(i + 1) for i, part in enumerate(parts) if not part.provenance.gradients]
     if 0 < len(without) < len(parts):
-        yield f"part {', '.join(without)} of {len(parts)} has no gradients, so those of the others are left out."
+        yield f"part {', '.join(without)} of {len(parts)} has no gradients, so the others' are left out."
 
 
 def _notes(parts: Sequence[Statistics]) -> Iterator[str]:

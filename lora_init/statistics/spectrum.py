@@ -149,7 +149,7 @@ def raise_if_not_finite(row_norms: Tensor) -> None:
 
 
 class ExactPCA:
-    """Decompose the full covariance, accumulated in float64. Methods and laws are those of `IncrementalSVD`.
+    """Decompose the full covariance, accumulated in float64. Methods and laws as in `IncrementalSVD`.
 
     It is the oracle for the running decomposition, and right for small widths.
 

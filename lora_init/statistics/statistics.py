@@ -99,7 +99,7 @@ class Provenance:
 
     @property
     def rho(self) -> float | None:
-        """That of the pass; None if the file does not say one."""
+        """The rho of the pass; None if the file does not say one."""
         rho = self.settings.get("rho")
         return float(rho) if isinstance(rho, (int, float)) and 1.0 <= rho < 1e6 else None
 
@@ -257,7 +257,7 @@ class Statistics(Mapping[str, Spectrum]):
         return self.gradients[name]
 
     def of_experts(self, name: str) -> list[Spectrum]:
-        """Return the spectrum of each expert of a fused parameter; with too few rows of its own that of all experts."""
+        """Return the spectrum of each expert of a fused parameter; with too few rows of its own, of all experts."""
         few, pooled, n_experts = set(self.experts_with_few_rows(name)), self[name], self.targets[name].experts
         return [pooled if i in few else self.groups[expert_group(name, i)] for i in range(n_experts)]
 
@@ -288,7 +288,7 @@ class Statistics(Mapping[str, Spectrum]):
         much of new rows the common components capture.
 
         Rows that two parts share count twice. Merge more than two in one call: each call leaves something out. What
-        `provenance` has no sum or list for, such as the seed, is that of the first; its notes describe every part.
+        `provenance` has no sum or list for, such as the seed, is the first's; its notes describe every part.
 
         Args:
             others: Statistics.
@@ -400,7 +400,7 @@ def notes_on_experts(stats: Statistics) -> list[str]:
             shown = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
             notes.append(
                 f"{name}: {len(few)} of {target.experts} experts read fewer than "
-                f"{2 * len(stats.explained_variance(name))} rows and start from those of all experts: {shown}."
+                f"{2 * len(stats.explained_variance(name))} rows and start from the rows of all experts: {shown}."
             )
     return notes
 

@@ -182,7 +182,7 @@ def test_wrong_input_is_one_line(adapted):
         "steps=0, expected a number of training steps": lambda: learning_rate(adapted, batches(), steps=0),
         "no batch has a token that counts, so no rate": lambda: learning_rate(adapted, []),
         "batch 0: layer '0': what it reads or computes contains NaN or inf": lambda: learning_rate(adapted, [nan]),
-        "learning_rate='high': 'measured' sets that of a trainer": lambda: lora_init.initialize(
+        "learning_rate='high': 'measured' sets the rate of a trainer": lambda: lora_init.initialize(
             tiny(), batches(), learning_rate="high"
         ),
     }

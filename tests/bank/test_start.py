@@ -323,5 +323,5 @@ def test_a_generator_of_other_sizes_than_it_says_is_refused_before_it_is_made(ba
     tensors = {name: torch.zeros(4) for name in ("center", "scale", "shift", "spread")}
     write_tensors(bank.path / "generator.safetensors", "lora_init.generator", 1, header, tensors)
     monkeypatch.setattr("lora_init.bank.generator.Decoder", lambda *sizes: pytest.fail("a decoder was made"))
-    with pytest.raises(LoraInitError, match=r"4 weights in place of 128000000.* is not what was written"):
+    with pytest.raises(LoraInitError, match=r"4 weights instead of 128000000.* is not what was written"):
         load_generator(bank)

@@ -36,11 +36,14 @@ from lora_init.serving.engines import ENGINES, find_engine
 from tests.commands import assert_one_line_error, run
 from tests.loading.made import byte_tokenizer
 
+_GROUP = typer.main.get_command(cli.app)
+_COMMANDS = {name: one for name, one in _GROUP.commands.items() if name != "bank"}
+_COMMANDS |= {f"bank {name}": one for name, one in _GROUP.commands["bank"].commands.items()}
+
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["init"],
         ["init", "model", "data"],
         ["init", "model", "data", "-o", "out", "--rank", "0"],
@@ -55,11 +58,17 @@ from tests.loading.made import byte_tokenizer
     ],
 )
 def test_wrong_usage_exits_with_2(arguments):
-    if arguments:
-        assert_one_line_error(run(*arguments), "--help.", code=2)
-    else:
-        result = run()
-        assert result.exit_code == 2 and "Commands:" in result.stderr and "Traceback" not in result.stderr
+    assert_one_line_error(run(*arguments), "--help.", code=2)
+
+
+def test_without_arguments_it_prints_four_things_to_do_and_their_commands():
+    result = run()
+    assert result.exit_code == 0 and re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
+    commands = re.findall(r"^   lora-init (.+)$", result.stdout, re.MULTILINE)
+    assert [words.split()[0] for words in commands] == ["init", "dial", "export", "verify", "compare"]
+    for words in commands:
+        name, *rest = shlex.split(words)
+        _COMMANDS[name].make_context(name, rest)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +115,7 @@ def test_choices_of_the_command_line_are_what_the_registry_has(command, argument
 
 def test_the_help_names_all_engines_and_kinds_of_files():
     assert all(name in run("export", "--help").stdout for name in ENGINES)
-    assert all(ending in run("init", "--help").stdout for ending in FILE_TYPES)
+    assert all(ending in run("init", "--help-all").stdout for ending in FILE_TYPES)
 
 
 @pytest.mark.parametrize("name", ["init", "compare", "export", "verify", "bank add"])
@@ -118,9 +127,7 @@ def test_every_command_reads_data_by_the_same_options(name):
 
 
 def test_no_help_shows_a_type_or_a_range_of_python():
-    group = typer.main.get_command(cli.app)
-    names = [*group.commands, *(f"bank {name}" for name in group.commands["bank"].commands)]
-    texts = {name: run(*name.split(), "--help").stdout for name in names}
+    texts = {name: run(*name.split(), "--help-all").stdout for name in _COMMANDS}
     assert not {name: found for name, text in texts.items() if (found := re.findall(r"list\[| range|>=", text))}
     assert "B is not zero" in texts["init"] and all(name in texts["init"] for name in buildable())
 
@@ -226,11 +233,21 @@ def test_completion_can_be_installed():
     assert "--install-completion" in shown and "--show-completion" in shown
 
 
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_help_fits_a_screen_and_help_all_has_every_option(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    short, whole = (run(*name.split(), option).stdout for option in ("--help", "--help-all"))
+    assert len(short.splitlines()) <= 40 and max(map(len, short.splitlines())) <= 80 and "--help-all" in short
+    options = [one for one in _COMMANDS[name].params if one.param_type_name == "option"]
+    assert all(one.opts[0] in whole for one in options) and "--quiet" in whole and "--quiet" not in short
+
+
 @pytest.mark.parametrize("name", ["init", "compare", "ranks", "inspect", "export"])
 def test_help_is_in_groups_and_in_eighty_columns(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    lines = run(name, "--help").stdout.splitlines()
+    lines = run(name, "--help-all").stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("x>=" in line or "default: (" in line or "<list" in line for line in lines)
     if name in ("init", "compare"):

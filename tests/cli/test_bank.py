@@ -32,7 +32,7 @@ def bank(home, adapters, tmp_path):
     for number in range(2):
         done = add(tmp_path / "bank", adapters / f"task {number}", home)
         assert done.exit_code == 0, done.stderr
-    assert done.stdout.strip().endswith("bank: task-1, task task-1, rank 2, 48 prompts. In all 2, tasks: 2.")
+    assert "bank: task-1, task task-1, rank 2, 48 prompts. In all 2, tasks: 2.\nNext: lora-init init " in done.stdout
     return tmp_path / "bank"
 
 

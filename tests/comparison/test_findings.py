@@ -200,7 +200,7 @@ def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that
     runs = planted({"eva-rho1": -0.01, "pissa": -0.005, "orthogonal": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl --rank 8"))
     assert summary.answer == (
-        "Use eva-rho1 at 1e-3: its final loss is 6.0 % lower than that of random at 1e-3 (−0.0102). At random's task "
+        "Use eva-rho1 at 1e-3: its final loss is 6.0 % lower than random's at 1e-3 (−0.0102). At random's task "
         "loss it is not shown to forget less or more: the loss on other text changes by +0.0400, with random by "
         "+0.0400."
     )
@@ -277,8 +277,8 @@ def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
     found = summarise(planted(planned, spread=0.001), settings())
     assert [verdict.start for verdict in found.verdicts[:3]] == ["eva+4-batches", "eva+16-batches", "eva+64-batches"]
     few, enough = found.data_needed
-    assert few.startswith("eva with 4 batches in place of 64: worse; its final loss differs by +")
-    assert enough.startswith("eva with 16 batches in place of 64: no difference shown; its final loss differs by ")
+    assert few.startswith("eva with 4 batches instead of 64: worse; its final loss differs by +")
+    assert enough.startswith("eva with 16 batches instead of 64: no difference shown; its final loss differs by ")
     assert summarise(planted({"eva": 0.0}), settings()).data_needed == []
 
 

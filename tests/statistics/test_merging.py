@@ -511,7 +511,7 @@ def test_gradients_of_some_parts_only_are_left_out(gradients):
     without = passed(batches=batches_for("llama", seed=2), targets=TWO)
     merged = a.merge(without, b)
     assert not merged.provenance.gradients and merged.provenance.n_labels == 0
-    assert "part 2 of 3 has no gradients, so those of the others are left out." in merged.provenance.notes
+    assert "part 2 of 3 has no gradients, so the others' are left out." in merged.provenance.notes
     with pytest.raises(LoraInitError, match="these statistics have no gradients"):
         merged.gradient(DOWN)
 

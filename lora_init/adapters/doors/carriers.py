@@ -96,7 +96,7 @@ class InPlace(Carrier):
     base_stays = "an adapter from add_adapter() is saved without them"
 
     def read(self, asked: Asked) -> Asked:
-        """Read the LoraConfig; its rank is that of every layer, as the libraries' files expect."""
+        """Read the LoraConfig; every layer has its rank, as the libraries' files expect."""
         if asked.ranks.rho not in (None, 1):
             raise LoraInitError(
                 f"rho={asked.ranks.rho:g}: the adapter on {type(self.given).__name__} keeps the rank that its layers "

@@ -94,7 +94,7 @@ class SentenceTrainer(TrainerDoor):
 
     @contextmanager
     def opened(self, asked: Asked, start: Start) -> Iterator[tuple[Asked, Iterator[Any]]]:
-        """Open it as another trainer; the losses of the pass are not counted among those of training."""
+        """Open it as another trainer; the losses of the pass do not count as losses of training."""
         counted = copy.deepcopy(self.trainer.accum_loss_components)
         try:
             with super().opened(asked, start) as found:

@@ -197,7 +197,7 @@ def _loader(trainer: Any) -> Iterator[Any]:
         with suppress(Exception):  # what cannot be copied is used itself
             trainer.data_collator = copy.deepcopy(trainer.data_collator)
         rows = trainer.train_dataset
-        # Those of datasets begin anew each time, and workers read copies.
+        # Iterators of datasets begin anew each time, and workers read copies.
         streams = isinstance(rows, IterableDataset) and not type(rows).__module__.startswith("datasets.")
         if streams and not trainer.args.dataloader_num_workers:
             trainer.train_dataset = _Twice(rows)

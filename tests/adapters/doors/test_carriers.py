@@ -182,7 +182,7 @@ def test_what_the_page_on_diffusion_adds_to_a_training_script():
 
     from examples.diffusion import SCHEDULER, WIDTH, make_pipeline
 
-    page = (Path(__file__).parents[3] / "docs/diffusion.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/kinds-of-models.md").read_text(encoding="utf-8")
     lines = page.split("```text\n")[1].split("```")[0]
     text_config = dict(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16)
