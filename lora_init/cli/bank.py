@@ -179,11 +179,11 @@ def start_from(
     **how: Any,
 ) -> None:
     """Start from a bank, save the adapter and print what came of it, for `init --method from-bank`."""
+    from lora_init.adapters.asked import SCALING
     from lora_init.bank.embeddings import embed
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
     from lora_init.collection.losses import mean_loss
-    from lora_init.planning.lora_config import SCALING
 
     how["lora_alpha"] = how["lora_alpha"] or SCALING * how["rank"]
     bank = open_bank(path)
