@@ -325,7 +325,7 @@ def check_there(path: Path) -> None:
     check_output(path, "folder")
     # Names with a dot belong to the lock and to temporary files that a kill has left.
     there = path.iterdir() if path.is_dir() and not (path / SETTINGS_FILE).exists() else ()
-    if {entry.name for entry in there if not entry.name.startswith(".")} - {RUNS}:
+    if {entry.name for entry in there if not entry.name.startswith(".")} - {RUNS, "statistics"}:  # of measured rates
         raise LoraInitError(
             f"{path} is not empty and has no {SETTINGS_FILE}, so it holds no comparison. Name another directory."
         )
