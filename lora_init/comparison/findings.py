@@ -262,7 +262,8 @@ def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: 
 def as_recommended(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     """Judge the starts that are there as recommended at that very rate, untuned, against random at its best one."""
     best, said = best_rates(table), []
-    rates = {start: rate for start, rate in (settings.get("recommended") or {}).items() if start in best}
+    known = (settings.get("recommended") or {}).items()
+    rates = {start: rate for start, rate in known if start in best and start != RANDOM}
     untuned = table[table["counts"] & table["learning_rate"].eq(table["start"].map(rates))]
     rows, losses = untuned.pivot(index="start", columns="seed", values="loss"), judged_losses(table)
     found = effects(pd.concat([losses.drop(index=rows.index), rows]), RANDOM)
