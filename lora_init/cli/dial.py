@@ -139,17 +139,12 @@ def replay(
     if output.exists():
         raise LoraInitError(f"{output} exists, and is never replaced. Choose another name.")
     with importing(model):
-        from lora_init.files import check_place, write_whole
+        from lora_init.files import write_whole
         from lora_init.loading.models import open_model
-        from lora_init.serving.replay import check_length
+        from lora_init.serving.replay import check_texts
         from lora_init.serving.replay import replay as write
-    check_place(output)
     source = open_model(model, trust_remote_code=trust_remote_code)
-    check_length(source.config, length + 1, length)
-    if chat and not getattr(source.tokenizer, "chat_template", None):
-        raise LoraInitError(
-            f"the tokenizer of {model} has no chat template, so it can ask no question. Leave --chat away."
-        )
+    check_texts(source.config, source.tokenizer, length, chat)
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device)
     with busy(f"writing {n} texts"):
