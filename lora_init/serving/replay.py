@@ -129,7 +129,7 @@ def _sample(
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
     said = plain.generation_config
-    plain.generation_config = GenerationConfig(
+    plain.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=pad, eos_token_id=ends if stops and ends else None,
         suppress_tokens=None if stops else ends or None,
     )  # fmt: skip
