@@ -394,13 +394,11 @@ def fit_strengths(
 
 
 def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
-    """Return the active adapter and its layers."""
     (name,) = model.active_adapters
     return name, {at: layer for at, layer in adapter_layers(model).items() if name in layer.scaling}
 
 
 def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Find B of each layer of the active adapter."""
     name, layers = _active(model)
     return {
         at: layer.lora_embedding_B[name]

@@ -191,7 +191,6 @@ class _Fit:
         self.whole = {key: [*tensor.shape] for key, tensor in weights.items() if ".lora_" not in key}
 
     def _adapted(self, **changes: Any) -> Any:
-        """Put the adapter's configuration on the model."""
         from peft import LoraConfig, get_peft_model
 
         said = {key: value for key, value in self.adapter.config.items() if key in LoraConfig.__dataclass_fields__}

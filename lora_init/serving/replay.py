@@ -113,7 +113,6 @@ def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Find the tokens at which the model stops."""
     found = [getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     return sorted({token for one in found for token in (one if isinstance(one, list) else [one]) if token is not None})
 
@@ -141,6 +140,5 @@ def _sample(
 
 
 def _question(tokenizer: Any, question: str) -> list[int]:
-    """Write a question in the chat template."""
     turns = [{"role": "user", "content": question}]
     return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
