@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ast import If as _If
+from ast import parse as _parse
 from importlib import import_module as _import_module
 from logging import getLogger as _getLogger
 from typing import TYPE_CHECKING
@@ -11,46 +13,7 @@ __version__ = "0.1.0"
 # bitsandbytes warns when PEFT imports it, also where nothing is quantized, that one kernel for processors is missing.
 _getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
-# Resolved on first use, so that importing the package, and `lora-init --help`, do not import torch.
-_NAMES = {
-    "errors": ["LoraInitError"],
-    "layers.targets": ["find_targets", "Target"],
-    "statistics.spectrum": ["Spectrum", "principal_angles", "ExactPCA"],
-    "statistics.incremental_svd": ["IncrementalSVD"],
-    "statistics.gradient_spectrum": ["GradientSpectrum"],
-    "statistics.statistics": ["Statistics", "Provenance"],
-    "collection.collect": ["collect", "Interrupted"],
-    "collection.losses": ["mean_loss"],
-    "planning.allocate": ["allocate_ranks", "RankAllocation"],
-    "planning.policies": ["Policy"],
-    "adapters.build": ["build_adapter"],
-    "adapters.starts": ["Start"],
-    "adapters.adapter_init": ["AdapterInit", "correct_base"],
-    "adapters.initialize": ["initialize"],
-    "adapters.doors.callback": ["StartCallback"],
-    "adapters.doors.axolotl": ["axolotl"],
-    "adapters.quantized": ["QuantizationErrors", "QuantisationErrors"],
-    "adapters.learning_rate": ["LearningRate"],
-    "adapters.measured_rate": ["learning_rate"],
-    "adapters.step_size": ["find_step_size"],
-    "adapters.intruders": ["intruder_dimensions", "Intruders"],
-    "adapters.peft_eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
-    "loading.batches": ["load_batches"],
-    "serving.fit": ["check_fit", "FitReport"],
-    "serving.dial": ["dial"],
-    "serving.dialed": ["Dial"],
-    "serving.replay": ["replay"],
-    "serving.export": ["export_adapter", "Exported"],
-    "serving.verify": ["verify", "Verification"],
-    "serving.watch": ["ServingWatch", "ServingCallback"],
-    "comparison.compare": ["compare", "Comparison"],
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names}
-
-__all__ = sorted(_HOMES)
-
-
-if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run `__getattr__`
+if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on first use, so that no torch is imported
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.adapter_init import correct_base as correct_base
     from lora_init.adapters.build import build_adapter as build_adapter
@@ -98,11 +61,14 @@ if TYPE_CHECKING:  # the same once more, for mypy and editors, which do not run 
     from lora_init.statistics.statistics import Provenance as Provenance
     from lora_init.statistics.statistics import Statistics as Statistics
 else:
+    _imports = next(node for node in _parse(__loader__.get_source(__name__)).body if isinstance(node, _If))
+    _HOMES = {alias.name: node.module for node in _imports.body for alias in node.names}
+    __all__ = sorted(_HOMES)
 
     def __getattr__(name):
         if name not in _HOMES:
             raise AttributeError(f"module 'lora_init' has no attribute {name!r}")
-        return getattr(_import_module(f"lora_init.{_HOMES[name]}"), name)
+        return getattr(_import_module(_HOMES[name]), name)
 
     def __dir__():
         return [*__all__, "__version__"]

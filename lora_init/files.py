@@ -206,8 +206,9 @@ def new_directory(directory: str | Path, overwrite: bool, marker: str, replaceab
     _sweep(final, "old")  # not before: of a process that was killed between two names it is all there is
 
 
-def check_free(final: Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
+def check_free(path: str | Path, overwrite: bool, marker: str, replaceable: Collection[str]) -> None:
     """Check that `new_directory` may write here, and can, so that nobody finds out after the work."""
+    final = Path(path).expanduser().resolve()
     check_output(final, "directory")
     if final.is_mount():
         raise LoraInitError(f"{final} is a mount point, which cannot be replaced. Name a directory in it.")

@@ -1,6 +1,5 @@
 """What `lora_init` shows to a user, to an editor and to mypy."""
 
-import ast
 import logging
 import subprocess
 import sys
@@ -9,13 +8,6 @@ from pathlib import Path
 import lora_init
 
 SOURCE = Path(lora_init.__file__)
-
-
-def test_names_for_type_checkers_are_those_of_the_table():
-    block = next(node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.If))
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    homes = {alias.asname: node.module.removeprefix("lora_init.") for node in imports for alias in node.names}
-    assert homes == lora_init._HOMES
 
 
 def test_dir_shows_public_names_alone_and_importing_them_takes_no_torch():

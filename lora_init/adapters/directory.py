@@ -182,7 +182,7 @@ def form_of(keys: Collection[str]) -> str:
 
 def check_place(path: str | Path, overwrite: bool) -> None:
     """Check that `write_start` may write here, and can, so that nobody finds out after the work."""
-    check_free(Path(path).expanduser().resolve(), overwrite, **_OURS)
+    check_free(path, overwrite, **_OURS)
 
 
 def write_start(

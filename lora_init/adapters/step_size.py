@@ -167,7 +167,6 @@ def _has_rows(batch: Any) -> bool:
 
 
 def _once(pairs: Iterable[tuple[Any, list[Any]]], wanted: set[Any]) -> list[Any]:
-    """Take each of these examples once."""
     left = set(wanted)
     parts = []
     for batch, examples in pairs:

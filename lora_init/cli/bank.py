@@ -207,7 +207,6 @@ def start_from(
 
 
 def _show_start(console: Console, summary: dict[str, Any]) -> None:
-    """Print a start from a bank."""
     weights = ", ".join(f"{weight:+.2f} {name}" for name, weight in summary["weights"].items())
     loss = "not measured: no labelled examples"
     if summary["loss_before"] is not None:

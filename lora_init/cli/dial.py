@@ -73,15 +73,16 @@ def dial(
     with importing(data=data):
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.peft_model import with_adapter
+        from lora_init.files import check_free
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import open_model
         from lora_init.serving.base import read_base
         from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable, turn
-        from lora_init.serving.dialed import Dial, check_place, write_dialed
+        from lora_init.serving.dialed import OURS, Dial, write_dialed
         from lora_init.serving.fit import check_fit
         from lora_init.serving.trained import read_trained, with_parameters
     rule = Rule(_share(lose), keep_within, strength)
-    check_place(output, overwrite)
+    check_free(output, overwrite, **OURS)
     trained = read_trained(adapter)
     check_dialable(trained.config, trained.others, str(adapter))
     check_fit(adapter, base).check()
@@ -116,7 +117,6 @@ def dial(
 
 
 def _share(text: str | None) -> float | None:
-    """Read 2% or 0.02."""
     try:
         return None if text is None else float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -139,17 +139,12 @@ def replay(
     if output.exists():
         raise LoraInitError(f"{output} exists, and is never replaced. Choose another name.")
     with importing(model):
-        from lora_init.files import check_place, write_whole
+        from lora_init.files import write_whole
         from lora_init.loading.models import open_model
-        from lora_init.serving.replay import check_length
+        from lora_init.serving.replay import check_texts
         from lora_init.serving.replay import replay as write
-    check_place(output)
     source = open_model(model, trust_remote_code=trust_remote_code)
-    check_length(source.config, length + 1, length)
-    if chat and not getattr(source.tokenizer, "chat_template", None):
-        raise LoraInitError(
-            f"the tokenizer of {model} has no chat template, so it can ask no question. Leave --chat away."
-        )
+    check_texts(source.config, source.tokenizer, length, chat)
     with busy(f"loading {model}"):
         loaded = source.load(dtype=dtype, device=device)
     with busy(f"writing {n} texts"):

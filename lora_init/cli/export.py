@@ -140,11 +140,6 @@ def _loss(loaded: LoadedModel, directory: Path, batches: Any) -> float:
         return mean_loss(peft_model, batches)
 
 
-def _of_quantized_base(share: float) -> str:
-    words = f"rounding its weights moved them {share:.3g} times as far as the adapter does"
-    return f"{words}: on float weights it is not what was trained" if share > 3.0 else words
-
-
 def _show(console: Console, exported: Exported, losses: list[float] | None) -> None:
     rows = {"written": f"{exported.path}: {exported.n_bytes / 10**6:.2f} MB"}
     if exported.rank:
@@ -162,7 +157,9 @@ def _show(console: Console, exported: Exported, losses: list[float] | None) -> N
     if losses is not None:
         rows["loss"] = "{:.4f} before, {:.4f} after".format(*losses)
     if exported.error_share is not None:
-        rows["quantized base"] = _of_quantized_base(exported.error_share)
+        moved = f"rounding its weights moved them {exported.error_share:.3g} times as far as the adapter does"
+        much = ": on float weights it is not what was trained" if exported.error_share > 3.0 else ""
+        rows["quantized base"] = moved + much
     if exported.intruders is not None:
         rows["intruders"] = "{} before, {} after".format(*exported.intruders)
     console.print(facts(rows))

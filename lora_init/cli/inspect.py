@@ -431,7 +431,6 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
 
 
 def _fit_view(about: Mapping[str, Any]) -> list[Any]:
-    """Show what `describe_fit` returned."""
     of = f"{about['model_class']} {about['base']}" + (f" in {about['engine']}" if about["engine"] else "")
     names = {one["where"] for one in about["misfits"]}
     said = f"all {about['tensors']} tensors are applied" if about["fits"] else f"no: {len(names)} names below"

@@ -267,7 +267,6 @@ def _refuse(condition: object, message: str) -> None:
 
 
 def _check_outputs(output: Path | None, plot: Path | None, overwrite: bool) -> None:
-    """Find out before the work whether both files may be written."""
     if output is not None:
         check_writable(output, overwrite, "plan")
     if plot is not None:

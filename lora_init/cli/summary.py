@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
-    """Return how the adapter is loaded for training."""
     if built.corrects_base or built.freeze_a:
         return f"as {directory / 'README.md'} shows"
     classes, base = built.provenance.settings.get("classes"), "base_model"

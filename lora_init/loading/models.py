@@ -134,11 +134,6 @@ class ModelSource:
             raise LoraInitError(f"model {self.name!r} is quantized already. Leave --quantize out.")
 
 
-def class_of_task(task_type: str | None) -> str:
-    """Return the name of the Auto class that loads a model for a task of PEFT; without one, for causal language."""
-    return CLASS_OF_TASK.get(task_type or "", "AutoModelForCausalLM")
-
-
 def classes_of(config: Any) -> tuple[str, ...]:
     """Return the names of a configuration's classes, in the order of the head's outputs."""
     return tuple(name for _, name in sorted((getattr(config, "id2label", None) or {}).items()))

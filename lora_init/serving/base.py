@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
@@ -97,16 +96,13 @@ def read_base(source: str, trained: Trained) -> Base:
         if made is None:
             continue
         base = Base(source, made, widths_of(made), _parameters(made, trained.config))
-        difference = _difference(trained, base)
-        if difference is None:
+        layer = _first_misfit(trained, base)
+        if layer is None:
             _warn_of_another(trained, base)
             return base
-        problem = problem or f"{difference} {type(made).__name__} {source!r}"
+        problem = problem or f"the adapter's layer {layer!r} is not in {type(made).__name__} {source!r} with its widths"
     problem = problem or f"{source!r} is of a class that transformers does not know"
-    remedy = "Name the model that the adapter was trained on by base=."
-    if re.search(r"\.experts\.\d+\.", problem):  # as transformers 4 had them
-        remedy = "Load it with PEFT, which brings adapters of single experts into the model's form, and save it again."
-    raise LoraInitError(f"{problem}. {remedy}")
+    raise LoraInitError(f"{problem}. `lora-init inspect ADAPTER --base MODEL` tells what does not fit.")
 
 
 def _warn_of_another(trained: Trained, base: Base) -> None:
@@ -169,21 +165,15 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
-def _difference(trained: Trained, base: Base) -> str | None:
-    """Describe the first layer of the adapter that is not in the model, or of other widths there."""
+def _first_misfit(trained: Trained, base: Base) -> str | None:
+    """Return the first layer of the adapter that is not in the model, or of other widths there."""
     fused = {name: (target.in_features, target.out_features) for name, target in base.parameters.items()}
     there = {**base.widths, **fused}
     layers = {name: layer.widths for name, layer in trained.layers.items()}
     for name, found in trained.unnamed.items():
         a, b = (found[end] for end in ends_of(found))
         layers[name] = (a.shape[-1], b.shape[0]) if a.dim() == b.dim() == 2 else (0, 0)
-    for name, widths in layers.items():
-        if name not in there:
-            more = ", nor fused parameters," * bool(trained.unnamed)
-            return f"the adapter's layer {name!r} is no linear layer or embedding{more} of"
-        if widths != there[name]:
-            return "the adapter's layer {!r} is {} -> {}, and {} -> {} in".format(name, *widths, *there[name])
-    return None
+    return next((name for name, widths in layers.items() if there.get(name) != widths), None)
 
 
 def with_changed_copies(trained: Trained, base: Base) -> Trained:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +99,8 @@ class Rule:
 
 def check_dialable(config: Mapping[str, Any], whole: Iterable[str], where: str) -> None:
     """Refuse an adapter, called `where`, that is more than a factor times A and B: `whole` names its other tensors."""
-    other = next((key for key in ("use_dora", "lora_bias", *OTHER_UPDATES) if config.get(key)), None)
+    without = ("use_dora", "lora_bias", "ensure_weight_tying", *OTHER_UPDATES)
+    other = next((key for key in without if config.get(key)), None)
     trained = next(iter(whole), None)
     origin = carried(config) if carried(config).get("rank") in (None, config.get("r")) else {}
     began = config.get("init_lora_weights")
@@ -148,7 +148,7 @@ def dial(
             default, 0.02.
         keep_within: Instead of `lose`: most rise of the loss on text to keep; then the best task.
         strength: Instead of `lose`: this one in all layers.
-        uniform: Choose one strength for all layers, as for an adapter in which layers share a B.
+        uniform: Choose one strength for all layers.
         seed: Of the text that the base writes.
 
     Returns:
@@ -184,10 +184,8 @@ def dial(
         found = Dial.unmeasured(str(rule), dict.fromkeys(layers, strength))
     else:
         found = turn(model, rule, batches, keep, tokenizer, uniform, seed)
-    shared = _sharing(model)
     for at, b in _outputs(model).items():
-        if at not in shared:
-            b.data *= found.strengths[at]
+        b.data *= found.strengths[at]
     return found
 
 
@@ -202,12 +200,10 @@ def turn(
             raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
         keep = replayed(model, tokenizer, max(n // 2, 3), seed, min(max(n // 2, 3) // 3, KEPT_BATCH))
     kept = _read(as_batches(keep, model, seed), "keep")
-    notes = [] if own else _check_other(task, kept)
-    if shared := _sharing(model):
-        uniform, notes = True, [*notes, f"{shared[0]!r} shares a matrix with another layer: one strength for all"]
-    parts = [_thirds(one, rule, uniform) for one in (task, kept)]
-    found = _search(model, parts[0], parts[1], rule, uniform)
-    return replace(found, read=(n, sum(len(batch["labels"]) for batch in kept)), notes=(*notes, *found.notes))
+    if not own:
+        _check_other(task, kept)
+    found = _search(model, _thirds(task, rule, uniform), _thirds(kept, rule, uniform), rule, uniform)
+    return replace(found, read=(n, sum(len(batch["labels"]) for batch in kept)))
 
 
 _Parts = tuple[list[Any], list[Any], list[Any]]
@@ -237,13 +233,12 @@ def _thirds(batches: list[Any], rule: Rule, uniform: bool) -> _Parts:
     return fit, fit + choose if uniform else choose, report
 
 
-def _check_other(task: list[Any], kept: list[Any]) -> list[str]:
-    """Refuse text to keep that is examples of the task, and note the share of it that is."""
+def _check_other(task: list[Any], kept: list[Any]) -> None:
+    """Refuse text to keep that is examples of the task."""
     texts, own = _sequences(kept), _sequences(task)
     share = len(texts & own) / len(texts)
     if share >= _SHARED:
         raise LoraInitError(f"keep: {share:.0%} of its texts are examples of the task, too. Pass text of another kind.")
-    return [f"{share:.1%} of the text to keep are examples of the task, too"] if share else []
 
 
 def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
@@ -258,24 +253,19 @@ def _sequences(batches: list[Any]) -> set[tuple[int, ...]]:
 
 
 def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: bool) -> Dial:
-    names = [*_outputs(model)]
-
-    @cache  # where all examples are for the report, they are read once
-    def losses(values: tuple[float, ...], alone: bool) -> list[Tensor]:
-        with strengths(model, dict(zip(names, values, strict=True))):
-            return [example_losses(model, part[2 if alone else 1]) for part in (task, kept)]
-
-    def read(layers: Mapping[str, float], to_report: bool = False) -> list[Tensor]:
-        return losses(tuple(layers[name] for name in names), to_report and rule.strength is None)
+    def read(layers: Mapping[str, float], third: int) -> list[Tensor]:
+        with strengths(model, layers):
+            return [example_losses(model, part[third]) for part in (task, kept)]
 
     def measure(layers: Mapping[str, float], weight: float | None) -> Point:
-        on_task, on_kept = map(_ratio, read(layers))
+        on_task, on_kept = map(_ratio, read(layers, 1))
         return Point(sum(layers.values()) / len(layers), on_task, on_kept - base, weight, layers)
 
-    nothing = dict.fromkeys(names, 0.0)
-    task_at_0, base = map(_ratio, read(nothing))
+    nothing = dict.fromkeys(_outputs(model), 0.0)
+    task_at_0, base = map(_ratio, read(nothing, 1))
     steps = CURVE[1:] if rule.strength is None else sorted({rule.strength, 1.0})
-    curve = [Point(0.0, task_at_0, 0.0, None, nothing), *(measure(dict.fromkeys(names, step), None) for step in steps)]
+    curve = [Point(0.0, task_at_0, 0.0, None, nothing)]
+    curve += [measure(dict.fromkeys(nothing, step), None) for step in steps]
     notes, fitted, reported = [], [], {"base": curve[0], "trained": curve[1 + steps.index(1.0)]}
     if rule.strength is not None:
         chosen = curve[1 + steps.index(rule.strength)]
@@ -290,7 +280,7 @@ def _search(model: PeftModel, task: _Parts, kept: _Parts, rule: Rule, uniform: b
             chosen = rule.choose(limit, fitted if rule.keep_within is None else [], [*curve[1:], *fitted])
         if rule.keep_within is not None and chosen.rise > rule.keep_within:
             notes.append("no strength keeps what was asked for; the one that forgets least was taken")
-    at = {name: read(point.layers, True) for name, point in (reported | {"chosen": chosen}).items()}
+    at = {name: read(point.layers, 2) for name, point in (reported | {"chosen": chosen}).items()}
     on_task = {name: _change(losses[0], at["trained"][0]) for name, losses in at.items()}
     on_kept = {name: _change(losses[1], at["base"][1]) for name, losses in at.items()}
     sizes = len(at["base"][0]), len(at["base"][1])
@@ -404,38 +394,18 @@ def fit_strengths(
 
 
 def _active(model: PeftModel) -> tuple[str, dict[str, Any]]:
-    """Return the active adapter and its layers."""
     (name,) = model.active_adapters
     return name, {at: layer for at, layer in adapter_layers(model).items() if name in layer.scaling}
 
 
-def _factors(model: PeftModel) -> dict[str, tuple[Tensor, nn.Parameter]]:
-    """Find A and B of each layer of the active adapter."""
+def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
     name, layers = _active(model)
     return {
-        at: (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+        at: layer.lora_embedding_B[name]
         if name in getattr(layer, "lora_embedding_B", {})
-        else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        else layer.lora_B[name].weight
         for at, layer in layers.items()
     }
-
-
-def _outputs(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Find B of each layer of the active adapter."""
-    return {at: b for at, (_, b) in _factors(model).items()}
-
-
-def _sharing(model: PeftModel) -> list[str]:
-    """List the layers that are scaled already when B of each layer before is: their A or B is one of these."""
-    scaled: set[int] = set()
-    found = []
-    for at, pair in _factors(model).items():
-        places = [one.untyped_storage().data_ptr() for one in pair]
-        if scaled.isdisjoint(places):
-            scaled.add(places[1])
-        else:
-            found.append(at)
-    return found
 
 
 def _mean(losses: Tensor, labelled: Tensor) -> Tensor:

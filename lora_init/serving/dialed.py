@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.adapters.directory import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card_header
-from lora_init.files import check_free, digests_of, is_as_written, new_directory, read_json, write_json
+from lora_init.files import digests_of, is_as_written, new_directory, read_json, write_json
 from lora_init.planning.lora_config import alpha_for, to_patterns
 from lora_init.serving.base import Base
 from lora_init.serving.trained import Trained
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RECORD_FILE, PICTURE_FILE = "dial.json", "dial.png"
 UNIFORM = "uniform"  # the best strength for all layers, where layers have their own
-_OURS: dict[str, Any] = {
+OURS: dict[str, Any] = {
     "marker": RECORD_FILE,
     "replaceable": (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, RECORD_FILE, PICTURE_FILE),
 }
@@ -162,11 +162,6 @@ def note_of(directory: Path) -> tuple[str, ...]:
     return () if found is None else (f"its strength is the dial's: {summary_of(found)['strength']}",)
 
 
-def check_place(path: str | Path, overwrite: bool) -> None:
-    """Check that `write_dialed` may write here, and can, so that nobody finds out after the work."""
-    check_free(Path(path).expanduser().resolve(), overwrite, **_OURS)
-
-
 def write_dialed(
     path: str | Path, trained: Trained, base: Base, found: Dial, overwrite: bool = False, alpha_pattern: bool = False
 ) -> Path:
@@ -180,7 +175,7 @@ def write_dialed(
     own = {n: replace(layer, scaling=layer.scaling * found.strengths[n]) for n, layer in one.layers.items()}
     if found.chosen.weight is not None and not alpha_pattern:
         own = {name: layer.rescaled(one.scaling) for name, layer in own.items()}
-    with new_directory(path, overwrite, **_OURS) as fresh:
+    with new_directory(path, overwrite, **OURS) as fresh:
         write_peft(fresh, replace(one, layers=own), base)
         if alpha_pattern:
             config = read_json(fresh / CONFIG_FILE)

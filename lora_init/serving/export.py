@@ -20,7 +20,7 @@ from lora_init.adapters.peft_model import as_it_was
 from lora_init.errors import LoraInitError, require_version
 from lora_init.files import check_free, check_writable, digests_of, new_directory, new_file, read_json, write_json
 from lora_init.layers.targets import PREFIX
-from lora_init.loading.models import class_of_task
+from lora_init.loading.models import CLASS_OF_TASK
 from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
@@ -285,10 +285,12 @@ def _command(engine: Engine, path: Path, base: str, trained: Trained) -> str:
     quote = repr if engine is PEFT else shlex.quote
     filled = {"base": quote(base), "path": quote(str(path)), "name": _name(path), "rank": vllm_rank(trained.rank)}
     command, task = engine.command.format_map(filled), trained.config.get("task_type")
-    if engine is PEFT and task in ("SEQ_CLS", "TOKEN_CLS"):
+    if engine is not PEFT:
+        return command
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
         heads = [len(t) for key, t in trained.others.items() if key.endswith(("classifier.weight", "score.weight"))]
         command = command.replace("), ", f", num_labels={heads[0]}), ", 1) if heads else command
-    return command.replace("AutoModelForCausalLM", class_of_task(task)) if engine is PEFT else command
+    return command.replace("AutoModelForCausalLM", CLASS_OF_TASK.get(task or "", "AutoModelForCausalLM"))
 
 
 def command_for_all(exports: Sequence[Exported]) -> str:

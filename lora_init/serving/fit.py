@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ _PARTS = r"lora_(?:embedding_)?[AB]|lora_magnitude_vector"
 _TENSOR = re.compile(rf"(?P<layer>.+?)\.(?P<part>{_PARTS})(?:\.[^.]+)??(\.weight)?")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What stands in front of the same layer in one class of a model and not in another: no layers are told apart by it.
+# What stands in front of the same layer in one class of a model and not in another.
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model", "module"}
 # What PEFT and transformers raise where a configuration and a model do not go together.
 _REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, ImportError, re.error)
@@ -115,21 +115,23 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         ()
     """
     adapter, wanted = AdapterDirectory(directory), find_engine(engine)
-    form, source = form_of(adapter.header), base or adapter.base
-    if form:
+    source = base or adapter.base
+    if form := form_of(adapter.header):
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
-    folder, tensors = _checkpoint_of(source, adapter.config.get("revision")) if source else (None, {})
-    fits = [*_fits(adapter, source, engine is not None)]
-    if not fits:
+    found = [(fit, fit.report(source, converts=engine is None)) for fit in _fits(adapter, source, engine is not None)]
+    if not found:
         raise LoraInitError(f"{source!r} is of a class that transformers does not know. Name the base by base=.")
-    reports = [fit.report(source, converts=engine is None) for fit in fits]
-    report = min(reports, key=lambda one: len(one.misfits))
-    fit = fits[reports.index(report)]
+    folder, tensors = _checkpoint_of(source, adapter.config.get("revision"))
+    fit, report = min(found, key=lambda one: len(one[1].misfits))
     more = [] if report.misfits else [*_of_another_base(fit, folder, tensors)]
-    beyond = beyond_engine(wanted, adapter.ranks, adapter.config, adapter.header, adapter.base_change)
-    if engine is not None and (beyond := beyond or fit.tied_head):
+    if engine is not None:
+        beyond = beyond_engine(wanted, adapter.ranks, adapter.config, adapter.header, adapter.base_change)
+        head = fit.base.embeddings[1] if fit.base.tied else ""
+        if not beyond and head in adapter.layers:
+            beyond = f"takes no adapter of {head!r}, whose weight is also that of the other embedding"
         how = "--start DIRECTORY` converts it" if adapter.base_change else f"--engine {engine}` writes what it takes"
-        more.append(Misfit("engine", str(adapter.path), f"{wanted.title} {beyond}. `lora-init export {how}."))
+        if beyond:
+            more.append(Misfit("engine", str(adapter.path), f"{wanted.title} {beyond}. `lora-init export {how}."))
     return replace(report, misfits=(*report.misfits, *more))
 
 
@@ -155,26 +157,25 @@ def _fits(adapter: AdapterDirectory, source: str, as_saved: bool) -> Iterator[_F
 
     config = read_config(source)
     mapping, task = adapter.config.get("auto_mapping") or {}, adapter.config.get("task_type")
-    saved, of_task = [*(config.architectures or ())], CLASS_OF_TASK.get(task, "") if task else "AutoModel"
-    own = [str(mapping.get("base_model_class") or "")]
-    own += [of_task] if task and task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else []
-    for name in dict.fromkeys(saved if as_saved and saved else [*own, *saved, of_task]):
-        make = getattr(transformers, name, None) if name else None
+    saved, of_task = config.architectures or (), CLASS_OF_TASK.get(task, "") if task else "AutoModel"
+    classes = saved if as_saved and saved else [mapping.get("base_model_class"), *saved, of_task]
+    for name in dict.fromkeys(str(name) for name in classes if name):
+        make = getattr(transformers, name, None)
         if on_meta(make, config) is not None:
-            yield _Fit(adapter, lambda make=make: on_meta(make, config), saved[0] if saved else name)
+            yield _Fit(adapter, lambda make=make: on_meta(make, config))
 
 
 class _Fit:
     """An adapter on one class of its base model, without weights."""
 
-    def __init__(self, adapter: AdapterDirectory, make: Any, saved: str) -> None:
+    def __init__(self, adapter: AdapterDirectory, make: Any) -> None:
         from peft import get_peft_model_state_dict
 
         model = make()
-        self.adapter, self.make, self.saved, self.name = adapter, make, saved, type(model).__name__
-        self.base, self.n_parameters = Base("", model, widths_of(model), {}), count_parameters(model)
-        self.embeddings = {*self.base.embeddings} - {""}
-        self.owners = {name.rpartition(".")[0] for name, one in model.named_parameters() if one.dim() > 2}
+        self.adapter, self.make, self.name = adapter, make, type(model).__name__
+        self.base = Base("", model, widths_of(model), {})
+        # The modules of fused experts, which no layer is named after.
+        self.owners = {_core(name.rpartition(".")[0]) for name, one in model.named_parameters() if one.dim() > 2}
         # Names and shapes of what the configuration selects, and of all other weights of the model.
         self.expected: dict[str, list[int]] = {}
         self.whole: dict[str, list[int]] = {}
@@ -190,7 +191,6 @@ class _Fit:
         self.whole = {key: [*tensor.shape] for key, tensor in weights.items() if ".lora_" not in key}
 
     def _adapted(self, **changes: Any) -> Any:
-        """Put the adapter's configuration on the model."""
         from peft import LoraConfig, get_peft_model
 
         said = {key: value for key, value in self.adapter.config.items() if key in LoraConfig.__dataclass_fields__}
@@ -200,13 +200,6 @@ class _Fit:
             warnings.simplefilter("ignore")
             config = LoraConfig(**said | {"init_lora_weights": True, "inference_mode": True} | changes)
             return get_peft_model(self.make(), config, low_cpu_mem_usage=True)
-
-    @property
-    def tied_head(self) -> str:
-        """What of the adapter no engine takes since input and output embedding are one weight."""
-        tied = self.embeddings if self.base.tied else ()
-        head = next((name for name in self.adapter.layers if name in tied), "")
-        return f"takes no adapter of {head!r}, whose weight is also that of the other embedding" if head else ""
 
     def report(self, source: str, converts: bool) -> FitReport:
         """Compare each tensor of the file with what is expected under its name."""
@@ -232,8 +225,6 @@ class _Fit:
             lost = f"is not in {WEIGHTS_FILE}, and {CONFIG_FILE} selects its layer."
             there = {*header, *renames.values()}
             found += [Misfit("missing", key, lost) for key in self.expected if key not in there and one_to_one]
-        if self.name != self.saved:
-            notes.append(f"It fits {self.name}, and the base was saved as {self.saved}: load it in that class.")
         return FitReport(source, self.name, len(header), tuple(found), renames, tuple(notes))
 
     def _of_shape(self, key: str, shape: Sequence[int], expected: Sequence[int]) -> Iterator[Misfit]:
@@ -243,7 +234,7 @@ class _Fit:
         if axis is not None and len(shape) == len(wanted):
             wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
         other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
-        tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.embeddings else None
+        tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.base.embeddings else None
         if [*shape] == wanted:
             return
         if len(shape) == len(wanted) and axis is not None and other == [axis]:
@@ -281,31 +272,28 @@ class _Fit:
         if match is None:
             new = PREFIX + key if PREFIX + key in self.expected else None
             return Misfit("name", key, f"{self.name} with this adapter has no tensor of this name."), new
-        words = plain_name(match["layer"]).split(".")
-        while words[:2] == ["base_model", "model"]:
-            words = words[2:]
-        end = match["part"] + ".weight" * (match["part"] in ("lora_A", "lora_B"))
-        alike = self._by_ending.get(words[-1], [])
-        fitting = [one for one in alike if _is_wrapped(words, one) and self._takes(".".join(one), end, shape)]
-        fitting = [words] if words in fitting else fitting
-        new = f"{PREFIX}{'.'.join(fitting[0])}.{end}" if len(fitting) == 1 else None
-        if new == key or ".".join(words).replace(".base_layer", "") in self.owners:
+        core, part = _core(match["layer"]), match["part"]
+        end = part + ".weight" * (part in ("lora_A", "lora_B"))
+        fitting = [name for name in self._by_core.get(core, ()) if self._takes(name, end, shape)]
+        new = f"{PREFIX}{fitting[0]}.{end}" if len(fitting) == 1 else None
+        if new == key or (new is None and core.replace(".base_layer", "") in self.owners):
             said = f"its layer is there, and {CONFIG_FILE} does not select it (target_modules and the like)."
             return Misfit("config", key, said), None
         if re.search(r"\bexperts\.\d+\.", key):
             said = "is of one expert, and the base has its experts fused. Load it with PEFT and save it again."
             return Misfit("name", key, said), new
-        near = [".".join(one) for one in alike or chain.from_iterable(self._by_ending.values())][:2000]
-        near = [new] if new else difflib.get_close_matches(".".join(words), near, 1, 0.0)
+        names = [*chain.from_iterable(self._by_core.values())]
+        alike = [name for name in names if name.endswith(core[core.rfind(".") :])] or names
+        near = [new] if new else difflib.get_close_matches(core, alike[:2000], 1, 0.0)
         return Misfit("name", key, f"{self.name} has no layer of this name. Nearest: {near[0] if near else '-'}."), new
 
     @cached_property
-    def _by_ending(self) -> dict[str, list[list[str]]]:
-        """All names of layers in words, by the last of them."""
+    def _by_core(self) -> dict[str, list[str]]:
+        """The names of all layers, by what is left of them without wrappers."""
         matches, found = map(_TENSOR.fullmatch, self.expected), defaultdict(list)
         selected = (match["layer"].removeprefix(PREFIX) for match in matches if match)
         for name in dict.fromkeys([*self.base.widths, *selected]):
-            found[name.rpartition(".")[2]].append(name.split("."))
+            found[_core(name)].append(name)
         return found
 
     def _takes(self, layer: str, end: str, shape: Sequence[int]) -> bool:
@@ -315,26 +303,22 @@ class _Fit:
         return shape[-1] == d_in if "_A" in end else shape[0] == d_out
 
 
-def _is_wrapped(words: list[str], other: list[str]) -> bool:
-    """Return whether two names differ only in front, and there only in what models are wrapped in."""
-    same = 0
-    while same < min(len(words), len(other)) and words[-1 - same] == other[-1 - same]:
-        same += 1
-    return {*words[: len(words) - same], *other[: len(other) - same]} <= _WRAPPERS
+def _core(layer: str) -> str:
+    """Take off the beginning of a layer's name that no layers are told apart by."""
+    return ".".join(dropwhile(_WRAPPERS.__contains__, plain_name(layer).split(".")))
 
 
 def _of_another_base(fit: _Fit, folder: Path | None, tensors: Mapping[str, Stored]) -> Iterator[Misfit]:
     """Compare the base with the one that the adapter was made for, as far as that is known."""
     revision, made = str(fit.adapter.config.get("revision")), fit.adapter.origin.get("provenance") or {}
-    here = "" if folder is None else folder.absolute().name
-    if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(here) and here != revision:
-        yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {here}.")
-    known = made.get("n_parameters")
+    other = "" if folder is None else folder.absolute().name
+    if _COMMIT.fullmatch(revision) and _COMMIT.fullmatch(other) and other != revision:
+        yield Misfit("revision", CONFIG_FILE, f"names revision {revision}, and this is {other}.")
+    known, here = made.get("n_parameters"), count_parameters(fit.base.model)
     if made.get("model_class") != fit.name or made.get("quantisation"):
         return
-    if known and known != fit.n_parameters:
-        said = f"says that the base has {known} parameters, and this one has {fit.n_parameters}."
-        yield Misfit("base", CONFIG_FILE, said)
+    if known and known != here:
+        yield Misfit("base", CONFIG_FILE, f"says that the base has {known} parameters, and this one has {here}.")
     elif made.get("fingerprint") and (own := _fingerprint(fit.make(), tensors)) and own != made["fingerprint"]:
         said = "is for a base of the same form with other weights: another revision, or one that was trained further."
         yield Misfit("base", str(fit.adapter.path), said)

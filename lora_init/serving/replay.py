@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Generator
 from contextlib import closing, nullcontext
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import evaluating
@@ -23,8 +23,8 @@ _TOPICS = (
     "the sea", "cooking", "a computer program", "history", "mathematics", "health", "a journey", "money", "animals",
     "music", "school", "the law", "friendship", "the weather", "engines", "language",
 )  # fmt: skip
+_QUESTIONS = [form.format(topic) for topic in _TOPICS for form in _ASKED]
 _BATCH = 32
-_CACHES = ("cache", "past_key_values")  # what transformers calls it, newest first
 LENGTH = 64  # tokens of a text
 
 
@@ -87,24 +87,24 @@ def _write(
         raise LoraInitError(f"n={n} and length={length} must be at least 1.")
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
-    if chat and not tokenizer.chat_template:
-        raise LoraInitError("the tokenizer has no chat template, so it can ask no question. Leave chat away.")
-    questions = [form.format(topic) for topic in _TOPICS for form in _ASKED]
-    check_length(model.config, length + max(len(_question(tokenizer, one)) if chat else 1 for one in questions), length)
+    check_texts(model.config, tokenizer, length, chat)
     n_tokens = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     place, base = model.device, model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
     with torch.random.fork_rng([place] if place.type == "cuda" else []), evaluating(model), base:
         torch.manual_seed(seed)
         for first in range(0, n, _BATCH):
-            asked = [questions[(first + i) * 37 % len(questions)] for i in range(_BATCH)]
+            asked = [_QUESTIONS[(first + i) * 37 % len(_QUESTIONS)] for i in range(_BATCH)]
             drawn = torch.randint(n_tokens, (_BATCH, 1)).tolist()
             prompts = [_question(tokenizer, one) for one in asked] if chat else drawn
             texts = _sample(model, prompts, length, padding_token(tokenizer), _ends(model, tokenizer), chat)
             yield from zip(asked, texts if chat else map(operator.add, drawn, texts), strict=True)
 
 
-def check_length(config: Any, tokens: int, length: int) -> None:
-    """Refuse texts for which a model has no positions; the last token needs none."""
+def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
+    """Refuse a chat without a template, and texts for which a model has no positions; the last token needs none."""
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise LoraInitError("the tokenizer has no chat template, so it can ask no question. Leave chat=True out.")
+    tokens = length + max(len(_question(tokenizer, one)) if chat else 1 for one in _QUESTIONS)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and tokens - 1 > most:
         raise LoraInitError(
@@ -113,43 +113,32 @@ def check_length(config: Any, tokens: int, length: int) -> None:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Find the tokens at which the model stops."""
     found = [getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     return sorted({token for one in found for token in (one if isinstance(one, list) else [one]) if token is not None})
 
 
-@torch.inference_mode()
 def _sample(
     model: Any, prompts: list[list[int]], length: int, pad: int, ends: list[int], stops: bool
 ) -> list[list[int]]:
     """Draw tokens from the model's own distribution; what ends a text does so, or else is never drawn.
 
-    Not by `generate`, which does what the checkpoint says: penalties, the likeliest tokens, processors of its own.
+    What the checkpoint says of generation does not count: penalties, the likeliest tokens.
     """
     plain, longest = model.get_base_model() if hasattr(model, "get_base_model") else model, max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=model.device)
-    ended, cache = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), None
-    takes = inspect.signature(plain.forward).parameters
-    kept = next((name for name in _CACHES if name in takes), "")
-    for _ in range(length):
-        new = ids if cache is None else ids[:, -1:]
-        inputs = {"input_ids": new, "attention_mask": mask, kept: cache, "use_cache": bool(kept)}
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
-        output = plain(**{name: value for name, value in inputs.items() if name in takes})
-        cache = getattr(output, kept, None)  # without one, all is read again
-        logits = output.logits[:, -1].float()
-        if not stops:
-            logits[:, ends] = -torch.inf
-        token = torch.multinomial(logits.softmax(-1), 1).masked_fill(ended[:, None], pad)
-        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
-        ended |= torch.isin(token[:, 0], torch.tensor(ends, device=ids.device)) & stops
-        if bool(ended.all()):
-            break
-    return list(ids[:, longest:].tolist())
+    said = plain.generation_config
+    plain.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=pad, eos_token_id=ends if stops and ends else None,
+        suppress_tokens=None if stops else ends or None,
+    )  # fmt: skip
+    try:
+        texts = plain.generate(input_ids=ids, attention_mask=mask)
+    finally:
+        plain.generation_config = said
+    return list(texts[:, longest:].tolist())
 
 
 def _question(tokenizer: Any, question: str) -> list[int]:
-    """Write a question in the chat template."""
     turns = [{"role": "user", "content": question}]
     return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -69,7 +69,11 @@ class ServingWatch:
             LoraInitError: The model has no adapter.
         """
         with evaluating(model):
-            self._note(self._local(model), step)
+            now = self._local(model).run(self._prompts)
+        self._kept.pop(step, None)
+        self._kept[step] = now
+        while len(self._kept) > self._keep:
+            del self._kept[next(iter(self._kept))]
 
     def check(self, model: Any, step: int) -> Verification:
         """Check whether the engine serves that step; a step that was not noted is the model as it is now.
@@ -77,10 +81,10 @@ class ServingWatch:
         Returns:
             What `verify` returns, with the verdict "stale" where an earlier step is served.
         """
+        if step not in self._kept:
+            self.note(model, step)
         with evaluating(model):
             local = self._local(model)
-            if step not in self._kept:
-                self._note(local, step)
             now, faults = self._kept[step], local.faults()
             if self._plain is None:
                 self._plain = local.run(self._prompts, faults[0]), local.observe(self._base, self._prompts)
@@ -107,12 +111,6 @@ class ServingWatch:
         if not isinstance(model, PeftModel):
             raise LoraInitError(f"a watch compares a model with an adapter, and this {type(model).__name__} has none.")
         return Local(model, self._tokenizer)
-
-    def _note(self, local: Local, step: int) -> None:
-        self._kept.pop(step, None)
-        self._kept[step] = local.run(self._prompts)
-        while len(self._kept) > self._keep:
-            del self._kept[next(iter(self._kept))]
 
 
 def _stale(

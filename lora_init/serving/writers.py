@@ -43,7 +43,6 @@ def _names_in_gguf(base: Base) -> tuple[str, bool]:
 
 
 def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
-    """Return the name in GGUF of each layer's weight."""
     require("gguf")
     import gguf
 

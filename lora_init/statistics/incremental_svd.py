@@ -285,7 +285,6 @@ class IncrementalSVD:
         self.forget_batch()
 
     def _take_gathered(self) -> _State | None:
-        """Take in what was gathered."""
         if self._gathered is not None and self._state is not None:
             self._state = self._state.plus(self._gathered)
             self._gathered = None

@@ -280,7 +280,6 @@ def _provenance(parts: Sequence[Statistics], weights: Sequence[float] | None) ->
 
 
 def _origins(parts: Sequence[Statistics], weights: Sequence[float] | None, size: int) -> Iterator[str]:
-    """Describe each part."""
     for i, part in enumerate(parts):
         made = part.provenance
         weight = "" if weights is None else f" with weight {weights[i]:g}"

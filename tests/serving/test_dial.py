@@ -314,23 +314,11 @@ def strict(model):
     return model
 
 
-@torch.no_grad()
-def test_a_tensor_that_layers_share_is_scaled_once():
+def test_layers_that_share_a_tensor_are_refused():
     config = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True)
     model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.normal_(std=0.3)
-    batches, keep = batches_for("llama"), batches_for("llama", n_batches=4, seed=1)
-    with strengths(model, 0.8):
-        expected = model.eval()(**batches[0]).logits
-    assert not torch.allclose(model(**batches[0]).logits, expected, atol=1e-3)
-    dial(model, strength=0.8)
-    torch.testing.assert_close(model(**batches[0]).logits, expected)
-    with torch.enable_grad():
-        found = dial(model, batches, keep)
-    assert len({*found.strengths.values()}) == 1 and "one strength for all" in found.notes[0] and not found.fitted
+    with pytest.raises(LoraInitError, match="has ensure_weight_tying, which has no strength"):
+        dial(model, strength=0.8)
 
 
 def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
@@ -372,7 +360,7 @@ def test_text_to_keep_is_compared_with_the_task_whatever_its_order():
     ]
     with pytest.raises(LoraInitError, match="keep: 50% of"):
         dial(model, rows, rows[:6] + others[:6])
-    assert "3.1% of the text to keep are examples of the task" in dial(model, rows, others[:31] + rows[:1]).notes[0]
+    assert not dial(model, rows, others[:31] + rows[:1]).notes
     answers = [row | {"input_ids": 63 - row["input_ids"]} for row in rows[:6]]  # the same answers to other prompts
     assert not dial(model, rows, answers).notes
 

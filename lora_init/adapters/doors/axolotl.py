@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +9,14 @@ from lora_init.adapters.doors.callback import StartCallback
 from lora_init.errors import LoraInitError, in_one_line
 
 if TYPE_CHECKING or find_spec("axolotl") is None:  # without axolotl nobody makes one
-
-    class BasePlugin:
-        """Stand in for axolotl's class."""
-
-    class BaseModel:
-        """Stand in for pydantic's class."""
-
-    def field_validator(name: str) -> Callable[[Any], Any]:
-        """Return a function that changes nothing."""
-        return lambda function: function
-
+    BasePlugin = object
+    BaseModel = object
 else:
     from importlib.metadata import version
 
     try:
         from axolotl.integrations.base import BasePlugin
-        from pydantic import BaseModel, field_validator
+        from pydantic import BaseModel
     except ImportError as error:
         raise LoraInitError(
             f"lora_init.axolotl was tried with axolotl 0.19.0, and {version('axolotl')} is here: {in_one_line(error)}"
@@ -41,12 +31,6 @@ class AxolotlArgs(BaseModel):
 
     lora_init: dict[str, Any] | None = None
 
-    @field_validator("lora_init")
-    @classmethod
-    def _check(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        StartCallback(**value or {})
-        return value
-
 
 class axolotl(BasePlugin):
     """Start axolotl's LoRA adapter from its first batches: `plugins: [lora_init.axolotl]`."""
@@ -55,8 +39,8 @@ class axolotl(BasePlugin):
         """Name the schema of `lora_init:`."""
         return f"{__name__}.AxolotlArgs"
 
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[StartCallback]:
-        """Return the callback; refuse what else makes the adapter, and kernels that pass the layers by."""
+    def pre_model_load(self, cfg: Any) -> None:
+        """Make the callback; refuse what else makes the adapter, and kernels that pass the layers by."""
         if cfg.lora_model_dir:
             raise LoraInitError(
                 f"lora_model_dir: {cfg.lora_model_dir} makes the adapter, too. Leave it or lora_init out."
@@ -66,4 +50,8 @@ class axolotl(BasePlugin):
             raise LoraInitError(
                 f"axolotl's kernels compute without the layers, so none shows what it reads. Set {kernels}."
             )
-        return [StartCallback(**cfg.lora_init or {})]
+        self.callback = StartCallback(**cfg.lora_init or {})
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[StartCallback]:
+        """Hand over the callback."""
+        return [self.callback]

@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
-from lora_init.adapters.doors.carriers import InPlace
+from lora_init.adapters.doors.carriers import InPlace, Wrapped
 from lora_init.adapters.doors.trainers import undisturbed
 from lora_init.adapters.peft_model import fill_in_place
 from lora_init.adapters.pipeline import adapter_for, choose_start
@@ -94,6 +94,7 @@ class Filled(InPlace):
     """A PeftModel whose parameters an optimizer has already: its fresh adapter is filled."""
 
     base_stays = "the trainer saves the adapter without them"
+    model: Any = Wrapped.model
 
     def __init__(self, given: Any) -> None:
         super().__init__(given)
@@ -103,16 +104,10 @@ class Filled(InPlace):
                 f"StartCallback needs a PeftModel with LoRA, and the trainer has a {type(given).__name__}. Set "
                 "the tool's option for LoRA."
             )
-        if config.peft_type == "LORA" and (config.init_lora_weights is not True or carried(config.to_dict())):
-            began = (
-                "lora_init" if config.init_lora_weights is True else f"init_lora_weights={config.init_lora_weights!r}"
-            )
+        began = getattr(config, "init_lora_weights", True)
+        if began is not True or carried(config.to_dict()):
+            began = "lora_init" if began is True else f"init_lora_weights={began!r}"
             raise LoraInitError(f"the adapter was started by {began} already. Leave that out, or the StartCallback.")
-
-    @property
-    def model(self) -> Any:
-        """The model inside the PeftModel."""
-        return self.given.get_base_model()
 
     def put(self, init: AdapterInit, adapter_name: str) -> Any:
         """Put the layers back and fill them."""
@@ -126,8 +121,7 @@ def _batches(loader: Any, model: Any) -> Iterator[Iterator[dict[str, Any]]]:
     """Read what the model takes of a loader's batches; training reads them again from the first on."""
     taken = inspect.signature(type(model).forward).parameters
     try:
-        yield ({key: value for key, value in batch.items() if key in taken} if isinstance(batch, Mapping) else batch
-               for batch in loader)  # fmt: skip
+        yield ({key: value for key, value in batch.items() if key in taken} for batch in loader)
     finally:
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             loader.end()

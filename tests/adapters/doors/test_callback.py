@@ -170,10 +170,13 @@ class Config(dict):
 def test_the_plugin_of_axolotl_hands_over_the_callback():
     """`benchmarks/other_trainers.py` runs it in axolotl itself."""
     plugin = lora_init.axolotl()
-    (callback,) = plugin.add_callbacks_post_trainer(Config(lora_init={"samples": 8}), None)
+    plugin.pre_model_load(Config(lora_init={"samples": 8}))
+    (callback,) = plugin.add_callbacks_post_trainer(Config(), None)
     assert isinstance(callback, lora_init.StartCallback) and callback.samples == 8
     with pytest.raises(LoraInitError, match="makes the adapter, too"):
-        plugin.add_callbacks_post_trainer(Config(lora_model_dir="start"), None)
+        plugin.pre_model_load(Config(lora_model_dir="start"))
     with pytest.raises(LoraInitError, match=r"Set lora_mlp_kernel: false, lora_o_kernel: false\."):
-        plugin.add_callbacks_post_trainer(Config(lora_mlp_kernel=True, lora_o_kernel=True), None)
+        plugin.pre_model_load(Config(lora_mlp_kernel=True, lora_o_kernel=True))
+    with pytest.raises(LoraInitError, match=r"Did you mean samples\?"):
+        plugin.pre_model_load(Config(lora_init={"sample": 8}))
     assert plugin.get_input_args() == "lora_init.adapters.doors.axolotl.AxolotlArgs"
