@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from typer import Argument, Option
 
-from lora_init.adapters.asked import SCALING, Asked, Layers, Pass, Ranks, Reading, Sample, Shape
+from lora_init.adapters.asked import Asked, Layers, Pass, Ranks, Reading, Sample, Shape
 from lora_init.adapters.starts import (
     BANK_WAY,
     BANK_WAYS,
