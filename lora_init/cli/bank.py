@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.asked import SCALING, Reading
 from lora_init.adapters.starts import FROM_BANK
 from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
@@ -183,7 +183,6 @@ def start_from(
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
     from lora_init.collection.losses import mean_loss
-    from lora_init.planning.lora_config import SCALING
 
     how["lora_alpha"] = how["lora_alpha"] or SCALING * how["rank"]
     bank = open_bank(path)
