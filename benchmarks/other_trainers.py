@@ -1,7 +1,7 @@
 """Adapters that start inside other tools: `python -m benchmarks.other_trainers TOOL PYTHON DIRECTORY`.
 
 TOOL is axolotl, ms_swift or llama_factory, PYTHON the interpreter of an environment that has it and what lora_init
-needs. The files are those of docs/other-trainers.md, on 64 chats, SmolLM2-135M and 8 steps. Printed is how much of the
+needs. The files are those of examples/in_trainers, on 64 chats, SmolLM2-135M and 8 steps. Printed is how much of the
 space of A `lora-init init` on the same rows shares with what the tool saved after 8 steps at rate 0, and whether a run
 that was resumed after step 4 was left alone.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +48,9 @@ def main(tool: str, python: str, directory: Path) -> None:
     (directory / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     info = {"file_name": "chat.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": TAGS}
     (directory / "dataset_info.json").write_text(json.dumps({"chat": info}))
-    page, model = (ROOT / "docs" / "other-trainers.md").read_text(), demo_assets.smollm2()
-    for name, text in re.findall(r"^```[^\n]*\n# ([\w.]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
-        (directory / name).write_text(text.replace('512, learning_rate="measured"', "64"))
+    model = demo_assets.smollm2()
+    for file in (ROOT / "examples" / "in_trainers").iterdir():
+        (directory / file.name).write_text(file.read_text().replace('512, learning_rate="measured"', "64"))
     settings: dict[str, Any] = yaml.safe_load((directory / f"{tool}.yaml").read_text())
     settings |= {MODEL_KEYS[tool]: str(model), **COMMON, **MORE[tool]}
     if "lora_init" in settings:

@@ -29,15 +29,18 @@ _COMMON = ("--quiet", "--verbose", "--json", "--help-all")  # of all commands
 # Public names by topic, in the order in which they are used; what is in none of them comes last.
 TOPICS = {
     "from data to an adapter": (
-        "load_batches", "collect", "allocate_ranks", "build_adapter", "initialize", "learning_rate", "find_step_size",
-        "mean_loss", "correct_base",
+        "load_batches", "collect", "allocate_ranks", "build_adapter", "initialize", "StartCallback", "axolotl",
+        "learning_rate", "find_step_size", "mean_loss", "correct_base",
     ),
     "results": (
         "Statistics", "Provenance", "Spectrum", "GradientSpectrum", "RankAllocation", "AdapterInit", "LearningRate",
         "QuantizationErrors", "QuantisationErrors",
     ),
     "keeping what the model knew": ("dial", "Dial", "replay"),
-    "serving": ("export_adapter", "Exported", "verify", "Verification", "ServingWatch", "ServingCallback"),
+    "serving": (
+        "export_adapter", "Exported", "check_fit", "FitReport", "verify", "Verification", "ServingWatch",
+        "ServingCallback",
+    ),
     "comparing": ("compare", "Comparison"),
     "starts of your own": ("Start", "Policy"),
     "PEFT's EVA": ("get_eva_state_dict", "initialize_lora_eva_weights"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading
+from lora_init.adapters.asked import SCALING, Reading
 from lora_init.adapters.starts import FROM_BANK
 from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands

@@ -38,8 +38,15 @@ def export(
     start: Annotated[Path | None, Option(help="The adapter before training, if it changed the base.")] = None,
     base: Annotated[str | None, Option(help="Base model. Default: the one that the adapter names.")] = None,
     merge_into: Annotated[str | None, Option(help="Write this whole model with the adapter merged in.")] = None,
-    reduce_intruders: Annotated[bool, Option("--reduce-intruders", help="Take most intruders out, by PEFT.")] = False,
-    rename: Annotated[bool, Option("--rename", help="Write names of tensors that fit the base: see inspect.")] = False,
+    reduce_intruders: Annotated[
+        bool, Option("--reduce-intruders", rich_help_panel="The adapter", help="Take most intruders out, by PEFT.")
+    ] = False,
+    rename: Annotated[
+        bool,
+        Option(
+            "--rename", rich_help_panel="The adapter", help="Write names of tensors that fit the base: see inspect."
+        ),
+    ] = False,
     data: Annotated[str | None, Option(help="Data to measure the loss on before and after, as for init.")] = None,
     *,
     reading: Reading,
