@@ -179,7 +179,6 @@ def start_from(
     **how: Any,
 ) -> None:
     """Start from a bank, save the adapter and print what came of it, for `init --method from-bank`."""
-    from lora_init.adapters.asked import SCALING
     from lora_init.bank.embeddings import embed
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
