@@ -19,12 +19,13 @@ MAY_IMPORT = {
     "planning": {"layers", "statistics"},
     "adapters": {"layers", "loading", "statistics", "collection", "planning"},
     "serving": {"layers", "loading", "statistics", "collection", "planning", "adapters"},
+    "keep": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
     "bank": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
-    "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank"},
-    "cli": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "bank", "comparison"},
+    "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "keep", "bank"},
 }
+MAY_IMPORT["cli"] = {*MAY_IMPORT}
 ROOT_FILES = {"__init__", "__main__", "errors", "files", "packages", "private_parts"}
-KNOW_PEFT = {"adapters", "serving", "comparison"}
+KNOW_PEFT = {"adapters", "serving", "keep", "comparison"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/**/*.py"))
 
 

@@ -279,7 +279,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
-    from lora_init.serving.dialed import PICTURE_FILE
+    from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.support import serving_note
     from lora_init.serving.trained import DIAL_FILE
 
@@ -422,7 +422,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
     if about["dial"]:
-        from lora_init.serving.dialed import summary_of
+        from lora_init.keep.dialed import summary_of
 
         head |= summary_of(about["dial"]) | {"picture": about["dial"]["picture"]}
     views = [head, "", rank_table(ranks, width), "", about["serving"]]
