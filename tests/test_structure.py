@@ -96,6 +96,10 @@ def test_only_the_packages_about_adapters_import_peft():
     assert importers <= KNOW_PEFT
 
 
+def test_the_door_of_trainers_knows_none_of_trl():
+    assert not re.findall(r"TRL|[A-Z]{3}Trainer", (PACKAGE / "adapters/doors/trainers.py").read_text(encoding="utf-8"))
+
+
 # Words that are names of starts and stand for something else there.
 OTHERWISE = {
     "adapters/peft_eva.py": {"eva"},  # PEFT's value of init_lora_weights
