@@ -35,9 +35,9 @@ from lora_init.collection.losses import batch_loss, sequence_losses
 from lora_init.comparison.plots import COLORS, INK, RANDOM_COLOR
 from lora_init.comparison.tasks import Loading, item_length, load_task
 from lora_init.comparison.training import Training
+from lora_init.keep.dial import fit_strengths, strengths
 from lora_init.loading.batches import pad_batch
 from lora_init.loading.sources import read_rows
-from lora_init.serving.dial import fit_strengths, strengths
 
 RESULTS = Path(__file__).parent / "results" / "dial"
 RANK, STEPS, SHORT, LONG = 8, 48, 40, 64  # tokens of a text that is scored, and of one to keep

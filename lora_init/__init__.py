@@ -36,19 +36,19 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.comparison.compare import Comparison as Comparison
     from lora_init.comparison.compare import compare as compare
     from lora_init.errors import LoraInitError as LoraInitError
+    from lora_init.keep.dial import dial as dial
+    from lora_init.keep.dialed import Dial as Dial
+    from lora_init.keep.replay import replay as replay
     from lora_init.layers.targets import Target as Target
     from lora_init.layers.targets import find_targets as find_targets
     from lora_init.loading.batches import load_batches as load_batches
     from lora_init.planning.allocate import RankAllocation as RankAllocation
     from lora_init.planning.allocate import allocate_ranks as allocate_ranks
     from lora_init.planning.policies import Policy as Policy
-    from lora_init.serving.dial import dial as dial
-    from lora_init.serving.dialed import Dial as Dial
     from lora_init.serving.export import Exported as Exported
     from lora_init.serving.export import export_adapter as export_adapter
     from lora_init.serving.fit import FitReport as FitReport
     from lora_init.serving.fit import check_fit as check_fit
-    from lora_init.serving.replay import replay as replay
     from lora_init.serving.verify import Verification as Verification
     from lora_init.serving.verify import verify as verify
     from lora_init.serving.watch import ServingCallback as ServingCallback

@@ -3,9 +3,11 @@
 import logging
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import lora_init
+from lora_init.adapters.asked import Options
 
 SOURCE = Path(lora_init.__file__)
 
@@ -18,20 +20,48 @@ def test_dir_shows_public_names_alone_and_importing_them_takes_no_torch():
     assert all(getattr(lora_init, name) for name in lora_init.__all__)
 
 
-def test_mypy_sees_every_name_with_its_type_and_a_misspelt_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import lora_init\n"
-        "plan: int = lora_init.allocate_ranks(lora_init.Statistics.load('s'))\n"
-        "lora_init.build_adaptor\n" + "".join(f"lora_init.{name}\n" for name in lora_init.__all__)
-    )
-    # From the root of the repository: its settings and its cache.
+def errors_of_mypy(script, text):
+    """Return what mypy says of a caller's file, with the settings and the cache of this repository."""
+    script.write_text(text)
     command = [sys.executable, "-m", "mypy", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SOURCE.parents[1], check=False)
-    errors = [line for line in done.stdout.splitlines() if f"{script.name}:" in line and ": error: " in line]
-    assert len(errors) == 2, done.stdout
+    assert done.returncode == 1, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if f"{script.name}:" in line and ": error: " in line]
+
+
+def test_mypy_sees_every_name_with_its_type_and_a_misspelt_one(tmp_path):
+    errors = errors_of_mypy(
+        tmp_path / "script.py",
+        "import lora_init\n"
+        "plan: int = lora_init.allocate_ranks(lora_init.Statistics.load('s'))\n"
+        "lora_init.build_adaptor\n" + "".join(f"lora_init.{name}\n" for name in lora_init.__all__),
+    )
+    assert len(errors) == 2
     assert 'expression has type "RankAllocation", variable has type "int"' in errors[0]
     assert 'Module has no attribute "build_adaptor"' in errors[1]
+
+
+def test_mypy_accepts_every_option_and_refuses_a_misspelt_one_and_a_wrong_type(tmp_path):
+    every = ", ".join(f"{one.name}=some" for one in fields(Options))
+    errors = errors_of_mypy(
+        tmp_path / "caller.py",
+        "from typing import Any\n"
+        "import torch\n"
+        "from lora_init import Statistics, build_adapter, collect, initialize\n"
+        "def use(model: torch.nn.Module, some: Any, stats: Statistics) -> None:\n"
+        f"    initialize(model, some, method='eva', tokenizer=some, config=None, adapter_name='mine', {every})\n"
+        "    initialize(model, [], 8, 1.0, 'eva', lora_alpha=16, target_modules=['q_proj'], center=False)\n"
+        "    initialize(some)\n"
+        "    collect(model, [], rank=8, seed=1)\n"
+        "    build_adapter(stats, 8, lora_alpha=16)\n"
+        "    initialize(model, [], rnak=8)\n"
+        "    initialize(model, [], rank='8')\n"
+        "    collect(model, [], rnak=8)\n"
+        "    build_adapter(stats, rnak=8)\n",
+    )
+    assert len(errors) == 4, errors
+    for error, what in zip(errors, ("initialize", None, "collect", "build_adapter"), strict=True):
+        assert (f'"rnak" for "{what}"' if what else 'incompatible type "str"; expected "int"') in error
 
 
 def test_what_bitsandbytes_misses_is_no_concern_of_a_user(caplog):

@@ -6,14 +6,12 @@ command line offers it; a field without is for Python alone. Importing this file
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from inspect import Parameter, signature
-from itertools import chain
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
 from lora_init.adapters.starts import STARTS
 from lora_init.errors import LoraInitError, did_you_mean
@@ -27,7 +25,8 @@ else:  # the registry decides what there is
 
 RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
-_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def unescape(template: str | None) -> str | None:
@@ -48,7 +47,7 @@ def read_names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """How data become examples: options of every command that reads data, and arguments of `load_batches`."""
 
@@ -68,7 +67,7 @@ class Reading:
     split: Annotated[str, dict(help="Split of a hub data set or a folder.")] = "train"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """Which of the examples are read, and as what: the other arguments of `load_batches`. None is for what fits."""
 
@@ -94,7 +93,7 @@ class Ranks:
     rho: Annotated[float, dict(min=1.0, help="At most rho x rank in one layer; 1 gives all the same.")] = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layers:
     """Which layers take an adapter: arguments of `find_targets`."""
 
@@ -121,7 +120,7 @@ class Layers:
     task_type: Annotated[str | None, dict(help="PEFT's task type. Default: what the checkpoint is for.")] = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """What the adapter is like: arguments of `build_adapter`, and what measures its step or checks it."""
 
@@ -160,7 +159,7 @@ class Shape:
         return {name: value for name, value in vars(self).items() if name not in ("gamma", "weights", "unchecked")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pass:
     """How the pass over the data is made: the other arguments of `collect`."""
 
@@ -180,6 +179,11 @@ class Pass:
     progress: bool | None = None
     statistics: str | Path | None = None
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Options(Pass, Shape, Layers, Sample, Reading, Ranks):
+    """Every option as an argument of one call, for those who declare what `initialize` takes."""
 
 
 @dataclass(frozen=True)
@@ -209,23 +213,22 @@ class Asked:
     @classmethod
     def by(cls, taker: str, method: str | None = None, **given: Any) -> Asked:
         """Sort the keywords of a function into parts; refuse those that are in none, with the nearest one."""
-        known = {one.name for _, part in cls()._parts() for one in fields(part)}
+        known = {one.name for one in fields(Options)}
         for name in given:
             if name not in known:
-                every = sorted({*known, "tokenizer", "config", "adapter_name"})  # which `initialize` takes by itself
+                every = sorted({*known, "tokenizer", "config", "adapter_name", "learning_rate"})  # `initialize` has all
                 raise LoraInitError(f"{taker} has no argument {name}=. {did_you_mean(name, every)}")
         return cls(method=method, given=given).but(**given)
 
 
-def shows_keywords(function: _F) -> _F:
-    """Show help(), editors and the documentation the keywords of `Asked` that a function takes by **options."""
-    own = signature(function)
-    shown = {name: one for name, one in own.parameters.items() if one.kind is not Parameter.VAR_KEYWORD}
-    for one in chain.from_iterable(fields(part) for _, part in Asked()._parts()):
-        kind = ast.parse(str(one.type), mode="eval").body
-        if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
-            kind = kind.slice.elts[0]  # type: ignore[attr-defined]
-        said = Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=ast.unparse(kind))
-        shown.setdefault(one.name, said)
-    function.__signature__ = own.replace(parameters=[*shown.values()])  # type: ignore[attr-defined]
-    return function
+def takes(arguments: Callable[_P, Any]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:
+    """Show mypy, editors and help() the fields of a dataclass, the `Options` among them, as what a function takes."""
+
+    def shown(function: Callable[..., _R]) -> Callable[_P, _R]:
+        own, plain = signature(arguments), get_type_hints(Options)  # without what the command line needs
+        parameters = [one.replace(annotation=plain.get(one.name, one.annotation)) for one in own.parameters.values()]
+        own = own.replace(parameters=parameters, return_annotation=signature(function).return_annotation)
+        function.__signature__ = own  # type: ignore[attr-defined]
+        return function
+
+    return shown

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from lora_init.adapters.adapter_init import AdapterInit
-from lora_init.adapters.asked import Asked, shows_keywords
+from lora_init.adapters.asked import Asked, Options, takes
 from lora_init.adapters.config import read_config
 from lora_init.adapters.doors.carriers import Carrier
 from lora_init.adapters.doors.registry import find_carrier, find_trainer, is_trainer
@@ -23,7 +23,23 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 
-@shows_keywords
+@dataclass(frozen=True)
+class _Given:
+    model: nn.Module | Any
+    batches: Any = None
+    _: KW_ONLY
+    tokenizer: Any = None
+    config: LoraConfig | None = None
+    adapter_name: str = "default"
+    learning_rate: Literal["measured"] | None = None
+
+
+@dataclass(frozen=True)
+class _Arguments(Options, _Given):  # fields come in the order of the bases, the last one first
+    method: str | None = None
+
+
+@takes(_Arguments)
 def initialize(
     model: nn.Module | Any,
     batches: Any = None,

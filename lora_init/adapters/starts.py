@@ -38,10 +38,10 @@ class Start:
         needs: What a start needs that no function of a layer makes: `"inputs"` (data), `"weights"` of the base, a
             `"bank"` of adapters. Of others it follows from the names of the function's parameters, whatever is here.
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
-            parameters are, by their names, those that it needs of `providers.PROVIDERS`; of a start from a bank it is
-            called once, see `bank.start.Update`. Given as `"module:name"`, it is imported when it is first used.
+            parameters are, by their names, those that it needs of `providers.PROVIDERS`. Given as `"module:name"`, it
+            is imported when it is first used.
         made_by: `"lora_init"` by `function`; `"peft"` by PEFT itself, under this name; `"bank"` from adapters of other
-            tasks, by `function`; `"training"` for no adapter at all, but all weights.
+            tasks, by a function of `bank.start.WAYS`; `"training"` for no adapter at all, but all weights.
         directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
             None if any rank can be had.
         b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained.
@@ -56,8 +56,6 @@ class Start:
         corrects_quantized: Of PEFT's starts: whether it has a form for a base that is quantized already, which it then
             corrects without any data, and does not change.
         settings: Of PEFT's starts: what else its LoraConfig has.
-        preprocess: Of PEFT's starts: reads data before, called with the model, its `LoraConfig`, the names of the
-            layers and batches. Given as `"module:name"`, it is imported when it is first used.
         package: Name and version of the package that it comes from; empty for our own.
 
     Raises:
@@ -79,7 +77,6 @@ class Start:
     linear_only: bool = False
     corrects_quantized: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    preprocess: Callable[..., None] | str | None = None
     package: str = ""
 
     def __post_init__(self) -> None:
@@ -166,8 +163,7 @@ def _triplets(spectrum: Any, gradient: Any) -> int:
 
 
 def _of_bank(way: str, summary: str) -> Start:
-    function = f"lora_init.bank.start:{way}"
-    return Start(f"bank-{way}", summary, "bank", function, made_by="bank", b_is_zero=False)
+    return Start(f"bank-{way}", summary, "bank", made_by="bank", b_is_zero=False)
 
 
 RANDOM, FULL, FROM_BANK = "random", "full", "from-bank"
@@ -261,7 +257,6 @@ STARTS: tuple[Start, ...] = (
         needs="inputs",
         made_by="peft",
         b_is_zero=False,
-        preprocess="lora_init.comparison.starts:preprocess_corda",
     ),
     Start(
         "loftq",

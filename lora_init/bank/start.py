@@ -75,7 +75,7 @@ def start_from_bank(
         data=f"adapters of {', '.join(bank.tasks)}",
     )
     build = partial(_adapter, model, about, by)
-    update: Update = BANK_WAYS[by].compute(
+    update: Update = replace(BANK_WAYS[by], function=WAYS[by]).compute(
         bank=bank,
         names=[found.name for found in order],
         embeddings=embeddings,
@@ -136,6 +136,9 @@ def generated(bank: Bank, embeddings: Tensor, leave_out: Sequence[str]) -> Updat
     if set(leave_out) & set(generator.tasks):
         raise LoraInitError(f"the generator of {bank.path} has learned from {', '.join(leave_out)}. Train another.")
     return Update(generator.generate(embeddings))
+
+
+WAYS: Mapping[str, Callable[..., Update]] = {way.__name__: way for way in (nearest, mixture, generated, mean)}
 
 
 def _adapter(

@@ -74,11 +74,11 @@ def dial(
         from lora_init.adapters.directory import AdapterDirectory
         from lora_init.adapters.peft_model import with_adapter
         from lora_init.files import check_free
+        from lora_init.keep.dial import KEPT_BATCH, Rule, check_dialable, turn
+        from lora_init.keep.dialed import OURS, Dial, write_dialed
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import open_model
         from lora_init.serving.base import read_base
-        from lora_init.serving.dial import KEPT_BATCH, Rule, check_dialable, turn
-        from lora_init.serving.dialed import OURS, Dial, write_dialed
         from lora_init.serving.fit import check_fit
         from lora_init.serving.trained import read_trained, with_parameters
     rule = Rule(_share(lose), keep_within, strength)
@@ -140,9 +140,9 @@ def replay(
         raise LoraInitError(f"{output} exists, and is never replaced. Choose another name.")
     with importing(model):
         from lora_init.files import write_whole
+        from lora_init.keep.replay import check_texts
+        from lora_init.keep.replay import replay as write
         from lora_init.loading.models import open_model
-        from lora_init.serving.replay import check_texts
-        from lora_init.serving.replay import replay as write
     source = open_model(model, trust_remote_code=trust_remote_code)
     check_texts(source.config, source.tokenizer, length, chat)
     with busy(f"loading {model}"):

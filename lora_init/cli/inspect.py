@@ -279,8 +279,9 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
 
 def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
     from lora_init.adapters.directory import AdapterDirectory
-    from lora_init.serving.dialed import PICTURE_FILE, RECORD_FILE
+    from lora_init.keep.dialed import PICTURE_FILE
     from lora_init.serving.support import serving_note
+    from lora_init.serving.trained import DIAL_FILE
 
     directory = AdapterDirectory(path)
     config, shapes, origin, ranks = directory.config, directory.shapes, directory.origin, directory.ranks
@@ -302,8 +303,8 @@ def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
         "ranks": {name: ranks[name] for name in [*known, *(name for name in ranks if name not in known)]},
         "origin": origin or None,
         "train": training_in_words(rate, origin.get("learning_rate"), bool(config.get("use_dora"))) if origin else None,
-        "dial": read_json(path / RECORD_FILE) | {"picture": str(path / PICTURE_FILE)}
-        if is_as_written(path, RECORD_FILE)
+        "dial": read_json(path / DIAL_FILE) | {"picture": str(path / PICTURE_FILE)}
+        if is_as_written(path, DIAL_FILE)
         else None,
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
     }
@@ -421,7 +422,7 @@ def _adapter_view(about: Mapping[str, Any], width: int) -> list[Any]:
         if shares:
             head["captured"] = f"median {median(shares):.1%}, least {min(shares):.1%} of a layer's variance"
     if about["dial"]:
-        from lora_init.serving.dialed import summary_of
+        from lora_init.keep.dialed import summary_of
 
         head |= summary_of(about["dial"]) | {"picture": about["dial"]["picture"]}
     views = [head, "", rank_table(ranks, width), "", about["serving"]]

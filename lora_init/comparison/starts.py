@@ -39,7 +39,6 @@ from lora_init.adapters.starts import (
     compared_names,
     find_recipe,
     find_start,
-    load_function,
 )
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
@@ -454,8 +453,8 @@ def _put_by_peft(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftM
         with warnings.catch_warnings():
             # Advice on saving such an adapter, and on a flag that PEFT then sets correctly itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            if start.preprocess is not None:
-                load_function(start.preprocess)(model, config, list(shape.targets), basis.batches)
+            if "inputs" in start.needed:
+                preprocess_corda(model, config, list(shape.targets), basis.batches)
             peft_model = get_peft_model(model, config)
     except Exception as error:
         if isinstance(error, LoraInitError) or is_out_of_memory(error):

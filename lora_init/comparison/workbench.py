@@ -45,12 +45,12 @@ from lora_init.comparison.starts import (
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
 from lora_init.comparison.training import Score, Training, TrainingResult, evaluate, peak_bytes, reset_peak, train
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
+from lora_init.keep.dial import strengths
 from lora_init.layers.identity import fingerprint
 from lora_init.layers.targets import HEADS, find_targets, is_in
 from lora_init.layers.wrappers import quantization_of
 from lora_init.loading.batches import Batches, load_batches
 from lora_init.loading.models import LoadedModel, open_model
-from lora_init.serving.dial import strengths
 from lora_init.statistics.statistics import Statistics
 
 STRENGTHS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.15)  # that a trained adapter is evaluated at

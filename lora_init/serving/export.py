@@ -25,12 +25,11 @@ from lora_init.planning.budgets import bytes_per_parameter, parse_count
 from lora_init.planning.limits import whole_number
 from lora_init.serving.base import is_transposed, plan_merge, read_base, with_changed_copies, write_merged
 from lora_init.serving.compress import error_at, fit
-from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import ENGINES, PEFT, VLLM_RANKS, Engine, check_rank, find_engine, vllm_rank
 from lora_init.serving.fit import check_fit
 from lora_init.serving.kept import Kept, kept_by_merge
 from lora_init.serving.support import check_engine
-from lora_init.serving.trained import Trained, read_trained, subtract, with_parameters
+from lora_init.serving.trained import Trained, note_of, read_trained, subtract, with_parameters
 
 RECORD_FILE = "export.json"
 _UNTRAINED = "B is zero in every layer: the adapter was never trained, and changes nothing."

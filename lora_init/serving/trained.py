@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from lora_init.adapters.directory import CONFIG_FILE, ORIGIN, WEIGHTS_FILE, AdapterDirectory, carried, start_digest
 from lora_init.adapters.weights import LoraWeights
 from lora_init.errors import LoraInitError, first_line
+from lora_init.files import is_as_written, read_json
 from lora_init.layers.targets import PREFIX, Target, file_prefixes
 from lora_init.loading.models import QUANTIZATIONS
 from lora_init.planning.lora_config import from_patterns, lora_config, scaling_of
 
+DIAL_FILE = "dial.json"  # what the dial says of the strengths that it wrote an adapter at
 _PART = re.compile(rf"{re.escape(PREFIX)}(?P<name>.+?)\.(?P<part>lora_.+)")
 _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 # Ends of the names of A and B in the file.
@@ -386,3 +388,17 @@ def zero_layers(trained: Trained, widths: Mapping[str, tuple[int, int]]) -> dict
         # A bias that was trained is read under its name only in a layer without an adapter.
         and f"{PREFIX}{name}.bias" not in trained.others
     }
+
+
+def strength_of(dial: Mapping[str, Any]) -> str:
+    """Put the strengths that a `Dial` chose, as plain values, into words."""
+    chosen, of = dial["chosen"], dial["chosen"]["layers"].values()
+    if chosen["weight"] is None:
+        return f"{chosen['strength']:g} in all layers"
+    return f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
+
+
+def note_of(directory: Path) -> tuple[str, ...]:
+    """Return a note on the strength at which the dial wrote an adapter, in words; none of another."""
+    found = read_json(directory / DIAL_FILE) if is_as_written(directory, DIAL_FILE) else None
+    return () if found is None else (f"its strength is the dial's: {strength_of(found)}",)

@@ -20,9 +20,9 @@ from lora_init.errors import LoraInitError
 from lora_init.files import is_as_written, read_json
 from lora_init.layers.grid import layer_grid
 from lora_init.packages import check_takes
-from lora_init.serving.dialed import note_of
 from lora_init.serving.engines import VLLM_RANKS
 from lora_init.serving.export import RECORD_FILE
+from lora_init.serving.trained import note_of
 
 AS_TRAINED, AS_EXPORTED, CANNOT_TELL = "served as trained", "served as exported", "cannot tell"
 _TOKENS = 1024  # of a batch, whose logits are held

@@ -12,7 +12,7 @@ from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
 from lora_init.bank.similarity import neighbours
-from lora_init.bank.start import Update, _adapter, start_from_bank
+from lora_init.bank.start import WAYS, Update, _adapter, start_from_bank
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
@@ -238,13 +238,16 @@ def test_never_worse_than_the_plain_model(bank):
                 assert after < before
 
 
-def test_a_way_of_ones_own_is_its_start_alone(bank, monkeypatch):
+def test_a_way_of_ones_own_is_its_start_and_its_function(bank, monkeypatch):
+    assert {*WAYS} == {*starts.BANK_WAYS}
+
     def last(bank, names):
         return Update(bank.layers(names[-1]), {names[-1]: 1.0})
 
-    own = Start("bank-last", "the farthest", "bank", last, made_by="bank", b_is_zero=False)
+    own = Start("bank-last", "the farthest", "bank", made_by="bank", b_is_zero=False)
     monkeypatch.setitem(starts._OWN, "bank-last", own)
     monkeypatch.setitem(starts.BANK_WAYS, "last", own)
+    monkeypatch.setitem(WAYS, "last", last)
     found = start(bank, 1, "last", aside=None)
     assert [*found.weights] == [found.neighbours[-1].name] and found.init.method == "bank-last"
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_init.serving.dial import strengths
+from lora_init.keep.dial import strengths
 from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
 from tests.conftest import tiny_bert, tiny_llama
 

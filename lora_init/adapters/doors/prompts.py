@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lora_init.adapters.doors.carriers import Carrier
-from lora_init.adapters.doors.trainers import TrainerDoor
+from lora_init.adapters.doors.trl import TRLTrainer
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 
 _SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class PromptTrainer(TrainerDoor):
+class PromptTrainer(TRLTrainer):
     """GRPOTrainer and RLOOTrainer; the statistics are of prompts with one answer each, as training samples them."""
 
     def find_carrier(self) -> Carrier:

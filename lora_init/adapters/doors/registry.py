@@ -8,6 +8,7 @@ from lora_init.adapters.doors.carriers import Carrier, carrier_of
 from lora_init.adapters.doors.prompts import PromptTrainer
 from lora_init.adapters.doors.sentences import LIBRARY, Sentences, SentenceTrainer
 from lora_init.adapters.doors.trainers import TrainerDoor
+from lora_init.adapters.doors.trl import TRLTrainer
 
 # By a module of the classes of what is given, so that no library is imported that is not in use; the first that fits.
 CARRIERS = {LIBRARY: Sentences}
@@ -15,6 +16,7 @@ TRAINERS = {
     LIBRARY: SentenceTrainer,
     "trl.trainer.grpo_trainer.": PromptTrainer,
     "trl.trainer.rloo_trainer.": PromptTrainer,
+    "trl.": TRLTrainer,
 }
 
 

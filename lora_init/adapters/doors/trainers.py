@@ -1,4 +1,4 @@
-"""A trainer of transformers or TRL: its model, its batches, the loss it trains by; and its adapter put back into it."""
+"""A trainer of transformers: its model, its batches, the loss it trains by; and its adapter put back into it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,19 @@ from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
 from lora_init.adapters.starts import DEFAULT, Start
 from lora_init.errors import LoraInitError
-from lora_init.layers.masks import IGNORED
 from lora_init.layers.running import call_model
-from lora_init.layers.targets import find_targets
 from lora_init.loading.models import task_of
 from lora_init.private_parts import forget_loader
 
-# Their loss is what the model computes from labels. Other trainers compute their own, of two answers for example.
-_PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
-# How an SFTTrainer calls that loss; older ones have no name for it.
-_OWN_LOSS = (None, "nll", "chunked_nll")
-
+# Their loss is what the model computes from labels. Other trainers compute their own.
+_PLAIN_LOSS = ("Trainer", "Seq2SeqTrainer")
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Audio", "Video"))
 
 
 class TrainerDoor:
     """A trainer before `train()`, and the carrier of its model."""
+
+    advice = "Check columns and collator; remove_unused_columns=False keeps what a collator reads."
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.name = trainer, type(trainer).__name__
@@ -55,12 +52,13 @@ class TrainerDoor:
     @property
     def has_plain_loss(self) -> bool:
         """Whether the trainer trains by the loss that its model computes from labels."""
-        source, args = self._source_of_loss, self.trainer.args
-        if source not in _PLAIN_LOSS:
-            return False
+        return self.source_of_loss in _PLAIN_LOSS and not self.changes_loss
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether a function or smoothing of labels stands between the model's loss and the one that is trained by."""
         function = self.trainer.compute_loss_func or vars(self.trainer).get("compute_loss")
-        named = getattr(args, "loss_type", None) if source == "SFTTrainer" else None
-        return not (function or args.label_smoothing_factor) and named in _OWN_LOSS
+        return bool(function or self.trainer.args.label_smoothing_factor)
 
     @property
     def gives_loss(self) -> bool:
@@ -82,7 +80,7 @@ class TrainerDoor:
         return max(1, math.ceil(args.num_train_epochs * len(rows) / per_step)) if hasattr(rows, "__len__") else None
 
     @property
-    def _source_of_loss(self) -> str:
+    def source_of_loss(self) -> str:
         """The name of the class that says how the loss is computed."""
         return next(kind.__name__ for kind in type(self.trainer).__mro__ if "compute_loss" in vars(kind))
 
@@ -93,10 +91,9 @@ class TrainerDoor:
         Yields what was asked for with what the trainer's `peft_config` says, and the batches to come. The block ends
         with `put`; on an exception all is as it was.
         """
-        self.check(start, start.by_gradient or asked.run.gradients)
+        self.check(asked, start)
         trainer, run = self.trainer, asked.run
         if self.carrier.wraps_anew:
-            _check_head(self.carrier.model, asked.given.get("target_modules", ()), self.name)
             asked = asked.but(task_type=asked.layers.task_type or task_of(self.carrier.model))
         with self.carrier.opened(asked) as asked:
             forward = run.forward or self.forward(with_labels=start.by_gradient or run.gradients or start.by_error)
@@ -104,7 +101,7 @@ class TrainerDoor:
             with _loader(trainer) as loader:
                 yield asked.but(data=data, forward=forward), self.batches(loader)
 
-    def check(self, start: Start, gradients: bool) -> None:
+    def check(self, asked: Asked, start: Start) -> None:
         """Refuse a trainer that has begun, and a start that its loss cannot give."""
         if self.trainer.optimizer is not None:
             raise LoraInitError(f"the {self.name} has an optimizer already. Call initialize() right after it is made.")
@@ -113,7 +110,7 @@ class TrainerDoor:
                 f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
             )
         self.carrier.check(start)
-        if gradients and not self.gives_loss:
+        if (start.by_gradient or asked.run.gradients) and not self.gives_loss:
             raise LoraInitError(
                 f"method={start.name!r}: a start from gradients needs the gradient of the training loss, and this "
                 f"{self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs alone."
@@ -122,22 +119,17 @@ class TrainerDoor:
     def forward(self, with_labels: bool) -> Any:
         """Return how a batch is run, `with_labels` so that there is a loss."""
         taken = inspect.signature(type(self.carrier.model).forward).parameters
-        # What a forward function does not name, Trainer hands to it all the same; TRL's trainers keep it.
-        whole = self._source_of_loss in ("Trainer", "Seq2SeqTrainer")
-        whole = whole and any(one.kind is one.VAR_KEYWORD for one in taken.values())
+        # What a forward function does not name, Trainer hands to it all the same; others keep it.
+        whole = self.source_of_loss in _PLAIN_LOSS and any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
         def forward(model: nn.Module, batch: Any) -> Any:
             kept = {key: value for key, value in batch.items() if whole or key in taken}
-            if not kept:  # DPOTrainer before TRL 0.29: prompts and answers apart
-                raise LoraInitError(
-                    f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} takes none of these. "
-                    "TRL 0.29 or newer makes whole texts; or initialize the plain model on load_batches(...)."
-                )
             needed = getattr(model, "main_input_name", None)
-            if needed and needed not in kept and not any(key.endswith(("embeds", "outputs")) for key in kept):
+            found = any(key == needed or key.endswith(("embeds", "outputs")) for key in kept)
+            if not kept or (needed and not found):
+                wants = f"needs {needed}" if kept else "takes none of these"
                 raise LoraInitError(
-                    f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} needs {needed}. Check "
-                    "columns and collator; remove_unused_columns=False keeps what a collator reads."
+                    f"a batch of {self.name} has {', '.join(batch)}, and {type(model).__name__} {wants}. {self.advice}"
                 )
             return call_model(model, kept, with_labels=with_labels)
 
@@ -151,32 +143,15 @@ class TrainerDoor:
                     f"{self.name} makes its batches of tokens while it trains, so there are none to learn "
                     "from yet. Initialize the plain model on load_batches(...), and give the trainer the result."
                 )
-            if "labels" not in batch and "completion_mask" in batch:  # of DPOTrainer: both answers count
-                yield {**batch, "labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)}
-            else:
-                yield batch
+            yield batch
 
     def hand_over(self, adapted: Any) -> None:
         """Put this model into the trainer, as if it had been made with it."""
         trainer = self.trainer
         if self.carrier.wraps_anew and trainer.args.gradient_checkpointing:
             model: Any = self.carrier.model
-            model.enable_input_require_grads()  # as TRL does for an adapter of its own
+            model.enable_input_require_grads()  # as trainers do for an adapter of their own
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = adapted
-
-
-def _check_head(model: Any, target_modules: Any, trainer: str) -> None:
-    """Refuse an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
-    taken = inspect.signature(model.forward, follow_wrapped=False).parameters  # TRL's forward is wrapped as the model's
-    if not target_modules or "fused_lm_head" not in taken:
-        return
-    head = model.get_output_embeddings()
-    selected = find_targets(model, target_modules).layers
-    if any(model.get_submodule(layer) is head for layer in selected):
-        raise LoraInitError(
-            f"{trainer} computes its loss from the weight of the head alone, so that an adapter there would never be "
-            "trained. Leave the head out of target_modules, or train it whole: modules_to_save."
-        )
 
 
 @contextmanager

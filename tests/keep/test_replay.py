@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from lora_init import LoraInitError, load_batches
-from lora_init.serving.replay import _sample, replay, replayed
+from lora_init.keep.replay import _sample, replay, replayed
 from tests.commands import save_model
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_t5
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_init import LoraInitError, dial
-from lora_init.serving.dial import (
+from lora_init.keep.dial import (
     STRONGEST,
     Rule,
     _change,
@@ -17,7 +17,7 @@ from lora_init.serving.dial import (
     label_losses,
     strengths,
 )  # fmt: skip
-from lora_init.serving.dialed import Point
+from lora_init.keep.dialed import Point
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama, tiny_t5
 from tests.layers.made import mixtral
 
@@ -212,7 +212,7 @@ def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_ga
         strength = next(iter(layers.values()))
         return Point(strength, 3.1 - strength, rises[len(weights) - 1], weight, layers)
 
-    monkeypatch.setattr("lora_init.serving.dial.fit_strengths", fit)
+    monkeypatch.setattr("lora_init.keep.dial.fit_strengths", fit)
     limit = 3.1 - 0.35 if not asked else float("inf")
     points = [*_fits(model, [], [], Rule(**asked), limit, 1.0, measure)]
     assert weights == tried and [point.weight for point in points] == [one for one in tried for _ in range(2)]
@@ -232,7 +232,7 @@ def test_one_strength_for_all_is_chosen_by_two_thirds():
 
 def test_strengths_of_nothing_but_zeros_are_no_choice(monkeypatch):
     model, batches = trained_model(dtype=torch.float32)
-    monkeypatch.setattr("lora_init.serving.dial.fit_strengths", lambda *_: dict.fromkeys(own_strengths(model), 0.0))
+    monkeypatch.setattr("lora_init.keep.dial.fit_strengths", lambda *_: dict.fromkeys(own_strengths(model), 0.0))
     found = dial(model, batches, batches_for("llama", n_batches=4, seed=1), keep_within=0.0)
     assert min(found.strengths.values()) > 0 and all(point.strength for point in found.fitted)
 

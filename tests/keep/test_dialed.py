@@ -6,9 +6,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_init.keep.dial import strengths
+from lora_init.keep.dialed import Change, Dial, Point, write_dialed
 from lora_init.serving.base import read_base
-from lora_init.serving.dial import strengths
-from lora_init.serving.dialed import Change, Dial, Point, write_dialed
 from lora_init.serving.trained import read_trained, with_parameters
 from tests.conftest import tiny_llama
 from tests.layers.made import mixtral

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_init.adapters.directory import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, card_header
-from lora_init.files import digests_of, is_as_written, new_directory, read_json, write_json
+from lora_init.files import digests_of, new_directory, read_json, write_json
 from lora_init.planning.lora_config import alpha_for, to_patterns
 from lora_init.serving.base import Base
-from lora_init.serving.trained import Trained
+from lora_init.serving.trained import DIAL_FILE, Trained, strength_of
 from lora_init.serving.writers import write_peft
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECORD_FILE, PICTURE_FILE = "dial.json", "dial.png"
+PICTURE_FILE = "dial.png"
 UNIFORM = "uniform"  # the best strength for all layers, where layers have their own
 OURS: dict[str, Any] = {
-    "marker": RECORD_FILE,
-    "replaceable": (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, RECORD_FILE, PICTURE_FILE),
+    "marker": DIAL_FILE,
+    "replaceable": (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, DIAL_FILE, PICTURE_FILE),
 }
 
 
@@ -137,11 +137,8 @@ class Dial:
 
 def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Put a `Dial` as plain values into words, by what each is about."""
-    chosen, of = values["chosen"], values["chosen"]["layers"].values()
     task, keep = ({at: Change(**one) for at, one in values[part].items()} for part in ("task", "keep"))
-    strength = f"{chosen['strength']:g} in all layers"
-    if chosen["weight"] is not None:
-        strength = f"one for each of {len(of)} layers, {min(of):.2f} to {max(of):.2f}, mean {chosen['strength']:.2f}"
+    strength = strength_of(values)
     if not task:
         return {"strength": strength, "chosen by": values["rule"], "measured on": "nothing: no data were given"}
     read = " of {} and {} that were read".format(*values["read"]) if values.get("read") else ""
@@ -154,12 +151,6 @@ def summary_of(values: Mapping[str, Any]) -> dict[str, str]:
         "measured on": "{} and {} other examples{}; ± is a 95 % interval".format(*values["examples"], read),
     }
     return rows | {f"note {i}": note for i, note in enumerate(values["notes"], 1)}
-
-
-def note_of(directory: Path) -> tuple[str, ...]:
-    """Return a note on the strength at which the dial wrote an adapter, in words; none of another."""
-    found = read_json(directory / RECORD_FILE) if is_as_written(directory, RECORD_FILE) else None
-    return () if found is None else (f"its strength is the dial's: {summary_of(found)['strength']}",)
 
 
 def write_dialed(
@@ -183,7 +174,7 @@ def write_dialed(
             write_json(fresh / CONFIG_FILE, config | {"alpha_pattern": to_patterns(alphas, config["lora_alpha"])})
         if found.curve:
             found.plot().savefig(fresh / PICTURE_FILE)
-        write_json(fresh / RECORD_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
+        write_json(fresh / DIAL_FILE, {"sha256": digests_of(fresh, [WEIGHTS_FILE])} | found.to_dict())
         (fresh / CARD_FILE).write_text(_card(trained, found), encoding="utf-8")
     return Path(path).expanduser().resolve()
 

@@ -17,11 +17,11 @@ from lora_init.adapters.peft_model import adapter_layers
 from lora_init.adapters.starts import changes_base
 from lora_init.collection.losses import token_losses
 from lora_init.errors import LoraInitError
+from lora_init.keep.dialed import UNIFORM, Change, Dial, Point
+from lora_init.keep.replay import replayed
 from lora_init.layers.masks import IGNORED, shifts_labels
 from lora_init.layers.running import call_model, evaluating, on_device_of
 from lora_init.loading.batches import as_batches
-from lora_init.serving.dialed import UNIFORM, Change, Dial, Point
-from lora_init.serving.replay import replayed
 from lora_init.serving.trained import OTHER_UPDATES
 
 if TYPE_CHECKING:
