@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import rates, starts, trade_off
+from benchmarks.size_of_a import Run
 from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import Effect, effects
 from lora_init.comparison.findings import equal_loss, judged_losses, verdicts
@@ -383,6 +384,21 @@ def best_run(study: str, start: str) -> tuple[float, float]:
 def rule(of_all: bool = True) -> tuple[float, float, float]:
     """Return the shares of pairs for which the rule is within a factor of 2 and of 1.5, and the rms factor."""
     return rates.judged(rates.errors(of_all=of_all))
+
+
+def sized(model: str, start: str, size: str = "1", x: float = 1.0, at: float | None = None) -> tuple[float, float]:
+    """Return how far runs of `benchmarks.size_of_a` end above `eva` as it is by default, on each of their two tasks."""
+    asked = [Run(model, task, start, size, x=x, at=at) for task in ("openbookqa", "piqa")]
+    ours = [Run(model, task, "eva") for task in ("openbookqa", "piqa")]
+    one, two = (100.0 * (_final(run) / _final(own) - 1.0) for run, own in zip(asked, ours, strict=True))
+    return one, two
+
+
+@cache
+def _final(run: Run) -> float:
+    file = ROOT / "benchmarks" / "results" / "size_of_a" / "runs.jsonl"
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return float(next(row["loss"][-1] for row in rows if run.is_in(row)))
 
 
 def rule_pairs(of_all: bool = True) -> int:
