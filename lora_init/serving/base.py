@@ -102,7 +102,8 @@ def read_base(source: str, trained: Trained) -> Base:
             return base
         problem = problem or f"the adapter's layer {layer!r} is not in {type(made).__name__} {source!r} with its widths"
     problem = problem or f"{source!r} is of a class that transformers does not know"
-    raise LoraInitError(f"{problem}. `lora-init inspect ADAPTER --base MODEL` tells what does not fit.")
+    remedy = "Load it with PEFT, which brings older names into the model's form, and save it again."
+    raise LoraInitError(f"{problem}. Is it the base that it was trained on (base=)? {remedy}")
 
 
 def _warn_of_another(trained: Trained, base: Base) -> None:

@@ -233,6 +233,8 @@ class _Fit:
         axis = None if match is None else {"A": 0, "B": 1}.get(match["part"][-1])
         if axis is not None and len(shape) == len(wanted):
             wanted[axis] = self._rank_of(layer, shape[axis], wanted[axis] // self.rank)
+        if match is None and self.adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+            wanted[:1] = shape[:1]  # a head has as many labels as the adapter was trained for
         other = [i for i, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
         tokens = self.base.config.vocab_size if layer.removesuffix(".base_layer") in self.base.embeddings else None
         if [*shape] == wanted:
