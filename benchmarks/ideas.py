@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_init.adapters.build import build_adapter
-from lora_init.adapters.initializers import as_large_as_eva, energy, random_orthonormal
+from lora_init.adapters.initializers import energy, random_orthonormal, with_energy
 from lora_init.collection.collect import collect
 from lora_init.comparison import workbench
 from lora_init.comparison.compare import compare
@@ -77,7 +77,7 @@ def sized(stats: Statistics, layer: str, rows: Tensor, size: str) -> Tensor:
     """Scale the rows of a layer as `size` says."""
     spectrum = stats[layer]
     if size == "energy":
-        return as_large_as_eva(spectrum, rows)
+        return with_energy(spectrum, rows, energy(spectrum, spectrum.components[: len(rows)]))
     if size == "constant":
         return rows * math.sqrt(len(rows) / energy(spectrum, rows))
     if size == "white":

@@ -65,7 +65,7 @@ def main() -> None:
     # The plan goes to `lora-init init --ranks plan.json`, to `build_adapter(stats, plan)`, or into another tool.
     path = save_plan(plan, arguments.output / "plan.json")
     adapter = lora_init.build_adapter(stats, load_plan(path))
-    (arguments.output / "axolotl.yaml").write_text(snippet(plan, "axolotl", lora_alpha=4 * plan.rank), encoding="utf-8")
+    (arguments.output / "axolotl.yaml").write_text(snippet(plan, "axolotl", lora_alpha=2 * plan.rank), encoding="utf-8")
     picture = save_picture(plan, stats, arguments.output / "plan.html")
     print(f"an adapter of {adapter.n_parameters():,} parameters; {path}; {picture}")
 

@@ -68,20 +68,20 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     This keeps the size of `eva`, layer by layer, and leaves the directions to chance.
     """
     check_rank(spectrum, rank)
-    return _with_energy(spectrum, kaiming(rank, spectrum.components.shape[1], generator), _of_unit_rows(spectrum, rank))
+    return with_energy(spectrum, kaiming(rank, spectrum.components.shape[1], generator), _of_unit_rows(spectrum, rank))
 
 
 def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
     """Multiply A [r, d_in] by the number with which A x has the energy that it has on average with `random`."""
     of_random = len(a) / (3 * a.shape[1]) * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
-    return _with_energy(spectrum, a, of_random)
+    return with_energy(spectrum, a, of_random)
 
 
 def _of_unit_rows(spectrum: Spectrum, rank: int) -> float:
     return energy(spectrum, spectrum.components[:rank])
 
 
-def _with_energy(spectrum: Spectrum, a: Tensor, wanted: float) -> Tensor:
+def with_energy(spectrum: Spectrum, a: Tensor, wanted: float) -> Tensor:
     """Multiply A by the number that gives it this `energy`; by 1 where it has none, or none is wanted."""
     own = energy(spectrum, a)
     return a * math.sqrt(wanted / own) if own > 0.0 and wanted > 0.0 else a
