@@ -281,8 +281,7 @@ class AdapterInit:
         elif self.corrects_base:
             correct_outputs(model, self.weights, self.scaling)
         if self.freeze_a:
-            for name, parameter in adapted.named_parameters():  # PEFT has no setting for it
-                parameter.requires_grad &= ".lora_A." not in name
+            freeze_a(adapted)
         result: PeftModel = adapted
         return result
 
@@ -445,6 +444,12 @@ directory = {directory!r}  # where this file is
 
 {self.how_to_train}
 """
+
+
+def freeze_a(adapted: nn.Module) -> None:
+    """Keep every A as it is in training, for which PEFT has no setting."""
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad &= ".lora_A." not in name
 
 
 def check_correctable(model: nn.Module, names: Iterable[str]) -> None:

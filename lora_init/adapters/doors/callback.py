@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.adapter_init import AdapterInit, freeze_a
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
@@ -113,6 +113,8 @@ class Filled(InPlace):
         """Put the layers back and fill them."""
         self.restore()
         fill_in_place(self.given, init)
+        if init.freeze_a:
+            freeze_a(self.given)
         return self.given
 
 
