@@ -34,7 +34,7 @@ TOPICS = {
     ),
     "results": (
         "Statistics", "Provenance", "Spectrum", "GradientSpectrum", "RankAllocation", "AdapterInit", "LearningRate",
-        "QuantizationErrors", "QuantisationErrors",
+        "QuantizationErrors",
     ),
     "keeping what the model knew": ("dial", "Dial", "replay"),
     "serving": (

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.adapters.measured_rate import learning_rate as learning_rate
     from lora_init.adapters.peft_eva import get_eva_state_dict as get_eva_state_dict
     from lora_init.adapters.peft_eva import initialize_lora_eva_weights as initialize_lora_eva_weights
-    from lora_init.adapters.quantized import QuantisationErrors as QuantisationErrors
     from lora_init.adapters.quantized import QuantizationErrors as QuantizationErrors
     from lora_init.adapters.starts import Start as Start
     from lora_init.adapters.step_size import find_step_size as find_step_size

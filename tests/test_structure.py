@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lora_init
 from lora_init.adapters.starts import FROM_BANK, compared_names
 
 PACKAGE = Path(__file__).parent.parent / "lora_init"
@@ -153,3 +154,18 @@ def test_the_wording_of_a_message_is_pinned_by_one_test():
                     pinned.setdefault(text, set()).add(f"{file.name}::{test.name}")
     assert len(pinned) > 50
     assert {text: tests for text, tests in pinned.items() if len(tests) > 1} == {}
+
+
+# More than eight parameters, still: no others, and none of these gets more. Commands have one for each option.
+MANY = {"start_from_bank": 12, "set_up": 11, "add_entry": 10, "open_reader": 10, "train": 9}
+
+
+def test_functions_below_the_public_ones_have_at_most_eight_parameters():
+    found = {}
+    for file in (file for file in FILES if not file.startswith("cli/")):
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.FunctionDef) and node.name not in lora_init.__all__:
+                taken = [*node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+                n = len([one for one in taken if one is not None and one.arg not in ("self", "cls")])
+                found |= {node.name: n} if n > 8 else {}
+    assert found == MANY

@@ -149,9 +149,6 @@ class QuantizationErrors(Mapping[str, Tensor]):
         return found
 
 
-QuantisationErrors = QuantizationErrors  # its name before
-
-
 @torch.no_grad()
 def read_product(module: Any, target: Target, dtype: torch.dtype, where: str) -> Tensor:
     """Read the matrix that a layer multiplies by, float32 [d_out, d_in]; `dtype` is the type of what it reads.

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
-_READABLE = (1, FORMAT_VERSION)  # 1 had no gradients
 _BY_GRADIENT = " by gradient"  # follows the name of a layer in the names of its tensors
 
 
@@ -353,9 +352,9 @@ class Statistics(Mapping[str, Spectrum]):
         Raises:
             LoraInitError: Not such a file; truncated, changed since it was written, or of a newer version.
         """
-        file = TensorFile(path, FORMAT, *_READABLE)
+        file = TensorFile(path, FORMAT, FORMAT_VERSION)
         with file.checking("its content"):
-            header = {"gradients": {}, "sizes": {}, **file.header}
+            header = {"sizes": {}, **file.header}
             groups = header["groups"]
             shares = {name: group["held_out"] for name, group in groups.items()}
             statistics = cls(

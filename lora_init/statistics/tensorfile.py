@@ -41,7 +41,7 @@ class TensorFile:
     The file stays mapped: another file renamed over it does not reach this object.
     """
 
-    def __init__(self, path: str | Path, kind: str, *versions: int) -> None:
+    def __init__(self, path: str | Path, kind: str, version: int) -> None:
         self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise LoraInitError(f"{self.path} is not a file. Give the path of a {kind} file.")
@@ -51,14 +51,13 @@ class TensorFile:
             metadata = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise LoraInitError(f"{self.path} is not a whole safetensors file ({error}). Make it again.") from error
-        found, version = metadata.get("format"), metadata.get("version")
+        found, its = metadata.get("format"), metadata.get("version")
         if found != kind:
             raise LoraInitError(f"{self.path} is of format {found!r}, expected {kind!r}. Give another file.")
-        readable = [str(number) for number in versions]
-        if version not in readable:
+        if its != str(version):
             raise LoraInitError(
-                f"{self.path} has version {version!r} of its format, this lora_init reads {' and '.join(readable)}. "
-                "Update lora_init, or make the file again."
+                f"{self.path} has version {its!r} of its format, this lora_init reads {version}. Update lora_init, or "
+                "make the file again."
             )
         text = metadata.get("header", "")
         if _sha256(text.encode()) != metadata.get("sha256"):
