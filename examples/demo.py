@@ -52,7 +52,7 @@ def main() -> None:
     rates = {name: rate for name, (*_, rate) in trained.items()}
     show(curves, rates)
     print(f"The adapter before training lies in {Path(args.output).resolve()}")
-    kept = dial(data.with_name(HELD_OUT), f"{args.output}-trained", f"{args.output}-kept", max(args.samples // 10, 12))
+    kept = dial(data.with_name(HELD_OUT), f"{args.output}-trained", f"{args.output}-kept", max(args.samples // 10, 36))
     served = serve(model, f"{args.output}-kept", f"{args.output}-served")
     seconds = time.perf_counter() - start
     facts = dict(command=command, seconds=seconds, samples=args.samples, steps=args.steps, rates=rates)

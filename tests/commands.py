@@ -37,4 +37,4 @@ def assert_one_line_error(result, *parts, code=1):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert result.stdout == ""
     for part in parts:
-        assert part in lines[0]
+        assert part in lines[0], lines[0]

@@ -24,7 +24,8 @@ def tail(spectrum, rank, generator):
     return torch.linalg.qr(outside.T).Q.T.float()
 
 
-TAIL = Start("tail", "random orthonormal directions outside those of the data", function=tail)
+# matched: the rows keep their length; other starts are scaled until A x is as large as random's.
+TAIL = Start("tail", "random orthonormal directions outside those of the data", function=tail, matched=True)
 
 
 def spread(ratios, widths):

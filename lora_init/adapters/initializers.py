@@ -72,9 +72,13 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
 
 
 def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
-    """Multiply A [r, d_in] by the number with which A x has the energy that it has on average with `random`."""
+    """Multiply A [r, d_in] by the number with which A x has the energy that it has on average with `random`.
+
+    A in directions of next to no variance would become too long for that: its norm is at most ten times `random`'s.
+    """
     of_random = len(a) / (3 * a.shape[1]) * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
-    return with_energy(spectrum, a, of_random)
+    sized, most = with_energy(spectrum, a, of_random), _LONGEST * math.sqrt(len(a) / 3)
+    return sized * min(1.0, most / float(sized.norm())) if bool(sized.any()) else sized
 
 
 def _of_unit_rows(spectrum: Spectrum, rank: int) -> float:
@@ -156,6 +160,7 @@ def random_orthonormal(n_rows: int, against: Tensor, generator: torch.Generator)
     return cleaned.float()
 
 
+_LONGEST = 10.0  # times random's norm
 # Directions beyond the rank in the search for the leading ones.
 _OVERSAMPLED = 16
 # Share of the mean of a second moment that is added to it before it is inverted.

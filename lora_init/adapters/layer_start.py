@@ -69,7 +69,8 @@ def layer_start(
     made = [_called(start, LayerToStart(target, stats, part, spectrum, **known)) for part, spectrum in parts]
     if start.b_is_zero and not (start.matched or unit_rows):
         made = [
-            own._replace(a=as_large_as_random(spectrum, own.a)) for own, (_, spectrum) in zip(made, parts, strict=True)
+            LoraWeights(as_large_as_random(spectrum, own.a), own.b)
+            for own, (_, spectrum) in zip(made, parts, strict=True)
         ]
     shape_a, shape_b = target.shapes(known["rank"])
     a = torch.cat([part.a for part in made]).reshape(shape_a)

@@ -143,9 +143,10 @@ class ActivationHooks:
         if self._sink is None or goes_backward() or not isinstance(output, Tensor) or output.is_nested:
             return
         with torch.no_grad(), Precision().off():
-            y = output.detach() if self._patches[name] is None else output.detach().movedim(1, -1)
+            patches = self._patches[name]
+            y = output.detach() if patches is None else output.detach().movedim(-1 - len(patches.kernel), -1)
             bias = getattr(module, "bias", None)
-            tokens = self.masks.tokens(name, input_of(name, args, kwargs)) if self._patches[name] is None else None
+            tokens = self.masks.tokens(name, input_of(name, args, kwargs)) if patches is None else None
             self._sink.output(name, y if bias is None else y - bias, tokens)
 
     def _hand_on(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink) -> None:

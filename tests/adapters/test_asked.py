@@ -21,7 +21,7 @@ from lora_init import LoraInitError, initialize
 from lora_init.cli.app import app
 
 print(inspect.signature(initialize).parameters["two_sided"])
-print(*[line for line in CliRunner().invoke(app, ["init", "--help"]).stdout.splitlines() if "two-sided" in line])
+print(*[line for line in CliRunner().invoke(app, ["init", "--help-all"]).stdout.splitlines() if "two-sided" in line])
 for wrong in ({"two_sides": True}, {"two_sided": True}):
     try:
         initialize(torch.nn.Linear(2, 2), **wrong)

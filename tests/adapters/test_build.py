@@ -13,7 +13,9 @@ import lora_init
 from lora_init import LoraInitError, build_adapter, collect
 from lora_init.adapters.asked import Shape
 from lora_init.adapters.build import buildable_start, check_adapter_options, rank_with_frozen_a
+from lora_init.adapters.initializers import as_large_as_random
 from lora_init.planning.allocate import allocate_ranks
+from lora_init.statistics.spectrum import Spectrum
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics
 from tests.conftest import MODELS, batches_for, tiny_llama
 
@@ -48,6 +50,13 @@ def test_a_lets_as_much_through_in_each_layer_as_random_does(method, center):
     for own in unit.weights.values():
         assert torch.allclose(own.a @ own.a.T, torch.eye(4), atol=1e-5)
     assert unit.unit_rows and not build_adapter(stats, 4, method).unit_rows
+
+
+def test_a_in_directions_without_variance_stays_of_a_bounded_length():
+    flat = Spectrum(torch.eye(6)[:2], torch.tensor([4.0, 1.0]).double(), 5.0 + 1e-12, torch.zeros(6), 50)
+    sized = as_large_as_random(flat, torch.eye(6)[4:])  # the data has next to nothing there
+    assert float(sized.norm()) == pytest.approx(10 * (2 / 3) ** 0.5, rel=1e-4)
+    assert torch.equal(as_large_as_random(flat, torch.zeros(2, 6)), torch.zeros(2, 6))
 
 
 def test_starts_with_a_size_of_their_own_keep_it():

@@ -126,7 +126,7 @@ def test_another_base_is_one_line(bank, adapters, home, tmp_path):
     assert_one_line_error(done, "holds adapters of LlamaForCausalLM", "is another model")
     save_model(tiny_llama(num_hidden_layers=1), tmp_path / "short")
     done = add(tmp_path / "new", adapters / "task 0", home, "--name", "x", "--model", tmp_path / "short")
-    assert_one_line_error(done, "layer 'model.layers.1.", "no linear layer or embedding of")
+    assert_one_line_error(done, "layer 'model.layers.1.", "is not in LlamaForCausalLM")
 
 
 def test_a_sentence_encoder(home, adapters, tmp_path):

@@ -110,7 +110,7 @@ def test_classes_of_layers_that_give_no_gradients_start_from_what_these_read(hom
         made = run(*words, "--rank", 2, "-o", tmp_path / "out")
         assert made.exit_code == 0, made.output
         assert "warning: no gradients here. So the start is eva, from what the layers read." in made.stderr
-        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["lora_alpha"] == 8
+        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["lora_alpha"] == 4
         asked = run(*words, "--rank", 2, "-o", tmp_path / "asked", "--method", "natural-gradient")
         assert asked.exit_code == 1 and asked.stderr.endswith("error: no gradients here.\n")
 
@@ -175,7 +175,7 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
 
 
 def test_the_adapter_starts_in_the_directions_of_the_data(command, home, tmp_path):
-    assert run(*command, "--statistics", tmp_path / "s.safetensors").exit_code == 0
+    assert run(*command, "--unit-rows", "--statistics", tmp_path / "s.safetensors").exit_code == 0
     stats = lora_init.Statistics.load(tmp_path / "s.safetensors")
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     name = "model.layers.0.mlp.down_proj"
@@ -276,7 +276,7 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     assert said["classes"] == sorted(WORDS[:19]) and "id2label={0: " in said["load"]
     loaded = load_model(str(tmp_path / "model"), task_type="SEQ_CLS", seed=3, n_labels=n_classes)
     batches = load_batches(home / "rows.jsonl", loaded.tokenizer, template="{passage}", label="question", seed=3)
-    stats = collect(loaded.model, batches, rank=2, rho=1, seed=3, gradients=True, task_type="SEQ_CLS")
+    stats = collect(loaded.model, batches, rank=2, seed=3, gradients=True, task_type="SEQ_CLS")
     expected = build_adapter(stats, 2, "natural-gradient", seed=3)
     tensors = load_file(out / "adapter_model.safetensors")
     for name, (a, _) in expected.weights.items():
@@ -410,7 +410,7 @@ def test_without_data_a_file_serves_another_rank(command, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--rank", "8"], ["rank=8", "Collect again"]),
+        (["--rank", "9"], ["--rank 9 lets a layer have rank 9", "Collect again"]),
         (["--target-modules", "q_proj"], ["0 are missing, 12 too many"]),
         (["--method", "eva-grad"], ["have no gradients. Collect them with --gradients, from data"]),
         (["--method", "lora-one"], ["by the loss on examples, and DATA is missing"]),
@@ -487,7 +487,7 @@ def test_statistics_of_another_model_are_refused(command, home, tmp_path):
         result = run("init", tmp_path / "other", home / "text.txt", *arguments, *command[5:], *options)
         assert_one_line_error(result, f"{file} was made from another model", "Name another file.")
         assert "overwrite" not in result.stderr and file.read_bytes() == before
-    assert_one_line_error(run("init", tmp_path / "other", *arguments), "was made from another model")
+    assert_one_line_error(run("init", tmp_path / "other", *arguments, "--rank", 4), "was made from another model")
 
 
 def interrupt_at(batch, monkeypatch):

@@ -13,7 +13,7 @@ PROGRAM = """
 import sys, torch, lora_init
 from tests.conftest import batches_for, tiny_llama
 model, batches = tiny_llama(), batches_for("llama")
-stats = lora_init.collect(model, batches, rank=3, rho=1.0)
+stats = lora_init.collect(model, batches, rank=3)
 adapted = lora_init.initialize(model, batches, rank=3, rho=1.0, method="tail")
 a = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj.lora_A.default").weight.detach()
 print("OUTSIDE", float((a @ stats["model.layers.1.mlp.down_proj"].components.T).abs().max()) < 1e-5)

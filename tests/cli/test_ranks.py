@@ -52,7 +52,7 @@ def test_each_row_of_a_comparison_shows_how_many_more_parameters_it_has(file):
     shown = run(file, "--rank", 2, "--rho", 2, "--compare", "uniform", "--compare", "rank=4,policy=uniform").stdout
     asked = (dict(rank=2), dict(rank=2, policy="uniform"), dict(rank=4, policy="uniform"))
     first, *others = (allocate_ranks(Statistics.load(file), rho=2.0, **one).parameters for one in asked)
-    heads, *rows = shown.splitlines()
+    heads, *rows, _ = shown.splitlines()
     assert "to first" in heads
     for row, parameters in zip(rows, [first, *others], strict=True):
         assert f" {parameters / first - 1:+.1%} " in row
@@ -87,7 +87,8 @@ def test_it_prints_the_plan(file):
         f"variance explained, mean {plan.explained_variance:.1%}",
     ):  # fmt: skip
         assert part in words, part
-    assert text.splitlines()[-1].startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang,")
+    assert text.splitlines()[-2].startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang,")
+    assert text.splitlines()[-1].startswith("Next: lora-init init MODEL --statistics")
     assert ", SGLang, llama.cpp, Ollama, TGI and LoRAX take" in run(file, "--rank", 8, "--rho", 1).stdout
 
 
@@ -95,9 +96,15 @@ def test_it_compares(file):
     lines = run(
         file, "--rank", 4, "--compare", "uniform", "--compare", "parameters=3k,policy=cost-aware"
     ).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["plan", "rank=4", "uniform", "parameters=3k,policy=cost-aware"]
+    assert [line.split()[0] for line in lines] == [
+        "plan",
+        "rank=4",
+        "uniform",
+        "parameters=3k,policy=cost-aware",
+        "Next:",
+    ]
     plan = allocate_ranks(Statistics.load(file), rank=4)
-    assert lines[1].split()[4] == f"{plan.parameters:,}" and lines[1].split()[6] == f"{plan.explained_variance:.2%}"
+    assert lines[1].split()[4] == f"{plan.parameters:,}" and lines[1].split()[7] == f"{plan.explained_variance:.2%}"
     rows = json.loads(run(file, "--rank", 4, "--compare", "uniform", "--json").stdout)
     assert [row["policy"] for row in rows] == ["eva", "uniform"]
     assert {layer["rank"] for layer in rows[1]["layers"].values()} == {4}

@@ -439,7 +439,7 @@ def test_random_is_always_among_the_starts(home, tmp_path):
 def test_a_dry_run_writes_nothing(home, tmp_path):
     found = compare(home, tmp_path / "out", dry_run=True, lora_alpha=None)
     assert not (tmp_path / "out").exists()
-    assert [run.learning_rate for run in found.planned] == ([1e-3] * 3 + [1e-2] * 3) * 2
+    assert [run.learning_rate for run in found.planned] == ([1e-3] * 2 + [1e-2] * 2) * 2
     assert found.records == []
     compare(home, tmp_path / "out")
     done = compare(home, tmp_path / "out", dry_run=True)

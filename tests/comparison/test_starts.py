@@ -196,7 +196,7 @@ def test_full_fine_tuning_trains_the_model_itself_in_float32():
     prepared.release()
     assert_same(before, snapshot(case.model))
     with pytest.raises(LoraInitError, match="start 'full' has no adapter"):
-        case.prepare("full+equal-parameters")
+        case.prepare("full+32-alpha")
 
 
 @pytest.mark.parametrize("start", FROZEN)

@@ -459,7 +459,7 @@ def test_more_in_one_layer_than_was_collected_is_an_error_only_if_it_matters():
         (dict(policy=lambda n, s: [1, 2]), r"shape \(2,\), 2 of them finite. Expected finite ones of shape \(4,\)"),
         (dict(policy=lambda n, s: "no"), "layer 'h.0.up': the policy raised ValueError: could not"),
         (dict(policy=lambda s: 1), r"takes \(s\), and is called with \(name, spectrum\)"),
-        (dict(min_rank=3, max_rank=2), r"a layer has no possible rank: 'h.0.up' \(min_rank=3, max_rank=2; at most 4\)"),
+        (dict(min_rank=3, max_rank=2), r"min_rank=3 is above max_rank=2. Lower it"),
         (dict(min_rank=6), r"no possible rank: 'h.0.up' \(min_rank=6; at most 4\).* the components collected"),
         (dict(rank=2, rho=1, min_rank=3), r"\(min_rank=3; at most 2\).* rho x average rank allow. Relax"),
         (dict(min_rank=3, rank=2), "min_rank binds: .* 3 layers, cost 9 ranks, 3 more than rank=2 gives"),

@@ -45,7 +45,7 @@ class StartCallback(TrainerCallback):
 
     Example:
         >>> from lora_init import StartCallback
-        >>> StartCallback(sample=64)
+        >>> StartCallback(sample=64)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         lora_init.errors.LoraInitError: StartCallback() has no argument sample=. Did you mean samples? ...
     """
