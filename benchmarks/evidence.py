@@ -1,7 +1,7 @@
 """Everything that is made from committed runs, made again: `python -m benchmarks.evidence`.
 
 For each study in `results/`: its runs in one file, `runs.jsonl`, its report and the report's pictures. And the
-pictures of several studies, `starts.png`, `trade_off.svg` and `dial.svg`, and the figures in our pages
+pictures of several studies, `starts.svg`, `trade_off.svg` and `dial.svg`, and the figures in our pages
 (`benchmarks.figures`).
 """
 

@@ -1,7 +1,7 @@
 """Fourteen starts on five tasks, one table and one picture from all runs: `python -m benchmarks.starts`.
 
 Every number is relative, so that tasks can stand side by side: 100 x (loss / loss to compare with - 1), in per cent.
-Prints Markdown and writes `results/starts.png`.
+Prints Markdown and writes `results/starts.svg`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> None:
             untuned.append(f"{min(values):.1f} to {max(values):.1f}" if known else "–")
         rows.append([start, *(found.get(start, "–") for found in differences.values()), *untuned])
     print(table(["start", *tasks, *(f"lost at {rate_text(rate)}" for rate in UNTUNED)], rows))
-    draw(tasks, RESULTS / "starts.png")
+    draw(tasks, RESULTS / "starts.svg")
 
 
 if __name__ == "__main__":
