@@ -64,14 +64,14 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
     }
     for name, (words, method) in cases.items():
         out = tmp_path / name
-        made = run("init", *words, "--rank", 2, "--steps", 40, "-o", out)
+        made = run("init", *words, "--rank", 2, "--steps", 50, "-o", out)
         assert made.exit_code == 0, made.output
         config, origin = (json.loads((out / file).read_text()) for file in ("adapter_config.json", "lora_init.json"))
         assert (origin["method"], config["lora_alpha"], config["rank_pattern"]) == (method, 4, {})
         assert "rank 2 in " in made.stdout
         rate = origin["recommended"].pop("learning_rate")
         assert origin["recommended"] == {"warmup": 0.1, "schedule": "cosine", "optimizer": "AdamW"} and 1e-5 < rate < 1
-        line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 40 steps."
+        line = f"Train with AdamW at {rate_text(rate)}, warm-up 10%, cosine, for 50 steps."
         inspected = " ".join(run("inspect", out).stdout.split())
         assert line in made.stdout and line in (out / "README.md").read_text() and line in inspected
         assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
