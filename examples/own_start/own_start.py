@@ -24,7 +24,7 @@ def tail(spectrum, rank, generator):
     return torch.linalg.qr(outside.T).Q.T.float()
 
 
-# matched: the rows keep their length; other starts are scaled until A x is as large as random's.
+# matched: the rows keep their length
 TAIL = Start("tail", "random orthonormal directions outside those of the data", function=tail, matched=True)
 
 
