@@ -46,7 +46,7 @@ def torchrun(*arguments, cwd=None):
         [*command, *arguments], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        out, err = running.communicate(timeout=120)
+        out, err = running.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         running.send_signal(signal.SIGTERM)  # which the launcher passes on, then it kills
         running.communicate(timeout=60)
