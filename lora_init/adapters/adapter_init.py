@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +199,7 @@ class AdapterInit:
         """Whether the model's output is another one with this adapter, before any training."""
         return self.start.changes_output
 
-    @property
+    @cached_property
     def rate(self) -> LearningRate | None:
         """The learning rate that the pass over the data tells; None if it did not measure sizes, and with DoRA."""
         if not self.responses or self.use_dora:

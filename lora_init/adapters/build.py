@@ -168,18 +168,9 @@ def build_adapter(
     for name, r in plan.items():
         error = error_of(stats.targets[name], start, errors)
         weights[name] = layer_start(
-            start,
-            stats,
-            name,
-            gamma,
-            rank=r,
-            scaling=scaling,
-            whiten=whiten,
-            seed=seed,
-            error=error,
+            start, stats, name, gamma, unit_rows, rank=r, scaling=scaling, whiten=whiten, seed=seed, error=error,
             model=model,
-            unit_rows=unit_rows,
-        )
+        )  # fmt: skip
         if error is not None:
             seen[name] = error_before_and_after(stats[name], error, weights[name], scaling)
             squares += float(error.norm()) ** 2

@@ -68,7 +68,8 @@ def random_scaled(spectrum: Spectrum, rank: int, generator: torch.Generator) -> 
     This keeps the size of `eva`, layer by layer, and leaves the directions to chance.
     """
     check_rank(spectrum, rank)
-    return with_energy(spectrum, kaiming(rank, spectrum.components.shape[1], generator), _of_unit_rows(spectrum, rank))
+    of_unit_rows = energy(spectrum, spectrum.components[:rank])
+    return with_energy(spectrum, kaiming(rank, spectrum.components.shape[1], generator), of_unit_rows)
 
 
 def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
@@ -79,10 +80,6 @@ def as_large_as_random(spectrum: Spectrum, a: Tensor) -> Tensor:
     of_random = len(a) / (3 * a.shape[1]) * (spectrum.total_variance + float(spectrum.mean.double().square().sum()))
     sized, most = with_energy(spectrum, a, of_random), _LONGEST * math.sqrt(len(a) / 3)
     return sized * min(1.0, most / float(sized.norm())) if bool(sized.any()) else sized
-
-
-def _of_unit_rows(spectrum: Spectrum, rank: int) -> float:
-    return energy(spectrum, spectrum.components[:rank])
 
 
 def with_energy(spectrum: Spectrum, a: Tensor, wanted: float) -> Tensor:
