@@ -17,8 +17,6 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
     from lora_init.adapters.adapter_init import correct_base as correct_base
     from lora_init.adapters.build import build_adapter as build_adapter
-    from lora_init.adapters.doors.axolotl import axolotl as axolotl
-    from lora_init.adapters.doors.callback import StartCallback as StartCallback
     from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders
     from lora_init.adapters.intruders import intruder_dimensions as intruder_dimensions
@@ -59,6 +57,8 @@ if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on
     from lora_init.statistics.spectrum import principal_angles as principal_angles
     from lora_init.statistics.statistics import Provenance as Provenance
     from lora_init.statistics.statistics import Statistics as Statistics
+    from lora_init.training.axolotl import axolotl as axolotl
+    from lora_init.training.callback import StartCallback as StartCallback
 else:
     _imports = next(node for node in _parse(__loader__.get_source(__name__)).body if isinstance(node, _If))
     _HOMES = {alias.name: node.module for node in _imports.body for alias in node.names}

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "bank": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving"},
     "comparison": {"layers", "loading", "statistics", "collection", "planning", "adapters", "serving", "keep", "bank"},
 }
+MAY_IMPORT["training"] = {*MAY_IMPORT} - {"bank", "comparison"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 ROOT_FILES = {"__init__", "__main__", "errors", "files", "packages", "private_parts"}
 KNOW_PEFT = {"adapters", "serving", "keep", "comparison"}

@@ -1,15 +1,18 @@
-"""StartCallback: the adapter of a trainer that another tool makes starts when training begins, in place."""
+"""StartCallback: the adapter of a trainer that another tool makes is started, trained beside texts, and dialed."""
 
 import copy
 
 import pytest
 import torch
-from peft import LoKrConfig, LoraConfig, get_peft_model
+from peft import LoKrConfig, LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.errors import LoraInitError
+from lora_init.keep.replay import replayed
+from tests.commands import save_model
 from tests.conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ", "ignore:.*say little about the data")
@@ -26,19 +29,21 @@ def model(**settings):
     return get_peft_model(tiny_llama(), LoraConfig(**config))
 
 
-def trainer(tmp_path, adapted, *callbacks, data=None, **more):
+def trainer(tmp_path, adapted, *callbacks, data=None, eval_dataset=None, processing_class=None, **more):
     settings = dict(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", save_strategy="no",
         use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
     )  # fmt: skip
     arguments = TrainingArguments(**settings | more)
-    return Trainer(adapted, arguments, train_dataset=rows() if data is None else data, callbacks=[*callbacks])
+    given = dict(eval_dataset=eval_dataset, processing_class=processing_class, callbacks=[*callbacks])
+    return Trainer(adapted, arguments, train_dataset=rows() if data is None else data, **given)
 
 
 class Watch(lora_init.StartCallback):
     """Note the adapter as it is when the first step begins, and whose parameters the optimizer has."""
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **rest):
+        super().on_step_begin(args, state, control, model)
         if not hasattr(self, "begun"):
             self.begun = {name: value.clone() for name, value in adapter_of(model).items()}
             held = {id(one) for group in optimizer.param_groups for one in group["params"]}
@@ -120,6 +125,7 @@ def started():
     return lora_init.initialize(tiny_llama(), [{"input_ids": rows()[0]["input_ids"][None]}] * 4, rank=4, rho=1)
 
 
+EVALUATED = dict(eval_strategy="epoch", eval_dataset=rows())
 WRONG = {
     "no adapter": (tiny_llama, {}, {}, "needs a PeftModel with LoRA, and the trainer has a LlamaForCausalLM"),
     "another kind": (
@@ -140,6 +146,10 @@ WRONG = {
     "ranks that move": (model, dict(rho=2), {}, "rho=2: the adapter on PeftModelForCausalLM keeps the rank"),
     "another rank": (model, dict(rank=8), {}, "rank=8: the adapter on the model decides that and says 4"),
     "a start that changes the base": (model, dict(method="lora-ga"), {}, "saves the adapter without them"),
+    "replay without a tokenizer": (model, dict(replay=0.125), {}, "replay needs a tokenizer"),
+    "replay in fp16": (model, dict(replay=0.125), dict(fp16=True), "which fp16, DeepSpeed and FSDP hold in forms of"),
+    "a dial without held-out data": (model, dict(dial=True), {}, "dial needs an eval data set, and eval_strategy"),
+    "a dial of DoRA": (lambda: model(use_dora=True), dict(dial=True), EVALUATED, "has use_dora, which has no strength"),
     "a stream": (model, {}, dict(data=Stream()), "the data are a stream (Stream), of which training would miss"),
 }
 
@@ -161,6 +171,9 @@ def test_what_cannot_be_started_is_one_line_and_stays_as_it_was(tmp_path, case):
     ({"method": "evva"}, "Did you mean eva?"),
     ({"learning_rate": 1e-3}, "learning_rate=0.001: 'measured' is expected"),
     ({"samples": 0}, "samples=0: a number of examples"),
+    ({"replay": 8}, "replay=8: a share from 0 to 1 is expected"),
+    ({"replay": True}, "replay=True: a share from 0 to 1"),
+    ({"dial": "yes"}, "dial='yes': true or false"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_when_the_callback_is_made(options, expected):
     with pytest.raises(LoraInitError) as caught:
@@ -186,4 +199,89 @@ def test_the_plugin_of_axolotl_hands_over_the_callback():
         plugin.pre_model_load(Config(lora_mlp_kernel=True, lora_o_kernel=True))
     with pytest.raises(LoraInitError, match=r"Did you mean samples\?"):
         plugin.pre_model_load(Config(lora_init={"sample": 8}))
-    assert plugin.get_input_args() == "lora_init.adapters.doors.axolotl.AxolotlArgs"
+    assert plugin.get_input_args() == "lora_init.training.axolotl.AxolotlArgs"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(save_model(tiny_llama(), tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.filterwarnings("ignore:the learning rate was measured for AdamW")
+def test_a_step_goes_by_all_examples_and_by_texts_weighed_a_quarter(tmp_path, tokenizer):
+    """A plain step of rate 1 over all of the data, in three parts: what it adds is the gradient."""
+    adapted, watch = model(), Watch(samples=8, replay=0.125)
+    settings = dict(per_device_train_batch_size=8, gradient_accumulation_steps=3, max_steps=1, max_grad_norm=0.0)
+    settings |= dict(optim="sgd", learning_rate=1.0, lr_scheduler_type="constant")
+    trainer(tmp_path, adapted, watch, processing_class=tokenizer, **settings).train()
+    expected = model()
+    (texts,) = replayed(expected, tokenizer, 3, 42, 3)
+    for name, value in adapter_of(expected).items():
+        value.copy_(watch.begun[name])
+    whole = {key: torch.stack([row[key] for row in rows()]) for key in rows()[0]}
+    (expected(**whole).loss + 0.25 * expected(**texts).loss).backward()
+    trained = adapter_of(adapted)
+    for name, parameter in expected.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(trained[name], parameter.detach() - parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Replays(lora_init.StartCallback):
+    """Count the texts of each step: the model is called on each batch of data, and once more where there are texts."""
+
+    def on_step_begin(self, args, state, control, model=None, **rest):
+        seen = []
+        hook = model.register_forward_pre_hook(lambda m, a, kw: seen.append(len(kw["labels"])), with_kwargs=True)
+        super().on_step_begin(args, state, control, model, **rest)
+        hook.remove()
+        self.counted = [*getattr(self, "counted", []), sum(seen)]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.125, [0, 1, 0]), (0.5, [2, 2, 2]), (0, [0, 0, 0])])
+def test_a_share_below_a_text_a_step_is_one_now_and_then(tmp_path, tokenizer, share, expected):
+    watch = Replays(samples=8, replay=share)
+    trainer(tmp_path, model(), watch, processing_class=tokenizer).train()
+    assert watch.counted == expected
+
+
+def test_a_resumed_run_replays_the_texts_to_come(tmp_path, tokenizer):
+    first, again = model(), model()
+    settings = dict(processing_class=tokenizer, max_steps=6)
+    trainer(tmp_path, first, lora_init.StartCallback(samples=8, replay=0.25), save_strategy="steps", save_steps=3,
+            **settings).train()  # fmt: skip
+    made = trainer(tmp_path, again, lora_init.StartCallback(samples=8, replay=0.25), **settings)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, value in adapter_of(first).items():
+        torch.testing.assert_close(adapter_of(again)[name], value)
+
+
+def test_the_adapter_is_dialed_on_held_out_batches_and_saved(tmp_path, tokenizer, capsys):
+    settings = dict(eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=4, processing_class=tokenizer)
+    settings |= dict(eval_dataset=rows(20, 9), save_strategy="steps", save_steps=3)
+    adapted = model()
+    trainer(tmp_path, adapted, lora_init.StartCallback(samples=8, dial=True), **settings).train()
+    as_trained = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    expected = model()
+    set_peft_model_state_dict(expected, as_trained)
+    held_out = [
+        {key: torch.stack([row[key] for row in rows(20, 9)[i : i + 4]]) for key in rows()[0]} for i in range(0, 20, 4)
+    ]
+    found = lora_init.dial(expected, held_out, tokenizer=tokenizer, seed=42)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name, value in adapter_of(expected).items():
+        torch.testing.assert_close(adapter_of(adapted)[name], value)
+        torch.testing.assert_close(saved[name.replace(".default", "")], value)
+    assert f"lora_init: dial, strength: {found.summary()['strength']}" in capsys.readouterr().err
+
+
+def test_what_cannot_be_dialed_at_the_end_stays_as_trained(tmp_path, tokenizer, capsys):
+    callback, adapted, plain = lora_init.StartCallback(samples=8, dial=True), model(), model()
+    settings = dict(eval_strategy="steps", eval_steps=3, eval_dataset=rows(4), processing_class=tokenizer)
+    made = trainer(tmp_path, adapted, callback, **settings)
+    made.train()
+    callback.on_train_end(made.args, made.state, made.control, adapted)  # as where evaluation never came
+    *_, too_few, nothing = capsys.readouterr().err.splitlines()
+    for said, reason in ((too_few, "1 batches have labels, and at least 3 are needed"), (nothing, "was evaluated")):
+        assert said.startswith("lora_init: not dialed, and the adapter is as trained: ") and reason in said
+    trainer(tmp_path, plain, lora_init.StartCallback(samples=8), **settings).train()
+    assert all(torch.equal(value, adapter_of(plain)[name]) for name, value in adapter_of(adapted).items())

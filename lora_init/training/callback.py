@@ -1,4 +1,4 @@
-"""The start of an adapter as a callback, for trainers that other tools make: axolotl, ms-swift, LLaMA-Factory."""
+"""Start, replay and dial as one callback, for trainers that other tools make: axolotl, ms-swift, LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,7 +22,12 @@ from lora_init.adapters.doors.carriers import InPlace, Wrapped
 from lora_init.adapters.doors.trainers import undisturbed
 from lora_init.adapters.peft_model import fill_in_place
 from lora_init.adapters.pipeline import adapter_for, choose_start
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, is_number
+from lora_init.keep.dial import check_dialable, dial
+from lora_init.keep.replay import replayed
+
+_MOST_TEXTS = 512  # that the base writes before training; training goes through them again and again
+_TEXT_WEIGHT = 2.0  # of a replayed text, in examples: one beside eight, weighed 0.25, was measured
 
 
 class StartCallback(TrainerCallback):
@@ -37,11 +43,16 @@ class StartCallback(TrainerCallback):
         samples: Number of examples to learn from.
         learning_rate: `"measured"` sets the trainer's to what the pass says for its steps. Without, a rate that is more
             than three times off is a warning.
+        replay: Texts of the base's own to train on beside each example, so that less is forgotten: 0.125 is one beside
+            eight. A text weighs as two examples. The losses that the trainer reports are those of its data alone.
+        dial: Choose how strongly each layer acts when training has ended, from the trainer's batches for evaluation, as
+            `lora_init.dial` does, and save the adapter to `output_dir`. Checkpoints stay as trained.
         **options: Other arguments of `initialize` that leave the form of the adapter alone, such as `token_mask`.
 
     Raises:
-        LoraInitError: An option is unknown; or when training begins, before a batch is read: there is no fresh LoRA
-            adapter, it was started in another way, or the options do not agree with its configuration.
+        LoraInitError: An option is unknown or out of range; or when training begins, before a batch is read: there is
+            no fresh LoRA adapter, it was started in another way, the options do not agree with its configuration, or
+            `replay` or `dial` lacks what it needs.
 
     Example:
         >>> from lora_init import StartCallback
@@ -51,13 +62,20 @@ class StartCallback(TrainerCallback):
     """
 
     def __init__(
-        self, method: str | None = None, samples: int = 512, learning_rate: str | None = None, **options: Any
-    ) -> None:
+        self, method: str | None = None, samples: int = 512, learning_rate: str | None = None, replay: float = 0.0,
+        dial: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         if not isinstance(samples, int) or samples < 1:
             raise LoraInitError(f"samples={samples!r}: a number of examples of at least 1 is needed.")
         if learning_rate not in (None, "measured"):
             raise LoraInitError(f"learning_rate={learning_rate!r}: 'measured' is expected, or none for the tool's own.")
-        self.measured = learning_rate is not None
+        if not is_number(replay) or not 0 <= replay <= 1:
+            raise LoraInitError(
+                f"replay={replay!r}: a share from 0 to 1 is expected; 0.125 is a text beside 8 examples."
+            )
+        if not isinstance(dial, bool):
+            raise LoraInitError(f"dial={dial!r}: true or false is expected.")
+        self.measured, self.replay, self.dial = learning_rate is not None, replay, dial
         self.asked, self.samples = Asked.by("StartCallback()", method, **options), samples
         self.start = choose_start(method, False)
 
@@ -65,11 +83,59 @@ class StartCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         train_dataloader: Any = None, **rest: Any,
     ) -> None:  # fmt: skip
-        """Start the adapter."""
-        if state.global_step:
+        """Start the adapter, unless the run is resumed; the base writes the texts to replay."""
+        resumed, tokenizer = bool(state.global_step), rest.get("processing_class")
+        carrier = None if resumed else Filled(model)
+        if self.dial:
+            _check_dial(args, model)
+        if self.replay:
+            _check_replay(args, tokenizer)
+            n = math.ceil(self._texts_until(args, state.max_steps))
+            self.texts = replayed(model, tokenizer, min(n, _MOST_TEXTS), args.seed, 1)
+            _say(state, f"{len(self.texts)} texts that the base has written are replayed.")
+        if carrier is None:
             _say(state, f"the run is resumed at step {state.global_step}, and its adapter is left alone.")
+        else:
+            self._start(carrier, args, state, train_dataloader, rest)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        """Begin the gradient of the step with that of its texts."""
+        if not self.replay:
             return
-        carrier = Filled(model)
+        first, end = (int(self._texts_until(args, step)) for step in (state.global_step, state.global_step + 1))
+        texts = [self.texts[i % len(self.texts)] for i in range(first + args.process_index, end, args.world_size)]
+        if texts:  # all of one length
+            batch = {key: torch.cat([text[key] for text in texts]).to(model.device) for key in texts[0]}
+            weight = _TEXT_WEIGHT * len(texts) * args.world_size / _examples(args)  # processes take a mean of theirs
+            (weight * model.train()(**batch).loss).backward()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        eval_dataloader: Any = None, **rest: Any,
+    ) -> None:  # fmt: skip
+        """Dial the adapter; whatever is wrong, it stays as trained, for the tool to save."""
+        if not self.dial:
+            return
+        try:
+            if eval_dataloader is None:
+                raise LoraInitError(
+                    "nothing was evaluated. Evaluate at least once, or take the command `lora-init dial`."
+                )
+            with _batches(eval_dataloader, model.get_base_model()) as batches:
+                found = dial(model, batches, tokenizer=rest.get("processing_class"), seed=args.seed)
+        except LoraInitError as error:
+            _say(state, f"not dialed, and the adapter is as trained: {error}")
+            return
+        model.save_pretrained(args.output_dir)  # ms-swift saves nothing but checkpoints
+        for about, text in found.summary().items():
+            _say(state, f"dial, {about}: {text}")
+
+    def _texts_until(self, args: TrainingArguments, step: int) -> float:
+        return self.replay * _examples(args) * step
+
+    def _start(self, carrier: Filled, args: Any, state: TrainerState, train_dataloader: Any, rest: Any) -> None:
         data = getattr(train_dataloader, "dataset", None)
         if isinstance(data, IterableDataset) and not type(data).__module__.startswith("datasets."):
             raise LoraInitError(
@@ -127,6 +193,32 @@ def _batches(loader: Any, model: Any) -> Iterator[Iterator[dict[str, Any]]]:
     finally:
         if hasattr(loader, "end"):  # accelerate's: it would take training for a part of this pass
             loader.end()
+
+
+def _examples(args: TrainingArguments) -> int:
+    """Count the examples of a step."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _check_replay(args: TrainingArguments, tokenizer: Any) -> None:
+    if args.fp16 or args.deepspeed or args.fsdp:
+        raise LoraInitError("replay adds to the gradients, which fp16, DeepSpeed and FSDP hold in forms of their own.")
+    if tokenizer is None:
+        raise LoraInitError("replay needs a tokenizer to write texts with: pass the trainer its processing_class.")
+
+
+def _check_dial(args: TrainingArguments, model: Any) -> None:
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        raise LoraInitError(
+            "dial needs an eval data set, and eval_strategy steps or epoch: it chooses on held-out batches."
+        )
+    if args.world_size > 1:
+        raise LoraInitError(
+            "dial works in one process. Leave it out, and take the command `lora-init dial` afterwards."
+        )
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is not None:
+        check_dialable(config.to_dict(), config.modules_to_save or (), "the adapter to dial")
 
 
 def _set_rate(args: Any, rate: float, optimizer: Any, scheduler: Any) -> None:

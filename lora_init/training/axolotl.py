@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lora_init.adapters.doors.callback import StartCallback
 from lora_init.errors import LoraInitError, in_one_line
+from lora_init.training.callback import StartCallback
 
 if TYPE_CHECKING or find_spec("axolotl") is None:  # without axolotl nobody makes one
     BasePlugin = object
