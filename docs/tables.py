@@ -54,7 +54,7 @@ TOPICS = {
 def starts() -> Iterator[str]:
     """Write a row for each start of the registry that `init` can make."""
     yield from ("| start | what it is | needs | before training |", "|---|---|---|---|")
-    yield from map(_start, (one for one in STARTS if one.made_by == "lora_init"))
+    yield from map(_start, (one for one in STARTS if one.function))
 
 
 def _start(start: Start) -> str:

@@ -38,16 +38,15 @@ def check_adapter_options(
 ) -> None:
     """Check what an adapter is to be like, before any data are read, and the directory `output` if it will be saved."""
     gamma, lora_alpha = shape.gamma, shape.lora_alpha
-    steps = start.gamma is not None or start.made_by == "bank"
-    if gamma is not None and not (steps and 0.0 < gamma < math.inf):
-        stepping = ", ".join(repr(one.name) for one in STARTS if one.gamma is not None)
+    if gamma is not None and not (start.gamma is not None and 0.0 < gamma < math.inf):
+        stepping = ", ".join(repr(one.name) for one in STARTS if one.function and one.gamma is not None)
         raise LoraInitError(f"gamma={gamma!r} with method={start.name!r}: it is a positive number, for {stepping}.")
     if shape.use_dora and not start.b_is_zero:
         raise LoraInitError(
             f"method={start.name!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
         )
-    if shape.whiten and not start.whitens:
-        able = " or ".join(repr(one.name) for one in STARTS if one.whitens)
+    if shape.whiten and "whiten" not in start.takes:
+        able = " or ".join(repr(one.name) for one in STARTS if "whiten" in one.takes)
         raise LoraInitError(f"whiten=True needs method={able}; method={start.name!r} has no variances to divide by.")
     if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
         raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number. Leave it out to take what is best.")

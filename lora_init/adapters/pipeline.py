@@ -105,16 +105,11 @@ def read(
             f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.", stacklevel=4
         )
     beyond: Sequence[Any] = ()
-    if measures(start, asked) and sample.samples is not None:
+    if start.measures(asked.shape.gamma) and sample.samples is not None:
         more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
         with suppress(LoraInitError):  # there are none
             beyond = load(**options | more)
     return batches, beyond
-
-
-def measures(start: Start, asked: Asked) -> bool:
-    """Return whether a loss is measured, to find the size of a step or to check a correction."""
-    return start.by_error or start.made_by == "bank" or (start.takes_step and asked.shape.gamma is None)
 
 
 def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Examples:
@@ -220,7 +215,7 @@ def adapter_for(carrier: Carrier, source: Any, asked: Asked, tokenizer: Any, sta
     else:
         known = classes_of(getattr(model, "config", None))
         found = read(source, tokenizer, asked, start, seq2seq=encoder_of(model) is not None, known=known)
-    examples = split(*found, measures(start, asked))
+    examples = split(*found, start.measures(asked.shape.gamma))
     if not carrier.in_place:  # whose LoraConfig says what is trained whole
         asked = fit_to(model, asked, examples.classes)
     stats, start = learn(model, examples, asked, start)

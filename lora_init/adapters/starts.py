@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lora_init.adapters.providers import PROVIDERS
 from lora_init.errors import LoraInitError, did_you_mean
@@ -25,70 +25,57 @@ from lora_init.planning.policies import POLICIES
 
 _THEIRS = Group("lora_init.starts", "start")
 _INITIALIZERS = "lora_init.adapters.initializers"
-Needs = Literal["nothing", "inputs", "gradients", "errors", "weights", "bank"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """A start, and all that is known of it.
+    """A start that a function makes layer by layer, and all that is known of it. Other kinds are below.
 
     Attributes:
         name: What it is asked for by.
         summary: One line for help and tables.
-        needs: What a start needs that no function of a layer makes: `"inputs"` (data), `"weights"` of the base, a
-            `"bank"` of adapters. Of others it follows from the names of the function's parameters, whatever is here.
         function: Computes the start of one layer: A, [rank, d_in]; or A and B, [d_out, rank], where B is not zero. Its
             parameters are, by their names, those that it needs of `providers.PROVIDERS`. Given as `"module:name"`, it
-            is imported when it is first used.
-        made_by: `"lora_init"` by `function`; `"peft"` by PEFT itself, under this name; `"bank"` from adapters of other
-            tasks, by a function of `bank.start.WAYS`; `"training"` for no adapter at all, but all weights.
+            is imported when it is first used. None for kinds that are made in another way.
         directions: What of the statistics bounds the rank: a spectrum, whose components are counted, or a number.
             None if any rank can be had.
         b_is_zero: Whether B is zero, so that the adapter changes nothing until it is trained.
         corrects_base: Whether the base weights give up what B A adds.
         gamma: Default of the number that B A is divided by, for starts whose step has a size of its own: the best is
-            searched by `find_step_size` unless the base is corrected.
+            searched by `find_step_size`, from this one on, unless the base is corrected.
         one_rank: Whether all layers must have the rank that was collected for.
-        whitens: Whether `whiten=True` means something.
         matched: Whether A has a size of its own on purpose. Else, where B is zero, `build_adapter` gives A x the size
             that it has with `random`.
-        linear_only: Of PEFT's starts: whether it is for `nn.Linear` alone.
-        corrects_quantized: Of PEFT's starts: whether it has a form for a base that is quantized already, which it then
-            corrects without any data, and does not change.
-        settings: Of PEFT's starts: what else its LoraConfig has.
         package: Name and version of the package that it comes from; empty for our own.
 
     Raises:
-        LoraInitError: A number is not finite and positive, or `needs` is none of these words.
+        LoraInitError: A number is not finite and positive.
     """
 
     name: str
     summary: str
-    needs: Needs = "nothing"
     function: Callable[..., Any] | str | None = None
-    made_by: Literal["lora_init", "peft", "bank", "training"] = "lora_init"
     directions: Callable[[Any, Any], Any] | None = None
     b_is_zero: bool = True
     corrects_base: bool = False
     gamma: float | None = None
     one_rank: bool = False
-    whitens: bool = False
     matched: bool = False
-    linear_only: bool = False
-    corrects_quantized: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     package: str = ""
 
     def __post_init__(self) -> None:
-        if self.needs not in get_args(Needs):
-            raise LoraInitError(f"{self}: needs={self.needs!r} is unknown. {did_you_mean(self.needs, get_args(Needs))}")
         if self.gamma is not None and not 0.0 < self.gamma < math.inf:
             raise LoraInitError(f"{self}: gamma={self.gamma!r}, expected a positive number.")
 
     @property
+    def needed(self) -> frozenset[str]:
+        """What must be at hand before: `"inputs"`, `"gradients"`, `"errors"`, `"weights"`, a `"bank"`."""
+        return frozenset(PROVIDERS[name].needs for name in self.takes) - {"nothing"}
+
+    @property
     def changes_base(self) -> bool:
         """Whether the base weights are others with this start: they give up B A, or a part of themselves."""
-        return self.corrects_base or self.made_by in ("peft", "training")
+        return self.corrects_base
 
     @property
     def changes_output(self) -> bool:
@@ -98,26 +85,11 @@ class Start:
     @property
     def takes_step(self) -> bool:
         """Whether the size of its step is searched, by the loss on batches that are set aside."""
-        return self.changes_output and (self.gamma is not None or self.made_by == "bank")
+        return self.changes_output and self.gamma is not None
 
-    @property
-    def bank_way(self) -> str:
-        """How it uses a bank's adapters, by the word of `--by`."""
-        return self.name.removeprefix("bank-")
-
-    @functools.cached_property
-    def takes(self) -> tuple[str, ...]:
-        """The names of the parameters of its function."""
-        module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
-        if module == _INITIALIZERS:
-            return _parameters()[name]
-        return tuple(signature(load_function(self.function)).parameters) if self.function else ()
-
-    @functools.cached_property
-    def needed(self) -> frozenset[str]:
-        """What must be at hand before: `"inputs"`, `"gradients"`, `"errors"`, `"weights"`, `"bank"`."""
-        own = [PROVIDERS[name].needs for name in self.takes] if self.made_by == "lora_init" else [self.needs]
-        return frozenset(own) - {"nothing"}
+    def measures(self, gamma: float | None) -> bool:
+        """Return whether a loss is measured: to find the size of a step without `gamma`, or to check a correction."""
+        return self.by_error or (self.takes_step and gamma is None)
 
     @property
     def by_gradient(self) -> bool:
@@ -129,14 +101,79 @@ class Start:
         """Whether it corrects what quantization took from the weights."""
         return "errors" in self.needed
 
+    def corrects(self, is_quantized: bool) -> bool:
+        """Return whether it corrects a base that was quantized, of a base that is, or is not."""
+        return self.by_error
+
+    @property
+    def init_options(self) -> tuple[str, ...]:
+        """With which options `lora-init init` makes it; empty if it does not."""
+        return ("--method", self.name)
+
+    @functools.cached_property
+    def takes(self) -> tuple[str, ...]:
+        """The names of the parameters of its function."""
+        module, _, name = self.function.partition(":") if isinstance(self.function, str) else ("", "", "")
+        if module == _INITIALIZERS:
+            return _parameters()[name]
+        return tuple(signature(load_function(self.function)).parameters) if self.function else ()
+
     def __str__(self) -> str:
         return f"start {self.name!r}" + (f" ({self.package})" if self.package else "")
 
     def compute(self, **known: Any) -> Any:
         """Call the function with the arguments that it names. What it raises passes."""
-        if self.function is None:
-            raise LoraInitError(f"{self} is made by {self.made_by}: there is no function to call.")
+        assert self.function is not None
         return load_function(self.function)(**{name: known[name] for name in self.takes})
+
+
+@dataclass(frozen=True)
+class PeftStart(Start):
+    """A start that PEFT makes of a whole model, under this name; it takes a part of each weight into A and B."""
+
+    b_is_zero: bool = False
+    needed: frozenset[str] = frozenset({"weights"})
+    linear_only: bool = False  # whether it is for `nn.Linear` alone
+    corrects_quantized: bool = False  # whether it has a form that corrects a quantized base, without data
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what else its LoraConfig has
+    changes_base = True
+    init_options = ()
+
+    def corrects(self, is_quantized: bool) -> bool:
+        """Return whether it corrects a base that was quantized."""
+        return is_quantized and self.corrects_quantized
+
+
+@dataclass(frozen=True)
+class BankWay(Start):
+    """A start from adapters of other tasks, made of a whole model by a function of `bank.start.WAYS`."""
+
+    b_is_zero: bool = False
+    gamma: float | None = 1.0
+    needed = frozenset({"bank"})
+
+    @property
+    def way(self) -> str:
+        """How it uses a bank's adapters, by the word of `--by`."""
+        return self.name.removeprefix("bank-")
+
+    def measures(self, gamma: float | None) -> bool:
+        """Return True: a mixture is weighed by the loss, and every adapter is checked by it."""
+        return True
+
+    @property
+    def init_options(self) -> tuple[str, ...]:
+        """With which options `lora-init init` makes it."""
+        return ("--method", FROM_BANK, "--by", self.way, "--bank", "BANK")
+
+
+@dataclass(frozen=True)
+class FullTraining(Start):
+    """No adapter: all weights are trained."""
+
+    b_is_zero: bool = False
+    changes_base = True
+    init_options = ()
 
 
 def load_function(function: Callable[..., Any] | str) -> Callable[..., Any]:
@@ -162,10 +199,6 @@ def _triplets(spectrum: Any, gradient: Any) -> int:
     return len(gradient.singular_values)
 
 
-def _of_bank(way: str, summary: str) -> Start:
-    return Start(f"bank-{way}", summary, "bank", made_by="bank", b_is_zero=False)
-
-
 RANDOM, FULL, FROM_BANK = "random", "full", "from-bank"
 STARTS: tuple[Start, ...] = (
     Start(
@@ -173,7 +206,6 @@ STARTS: tuple[Start, ...] = (
         "the principal directions of what the layer reads (EVA, arXiv 2410.07170)",
         function=f"{_INITIALIZERS}:eva",
         directions=lambda spectrum, gradient: spectrum,
-        whitens=True,
     ),
     Start(
         RANDOM,
@@ -242,41 +274,25 @@ STARTS: tuple[Start, ...] = (
         function=f"{_INITIALIZERS}:qera",
         b_is_zero=False,
     ),
-    Start("pissa", "PEFT's PiSSA (arXiv 2404.02948)", needs="weights", made_by="peft", b_is_zero=False),
-    Start(
-        "olora",
-        "PEFT's OLoRA (arXiv 2406.01775)",
-        needs="weights",
-        made_by="peft",
-        b_is_zero=False,
-        linear_only=True,
-    ),
-    Start(
-        "corda",
-        "PEFT's CorDA (arXiv 2406.05223)",
-        needs="inputs",
-        made_by="peft",
-        b_is_zero=False,
-    ),
-    Start(
+    PeftStart("pissa", "PEFT's PiSSA (arXiv 2404.02948)"),
+    PeftStart("olora", "PEFT's OLoRA (arXiv 2406.01775)", linear_only=True),
+    PeftStart("corda", "PEFT's CorDA (arXiv 2406.05223)", needed=frozenset({"inputs"})),
+    PeftStart(
         "loftq",
         "PEFT's LoftQ (arXiv 2310.08659), which rounds the base to 4 bits",
-        needs="weights",
-        made_by="peft",
-        b_is_zero=False,
         linear_only=True,
         corrects_quantized=True,
         settings={"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     ),
-    _of_bank("nearest", "the adapter of the nearest task"),
-    _of_bank("mixture", "the mixture that lowers the loss most"),
-    _of_bank("generated", "what the bank's generator makes"),
-    _of_bank("mean", "the mean of all adapters, a control"),
-    Start(FULL, "no adapter: all weights are trained", made_by="training", b_is_zero=False),
+    BankWay("bank-nearest", "the adapter of the nearest task"),
+    BankWay("bank-mixture", "the mixture that lowers the loss most"),
+    BankWay("bank-generated", "what the bank's generator makes"),
+    BankWay("bank-mean", "the mean of all adapters, a control"),
+    FullTraining(FULL, "no adapter: all weights are trained"),
 )
 DEFAULT, DEFAULT_FOR_CLASSES, CORRECTION = "eva", "natural-gradient", "qera"
 # How a bank's adapters are used, by the word of `--by`.
-BANK_WAYS = {start.bank_way: start for start in STARTS if start.made_by == "bank"}
+BANK_WAYS = {start.way: start for start in STARTS if isinstance(start, BankWay)}
 BANK_WAY = next(iter(BANK_WAYS))
 _OWN = {start.name: start for start in STARTS}
 
@@ -334,7 +350,7 @@ def start_names() -> tuple[str, ...]:
 
 def buildable() -> list[str]:
     """Return the names of the starts that `build_adapter` makes."""
-    return [name for name in start_names() if name not in _OWN or _OWN[name].made_by == "lora_init"]
+    return [name for name in start_names() if name not in _OWN or _OWN[name].function]
 
 
 def compared_names() -> tuple[str, ...]:
@@ -359,7 +375,7 @@ def find_recipe(name: str) -> Recipe | None:
         _THEIRS.warn_of(name)
         return _VARIATIONS[name]
     start = find_start(name)
-    return Recipe(start, rho=1.0) if start.made_by == "lora_init" else None
+    return Recipe(start, rho=1.0) if start.function else None
 
 
 def changes_base(name: str) -> bool:
@@ -372,7 +388,7 @@ def changes_base(name: str) -> bool:
 def _load(name: str) -> Start:
     with _THEIRS.loading(name) as (entry, where):
         start = entry.load()
-        if not isinstance(start, Start) or not start.function or start.made_by != "lora_init":
+        if not isinstance(start, Start) or not start.function:
             raise LoraInitError(f"{where}: {entry.value} is no lora_init.Start with a function.")
         start = replace(start, name=name, package=package_of(entry))
         strange = [name for name in start.takes if name not in PROVIDERS]
@@ -380,6 +396,4 @@ def _load(name: str) -> Start:
         raise LoraInitError(
             f"{where}: its function asks for {', '.join(strange)}, and there is {', '.join(PROVIDERS)}. Rename them."
         )
-    if start.needs not in ("nothing", *start.needed):
-        raise LoraInitError(f"{where}: needs={start.needs!r}, and its function takes nothing of the kind. Add it.")
     return start

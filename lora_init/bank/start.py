@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
+from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.peft_model import check_plain
 from lora_init.adapters.starts import BANK_WAY, BANK_WAYS
 from lora_init.adapters.step_size import NoStepError, find_step_size
@@ -20,9 +22,10 @@ from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.targets import find_targets
 from lora_init.layers.wrappers import class_name, model_id, unwrapped
+from lora_init.loading.models import task_of
 from lora_init.planning.lora_config import scaling_of
 from lora_init.serving.trained import Layer
-from lora_init.statistics.statistics import Provenance, Statistics
+from lora_init.statistics.statistics import Provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,47 +46,35 @@ def start_from_bank(
     by: str = BANK_WAY,
     *,
     rank: int = 16,
-    lora_alpha: float = 16,
-    task_type: str | None = None,
-    gamma: float | None = None,
-    similarity: str = "embeddings",
-    statistics: Statistics | None = None,
-    leave_out: Sequence[str] = (),
+    shape: Shape | None = None,
+    order: Sequence[Neighbour] = (),
 ) -> BankStart:
     """Start an adapter from the adapters of a bank, and step as far towards it as lowers the loss most.
 
-    `by` is a way of `STARTS`. Without `loss_of` there are no labelled examples, and the adapter is taken at its full
-    size, unchecked; with `gamma` the update is divided by that. `leave_out` are tasks that count as not there.
+    `by` is a way of `STARTS`, `order` what `neighbours` returned, by default for the embeddings. Without `loss_of`
+    there are no labelled examples, and the adapter is taken at its full size, unchecked; with a `gamma` of the shape
+    the update is divided by that. Of the shape this and `lora_alpha` count.
     """
     if by not in BANK_WAYS:
         raise LoraInitError(f"by={by!r} is unknown. {did_you_mean(by, BANK_WAYS)}")
     check_plain(model, "start_from_bank()")
     model = unwrapped(model)
     check_base(bank, fingerprint(model), class_name(model))
-    kept = {name: entry for name, entry in bank.entries.items() if entry.task not in leave_out}
-    if not kept:
-        raise LoraInitError(f"{bank.path} has no task but those left out. Add another.")
-    bank = Bank(bank.path, bank.fingerprint, bank.model, bank.encoder, kept)
-    order = neighbours(bank, embeddings, statistics, similarity)
+    shape, order = shape or Shape(), order or neighbours(bank, embeddings)
     about = Provenance(
         model_id=model_id(model),
         model_class=class_name(model),
         fingerprint=bank.fingerprint,
         target_modules=[],
         n_parameters=count_parameters(model),
-        task_type=task_type,
+        task_type=task_of(model),
         data=f"adapters of {', '.join(bank.tasks)}",
     )
     build = partial(_adapter, model, about, by)
-    update: Update = replace(BANK_WAYS[by], function=WAYS[by]).compute(
-        bank=bank,
-        names=[found.name for found in order],
-        embeddings=embeddings,
-        leave_out=leave_out,
-        weigh=None if loss_of is None else partial(find_weights, model, build=build, loss_of=loss_of),
-    )
+    weigh = None if loss_of is None else partial(find_weights, model, build=build, loss_of=loss_of)
+    update = WAYS[by](bank, [found.name for found in order], embeddings, weigh)
     cut = {name: balanced(layer, rank) for name, layer in update.layers.items()}
-    build = partial(build, cut, rank, lora_alpha)
+    gamma, build = shape.gamma, partial(build, cut, rank, shape.lora_alpha or SCALING * rank)
     if loss_of is None:
         return BankStart(build(gamma or 1.0), order, update.weights, update.passes)
     try:
@@ -96,13 +87,15 @@ def start_from_bank(
     return BankStart(init, order, update.weights, update.passes)
 
 
+Weigh: TypeAlias = "Callable[..., tuple[list[float], int]] | None"
+
+
 @dataclass(frozen=True)
 class Update:
     """What a start takes from a bank, as the functions below make it.
 
-    Their parameters are, by their names, those they need of `bank`, `names` (its adapters, the nearest first),
-    `embeddings` (of the new task's prompts), `leave_out` (tasks that count as not there) and `weigh` (finds weights of
-    adapters by the loss, see `find_weights`; None if there are no labelled examples).
+    They get the bank, the names of its adapters, the nearest first, the embeddings of the new task's prompts, and what
+    finds weights of adapters by the loss, see `find_weights`; None if there are no labelled examples.
     """
 
     layers: Mapping[str, Layer]  # A and B of each layer, of scaling 1
@@ -110,18 +103,18 @@ class Update:
     passes: int = 0  # how often the loss was measured for the weights
 
 
-def nearest(bank: Bank, names: Sequence[str]) -> Update:
+def nearest(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh) -> Update:
     """Take the adapter whose data are closest."""
-    return mean(bank, names[:1])
+    return mean(bank, names[:1], embeddings, weigh)
 
 
-def mean(bank: Bank, names: Sequence[str]) -> Update:
+def mean(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh) -> Update:
     """Take all adapters in equal parts."""
     shares = dict.fromkeys(names, 1.0 / len(names))
     return Update(stack([bank.layers(name) for name in names], [*shares.values()]), shares)
 
 
-def mixture(bank: Bank, names: Sequence[str], weigh: Callable[..., tuple[list[float], int]] | None) -> Update:
+def mixture(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh) -> Update:
     """Weight the nearest so that the loss is lowest."""
     if weigh is None:
         raise LoraInitError("a mixture is chosen by the loss on labelled examples, and there are none. Take nearest.")
@@ -130,12 +123,9 @@ def mixture(bank: Bank, names: Sequence[str], weigh: Callable[..., tuple[list[fl
     return Update(stack(adapters, shares), dict(zip(names, shares, strict=False)), passes)
 
 
-def generated(bank: Bank, embeddings: Tensor, leave_out: Sequence[str]) -> Update:
+def generated(bank: Bank, names: Sequence[str], embeddings: Tensor, weigh: Weigh) -> Update:
     """Generate it by the bank's generator."""
-    generator = load_generator(bank)
-    if set(leave_out) & set(generator.tasks):
-        raise LoraInitError(f"the generator of {bank.path} has learned from {', '.join(leave_out)}. Train another.")
-    return Update(generator.generate(embeddings))
+    return Update(load_generator(bank).generate(embeddings))
 
 
 WAYS: Mapping[str, Callable[..., Update]] = {way.__name__: way for way in (nearest, mixture, generated, mean)}

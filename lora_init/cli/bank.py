@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.asked import SCALING, Reading
+from lora_init.adapters.asked import Reading, Shape
 from lora_init.adapters.starts import FROM_BANK
 from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
@@ -174,25 +174,27 @@ def start_from(
     aside: list[Any],
     stats: Statistics | None,
     *,
+    by: str,
+    similarity: str,
+    rank: int,
+    shape: Shape,
     output: Path,
     overwrite: bool,
-    **how: Any,
 ) -> None:
     """Start from a bank, save the adapter and print what came of it, for `init --method from-bank`."""
     from lora_init.bank.embeddings import embed
+    from lora_init.bank.similarity import neighbours
     from lora_init.bank.start import start_from_bank
     from lora_init.bank.store import open_bank
     from lora_init.collection.losses import mean_loss
 
-    how["lora_alpha"] = how["lora_alpha"] or SCALING * how["rank"]
     bank = open_bank(path)
     with busy(f"starting from {path}"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(bank.encoder))
         labelled = any("labels" in batch for batch in aside)
         loss_of = partial(mean_loss, batches=aside) if labelled else None
-        found = start_from_bank(
-            bank, loaded.model, embeddings, loss_of, task_type=loaded.task_type, statistics=stats, **how
-        )
+        order = neighbours(bank, embeddings, stats, similarity)
+        found = start_from_bank(bank, loaded.model, embeddings, loss_of, by, rank=rank, shape=shape, order=order)
     init = found.init
     before, after = init.losses or (None, None)
     summary = {

@@ -55,7 +55,7 @@ else:  # the registry decides what there is, starts of other packages among them
 
 def _named(**facts: bool) -> str:
     """Return the names of the starts of this package that `init` makes and of which all these facts are true."""
-    ours = [one for one in STARTS if one.made_by == "lora_init"]
+    ours = [one for one in STARTS if one.function]
     return ", ".join(one.name for one in ours if all(getattr(one, fact) == value for fact, value in facts.items()))
 
 
@@ -168,7 +168,7 @@ def init(
             found = pipeline.read(
                 data, source.tokenizer, asked, start, seq2seq=source.seq2seq, known=source.classes
             )  # fmt: skip
-            examples = pipeline.split(*found, pipeline.measures(start, asked))
+            examples = pipeline.split(*found, start.measures(shape.gamma))
     if dry_run:
         from lora_init.cli.dry_run import estimate, show_estimate
 
@@ -187,9 +187,8 @@ def init(
     asked = pipeline.fit_to(loaded.model, asked, examples.classes, loaded.drawn)
     if bank is not None:
         start_from(
-            bank, loaded, examples.batches, [*examples.aside], there, by=by, rank=asked.ranks.rank, gamma=shape.gamma,
-            similarity=similarity, lora_alpha=shape.lora_alpha, output=output,
-            overwrite=overwrite,
+            bank, loaded, examples.batches, [*examples.aside], there, by=by, similarity=similarity,
+            rank=asked.ranks.rank, shape=shape, output=output, overwrite=overwrite,
         )  # fmt: skip
         return
     if plan is not None:

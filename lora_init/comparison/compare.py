@@ -262,7 +262,7 @@ def _read_starts(
             raise LoraInitError(f"start {name!r}: what follows a plus says how a start is run. Choose another name.")
     if not names or len(set(names)) < len(names):
         raise LoraInitError(f"starts={names}: expected names, each once.")
-    if bank is None and any(name.start and name.start.made_by == "bank" for name in names):
+    if bank is None and any(name.start and "bank" in name.start.needed for name in names):
         raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
     return names, own
 

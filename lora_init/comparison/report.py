@@ -84,7 +84,7 @@ def keep_best(log: RunDirectory, worker: Worker, say: Callable[[str], None]) -> 
     row = runs.loc[runs["selection_loss"].idxmin()]
     run, path = Run.of(row), log.path / BEST
     start, quantized = run.start.start, log.settings.get("quantisation")
-    if start and start.changes_base and not (quantized and start.corrects_quantized):
+    if start and start.changes_base and not start.corrects(bool(quantized)):
         say(f"{run.start} changes the weights of the model, so its trained adapter is not kept.")
         return
     if path.exists() and any(path.iterdir()):

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, singledispatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -31,9 +31,11 @@ from lora_init.adapters.pipeline import build
 from lora_init.adapters.quantized import QuantizationErrors
 from lora_init.adapters.starts import (
     CORRECTION,
-    FROM_BANK,
     FULL,
     RANDOM,
+    BankWay,
+    FullTraining,
+    PeftStart,
     Recipe,
     Start,
     compared_names,
@@ -178,13 +180,13 @@ class Variant(str):
             >>> Variant("eva-rho1").init_options(), Variant("pissa").init_options()
             (['--method', 'eva', '--rho', '1'], None)
         """
-        if self.start is not None and self.start.made_by == "bank":
-            return ["--method", FROM_BANK, "--by", self.start.bank_way, "--bank", "BANK"] if self.is_plain else None
-        recipe = self.recipe
-        if recipe is None or not recipe.is_made_by_init or self.equal_parameters:
+        options, recipe = [*(self.start.init_options if self.start else ())], self.recipe
+        if recipe is None:
+            return options if options and self.is_plain else None
+        if not recipe.is_made_by_init or self.equal_parameters:
             return None
         switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
-        return ["--method", recipe.start.name, "--rho", f"{recipe.rho:g}", *switches]
+        return [*options, "--rho", f"{recipe.rho:g}", *switches]
 
 
 def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Variant]:
@@ -229,7 +231,7 @@ def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bo
     """Check that starts can have a base that is quantized, or is not."""
     for start, known in ((one, one.start) for one in starts if one.start):
         full = start.base == FULL
-        corrects = known.by_error or (is_quantized and known.corrects_quantized)
+        corrects = known.corrects(is_quantized)
         if corrects and not is_quantized:
             raise LoraInitError(f"start {str(start)!r} corrects a quantized base. Load it so: quantize='nf4'.")
         if (corrects or (is_quantized and full)) and not has_float:
@@ -293,11 +295,9 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
 
     If a start does not apply, the model is as it was.
     """
-    recipe, put = asked.recipe, _BY_MAKER[asked.start.made_by] if asked.start else _put_own
-    if asked.start and asked.start.corrects_quantized and basis.errors is not None:
-        put = _put_correction
+    recipe, corrects = asked.recipe, asked.start is not None and asked.start.corrects(basis.errors is not None)
     basis = replace(basis, shape=replace(basis.shape, lora_alpha=asked.alpha or basis.shape.lora_alpha))
-    changes = put is _put_own or (asked.changes_base and put is not _put_correction)  # one's own may do anything
+    changes = asked.start is None or (asked.changes_base and not corrects)  # one's own may do anything
     restore = remember(basis.model, weights=changes)
     try:
         by_data = recipe if recipe and recipe.reads_data else None
@@ -306,7 +306,7 @@ def prepare(asked: Variant, basis: Basis) -> Prepared:
         # Whatever a start draws, training begins with the same random state.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(basis.seed)
-            peft_model, gamma = put(asked, basis, stats)
+            peft_model, gamma = _put(asked.start, asked, basis, stats) if asked.start else _put_own(asked, basis)
     except BaseException:
         restore()
         raise
@@ -347,8 +347,9 @@ def _blank(basis: Basis, variance: float = 0.0) -> Statistics:
     )
 
 
-def _put_built(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
-    """Build an adapter from statistics; a start that steps takes the size that lowers the loss most."""
+@singledispatch
+def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+    """Put a start on the model. Ours is built from statistics, and steps as far as lowers the loss most."""
     assert asked.recipe is not None  # made by us
     recipe, shape, targets = asked.recipe, basis.shape, [stats.targets[name] for name in stats]
     rank, alpha = shape.rank, shape.lora_alpha
@@ -371,24 +372,25 @@ def _put_built(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftMod
     return init.apply(basis.model), init.gamma
 
 
-def _put_of_bank(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
+@_put.register(BankWay)
+def _(start: BankWay, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     if basis.bank is None or basis.bank.encoder:
         raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
-    assert asked.start is not None
     shape, loss_of = basis.shape, partial(mean_loss, batches=basis.aside(), **AS_TRAINED)
     init = start_from_bank(
-        basis.bank, basis.model, embed(basis.model, basis.batches), loss_of, asked.start.bank_way,
-        rank=shape.rank, lora_alpha=shape.lora_alpha, task_type=shape.task_type,
+        basis.bank, basis.model, embed(basis.model, basis.batches), loss_of, start.way,
+        rank=shape.rank, shape=Shape(lora_alpha=shape.lora_alpha),
     ).init  # fmt: skip
     return init.apply(basis.model), init.gamma
 
 
-def _put_none(asked: Variant, basis: Basis, stats: Statistics) -> tuple[Any, None]:
+@_put.register(FullTraining)
+def _(start: FullTraining, asked: Variant, basis: Basis, stats: Statistics) -> tuple[Any, None]:
     """Train the model itself: steps would be lost in the rounding of bfloat16."""
     return basis.model.float().requires_grad_(True), None
 
 
-def _put_own(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
+def _put_own(asked: Variant, basis: Basis) -> tuple[PeftModel, None]:
     """Put the user's adapter on the model: from a directory, or by a function that may raise what it likes."""
     from peft import PeftModel
 
@@ -411,7 +413,7 @@ def _put_own(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel
     return peft_model, None
 
 
-def _put_correction(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
+def _put_correction(basis: Basis) -> tuple[PeftModel, None]:
     """Correct a quantized base as PEFT's start would: its own function needs a GPU, and leaves the scaling out.
 
     Of inputs that are alike in all directions the best correction is from the singular triplets of W - Q, as PEFT takes
@@ -422,12 +424,14 @@ def _put_correction(asked: Variant, basis: Basis, stats: Statistics) -> tuple[Pe
     return init.apply(basis.model), None
 
 
-def _put_by_peft(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
-    """Start the adapter by PEFT, which changes the model's weights."""
+@_put.register(PeftStart)
+def _(start: PeftStart, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, None]:
+    """Start the adapter by PEFT, which changes the model's weights, but for those of a quantized base."""
     from peft import get_peft_model
 
-    assert asked.start is not None
-    start, model = asked.start, basis.model
+    if start.corrects(basis.errors is not None):
+        return _put_correction(basis)
+    model = basis.model
     shape = build_adapter(stats, basis.shape.rank, RANDOM, lora_alpha=basis.shape.lora_alpha)
     check_fits(model, shape, "default")
     for name, kind in shape.unsupported.items():
@@ -462,9 +466,6 @@ def _put_by_peft(asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftM
         raise LoraInitError(f"{start} does not apply here, PEFT says: {first_line(error)}") from error
     match_modes(peft_model)
     return peft_model, None
-
-
-_BY_MAKER = {"lora_init": _put_built, "bank": _put_of_bank, "peft": _put_by_peft, "training": _put_none}
 
 
 def preprocess_corda(

@@ -234,7 +234,7 @@ class Workbench:
             warnings.simplefilter("ignore")  # of so few data
             for start in starts:
                 own = self.own.get(start.base)
-                if own or (start.start and start.start.made_by not in ("bank", "training")):
+                if own or (start.start and start.base != FULL and "bank" not in start.start.needed):
                     prepare(start, replace(basis, own=own, shape=self.shape if own else one)).release()
 
     def n_batches(self, wanted: int | None = None) -> int:

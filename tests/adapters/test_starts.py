@@ -24,11 +24,10 @@ def test_importing_the_registry_takes_no_torch():
     assert done.stdout == "False\n"
 
 
-@pytest.mark.parametrize("start", [start for start in STARTS if start.made_by == "lora_init"], ids=lambda s: s.name)
+@pytest.mark.parametrize("start", [start for start in STARTS if start.function], ids=lambda s: s.name)
 def test_what_a_start_takes_is_read_from_the_source_as_its_function_says(start):
     wanted = tuple(inspect.signature(load_function(start.function)).parameters)
     assert start.takes == wanted and set(wanted) <= set(PROVIDERS)
-    assert ("whiten" in wanted) == start.whitens
     assert (start.gamma is None) == (start.b_is_zero or start.by_error)
 
 
@@ -110,10 +109,7 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
 
 def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_else(packages, stats):
     broken = ImportError("no module named 'jax'\nand more")
-    idle = Start("idle", "", needs="weights", function=leading)
-    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text", ends=SystemExit(7), idle=idle)
-    with pytest.raises(LoraInitError, match=r"start 'idle' .*: needs='weights', and its function takes nothing of the"):
-        find_start("idle")
+    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text", ends=SystemExit(7))
     with pytest.warns(UserWarning, match="start 'eva' of an unknown package is not used"):
         assert find_start("eva").package == ""
     assert build_adapter(stats, RANK, "eva").n_parameters() > 0
@@ -142,7 +138,6 @@ def test_a_name_that_two_packages_have_is_refused_when_it_is_used(packages):
     [
         ({"gamma": -1}, "gamma=-1, expected a positive number"),
         ({"gamma": math.inf}, "gamma=inf"),
-        ({"needs": "input"}, "needs='input' is unknown. Did you mean inputs"),
     ],
 )
 def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):

@@ -1,13 +1,14 @@
 """The ways from a bank to a start: each finds the task it is for, and an unrelated bank is refused."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from lora_init.adapters import starts
-from lora_init.adapters.starts import Start
+from lora_init.adapters.asked import Shape
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import balanced, load_generator, train_generator
 from lora_init.bank.mixture import MOST_PASSES, find_weights, stack
@@ -96,7 +97,7 @@ def test_statistics_of_fewer_layers_are_compared_where_they_can_be(trained, tmp_
 def test_entries_without_statistics_cannot_be_compared_by_them(bank):
     stats = collect(made.base(), made.batches(2), rank=4)
     with pytest.raises(LoraInitError, match="has no statistics"):
-        start(bank, 2, similarity="subspaces", statistics=stats)
+        neighbours(bank, embed(made.base(), made.batches(2)), stats, "subspaces")
 
 
 def test_a_stack_is_the_weighted_sum(bank):
@@ -138,7 +139,7 @@ def test_a_mixture_is_no_worse_than_each_of_its_adapters(bank):
     found = start(bank, 1, "mixture")
     assert found.passes <= MOST_PASSES and set(found.weights) == {"task0", "task1", "task2"}
     for name in found.weights:
-        alone = start(bank, 1, "nearest", leave_out=[task for task in bank.tasks if task != name])
+        alone = start(replace(bank, entries={name: bank.entries[name]}), 1, "nearest")
         assert found.init.losses[1] <= alone.init.losses[1] + 0.01
     model = made.base()
     assert mean_loss(found.init.apply(model), aside) == pytest.approx(found.init.losses[1], rel=1e-5)
@@ -241,10 +242,10 @@ def test_never_worse_than_the_plain_model(bank):
 def test_a_way_of_ones_own_is_its_start_and_its_function(bank, monkeypatch):
     assert {*WAYS} == {*starts.BANK_WAYS}
 
-    def last(bank, names):
+    def last(bank, names, embeddings, weigh):
         return Update(bank.layers(names[-1]), {names[-1]: 1.0})
 
-    own = Start("bank-last", "the farthest", "bank", made_by="bank", b_is_zero=False)
+    own = starts.BankWay("bank-last", "the farthest")
     monkeypatch.setitem(starts._OWN, "bank-last", own)
     monkeypatch.setitem(starts.BANK_WAYS, "last", own)
     monkeypatch.setitem(WAYS, "last", last)
@@ -261,7 +262,7 @@ def test_a_mixture_needs_labels_and_others_do_not(bank):
 
 @pytest.mark.parametrize("gamma", [1.0, 4.0])
 def test_the_update_is_that_of_the_entry_over_gamma(gamma, bank):
-    found = start(bank, 1, aside=None, gamma=gamma).init
+    found = start(bank, 1, aside=None, shape=Shape(gamma=gamma)).init
     for name, (a, b) in found.weights.items():
         layer = bank.layers("task1")[name]
         assert torch.allclose(found.scaling * b @ a, layer.scaling * layer.b @ layer.a / gamma, atol=1e-5)
@@ -284,7 +285,6 @@ def test_the_adapter_is_one_that_peft_trains(bank, tmp_path):
     [
         ("neerest", {}, "by='neerest' is unknown. Did you mean nearest"),
         ("generated", {}, "has no generator yet. Train it: lora-init bank train"),
-        ("nearest", {"leave_out": ["task0", "task1", "task2"]}, "has no task but those left out"),
     ],
 )
 def test_what_cannot_be_is_refused(by, more, message, bank):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_init.adapters.initializers import as_large_as_random, layer_generator
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.adapters.starts import STARTS, compared_names
+from lora_init.adapters.starts import STARTS, BankWay, PeftStart, compared_names
 from lora_init.collection.collect import collect
 from lora_init.comparison.starts import (
     AdapterShape,
@@ -25,8 +25,8 @@ pytest.importorskip("peft")
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 RANK = 4
 # LoftQ needs a GPU; its own test stands in for the part of it that does. Full fine-tuning has no adapter.
-BANK_STARTS = [start.name for start in STARTS if start.made_by == "bank"]
-PEFT_STARTS = [start.name for start in STARTS if start.made_by == "peft"]
+BANK_STARTS = [start.name for start in STARTS if isinstance(start, BankWay)]
+PEFT_STARTS = [start.name for start in STARTS if isinstance(start, PeftStart)]
 HERE = [name for name in compared_names() if name not in ("loftq", "qera", "full", *BANK_STARTS)]
 BY_GRADIENT = [start.name for start in STARTS if start.by_gradient] + ["natural-gradient-frozen-a", "gradient-ranks"]
 EVA = [name for name in compared_names() if name.startswith("eva") and name not in BY_GRADIENT]
