@@ -141,8 +141,3 @@ def batches_for(name, n_batches=4, batch_size=4, length=12, seed=0):
             batch["labels"] = ids.masked_fill(mask == 0, -100)
         batches.append(batch)
     return batches
-
-
-@pytest.fixture(params=sorted(MODELS))
-def model_and_batches(request):
-    return MODELS[request.param](), batches_for(request.param)

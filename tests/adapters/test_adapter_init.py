@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import stat
 import warnings
 from pathlib import Path
 
@@ -12,9 +10,8 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import nn
-from typer.testing import CliRunner
 
-from lora_init import LoraInitError, build_adapter, collect, initialize
+from lora_init import LoraInitError, build_adapter, collect
 from lora_init.adapters.directory import AdapterDirectory
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics, uneven
 from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
@@ -174,18 +171,6 @@ def test_what_is_not_only_an_adapter_is_never_replaced(tmp_path):
     assert (tmp_path / "home" / "thesis.tex").exists() and (tmp_path / "run" / "checkpoint-100").exists()
 
 
-def test_an_empty_directory_is_used_and_a_new_one_is_readable(tmp_path):
-    init = build_adapter(made_up_statistics(tiny_llama()), 4)
-    (tmp_path / "empty").mkdir()
-    init.save_pretrained(tmp_path / "empty")
-    init.save_pretrained(str(tmp_path / "deep" / "er"))
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in os.scandir(tmp_path / "deep" / "er"):
-        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
-    assert stat.S_IMODE((tmp_path / "deep" / "er").stat().st_mode) == 0o777 & ~umask
-
-
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failed_save_leaves_what_was_there(monkeypatch, tmp_path, error, existing):
@@ -251,14 +236,6 @@ def test_a_trained_adapter_knows_where_it_comes_from(tmp_path, loaded, by_traine
     assert AdapterDirectory(tmp_path / "again").origin == short
 
 
-def test_an_adapter_that_others_made_has_no_origin(tmp_path):
-    config = peft.LoraConfig(target_modules=["q_proj"])
-    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "theirs")
-    assert AdapterDirectory(tmp_path / "theirs").origin == {}
-    with pytest.raises(LoraInitError, match=r"no adapter_config.json"):
-        AdapterDirectory(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_frozen_a(name, tmp_path):
     """A keeps its values, B alone is trained, less is kept for the backward pass, and PEFT's file is as always."""
@@ -293,18 +270,6 @@ def test_a_frozen_a(name, tmp_path):
     lines = card[card.index("for name, parameter") : card.index("```\n", card.index("for name, parameter"))]
     exec(lines, {"model": loaded})
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n in trained if ".lora_B." in n}
-
-
-def test_an_adapter_is_shown_in_a_line_and_as_a_table():
-    init = build_adapter(
-        made_up_statistics(tiny_llama()), {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 6}
-    )
-    assert repr(init) == "AdapterInit(eva: 2 layers of rank 2 to 6, r=4, scaling 2, 608 trainable parameters)"
-    table = init.to_pandas()
-    assert list(table["rank"]) == [2, 6] and table["parameters"].sum() == init.n_parameters()
-    assert len(init.plot().axes[0].texts) >= len(init.ranks)
-    page = init._repr_html_()
-    assert "model.layers.1.mlp.up_proj" in page and "AdapterInit" in page
 
 
 def batches(name="llama"):
@@ -342,25 +307,6 @@ def test_modules_to_save_are_trained_whole_and_saved(tied, names, tmp_path):
     ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "by_peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_the_end_of_a_name_is_trained_whole_as_in_peft():
-    model = tiny_llama()
-    init = build_adapter(collect(model, batches(), ["q_proj", "lm_head"], rank=2), 2, modules_to_save=["head"])
-    assert init.left_out == ("lm_head",)
-    assert hasattr(init.apply(model).get_base_model().lm_head, "modules_to_save")
-
-
-def test_a_head_and_modules_to_save_together(tmp_path):
-    model = tiny_bert()
-    data = [{k: v for k, v in b.items() if k != "labels"} for b in batches_for("bert", n_batches=3)]
-    stats = collect(model, data, task_type="SEQ_CLS", rank=2)
-    init = build_adapter(stats, 2, modules_to_save=["pooler"])
-    assert any("pooler" in name for name in init.left_out)  # a targeted layer inside it gets no adapter
-    init.save_pretrained(tmp_path / "adapter", model=model)
-    loaded = loaded_without_a_word(model, tmp_path / "adapter")
-    state = loaded.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in init.apply(model).state_dict().items())
 
 
 def test_tied_layers_as_targets(tmp_path):
@@ -427,26 +373,6 @@ def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):
     init.save_pretrained(tmp_path / "without")  # negative: PEFT says what it misses
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "without")
-
-
-def test_initialize_and_the_command_line_take_modules_to_save(tmp_path):
-    from lora_init.cli import app as cli
-    from tests.commands import WORDS, save_model
-
-    peft_model = initialize(tiny_llama(), batches(), rank=2, modules_to_save=["lm_head"])
-    assert peft_model.peft_config["default"].modules_to_save == ["lm_head"]
-    save_model(tiny_llama(), tmp_path / "model")
-    (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(20)))
-    arguments = ["init", str(tmp_path / "model"), str(tmp_path / "data.txt"), "--rank", "2"]
-    result = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "a"), "--modules-to-save", "lm_head"])
-    assert result.exit_code == 0, result.stderr
-    loaded = loaded_without_a_word(tiny_llama(), tmp_path / "a")
-    assert loaded.get_base_model().lm_head.modules_to_save["default"].weight.requires_grad
-    result = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "b"), "--modules-to-save", "lm_haed"])
-    assert result.exit_code == 1
-    assert "modules_to_save: 'lm_haed' is no module of LlamaForCausalLM. Closest: lm_head" in result.stderr
-    assert not (tmp_path / "b").exists()
-    assert "rows in" not in result.stdout
 
 
 def test_mistakes_get_one_clear_line(tmp_path):

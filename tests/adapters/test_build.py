@@ -14,17 +14,11 @@ from lora_init import LoraInitError, build_adapter, collect
 from lora_init.adapters.asked import Shape
 from lora_init.adapters.build import buildable_start, check_adapter_options, rank_with_frozen_a
 from lora_init.adapters.initializers import as_large_as_random
-from lora_init.planning.allocate import allocate_ranks
 from lora_init.statistics.spectrum import Spectrum
 from tests.adapters.made import TASKS, logits, lora_layers, made_up_statistics
 from tests.conftest import MODELS, batches_for, tiny_llama
 
 peft = pytest.importorskip("peft")
-
-
-def test_ranks_default_to_the_rank_of_the_statistics_in_every_layer():
-    stats = lora_init.collect(tiny_llama(), batches_for("llama", 4), rank=3, rho=2.0)
-    assert build_adapter(stats).ranks == dict.fromkeys(stats, 3)
 
 
 def energies_of(stats, init, rows):
@@ -178,15 +172,6 @@ def test_fewer_directions_than_rank_give_the_rank_that_there_is():
     assert build_adapter(collect(model, [torch.randn(1, 8)], rank=4), 4, "random").ranks == {"0": 4}
 
 
-def test_a_plan_for_another_model_is_refused():
-    stats, others = (collect(tiny_llama(), batches_for("llama"), rank=2) for _ in range(2))  # same names, other weights
-    assert stats.provenance.fingerprint != others.provenance.fingerprint
-    plan = allocate_ranks(stats, rank=2)
-    with pytest.raises(LoraInitError, match="and this is another"):
-        build_adapter(others, plan)
-    build_adapter(stats, plan)
-
-
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_initialize_does_all_of_it_in_one_call(name):
     batches = batches_for(name, 6)
@@ -206,22 +191,6 @@ def test_initialize_does_all_of_it_in_one_call(name):
     for layer_name, (a, _) in expected.weights.items():
         assert torch.equal(layers[layer_name].lora_A["mine"].weight, a)
         assert layers[layer_name].scaling["mine"] == pytest.approx(8 / 3**0.5)
-
-
-def test_it_trains_in_transformers_trainer(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    model = tiny_llama()
-    peft_model = build_adapter(made_up_statistics(model), 4, lora_dropout=0.1).apply(model)
-    rows = [{k: v[i] for k, v in b.items()} for b in batches_for("llama", 2) for i in range(4)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=40, learning_rate=1e-2, per_device_train_batch_size=8, report_to=[],
-        logging_steps=5, save_strategy="no", disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    trainer = Trainer(model=peft_model, args=arguments, train_dataset=rows)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.1  # eight sequences of noise, learnt by heart
 
 
 @pytest.mark.parametrize(

@@ -52,20 +52,6 @@ def test_data_of_every_kind_are_read(source, tmp_path):
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_a_start_from_gradients_leaves_out_what_has_no_label():
-    rows = [*ROWS, {"question": "q" * 40, "answer": "cut off"}]
-    reading = READING | dict(samples=None, max_length=30)
-    with pytest.warns(UserWarning, match="without a labelled token"):
-        initialize(llama(), rows * 2 + rows[-1:] * 4, rank=2, method="lora-one", tokenizer=byte_tokenizer(), **reading)
-
-
-def test_options_go_where_they_belong():
-    model = initialize(
-        llama(), ROWS, rank=2, tokenizer=byte_tokenizer(), exclude_modules=["k_proj"], max_batches=1, **READING
-    )
-    assert not any("k_proj" in name for name in weights(model)) and any("q_proj" in name for name in weights(model))
-
-
 def test_classes_are_those_of_the_models_head():
     rows = [{"text": "a b c d e f"[: 2 * i + 1], "kind": ("even", "odd")[i % 2]} for i in range(6)]
     model, seen = tiny_bert(), []

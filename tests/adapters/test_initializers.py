@@ -18,7 +18,7 @@ from lora_init.adapters.initializers import (
 )
 from lora_init.adapters.starts import buildable, find_start
 from lora_init.errors import LoraInitError
-from lora_init.statistics.spectrum import ExactPCA, Spectrum, principal_angles
+from lora_init.statistics.spectrum import ExactPCA, Spectrum
 
 
 def spectrum(k=4, width=12, n_samples=100, variances=None, total=None):
@@ -45,11 +45,6 @@ def test_eva_fills_up_with_orthogonal_directions_where_the_data_had_no_more():
     rows = eva(source, 9, layer_generator(0, "x"))
     assert torch.equal(rows[:4], source.components)
     assert identity_error(rows) < 1e-6  # float32 rows: 12 products of rounding 6e-8 each
-
-
-def test_eva_fills_up_where_the_found_directions_hold_all_variance():
-    source = spectrum(k=2, total=12.0, variances=[8.0, 4.0])  # 100 rows in a plane
-    assert identity_error(eva(source, 5, layer_generator(0, "x"))) < 1e-6
 
 
 def test_eva_refuses_a_rank_that_the_statistics_were_cut_below():
@@ -117,19 +112,6 @@ def test_orthogonal_rows_are_orthonormal(rank, seed):
     assert identity_error(orthogonal(12, rank, layer_generator(seed, "x"))) < 1e-6
 
 
-def test_orthogonal_knows_nothing_of_the_data():
-    """A random plane in 400 dimensions stands almost at right angles to any other; the data's directions do not."""
-    source = spectrum(width=400)
-    assert principal_angles(orthogonal(400, 4, layer_generator(0, "x")), source.components).min() > 1.2
-    assert principal_angles(eva(source, 4, layer_generator(0, "x")), source.components).max() < 1e-6
-
-
-def test_orthogonal_is_uniform():
-    """The first row's first entry is positive half of the time; a QR without sign correction always gives one sign."""
-    firsts = torch.tensor([float(orthogonal(12, 2, layer_generator(s, "x"))[0, 0]) for s in range(200)])
-    assert 70 < int((firsts > 0).sum()) < 130  # 4 standard deviations of a fair coin
-
-
 WITHOUT_GRADIENTS = [name for name in buildable() if find_start(name).needed <= {"inputs"}]
 
 
@@ -148,14 +130,6 @@ def test_a_layers_numbers_depend_on_its_name_and_the_seed_alone(method):
     assert torch.equal(first, draw(0, "a"))
     assert not torch.equal(first, draw(0, "b"))
     assert not torch.equal(first, draw(1, "a"))
-
-
-def test_the_global_generator_is_left_alone():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    for method in WITHOUT_GRADIENTS:
-        _draw(method, layer_generator(0, "x"))
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_gaussian_is_pefts_draw():

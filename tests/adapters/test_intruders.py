@@ -1,6 +1,5 @@
 """Intruder dimensions: against brute force, against PEFT's criterion, and where their number was planted."""
 
-import copy
 import json
 
 import pytest
@@ -13,9 +12,9 @@ from lora_init.adapters.peft_model import adapter_layers
 from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
-from tests.commands import assert_one_line_error, run, save_model
+from tests.commands import run, save_model
 from tests.comparison.made import assert_same, snapshot
-from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
 from tests.versions import needs_intruders
 
 NAMES = ["q_proj", "down_proj", "up_proj"]
@@ -113,29 +112,6 @@ def test_a_planted_number(n):
     assert all(similarity > 0.99 for similarity in similarities[n:])
 
 
-def test_an_adapter_that_is_not_trained_has_none():
-    peft_model = get_peft_model(tiny_llama(), LoraConfig(target_modules=NAMES))
-    found = intruder_dimensions(peft_model)
-    assert (found.count, found.energy_share) == (0, 0.0)
-    assert all(similarity > 0.999 for layer in found.layers.values() for similarity in layer.similarities)
-
-
-@pytest.mark.parametrize("shape", [(20, 6), (6, 20), (200, 200)])
-def test_weights_of_zeros_and_few_directions(shape):
-    model = nn.Sequential(nn.Linear(*shape, bias=False))
-    model[0].weight.data.zero_()
-    found = intruder_dimensions(with_adapter(model, ["0"], size=0.0))
-    assert found.of == min(10, *shape) and found.energy_share == 0.0
-
-
-def test_cached_vectors_give_the_same(tmp_path):
-    model = tiny_llama()
-    base = left_singular_vectors(model, find_targets(model).layers)
-    peft_model = with_adapter(model)
-    cached, plain = intruder_dimensions(peft_model, base=base), intruder_dimensions(peft_model)
-    assert cached.layers == plain.layers and cached.count > 0
-
-
 def test_a_start_that_changed_the_weights_is_compared_with_the_plain_ones():
     model = tiny_llama()
     base = left_singular_vectors(model, find_targets(model).layers)
@@ -165,18 +141,6 @@ def tiny_llama_again(model):
     other = tiny_llama()
     other.load_state_dict(model.state_dict())
     return other
-
-
-def test_biases_of_an_adapter_do_not_stay_in_the_plain_model(tmp_path):
-    model, batch = tiny_gpt2(), batches_for("gpt2", 1)[0]
-    config = LoraConfig(r=2, target_modules=["c_fc"], bias="all", fan_in_fan_out=True)
-    adapted = get_peft_model(copy.deepcopy(model), config)
-    for name, parameter in adapted.named_parameters():
-        parameter.data += 0.1 * name.endswith(".bias")
-    adapted.save_pretrained(tmp_path)
-    before = model(**batch).logits
-    intruder_dimensions(model, tmp_path)
-    assert torch.equal(model(**batch).logits, before)
 
 
 def test_dora_rslora_and_half_precision():
@@ -216,28 +180,6 @@ def test_what_cannot_be_examined():
         intruder_dimensions(peft_model)
 
 
-def test_a_training_that_diverged_and_arguments_in_the_wrong_place(tmp_path):
-    peft_model = with_adapter(tiny_llama())
-    layer = next(iter(adapter_layers(peft_model).values()))
-    layer.lora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(LoraInitError, match=r"q_proj': its weights have NaN or inf.*an earlier checkpoint"):
-        intruder_dimensions(peft_model)
-    peft_model.save_pretrained(tmp_path)
-    with pytest.raises(LoraInitError, match=r"q_proj': its weights have NaN or inf"):
-        intruder_dimensions(tiny_llama(), tmp_path)
-    with pytest.raises(LoraInitError, match=r"got its name, .*\. Load it by"):
-        intruder_dimensions(str(tmp_path), tiny_llama())
-    with pytest.raises(LoraInitError, match="already has an adapter"):
-        intruder_dimensions(peft_model, tmp_path)
-
-
-def test_layers_without_singular_vectors_are_named():
-    peft_model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
-    found = intruder_dimensions(peft_model)
-    assert dict(found.skipped) == {"model.embed_tokens": "Embedding"}
-    assert len(found.layers) == 2
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Models with adapters on the disk, as a user has them."""
@@ -266,14 +208,3 @@ def test_inspect_on_the_command_line(home, name):
     for part in (f"{expected.count} of {expected.of}", f"{expected.energy_share:.1%}"):
         assert part in shown
     assert "intruders" not in json.loads(run("inspect", home / f"{name}_adapter", "--json").stdout)
-
-
-def test_wrong_requests_on_the_command_line(home, tmp_path):
-    adapter = home / "llama_adapter"
-    assert_one_line_error(run("inspect", adapter, "--intruders", "--base", home / "nowhere"), "nowhere")
-    assert_one_line_error(
-        run("inspect", adapter, "--intruders", "--base", home / "bert"), "llama_adapter cannot be put on"
-    )
-    nameless = tmp_path / "nameless"
-    get_peft_model(tiny_llama(), LoraConfig(target_modules=NAMES)).save_pretrained(nameless)
-    assert_one_line_error(run("inspect", nameless, "--intruders"), "does not name its base model. Name it with --base")

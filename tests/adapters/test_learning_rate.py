@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_init
 from lora_init import LoraInitError, build_adapter, collect, learning_rate
-from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, one_epoch, response
+from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, response
 from lora_init.statistics.statistics import Sizes
 from tests.conftest import tiny_llama
 
@@ -85,15 +85,6 @@ def test_sizes_merge_as_if_all_rows_had_come_in_one_pass(tmp_path):
     assert one.merge(replace(two, sizes={})).sizes == {}
 
 
-def test_an_older_file_has_no_sizes_and_its_adapter_says_how_to_get_a_rate():
-    stats = replace(collect(tiny(), batches(), rank=2), sizes={})
-    init = build_adapter(stats, 2)
-    assert init.rate is None and init.recommended is None
-    assert "`lora-init rate` measures it" in init.how_to_train
-    dora = build_adapter(collect(tiny(), batches(), rank=2), 2, use_dora=True)
-    assert dora.rate is None and dora.how_to_train.startswith("Tune the learning rate")
-
-
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
 def test_the_rate_solves_the_rule(scaling):
     responses = {str(i): Response(scaling * (i + 1), scaling * 40.0 * i) for i in range(3)}
@@ -106,22 +97,6 @@ def test_the_rate_falls_with_the_root_of_the_steps_and_rises_for_a_new_head():
     assert LearningRate(ONE, 48).rate == pytest.approx(CHANGE / 2, rel=0.02)
     assert LearningRate(ONE, 192).rate == pytest.approx(CHANGE / 4, rel=0.05)
     assert LearningRate(ONE, 48, new_head=True).rate == pytest.approx(CHANGE / 2 * NEW_HEAD, rel=0.05)
-
-
-def test_it_reads_what_it_stores_for_other_steps_too():
-    rate = LearningRate({"a": Response(2.0, 30.0), "b": Response(1.0, 0.0)}, 48, left_out=["c"], why_steps="an epoch")
-    assert LearningRate.read(rate.stored()) == rate
-    assert LearningRate.read(rate.stored(), steps=480) == replace(rate, steps=480, why_steps="")
-
-
-def test_the_sentence_names_steps_range_and_what_is_extrapolated():
-    assert str(LearningRate(ONE, 48)) == (
-        "Train with AdamW at 2.9e-3, warm-up 10%, cosine, for 48 steps. The best rate is likely between 1.4e-3 and "
-        "5.8e-3."
-    )
-    assert "extrapolated: measured from 48 to 400" in str(LearningRate(ONE, 5000))
-    assert one_epoch({"rows": 500}) == (63, "an epoch of 500 examples in batches of 8")
-    assert one_epoch({})[0] == 100
 
 
 @pytest.mark.parametrize("method", ["random", "eva"])

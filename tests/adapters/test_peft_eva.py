@@ -12,14 +12,13 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import eva as theirs
 from torch import nn
-from transformers import BatchEncoding
 
 import lora_init
 from lora_init.adapters import peft_eva as ours
 from lora_init.errors import LoraInitError
 from lora_init.planning.lora_config import from_patterns
 from lora_init.statistics.spectrum import principal_angles
-from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
+from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -128,18 +127,6 @@ def test_they_leave_the_same_model(adjust):
     assert 0 < len(mine.rank_pattern) < len(other.rank_pattern)
 
 
-def test_a_model_with_the_drop_in_saves_and_loads(tmp_path):
-    batch = batches_for("llama", 1)[0]
-    model = wrap(structured_llama(), config())
-    quietly(ours.initialize_lora_eva_weights, model, batches_for("llama", 4))
-    for layer in layers_of(model).values():
-        nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(structured_llama(), tmp_path / "adapter")
-    assert {n: m.r for n, m in layers_of(loaded).items()} == {n: m.r for n, m in layers_of(model).items()}
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-
-
 @pytest.mark.parametrize(
     "break_it",
     [
@@ -177,17 +164,6 @@ def test_layers_without_directions_are_initialised_by_peft_and_named():
     assert layers["model.embed_tokens"].lora_embedding_B["default"].abs().sum() > 0
 
 
-def test_an_adapter_of_embeddings_alone_keeps_pefts_start_and_is_named():
-    """As in PEFT, whose own warning says the same."""
-    for module in (ours, theirs):
-        model = wrap(tiny_llama(), config(target_modules=["embed_tokens"]))
-        with pytest.warns(UserWarning, match=r"\['model.embed_tokens'\]"):
-            quietly(module.initialize_lora_eva_weights, model, batches_for("llama", 4))
-        assert list(layers_of(model)) == ["model.embed_tokens"]
-        plain = (tiny_llama(), batches_for("llama", 1), config(target_modules=["embed_tokens"]))
-        assert quietly(module.get_eva_state_dict, *plain) == {}
-
-
 # The settings do what they say ---------------------------------------------------------------------------------------
 
 
@@ -203,27 +179,11 @@ def test_tau_decides_when_to_stop(tau, expected):
     assert len(calls) == expected
 
 
-def test_a_higher_tau_reads_more_batches():
-    calls = {}
-    for tau in (0.8, 0.95, 0.98):
-        model = counted(tiny_llama(), calls.setdefault(tau, []))
-        quietly(ours.get_eva_state_dict, model, batches_for("llama", 200), config(tau=tau))
-    assert len(calls[0.8]) < len(calls[0.95]) < len(calls[0.98]) < 200
-
-
 @pytest.mark.parametrize("rho", [1.0, 1.5, 2.0, 5000.0])
 def test_rho_bounds_the_ranks_and_the_budget_is_kept(rho):
     got = ranks(quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 8), config(rho)))
     assert sum(got.values()) == 4 * 14 and max(got.values()) <= round(4 * rho)
     assert rho > 1 or set(got.values()) == {4}
-
-
-def test_ranks_per_layer_set_budget_and_bound():
-    settings = config(rho=2.0, rank_pattern={"q_proj": 2, "down_proj": 6})
-    got = ranks(quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 8), settings))
-    assert sum(got.values()) == 2 * (2 + 6 + 5 * 4)
-    # layers of one input share the largest bound among them, as in PEFT
-    assert all(rank <= (12 if n.endswith("down_proj") else 8) for n, rank in got.items())
 
 
 def embedding_rows(model, batches, keep):
@@ -286,54 +246,7 @@ def test_functions_of_the_callers_decide_about_rows():
     )  # each layer by its own name, though q, k and v read one input
 
 
-def test_without_functions_every_row_counts():
-    model, batches = structured_llama(), batches_for("llama", 6, batch_size=8)
-    state = quietly(
-        ours.get_eva_state_dict, model, batches, config(1.0, tau=1.0), prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=None,
-    )  # fmt: skip
-    rows = embedding_rows(model, batches, lambda b: b["input_ids"] >= 0)
-    assert principal_angles(state[Q], exact_components(rows, 4)).max() < 0.02
-
-
-def test_a_config_without_eva_settings_takes_the_defaults():
-    plain = LoraConfig(r=4, target_modules=PROJECTIONS)
-    model = tiny_llama()
-    got = quietly(ours.get_eva_state_dict, model, batches_for("llama", 4), plain)
-    expected = quietly(ours.get_eva_state_dict, model, batches_for("llama", 4), config())
-    assert plain.eva_config is None and all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-def test_conv1d_and_inputs_without_tokens():
-    state = quietly(ours.get_eva_state_dict, tiny_gpt2(), batches_for("gpt2", 4), config(target_modules=["c_attn"]))
-    assert all(a.shape[1] == 32 for a in state.values()) and len(state) == 2
-    settings = config(target_modules=["query", "pooler.dense"])
-    batches = [b | {"labels": torch.zeros(4, dtype=torch.long)} for b in batches_for("bert", 4)]
-    with pytest.raises(ValueError, match="not enough values to unpack"):
-        quietly(theirs.get_eva_state_dict, tiny_bert(), batches_for("bert", 4), settings)
-    settings.eva_config.use_label_mask = False
-    assert "bert.pooler.dense" in quietly(ours.get_eva_state_dict, tiny_bert(), batches, settings)
-
-
 # Where PEFT is wrong -------------------------------------------------------------------------------------------------
-
-
-def test_whitening_does_not_reach_layers_of_the_same_input():
-    """PEFT divides one tensor in place, once for each of q, k and v; whatever is shared is divided three times."""
-    model, batches = structured_llama(), batches_for("llama", 1, batch_size=32) * 6
-    plain, white, wrong = (
-        quietly(module.get_eva_state_dict, model, batches, config(1.0, eva={"whiten": whiten}))
-        for module, whiten in ((ours, False), (ours, True), (theirs, True))
-    )
-    norms = white[Q].norm(dim=1)
-    torch.testing.assert_close(white[Q], plain[Q] * norms[:, None])
-    assert torch.equal(white[Q], white[K]) and torch.equal(white[Q], white[V])
-    assert len({white[n].untyped_storage().data_ptr() for n in (Q, K, V)}) == 3
-    white[Q].zero_()
-    assert white[K].abs().sum() > 0
-    # norms are variance ** -1/4 and a factor for the number of rows, so q's and v's ratios must be those of q
-    ratio, wrong_ratio = norms[3] / norms[0], wrong[Q].norm(dim=1)[3] / wrong[Q].norm(dim=1)[0]
-    assert wrong_ratio > 1.5 * ratio and wrong[Q].data_ptr() == wrong[K].data_ptr()
 
 
 def test_anchored_keys_in_rank_pattern_count():
@@ -363,19 +276,6 @@ def test_a_state_dict_of_the_plain_model_fits_the_peft_model():
     assert set(layers_of(model)) == {name for name, a in state.items() if len(a)}
 
 
-@pytest.mark.parametrize("function", [ours.prepare_model_inputs_fn_language_modeling,
-                                      theirs.prepare_model_inputs_fn_language_modeling])  # fmt: skip
-def test_a_batch_encoding_is_a_batch(function):
-    batches = batches_for("llama", 4)
-    encodings = [BatchEncoding(batch) for batch in batches]
-    with pytest.raises((TypeError, ValueError), match="must be a dictionary"):  # ValueError before PEFT 0.20
-        quietly(theirs.get_eva_state_dict, tiny_llama(), encodings, config())
-    model = tiny_llama()
-    got = quietly(ours.get_eva_state_dict, model, encodings, config(), prepare_model_inputs_fn=function)
-    expected = quietly(ours.get_eva_state_dict, model, batches, config())
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
 class Experts(nn.Module):
     """Two experts, the second from the second batch on, and one that no batch reaches."""
 
@@ -388,45 +288,6 @@ class Experts(nn.Module):
         return self.experts[expert](self.proj(x).tanh())
 
 
-def expert_batches(n=6):
-    generator = torch.Generator().manual_seed(0)
-    return [{"x": torch.randn(32, 8, generator=generator), "expert": min(i, 1)} for i in range(n)]
-
-
-def test_a_module_that_does_not_run_in_the_first_batch():
-    options = dict(prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None)
-    settings = config(1.0, tau=1.0, r=2, target_modules=["proj", "experts.0", "experts.1", "experts.2"])
-    with pytest.raises(IndexError):
-        quietly(theirs.get_eva_state_dict, Experts(), expert_batches(), settings, **options)
-    model = Experts()
-    state = quietly(ours.get_eva_state_dict, model, expert_batches(), settings, **options)
-    assert ranks(state) == {"proj": 2, "experts.0": 2, "experts.1": 2}
-    rows = torch.cat([model.proj(b["x"]).tanh() for b in expert_batches()[1:]]).detach().double()
-    assert (
-        principal_angles(state["experts.1"], exact_components(rows, 2)).max() < 1e-3
-    )  # all directions are kept: d = 8
-    wrapped = wrap(Experts(), settings)
-    with pytest.warns(UserWarning, match=r"\['experts.2'\]"):
-        quietly(ours.initialize_lora_eva_weights, wrapped, expert_batches(), **options)
-    assert layers_of(wrapped)["experts.2"].r == {"default": 2}
-
-
-def test_few_tokens_in_every_batch_are_enough():
-    """PEFT waits for a batch with as many tokens as components, for ever."""
-    batches = batches_for("llama", 10, batch_size=1, length=6)  # 3 to 6 tokens, for 8 components
-    got = quietly(ours.get_eva_state_dict, structured_llama(), batches, config(tau=1.0, eva={"use_label_mask": False}))
-    rows = embedding_rows(structured_llama(), batches, lambda b: b["attention_mask"] == 1)
-    assert principal_angles(got[Q], exact_components(rows, len(got[Q]))).max() < 1e-2
-
-
-def test_the_loop_is_bounded_and_says_so(monkeypatch):
-    monkeypatch.setattr(ours, "MAX_BATCHES", 5)
-    endless, calls = (batch for batch in itertools.cycle(batches_for("llama", 2))), []
-    with pytest.warns(UserWarning, match=r"tau=1.0 was not reached in 5 batches: .* keep \d+% on other data") as caught:
-        quietly(ours.get_eva_state_dict, counted(tiny_llama(), calls), endless, config(tau=1.0))
-    assert len(calls) == 5 and caught[0].filename == __file__
-
-
 def test_no_rows_at_all_is_an_error_and_not_an_endless_loop():
     batches = [b | {"labels": torch.full_like(b["input_ids"], -100)} for b in batches_for("llama", 3)]
     with pytest.raises(LoraInitError, match=r"no layer received rows.*use_label_mask=False"):
@@ -435,26 +296,6 @@ def test_no_rows_at_all_is_an_error_and_not_an_endless_loop():
         quietly(ours.get_eva_state_dict, tiny_llama(), iter([]), config())
     with pytest.raises(LoraInitError, match="no layer of LlamaForCausalLM is targeted"):
         quietly(ours.get_eva_state_dict, tiny_llama(), batches, config(target_modules=["qproj"]))
-
-
-def test_the_callers_mapping_is_not_emptied():
-    calls = []
-
-    def spy(layer_input, model_input, layer_name):
-        calls.append(layer_name)
-        return layer_input[0].flatten(0, 1)
-
-    given = {Q: spy}
-    model, batches, settings = tiny_llama(), batches_for("llama", 3), config()
-    emptied = dict(given)
-    quietly(theirs.get_eva_state_dict, model, batches, settings, prepare_layer_inputs_fn=emptied)
-    assert emptied == {}
-    calls.clear()
-    quietly(ours.get_eva_state_dict, model, batches, settings, prepare_layer_inputs_fn=given)
-    assert given == {Q: spy} and set(calls) == {Q}
-    calls.clear()
-    quietly(ours.get_eva_state_dict, wrap(model, settings), batches, prepare_layer_inputs_fn=given)
-    assert set(calls) == {PREFIX + Q}  # the name that PEFT would give it
 
 
 def state_of(model):
@@ -495,13 +336,6 @@ def test_modes_hooks_and_gradients_are_as_before(wrapped, error):
         assert state_of(model) != before  # PEFT leaves its hooks and evaluation mode behind
 
 
-def test_all_linear_on_a_plain_model():
-    settings = config(target_modules="all-linear")
-    assert quietly(theirs.get_eva_state_dict, tiny_llama(), batches_for("llama", 3), settings) == {}
-    assert len(quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 3), settings)) == 14
-    assert settings.target_modules == "all-linear"
-
-
 def test_rslora_keeps_the_scaling_of_every_layer():
     scalings = []
     for module in (theirs, ours):
@@ -520,19 +354,6 @@ def test_adapters_of_a_half_precision_model_stay_float32():
         quietly(module.initialize_lora_eva_weights, model, batches_for("llama", 6, batch_size=8))
         kinds.append({p.dtype for n, p in model.named_parameters() if "lora_" in n})
     assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}]
-
-
-def test_a_head_is_trained_whole_as_before(tmp_path):
-    model = wrap(tiny_bert(), config(target_modules=["query", "value"], task_type="SEQ_CLS"))
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ours.initialize_lora_eva_weights(model, batches_for("bert"), show_progress_bar=False)
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
-    assert any("classifier.modules_to_save.default" in name for name in trainable)
-    model.save_pretrained(tmp_path)
-    batch = {name: value for name, value in batches_for("bert")[0].items() if name != "labels"}
-    torch.manual_seed(0)
-    again = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path).eval()
-    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_a_failure_of_peft_leaves_the_adapter(monkeypatch):
@@ -558,29 +379,6 @@ def test_a_tensor_of_another_width_changes_nothing():
         ours.initialize_lora_eva_weights(model, eva_state_dict=state)
     assert before.keys() == dict(model.named_parameters()).keys() and settings == model.peft_config["default"]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-def test_low_cpu_mem_usage_leaves_no_weight_on_the_meta_device():
-    model = get_peft_model(tiny_llama(), config(), low_cpu_mem_usage=True)
-    quietly(ours.initialize_lora_eva_weights, model, batches_for("llama", 4))
-    assert not any(p.is_meta for p in model.parameters())
-    batch = batches_for("llama", 1)[0]
-    assert torch.equal(model(**batch).logits, tiny_llama_with_the_weights_of(model)(**batch).logits)
-
-
-def tiny_llama_with_the_weights_of(model):
-    return copy.deepcopy(model).unload()
-
-
-def test_only_the_named_adapter_is_touched():
-    model = wrap(tiny_llama(), config())
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
-    other = {n: p.clone() for n, p in model.named_parameters() if ".other" in n}
-    state = quietly(ours.get_eva_state_dict, model, batches_for("llama", 4))
-    assert PREFIX + "lm_head" not in state
-    ours.initialize_lora_eva_weights(model, eva_state_dict={n: a for n, a in state.items() if len(a)})
-    assert "default" not in layers_of(model)["lm_head"].r
-    assert other and all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
 
 
 def eva_of_a_share(rank, size, folder):

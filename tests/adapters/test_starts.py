@@ -1,6 +1,5 @@
 """The registry of starts, and starts that other packages bring."""
 
-import inspect
 import math
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import torch
 
 from lora_init import LoraInitError, Start, build_adapter, collect, initialize
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.providers import PROVIDERS
-from lora_init.adapters.starts import STARTS, buildable, changes_base, find_start, load_function, start_names
+from lora_init.adapters.starts import buildable, changes_base, find_start, start_names
 from tests.conftest import batches_for, tiny_llama
 
 RANK = 3
@@ -22,21 +20,6 @@ def test_importing_the_registry_takes_no_torch():
     program = "import sys, lora_init.adapters.starts; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-@pytest.mark.parametrize("start", [start for start in STARTS if start.function], ids=lambda s: s.name)
-def test_what_a_start_takes_is_read_from_the_source_as_its_function_says(start):
-    wanted = tuple(inspect.signature(load_function(start.function)).parameters)
-    assert start.takes == wanted and set(wanted) <= set(PROVIDERS)
-    assert (start.gamma is None) == (start.b_is_zero or start.by_error)
-
-
-def test_what_a_start_needs_follows_from_the_names_of_its_parameters():
-    needed = {name: find_start(name).needed for name in ("random", "eva", "natural-gradient", "qera", "corda", "pissa")}
-    assert list(map(sorted, needed.values())) == [
-        [], ["inputs"], ["gradients", "inputs"], ["errors", "inputs"], ["inputs"], ["weights"]
-    ]  # fmt: skip
-    assert Start("x", "", function=lambda weight, rank: weight[:rank]).needed == {"weights"}
 
 
 def test_pefts_values_of_init_lora_weights_name_the_starts_that_change_weights():
@@ -107,25 +90,6 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
     assert "'theirs'" in str(error.value) and "an unknown package" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_one_that_cannot_be_imported_or_has_a_name_that_is_taken_harms_nothing_else(packages, stats):
-    broken = ImportError("no module named 'jax'\nand more")
-    packages(broken=broken, eva=Start("eva", "", function=leading), odd="text", ends=SystemExit(7))
-    with pytest.warns(UserWarning, match="start 'eva' of an unknown package is not used"):
-        assert find_start("eva").package == ""
-    assert build_adapter(stats, RANK, "eva").n_parameters() > 0
-    with pytest.raises(LoraInitError, match=r"start 'ends' of .* cannot be imported: SystemExit: 7"):
-        find_start("ends")
-    with pytest.raises(LoraInitError, match=r"start 'broken' of an unknown package cannot be imported: Imp"):
-        build_adapter(stats, RANK, "broken")
-    with pytest.raises(LoraInitError, match=r"start 'odd' .*: theirs:THING is no lora_init.Start with a function"):
-        initialize(tiny_llama(), batches_for("llama"), method="odd")
-    with pytest.raises(LoraInitError, match=r"method='evva' is unknown. Did you mean eva"):
-        build_adapter(stats, RANK, "evva")
-    for name in ("pissa", "bank-mean", "full"):
-        with pytest.raises(LoraInitError, match=f"method='{name}' is unknown"):
-            build_adapter(stats, RANK, name)
-
-
 def test_a_name_that_two_packages_have_is_refused_when_it_is_used(packages):
     packages("lead", lead=Start("lead", "as eva", function=leading))
     assert start_names().count("lead") == 1
@@ -143,12 +107,6 @@ def test_a_name_that_two_packages_have_is_refused_when_it_is_used(packages):
 def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
     with pytest.raises(LoraInitError, match=f"start 'odd': {said}"):
         Start("odd", "", function=leading, **what)
-
-
-def test_what_a_start_returns_is_cut_from_its_graph(packages, stats):
-    own = Start("lead", "", function=lambda spectrum, rank: spectrum.components[:rank].clone().requires_grad_())
-    packages(lead=own)
-    assert not any(weights.a.requires_grad for weights in build_adapter(stats, RANK, "lead").weights.values())
 
 
 def test_a_start_may_take_the_weight_of_the_base_and_is_told_apart_where_there_is_no_model(packages, stats):

@@ -130,14 +130,6 @@ def test_examples_beyond_the_sample_are_taken_if_there_are_enough(beyond, n_asid
     assert len(set(others)) == n_others
 
 
-def test_examples_without_tokens_are_told_apart_by_all_they_have():
-    pictures = torch.arange(20.0).reshape(20, 1, 1).expand(20, 3, 2).bfloat16()
-    batches = [{"pixel_values": pictures[i : i + 4], "labels": torch.arange(4)} for i in (0, 4, 8, 12, 16, 0)]
-    with pytest.warns(UserWarning, match="on 4 of 20 different examples"):
-        aside, others = set_aside(batches)
-    assert torch.equal(aside[0]["pixel_values"], pictures[:4]) and len(aside) == 1 and len(list(others)) == 4
-
-
 def test_batches_without_rows_are_set_aside_whole():
     """Pictures cut into patches, say: not one for each example."""
     batches = [{"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(7, 3)} for _ in range(40)]
@@ -151,25 +143,3 @@ def test_batches_without_rows_are_set_aside_whole():
 
 def modes(model):
     return [module.training for module in model.modules()]
-
-
-def test_the_mode_of_each_submodule_stays_as_it_was(case):
-    """A part in evaluation mode inside a model in training mode, as a frozen encoder or a layer of statistics is."""
-    model, batches, stats = case
-    model = copied(model).train()
-    model.model.layers[0].eval()
-    before = modes(model)
-    mean_loss(model, batches)
-    assert modes(model) == before
-
-    def loss_of(model):
-        model.eval()  # a user's own function may do this
-        return mean_loss(model, batches)
-
-    find_step_size(model, lambda gamma: build_adapter(stats, 4, "lora-one", gamma=gamma), loss_of)
-    assert modes(model) == before
-    empty = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
-    assert mean_loss(model, [*batches, empty]) == mean_loss(model, batches)
-    for nothing in ([], [empty]):
-        with pytest.raises(LoraInitError, match="no batch with a label to measure the loss on"):
-            mean_loss(model, nothing)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_init.bank import generator
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import load_model
 from tests.bank.made import fit
@@ -74,19 +73,6 @@ def test_each_way_writes_an_adapter_that_peft_loads(by, bank, home):
     assert shown.exit_code == 0 and f"bank-{by}" in shown.stdout
 
 
-def test_the_generator_is_trained_as_long_as_in_python_unless_told(bank, monkeypatch):
-    assert f"Default: {generator.STEPS}." in " ".join(run("bank", "train", "--help").stdout.split())
-    monkeypatch.setattr(generator, "STEPS", 8)
-    assert "step 8 of 8" in run("bank", "train", bank).stderr
-
-
-def test_what_is_said_of_the_nearest(bank, home):
-    done = start(home, bank)
-    assert done.exit_code == 0, done.stderr
-    for part in ("standard deviations away", "before any training", "+1.00 task-"):
-        assert part in done.stdout
-
-
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
@@ -99,13 +85,6 @@ def test_what_is_said_of_the_nearest(bank, home):
 def test_what_cannot_be_is_one_line(more, parts, bank, home):
     assert_one_line_error(start(home, bank, *more), *parts)
     assert not (bank.parent / "out").exists()
-
-
-def test_bank_and_method_go_together(bank, home, tmp_path):
-    command = ["init", home / "model", home / "rows.jsonl", *READ, "-o", tmp_path / "out"]
-    assert_one_line_error(run(*command, "--bank", bank), "--method from-bank and --bank go together")
-    assert_one_line_error(run(*command, "--method", "from-bank"), "--method from-bank and --bank go together")
-    assert_one_line_error(run(*command, "--by", "mean"), "--by: that is for --method from-bank")
 
 
 def test_bad_banks_and_adapters_are_one_line(bank, home, adapters, tmp_path):

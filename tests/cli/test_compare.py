@@ -1,6 +1,5 @@
 """`lora-init compare` as a user meets it."""
 
-import io
 import json
 import os
 import signal
@@ -9,17 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
-from lora_init.cli.compare import show_comparison
-from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import read_runs, read_settings
 from lora_init.comparison.workbench import Workbench
-from tests.commands import WORDS
-from tests.comparisons import make_home, planted
-from tests.comparisons import settings as planted_settings
+from tests.comparisons import make_home
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +114,6 @@ def test_limits_reach_the_comparison(command, tmp_path):
     assert {record["start"] for record in read_runs(tmp_path / "out")} >= {"eva-rho1+2-batches", "eva-rho1+4-batches"}
 
 
-def test_an_adapter_of_ones_own(command, home, tmp_path):
-    run("init", home / "llama", home / "rows.jsonl", "-o", tmp_path / "mine", "--template", "{passage}", "--rank", 2,
-        "--rho", 1)  # fmt: skip
-    run(*command, "--starts", f"random,mine={tmp_path / 'mine'}")
-    assert {(r["start"], r["status"]) for r in read_runs(tmp_path / "out")} == {
-        ("random", "finished"),
-        ("mine", "finished"),
-    }
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,24 +149,6 @@ def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
 
     monkeypatch.setattr(Workbench, "_fill", no_room)
     assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())
-
-
-def test_standard_input_is_not_for_several_processes():
-    result = run("compare", "model", "-", "--output", "out", "--workers", 2, code=1)
-    assert result.stderr == (
-        "error: DATA '-': workers read the data, too, and standard input is read once. Name a file.\n"
-    )
-
-
-def test_on_a_terminal_every_verdict_is_a_line_and_no_cell_is_cut():
-    summary = summarise(planted({"eva": -0.01, "[red]own[/red]": 0.0}), planted_settings())
-    written = io.StringIO()
-    show_comparison(Console(width=100, color_system=None, file=written), summary)
-    text = written.getvalue()
-    assert "[red]own[/red]: no difference shown" in " ".join(text.split())
-    assert "…" not in text and "each start" not in text
-    for name in ("differences", "learning rates", "best", "metrics", "cost", "forgetting"):
-        assert f"\n{name}\n" in text
 
 
 # Its second run waits until a signal comes, so that nothing depends on how fast the machine is.
@@ -226,25 +192,3 @@ def test_a_signal_leaves_a_report_says_how_to_go_on_and_exits_with_130(command, 
     assert said.endswith("The same command goes on from there.")
     assert [record["status"] for record in read_runs(tmp_path / "out")] == ["finished"]
     assert "random" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_quiet_and_format_reach_the_comparison(command, tmp_path, monkeypatch):
-    asked, rows = [], tmp_path / "alpaca.jsonl"
-    rows.write_text('{"instruction": "say", "output": "sat"}')
-    monkeypatch.setattr("lora_init.comparison.compare.compare", lambda *_, **options: asked.append(options) or 1 / 0)
-    run(*command, code=1)
-    other = ["compare", command[1], rows, "-o", tmp_path / "out", "-q", "--format", "alpaca"]
-    run(*other, "--quantize", "int8", "--weights", "there", code=1)
-    told = [[options[name] for name in ("progress", "format", "quantize", "weights")] for options in asked]
-    assert told == [[None] * 4, [False, "alpaca", "int8", "there"]]
-
-
-def test_the_format_decides_how_rows_are_read(home, tmp_path):
-    texts = [" ".join(WORDS[i % 19 :] + WORDS[: i % 7]) for i in range(40)]
-    rows = [{"instruction": "say", "output": "sat", "text": text} for text in texts]
-    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ["compare", home / "llama", tmp_path / "two.jsonl", "-o", tmp_path / "out", "--steps", 1, "--seeds", 1]
-    words += ["--starts", "random", "--learning-rates", "1e-3", "--selection-samples", 6, "--report-samples", 8]
-    run(*words, "--batch-size", 4, "--rank", 2, "--format", "text", "-q")
-    settings = read_settings(tmp_path / "out")
-    assert settings["data"].endswith(", text") and "--format text" in settings["init"]

@@ -14,13 +14,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import lora_init
 from lora_init import Statistics
-from lora_init.adapters.asked import read_modules, unescape
 from lora_init.cli import app as cli
 from lora_init.cli import console
 from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank
-from lora_init.errors import explain
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
 from tests.conftest import tiny_llama
@@ -73,30 +70,6 @@ def test_torchrun_makes_one_result_and_says_it_once(home, tmp_path, monkeypatch)
         assert stats.total_variance(name) == pytest.approx(expected.total_variance(name), rel=1e-6)
         shares = (float(one.explained_variance_ratio(name).sum()) for one in (stats, expected))
         assert next(shares) == pytest.approx(next(shares), rel=0.02)
-
-
-@needs_torchrun
-def test_a_step_start_under_torchrun_searches_its_size_once(home, tmp_path):
-    data = home / "answers.jsonl"
-    data.write_text(
-        "\n".join(json.dumps({"prompt": " ".join(WORDS[: 3 + i % 5]), "completion": WORDS[i % 19]}) for i in range(40))
-    )
-    arguments = [
-        "-m",
-        "lora_init",
-        "init",
-        "model",
-        str(data),
-        "-o",
-        str(tmp_path / "out"),
-        "--rank",
-        "2",
-        "--rho",
-        "1",
-    ]
-    said = json.loads(torchrun(*arguments, "--method", "natural-gradient-step", "--json", cwd=home))
-    assert said["loss_at_start"] < said["loss_before"] and said["gamma"] >= 1.0
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 @needs_torchrun
@@ -211,12 +184,6 @@ def test_quiet_prints_warnings_and_what_was_asked_for_but_no_summary(command, tm
     assert json.loads(asked.stdout)["adapter"] and run_here("inspect", tmp_path / "stats", "-q").stdout
 
 
-def test_an_error_of_many_lines_becomes_one():
-    assert explain(lora_init.LoraInitError("one\n  two")) == "one two"
-    assert explain(OSError("one\ntwo")) == "one."
-    assert len(explain(RuntimeError("x" * 5000))) < 400
-
-
 def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
     with one_line_errors():
         warnings.warn_explicit("ours\nis long", UserWarning, "adapter.py", 1, module="lora_init.adapter")
@@ -241,15 +208,3 @@ def test_messages_are_in_the_words_of_the_command(text, expected, monkeypatch):
     assert in_words_of_the_command(text) == text
     console._common(init.make_context("init", [], resilient_parsing=True))
     assert in_words_of_the_command(text) == expected
-
-
-def test_modules_are_read_as_names_or_as_a_regular_expression():
-    assert read_modules("all-linear") == "all-linear"
-    assert read_modules("q_proj") == ["q_proj"]
-    assert read_modules("q_proj, self_attn.v_proj") == ["q_proj", "self_attn.v_proj"]
-    assert read_modules(r".*\.q_proj") == r".*\.q_proj"
-
-
-def test_newlines_and_tabs():
-    assert unescape(r"a\nb\tc") == "a\nb\tc"
-    assert unescape(None) is None

@@ -96,13 +96,6 @@ def test_the_default_forgets_less_at_the_price_that_was_allowed(place, tmp_path)
     assert_one_line_error(again, "exists", "--overwrite")
 
 
-def test_it_says_what_to_do_next(place, tmp_path):
-    words = ["dial", place / "trained", place / "task.txt", "--keep", place / "text.txt", "-o", tmp_path / "a b"]
-    done = run(*words, "--samples", 36, "--strength", 0.5)
-    command = "".join(line.strip() for line in done.stdout.partition("serve it: lora-init ")[2].splitlines())
-    assert done.exit_code == 0 and "a b-served" in command, done.stdout
-
-
 def test_what_cannot_be_dialed_is_one_line(place, tmp_path):
     text, task, out = place / "text.txt", place / "task.txt", tmp_path / "out"
     (tmp_path / "empty.txt").write_text("\n \n")

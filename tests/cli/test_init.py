@@ -1,7 +1,6 @@
 """`lora-init init`: the adapter that it makes, the statistics file, and what it refuses."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -13,13 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_init
 from lora_init import build_adapter, collect, load_batches
 from lora_init.adapters.learning_rate import rate_text
-from lora_init.cli.dry_run import STATE
-from lora_init.collection.backward import BackwardHooks, NoGradientsError
-from lora_init.collection.loop import both
+from lora_init.collection.backward import NoGradientsError
 from lora_init.loading.models import load_model
-from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import MODELS, tiny_bert, tiny_llama, tiny_t5
+from tests.conftest import tiny_bert, tiny_llama, tiny_t5
 
 # What it makes
 
@@ -91,51 +87,8 @@ def test_the_rate_follows_alpha_and_is_unknown_with_dora(command, tmp_path):
     assert found["--use-dora"]["train"].startswith("Tune the learning rate")
 
 
-def test_a_rate_that_a_comparison_found_is_what_to_train_with(command, tmp_path):
-    made = run(*command, "--rank", 2, "--method", "random", "--learning-rate", "1e-3")
-    line = "Train with AdamW at 1e-3, warm-up 10%, cosine, as you asked for it."
-    inspected = " ".join(run("inspect", tmp_path / "out").stdout.split())
-    assert made.exit_code == 0 and line in made.stdout and line in inspected, made.output
-    assert line in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "lora_init.json").read_text())["recommended"]["learning_rate"] == 1e-3
-    assert_one_line_error(run(*command, "--learning-rate", "0"), "--learning-rate 0: expected a number between 0 and 1")
-
-
-def test_classes_of_layers_that_give_no_gradients_start_from_what_these_read(home, tmp_path):
-    model = tiny_bert(task=None)
-    save_model(model, tmp_path / "model")
-    words = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackwardHooks, "__init__", refuse)
-        made = run(*words, "--rank", 2, "-o", tmp_path / "out")
-        assert made.exit_code == 0, made.output
-        assert "warning: no gradients here. So the start is eva, from what the layers read." in made.stderr
-        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["lora_alpha"] == 4
-        asked = run(*words, "--rank", 2, "-o", tmp_path / "asked", "--method", "natural-gradient")
-        assert asked.exit_code == 1 and asked.stderr.endswith("error: no gradients here.\n")
-
-
 def refuse(*_):
     raise NoGradientsError("no gradients here.")
-
-
-def test_a_frozen_a_is_said_where_it_has_to_be_known(command, tmp_path):
-    made = run(*command, "--freeze-a", "--json")
-    assert made.exit_code == 0, made.output
-    assert "A stays as it is in training, see README.md" in json.loads(made.stdout)["notes"][0]
-    assert 'parameter.requires_grad &= ".lora_A." not in name' in (tmp_path / "out/README.md").read_text()
-    assert json.loads((tmp_path / "out/lora_init.json").read_text())["freeze_a"] is True
-
-
-def test_a_budget_does_not_count_what_dora_adds(command, tmp_path):
-    file, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
-    assert run(*command, "--statistics", file).exit_code == 0
-    assert run("ranks", file, "--parameters", "3000", "-o", plan).exit_code == 0
-    command[command.index("-o") + 1] = str(tmp_path / "planned")
-    command[command.index("--rank") : command.index("--rank") + 2] = ["--ranks", str(plan)]
-    notes = [json.loads(run(*command, *more, "--json", "--overwrite").stdout)["notes"] for more in ([], ["--use-dora"])]
-    said = ["parameters=3,000 does not count DoRA's magnitudes." in own for own in notes]
-    assert said == [False, True]
 
 
 def test_a_budget_in_megabytes_is_kept_in_the_type_that_it_counts(command, home, tmp_path):
@@ -211,11 +164,6 @@ def test_options_reach_the_adapter(command, tmp_path):
     }
 
 
-def test_rslora_is_not_for_engines_that_divide_alpha_by_the_rank(command):
-    serving = json.loads(run(*command, "--use-rslora", "--rho", "1", "--json").stdout)["serving"]
-    assert serving.startswith("PEFT and vLLM (--max-lora-rank 8) take this adapter as it is. SGLang, llama.cpp, ")
-
-
 def test_settings_reach_the_statistics(home, tmp_path):
     options = "--no-center --token-mask labels --seed 3 --max-batches 2 --batch-size 2 --samples 20 --dtype bfloat16"
     columns = [
@@ -239,29 +187,6 @@ def test_settings_reach_the_statistics(home, tmp_path):
     assert made.task_type == "CAUSAL_LM"
     # Only the answer and the end of the text have labels, and the tokens before them do not count.
     assert made.n_samples == 2 * 2 * 2
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
-def test_every_architecture_that_reads_text(name, home, tmp_path):
-    save_model(MODELS[name](), tmp_path / "model")
-    columns = ["--template", "{passage}", "--completion", "{question}"]
-    result = run("init", tmp_path / "model", home / "rows.jsonl", "-o", tmp_path / "out", "--rank", 2, *columns)
-    assert result.exit_code == 0, result.stderr
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["task_type"] == {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[name]
-
-
-def test_a_plain_encoder_can_be_given_a_task(home, tmp_path):
-    save_model(tiny_bert(task=None), tmp_path / "model")
-    arguments = [tmp_path / "model", home / "text.txt", "--rank", 2, "--json"]
-    assert run("init", *arguments, "-o", tmp_path / "plain").exit_code == 0
-    assert run("init", *arguments, "-o", tmp_path / "head", "--task-type", "SEQ_CLS").exit_code == 0
-    assert run("init", *arguments, "-o", tmp_path / "again", "--task-type", "SEQ_CLS").exit_code == 0
-    tasks = [json.loads((tmp_path / d / "adapter_config.json").read_text())["task_type"] for d in ("plain", "head")]
-    assert tasks == ["FEATURE_EXTRACTION", "SEQ_CLS"]
-    heads = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("head", "again")]
-    (head,) = (key for key in heads[0] if "classifier.weight" in key)
-    assert torch.equal(heads[0][head], heads[1][head])  # a new head starts at random, from the seed
 
 
 def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
@@ -314,29 +239,6 @@ def test_a_head_that_the_adapter_would_not_hold_is_taken_along(home, tmp_path):
     assert sum("classification_head" in name for name in tensors) == 4
 
 
-def test_a_causal_model_becomes_a_classifier(home, tmp_path):
-    """It needs a token to pad with, by which its head finds the last token of a text."""
-    # What the class is can be seen, also on the examples that the step is measured on.
-    texts = [[WORDS[i % 2]] * 4 + [WORDS[2 + i // 2 % 4], WORDS[2 + i // 8 % 4], WORDS[2 + i // 32]] for i in range(80)]
-    rows = [json.dumps({"text": " ".join(text), "kind": f"kind {i % 2}"}) for i, text in enumerate(texts)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    command = ["init", home / "model", tmp_path / "rows.jsonl", "--template", "{text}", "--label", "kind"]
-    made = run(*command, "--method", "lora-one", "--rank", 2, "--rho", 1, "-o", tmp_path / "out", "--json")
-    assert made.exit_code == 0, made.output
-    said = json.loads(made.stdout)
-    assert said["loss_at_start"] < said["loss_before"]
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["task_type"] == "SEQ_CLS"
-
-
-def test_the_same_command_gives_the_same_adapter(command, tmp_path):
-    run(*command)
-    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert run(*command, "--overwrite").exit_code == 0
-    second = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
 def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("the weights were read")
@@ -361,27 +263,6 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkey
     assert said["seconds"] > 0
     for part in ("layers ", "parameters ", "at rank 4 everywhere", "memory ", "offloaded ", "TFLOP", "GFLOP/s"):
         assert part in shown
-
-
-def test_a_dry_run_knows_the_memory_of_the_statistics():
-    halves, width, components = both(lambda: IncrementalSVD(32)), 512, 32
-    rows = [0.0]
-    for number in range(24):
-        halves[number % 2].project(torch.randn(64, width, generator=torch.Generator().manual_seed(number)))
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors_of(halves)}
-        rows.append(sum(storages.values()) / (4 * width * components))
-        halves[number % 2].update()
-    assert 0.9 * STATE < max(rows) <= STATE
-
-
-def _tensors_of(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors_of(one)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors_of(list(vars(value).values()))
 
 
 # The statistics file
@@ -441,12 +322,6 @@ def test_without_data_options_about_data_and_their_pass_are_refused(command, tmp
     assert_one_line_error(alone, "error: --split: without")
     # The rest still says something: what is drawn at random in the start, for one.
     assert run(*without_data(command), "--statistics", file, "--seed", 5).exit_code == 0
-
-
-def test_without_data_and_without_a_file_data_are_missing(command, tmp_path):
-    assert_one_line_error(run(*without_data(command)), "DATA is missing. Name it, or name with --statistics")
-    absent = run(*without_data(command), "--statistics", tmp_path / "none")
-    assert_one_line_error(absent, "none: no such file. Name one that exists, or DATA to make it from.")
 
 
 def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_path):
@@ -557,15 +432,6 @@ def test_a_pass_that_was_interrupted_goes_on_when_the_command_is_given_again(com
     assert list(stats) == list(expected)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_ctrl_c_without_a_statistics_file(command, tmp_path, monkeypatch, batch):
-    interrupt_at(batch, monkeypatch)
-    result = run(*command)
-    kept = "nothing was kept. --statistics FILE keeps what a pass has found, and goes on from there.\n"
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", kept + "interrupted\n")
-    assert not (tmp_path / "out").exists()
-
-
 # Errors
 
 
@@ -645,20 +511,6 @@ def test_what_can_be_refused_is_refused_before_the_weights_are_read(command, mon
     assert_one_line_error(run(*command, *options), part)
 
 
-def test_a_name_that_matches_nothing_is_said_once(command):
-    assert_one_line_error(run(*command, "--target-modules", "q_prj,v_proj"), "Closest names: 'q_proj'")
-    result = run(*command, "--target-modules", "q_proj,v_proj", "--exclude-modules", "lm_haed")
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr.startswith("warning: --exclude-modules 'lm_haed' matches nothing in LlamaForCausalLM")
-
-
-def test_the_average_that_is_printed_is_that_of_the_ranks(command):
-    result = run(*command, "--rank", "16", "--max-length", "8", "--samples", "2")
-    assert result.exit_code == 0 and "as many ranks as the data has directions" in result.stderr
-    low, high, average = re.search(r"rank (\d+) to (\d+) \(average ([\d.]+)\)", result.stdout).groups()
-    assert float(low) <= float(average) <= float(high) < 16
-
-
 def make_bad_models(home, folder):
     def variant(name, config=None, **changes):
         directory = folder / name
@@ -682,20 +534,3 @@ def make_bad_models(home, folder):
     weights = variant("truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     variant("vision", model_type="vit", architectures=["ViTForImageClassification"])
-
-
-def test_newlines_and_tabs_can_be_typed_in_a_template(command, tmp_path):
-    file = tmp_path / "s.safetensors"
-    result = run(*command, "--template", r"{text}\nthe\tcat", "--statistics", file)
-    assert result.exit_code == 0, result.stderr
-    assert r"'{text}\nthe\tcat'" in lora_init.Statistics.load(file).provenance.data  # repr of a real newline and tab
-
-
-def test_a_statistics_file_is_read_once(command, tmp_path, monkeypatch):
-    file = tmp_path / "s.safetensors"
-    assert run(*command, "--statistics", file).exit_code == 0
-    reads, load = [], lora_init.Statistics.load
-    monkeypatch.setattr(lora_init.Statistics, "load", lambda path: reads.append(path) or load(path))
-    model, output = command[1], tmp_path / "again"
-    result = run("init", model, "-o", output, "--statistics", file, "--rank", 4)
-    assert result.exit_code == 0 and reads == [file], result.stderr

@@ -1,18 +1,15 @@
 """`lora-init inspect`: statistics, plans, adapters before and after training, and damaged ones."""
 
 import json
-import random
 import subprocess
 import sys
 
 import pytest
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import lora_init
 from tests.commands import assert_one_line_error, run
 from tests.comparisons import broken, planted, write
-from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +66,6 @@ def test_inspect_an_adapter(made, home):
     assert about["origin"]["method"] == "eva"
 
 
-def test_inspect_an_adapter_that_peft_made(tmp_path):
-    get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    result = run("inspect", tmp_path)
-    assert result.exit_code == 0, result.stderr
-    assert "unknown: lora_init did not make it" in result.stdout
-    assert json.loads(run("inspect", tmp_path, "--json").stdout)["ranks"] == {
-        f"model.layers.{i}.self_attn.q_proj": 3 for i in range(2)
-    }
-
-
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
     process = subprocess.Popen(
@@ -88,14 +75,6 @@ def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1
-
-
-def test_several_are_shown_below_each_other(made, tmp_path):
-    paths = made / "s.safetensors", made / "out"
-    one, other = (run("inspect", path) for path in paths)
-    assert run("inspect", *paths).stdout == one.stdout + other.stdout
-    assert [about["what"] for about in json.loads(run("inspect", *paths, "--json").stdout)] == ["statistics", "adapter"]
-    assert_one_line_error(run("inspect", *paths, tmp_path / "gone"), "gone: no such file or directory")
 
 
 def test_inspect_what_is_neither(made, home, tmp_path):
@@ -162,29 +141,6 @@ def test_inspect_a_comparison(tmp_path, records):
     about = json.loads(run("inspect", tmp_path / "runs", "--json").stdout)
     assert about["what"] == "comparison" and sum(about["runs"].values()) == len(records)
     assert_one_line_error(run("inspect", tmp_path / "runs", "--intruders"), "is no adapter (comparison)")
-
-
-def test_a_trained_adapter_still_says_where_it_came_from(made, tmp_path):
-    trained = AutoPeftModelForCausalLM.from_pretrained(made / "out", is_trainable=True)
-    trained.save_pretrained(tmp_path / "trained")
-    result = run("inspect", tmp_path / "trained")
-    assert "eva, seed 0" in result.stdout and "text.txt: 48 of 48 examples" in result.stdout, result.output
-
-
-def test_adapters_with_damage_anywhere_are_one_line(made, tmp_path):
-    """Bytes changed at random in every file of the directory: read as something, or one line without 'unexpected'."""
-    generator = random.Random(0)
-    files = {path.name: path.read_bytes() for path in (made / "out").iterdir() if path.suffix != ".md"}
-    for _ in range(200):
-        for name, content in files.items():
-            changed = bytearray(content)
-            if name.endswith(".json") or generator.random() < 0.5:
-                for _ in range(generator.choice([1, 3, 20])):
-                    changed[generator.randrange(min(len(changed), 2000))] = generator.randrange(256)
-            (tmp_path / name).write_bytes(bytes(changed[: len(changed) - generator.choice([0, 0, 1, 50])]))
-        result = run("inspect", tmp_path)
-        assert result.exit_code in (0, 1) and "unexpected" not in result.stderr, result.stderr
-        assert result.exit_code == 0 or len(result.stderr.splitlines()) == 1
 
 
 def test_an_adapter_says_which_engines_take_it_and_gaps_count(made, tmp_path):

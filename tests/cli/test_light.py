@@ -1,7 +1,5 @@
 """The base installation: init, ranks, inspect and export run without the extras; all else names what it needs."""
 
-import json
-import os
 import subprocess
 import sys
 
@@ -75,13 +73,3 @@ def test_all_extras_are_named_at_once_before_torch_is_imported(words, libraries,
     assert done.stdout.splitlines() == [f"CODE {words[0]} 1", "False"], done.stderr
     assert done.stderr.startswith(f"error: this needs {libraries}, which ")
     assert done.stderr.endswith(f"pip install 'lora-init[{extras}]'\n")
-
-
-@pytest.mark.parametrize("given", ["active", None])
-def test_threads_wait_without_spinning_unless_the_user_says_otherwise(given):
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    variables |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    program = "import sys; from lora_init.cli.app import main; assert 'torch' not in sys.modules; main()"
-    command = [sys.executable, "-c", program, "env", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
-    assert json.loads(done.stdout)["OMP_WAIT_POLICY"] == (given or "passive")

@@ -50,17 +50,6 @@ def test_it_writes_what_merge_returns(run, home, tmp_path):
     assert content["data"] == "0.5 x chat; 0.3 x code; 0.2 x not described"
 
 
-def test_it_says_what_it_did(run, home, tmp_path):
-    result = run("a", "c")
-    assert result.exit_code == 0
-    for words in (f"{tmp_path / 'out'}: statistics of 6 layers", "in 7 batches", "part 1 of 2", "chat",
-                  "model.embed_tokens"):  # fmt: skip
-        assert words in result.stdout
-    assert "0.5 x " in run("a", "b", "--weights", "0.5,0.5", output="other").stdout
-    inspected = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")])
-    assert inspected.exit_code == 0 and "part 1 of 2" in inspected.stdout
-
-
 def test_gradients_are_merged_and_what_needs_the_model_is_refused(run, tmp_path):
     assert run("g", "h").exit_code == 0
     assert Statistics.load(tmp_path / "out").provenance.gradients
@@ -105,17 +94,3 @@ def test_what_is_there_stays_unless_told(run, home, tmp_path):
 def test_what_is_refused_is_not_written(run, tmp_path, arguments, words):
     assert_one_line_error(run(*arguments), words)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_file_is_named(run, home, tmp_path):
-    content = bytearray((home / "b").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "damaged").write_bytes(bytes(content))
-    assert_one_line_error(run("a", tmp_path / "damaged"), "damaged", "is not what was written")
-    (tmp_path / "short").write_bytes(bytes(content[:-9]))
-    assert_one_line_error(run("a", tmp_path / "short"), "short", "safetensors")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_argument_is_wrong_usage(home):
-    assert CliRunner().invoke(cli.app, ["merge", str(home / "a"), str(home / "b")]).exit_code == 2

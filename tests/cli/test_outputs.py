@@ -7,7 +7,6 @@ import typer
 
 from lora_init.cli import app as cli
 from lora_init.cli.console import WRITES
-from lora_init.loading.models import ModelSource
 from tests.commands import assert_one_line_error, run
 
 # What goes with an output; names of models and data that are nowhere show what is looked at first.
@@ -65,10 +64,3 @@ def test_what_cannot_be_written_is_refused_before_the_work(command, option, plac
     made = run(*(["bank"] if option == "bank" else []), command, *where)
     assert_one_line_error(made, error)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["directory", "file"]
-
-
-def test_a_comparison_looks_into_its_directory_before_it_loads_the_model(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("a model was loaded"))
-    (tmp_path / "notes.txt").touch()
-    made = run("compare", home / "model", home / "text.txt", "-o", tmp_path)
-    assert_one_line_error(made, "is not empty and has no settings.json, so it holds no comparison")

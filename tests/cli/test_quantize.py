@@ -48,15 +48,6 @@ def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path, monkeypat
     assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
 
 
-def test_a_dry_run_counts_the_bytes_of_quantized_weights(command):
-    said = json.loads(run(*command, "--quantize", "nf4", "--dry-run", "--json").stdout)
-    model = tiny_llama(hidden_size=64, intermediate_size=128)
-    packed = sum(layer.weight.numel() for layer in model.model.modules() if isinstance(layer, torch.nn.Linear))
-    every = sum(parameter.numel() for parameter in model.parameters())
-    # 4 bits, and a float32 for each block of 64; embeddings, norms and the head keep theirs.
-    assert said["weights_bytes"] == packed / 2 + packed / 64 * 4 + 4 * (every - packed)
-
-
 def test_every_start_may_have_a_quantized_base_and_a_file_serves_it_again(command, tmp_path):
     file = tmp_path / "statistics"
     made = run(*command, "--quantize", "int8", "--statistics", file)
@@ -65,13 +56,6 @@ def test_every_start_may_have_a_quantized_base_and_a_file_serves_it_again(comman
     made = run(*again)
     assert made.exit_code == 0 and "not measured: without DATA" in made.stdout, made.output
     assert_one_line_error(run(*again[:-5], "--overwrite"), "made from another model")
-
-
-def test_a_file_of_another_starts_pass_serves_it_where_examples_are_left_to_set_aside(command, tmp_path):
-    command += ["--quantize", "nf4", "--statistics", tmp_path / "statistics", "--samples", 12]
-    assert run(*command, "--method", "eva").exit_code == 0
-    made = run(*command, "--method", "qera", "--unchecked", "--overwrite")
-    assert made.exit_code == 0 and "used as it is" in made.stderr and "corrected" in made.stdout, made.output
 
 
 @pytest.mark.parametrize(
@@ -89,14 +73,6 @@ def test_what_cannot_be_is_refused(command, tmp_path, options, parts):
     refused = run(*command, *options)
     assert refused.exit_code == 1 and not (tmp_path / "out").exists()
     assert all(part in refused.stderr.splitlines()[-1] for part in parts), refused.stderr
-
-
-def test_what_does_not_lower_the_loss_is_not_written(command, tmp_path, monkeypatch):
-    from lora_init.adapters.quantized import QuantizationErrors
-
-    monkeypatch.setattr(QuantizationErrors, "__getitem__", lambda self, name: -10 * self.weight(name))
-    refused = run(*command, "--quantize", "nf4", "--method", "qera")
-    assert refused.exit_code == 1 and "nothing to gain" in refused.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_quantized_checkpoint_needs_the_float_model(command, wide, tmp_path):

@@ -8,9 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lora_init.adapters.learning_rate import rate_text
 from lora_init.cli.app import app
-from lora_init.cli.ranks import read_overrides, read_variants
 from lora_init.collection.collect import collect
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.plan import load_plan
@@ -46,16 +44,6 @@ def test_the_options_are_those_of_allocate_ranks(file, tmp_path):
     plan = load_plan(plan_file)
     assert dict(plan) == dict(expected) and plan.rank == expected.rank
     assert plan.parameters <= 4000
-
-
-def test_each_row_of_a_comparison_shows_how_many_more_parameters_it_has(file):
-    shown = run(file, "--rank", 2, "--rho", 2, "--compare", "uniform", "--compare", "rank=4,policy=uniform").stdout
-    asked = (dict(rank=2), dict(rank=2, policy="uniform"), dict(rank=4, policy="uniform"))
-    first, *others = (allocate_ranks(Statistics.load(file), rho=2.0, **one).parameters for one in asked)
-    heads, *rows, _ = shown.splitlines()
-    assert "to first" in heads
-    for row, parameters in zip(rows, [first, *others], strict=True):
-        assert f" {parameters / first - 1:+.1%} " in row
 
 
 def test_other_budgets_and_limits_reach_it_too(file):
@@ -122,15 +110,6 @@ def test_snippets_go_to_stdout_and_messages_do_not(file, tmp_path):
     )
 
 
-def test_a_snippet_has_alpha_and_the_rate_of_the_default_start(file):
-    written = run(file, "--rank", 3, "--format", "axolotl").stdout
-    rate = yaml.safe_load(written)["learning_rate"]
-    assert yaml.safe_load(written)["lora_alpha"] == 6 and "--lora-alpha 6 " in written
-    assert f"# Train with AdamW at {rate_text(rate)}" in written
-    written = run(file, "--rank", 3, "--format", "ms-swift", "--lora-alpha", 24).stdout
-    assert yaml.safe_load(written)["learning_rate"] < rate
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -163,12 +142,6 @@ def test_bad_input_is_one_line_and_exit_1(file, arguments, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_quiet_prints_no_table_of_what_was_written(file, tmp_path):
-    assert run(file, "--rank", 4, "-q").stdout
-    written = run(file, "--rank", 4, "-q", "-o", tmp_path / "p.json")
-    assert written.stdout == "" and (tmp_path / "p.json").exists()
-
-
 def test_nothing_is_replaced_without_overwrite_and_nothing_of_another_kind_even_then(file, tmp_path):
     statistics = file.read_bytes()
     rows = tmp_path / "rows.csv"
@@ -190,23 +163,6 @@ def test_nothing_is_replaced_without_overwrite_and_nothing_of_another_kind_even_
     run(*arguments, "--rank", 3, "--overwrite")
     assert load_plan(plan).rank == 3 and picture.read_bytes() != before[1]
     assert "both name" in run(file, "--output", "a.svg", "--plot", "a.svg", code=1).stderr
-
-
-def test_a_wrong_policy_is_wrong_usage(file):
-    run(file, "--policy", "best", code=2)
-
-
-def test_no_file(tmp_path):
-    assert "error: " in run(tmp_path / "none", code=1).stderr
-
-
-def test_texts_become_arguments():
-    assert read_overrides(["a:max-rank=8", "a:min_rank=2"]) == {"a": {"max_rank": 8, "min_rank": 2}}
-    base = {"rank": None, "parameters": "1M", "policy": "eva", "max_rank": 3}
-    assert read_variants(["rank=8,max_rank=9"], base) == {
-        "rank=8,max_rank=9": {"policy": "eva", "max_rank": 9, "rank": 8}
-    }
-    assert read_overrides(["a:allowed_ranks=8/16,rank=x"]) == {"a": {"allowed_ranks": (8, 16), "rank": "x"}}
 
 
 def test_the_example_plans_with_and_without_a_file(file, tmp_path, monkeypatch, capfd):

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from lora_init.cli.tables import columns, facts, heat_style, rank_table
+from lora_init.cli.tables import facts, rank_table
 from lora_init.planning.allocate import allocate_ranks
 from tests.planning.made import llama_like
 
@@ -13,11 +13,6 @@ def printed(*renderables, width=100):
     for renderable in renderables:
         console.print(renderable)
     return console.export_text()
-
-
-def test_a_cell_is_shown_as_it_is():
-    lines = printed(columns([{"task": "[red] herring", "rank": "8"}])).splitlines()
-    assert [line.split() for line in lines] == [["task", "rank"], ["[red]", "herring", "8"]]
 
 
 @pytest.mark.parametrize(("n_blocks", "width"), [(2, 40), (30, 100), (80, 100), (80, 60)])
@@ -36,13 +31,6 @@ def test_the_terminal_shows_each_rank_once_in_as_many_bands_as_fit(n_blocks, wid
     for kind, cells in shown.items():
         expected = [rank for name, rank in plan.items() if name.endswith(f".{kind}")]
         assert cells == [str(rank or "·") for rank in expected]
-
-
-def test_the_heat_map_has_colours_only_for_layers_with_rank():
-    assert heat_style(0, 1, 9) == "dim"
-    light, dark = heat_style(1, 1, 9), heat_style(9, 1, 9)
-    assert light.startswith("black on #") and dark.startswith("white on #") and light[-7:] != dark[-7:]
-    assert heat_style(4, 4, 4).startswith("black on")
 
 
 def test_square_brackets_in_a_path_are_no_markup():

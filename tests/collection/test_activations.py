@@ -124,22 +124,6 @@ def test_a_module_that_runs_twice_gives_all_its_rows():
     assert "unused" not in hooks.group_of
 
 
-def test_a_module_that_first_runs_in_a_later_pass_is_found():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x):
-            return self.c(self.a(x) if x.sum() > 0 else self.b(x))
-
-    model, seen = Branch(), []
-    with hooks_on(model) as hooks:
-        for x in (torch.ones(2, 4), -torch.ones(3, 4)):
-            run(hooks, x, lambda group, rows: seen.append((group, len(rows))))
-    assert seen == [("a", 2), ("c", 2), ("b", 3), ("c", 3)]
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, None])
 def test_hooks_modes_and_batches_are_as_before(error):
     model, batch = tiny_llama(), batches_for("llama")[0]

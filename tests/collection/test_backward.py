@@ -6,9 +6,8 @@ from torch import nn
 
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from lora_init.statistics.statistics import Statistics
 from tests.collection.made import counts_of, exact, labelled, low_rank_inputs
-from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_vit
+from tests.conftest import MODELS, batches_for, tiny_llama
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -56,14 +55,6 @@ def test_gradients_that_halves_do_not_share_keep_the_pass_going():
     assert noisy.provenance.stop_reason == "exhausted" and noisy.provenance.keeps < 0.5
 
 
-def test_with_all_triplets_the_importance_is_exact():
-    model, batches = tiny_llama(), labelled("llama")
-    stats = collect(model, batches, rank=16, gradients=True, target_modules=["q_proj"])
-    for name, (mean, _, _) in exact(model, batches, list(stats), counts_of(model, batches)).items():
-        expected = float((model.get_submodule(name).weight.double() * mean).abs().mean())
-        assert stats.gradient(name).importance == pytest.approx(expected, rel=1e-4)
-
-
 def test_with_a_mask_of_labels_the_mean_gradient_is_of_the_tokens_that_predict_one():
     """That is a part of the weight's gradient: other tokens reach the loss through attention, and are left out."""
     model, layer = tiny_llama(), "model.layers.0.mlp.up_proj"
@@ -92,38 +83,6 @@ def test_q_k_and_v_differ_and_their_inputs_do_not():
         stats["model.layers.0.self_attn.q_proj"].components, stats["model.layers.0.self_attn.v_proj"].components
     )
     assert not torch.allclose(q.weighted.components, v.weighted.components, atol=0.1)
-
-
-def test_batches_of_any_cut_give_the_same():
-    """The loss is a mean over a batch's labels; sums over tokens do not depend on who shared a batch."""
-    model, batches = tiny_llama(), labelled("llama", n_batches=2)
-    split = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(4)]
-    whole, parts = (collect(model, data, rank=8, rho=4.0, gradients=True) for data in (batches, split))
-    assert whole.provenance.n_labels == parts.provenance.n_labels
-    for name in whole:
-        a, b = whole.gradient(name), parts.gradient(name)
-        torch.testing.assert_close(a.singular_values[:6], b.singular_values[:6], rtol=2e-3, atol=0.0)
-        torch.testing.assert_close(a.output_moment, b.output_moment, rtol=1e-4, atol=1e-12)
-        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
-
-
-@pytest.mark.parametrize("n", [100, 200])
-def test_models_in_float64_are_those_in_float32(n):
-    x, settings = torch.randn(2, n, 24), {"rank": 4, "gradients": True, "loss": lambda y, batch: y.square().mean()}
-    single = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 4))
-    stats = collect(single, list(x), **settings)
-    double = collect(single.double(), list(x.double()), **settings)
-    for name in stats:
-        a, b = stats.gradient(name), double.gradient(name)
-        torch.testing.assert_close(a.singular_values[:2], b.singular_values[:2], rtol=5e-3, atol=0.0)
-        assert a.weighted.total_variance == pytest.approx(b.weighted.total_variance, rel=1e-4)
-
-
-def test_activations_are_as_without_gradients():
-    model, batches = tiny_llama(), labelled("llama")
-    plain, both = (collect(model, batches, rank=4, gradients=gradients) for gradients in (False, True))
-    for name in plain:
-        assert torch.equal(both.explained_variance(name), plain.explained_variance(name))
 
 
 class Broken(Exception):
@@ -248,16 +207,6 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient_and_is_named():
     assert any("unused: the loss does not depend on its output" in note for note in stats.provenance.notes)
 
 
-def test_half_precision_is_near():
-    model, batches = tiny_llama(), labelled("llama")
-    plain = collect(model, batches, rank=4, gradients=True)
-    half = collect(model.to(torch.bfloat16), batches, rank=4, gradients=True)
-    for name in plain:
-        # 8 bits of mantissa through two layers and back
-        a, b = plain.gradient(name).singular_values[:2], half.gradient(name).singular_values[:2]
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.0)
-
-
 def nothing_to_learn(batch):
     return {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
@@ -282,81 +231,6 @@ def test_what_cannot_be_learned_from_is_said(change, options, message):
     batches = [change(batch) if change else batch for batch in labelled("llama")]
     with pytest.raises(LoraInitError, match=message):
         collect(tiny_llama(), batches, rank=4, **{"gradients": True} | options)
-
-
-def test_a_model_that_returns_no_loss_says_so():
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
-    with pytest.raises(LoraInitError, match=r"Sequential.forward returned NoneType for a loss.*Pass loss="):
-        collect(model, [torch.randn(7, 6)], rank=2, gradients=True)
-
-
-def test_a_loss_that_depends_on_no_target():
-    with pytest.raises(LoraInitError, match="does not depend on any of the targeted layers"):
-        collect(
-            tiny_llama(), labelled("llama"), rank=4, gradients=True, target_modules=["q_proj"],
-            loss=lambda output, batch: output.logits.new_ones((), requires_grad=True) * 2.0,
-        )  # fmt: skip
-
-
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError("derivative for the packed product is not implemented")
-
-
-class Stuck(nn.Linear):
-    """Stands in for a quantized layer that has no backward pass."""
-
-    def forward(self, x):
-        return Opaque.apply(super().forward(x))
-
-
-def test_a_base_without_gradients_of_its_inputs_is_named():
-    model = nn.Sequential(nn.Linear(6, 5), Stuck(5, 4), nn.Linear(4, 3))
-    with pytest.raises(
-        LoraInitError, match=r"the backward pass of Sequential failed: derivative.*collect from the model in float"
-    ):
-        collect(model, [torch.randn(7, 6)], rank=2, gradients=True, loss=lambda o, b: o.square().mean())
-
-
-def test_running_out_of_memory_in_the_backward_pass_is_one_line():
-    def loss(output, batch):
-        class Greedy(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return x.clone()
-
-            @staticmethod
-            def backward(ctx, gradient):
-                raise torch.OutOfMemoryError("cannot allocate")
-
-        return Greedy.apply(output.loss)
-
-    with pytest.raises(LoraInitError, match=r"batch 0: out of memory. Use a smaller batch"):
-        collect(tiny_llama(), labelled("llama"), rank=4, gradients=True, loss=loss)
-
-
-def test_convolutions_are_refused():
-    model = tiny_vit()
-    with pytest.raises(LoraInitError, match="is a Conv2d: gradient statistics are for linear layers"):
-        collect(model, labelled("vit"), rank=4, gradients=True, target_modules=["projection", "classifier"])
-
-
-def test_the_file_keeps_gradients(tmp_path):
-    stats = collect(tiny_gpt2(), labelled("gpt2"), rank=4, gradients=True)
-    again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
-    for name in stats:
-        a, b = stats.gradient(name), again.gradient(name)
-        assert a.importance == b.importance and a.weighted.total_variance == b.weighted.total_variance
-        assert a.weighted.n_samples == b.weighted.n_samples and a.n_samples == b.n_samples
-        for part in ("left", "singular_values", "right", "output_moment"):
-            assert torch.equal(getattr(a, part), getattr(b, part))
-        assert torch.equal(a.weighted.components, b.weighted.components)
-    assert again.provenance == stats.provenance
 
 
 def test_statistics_without_gradients_say_what_to_do():

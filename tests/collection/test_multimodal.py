@@ -1,12 +1,9 @@
 """A vision tower and a language model under one roof: the attention mask belongs to the language model only."""
 
-import copy
-
 import pytest
 import torch
-from peft import PeftModel
 
-from lora_init import allocate_ranks, build_adapter, collect
+from lora_init import collect
 from tests.collection.made import recorded
 from tests.versions import OLD_TRANSFORMERS
 
@@ -138,31 +135,3 @@ def test_the_statistics_are_those_of_recorded_rows(name):
             rows.append(x[batch["attention_mask"].bool()] if is_text else x.reshape(-1, x.shape[-1]))
         rows = torch.cat(rows).double()
         assert stats.total_variance(layer) == pytest.approx(float(rows.var(0).sum()), rel=1e-4, abs=1e-9), layer
-
-
-@every_model
-def test_the_adapter_changes_nothing_and_loads_in_peft(name, tmp_path):
-    model, batches, _ = setting(name)
-
-    def output(adapted):
-        given = adapted(**batches[0])
-        return (given.logits_per_image if name == "clip" else given.logits).detach()
-
-    before = output(model)
-    stats = collect(model, batches, EVERYTHING, rank=2)
-    init = build_adapter(stats, allocate_ranks(stats, rank=2))
-    init.save_pretrained(tmp_path / "adapter", model=model)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter", is_trainable=True)
-    peft_model = init.apply(model)
-    state = loaded.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in peft_model.state_dict().items())
-    assert torch.equal(output(peft_model), before)
-    assert torch.equal(output(loaded), before)
-
-
-@every_model
-def test_all_linear(name):
-    model, batches, _ = setting(name)
-    stats = collect(model, batches, rank=2)
-    assert not stats.unsupported
-    build_adapter(stats, 2).apply(model)

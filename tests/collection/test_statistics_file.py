@@ -3,9 +3,7 @@
 import os
 import signal
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from lora_init.collection import loop
 from lora_init.collection.collect import Interrupted, OtherSettingsError
 from tests import reference
 from tests.collection.made import all_rows
-from tests.conftest import MODELS, batches_for, tiny_llama
+from tests.conftest import MODELS, batches_for
 
 SETTINGS = {"rank": 4, "tolerance": 0.0, "data": "some data"}
 
@@ -99,20 +97,6 @@ def test_a_complete_file_is_used_without_running_the_model(tmp_path):
     assert counting.n == 8
 
 
-def test_data_that_ends_where_the_pass_was_interrupted(tmp_path):
-    interrupt(tmp_path / "stats")
-    stats = collect(model(), batches_for("llama", n_batches=3), statistics=tmp_path / "stats", **SETTINGS)
-    assert (stats.provenance.complete, stats.provenance.n_batches) == (True, 3)
-
-
-def test_a_file_of_a_version_that_knew_no_settings_is_used(tmp_path):
-    stats = collect(model(), batches_for("llama"), **SETTINGS)
-    stats.provenance.settings.clear()
-    file, counting = stats.save(tmp_path / "stats"), Counting()
-    collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
-    assert counting.n == 0
-
-
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -144,16 +128,6 @@ def test_other_settings_data_and_models_are_refused(complete, changes, expected,
     assert file.read_bytes() == content and counting.n == 0
 
 
-def test_the_file_of_another_model_is_named_as_such_whatever_else_differs(tmp_path):
-    """Not as one of other settings: nobody is advised to replace it."""
-    file, batches = tmp_path / "stats", batches_for("llama")
-    collect(model(), batches, statistics=file, **SETTINGS)
-    expected = r"stats was made from another model \(LlamaForCausalLM\), not from this one \(LlamaForCausalLM\)\. Name"
-    with pytest.raises(LoraInitError, match=expected) as caught:
-        collect(tiny_llama(num_hidden_layers=1), batches, statistics=file, **SETTINGS | {"rank": 3})
-    assert not isinstance(caught.value, OtherSettingsError) and "overwrite" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("token_mask", "complete", "used"),
     [("attention", True, True), ("attention", False, False), ("labels", True, False)],
@@ -175,25 +149,6 @@ def test_a_file_with_gradients_serves_a_pass_without_if_it_has_the_same_rows(tok
     assert file.read_bytes() == content
 
 
-def test_layers_that_have_no_rows_count(tmp_path):
-    """An adapter of the embedding would come, or not, with a file that was made for other targets."""
-    file, batches = tmp_path / "stats.safetensors", batches_for("llama")
-    collect(model(), batches, ["q_proj"], rank=2, statistics=file)
-    with pytest.raises(OtherSettingsError, match=r"was made with layers .2 "):
-        collect(model(), batches, ["q_proj", "embed_tokens"], rank=2, statistics=file)
-
-
-def test_later_batches_of_a_list_count(tmp_path):
-    file, batches, others = tmp_path / "stats", batches_for("llama"), batches_for("llama", seed=1)
-    first = collect(model(), batches, statistics=file, **SETTINGS, max_batches=3)
-    for changed in ([*batches[:2], others[2]], batches[:2]):
-        with pytest.raises(OtherSettingsError, match="other data"):
-            collect(model(), changed, statistics=file, **SETTINGS, max_batches=3)
-    # Negative: what is beyond the bound is never read.
-    again = collect(model(), [*batches[:3], others[3]], statistics=file, **SETTINGS, max_batches=3)
-    assert again.provenance == first.provenance
-
-
 def test_other_functions_are_refused(tmp_path):
     def ten_times(output, batch):
         return 10 * output.loss
@@ -206,33 +161,6 @@ def test_other_functions_are_refused(tmp_path):
     ):
         with pytest.raises(OtherSettingsError, match=expected):
             collect(model(), batches_for("llama"), statistics=file, **settings, **changes)
-
-
-def test_scalars_of_numpy_and_a_path_for_the_data_are_kept_as_what_they_mean(tmp_path):
-    given = dict(
-        rank=np.int64(2), max_batches=np.int64(2), seed=np.int64(3), rho=np.float32(1.5), tolerance=np.float32(0.5),
-        center=np.False_, gradients=0, data=Path("rows.csv"),
-    )  # fmt: skip
-    for changes in ({}, {"data": None}):
-        asked = given | changes
-        stats = collect(model(), batches_for("llama"), statistics=tmp_path / "stats", overwrite=True, **asked)
-        made = Statistics.load(tmp_path / "stats").provenance
-        assert made == stats.provenance
-        assert (made.rank, made.seed, made.center, made.gradients) == (2, 3, False, False)
-        assert (made.n_batches, made.settings["rho"], made.settings["tolerance"]) == (2, 1.5, 0.5)
-        assert made.data == str(asked["data"] or "")
-
-
-def test_settings_that_batches_bring_along_count(tmp_path):
-    class Batches(list):
-        pass
-
-    batches, file = Batches(batches_for("llama")), tmp_path / "stats"
-    batches.settings = {"template": "{a}"}
-    collect(model(), batches, statistics=file, **SETTINGS)
-    batches.settings = {"template": "{b}"}
-    with pytest.raises(OtherSettingsError, match=r"with template '\{a\}', and '\{b\}' is asked for"):
-        collect(model(), batches, statistics=file, **SETTINGS)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -303,18 +231,6 @@ def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skippe
         assert stats.total_variance(name) == pytest.approx(clean.total_variance(name), rel=1e-5)
 
 
-def test_fewer_bad_batches_may_be_allowed_than_were_skipped_before(tmp_path):
-    """None more then, and the good ones are taken in."""
-    batches, file = batches_for("llama", n_batches=6), tmp_path / "stats"
-    forward = Failing(batches[1])
-    with pytest.raises(Interrupted):
-        collect(
-            model(), interrupted_after(3, batches), statistics=file, forward=forward, skip_bad_batches=2, **SETTINGS
-        )
-    stats = collect(model(), batches, statistics=file, forward=forward, skip_bad_batches=0, **SETTINGS)
-    assert (stats.provenance.complete, stats.provenance.n_batches) == (True, 5)
-
-
 def test_data_that_ends_with_an_error_is_not_taken_for_complete(tmp_path):
     """A generator that has raised gives nothing more."""
 
@@ -344,15 +260,6 @@ def test_a_second_pass_with_the_same_file_is_told_who_has_it_and_disturbs_nothin
     assert here and Statistics.load(file).provenance.complete and list(tmp_path.iterdir()) == [file]
 
 
-def test_files_that_are_something_else_are_refused_and_stay(tmp_path):
-    other = tmp_path / "data.csv"
-    other.write_text("a,b\n1,2\n")
-    for overwrite in (False, True):
-        with pytest.raises(LoraInitError, match="exists and is not a statistics file, so it is never replaced"):
-            collect(model(), batches_for("llama"), statistics=other, overwrite=overwrite, **SETTINGS)
-    assert other.read_text() == "a,b\n1,2\n"
-
-
 def test_a_place_that_cannot_be_written_is_said_before_the_pass(tmp_path):
     counting = Counting()
     for file, expected in (
@@ -362,16 +269,6 @@ def test_a_place_that_cannot_be_written_is_said_before_the_pass(tmp_path):
         with pytest.raises(LoraInitError, match=expected):
             collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
     assert counting.n == 0 and not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_loses_nothing_and_leaves_no_stub(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.warns(UserWarning, match=r"No space left on device.*are not kept in that file"):
-        stats = collect(model(), batches_for("llama"), statistics=tmp_path / "stats", **SETTINGS)
-    assert stats.provenance.n_batches == 4 and not list(tmp_path.iterdir())
 
 
 def test_it_is_written_on_the_way_and_whole_at_every_moment(tmp_path, monkeypatch):

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
-import lora_init
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import as_batches
-from tests.conftest import tiny_bert, tiny_llama, tiny_vit
+from tests.conftest import tiny_llama, tiny_vit
 
 
 def tokenized(n=24, **columns):
@@ -67,34 +65,6 @@ def test_a_column_that_makes_no_batch_is_named(name, values):
         collect(model, rows, rank=2)
 
 
-def test_columns_that_are_no_tokens():
-    (batch,) = as_batches(tokenized(n=4, label=lambda ids: [i % 2 for i in range(len(ids))]), tiny_bert(), 0)
-    assert batch["labels"].shape == (4,)
-    images = Dataset.from_dict({"pixel_values": torch.randn(16, 1, 16, 16).tolist()})
-    assert collect(tiny_vit(), images, rank=2).provenance.n_batches == 2
-
-
-def test_initialize_takes_it_too_and_sets_batches_aside():
-    rows = tokenized(n=80, labels=lambda ids: ids)
-    adapted = lora_init.initialize(
-        tiny_llama(), rows, rank=2, method="lora-one", rho=2
-    )  # of random tokens little can be learned
-    assert adapted.peft_config["default"].r == 2
-
-
-def test_a_loader_goes_as_it_is():
-    rows = tokenized().remove_columns("text").select(range(8)).with_format("torch")
-    loader = DataLoader(rows, batch_size=1)
-    assert collect(tiny_llama(), loader, rank=2).provenance.n_batches == 8
-
-
 def test_texts_are_refused_with_what_to_do():
     with pytest.raises(LoraInitError, match=r"the columns text, and LlamaForCausalLM takes none .* load_batches"):
         collect(tiny_llama(), Dataset.from_dict({"text": ["a", "b"]}))
-
-
-def test_the_file_of_a_pass_is_of_the_same_order(tmp_path):
-    model = tiny_llama()
-    first = collect(model, tokenized(), rank=2, statistics=tmp_path / "s.safetensors")
-    again = collect(model, tokenized(), rank=2, statistics=tmp_path / "s.safetensors")
-    assert again.provenance.settings == first.provenance.settings

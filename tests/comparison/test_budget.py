@@ -9,7 +9,7 @@ from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import Run, RunPlan
 from lora_init.errors import LoraInitError
-from tests.comparisons import broken, planted, record, settings
+from tests.comparisons import planted, record, settings
 
 
 def layout(shifts, n_seeds, noise=0.01):
@@ -81,17 +81,6 @@ def test_seeds_are_added_until_every_verdict_is_precise_in_whatever_order_runs_e
     assert backwards == records and again == said
 
 
-def test_without_precision_it_ends_with_the_last_stage():
-    plan = RunPlan(["random", "eva"], [1e-3], range(6), "halving")
-    records, said = spend(loss, RunBudget(seconds=1e9), plan)
-    assert {run.seed for run in records} == set(range(6)) and [line.split()[1] for line in said] == ["3", "4", "6"]
-
-
-def test_without_a_limit_everything_planned_is_due():
-    plan = RunPlan(["random", "eva"], [1e-3], range(5), "halving")
-    assert RunBudget().due(plan, plan.starts, {}) == (plan.runs(plan.starts, {}), [])
-
-
 @pytest.mark.parametrize(
     "limits",
     [dict(seconds=0.0), dict(precision=-0.1), dict(precision=float("nan")), dict(precision=2), dict(seconds="20m")],
@@ -137,60 +126,7 @@ def test_the_verdict_at_equal_total_time():
     assert cheap.startswith("At equal total time eva is still better than random: ")
 
 
-def test_where_random_gains_nothing_by_more_steps_it_is_not_held_against_a_run_that_nobody_would_do():
-    (said,) = summarise(timed(30.0, -0.3), settings()).equal_time
-    assert said == (
-        "At equal total time eva is as at equal steps, since random gains nothing by more of them at its rate. "
-        "Its start takes as long as 30.0 steps."
-    )
-
-
-@pytest.mark.parametrize(("status", "points"), [("failed", []), ("unstable", [0, 20])])
-def test_runs_that_came_to_nothing_do_not_say_how_many_steps_all_have(status, points):
-    lost = broken(status, "why", rate=1e-4) | {"evaluation_points": points, "report_loss": [2.3] * len(points)}
-    assert (
-        summarise([lost, *timed(30.0, 0.02)], settings()).equal_time
-        == summarise(timed(30.0, 0.02), settings()).equal_time
-    )
-    runs = [lost, *(run for run in timed(10.0, 0.0) if "steps" not in run["start"])]
-    assert longer_runs({Run.of(run): run for run in runs})[0].start == "random+120-steps"
-
-
-@pytest.mark.parametrize(
-    ("runs", "why"),
-    [
-        ([run for run in timed(30.0, 0.02) if "steps" not in run["start"]], "since random was not trained longer"),
-        (timed(90.0, 0.005), "since random was trained for 120 steps, and could train for 150"),
-    ],
-)
-def test_what_is_not_known_at_equal_time_is_a_caveat(runs, why):
-    found = summarise(runs, settings())
-    assert why in found.equal_time[0]
-    assert found.answer.startswith("Use eva at 1e-3: ") and any(why in caveat for caveat in found.caveats)
-
-
-def test_random_with_fewer_steps_than_a_start_takes_is_better_if_it_ends_lower_all_the_same():
-    found = summarise(timed(90.0, 0.02), settings())
-    assert found.equal_time[0].startswith(
-        "At equal total time random is better than eva: the final loss of eva differs "
-    )
-    assert "Random was trained for 120 steps, which is less time than that, and ends lower" in found.equal_time[0]
-    assert found.answer.startswith(
-        "Use random at 1e-3 and train it for longer: eva ends 5.8 % lower after as many steps"
-    )
-    assert found.start == "random"
-
-
 @pytest.mark.parametrize(("took", "steps"), [(10.0, 120), (60.0, 120), (61.0, 240), (900.0, 480)])
 def test_random_trains_for_the_time_that_the_start_takes_up_to_eight_times_the_steps(took, steps):
     runs = {Run.of(run): run for run in timed(took, 0.0) if "steps" not in run["start"]}
     assert {run.start for run in longer_runs(runs)} == {f"random+{steps}-steps"}
-
-
-def test_of_several_longer_runs_the_shortest_that_is_long_enough_is_read():
-    runs = [*timed(90.0, 0.005), *(run for run in timed(90.0, 0.01, steps=240) if "steps" in run["start"])]
-    # 90 more steps of 60 lower the loss by 0.01 * log(2.5) / log(4) = 0.0066: less than the lead of 0.01.
-    said = summarise(runs, settings()).equal_time[0]
-    assert said.startswith(
-        "At equal total time eva is still better than random: the final loss of eva differs by −1.9 %"
-    )

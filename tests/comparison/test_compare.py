@@ -113,20 +113,6 @@ def test_all_starts_begin_as_the_plain_model_and_see_the_same_data(full):
             assert record["trainable_parameters"] <= counts.copy().pop()
 
 
-def test_the_scale_of_a_is_recorded(full):
-    scale = {record["start"]: record["a_scale"] for record in full[0].records if record["seed"] == 0}
-    assert 0.0 < scale["eva-rho1"] < scale["random"]  # along its directions inputs are larger
-    assert scale["random"] == pytest.approx(0.58, abs=0.05)
-
-
-def test_statistics_cost_time_and_are_made_once_for_each_seed(full):
-    found, _ = full
-    seconds = {record["start"]: record["initialisation_seconds"] for record in found.records}
-    assert seconds["random"] < seconds["eva-rho2"]
-    files = sorted(path.name for path in (found.directory / "statistics").iterdir())
-    assert files == ["seed0-centred.safetensors", "seed1-centred.safetensors"]
-
-
 def test_an_output_that_cannot_be_written_is_refused_before_model_and_data_are_read(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(LoraInitError, match=r"file cannot be written to \(Not a directory\)"):
@@ -177,12 +163,6 @@ def test_the_command_of_the_report_makes_the_adapter(full, tmp_path, monkeypatch
     assert json.loads((tmp_path / "adapter" / "lora_init.json").read_text())["recommended"]["learning_rate"] == 1e-3
 
 
-@pytest.mark.parametrize(("options", "known"), [(dict(options="listed", answer="letter"), False), ({}, True)])
-def test_there_is_no_command_where_init_cannot_read_the_answers(home, tmp_path, options, known):
-    found = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"], seeds=1, dry_run=True, **options)
-    assert bool(found.settings["init"]) == known
-
-
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):
     found = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"])
     written = read_runs(tmp_path / "out")
@@ -212,23 +192,6 @@ def test_another_configuration_is_refused(home, tmp_path, changes, message):
         with pytest.raises(LoraInitError, match=message):
             compare(home, tmp_path / "out", dry_run=dry_run, **changes)
     assert read_runs(tmp_path / "out") == written
-
-
-def test_other_examples_to_report_or_another_adapter_of_the_same_name_are_refused(home, tmp_path):
-    for name, seed in (("one", 0), ("two", 1)):
-        again(AutoModelForCausalLM.from_pretrained(home / "llama"), seed).save_pretrained(tmp_path / name)
-    options = dict(learning_rates=[1e-2], starts=["random", ("mine", tmp_path / "one")], seeds=1)
-    compare(home, tmp_path / "out", **options)
-    compare(home, tmp_path / "out", **options | dict(starts=["random", ("other", tmp_path / "two")]))
-    with pytest.raises(LoraInitError, match="of which this was other content: mine"):
-        compare(home, tmp_path / "out", **options | dict(starts=["random", ("mine", tmp_path / "two")]))
-    edited = tmp_path / home.name / "rows.jsonl"  # the name of the data is that of folder and file
-    edited.parent.mkdir()
-    edited.write_text(
-        (home / "rows.jsonl").read_text().replace("sat", "SAT").replace("mat", "sat").replace("SAT", "mat")
-    )
-    with pytest.raises(LoraInitError, match="other content: examples to report, examples to select by"):
-        lora_init.compare(str(home / "llama"), edited, tmp_path / "out", **SMALL | options)
 
 
 # Its third run waits to be killed, so that nothing depends on how fast the machine is.
@@ -333,29 +296,6 @@ def test_a_start_that_cannot_be_built_is_refused_before_the_first_run(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_an_error_in_the_code_is_not_a_failed_run(home, tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr(workbench, "train", broken)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        compare(home, tmp_path / "out")
-
-
-def test_other_data_for_one_start_is_noticed(home, tmp_path, monkeypatch):
-    real = workbench.train
-
-    calls = []
-
-    def tampered(model, task, order, *others, **options):
-        calls.append(1)
-        return real(model, task, order[::-1] if len(calls) == 2 else order, *others, **options)
-
-    monkeypatch.setattr(workbench, "train", tampered)
-    with pytest.raises(LoraInitError, match=r"eva, 0\.001, seed 0 saw other data than random, 0\.001, seed 0"):
-        compare(home, tmp_path / "out")
-
-
 # What may be claimed
 
 
@@ -367,20 +307,6 @@ def useless(model, seed):
             parameter.data.zero_()
             parameter.requires_grad_(False)
     return peft_model
-
-
-def one_layer(model, seed):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, lora_alpha=16, target_modules=["layers.1.self_attn.q_proj"])
-    return get_peft_model(model, config)
-
-
-def test_the_ranks_of_a_start_that_leaves_layers_out_are_recorded(home, tmp_path):
-    starts = ["random", ("some", one_layer)]
-    found = compare(home, tmp_path / "out", starts=starts, learning_rates=[1e-3], seeds=1)
-    ranks = {record["start"]: record["ranks"] for record in found.records}
-    assert ranks["random"] is None and ranks["some"] == {"model.layers.1.self_attn.q_proj": 2}
 
 
 def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_path):
@@ -421,31 +347,6 @@ def test_the_default_is_random_against_what_is_recommended(home, tmp_path, monke
     assert 0.0 < ahead.seconds < ahead.most_seconds and list(ahead.detectable) == [5]
 
 
-def test_a_start_is_judged_untuned_at_the_rate_of_a_forward_pass(home, tmp_path):
-    found = compare(home, tmp_path / "out", starts=None, seeds=3, learning_rates=None)
-    own = found.settings["recommended"]
-    assert {(run["start"], run["learning_rate"]) for run in found.records if run["seed"] == 2} >= {*own.items()}
-    assert len(found.summary.as_recommended) == 2 and found.settings["learning_rates"] == []
-    assert "Without tuning" in (tmp_path / "out" / "report.html").read_text()
-    more = compare(home, tmp_path / "out", starts=["random", "orthogonal"], seeds=3, learning_rates=None)
-    assert more.settings["recommended"].items() >= own.items() and "orthogonal" in more.settings["recommended"]
-
-
-def test_random_is_always_among_the_starts(home, tmp_path):
-    found = compare(home, tmp_path / "out", starts=["eva-rho1"], dry_run=True)
-    assert [start["name"] for start in found.outlook.starts] == ["random", "eva-rho1"]
-
-
-def test_a_dry_run_writes_nothing(home, tmp_path):
-    found = compare(home, tmp_path / "out", dry_run=True, lora_alpha=None)
-    assert not (tmp_path / "out").exists()
-    assert [run.learning_rate for run in found.planned] == ([1e-3] * 2 + [1e-2] * 2) * 2
-    assert found.records == []
-    compare(home, tmp_path / "out")
-    done = compare(home, tmp_path / "out", dry_run=True)
-    assert len(done.records) == len(done.planned)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -480,30 +381,4 @@ def test_bad_input(home, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_misspelt_argument_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(LoraInitError, match=r"has no argument dtpye=\. Did you mean dtype\?"):
-        lora_init.compare("no/such/model", "no-such-data.jsonl", tmp_path / "out", dtpye="bfloat16")
-    with pytest.raises(LoraInitError, match="takes a directory or hub id in this place and got a Linear"):
-        lora_init.compare(torch.nn.Linear(2, 2), "no-such-data.jsonl", tmp_path / "out")
-
-
-def test_runs_are_held_against_the_loss_of_the_plain_model(home, tmp_path, monkeypatch):
-    real, limits = workbench.train, []
-    monkeypatch.setattr(workbench, "train", lambda *a, **k: limits.append(k["plain_loss"]) or real(*a, **k))
-    found = compare(home, tmp_path / "out", starts=["random", "lora-one"], learning_rates=[1e-4], seeds=1)
-    first = {record["start"]: record["report_loss"][0] for record in found.records}
-    assert first["lora-one"] < first["random"] and limits == pytest.approx([first["random"]] * 2)
-
-
 # What is said meanwhile, and what is kept beside the runs
-
-
-def test_a_line_for_each_run_and_a_bar_for_its_steps(home, tmp_path, capfd):
-    lines = []
-    compare(home, tmp_path / "out", starts=["random"], seeds=1, say=lines.append, progress=True)
-    assert [line.split(", loss")[0] for line in lines] == [
-        "run 1/2 random, 0.001, seed 0: finished",
-        "run 2/2 random, 0.01, seed 0: finished",
-    ]
-    assert "; 1 left, about " in lines[0] and "left" not in lines[1]
-    assert "run 2/2 random, 0.01, seed 0:   0%" in capfd.readouterr().err

@@ -98,13 +98,6 @@ def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
         assert (found.differences, found.mean, found.reference) == ({}, None, pytest.approx(0.17))
 
 
-def test_random_with_another_scale_is_not_the_random_to_compare_with():
-    runs = planted({"eva": -0.01})
-    for run in runs:
-        run["start"] = run["start"].replace("random", "random+32-alpha")
-    assert [v.outcome for v in summarise(runs, settings()).verdicts] == ["no statement", "no statement"]
-
-
 def test_seeds_without_a_partner_are_left_out_and_named():
     runs = [run for run in planted({"eva": -0.01}) if (run["start"], run["seed"]) != ("eva", 2)]
     summary = summarise(runs, settings())
@@ -190,12 +183,6 @@ def test_there_is_no_advice_where_a_best_rate_is_at_the_edge(edge, lost, settled
     assert ("No advice yet" in tie.answer) == (edge == "random") == (tie.start is None)
 
 
-def test_the_answer_says_how_the_start_is_run():
-    found = summarise(planted({"eva+32-alpha+equal-parameters": -0.01}), settings()).answer
-    said = "Use eva with lora_alpha 32 and as many parameters as random (eva+32-alpha+equal-parameters) at 1e-3: its "
-    assert found.startswith(said)
-
-
 def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that_makes_it():
     runs = planted({"eva-rho1": -0.01, "pissa": -0.005, "orthogonal": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl --rank 8"))
@@ -225,27 +212,6 @@ def test_without_a_winner_the_answer_is_what_could_have_been_shown():
     assert summarise([record()], settings()).answer == "The runs do not say yet which start to use."
 
 
-def test_the_command_of_a_start_with_its_own_number_of_batches_asks_for_as_many_samples():
-    runs = planted({"eva-rho1+16-batches": -0.01, "eva-rho1+64-batches": 0.0})
-    summary = summarise(runs, settings(init="lora-init init m d.jsonl", batch_size=8))
-    options = "--samples 128 --max-batches 16 --lora-alpha 16 --method eva --rho 1"
-    assert summary.command == f"lora-init init m d.jsonl {options} --learning-rate 1e-3 --output adapter"
-
-
-def test_the_command_of_a_start_with_an_alpha_and_batches_of_its_own_has_both():
-    for how, samples, batches in (("", 8, 4), ("+6-batches", 12, 6)):
-        summary = summarise(planted({f"eva-rho1+80-alpha{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
-        own = f"--samples {samples} --max-batches {batches} --lora-alpha 80"
-        last = "--method eva --rho 1 --learning-rate 1e-3 --output adapter"
-        assert summary.command == f"lora-init init m d.jsonl {own} {last}"
-    summary = summarise(planted({"eva": -0.01}), settings(init=None))
-    assert summary.answer.startswith("Use eva at ") and summary.command is None
-    for how in ("equal-parameters", "80-alpha+equal-parameters"):
-        summary = summarise(planted({f"eva+{how}": -0.01}), settings(init="lora-init init m d.jsonl"))
-        assert summary.answer.startswith("Use eva with ") and f"(eva+{how}) at 1e-3: its final" in summary.answer
-        assert summary.command is None
-
-
 def test_a_recommended_start_is_judged_at_its_own_rate_too():
     runs = planted({"eva+32-alpha": 0.0, "natural-gradient+80-alpha": 0.0})  # which end lowest at 1e-3
     rates = {"eva+32-alpha": 1e-4, "natural-gradient+80-alpha": 1e-3, "pissa": 1e-3}
@@ -258,11 +224,6 @@ def test_a_recommended_start_is_judged_at_its_own_rate_too():
     ).as_recommended
     assert few == "eva+32-alpha at 1e-4, as a forward pass tells: no statement possible with so few runs."
     assert summarise(runs, settings()).as_recommended == []
-
-
-def test_few_examples_to_report_are_a_note():
-    notes = [summarise(planted({}), settings(folds={"report": n})).notes for n in (20, 100)]
-    assert [any("So few decide nothing" in note for note in found) for found in notes] == [True, False]
 
 
 def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
@@ -280,23 +241,6 @@ def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
     assert few.startswith("eva with 4 batches instead of 64: worse; its final loss differs by +")
     assert enough.startswith("eva with 16 batches instead of 64: no difference shown; its final loss differs by ")
     assert summarise(planted({"eva": 0.0}), settings()).data_needed == []
-
-
-def test_runs_of_two_processors_are_named():
-    here, there = ({"processor": name, "threads": 1, "versions": {"torch": "2"}} for name in ("Xeon", "EPYC"))
-    runs = planted({"eva": -0.01})
-    assert "Runs differ" not in " ".join(summarise(runs, settings()).notes)  # runs of before do not say
-    for i, run in enumerate(runs):
-        run["circumstances"] = here if i else there
-    said = f"Runs differ in processor (EPYC: 1 runs, Xeon: {len(runs) - 1} runs), so equal ones may differ by rounding."
-    assert said in summarise(runs, settings()).notes
-
-
-def test_where_no_start_learned_none_learned_less_than_the_best():
-    runs = planted({"eva": -0.01})
-    for run in runs:
-        run["plain_loss"] = 0.1
-    assert "less than half" not in " ".join(summarise(runs, settings()).notes)
 
 
 def test_a_start_that_hardly_learned_from_a_seed_is_named():
@@ -360,10 +304,6 @@ def test_the_share_of_the_headroom_that_a_start_closes_is_said_if_there_is_any_t
     assert small.verdicts[0].closed is None and "of the headroom" not in run_tables(small)["differences"]
 
 
-def test_without_full_fine_tuning_the_headroom_is_not_known():
-    assert summarise(planted({"eva": 0.0}), settings()).headroom.endswith("full fine-tuning would say (--full).")
-
-
 # Forgetting and cost
 
 
@@ -405,41 +345,7 @@ def test_the_strength_of_an_adapter_that_keeps_most_is_chosen_at_the_task_loss_o
     assert "frontiers" not in run_tables(summarise(planted({"eva": 0.0}), settings()))
 
 
-def test_what_a_start_takes_is_given_in_training_steps():
-    runs = planted({"eva": 0.0})
-    for run in runs:
-        run["initialisation_seconds"] = 61.5 if run["start"] == "eva" else 0.1
-    assert cells(summarise(runs, settings()), "cost", "eva")["start, in steps"] == "60.0"
-
-
 # Other numbers
-
-
-def test_steps_until_the_best_random_run_is_reached():
-    runs = [record("random", final=0.17), record("eva", final=0.15), record("random", final=0.16, seed=1)]
-    summary = summarise([*runs, record("eva", final=0.17, seed=1)], settings(seeds=[0, 1]))
-    # Of random the run with seed 1 is the best, 0.16; eva has 0.155 at step 40 with seed 0, never with seed 1.
-    assert cells(summary, "best", "eva")["steps to random's best"] == "40, never"
-    assert cells(summary, "best", "random")["steps to random's best"] == "never, 60"
-
-
-def test_an_unstable_rate_sets_no_target_for_the_others():
-    runs = [record("random", 3e-3, 0, 0.10), broken("unstable", "nan", start="random", rate=3e-3, seed=1)]
-    runs += [record("random", 1e-3, s, 0.17) for s in range(2)] + [record("eva", 1e-3, s, 0.16) for s in range(2)]
-    assert cells(summarise(runs, settings()), "best", "eva")["steps to random's best"] == "40, 40"
-
-
-def test_what_a_step_does_before_training():
-    runs = planted({"eva": 0.0, "lora-one": 0.0}, seeds=(0, 1))
-    for run in runs:
-        if run["start"] == "lora-one":
-            run["gamma"] = 64.0 * (1 + run["seed"])
-            run["report_loss"] = [run["report_loss"][0] / 2, *run["report_loss"][1:]]
-    summary = summarise(runs, settings(seeds=[0, 1]))
-    found, plain = cells(summary, "best", "lora-one"), cells(summary, "best", "random")
-    assert (found["gamma"], plain["gamma"]) == ("64, 128", "–")
-    assert (found["loss at step 0"], plain["loss at step 0"]) == ("1.1500", "2.3000")
-    assert "gamma" not in run_tables(summarise(planted({"eva": 0.0}), settings()))["best"]
 
 
 def test_fewer_parameters_are_a_part_of_the_verdict():
@@ -452,25 +358,6 @@ def test_fewer_parameters_are_a_part_of_the_verdict():
     for run in runs:
         run["trainable_parameters"] = 999 if run["start"] == "eva" else 1000
     assert verdict(summarise(runs, settings())).caveats == []
-
-
-def test_forgetting_is_averaged_over_seeds():
-    runs = [record("random", seed=s, retain_loss=[3.0, 3.0 + s]) for s in range(3)]
-    row = cells(summarise(runs, settings()), "forgetting", "random")
-    assert row["change"] == "+1.0000"
-
-
-def test_metrics_are_paired_too():
-    runs = [record("random", seed=s, metrics={"accuracy": 0.5 + s / 100}) for s in range(3)]
-    runs += [record("eva", seed=s, metrics={"accuracy": 0.6 + s / 100 + s * s / 1000}) for s in range(3)]
-    row = cells(summarise(runs, settings()), "metrics", "eva")
-    # Differences 0.100, 0.101, 0.104: mean 0.10167, standard deviation 0.00208; 4.3027 * 0.00208 / sqrt(3) = 0.0052.
-    assert row == {"accuracy": "0.612", "accuracy, start − random": "+0.096 to +0.107"}
-
-
-def test_failed_runs_are_named_by_reason():
-    runs = [*planted({}), *(broken("failed", "out of memory.", start="eva", seed=s) for s in range(9))]
-    assert "9 runs failed (out of memory): eva." in summarise(runs, settings()).notes
 
 
 @pytest.mark.parametrize("runs", [[], [record()], [broken("failed", "no", start="eva")], [broken("unstable", "no")]])

@@ -1,6 +1,5 @@
 """report.html, report.md and pictures: every number is in them, nothing from outside; and the adapter in best/."""
 
-import base64
 import json
 import re
 from collections import Counter
@@ -13,16 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from lora_init.adapters.step_size import most_aside
 from lora_init.comparison import workbench
-from lora_init.comparison.compare import Comparison
-from lora_init.comparison.findings import summarise
-from lora_init.comparison.plots import difference_figure, looks
 from lora_init.comparison.report import describe_directory, write_report
 from lora_init.comparison.runs import Run
-from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import evaluate
 from lora_init.errors import LoraInitError
 from tests.comparison.made import compare, set_up_bench
-from tests.comparisons import broken, planted, record, settings, write
+from tests.comparisons import broken, planted, record, write
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
 
@@ -74,26 +69,6 @@ def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
     assert "url(" not in text and "@import" not in text
 
 
-def test_a_comparison_is_short_in_text_a_table_in_html_and_a_figure(full):
-    runs, folder, files = full
-    settings = json.loads((folder / "settings.json").read_text())
-    found = Comparison(folder, settings, runs, [], summarise(runs, settings), files)
-    assert repr(found).startswith(f"Comparison({len(runs)} of 0 runs in {folder}: ") and len(repr(found)) < 1000
-    html = found._repr_html_()
-    assert html.startswith("<p>Comparison(") and "difference</th>" in html and "<script" not in html
-    assert len(found.to_pandas()) == len(runs)
-    assert len(found.plot().axes[0].get_yticks()) == 2
-    with pytest.raises(LoraInitError, match="no start has been compared with random yet"):
-        Comparison(folder, settings, [], [], summarise([], settings), []).plot()
-
-
-def test_verdicts_come_before_everything_else(full):
-    for name, picture in (("report.html", "<img"), ("report.md", "![")):
-        text = (full[1] / name).read_text()
-        places = [text.index(words) for words in ("Use eva at 1e-3: its final loss", picture, "eva is better; ")]
-        assert places == sorted(places)
-
-
 def test_text_from_users_is_text_everywhere(full):
     _, folder, _ = full
     page = (folder / "report.html").read_text()
@@ -118,47 +93,6 @@ def test_markdown_has_a_picture_for_each_png_and_every_run(full):
     assert shown[0] == "differences.png"
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
     assert all(f"{run['report_loss'][-1]:.4f}" in markdown for run in runs)
-
-
-def test_one_interval_that_is_far_longer_than_the_others_does_not_hide_them():
-    wild = [record("wild", seed=seed, final=0.17 + 0.05 * (seed == 1)) for seed in range(3)]
-    runs = [*planted(dict.fromkeys(("eva", "gaussian", "orthogonal"), 0.0), rates=(1e-3,)), *wild]
-    summary = summarise(runs, settings())
-    verdicts = {verdict.start: verdict for verdict in summary.verdicts}
-    low, high = difference_figure(summary).axes[0].get_xlim()
-    assert verdicts["wild"].high > 1.5 * high and low < min(v.low for v in verdicts.values() if v.start != "wild")
-    assert all(low < pair < high for verdict in verdicts.values() for pair in verdict.differences.values())
-
-
-@pytest.mark.parametrize("starts", [["random", "eva"], ["random", "eva", "pissa"]])
-def test_there_is_no_heading_over_nothing(starts, tmp_path):
-    write(tmp_path, planted({"eva": 0.0}, rates=(3e-4, 1e-3, 3e-3)), starts=starts)
-    write_report(tmp_path)
-    for name in ("report.md", "report.html"):  # a note: pissa has not been run yet
-        text = (tmp_path / name).read_text()
-        assert ("Not run yet: pissa." in text[: text.index("Difference to random")]) == ("pissa" in starts)
-        assert ('<ul class="caveats">' in text) == (name == "report.html" and "pissa" in starts)
-
-
-def test_it_says_beside_the_verdicts_when_the_intervals_are_too_narrow(full):
-    for name in ("report.html", "report.md"):
-        verdicts = (full[1] / name).read_text().split("At equal steps")[1].split("At equal total time")[0]
-        assert "in 9 % of 1,500 simulated comparisons an interval missed" in " ".join(verdicts.split())
-
-
-def test_a_second_report_of_the_same_runs_is_the_same(full):
-    _, folder, files = full
-    before = {path: path.read_bytes() for path in files}
-    assert {path: path.read_bytes() for path in write_report(folder)} == before
-    assert {path.name for path in folder.iterdir()} == {*(path.name for path in files), "runs", "settings.json"}
-
-
-def test_a_description_is_plain_values(full):
-    runs, folder, _ = full
-    found = describe_directory(folder)
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found | {"what": "comparison"}))
-    assert found["runs"] == {"finished": len(runs)} and found["settings"]["rank"] == 8
-    assert found["verdicts"][0]["outcome"] == "better" and found["answer"].startswith("Use eva at ")
 
 
 PARTIAL = {
@@ -194,23 +128,6 @@ def test_partial_directories_give_a_valid_report_that_says_what_is_missing(name,
     assert said in " ".join(Page(page).words)
     assert all(path.stat().st_size for path in files)
     assert describe_directory(tmp_path / "run")["runs"] == Counter(run["status"] for run in runs)
-
-
-def test_many_starts_have_looks_of_their_own_and_few_a_colour_each():
-    names = ["random", "full", *map(str, range(42))]
-    styles = looks(names)
-    assert len(set(styles.values())) == len(names)
-    assert len({styles[name].color for name in names[:8]}) == 8
-    ways = looks(["eva+4-batches", "eva+16-batches", "eva+64-batches", "random", "random+96-steps"])
-    assert len({look[2:] for look in ways.values()}) == 3 and len({look[:2] for look in ways.values()}) == 2
-
-
-def test_a_curve_is_drawn_from_two_evaluations_on(tmp_path):
-    runs = [
-        run | {"evaluation_points": [0, 8], "report_loss": run["report_loss"][-2:]} for run in planted({"eva": 0.0})
-    ]
-    drawn = {path.name for path in write_report(write(tmp_path / "one", runs))}
-    assert "differences.png" in drawn and "learning_curves.png" not in drawn
 
 
 def test_without_settings_there_is_one_clear_error(tmp_path):
@@ -290,20 +207,3 @@ def test_numbers_of_statistics_batches_are_compared(home, tmp_path):
     assert f"at most {most} batches" in said[0]
     read = [id(item) for items in bench.task.order(0, most + most_aside(4) // 4, 4) for item in items]
     assert len(set(read)) == len(read) > len(bench.task.train) - 4
-
-
-def test_a_run_has_one_mean_in_all_tables(tmp_path):
-    runs = [one for one in planted({"eva": 0.0}, noise=0.02) if one["seed"] < 2 or one["learning_rate"] == 1e-3]
-    tables = run_tables(summarise(runs, settings(sweep="halving")))
-    best, rates = (tables[name].set_index("start") for name in ("best", "learning_rates"))
-    assert list(best["runs"]) == ["3", "3"] and [cell.rstrip("*") for cell in rates["1e-3"]] == list(best["mean loss"])
-
-
-def test_pictures_of_the_page_are_svg_with_a_legend_and_the_page_says_how_to_cite(full):
-    _, folder, _ = full
-    page = Page((folder / "report.html").read_text())
-    drawn = [base64.b64decode(link.partition(",")[2]).decode() for link in page.links]
-    assert all("<svg" in svg for svg in drawn)
-    assert sum("<!-- random -->" in svg for svg in drawn) == 3  # in the legend alone: no panel is named random
-    for file in ("report.html", "report.md"):
-        assert "docs/cite.md of lora_init" in (folder / file).read_text()

@@ -72,11 +72,6 @@ def test_without_a_list_each_start_has_three_rates_around_its_own_which_is_run_o
     assert [run.learning_rate for run in planned if run.start == "random" and run.seed > 1] == [1e-3, 1e-3]
 
 
-def test_a_list_of_rates_is_for_all_starts():
-    plan = RunPlan([*map(Variant, ("random", "eva", "full"))], [1e-3], (0,), "full", recommended={"eva": 3e-3})
-    assert [plan.asked(start) for start in plan.starts] == [[1e-3], [1e-3], [1e-4]]
-
-
 def test_before_the_sweep_has_ended_the_rates_are_open():
     planned = RunPlan(["random"], RATES, SEEDS, "halving").runs(["random"], {})
     assert [run.learning_rate for run in planned] == [*RATES, *RATES, None]
@@ -99,12 +94,6 @@ def test_the_grid_grows_while_the_best_rate_is_at_its_edge(optimum, tried):
     done, planned = carry_out("halving", loss, ["eva"], (3e-4, 1e-3, 3e-3), extend=2)
     assert sorted({run.learning_rate for run in done}) == tried and set(done) == set(planned)
     assert [run.seed for run in done].count(2) == 1 and len(done) == 2 * len(tried) + 1
-
-
-def test_a_grid_that_is_unstable_throughout_grows_downwards():
-    done, _ = carry_out("halving", lambda run: (1.0, "unstable" if run.learning_rate > 2e-4 else "finished"), ["eva"],
-                        (3e-4, 1e-3), extend=2)  # fmt: skip
-    assert sorted({run.learning_rate for run in done}) == [3e-5, 1e-4, 3e-4, 1e-3]
 
 
 def test_a_single_rate_and_failed_runs_add_no_rates():
@@ -145,23 +134,6 @@ def test_a_start_that_never_finishes_gets_no_more_seeds():
     done, planned = carry_out("halving", lambda run: (9.0, "unstable" if run.start == "eva" else "finished"))
     assert len(done) == len(planned) == 8 + 1
     assert planned[8].start == "random"
-
-
-def test_full_is_everything():
-    done, planned = carry_out("full", lambda run: (0.5, "finished"))
-    assert len(set(done)) == 12 and done == planned
-    assert [run.seed for run in done] == [0] * 4 + [1] * 4 + [2] * 4
-
-
-def test_what_is_run_beside_the_starts():
-    starts = list(map(Variant, ["random", "eva", "eva-rho2", "eva-ranks", "eva-frozen-a", "pissa", "mine"]))
-    plan = RunPlan(starts, RATES, SEEDS, "full")
-    assert plan.compared(True) == [*starts, "eva-frozen-a+equal-parameters"]
-    moved = ["eva-rho2+equal-parameters", "eva-frozen-a+equal-parameters"]
-    assert plan.compared(False) == [*starts, *moved]
-    asked = list(map(Variant, ["random", "eva-rho2+32-alpha", "eva-rho2+4-batches"]))
-    equal = [f"{start}+equal-parameters" for start in asked[1:]]
-    assert RunPlan(asked, RATES, SEEDS, "full").compared(False) == [*asked, *equal]
 
 
 @pytest.mark.parametrize(
@@ -211,11 +183,6 @@ def test_the_best_rate_is_picked_on_the_seeds_that_all_rates_have():
     assert best_of(record("eva", 1e-3, 0, 0.2), record("eva", 1e-4, 0, 0.2)) == 1e-4  # the lower of two that are equal
 
 
-def test_the_report_has_no_part_in_the_choice():
-    low, high = record("eva", 1e-4, 0, 0.3, selection_loss=0.1), record("eva", 1e-3, 0, 0.1, selection_loss=0.3)
-    assert best_of(low, high) == 1e-4
-
-
 def test_an_unstable_run_takes_its_rate_out_of_the_race():
     sweep = [record("eva", rate, 0, loss) for rate, loss in ((1e-4, 0.30), (1e-3, 0.20), (3e-3, 0.10))]
     assert best_of(*sweep) == 3e-3
@@ -254,24 +221,6 @@ def test_a_run_without_a_loss_to_select_by_is_unstable(loss):
     assert list(table["status"]) == ["finished", "unstable"] and best_rates(table) == {"random": 1e-3}
 
 
-def test_a_temporary_file_of_a_process_that_was_killed_is_no_hindrance(tmp_path):
-    (tmp_path / ".settings.json.1.tmp").touch()
-    assert len(keep(tmp_path, record()).records) == 1
-
-
-def test_of_two_records_of_a_run_the_later_counts(tmp_path):
-    keep(tmp_path, broken("failed", "disk full"), record(seed=1), record())
-    assert [(r["seed"], r["status"]) for r in read_runs(tmp_path)] == [(0, "finished"), (1, "finished")]
-
-
-def test_any_name_of_a_start_has_a_file_of_its_own(tmp_path):
-    names = ["a/b", "a_1", "../x", "eva,white,4", "eva+equal-parameters", "<b>", "ä b"]
-    runs = [record(name) for name in names] + [record("eva")]
-    keep(tmp_path, *runs)
-    assert sorted(r["start"] for r in read_runs(tmp_path)) == sorted([*names, "eva"])
-    assert len(list((tmp_path / "runs").iterdir())) == len(runs)
-
-
 def test_packed_runs_are_read_and_gone_on_from(tmp_path):
     old, failed = record(), broken("failed", "disk full", seed=1)
     keep(tmp_path, old, failed)
@@ -308,12 +257,6 @@ def test_another_configuration_is_refused_and_named(tmp_path):
     keep(tmp_path, threads=2, versions={"torch": "9"}, command="x")
 
 
-def test_starts_rates_and_seeds_may_be_added(tmp_path):
-    keep(tmp_path, starts=["random"], learning_rates=[1e-3], seeds=[0])
-    grown = keep(tmp_path, starts=["eva"], learning_rates=[3e-3, 1e-3], seeds=[0, 1]).settings
-    assert (grown["starts"], grown["learning_rates"], grown["seeds"]) == (["random", "eva"], [1e-3, 3e-3], [0, 1])
-
-
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(LoraInitError, match="holds no comparison"):
@@ -322,16 +265,6 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(LoraInitError, match=r"thesis\.tex is a file, and a directory is needed"):
         keep(tmp_path / "thesis.tex")
     assert peek(tmp_path, settings()) == {}
-
-
-def test_a_directory_of_another_version_is_refused_in_one_line(tmp_path):
-    keep(tmp_path)
-    (tmp_path / "settings.json").write_text(json.dumps(settings(format=2)))
-    for opening in (keep, lambda path: peek(path, settings())):
-        with pytest.raises(
-            LoraInitError, match=r"another version \(format 2, this one has 3\).*Name another directory"
-        ):
-            opening(tmp_path)
 
 
 def test_a_second_process_waits_for_nothing(tmp_path):
@@ -366,11 +299,3 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".json"]
         log.add(record(seed=1))
     assert len(read_runs(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_damaged_settings_are_an_error(tmp_path, content):
-    keep(tmp_path)
-    (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(LoraInitError, match=r"settings.json"):
-        keep(tmp_path)

@@ -10,7 +10,6 @@ from lora_init.comparison.runs import RunPlan, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, fit
 from lora_init.comparison.starts import Variant
 from lora_init.comparison.tasks import Loading
-from lora_init.errors import LoraInitError
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import make_home
 
@@ -41,16 +40,6 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
     assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (["random", "eva"], [], rate)
     assert plan.asked("eva") == [rate] and len(plan.asked("random")) == 3
     assert (bench.training.steps, list(bench.training.evaluation_points)) == (24, [0, 24])
-
-
-def test_where_the_least_takes_longer_the_time_for_it_is_said_but_not_to_those_who_named_the_steps(lay_out):
-    with pytest.raises(
-        LoraInitError,
-        match=r"within 1 min there is no answer: the least time for one is about 1\.\d h: random, eva.* 3 seeds\. "
-        r"What would save time: steps=12 \d+ min, .*seeds=2 \d+ min.*\. Or give it that by time=",
-    ):
-        fit(lay_out, SLOW, RunBudget(60.0), True)
-    assert fit(lay_out, SLOW, RunBudget(60.0), False) == SIZES[0]
 
 
 def test_what_was_asked_for_stays(home, tmp_path):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lora_init.adapters.initializers import as_large_as_random, layer_generator
 from lora_init.adapters.peft_model import adapter_layers
@@ -231,19 +230,6 @@ def test_a_of_the_starts_from_data(case):
     assert any(not torch.equal(eva[name][:1], uncentred[name][:1]) for name in eva if name in uncentred)
 
 
-def test_only_starts_from_data_ask_for_statistics():
-    case = Case("llama")
-    for start in HERE:
-        case.asked.clear()
-        case.prepare(start).release()
-        expected = (
-            [(not start.endswith("uncentred"), start in BY_GRADIENT)]
-            if start in (*EVA, "random-scaled", *BY_GRADIENT)
-            else []
-        )
-        assert case.asked == expected, start
-
-
 def test_an_unknown_start_is_refused(case):
     with pytest.raises(LoraInitError, match=r"start 'evva' is unknown. Did you mean eva"):
         case.prepare("evva")
@@ -260,34 +246,9 @@ def test_a_start_that_fails_leaves_the_model(case):
     assert_same(before, snapshot(case.model))
 
 
-def test_layers_that_peft_starts_by_itself_depend_on_the_seed_too():
-    def embedding(seed):
-        prepared = Case("llama").prepare("random", target_modules=["q_proj", "embed_tokens"], seed=seed)
-        return adapter_layers(prepared.peft_model)["model.embed_tokens"].lora_embedding_B["default"].detach()
-
-    assert torch.equal(embedding(1), embedding(1))
-    assert not torch.equal(embedding(1), embedding(2))
-
-
-def test_a_model_in_training_mode_stays_in_it(case):
-    case.model.train()
-    for start in ("random", "pissa", "corda"):
-        prepared = case.prepare(start)
-        assert all(module.training for module in prepared.peft_model.modules()), start
-        prepared.release()
-    case.model.eval()
-
-
 def interrupted(batches):
     yield batches[0]
     raise KeyboardInterrupt
-
-
-def test_an_interruption_leaves_the_model(case):
-    before = snapshot(case.model)
-    with pytest.raises(KeyboardInterrupt):
-        case.prepare("corda", batches=interrupted(case.batches))
-    assert_same(before, snapshot(case.model))
 
 
 def test_corda_reads_the_rows_without_padding(case, monkeypatch):
@@ -436,32 +397,3 @@ def test_starts_of_ones_own_that_are_refused(start, message, tmp_path, monkeypat
     with pytest.raises(LoraInitError, match=message):
         case.prepare(start)
     assert_same(before, snapshot(case.model))
-
-
-def test_a_directory_for_another_model_is_refused(tmp_path):
-    def saved(name, **changes):
-        case = Case("llama")
-        case.model = tiny_llama(**changes)
-        case.prepare("random").peft_model.save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    case = Case("llama")
-    before = snapshot(case.model)
-    without_one = saved("cut")
-    tensors = load_file(without_one / "adapter_model.safetensors")
-    tensors.pop(min(tensors))
-    save_file(tensors, without_one / "adapter_model.safetensors")
-    for path, message in (
-        (saved("deeper", num_hidden_layers=3), "14 tensors are only in the file, the first is .*layers.2.mlp"),
-        (without_one, "1 tensors are only on the model, the first is .*layers.0.mlp.down_proj.lora_A"),
-        (saved("wide", hidden_size=64), "cannot be put on LlamaForCausalLM"),
-    ):
-        with pytest.raises(LoraInitError, match=message):
-            case.prepare(("mine", path))
-        assert_same(before, snapshot(case.model))
-
-
-@pytest.mark.parametrize("start", [("mine+equal-parameters", own_function), "random+equal-parameters"])
-def test_equal_parameters_are_for_starts_from_data(case, start):
-    with pytest.raises(LoraInitError, match="takes no ranks from data"):
-        case.prepare(start)

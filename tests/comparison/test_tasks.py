@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from lora_init.comparison.tasks import Loading, find_answer, load_task, read_choices, split_options
+from lora_init.comparison.tasks import Loading, find_answer, load_task, split_options
 from lora_init.errors import LoraInitError
 from lora_init.loading.reader import IGNORED
 from tests.commands import WORDS
@@ -140,11 +140,6 @@ def test_choices(home, tokenizer, changes):
         assert texts[item.answer].replace("</s>", "").split()[-1] == prompt.split()[0]
 
 
-def test_fixed_options(home, tokenizer):
-    task = load(home, tokenizer, options="A,B,C", answer="letter")
-    assert all(len(item.choices) == 3 for item in task.train)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -189,17 +184,6 @@ def test_a_row_with_an_option_that_is_cut_off_is_left_out(tmp_path, tokenizer):
     assert all(len(choice[0]) == 4 for item in [*task.train, *task.selection, *task.report] for choice in item.choices)
 
 
-def test_the_description_says_what_there_is(home, tokenizer):
-    task = load(home, tokenizer, options="options")
-    for part in (
-        "rows.jsonl: 40 examples to train on, 6 to select by and 10 to report of 120",
-        "split seed 0",
-        "options options",
-    ):
-        assert part in task.data
-    assert str(home.parent) not in task.data
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -219,15 +203,3 @@ def test_options(value, expected):
 )
 def test_the_right_one(value, expected):
     assert find_answer(value, ["red", "blue", "white"]) == expected
-
-
-def test_the_text_of_an_option_comes_before_letter_and_number():
-    assert find_answer("1", ["1", "0"]) == 0
-    assert find_answer("b", ["b", "a"]) == 0
-
-
-def test_the_options_of_a_row():
-    assert read_choices({"o": ["x", "y"], "answer": "y"}, "o", "answer") == (["x", "y"], 1)
-    assert read_choices({"o": ["x"], "answer": "x"}, "o", "answer") is None
-    assert read_choices({"right": False}, "True, False", "right") == (["True", "False"], 1)
-    assert read_choices({"right": None}, "True, False", "right") is None

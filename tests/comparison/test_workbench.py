@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from lora_init.comparison import workbench
-from lora_init.comparison.compare import model_name
 from lora_init.comparison.runs import Run
-from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
-from lora_init.comparison.workbench import circumstances
+from lora_init.comparison.starts import Variant
 from tests.commands import save_model
 from tests.comparison.made import compare, set_up_bench, without_clock
 from tests.comparisons import make_home
@@ -103,20 +101,6 @@ def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
     assert torch.equal(bench.loaded.model.classifier.weight, head)
 
 
-def test_a_start_that_has_learned_already_wins(home, tmp_path):
-    bench = set_up_bench(home, tmp_path, steps=40)
-    shape = AdapterShape(rank=2, lora_alpha=16, task_type="CAUSAL_LM")
-    trained = prepare(Variant("random"), Basis(bench.loaded.model, shape, 9))
-    order = bench.task.order(5, 40, 4)
-    workbench.train(trained.peft_model, bench.task, order, bench.training, learning_rate=1e-2, seed=0, plain_loss=9.0)
-    trained.peft_model.save_pretrained(tmp_path / "learned")
-    trained.release()
-    found = compare(
-        home, tmp_path / "out", starts=["random", ("learned", tmp_path / "learned")], learning_rates=[1e-3], seeds=4
-    )
-    assert [verdict.outcome for verdict in found.summary.verdicts] == ["better"]
-
-
 def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     """A language model and a classifier; the steps begin below random, the base is put back after each."""
     starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")
@@ -140,14 +124,3 @@ def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
         learning_rates=(1e-3,),
     )  # fmt: skip
     assert {record["status"] for record in classes.records} == {"finished"}
-
-
-def test_settings_tell_nothing_about_this_machine_but_what_may_change_numbers(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    assert model_name(str(tmp_path / "model")) == "model"
-    assert model_name("org/name") == "org/name"
-    monkeypatch.chdir(tmp_path / "model")
-    assert model_name(".") == "model"
-    found = circumstances()
-    assert set(found["versions"]) == {"lora_init", "torch", "transformers", "peft", "python"}
-    assert found["threads"] >= 1 and isinstance(found["processor"], str)

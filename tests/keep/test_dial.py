@@ -19,7 +19,6 @@ from lora_init.keep.dial import (
 )  # fmt: skip
 from lora_init.keep.dialed import Point
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama, tiny_t5
-from tests.layers.made import mixtral
 
 KINDS = {
     "plain": (tiny_llama, dict(target_modules=["q_proj", "down_proj"])),
@@ -221,38 +220,6 @@ def test_the_weight_of_text_to_keep_rises_until_the_rule_breaks_or_nothing_is_ga
     assert [more for _, more in starts] == [()] + [(16, 0.05)] * (len(tried) - 1)
 
 
-def test_one_strength_for_all_is_chosen_by_two_thirds():
-    model, batches = trained_model(dtype=torch.float32)
-    with strengths(model, 0.0):
-        expected = example_losses(model, [batch for i, batch in enumerate(batches) if i % 3 < 2]).sum(0)
-    found = dial(model, batches, batches_for("llama", n_batches=4, seed=1), uniform=True)
-    assert found.curve[0].task == pytest.approx(float(expected[0] / expected[1]))
-    assert set(found.task) == {"base", "trained", "chosen"} and not found.fitted
-
-
-def test_strengths_of_nothing_but_zeros_are_no_choice(monkeypatch):
-    model, batches = trained_model(dtype=torch.float32)
-    monkeypatch.setattr("lora_init.keep.dial.fit_strengths", lambda *_: dict.fromkeys(own_strengths(model), 0.0))
-    found = dial(model, batches, batches_for("llama", n_batches=4, seed=1), keep_within=0.0)
-    assert min(found.strengths.values()) > 0 and all(point.strength for point in found.fitted)
-
-
-def test_experts_that_are_parameters_have_strengths_too():
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
-    model = get_peft_model(mixtral(), config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    batches = batches_for("llama")
-    with model.disable_adapter():
-        base = example_losses(model, batches)
-    with strengths(model, 0.0):
-        torch.testing.assert_close(example_losses(model, batches), base)
-    found = fit_strengths(model, batches[:2], batches[2:], 1.0, steps=2)
-    moved = {name: value for name, value in found.items() if abs(value - 0.7) > 0.01}
-    assert set(found) == set(moved) and any(name.endswith("experts.down_proj") for name in moved)
-
-
 def test_models_that_cannot_be_dialed_are_refused_by_what_they_are():
     model, batches = trained_model(dtype=torch.float32)
     keep = batches_for("llama", seed=1)
@@ -312,13 +279,6 @@ def strict(model):
     forward = plain.forward
     plain.forward = lambda input_ids=None, labels=None: forward(input_ids=input_ids, labels=labels)
     return model
-
-
-def test_layers_that_share_a_tensor_are_refused():
-    config = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True)
-    model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
-    with pytest.raises(LoraInitError, match="has ensure_weight_tying, which has no strength"):
-        dial(model, strength=0.8)
 
 
 def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_init import ExactPCA, LoraInitError, allocate_ranks, build_adapter, collect, find_targets, principal_angles
+from lora_init import ExactPCA, LoraInitError, allocate_ranks, build_adapter, collect, find_targets
 from lora_init.layers.rows import MAX_PATCHES, patches_of
 from tests.versions import NO_CONFIG
 
@@ -87,17 +87,6 @@ def test_statistics_are_those_of_explicit_patches(name):
     assert float(spectrum.explained_variance.sum()) > 0.98 * float(best.explained_variance[:k].sum())
 
 
-def test_planted_directions_of_patches_are_found():
-    pattern = torch.linalg.qr(torch.randn(18, 2)).Q.T  # two directions of 2 x 3 x 3 patches
-    batches = []
-    for i in range(4):
-        weights = torch.randn(2, 4, 4, 2, generator=torch.Generator().manual_seed(i))
-        patches = (weights @ pattern).reshape(2, 4, 4, 2, 3, 3)
-        batches.append(patches.permute(0, 3, 1, 4, 2, 5).reshape(2, 2, 12, 12))  # side by side, as stride 3 cuts them
-    stats = collect(Net(nn.Conv2d(2, 5, 3, stride=3)), batches, ["conv"], rank=2, rho=1.0)
-    assert principal_angles(stats["conv"].components, pattern).max() < 1e-5
-
-
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_the_adapter_changes_nothing_and_loads_in_peft(name, use_dora, tmp_path, recwarn):
@@ -172,26 +161,6 @@ def test_large_images_give_a_bounded_sample_of_patches():
     assert counts.min() > 0.7 * MAX_PATCHES / 10
 
 
-def test_convolutions_that_read_one_tensor_share_a_decomposition_if_they_cut_alike():
-    class Three(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 8, 3)
-            self.c, self.d = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.a(x).sum() + self.b(x).sum() + self.c(x).sum() + self.d(x).sum()
-
-    stats = collect(Three(), [torch.randn(2, 2, 6, 6) for _ in range(3)], ["a", "b", "c", "d"], rank=2)
-    assert stats.group_of == {"a": "a", "b": "a", "c": "c", "d": "d"}
-
-
-def test_half_precision():
-    model, batches = setting("strided")
-    stats = collect(model.bfloat16(), [x.bfloat16() for x in batches], ["conv"], rank=2)
-    build_adapter(stats, 2).apply(model)
-
-
 def test_a_dilated_convolution_that_peft_gets_wrong_is_refused():
     model = Net(nn.Conv2d(3, 8, 3, dilation=2))
     with pytest.raises(LoraInitError, match=r"layer 'conv': PEFT's adapter leaves out dilation=\(2, 2\)"):
@@ -201,10 +170,3 @@ def test_a_dilated_convolution_that_peft_gets_wrong_is_refused():
     broken = get_peft_model(model, LoraConfig(r=2, target_modules=["conv"]))
     with pytest.raises(RuntimeError):  # why it is refused: this would be the first step of training
         broken(torch.randn(1, 3, 9, 9))
-
-
-def test_another_kernel_is_noticed():
-    model, batches = setting("plain")
-    init = build_adapter(collect(model, batches, ["conv"], rank=2), 2)
-    with pytest.raises(LoraInitError, match=r"kernel 3x3, groups 1.*Conv2d 3 -> 8, kernel 1x9, groups 1"):
-        init.apply(Net(nn.Conv2d(3, 8, (1, 9))))

@@ -9,17 +9,14 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from typer.testing import CliRunner
 
 from lora_init import (
     ExactPCA,
     LoraInitError,
-    Statistics,
     allocate_ranks,
     build_adapter,
     collect,
     find_targets,
-    initialize,
 )
 from lora_init.cli.inspect import describe
 from lora_init.collection.activations import ActivationHooks
@@ -99,18 +96,6 @@ def test_padding_does_not_count(name):
         assert stats[up].n_samples == n_tokens  # the same rows for each of the experts that a token goes to
         assert stats[down].n_samples == 2 * n_tokens
         assert sum(s.n_samples for key, s in stats.groups.items() if key.startswith(f"{up}.")) == 2 * n_tokens
-
-
-@every_model
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_how_the_experts_are_computed_makes_no_difference(name, implementation):
-    model = MODELS[name]()
-    expected = collect(model, batches(), rank=2, target_parameters=BOTH)
-    other = copy.deepcopy(model)
-    other.set_experts_implementation(implementation)
-    stats = collect(other, batches(), rank=2, target_parameters=BOTH)
-    for layer in stats:
-        assert stats.total_variance(layer) == pytest.approx(expected.total_variance(layer), rel=1e-4)
 
 
 @every_model
@@ -202,17 +187,6 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     assert 0 in stats.experts_with_few_rows(up)
 
 
-def test_the_statistics_file_keeps_the_experts(tmp_path):
-    model = gpt_oss()
-    stats = collect(model, batches(), rank=2, target_parameters=BOTH)
-    again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
-    assert again.targets == stats.targets
-    assert again.provenance.target_parameters == sorted(BOTH)
-    assert len(again.plot().axes[0].lines) == len(stats.groups)
-    a, b = (build_adapter(s, 2).weights for s in (stats, again))
-    assert all(torch.allclose(a[layer][0], b[layer][0], rtol=1e-6) for layer in a)
-
-
 def test_a_parameter_that_gets_no_rank_leaves_the_nesting_right(tmp_path):
     model = mixtral()
     stats = collect(model, batches(), ["q_proj"], rank=2, target_parameters=BOTH)
@@ -227,68 +201,11 @@ def test_a_parameter_that_gets_no_rank_leaves_the_nesting_right(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in init.apply(model).state_dict().items())
 
 
-def test_parameters_alone():
-    model = mixtral()
-    before = model(**batches(1)[0]).logits.detach()
-    peft_model = initialize(model, batches(), rank=2, target_modules=[], target_parameters=["experts.down_proj"])
-    assert torch.equal(peft_model(**batches(1)[0]).logits, before)
-    adapted = [n for n, p in peft_model.named_parameters() if p.requires_grad]
-    assert adapted
-    assert all(".experts.lora_" in n for n in adapted)
-
-
-def test_it_trains():
-    model = gpt_oss()
-    peft_model = initialize(model, batches(), rank=2, target_parameters=BOTH)
-    optimiser = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
-    batch = batches(1)[0]
-    losses = []
-    for _ in range(8):
-        loss = peft_model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0]
-
-
-def test_half_precision():
-    model = mixtral().bfloat16()
-    before = model(**batches(1)[0]).logits.detach()
-    peft_model = initialize(model, batches(), rank=2, target_parameters=BOTH)
-    assert torch.equal(peft_model(**batches(1)[0]).logits, before)
-
-
 @pytest.mark.parametrize("method", ["random", "orthogonal"])
 def test_other_starts_differ_between_experts(method):
     stats = collect(mixtral(), batches(), rank=2, target_parameters=BOTH)
     a = build_adapter(stats, 2, method=method).weights["model.layers.0.mlp.experts.down_proj"][0].reshape(4, 2, 24)
     assert not torch.equal(a[0], a[1])
-
-
-def test_the_command_line_takes_them(tmp_path):
-    from lora_init.cli import app as cli
-    from tests.commands import WORDS, save_model
-
-    save_model(mixtral(), tmp_path / "model")
-    (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(40)))
-    arguments = ["init", str(tmp_path / "model"), str(tmp_path / "data.txt"), "--rank", "2", "--statistics"]
-    arguments += [str(tmp_path / "stats.safetensors"), "-o", str(tmp_path / "adapter"), "--overwrite"]
-    chosen = ["--target-parameters", ",".join(BOTH)]
-    for _ in range(2):  # the second time from the file
-        result = CliRunner().invoke(cli.app, [*arguments, *chosen])
-        assert result.exit_code == 0, result.stderr
-    assert "eva, rank 2 in 12 of 12 layers" in result.stdout
-    result = CliRunner().invoke(cli.app, arguments[:2] + arguments[3:])  # without data the file is used as it is
-    assert result.exit_code == 1
-    assert "--target-modules and --target-parameters select" in result.stderr
-    for tool in ("peft", "axolotl", "llama-factory"):
-        result = CliRunner().invoke(
-            cli.app, ["ranks", str(tmp_path / "stats.safetensors"), "--rank", "2", "--format", tool]
-        )
-        assert result.exit_code == 0, result.stderr
-        assert ("target_parameters" in result.stdout) == (tool != "llama-factory")
-        assert "adapter_name_or_path" in result.stdout or tool != "llama-factory"
 
 
 def test_what_has_no_known_input_is_left_to_peft(tmp_path):

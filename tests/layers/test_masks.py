@@ -53,12 +53,6 @@ def test_inputs_before_the_last_label_count_in_a_decoder():
         assert found[0].nonzero().flatten().tolist() == expected
 
 
-def test_the_decoder_of_an_encoder_decoder_is_shifted_already():
-    batch = labelled_at(0, 1, 2)
-    layer = "decoder.block.0.layer.0.SelfAttention.q"
-    assert counted(tiny_t5(), batch, layer)[0].nonzero().flatten().tolist() == [0, 1, 2]
-
-
 def test_the_rows_that_count_are_those_with_a_gradient():
     model, batch = tiny_llama(), labelled_at(4, 9)
     found = {}
@@ -189,12 +183,6 @@ def test_labels_on_padding_are_refused_where_a_loss_is_computed():
     TokenMasks(tiny_llama(), "attention").start(batch)  # without gradients nothing reads them
     # Negative: several classes of a sequence, as many as it has tokens, are no labels of tokens.
     TokenMasks(tiny_bert(), "attention", gradients=True).start({**batch, "labels": torch.ones(4, 12)})
-
-
-def test_a_label_for_each_row_of_a_model_without_sequences():
-    masks = TokenMasks(nn.Linear(3, 1), "labels")
-    masks.start({"x": torch.zeros(4, 3), "labels": torch.tensor([[1], [-100], [2], [-100]])})
-    assert masks.rows("", torch.arange(4.0)[:, None].expand(4, 3))[:, 0].tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize(

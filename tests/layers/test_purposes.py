@@ -1,14 +1,11 @@
 """Targets by purpose: the layers that one would name by hand, for every architecture, and full names in the adapter."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from lora_init import LoraInitError, build_adapter, collect, find_targets, initialize
-from tests.commands import WORDS, run, save_model
-from tests.conftest import MODELS, batches_for, tiny_gpt2, tiny_llama, tiny_t5
+from lora_init import LoraInitError, find_targets
+from tests.conftest import MODELS, tiny_gpt2, tiny_llama, tiny_t5
 from tests.layers.made import SIZES, bart, gpt2_with_cross_attention
 
 
@@ -111,13 +108,6 @@ def test_what_a_model_lacks_is_said_with_what_it_has():
         find_targets(nn.Sequential(nn.Linear(2, 2)), "attention")
 
 
-def test_exclusions_and_lists_keep_their_meaning():
-    found = find_targets(tiny_t5(), "attention", exclude_modules=r"encoder\..*").layers
-    assert found and all(name.startswith("decoder.") for name in found)
-    with pytest.raises(LoraInitError, match="LlamaMLP"):
-        find_targets(tiny_llama(), ["mlp"])  # a list holds names, as in PEFT
-
-
 def test_a_block_without_attention_in_a_row_with_some_has_an_mlp():
     """As in models that alternate attention with other mixers; routers and modulation are no MLP."""
 
@@ -133,37 +123,6 @@ def test_a_block_without_attention_in_a_row_with_some_has_an_mlp():
     model = nn.ModuleDict({"layers": row, "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)})})
     assert list(find_targets(model, "mlp").layers) == ["layers.0.mlp.up", "layers.1.mlp.up"]
     assert list(find_targets(model, "attention").layers) == ["layers.1.attn.q"]
-
-
-def test_the_adapter_has_full_names_and_loads_in_peft(tmp_path):
-    from peft import PeftModel
-
-    model, batches = tiny_t5(), batches_for("t5")
-    stats = collect(model, batches, "cross-attention", rank=2)
-    assert stats.provenance.target_modules == "cross-attention"
-    build_adapter(stats, 2).save_pretrained(tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["target_modules"] == list(stats) and all(".EncDecAttention." in name for name in stats)
-    loaded = PeftModel.from_pretrained(tiny_t5(), tmp_path / "adapter")
-    adapted = {name.partition(".lora_A")[0] for name, _ in loaded.named_parameters() if ".lora_A" in name}
-    assert adapted == {f"base_model.model.{name}" for name in stats}
-    adapted = initialize(model, batches, rank=2, target_modules="mlp")
-    assert set(adapted.peft_config["default"].target_modules) == set(find_targets(tiny_t5(), "mlp").layers)
-
-
-def test_the_command_line_takes_a_purpose(tmp_path):
-    save_model(tiny_llama(), tmp_path / "model")
-    (tmp_path / "data.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(20)))
-    made = run(
-        "init", tmp_path / "model", tmp_path / "data.txt", "--rank", "2", "--target-modules", "attention", "-o",
-        tmp_path / "adapter", "--json",
-    )  # fmt: skip
-    assert made.exit_code == 0, made.stderr
-    assert {name.rpartition(".")[2] for name in json.loads(made.stdout)["ranks"]} == {*Q_K_V, "o_proj"}
-    refused = run(
-        "init", tmp_path / "model", tmp_path / "data.txt", "--target-modules", "cross-attention", "-o", tmp_path / "b"
-    )
-    assert refused.exit_code == 1 and "has no such layers. It has attention" in refused.stderr
 
 
 def test_a_diffusion_pipeline_from_denoising_steps_to_load_lora_weights(tmp_path):

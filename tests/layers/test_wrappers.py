@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_init import ExactPCA, LoraInitError, build_adapter, collect, find_targets, principal_angles
+from lora_init import ExactPCA, collect, find_targets, principal_angles
 from lora_init.layers.identity import fingerprint
-from lora_init.layers.wrappers import Precision, plain_names, unwrapped
+from lora_init.layers.wrappers import plain_names, unwrapped
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5}
@@ -79,29 +78,6 @@ def test_compiled_models(way):
         torch.testing.assert_close(compiled(**batches[0]).logits, model(**batches[0]).logits)
 
 
-@pytest.mark.parametrize("way", [compiled_whole, compiled_in_place], ids=lambda way: way.__name__)
-def test_an_adapter_on_a_compiled_model(way, tmp_path):
-    model, batches = tiny_llama(), batches_for("llama")
-    before = model(**batches[0]).logits.detach()
-    compiled = way(copy.deepcopy(model))
-    init = build_adapter(collect(compiled, batches, rank=2), 2)
-    init.save_pretrained(tmp_path / "adapter", model=compiled)
-    peft_model = init.apply(compiled)
-    assert all("_orig_mod" not in name for name, _ in peft_model.named_parameters())
-    torch.testing.assert_close(peft_model(**batches[0]).logits, before)
-    again = torch.compile(peft_model, backend="eager")
-    torch.testing.assert_close(again(**batches[0]).logits, before)
-    state = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in peft_model.state_dict().items())
-
-
-def test_an_adapter_on_a_model_compiled_in_parts_is_refused():
-    model, batches = tiny_llama(), batches_for("llama")
-    init = build_adapter(collect(model, batches, rank=2), 2)
-    with pytest.raises(LoraInitError, match=r"parts that are compiled or wrapped, as 'model\.layers\.0\._orig_mod'"):
-        init.apply(compiled_by_layer(model))
-
-
 def test_names_and_fingerprints_are_those_of_the_plain_model():
     model = tiny_llama()
     for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
@@ -152,20 +128,6 @@ def test_autocast(inside):
     # And close to the float32 model's: bfloat16 keeps three digits of a row.
     full = collect(model, batches, rank=4)
     assert stats.total_variance(name) == pytest.approx(full.total_variance(name), rel=0.02)
-
-
-def test_precision_is_put_back():
-    with torch.autocast("cpu", torch.float16):
-        precision = Precision()
-        with precision.off():
-            assert not torch.is_autocast_enabled("cpu")
-            with precision.on():
-                assert torch.is_autocast_enabled("cpu")
-                assert torch.get_autocast_dtype("cpu") == torch.float16
-        assert torch.is_autocast_enabled("cpu")
-    precision = Precision()
-    with precision.off(), precision.on():
-        assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -247,13 +209,3 @@ def test_sequences_packed_into_one_row_give_the_rows_of_the_sequences(name):
         # The same rows, computed in matrices of another shape.
         assert stats.total_variance(layer) == pytest.approx(expected.total_variance(layer), rel=1e-4)
         torch.testing.assert_close(stats[layer].mean, expected[layer].mean, atol=1e-5, rtol=1e-3)
-
-
-def test_packing_without_position_ids_is_another_model_input():
-    """Negative of the test above: rows of one long text are others."""
-    model, batch = tiny_llama(), batches_for("llama")[0]
-    ids = torch.cat([row[:6] for row in batch["input_ids"]])[None]
-    one_text = collect(model, [{"input_ids": ids}], rank=2)
-    packed = collect(model, [{"input_ids": ids, "position_ids": torch.arange(6).repeat(4)[None]}], rank=2)
-    name = "model.layers.1.mlp.down_proj"
-    assert one_text.total_variance(name) != pytest.approx(packed.total_variance(name), rel=1e-3)

@@ -9,9 +9,7 @@ import torch
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-import lora_init
 from lora_init import LoraInitError, load_batches
-from lora_init.loading.batches import Batches
 from tests.loading.made import CHAT, bert_tokenizer, byte_tokenizer, texts
 from tests.versions import OLD_DATASETS
 
@@ -107,18 +105,6 @@ def test_prompt_and_completion_may_be_messages(write):
     assert texts(load_batches(write(rows), tokenizer), tokenizer, "labels") == ["hello<|im_end|>\n"]
 
 
-def test_sharegpt_is_read_as_messages(write):
-    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
-    turns = [("system", "be brief"), ("human", "hi"), ("gpt", "hello"), ("observation", "42"), ("gpt", "done")]
-    path = write([{"conversations": [{"from": who, "value": said} for who, said in turns], "id": 1}])
-    roles = ["system", "user", "assistant", "tool", "assistant"]
-    messages = [{"role": role, "content": said} for role, (_, said) in zip(roles, turns, strict=True)]
-    (text,) = texts(load_batches(path, tokenizer), tokenizer)
-    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
-    assert texts(load_batches(path, tokenizer), tokenizer, "labels") == ["hello<|im_end|>\ndone<|im_end|>\n"]
-    assert load_batches(path, tokenizer).description.endswith("sharegpt")
-
-
 TOOLS = "{% if tools %}{{ 'tools: ' + tools | map(attribute='name') | join(',') + '\n' }}{% endif %}"
 
 
@@ -155,16 +141,6 @@ def test_alpaca_is_the_prompt_of_the_paper_and_takes_precedence_over_text(write,
     assert "a task, paired with an input that provides further context. Write" in long
     assert long.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3<eos>")
     assert set(texts(load_batches(write(rows), tokenizer, format="text"), tokenizer)) == {"unused<eos>"}
-
-
-def test_a_list_is_never_read_as_the_text_that_python_writes_for_it(write, tokenizer):
-    turns = [{"role": "user", "content": "hi"}]
-    for row, options in (
-        ({"text": ["a", "b"]}, {}), ({"prompt": turns, "completion": "a"}, {}),
-        ({"instruction": turns, "output": "a"}, {}), ({"q": turns}, {"template": "{q}"}),
-    ):  # fmt: skip
-        with pytest.raises(LoraInitError, match=r"data.jsonl, line 1: column '\w+' holds a list, and text is needed"):
-            load_batches(write([row]), tokenizer, **options)
 
 
 def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokenizer):
@@ -235,31 +211,6 @@ def test_a_row_without_a_label_or_text_is_left_out_in_every_form(write, tokenize
     assert sorted(said) == [("aa", 1), ("bb", 0), ("ee", 1)]
     assert "2 left out without a label" in batches.description
     assert "1 left out with an empty field" in batches.description
-
-
-def test_measured_numbers_are_no_classes(tokenizer):
-    rows = [{"q": f"text {i}", "stars": i / 2, "score": i * 0.37} for i in range(21)]
-    with pytest.raises(LoraInitError, match=r"'score' has 21 different numbers with fractions, from 0 to 7.4"):
-        load_batches(rows, tokenizer, template="{q}", label="score")
-    assert len(load_batches(rows[:20], tokenizer, template="{q}", label="stars").classes) == 20
-
-
-def test_a_number_of_the_row_or_a_list_is_no_class(tokenizer):
-    rows = [{"q": f"text {i}", "id": f"T{i}", "tags": ["a", "b"][: i % 3]} for i in range(21)]
-    with pytest.raises(LoraInitError, match="tokenizer=None: expected the model's"):
-        load_batches(rows, None, template="{q}", label="id")
-    with pytest.raises(LoraInitError, match="column 'id' has another value in each of its 21 rows"):
-        load_batches(rows, tokenizer, template="{q}", label="id")
-    assert len(load_batches([*rows, rows[0]], tokenizer, template="{q}", label="id").classes) == 21
-    with pytest.raises(LoraInitError, match="column 'tags' holds lists, and a row has one class"):
-        load_batches(rows, tokenizer, template="{q}", label="tags")
-
-
-def test_dates_are_no_classes(tokenizer):
-    rows = [{"q": f"text {i}", "day": f"2026-11-{i:02} 08:30", "version": f"v1.{i}.0"} for i in range(1, 10)]
-    with pytest.raises(LoraInitError, match="column 'day' holds dates, such as 2026-11-01 08:30"):
-        load_batches(rows, tokenizer, template="{q}", label="day")
-    assert len(load_batches(rows, tokenizer, template="{q}", label="version").classes) == 9
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -378,14 +329,6 @@ def test_too_long_an_answer_is_left_out_and_a_longer_text_is_cut(write, tokenize
     assert texts(batches, tokenizer) == ["abcdefghij"]
 
 
-def test_answers_that_are_cut_off_are_warned_of(write, tokenizer):
-    rows = [{"prompt": "p", "completion": "y" * n} for n in (2, 3, 20)]
-    with pytest.warns(UserWarning, match="1 of 3 answers are cut off at 10 tokens"):
-        load_batches(write(rows), tokenizer, max_length=10)
-    load_batches(write(rows), tokenizer, max_length=10, needs_labels=False)
-    load_batches(write([{"prompt": "p", "completion": "y" * 8}], "fits.jsonl"), tokenizer, max_length=10)
-
-
 def test_tokenizer_limit_counts_and_nothing_on_it_changes(write):
     tokenizer = byte_tokenizer(model_max_length=6)  # no padding token, no end of sequence, left padding and truncation
     tokenizer.padding_side = tokenizer.truncation_side = "left"
@@ -433,31 +376,3 @@ def test_seq2seq_tokenises_the_completion_as_the_target_language(write):
     (batch,) = load_batches(write([{"prompt": "a b", "completion": "c d"}]), tokenizer, seq2seq=True)
     assert tokenizer.decode(batch["input_ids"][0]) == "i a b [SEP]"
     assert tokenizer.decode(batch["labels"][0]) == "j c d [SEP]"
-
-
-def test_description_says_which_examples_in_words(write, tokenizer):
-    path = write([{"text": f"row {i}"} for i in range(9)], "BoolQ/combined.jsonl")
-    batches = load_batches(path, tokenizer, samples=3, offset=2, seed=5, max_length=64)
-    assert (
-        batches.description
-        == "BoolQ/combined.jsonl: 3 of 9 examples, after the first 2, seed 5, at most 64 tokens, text"
-    )
-    assert isinstance(batches, list) and Batches().description == ""
-
-
-def test_batches_train_a_model(write):
-    from tests.conftest import tiny_llama
-
-    tokenizer = byte_tokenizer(eos_token="<eos>")
-    model = tiny_llama(vocab_size=len(tokenizer))
-    path = write([{"prompt": "1 + 1 =", "completion": f" {i}"} for i in range(6)])
-    for batch in load_batches(path, tokenizer, batch_size=2):
-        assert torch.isfinite(model(**batch).loss)
-    assert lora_init.load_batches is load_batches
-
-
-def test_the_longest_column_of_text_is_proposed_and_never_a_list(write, tokenizer):
-    row = {"ticket_id": 1, "tags": ["a long list", "of many words"], "body": "The pump drips.", "category": "leak"}
-    path = write([row, row | {"category": "noise"}])
-    with pytest.raises(LoraInitError, match=re.escape("such as template='{body}'.")):
-        load_batches(path, tokenizer, label="category")

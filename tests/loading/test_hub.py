@@ -1,6 +1,5 @@
 """What cannot be had is refused before torch is imported; what a cache may have is not."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from huggingface_hub import constants
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import load_batches
 from lora_init.loading.models import check_model_source, open_model
-from lora_init.loading.reader import check_columns
 from lora_init.loading.sources import check_data
 
 ROOT = Path(__file__).parents[2]
@@ -53,14 +51,6 @@ def test_a_column_that_is_not_there_is_refused_before_torch_is_imported(words, t
     )
     assert done.stdout == "1 datasets\n"
     assert done.stderr.count("\n") == 1 and "id, body, kind" in done.stderr and "mail.csv" in done.stderr
-
-
-def test_a_column_that_only_later_rows_have_is_there(tmp_path):
-    rows = [{"text": "a"}, {"text": "b", "kind": "x"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    check_columns(str(tmp_path / "rows.jsonl"), None, None, None, "kind")
-    with pytest.raises(LoraInitError, match="label='sort' is not a column"):
-        check_columns(str(tmp_path / "rows.jsonl"), None, None, None, "sort")
 
 
 def no_network(*_, **__):

@@ -7,7 +7,7 @@ import torch
 
 from lora_init.errors import LoraInitError
 from lora_init.loading import models
-from lora_init.loading.models import _kind, load_model, open_model
+from lora_init.loading.models import _kind, load_model
 from tests.commands import save_model
 from tests.conftest import MODELS, tiny_bert, tiny_llama
 
@@ -93,18 +93,3 @@ def test_a_tokenizer_that_is_not_there(build, tmp_path):
         LoraInitError, match=r"has no tokenizer beside it. Save the tokenizer of the base model there: "
     ):
         load_model(str(tmp_path))
-
-
-def test_the_tokenizer_and_the_task_are_known_before_the_weights(tmp_path):
-    save_model(MODELS["t5"](), tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    opened = open_model(str(tmp_path))
-    assert opened.seq2seq and opened.task_type == "SEQ_2_SEQ_LM" and opened.tokenizer("the cat")
-    with pytest.raises(LoraInitError, match=r"cannot be loaded: .*model\.safetensors"):
-        opened.load()
-
-
-def test_a_home_directory_may_be_abbreviated(tmp_path, monkeypatch):
-    save_model(tiny_llama(), tmp_path / "m")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_model("~/m").model.config.hidden_size == 32

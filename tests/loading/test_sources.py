@@ -3,18 +3,15 @@
 import gzip
 import io
 import json
-import logging
 
 import datasets
-import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
 
 from lora_init import LoraInitError, load_batches
 from lora_init.loading.sources import read_rows
-from tests.loading.made import CHAT, byte_tokenizer, texts
+from tests.loading.made import texts
 
 
 def test_every_kind_of_file_gives_the_same_batches(write, tokenizer, tmp_path):
@@ -29,24 +26,6 @@ def test_every_kind_of_file_gives_the_same_batches(write, tokenizer, tmp_path):
         batches = load_batches(str(tmp_path / name), tokenizer)
         assert sorted(texts(batches, tokenizer)) == sorted(row["text"] + "<eos>" for row in rows), name
         assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
-
-
-def test_keys_that_parquet_filled_with_null_are_not_there_for_the_template(tmp_path):
-    turns = [{"role": "user", "content": "hi", "name": "bob"}, {"role": "assistant", "content": "hello"}]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "data.parquet")
-    tokenizer = byte_tokenizer(chat_template=CHAT)
-    (text,) = texts(load_batches(tmp_path / "data.parquet", tokenizer), tokenizer)
-    assert text == "<|im_start|>user\nbob: hi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
-
-
-def test_rows_in_memory_keep_the_columns_that_the_first_one_lacks(write, tokenizer, monkeypatch):
-    rows = [{"instruction": "Greet.", "output": "hi"}, {"instruction": "Add.", "input": "1 and 2", "output": "3"}]
-    path = write(rows)
-    expected = sorted(texts(load_batches(path, tokenizer), tokenizer))
-    monkeypatch.setattr("sys.stdin", io.StringIO(path.read_text()))
-    assert any("1 and 2" in text for text in expected)
-    for source in (rows, "-"):
-        assert sorted(texts(load_batches(source, tokenizer), tokenizer)) == expected
 
 
 def test_bad_sources_are_one_clear_line(write, tokenizer, tmp_path):
@@ -195,36 +174,6 @@ def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, token
     assert len(sample(samples=None)) == len(sample(samples=1000)) == 100
     first, second = (load_batches(path, tokenizer, samples=20) for _ in range(2))
     assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
-
-
-def test_numbers_of_numpy_are_kept_as_json_has_them(write, tokenizer):
-    path = write([{"text": f"row {i:03d}"} for i in range(20)])
-    asked = dict(samples=8, offset=2, batch_size=2, max_length=9, seed=1)
-    plain, given = (load_batches(path, tokenizer, **{k: of(v) for k, v in asked.items()}) for of in (int, np.int64))
-    assert json.dumps(given.settings) == json.dumps(plain.settings)
-    assert texts(given, tokenizer) == texts(plain, tokenizer)
-
-
-def test_nothing_is_printed_and_progress_bars_are_as_before(write, tokenizer, capfd, tmp_path, monkeypatch):
-    records = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", records.append)
-    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
-    datasets.enable_progress_bars()
-    load_batches(write([{"text": "a"}]), tokenizer)
-    (tmp_path / "broken.jsonl").write_text("{broken\n")
-    with pytest.raises(LoraInitError):
-        load_batches(tmp_path / "broken.jsonl", tokenizer)
-    assert not datasets.are_progress_bars_disabled()
-    assert capfd.readouterr() == ("", "") and records == []
-
-
-def test_a_cell_of_a_table_is_read_as_its_text(tmp_path, tokenizer):
-    cells = ["007", "None", "1.50", "true", "NA", "2009-02-13", "1e5"]
-    (tmp_path / "data.csv").write_text("prompt,completion\n" + "".join(f"q,{cell}\n" for cell in [*cells, ""]))
-    with pytest.warns(UserWarning, match="of the first 8 rows 1 left out with an empty field"):
-        batches = load_batches(tmp_path / "data.csv", tokenizer)
-    assert sorted(texts(batches, tokenizer, "labels")) == sorted(cell + "<eos>" for cell in cells)
 
 
 @pytest.mark.parametrize("form", ["{}\n{}\n{}\n", "[{},\n {},\n {}]"])

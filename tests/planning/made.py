@@ -1,7 +1,6 @@
 """Statistics that are made up, so that plans can be compared with what they must be."""
 
 import itertools
-import re
 
 import numpy as np
 import torch
@@ -77,11 +76,6 @@ def full_plan(**changes):
     return stats, allocate_ranks(
         stats, parameters=1000, tie=QKV[:2], overrides={"*.v_proj": {"max_rank": np.int64(1)}}, exclude=["h.1.v_proj"]
     )
-
-
-def heat_map_cells(html):
-    """What the cells of a heat map say, row by row."""
-    return re.findall(r"<td>(.*?)</td>", html)
 
 
 def cumulative(row):

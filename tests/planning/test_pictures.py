@@ -1,15 +1,12 @@
 """Pictures of a plan: what is in them, for 2 to 80 blocks, and hostile names."""
 
 import re
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
-from matplotlib.colors import to_hex
 
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
-from lora_init.planning.heat_map import heat_map_figure
 from lora_init.planning.pictures import (
     budget_curves,
     kind_totals,
@@ -81,41 +78,6 @@ def test_the_figure_has_a_cell_for_each_layer_a_panel_for_each_kind_and_a_line_f
     assert heights >= 7
 
 
-def luminance(color):
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_colours_can_be_told_apart_without_colour_vision_and_numbers_can_be_read():
-    ranks = {f"h.{i}.up": i for i in range(13)}
-    axes = heat_map_figure(ranks).axes[0]
-    axes.figure.draw_without_rendering()
-    drawn = [to_hex(color) for color in axes.collections[0].get_facecolors()]
-    written = [to_hex(text.get_color()) for text in axes.texts]
-    light = [luminance(back) for back in drawn[1:]]
-    assert light == sorted(light, reverse=True) and len(set(light)) == 12 and light[0] < 0.95
-    for back, text in zip(drawn[1:], written[1:], strict=True):
-        low, high = sorted((luminance(back), luminance(text)))
-        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2.1, level AA
-
-
-def svg_text(svg):
-    """What can be read in a picture, without comments."""
-    texts = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
-    return " ".join(" ".join(" ".join(element.itertext()) for element in texts).split())
-
-
-def test_png_and_svg_hold_what_they_should(tmp_path):
-    stats = llama_like(2)
-    plan = allocate_ranks(stats, rank=4)
-    png = save_picture(plan, stats, tmp_path / "plan.png")
-    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    text = svg_text(save_picture(plan, stats, tmp_path / "plan.SVG").read_text())
-    for part in ("down_proj", "cost-aware", "this plan", "components", "adapter parameters"):
-        assert part in text
-
-
 class Page(HTMLParser):
     """Tags, attributes and texts."""
 
@@ -159,18 +121,6 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path):
             assert "//" not in (value or "")
             assert all(part.startswith("#") for part in re.findall(r"url\(([^)]*)\)", value or ""))
     assert not re.search(r"@import|@font-face", " ".join(page.texts))
-
-
-def test_names_are_text_on_the_page(tmp_path):
-    evil = "<script>alert(1)</script>"
-    stats = llama_like(2, model_id=evil, data=f'"{evil}&')
-    plan = allocate_ranks(stats, rank=4)
-    text = save_picture(plan, stats, tmp_path / "plan.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "&lt;script&gt;" in text
-    # A dollar sign starts a formula in matplotlib, which the name of a data set must not.
-    prices = llama_like(2, data="from $5 to $6_000")
-    svg = save_picture(allocate_ranks(prices, rank=4), prices, tmp_path / "plan.svg").read_text(encoding="utf-8")
-    assert "from $5 to $6_000" in svg_text(svg)
 
 
 def test_bad_input(tmp_path):

@@ -12,7 +12,7 @@ from lora_init.layers.targets import Target
 from lora_init.planning.allocate import RankAllocation, allocate_ranks
 from lora_init.planning.plan import load_plan, save_plan
 from lora_init.planning.snippets import snippet
-from tests.planning.made import QKV, WIDE, distinct, explained, full_plan, heat_map_cells, laws, statistics, widths3
+from tests.planning.made import WIDE, distinct, explained, full_plan, laws, statistics, widths3
 
 
 @laws
@@ -117,27 +117,4 @@ def test_no_plan_at_all(tmp_path):
         save_plan(full_plan()[1], tmp_path / "no" / "plan.json")
 
 
-def test_fields_of_earlier_and_later_versions_are_left_alone(tmp_path):
-    plan = full_plan()[1]
-    path = save_plan(plan, tmp_path / "plan.json")
-    content = json.loads(path.read_text())
-    content["provenance"]["moon_phase"] = "full"
-    content["layers"]["h.0.q_proj"]["could_be"] = [1, 3]  # written until the sampling error of ranks was dropped
-    content["error_source"] = "from 1,000 rows taken as independent: a lower bound"
-    path.write_text(json.dumps(content))
-    same(plan, load_plan(path))
-
-
 # --- In a notebook --------------------------------------------------------------------------------------------------
-
-
-def test_a_plan_is_short_in_text_a_heat_map_in_html_and_a_figure():
-    plan = full_plan()[1]
-    assert repr(plan) == "RankAllocation(5 of 6 layers with rank 1 to 2, total rank 7)"
-    html = plan._repr_html_()
-    assert heat_map_cells(html) == [str(rank or "·") for rank in plan.values()]
-    assert all(f">{kind}</th>" in html for kind in QKV)
-    axes = plan.plot().axes[0]
-    assert [text.get_text() for text in axes.texts] == [str(rank or "·") for rank in plan.values()]
-    nothing = RankAllocation({"a": 0}, 1)
-    assert repr(nothing) == "RankAllocation(0 of 1 layers with rank 0, total rank 0)" and "·" in nothing._repr_html_()

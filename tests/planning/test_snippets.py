@@ -75,13 +75,6 @@ def test_axolotl_gets_what_it_forwards_to_peft(lora_alpha, use_rslora, scaling):
     assert all(type(alpha) is int for alpha in (config["lora_alpha"], *config["lora_alpha_pattern"].values()))
 
 
-@pytest.mark.parametrize(("lora_alpha", "use_rslora"), [(7, False), (0.5, False), (7, True)])
-def test_axolotl_takes_whole_alphas(lora_alpha, use_rslora):
-    plan, _ = allocated(model_and_statistics()[1])
-    with pytest.raises(LoraInitError, match=r"axolotl takes whole numbers .* such as lora_alpha=4 without rsLoRA"):
-        snippet(plan, "axolotl", lora_alpha, use_rslora)
-
-
 def test_llama_factory_gets_a_finished_adapter():
     plan, _ = allocated(model_and_statistics()[1])
     text = snippet(plan, "llama-factory", lora_alpha=6.5, plan_path="p.json")
@@ -164,12 +157,6 @@ def test_unknown_formats_and_empty_plans():
     for tool in TOOLS:
         with pytest.raises(LoraInitError, match="no layer any rank"):
             snippet(nothing, tool)
-
-
-def test_what_is_in_a_name_stays_in_a_comment():
-    stats = model_and_statistics()[1]
-    plan = replace(allocated(stats)[0], provenance=replace(stats.provenance, data="a\nimport os  # b"))
-    assert "\nimport os" not in snippet(plan, "peft") + snippet(plan, "axolotl")
 
 
 def axolotl_reads(config):

@@ -6,7 +6,6 @@ import pytest
 import transformers
 from peft import LoraConfig, get_peft_model
 
-import lora_init
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_bert, tiny_llama
 from tests.serving.made import ADAPTERS, train
@@ -74,14 +73,6 @@ def test_json_has_errors_losses_and_intruders(trained, tmp_path):
     assert_one_line_error(run("export", trained, other, "-o", tmp_path / "three", *options), "need one base")
 
 
-@pytest.mark.parametrize("found", ["0.18.1", "0.19.0"])
-def test_an_old_peft_reduces_no_intruders(found, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_init.errors.version", lambda _: found)
-    done = run("export", trained, "-o", tmp_path / "served", "--reduce-intruders", "--engine", "sglang", "--rank", "0")
-    words = "--reduce-intruders needs peft 0.19 or newer, and 0.18.1 is installed."
-    assert_one_line_error(done, words if found == "0.18.1" else "rank")
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -107,23 +98,6 @@ def test_an_adapter_of_a_base_of_another_size_is_warned_of(tmp_path):
     done = run("export", tmp_path / "new", "-o", tmp_path / "other", "--base", tmp_path / "deeper")
     assert done.exit_code == 0 and "warning: the adapter was made for LlamaForCausalLM" in done.stderr
     assert done.stderr.rstrip().endswith("Is it the same base?")
-
-
-def test_an_output_that_exists_is_said_before_a_model_is_loaded(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_init.loading.models.load_model", lambda *_, **__: pytest.fail("loaded"))
-    done = run("export", trained, "-o", tmp_path, "--data", tmp_path / "data.jsonl")
-    assert_one_line_error(done, "exists and is not empty", "pass --overwrite.")
-
-
-def test_the_command_that_verifies_names_what_peft_can_load(trained, tmp_path):
-    served = tmp_path / "a b.gguf"
-    exported = lora_init.export_adapter(trained, served, "llama.cpp", base=str(tmp_path / "base"))
-    assert exported.verify == f"lora-init verify {trained} --url http://127.0.0.1:8080/v1 --base {tmp_path / 'base'}"
-    cut = lora_init.export_adapter(trained, tmp_path / "cut.gguf", "llama.cpp", 1, base=str(tmp_path / "base"))
-    assert cut.error > 0 and cut.verify == ""  # not what was trained, and PEFT reads no GGUF
-    merged = lora_init.export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
-    assert merged.verify == f"lora-init verify {trained} --url http://127.0.0.1:8000/v1 --model {tmp_path / 'merged'}"
-    assert lora_init.export_adapter(trained, tmp_path / "for-peft").verify == ""
 
 
 @pytest.mark.parametrize(

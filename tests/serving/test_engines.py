@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
-from lora_init.planning.lora_config import lora_config, scaling_of
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -178,15 +177,6 @@ def test_commands_serve_what_was_written(base, tmp_path):
     assert "--max-lora-rank 16" in commands["sglang"] and f"--lora '{tmp_path}/my llama.cpp'" in commands["llama.cpp"]
 
 
-def test_ranks_that_an_engine_reads_otherwise_are_refused(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    refused("vllm takes at most rank 512, and this is 600", trained, tmp_path / "served", "vllm", rank=600)
-    for engine in ("tgi", "lorax"):
-        refused(f"{engine} takes rank 8 or a multiple of 16, and this is 12", trained, tmp_path / "x", engine, rank=12)
-    padded = export_adapter(trained, tmp_path / "for-peft", rank=12).path
-    assert any((stacked(padded)[n] - update).abs().max() > 0.01 for n, update in deltas(base, trained).items())
-
-
 def test_a_classifier_is_exported_for_peft_and_refused_for_engines(tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -223,37 +213,6 @@ SOME = "PEFT and vLLM (--max-lora-rank {}) take this adapter as it is. SGLang, l
 )  # fmt: skip
 def test_which_engines_take_the_adapter_as_it_is(ranks, note):
     assert note in serving_note(dict(zip(TWO, ranks, strict=True)), {})
-
-
-def test_what_only_peft_takes_needs_a_merge():
-    ranks = dict(zip(TWO, [8, 8, 8, 8], strict=True))
-    start, end = "PEFT takes this adapter as it is. ", "`lora-init export --merge-into MODEL`."
-    assert serving_note(ranks, {"target_parameters": ["w"]}) == f"{start}Others take no adapter of experts: {end}"
-    assert serving_note(ranks, {"use_dora": True}) == f"{start}MLX needs `lora-init export`. Others take no DoRA: {end}"
-    assert "as it is. MLX" in serving_note(ranks, {})
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_our_own_patterns_are_of_one_scaling_for_vllm(use_rslora):
-    ranks = {f"h.{i}.up": i for i in range(1, 65)}
-    for rank in range(1, 65, 7):
-        config = lora_config(ranks, rank, scaling_of(0.7, rank, use_rslora), [], use_rslora)
-        assert serving_note(ranks, config).startswith("PEFT and vLLM (--max-lora-rank 64)")
-
-
-def test_engines_know_one_scaling_and_the_rank_of_the_config():
-    """vLLM multiplies by lora_alpha / r of the config, whatever patterns say, and makes room for r."""
-    ranks = dict(zip(TWO, [8, 8, 8, 8], strict=True))
-    for config in ({"r": 16, "rank_pattern": {".*": 8}}, {"r": 8, "alpha_pattern": {".*": 64}}):
-        assert serving_note(ranks, {"lora_alpha": 16, **config}).startswith(
-            "PEFT takes this adapter as it is. vLLM, SG"
-        )
-    above = serving_note(ranks, {"r": 64, "lora_alpha": 64, "rank_pattern": {".*": 8}, "alpha_pattern": {".*": 8}})
-    assert above.startswith("PEFT and vLLM (--max-lora-rank 64) take")
-    blocks = serving_note(ranks, {"r": 8, "lora_alpha": 16, "layers_to_transform": [0, 1]})
-    assert blocks.startswith("PEFT and vLLM (--max-lora-rank 8) take this")
-    copied = ["base_model.model.lm_head.base_layer.weight", "base_model.model.lm_head.lora_A.weight"]
-    assert serving_note(ranks, {}, copied) == serving_note(ranks, {})
 
 
 PATTERNS = dict(target_modules=["q_proj", "v_proj"], r=8, rank_pattern={"v_proj": 2})

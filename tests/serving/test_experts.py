@@ -1,7 +1,6 @@
 """Adapters of fused experts (PEFT's `target_parameters`) are exported, compressed and merged; engines refuse them."""
 
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -125,15 +124,6 @@ def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     assert served.parameters == exported.parameters
 
 
-@only("mixtral")
-def test_own_ranks_are_kept_as_patterns_of_parameters(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
-    export_adapter(trained, tmp_path / "served", keep_ranks=True)
-    config = config_of(tmp_path / "served")
-    assert sorted(config["rank_pattern"].values()) == [2, 4] and config["r"] == 9
-    torch.testing.assert_close(logits(base, tmp_path / "served"), logits(base, trained), atol=1e-6, rtol=1e-6)
-
-
 @only("mixtral", "llama4")
 @pytest.mark.parametrize(
     "size", [dict(rank=2), dict(parameters=4000), dict(megabytes=0.016), dict(rank=2, keep_ranks=True)]
@@ -198,15 +188,6 @@ def test_other_architectures_are_exported_and_merged(base, tmp_path):
     torch.testing.assert_close(logits(tmp_path / "merged"), expected, atol=1e-5, rtol=1e-5)
 
 
-@only("mixtral", "qwen3_moe")
-def test_experts_that_were_saved_as_the_model_has_them(base, tmp_path):
-    load(base).save_pretrained(tmp_path / "fused", save_original_format=False)
-    trained = train(base, tmp_path / "trained")
-    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "fused"))
-    assert shapes(tmp_path / "merged") == shapes(tmp_path / "fused") != shapes(base)
-    torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, trained), atol=1e-5, rtol=1e-5)
-
-
 def rewrite(directory, change):
     """Change the tensors of a directory's only safetensors file."""
     path = next(directory.glob("*.safetensors"))
@@ -259,27 +240,6 @@ def test_a_start_that_changed_the_base_is_taken_off_each_expert(base, tmp_path):
         torch.testing.assert_close(delta, after[name] - before[name], atol=1e-5, rtol=1e-5)
 
 
-@only("mixtral")
-def test_adapters_of_single_experts_go_by_way_of_peft(base, tmp_path):
-    """As they were made with transformers 4. PEFT converts them while it loads."""
-    widths = {"w1": (32, 24), "w3": (32, 24), "w2": (24, 32)}
-    tensors = {}
-    for layer, expert, (name, (d_in, d_out)) in itertools.product(range(2), range(4), widths.items()):
-        prefix = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(2, d_in) * 0.3
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, 2) * 0.3
-    old = tmp_path / "old"
-    old.mkdir()
-    save_file(tensors, old / "adapter_model.safetensors")
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=[*widths])
-    (old / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-    refused("experts.0.w1.*Load it with PEFT, which brings .* and save it again", old, tmp_path / "served")
-    PeftModel.from_pretrained(load(base), old).save_pretrained(tmp_path / "new")
-    export_adapter(tmp_path / "new", tmp_path / "served")
-    assert (logits(base, old) - logits(base)).abs().max() > 0.01
-    torch.testing.assert_close(logits(base, tmp_path / "served"), logits(base, old), atol=1e-6, rtol=1e-6)
-
-
 @only("mixtral", "gpt_oss")
 def test_what_does_not_belong_together_is_said(base, tmp_path):
     from tests.conftest import tiny_llama
@@ -300,17 +260,6 @@ def shapes(directory):
         with safe_open(path, "pt") as file:
             found |= {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
     return found
-
-
-@only("mixtral", "gpt_oss")
-def test_a_merge_keeps_the_type_of_the_base(base, tmp_path):
-    load(base).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=[])
-    export_adapter(trained, tmp_path / "merged", merge_into=str(tmp_path / "base"))
-    assert shapes(tmp_path / "merged") == shapes(tmp_path / "base")
-    expected, plain = logits(tmp_path / "base", trained), logits(tmp_path / "base")
-    # The merged weights are rounded to bfloat16, to 8 bits; the adapter's effect is far above that.
-    assert (logits(tmp_path / "merged") - expected).abs().max() < (expected - plain).abs().max() / 5
 
 
 @only("mixtral")

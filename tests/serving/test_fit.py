@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_init
 from lora_init import LoraInitError, check_fit, export_adapter
-from lora_init.adapters import directory as directory_room
-from lora_init.loading import checkpoint, models
+from lora_init.loading import models
 from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
@@ -233,15 +232,6 @@ def test_the_base_that_an_adapter_was_made_for_is_told_from_others(bases, ours, 
     assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
 
 
-def test_an_adapter_fits_the_tied_base_that_it_was_made_for(bases, tmp_path):
-    lora_init.initialize(load(bases / "tied"), batches_for("llama"), rank=4).save_pretrained(tmp_path / "a")
-    assert not check_fit(tmp_path / "a", str(bases / "tied")).misfits
-    other = load(bases / "tied")
-    other.model.embed_tokens.weight.data.add_(1)
-    other.save_pretrained(tmp_path / "other")
-    assert "with other weights" in check_fit(tmp_path / "a", str(tmp_path / "other")).lines[0]
-
-
 def test_another_revision_in_the_cache_is_found(bases, tmp_path):
     a, b = "a" * 40, "b" * 40
     for commit in (a, b):
@@ -354,17 +344,6 @@ def test_a_damaged_adapter_is_named_in_one_line(bases, tmp_path, case):
     assert_one_line_error(run("inspect", directory, "--base", bases / "llama"), expected)
 
 
-def test_half_a_base_is_named_in_one_line(bases, tmp_path):
-    directory = adapter(bases, "llama", tmp_path / "a", **QV)
-    shutil.copytree(bases / "shards", tmp_path / "half")
-    first = min((tmp_path / "half").glob("model-*.safetensors"))
-    first.write_bytes(first.read_bytes()[:-8])
-    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "half"), first.name, "is damaged")
-    first.unlink()
-    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "half"), f"has no {first.name}")
-    assert_one_line_error(run("inspect", directory, "--base", tmp_path / "nowhere"), "no such directory")
-
-
 def test_inspect_says_what_fits_by_its_exit_status(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     result = run("inspect", directory, "--engine", "vllm")
@@ -376,17 +355,6 @@ def test_inspect_says_what_fits_by_its_exit_status(bases, tmp_path):
     assert json.loads(run("inspect", directory, "--base", bases / "llama", "--json").stdout)["fit"]["fits"] is False
     assert run("export", directory, "-o", tmp_path / "b", "--rename").exit_code == 0
     assert run("inspect", tmp_path / "b", "--engine", "vllm").exit_code == 0
-
-
-def test_no_weight_is_read(bases, tmp_path, monkeypatch):
-    """Only headers: neither the adapter's tensors nor those of the base, whose model has none."""
-    import safetensors
-
-    directory = adapter(bases, "llama", tmp_path / "a", **QV)
-    for holder in (safetensors.torch, directory_room):
-        monkeypatch.setattr(holder, "load_file", None, raising=False)
-    monkeypatch.setattr(checkpoint.Stored, "read", None)
-    assert not check_fit(directory).misfits
 
 
 class Silent:

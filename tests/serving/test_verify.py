@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from functools import partial
 
 import pytest
@@ -173,18 +172,6 @@ def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
     assert ask(home, lossy, served(home, home / "plain")).exit_code == 1
 
 
-def test_a_dialed_adapter_is_known_and_the_one_before_is_another_strength(home, tmp_path):
-    rows = tmp_path / "task.txt"
-    rows.write_text("\n".join(f"w{i} w{i % 7} w{i % 5}" for i in range(40)))
-    words = ["--keep", home / "rows.jsonl", "-o", tmp_path / "kept", "--strength", 0.5, "--samples", 36]
-    done = run("dial", home / "plain", rows, *words)
-    assert done.exit_code == 0, done.output
-    done = ask(home, tmp_path / "kept", served(home, tmp_path / "kept"), "--model", "served")
-    assert done.stdout.startswith("served as trained") and "the dial's: 0.5 in all layers" in done.stdout, done.output
-    done = ask(home, tmp_path / "kept", served(home, home / "plain"), "--model", "served")
-    assert done.exit_code == 1 and done.stdout.startswith("scaled: by 2"), done.output
-
-
 def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
     engine = served(home, home / "plain")
     engine.by_number = False
@@ -309,17 +296,6 @@ def test_a_busy_server_is_asked_again_as_often_and_as_late_as_it_says(home, monk
     assert waits == [1, 3, 10, 30]
 
 
-def test_a_server_that_does_not_answer_in_time_is_one_line(home):
-    engine, ended = served(home, home / "plain"), threading.Event()
-    engine.answer = lambda *_: (200, {"choices": []} if ended.wait() else None)
-    with engine.running() as url:
-        try:
-            done = run("verify", home / "plain", "--url", url, "--model", "served", "--timeout", 0.5)
-        finally:
-            ended.set()
-    assert_one_line_error(done, "gives no answer in time. Let it have longer by --timeout.")
-
-
 def test_the_key_is_sent_and_never_shown(home, monkeypatch):
     engine = served(home, home / "plain")
     engine.key = "secret-key"
@@ -333,13 +309,3 @@ def test_the_key_is_sent_and_never_shown(home, monkeypatch):
     assert_one_line_error(done, "answers 500", "... is what you sent")
     help_text = run("verify", "--help").output
     assert "LORA_INIT_API_KEY" in help_text and "wrong-key" not in help_text
-
-
-def test_an_adapter_of_another_base_or_with_a_start_is_one_line(home, tmp_path):
-    tiny_llama(hidden_size=16).save_pretrained(tmp_path / "narrow")
-    word_tokenizer().save_pretrained(tmp_path / "narrow")
-    done = ask(home, "plain", served(home, home / "plain"), "--base", tmp_path / "narrow")
-    assert_one_line_error(done, "fits LlamaForCausalLM: a base of another size")
-    began = changed(home / "plain", tmp_path / "began", config={"init_lora_weights": "pissa"})
-    done = ask(home, began, served(home, home / "plain"), "--model", "served")
-    assert_one_line_error(done, "began as pissa, which changes the base weights, so it does not fit the plain base")

@@ -1,7 +1,5 @@
 """The running sum of gradients against the sum itself."""
 
-import copy
-
 import pytest
 import torch
 
@@ -111,17 +109,6 @@ def test_merging_parts_is_the_whole():
     assert merged.n_samples == whole.n_samples
 
 
-def test_what_was_copied_goes_on_bit_for_bit():
-    data = batches()
-    mean = fitted(data[:3], 8, seed=3)
-    resumed = copy.deepcopy(mean)
-    for one in (mean, resumed):
-        for g, x in data[3:]:
-            one.project(g, x)
-            one.update()
-    assert all(torch.equal(a, b) for a, b in zip(mean.triplets(8), resumed.triplets(8), strict=True))
-
-
 def test_batches_that_cancel_leave_nothing_behind():
     """Two of 100 times the size, first; then the estimate is that of the others alone."""
     data = batches(d_out=60, d_in=80)
@@ -152,11 +139,3 @@ def test_both_sides_are_near_the_best_and_so_are_the_left_vectors_after_the_firs
     assert float((exact(data) @ right[:8].double().T).square().sum() / best) > 0.99
     # The B of lora-ga.
     assert float((left[8:].double() @ u[:, 8:16]).square().sum() / 8) > 0.8
-
-
-def test_no_gradient_at_all_has_no_triplets():
-    mean = fitted([(torch.zeros(9, 4), torch.randn(9, 6))], 2)
-    left, values, right = mean.triplets(2)
-    assert left.shape == (0, 4) and values.shape == (0,) and right.shape == (0, 6)
-    with pytest.raises(LoraInitError, match="no gradients were seen"):
-        MeanGradient(2).triplets(2)

@@ -119,17 +119,6 @@ def test_what_is_said_of_two_different_sets_is_what_is_captured(exact, power, wi
     assert least < float(merged.explained_variance.sum()) / real < 1.004
 
 
-def test_many_parts_cost_no_more_than_the_width():
-    """The smaller of the two eigenvalue problems: of 32, not of 64 x 9."""
-    rows = torch.randn(640, 32)
-    sizes = []
-    original = torch.linalg.eigh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or original(matrix))
-        mix([spectrum_of(part) for part in rows.split(10)], K)
-    assert sizes[-1] == 32
-
-
 def test_two_halves_of_one_data_set_point_where_the_whole_does():
     rows = sets_of_rows((2000,))[0]
     merged = mix([spectrum_of(rows[::2]), spectrum_of(rows[1::2])], K)
@@ -151,49 +140,12 @@ def test_it_agrees_with_the_merge_of_running_decompositions():
     assert float(merged.explained_variance.sum()) == pytest.approx(float(reference.explained_variance.sum()), rel=0.02)
 
 
-def test_shares_in_proportion_to_the_rows_are_no_shares():
-    spectra = [spectrum_of(one) for one in sets_of_rows()]
-    plain, shared = mix(spectra, K), mix(spectra, K, [one.n_samples / 480 for one in spectra])
-    assert torch.allclose(plain.explained_variance, shared.explained_variance, rtol=1e-12)
-    assert torch.allclose(plain.components, shared.components, atol=1e-6)
-    assert plain.total_variance == pytest.approx(shared.total_variance, rel=1e-12)
-
-
-def test_the_order_does_not_matter():
-    spectra = [spectrum_of(one) for one in sets_of_rows()]
-    one, other = mix(spectra, K, (0.2, 0.5, 0.3)), mix(spectra[::-1], K, (0.3, 0.5, 0.2))
-    assert torch.allclose(one.explained_variance, other.explained_variance, rtol=1e-9)
-    assert principal_angles(one.components, other.components).max() < 1e-5
-
-
-def test_in_steps_or_at_once():
-    # 24 components lose nothing; 8 lose at each step what the bound says.
-    a, b, c = sets_of_rows()
-    for k, tolerance in ((None, 1e-6), (K, 0.02)):
-        a_, b_, c_ = (spectrum_of(one, k) for one in (a, b, c))
-        at_once = mix([a_, b_, c_], k or 24, (0.4, 0.4, 0.2))
-        in_steps = mix([mix([a_, b_], k or 24, (0.5, 0.5)), c_], k or 24, (0.8, 0.2))
-        assert float(in_steps.explained_variance.sum()) == pytest.approx(
-            float(at_once.explained_variance.sum()), rel=tolerance
-        )
-        assert in_steps.total_variance == pytest.approx(at_once.total_variance, rel=1e-6)
-
-
 def test_the_same_rows_twice_have_the_same_spectrum():
     one = spectrum_of(sets_of_rows()[0])
     twice = mix([one, one], K)
     assert principal_angles(one.components, twice.components).max() < 1e-5
     # Divided by 2 n - 1 in place of 2 (n - 1).
     assert torch.allclose(twice.explained_variance, one.explained_variance * 598 / 599, rtol=1e-6)
-
-
-def test_one_row_and_constant_rows_bring_their_mean():
-    rows = sets_of_rows((40,))[0]
-    parts = [rows[:1], rows[1:2], rows[2:]]
-    merged, whole = mix([spectrum_of(one, None) for one in parts], 24), spectrum_of(rows, None)
-    assert torch.allclose(merged.explained_variance, whole.explained_variance, rtol=1e-4)
-    constant = mix([spectrum_of(torch.ones(5, 3)), spectrum_of(torch.ones(4, 3))], 2)
-    assert constant.n_components == 0 and constant.total_variance == 0.0 and constant.mean.tolist() == [1, 1, 1]
 
 
 def test_a_large_mean_costs_no_variance():
@@ -232,17 +184,6 @@ def test_two_shards_are_the_whole(shards):
         assert 0.85 < float(found.explained_variance.sum() / expected.explained_variance.sum()) < 1.0 + 1e-6
 
 
-def test_nothing_is_lost_where_all_directions_are_kept():
-    one, other = batches_for("llama", n_batches=3), batches_for("llama", n_batches=2, seed=1)
-    a, b, whole = (passed(batches=x, targets=["q_proj"], rank=16) for x in (one, other, one + other))
-    merged = a.merge(b)
-    for name in whole:
-        assert len(whole.explained_variance(name)) == 32 == whole.targets[name].in_features
-        expected = whole.explained_variance(name)
-        # Of the running decomposition: turned by one step of the iteration for each batch, not to the end.
-        assert torch.allclose(merged.explained_variance(name), expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
-
-
 def test_weights_are_shares_whatever_the_rows(shards):
     a, b, _ = shards
     merged = a.merge(b, weights=[0.2, 0.8])
@@ -261,21 +202,6 @@ def test_weights_are_shares_whatever_the_rows(shards):
     assert merged.provenance.data == "0.2 x d; 0.8 x e"
     again = merged.merge(passed(batches=batches_for("llama", seed=2)), weights=[0.5, 0.5])
     assert again.provenance.data == "0.5 x (0.2 x d; 0.8 x e); 0.5 x d"
-
-
-def test_the_order_does_not_matter_and_three_at_once_are_about_as_two_and_one(shards):
-    a, b, _ = shards
-    c = passed(batches=batches_for("llama", seed=2))
-    first, second = a.merge(b, c, weights=[0.5, 0.2, 0.3]), c.merge(b, a, weights=[0.3, 0.2, 0.5])
-    steps = a.merge(b).merge(c)
-    for name in first:
-        assert torch.allclose(first.explained_variance(name), second.explained_variance(name), rtol=1e-9)
-        assert first.total_variance(name) == pytest.approx(second.total_variance(name), rel=1e-9)
-        at_once = a.merge(b, c)
-        assert steps.total_variance(name) == pytest.approx(at_once.total_variance(name), rel=1e-6)
-        lost = float(steps.explained_variance(name).sum() / at_once.explained_variance(name).sum())
-        assert 0.95 < lost <= 1.0 + 1e-9  # each step leaves something out
-    assert steps.provenance.n_batches == 11
 
 
 def test_the_result_is_a_file_like_any_other(shards, tmp_path):
@@ -313,13 +239,6 @@ def test_where_it_comes_from(shards):
 
     stopped = passed(batches=batches_for("llama", seed=3), max_batches=2)
     assert a.merge(stopped).provenance.stop_reason == "exhausted, max_batches"
-
-
-def test_what_was_measured_for_one_part_is_not_said_of_both(shards):
-    a, b, _ = shards
-    merged = a.merge(b)
-    assert set(merged.held_out) == set(a.held_out)
-    assert all(math.isnan(share) for share in merged.held_out.values())
 
 
 class Towers(nn.Module):
@@ -409,16 +328,6 @@ def test_experts_that_saw_enough_together_need_no_fallback():
     assert len(said) == sum(bool(two.experts_with_few_rows(name)) for name in two) > 0
 
 
-def test_convolutions_merge_like_linear_layers():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 2))
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(4, 2, 6, 6, generator=generator) for _ in range(4)]
-    a, b, whole = (passed(model, x, ["0", "3"], rank=2) for x in (batches[:2], batches[2:], batches))
-    merged = a.merge(b)
-    assert merged["0"].n_samples == whole["0"].n_samples and merged.targets["0"].kernel == (3, 3)
-    assert merged["0"].total_variance == pytest.approx(whole["0"].total_variance, rel=1e-5)
-
-
 def test_uncentred_statistics_add_second_moments():
     rows = [torch.randn(50, 4) + 3.0, torch.randn(30, 4) - 1.0]
     model = nn.Sequential(nn.Linear(4, 4))
@@ -484,36 +393,6 @@ def test_gradients_are_those_of_all_labels(gradients, weights):
     rows = [part.gradient(DOWN).n_samples for part in (a, b)]
     by_number = [[n / sum(counted) for n in counted] for counted in (labels, rows)]
     assert_sums(merged, model, batches, counts, *(by_number if weights is None else [weights] * 2))
-
-
-def test_merged_gradients_start_adapters_and_are_kept_in_files(gradients, tmp_path):
-    a, b, _ = gradients
-    a, b = (Statistics.load(one.save(tmp_path / f"{i}")) for i, one in enumerate((a, b)))
-    merged = a.merge(b)
-    back = Statistics.load(merged.save(tmp_path / "c"))
-    for name in merged:
-        one, other = merged.gradient(name), back.gradient(name)
-        assert torch.equal(one.right, other.right) and torch.equal(one.output_moment, other.output_moment)
-        assert one.n_samples == other.n_samples and math.isnan(other.importance)
-    ranks = allocate_ranks(back, rank=4, policy="gradient")
-    assert build_adapter(back, ranks, "natural-gradient-step").weights.keys() == {n for n, r in ranks.items() if r}
-    with pytest.raises(
-        LoraInitError, match=r"policy='gora': the importance of 'model.layers.0.self_attn.q_proj' is un"
-    ):
-        allocate_ranks(back, rank=4, policy="gora")
-    assert allocate_ranks(a, rank=4, policy="gora") is not None
-    again = back.merge(passed(batches=batches_for("llama", seed=2), targets=TWO, rank=24, gradients=True))
-    assert again.gradient(DOWN).n_samples > back.gradient(DOWN).n_samples
-
-
-def test_gradients_of_some_parts_only_are_left_out(gradients):
-    a, b, _ = gradients
-    without = passed(batches=batches_for("llama", seed=2), targets=TWO)
-    merged = a.merge(without, b)
-    assert not merged.provenance.gradients and merged.provenance.n_labels == 0
-    assert "part 2 of 3 has no gradients, so the others' are left out." in merged.provenance.notes
-    with pytest.raises(LoraInitError, match="these statistics have no gradients"):
-        merged.gradient(DOWN)
 
 
 def test_as_many_triplets_are_kept_as_all_parts_have(gradients):
@@ -590,14 +469,6 @@ def test_parts_that_do_not_fit(shards, tmp_path):
     files = [Statistics.load(one.save(tmp_path / name)) for one, name in ((a, "a"), (passed(center=False), "b"))]
     with pytest.raises(LoraInitError, match=r"b was made with center=False, \S*a with center=True"):
         files[0].merge(files[1])
-
-
-def test_by_labels_rows_of_passes_with_and_without_gradients_are_other_ones():
-    one, other = (passed(token_mask="labels", gradients=gradients) for gradients in (False, True))
-    with pytest.raises(LoraInitError, match="part 2 was made with gradients=True, part 1 with gradients=False"):
-        one.merge(other)
-    # Negative: both with gradients.
-    other.merge(passed(batches=batches_for("llama", seed=1), token_mask="labels", gradients=True))
 
 
 def test_the_same_statistics_twice(shards):

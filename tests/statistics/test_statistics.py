@@ -50,21 +50,6 @@ def test_a_group_is_stored_once(stats, path):
     assert len(names) == len(set(stats.group_of.values())) == 4 < len(stats) == 6
 
 
-def test_loaded_layers_do_not_share_storage(path):
-    back = Statistics.load(path)
-    back["model.layers.0.self_attn.q_proj"].components.zero_()
-    assert back["model.layers.0.self_attn.q_proj"].components.abs().sum() > 0
-    assert back["model.layers.0.self_attn.k_proj"].components.abs().sum() > 0
-
-
-def test_an_open_file_survives_its_replacement(stats, path):
-    back = Statistics.load(path)
-    path.unlink()
-    assert torch.equal(
-        back["model.layers.0.self_attn.q_proj"].components, stats["model.layers.0.self_attn.q_proj"].components
-    )
-
-
 def test_a_held_out_share_that_is_unknown_stays_unknown(tmp_path):
     one = collect(tiny_llama(), batches_for("llama", n_batches=1), ["q_proj"], rank=2)
     back = Statistics.load(one.save(tmp_path / "s"))
@@ -130,28 +115,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(stats, path, monkey
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_a_place_that_cannot_be_written_is_said(stats, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(LoraInitError, match="cannot be written"):
-        stats.save(tmp_path / "file" / "stats.safetensors")
-    with pytest.raises(LoraInitError, match="cannot be written"):
-        stats.save(tmp_path)
-
-
-def test_it_shows_itself_in_one_line_and_as_a_table(stats, path):
-    for one in (stats, Statistics.load(path)):
-        assert repr(one) == "Statistics(6 layers of LlamaForCausalLM, 4 inputs, 4 batches, 144 rows)"
-        lines = one.plot().axes[0].lines
-        assert len(lines) == len(one.groups) and all(line.get_ydata()[0] == 0.0 for line in lines)
-        assert one._repr_html_().startswith("<p>Statistics(6 layers")
-        table = one.to_pandas()
-        assert list(table.index) == list(one)
-        name = "model.layers.0.mlp.down_proj"
-        assert (table.loc[name, "in_features"], table.loc[name, "n_components"]) == (48, 4)
-        assert table.loc[name, "captured"] == pytest.approx(float(one.explained_variance_ratio(name).sum()))
-        assert table.loc[name, "held_out"] == one.held_out[one.group_of[name]]
-
-
 def rewritten(path, change, tensors=None):
     """The file with another header or other tensors, its digests right."""
     file = TensorFile(path, FORMAT, FORMAT_VERSION)
@@ -159,17 +122,6 @@ def rewritten(path, change, tensors=None):
     change(header)
     tensors = {n: file.tensor(n) for n in file.header["digests"]} | (tensors or {})
     return write_tensors(path, FORMAT, FORMAT_VERSION, header, tensors)
-
-
-def test_fields_of_provenance_come_and_go(stats, path):
-    """Those that an older file lacks have their defaults, those of a newer one are left out."""
-
-    def change(header):
-        del header["provenance"]["complete"], header["provenance"]["settings"]
-        header["provenance"]["weather"] = "fair"
-
-    made = Statistics.load(rewritten(path, change)).provenance
-    assert made.complete is True and made.settings == {} and made.data == stats.provenance.data
 
 
 @pytest.mark.parametrize(

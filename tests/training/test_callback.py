@@ -69,13 +69,6 @@ def test_the_adapter_starts_as_initialize_would_have_it(tmp_path, method, capsys
     assert f"lora_init: {method or 'eva'} start of 4 layers" in said and "from 8 examples of the data at most" in said
 
 
-def test_a_frozen_a_stays_as_it_began(tmp_path):
-    watch, adapted = Watch(samples=8, freeze_a=True), model()
-    trainer(tmp_path, adapted, watch).train()
-    for name, value in adapter_of(adapted).items():
-        assert torch.equal(value, watch.begun[name]) == (".lora_A." in name), name
-
-
 def test_training_is_otherwise_as_it_would_have_been(tmp_path):
     """The same batches in the same order, and the same steps, as from an adapter that began so."""
     watch, adapted = Watch(samples=8), model(lora_dropout=0.3)

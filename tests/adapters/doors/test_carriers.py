@@ -11,7 +11,7 @@ import lora_init
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
 from tests.adapters.doors.made import CONFIG, add_adapter
-from tests.conftest import batches_for, tiny_llama, tiny_vit
+from tests.conftest import batches_for, tiny_llama
 
 
 def test_the_layers_are_filled_and_stay_the_same_objects():
@@ -41,26 +41,6 @@ def test_layers_of_fewer_directions_keep_the_rest_of_their_own_start():
     for name, layer in adapter_layers(model).items():
         assert torch.equal(layer.lora_A["default"].weight[2:], own[name][2:])
         assert not torch.equal(layer.lora_A["default"].weight[:2], own[name][:2])
-
-
-def test_apply_fills_it_too():
-    batches = batches_for("llama")
-    stats = lora_init.collect(tiny_llama(), batches, ["q_proj", "v_proj"], rank=4)
-    model = add_adapter(tiny_llama())
-    init = lora_init.build_adapter(stats, 4, lora_alpha=8)
-    assert init.apply(model) is model
-    for name, layer in adapter_layers(model).items():
-        assert torch.equal(layer.lora_A["default"].weight, init.weights[name][0])
-
-
-def test_a_head_that_the_config_names_stays_beside_it():
-    model = add_adapter(
-        tiny_vit(), target_modules=["query", "value", "q_proj", "v_proj"], modules_to_save=["classifier"]
-    )
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
-    lora_init.initialize(model, batches_for("vit"))
-    assert trained == ["classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias"]
-    assert [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name] == trained
 
 
 def used():

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import re
 
 import numpy as np
 import pytest
@@ -15,12 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 import lora_init
@@ -212,35 +207,6 @@ def test_training_sees_the_rows_that_the_pass_has_read_of_a_stream(gradients, tm
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
-class HandsOn(type(tiny_llama())):
-    """Names a part of what it takes, as the model of a user does."""
-
-    def forward(self, input_ids=None, labels=None, **others):
-        return super().forward(input_ids=input_ids, labels=labels, **others)
-
-
-def test_a_model_gets_what_its_forward_does_not_name(tmp_path, tokenizer):
-    """Trainer gives all of a batch to the model, its attention mask among it."""
-    variances, weights = [], tiny_llama().state_dict()
-    for kind in (type(tiny_llama()), HandsOn):
-        trainer = plain(tmp_path, tokenizer, kind(tiny_llama().config), remove_unused_columns=False)
-        trainer.model.load_state_dict(weights)
-        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"attention_mask": [1, 1, 1, 0, 0, 0]})
-        lora_init.initialize(trainer, rank=2, statistics=tmp_path / f"{kind.__name__}.safetensors")
-        found = lora_init.Statistics.load(tmp_path / f"{kind.__name__}.safetensors")
-        variances.append({name: found.total_variance(name) for name in found})
-    assert variances[0] == variances[1]
-
-
-def test_the_adapter_has_the_type_of_the_one_before(tmp_path, tokenizer):
-    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_" in name:  # as TRL does with a quantized model
-            parameter.data = parameter.data.bfloat16()
-    adapted = lora_init.initialize(trainer)
-    assert {p.dtype for name, p in adapted.named_parameters() if "lora_" in name} == {torch.bfloat16}
-
-
 def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
     """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
     trainer = sft(tmp_path, tokenizer)
@@ -288,16 +254,6 @@ def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer)
         adapted = lora_init.initialize(trainer, rank=2, rho=1, method=method, task_type="CAUSAL_LM")
     assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapter_layers(adapted).values())
     trainer.train()
-
-
-@pytest.mark.filterwarnings("default")
-def test_a_rate_far_off_is_said_and_left_as_it_is(tmp_path, tokenizer):
-    trainer = sft(tmp_path, tokenizer)
-    with pytest.warns(
-        UserWarning, match=r"^learning_rate is 1e-2 in the trainer's args, and the forward pass says .* steps"
-    ):
-        lora_init.initialize(trainer, rank=4)
-    assert trainer.args.learning_rate == 1e-2
 
 
 def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
@@ -379,14 +335,6 @@ def test_what_cannot_be_is_refused(case, tmp_path, tokenizer):
     assert trainer.model is before
 
 
-def test_what_the_peft_config_says_too_may_be_said_again(tmp_path, tokenizer):
-    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
-    said = LORA | {"rank": LORA["r"], "target_modules": ["v_proj", "q_proj"]}
-    del said["r"]
-    adapted = lora_init.initialize(trainer, **said)
-    assert adapted.peft_config["default"].lora_alpha == 8 and len(adapter_layers(adapted)) == 4
-
-
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -405,20 +353,6 @@ def test_a_failure_leaves_the_trainer_as_it_was(batch, message, tmp_path, tokeni
         lora_init.initialize(trainer)
     assert trainer.model is before and state.keys() == before.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
-
-
-def test_a_model_needs_batches():
-    with pytest.raises(LoraInitError, match="batches are missing"):
-        lora_init.initialize(tiny_llama())
-
-
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_packed_batches_are_read_as_they_are(strategy, tmp_path, tokenizer):
-    trainer = sft(tmp_path, tokenizer, peft_config=LoraConfig(**LORA), packing=True, packing_strategy=strategy)
-    file = tmp_path / "packed.safetensors"
-    lora_init.initialize(trainer, statistics=file, tolerance=0)
-    assert lora_init.Statistics.load(file).provenance.n_samples == sum(map(len, trainer.train_dataset["input_ids"]))
-    trainer.train()
 
 
 def test_a_stream_is_read_as_far_as_asked(tmp_path, tokenizer):
@@ -505,46 +439,3 @@ def test_a_batch_without_what_the_model_needs_is_one_line(tmp_path):
         LoraInitError, match=r"a batch of Trainer has labels, image, and ViTForImage.* needs pixel_values"
     ):
         lora_init.initialize(Trainer(tiny_vit(), args, train_dataset=rows), rank=2)
-
-
-def test_speech_is_features_and_text(tmp_path):
-    config = WhisperConfig(
-        vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=20, pad_token_id=0,
-        max_target_positions=16, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[],
-        begin_suppress_tokens=[],
-    )  # fmt: skip
-    model = WhisperForConditionalGeneration(config)
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "input_features": torch.randn(8, 40, generator=generator),
-            "labels": torch.tensor([5 + i % 7, 6, 7, 2] + [-100] * (i % 3)),
-        }
-        for i in range(24)
-    ]
-
-    def collate(rows):
-        features = torch.stack([row["input_features"] for row in rows])
-        labels = torch.nn.utils.rnn.pad_sequence([row["labels"] for row in rows], True, -100)
-        return {"input_features": features, "labels": labels}
-
-    for method in (None, "natural-gradient"):
-        args = settings(Seq2SeqTrainingArguments, tmp_path, remove_unused_columns=False)
-        trainer = Seq2SeqTrainer(copy.deepcopy(model), args, collate, rows)
-        file = tmp_path / f"{method}.safetensors"
-        adapted = lora_init.initialize(trainer, rank=2, method=method, statistics=file, tolerance=0)
-        found = lora_init.Statistics.load(file)
-        names = {name.partition(".layers")[0]: found[name].n_samples for name in found if name.endswith("fc1")}
-        assert names == {"model.encoder": 24 * 20, "model.decoder": 24 * 4}  # frames, and tokens with a label
-        trainer.train()
-        assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values())
-
-
-def test_it_ends_with_one_line_on_stderr(tmp_path, tokenizer, capsys):
-    lora_init.initialize(sft(tmp_path, tokenizer), rank=4)
-    line = capsys.readouterr().err.splitlines()[-1]
-    said = r"eva: 14 layers, rank [\d to]+, \d+ batches of 4 examples, \d+\.\d s\. "
-    assert re.fullmatch(said + "Train with AdamW at .*", line)
-    lora_init.initialize(sft(tmp_path, tokenizer), rank=4, progress=False)
-    assert "batches of 4 examples" not in capsys.readouterr().err
