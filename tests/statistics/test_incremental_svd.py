@@ -61,6 +61,15 @@ def test_batches_capture_at_least_what_scikit_learns_incremental_pca_captures():
     assert reference.captured(rows, ours) > 0.999 * reference.captured(rows, theirs)
 
 
+def test_two_sets_agree_by_the_variance_of_one_that_the_directions_of_the_other_capture():
+    noise = torch.randn(4000, 64)
+    halves = [fit(IncrementalSVD, half, 500, 4) for half in noise.split(2000)]
+    assert halves[0].agreement(halves[1], 4) > 0.6  # other directions, that capture nearly as much; 0.2 without these
+    rows = decaying_rows(d=8) @ torch.eye(16)[:8]
+    one, same, apart = (fit(IncrementalSVD, part, 100, 4) for part in (rows[:300], rows[300:], rows.roll(8, 1)))
+    assert one.agreement(same, 4) > 0.9 and one.agreement(apart, 4) < 0.01
+
+
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_planted_directions_are_found_from_rows_of_every_type(kind, dtype):
