@@ -210,11 +210,3 @@ def test_error_lines_of_the_troubleshooting_page_are_the_librarys():
 
 def test_the_citation_is_of_this_version():
     assert f"\nversion: {lora_init.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-
-
-def test_no_docstring_has_a_backslash_where_the_api_page_loses_it():
-    for path in (ROOT / "lora_init").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                found = re.findall(r"(?<!`)`[^`\n]*\\[^`\n]*`(?!`)", ast.get_docstring(node) or "")
-                assert not found, f"{path}: write two backticks on either side of {found}"

@@ -153,24 +153,6 @@ def test_an_existing_directory_is_not_replaced_without_being_asked(tmp_path):
     assert listing(tmp_path) == ["adapter"]
 
 
-def test_what_is_not_only_an_adapter_is_never_replaced(tmp_path):
-    init = build_adapter(made_up_statistics(tiny_llama()), 4)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(LoraInitError, match=r"no lora_init.json, so lora_init did not write it, and it is not overwr"):
-        init.save_pretrained(tmp_path / "home", overwrite=True)
-    init.apply(tiny_llama()).save_pretrained(tmp_path / "trained")
-    with pytest.raises(LoraInitError, match=r"trained has no lora_init.json"):
-        init.save_pretrained(tmp_path / "trained", overwrite=True)
-    init.save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-100").mkdir()
-    with pytest.raises(LoraInitError, match=r"more than an adapter \(checkpoint-100\)"):
-        init.save_pretrained(tmp_path / "run", overwrite=True)
-    with pytest.raises(LoraInitError, match="is a file"):
-        init.save_pretrained(tmp_path / "home" / "thesis.tex", overwrite=True)
-    assert (tmp_path / "home" / "thesis.tex").exists() and (tmp_path / "run" / "checkpoint-100").exists()
-
-
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failed_save_leaves_what_was_there(monkeypatch, tmp_path, error, existing):
@@ -323,28 +305,6 @@ def test_tied_layers_as_targets(tmp_path):
     assert torch.equal(loaded(**batches()[0]).logits, before)
     base = peft_model.get_base_model()
     assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight  # still tied
-
-
-def test_one_module_under_two_names_is_one_layer():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config = NO_CONFIG
-            self.first = nn.Linear(8, 8)
-            self.second = self.first
-            self.third = nn.Linear(8, 8)
-            self.third.weight = self.first.weight  # another layer of the same weight
-
-        def forward(self, x):
-            return self.third(self.second(self.first(x).relu()).relu())
-
-    model, data = Shared(), [torch.randn(9, 8) for _ in range(3)]
-    before = model(data[0]).detach()
-    stats = collect(model, data, ["first", "third"], rank=2)
-    assert list(stats) == ["first", "third"]
-    assert stats["first"].n_samples == 2 * 27
-    peft_model = build_adapter(stats, 2).apply(model)
-    assert torch.equal(peft_model(data[0]), before)
 
 
 def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):

@@ -1,7 +1,6 @@
 """Starts by the gradient: what they maximise, against autograd; the papers' formulas; what becomes of the model."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -166,47 +165,6 @@ def test_the_natural_gradient_against_dense_inverses(center):
     torch.testing.assert_close(b.double() @ a.double(), step, rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("start", [natural_gradient, natural_gradient_step])
-def test_a_start_does_not_depend_on_the_rank_that_statistics_were_collected_for(start):
-    """`compare` collects for twice the rank, `init --rho 1` for the rank, and a file that is kept for any."""
-    spectrum, gradient = planted()
-    fewer = replace(spectrum, components=spectrum.components[:1], explained_variance=spectrum.explained_variance[:1])
-    two = {name: getattr(gradient, name)[:2] for name in ("left", "singular_values", "right")}
-    torch.testing.assert_close(start(spectrum, gradient, 1), start(fewer, replace(gradient, **two), 1))
-
-
-class Dead(nn.Module):
-    """The loss depends on one of two layers; the other has one direction of its gradient for each of two batches."""
-
-    def __init__(self):
-        super().__init__()
-        self.heard, self.few, self.unheard = (nn.Linear(6, 6, bias=False) for _ in range(3))
-
-    def forward(self, x):
-        return (
-            self.heard(x).square().sum()
-            + self.few(x.mean(0, keepdim=True)).square().sum()
-            + 0.0 * self.unheard(x).sum()
-        )
-
-
-@pytest.mark.parametrize("method", ["eva-grad", "grad-a", "natural-gradient", *STEPS])
-def test_a_layer_gets_no_more_ranks_than_its_gradient_has_directions(method):
-    batches = [torch.randn(32, 6) for _ in range(2)]
-    stats = collect(Dead(), batches, rank=3, gradients=True, loss=lambda output, batch: output)
-    with pytest.warns(UserWarning, match=r"2 of 3 layers get fewer ranks than asked for.*\(first: 'few', 2 of 3\)"):
-        init = build_adapter(stats, 3, method)
-    assert init.ranks == {"heard": 3, "few": 2} and init.left_out == ("unheard",) and init.rank == 3
-    assert all(torch.linalg.matrix_rank(a) == len(a) for a, _ in init.weights.values())
-
-
-def test_a_step_lowers_the_loss(case):
-    model, batches, stats = case
-    for method in STEPS:
-        adapted = build_adapter(stats, RANK, method, lora_alpha=RANK, gamma=64.0).apply(tiny_copy(model))
-        assert loss_of(adapted, batches) < loss_of(model, batches) - 0.01, method
-
-
 def tiny_copy(model):
     other = type(model)(model.config).eval()
     other.load_state_dict(model.state_dict())
@@ -351,12 +309,3 @@ def test_a_tied_output_embedding_does_not_change_the_input_embedding(tmp_path):
 def test_what_cannot_be_built_is_said(case, options, message):
     with pytest.raises(LoraInitError, match=message):
         build_adapter(case[2], **dict(ranks=RANK) | options)
-
-
-def test_statistics_without_gradients_are_refused():
-    stats = collect(tiny_llama(), labelled("llama"), rank=RANK)
-    with pytest.raises(LoraInitError, match="no gradients"):
-        build_adapter(stats, RANK, "eva-grad")
-    for policy in ("gradient", "gradient-per-parameter", "gora"):
-        with pytest.raises(LoraInitError, match="no gradients"):
-            allocate_ranks(stats, policy=policy)

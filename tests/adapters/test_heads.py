@@ -8,7 +8,6 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from lora_init import LoraInitError, initialize, load_batches
-from tests.commands import run, save_model
 from tests.conftest import tiny_bert, tiny_llama
 from tests.loading.made import bert_tokenizer
 
@@ -157,17 +156,3 @@ def test_a_trainer_of_a_classifier_keeps_its_head(name, tmp_path):
     assert adapted.peft_config["default"].lora_alpha == 2
     trainer.train()
     assert_kept(adapted, tmp_path, batch)
-
-
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
-def test_the_command_writes_the_head_beside_the_adapter(name, tmp_path):
-    model = with_new_head(name, tmp_path / "checkpoint")
-    kind, heads = type(model), CLASSES[name][1]
-    body = {key: value for key, value in model.state_dict().items() if not key.startswith(heads)}
-    save_model(model, tmp_path)
-    model.save_pretrained(tmp_path, state_dict=body)
-    (tmp_path / "rows.txt").write_text("the cat sat on a mat\n" * 8 + "two red hats run in my house\n" * 8)
-    made = run("init", tmp_path, tmp_path / "rows.txt", "--rank", 1, "--rho", 1, "-o", tmp_path / "start")
-    assert made.exit_code == 0, made.output
-    base = loaded(kind, tmp_path, seed=7)
-    assert_kept(PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True), tmp_path, batch_for(name))

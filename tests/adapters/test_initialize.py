@@ -103,24 +103,3 @@ def test_a_lora_config_says_what_the_adapter_is_like():
         if "lora_A" in name:  # directions of the data
             gram = parameter @ parameter.T
             assert torch.allclose(gram / gram[0, 0], torch.eye(3), atol=1e-3), name
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "words"),
-    [
-        (asked(), dict(rank=16), "^rank=16: config decides that and says 3"),
-        (asked(), dict(target_modules="all-linear"), "^target_modules='all-linear': config decides that and says"),
-        (asked(rank_pattern={"q_proj": 2}), {}, "^config sets rank_pattern, which"),
-        (asked(bias="all"), {}, "^config sets bias, which"),
-        (asked(init_lora_weights="pissa"), {}, "^config sets init_lora_weights='pissa': method= decides that"),
-        (asked(target_modules=["nowhere"]), {}, "^config does not fit LlamaForCausalLM: No modules were targeted"),
-        ({"r": 3}, {}, "^config=dict: a LoraConfig of PEFT is expected"),
-    ],
-)
-def test_what_a_lora_config_cannot_say_is_one_line(config, options, words):
-    model = llama()
-    before = [name for name, _ in model.named_modules()]
-    with pytest.raises(LoraInitError, match=words) as error:
-        initialize(model, [], config=config, **options)
-    assert "\n" not in str(error.value) and [name for name, _ in model.named_modules()] == before
-    assert not hasattr(model, "peft_config")

@@ -122,23 +122,6 @@ def test_learning_rate_takes_any_adapter_of_peft_and_leaves_the_model_as_it_was(
     assert 0.2 < learning_rate(larger, [tokens], steps=10).rate / found.rate < 0.6
 
 
-def test_a_frozen_a_wants_a_higher_rate():
-    model, data = tiny(), batches()
-    stats = collect(model, data, rank=4)
-    free, frozen = (build_adapter(stats, 4, "random", lora_alpha=0.1, freeze_a=freeze) for freeze in (False, True))
-    free, adapted, frozen = free.rate.rate, frozen.apply(model), frozen.rate.rate
-    assert frozen > 1.5 * free
-    assert learning_rate(adapted, data, steps=100, freeze_a=True).rate == pytest.approx(frozen, rel=0.1)
-
-
-def test_a_layer_whose_output_is_zero_is_left_out_and_named():
-    model = tiny(bias=False)
-    nn.init.zeros_(model[2].weight)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
-    found = learning_rate(model, batches(), steps=9)
-    assert found.left_out == ["2"] and found.layers == ["0"]
-
-
 @pytest.fixture
 def adapted():
     return get_peft_model(tiny(), LoraConfig(r=2, target_modules=["0", "2"]))

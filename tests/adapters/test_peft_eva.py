@@ -15,7 +15,6 @@ from torch import nn
 
 import lora_init
 from lora_init.adapters import peft_eva as ours
-from lora_init.errors import LoraInitError
 from lora_init.planning.lora_config import from_patterns
 from lora_init.statistics.spectrum import principal_angles
 from tests.conftest import batches_for, tiny_llama
@@ -127,34 +126,6 @@ def test_they_leave_the_same_model(adjust):
     assert 0 < len(mine.rank_pattern) < len(other.rank_pattern)
 
 
-@pytest.mark.parametrize(
-    "break_it",
-    [
-        lambda module, model, wrapped: module.get_eva_state_dict(model, [1]),
-        lambda module, model, wrapped: module.get_eva_state_dict(model, [], config()),
-        lambda module, model, wrapped: quietly(
-            module.get_eva_state_dict, model, batches_for("llama", 1), config(),
-            prepare_layer_inputs_fn={"no.such": lambda x, model_input, name: x[0]},
-        ),
-        lambda module, model, wrapped: module.initialize_lora_eva_weights(model, [1]),
-        lambda module, model, wrapped: module.initialize_lora_eva_weights(wrapped),
-        lambda module, model, wrapped: module.initialize_lora_eva_weights(wrap(model, LoraConfig(r=2, target_modules=["q_proj"])), [1]),  # noqa: E501
-        lambda module, model, wrapped: (
-            wrapped.add_adapter("other", config()),
-            wrapped.base_model.set_adapter(["default", "other"]),
-            module.initialize_lora_eva_weights(wrapped, [1]),
-        ),
-    ],
-)  # fmt: skip
-def test_they_raise_the_same_errors(break_it):
-    messages = []
-    for module in (ours, theirs):
-        with pytest.raises(ValueError) as caught:
-            break_it(module, tiny_llama(), wrap(tiny_llama(), config()))
-        messages.append(str(caught.value).partition(":")[0])  # what follows is a list there and a view here
-    assert messages[0] == messages[1]
-
-
 def test_layers_without_directions_are_initialised_by_peft_and_named():
     model = wrap(tiny_llama(), config(target_modules=["q_proj", "embed_tokens"]))
     with pytest.warns(UserWarning, match=r"not found in the eva state_dict: \['model.embed_tokens'\]") as caught:
@@ -249,33 +220,6 @@ def test_functions_of_the_callers_decide_about_rows():
 # Where PEFT is wrong -------------------------------------------------------------------------------------------------
 
 
-def test_anchored_keys_in_rank_pattern_count():
-    settings = config(1.0, rank_pattern={"^model.layers.0.self_attn.q_proj": 7}, alpha_pattern={f"^{Q}": 3})
-    model, batches = wrap(tiny_llama(), settings), batches_for("llama", 8)
-    wrong = ranks(quietly(theirs.get_eva_state_dict, model, batches, settings))
-    assert sum(wrong.values()) == 4 * 14
-    got = quietly(ours.get_eva_state_dict, model, batches)
-    assert sum(ranks(got).values()) == 4 * 14 + 3
-    ours.initialize_lora_eva_weights(model, eva_state_dict=got)
-    layer = layers_of(model)[Q]
-    assert layer.scaling["default"] == pytest.approx(3 / 7)
-
-
-def test_a_state_dict_of_the_plain_model_fits_the_peft_model():
-    state = quietly(ours.get_eva_state_dict, tiny_llama(), batches_for("llama", 4), config())
-    wrong, model = wrap(tiny_llama(), config()), wrap(tiny_llama(), config())
-    with pytest.warns(UserWarning, match="were not found in the eva state_dict"):
-        theirs.initialize_lora_eva_weights(wrong, eva_state_dict=dict(state))
-    kept = dict(state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours.initialize_lora_eva_weights(model, eva_state_dict=state)
-    assert state.keys() == kept.keys()  # PEFT empties the caller's dict
-    for name, layer in layers_of(model).items():
-        assert torch.equal(layer.lora_A["default"].weight, state[name])
-    assert set(layers_of(model)) == {name for name, a in state.items() if len(a)}
-
-
 class Experts(nn.Module):
     """Two experts, the second from the second batch on, and one that no batch reaches."""
 
@@ -286,16 +230,6 @@ class Experts(nn.Module):
 
     def forward(self, x, expert):
         return self.experts[expert](self.proj(x).tanh())
-
-
-def test_no_rows_at_all_is_an_error_and_not_an_endless_loop():
-    batches = [b | {"labels": torch.full_like(b["input_ids"], -100)} for b in batches_for("llama", 3)]
-    with pytest.raises(LoraInitError, match=r"no layer received rows.*use_label_mask=False"):
-        quietly(ours.get_eva_state_dict, tiny_llama(), batches, config())
-    with pytest.raises(ValueError, match="dataloader is empty"):
-        quietly(ours.get_eva_state_dict, tiny_llama(), iter([]), config())
-    with pytest.raises(LoraInitError, match="no layer of LlamaForCausalLM is targeted"):
-        quietly(ours.get_eva_state_dict, tiny_llama(), batches, config(target_modules=["qproj"]))
 
 
 def state_of(model):
@@ -367,18 +301,6 @@ def test_a_failure_of_peft_leaves_the_adapter(monkeypatch):
     with pytest.raises(RuntimeError):
         ours.initialize_lora_eva_weights(model, batches_for("llama"), show_progress_bar=False)
     assert dict(model.named_modules()) == before and model.peft_config == settings
-
-
-def test_a_tensor_of_another_width_changes_nothing():
-    model = wrap(tiny_llama(), config())
-    state = quietly(ours.get_eva_state_dict, model, batches_for("llama", 4))
-    state[PREFIX + "model.layers.1.mlp.down_proj"] = torch.zeros(3, 9)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    settings = copy.deepcopy(model.peft_config["default"])
-    with pytest.raises(LoraInitError, match=r"down_proj': .* shape \(3, 9\), expected \[rank, 48\]"):
-        ours.initialize_lora_eva_weights(model, eva_state_dict=state)
-    assert before.keys() == dict(model.named_parameters()).keys() and settings == model.peft_config["default"]
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def eva_of_a_share(rank, size, folder):

@@ -10,7 +10,7 @@ import torch
 
 from lora_init import LoraInitError, Start, build_adapter, collect, initialize
 from lora_init.adapters.directory import AdapterDirectory
-from lora_init.adapters.starts import buildable, changes_base, find_start, start_names
+from lora_init.adapters.starts import buildable, changes_base, start_names
 from tests.conftest import batches_for, tiny_llama
 
 RANK = 3
@@ -52,17 +52,6 @@ def test_a_start_of_another_package_is_built_and_named_in_the_origin(packages, s
     assert AdapterDirectory(directory).config["init_lora_weights"] is True
 
 
-def test_a_base_that_a_start_of_another_package_changed_is_known_where_it_is_not_installed(packages, stats, tmp_path):
-    def both(rank, spectrum):
-        return spectrum.components[:rank], torch.ones(spectrum.components.shape[1], rank)
-
-    square = [name for name, target in stats.targets.items() if target.in_features == target.out_features]
-    packages(swap=Start("swap", "", function=both, b_is_zero=False, corrects_base=True))
-    directory = build_adapter(stats, dict.fromkeys(square, RANK), "swap").save_pretrained(tmp_path / "adapter")
-    packages()
-    assert AdapterDirectory(directory).base_change == "swap"
-
-
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -88,13 +77,6 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
     with pytest.raises(LoraInitError, match=said) as error:
         build_adapter(stats, RANK, "theirs")
     assert "'theirs'" in str(error.value) and "an unknown package" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_name_that_two_packages_have_is_refused_when_it_is_used(packages):
-    packages("lead", lead=Start("lead", "as eva", function=leading))
-    assert start_names().count("lead") == 1
-    with pytest.raises(LoraInitError, match=r"start 'lead' of an unknown package is also in an unknown package"):
-        find_start("lead")
 
 
 @pytest.mark.parametrize(

@@ -121,15 +121,6 @@ def test_no_example_is_on_both_sides_however_often_it_is_there():
     assert not set(aside) & set(others) and len(set(others)) == 12
 
 
-@pytest.mark.parametrize(("beyond", "n_aside", "n_others"), [(16, 16, 256), (1, 16, 241), (0, 16, 240)])
-def test_examples_beyond_the_sample_are_taken_if_there_are_enough(beyond, n_aside, n_others):
-    every = numbered(256 + beyond)
-    aside, others = set_aside(every[:64], every[64:] + every[:1] * 8)
-    aside, others = rows_of(aside), rows_of(others)
-    assert len(aside) == len(set(aside)) == n_aside and not set(aside) & set(others)
-    assert len(set(others)) == n_others
-
-
 def test_batches_without_rows_are_set_aside_whole():
     """Pictures cut into patches, say: not one for each example."""
     batches = [{"input_ids": torch.ones(2, 3), "pixel_values": torch.ones(7, 3)} for _ in range(40)]

@@ -17,7 +17,6 @@ from lora_init.collection.losses import mean_loss
 from lora_init.errors import LoraInitError
 from lora_init.serving.trained import Layer
 from lora_init.statistics.statistics import Provenance
-from lora_init.statistics.tensorfile import write_tensors
 from tests.bank import made
 
 
@@ -81,15 +80,6 @@ def test_statistics_find_the_nearest_too(similarity, trained, tmp_path):
     assert found[0].task == "task2" and 1.0 >= found[0].overlap > found[1].overlap
     with pytest.raises(LoraInitError, match="compares statistics, and there are none"):
         neighbours(bank, embed(made.base(), made.batches(2)), None, similarity)
-
-
-def test_statistics_of_fewer_layers_are_compared_where_they_can_be(trained, tmp_path):
-    file = tmp_path / "s.safetensors"
-    collect(made.base(), made.batches(0), ["v_proj", "down_proj"], rank=4, statistics=file)
-    bank = made.add(tmp_path / "bank", 0, trained["task0"], statistics=file)
-    stats = collect(made.base(), made.batches(0), "all-linear", rank=4)  # q_proj, the first of its group, among them
-    found = neighbours(bank, embed(made.base(), made.batches(0)), stats, "subspaces")
-    assert found[0].overlap == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_stack_is_the_weighted_sum(bank):
@@ -252,12 +242,3 @@ def test_a_generator_needs_adapters_of_the_same_layers(bank, tmp_path):
     bank = made.add(bank.path, 1, tmp_path / "other", name="other")
     with pytest.raises(LoraInitError, match="adapts other layers than the first"):
         train_generator(bank, steps=1)
-
-
-def test_a_generator_of_other_sizes_than_it_says_is_refused_before_it_is_made(bank, monkeypatch):
-    header = {"shapes": {"a": [64000, 1000, 1000]}, "tasks": ["x"], "explained": 1.0, "fingerprint": bank.fingerprint}
-    tensors = {name: torch.zeros(4) for name in ("center", "scale", "shift", "spread")}
-    write_tensors(bank.path / "generator.safetensors", "lora_init.generator", 1, header, tensors)
-    monkeypatch.setattr("lora_init.bank.generator.Decoder", lambda *sizes: pytest.fail("a decoder was made"))
-    with pytest.raises(LoraInitError, match=r"4 weights instead of 128000000.* is not what was written"):
-        load_generator(bank)

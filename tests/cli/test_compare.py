@@ -103,17 +103,6 @@ def test_a_dry_run_says_what_it_would_do_and_take_and_writes_nothing(command, tm
     assert "on seeds 2" not in two and "with 2 seeds 2.7 %, with 5 seeds 0.85 % of the loss" in two
 
 
-def test_limits_reach_the_comparison(command, tmp_path):
-    result = run(*command[:-6], "--seeds", 3, "--extend", 0, "--statistics-batches", "2,4", "--time", "1h30m",
-                 "--precision", "90%", "--learning-rates", "1e-2")  # fmt: skip
-    assert read_settings(tmp_path / "out")["budget"] == {"time": 5400.0, "precision": 0.9}
-    assert (
-        "After 3 seeds: eva-rho1+2-batches gets no more, as its difference to random is known " in result.stderr
-        and "best: the trained adapter" in result.stderr
-    )
-    assert {record["start"] for record in read_runs(tmp_path / "out")} >= {"eva-rho1+2-batches", "eva-rho1+4-batches"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lora_init import Statistics
 from lora_init.cli import app as cli
 from lora_init.cli import console
-from lora_init.cli.console import in_words_of_the_command, one_line_errors, process_rank
+from lora_init.cli.console import in_words_of_the_command, one_line_errors
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
 from tests.conftest import tiny_llama
@@ -120,21 +120,6 @@ def test_each_process_says_what_is_wrong_with_it_and_all_end(home, tmp_path):
         for (code, out, err), start in zip(found, starts, strict=True):
             assert (code, out) == (1, "") and err.startswith(start) and err.count("\n") == 1, found
     assert not (tmp_path / "out").exists()
-
-
-def test_commands_without_a_pass_are_run_by_the_first_process(home, tmp_path):
-    (first, out, err), second = run(command_line, 2, tmp_path, "inspect", str(home), MASTER_PORT=free_port())
-    assert first == 1 and out == "" and err.startswith("error: ")
-    assert second == [0, "", ""]
-
-
-def test_started_alone_is_not_started_together(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        assert process_rank() is None
-        monkeypatch.setenv(name, value)
-    assert process_rank() == 1
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert process_rank() is None
 
 
 @pytest.mark.parametrize(

@@ -147,20 +147,6 @@ def test_one_strength_needs_neither_data_nor_a_pass(place, tmp_path, monkeypatch
     assert "its strength is the dial's: 0.6" in run("export", tmp_path / "kept", "-o", tmp_path / "served").stdout
 
 
-def test_how_the_base_was_loaded_is_not_forgotten(place, tmp_path):
-    made = {"provenance": {"quantisation": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bits": None,
-                                            "bnb_4bit_quant_type": "nf4"}}}  # fmt: skip
-    model = adapted(place, auto_mapping={"lora_init": made})
-    train(model, IDS, 3)
-    model.save_pretrained(tmp_path / "nf4")
-    words = [tmp_path / "nf4", place / "task.txt", "--keep", place / "text.txt", "--samples", 36, "--uniform"]
-    done = run("dial", *words, "-o", tmp_path / "kept")
-    assert done.exit_code == 0 and "made on a base in nf4, and this one is not: --quantize nf4" in done.stderr
-    done = run("export", tmp_path / "nf4", "-o", tmp_path / "served", "--data", place / "task.txt")
-    assert done.exit_code == 0 and "note: it was made on a base in nf4" in done.stdout, done.output
-    assert "nf4" not in run("export", place / "trained", "-o", tmp_path / "other").output
-
-
 def test_replay_writes_lines_that_can_be_trained_on(place, tmp_path, monkeypatch):
     file = tmp_path / "replay.jsonl"
     done = run("replay", place / "base", "-o", file, "--n", 5, "--length", 12)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import build_adapter, collect, load_batches
@@ -15,7 +14,7 @@ from lora_init.adapters.learning_rate import rate_text
 from lora_init.collection.backward import NoGradientsError
 from lora_init.loading.models import load_model
 from tests.commands import WORDS, assert_one_line_error, run, save_model
-from tests.conftest import tiny_bert, tiny_llama, tiny_t5
+from tests.conftest import tiny_bert, tiny_llama
 
 # What it makes
 
@@ -73,38 +72,8 @@ def test_the_default_is_the_recommended_adapter_and_says_what_to_train_it_with(c
         assert len(made.stdout.splitlines()) - made.stdout.count("note: ") <= 5
 
 
-def test_the_rate_follows_alpha_and_is_unknown_with_dora(command, tmp_path):
-    found = {}
-    for i, options in enumerate(("", "--lora-alpha 8", "--freeze-a", "--unit-rows", "--use-dora")):
-        command[command.index("-o") + 1] = str(tmp_path / str(i))
-        made = run(*command, "--rank", 2, *options.split(), "--json")
-        assert made.exit_code == 0, made.output
-        found[options] = json.loads(made.stdout)
-    rates = {options: (said["recommended"] or {}).get("learning_rate") for options, said in found.items()}
-    assert 0.4 < rates["--lora-alpha 8"] / rates[""] < 0.8
-    assert rates["--freeze-a"] > rates[""] and rates["--use-dora"] is None
-    assert rates["--unit-rows"] != rates[""]
-    assert found["--use-dora"]["train"].startswith("Tune the learning rate")
-
-
 def refuse(*_):
     raise NoGradientsError("no gradients here.")
-
-
-def test_a_budget_in_megabytes_is_kept_in_the_type_that_it_counts(command, home, tmp_path):
-    file, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
-    assert run(*command, "--statistics", file).exit_code == 0
-    assert run("ranks", file, "--megabytes", "0.006", "--dtype", "bfloat16", "-o", plan).exit_code == 0
-    command[command.index("-o") + 1] = str(tmp_path / "planned")
-    command[command.index("--rank") : command.index("--rank") + 2] = ["--ranks", str(plan)]
-    made = json.loads(run(*command, "--json").stdout)
-    tensors = load_file(tmp_path / "planned/adapter_model.safetensors").values()
-    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-    assert 0.003 < sum(tensor.nbytes for tensor in tensors) / 10**6 <= 0.006
-    assert any("`lora-init export --dtype bfloat16` keeps megabytes=0.006 in bfloat16." in one for one in made["notes"])
-    base = AutoModelForCausalLM.from_pretrained(home / "model")
-    loaded = PeftModel.from_pretrained(base, tmp_path / "planned", is_trainable=True)
-    assert {p.dtype for name, p in loaded.named_parameters() if "lora_" in name} == {torch.float32}  # as PEFT trains
 
 
 def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command, home, tmp_path, monkeypatch):
@@ -115,9 +84,6 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
     for part in ("rank ", "parameters", "MB. ", "Load it: ", "lora-init inspect", str(tmp_path / "out")):
         assert part in result.stdout
 
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     ids = torch.arange(12)[None]
     base = AutoModelForCausalLM.from_pretrained(home / "model").eval()
     with torch.no_grad():
@@ -125,16 +91,6 @@ def test_init_writes_an_adapter_that_peft_loads_and_that_changes_nothing(command
         adapted = PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
         assert torch.equal(adapted(ids).logits, before)
     assert adapted.peft_config["default"].base_model_name_or_path == str(home / "model")
-
-
-def test_the_adapter_starts_in_the_directions_of_the_data(command, home, tmp_path):
-    assert run(*command, "--unit-rows", "--statistics", tmp_path / "s.safetensors").exit_code == 0
-    stats = lora_init.Statistics.load(tmp_path / "s.safetensors")
-    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    name = "model.layers.0.mlp.down_proj"
-    a = written[f"base_model.model.{name}.lora_A.weight"]
-    assert torch.equal(a, stats[name].components[: len(a)])
-    assert stats.provenance.data.startswith(f"{home.name}/text.txt: 48 of 48 examples")
 
 
 def test_json_is_all_that_is_on_stdout_and_agrees_with_the_directory(command, tmp_path):
@@ -220,23 +176,6 @@ def test_a_column_of_classes_makes_a_classifier(home, tmp_path, monkeypatch):
     assert again.exit_code == 0, again.output
     same = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert same.keys() == tensors.keys() and all(torch.equal(same[key], tensors[key]) for key in same)
-
-
-def test_a_head_that_the_adapter_would_not_hold_is_taken_along(home, tmp_path):
-    """PEFT does not know T5's `classification_head` by itself."""
-    model = tiny_t5()
-    model.config.eos_token_id = 2  # by which it finds the end of a text
-    save_model(model, tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    ends = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])  # as T5's does
-    tokenizer.backend_tokenizer.post_processor = ends
-    tokenizer.save_pretrained(tmp_path / "model")
-    command = ["init", tmp_path / "model", home / "rows.jsonl", "--template", "{passage}", "--label", "question"]
-    command += ["--rank", 2, "--rho", 1, "--method", "natural-gradient", "-o", tmp_path / "out"]
-    made = run(*command)
-    assert made.exit_code == 0, made.output
-    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert sum("classification_head" in name for name in tensors) == 4
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(command, tmp_path, monkeypatch):
@@ -391,45 +330,6 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
     made = lora_init.Statistics.load(file).provenance
     assert (made.n_batches, made.stop_reason) == (3, "interrupted")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_batch_that_fails_is_named_and_can_be_skipped(command, tmp_path, monkeypatch):
-    from transformers import LlamaModel
-
-    file, seen, forward = tmp_path / "s.safetensors", [], LlamaModel.forward
-
-    def failing(self, input_ids=None, **options):
-        seen.append(input_ids)
-        if len(whole) and torch.equal(input_ids, whole[3]):
-            raise lora_init.LoraInitError("the model broke.")
-        return forward(self, input_ids, **options)
-
-    monkeypatch.setattr(LlamaModel, "forward", failing)
-    whole = []
-    assert run(*command, "-o", tmp_path / "whole").exit_code == 0
-    whole = seen[:]
-    for _ in range(2):  # the second time it goes on, and comes to the same batch
-        kept, error = run(*command, "--statistics", file).stderr.splitlines()
-        assert kept == f"{file}: kept the statistics of 3 batches. The same command goes on after them."
-        assert error == "error: batch 3: the model broke. --skip-bad-batches 1 goes on without it."
-    result = run(*command, "--statistics", file, "--skip-bad-batches", 1)
-    assert result.exit_code == 0, result.stderr
-    assert "batches failed and were left out. batch 3: the model broke." in result.stdout
-    made = lora_init.Statistics.load(file).provenance
-    assert (made.complete, made.n_batches, made.settings["bad_batches"]) == (True, len(whole) - 1, 1)
-
-
-def test_a_pass_that_was_interrupted_goes_on_when_the_command_is_given_again(command, tmp_path, monkeypatch):
-    file = tmp_path / "s.safetensors"
-    with monkeypatch.context() as patch:
-        interrupt_at(5, patch)
-        assert run(*command, "--statistics", file).exit_code == 130
-    result = run(*command, "--statistics", file)
-    assert result.exit_code == 0, result.stderr
-    assert run(*command, "--statistics", tmp_path / "whole", "--overwrite").exit_code == 0
-    stats, expected = (lora_init.Statistics.load(path) for path in (file, tmp_path / "whole"))
-    assert stats.provenance.complete and stats.provenance.n_batches == expected.provenance.n_batches
-    assert list(stats) == list(expected)
 
 
 # Errors

@@ -77,19 +77,6 @@ def test_a_reader_that_leaves_early_sees_no_traceback(made, options):
     assert process.wait() == 1
 
 
-def test_inspect_what_is_neither(made, home, tmp_path):
-    assert_one_line_error(run("inspect", tmp_path / "nowhere"), "no such file or directory")
-    assert_one_line_error(run("inspect", home / "model"), "has no adapter_config.json")
-    assert_one_line_error(run("inspect", home / "text.txt"), "text.txt is neither statistics nor a plan")
-    (tmp_path / "rows.json").write_text('{"text": "a"}')
-    assert_one_line_error(run("inspect", tmp_path / "rows.json"), "not a plan")
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    assert_one_line_error(run("inspect", tmp_path / "rows.jsonl"), "holds more than one JSON object, as data on")
-    assert_one_line_error(run("inspect", home / "model" / "model.safetensors"), "model.safetensors")
-    (tmp_path / "cut").write_bytes((made / "s.safetensors").read_bytes()[:-10])
-    assert_one_line_error(run("inspect", tmp_path / "cut"), "cut")
-
-
 @pytest.mark.parametrize(
     ("file", "content"),
     [

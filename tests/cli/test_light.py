@@ -54,22 +54,3 @@ def test_what_is_missing_is_named_with_its_extra(library, home, tmp_path, monkey
     assert not (tmp_path / "plan.json").exists()
     with pytest.raises(LoraInitError, match="which is not installed"):
         require("torch", library)
-
-
-@pytest.mark.parametrize(
-    ("words", "libraries", "extras"),
-    [
-        (["compare", "m", "d", "-o", "o", "--dry-run"], "matplotlib, scipy, sklearn", "compare"),
-        (["compare", "m", "d", "-o", "o", "--ray", "auto"], "matplotlib, scipy, sklearn, ray", "compare,ray"),
-        (["ranks", "stats", "-o", "plan", "--plot", "p.png"], "matplotlib", "plots"),
-        (["inspect", "adapter", "--intruders"], "scipy", "compare"),
-        (["init", "m", "d", "-o", "o", "--method", "from-bank", "--bank", "b", "--by", "mixture"], "scipy", "compare"),
-        (["export", "adapter", "-o", "o", "--engine", "ollama"], "gguf", "serving"),
-    ],
-)
-def test_all_extras_are_named_at_once_before_torch_is_imported(words, libraries, extras):
-    program = PROGRAM.format(blocked=list(EXTRAS), commands=[words]) + "print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [f"CODE {words[0]} 1", "False"], done.stderr
-    assert done.stderr.startswith(f"error: this needs {libraries}, which ")
-    assert done.stderr.endswith(f"pip install 'lora-init[{extras}]'\n")

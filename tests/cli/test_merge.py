@@ -50,14 +50,6 @@ def test_it_writes_what_merge_returns(run, home, tmp_path):
     assert content["data"] == "0.5 x chat; 0.3 x code; 0.2 x not described"
 
 
-def test_gradients_are_merged_and_what_needs_the_model_is_refused(run, tmp_path):
-    assert run("g", "h").exit_code == 0
-    assert Statistics.load(tmp_path / "out").provenance.gradients
-    ranks = ["ranks", str(tmp_path / "out"), "--rank", "4", "--policy"]
-    assert CliRunner().invoke(cli.app, [*ranks, "gradient"]).exit_code == 0
-    assert_one_line_error(CliRunner().invoke(cli.app, [*ranks, "gora"]), "importance of", "a merge of statistics")
-
-
 def test_what_is_there_stays_unless_told(run, home, tmp_path):
     (tmp_path / "out").write_bytes((home / "c").read_bytes())
     assert_one_line_error(run("a", "b"), "exists", "--overwrite")

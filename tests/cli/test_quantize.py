@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.commands import WORDS, assert_one_line_error, run, save_model, write_data
+from tests.commands import assert_one_line_error, run, save_model, write_data
 from tests.conftest import tiny_llama
 
 
@@ -48,16 +48,6 @@ def test_it_corrects_a_base_that_it_quantizes(command, wide, tmp_path, monkeypat
     assert "Linear4bit" in str(type(scope["base_model"].model.layers[0].mlp.up_proj.base_layer))
 
 
-def test_every_start_may_have_a_quantized_base_and_a_file_serves_it_again(command, tmp_path):
-    file = tmp_path / "statistics"
-    made = run(*command, "--quantize", "int8", "--statistics", file)
-    assert made.exit_code == 0 and "bitsandbytes 8 bits" in made.stdout, made.output
-    again = [*command[:2], *command[3:], "--statistics", file, "--quantize", "int8", "--method", "qera", "--overwrite"]
-    made = run(*again)
-    assert made.exit_code == 0 and "not measured: without DATA" in made.stdout, made.output
-    assert_one_line_error(run(*again[:-5], "--overwrite"), "made from another model")
-
-
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -86,19 +76,3 @@ def test_a_quantized_checkpoint_needs_the_float_model(command, wide, tmp_path):
     assert refused.exit_code == 1 and "holds no float weights" in refused.stderr.replace("hold", "holds")
     made = run(*command, "--method", "qera", "--unchecked", "--weights", wide / "model")
     assert made.exit_code == 0, made.output
-
-
-def test_an_adapter_of_a_quantized_base_is_dialed_on_it(wide, tmp_path):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(wide / "model"), LoraConfig(r=2, task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    model.save_pretrained(tmp_path / "trained")
-    (tmp_path / "task.txt").write_text("\n".join(f"mat a on sat cat {word} the" for word in WORDS * 2))
-    losses = []
-    for more in ([], ["--quantize", "nf4"]):
-        done = run("dial", tmp_path / "trained", tmp_path / "task.txt", "--keep", wide / "text.txt", "--samples", 36,
-                   "-o", tmp_path / f"out{len(more)}", "--strength", 0.5, "--json", *more)  # fmt: skip
-        assert done.exit_code == 0, done.output
-        losses.append(json.loads(done.stdout)["task"]["base"]["loss"])
-    assert 1e-5 < abs(losses[1] - losses[0]) < 0.5

@@ -46,25 +46,6 @@ def test_the_options_are_those_of_allocate_ranks(file, tmp_path):
     assert plan.parameters <= 4000
 
 
-def test_other_budgets_and_limits_reach_it_too(file):
-    stats = Statistics.load(file)
-    for options, arguments in (
-        (["--total-rank", 30], dict(total_rank=30)),
-        (["--fraction", 0.2], dict(fraction=0.2)),
-        (["--megabytes", 0.01, "--dtype", "bfloat16"], dict(megabytes=0.01, dtype="bfloat16")),
-        (["--variance", 0.1], dict(variance=0.1)),
-        (["--variance", 0.1, "--coverage", "total"], dict(variance=0.1, coverage="total")),
-        (["--rank", 4, "--allowed-ranks", "2,4,8"], dict(rank=4, allowed_ranks=(2, 4, 8))),
-        (["--rank", 4, "--rho", 1.1], dict(rank=4, rho=1.1)),
-        (["--rank", 4, "--multiple-of", 2], dict(rank=4, multiple_of=2)),
-        (["--rank", 4, "--uniform-per-kind"], dict(rank=4, uniform_per_kind=True)),
-    ):
-        content = json.loads(run(file, *options, "--json").stdout)
-        assert {name: layer["rank"] for name, layer in content["layers"].items()} == dict(
-            allocate_ranks(stats, **arguments)
-        ), options
-
-
 def test_it_prints_the_plan(file):
     text = run(file, "--rank", 4).stdout
     plan = allocate_ranks(Statistics.load(file), rank=4)

@@ -75,24 +75,6 @@ def test_a_layer_that_is_not_done_keeps_the_pass_going_for_all():
     assert collect(Two(), batches, "easy", rank=3).provenance.n_batches == 8
 
 
-def spread_rows(n, rows, d=256, seed=0):
-    """Batches of rows with variances 1/j, without drift, and rows to test on."""
-    batches, _ = drifting(0, n=n, d=d, rows=rows, seed=seed)
-    return batches, drifting(0, n=8, d=d, seed=seed)[1]
-
-
-def test_many_rows_of_few_texts_are_not_enough():
-    """Rows of a batch lie near three directions of its own; the same rows, mixed, are enough."""
-    batches, _ = spread_rows(40, 200)
-    generator = torch.Generator().manual_seed(0)
-    long = [rows[:3][torch.randint(0, 3, (200,), generator=generator)] + 0.1 * rows for rows in batches]
-    mixed = torch.cat(long)
-    mixed = mixed[torch.randperm(len(mixed), generator=generator)].split(200)
-    layer = nn.Sequential(nn.Linear(256, 4))
-    assert collect(layer, long, rank=8).provenance.stop_reason == "exhausted"
-    assert collect(layer, list(mixed), rank=8).provenance.n_batches < 20
-
-
 def test_reads_no_more_batches_than_it_may():
     drawn = []
 

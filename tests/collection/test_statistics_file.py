@@ -231,19 +231,6 @@ def test_what_was_complete_before_an_error_is_kept_and_a_bad_batch_can_be_skippe
         assert stats.total_variance(name) == pytest.approx(clean.total_variance(name), rel=1e-5)
 
 
-def test_data_that_ends_with_an_error_is_not_taken_for_complete(tmp_path):
-    """A generator that has raised gives nothing more."""
-
-    def stream():
-        yield from batches_for("llama", n_batches=3)
-        raise OSError("the network went away")
-
-    with pytest.raises(OSError, match="the network went away") as caught:
-        collect(model(), stream(), statistics=tmp_path / "stats", skip_bad_batches=5, **SETTINGS)
-    assert caught.value.statistics.provenance.n_batches == 3
-    assert not Statistics.load(tmp_path / "stats").provenance.complete
-
-
 def test_a_second_pass_with_the_same_file_is_told_who_has_it_and_disturbs_nothing(tmp_path):
     file, here = tmp_path / "stats", []
 

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import lora_init
 from lora_init import Start
 from lora_init.comparison import workbench
-from lora_init.comparison.runs import read_runs, read_settings
+from lora_init.comparison.runs import read_runs
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.training import TrainingResult
 from lora_init.comparison.workbench import RunRecord
 from lora_init.errors import LoraInitError
-from tests.commands import save_model
 from tests.comparison.made import again, compare, without_clock
-from tests.comparisons import SMALL
 from tests.conftest import tiny_llama
 
 
@@ -130,19 +127,6 @@ def test_the_best_rate_of_two_seeds_goes_to_the_other(home, tmp_path):
         assert [record["learning_rate"] for record in own if record["seed"] == 2] == [best]
 
 
-def test_the_report_has_every_run_and_the_settings(full):
-    found, lines = full
-    assert {path.name for path in found.files} >= {"report.html", "report.md", "learning_curves.png"}
-    page = (found.directory / "report.html").read_text()
-    for record in found.records:
-        assert f"{record['report_loss'][-1]:.4f}" in page
-    settings = read_settings(found.directory)
-    assert settings == found.settings
-    assert settings["model"] == "llama" and settings["kind"] == "multiple-choice" and settings["threads"] >= 1
-    assert str(found.directory.parent) not in json.dumps({**settings, "command": ""})
-    assert len(lines) == len(found.records) and lines[-1].startswith(f"run {len(found.planned)}/")
-
-
 # Classifiers
 
 
@@ -178,20 +162,6 @@ def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatc
     more = compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["orthogonal"], seeds=3)
     assert {record["start"] for record in more.records} == {"random", "orthogonal"}
     assert more.settings["starts"] == ["random", "orthogonal"] and more.settings["seeds"] == [0, 1, 2]
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(rank=3), "rank was 2, now 3"),
-    (dict(report_samples=13), "data was "),
-    (dict(model="bert", label="first"), "kind was 'causal-lm', now 'classification'"),
-])  # fmt: skip
-def test_another_configuration_is_refused(home, tmp_path, changes, message):
-    compare(home, tmp_path / "out", learning_rates=[1e-2], starts=["random"], seeds=1)
-    written = read_runs(tmp_path / "out")
-    for dry_run in (False, True):
-        with pytest.raises(LoraInitError, match=message):
-            compare(home, tmp_path / "out", dry_run=dry_run, **changes)
-    assert read_runs(tmp_path / "out") == written
 
 
 # Its third run waits to be killed, so that nothing depends on how fast the machine is.
@@ -324,27 +294,6 @@ def test_a_planted_winner_is_found_and_a_planted_tie_is_not_called(home, tmp_pat
 
 
 # Planning
-
-
-def test_the_default_is_random_against_what_is_recommended(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # which keeps bfloat16
-    model = AutoModelForCausalLM.from_pretrained(home / "llama", dtype=torch.bfloat16)
-    save_model(model, tmp_path / "half")
-    asked = {k: v for k, v in SMALL.items() if k not in ("learning_rates", "seeds", "extend", "lora_alpha")}
-    found = lora_init.compare(
-        str(tmp_path / "half"), home / "rows.jsonl", tmp_path / "out", **asked | {"rank": 4}, dry_run=True
-    )
-    ahead, own = found.outlook, found.settings["recommended"]
-    assert (
-        list(own) == ["random", "eva", "natural-gradient"] and len(set(own.values())) == 1
-    )  # of random: nothing is read
-    assert all(len(start["rates"]) == 3 and start["own_rate"] == own[start["name"]] for start in ahead.starts)
-    assert found.settings["dtype"] == "bfloat16" and found.settings["lora_alpha"] == 8
-    assert not (tmp_path / "out").exists()
-    assert (ahead.swept, ahead.others, ahead.n_runs, ahead.ended) == ([0, 1], [2, 3, 4], 3 * (2 * 3 + 3 * 2), 0)
-    assert ahead.may_add == {"rates": 3 * 2 * 4, "seeds": 0, "longer": 5} and ahead.most_runs == ahead.n_runs + 29
-    assert ahead.folds == {"train": 100, "selection": 8, "report": 12}
-    assert 0.0 < ahead.seconds < ahead.most_seconds and list(ahead.detectable) == [5]
 
 
 @pytest.mark.parametrize(

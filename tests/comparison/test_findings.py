@@ -98,24 +98,6 @@ def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
         assert (found.differences, found.mean, found.reference) == ({}, None, pytest.approx(0.17))
 
 
-def test_seeds_without_a_partner_are_left_out_and_named():
-    runs = [run for run in planted({"eva": -0.01}) if (run["start"], run["seed"]) != ("eva", 2)]
-    summary = summarise(runs, settings())
-    assert list(verdict(summary).differences) == [0, 1]
-    assert "eva: no finished run with seed 2 at the best rate." in summary.notes
-    later = summarise(runs, settings(seeds=[0, 1, 2, 3, 4, 5])).notes
-    assert "random: no finished run with seeds 3 to 5 at the best rate." in later
-
-
-def test_variants_of_a_start_are_judged_apart():
-    runs = planted({"eva": -0.01})
-    runs += [{**run, "start": "eva+32-alpha", "report_loss": [2.3, 0.2, 0.2, 0.2 + run["seed"] / 1000]}
-             for run in runs if run["start"] == "eva"]  # fmt: skip
-    summary = summarise(runs, settings())
-    assert [(v.start, v.outcome) for v in summary.verdicts] == [("eva", "better"), ("eva+32-alpha", "worse")]
-    assert cells(summary, "best", "eva+32-alpha")["mean loss"] == "0.2010"
-
-
 # Rates
 
 
@@ -129,12 +111,6 @@ def test_an_unstable_run_is_named_not_averaged_and_the_next_lower_rate_is_given(
     assert cells(summary, "learning_rates", "eva")["3e-3"] == "unstable, 1 of 3"
 
 
-def test_a_finished_run_without_a_finite_loss_is_unstable():
-    summary = summarise([record("random", 1e-3), record("random", 3e-3, final=float("nan"))], settings())
-    assert any(note.startswith("random is unstable at 3e-3") for note in summary.notes)
-    assert cells(summary, "learning_rates", "random")["1e-3"] == "0.1700*"
-
-
 def test_a_best_rate_at_the_end_of_the_sweep_is_a_part_of_the_verdict():
     def caveats(losses):
         runs = [record("eva", rate, 0, loss) for rate, loss in zip((1e-4, 3e-4, 1e-3), losses, strict=True)]
@@ -143,16 +119,6 @@ def test_a_best_rate_at_the_end_of_the_sweep_is_a_part_of_the_verdict():
     assert caveats((0.3, 0.2, 0.1)) == ["its best rate, 1e-3, is the highest tried, so a higher may be better"]
     assert caveats((0.1, 0.2, 0.3)) == ["its best rate, 1e-4, is the lowest tried, so a lower may be better"]
     assert caveats((0.3, 0.1, 0.2)) == []
-
-
-def test_a_reference_that_nearly_diverged_is_said_first_and_nothing_is_pooled():
-    runs = planted({"eva": -0.01, "pissa": 0.0, "orthogonal": 0.0, "gaussian": 0.0}, rates=(1e-3,))
-    for run in runs:
-        if (run["start"], run["seed"]) == ("random", 1):
-            run["report_loss"][-1] += 0.5
-    summary = summarise(runs, settings())
-    assert summary.answer.startswith("No start is shown ") and summary.caveats[0].startswith("Random's runs spread ")
-    assert {v.outcome for v in summary.verdicts} == {"no difference shown"}
 
 
 # The answer
@@ -275,12 +241,6 @@ def test_headroom(left, said):
     against = percent((full - random) / random, "+")
     assert f"ends at {full:.4f}, at 1e-3: {against} against random ({against} to {against})." in summary.headroom
     assert [verdict.start for verdict in summary.verdicts] == ["eva"]
-
-
-@pytest.mark.parametrize("left", [0.0002, -0.01])
-def test_what_a_start_has_won_was_there_to_win(left):
-    summary = summarise(with_headroom(left, 0.03), settings(starts=["random", "eva", "full"]))
-    assert summary.answer.startswith("Use eva at ") and "nothing to win" not in summary.headroom
 
 
 def with_headroom(left, gain):

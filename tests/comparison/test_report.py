@@ -6,16 +6,13 @@ from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_init.adapters.step_size import most_aside
 from lora_init.comparison import workbench
 from lora_init.comparison.report import describe_directory, write_report
 from lora_init.comparison.runs import Run
 from lora_init.comparison.training import evaluate
-from lora_init.errors import LoraInitError
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import broken, planted, record, write
 
@@ -83,18 +80,6 @@ def test_text_from_users_is_text_everywhere(full):
     assert all(r"\|\*\_" in row for row in hostile)
 
 
-def test_markdown_has_a_picture_for_each_png_and_every_run(full):
-    runs, folder, files = full
-    markdown = (folder / "report.md").read_text()
-    pngs = {path.name for path in files if path.suffix == ".png"}
-    names = ("learning_curves", "learning_rates", "differences", "forgetting")
-    shown = re.findall(r"\]\((.*?\.png)\)", markdown)
-    assert pngs == {f"{name}.png" for name in names} == set(shown)
-    assert shown[0] == "differences.png"
-    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
-    assert all(f"{run['report_loss'][-1]:.4f}" in markdown for run in runs)
-
-
 PARTIAL = {
     "nothing": ([], "No run has ended yet"),
     "one run": ([record()], "Not run yet: eva."),
@@ -128,12 +113,6 @@ def test_partial_directories_give_a_valid_report_that_says_what_is_missing(name,
     assert said in " ".join(Page(page).words)
     assert all(path.stat().st_size for path in files)
     assert describe_directory(tmp_path / "run")["runs"] == Counter(run["status"] for run in runs)
-
-
-def test_without_settings_there_is_one_clear_error(tmp_path):
-    for asked in (write_report, describe_directory):
-        with pytest.raises(LoraInitError, match=r"settings\.json: no such file\. Name the directory of a comparison"):
-            asked(tmp_path)
 
 
 # best/: the trained adapter of the best start, the very one of its run, never replaced unasked
@@ -180,30 +159,3 @@ def test_the_adapter_of_changed_weights_is_not_kept(home, tmp_path):
     # What is better at equal steps has made random train for longer: how long depends on how fast the machine is.
     longer = [run for run in found.records if run["start"] in ("random+12-steps", "random+24-steps", "random+48-steps")]
     assert len(longer) == 2 and found.summary.equal_time[0].startswith("At equal total time ")
-
-
-def test_numbers_of_statistics_batches_are_compared(home, tmp_path):
-    found = compare(
-        home, tmp_path / "out", starts=["random", "eva-rho1"], learning_rates=[1e-2], seeds=1, statistics_batches=[2, 8]
-    )
-    starts = [run["start"] for run in found.records]
-    assert starts == ["random", "eva-rho1+2-batches", "eva-rho1+8-batches"]
-    files = sorted(file.name for file in (tmp_path / "out" / "statistics").iterdir())
-    assert files == ["seed0-centred-2.safetensors", "seed0-centred-8.safetensors"]
-    stats = [set_up_bench(home, tmp_path / "out").statistics(0, True, False, n) for n in (2, 8)]
-    assert [next(iter(one.groups.values())).n_samples for one in stats] == [2 * 24, 8 * 24] or (
-        stats[0].groups.keys() == stats[1].groups.keys()
-        and not torch.equal(*(next(iter(one.groups.values())).components[:1] for one in stats))
-    )
-    said = []
-    more = compare(
-        home, tmp_path / "out", starts=["random", "eva-rho1"], learning_rates=[1e-2], seeds=1,
-        statistics_batches=[2, 99, 100], say=said.append,
-    )  # fmt: skip
-    # The name says how many there were, and no example is in two, nor in those that gamma is chosen by.
-    bench = set_up_bench(home, tmp_path / "out")
-    most = bench.n_batches(99)
-    assert {run["start"] for run in more.records} == {*starts, f"eva-rho1+{most}-batches"}
-    assert f"at most {most} batches" in said[0]
-    read = [id(item) for items in bench.task.order(0, most + most_aside(4) // 4, 4) for item in items]
-    assert len(set(read)) == len(read) > len(bench.task.train) - 4

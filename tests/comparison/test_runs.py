@@ -1,7 +1,6 @@
 """Which runs there are, what makes them comparable, and their directory: whole files, never mixed, never lost."""
 
 import errno
-import json
 import math
 import os
 import subprocess
@@ -10,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.evidence import pack
 from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, open_runs, peek, read_runs, run_table
 from lora_init.comparison.starts import Variant
 from lora_init.errors import LoraInitError
@@ -130,12 +128,6 @@ def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable
     assert [(run.seed, run.learning_rate) for run in done] == expected
 
 
-def test_a_start_that_never_finishes_gets_no_more_seeds():
-    done, planned = carry_out("halving", lambda run: (9.0, "unstable" if run.start == "eva" else "finished"))
-    assert len(done) == len(planned) == 8 + 1
-    assert planned[8].start == "random"
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,32 +198,11 @@ def keep(path, *records, **changes):
     return log
 
 
-def test_runs_come_back(tmp_path):
-    lost = record(seed=1, report_loss=[math.nan, math.inf])
-    log = keep(tmp_path / "a" / "b", record(), lost)
-    assert read_runs(tmp_path / "a" / "b") == [record(), lost | {"report_loss": [None, None]}]
-    with open_runs(tmp_path / "a" / "b", settings()) as again:
-        assert again.records == log.records
-
-
 @pytest.mark.parametrize("loss", [None, math.nan])
 def test_a_run_without_a_loss_to_select_by_is_unstable(loss):
     lost = record(rate=1e-2, selection_loss=loss)
     table = run_table([record(), lost])
     assert list(table["status"]) == ["finished", "unstable"] and best_rates(table) == {"random": 1e-3}
-
-
-def test_packed_runs_are_read_and_gone_on_from(tmp_path):
-    old, failed = record(), broken("failed", "disk full", seed=1)
-    keep(tmp_path, old, failed)
-    assert pack(tmp_path) == 2 and not (tmp_path / "runs").exists()
-    assert read_runs(tmp_path) == [old, failed]
-    keep(tmp_path, record("eva"), record(seed=1))  # the failed run is repeated
-    assert read_runs(tmp_path) == [old, record(seed=1), record("eva")]
-    assert pack(tmp_path) == 3 and {run["status"] for run in read_runs(tmp_path)} == {"finished"}
-    (tmp_path / "runs.jsonl").write_text(json.dumps(old) + "\n{\n")
-    with pytest.raises(LoraInitError, match=r"runs.jsonl, line 2: not a run .* Remove the line; the run is repeated"):
-        read_runs(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", '{"task": 1}', "[]", ""])

@@ -98,15 +98,6 @@ def test_few_data_are_split_in_proportion(tmp_path, tokenizer, n_rows, folds, re
     assert len(asked.report) == 20 and len(asked.selection) == min(128, (n_rows - 20) // 4)
 
 
-def test_half_of_few_prompts_train_however_many_answers_each_has(tmp_path, tokenizer):
-    rows = [json.dumps({"prompt": f"the {a} {b}", "completion": f" {c}"}) for a in WORDS[:5] for b in WORDS[:4]
-            for c in WORDS[5:10]]  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    task = load_task(tmp_path / "rows.jsonl", tokenizer, Loading(), 8)
-    prompts = [{tuple(item.tokens[0][:-2]) for item in items} for items in (task.train, task.selection, task.report)]
-    assert len(prompts[0]) >= 10 and len(task.train) >= 50 and sum(map(len, prompts)) == 20
-
-
 def test_the_order_depends_on_the_seed_alone(home, tokenizer):
     task = load(home, tokenizer)
     order = task.order(3, 25, 4)

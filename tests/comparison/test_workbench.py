@@ -49,23 +49,6 @@ def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
 
 
-@pytest.mark.parametrize("model", ["llama", "bert"])
-def test_full_fine_tuning_trains_all_weights_and_leaves_them(home, tmp_path, model):
-    label = "first" if model == "bert" else None
-    found = compare(
-        home, tmp_path / "out", model, label=label, starts=["random"], full=True, seeds=2, learning_rates=[1e-2]
-    )
-    records = {(record["start"], record["seed"]): record for record in found.records}
-    full, random = records["full", 0], records["random", 0]
-    assert (full["learning_rate"], full["ranks"], full["a_scale"]) == (1e-3, None, 0.0)
-    assert full["trainable_parameters"] > 5 * random["trainable_parameters"]
-    # An adapter in the way may change the last bit.
-    assert full["report_loss"][0] == pytest.approx(random["report_loss"][0], rel=1e-6)
-    assert full["report_loss"][0] == pytest.approx(full["plain_loss"], rel=1e-6)
-    assert full["report_loss"][-1] < full["report_loss"][0]
-    assert "Full fine-tuning ends at" in found.summary.headroom and found.settings["starts"] == ["random", "full"]
-
-
 def test_a_classifier(home, tmp_path):
     found = compare(home, tmp_path / "out", model="bert", label="first", seeds=2)
     records = found.records

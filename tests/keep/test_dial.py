@@ -299,15 +299,6 @@ def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_list_is_read_whole_and_of_a_loader_the_first_batches():
-    model, batches = trained_model(dtype=torch.float32)
-    many, keep = [batch for batch in batches for _ in range(20)], batches_for("llama", n_batches=4, seed=1)
-    found = dial(model, many, keep, strength=0.9)
-    assert found.read == (4 * len(many), 16) and found.examples == found.read
-    assert dial(model, iter(many), keep, strength=0.9).read == (4 * 48, 16)
-    assert "of 192 and 16 that were read" in dial(model, iter(many), keep, uniform=True).summary()["measured on"]
-
-
 def test_text_to_keep_is_compared_with_the_task_whatever_its_order():
     model, batches = trained_model(dtype=torch.float32)
     rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(4)]

@@ -112,19 +112,6 @@ def test_the_adapter_changes_nothing_and_loads_in_peft(name, use_dora, tmp_path,
     assert size == 4 * trainable == round(ranks.megabytes() * 10**6) + 4 * magnitudes
 
 
-def test_the_statistics_file_and_the_plan_keep_the_shape(tmp_path):
-    from lora_init import Statistics
-    from lora_init.planning.plan import load_plan, save_plan
-
-    model, batches = setting("grouped")
-    stats = collect(model, batches, ["conv"], rank=4)
-    again = Statistics.load(stats.save(tmp_path / "stats.safetensors"))
-    assert again.targets == stats.targets
-    assert (again.targets["conv"].kernel, again.targets["conv"].groups) == ((3, 3), 4)
-    plan = load_plan(save_plan(allocate_ranks(again, rank=4), tmp_path / "plan.json"))
-    build_adapter(again, plan).apply(model)
-
-
 def test_ranks_of_a_grouped_convolution_are_multiples_of_its_groups():
     class Two(nn.Module):
         def __init__(self):

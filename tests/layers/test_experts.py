@@ -187,27 +187,6 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     assert 0 in stats.experts_with_few_rows(up)
 
 
-def test_a_parameter_that_gets_no_rank_leaves_the_nesting_right(tmp_path):
-    model = mixtral()
-    stats = collect(model, batches(), ["q_proj"], rank=2, target_parameters=BOTH)
-    ranks = {layer: 3 if "gate_up" in layer else 0 for layer in stats}
-    init = build_adapter(stats, ranks)
-    init.save_pretrained(tmp_path / "adapter", model=model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT's word for keys that are missing
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter", is_trainable=True)
-    state = loaded.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in init.apply(model).state_dict().items())
-
-
-@pytest.mark.parametrize("method", ["random", "orthogonal"])
-def test_other_starts_differ_between_experts(method):
-    stats = collect(mixtral(), batches(), rank=2, target_parameters=BOTH)
-    a = build_adapter(stats, 2, method=method).weights["model.layers.0.mlp.experts.down_proj"][0].reshape(4, 2, 24)
-    assert not torch.equal(a[0], a[1])
-
-
 def test_what_has_no_known_input_is_left_to_peft(tmp_path):
     class Odd(nn.Module):
         """A 3-D parameter without transformers' interface."""

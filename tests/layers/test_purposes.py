@@ -108,23 +108,6 @@ def test_what_a_model_lacks_is_said_with_what_it_has():
         find_targets(nn.Sequential(nn.Linear(2, 2)), "attention")
 
 
-def test_a_block_without_attention_in_a_row_with_some_has_an_mlp():
-    """As in models that alternate attention with other mixers; routers and modulation are no MLP."""
-
-    class LinearAttention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q = nn.Linear(4, 4)
-
-    def block(**parts):
-        return nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(4, 4), "gate": nn.Linear(4, 4)}), **parts})
-
-    row = nn.ModuleList([block(mixer=nn.Linear(4, 4)), block(attn=LinearAttention())])
-    model = nn.ModuleDict({"layers": row, "mlp": nn.ModuleDict({"up": nn.Linear(4, 4)})})
-    assert list(find_targets(model, "mlp").layers) == ["layers.0.mlp.up", "layers.1.mlp.up"]
-    assert list(find_targets(model, "attention").layers) == ["layers.1.attn.q"]
-
-
 def test_a_diffusion_pipeline_from_denoising_steps_to_load_lora_weights(tmp_path):
     pytest.importorskip("diffusers")
     from examples.diffusion import main

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_init import LoraInitError, collect, find_targets
-from tests.conftest import MODELS, batches_for, tiny_bert, tiny_llama
+from lora_init import LoraInitError, find_targets
+from tests.conftest import MODELS, tiny_bert, tiny_llama
 
 ARGUMENTS = [
     dict(target_modules="all-linear"),
@@ -76,18 +76,6 @@ def test_widths_and_kinds():
             assert target.parameters(3) == 3 * sum(weight.shape)
 
 
-def test_layers_without_rows_are_named():
-    model = tiny_llama()
-    found = find_targets(model, ["q_proj", "embed_tokens"])
-    assert dict(found.unsupported) == {"model.embed_tokens": "Embedding"}
-    assert sorted([*found.layers, *found.unsupported]) == sorted(
-        adapted_by_peft(model, target_modules=["q_proj", "embed_tokens"])
-    )
-    assert dict(find_targets(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), ["a"]).unsupported) == {
-        "a": "MultiheadAttention"
-    }
-
-
 def test_what_is_no_model_or_no_name_is_refused():
     with pytest.raises(LoraInitError, match=r"find_targets\(\) takes a model in this place and got str"):
         find_targets("a/model")
@@ -106,15 +94,6 @@ def test_each_name_in_a_list_has_to_match():
         warnings.simplefilter("error")
         find_targets(tiny_llama(), ["q_proj", "layers.1.mlp.up_proj"], exclude_modules=["lm_head"])
         find_targets(tiny_llama(), r".*(q_proj|none)", exclude_modules=r".*\.7\..*")
-
-
-def test_embeddings_alone_are_refused_by_what_needs_rows():
-    found = find_targets(tiny_llama(), ["embed_tokens"])
-    with pytest.raises(LoraInitError, match=r"layers that cannot start from data: 'model\.embed_tokens' is one since"):
-        found.check_layers()
-    with pytest.raises(LoraInitError, match="only layers that cannot start from data"):
-        collect(tiny_llama(), batches_for("llama"), ["embed_tokens"])
-    find_targets(tiny_llama(), ["embed_tokens", "q_proj"]).check_layers()
 
 
 def test_mistakes_get_one_clear_line():

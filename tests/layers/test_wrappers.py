@@ -169,25 +169,6 @@ def test_checkpointing_in_a_models_own_code_does_not_count_rows_twice(reentrant)
     assert stats["a"].n_samples == 60
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-@pytest.mark.parametrize("switch", ["use_cache", "output_hidden_states", "output_attentions"])
-@pytest.mark.parametrize("where", ["config", "batch"])
-def test_what_else_a_model_returns_makes_no_difference(name, switch, where):
-    model, batches = MODELS[name](), batches_for(name)
-    if switch == "output_attentions":
-        model.set_attn_implementation("eager")
-        if model.config._attn_implementation != "eager":
-            pytest.skip("transformers 4 does not switch every model")
-    if switch == "use_cache" and name == "bert":
-        pytest.skip("no cache")
-    expected = collect(model, batches, rank=2)
-    if where == "config":
-        setattr(model.config, switch, True)
-    else:
-        batches = [{**batch, switch: True} for batch in batches]
-    assert_same(collect(model, batches, rank=2), expected)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sequences_packed_into_one_row_give_the_rows_of_the_sequences(name):
     """No mask but position_ids: every token counts, and none reads another sequence's."""

@@ -89,15 +89,6 @@ def test_answers_are_labelled_whatever_the_template_makes_of_earlier_ones(write,
     assert texts(batches, tokenizer) == [tokenizer.apply_chat_template(turns, tokenize=False)]
 
 
-def test_a_role_that_templates_do_not_know_is_refused(write):
-    tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
-    turns = [{"from": "human", "value": "1+1?"}, {"from": "function_call", "value": "add"}]
-    path = write([{"conversations": turns}])
-    assert texts(load_batches(path, tokenizer), tokenizer, "labels") == ["add<|im_end|>\n"]
-    with pytest.raises(LoraInitError, match="line 1: a message is from 'oracle', and expected is one of human, gpt"):
-        load_batches(write([{"conversations": [{"from": "oracle", "value": "?"}]}]), tokenizer)
-
-
 def test_prompt_and_completion_may_be_messages(write):
     tokenizer = byte_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
     prompt = [{"role": "assistant", "content": "ask me"}, {"role": "user", "content": "hi"}]
@@ -122,25 +113,6 @@ def test_tools_and_template_options_reach_the_template(write, as_text):
     batches = load_batches(write([row]), tokenizer)
     assert texts(batches, tokenizer) == [tokenizer.apply_chat_template(turns, tools, tokenize=False, brief="B")]
     assert texts(batches, tokenizer)[0].startswith("tools: add,sub\nB<|im_start|>user")
-
-
-def test_alpaca_is_the_prompt_of_the_paper_and_takes_precedence_over_text(write, tokenizer):
-    rows = [
-        {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "unused"},
-        {"instruction": "Greet.", "input": "", "output": "hi", "text": "unused"},
-        {"instruction": " ", "input": "3", "output": "left out", "text": "unused"},
-    ]
-    with pytest.warns(UserWarning, match="1 left out with an empty field"):
-        batches = load_batches(write(rows), tokenizer)
-    assert sorted(texts(batches, tokenizer, "labels")) == ["3<eos>", "hi<eos>"]
-    brief, long = sorted(texts(batches, tokenizer), key=len)
-    assert brief == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nGreet.\n\n### Response:\nhi<eos>"
-    )
-    assert "a task, paired with an input that provides further context. Write" in long
-    assert long.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3<eos>")
-    assert set(texts(load_batches(write(rows), tokenizer, format="text"), tokenizer)) == {"unused<eos>"}
 
 
 def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokenizer):

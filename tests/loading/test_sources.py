@@ -176,20 +176,6 @@ def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, token
     assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
 
 
-@pytest.mark.parametrize("form", ["{}\n{}\n{}\n", "[{},\n {},\n {}]"])
-def test_dates_in_json_are_read_as_their_text(tmp_path, form):
-    rows = [
-        {"a": "2009-02-13", "c": [{"at": "2009-02-13T10:00:00"}], "d": "plain"},
-        {"a": "2009-02-14", "c": [], "d": "plain"},
-        {"a": None, "c": [{"at": "2009-02-13"}]},
-    ]
-    (tmp_path / "data.json.gz").write_bytes(gzip.compress(form.format(*map(json.dumps, rows)).encode()))
-    table = read_rows(tmp_path / "data.json.gz").table
-    assert table["a"][:] == ["2009-02-13", "2009-02-14", None]
-    assert table["c"][:] == [row["c"] for row in rows]
-    assert table["d"][:] == ["plain", "plain", None]
-
-
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_a_row_of_a_table_is_named_by_the_line_where_it_begins(tmp_path, separator):
     lines = [separator.join(fields) for fields in (["text", "note"], ['"two\nlines"', "a"], [], ["one", "b"], ["", ""])]

@@ -170,40 +170,7 @@ def test_a_step_that_does_not_fit_is_not_skipped_within_its_layer():
     assert list(allocate_ranks(stats, total_rank=2, rho=9, overrides=grids).values()) == [0, 1]
 
 
-@laws
-@given(distinct, st.sampled_from(PLAIN), st.integers(1, 11))
-def test_more_ranks_never_take_rank_from_any_layer(ratios, policy, total):
-    small, large = (
-        allocate_ranks(statistics(ratios), total_rank=t, policy=policy, rho=1e6, max_rank=4) for t in (total, total + 1)
-    )
-    assert all(small[name] <= large[name] for name in small)
-    assert small.explained_variance <= large.explained_variance
-
-
-@laws
-@given(distinct, widths3, st.integers(80, 900), st.integers(1, 60), st.sampled_from([(1, 2, 3, 4), (2, 4), (1, 4)]))
-def test_more_parameters_never_explain_less_under_cost_aware(ratios, widths, budget, more, grid):
-    stats = statistics(ratios, widths)
-    exists = 4 * sum(a + b for a, b in widths)
-    assume(2 * max(a + b for a, b in widths) <= budget and budget + more <= exists)
-    small, large = (
-        allocate_ranks(stats, parameters=b, policy="cost-aware", rho=1e6, allowed_ranks=grid)
-        for b in (budget, budget + more)
-    )
-    assert small.explained_variance <= large.explained_variance + 1e-12
-
-
 # --- Budgets --------------------------------------------------------------------------------------------------------
-
-
-def test_budgets_in_ranks_parameters_and_shares_agree():
-    stats = statistics([[0.4, 0.2, 0.1, 0.05]] * 4, [(64, 36)] * 4, n_parameters=1_000_000)
-    expected = dict(allocate_ranks(stats, rank=2))
-    for budget in (
-        {"total_rank": 8}, {"parameters": 800}, {"parameters": "0.8k"}, {"fraction": 0.0008},
-        {"megabytes": 800 * 4 / 1e6}, {"megabytes": 800 * 2 / 1e6, "dtype": "bfloat16"},
-    ):  # fmt: skip
-        assert dict(allocate_ranks(stats, **budget)) == expected, budget
 
 
 @laws
@@ -407,15 +374,6 @@ def test_bad_input_is_one_clear_line(arguments, message):
     with pytest.raises(LoraInitError, match=message) as error:
         allocate_ranks(statistics(WIDE), **arguments)
     assert "\n" not in str(error.value)
-
-
-def test_ties_with_a_layer_in_common_are_one_and_limits_of_tied_layers_must_agree():
-    rows = {f"h.0.{kind}": [0.3 / (i + 1), 0.2, 0.1, 0.05] for i, kind in enumerate(QKV)}
-    plan = allocate_ranks(statistics(rows), rank=2, tie=[QKV[:2], QKV[1:]])
-    assert dict(plan) == dict(allocate_ranks(statistics(rows), rank=2, tie=QKV)) and len(set(plan.values())) == 1
-    overrides = {"q_proj": {"min_rank": 3}, "k_proj": {"max_rank": 1}}
-    with pytest.raises(LoraInitError, match=r"tied layers have no possible rank: .* 'h.0.k_proj' \(max_rank=1; at"):
-        allocate_ranks(statistics(rows), rank=2, tie=QKV, overrides=overrides)
 
 
 @pytest.mark.parametrize(

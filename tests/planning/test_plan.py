@@ -104,17 +104,4 @@ def test_a_damaged_plan_is_refused(tmp_path, change, message):
         load_plan(path)
 
 
-def test_no_plan_at_all(tmp_path):
-    with pytest.raises(LoraInitError, match="could not be read: No such file"):
-        load_plan(tmp_path / "plan.json")
-    for text, message in {
-        "{": "is not JSON", "[" * 10**6: "is not JSON", "[]": "expected a JSON object", "{}": "is not a plan",
-    }.items():  # fmt: skip
-        (tmp_path / "plan.json").write_text(text)
-        with pytest.raises(LoraInitError, match=message):
-            load_plan(tmp_path / "plan.json")
-    with pytest.raises(LoraInitError, match="could not be written: No such file"):
-        save_plan(full_plan()[1], tmp_path / "no" / "plan.json")
-
-
 # --- In a notebook --------------------------------------------------------------------------------------------------

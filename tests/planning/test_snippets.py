@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from lora_init.errors import LoraInitError
-from lora_init.layers.targets import Target
-from lora_init.planning.allocate import RankAllocation, allocate_ranks
+from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.snippets import TOOLS, snippet
 from tests.conftest import tiny_llama
 from tests.planning.made import model_and_statistics
@@ -121,19 +119,6 @@ def test_trl_trains_the_adapter_as_was_measured(tmp_path, monkeypatch):
     ranks = {name: module.lora_A["default"].out_features for name, module in layers.items()}
     assert {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()} == expected
     assert all(p.requires_grad for name, p in seen["model"].named_parameters() if "lora_" in name)
-
-
-def test_a_name_that_ends_another_is_told_apart():
-    model = nn.ModuleDict(
-        {"h": nn.ModuleList([nn.Linear(8, 8)]), "tower": nn.ModuleDict({"h": nn.ModuleList([nn.Linear(8, 8)])})}
-    )
-    targets = {name: Target(name, "Linear", 8, 8) for name in ("h.0", "tower.h.0")}
-    names = {}
-    exec(snippet(RankAllocation({"h.0": 2, "tower.h.0": 0}, 4, targets), "peft"), names)
-    assert isinstance(names["config"], LoraConfig)
-    adapted = get_peft_model(model, names["config"])
-    with_adapter = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
-    assert with_adapter == ["base_model.model.h.0"]
 
 
 def test_csv_and_json_hold_every_layer():

@@ -104,19 +104,6 @@ def test_embeddings_that_were_tied_are_no_longer_whatever_the_checkpoint_holds(k
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_after_new_tokens_a_merge_wants_a_base_that_has_them(base, tmp_path):
-    model = load(base)
-    model.resize_token_embeddings(70)
-    model.save_pretrained(tmp_path / "resized")
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
-    randomise(adapted)
-    adapted.save_pretrained(tmp_path / "trained")
-    message = r"is for 70 tokens, and the vocabulary of the base has 64\. Call resize_token_embeddings"
-    refused(message, tmp_path / "trained", tmp_path / "merged", merge_into=str(base))
-    export_adapter(tmp_path / "trained", tmp_path / "merged", merge_into=str(tmp_path / "resized"))
-    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(adapted.eval()), atol=1e-5, rtol=1e-5)
-
-
 def test_scalings_that_differ_are_not_rounded_before_the_merge(base, tmp_path):
     """The adapter is bfloat16, the model float32."""
     trained = train(base, tmp_path / "trained", **ADAPTERS["alphas"])
@@ -238,23 +225,6 @@ def test_nothing_half_written_is_left(what, options, base, tmp_path, monkeypatch
 
 def interrupted(*arguments, **options):
     raise KeyboardInterrupt
-
-
-def test_a_checkpoint_that_is_not_whole_is_refused(base, tmp_path):
-    trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "merged"
-    index = base / "model.safetensors.index.json"
-    for files, message in (
-        ({"a": "model-1.safetensors"}, "has no model-1.safetensors. Only whole safetensors checkpoints"),
-        ({"a": "../trained/adapter_model.safetensors"}, "index.json names no files of this directory"),
-        (None, "index.json names no files of this directory"),
-    ):
-        index.write_text(json.dumps({"weight_map": files}))
-        refused(message, trained, output, merge_into=str(base))
-    index.unlink()
-    (base / "model.safetensors").write_bytes(b"\x00" * 9)
-    refused("model.safetensors is damaged", trained, output, merge_into=str(base))
-    (base / "model.safetensors").unlink()
-    refused("has no model.safetensors", trained, output, merge_into=str(base))
 
 
 def test_only_what_an_export_wrote_is_replaced(base, tmp_path):

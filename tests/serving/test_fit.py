@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import lora_init
 from lora_init import LoraInitError, check_fit, export_adapter
-from lora_init.loading import models
-from lora_init.serving import server
 from tests.commands import assert_one_line_error, run
 from tests.conftest import batches_for, tiny_bert, tiny_gpt2, tiny_llama
 from tests.layers.made import mixtral, qwen3_moe
@@ -232,16 +230,6 @@ def test_the_base_that_an_adapter_was_made_for_is_told_from_others(bases, ours, 
     assert lines == [] if expected is None else len(lines) == 1 and expected in lines[0]
 
 
-def test_another_revision_in_the_cache_is_found(bases, tmp_path):
-    a, b = "a" * 40, "b" * 40
-    for commit in (a, b):
-        shutil.copytree(bases / "llama", tmp_path / "snapshots" / commit)
-    directory = adapter(bases, "llama", tmp_path / "a", **QV, revision=a)
-    assert not check_fit(directory, str(tmp_path / "snapshots" / a)).misfits
-    (line,) = check_fit(directory, str(tmp_path / "snapshots" / b)).lines
-    assert f"names revision {a}, and this is {b}" in line
-
-
 def test_no_code_that_comes_with_a_base_is_run(bases, tmp_path):
     directory = adapter(bases, "llama", tmp_path / "a", **QV)
     shutil.copytree(bases / "llama", tmp_path / "custom")
@@ -277,15 +265,6 @@ def test_a_renamed_adapter_does_what_it_did_before(bases, tmp_path, case):
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(logits(model(), tmp_path / "b"), expected, atol=1e-9, rtol=0)
     assert not check_fit(tmp_path / "b").misfits
-
-
-def test_nothing_is_renamed_where_names_fit_or_no_name_does(bases, tmp_path):
-    directory = adapter(bases, "llama", tmp_path / "a", **QV)
-    with pytest.raises(LoraInitError, match=r"has the names of LlamaForCausalLM\. Leave rename out"):
-        export_adapter(directory, tmp_path / "b", rename=True)
-    change(directory, named("q_proj", "q_prj"))
-    with pytest.raises(LoraInitError, match=r"has no layer of this name\. Nearest: model\.layers"):
-        export_adapter(directory, tmp_path / "b", rename=True)
 
 
 def whole(directory):
@@ -355,33 +334,3 @@ def test_inspect_says_what_fits_by_its_exit_status(bases, tmp_path):
     assert json.loads(run("inspect", directory, "--base", bases / "llama", "--json").stdout)["fit"]["fits"] is False
     assert run("export", directory, "-o", tmp_path / "b", "--rename").exit_code == 0
     assert run("inspect", tmp_path / "b", "--engine", "vllm").exit_code == 0
-
-
-class Silent:
-    """A server that has every adapter, and is not asked."""
-
-    models = ()
-
-    def __init__(self, *arguments):
-        pass
-
-    def find(self, name, model, base):
-        return name, None
-
-
-@pytest.mark.parametrize("command", ["dial", "verify", "export"])
-def test_commands_refuse_a_misfit_before_a_model_is_loaded(bases, tmp_path, monkeypatch, command):
-    directory = adapter(bases, "llama", tmp_path / "a", **QV)
-    change(directory, target_modules=["q_proj", "v_proj", "k_proj"])
-    (tmp_path / "data.txt").write_text("the cat\n" * 20)
-    monkeypatch.setattr(server, "Server", Silent)
-    monkeypatch.setattr(models, "load_model", None)
-    monkeypatch.setattr(models.ModelSource, "load", None)
-    more = {
-        "dial": [tmp_path / "data.txt", "-o", tmp_path / "b"],
-        "verify": ["--url", "http://127.0.0.1:1"],
-        "export": ["-o", tmp_path / "b"],
-    }
-    result = run(command, directory, *more[command])
-    code = 2 if command == "verify" else 1  # which has 1 for another thing that is served
-    assert_one_line_error(result, "k_proj.lora_A.weight: is not in adapter_model", code=code)

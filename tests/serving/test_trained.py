@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_init import LoraInitError, build_adapter, collect, correct_base, export_adapter
@@ -24,15 +24,6 @@ def test_a_started_adapter_with_zero_ranks_keeps_its_outputs(base, tmp_path):
     exported = export_adapter(tmp_path / "trained", tmp_path / "served", base=str(base))
     assert set(exported.added) == {name for name, rank in ranks.items() if not rank}
     torch.testing.assert_close(logits(load(base), tmp_path / "served"), logits(model.eval()), atol=1e-5, rtol=1e-5)
-
-
-def test_an_adapter_that_was_never_trained_is_said_to_be(base, tmp_path):
-    start = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    start.save_pretrained(tmp_path / "start")
-    (note,) = export_adapter(tmp_path / "start", tmp_path / "served").notes
-    assert note == "B is zero in every layer: the adapter was never trained, and changes nothing."
-    trained = train(base, tmp_path / "trained", target_modules=["q_proj"])
-    assert export_adapter(trained, tmp_path / "again").notes == ()
 
 
 def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
@@ -78,26 +69,6 @@ def test_a_start_of_which_nothing_is_left_is_not_taken_off_again(base, tmp_path)
         model.save_pretrained(trained, **converted)
         with pytest.raises(LoraInitError, match="fits the plain base already, since its start left that alone or PEFT"):
             export_adapter(trained, tmp_path / "served", start=start, base=str(base))
-
-
-def test_rows_set_before_training_are_kept_or_refused(base, tmp_path):
-    """PEFT stores the weight of an embedding or head with its adapter, and reads it back on another base."""
-    for layer in ("embed_tokens", "lm_head"):
-        model, trained = load(base), tmp_path / layer
-        model.get_parameter("model.embed_tokens.weight" if layer == "embed_tokens" else "lm_head.weight").data[5:9] += (
-            0.5
-        )
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", layer]))
-        randomise(adapted)
-        adapted.save_pretrained(trained)
-        export_adapter(trained, tmp_path / f"{layer} served")
-        expected = logits(adapted.eval())
-        torch.testing.assert_close(logits(load(base), tmp_path / f"{layer} served"), expected, atol=1e-5, rtol=1e-5)
-        for options in (dict(engine="vllm"), dict(merge_into=str(base))):
-            with pytest.raises(LoraInitError, match=rf"{layer}.base_layer.weight|adapter of the embedding"):
-                export_adapter(trained, tmp_path / "other", **options)
-    (base / "model.safetensors").unlink()  # nothing to compare with: the copy counts as the base's own
-    assert export_adapter(trained, tmp_path / "other", engine="vllm").rank == 8
 
 
 def break_pair(directory):

@@ -1,7 +1,5 @@
 """The decompositions: against numpy and scikit-learn, by their laws, and on planted spectra."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -273,20 +271,6 @@ def test_extremes(what, center):
     seen = slice(1, int((best > 1e-12 * best[0]).sum()))
     assert real[seen].sum() >= 0.98 * best[seen].sum()
     assert said[seen].sum() >= 0.98 * best[seen].sum()
-
-
-def test_what_was_copied_goes_on_with_the_same_bits():
-    svd = fit(IncrementalSVD, decaying_rows(600, 40, mean=1.0), 60, 4)
-    other = copy.deepcopy(svd)
-    assert (other.n_samples, other.captured) == (svd.n_samples, svd.captured)
-    for part in torch.split(decaying_rows(300, 40, seed=1), 60):
-        for one in (svd, other):
-            one.partial_fit(part)
-        assert torch.equal(one.held_out.captured, svd.held_out.captured)
-    a, b = svd.spectrum(), other.spectrum()
-    assert torch.equal(a.components, b.components)
-    assert torch.equal(a.explained_variance, b.explained_variance)
-    assert a.total_variance == b.total_variance
 
 
 def test_held_out_is_measured_before_the_batch_is_used():

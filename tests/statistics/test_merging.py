@@ -14,7 +14,6 @@ from lora_init import (
     Statistics,
     allocate_ranks,
     build_adapter,
-    principal_angles,
 )
 from lora_init.statistics.merging import mix
 from tests.collection.made import counts_of, exact
@@ -119,16 +118,6 @@ def test_what_is_said_of_two_different_sets_is_what_is_captured(exact, power, wi
     assert least < float(merged.explained_variance.sum()) / real < 1.004
 
 
-def test_two_halves_of_one_data_set_point_where_the_whole_does():
-    rows = sets_of_rows((2000,))[0]
-    merged = mix([spectrum_of(rows[::2]), spectrum_of(rows[1::2])], K)
-    whole = spectrum_of(rows)
-    assert torch.allclose(merged.mean, whole.mean, atol=1e-6)
-    # Where the gap is wide the spaces agree; the last of the eight may turn towards the ninth, which was cut.
-    assert principal_angles(merged.components[:3], whole.components[:3]).max() < 0.05
-    assert float(merged.explained_variance.sum()) > 0.98 * float(whole.explained_variance.sum())
-
-
 def test_it_agrees_with_the_merge_of_running_decompositions():
     sets = sets_of_rows()
     running = [IncrementalSVD(K).partial_fit(one) for one in sets]
@@ -138,14 +127,6 @@ def test_it_agrees_with_the_merge_of_running_decompositions():
     assert merged.total_variance == pytest.approx(reference.total_variance, rel=1e-6)
     # The running ones keep half as many directions again, so they have a little more to merge.
     assert float(merged.explained_variance.sum()) == pytest.approx(float(reference.explained_variance.sum()), rel=0.02)
-
-
-def test_the_same_rows_twice_have_the_same_spectrum():
-    one = spectrum_of(sets_of_rows()[0])
-    twice = mix([one, one], K)
-    assert principal_angles(one.components, twice.components).max() < 1e-5
-    # Divided by 2 n - 1 in place of 2 (n - 1).
-    assert torch.allclose(twice.explained_variance, one.explained_variance * 598 / 599, rtol=1e-6)
 
 
 def test_a_large_mean_costs_no_variance():
@@ -219,28 +200,6 @@ def test_the_result_is_a_file_like_any_other(shards, tmp_path):
     assert torch.equal(build_adapter(back, ranks).apply(model)(torch.arange(3, 9)[None]).logits, before)
 
 
-def test_where_it_comes_from(shards):
-    a, b, _ = shards
-    made = a.merge(b).provenance
-    assert (made.n_batches, made.n_samples) == (7, a.provenance.n_samples + b.provenance.n_samples)
-    assert made.data == "d; e" and made.stop_reason == "exhausted"
-    assert made.versions == a.provenance.versions and made.fingerprint == a.provenance.fingerprint
-    for part, seconds in made.seconds.items():
-        assert seconds == pytest.approx(a.provenance.seconds[part] + b.provenance.seconds[part], abs=2e-3)
-    assert made.notes[:2] == [
-        f"part 1 of 2: {a.provenance.n_samples} rows in 5 batches, stopped: exhausted, seed 0, d.",
-        f"part 2 of 2: {b.provenance.n_samples} rows in 2 batches, stopped: exhausted, seed 0, e.",
-    ]
-    # Said of both, so said once.
-    assert [note.partition(":")[0] for note in made.notes[2:]] == ["model.embed_tokens"]
-    weighted = a.merge(b, weights=[0.75, 0.25]).provenance
-    assert weighted.notes[0].startswith("part 1 of 2 with weight 0.75: ")
-    assert a.provenance.n_batches == 5 and not a.provenance.notes[0].startswith("part")
-
-    stopped = passed(batches=batches_for("llama", seed=3), max_batches=2)
-    assert a.merge(stopped).provenance.stop_reason == "exhausted, max_batches"
-
-
 class Towers(nn.Module):
     """Two towers, of which a batch may reach one only."""
 
@@ -272,24 +231,6 @@ def test_layers_that_ran_in_one_part_only_come_from_it():
     assert list(b.merge(a)) == ["left", "both", "right"]
 
 
-def test_a_part_of_few_rows_takes_no_components_away(shards):
-    few = passed(batches=[{"input_ids": torch.tensor([[5, 9, 11]]), "labels": torch.tensor([[5, 9, 11]])}])
-    assert len(few.explained_variance(DOWN)) == 2
-    merged = shards[0].merge(few)
-    assert len(merged.explained_variance(DOWN)) == 8
-    assert f"part 2, {DOWN}: 3 rows span only 2 of 8 components." in merged.provenance.notes
-    other = passed(batches=[{"input_ids": torch.tensor([[7, 8, 60]]), "labels": torch.tensor([[7, 8, 60]])}])
-    assert len(few.merge(other).explained_variance(DOWN)) == 5  # six rows, less the mean
-
-
-def test_as_many_components_are_kept_as_all_parts_have(shards):
-    narrow = passed(batches=batches_for("llama", seed=5), rank=3, rho=1.0)
-    for merged in (shards[0].merge(narrow), narrow.merge(shards[0])):
-        assert len(merged.explained_variance(DOWN)) == 3 and merged.provenance.rank == 3
-        assert any("components of a layer; 3 are kept" in note for note in merged.provenance.notes)
-    assert not any("are kept" in note for note in shards[0].merge(shards[1]).provenance.notes)
-
-
 # Experts and convolutions
 
 
@@ -312,30 +253,6 @@ def test_experts_count_by_what_the_router_sends_them():
             assert torch.allclose(merged.groups[group].mean.double(), mean, atol=1e-6)
         assert len(merged.of_experts(name)) == n_experts
     build_adapter(merged, allocate_ranks(merged, rank=2)).apply(model)
-
-
-def test_experts_that_saw_enough_together_need_no_fallback():
-    model = mixtral()
-    targets = dict(targets=["q_proj"], target_parameters=BOTH, rank=2)
-    few = [passed(model, batches_for("llama", 1, 1, 12, seed=i), **targets) for i in range(6)]
-    notes = [note for one in few for note in one.provenance.notes if "experts read fewer" in note]
-    assert notes
-    merged = few[0].merge(*few[1:])
-    assert not any(merged.experts_with_few_rows(name) for name in merged)
-    assert not any("experts read fewer" in note for note in merged.provenance.notes)
-    two = few[0].merge(few[1])
-    said = [note for note in two.provenance.notes if "experts read fewer" in note]
-    assert len(said) == sum(bool(two.experts_with_few_rows(name)) for name in two) > 0
-
-
-def test_uncentred_statistics_add_second_moments():
-    rows = [torch.randn(50, 4) + 3.0, torch.randn(30, 4) - 1.0]
-    model = nn.Sequential(nn.Linear(4, 4))
-    a, b = (passed(model, [one], ["0"], rank=4, rho=1.0, center=False) for one in rows)
-    merged = a.merge(b)["0"]
-    exact = ExactPCA(center=False).partial_fit(torch.cat(rows)).spectrum()
-    assert merged.mean.abs().max() == 0
-    assert torch.allclose(merged.explained_variance, exact.explained_variance, rtol=1e-4)
 
 
 # Gradients
@@ -477,12 +394,3 @@ def test_the_same_statistics_twice(shards):
         a.merge(b, a)
     with pytest.raises(LoraInitError, match="hold the same statistics"):
         a.merge(passed(batches=batches_for("llama", n_batches=5)), weights=[0.5, 0.5])
-
-
-@pytest.mark.parametrize("center", [True, False])
-def test_single_rows_are_not_taken_for_the_same(center):
-    model = nn.Sequential(nn.Linear(4, 4))
-    a, b = (passed(model, [torch.randn(1, 4)], ["0"], rank=2, center=center) for _ in range(2))
-    assert a.merge(b)["0"].n_samples == 2 and a.merge(b)["0"].total_variance > 0
-    with pytest.raises(LoraInitError, match="hold the same statistics"):
-        a.merge(a)

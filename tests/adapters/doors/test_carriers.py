@@ -1,7 +1,6 @@
 """Adapters that `add_adapter` of transformers and diffusers has put into a model: filled in place."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,17 +29,6 @@ def test_the_layers_are_filled_and_stay_the_same_objects():
     for name, layer in adapter_layers(model).items():
         assert torch.equal(layer.lora_A["default"].weight, theirs[name].lora_A["default"].weight)
         assert layer.scaling == theirs[name].scaling
-
-
-def test_layers_of_fewer_directions_keep_the_rest_of_their_own_start():
-    model = add_adapter(tiny_llama(), r=8)
-    rows = [{"input_ids": torch.tensor([[5, 6, 7]])}] * 2  # two directions about their mean
-    own = {name: layer.lora_A["default"].weight.clone() for name, layer in adapter_layers(model).items()}
-    with pytest.warns(UserWarning, match="got as many ranks as the data has directions"):
-        lora_init.initialize(model, rows)
-    for name, layer in adapter_layers(model).items():
-        assert torch.equal(layer.lora_A["default"].weight[2:], own[name][2:])
-        assert not torch.equal(layer.lora_A["default"].weight[:2], own[name][:2])
 
 
 def used():
@@ -152,42 +140,3 @@ def test_diffusers_saves_and_loads_what_was_filled(tmp_path):
         lora_init.initialize(unet, batches, forward=denoise)
     with pytest.raises(LoraInitError, match=r"Call its delete_adapters\(\) first, or give correct_base\(\)"):
         lora_init.correct_base(unet, tmp_path)
-
-
-def test_what_the_page_on_diffusion_adds_to_a_training_script():
-    """Its lines find what `train_text_to_image_lora.py` calls by these names."""
-    pytest.importorskip("diffusers")
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from examples.diffusion import SCHEDULER, WIDTH, make_pipeline
-
-    page = (Path(__file__).parents[3] / "docs/kinds-of-models.md").read_text(encoding="utf-8")
-    lines = page.split("```text\n")[1].split("```")[0]
-    text_config = dict(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16)
-    unet = make_pipeline().unet
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    names = dict(
-        torch=torch, lora_init=lora_init, unet=unet, noise_scheduler=SCHEDULER, vae=vae.requires_grad_(False),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=32, max_position_embeddings=8, **text_config)),
-        train_dataloader=torch.utils.data.DataLoader(
-            [{"pixel_values": torch.randn(3, 16, 16), "input_ids": torch.randint(32, (8,))} for _ in range(32)], 4
-        ),
-    )  # fmt: skip
-    exec(lines, names)
-    for layer in adapter_layers(unet).values():
-        a = layer.lora_A["default"].weight
-        gram = a @ a.T
-        assert torch.allclose(gram / gram[0, 0], torch.eye(4), atol=1e-4)  # directions, of one length
-
-    def both(unet, batch):
-        noise = torch.randn(len(batch["input_ids"]), 4, 8, 8)
-        text = names["text_encoder"](batch["input_ids"])[0]
-        return unet(noise, torch.randint(100, (len(noise),)), text).sample, noise
-
-    adapted = lora_init.initialize(
-        make_pipeline().unet, names["train_dataloader"], forward=both, method="natural-gradient", rank=2,
-        target_modules="cross-attention", loss=lambda output, batch: torch.nn.functional.mse_loss(*output),
-    )  # fmt: skip
-    assert adapter_layers(adapted)

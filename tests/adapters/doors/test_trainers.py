@@ -256,14 +256,6 @@ def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer)
     trainer.train()
 
 
-def test_a_measured_rate_is_that_of_the_trainers_own_steps(tmp_path, tokenizer):
-    trainer = sft(tmp_path, tokenizer)
-    adapted = lora_init.initialize(trainer, rank=4, learning_rate="measured")
-    batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in trainer.get_train_dataloader()]
-    again = lora_init.learning_rate(adapted, batches, steps=TrainerDoor(trainer).steps).rate
-    assert trainer.args.learning_rate == pytest.approx(again, rel=0.3) and again != 1e-2
-
-
 def trained(trainer):
     trainer.train()
     return trainer
@@ -355,15 +347,6 @@ def test_a_failure_leaves_the_trainer_as_it_was(batch, message, tmp_path, tokeni
     assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
 
 
-def test_a_stream_is_read_as_far_as_asked(tmp_path, tokenizer):
-    args = settings(trl.SFTConfig, tmp_path, bf16=False, max_length=32)
-    stream = chats().to_iterable_dataset()
-    trainer = trl.SFTTrainer(tiny_llama(), args, train_dataset=stream, processing_class=tokenizer)
-    lora_init.initialize(trainer, rank=2, max_batches=4)
-    trainer.train()
-    assert trainer.state.global_step == 3
-
-
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
     generator = torch.Generator().manual_seed(0)
@@ -430,12 +413,3 @@ def test_a_classifier_of_images_keeps_its_head_and_takes_the_start_for_classes(i
         again = PeftModel.from_pretrained(base, str(tmp_path / "saved"))
         pixels = collate(rows)["pixel_values"]
         assert torch.equal(again.eval()(pixels).logits, adapted.eval()(pixels).logits)
-
-
-def test_a_batch_without_what_the_model_needs_is_one_line(tmp_path):
-    rows = [{"image": torch.zeros(1, 16, 16), "label": 0}] * 8
-    args = settings(TrainingArguments, tmp_path, remove_unused_columns=False)
-    with pytest.raises(
-        LoraInitError, match=r"a batch of Trainer has labels, image, and ViTForImage.* needs pixel_values"
-    ):
-        lora_init.initialize(Trainer(tiny_vit(), args, train_dataset=rows), rank=2)
