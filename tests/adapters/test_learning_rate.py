@@ -73,18 +73,6 @@ def test_a_batch_that_failed_leaves_no_trace_in_the_sizes():
     assert collect(tiny(), bad, rank=2, skip_bad_batches=1).sizes == collect(tiny(), batches(), rank=2).sizes
 
 
-def test_sizes_merge_as_if_all_rows_had_come_in_one_pass(tmp_path):
-    model, data = tiny(), batches(5)
-    one, two = collect(model, data[:1], rank=2), collect(model, data[1:], rank=2)
-    merged, whole = one.merge(two), collect(model, data, rank=2)
-    for name, pair in whole.sizes.items():
-        assert merged.sizes[name] == pytest.approx(pair, rel=1e-9)
-    assert lora_init.Statistics.load(merged.save(tmp_path / "s.safetensors")).sizes == merged.sizes
-    half = one.merge(two, weights=[0.5, 0.5]).sizes["0"]
-    assert half.input == pytest.approx((one.sizes["0"].input + two.sizes["0"].input) / 2, rel=1e-9)
-    assert one.merge(replace(two, sizes={})).sizes == {}
-
-
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
 def test_the_rate_solves_the_rule(scaling):
     responses = {str(i): Response(scaling * (i + 1), scaling * 40.0 * i) for i in range(3)}

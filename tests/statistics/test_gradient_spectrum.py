@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lora_init import ExactPCA
 from lora_init.errors import LoraInitError
-from lora_init.statistics.gradient_spectrum import MeanGradient
+from lora_init.statistics.gradient_spectrum import MeanGradient, freeze_gradient
 
 
 def batches(rank=None, d_out=24, d_in=40, n_batches=6, seed=0):
@@ -139,3 +140,22 @@ def test_both_sides_are_near_the_best_and_so_are_the_left_vectors_after_the_firs
     assert float((exact(data) @ right[:8].double().T).square().sum() / best) > 0.99
     # The B of lora-ga.
     assert float((left[8:].double() @ u[:, 8:16]).square().sum() / 8) > 0.8
+
+
+def test_what_is_kept_of_a_layer_is_the_mean_over_labels_with_the_importance_of_the_dense_gradient():
+    data, weight = batches(rank=5), torch.randn(24, 40)
+    weighted = ExactPCA(2).partial_fit(data[0][1]).spectrum()
+    found = freeze_gradient(fitted(data, 8), weighted, n_labels=10).with_importance(weight)
+    gradient = exact(data) / 10
+    torch.testing.assert_close(dense((found.left, found.singular_values, found.right)), gradient, rtol=0.0, atol=1e-4)
+    moment = sum(g.double().square().sum(0) for g, _ in data) / sum(len(g) for g, _ in data)
+    torch.testing.assert_close(found.output_moment, moment, rtol=1e-5, atol=0.0)
+    assert found.importance == pytest.approx(float((weight.double() * gradient).abs().mean()), rel=1e-4)
+
+
+def test_two_sums_agree_by_the_cosine_between_them():
+    data = batches(rank=5)
+    one, other = exact(data[:2]), exact(data[2:])
+    cosine = float((one * other).sum() / (one.norm() * other.norm()))
+    assert fitted(data[:2], 8).agreement(fitted(data[2:], 8), 4) == pytest.approx(cosine, rel=1e-3)
+    assert fitted(data, 8).agreement(fitted([(-g, x) for g, x in data], 8), 4) == 0.0

@@ -163,6 +163,8 @@ def test_two_shards_are_the_whole(shards):
         assert torch.allclose(found.mean, expected.mean, atol=1e-6)
         # Random rows have flat spectra, where the 24 directions that each part has lost hold as much as those it kept.
         assert 0.85 < float(found.explained_variance.sum() / expected.explained_variance.sum()) < 1.0 + 1e-6
+    for name, size in whole.sizes.items():
+        assert merged.sizes[name] == pytest.approx(size, rel=1e-5)
 
 
 def test_weights_are_shares_whatever_the_rows(shards):
@@ -180,6 +182,8 @@ def test_weights_are_shares_whatever_the_rows(shards):
         assert merged[name].total_variance == pytest.approx(total * n / (n - 1), rel=1e-9)
         assert torch.allclose(merged[name].mean.double(), mean, atol=1e-6)
         assert merged[name].n_samples == n
+    for name, size in merged.sizes.items():
+        assert size.input == pytest.approx(0.2 * a.sizes[name].input + 0.8 * b.sizes[name].input, rel=1e-9)
     assert merged.provenance.data == "0.2 x d; 0.8 x e"
     again = merged.merge(passed(batches=batches_for("llama", seed=2)), weights=[0.5, 0.5])
     assert again.provenance.data == "0.5 x (0.2 x d; 0.8 x e); 0.5 x d"
