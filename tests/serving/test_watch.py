@@ -71,7 +71,7 @@ def train(model, steps, each=lambda step: None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fifty_synchronizations_raise_no_alarm(dtype):
+def test_twenty_synchronizations_raise_no_alarm(dtype):
     model = policy()
     engine, said = InProcess(model, DTYPES[dtype]), []
     watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base)
@@ -80,10 +80,10 @@ def test_fifty_synchronizations_raise_no_alarm(dtype):
         engine.synchronize(model)
         said.append(watch.check(model, step))
 
-    train(model, 51, each)
+    train(model, 21, each)
     assert said[0].verdict == "cannot tell" and "changes nothing" in said[0].text  # B is zero
     wrong = [one.text for one in said if one.verdict not in ("served as trained", "cannot tell")]
-    assert not wrong and sum(one.verdict == "served as trained" for one in said) >= 45
+    assert not wrong and sum(one.verdict == "served as trained" for one in said) >= 17
     assert model.training and all(layer.training for layer in model.modules())
 
 
@@ -98,15 +98,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named(fault, dtype):
+def test_a_fault_is_named(fault):
     model, (plant, verdict) = policy(), FAULTS[fault]
-    engine, last = InProcess(model, DTYPES[dtype]), 30
+    engine, last = InProcess(model, torch.bfloat16), 30
     watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask, engine.base)
 
     def each(step):
-        watch.note(model, step)
+        if step >= last - 12:
+            watch.note(model, step)
         if not (isinstance(plant, int) and step > last - plant):
             engine.synchronize(model)
         if step == last - 10 and isinstance(plant, str):
@@ -122,15 +122,15 @@ def test_a_fault_is_named(fault, dtype):
         assert f"it is answered as by step {last - plant}, and step {last} was expected" in found.text
 
 
-@pytest.mark.parametrize("blocks", [(0, 1), (1, 3), (2, 3)])
-def test_without_the_engines_noise_missing_layers_are_not_called_stale(blocks):
+def test_without_the_engines_noise_missing_layers_are_not_called_stale():
     torch.manual_seed(0)
     model = policy()
     engine = InProcess(model, torch.float32)
     watch = ServingWatch(word_tokenizer(), PROMPTS, engine.ask)
 
     def each(step):
-        watch.note(model, step)
+        if step >= 18:
+            watch.note(model, step)
         if step == 20:
             engine.synchronize(model)
 
@@ -138,7 +138,7 @@ def test_without_the_engines_noise_missing_layers_are_not_called_stale(blocks):
     assert watch.check(model, 30).text.startswith("stale: it is answered as by step 20")
     engine.synchronize(model)
     watch.note(model, 31)
-    engine.scale(0.0, blocks)
+    engine.scale(0.0, blocks=(1, 3))
     found = watch.check(model, 31)
     assert found.verdict not in ("stale", "served as trained"), found.text
     assert "fits as well, and base= would tell them apart" in found.text
@@ -187,8 +187,7 @@ DOWN = {  # how an engine fails, and what is warned of
 }
 
 
-@pytest.mark.parametrize("stop", [False, True], ids=["goes on", "stops"])
-@pytest.mark.parametrize("fault", DOWN)
+@pytest.mark.parametrize(("fault", "stop"), zip(DOWN, (False, True, True, False), strict=True))
 def test_an_engine_that_is_down_is_warned_of_once_and_no_training_is_lost(fault, stop, tmp_path):
     engine, ended = Engine(word_tokenizer()), threading.Event()
     engine.answer = lambda *_: (500, {"error": "it broke"})

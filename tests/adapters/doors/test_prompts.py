@@ -37,8 +37,7 @@ def trainer_of(kind, folder, chats=False, peft_config=None, **more):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("chats", [False, True])
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize(("kind", "chats"), [("GRPO", False), ("RLOO", True)])
 def test_the_statistics_are_of_prompts_with_answers_of_the_models_own(kind, chats, tmp_path, monkeypatch):
     seen, inner = [], PromptTrainer.batches
 
@@ -84,9 +83,8 @@ SAMPLING = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
 @pytest.mark.parametrize("asked", SAMPLING)
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-def test_answers_are_sampled_as_the_trainer_samples_them(kind, asked, backend, tmp_path):
-    trainer = trainer_of(kind, tmp_path, peft_config=LoraConfig(**LORA), temperature=2.0, **SAMPLING[asked])
+def test_answers_are_sampled_as_the_trainer_samples_them(asked, backend, tmp_path):
+    trainer = trainer_of("GRPO", tmp_path, peft_config=LoraConfig(**LORA), temperature=2.0, **SAMPLING[asked])
     theirs, model = trainer.generation_config, trainer.model.get_base_model()
     model.generation_config.top_k = 2  # the checkpoint's own, which the trainer does not take
     prompts = [" ".join(WORDS[: 1 + i % 3]) for i in range(8)]

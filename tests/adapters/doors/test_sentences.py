@@ -26,8 +26,7 @@ def statistics_of(trainer, folder, **options):
     return lora_init.Statistics.load(file)
 
 
-@pytest.mark.parametrize("method", ["eva", "natural-gradient"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "method"), zip(LOSSES, ["eva", "natural-gradient"] * 2, strict=True))
 def test_the_trainer_trains_the_adapter_and_the_library_reads_it_again(loss, method, tmp_path):
     trainer = trainer_of(tmp_path, loss)
     model, before = trainer.model, trainer.model.encode(TEXTS)
@@ -92,8 +91,7 @@ def test_training_reads_the_batches_that_the_statistics_are_from(tmp_path, monke
     assert len(trained) == 3 and all(torch.equal(*pair) for pair in zip(seen, trained, strict=False))
 
 
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize("method", ["eva", "natural-gradient"])
+@pytest.mark.parametrize(("label", "method"), [(True, "natural-gradient"), (False, "eva")])
 def test_a_reranker_keeps_its_head(label, method, tmp_path):
     trainer = reranker_trainer(tmp_path, label)
     model = trainer.model
