@@ -20,33 +20,13 @@ def test_dir_shows_public_names_alone_and_importing_them_takes_no_torch():
     assert all(getattr(lora_init, name) for name in lora_init.__all__)
 
 
-def errors_of_mypy(script, text):
-    """Return what mypy says of a caller's file, with the settings and the cache of this repository."""
-    script.write_text(text)
-    command = [sys.executable, "-m", "mypy", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SOURCE.parents[1], check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if f"{script.name}:" in line and ": error: " in line]
-
-
-def test_mypy_sees_every_name_with_its_type_and_a_misspelt_one(tmp_path):
-    errors = errors_of_mypy(
-        tmp_path / "script.py",
-        "import lora_init\n"
-        "plan: int = lora_init.allocate_ranks(lora_init.Statistics.load('s'))\n"
-        "lora_init.build_adaptor\n" + "".join(f"lora_init.{name}\n" for name in lora_init.__all__),
-    )
-    assert len(errors) == 2
-    assert 'expression has type "RankAllocation", variable has type "int"' in errors[0]
-    assert 'Module has no attribute "build_adaptor"' in errors[1]
-
-
-def test_mypy_accepts_every_option_and_refuses_a_misspelt_one_and_a_wrong_type(tmp_path):
+def test_mypy_sees_every_name_and_option_and_refuses_what_is_misspelt_or_of_another_type(tmp_path):
     every = ", ".join(f"{one.name}=some" for one in fields(Options))
-    errors = errors_of_mypy(
-        tmp_path / "caller.py",
+    script = tmp_path / "caller.py"
+    script.write_text(
         "from typing import Any\n"
         "import torch\n"
+        "import lora_init\n"
         "from lora_init import Statistics, build_adapter, collect, initialize\n"
         "def use(model: torch.nn.Module, some: Any, stats: Statistics) -> None:\n"
         f"    initialize(model, some, method='eva', tokenizer=some, config=None, adapter_name='mine', {every})\n"
@@ -57,11 +37,20 @@ def test_mypy_accepts_every_option_and_refuses_a_misspelt_one_and_a_wrong_type(t
         "    initialize(model, [], rnak=8)\n"
         "    initialize(model, [], rank='8')\n"
         "    collect(model, [], rnak=8)\n"
-        "    build_adapter(stats, rnak=8)\n",
+        "    build_adapter(stats, rnak=8)\n"
+        "    plan: int = lora_init.allocate_ranks(stats)\n"
+        "    lora_init.build_adaptor\n" + "".join(f"    lora_init.{name}\n" for name in lora_init.__all__)
     )
-    assert len(errors) == 4, errors
-    for error, what in zip(errors, ("initialize", None, "collect", "build_adapter"), strict=True):
-        assert (f'"rnak" for "{what}"' if what else 'incompatible type "str"; expected "int"') in error
+    command = [sys.executable, "-m", "mypy", str(script)]  # with the settings and the cache of this repository
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SOURCE.parents[1], check=False)
+    errors = [line for line in done.stdout.splitlines() if "caller.py:" in line and ": error: " in line]
+    expected = [
+        '"rnak" for "initialize"', 'incompatible type "str"; expected "int"', '"rnak" for "collect"',
+        '"rnak" for "build_adapter"', 'expression has type "RankAllocation", variable has type "int"',
+        'Module has no attribute "build_adaptor"',
+    ]  # fmt: skip
+    assert len(errors) == len(expected), done.stdout + done.stderr
+    assert all(what in error for what, error in zip(expected, errors, strict=True)), errors
 
 
 def test_what_bitsandbytes_misses_is_no_concern_of_a_user(caplog):

@@ -2,31 +2,17 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import lora_init
 from tests import assets
+from tests.commands import run
 
 TEMPLATE = dict(template="{passage}\nQuestion: {question}?\nAnswer:", completion=" {label}")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, RHO = 8, 2.0
-
-
-@pytest.fixture(scope="module")
-def material():
-    """Return what loads the model, the tokenizer and the data file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder, data = assets.smollm2(), assets.boolq()
-    return (
-        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-        data,
-    )
+RANK, RHO, GATE = 8, 2.0, "model.layers.7.mlp.gate_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -52,61 +38,42 @@ def train_one_step(peft_model, batch):
         return float(before), float(peft_model(**batch).loss)
 
 
-def test_collect_to_trained_adapter_in_python(material, tmp_path):
+@pytest.mark.slow
+def test_python_and_the_command_line_make_the_same_adapter_and_it_learns(tmp_path):
     from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    load_model, tokenizer, data = material
-    batches = lora_init.load_batches(data, tokenizer, samples=12, batch_size=4, max_length=64, **TEMPLATE)
-    model = load_model().eval()
-    plain = logits(model, batches[0])
-
+    folder, data = assets.smollm2(), assets.boolq()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Every token counts, so the command keeps examples whose answer is cut off.
+    batches = lora_init.load_batches(data, tokenizer, samples=8, max_length=64, needs_labels=False, **TEMPLATE)
     stats = lora_init.collect(model, batches, rank=RANK, rho=RHO, data=batches.description)
     assert [name.split(".")[-1] for name in stats][:7] == list(PROJECTIONS)
     assert len(stats) == 30 * 7
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert stats.provenance.n_samples == tokens  # padding is not counted
-    assert stats.provenance.data.startswith("BoolQ/combined.jsonl: 12 of 15942 examples, seed 0, at most 64 tokens")
-    assert all(0.0 < share < 1.0 for share in stats.held_out.values())
-
+    assert stats.provenance.data.startswith("BoolQ/combined.jsonl: 8 of 15942 examples, seed 0, at most 64 tokens")
     ranks = lora_init.allocate_ranks(stats, rank=RANK, rho=RHO)
     assert sum(ranks.values()) == RANK * 210 and max(ranks.values()) <= RHO * RANK
     assert len(set(ranks.values())) > 3  # real layers differ
     init = lora_init.build_adapter(stats, ranks, method="eva")
-    init.save_pretrained(tmp_path / "adapter")
 
-    peft_model = PeftModel.from_pretrained(load_model(), tmp_path / "adapter", is_trainable=True)
-    assert torch.equal(logits(peft_model, batches[0]), plain)  # B is zero: nothing changes before training
-    assert peft_model.get_nb_trainable_parameters()[0] == init.n_parameters()
-    before, after = train_one_step(peft_model, batches[0])
-    assert after < before
-    assert not torch.equal(logits(peft_model, batches[0]), plain)
-
-
-def test_init_on_the_command_line_writes_the_same_adapter(material, tmp_path):
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
-    load_model, tokenizer, data = material
-    command = ["init", str(assets.smollm2()), str(data), "--template", r"{passage}\nQuestion: {question}?\nAnswer:"]
-    command += ["--completion", TEMPLATE["completion"], "--rank", str(RANK), "--rho", str(RHO), "--samples", "8"]
-    command += ["--max-length", "64", "--output", str(tmp_path / "adapter"), "--json"]
-    done = subprocess.run([sys.executable, "-m", "lora_init", *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ["--template", r"{passage}\nQuestion: {question}?\nAnswer:", "--completion", TEMPLATE["completion"]]
+    words += ["--rank", RANK, "--rho", RHO, "--samples", 8, "--max-length", 64, "--method", "eva", "--json"]
+    done = run("init", folder, data, "-o", tmp_path / "adapter", *words)
+    assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert summary["stop_reason"] == "exhausted" and sum(summary["ranks"].values()) == RANK * 210
-
-    # Every token counts, so the command keeps examples whose answer is cut off.
-    batches = lora_init.load_batches(data, tokenizer, samples=8, max_length=64, needs_labels=False, **TEMPLATE)
-    model = load_model().eval()
-    stats = lora_init.collect(model, batches, rank=RANK, rho=RHO)
-    assert dict(lora_init.allocate_ranks(stats, rank=RANK, rho=RHO)) == summary["ranks"]
-    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    name = "model.layers.7.mlp.gate_proj"
-    rows = tensors[f"base_model.model.{name}.lora_A.weight"]
+    assert summary["stop_reason"] == "exhausted" and summary["ranks"] == dict(ranks)
+    rows = load_file(tmp_path / "adapter/adapter_model.safetensors")[f"base_model.model.{GATE}.lora_A.weight"]
     # The first four directions are far apart in variance, so another thread count turns them by rounding only.
-    assert float(lora_init.principal_angles(stats[name].components[:4], rows[:4]).max()) < 1e-3 * math.pi
+    assert float(lora_init.principal_angles(init.weights[GATE].a[:4], rows[:4]).max()) < 1e-3 * math.pi
 
+    labelled = lora_init.load_batches(data, tokenizer, samples=4, max_length=64, **TEMPLATE)[0]
+    plain = logits(model, labelled)
     peft_model = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
-    labelled = lora_init.load_batches(data, tokenizer, samples=4, max_length=64, **TEMPLATE)
-    before, after = train_one_step(peft_model, labelled[0])
-    assert after < before
+    assert torch.equal(logits(peft_model, labelled), plain)  # B is zero: nothing changes before training
+    assert peft_model.get_nb_trainable_parameters()[0] == init.n_parameters()
+    before, after = train_one_step(peft_model, labelled)
+    assert after < before and not torch.equal(logits(peft_model, labelled), plain)
