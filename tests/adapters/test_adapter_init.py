@@ -83,14 +83,6 @@ def test_the_saved_config_is_a_plain_lora_config(tmp_path):
     }  # fmt: skip
 
 
-def test_saving_again_gives_the_same_bytes(tmp_path):
-    stats = made_up_statistics(tiny_llama())
-    for name in "ab":
-        build_adapter(stats, uneven(stats), method="random").save_pretrained(tmp_path / name / "out")
-    for file in listing(tmp_path / "a" / "out"):
-        assert (tmp_path / "a" / "out" / file).read_bytes() == (tmp_path / "b" / "out" / file).read_bytes()
-
-
 @pytest.mark.parametrize(
     ("task", "task_type"),
     [
@@ -116,29 +108,6 @@ def test_heads_that_peft_trains_whole_are_in_the_file(task, task_type, after_app
     loaded = peft.get_peft_model_state_dict(load(tiny_bert(task), tmp_path / "adapter"))
     assert loaded.keys() == expected.keys() and len(loaded) > 2 * len(init.ranks)
     assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("with_model", [False, True])
-def test_dora_magnitudes_after_loading(name, with_model, tmp_path):
-    model = MODELS[name]()
-    stats = made_up_statistics(model)
-    init = build_adapter(stats, uneven(stats), use_dora=True)
-    init.save_pretrained(tmp_path / "adapter", model=model if with_model else None)
-    torch.manual_seed(0)
-    applied = init.apply(MODELS[name]())
-    torch.manual_seed(0)
-    base = MODELS[name]()
-    if with_model:
-        torch.manual_seed(0)
-        init.save_pretrained(tmp_path / "adapter", overwrite=True, model=MODELS[name]())
-        loaded = load(base, tmp_path / "adapter")
-    else:
-        with pytest.warns(UserWarning, match="missing adapter keys.*lora_magnitude_vector"):
-            loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
-    state, expected = (peft.get_peft_model_state_dict(m) for m in (loaded, applied))
-    assert state.keys() == expected.keys() and any("magnitude" in key for key in state)
-    assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
 def test_an_existing_directory_is_not_replaced_without_being_asked(tmp_path):
@@ -289,22 +258,6 @@ def test_modules_to_save_are_trained_whole_and_saved(tied, names, tmp_path):
     ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "by_peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_tied_layers_as_targets(tmp_path):
-    """The output embedding shares its weight with the input embedding, and has an adapter of its own."""
-    model = tiny_llama(tie_word_embeddings=True)
-    before = model(**batches()[0]).logits.detach()
-    stats = collect(model, batches(), ["q_proj", "lm_head"], rank=2)
-    assert stats["lm_head"].n_samples == sum(int(b["attention_mask"].sum()) for b in batches())
-    init = build_adapter(stats, 2)
-    init.save_pretrained(tmp_path / "adapter", model=model)
-    loaded = loaded_without_a_word(model, tmp_path / "adapter")
-    peft_model = init.apply(model)
-    assert torch.equal(peft_model(**batches()[0]).logits, before)
-    assert torch.equal(loaded(**batches()[0]).logits, before)
-    base = peft_model.get_base_model()
-    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight  # still tied
 
 
 def test_layers_without_a_spectrum_are_in_the_file_with_pefts_start(tmp_path):

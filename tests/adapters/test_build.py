@@ -124,27 +124,6 @@ def test_what_can_be_known_before_the_pass_is_refused_before_it(tmp_path):
     check_adapter_options(eva, Shape(), output=tmp_path / "new")
 
 
-def test_what_is_no_plain_model_or_no_statistics_is_one_clear_line(tmp_path):
-    peft_model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
-    init = build_adapter(made_up_statistics(tiny_llama()), 2)
-    batches = batches_for("llama", 1)
-    takers = (
-        lambda model: lora_init.initialize(model, batches),
-        init.apply,
-        lambda model: lora_init.find_step_size(model, lambda gamma: init, lambda model: 1.0),
-        lambda model: lora_init.correct_base(model, tmp_path),
-    )
-    for take in takers:
-        with pytest.raises(LoraInitError, match=r"takes a model in this place and got its name, 'org/name'. Load it"):
-            take("org/name")
-        with pytest.raises(LoraInitError, match=r"PeftModel.* already has an adapter"):
-            take(peft_model)
-        with pytest.raises(LoraInitError, match="takes a model in this place and got list"):
-            take(batches)
-    with pytest.raises(LoraInitError, match=r"takes statistics first and got a LlamaForCausalLM.*Statistics.load"):
-        build_adapter(tiny_llama(), 2)
-
-
 def test_a_frozen_a_leaves_its_parameters_to_b():
     stats = made_up_statistics(tiny_llama(), k=20)
     rank = rank_with_frozen_a(stats.targets.values(), 4)

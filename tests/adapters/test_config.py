@@ -68,20 +68,6 @@ def test_a_config_that_names_no_layers_selects_those_of_the_statistics(stats):
     assert build_adapter(stats, config=config).ranks == build_adapter(stats, 3).ranks
 
 
-@pytest.mark.parametrize("way", ["names", "a block", "PEFT's own"])
-def test_initialize_takes_a_config_for_the_keywords(way):
-    selection, names = SELECTIONS[way]
-    options = dict(rho=1.5, seed=1, method="eva")
-    spelled = dict(rank=3, target_modules=names, task_type="CAUSAL_LM", **SHAPE)
-    given = {} if way == "names" else {**SHAPE, "rank": 3}
-    got = initialize(llama(), batches_for("llama", 4), config=configured(**selection), **options, **given)
-    wanted = initialize(llama(), batches_for("llama", 4), **options, **spelled)
-    assert settings(got.peft_config["default"]) == settings(wanted.peft_config["default"])
-    found = dict(got.named_parameters())
-    assert found.keys() == dict(wanted.named_parameters()).keys()
-    assert all(torch.equal(found[name], parameter) for name, parameter in wanted.named_parameters())
-
-
 REFUSED = [
     (configured(), dict(lora_alpha=16), "^lora_alpha=16: config decides that and says 9"),
     (configured(), dict(use_dora=True), "^use_dora=True: config decides that and says False"),

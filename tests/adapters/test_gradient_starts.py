@@ -1,7 +1,5 @@
 """Starts by the gradient: what they maximise, against autograd; the papers' formulas; what becomes of the model."""
 
-import functools
-
 import pytest
 import torch
 from peft import PeftModel
@@ -241,55 +239,6 @@ def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
     converted = dict(path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     right.save_pretrained(tmp_path / "converted", **converted)
     assert intruder_dimensions(tiny_copy(model), tmp_path / "converted").count == 0
-
-
-def trained_and_its_start(folder, adapter_name="default"):
-    """Train from lora-ga by `initialize`, and save start and result as its warning says."""
-    model, batches = tiny_llama(), labelled("llama")
-    plain = tiny_copy(model)
-    start = "START" if adapter_name == "default" else f"START/{adapter_name}"
-    with pytest.warns(UserWarning, match=f"changed the base weights, .* does not fit .*--start {start}` needs that"):
-        adapted = lora_init.initialize(
-            model, batches, rank=RANK, rho=1.0, method="lora-ga", gamma=2.0, adapter_name=adapter_name
-        )
-    adapted.save_pretrained(folder / "START")
-    torch.manual_seed(1)
-    for parameter in adapted.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter) * parameter.requires_grad
-    adapted.save_pretrained(folder / "trained")
-    plain.save_pretrained(folder / "base")
-    return adapted, plain, batches, folder / start
-
-
-def test_a_start_and_what_was_trained_from_it_belong_together(case, tmp_path):
-    adapted, _, _, start = trained_and_its_start(tmp_path, "foo")
-    build_adapter(case[2], RANK, "lora-ga", gamma=3.0).save_pretrained(tmp_path / "third")
-    export = functools.partial(lora_init.export_adapter, output=tmp_path / "out", base=str(tmp_path / "base"))
-    with pytest.raises(LoraInitError, match=r"start=.*third holds other numbers than those that this adapter began"):
-        export(tmp_path / "trained/foo", start=tmp_path / "third")
-    for path, message in (
-        (tmp_path / "third", "converted/foo was converted from another start than its own"),
-        (start, "converted/foo adds nothing: it was never trained, or converted from a directory with the adapter's"),
-    ):
-        adapted.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(path))
-        with pytest.raises(LoraInitError, match=message):
-            export(tmp_path / "converted/foo")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_tied_output_embedding_does_not_change_the_input_embedding(tmp_path):
-    model, batches = tiny_llama(tie_word_embeddings=True), labelled("llama")
-    output, plain = logits(model, batches), tiny_copy(model)
-    stats = collect(model, batches, ["lm_head", "q_proj"], rank=RANK, gradients=True)
-    init = build_adapter(stats, 2, "lora-ga", gamma=2.0)
-    init.save_pretrained(tmp_path / "start")
-    message = "layer 'lm_head' shares its weight with another module.*correct_base=False"
-    with pytest.raises(LoraInitError, match=message):
-        lora_init.correct_base(plain, tmp_path / "start")
-    with pytest.raises(LoraInitError, match=message):
-        init.apply(model)
-    peft_model = init.apply(model, correct_base=False)
-    assert (logits(peft_model, batches) - output).abs().max() < 1e-4 * output.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -120,17 +120,6 @@ def test_a_new_head_is_saved_with_the_adapter(name, tmp_path):
 ROWS = [{"text": " ".join("abcdefghij"[(i * k) % 10] for k in range(1, 7)), "kind": f"kind {i % 3}"} for i in range(96)]
 
 
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "T5ForSequenceClassification"])
-def test_batches_of_classes_say_what_they_are_for(name, tmp_path):
-    """The start is the one for classes, and the head is kept."""
-    model = with_new_head(name, tmp_path)
-    batches = load_batches(ROWS, bert_tokenizer(), template="{text}", label="kind")
-    adapted = initialize(model, batches, rank=1, rho=1)
-    assert adapted.peft_config["default"].task_type == "SEQ_CLS"
-    assert adapted.peft_config["default"].lora_alpha == 2
-    assert_kept(adapted, tmp_path, batch_for(name))
-
-
 def test_classes_of_another_head_are_refused():
     batches = load_batches(ROWS, bert_tokenizer(), template="{text}", label="kind")
     with pytest.raises(LoraInitError, match="the data have 3 classes, the model's head 2"):

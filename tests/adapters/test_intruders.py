@@ -1,18 +1,15 @@
 """Intruder dimensions: against brute force, against PEFT's criterion, and where their number was planted."""
 
-import json
-
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_init.adapters.intruders import intruder_dimensions, left_singular_vectors
 from lora_init.adapters.peft_model import adapter_layers
-from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
 from lora_init.errors import LoraInitError
 from lora_init.layers.targets import find_targets
-from tests.commands import run, save_model
+from tests.commands import save_model
 from tests.comparison.made import assert_same, snapshot
 from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
 from tests.versions import needs_intruders
@@ -112,16 +109,6 @@ def test_a_planted_number(n):
     assert all(similarity > 0.99 for similarity in similarities[n:])
 
 
-def test_a_start_that_changed_the_weights_is_compared_with_the_plain_ones():
-    model = tiny_llama()
-    base = left_singular_vectors(model, find_targets(model).layers)
-    prepared = prepare(Variant("pissa"), Basis(model, AdapterShape(rank=4, lora_alpha=8, task_type="CAUSAL_LM"), 0))
-    compared = intruder_dimensions(prepared.peft_model, base=base)
-    assert min(min(layer.similarities) for layer in compared.layers.values()) > 0.999
-    uncompared = intruder_dimensions(prepared.peft_model)  # next to what PiSSA left of them
-    assert min(min(layer.similarities) for layer in uncompared.layers.values()) < 0.99
-
-
 @pytest.mark.parametrize("start", [True, "pissa", "olora"])
 def test_an_adapter_directory(start, tmp_path):
     model = tiny_llama()
@@ -190,21 +177,3 @@ def home(tmp_path_factory):
         targets = NAMES if name == "llama" else ["query", "dense"]
         with_adapter(model, targets, task_type=task).save_pretrained(home / f"{name}_adapter")
     return home
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_inspect_on_the_command_line(home, name):
-    model = {"llama": tiny_llama, "bert": tiny_bert}[name]().from_pretrained(home / name)
-    expected = intruder_dimensions(PeftModel.from_pretrained(model, str(home / f"{name}_adapter")))
-    result = run("inspect", home / f"{name}_adapter", "--intruders", "--json")
-    assert result.exit_code == 0, result.stderr
-    about = json.loads(result.stdout)["intruders"]
-    assert (about["count"], about["of"], about["k"]) == (expected.count, expected.of, 10)
-    assert about["energy_share"] == pytest.approx(expected.energy_share, abs=1e-6)
-    assert {n: layer["count"] for n, layer in about["layers"].items()} == {
-        n: layer.count for n, layer in expected.layers.items()
-    }
-    shown = run("inspect", home / f"{name}_adapter", "--intruders", "--base", home / name).stdout
-    for part in (f"{expected.count} of {expected.of}", f"{expected.energy_share:.1%}"):
-        assert part in shown
-    assert "intruders" not in json.loads(run("inspect", home / f"{name}_adapter", "--json").stdout)

@@ -1,6 +1,5 @@
 """The drop-ins: where PEFT's EVA is right they agree with it, and where it is wrong they don't. Both is shown."""
 
-import copy
 import inspect
 import itertools
 import re
@@ -8,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import eva as theirs
 from torch import nn
@@ -124,15 +123,6 @@ def test_they_leave_the_same_model(adjust):
     for pattern in ("rank_pattern", "alpha_pattern"):
         assert from_patterns(getattr(mine, pattern), names, None) == from_patterns(getattr(other, pattern), names, None)
     assert 0 < len(mine.rank_pattern) < len(other.rank_pattern)
-
-
-def test_layers_without_directions_are_initialised_by_peft_and_named():
-    model = wrap(tiny_llama(), config(target_modules=["q_proj", "embed_tokens"]))
-    with pytest.warns(UserWarning, match=r"not found in the eva state_dict: \['model.embed_tokens'\]") as caught:
-        quietly(ours.initialize_lora_eva_weights, model, batches_for("llama", 4))
-    assert caught[0].filename == __file__
-    layers = layers_of(model)
-    assert layers["model.embed_tokens"].lora_embedding_B["default"].abs().sum() > 0
 
 
 # The settings do what they say ---------------------------------------------------------------------------------------
@@ -288,19 +278,6 @@ def test_adapters_of_a_half_precision_model_stay_float32():
         quietly(module.initialize_lora_eva_weights, model, batches_for("llama", 6, batch_size=8))
         kinds.append({p.dtype for n, p in model.named_parameters() if "lora_" in n})
     assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}]
-
-
-def test_a_failure_of_peft_leaves_the_adapter(monkeypatch):
-    model = wrap(structured_llama(), config())
-    before, settings = dict(model.named_modules()), copy.deepcopy(model.peft_config)
-
-    def fail(*arguments, **options):
-        raise RuntimeError
-
-    monkeypatch.setattr(PeftModel, "add_adapter", fail)
-    with pytest.raises(RuntimeError):
-        ours.initialize_lora_eva_weights(model, batches_for("llama"), show_progress_bar=False)
-    assert dict(model.named_modules()) == before and model.peft_config == settings
 
 
 def eva_of_a_share(rank, size, folder):

@@ -61,30 +61,6 @@ def test_the_scaling_is_the_same_in_every_layer(alpha, base, use_rslora):
         assert math.isclose(layer.scaling["default"], expected, rel_tol=1e-15)  # at most the last bit of a float
 
 
-def test_conv1d_and_linear_in_one_model(recwarn):
-    model, batch = tiny_gpt2(), batches_for("gpt2", 1)[0]
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied, or merging would change both
-    stats = made_up_statistics(model, ["c_attn", "lm_head"])
-    before = logits(model, batch)
-    peft_model = build_adapter(stats, 4).apply(model)
-    assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
-    for layer in lora_layers(peft_model).values():
-        nn.init.normal_(layer.lora_B["default"].weight)
-    changed = logits(peft_model, batch)
-    assert not torch.allclose(before, changed)
-    merged = peft_model.merge_and_unload()
-    torch.testing.assert_close(logits(merged, batch), changed, rtol=1e-4, atol=1e-4)  # float32, merged in another order
-
-
-def test_a_model_in_evaluation_mode_stays_there_and_dropout_with_it():
-    model = tiny_llama()
-    stats = made_up_statistics(model)
-    peft_model = build_adapter(stats, 4, lora_dropout=0.5).apply(model)
-    assert not any(module.training for module in peft_model.modules())
-    peft_model.train()
-    assert all(layer.lora_dropout["default"].training for layer in lora_layers(peft_model).values())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_get_float32_adapters_and_the_same_output(dtype):
     model, batch = tiny_llama().to(dtype), batches_for("llama", 1)[0]

@@ -1,18 +1,16 @@
 """Quantized bases: what rounding took is read layer by layer, and given back by the start that is made for it."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from peft import PeftModel
 from peft.utils import integrations
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
-from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, export_adapter, find_targets, mean_loss
+from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, find_targets, mean_loss
 from lora_init.adapters.quantized import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTIZATIONS
 from tests.collection.made import PackedLinear
@@ -148,28 +146,6 @@ def test_the_scaling_is_divided_out(options, directory):
     assert all(after < before for before, after in init.errors.values())
 
 
-def test_losses_and_what_the_directory_says(directory, tmp_path):
-    model, batches = load(directory), labelled_batches()
-    stats = collect(model, batches[4:], rank=8, rho=1)
-    errors = QuantizationErrors(model, stats.targets)
-    before = model(**batches[0]).logits.detach()
-    init = with_losses(
-        model, build_adapter(stats, 8, "qera", errors=errors), errors, loss_or_distance(model, errors, batches[:4])
-    )
-    torch.testing.assert_close(model(**batches[0]).logits, before, rtol=0, atol=0)  # as it was
-    assert init.exact_loss == pytest.approx(mean_loss(plain(), batches[:4]), rel=1e-6)
-    assert init.losses[0] > init.losses[1] and 0 < init.share_closed <= 1.5
-    saved = init.save_pretrained(tmp_path / "adapter")
-    origin = json.loads((saved / "lora_init.json").read_text())
-    assert origin["correction"]["share_closed"] == pytest.approx(init.share_closed)
-    assert origin["provenance"]["quantisation"]["bnb_4bit_quant_type"] == "nf4"
-    assert len(origin["correction"]["errors"]) == len(init.weights)
-    card = (saved / "README.md").read_text()
-    assert "LlamaForCausalLM.from_pretrained" in card and "'load_in_4bit': True" in card
-    loaded = PeftModel.from_pretrained(load(directory), saved)
-    assert mean_loss(loaded, batches[:4]) == pytest.approx(init.losses[1], rel=1e-4)
-
-
 def test_a_correction_that_does_not_lower_the_loss_is_refused(directory):
     model, batches = load(directory), labelled_batches(8)
     for batch in batches:  # labels that the plain model finds unlikely: rounding lowers their loss
@@ -217,41 +193,3 @@ def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     model.save_pretrained(saved)
     with pytest.raises(LoraInitError, match="is quantized"):
         QuantizationErrors(model, find_targets(model).layers, saved)
-
-
-def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
-    model, batches = load(directory), labelled_batches(8)
-    stats = collect(model, batches, rank=4, rho=1, task_type="CAUSAL_LM")
-    errors = dict(QuantizationErrors(model, stats.targets))
-    init = build_adapter(stats, 4, "qera", errors=errors)
-    start, trained = init.save_pretrained(tmp_path / "start", model=model), tmp_path / "trained"
-    adapted = init.apply(model)
-    generator = torch.Generator().manual_seed(0)
-    learned = {}
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:  # training
-            learned[name] = 0.01 * torch.randn(parameter.shape, generator=generator)
-            parameter.data += learned[name]
-    with torch.no_grad():  # before it is saved: on this processor bitsandbytes 0.50.2 damages packed weights then
-        expected = adapted.eval()(**batches[0]).logits
-    adapted.save_pretrained(trained)
-    start_share = export_adapter(start, tmp_path / "start served").error_share
-    served = export_adapter(trained, tmp_path / "served")  # for the same quantized base: as it is
-    on_quantized = PeftModel.from_pretrained(load(directory), served.path)
-    with torch.no_grad():  # with gradients it takes another kernel, of other rounding
-        torch.testing.assert_close(on_quantized(**batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
-    with pytest.raises(LoraInitError, match="float weights, which lack nothing"):
-        export_adapter(trained, tmp_path / "merged", merge_into=str(directory))
-    merged = export_adapter(trained, tmp_path / "merged", merge_into=str(directory), start=start)
-    change = AutoModelForCausalLM.from_pretrained(merged.path).get_submodule(DOWN).weight
-    a = adapted.get_submodule(f"base_model.model.{DOWN}").lora_A["default"].weight
-    wanted = init.scaling * learned[f"base_model.model.{DOWN}.lora_B.default.weight"] @ a
-    torch.testing.assert_close(change, plain().get_submodule(DOWN).weight + wanted, atol=1e-5, rtol=1e-4)
-    assert init.error_size == pytest.approx(float(sum(e.square().sum() for e in errors.values())) ** 0.5, rel=1e-4)
-    size = float(sum((init.scaling * (b @ a)).square().sum() for a, b in init.weights.values())) ** 0.5
-    assert start_share == pytest.approx(init.error_size / size, rel=1e-4)
-    assert merged.error_share > 0 and served.error_share > 0
-    save_quantized = tmp_path / "packed"
-    load(directory).save_pretrained(save_quantized)
-    with pytest.raises(LoraInitError, match="is quantized: its files hold no float weights"):
-        export_adapter(trained, tmp_path / "other", merge_into=str(save_quantized), start=start)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from lora_init.loading.batches import load_batches
@@ -93,30 +92,3 @@ def test_bad_banks_and_adapters_are_one_line(bank, home, adapters, tmp_path):
     assert_one_line_error(add(bank, adapters / "task 0", home), "has an entry 'task-0' already")
     assert_one_line_error(add(bank, home / "model", home, "--name", "x"), "adapter_config.json")
     assert_one_line_error(add(bank, adapters / "task 0", home, "--name", "../x"), "a name has letters")
-
-
-def test_another_base_is_one_line(bank, adapters, home, tmp_path):
-    torch.manual_seed(5)
-    from tests.commands import save_model
-    from tests.conftest import tiny_llama
-
-    save_model(tiny_llama(), tmp_path / "other")
-    done = add(bank, adapters / "task 0", home, "--name", "x", "--model", tmp_path / "other")
-    assert_one_line_error(done, "holds adapters of LlamaForCausalLM", "is another model")
-    save_model(tiny_llama(num_hidden_layers=1), tmp_path / "short")
-    done = add(tmp_path / "new", adapters / "task 0", home, "--name", "x", "--model", tmp_path / "short")
-    assert_one_line_error(done, "layer 'model.layers.1.", "is not in LlamaForCausalLM")
-
-
-def test_a_sentence_encoder(home, adapters, tmp_path):
-    """The bank keeps its name; `init` embeds by it without being told."""
-    from tests.commands import save_model
-    from tests.conftest import tiny_bert
-
-    save_model(tiny_bert(None), tmp_path / "encoder")
-    bank = tmp_path / "bank"
-    for number in range(2):
-        more = ["--encoder", tmp_path / "encoder"] if not number else []
-        assert add(bank, adapters / f"task {number}", home, *more).exit_code == 0
-    assert json.loads(run("bank", "list", bank, "--json").stdout)["encoder"] == str(tmp_path / "encoder")
-    assert start(home, bank, "--gamma", "1").exit_code == 0

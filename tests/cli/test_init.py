@@ -246,23 +246,6 @@ def test_without_data_a_file_that_does_not_serve_is_refused_and_kept(command, tm
     assert file.read_bytes() == before
 
 
-def test_without_data_options_about_data_and_their_pass_are_refused(command, tmp_path):
-    file = tmp_path / "s.safetensors"
-    assert run(*command, "--statistics", file, "-o", tmp_path / "first").exit_code == 0
-    idle = {
-        "--template": "{text}", "--completion": "x", "--label": "text", "--format": "text", "--subset": "a",
-        "--split": "train", "--samples": 256, "--batch-size": 4, "--max-length": 32, "--max-batches": 64,
-        "--token-mask": "attention",
-    }  # fmt: skip
-    words = [word for pair in idle.items() for word in pair]
-    result = run(*without_data(command), "--statistics", file, *words, "--no-center", "--gradients")
-    assert_one_line_error(result, *idle, "--gradients", "--center", f"without DATA nothing is read; {file} is used")
-    alone = run(*without_data(command), "--statistics", file, "--split", "train")
-    assert_one_line_error(alone, "error: --split: without")
-    # The rest still says something: what is drawn at random in the start, for one.
-    assert run(*without_data(command), "--statistics", file, "--seed", 5).exit_code == 0
-
-
 def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_path):
     file = tmp_path / "s.safetensors"
     command += ["--statistics", str(file)]
@@ -286,22 +269,6 @@ def test_the_same_command_uses_the_file_and_another_one_is_refused(command, tmp_
         assert file.read_bytes() == before and not (tmp_path / "other").exists()
     assert run(*command, "--no-center", "--overwrite").exit_code == 0
     assert not lora_init.Statistics.load(file).provenance.center
-
-
-def test_statistics_of_another_model_are_refused(command, home, tmp_path):
-    file = tmp_path / "s.safetensors"
-    assert run(*command, "--statistics", file).exit_code == 0
-    other = tiny_llama()
-    with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight.add_(1.0)
-    save_model(other, tmp_path / "other")
-    arguments = ["-o", tmp_path / "o2", "--statistics", file]
-    before = file.read_bytes()
-    for options in ([], ["--overwrite"]):
-        result = run("init", tmp_path / "other", home / "text.txt", *arguments, *command[5:], *options)
-        assert_one_line_error(result, f"{file} was made from another model", "Name another file.")
-        assert "overwrite" not in result.stderr and file.read_bytes() == before
-    assert_one_line_error(run("init", tmp_path / "other", *arguments, "--rank", 4), "was made from another model")
 
 
 def interrupt_at(batch, monkeypatch):

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from tests.commands import assert_one_line_error, run, save_model, write_data
+from tests.commands import run, save_model, write_data
 from tests.conftest import tiny_llama
 
 
@@ -63,16 +62,3 @@ def test_what_cannot_be_is_refused(command, tmp_path, options, parts):
     refused = run(*command, *options)
     assert refused.exit_code == 1 and not (tmp_path / "out").exists()
     assert all(part in refused.stderr.splitlines()[-1] for part in parts), refused.stderr
-
-
-def test_a_quantized_checkpoint_needs_the_float_model(command, wide, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(
-        wide / "model", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}, device_map="cpu"
-    )
-    save_model(model, tmp_path / "packed")
-    command[1] = tmp_path / "packed"
-    assert_one_line_error(run(*command, "--quantize", "nf4"), "is quantized already")
-    refused = run(*command, "--method", "qera", "--unchecked")
-    assert refused.exit_code == 1 and "holds no float weights" in refused.stderr.replace("hold", "holds")
-    made = run(*command, "--method", "qera", "--unchecked", "--weights", wide / "model")
-    assert made.exit_code == 0, made.output

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
-from tests.collection.made import counts_of, exact, labelled, low_rank_inputs
+from tests.collection.made import counts_of, exact, labelled
 from tests.conftest import MODELS, batches_for, tiny_llama
 
 
@@ -38,21 +38,6 @@ def test_the_numbers_are_those_of_autograd(name):
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
         expected = float((weight.double() * mean).abs().mean())
         assert gradient.importance == pytest.approx(expected, rel=0.2)  # from 16 triplets of up to 32
-
-
-def test_gradients_that_halves_do_not_share_keep_the_pass_going():
-    """The inputs are known after a few batches; the loss of one part of them is noise of each batch."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = low_rank_inputs(20)
-    signal = torch.randn(4, generator=generator)
-    noise = [100 * torch.randn(4, generator=generator) for _ in inputs]
-    settings = dict(rank=3, gradients=True, forward=lambda m, batch: m["layer"](batch[0]),
-                    loss=lambda output, batch: (output @ batch[1]).mean())  # fmt: skip
-    model = nn.ModuleDict({"layer": nn.Linear(24, 4)})
-    steady = collect(model, [(x.abs(), signal) for x in inputs], **settings)
-    noisy = collect(model, [(x.abs(), signal + other) for x, other in zip(inputs, noise, strict=True)], **settings)
-    assert steady.provenance.stop_reason == "converged" and steady.provenance.keeps > 0.95
-    assert noisy.provenance.stop_reason == "exhausted" and noisy.provenance.keeps < 0.5
 
 
 def test_with_a_mask_of_labels_the_mean_gradient_is_of_the_tokens_that_predict_one():
@@ -134,33 +119,6 @@ def test_gradient_checkpointing_gives_the_same_and_runs_layers_again():
     handle.remove()
     assert len(runs) == 2 * len(batches)
     assert not model.training and "forward" not in vars(model.model.layers[0])
-
-
-def test_a_reentrant_checkpoint_in_a_forward_of_ones_own():
-    from torch.utils.checkpoint import checkpoint
-
-    class Stack(nn.Module):
-        def __init__(self, checkpointed):
-            super().__init__()
-            self.embedding, self.first, self.last = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-            self.checkpointed = checkpointed
-
-        def get_input_embeddings(self):
-            return self.embedding
-
-        def forward(self, ids):
-            hidden = self.embedding(ids)
-            inner = lambda x: self.first(x).relu()  # noqa: E731
-            hidden = checkpoint(inner, hidden, use_reentrant=True) if self.checkpointed else inner(hidden)
-            return self.last(hidden)
-
-    found = []
-    for checkpointed in (False, True):
-        torch.manual_seed(0)
-        model = Stack(checkpointed)
-        data = [torch.randint(0, 9, (5, 3)) for _ in range(3)]
-        found.append(collect(model, data, rank=2, gradients=True, loss=lambda output, batch: output.square().mean()))
-    same(*found)
 
 
 def test_a_loss_and_a_forward_of_ones_own():

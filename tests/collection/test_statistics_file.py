@@ -149,20 +149,6 @@ def test_a_file_with_gradients_serves_a_pass_without_if_it_has_the_same_rows(tok
     assert file.read_bytes() == content
 
 
-def test_other_functions_are_refused(tmp_path):
-    def ten_times(output, batch):
-        return 10 * output.loss
-
-    file, settings = tmp_path / "stats", SETTINGS | {"gradients": True}
-    collect(model(), batches_for("llama"), statistics=file, loss=own_loss, **settings)
-    for changes, expected in (
-        ({"loss": ten_times}, r"with loss 'own_loss', and '\S*\.ten_times' is asked for"),
-        ({"loss": own_loss, "forward": Counting()}, "with forward None, and 'Counting'"),
-    ):
-        with pytest.raises(OtherSettingsError, match=expected):
-            collect(model(), batches_for("llama"), statistics=file, **settings, **changes)
-
-
 class Rows(torch.utils.data.Dataset):
     """Batches of which one cannot be read."""
 
@@ -256,23 +242,6 @@ def test_a_place_that_cannot_be_written_is_said_before_the_pass(tmp_path):
         with pytest.raises(LoraInitError, match=expected):
             collect(model(), batches_for("llama"), statistics=file, forward=counting, **SETTINGS)
     assert counting.n == 0 and not list(tmp_path.iterdir())
-
-
-def test_it_is_written_on_the_way_and_whole_at_every_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
-    file, seen = tmp_path / "stats", []
-
-    def stream():
-        for batch in batches_for("llama", n_batches=6):
-            yield batch
-            if file.exists():
-                made = Statistics.load(file)
-                assert all(made[name].n_components for name in made)  # reading checks every digest
-                seen.append((made.provenance.n_batches, made.provenance.complete))
-
-    collect(model(), stream(), statistics=file, **SETTINGS)
-    # Written before a batch, with those that were complete: the one that is read next is not among them.
-    assert seen == [(n, False) for n in range(1, 6)]
 
 
 def test_killed_anywhere_it_goes_on_from_a_whole_file(tmp_path):

@@ -1,9 +1,7 @@
 """compare() end to end on a tiny model: what it makes, that it goes on after a kill, and what it may claim."""
 
 import dataclasses
-import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -131,20 +129,6 @@ def test_the_best_rate_of_two_seeds_goes_to_the_other(home, tmp_path):
 
 
 # Going on
-
-
-def test_the_command_of_the_report_makes_the_adapter(full, tmp_path, monkeypatch):
-    from typer.testing import CliRunner
-
-    from lora_init.cli import app
-
-    command = full[0].summary.command
-    if command is None:
-        command = f"{full[0].settings['init']} --method eva --rho 2 --learning-rate 1e-3 --output adapter"
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app.app, shlex.split(command)[1:])
-    assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "adapter" / "lora_init.json").read_text())["recommended"]["learning_rate"] == 1e-3
 
 
 def test_a_second_call_does_nothing_again_and_can_add(home, tmp_path, monkeypatch):

@@ -192,33 +192,6 @@ def test_a_recommended_start_is_judged_at_its_own_rate_too():
     assert summarise(runs, settings()).as_recommended == []
 
 
-def test_fewer_batches_of_statistics_are_compared_with_most_of_the_same_start():
-    planned = {
-        "eva+4-batches": 0.05,
-        "eva+16-batches": 0.0,
-        "eva+64-batches": 0.0,
-        "pissa": 0.0,
-        "eva-rho1+4-batches": 0.0,
-        "eva+80-alpha+4-batches": 0.0,
-    }
-    found = summarise(planted(planned, spread=0.001), settings())
-    assert [verdict.start for verdict in found.verdicts[:3]] == ["eva+4-batches", "eva+16-batches", "eva+64-batches"]
-    few, enough = found.data_needed
-    assert few.startswith("eva with 4 batches instead of 64: worse; its final loss differs by +")
-    assert enough.startswith("eva with 16 batches instead of 64: no difference shown; its final loss differs by ")
-    assert summarise(planted({"eva": 0.0}), settings()).data_needed == []
-
-
-def test_a_start_that_hardly_learned_from_a_seed_is_named():
-    runs = planted({"eva": 0.0, "pissa": 0.0})
-    (stuck,) = (run for run in runs if (run["start"], run["learning_rate"], run["seed"]) == ("random", 1e-3, 1))
-    halfway = (stuck["plain_loss"] + stuck["report_loss"][-1]) / 2
-    for loss, said in ((halfway + 0.05, True), (halfway - 0.05, False)):
-        stuck["report_loss"][-1] = loss
-        note = "Learned less than half of what the best start with the same seed did: random on 1 of 3 seeds."
-        assert (note in summarise(runs, settings()).notes) == said
-
-
 # Headroom
 
 ENDS = ("random", "full")

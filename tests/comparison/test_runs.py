@@ -1,6 +1,5 @@
 """Which runs there are, what makes them comparable, and their directory: whole files, never mixed, never lost."""
 
-import errno
 import math
 import os
 import subprocess
@@ -255,18 +254,3 @@ def test_a_second_process_waits_for_nothing(tmp_path):
         assert process.wait(timeout=60) == 0
     keep(tmp_path, record())
     assert len(read_runs(tmp_path)) == 1
-
-
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with open_runs(tmp_path, settings()) as log:
-        log.add(record())
-        with monkeypatch.context() as patched:
-            patched.setattr("lora_init.files.os.fsync", full)
-            with pytest.raises(OSError, match="No space left on device"):
-                log.add(record(seed=1))
-        assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".json"]
-        log.add(record(seed=1))
-    assert len(read_runs(tmp_path)) == 2

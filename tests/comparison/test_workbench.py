@@ -1,16 +1,12 @@
 """One run of a comparison: what it reads, trains and leaves; full weights, classifiers, the settings of a machine."""
 
-import json
-
 import pytest
 import torch
 
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import Run
 from lora_init.comparison.starts import Variant
-from tests.commands import save_model
 from tests.comparison.made import compare, set_up_bench, without_clock
-from tests.comparisons import make_home
 
 
 def test_statistics_come_from_training_rows_alone(home, tmp_path, monkeypatch):
@@ -59,29 +55,6 @@ def test_a_classifier(home, tmp_path):
     for seed in (0, 1):
         assert len({record["report_loss"][0] for record in records if record["seed"] == seed}) == 1
     assert len({record["report_loss"][0] for record in records}) == 2
-
-
-def test_a_head_that_the_checkpoint_has_is_kept(tmp_path):
-    from tests.conftest import tiny_bert
-
-    home = make_home(tmp_path)
-    save_model(tiny_bert(), home / "trained")
-    rows = [{"text": f"the cat {'sat ' * i}", "kind": i % 2} for i in range(60)]
-    (home / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    bench = set_up_bench(
-        home,
-        tmp_path,
-        "trained",
-        "two.jsonl",
-        template=None,
-        completion=None,
-        label="kind",
-        selection_samples=2,
-        report_samples=4,
-    )
-    head = bench.loaded.model.classifier.weight.clone()
-    bench.carry_out(Run(Variant("random"), 1, 1e-2))
-    assert torch.equal(bench.loaded.model.classifier.weight, head)
 
 
 def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):

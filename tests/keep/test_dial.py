@@ -281,24 +281,6 @@ def strict(model):
     return model
 
 
-def test_one_adapter_that_is_on_is_dialed_whatever_others_there_are():
-    model, batches = trained_model(dtype=torch.float32)
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj", "q_proj"]))
-    other = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".other." in name}
-    keep = batches_for("llama", n_batches=4, seed=1)
-    found = dial(model, batches, keep)
-    assert {*found.strengths} == {*own_strengths(trained_model()[0])} and found.task["chosen"].loss > 0
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.items())
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(LoraInitError, match="adapters default, other are active"):
-        dial(model, batches, keep)
-    model.set_adapter("default")
-    with model.disable_adapter(), pytest.raises(LoraInitError, match="'default' is disabled"):
-        dial(model, strength=0.5)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
 def test_text_to_keep_is_compared_with_the_task_whatever_its_order():
     model, batches = trained_model(dtype=torch.float32)
     rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(4)]

@@ -24,7 +24,6 @@ from lora_init.layers.masks import TokenMasks
 from tests.collection.made import run
 from tests.conftest import batches_for, tiny_gpt2, tiny_llama
 from tests.layers.made import BOTH, MODELS, gpt_oss, mixtral
-from tests.versions import NO_CONFIG
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -185,37 +184,6 @@ def test_an_expert_without_enough_rows_starts_from_those_of_all():
     stats = collect(model, batches(1), rank=8, target_parameters=BOTH)
     assert 0 < stats.groups[f"{up}.0"].n_samples < 2 * stats[up].n_components
     assert 0 in stats.experts_with_few_rows(up)
-
-
-def test_what_has_no_known_input_is_left_to_peft(tmp_path):
-    class Odd(nn.Module):
-        """A 3-D parameter without transformers' interface."""
-
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 8, 8))
-
-        def forward(self, x):
-            return torch.einsum("bi,eoi->bo", x, self.weight)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config = NO_CONFIG
-            self.linear, self.odd = nn.Linear(8, 8), Odd()
-
-        def forward(self, x):
-            return self.odd(self.linear(x))
-
-    model = Net()
-    stats = collect(model, [torch.randn(9, 8)], ["linear"], rank=2, target_parameters=["odd.weight"])
-    assert stats.unsupported == {"odd.weight": "Parameter"}
-    assert any(note.startswith("odd.weight: a parameter whose input") for note in stats.provenance.notes)
-    x = torch.randn(2, 8)
-    before = model(x).detach()
-    peft_model = build_adapter(stats, 2).apply(model)
-    assert sum(isinstance(m, ParamWrapper) for m in peft_model.modules()) == 1
-    torch.testing.assert_close(peft_model(x).detach(), before)
 
 
 def test_mistakes_get_one_clear_line():

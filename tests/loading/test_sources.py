@@ -150,16 +150,6 @@ def test_data_in_memory_streams_patterns_and_standard_input(write, tokenizer, tm
         load_batches("-", tokenizer)
 
 
-def test_a_split_or_subset_of_what_has_none_is_refused(write, tokenizer):
-    path = write([{"text": "a"}])
-    with pytest.raises(LoraInitError, match=r"split='validation' is for a folder or a data set on the hub"):
-        load_batches(path, tokenizer, split="validation")
-    with pytest.raises(LoraInitError, match=r"validation: .* Unknown split .* one of \['train'\]"):
-        load_batches(path.parent, tokenizer, split="validation")
-    with pytest.raises(LoraInitError, match=r"subset='small' is for a folder or a data set on the hub"):
-        load_batches(path, tokenizer, subset="small")
-
-
 def test_sample_depends_on_the_seed_and_neither_on_size_nor_batches(write, tokenizer):
     path = write([{"text": f"row {i:03d}"} for i in range(100)])
 

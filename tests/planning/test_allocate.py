@@ -4,7 +4,6 @@ import itertools
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -189,21 +188,6 @@ def test_variance_takes_the_fewest_ranks(ratios, share):
         assert tuple(plan.values()) in reaching
         assert plan.total_rank == min(sum(v) for v in reaching)
         assert plan.spent >= share - 1e-12
-
-
-@laws
-@given(distinct, st.lists(st.sampled_from([(1, 2, 3, 4), (2, 4), (1, 4), (3,), (4,)]), min_size=3, max_size=3),
-       st.floats(0.05, 1.0))  # fmt: skip
-def test_a_total_variance_on_uneven_grids_takes_less_than_a_step_too_many(ratios, grids, part):
-    overrides = {f"h.{i}.up": {"allowed_ranks": grid} for i, grid in enumerate(grids)}
-    share = part * explained(ratios, map(max, grids)) / 3
-    plan = allocate_ranks(statistics(ratios), variance=share, coverage="total", overrides=overrides)
-    ranks = [v for v in itertools.product(*((0, *grid) for grid in grids)) if explained(ratios, v) >= 3 * share - 1e-12]
-    assert plan.spent >= share - 1e-12
-    assert plan.total_rank < min(map(sum, ranks)) + max(np.diff((0, *grid)).max() for grid in grids)
-    for name, grid in zip(plan, grids, strict=True):  # no layer could go one step down
-        lower = max(rank for rank in (0, *grid) if rank < max(plan[name], 1))
-        assert plan[name] == 0 or explained(ratios, (dict(plan) | {name: lower}).values()) < 3 * share
 
 
 # --- Limits ---------------------------------------------------------------------------------------------------------

@@ -1,19 +1,17 @@
 """What the engines' loaders demand, restated from their sources, holds for what is exported for them."""
 
-import json
 import math
 import re
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_init import export_adapter
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
-from tests.conftest import tiny_gpt2, tiny_llama
+from tests.conftest import tiny_llama
 from tests.serving.made import ADAPTERS, config_of, load, refused, train
 
 UNEVEN = dict(
@@ -148,47 +146,12 @@ def test_a_tied_head_is_refused(engine, tmp_path):
     refused("adapter of 'lm_head', whose weight is also the input embedding's", trained, tmp_path / "x", engine)
 
 
-def test_architectures_without_known_names_are_refused(tmp_path):
-    tiny_gpt2().save_pretrained(tmp_path / "base")
-    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["c_attn"], fan_in_fan_out=True)
-    for engine in ("llama.cpp", "ollama", "mlx"):
-        refused("is a GPT2LMHeadModel, whose names in GGUF and MLX are not known", trained, tmp_path / "x", engine)
-    assert export_adapter(trained, tmp_path / "x", "vllm").rank == 8
-    config = config_of(trained) | {"base_model_name_or_path": "nowhere/to-be-found"}
-    (trained / "adapter_config.json").write_text(json.dumps(config))
-    refused("'nowhere/to-be-found' cannot be read.*base=", trained, tmp_path / "y", "llama.cpp")
-
-
 def test_gguf_needs_its_library(base, tmp_path, monkeypatch):
     import sys
 
     trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(r"needs gguf, .* pip install 'lora-init\[serving\]'", trained, tmp_path / "served.gguf", "llama.cpp")
-
-
-def test_commands_serve_what_was_written(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    commands = {e: export_adapter(trained, tmp_path / f"my {e}", e, rank=16).command for e in ENGINES}
-    assert commands["vllm"] == (
-        f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules 'my vllm'='{tmp_path}/my vllm'"
-    )
-    assert all(str(base) in commands[engine] for engine in ("sglang", "tgi", "lorax", "mlx"))
-    assert "--max-lora-rank 16" in commands["sglang"] and f"--lora '{tmp_path}/my llama.cpp'" in commands["llama.cpp"]
-
-
-def test_a_classifier_is_exported_for_peft_and_refused_for_engines(tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", pad_token_id=0)
-    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path / "trained")
-    export_adapter(tmp_path / "trained", tmp_path / "served")
-    assert config_of(tmp_path / "served")["modules_to_save"] == ["classifier", "score"]
-    assert any("score" in key for key in load_file(tmp_path / "served/adapter_model.safetensors"))
-    refused("'score.weight'", tmp_path / "trained", tmp_path / "x", "tgi")
-    refused("no tensor 'score.weight'", tmp_path / "trained", tmp_path / "x", merge_into=str(tmp_path / "base"))
 
 
 TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]

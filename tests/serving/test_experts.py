@@ -1,7 +1,6 @@
 """Adapters of fused experts (PEFT's `target_parameters`) are exported, compressed and merged; engines refuse them."""
 
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -13,11 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_init import export_adapter
-from lora_init.cli.inspect import describe
 from lora_init.serving import base as base_room
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.trained import read_trained
-from tests.commands import run
 from tests.layers.made import BOTH, COMMON, MODELS
 from tests.serving.made import IDS, config_of, refused
 from tests.versions import OLD_TRANSFORMERS
@@ -208,20 +205,6 @@ def test_a_start_that_changed_the_base_is_taken_off_each_expert(base, tmp_path):
         torch.testing.assert_close(delta, after[name] - before[name], atol=1e-5, rtol=1e-5)
 
 
-@only("mixtral", "gpt_oss")
-def test_what_does_not_belong_together_is_said(base, tmp_path):
-    from tests.conftest import tiny_llama
-
-    trained = train(base, tmp_path / "trained")
-    tiny_llama().save_pretrained(tmp_path / "llama")
-    refused("LlamaForCausalLM", trained, tmp_path / "served", base=str(tmp_path / "llama"))
-    (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"r": 3}))
-    refused("has 16 rows of rank, and adapter_config.json says 12", trained, tmp_path / "served")
-    (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"r": 4}))
-    rewrite(trained, lambda found: {n: t for n, t in found.items() if "1.mlp.experts.base_layer" not in n})
-    refused("layers.1.mlp.experts.*is not in adapter_model.safetensors, and", trained, tmp_path / "served")
-
-
 def shapes(directory):
     found = {}
     for path in directory.glob("*.safetensors"):
@@ -237,17 +220,3 @@ def test_engines_are_refused_with_the_way_out(engine, base, tmp_path):
     refused("without DoRA, modules_to_save and experts", trained, tmp_path / "served", reduce_intruders=load(base))
     message = rf"{re.escape(engine)} does not take .*experts.gate_up_proj' of 4 experts.*merge_into="
     refused(message, trained, tmp_path / "served", engine)
-
-
-@only("qwen3_moe", "gpt_oss")
-def test_inspect_tells_ranks_and_engines_of_what_peft_trained(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["ranks and alphas"])
-    expected = {name: layer.rank for name, layer in resolved(trained, base).items()}
-    assert describe(trained)["ranks"] == expected and set(expected.values()) == {2, 4, 9}
-    done = run("inspect", trained)
-    assert done.exit_code == 0, done.output
-    assert "PEFT takes this adapter as it is. Others take no adapter of experts: `lora-init export --merge-into" in (
-        " ".join(done.stdout.split())
-    )
-    (trained / "adapter_config.json").write_text(json.dumps(config_of(trained) | {"target_parameters": 3}))
-    assert run("inspect", trained).exit_code == 0  # shapes are all that is known

@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lora_init import LoraInitError, build_adapter, collect, correct_base, export_adapter
+from lora_init import build_adapter, correct_base, export_adapter
 from lora_init.serving.trained import read_trained
 from tests.adapters.made import made_up_statistics
 from tests.conftest import tiny_llama
-from tests.serving.made import ADAPTERS, IDS, config_of, load, logits, randomise, refused, train
+from tests.serving.made import ADAPTERS, config_of, load, logits, randomise, refused, train
 
 
 def test_a_started_adapter_with_zero_ranks_keeps_its_outputs(base, tmp_path):
@@ -52,23 +52,6 @@ def test_a_start_that_changed_the_base_is_known_from_the_config_until_peft_conve
     (trained / "adapter_config.json").write_text(json.dumps(config))
     export_adapter(trained, tmp_path / "served")
     assert "auto_mapping" not in config_of(tmp_path / "served")
-
-
-def test_a_start_of_which_nothing_is_left_is_not_taken_off_again(base, tmp_path):
-    """PEFT has converted it, or it never changed the base: subtracted it would be off by as much as was trained."""
-    batches = [{**batch, "labels": batch["input_ids"]} for batch in ({"input_ids": IDS}, {"input_ids": IDS + 9})]
-    stats = collect(load(base), batches, ["q_proj", "v_proj"], rank=2, rho=1.0, gradients=True, task_type="CAUSAL_LM")
-    for method in ("lora-ga", "lora-one"):
-        start, trained = tmp_path / f"{method} start", tmp_path / f"{method} trained"
-        init = build_adapter(stats, 2, method)
-        init.save_pretrained(start)
-        model = init.apply(load(base))
-        for name, parameter in model.named_parameters():
-            parameter.data += 0.01 * ("lora_B" in name)  # training
-        converted = {"path_initial_model_for_weight_conversion": str(start)} if method == "lora-ga" else {}
-        model.save_pretrained(trained, **converted)
-        with pytest.raises(LoraInitError, match="fits the plain base already, since its start left that alone or PEFT"):
-            export_adapter(trained, tmp_path / "served", start=start, base=str(base))
 
 
 def break_pair(directory):

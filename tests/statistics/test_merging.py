@@ -316,19 +316,6 @@ def test_gradients_are_those_of_all_labels(gradients, weights):
     assert_sums(merged, model, batches, counts, *(by_number if weights is None else [weights] * 2))
 
 
-def test_as_many_triplets_are_kept_as_all_parts_have(gradients):
-    a = gradients[0]
-    narrow = passed(batches=batches_for("llama", seed=5), targets=TWO, rank=3, rho=1.0, gradients=True)
-    for merged in (a.merge(narrow), narrow.merge(a)):
-        assert len(merged.gradient(DOWN).singular_values) == 6  # two for each rank
-        assert merged.gradient(DOWN).weighted.n_components == 3
-    few = [torch.tensor([[5, 9, 11]]), torch.tensor([[7, 8, 60]])]
-    few = [passed(batches=[{"input_ids": x, "labels": x}], targets=TWO, gradients=True) for x in few]
-    assert len(few[0].gradient(DOWN).singular_values) == 2  # of two labels: it lacks nothing
-    assert len(few[0].merge(few[1]).gradient(DOWN).singular_values) == 4
-    assert len(a.merge(few[0]).gradient(DOWN).singular_values) == len(a.gradient(DOWN).singular_values)
-
-
 def test_a_part_in_which_a_layer_did_not_run_adds_no_gradient_to_it():
     model = Towers()
     batches = {way: [{"x": torch.randn(20, 6), "way": way} for _ in range(3)] for way in ("left", "right")}

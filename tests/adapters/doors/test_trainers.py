@@ -1,6 +1,5 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
-import copy
 import json
 import random
 
@@ -11,7 +10,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
     Trainer,
@@ -22,9 +20,7 @@ import lora_init
 from lora_init.adapters.doors.trainers import TrainerDoor
 from lora_init.adapters.peft_model import adapter_layers
 from lora_init.errors import LoraInitError
-from lora_init.loading.models import QUANTIZATIONS
-from tests.adapters.doors.made import add_adapter
-from tests.conftest import tiny_bert, tiny_llama, tiny_vit
+from tests.conftest import tiny_bert, tiny_llama
 
 # These trainers take the rates that a tiny model learns at.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")
@@ -184,29 +180,6 @@ def test_what_a_collator_draws_is_drawn_again(tmp_path, tokenizer):
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
-class Once(torch.utils.data.IterableDataset):
-    """Rows that are gone once they are read, as those of a queue or a socket."""
-
-    def __init__(self, rows):
-        self.rows = iter(rows)
-
-    def __iter__(self):
-        yield from self.rows
-
-
-@pytest.mark.parametrize("gradients", [{}, {"method": "lora-one", "gamma": 64.0}])
-def test_training_sees_the_rows_that_the_pass_has_read_of_a_stream(gradients, tmp_path, tokenizer):
-    seen = []
-    for initialized in (False, True):
-        trainer = plain(tmp_path, tokenizer, max_steps=10)
-        trainer.train_dataset = Once(list(trainer.train_dataset))
-        if initialized:
-            lora_init.initialize(trainer, rank=2, **gradients)
-        seen.append(batches_of(trainer, n=10))
-    assert len(seen[0]) == 10  # all 40 rows
-    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
-
-
 def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
     """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
     trainer = sft(tmp_path, tokenizer)
@@ -362,54 +335,3 @@ def test_the_head_of_a_classifier_is_trained_whole(with_adapter, tmp_path):
     assert head and all("classifier" in name for name in head)
     trainer.train()
     assert all(not torch.equal(adapted.get_parameter(name), before) for name, before in head.items())
-
-
-@pytest.mark.filterwarnings("ignore:the start is judged by")
-def test_a_correction_of_a_quantised_base_is_checked_by_the_loss_of_the_trainers_batches(tmp_path, tokenizer):
-    pytest.importorskip("bitsandbytes")
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "float")
-    for made in (sft, dpo):
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "float",
-            quantization_config=dict(QUANTIZATIONS["nf4"]),
-            device_map={"": "cpu"},
-            dtype=torch.float32,
-        )
-        trainer = made(tmp_path, tokenizer, model, LoraConfig(**LORA | {"lora_dropout": 0.0}))
-        adapted = lora_init.initialize(trainer, method="qera", unchecked=True)  # weights are random
-        assert trainer.model is adapted and all(
-            layer.lora_B["default"].weight.any() for layer in adapter_layers(adapted).values()
-        )
-
-
-@pytest.mark.filterwarnings("error:.*(learning_rate|lora_alpha) is ")  # none was measured for images
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_classifier_of_images_keeps_its_head_and_takes_the_start_for_classes(in_place, tmp_path):
-    from transformers import ViTImageProcessor
-
-    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5])
-    images = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 1), dtype=np.uint8)
-
-    def collate(rows):
-        pixels = processor([row["image"] for row in rows], return_tensors="pt", input_data_format="channels_last")
-        return {**pixels, "labels": torch.tensor([row["label"] for row in rows])}
-
-    base = tiny_vit()
-    model = copy.deepcopy(base)
-    if in_place:
-        add_adapter(model, target_modules=["query", "value", "q_proj", "v_proj"], modules_to_save=["classifier"])
-    rows = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
-    args = settings(TrainingArguments, tmp_path, remove_unused_columns=False, learning_rate=0.5)
-    trainer = Trainer(model, args, collate, rows)
-    file = tmp_path / "statistics.safetensors"
-    adapted = lora_init.initialize(trainer, statistics=file, **({} if in_place else {"rank": 4}))
-    assert adapted is trainer.model and (adapted is model) == in_place
-    assert lora_init.Statistics.load(file).provenance.gradients  # of natural-gradient
-    trainer.train()
-    head = adapted.get_submodule("classifier" if in_place else "base_model.model.classifier").modules_to_save["default"]
-    assert not torch.equal(head.weight, base.classifier.weight)
-    if not in_place:
-        trainer.save_model(str(tmp_path / "saved"))
-        again = PeftModel.from_pretrained(base, str(tmp_path / "saved"))
-        pixels = collate(rows)["pixel_values"]
-        assert torch.equal(again.eval()(pixels).logits, adapted.eval()(pixels).logits)
