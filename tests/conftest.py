@@ -81,19 +81,11 @@ def tiny_bert(task="SequenceClassification"):
 def tiny_t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=64,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval()
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
 
 
 def tiny_bart_decoder():
@@ -106,18 +98,11 @@ def tiny_bart_decoder():
 def tiny_vit():
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=16,
-            patch_size=4,
-            num_channels=1,
-            num_labels=3,
-        )
-    ).eval()
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4,
+        num_channels=1, num_labels=3,
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "t5": tiny_t5, "vit": tiny_vit}

@@ -63,10 +63,7 @@ def test_starts_with_a_size_of_their_own_keep_it():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            dict(method="pissa"),
-            "method='pissa' is unknown. Choose from eva, random, random-scaled, gaussian, orth",
-        ),
+        (dict(method="pissa"), "method='pissa' is unknown. Choose from eva, random, random-scaled, gaussian, orth"),
         (dict(method="random", whiten=True), "whiten=True needs method='eva'"),
         (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),
@@ -78,10 +75,7 @@ def test_starts_with_a_size_of_their_own_keep_it():
         (dict(ranks={"model.layers.0.self_attn.qproj": 2}), "'model.layers.0.self_attn.qproj'.*Closest.*q_proj'"),
         (dict(ranks={"model.layers.0.self_attn.q_proj": 33}), "q_proj': rank 33 is larger than its input width 32"),
         (dict(ranks={"model.layers.0.self_attn.q_proj": 9}), "q_proj': rank 9 needs 9 components.*hold 8"),
-        (
-            dict(ranks={"model.layers.0.self_attn.q_proj": "4"}),
-            "q_proj': rank='4': a whole number of at least 0",
-        ),
+        (dict(ranks={"model.layers.0.self_attn.q_proj": "4"}), "q_proj': rank='4': a whole number of at least 0"),
         (dict(ranks={}), "all 14 layers have rank 0"),
     ],
 )

@@ -1,11 +1,8 @@
 """The steps from a model and data to an adapter stand once, and keywords are sorted once."""
 
-import inspect
-from dataclasses import fields
-
 import pytest
 
-from lora_init import LoraInitError, build_adapter, collect, initialize, load_batches
+from lora_init import LoraInitError, initialize
 from lora_init.adapters.asked import Asked, Layers, Pass, Ranks, Reading, Sample, Shape
 from lora_init.adapters.pipeline import read, split
 from lora_init.adapters.starts import find_start
@@ -13,18 +10,6 @@ from tests.conftest import tiny_llama
 from tests.loading.made import byte_tokenizer
 
 PARTS = (Reading, Sample, Ranks, Layers, Shape, Pass)
-
-
-@pytest.mark.parametrize("function", [collect, load_batches, build_adapter])
-def test_every_keyword_of_a_step_has_a_place(function):
-    """With the same default, unless that depends on more, None then; `collect` keeps components to spare (`SPARE`)."""
-    known = {one.name: one.default for part in PARTS for one in fields(part)}
-    beside = {"model", "batches", "source", "tokenizer", "stats", "ranks", "method", "errors", "config"}
-    beside |= {"rho"}  # collect keeps twice the components, so that ranks can be planned from them
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name not in beside:
-            default = getattr(parameter.default, "value", parameter.default)
-            assert known[name] == default or None in (known[name], default) or name == "rho", name
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("exclude_module", "exclude_modules"), ("lora_alfa", "lora_alpha")])

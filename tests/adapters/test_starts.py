@@ -80,11 +80,7 @@ def test_what_a_start_of_another_package_does_wrong_is_one_line_with_its_name(pa
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ({"gamma": -1}, "gamma=-1, expected a positive number"),
-        ({"gamma": math.inf}, "gamma=inf"),
-    ],
+    ("what", "said"), [({"gamma": -1}, "gamma=-1, expected a positive number"), ({"gamma": math.inf}, "gamma=inf")]
 )
 def test_what_cannot_be_true_of_a_start_is_refused_where_it_is_made(what, said):
     with pytest.raises(LoraInitError, match=f"start 'odd': {said}"):

@@ -73,8 +73,7 @@ def test_initialize_steps_and_sets_batches_aside_from_any_iterable(case, monkeyp
     ]  # there is something to learn
     seen = []
     monkeypatch.setattr(
-        "lora_init.adapters.pipeline.collect",
-        lambda m, b, *rest, **named: collect(m, seen_by(b, seen), *rest, **named),
+        "lora_init.adapters.pipeline.collect", lambda m, b, *rest, **named: collect(m, seen_by(b, seen), *rest, **named)
     )
     plain = mean_loss(model, many[:4])
     adapted = lora_init.initialize(copied(model), (batch for batch in many), rank=2, rho=1, method="lora-one")

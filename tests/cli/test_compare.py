@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from lora_init.cli import app as cli
 from lora_init.comparison.runs import read_runs, read_settings
-from lora_init.comparison.workbench import Workbench
 from tests.comparisons import make_home
 
 
@@ -125,19 +124,6 @@ def test_bad_input_is_one_line_and_exit_1(command, arguments, message):
     result = run(*command, *arguments, code=1)
     assert message in result.stderr and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("failing", ["random", "eva-rho1"])
-def test_where_a_run_fails_the_command_does(command, monkeypatch, failing):
-    fill = Workbench._fill
-
-    def no_room(bench, record, run, *others):
-        if run.start == failing:
-            raise MemoryError("no room")
-        return fill(bench, record, run, *others)
-
-    monkeypatch.setattr(Workbench, "_fill", no_room)
-    assert "runs failed (" in " ".join(run(*command, code=1).stdout.split())
 
 
 # Its second run waits until a signal comes, so that nothing depends on how fast the machine is.

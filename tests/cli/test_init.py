@@ -334,10 +334,7 @@ def test_ctrl_c_keeps_what_was_collected(command, tmp_path, monkeypatch):
         ({"--statistics": "text.txt"}, ["text.txt"]),
         ({"-o": "text.txt"}, ["text.txt is a file, and a directory is needed"]),
         ({"-o": "model"}, ["model exists and is not empty", "pass --overwrite"]),
-        (
-            {"--target-modules": "embed_tokens"},
-            ["selects only layers that cannot start from data"],
-        ),
+        ({"--target-modules": "embed_tokens"}, ["selects only layers that cannot start from data"]),
         ({"--split": "validation"}, ["--split 'validation' is for a folder", "not for text.txt"]),
         ({"--ranks": "text.txt"}, ["--ranks names a plan, which has all ranks. Leave --rank and --rho out."]),
         ({1: "no-tokenizer"}, ["'no-tokenizer' has no tokenizer beside it"]),

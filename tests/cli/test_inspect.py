@@ -101,14 +101,7 @@ def test_inspect_a_plan(made, tmp_path):
     assert run("ranks", made / "s.safetensors", "--parameters", "6k", "-o", tmp_path / "plan.json").exit_code == 0
     result = run("inspect", tmp_path / "plan.json")
     assert result.exit_code == 0, result.stderr
-    for part in (
-        ": plan for",
-        "eva, asked for",
-        "parameters",
-        "LlamaForCausalLM",
-        "text.txt: 48 of 48",
-        "q_proj",
-    ):
+    for part in (": plan for", "eva, asked for", "parameters", "LlamaForCausalLM", "text.txt: 48 of 48", "q_proj"):
         assert part in result.stdout
     about = json.loads(run("inspect", tmp_path / "plan.json", "--json").stdout)
     assert about["what"] == "plan" and about["totals"]["parameters"] <= 6000

@@ -291,18 +291,3 @@ def test_fewer_parameters_are_a_part_of_the_verdict():
     for run in runs:
         run["trainable_parameters"] = 999 if run["start"] == "eva" else 1000
     assert verdict(summarise(runs, settings())).caveats == []
-
-
-@pytest.mark.parametrize("runs", [[], [record()], [broken("failed", "no", start="eva")], [broken("unstable", "no")]])
-def test_few_runs_or_none_still_make_a_summary(runs):
-    summary = summarise(runs, settings())
-    assert summary.notes and summary.headline
-    assert set(run_tables(summary)) <= {
-        "differences",
-        "learning_rates",
-        "best",
-        "metrics",
-        "cost",
-        "forgetting",
-        "runs",
-    }

@@ -80,12 +80,6 @@ def test_rows_with_one_prompt_are_in_one_fold(tmp_path, tokenizer, form):
     assert (more.report, more.selection) == (task.report, task.selection)
 
 
-def test_more_training_moves_no_other_row(home, tokenizer):
-    few, many = load(home, tokenizer), load(home, tokenizer, train_samples=80)
-    assert (few.report, few.selection) == (many.report, many.selection) and few.train == many.train[:40]
-    assert load(home, tokenizer, data_seed=1).report != few.report
-
-
 @pytest.mark.parametrize(("n_rows", "folds"), [(60, (30, 10, 20)), (400, (201, 66, 133)), (1000, (616, 128, 256))])
 def test_few_data_are_split_in_proportion(tmp_path, tokenizer, n_rows, folds, recwarn):
     rows = [" ".join(WORDS[i // 19**k % 19] for k in range(3)) for i in range(n_rows)]

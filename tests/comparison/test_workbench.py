@@ -45,18 +45,6 @@ def test_a_run_leaves_the_plain_model_as_it_was(home, tmp_path):
     assert without_clock([bench.carry_out(Run(Variant("eva"), 0, 1e-2))]) == without_clock([first])
 
 
-def test_a_classifier(home, tmp_path):
-    found = compare(home, tmp_path / "out", model="bert", label="first", seeds=2)
-    records = found.records
-    assert [record["status"] for record in records] == ["finished"] * len(found.planned)
-    assert found.settings["kind"] == "classification" and records[0]["retain_loss"] is None
-    assert " --label first " in found.settings["init"]
-    # A new head is drawn from the seed, alike for all starts.
-    for seed in (0, 1):
-        assert len({record["report_loss"][0] for record in records if record["seed"] == seed}) == 1
-    assert len({record["report_loss"][0] for record in records}) == 2
-
-
 def test_starts_by_the_gradient_learn_from_the_loss_of_the_task(home, tmp_path):
     """A language model and a classifier; the steps begin below random, the base is put back after each."""
     starts = ("random", "eva", "eva-grad", "grad-a", "natural-gradient", "lora-ga", "lora-one", "gradient-ranks")

@@ -27,11 +27,7 @@ def qwen2_moe():
 
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
-            **COMMON,
-            moe_intermediate_size=20,
-            shared_expert_intermediate_size=28,
-            num_experts=4,
-            num_experts_per_tok=2,
+            **COMMON, moe_intermediate_size=20, shared_expert_intermediate_size=28, num_experts=4, num_experts_per_tok=2
         )
     ).eval()
 

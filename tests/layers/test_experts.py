@@ -10,14 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lora_init import (
-    ExactPCA,
-    LoraInitError,
-    allocate_ranks,
-    build_adapter,
-    collect,
-    find_targets,
-)
+from lora_init import ExactPCA, LoraInitError, allocate_ranks, build_adapter, collect, find_targets
 from lora_init.cli.inspect import describe
 from lora_init.collection.activations import ActivationHooks
 from lora_init.layers.masks import TokenMasks

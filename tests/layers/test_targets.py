@@ -76,14 +76,6 @@ def test_widths_and_kinds():
             assert target.parameters(3) == 3 * sum(weight.shape)
 
 
-def test_what_is_no_model_or_no_name_is_refused():
-    with pytest.raises(LoraInitError, match=r"find_targets\(\) takes a model in this place and got str"):
-        find_targets("a/model")
-    for wrong in (5, [5]):
-        with pytest.raises(LoraInitError, match=r"target_modules=.*expected a regular expression, or a list of names"):
-            find_targets(tiny_llama(), wrong)
-
-
 def test_each_name_in_a_list_has_to_match():
     with pytest.raises(LoraInitError, match=r"^target_modules=\['v_porj'\] matches no layer of .* names: 'v_proj'"):
         find_targets(tiny_llama(), ["q_proj", "v_porj"])

@@ -230,10 +230,7 @@ def test_a_classifier_pools_the_token_that_it_pools_in_training_on_the_tokenizer
         (dict(template="no column"), "names no column. Columns of"),
         (dict(template="{passage"), "Write {{ for a brace"),
         (dict(template="{passage}", completion="{answer}"), "completion='{answer}': "),
-        (
-            dict(format="chat"),
-            "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,",
-        ),
+        (dict(format="chat"), "format='chat' is unknown. Choose from messages, sharegpt, prompt-completion,"),
         (dict(format="text", template="{passage}"), "format='text' and a template say two things. Give one"),
         (dict(format="alpaca"), "has the columns passage, label. Expected instruction and output; name others, such"),
         (dict(completion="{label}"), "needs a template for the prompt"),

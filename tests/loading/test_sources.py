@@ -107,10 +107,7 @@ def test_hub_id_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            "text,b\n1,2,3\n4,5\n",
-            "data.csv: datasets cannot read it: Length of header .* does not match",
-        ),
+        ("text,b\n1,2,3\n4,5\n", "data.csv: datasets cannot read it: Length of header .* does not match"),
         ('text,b\n1,2\n\n"x\ny",5\n4,5,6\n', "Expected 2 fields in line 5, saw 3"),
         ("text,b\n" + "x" * 200_000 + ",2\n4,5,6\n", "Expected 2 fields in line 3, saw 3"),
     ],

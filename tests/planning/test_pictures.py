@@ -7,7 +7,6 @@ import pytest
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.pictures import (
-    budget_curves,
     kind_totals,
     make_figure,
     save_picture,
@@ -31,19 +30,6 @@ def test_totals_add_up():
     table = {name: cells for name, *cells in totals_against_uniform(plan, stats)}
     assert table["layers with an adapter"] == ["10 of 12", "12 of 12"]
     assert table["parameters"] == [f"{plan.parameters:,}", f"{even.parameters:,}"]
-
-
-def test_budget_curves_are_plans_within_the_limits_and_meet_the_plan():
-    stats = llama_like(3)
-    plan = allocate_ranks(stats, parameters=4000, max_rank=6)
-    curves = budget_curves(plan, stats)
-    assert list(curves) == PLAIN
-    for curve in curves.values():
-        assert len(curve) > 5 and list(curve) == sorted(curve)
-    for parameters, share in curves["eva"].items():
-        at = allocate_ranks(stats, parameters=parameters, max_rank=6)
-        assert max(at.values()) <= 6 and at.explained_variance == pytest.approx(share, abs=0.02)
-    assert min(curves["eva"]) < plan.parameters < max(curves["eva"])
 
 
 # --- Figures --------------------------------------------------------------------------------------------------------

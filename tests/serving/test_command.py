@@ -7,7 +7,6 @@ import pytest
 from tests.commands import WORDS, assert_one_line_error, run, save_model
 from tests.conftest import tiny_llama
 from tests.serving.made import ADAPTERS, train
-from tests.versions import OLD_PEFT
 
 
 @pytest.fixture
@@ -54,21 +53,6 @@ def test_several_are_written_beside_each_other_with_a_table_and_one_command_and_
     mixed = json.loads(run("export", trained, others[2], "-o", tmp_path / "mixed", "--json").stdout)
     assert mixed[0].keys() == mixed[1].keys() and mixed[0]["failed"] is None and mixed[1]["error"] is None
     assert mixed[0]["error"] == 0.0 and "no adapter_model.safetensors" in mixed[1]["failed"]
-
-
-def test_json_has_errors_losses_and_intruders(trained, tmp_path):
-    options = ["--rank", "1", "--data", tmp_path / "data.jsonl", "--max-length", "32", "--json"]
-    done = run("export", trained, "-o", tmp_path / "served", *options, *([] if OLD_PEFT else ["--reduce-intruders"]))
-    assert done.exit_code == 0, done.output
-    summary = json.loads(done.stdout)
-    assert summary["rank"] == 1 and 0 < summary["error"] < 1 and (OLD_PEFT or len(summary["intruders"]) == 2)
-    before, after = summary["losses"]
-    assert before > 0 and after > 0 and before != after
-    assert run("export", tmp_path / "nowhere", trained, "-o", tmp_path / "two", *options).exit_code == 1
-    assert json.loads((tmp_path / "two/trained/export.json").read_text())["rank"] == 1
-    save_model(tiny_llama(), tmp_path / "second")
-    other = train(tmp_path / "second", tmp_path / "other", **ADAPTERS["ranks, first match wins"])
-    assert_one_line_error(run("export", trained, other, "-o", tmp_path / "three", *options), "need one base")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from lora_init import export_adapter
 from lora_init.serving.engines import ENGINES
 from lora_init.serving.support import serving_note
-from tests.conftest import tiny_llama
 from tests.serving.made import ADAPTERS, config_of, load, refused, train
 
 UNEVEN = dict(
@@ -137,21 +136,6 @@ def test_what_an_engine_does_not_take_is_said_before_anything_is_written(engine,
     if (engine, name) == ("mlx", "DoRA"):
         return
     refused(f"{re.escape(engine)} does not take {REFUSED[name]}.*merge_into=", trained, tmp_path / "served", engine)
-
-
-@pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "mlx"])
-def test_a_tied_head_is_refused(engine, tmp_path):
-    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["lm_head"])
-    refused("adapter of 'lm_head', whose weight is also the input embedding's", trained, tmp_path / "x", engine)
-
-
-def test_gguf_needs_its_library(base, tmp_path, monkeypatch):
-    import sys
-
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(r"needs gguf, .* pip install 'lora-init\[serving\]'", trained, tmp_path / "served.gguf", "llama.cpp")
 
 
 TWO = [f"model.layers.{i}.{kind}" for i in range(2) for kind in ("q_proj", "v_proj")]

@@ -29,15 +29,6 @@ def test_one_rank_and_one_scaling_give_the_same_outputs(name, base, tmp_path):
     assert exported.error == 0.0 and not exported.errors
 
 
-def test_layers_without_an_adapter_get_one_that_adds_nothing(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["some layers"])
-    exported = export_adapter(trained, tmp_path / "served")
-    assert set(exported.added) == {"model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"}
-    assert config_of(tmp_path / "served")["target_modules"] == ["down_proj", "up_proj"]
-    tensors = load_file(tmp_path / "served/adapter_model.safetensors")
-    assert all(not t.any() for key, t in tensors.items() if ".layers.1." in key) and len(tensors) == 12
-
-
 def test_a_bias_beside_an_adapter_is_merged(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "base")
     trained = train(tmp_path / "base", tmp_path / "trained", target_modules=["c_fc"], bias="all", fan_in_fan_out=True)
@@ -59,17 +50,6 @@ def test_gpt2_with_transposed_weights(tmp_path):
     expected = logits(load(tmp_path / "base"), trained)
     torch.testing.assert_close(logits(load(tmp_path / "base"), tmp_path / "served"), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_own_ranks_are_kept_as_patterns(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["rsLoRA with ranks"])
-    exported = export_adapter(trained, tmp_path / "served", "vllm", keep_ranks=True)
-    assert exported.rank == 4 and not exported.added and "--max-lora-rank 8 " in exported.command
-    config = config_of(tmp_path / "served")
-    assert set(config["rank_pattern"].values()) == {3}
-    torch.testing.assert_close(
-        logits(load(base), tmp_path / "served"), logits(load(base), trained), atol=1e-5, rtol=1e-5
-    )
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(tie_word_embeddings=True)], ids=["untied", "tied"])
@@ -143,17 +123,6 @@ def test_intruders_are_reduced_as_peft_does_it(base, tmp_path):
     assert (logits(load(base), tmp_path / "served") - logits(load(base), trained)).abs().max() > 0.01
 
 
-def test_the_card_has_what_the_hub_reads_and_how_to_serve(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    config = config_of(trained) | {"base_model_name_or_path": "someone/some-model"}
-    (trained / "adapter_config.json").write_text(json.dumps(config))
-    export_adapter(trained, tmp_path / "served", "sglang", base=str(base))
-    card = (tmp_path / "served/README.md").read_text()
-    for line in ("base_model: someone/some-model", "pipeline_tag: text-generation", "library_name: peft"):
-        assert f"\n{line}\n" in card
-    assert "- base_model:adapter:someone/some-model\n" in card and "--lora-paths served=" in card
-
-
 def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     trained, output = train(base, tmp_path / "trained", **ADAPTERS["plain"]), tmp_path / "served"
     refused("engine 'vlm' is unknown. Did you mean vllm", trained, output, "vlm")
@@ -179,12 +148,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(base, tmp_path):
     tiny_llama(hidden_size=16, num_hidden_layers=3).save_pretrained(tmp_path / "other")
     refused(r"is \[32, 4\], and \[16, 4\] fits LlamaForCausalLM", trained, output, base=str(tmp_path / "other"))
     tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "shorter")
-    refused(
-        "layers.2.*LlamaForCausalLM has no layer of this name",
-        trained,
-        output,
-        base=str(tmp_path / "shorter"),
-    )
+    refused("layers.2.*LlamaForCausalLM has no layer of this name", trained, output, base=str(tmp_path / "shorter"))
     pissa = train(base, tmp_path / "pissa", target_modules=["q_proj"])
     (pissa / "adapter_config.json").write_text(json.dumps(config_of(pissa) | {"init_lora_weights": "pissa_niter_4"}))
     refused(r"began as pissa_niter_4, which changes the base weights.*--start", pissa, output)

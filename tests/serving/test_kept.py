@@ -1,7 +1,5 @@
 """What a merge keeps of an adapter, against brute force, and what it does to the model's answers."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +10,7 @@ from lora_init.adapters.directory import AdapterDirectory
 from lora_init.serving.base import plan_merge, read_base
 from lora_init.serving.kept import ROUNDINGS, Kept, divergence, kept_by_merge
 from lora_init.serving.trained import read_trained
-from tests.commands import WORDS, assert_one_line_error, run, save_model
+from tests.commands import save_model
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.serving.made import load
 
@@ -108,20 +106,3 @@ def test_the_divergence_is_that_of_the_merged_model(tmp_path):
     assert found["float16"].merged < found["bfloat16"].merged < found["nf4"].merged < found["nf4"].base
     with pytest.raises(LoraInitError, match="no example has a token with a label"):
         divergence(load(base).float(), AdapterDirectory(directory), [], "nf4")
-
-
-def test_the_command_says_what_arrives_and_measures_it(tmp_path):
-    directory, base = make(tmp_path, size=0.05)
-    (tmp_path / "text.txt").write_text("\n".join([" ".join(WORDS[:12])] * 6))
-    done = run("inspect", directory, "--merge", "nf4", "--base", base, "--data", tmp_path / "text.txt")
-    assert done.exit_code == 0 and "rounded to nf4" in done.stdout and "nats a token" in done.stdout, done.output
-    said = " ".join(done.stdout.split())
-    assert (
-        "computed in float32, whatever is served" in said
-        and "times as much noise, over all weights" in said
-        and "of what the adapter moves them." in said
-    )
-    found = json.loads(run("inspect", directory, "--merge", "float16", "--json").stdout)["merge"]
-    assert found["noise"] < 0.2 and found["advice"].startswith("Merge: ") and len(found["layers"]) == 4
-    wrong = run("inspect", directory, "--data", tmp_path / "text.txt")
-    assert_one_line_error(wrong, "--data and --statistics are for --merge.")

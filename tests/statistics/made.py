@@ -2,10 +2,7 @@
 
 import torch
 
-from lora_init import (
-    ExactPCA,
-    collect,
-)
+from lora_init import ExactPCA, collect
 from tests.conftest import batches_for, tiny_llama
 
 

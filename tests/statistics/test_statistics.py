@@ -50,12 +50,6 @@ def test_a_group_is_stored_once(stats, path):
     assert len(names) == len(set(stats.group_of.values())) == 4 < len(stats) == 6
 
 
-def test_a_held_out_share_that_is_unknown_stays_unknown(tmp_path):
-    one = collect(tiny_llama(), batches_for("llama", n_batches=1), ["q_proj"], rank=2)
-    back = Statistics.load(one.save(tmp_path / "s"))
-    assert all(math.isnan(share) for share in back.held_out.values())
-
-
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
 def test_truncated_files_are_refused(path, keep):
     content = path.read_bytes()

@@ -1,20 +1,13 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
 import json
-import random
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import lora_init
 from lora_init.adapters.doors.trainers import TrainerDoor
@@ -156,30 +149,6 @@ def test_statistics_are_from_the_batches_that_training_sees(made, tmp_path, toke
         assert torch.equal(ours, theirs) and torch.equal(theirs, undisturbed)
 
 
-class Noisy(DataCollatorForSeq2Seq):
-    """Draws from Python's and numpy's random numbers, and from a generator of its own."""
-
-    def __call__(self, rows, return_tensors=None):
-        batch = super().__call__(rows, return_tensors)
-        self.own = getattr(self, "own", None) or torch.Generator().manual_seed(0)
-        drawn = random.randrange(9), np.random.randint(9), int(torch.randint(9, (1,), generator=self.own))
-        batch["input_ids"][:, :3] = torch.tensor(drawn)
-        return batch
-
-
-def test_what_a_collator_draws_is_drawn_again(tmp_path, tokenizer):
-    seen = []
-    for initialized in (False, True):
-        random.seed(0)
-        np.random.seed(0)
-        trainer = plain(tmp_path, tokenizer)
-        trainer.data_collator = Noisy(tokenizer)
-        if initialized:
-            lora_init.initialize(trainer, rank=2)
-        seen.append(batches_of(trainer))
-    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
-
-
 def test_nothing_of_the_pass_is_left_in_the_trainer(tmp_path, tokenizer):
     """Accelerate counts steps by the loaders that are open: one left over would end every accumulation early."""
     trainer = sft(tmp_path, tokenizer)
@@ -202,16 +171,6 @@ def test_the_reference_of_dpo_is_the_plain_model(with_config, tmp_path, tokenize
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=2e-4)  # ln 2: the model is the reference yet
     assert min(losses) < 0.66
-
-
-def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
-    every, answers = (dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA)) for _ in range(2))
-    counted = []
-    for trainer, mask in ((every, "attention"), (answers, "labels")):
-        lora_init.initialize(trainer, token_mask=mask, statistics=tmp_path / f"{mask}.safetensors")
-        counted.append(lora_init.Statistics.load(tmp_path / f"{mask}.safetensors").provenance)
-    assert counted[1].n_samples < counted[0].n_samples
-    assert counted[0].data == "training batches of DPOTrainer"
 
 
 @pytest.mark.parametrize("method", ["lora-ga", "natural-gradient-step"])
