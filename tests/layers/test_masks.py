@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_init import LoraInitError, collect
 from lora_init.layers.masks import TokenMasks, shifts_labels
+from tests.collection.made import recorded
 from tests.conftest import batches_for, tiny_bart_decoder, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.layers.made import bart, gpt2_with_cross_attention
 
@@ -151,6 +152,13 @@ def test_padding_is_left_out_of_what_each_side_reads(build, batch, expected):
     """Encoder and decoder are of equal length, so the shape of an input says nothing."""
     stats = collect(build(), [batch], list(expected), rank=2)
     assert {name: stats[name].n_samples for name in expected} == expected
+
+
+def test_the_rows_of_a_multiple_choice_are_those_of_its_tokens():
+    model, name = tiny_bert("MultipleChoice"), "bert.encoder.layer.0.attention.self.query"
+    batch = {"input_ids": IDS.reshape(2, 2, 10), "attention_mask": SHORT.reshape(2, 2, 10)}
+    rows = recorded(model, batch, name)[SHORT.bool()]
+    torch.testing.assert_close(collect(model, [batch], [name], rank=2)[name].mean, rows.mean(0), atol=1e-6, rtol=1e-5)
 
 
 def test_every_row_of_an_extractive_answer_has_a_gradient():

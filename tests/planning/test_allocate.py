@@ -151,13 +151,13 @@ def test_the_sum_never_exceeds_the_budget_and_no_further_step_fits(ratios, width
     amount = min(amount, 4 * sum(costs))
     allowed = [r for r in grid if r <= top]
     assume(allowed and amount >= allowed[0] * max(costs))
-    budget = {kind: amount * 4 / 1e6 if kind == "megabytes" else amount}
+    budget = {"megabytes": amount * 2 / 1e6, "dtype": "bfloat16"} if kind == "megabytes" else {kind: amount}
     plan = allocate_ranks(
         statistics(ratios, widths), rho=1e6, policy=policy, allowed_ranks=grid, max_rank=top, **budget
     )
     spent = plan.total_rank if kind == "total_rank" else plan.parameters
     assert spent == sum(r * c for r, c in zip(plan.values(), costs, strict=True))
-    assert plan.spent == (4 * spent if kind == "megabytes" else spent)
+    assert plan.spent == (2 * spent if kind == "megabytes" else spent)
     assert set(plan.values()) <= {0, *allowed}
     assert spent <= amount
     assert all(spent + cost > amount for cost in steps_left(plan, allowed, [top] * 3, costs))
