@@ -78,24 +78,6 @@ def test_what_is_written_does_what_was_chosen(more, place, tmp_path):
         assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
 
 
-def test_the_default_forgets_less_at_the_price_that_was_allowed(place, tmp_path):
-    found = dialed(place, tmp_path / "kept", "--own")
-    assert found["fitted"] and found["chosen"]["task"] <= 1.02 * min(point["task"] for point in found["curve"][1:])
-    full = next(point for point in found["curve"] if point["strength"] == 1.0)
-    assert found["chosen"]["rise"] < full["rise"]
-    assert found["examples"] == [12, 4] and found["read"] == [36, 18]
-    assert (
-        found["keep"]["chosen"]["change"] < found["keep"]["trained"]["change"] and found["keep"]["base"]["change"] == 0
-    )
-    shown = run("inspect", tmp_path / "kept")
-    assert shown.exit_code == 0 and "text to keep" in shown.stdout and "dial.png" in shown.stdout
-    assert "at one strength" in shown.stdout  # beside it
-    assert "one for each of 4 layers" in (tmp_path / "kept/README.md").read_text()
-    assert (tmp_path / "kept/dial.png").read_bytes()[1:4] == b"PNG"
-    again = run("dial", place / "trained", place / "task.txt", "-o", tmp_path / "kept")
-    assert_one_line_error(again, "exists", "--overwrite")
-
-
 def test_what_cannot_be_dialed_is_one_line(place, tmp_path):
     text, task, out = place / "text.txt", place / "task.txt", tmp_path / "out"
     (tmp_path / "empty.txt").write_text("\n \n")

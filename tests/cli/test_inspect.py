@@ -121,18 +121,3 @@ def test_inspect_a_comparison(tmp_path, records):
     about = json.loads(run("inspect", tmp_path / "runs", "--json").stdout)
     assert about["what"] == "comparison" and sum(about["runs"].values()) == len(records)
     assert_one_line_error(run("inspect", tmp_path / "runs", "--intruders"), "is no adapter (comparison)")
-
-
-def test_an_adapter_says_which_engines_take_it_and_gaps_count(made, tmp_path):
-    from lora_init import Statistics, build_adapter
-
-    stats = Statistics.load(made / "s.safetensors")
-    whole = dict.fromkeys(stats, 8)
-    first = next(iter(whole))
-    for name, ranks, part in (
-        ("whole", whole, "SGLang, llama.cpp, Ollama, TGI and LoRAX take this adapter as it is"),
-        ("gap", whole | {first: 0}, "PEFT and vLLM (--max-lora-rank 8) take this adapter as it is"),
-    ):
-        build_adapter(stats, ranks).save_pretrained(tmp_path / name)
-        result = run("inspect", tmp_path / name)
-        assert result.exit_code == 0 and part in " ".join(result.stdout.split()), result.stdout

@@ -16,6 +16,8 @@ from tests.collection.made import SETTINGS, Q, llama, message
 from tests.conftest import batches_for, tiny_llama
 from tests.processes import run
 
+pytestmark = pytest.mark.slow  # several processes
+
 
 def different_arguments(rank, size, folder):
     batches, second = batches_for("llama", 12), rank == 1

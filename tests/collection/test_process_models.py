@@ -19,6 +19,8 @@ from tests.conftest import batches_for
 from tests.processes import Processes, run
 from tests.versions import needs_fsdp_on_cpu
 
+pytestmark = pytest.mark.slow  # several processes
+
 
 def assert_same(one, other):
     """Equal bit for bit in all but time."""

@@ -14,6 +14,8 @@ from tests.collection.made import SETTINGS, all_rows, counts_of, exact, kept, ll
 from tests.conftest import batches_for
 from tests.processes import run
 
+pytestmark = pytest.mark.slow  # several processes
+
 
 def net():
     torch.manual_seed(5)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import lora_init
 from lora_init import Start
@@ -201,31 +200,6 @@ def test_ctrl_c_leaves_a_report_of_what_ended(home, tmp_path, monkeypatch):
 
 
 # Runs that go wrong
-
-
-def test_out_of_memory_fails_one_run_and_the_others_go_on(home, tmp_path, monkeypatch):
-    real, calls = workbench.train, []
-
-    def greedy(model, *arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            torch.empty(2**60)
-        return real(model, *arguments, **options)
-
-    monkeypatch.setattr(workbench, "train", greedy)
-    found = compare(home, tmp_path / "out", learning_rates=[1e-2])
-    failed = [record for record in found.records if record["status"] == "failed"]
-    assert [(r["start"], r["seed"], r["learning_rate"]) for r in failed] == [("eva", 0, 1e-2)]
-    assert failed[0]["error"].startswith("out of memory") and failed[0]["report_loss"] == []
-    assert failed[0]["trainable_parameters"] > 0
-    assert len(found.records) == len(found.planned) == 4
-    # The next call tries it again, and what came after it is what it would have been.
-    monkeypatch.setattr(workbench, "train", real)
-    again = compare(home, tmp_path / "out", learning_rates=[1e-2])
-    assert {record["status"] for record in again.records} == {"finished"}
-    clean = compare(home, tmp_path / "clean", learning_rates=[1e-2])
-    key = lambda r: (r["start"], r["learning_rate"], r["seed"])  # noqa: E731
-    assert sorted(without_clock(again.records), key=key) == sorted(without_clock(clean.records), key=key)
 
 
 def broken_start(model, seed):

@@ -124,31 +124,6 @@ def test_a_best_rate_at_the_end_of_the_sweep_is_a_part_of_the_verdict():
 # The answer
 
 
-@pytest.mark.parametrize(
-    ("edge", "lost", "settled", "how"),
-    [
-        ("random", "highest", dict(extend=2), ""),  # as after an interruption
-        ("random", "highest", dict(extend=0), " with --extend 2"),
-        ("eva", "lowest", dict(extend=1, learning_rates=[3e-3, 1e-2]), " with --extend 3"),
-    ],
-)
-def test_there_is_no_advice_where_a_best_rate_is_at_the_edge(edge, lost, settled, how):
-    cut = {"highest": lambda run: run["learning_rate"] > 1e-3, "lowest": lambda run: run["learning_rate"] < 1e-3}[lost]
-    runs = [run for run in planted({"eva": -0.01}) if run["start"] != edge or not cut(run)]
-    found = summarise(runs, settings(init="lora-init init m d", **{"learning_rates": [1e-4, 1e-3], **settled}))
-    assert found.answer == (
-        f"No advice yet: the best rate of {edge}, 1e-3, is the {lost} tried. So far eva ends 6.0 % lower than random. "
-        f"To go on, give the same command{how}."
-    )
-    assert (found.start, found.command) == (None, None)
-    tie = summarise(
-        [run for run in runs if run["start"] != "eva"]
-        + [{**run, "start": "eva"} for run in planted({}) if not (edge == "eva" and cut(run))],
-        settings(),
-    )
-    assert ("No advice yet" in tie.answer) == (edge == "random") == (tie.start is None)
-
-
 def test_the_answer_names_the_best_of_those_that_are_better_and_the_command_that_makes_it():
     runs = planted({"eva-rho1": -0.01, "pissa": -0.005, "orthogonal": 0.0})
     summary = summarise(runs, settings(init="lora-init init m d.jsonl --rank 8"))

@@ -55,17 +55,6 @@ def test_starts_that_correct_the_base_begin_as_the_float_model(home, tmp_path):
     assert found.settings["quantisation"]["bnb_4bit_quant_type"] == "nf4" and "--quantize nf4" in found.settings["init"]
 
 
-def test_any_start_of_data_can_have_a_quantized_base_that_stays_the_same(home, tmp_path):
-    starts = ["random", "eva", "natural-gradient", "qera"]
-    found = compare(home, tmp_path / "out", starts=starts)
-    begin = begins(found)
-    assert begin["eva"] == begin["natural-gradient"] == begin["random"] != begin["qera"]
-    again = compare(home, tmp_path / "out", starts=starts).records
-    assert sorted(map(repr, again)) == sorted(map(repr, found.records))
-    with pytest.raises(LoraInitError, match="quantisation was"):
-        compare(home, tmp_path / "out", starts=starts, quantize="int8")
-
-
 @pytest.mark.parametrize(
     ("starts", "quantized", "message"),
     [

@@ -99,22 +99,6 @@ def test_prompt_and_completion_may_be_messages(write):
 TOOLS = "{% if tools %}{{ 'tools: ' + tools | map(attribute='name') | join(',') + '\n' }}{% endif %}"
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-def test_tools_and_template_options_reach_the_template(write, as_text):
-    template = TOOLS + "{% if brief is defined %}{{ brief }}{% endif %}" + CHAT
-    tokenizer = byte_tokenizer(chat_template=template, eos_token="<|im_end|>")
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    turns = [
-        {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"},
-    ]  # fmt: skip
-    tools = [{"name": "add"}, {"name": "sub"}]
-    row = {"messages": turns, "tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"brief": "B"}}
-    batches = load_batches(write([row]), tokenizer)
-    assert texts(batches, tokenizer) == [tokenizer.apply_chat_template(turns, tools, tokenize=False, brief="B")]
-    assert texts(batches, tokenizer)[0].startswith("tools: add,sub\nB<|im_start|>user")
-
-
 def test_template_fills_columns_and_its_completion_gets_the_labels(write, tokenizer):
     path = write([{"passage": "Ice floats.", "question": "does ice float", "label": True, "a.b": "dotted"}])
     template = "{passage}\n{{Question}}: {question}?"

@@ -7,29 +7,12 @@ import pytest
 from lora_init.errors import LoraInitError
 from lora_init.planning.allocate import allocate_ranks
 from lora_init.planning.pictures import (
-    kind_totals,
     make_figure,
     save_picture,
-    totals_against_uniform,
-    uniform_twin,
 )
 from tests.planning.made import PLAIN, llama_like
 
 # --- Numbers behind the pictures ------------------------------------------------------------------------------------
-
-
-def test_totals_add_up():
-    stats = llama_like(3)
-    plan = allocate_ranks(stats, rank=4, overrides={"layers.1.mlp.*": {"max_rank": 0}})
-    totals = kind_totals(plan)
-    assert list(totals.index) == ["q_proj", "k_proj", "up_proj", "down_proj"]
-    sums = totals[["total_rank", "parameters", "layers"]].sum().tolist()
-    assert sums == [plan.total_rank, plan.parameters, len(plan)]
-    even = uniform_twin(plan, stats)
-    assert even.total_rank == plan.total_rank and max(even.values()) - min(even.values()) <= 1
-    table = {name: cells for name, *cells in totals_against_uniform(plan, stats)}
-    assert table["layers with an adapter"] == ["10 of 12", "12 of 12"]
-    assert table["parameters"] == [f"{plan.parameters:,}", f"{even.parameters:,}"]
 
 
 # --- Figures --------------------------------------------------------------------------------------------------------

@@ -43,17 +43,6 @@ def test_an_adapter_whose_base_gave_up_the_start_is_converted(base, tmp_path):
     refused("began as lora-ga.*--start", start, tmp_path / "other")
 
 
-def test_a_start_that_changed_the_base_is_known_from_the_config_until_peft_converts_it(base, tmp_path):
-    trained = train(base, tmp_path / "trained", **ADAPTERS["plain"])
-    config = config_of(trained) | {"auto_mapping": {"lora_init": {"method": "lora-ga", "rank": 4}}}
-    (trained / "adapter_config.json").write_text(json.dumps(config))
-    refused("began as lora-ga.*--start", trained, tmp_path / "served")
-    config["auto_mapping"]["lora_init"]["rank"] = 2  # PEFT doubles the config's rank when it converts
-    (trained / "adapter_config.json").write_text(json.dumps(config))
-    export_adapter(trained, tmp_path / "served")
-    assert "auto_mapping" not in config_of(tmp_path / "served")
-
-
 def break_pair(directory):
     tensors = load_file(directory / "adapter_model.safetensors")
     tensors.pop(next(key for key in tensors if "lora_B" in key))

@@ -76,10 +76,6 @@ def test_changed_files_are_refused(path):
     changed(path, {f"{name}/components": torch.zeros(4, 32)})
     with pytest.raises(LoraInitError, match="is not what was written"):
         Statistics.load(path)[name]
-    turned = load_file(path)[f"{name}/mean"].reshape(2, -1)  # the same bytes
-    changed(path, {f"{name}/mean": turned})
-    with pytest.raises(LoraInitError, match="is not what was written"):
-        Statistics.load(path)[name]
     changed(path, {f"{name}/explained_variance": torch.ones(4, dtype=torch.float64)})
     with pytest.raises(LoraInitError, match="is not what was written"):
         Statistics.load(path)

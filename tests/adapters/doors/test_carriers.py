@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import lora_init
 from lora_init.adapters.peft_model import adapter_layers
@@ -113,30 +113,3 @@ def test_transformers_saves_and_loads_what_was_filled(tmp_path):
     again.load_adapter(str(tmp_path / "adapter"))
     batch = batches_for("llama")[0]
     assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch).logits)
-
-
-def test_diffusers_saves_and_loads_what_was_filled(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    from diffusers.utils import convert_state_dict_to_diffusers
-
-    from examples.diffusion import denoise, make_batches, make_pipeline, picture
-
-    pipeline, batches = make_pipeline(), make_batches(8)
-    text, unet = batches[0]["text"][:1], pipeline.unet
-    plain = picture(pipeline, text)
-    unet.add_adapter(LoraConfig(**CONFIG | {"lora_alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}))
-    assert lora_init.initialize(unet, batches, forward=denoise) is unet
-    assert torch.equal(picture(pipeline, text), plain)
-    for layer in adapter_layers(unet).values():
-        layer.lora_B["default"].weight.data.normal_(std=0.1)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
-    again = make_pipeline()
-    again.load_lora_weights(tmp_path)
-    assert (picture(again, text) - plain).abs().max() > 1e-3
-    assert torch.equal(picture(again, text), picture(pipeline, text))
-    assert all(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in layers)
-    with pytest.raises(LoraInitError, match="no fresh one"):
-        lora_init.initialize(unet, batches, forward=denoise)
-    with pytest.raises(LoraInitError, match=r"Call its delete_adapters\(\) first, or give correct_base\(\)"):
-        lora_init.correct_base(unet, tmp_path)
