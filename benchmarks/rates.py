@@ -33,7 +33,7 @@ from lora_init.comparison.runs import SETTINGS_FILE, read_runs, run_table
 from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import Workbench, set_up
+from lora_init.comparison.workbench import Sources, Workbench, set_up
 from lora_init.errors import LoraInitError
 from lora_init.files import read_json
 
@@ -222,7 +222,7 @@ def _bench(task: str, rank: int, folder: Path) -> Workbench:
     return set_up(
         str(model), data, folder, Loading(**reading | {"dtype": "float32"}),
         AdapterShape(rank=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=None),
-        Training(48, settings.get("batch_size", 8), 0.1, [0, 48]), 16, own,
+        Training(48, settings.get("batch_size", 8), 0.1, [0, 48]), Sources(16, own=own),
     )  # fmt: skip
 
 

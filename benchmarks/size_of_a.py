@@ -130,8 +130,7 @@ class Bench:
         peft_model = init.apply(self.model)
         rate = run.at or measure_rate(peft_model, self.sample[:4], run.steps).rate * run.x
         training = Training(run.steps, run.batch, run.warmup, [0, run.steps])
-        order = self.task.order(run.seed, run.steps, run.batch)
-        result = train(peft_model, self.task, order, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
+        result = train(peft_model, self.task, training, learning_rate=rate, seed=run.seed, plain_loss=1e3)
         kept = text_loss(peft_model, self.kept) - self.base_kept
         self.model = peft_model.unload()
         del peft_model

@@ -54,7 +54,7 @@ def record(start="random", rate=1e-3, seed=0, final=0.17, **changes):
     """One finished run that ends at `final`."""
     losses = [2.3, final + 0.02, final + 0.005, final]
     return {
-        "start": start, "seed": seed, "learning_rate": rate, "status": "finished", "error": None,
+        "start": str(start), "seed": seed, "learning_rate": rate, "status": "finished", "error": None,
         "trainable_parameters": 2_442_240, "ranks": None, "a_scale": 0.577,
         "evaluation_points": POINTS, "report_loss": losses, "selection_loss": final, "training_loss": [2.0, 1.0, final],
         "metrics": {"accuracy": 0.6, "macro_f1": 0.59, "mcc": 0.2}, "data_order": f"order{seed}",

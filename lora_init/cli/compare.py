@@ -161,7 +161,7 @@ def compare(
     arguments: dict[str, Any] = {name: value for name, value in given.items() if name not in ("eval_points", "reading")}
     found = run_comparison(command=shlex.join(["lora-init", *sys.argv[1:]]), say=say, **arguments)
     if found.outlook is not None:
-        plan = {"runs": [asdict(run) for run in found.planned], **found.outlook.to_dict()}
+        plan = {"runs": [asdict(run) | {"start": str(run.start)} for run in found.planned], **found.outlook.to_dict()}
         print_result(plan | {"data": found.settings["data"]}, show_outlook)
         return
     about = {"directory": str(found.directory), "settings": found.settings, "runs": found.records}

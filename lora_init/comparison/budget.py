@@ -14,7 +14,7 @@ from lora_init.adapters.starts import RANDOM
 from lora_init.comparison.effects import CONFIDENCE, effects
 from lora_init.comparison.findings import judged_losses, longer_random, verdicts
 from lora_init.comparison.runs import Record, Run, RunPlan, best_rates, run_table
-from lora_init.comparison.starts import Variant
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.wording import percent
 from lora_init.errors import LoraInitError, is_number
 
@@ -73,10 +73,10 @@ class RunBudget:
                     return now, said
                 table = run_table([record for run, record in records.items() if run.seed in seeds[:n]])
                 over, left = stops(judged_losses(table), self.precision)
-                why = [{**over, **left}[start] for start in going if start in over or start in left]
+                why = [{**over, **left}[str(start)] for start in going if str(start) in {**over, **left}]
                 said.append(f"After {n} seeds: {'; '.join(why) or 'nothing to compare'}.")
-                going = [start for start in going if start == RANDOM or start in left]
-                if going in ([], [RANDOM]) or n >= len(seeds):
+                going = [start for start in going if start == REFERENCE or str(start) in left]
+                if going in ([], [REFERENCE]) or n >= len(seeds):
                     break
             planned = [run for run in planned if run in records]
         if all(run in records for run in planned):

@@ -24,15 +24,11 @@ from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, check_there, open_runs, peek, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
-from lora_init.comparison.starts import (
-    AdapterShape,
-    Variant,
-    by_batches,
-    read_start,
-)
+from lora_init.comparison.starts import AdapterShape, read_start
 from lora_init.comparison.tables import run_tables
 from lora_init.comparison.tasks import Loading
-from lora_init.comparison.workbench import Workbench, circumstances, set_up
+from lora_init.comparison.variants import Variant, by_batches
+from lora_init.comparison.workbench import Sources, Workbench, circumstances, set_up
 from lora_init.comparison.workers import Here, Worker, find_workers, run_all
 from lora_init.errors import LoraInitError, did_you_mean, is_number, require
 from lora_init.layers.targets import find_targets
@@ -186,17 +182,15 @@ def compare(
     check_there(directory)
     stored = read_settings(directory).get("size") if (directory / SETTINGS_FILE).exists() else None
     shape = AdapterShape(rank, alpha_for(SCALING, rank) if lora_alpha is None else lora_alpha, target_modules)
-    make = partial(
-        set_up, _absolute(model), _absolute(data), directory, options, shape, statistics_batches=batches[0], own=own,
-        bank=_absolute(bank), starts=names,
-    )  # fmt: skip
+    sources = Sources(batches[0], names, own, _absolute(bank))
+    make = partial(set_up, _absolute(model), _absolute(data), directory, options, shape, sources=sources)
     bench = make(training=asked.training())
     plan = replace(plan, starts=by_batches(plan.starts, _there_are(bench, names, batches, say)))
     targets = find_targets(bench.loaded.model, target_modules, task_type=bench.shape.task_type).layers.values()
     if narrow := next((target for target in targets if rank > target.in_features), None):
         raise LoraInitError(f"rank {rank} is larger than the input width {narrow.in_features} of {narrow.name!r}.")
-    bench.check(plan.starts)
     asked = replace(asked, rates=bench.measured_rates(plan.starts, dry_run) if learning_rates is None else {})
+    bench.check(plan.starts if dry_run else [start for start in plan.starts if str(start) not in asked.rates])
     lay_out = partial(asked.lay_out, bench, plan)
     size = Size(**stored) if stored else SIZES[0]
     if time and not (directory / SETTINGS_FILE).exists():
@@ -204,11 +198,9 @@ def compare(
     bench, plan = lay_out(size)
     plan = _with_kept_rates(plan, directory)
     make = partial(make, training=bench.training, folds=asked.folds(size))
-    settings = {**bench.settings(model_name(model)), **asdict(plan), **circumstances(), **budget.settings()}
+    settings = {**bench.settings(model_name(model)), **plan.settings(), **circumstances(), **budget.settings()}
     settings |= {"command": command, "init": _init_command(model, data, options, bench)}
     settings |= {} if size == SIZES[0] else {"size": asdict(size)}
-    packages = {name: start.package for name in plan.starts if (start := Variant(name).start) and start.package}
-    settings |= {"packages": packages} if packages else {}
     due = partial(budget.due, plan, plan.compared(len({target.parameters(1) for target in targets}) == 1))
     if dry_run:
         there = peek(directory, settings)
@@ -258,12 +250,13 @@ def _read_starts(
     names = [read_start(start) for start in starts]
     own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
     for name in names:
-        if name in own and not name.is_plain:
-            raise LoraInitError(f"start {name!r}: what follows a plus says how a start is run. Choose another name.")
+        if str(name) in own and not name.is_plain:
+            raise LoraInitError(f"start '{name}': what follows a plus says how a start is run. Choose another name.")
+    listed = f"starts={[*map(str, names)]}"
     if not names or len(set(names)) < len(names):
-        raise LoraInitError(f"starts={names}: expected names, each once.")
+        raise LoraInitError(f"{listed}: expected names, each once.")
     if bank is None and any(name.start and "bank" in name.start.needed for name in names):
-        raise LoraInitError(f"starts={names}: those from a bank need bank=, the directory of lora-init bank.")
+        raise LoraInitError(f"{listed}: those from a bank need bank=, the directory of lora-init bank.")
     return names, own
 
 
@@ -285,7 +278,7 @@ def _there_are(
     for name in names:
         wanted = name.batches or 1
         if bench.n_batches(wanted) < wanted:
-            raise LoraInitError(f"start {name!r}: the training data make {bench.n_batches(wanted)} batches for it.")
+            raise LoraInitError(f"start '{name}': the training data make {bench.n_batches(wanted)} batches for it.")
     if (most := bench.n_batches(max(batches))) < max(batches):
         say(f"Statistics are from at most {most} batches: the training data make no more, and some are set aside.")
     return list(dict.fromkeys(min(number, most) for number in batches))

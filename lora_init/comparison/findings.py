@@ -13,9 +13,9 @@ import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.effects import Effect, Outcome, effects, unlike_spreads
-from lora_init.comparison.runs import best_rates, by_seed, run_table
-from lora_init.comparison.starts import Variant
+from lora_init.comparison.runs import APART, best_rates, by_seed, run_table
 from lora_init.comparison.tasks import FEW
+from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import rate_text, say
 
 
@@ -40,7 +40,7 @@ class Verdict:
 
 def is_judged(start: str) -> bool:
     """Return whether a start is compared with random: random itself is not, nor full, nor what trains longer."""
-    return start not in (RANDOM, FULL) and Variant(start).steps is None
+    return start not in (RANDOM, FULL) and Variant.parse(start).steps is None
 
 
 def judged_losses(table: pd.DataFrame) -> pd.DataFrame:
@@ -238,7 +238,7 @@ def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mappin
     for start, edge in edges.items():
         tried, scale = table[table["start"] == start]["learning_rate"].unique(), 0.1 if start == FULL else 1.0
         own = (settings.get("recommended") or {}).get(start)
-        ends = [rate * scale for rate in asked] or ([own / 3, own * 3] if own else [0.0])
+        ends = [rate * scale for rate in asked] or ([own / APART, own * APART] if own else [0.0])
         added = sum(rate < 0.999 * min(ends) for rate in tried) if edge == "lowest" else sum(tried > 1.001 * max(ends))
         if added >= extend:
             return int(extend) + 2
@@ -247,7 +247,7 @@ def _next_extend(table: pd.DataFrame, edges: Mapping[str, str], settings: Mappin
 
 def make_command(start: str | None, settings: Mapping[str, Any], learning_rate: float | None = None) -> str | None:
     """Write the command that makes the adapter of a start, to be trained at a rate; None where `init` does not."""
-    asked = Variant(start) if start else None
+    asked = Variant.parse(start) if start else None
     options = asked.init_options() if asked else None
     if not asked or not options or not settings.get("init"):
         return None
@@ -282,7 +282,7 @@ def longer_random(table: pd.DataFrame, judged: Iterable[Verdict]) -> Variant:
     steps, took = _steps(table), steps_of_start(table)
     most = max((float(took[verdict.start]) for verdict in judged if verdict.outcome == "better"), default=0.0)
     times = 2 ** math.ceil(math.log2(max(2.0, 1 + most / steps)))
-    return Variant(f"{RANDOM}+{min(times, _MOST_TIMES) * steps}-steps")
+    return Variant(RANDOM, steps=min(times, _MOST_TIMES) * steps)
 
 
 def _steps(table: pd.DataFrame) -> int:
@@ -305,7 +305,8 @@ def equal_time(table: pd.DataFrame, judged: Sequence[Verdict]) -> dict[str, Equa
     If the longer run is not as long as the start takes, but ends lower all the same, random is better.
     """
     losses, found = by_seed(table), dict[str, EqualTime]()
-    longer = {n: name for name in losses.index if (n := Variant(name).steps) and name == f"{RANDOM}+{n}-steps"}
+    trained = {name: Variant.parse(name) for name in losses.index}
+    longer = {n: name for name, one in trained.items() if (n := one.steps) and one == Variant(RANDOM, steps=n)}
     for verdict in (one for one in judged if one.outcome == "better"):
         start, steps = verdict.start, _steps(table)
         took = float(steps_of_start(table)[start])
@@ -452,6 +453,6 @@ def summarise(records: Iterable[dict[str, Any]], settings: Mapping[str, Any]) ->
         ],
         data_needed=data_needed(table),
         notes=notes(table, settings),
-        alphas={name: Variant(name).alpha or settings.get("lora_alpha", math.nan) for name in starts},
+        alphas={name: Variant.parse(name).alpha or settings.get("lora_alpha", math.nan) for name in starts},
         table=table,
     )

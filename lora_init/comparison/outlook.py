@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from lora_init.adapters.starts import FULL, RANDOM
+from lora_init.adapters.starts import FULL
 from lora_init.comparison.effects import detectable
 from lora_init.comparison.findings import is_judged
 from lora_init.comparison.runs import Record, Run, RunPlan
-from lora_init.comparison.starts import Basis, Variant, prepare
+from lora_init.comparison.starts import Basis, prepare
 from lora_init.comparison.tasks import CLASSIFICATION, item_length
 from lora_init.comparison.training import Training, evaluate, train
+from lora_init.comparison.variants import REFERENCE
 from lora_init.comparison.workbench import Workbench
 
 # How far runs of one start scatter over seeds, as a share of the loss: the median of our comparisons, see
@@ -64,16 +65,16 @@ def look_ahead(
     """Report what a comparison will do, and measure one step for the time that it takes."""
     due = {run.start for run in planned}
     names = list(dict.fromkeys([*(start for start in plan.starts if start in due), *(run.start for run in planned)]))
-    judged = [name for name in names if is_judged(name)]
+    judged = [start for start in names if is_judged(str(start))]
     swept, seeds = list(plan.swept), list(plan.seeds)
     rows = [
         {
-            "name": name,
-            "rates": sorted({run.learning_rate for run in planned if run.start == name and run.learning_rate}),
-            "own_rate": plan.recommended.get(name),
-            "runs": sum(run.start == name for run in planned),
+            "name": str(start),
+            "rates": sorted({run.learning_rate for run in planned if run.start == start and run.learning_rate}),
+            "own_rate": plan.recommended.get(str(start)),
+            "runs": sum(run.start == start for run in planned),
         }
-        for name in names
+        for start in names
     ]
     pace = measure(bench)
     left = [run for run in planned if run not in ended]
@@ -84,7 +85,7 @@ def look_ahead(
     }
     one = seconds_of_run(bench, pace)
     seconds = len(left) * one + seconds_of_statistics(bench, pace, left)
-    dialled = sum(not run.start.changes_base and run.start != FULL for run in left)
+    dialled = sum(not run.start.changes_base and run.start.base != FULL for run in left)
     most = seconds + sum(add.values()) * one + add["longer"] * bench.training.steps * pace.step
     scatter = _SCATTER_OF_CLASSES if bench.task.kind == CLASSIFICATION else _SCATTER
     shown = {n: detectable(len(judged), n) for n in {len(seeds), _ENOUGH_SEEDS}}
@@ -111,13 +112,14 @@ def measure(bench: Workbench) -> Pace:
     order = bench.task.order(0, bench.training.steps, bench.training.batch_size)
     sizes = [len(items) * max(map(item_length, items)) for items in order]
     usual = order[min(range(len(order)), key=lambda i: abs(sizes[i] - fmean(sizes)))]
-    probe, single = replace(bench.task, report=usual, selection=usual), Training(1, len(usual), 0.0, [0, 1])
-    prepared = prepare(Variant(RANDOM), Basis(bench.loaded.model, bench.shape, 0))
+    probe, single = (
+        replace(bench.task, train=usual, report=usual, selection=usual),
+        Training(1, len(usual), 0.0, [0, 1]),
+    )
+    prepared = prepare(REFERENCE, Basis(bench.loaded.model, bench.shape, 0))
     try:
         for _ in range(2):
-            done = train(
-                prepared.peft_model, probe, [usual], single, learning_rate=1e-6, seed=0, plain_loss=math.inf
-            )  # fmt: skip
+            done = train(prepared.peft_model, probe, single, learning_rate=1e-6, seed=0, plain_loss=math.inf)
         began = time.perf_counter()
         evaluate(prepared.peft_model, probe, usual)
         return Pace(done.training_seconds, (time.perf_counter() - began) / len(usual))

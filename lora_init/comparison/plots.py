@@ -14,7 +14,7 @@ import pandas as pd
 from lora_init.adapters.starts import FULL, RANDOM
 from lora_init.comparison.findings import Summary, equal_loss
 from lora_init.comparison.runs import best_rates
-from lora_init.comparison.starts import Variant
+from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import rate_text
 from lora_init.errors import LoraInitError, require
 from lora_init.statistics.statistics import shown
@@ -52,7 +52,7 @@ def looks(starts: Iterable[str]) -> dict[str, Look]:
 
     The same start run in other ways, as with matched scale or from other numbers of batches, differs in its line.
     """
-    base_of = {name: Variant(name).base for name in starts}
+    base_of = {name: Variant.parse(name).base for name in starts}
     bases = [base for base in dict.fromkeys(base_of.values()) if base not in (RANDOM, FULL)]
     own = {base: (COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]) for i, base in enumerate(bases)}
     own |= {RANDOM: (RANDOM_COLOR, "s"), FULL: (INK, "*")}

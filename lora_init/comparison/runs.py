@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from lora_init.adapters.starts import FULL, RANDOM
-from lora_init.comparison.starts import EQUAL_PARAMETERS, Variant
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.files import check_output, locked, parse_json, read_json, write_whole
 
@@ -36,7 +36,7 @@ class Run:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Run:
         """Find the run that a record is about."""
-        return cls(Variant(record["start"]), int(record["seed"]), float(record["learning_rate"]))
+        return cls(Variant.parse(record["start"]), int(record["seed"]), float(record["learning_rate"]))
 
     @property
     def title(self) -> str:
@@ -47,10 +47,11 @@ class Run:
     @property
     def file(self) -> str:
         """The name of its file: no two runs have the same, whatever a start is called."""
-        return f"{quote(self.start, safe='+')}_{self.learning_rate}_seed{self.seed}.json"
+        return f"{quote(str(self.start), safe='+')}_{self.learning_rate}_seed{self.seed}.json"
 
 
 SWEEP_SEEDS = 2
+APART = 3  # the factor between the rates around one that a forward pass tells
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class RunPlan:
                 f"sweep={self.sweep!r} is unknown. {did_you_mean(str(self.sweep), ('halving', 'full'))}"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """Return it in plain values."""
+        packages = {str(one): one.start.package for one in self.starts if one.start and one.start.package}
+        return asdict(self) | {"starts": [*map(str, self.starts)]} | ({"packages": packages} if packages else {})
+
     def compared(self, ranks_cost_the_same: bool) -> list[Variant]:
         """List the starts, and after them the same with what makes them comparable.
 
@@ -100,8 +106,7 @@ class RunPlan:
         run with as many as `random` has.
         """
         equal = [start for start in self.starts if start.differs_in_parameters(ranks_cost_the_same)]
-        added = [f"{start}+{EQUAL_PARAMETERS}" for start in equal]
-        return list(dict.fromkeys([*self.starts, *map(Variant, added)]))
+        return list(dict.fromkeys([*self.starts, *(replace(start, equal_parameters=True) for start in equal)]))
 
     def runs(self, starts: Sequence[Variant], records: Mapping[Run, Record]) -> list[Run]:
         """List all runs in the order to do them in, those that have ended among them. Rates are added as runs end."""
@@ -130,20 +135,18 @@ class RunPlan:
         """Whether rates may be added."""
         return self.extend > 0 and len(self.learning_rates) != 1
 
-    def asked(self, start: str) -> list[float]:
+    def asked(self, start: Variant) -> list[float]:
         """List the rates that are tried with a start in any case."""
         if self.learning_rates:
-            return sorted(float(f"{rate / 10:.4g}") if start == FULL else rate for rate in self.learning_rates)
-        own = self._rate_of_its_own(start)
-        return [
-            float(f"{rate * x:.2g}") for rate in own for x in ((1 / 3, 1, 3) if self.tuned or start == RANDOM else (1,))
-        ]
+            return sorted(float(f"{rate / 10:.4g}") if start.base == FULL else rate for rate in self.learning_rates)
+        factors = (1 / APART, 1, APART) if self.tuned or start == REFERENCE else (1,)
+        return [float(f"{rate * factor:.2g}") for rate in self._rate_of_its_own(start) for factor in factors]
 
-    def _rate_of_its_own(self, start: str) -> list[float]:
+    def _rate_of_its_own(self, start: Variant) -> list[float]:
         """Return the rate that a pass tells of a start, or of what it varies; of `full` a tenth of random's."""
-        if start == FULL and RANDOM in self.recommended:
+        if start.base == FULL and RANDOM in self.recommended:
             return [float(f"{self.recommended[RANDOM] / 10:.2g}")]
-        rate = self.recommended.get(start, self.recommended.get(start.partition("+")[0]))
+        rate = self.recommended.get(str(start), self.recommended.get(start.base))
         return [] if rate is None else [rate]
 
     def _grid(self, start: Variant, records: Mapping[Run, Record]) -> list[float]:
@@ -218,7 +221,7 @@ def run_table(records: Iterable[Record], starts: Iterable[str] = ()) -> pd.DataF
     the rate is also the start's best, by the mean loss on the examples to select by.
     """
     rows = [_row(record) for record in records]
-    bases = [RANDOM, *(Variant(start).base for start in starts), *(row["base"] for row in rows)]
+    bases = [RANDOM, *(Variant.parse(start).base for start in starts), *(row["base"] for row in rows)]
     order = itemgetter("any_batches", "batches", "learning_rate", "seed")
     rows.sort(key=lambda row: (bases.index(row["base"]), *order(row)))
     table = pd.DataFrame(rows, columns=_COLUMNS)
@@ -241,11 +244,11 @@ def _status(record: Mapping[str, Any]) -> str:
 def _row(record: Record) -> dict[str, Any]:
     """Flatten a record."""
     losses, kept = record.get("report_loss") or [], record.get("retain_loss") or [None, None]
-    status, start = _status(record), Variant(record["start"])
+    status, start = _status(record), Variant.parse(record["start"])
     return {
         **record,
         "base": start.base,
-        "any_batches": start.any_batches,
+        "any_batches": str(replace(start, batches=None)),  # what differs in these alone has the same
         "batches": start.batches or 0,
         **(record.get("metrics") or {}),
         "status": status,

@@ -72,7 +72,7 @@ class AskedSize:
         starts = [start for start in plan.starts if self.starts is not None or start.base in bases]
         training = self.training(size)
         if self.rates:
-            rates = {start: replace(rate, steps=training.steps).rate for start, rate in self.rates.items()}
+            rates = {name: replace(rate, steps=training.steps).rate for name, rate in self.rates.items()}
             plan = replace(plan, learning_rates=[], recommended=rates)
         bench = replace(bench, task=bench.task.cut(*self.folds(size)), training=training, _before={})
         return bench, replace(plan, starts=starts, tuned=size.tuned or bool(plan.learning_rates))
@@ -92,7 +92,7 @@ def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget
     bench, plan = lay_out(SIZES[-1])
     raise LoraInitError(
         f"within {duration(budget.seconds or 0.0)} there is no answer: the least time for one is about "
-        f"{duration(1.1 * needed + budget.spent)}: {', '.join(plan.starts)}, {bench.training.steps} steps of "
+        f"{duration(1.1 * needed + budget.spent)}: {', '.join(map(str, plan.starts))}, {bench.training.steps} steps of "
         f"{pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. {_levers(bench, plan, needed, pace)}. Or give it that by "
         "time=, shorten examples by max_length=, take fewer in a batch by batch_size=, or choose a smaller model."
     )

@@ -1,10 +1,9 @@
-"""From the name of a start to a model that carries that adapter, everything else equal."""
+"""From a start to a model that carries that adapter, everything else equal."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,16 +35,14 @@ from lora_init.adapters.starts import (
     BankWay,
     FullTraining,
     PeftStart,
-    Recipe,
     Start,
     compared_names,
-    find_recipe,
-    find_start,
 )
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank
 from lora_init.collection.losses import batch_loss, mean_loss
+from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError, did_you_mean, first_line, is_number, is_out_of_memory
 from lora_init.layers.running import evaluating
 from lora_init.layers.targets import find_targets
@@ -114,115 +111,24 @@ class Prepared:
         return math.sqrt(energy / max(1, sum(len(weight) for weight in weights)))
 
 
-EQUAL_PARAMETERS = "equal-parameters"
-# How a start may be run: `eva+32-alpha` has lora_alpha=32, `eva+32-alpha+16-batches` also statistics of 16 batches, and
-# `random+120-steps` trains for 120 steps.
-_WAYS = re.compile(rf"(\+({EQUAL_PARAMETERS}|[1-9]\d*-(alpha|batches|steps)))*\Z")
-
-
-class Variant(str):
-    """The name of a start and of how it is run, such as `eva+32-alpha+16-batches`, and what it says.
-
-    Names are read once, where they come in: from a caller, a directory, a table. One that is unknown is the user's own.
-
-    Example:
-        >>> one = Variant("eva+32-alpha+equal-parameters")
-        >>> one.base, one.alpha, one.equal_parameters
-        ('eva', 32, True)
-        >>> Variant("mine+yours").base
-        'mine+yours'
-    """
-
-    def __init__(self, name: str) -> None:
-        self.base = _WAYS.sub("", name)
-        self.ways = tuple(name[len(self.base) :].split("+")[1:])  # all that follows a plus
-        numbers = {kind: int(n) for n, _, kind in (way.partition("-") for way in self.ways) if n.isdecimal()}
-        self.alpha, self.batches, self.steps = map(numbers.get, ("alpha", "batches", "steps"))  # of its own
-        known = self.base in compared_names()
-        self.recipe: Recipe | None = (
-            find_recipe(self.base) if known else None
-        )  # None if `build_adapter` does not make it
-        self.start: Start | None = self.recipe.start if self.recipe else find_start(self.base) if known else None
-
-    def __reduce__(self) -> tuple[type[Variant], tuple[str]]:
-        return Variant, (str(self),)  # another process reads it anew
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing says how the start is run."""
-        return not self.ways
-
-    @property
-    def equal_parameters(self) -> bool:
-        """Whether it gets as many trainable parameters as the random start."""
-        return EQUAL_PARAMETERS in self.ways
-
-    @property
-    def any_batches(self) -> str:
-        """Its name without its own number of batches: what differs in these alone has the same."""
-        return self.replace(f"+{self.batches}-batches", "")
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the trained adapter is none for the plain model, since its weights were changed."""
-        return self.start is not None and self.start.changes_base
-
-    def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
-        """Return whether it trains another number of parameters than `random`, so that it is run with as many, too."""
-        if self.recipe is None or self.equal_parameters:  # itself run beside another
-            return False
-        return self.recipe.freeze_a or (self.recipe.moves_ranks and self.recipe.resized and not ranks_cost_the_same)
-
-    def init_options(self) -> list[str] | None:
-        """Return the options with which `lora-init init` makes its adapter; None if it does not make that one.
-
-        Example:
-            >>> Variant("eva-rho1").init_options(), Variant("pissa").init_options()
-            (['--method', 'eva', '--rho', '1'], None)
-        """
-        options, recipe = [*(self.start.init_options if self.start else ())], self.recipe
-        if recipe is None:
-            return options if options and self.is_plain else None
-        if not recipe.is_made_by_init or self.equal_parameters:
-            return None
-        switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
-        return [*options, "--rho", f"{recipe.rho:g}", *switches]
-
-
-def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Variant]:
-    """Put in the place of each start from data, without a number of batches of its own, the same with each number.
-
-    Example:
-        >>> by_batches([Variant("random"), Variant("eva+32-alpha")], [4, 16])
-        ['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches']
-    """
-    varied: list[Variant] = []
-    for start in starts:
-        as_it_is = len(numbers) < 2 or start.recipe is None or not start.recipe.reads_data or start.batches
-        varied += [start] if as_it_is else [Variant(f"{start}+{n}-batches") for n in numbers]
-    return varied
-
-
 def read_start(start: str | OwnStart) -> Variant:
     """Read the name of a start, or of a pair of one's own."""
     if isinstance(start, tuple):
         name, source = start if len(start) == 2 else ("", None)
-        asked = Variant(name if isinstance(name, str) else "")
-        if not asked or asked.start is not None:
+        asked = Variant.parse(name if isinstance(name, str) else "")
+        if not asked.base or asked.start is not None:
             raise LoraInitError(f"start {start!r}: a pair is needed, of a new name and a directory or a function.")
         if not callable(source) and not (Path(str(source)).expanduser() / WEIGHTS_FILE).is_file():
             raise LoraInitError(f"start {name!r}: {source} is no adapter directory, nor a function of model and seed.")
     else:
-        asked = Variant(start)
+        asked = Variant.parse(start)
         if asked.start is None:
             raise LoraInitError(f"start {start!r} is unknown. {did_you_mean(start, compared_names())}")
-    if len({way.rpartition("-")[2] for way in asked.ways}) < len(asked.ways):
-        raise LoraInitError(f"start {start!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches.")
     if asked.equal_parameters and not (asked.recipe and (asked.recipe.reads_data or asked.recipe.freeze_a)):
         raise LoraInitError(
             f"start {asked.base!r} takes no ranks from data, so it cannot be run with equal parameters."
         )
-    if asked.base == FULL and asked.ways:
+    if asked.base == FULL and not asked.is_plain:
         raise LoraInitError(f"start {FULL!r} has no adapter that could be scaled or resized.")
     return asked
 
@@ -233,14 +139,13 @@ def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bo
         full = start.base == FULL
         corrects = known.corrects(is_quantized)
         if corrects and not is_quantized:
-            raise LoraInitError(f"start {str(start)!r} corrects a quantized base. Load it so: quantize='nf4'.")
+            raise LoraInitError(f"start '{start}' corrects a quantized base. Load it so: quantize='nf4'.")
         if (corrects or (is_quantized and full)) and not has_float:
             raise LoraInitError(
-                f"start {str(start)!r} needs the model before it was quantized. Name its directory or hub id: "
-                "weights=MODEL."
+                f"start '{start}' needs the model before it was quantized. Name its directory or hub id: weights=MODEL."
             )
         if is_quantized and known.changes_base and not corrects and not full:
-            raise LoraInitError(f"start {str(start)!r} changes base weights, and these are quantized. Leave it out.")
+            raise LoraInitError(f"start '{start}' changes base weights, and these are quantized. Leave it out.")
 
 
 def hash_own(source: str | Path | Callable[..., Any]) -> str:

@@ -157,7 +157,6 @@ class TrainingResult:
 def train(
     model: nn.Module,
     task: Task,
-    order: Sequence[Sequence[Item]],
     training: Training,
     *,
     learning_rate: float,
@@ -166,7 +165,7 @@ def train(
     replay: Sequence[Mapping[str, torch.Tensor]] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
-    """Train with AdamW, linear warm-up and a cosine to zero, in the given order of batches.
+    """Train with AdamW, linear warm-up and a cosine to zero, on batches in the order that the seed decides.
 
     No weight decay; gradients are clipped to norm 1, as transformers' Trainer does. The random state (the base model's
     own dropout) starts from the seed, so a run depends on its arguments and the number of threads only.
@@ -179,7 +178,7 @@ def train(
     decides.
     """
     torch.manual_seed(seed)
-    run, digest = TrainingResult(), hashlib.sha256()
+    run, digest, order = TrainingResult(), hashlib.sha256(), task.order(seed, training.steps, training.batch_size)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)

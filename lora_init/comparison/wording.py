@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lora_init.adapters.learning_rate import rate_text as rate_text
-from lora_init.comparison.starts import Variant
+from lora_init.comparison.variants import Variant
 
 
 def number(value: float | None, sign: str = "") -> str:
@@ -52,7 +52,7 @@ def in_words(start: str) -> str:
         >>> in_words("eva"), in_words("eva+32-alpha+equal-parameters")
         ('eva', 'eva with lora_alpha 32 and as many parameters as random (eva+32-alpha+equal-parameters)')
     """
-    asked = Variant(start)
+    asked = Variant.parse(start)
     how = [f"lora_alpha {asked.alpha}"] * bool(asked.alpha)
     how += ["as many parameters as random"] * asked.equal_parameters
     how += [f"statistics of {asked.batches} batches"] * bool(asked.batches)

@@ -24,7 +24,7 @@ from lora_init.adapters.measured_rate import measure_rate
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.pipeline import split
 from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.starts import FULL, RANDOM
+from lora_init.adapters.starts import FULL
 from lora_init.adapters.step_size import n_aside
 from lora_init.bank.store import Bank, check_base, open_bank
 from lora_init.collection.collect import collect
@@ -36,7 +36,6 @@ from lora_init.comparison.starts import (
     AdapterShape,
     Basis,
     Prepared,
-    Variant,
     adapter_files,
     check_quantized,
     hash_own,
@@ -44,6 +43,7 @@ from lora_init.comparison.starts import (
 )
 from lora_init.comparison.tasks import CLASSIFICATION, Loading, Task, load_task
 from lora_init.comparison.training import Score, Training, TrainingResult, evaluate, peak_bytes, reset_peak, train
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError, explain, is_out_of_memory
 from lora_init.keep.dial import strengths
 from lora_init.layers.identity import fingerprint
@@ -106,7 +106,7 @@ class RunRecord:
 
 def failed(run: Run, why: str) -> Record:
     """Return the record of a run that came to nothing."""
-    record = RunRecord(start=run.start, seed=run.seed, learning_rate=run.learning_rate or 0.0)
+    record = RunRecord(start=str(run.start), seed=run.seed, learning_rate=run.learning_rate or 0.0)
     return record.joined(TrainingResult(status="failed", error=why))
 
 
@@ -139,7 +139,7 @@ class Workbench:
         if run.learning_rate is None:
             raise LoraInitError(f"{run.title}: its learning rate is not known yet. Do the runs before it first.")
         began = time.perf_counter()
-        record = RunRecord(start=run.start, seed=run.seed, learning_rate=run.learning_rate)
+        record = RunRecord(start=str(run.start), seed=run.seed, learning_rate=run.learning_rate)
         files: dict[str, bytes] = {}
         try:
             result = self._fill(record, run, on_step, files if keep else None)
@@ -269,9 +269,8 @@ class Workbench:
             record.gamma, record.initialisation_seconds = prepared.gamma, prepared.seconds
             ranks = prepared.ranks
             record.ranks = None if ranks in ({}, everywhere) else ranks
-            order = self.task.order(run.seed, training.steps, training.batch_size)
             done = train(
-                prepared.peft_model, self.task, order, training, learning_rate=record.learning_rate,
+                prepared.peft_model, self.task, training, learning_rate=record.learning_rate,
                 seed=run.seed, plain_loss=plain.loss, replay=self.replay or (), on_step=on_step,
             )  # fmt: skip
             record.peak_memory_bytes = peak_bytes()
@@ -328,16 +327,15 @@ class Workbench:
         size they have.
         """
         found: dict[str, LearningRate] = {}
-        random = next(start for start in starts if start == RANDOM)
         for start in starts:
-            read = random if blank and (start.recipe is None or start.recipe.reads_data) else start
-            if start == FULL or read in found:
-                found |= {start: found[read]} if read in found else {}
+            read = REFERENCE if blank and (start.recipe is None or start.recipe.reads_data) else start
+            if start.base == FULL or str(read) in found:
+                found |= {str(start): found[str(read)]} if str(read) in found else {}
                 continue
             with suppress(LoraInitError):  # its runs say why
                 prepared = self._prepare(read, 0)
                 try:
-                    found[start] = measure_rate(prepared.peft_model, self._batches(0, 0, 4), self.training.steps)
+                    found[str(start)] = measure_rate(prepared.peft_model, self._batches(0, 0, 4), self.training.steps)
                 finally:
                     prepared.release()
         return found
@@ -379,27 +377,28 @@ class Workbench:
                     module.bias.zero_()
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What starts are made from."""
+
+    statistics_batches: int  # see `Workbench`
+    starts: Sequence[Variant] = ()  # those to make
+    own: Mapping[str, Any] = field(default_factory=dict)  # see `Workbench`
+    bank: str | None = None  # directory of a bank, for starts from one
+
+
 def set_up(
-    model: str,
-    data: str | Path,
-    directory: Path,
-    options: Loading,
-    shape: AdapterShape,
-    training: Training,
-    statistics_batches: int,
-    own: Mapping[str, Any] | None = None,
-    bank: str | None = None,
-    starts: Sequence[Variant] = (),
-    folds: tuple[int | None, int | None] = (None, None),
-) -> Workbench:
+    model: str, data: str | Path, directory: Path, options: Loading, shape: AdapterShape, training: Training,
+    sources: Sources, folds: tuple[int | None, int | None] = (None, None),
+) -> Workbench:  # fmt: skip
     """Read the data, load the model in the class that the task needs, and put both on a `Workbench`."""
-    adapters = None if bank is None else open_bank(bank)
+    adapters = None if sources.bank is None else open_bank(sources.bank)
     # The tokenizer and the data first: they are quick to fail, and say how many classes the model needs.
     source = open_model(model, trust_remote_code=options.trust_remote_code)
     source.check_quantized(options.quantize)
     is_quantized = options.quantize is not None or getattr(source.config, "quantization_config", None) is not None
     has_float = options.quantize is not None or options.weights is not None
-    check_quantized(starts, is_quantized, has_float)
+    check_quantized(sources.starts, is_quantized, has_float)
     if options.weights is not None and not is_quantized:
         raise LoraInitError(f"weights={options.weights!r}: model {model!r} is not quantized. Leave it out.")
     task = load_task(data, source.tokenizer, options, training.batch_size, source.classes).cut(*folds)
@@ -436,8 +435,8 @@ def set_up(
     if adapters is not None:
         check_base(adapters, fingerprint(loaded.model), type(loaded.model).__name__)
     return Workbench(
-        loaded, task, retain, directory, shape, training, statistics_batches, own or {}, adapters, float_model,
-        options.weights, STRENGTHS if retain and options.dial else (), replay,
+        loaded, task, retain, directory, shape, training, sources.statistics_batches, sources.own, adapters,
+        float_model, options.weights, STRENGTHS if retain and options.dial else (), replay,
     )  # fmt: skip
 
 

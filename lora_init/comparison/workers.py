@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Record, Run, RunDirectory
-from lora_init.comparison.starts import Variant
 from lora_init.comparison.workbench import Workbench, failed
 from lora_init.errors import LoraInitError, first_line
 
@@ -260,7 +259,7 @@ def run_all(
 def _times_longer(run: Run, log: RunDirectory) -> float:
     """Return how many times the steps of all a run trains for."""
     steps: int = log.settings["steps"]
-    return (Variant(run.start).steps or steps) / steps
+    return (run.start.steps or steps) / steps
 
 
 def _ended(record: Mapping[str, Any], n_left: int, seconds: Sequence[float], n_workers: int) -> str:

@@ -26,6 +26,7 @@ from lora_init.cli import app as cli
 from lora_init.cli.init import init
 from lora_init.cli.ranks import ranks
 from lora_init.comparison.runs import RunPlan
+from lora_init.comparison.variants import REFERENCE
 from lora_init.errors import LoraInitError
 from lora_init.loading.examples import FORMATS
 from lora_init.loading.models import open_model
@@ -115,7 +116,8 @@ def test_env_has_what_a_bug_report_needs():
     about = json.loads(run("env", "--json").stdout)
     assert about["lora-init"] == lora_init.__version__ and about["torch"] == torch.__version__
     assert {"python", "system", "transformers", "peft", "datasets", "cores", "memory", "gpus"} <= set(about)
-    assert "torch " in run("env").stdout
+    shown = run("env").stdout
+    assert "torch " in shown and shown.splitlines()[-1].startswith("Next: LORA_INIT_DEBUG=1 lora-init ")
 
 
 @pytest.mark.parametrize("name", ["init", "compare"])
@@ -157,7 +159,7 @@ def test_nothing_names_this_machine():
         (lambda: load_batches([{"text": "x"}], byte_tokenizer(), format="alpacca"), "alpaca"),
         (lambda: open_model("x", task_type="CAUSALLM"), "CAUSAL_LM"),
         (lambda: find_engine("vlm"), "vllm"),
-        (lambda: RunPlan(["random"], [1e-3], [0], "halvin"), "halving"),
+        (lambda: RunPlan([REFERENCE], [1e-3], [0], "halvin"), "halving"),
     ],
 )
 def test_every_choice_that_is_none_is_answered_with_the_closest(call, closest):

@@ -3,10 +3,11 @@
 import torch
 
 import lora_init
-from lora_init.comparison.starts import AdapterShape, Basis, Variant, prepare
+from lora_init.comparison.starts import AdapterShape, Basis, prepare
 from lora_init.comparison.tasks import Loading
 from lora_init.comparison.training import Training
-from lora_init.comparison.workbench import set_up
+from lora_init.comparison.variants import Variant
+from lora_init.comparison.workbench import Sources, set_up
 from tests.comparisons import SMALL
 
 
@@ -51,7 +52,7 @@ def set_up_bench(home, directory, model="llama", data="rows.jsonl", steps=6, **o
         **dict(template="{passage}", completion=" {options}", selection_samples=8, report_samples=12) | options
     )
     shape = AdapterShape(rank=2, lora_alpha=4)
-    return set_up(str(home / model), home / data, directory, asked, shape, training, 8)
+    return set_up(str(home / model), home / data, directory, asked, shape, training, Sources(8))
 
 
 def again(model, seed):

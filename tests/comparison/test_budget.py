@@ -8,6 +8,7 @@ from lora_init.comparison.budget import STAGES, RunBudget, longer_runs, stops
 from lora_init.comparison.effects import effects
 from lora_init.comparison.findings import summarise
 from lora_init.comparison.runs import Run, RunPlan
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import planted, record, settings
 
@@ -60,17 +61,19 @@ def spend(losses, budget, plan, order=1):
 
 
 def loss(run):
-    rng = np.random.default_rng([run.seed, len(run.start)])
-    best = {"random": 1.0, "eva": 0.99, "orthogonal": 1.3, "full": 0.5}[run.start.partition("+")[0]]
+    rng = np.random.default_rng([run.seed, len(str(run.start))])
+    best = {"random": 1.0, "eva": 0.99, "orthogonal": 1.3, "full": 0.5}[run.start.base]
     return best + 0.2 * (run.learning_rate != 1e-3) + 0.01 * rng.normal() + 0.1 * np.sin(run.seed)
 
 
-PLAN = RunPlan(["random", "eva", "orthogonal", "full"], [1e-3, 1e-2], range(STAGES[-1]), "halving", extend=0)
+PLAN = RunPlan(
+    [*map(Variant, ("random", "eva", "orthogonal", "full"))], [1e-3, 1e-2], range(STAGES[-1]), "halving", extend=0
+)
 
 
 def test_seeds_are_added_until_every_verdict_is_precise_in_whatever_order_runs_end():
     records, said = spend(loss, RunBudget(precision=0.012), PLAN)
-    counts = {start: len({run.seed for run in records if run.start == start}) for start in PLAN.starts}
+    counts = {one.base: len({run.seed for run in records if run.start == one}) for one in PLAN.starts}
     assert counts["full"] == counts["orthogonal"] == 3 < counts["eva"] == counts["random"] <= 16
     assert said[0] == (
         "After 3 seeds: eva gets more, its difference to random is known within 1.4 % (1.2 % is wanted); "
@@ -107,8 +110,8 @@ def timed(took, longer, better=-0.01, steps=120):
 
 def test_if_a_start_is_better_random_trains_twice_as_long():
     runs = {Run.of(run): run for run in timed(10.0, 0.0) if "steps" not in run["start"]}
-    assert longer_runs(runs) == [Run("random+120-steps", seed, 1e-3) for seed in range(3)]
-    assert longer_runs({run: found for run, found in runs.items() if run.start == "random"}) == []
+    assert longer_runs(runs) == [Run(Variant("random", steps=120), seed, 1e-3) for seed in range(3)]
+    assert longer_runs({run: found for run, found in runs.items() if run.start == REFERENCE}) == []
 
 
 def test_the_verdict_at_equal_total_time():
@@ -129,4 +132,4 @@ def test_the_verdict_at_equal_total_time():
 @pytest.mark.parametrize(("took", "steps"), [(10.0, 120), (60.0, 120), (61.0, 240), (900.0, 480)])
 def test_random_trains_for_the_time_that_the_start_takes_up_to_eight_times_the_steps(took, steps):
     runs = {Run.of(run): run for run in timed(took, 0.0) if "steps" not in run["start"]}
-    assert {run.start for run in longer_runs(runs)} == {f"random+{steps}-steps"}
+    assert {run.start for run in longer_runs(runs)} == {Variant("random", steps=steps)}

@@ -6,7 +6,8 @@ from transformers import BertConfig, BertModel
 
 import lora_init
 from lora_init.adapters.starts import STARTS
-from lora_init.comparison.starts import Variant, check_quantized
+from lora_init.comparison.starts import check_quantized
+from lora_init.comparison.variants import Variant
 from lora_init.errors import LoraInitError
 from tests.commands import save_model
 from tests.comparisons import SMALL, make_home
@@ -68,7 +69,7 @@ def test_starts_that_correct_the_base_begin_as_the_float_model(home, tmp_path):
 )  # fmt: skip
 def test_what_a_base_cannot_have_is_refused(starts, quantized, message):
     asked = dict(is_quantized=False, has_float=False) | quantized
-    starts = list(map(Variant, [starts] if isinstance(starts, str) else starts))
+    starts = list(map(Variant.parse, [starts] if isinstance(starts, str) else starts))
     if message is None:
         check_quantized(starts, **asked)
         return

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lora_init.comparison.runs import Run, RunPlan, best_rates, half_decade, open_runs, peek, read_runs, run_table
-from lora_init.comparison.starts import Variant
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.errors import LoraInitError
 from tests.comparisons import broken, record, settings
 
@@ -21,6 +21,7 @@ RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
 
 def carry_out(sweep, loss, starts=("random", "eva"), rates=RATES, extend=0):
     """Do what is planned, as compare() does, and return the runs in the order they were done in."""
+    starts = [*map(Variant, starts)]
     plan, records, done = RunPlan(starts, rates, SEEDS, sweep, extend), {}, []
     while True:
         planned = plan.runs(starts, records)
@@ -40,11 +41,11 @@ def test_halving_sweeps_two_seeds_and_takes_the_best_rate_to_the_others():
     def loss(run):
         # On the first seed alone the other rate would be the best.
         sign = -1 if run.seed == 0 else 2
-        return 1.0 + sign * abs(run.learning_rate - best[run.start]), "finished"
+        return 1.0 + sign * abs(run.learning_rate - best[run.start.base]), "finished"
 
     done, planned = carry_out("halving", loss)
-    assert done[:8] == [Run(start, seed, rate) for seed in (0, 1) for rate in RATES for start in ("random", "eva")]
-    assert done[8:] == [Run(start, 2, best[start]) for start in ("random", "eva")]
+    assert done[:8] == [Run(Variant(start), seed, rate) for seed in (0, 1) for rate in RATES for start in best]
+    assert done[8:] == [Run(Variant(start), 2, rate) for start, rate in best.items()]
     assert planned == done
 
 
@@ -56,21 +57,22 @@ def test_without_a_list_each_start_has_three_rates_around_its_own_which_is_run_o
         [1e-3, 3e-3, 9e-3],
         [3.3e-5, 1e-4, 3e-4],
     ]
-    assert replace(plan, tuned=False).asked("eva") == [3e-3] and len(replace(plan, tuned=False).asked("random")) == 3
+    random, eva, _ = plan.starts
+    assert replace(plan, tuned=False).asked(eva) == [3e-3] and len(replace(plan, tuned=False).asked(random)) == 3
     waiting = plan.runs(plan.starts, records)
-    assert waiting.count(Run("eva", 3, None)) == waiting.count(Run("eva", 3, 3e-3)) == 1
+    assert waiting.count(Run(eva, 3, None)) == waiting.count(Run(eva, 3, 3e-3)) == 1
     for run in waiting:
         if run.learning_rate:
             records[run] = record(run.start, run.learning_rate, run.seed, abs(run.learning_rate - 1e-3))
     planned = plan.runs(plan.starts, records)
-    eva = [(run.seed, run.learning_rate) for run in planned if run.start == "eva"]
-    assert sorted(eva) == [*((seed, rate) for seed in (0, 1) for rate in (1e-3, 3e-3, 9e-3)), (2, 1e-3), (2, 3e-3),
+    of_eva = [(run.seed, run.learning_rate) for run in planned if run.start == eva]
+    assert sorted(of_eva) == [*((seed, rate) for seed in (0, 1) for rate in (1e-3, 3e-3, 9e-3)), (2, 1e-3), (2, 3e-3),
                            (3, 1e-3), (3, 3e-3)]  # fmt: skip
-    assert [run.learning_rate for run in planned if run.start == "random" and run.seed > 1] == [1e-3, 1e-3]
+    assert [run.learning_rate for run in planned if run.start == random and run.seed > 1] == [1e-3, 1e-3]
 
 
 def test_before_the_sweep_has_ended_the_rates_are_open():
-    planned = RunPlan(["random"], RATES, SEEDS, "halving").runs(["random"], {})
+    planned = RunPlan([REFERENCE], RATES, SEEDS, "halving").runs([REFERENCE], {})
     assert [run.learning_rate for run in planned] == [*RATES, *RATES, None]
     assert planned[-1].title == "random, best rate, seed 2"
 
@@ -102,7 +104,7 @@ def test_a_single_rate_and_failed_runs_add_no_rates():
 
 def test_full_fine_tuning_has_rates_of_a_tenth():
     done, _ = carry_out("halving", lambda run: (1.0, "finished"), ["random", "full"], (1e-3, 3e-3))
-    assert {run.learning_rate for run in done if run.start == "full"} == {1e-4, 3e-4}
+    assert {run.learning_rate for run in done if run.start.base == "full"} == {1e-4, 3e-4}
 
 
 @pytest.mark.parametrize(("rate", "up", "expected"), [(2e-4, True, 6e-4), (2e-4, False, 6e-5), (1e-2, True, 3e-2)])
@@ -146,7 +148,7 @@ def test_a_rate_that_is_unstable_is_not_chosen_or_gives_way_to_the_next(unstable
 )
 def test_bad_plans(changes, message):
     with pytest.raises(LoraInitError, match=message):
-        RunPlan(**dict(starts=["random"], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
+        RunPlan(**dict(starts=[REFERENCE], learning_rates=[1e-3], seeds=[0], sweep="full") | changes)
 
 
 def test_other_data_is_noticed(tmp_path):

@@ -8,8 +8,8 @@ from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.outlook import Pace
 from lora_init.comparison.runs import RunPlan, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, fit
-from lora_init.comparison.starts import Variant
 from lora_init.comparison.tasks import Loading
+from lora_init.comparison.variants import Variant
 from tests.comparison.made import compare, set_up_bench
 from tests.comparisons import make_home
 
@@ -25,7 +25,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lay_out(home, tmp_path_factory):
     bench = set_up_bench(home, tmp_path_factory.mktemp("bench"))
-    rates = {start: LearningRate({"layer": Response(1.0, 0.0)}, 100) for start in STARTS}
+    rates = {str(start): LearningRate({"layer": Response(1.0, 0.0)}, 100) for start in STARTS}
     plan = RunPlan(STARTS, [1.0], range(32), "halving")
     asked = AskedSize(Loading(), None, 4, 0.1, None, None, rates)
     return lambda size: asked.lay_out(bench, plan, size)
@@ -37,18 +37,18 @@ def test_a_shorter_limit_makes_a_smaller_comparison(lay_out):
     assert places[0] == 0 and places == sorted(places) and len(set(places)) > 3
     bench, plan = lay_out(SIZES[-1])
     rate = LearningRate({"layer": Response(1.0, 0.0)}, 24).rate  # of so short a run
-    assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (["random", "eva"], [], rate)
-    assert plan.asked("eva") == [rate] and len(plan.asked("random")) == 3
+    assert (plan.starts, plan.learning_rates, plan.recommended["eva"]) == (STARTS[:2], [], rate)
+    assert plan.asked(STARTS[1]) == [rate] and len(plan.asked(STARTS[0])) == 3
     assert (bench.training.steps, list(bench.training.evaluation_points)) == (24, [0, 24])
 
 
 def test_what_was_asked_for_stays(home, tmp_path):
     bench = set_up_bench(home, tmp_path)
-    plan = RunPlan([Variant("random"), Variant("eva")], [1e-4, 1e-3], range(3), "halving")
+    plan = RunPlan(STARTS[:2], [1e-4, 1e-3], range(3), "halving")
     asked = AskedSize(Loading(report_samples=12), 6, 4, 0.1, [3])
     small, same = asked.lay_out(bench, plan, SIZES[-1])
     assert (small.training.steps, list(small.training.evaluation_points)) == (6, [0, 3, 6])
-    assert (same.starts, same.asked("eva")) == (["random", "eva"], [1e-4, 1e-3])
+    assert (same.starts, same.asked(STARTS[1])) == (STARTS[:2], [1e-4, 1e-3])
     assert asked.folds(SIZES[-1]) == (None, 32)
 
 

@@ -42,8 +42,7 @@ def with_adapter(model=None):
 def run(task, seed=0, steps=8, rate=1e-2, points=(0, 4, 8), model=None, warmup=0.25, plain_loss=4.0):
     model = model or with_adapter()
     training = Training(steps, 4, warmup, points)
-    order = task.order(seed, steps, 4)
-    return model, train(model, task, order, training, learning_rate=rate, seed=seed, plain_loss=plain_loss)
+    return model, train(model, task, training, learning_rate=rate, seed=seed, plain_loss=plain_loss)
 
 
 def test_it_learns_and_measures(task):

@@ -5,7 +5,7 @@ import torch
 
 from lora_init.comparison import workbench
 from lora_init.comparison.runs import Run
-from lora_init.comparison.starts import Variant
+from lora_init.comparison.variants import Variant
 from tests.comparison.made import compare, set_up_bench, without_clock
 
 

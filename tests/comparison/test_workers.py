@@ -16,6 +16,7 @@ import pytest
 from lora_init.comparison import workers
 from lora_init.comparison.budget import RunBudget
 from lora_init.comparison.runs import Run, open_runs, read_runs
+from lora_init.comparison.variants import REFERENCE, Variant
 from lora_init.comparison.workers import find_workers, run_all
 from lora_init.errors import LoraInitError
 from tests.comparison.made import again, compare, set_up_bench, without_clock
@@ -63,7 +64,7 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_costs_nothing(monke
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
     worker = workers.Process(set_up_bench, 0)
-    run = Run("random", 0, 1e-3)
+    run = Run(REFERENCE, 0, 1e-3)
     assert worker.take(worker.submit(run, "")) == (run, False)
 
 
@@ -98,7 +99,7 @@ class Stub:
 
 
 def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path):
-    runs = [Run("random", seed, 1e-3) for seed in range(4)]
+    runs = [Run(REFERENCE, seed, 1e-3) for seed in range(4)]
     with open_runs(tmp_path / "out", settings()) as log:
         crew = [Stub([runs[1]] * 2), Stub([runs[1]] * 2)]
         run_all(lambda records: (runs, []), log, crew, RunBudget(), lambda text: None)
@@ -107,7 +108,7 @@ def test_a_run_that_two_workers_died_of_has_failed_and_the_others_go_on(tmp_path
 
 
 def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
-    runs, now, lines = [Run("random", seed, 1e-3) for seed in range(9)], [0.0], []
+    runs, now, lines = [Run(REFERENCE, seed, 1e-3) for seed in range(9)], [0.0], []
     monkeypatch.setattr("lora_init.comparison.budget.time.monotonic", lambda: now[0])
 
     class Slow(Stub):
@@ -120,7 +121,7 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
         # After three runs, at 30 s, there is no time for one more and the one that is kept for the adapter.
         assert len(log.records) == 3
         assert lines[-1] == "The time is out with 6 runs left; the same command goes on from there."
-    longer, now[0] = [*runs[:2], Run("random+180-steps", 0, 1e-3)], 0.0  # three times the steps of all
+    longer, now[0] = [*runs[:2], Run(Variant("random", steps=180), 0, 1e-3)], 0.0  # three times the steps of all
     with open_runs(tmp_path / "longer", settings()) as log:
         run_all(lambda records: (longer, []), log, [Slow()], RunBudget(59.0, began=0.0), lines.append)
         assert len(log.records) == 2
@@ -137,12 +138,12 @@ def dies_at_once():
 
 def test_a_worker_that_dies_while_it_sets_up_costs_its_run_and_one_that_never_starts_is_said(tmp_path, monkeypatch):
     (worker,) = find_workers(dies_at_once, 1, None)
-    assert carry_out(worker, Run("random", 0, 1e-3)) is None
+    assert carry_out(worker, Run(REFERENCE, 0, 1e-3)) is None
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit(1)")  # as one that calls compare() without a guard ends
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None, __file__=str(script)))
     with pytest.raises(LoraInitError, match="a worker ended while it started"):
-        carry_out(worker, Run("random", 0, 1e-3))
+        carry_out(worker, Run(REFERENCE, 0, 1e-3))
 
 
 def carry_out(worker, run):
@@ -152,7 +153,7 @@ def carry_out(worker, run):
 def test_a_worker_that_cannot_set_up_says_why(home, tmp_path):
     (worker,) = find_workers(partial(set_up_bench, home, tmp_path, "nothing-here"), 1, None)
     with pytest.raises(LoraInitError, match="nothing-here"):
-        carry_out(worker, Run("random", 0, 1e-3))
+        carry_out(worker, Run(REFERENCE, 0, 1e-3))
     worker.close()
 
 
@@ -180,7 +181,7 @@ def test_a_local_ray_of_two_gives_the_numbers_of_one(home, alone, tmp_path, clus
 @pytest.mark.slow
 def test_an_actor_that_is_killed_costs_its_run_only(home, tmp_path, cluster, monkeypatch):
     actor = workers.RayActor(partial(set_up_bench, home, tmp_path), gpus=0)
-    run = Run("random", 0, 1e-2)
+    run = Run(REFERENCE, 0, 1e-2)
     first = carry_out(actor, run)
     cluster.kill(actor._actor)
     assert carry_out(actor, run) is None

@@ -1,0 +1,115 @@
+"""A start and how it is run, as one value: parsed from its name here, and printed here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from lora_init.adapters.starts import RANDOM, Recipe, Start, compared_names, find_recipe, find_start
+from lora_init.errors import LoraInitError
+
+_WAY = re.compile(r"\+(?:([1-9]\d*)-(alpha|batches|steps)|equal-parameters)\Z")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A start and how it is run: `eva+32-alpha+16-batches`. A start that is unknown is the user's own.
+
+    Example:
+        >>> Variant.parse("eva+32-alpha+equal-parameters")
+        Variant(base='eva', alpha=32, batches=None, steps=None, equal_parameters=True)
+        >>> str(Variant("eva", batches=16))
+        'eva+16-batches'
+        >>> Variant.parse("mine+yours").base
+        'mine+yours'
+    """
+
+    base: str  # name of the start
+    alpha: int | None = None  # lora_alpha, if it has one of its own
+    batches: int | None = None  # number of batches for statistics, likewise
+    steps: int | None = None  # of training, likewise
+    equal_parameters: bool = False  # whether it gets as many trainable parameters as the random start
+
+    @classmethod
+    def parse(cls, name: str) -> Variant:
+        """Read what follows the name of a start, from its end.
+
+        Raises:
+            LoraInitError: Something is said twice.
+        """
+        base, ways = name, dict[str, int]()
+        while found := _WAY.search(base):
+            number, kind = found.groups()
+            if (kind or "equal_parameters") in ways:
+                raise LoraInitError(
+                    f"start {name!r}: what follows a plus can be said once, such as eva+32-alpha+16-batches."
+                )
+            ways[kind or "equal_parameters"] = int(number) if number else True
+            base = base[: found.start()]
+        return cls(base, **ways)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        numbers = {"alpha": self.alpha, "batches": self.batches, "steps": self.steps}
+        ways = [f"+{number}-{kind}" for kind, number in numbers.items() if number is not None]
+        return "".join([self.base, *ways, "+equal-parameters" if self.equal_parameters else ""])
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How its adapter is built; None if `build_adapter` does not make it."""
+        return find_recipe(self.base) if self.base in compared_names() else None
+
+    @property
+    def start(self) -> Start | None:
+        """What the registry knows of it; None if it is the user's own."""
+        if self.recipe is not None:
+            return self.recipe.start
+        return find_start(self.base) if self.base in compared_names() else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing says how the start is run."""
+        return self == Variant(self.base)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the trained adapter is none for the plain model, since its weights were changed."""
+        return self.start is not None and self.start.changes_base
+
+    def differs_in_parameters(self, ranks_cost_the_same: bool) -> bool:
+        """Return whether it trains another number of parameters than `random`, so that it is run with as many, too."""
+        if self.recipe is None or self.equal_parameters:  # itself run beside another
+            return False
+        return self.recipe.freeze_a or (self.recipe.moves_ranks and self.recipe.resized and not ranks_cost_the_same)
+
+    def init_options(self) -> list[str] | None:
+        """Return the options with which `lora-init init` makes its adapter; None if it does not make that one.
+
+        Example:
+            >>> Variant("eva-rho1").init_options(), Variant("pissa").init_options()
+            (['--method', 'eva', '--rho', '1'], None)
+        """
+        options, recipe = [*(self.start.init_options if self.start else ())], self.recipe
+        if recipe is None:
+            return options if options and self.is_plain else None
+        if not recipe.is_made_by_init or self.equal_parameters:
+            return None
+        switches = ["--no-center"] * (not recipe.center) + ["--freeze-a"] * recipe.freeze_a
+        return [*options, "--rho", f"{recipe.rho:g}", *switches]
+
+
+REFERENCE = Variant(RANDOM)  # which all are compared with
+
+
+def by_batches(starts: Iterable[Variant], numbers: Sequence[int]) -> list[Variant]:
+    """Put in the place of each start from data, without a number of batches of its own, the same with each number.
+
+    Example:
+        >>> [str(one) for one in by_batches([Variant("random"), Variant("eva", alpha=32)], [4, 16])]
+        ['random', 'eva+32-alpha+4-batches', 'eva+32-alpha+16-batches']
+    """
+    varied: list[Variant] = []
+    for start in starts:
+        as_it_is = len(numbers) < 2 or start.recipe is None or not start.recipe.reads_data or start.batches
+        varied += [start] if as_it_is else [replace(start, batches=n) for n in numbers]
+    return varied
