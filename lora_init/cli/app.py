@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from lora_init.cli.console import (
     busy,
     command,
     print_error,
+    print_next,
     print_result,
     process_rank,
     silence,
@@ -29,6 +30,9 @@ from lora_init.cli.help import GroupedCommand, ListedCommands
 from lora_init.cli.tables import facts
 from lora_init.errors import did_you_mean
 from lora_init.private_parts import usage_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _UsageError = usage_error()
 
@@ -129,7 +133,12 @@ def env() -> None:
         "gpus": ", ".join(f"{gpu.name} {gpu.total_memory / 10**9:.0f} GB" for gpu in gpus) or "none",
         **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-    print_result(about, lambda console, values: console.print(facts(values)))
+
+    def show(console: Console, values: Any) -> None:
+        console.print(facts(values))
+        print_next(console, "LORA_INIT_DEBUG=1 lora-init COMMAND  # shows where an error comes from")
+
+    print_result(about, show)
 
 
 _COMMANDS: dict[Callable[..., None], str | None] = {

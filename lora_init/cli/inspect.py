@@ -306,6 +306,7 @@ def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
         "dial": read_json(path / DIAL_FILE) | {"picture": str(path / PICTURE_FILE)}
         if is_as_written(path, DIAL_FILE)
         else None,
+        "base_change": directory.base_change,
         "serving": serving_note(everywhere, config, shapes, directory.base_change),
     }
 
@@ -322,9 +323,25 @@ def show(console: Console, about: Mapping[str, Any]) -> None:
     console.print(facts(head))
     for renderable in body:
         console.print(renderable, markup=False)
+    print_next(console, _next(about))
+
+
+def _next(about: Mapping[str, Any]) -> str:
+    """Write the command that one runs next."""
+    path, served = shlex.quote(about["path"]), shlex.quote(f"{about['path']}-served")
     if about["what"] in ("statistics", "plan"):
         option = "--ranks" if about["what"] == "plan" else "--statistics"
-        print_next(console, f"lora-init init MODEL {option} {shlex.quote(about['path'])} -o adapter")
+        return f"lora-init init MODEL {option} {path} -o adapter"
+    if about["what"] == "comparison":
+        return about["command"] or about["settings"].get("command") or f"lora-init compare MODEL DATA -o {path}"
+    from lora_init.serving.support import WRITE_NO_TEXT
+
+    fit = about.get("fit") or {"fits": True, "engine": None}
+    if not fit["fits"] and not fit["renames"]:
+        return f"lora-init inspect {path} --base MODEL"
+    options = ["--rename"] * (not fit["fits"]) + ["--start DIRECTORY"] * bool(about["base_change"])
+    options += [] if about["task_type"] in WRITE_NO_TEXT else [f"--engine {fit['engine'] or 'vllm'}"]
+    return " ".join(["lora-init export", path, *options, "-o", served])
 
 
 def _plan_view(about: Mapping[str, Any], width: int) -> list[Any]:

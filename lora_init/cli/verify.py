@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, in_words_of_the_command, print_error, print_result
+from lora_init.cli.console import busy, importing, in_words_of_the_command, print_error, print_next, print_result
 from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, explain
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lora_init.serving.verify import Verification
 
 DIFFERS, UNKNOWN = 1, 2  # exit statuses: another thing is served; nothing could be asked, or nothing told
@@ -27,6 +31,9 @@ _TEXTS = (
     "She was given the medicine twice a day, and after a week the doctor said that she could go home.",
     "Write a function that adds two numbers. def add(a, b): return a + b",
 )
+
+# By whether it is a chat.
+_HELLO: Mapping[bool, Any] = {True: [{"role": "user", "content": "Hello"}], False: "The"}
 
 
 @contextmanager
@@ -104,8 +111,7 @@ def verify(
         raise LoraInitError(" ".join(dict.fromkeys(failed.values())))
     source, any_name = _one_base(sources), served[next(iter(sources))][0]
     chats = [] if data is None or reading.template else _chats(data, reading, 2 * n)
-    hello = {True: [{"role": "user", "content": "Hello"}], False: "The"}
-    chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, hello[form])), None)
+    chat = next((form for form in (bool(chats), not chats) if server.ask(any_name, _HELLO[form])), None)
     if chat is None:
         raise LoraInitError(f"{server.url} gives no log-probabilities, neither of texts nor of chats.")
     with busy(f"loading {source}"):
@@ -115,9 +121,8 @@ def verify(
         raise LoraInitError(f"{source!r} is {what}, so this server's log-probabilities cannot be computed here.")
     prompts: list[Any] = chats
     if not (chat and chats):
-        texts = [" ".join(words[:i]) for words in map(str.split, _TEXTS) for i in range(3, len(words))]
         settings = dict(vars(reading), samples=2 * n, max_length=max_length)
-        texts = texts if data is None else [*_texts(data, loaded.tokenizer, **settings)]
+        texts = _beginnings() if data is None else _texts(data, loaded.tokenizer, **settings)
         prompts = [[{"role": "user", "content": text}] if chat else text for text in dict.fromkeys(texts)]
     results: dict[Path, Verification] = {}
     for directory in sources:
@@ -125,10 +130,27 @@ def verify(
         with noting(directory), busy(f"computing and asking {n} of {len(prompts)} prompts"):
             ask, at_base = partial(server.ask, name), partial(server.ask, base_name) if base_name else None
             results[directory] = verify(directory, loaded.model, loaded.tokenizer, prompts, ask, at_base, n=n)
-    _show(names, results, failed)
     verdicts = {found.verdict for found in results.values()} - {AS_TRAINED, AS_EXPORTED}
+    wrong = [one for one in names if one in failed or results[one].verdict in verdicts]
+    _show(names, results, failed, _look(wrong[0], source) if wrong else _request(server.url, any_name, chat))
     if verdicts or failed:
         raise SystemExit(DIFFERS if verdicts - {CANNOT_TELL} else UNKNOWN)
+
+
+def _beginnings() -> Iterator[str]:
+    for words in map(str.split, _TEXTS):
+        yield from (" ".join(words[:i]) for i in range(3, len(words)))
+
+
+def _look(directory: Path, base: str) -> str:
+    """Write a command that says whether an adapter fits its base."""
+    return f"lora-init inspect {shlex.quote(str(directory))} --base {shlex.quote(base)}"
+
+
+def _request(url: str, model: str, chat: bool) -> str:
+    """Write a command that asks the server for an answer."""
+    body = json.dumps({"model": model, "messages" if chat else "prompt": _HELLO[chat], "max_tokens": 64})
+    return f"curl {url}/{'chat/' * chat}completions --json {shlex.quote(body)}"
 
 
 def _one_base(sources: Mapping[Path, str]) -> str:
@@ -144,16 +166,23 @@ def _check_there(directories: list[Path]) -> None:
         raise LoraInitError(f"{directories[0]} is no adapter directory: it has no adapter_config.json.")
 
 
-def _show(names: Mapping[Path, str], results: Mapping[Path, Verification], failed: Mapping[Path, str]) -> None:
-    if len(names) == 1:
-        (found,) = results.values()
-        print_result(asdict(found), lambda console, _: console.print(found.text, markup=False))
-        return
+def _show(
+    names: Mapping[Path, str], results: Mapping[Path, Verification], failed: Mapping[Path, str], command: str
+) -> None:
+    """Print the verdicts, and the command that one runs next."""
     texts = {name: results[one].text if one in results else f"error: {failed[one]}" for one, name in names.items()}
     about = [
         {"directory": str(one)} | (asdict(results[one]) if one in results else {"error": failed[one]}) for one in names
     ]
-    print_result(about, lambda console, _: console.print(facts(texts)))
+
+    def show(console: Console, _: Any) -> None:
+        if len(names) == 1:
+            console.print(*texts.values(), markup=False)
+        else:
+            console.print(facts(texts))
+        print_next(console, command)
+
+    print_result(about if len(names) > 1 else asdict(*results.values()), show)
 
 
 def _chats(data: str, reading: Reading, most: int) -> list[Any]:

@@ -64,6 +64,8 @@ def test_inspect_an_adapter(made, home):
     assert about["ranks"] == {key[17:-14]: len(a) for key, a in weights.items() if "lora_A" in key}
     assert about["parameters"] == sum(tensor.numel() for tensor in weights.values())
     assert about["origin"]["method"] == "eva"
+    path = made / "out"
+    assert result.stdout.splitlines()[-1] == f"Next: lora-init export {path} --engine vllm -o {path}-served"
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -96,10 +96,12 @@ def test_as_few_values_as_a_server_tells_are_enough(most, home, tmp_path):
     engine.most = most
     done = ask(home, "plain", engine)
     assert done.exit_code == 0 and done.stdout.startswith("served as trained"), done.output
+    assert re.search(r"\nNext: curl http://\S+/completions --json ", done.stdout)
     engine = served(home, changed(home / "plain", tmp_path / "doubled", config={"lora_alpha": 32}))
     engine.most = most
     done = ask(home, "plain", engine)
     assert done.exit_code == 1 and done.stdout.startswith("scaled: by 2, alpha doubled"), done.output
+    assert f"\nNext: lora-init inspect {home / 'plain'} --base " in done.stdout
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
