@@ -15,7 +15,7 @@ _getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_
 
 if TYPE_CHECKING:  # for mypy and editors; `__getattr__` resolves these names on first use, so that no torch is imported
     from lora_init.adapters.adapter_init import AdapterInit as AdapterInit
-    from lora_init.adapters.adapter_init import correct_base as correct_base
+    from lora_init.adapters.base_weights import correct_base as correct_base
     from lora_init.adapters.build import build_adapter as build_adapter
     from lora_init.adapters.initialize import initialize as initialize
     from lora_init.adapters.intruders import Intruders as Intruders

@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
-from lora_init.adapters.starts import STARTS
+from lora_init.adapters.starts import DEFAULT, STARTS, Start, find_start
 from lora_init.errors import LoraInitError, did_you_mean
 from lora_init.layers.grid import PURPOSES
 from lora_init.loading.examples import FORMATS
@@ -25,6 +25,7 @@ else:  # the registry decides what there is
 
 RANK = 16
 SCALING = 2.0  # lora_alpha / rank where nothing else is asked for, as most of PEFT's users have it
+_BY_DEFAULT = find_start(DEFAULT)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -122,9 +123,13 @@ class Layers:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the adapter is like: arguments of `build_adapter`, and what measures its step or checks it."""
+    """What the adapter is like: arguments of `build_adapter`, which an `AdapterInit` has, too.
+
+    What a LoraConfig has no field for is in the record of an adapter directory.
+    """
 
     title: ClassVar = "The adapter"
+    of_peft: ClassVar = ("lora_alpha", "use_rslora", "use_dora", "lora_dropout", "modules_to_save")  # of a LoraConfig
     lora_alpha: Annotated[
         float | None,
         dict(help="The adapter is scaled by lora_alpha / rank. Default: twice the rank."),
@@ -146,6 +151,13 @@ class Shape:
             f"{''.join(f'; {one.name} {one.gamma:g}' for one in STARTS if one.corrects_base)}."
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What a correction of a quantized base is made of, and whether it must be one."""
+
+    title: ClassVar = "The adapter"
     weights: Annotated[
         str | Path | None,
         dict(kind=str | None, help="The float model that a quantized MODEL was made of. Default: MODEL itself."),
@@ -153,10 +165,6 @@ class Shape:
     unchecked: Annotated[
         bool, dict(help="With qera: write it even if the loss on examples set aside does not fall.")
     ] = False
-
-    def of_adapter(self) -> dict[str, Any]:
-        """Return the arguments of `build_adapter`."""
-        return {name: value for name, value in vars(self).items() if name not in ("gamma", "weights", "unchecked")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +190,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Options(Pass, Shape, Layers, Sample, Reading, Ranks):
+class Options(Pass, Correction, Shape, Layers, Sample, Reading, Ranks):
     """Every option as an argument of one call, for those who declare what `initialize` takes."""
 
 
@@ -191,16 +199,28 @@ class Asked:
     """All of it, each thing with its defaults where nothing was said of it."""
 
     method: str | None = None  # None for the start that is recommended
+    start: Start = _BY_DEFAULT
     reading: Reading = Reading()
     sample: Sample = Sample()
     ranks: Ranks = Ranks()
     layers: Layers = Layers()
     shape: Shape = Shape()
+    correction: Correction = Correction()
     run: Pass = Pass()
     given: Mapping[str, Any] = field(default_factory=dict)  # as it was, which a LoraConfig must not contradict
 
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the pass runs backward, too."""
+        return self.run.gradients or self.start.by_gradient
+
+    @property
+    def measures(self) -> bool:
+        """Whether a loss is measured, on examples that are set aside."""
+        return self.start.measures(self.shape.gamma)
+
     def _parts(self) -> Iterator[tuple[str, Any]]:
-        return ((name, value) for name, value in vars(self).items() if name not in ("method", "given"))
+        return ((name, value) for name, value in vars(self).items() if name not in ("method", "start", "given"))
 
     def but(self, **changes: Any) -> Asked:
         """Return the same but for some keywords, each in the part that has it."""

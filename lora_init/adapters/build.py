@@ -17,14 +17,14 @@ from lora_init.adapters.asked import SCALING, Shape
 from lora_init.adapters.config import read_config_for
 from lora_init.adapters.directory import check_place
 from lora_init.adapters.initializers import check_rank, energies
-from lora_init.adapters.layer_start import error_before_and_after, error_of, layer_start
+from lora_init.adapters.layer_start import Material, error_before_and_after, layer_start
 from lora_init.adapters.learning_rate import Response, response
 from lora_init.adapters.starts import DEFAULT, STARTS, Start, buildable, find_start
 from lora_init.adapters.weights import Weights
 from lora_init.errors import LoraInitError, did_you_mean, is_number
 from lora_init.layers.targets import Target, is_in
 from lora_init.planning.limits import whole_number
-from lora_init.planning.lora_config import alpha_for, scaling_of
+from lora_init.planning.lora_config import alpha_for
 from lora_init.planning.plan import RankAllocation
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
@@ -135,80 +135,73 @@ def build_adapter(
             f"build_adapter() takes statistics first and got a {type(stats).__name__}. collect() makes them from a "
             "model and data, Statistics.load() reads a file."
         )
-    start = buildable_start(method)
-    given: dict[str, Any] = dict(
-        lora_alpha=lora_alpha, use_rslora=use_rslora, use_dora=use_dora, lora_dropout=lora_dropout,
-        modules_to_save=modules_to_save,
-    )  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
-    shape, average, selected = (
-        Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a, **given),
-        None,
-        None,
-    )
+    start, shape = buildable_start(method), Shape(whiten=whiten, unit_rows=unit_rows, gamma=gamma, freeze_a=freeze_a)
+    of_peft = (lora_alpha, use_rslora, use_dora, lora_dropout, modules_to_save)
+    given: dict[str, Any] = {
+        name: value for name, value in zip(Shape.of_peft, of_peft, strict=True) if value is not None
+    }
+    shape, selected, average = replace(shape, **given), [*stats, *stats.unsupported], None
     if config is not None:
         said, selected = read_config_for(stats, config, given)
         average, shape = said.pop("rank"), replace(shape, **said)
-    selected = [*stats, *stats.unsupported] if selected is None else selected
     check_adapter_options(start, shape)
-    modules_to_save = shape.modules_to_save
-    asked, rank = _ranks_asked(stats, ranks, average, selected)
-    plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, modules_to_save)}
+    return build_from(Material(start, stats, shape, seed, errors, model, average), ranks, selected)
+
+
+def build_from(
+    of: Material, ranks: Mapping[str, int] | int | None, selected: Collection[str] | None = None
+) -> AdapterInit:
+    """Compute the start of every layer's adapter, of those that are `selected`, from what was checked already."""
+    start, stats, shape = of.start, of.stats, of.shape
+    selected = [*stats, *stats.unsupported] if selected is None else selected
+    asked, rank = _ranks_asked(stats, ranks, of.rank, selected)
+    plan = {name: asked[name] for name in asked if asked[name] and not is_in(name, shape.modules_to_save)}
     if not any(asked.values()):
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
-        raise LoraInitError(f"modules_to_save={list(modules_to_save)} hold every layer: no adapter is left to build.")
+        whole = list(shape.modules_to_save)
+        raise LoraInitError(f"modules_to_save={whole} hold every layer: no adapter is left to build.")
     plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
-    gamma = gamma or start.gamma
     lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
-    scaling = scaling_of(lora_alpha, rank, shape.use_rslora)
+    shape = replace(shape, lora_alpha=lora_alpha, gamma=shape.gamma or start.gamma)
+    of = replace(of, shape=shape, rank=rank)
     weights, seen, squares = {}, {}, 0.0
     for name, r in plan.items():
-        error = error_of(stats.targets[name], start, errors)
-        weights[name] = layer_start(
-            start, stats, name, gamma, unit_rows, rank=r, scaling=scaling, whiten=whiten, seed=seed, error=error,
-            model=model,
-        )  # fmt: skip
+        error = of.error(name)
+        weights[name] = layer_start(of, name, r, error)
         if error is not None:
-            seen[name] = error_before_and_after(stats[name], error, weights[name], scaling)
+            seen[name] = error_before_and_after(stats[name], error, weights[name], of.scaling)
             squares += float(error.norm()) ** 2
+    unsupported = {
+        name: kind
+        for name, kind in stats.unsupported.items()
+        if name in selected and not is_in(name, shape.modules_to_save)
+    }
     return AdapterInit(
+        **vars(shape),
+        start=start,
         weights=weights,
         targets={name: stats.targets[name] for name in plan},
-        unsupported={
-            name: kind
-            for name, kind in stats.unsupported.items()
-            if name in selected and not is_in(name, modules_to_save)
-        },
+        unsupported=unsupported,
         rank=rank,
-        lora_alpha=lora_alpha,
-        use_rslora=shape.use_rslora,
-        use_dora=shape.use_dora,
-        lora_dropout=shape.lora_dropout,
-        method=method,
-        whiten=whiten,
-        unit_rows=unit_rows,
-        seed=seed,
+        seed=of.seed,
         left_out=tuple(name for name in stats if name not in plan),
         explained={name: float(stats.explained_variance_ratio(name)[:r].sum()) for name, r in plan.items()},
         provenance=stats.provenance,
-        modules_to_save=tuple(modules_to_save),
-        gamma=gamma,
-        freeze_a=freeze_a,
-        responses=dict(_responses(stats, weights, scaling, freeze_a)),
+        responses=dict(_responses(of, weights)),
         errors=seen,
         error_size=squares**0.5,
         dtype=ranks.budget.dtype if isinstance(ranks, RankAllocation) and ranks.budget else "float32",
     )
 
 
-def _responses(stats: Statistics, weights: Weights, scaling: float, freeze_a: bool) -> Iterator[tuple[str, Response]]:
+def _responses(of: Material, weights: Weights) -> Iterator[tuple[str, Response]]:
     """Compute how far each layer moves at a learning rate. A x is taken to be Gaussian."""
     for name, own in weights.items():
-        if name in stats.sizes:
-            ax = float((energies(stats[name], own.a.flatten(1)) * (2.0 / math.pi)).sqrt().sum())
-            found = response(stats.sizes[name], ax, len(own.a), scaling, freeze_a)
+        if name in of.stats.sizes:
+            ax = float((energies(of.stats[name], own.a.flatten(1)) * (2.0 / math.pi)).sqrt().sum())
+            found = response(of.stats.sizes[name], ax, len(own.a), of.scaling, of.shape.freeze_a)
             if found:
                 yield name, found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_init.adapters.asked import Asked
+from lora_init.adapters.asked import Asked, Shape
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_fresh
 from lora_init.errors import LoraInitError, in_one_line
 from lora_init.layers.targets import HEADS, matches
@@ -19,8 +19,7 @@ from lora_init.statistics.statistics import Statistics
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# The fields of LoraConfig; any other one is refused by its name if it is set. These go on to the adapter:
-_SHAPE = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save")
+# The fields of LoraConfig; any other one is refused by its name if it is set. Those `of_peft` go on to the adapter.
 # These select layers, and which they selected is read off the model:
 _SELECTION = (
     "r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "task_type",
@@ -113,14 +112,14 @@ def _shape_of(config: LoraConfig, whose: str, taker: str = "initialize()") -> di
     from peft import LoraConfig
 
     default = LoraConfig(init_lora_weights=config.init_lora_weights)
-    other = [field.name for field in fields(default) if field.name not in (*_SHAPE, *_SELECTION, *_DROPPED)]
+    other = [field.name for field in fields(default) if field.name not in (*Shape.of_peft, *_SELECTION, *_DROPPED)]
     changed = [name for name in other if getattr(config, name) != getattr(default, name)]
     if changed:
         raise LoraInitError(
             f"{whose} sets {', '.join(changed)}, which {taker} decides itself or cannot keep. Leave it out."
         )
     heads = HEADS.get(config.task_type or "", ())
-    shape = {"rank": config.r, **{name: getattr(config, name) for name in _SHAPE}}
+    shape = {"rank": config.r, **{name: getattr(config, name) for name in Shape.of_peft}}
     # PEFT adds the names that heads of this task may have, and will again.
     return shape | {"modules_to_save": [name for name in config.modules_to_save or () if name not in heads]}
 

@@ -16,7 +16,7 @@ from lora_init.adapters.config import read_config
 from lora_init.adapters.doors.carriers import Carrier
 from lora_init.adapters.doors.registry import find_carrier, find_trainer, is_trainer
 from lora_init.adapters.peft_model import check_plain, is_filled
-from lora_init.adapters.pipeline import adapter_for, choose_start
+from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:
@@ -118,16 +118,15 @@ def initialize(
             if not carrier.wraps_anew:
                 raise LoraInitError("config= is for a plain model, and this one has an adapter with a LoraConfig.")
             asked = read_config(carrier.model, config, asked)
-        start = choose_start(method, classifies)
-        with carrier.opened(asked) as read:
-            return _applied(adapter_for(carrier, *carrier.feed(batches, read), tokenizer, start), carrier, adapter_name)
+        with carrier.opened(choose(asked, classifies)) as opened:
+            fed, read = carrier.feed(batches, opened)
+            return _applied(run(Source(carrier, fed, tokenizer), read), carrier, adapter_name)
     if config is not None:
         raise LoraInitError("config= is for a plain model. Give it to the trainer, as peft_config.")
     began, door = time.perf_counter(), find_trainer(model)
-    start = choose_start(method, classifies or door.classifies)
-    with door.opened(asked, start) as (read, own):
-        source, reads_with = (own, None) if batches is None else (batches, tokenizer)
-        init = replace(adapter_for(door.carrier, source, read, reads_with, start), steps=door.steps)
+    with door.opened(choose(asked, classifies or door.classifies)) as (read, own):
+        source = Source(door.carrier, own) if batches is None else Source(door.carrier, batches, tokenizer)
+        init = replace(run(source, read), steps=door.steps)
         adapted = _applied(init, door.carrier, adapter_name)
     door.hand_over(adapted)
     if learning_rate and init.rate:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.adapters.asked import Shape
 from lora_init.adapters.initializers import as_large_as_random, error_seen, layer_generator, scaled_by_gamma
 from lora_init.adapters.providers import PROVIDERS
 from lora_init.adapters.quantized import read_product
@@ -18,24 +18,55 @@ from lora_init.errors import LoraInitError, first_line, is_out_of_memory
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target
 from lora_init.layers.wrappers import plain_names, unwrapped
+from lora_init.planning.lora_config import scaling_of
 from lora_init.statistics.spectrum import Spectrum
 from lora_init.statistics.statistics import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What an adapter is started from, and what it is to be like."""
+
+    start: Start
+    stats: Statistics
+    shape: Shape
+    seed: int = 0
+    errors: Mapping[str, Tensor] | None = None
+    model: nn.Module | None = None
+    rank: int | None = None  # that the scaling is relative to
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by, once alpha and rank are known."""
+        assert self.shape.lora_alpha is not None and self.rank is not None
+        return scaling_of(self.shape.lora_alpha, self.rank, self.shape.use_rslora)
+
+    def error(self, name: str) -> Tensor | None:
+        """Return what quantization took from a layer's weight, if the start is about that."""
+        if not self.start.by_error:
+            return None
+        if self.errors is None or name not in self.errors:
+            raise LoraInitError(
+                f"layer {name!r}: {self.start} corrects what quantization took from its weight. Pass errors=, such as "
+                "QuantizationErrors(model, stats.targets)."
+            )
+        error, target = self.errors[name], self.stats.targets[name]
+        shape = [target.out_features, target.in_features]
+        if list(error.shape) != shape or not bool(error.isfinite().all()):
+            raise LoraInitError(f"layer {name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
+        return error.to(torch.promote_types(error.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class LayerToStart:
     """What is known of a layer, or of one of its experts, when it is started; `PROVIDERS` reads it."""
 
+    of: Material
     target: Target
-    stats: Statistics
     part: str  # the name of the layer or of an expert, by which random numbers are drawn
     spectrum: Spectrum
     rank: int
-    scaling: float
-    whiten: bool
-    seed: int
     error: Tensor | None
-    model: nn.Module | None
 
     @property
     def width(self) -> int:
@@ -45,39 +76,36 @@ class LayerToStart:
     @property
     def generator(self) -> torch.Generator:
         """Source of random numbers of its own."""
-        return layer_generator(self.seed, self.part)
+        return layer_generator(self.of.seed, self.part)
 
     @property
     def weight(self) -> Tensor:
         """The matrix that it multiplies by, float32 [d_out, d_in], on the CPU."""
-        if self.model is None:
+        if self.of.model is None:
             raise LoraInitError(f"layer {self.target.name!r}: the start is made from its weight. Pass model=.")
-        model = unwrapped(self.model)
+        model = unwrapped(self.of.model)
         module, dtype = plain_names(model)[self.target.module], getattr(model, "dtype", torch.float32)
         return read_product(module, self.target, dtype, f"layer {self.target.name!r}").cpu()
 
 
-def layer_start(
-    start: Start, stats: Statistics, name: str, gamma: float | None, unit_rows: bool = False, **known: Any
-) -> LoraWeights:
+def layer_start(of: Material, name: str, rank: int, error: Tensor | None) -> LoraWeights:
     """Compute A and B of a layer; with experts A and B of each, side by side.
 
     Where B is zero A x has the size that it has with `random`, unless the start has one of its own or with `unit_rows`.
     """
+    start, stats, target = of.start, of.stats, of.stats.targets[name]
     experts = {expert_group(name, i): own for i, own in enumerate(stats.of_experts(name))}
-    target, parts = stats.targets[name], (experts or {name: stats[name]}).items()
-    made = [_called(start, LayerToStart(target, stats, part, spectrum, **known)) for part, spectrum in parts]
-    if start.b_is_zero and not (start.matched or unit_rows):
-        made = [
-            LoraWeights(as_large_as_random(spectrum, own.a), own.b)
-            for own, (_, spectrum) in zip(made, parts, strict=True)
-        ]
-    shape_a, shape_b = target.shapes(known["rank"])
-    a = torch.cat([part.a for part in made]).reshape(shape_a)
+    parts = [LayerToStart(of, target, *one, rank, error) for one in (experts or {name: stats[name]}).items()]
+    made = [_called(start, part) for part in parts]
+    shape_a, shape_b = target.shapes(rank)
     if start.b_is_zero:
-        return LoraWeights(a, torch.zeros(shape_b))
-    weights = LoraWeights(a, torch.cat([part.b for part in made]).reshape(shape_b))
-    return weights if gamma is None else scaled_by_gamma(weights, gamma)
+        if not (start.matched or of.shape.unit_rows):
+            pairs = zip(parts, made, strict=True)
+            made = [LoraWeights(as_large_as_random(part.spectrum, own.a), own.b) for part, own in pairs]
+        return LoraWeights(torch.cat([own.a for own in made]).reshape(shape_a), torch.zeros(shape_b))
+    a, b = torch.cat([own.a for own in made]), torch.cat([own.b for own in made])
+    weights = LoraWeights(a.reshape(shape_a), b.reshape(shape_b))
+    return weights if of.shape.gamma is None else scaled_by_gamma(weights, of.shape.gamma)
 
 
 def _called(start: Start, layer: LayerToStart) -> LoraWeights:
@@ -101,21 +129,6 @@ def _called(start: Start, layer: LayerToStart) -> LoraWeights:
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise LoraInitError(f"{where}: its function returned NaN or inf, or what is too large for float32.")
     return LoraWeights(a, b)
-
-
-def error_of(target: Target, start: Start, errors: Mapping[str, Tensor] | None) -> Tensor | None:
-    """Return what quantization took from a layer's weight, if the start is about that."""
-    if not start.by_error:
-        return None
-    if errors is None or target.name not in errors:
-        raise LoraInitError(
-            f"layer {target.name!r}: {start} corrects what quantization took from its weight. Pass errors=, such as "
-            "QuantizationErrors(model, stats.targets)."
-        )
-    error, shape = errors[target.name], [target.out_features, target.in_features]
-    if list(error.shape) != shape or not bool(error.isfinite().all()):
-        raise LoraInitError(f"layer {target.name!r}: its error is {list(error.shape)}, expected {shape}, all finite.")
-    return error.to(torch.promote_types(error.dtype, torch.float32))
 
 
 def error_before_and_after(

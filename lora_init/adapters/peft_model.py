@@ -219,6 +219,12 @@ def fill_in_place(model: Any, init: AdapterInit) -> None:
         layers[layer].lora_B[adapter].weight[:, : len(a)].copy_(b)
 
 
+def freeze_a(adapted: nn.Module) -> None:
+    """Keep every A as it is in training, for which PEFT has no setting."""
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad &= ".lora_A." not in name
+
+
 def match_modes(peft_model: PeftModel) -> None:
     """Put PEFT's new modules, which start in training mode, into the mode of the model inside them."""
     for layer in adapter_layers(peft_model).values():

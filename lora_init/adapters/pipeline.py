@@ -1,8 +1,8 @@
-"""The way from a model and data to an adapter: choose a start, read, set aside, collect, allocate, build, measure.
+"""The run from a model and data to an adapter, which every way in walks: `initialize`, `lora-init init`, a callback.
 
-Its steps stand here once. `initialize` calls them in this order, by `adapter_for`; `lora-init init` calls them one by
-one, since it reads data before weights and keeps statistics in a file; a comparison splits its own batches (`split`)
-and builds on its own statistics (`build`). What was asked for travels as an `Asked`, what is read as `Examples`.
+What differs between them is where model, data and statistics come from: a `Source` has them and does a step in its own
+way. A comparison has statistics of its own; it splits its batches (`split`) and builds on them (`build`). What was
+asked for travels as an `Asked`, the start in it as an object; what is read travels as `Examples`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
-from lora_init.adapters.build import build_adapter, buildable_start, check_adapter_options
+from lora_init.adapters.build import build_from, buildable_start, check_adapter_options
 from lora_init.adapters.doors.carriers import Carrier
+from lora_init.adapters.layer_start import Material
 from lora_init.adapters.peft_model import check_modules_to_save
 from lora_init.adapters.quantized import QuantizationErrors, loss_or_distance, with_losses
-from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, Start, find_start
+from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, find_start
 from lora_init.adapters.step_size import LEAST, find_step_size, most_aside, set_aside
 from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
@@ -51,17 +52,95 @@ class Examples:
     data: str = ""  # in words
 
 
-def choose_start(method: str | None, classifies: bool) -> Start:
+def run(source: Source, asked: Asked) -> AdapterInit:
+    """Go from a model and data to an adapter; all processes of a group do it together."""
+    asked = source.check(asked)
+    examples, asked = source.read(asked)
+    model, asked = source.load(examples, asked)
+    stats, asked = source.collect(model, examples, asked)
+    ranks = source.allocate(stats, asked)
+    return source.build(model, stats, ranks, examples, asked)
+
+
+class Source:
+    """A model at hand, and batches, or data with a tokenizer. Others do a step in another way."""
+
+    rho: float | None = None  # how many times the rank the pass keeps, if that is more than the ranks need
+
+    def __init__(self, carrier: Carrier, given: Any, tokenizer: Any = None) -> None:
+        self.carrier, self.given, self.tokenizer = carrier, given, tokenizer
+
+    def check(self, asked: Asked) -> Asked:
+        """Refuse what no data can make right."""
+        check(asked)
+        self.carrier.check(asked.start)
+        return asked
+
+    def read(self, asked: Asked) -> tuple[Examples, Asked]:
+        """Read batches, and set some aside if a loss is measured."""
+        model = self.carrier.model
+        if self.tokenizer is not None:
+            known = classes_of(getattr(model, "config", None))
+            found = read(self.given, self.tokenizer, asked, seq2seq=encoder_of(model) is not None, known=known)
+            return split(*found, asked.measures), asked
+        idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
+        if idle:
+            raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
+        _check_tokens(self.given)
+        return split(as_batches(self.given, model, asked.run.seed), (), asked.measures), asked
+
+    def load(self, examples: Examples, asked: Asked) -> tuple[nn.Module, Asked]:
+        """Return the model, and what it decides of the adapter."""
+        if self.carrier.in_place:  # whose LoraConfig says what is trained whole
+            return self.carrier.model, asked
+        return self.carrier.model, fit_to(self.carrier.model, asked, examples.classes)
+
+    def collect(self, model: nn.Module, examples: Examples, asked: Asked) -> tuple[Statistics, Asked]:
+        """Collect what the start needs, or the default one where there are no gradients; return which it was, too."""
+        if asked.start.by_error:  # refuses before the pass what cannot be read after it
+            layers = find_targets(model, **vars(asked.layers)).layers
+            QuantizationErrors(model, layers, asked.correction.weights)
+
+        def collect_for(asked: Asked) -> Statistics:
+            run = replace(asked.run, gradients=asked.by_gradient, data=asked.run.data or examples.data)
+            options = {name: value for name, value in vars(run).items() if value is not None}
+            return collect(
+                model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
+                rho=max(self.rho or asked.ranks.rho, SPARE),
+            )  # fmt: skip
+
+        try:
+            return collect_for(asked), asked
+        except NoGradientsError as error:  # before any batch is read
+            if asked.method is not None:
+                raise
+            warnings.warn(f"{error} So the start is {DEFAULT}, from what the layers read.", stacklevel=4)
+        asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
+        return collect_for(asked), asked
+
+    def allocate(self, stats: Statistics, asked: Asked) -> RankAllocation:
+        """Share the ranks out among the layers."""
+        return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
+
+    def build(
+        self, model: nn.Module, stats: Statistics, ranks: RankAllocation, examples: Examples, asked: Asked
+    ) -> AdapterInit:
+        """Build the adapter, and measure what it does if the start asks for that."""
+        return build(model, stats, ranks, asked, examples.aside)
+
+
+def choose(asked: Asked, classifies: bool) -> Asked:
     """Find the start that was asked for, or the one that is recommended for the task."""
-    return buildable_start(method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT))
+    method = asked.method or (DEFAULT_FOR_CLASSES if classifies else DEFAULT)
+    return replace(asked, start=buildable_start(method))
 
 
-def check(asked: Asked, start: Start, **place: Any) -> None:
+def check(asked: Asked, **place: Any) -> None:
     """Refuse what no model and no data can make right; `place` is where the adapter is to be saved."""
-    check_adapter_options(start, asked.shape, **place)
+    check_adapter_options(asked.start, asked.shape, **place)
     rank, rho = asked.ranks.rank, asked.ranks.rho
-    if start.one_rank and round(rho * rank) > rank:
-        raise LoraInitError(f"method={start.name!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
+    if asked.start.one_rank and round(rho * rank) > rank:
+        raise LoraInitError(f"method={asked.start.name!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
 
 
 def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
@@ -88,13 +167,13 @@ def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn:
 
 
 def read(
-    source: Any, tokenizer: Any, asked: Asked, start: Start, *, seq2seq: bool, known: Sequence[str]
+    source: Any, tokenizer: Any, asked: Asked, *, seq2seq: bool, known: Sequence[str]
 ) -> tuple[Batches, Sequence[Any]]:
     """Read the sample and, where a loss is measured, examples beyond it."""
     sample, run = asked.sample, asked.run
     fitting = {
         "seq2seq": seq2seq and sample.label is None, "known_classes": known,
-        "needs_labels": run.gradients or start.by_gradient or run.token_mask == "labels",
+        "needs_labels": asked.by_gradient or run.token_mask == "labels",
     }  # fmt: skip
     options = vars(sample) | {name: value for name, value in fitting.items() if getattr(sample, name) is None}
     load = partial(load_batches, source, tokenizer, **vars(asked.reading), seed=run.seed)
@@ -102,10 +181,10 @@ def read(
     n = sum(len(batch["input_ids"]) for batch in batches)
     if n < LEAST:
         warnings.warn(
-            f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.", stacklevel=4
+            f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.", stacklevel=5
         )
     beyond: Sequence[Any] = ()
-    if start.measures(asked.shape.gamma) and sample.samples is not None:
+    if asked.measures and sample.samples is not None:
         more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}
         with suppress(LoraInitError):  # there are none
             beyond = load(**options | more)
@@ -124,70 +203,33 @@ def split(batches: Any, beyond: Iterable[Any] = (), measured: bool = True) -> Ex
     return Examples(others, aside, classes, words)
 
 
-def learn(
-    model: nn.Module, examples: Examples, asked: Asked, start: Start, rho: float | None = None
-) -> tuple[Statistics, Start]:
-    """Collect what the start needs, or the default one where there are no gradients; return which it was, too."""
-    if start.by_error:  # refuses before the pass what cannot be read after it
-        QuantizationErrors(model, find_targets(model, **vars(asked.layers)).layers, asked.shape.weights)
-
-    def collect_for(start: Start, rho: float | None, gradients: bool) -> Statistics:
-        run = replace(asked.run, gradients=gradients, data=asked.run.data or examples.data)
-        options = {name: value for name, value in vars(run).items() if value is not None}
-        return collect(
-            model, examples.batches, **vars(asked.layers), **options, rank=asked.ranks.rank,
-            rho=max(rho or asked.ranks.rho, SPARE),
-        )  # fmt: skip
-
-    try:
-        return collect_for(start, rho, asked.run.gradients or start.by_gradient), start
-    except NoGradientsError as error:  # before any batch is read
-        if asked.method is not None:
-            raise
-        warnings.warn(f"{error} So the start is {DEFAULT}, from what the layers read.", stacklevel=4)
-    start = find_start(DEFAULT)
-    return collect_for(start, None, False), start
-
-
-def allocate(stats: Statistics, asked: Asked, start: Start) -> RankAllocation:
-    """Share the ranks out among the layers."""
-    return allocate_ranks(stats, asked.ranks.rank, asked.ranks.rho)
-
-
 def build(
     model: nn.Module,
     stats: Statistics,
     ranks: RankAllocation | int,
-    start: Start,
     asked: Asked,
     aside: Sequence[Any] = (),
-    in_all_processes: bool = False,
     errors: QuantizationErrors | None = None,
 ) -> AdapterInit:
     """Build the adapter, and by the loss on batches `aside` find the size of its step or check what it corrects."""
-    shape, run = asked.shape, asked.run
-    of_loss: dict[str, Any] = dict(batches=aside, forward=run.forward, loss=run.loss)
-    made = partial(build_adapter, stats, ranks, start.name, **shape.of_adapter(), seed=run.seed, model=model)
+    start, shape, seed = asked.start, asked.shape, asked.run.seed
+    of_loss: dict[str, Any] = dict(batches=aside, forward=asked.run.forward, loss=asked.run.loss)
 
-    def shared(loss_of: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
-        def mean(model: nn.Module) -> float:
-            loss = loss_of(model)
-            with Processes() as processes:
-                return statistics.fmean(processes.gather(loss))
+    def shared(loss_of: Callable[[nn.Module], float], model: nn.Module) -> float:
+        loss = loss_of(model)
+        with Processes() as processes:
+            return statistics.fmean(processes.gather(loss))
 
-        return mean if in_all_processes else loss_of
+    def made(gamma: float | None = shape.gamma) -> AdapterInit:
+        return build_from(Material(start, stats, replace(shape, gamma=gamma), seed, errors, model), ranks)
 
     if start.by_error:
-        errors = QuantizationErrors(model, stats.targets, shape.weights) if errors is None else errors
-        built = made(errors=errors)
-        if not aside:
-            return built
-        return with_losses(model, built, errors, shared(loss_or_distance(model, errors, **of_loss)), shape.unchecked)
+        errors = errors or QuantizationErrors(model, stats.targets, asked.correction.weights)
+        loss_of = partial(shared, loss_or_distance(model, errors, **of_loss)) if aside else None
+        return with_losses(model, made(), errors, loss_of, asked.correction.unchecked) if loss_of else made()
     if start.takes_step and aside:
-        return find_step_size(
-            model, lambda gamma: made(gamma=gamma), shared(partial(mean_loss, **of_loss)), shape.gamma
-        )
-    return made(gamma=shape.gamma)
+        return find_step_size(model, made, partial(shared, partial(mean_loss, **of_loss)), shape.gamma)
+    return made()
 
 
 def _check_tokens(source: Any) -> None:
@@ -199,24 +241,3 @@ def _check_tokens(source: Any) -> None:
     ):
         columns = f" with the columns {', '.join(map(str, first))}" if isinstance(first, Mapping) else ""
         raise LoraInitError(f"batches are rows of text{columns}, and tokens are needed. Pass tokenizer=, the model's.")
-
-
-def adapter_for(carrier: Carrier, source: Any, asked: Asked, tokenizer: Any, start: Start) -> AdapterInit:
-    """Go the whole way for a model at hand; all processes of a group do it together."""
-    check(asked, start)
-    carrier.check(start)
-    model = carrier.model
-    if tokenizer is None:
-        idle = [name for part in (asked.reading, asked.sample) for name in vars(part) if name in asked.given]
-        if idle:
-            raise LoraInitError(f"{', '.join(idle)}: only texts are read like that. Pass tokenizer=, or leave it out.")
-        _check_tokens(source)
-        found: tuple[Any, Sequence[Any]] = as_batches(source, model, asked.run.seed), ()
-    else:
-        known = classes_of(getattr(model, "config", None))
-        found = read(source, tokenizer, asked, start, seq2seq=encoder_of(model) is not None, known=known)
-    examples = split(*found, start.measures(asked.shape.gamma))
-    if not carrier.in_place:  # whose LoraConfig says what is trained whole
-        asked = fit_to(model, asked, examples.classes)
-    stats, start = learn(model, examples, asked, start)
-    return build(model, stats, allocate(stats, asked, start), start, asked, examples.aside, True)

@@ -20,12 +20,12 @@ class Provider:
 
 PROVIDERS: Mapping[str, Provider] = {
     "spectrum": Provider(lambda layer: layer.spectrum, "inputs"),  # a `Spectrum` of what the layer reads
-    "gradient": Provider(lambda layer: layer.stats.gradient(layer.target.name), "gradients"),  # a `GradientSpectrum`
+    "gradient": Provider(lambda layer: layer.of.stats.gradient(layer.target.name), "gradients"),  # a `GradientSpectrum`
     "error": Provider(lambda layer: layer.error, "errors"),  # W - Q of a quantized layer, [d_out, d_in]
     "weight": Provider(lambda layer: layer.weight, "weights"),  # what the layer multiplies by, float32 [d_out, d_in]
     "width": Provider(lambda layer: layer.width),  # d_in
     "rank": Provider(lambda layer: layer.rank),
-    "scaling": Provider(lambda layer: layer.scaling),  # what B A is multiplied by
-    "whiten": Provider(lambda layer: layer.whiten),
+    "scaling": Provider(lambda layer: layer.of.scaling),  # what B A is multiplied by
+    "whiten": Provider(lambda layer: layer.of.shape.whiten),
     "generator": Provider(lambda layer: layer.generator),  # a `torch.Generator` of this layer
 }

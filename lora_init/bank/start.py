@@ -153,7 +153,7 @@ def _adapter(
         targets=targets,
         rank=rank,
         lora_alpha=lora_alpha,
-        method=BANK_WAYS[by].name,
+        start=BANK_WAYS[by],
         provenance=replace(about, target_modules=sorted(targets), rank=rank),
         gamma=gamma,
     )

@@ -1,4 +1,4 @@
-"""The commands `lora-init bank add`, `list` and `train`, and what `init --method from-bank` does."""
+"""The commands `lora-init bank add`, `list` and `train`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_init.adapters.asked import Reading, Shape
+from lora_init.adapters.asked import Reading
 from lora_init.adapters.starts import FROM_BANK
 from lora_init.cli.console import busy, command, importing, print_next, print_result, say
 from lora_init.cli.help import GroupedCommand, ListedCommands
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from lora_init.bank.store import Bank
     from lora_init.loading.models import LoadedModel
-    from lora_init.statistics.statistics import Statistics
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,7 +82,7 @@ def add(
         data, loaded.tokenizer, **vars(reading), samples=samples, max_length=max_length, seq2seq=loaded.seq2seq
     )
     with busy("embedding the prompts"):
-        embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(encoder))
+        embeddings = embed(loaded.model, batches, loaded.tokenizer, read_encoder(encoder))
     called = f"{type(loaded.model).__name__} {Path(source).name}"
     found = add_entry(
         bank, name, trained, embeddings, task=task or name, data=batches.description, encoder=encoder,
@@ -167,63 +166,8 @@ for _name, _function in (("add", add), ("list", list_), ("train", train)):
     app.command(_name, cls=GroupedCommand)(command(_function))
 
 
-def start_from(
-    path: Path,
-    loaded: LoadedModel,
-    batches: Any,
-    aside: list[Any],
-    stats: Statistics | None,
-    *,
-    by: str,
-    similarity: str,
-    rank: int,
-    shape: Shape,
-    output: Path,
-    overwrite: bool,
-) -> None:
-    """Start from a bank, save the adapter and print what came of it, for `init --method from-bank`."""
-    from lora_init.bank.embeddings import embed
-    from lora_init.bank.similarity import neighbours
-    from lora_init.bank.start import start_from_bank
-    from lora_init.bank.store import open_bank
-    from lora_init.collection.losses import mean_loss
-
-    bank = open_bank(path)
-    with busy(f"starting from {path}"):
-        embeddings = embed(loaded.model, batches, loaded.tokenizer, _encoder(bank.encoder))
-        labelled = any("labels" in batch for batch in aside)
-        loss_of = partial(mean_loss, batches=aside) if labelled else None
-        order = neighbours(bank, embeddings, stats, similarity)
-        found = start_from_bank(bank, loaded.model, embeddings, loss_of, by, rank=rank, shape=shape, order=order)
-    init = found.init
-    before, after = init.losses or (None, None)
-    summary = {
-        "adapter": str(init.save_pretrained(output, overwrite=overwrite, model=loaded.model)),
-        "method": init.method, "ranks": init.ranks, "parameters": init.n_parameters(),
-        "neighbours": [asdict(one) | {"said": one.in_words()} for one in found.neighbours],
-        "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
-        "loss_before": finite(before), "loss_at_start": finite(after),
-    }  # fmt: skip
-    print_result(summary, _show_start, written=True)
-
-
-def _show_start(console: Console, summary: dict[str, Any]) -> None:
-    weights = ", ".join(f"{weight:+.2f} {name}" for name, weight in summary["weights"].items())
-    loss = "not measured: no labelled examples"
-    if summary["loss_before"] is not None:
-        loss = "{loss_before:.4f} -> {loss_at_start:.4f} before any training".format(**summary)
-    rows = {
-        "nearest": "\n".join(one["said"] for one in summary["neighbours"][:3]),
-        "weights": weights or "none: generated from the prompts",
-        "size": f"{1.0 / summary['gamma']:g} x the update",
-        "loss": loss,
-        "parameters": f"{summary['parameters']:,}",
-        "adapter": summary["adapter"],
-    }
-    console.print(facts(rows))
-
-
-def _encoder(name: str) -> LoadedModel | None:
+def read_encoder(name: str) -> LoadedModel | None:
+    """Load the encoder of prompts; None for the base model itself."""
     from lora_init.loading.models import load_model
 
     if not name:

@@ -19,7 +19,7 @@ import typer
 from typer import Option
 
 from lora_init.cli.help import print_whole
-from lora_init.errors import explain, require
+from lora_init.errors import LoraInitError, explain, require
 from lora_init.files import check_output
 from lora_init.serving.engines import ENGINES
 
@@ -191,14 +191,17 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 def _options(kind: Any) -> Iterator[inspect.Parameter]:
     """Yield as options the fields of a dataclass that say how: `kind` is the type of the text, `first` comes first."""
     for one in _parameters(kind):
-        said = dict(next(iter(getattr(one.annotation, "__metadata__", ())), {}))
-        if said:
+        how = next(iter(getattr(one.annotation, "__metadata__", ())), None)
+        if isinstance(how, dict):
+            said = dict(how)
             default, text = said.pop("default", one.default), said.pop("kind", one.annotation.__origin__)
             panel = None if said.pop("first", False) else kind.title
             flags = [f"--{one.name.replace('_', '-')}"] if default is False else []  # without a --no-
             yield one.replace(
                 default=default, annotation=Annotated[text, Option(*flags, rich_help_panel=panel, **said)]
             )
+        elif how is not None:
+            yield one
 
 
 def offered(*kinds: Any) -> list[str]:
@@ -218,6 +221,13 @@ def _libraries(name: str | None, options: dict[str, Any]) -> Iterator[str]:
 def given(arguments: Iterable[str]) -> list[str]:
     """Return the options of those arguments that are on the command line."""
     return [_running.options[name][0] for name in arguments if name in _running.given]
+
+
+def refuse_idle(arguments: Iterable[str], why: str) -> None:
+    """Refuse options that are on the command line and would say nothing."""
+    idle = given(arguments)
+    if idle:
+        raise LoraInitError(f"{', '.join(idle)}: {why}. Leave {'it' if len(idle) == 1 else 'them'} out.")
 
 
 def prints_json() -> bool:

@@ -16,8 +16,9 @@ from lora_init.loading.models import QUANTIZED_BYTES, find_device, is_better_in_
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lora_init.adapters.asked import Asked
+    from lora_init.cli.source import Named
     from lora_init.loading.batches import Batches
-    from lora_init.loading.models import ModelSource
 
 # How much longer a pass takes than its matrix products alone (measured: 1.4 to 1.74), and with backward passes.
 _OVERHEAD, _BACKWARD = 1.5, 3.0
@@ -28,48 +29,44 @@ STATE = 15
 _MARGIN = 1.5
 
 
-def estimate(
-    source: ModelSource, batches: Batches | None, selection: Mapping[str, Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def estimate(source: Named, batches: Batches | None, asked: Asked) -> dict[str, Any]:
     """Compute how many layers take an adapter, and what that and the pass would cost, in plain values.
 
-    `selection` are arguments of `find_targets`; without `batches` there would be no pass. The parameters are for
-    one rank everywhere; the time is for an idle machine: beside other work a pass of 21 s was seen to take 59 s.
-    `operations` are matrix products.
+    Without `batches` there would be no pass. The parameters are for one rank everywhere; the time is for an idle
+    machine: beside other work a pass of 21 s was seen to take 59 s. `operations` are matrix products.
     """
     import transformers
 
-    rank, loader = settings["rank"], getattr(transformers, source.auto_class)
+    rank, opened, loading, shape = asked.ranks.rank, source.opened, source.loading, asked.shape
     with torch.device("meta"):  # no weights
-        model = loader.from_config(source.config, trust_remote_code=source.options["trust_remote_code"])
-    found = find_targets(model, **selection)
+        loader = getattr(transformers, opened.auto_class)
+        model = loader.from_config(opened.config, trust_remote_code=loading.trust_remote_code)
+    found = find_targets(model, **vars(asked.layers))
     found.check_layers()
-    dtype = getattr(source.config, "dtype", None) if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
-    dtype, place = dtype if isinstance(dtype, torch.dtype) else torch.float32, find_device(settings["device"])
-    n_bytes = 0 if settings["quantize"] else 4 * sum(p.numel() for p in model.parameters())
-    if settings["dtype"] == "auto" and is_better_in_float32(dtype, place, n_bytes):
+    dtype = getattr(opened.config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
+    dtype, place = dtype if isinstance(dtype, torch.dtype) else torch.float32, find_device(loading.device)
+    n_bytes = 0 if loading.quantize else 4 * sum(p.numel() for p in model.parameters())
+    if loading.dtype == "auto" and is_better_in_float32(dtype, place, n_bytes):
         dtype = torch.float32
     shared = {(name.rpartition(".")[0], target.in_features) for name, target in found.layers.items()}
-    used = (batches or [])[: settings["max_batches"]]
+    used = (batches or [])[: asked.run.max_batches]
     tokens = sum(batch["input_ids"].numel() for batch in used)
     # A pass multiplies with all matrices but embeddings, of which the last is not reached.
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     n_matrix = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in ends)
-    operations = 2 * n_matrix * tokens * (_BACKWARD if settings["gradients"] else 1.0)
-    weights_bytes = _weights_bytes(model, dtype, settings["quantize"])
+    operations = 2 * n_matrix * tokens * (_BACKWARD if asked.by_gradient else 1.0)
+    weights_bytes = _weights_bytes(model, dtype, loading.quantize)
     per_second = _speed(dtype, place)
     return {
         "layers": len(found.layers),
         "unsupported": dict(found.unsupported),
-        "parameters": sum(
-            target.parameters(rank, settings["freeze_a"], settings["use_dora"]) for target in found.layers.values()
-        ),
+        "parameters": sum(one.parameters(rank, shape.freeze_a, shape.use_dora) for one in found.layers.values()),
         "rank": rank,
         "data": batches.description if batches is not None else None,
         "batches": len(used),
         "tokens": tokens,
         "weights_bytes": weights_bytes,
-        "statistics_bytes": round(STATE * rank * settings["rho"] * 4 * sum(width for _, width in shared)),
+        "statistics_bytes": round(STATE * rank * (source.rho or 1.0) * 4 * sum(width for _, width in shared)),
         "offloaded_bytes_read": weights_bytes * len(used),
         "operations": operations,
         "operations_per_second": per_second,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from typer import Option
@@ -32,10 +33,22 @@ Dtype = Annotated[
         help="Type of the base weights. auto: the checkpoint's, or float32 where the CPU emulates that.",
     ),
 ]
+
+
 WrittenAs = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Option(rich_help_panel=_MODEL, help="Where the model runs: auto, cpu, cuda, cuda:1, mps.")]
 Samples = Annotated[int, Option(rich_help_panel="Data", min=1, help="Examples to draw at random, at most.")]
 MaxLength = Annotated[int, Option(rich_help_panel="Data", min=2, help="Tokens of an example at most.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How the weights of a model are read."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    quantize: Quantize = None
 
 
 def read_numbers(option: str, text: str, kind: type[float] | type[int]) -> list[Any]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from lora_init.cli.tables import correction_facts, finite, quantization_name
+from lora_init.cli.tables import correction_facts, facts, finite, quantization_name
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_init.adapters.adapter_init import AdapterInit
+    from lora_init.bank.start import BankStart
+    from lora_init.cli.source import Named
     from lora_init.planning.plan import RankAllocation
-    from lora_init.statistics.statistics import Statistics
 
 
 def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
@@ -28,19 +30,19 @@ def _how_to_load(model: str, directory: Path, built: AdapterInit) -> str:
     return f"PeftModel.from_pretrained({base}, {str(directory)!r}, is_trainable=True)"
 
 
-def summary_of(
-    model: str, stats: Statistics, ranks: RankAllocation, directory: Path, file: Path | None, built: AdapterInit
-) -> dict[str, Any]:
+def summary_of(source: Named, directory: Path, built: AdapterInit) -> dict[str, Any]:
     """Put what `lora-init init` did into plain values."""
+    from lora_init.adapters.card import correction_of, start_in_words
     from lora_init.adapters.directory import WEIGHTS_FILE, AdapterDirectory
     from lora_init.serving.support import serving_note
 
+    stats, ranks, file = source.stats, source.ranks, source.names.file
     made = stats.provenance
     shares = {name: share for name, share in stats.held_out.items() if math.isfinite(share)}
     worst = min(shares, key=shares.__getitem__, default=None)
     before, after = built.losses or (None, None)
     is_special = built.corrects_base or built.changes_output or built.freeze_a
-    special = [f"{built.start_in_words()}."] if is_special else []
+    special = [f"{start_in_words(built)}."] if is_special else []
     if made.quantisation:
         special.append(f"the base was quantized ({quantization_name(made.quantisation)}): train and serve on the same.")
     base_change = built.method if built.corrects_base else ""
@@ -72,15 +74,45 @@ def summary_of(
         "gamma": built.gamma,
         "loss_before": finite(before),
         "loss_at_start": finite(after),
-        "correction": built.correction if built.errors else None,
+        "correction": correction_of(built) if built.errors else None,
         "quantisation": made.quantisation,
         "seconds": made.seconds,
         "serving": serving_note(ranks, written.config, written.shapes, base_change),
-        "load": _how_to_load(model, directory, built),
+        "load": _how_to_load(source.names.model, directory, built),
         "recommended": built.recommended,
         "train": built.how_to_train,
         "notes": [*special, *made.notes, *ranks.notes, *_judged(built), *_beyond(built, ranks)],
     }
+
+
+def summary_of_bank(found: BankStart, directory: Path) -> dict[str, Any]:
+    """Put what a start from a bank is into plain values."""
+    init = found.init
+    before, after = init.losses or (None, None)
+    return {
+        "adapter": str(directory),
+        "method": init.method, "ranks": init.ranks, "parameters": init.n_parameters(),
+        "neighbours": [asdict(one) | {"said": one.in_words()} for one in found.neighbours],
+        "weights": dict(found.weights), "passes": found.passes, "gamma": init.gamma,
+        "loss_before": finite(before), "loss_at_start": finite(after),
+    }  # fmt: skip
+
+
+def show_bank_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print what `summary_of_bank` returned."""
+    weights = ", ".join(f"{weight:+.2f} {name}" for name, weight in summary["weights"].items())
+    loss = "not measured: no labelled examples"
+    if summary["loss_before"] is not None:
+        loss = "{loss_before:.4f} -> {loss_at_start:.4f} before any training".format(**summary)
+    rows = {
+        "nearest": "\n".join(one["said"] for one in summary["neighbours"][:3]),
+        "weights": weights or "none: generated from the prompts",
+        "size": f"{1.0 / summary['gamma']:g} x the update",
+        "loss": loss,
+        "parameters": f"{summary['parameters']:,}",
+        "adapter": summary["adapter"],
+    }
+    console.print(facts(rows))
 
 
 def _judged(built: AdapterInit) -> list[str]:

@@ -104,7 +104,7 @@ def finite(value: float | None) -> float | None:
 
 
 def correction_facts(correction: Mapping[str, Any]) -> dict[str, str]:
-    """Return what quantization cost and what an adapter gives back, from `AdapterInit.correction`."""
+    """Return what quantization cost and what an adapter gives back, from `correction_of`."""
     left = sorted((after / before if before else 1.0, name) for name, (before, after) in correction["errors"].items())
     least, most = left[0], left[-1]
     rows = {

@@ -271,9 +271,13 @@ def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple
         ranks = replace(ranks, rank=rank)  # the scaling is lora_alpha / rank in any case
     else:
         alpha = alpha * ranks / rank
-    own = Asked(shape=Shape(lora_alpha=alpha, freeze_a=recipe.freeze_a), run=Pass(seed=basis.seed, **AS_TRAINED))
+    own = Asked(
+        start=recipe.start,
+        shape=Shape(lora_alpha=alpha, freeze_a=recipe.freeze_a),
+        run=Pass(seed=basis.seed, **AS_TRAINED),
+    )
     aside = basis.aside() if recipe.start.takes_step else ()
-    init = build(basis.model, stats, ranks, recipe.start, own, aside, errors=basis.errors)
+    init = build(basis.model, stats, ranks, own, aside, basis.errors)
     return init.apply(basis.model), init.gamma
 
 

@@ -15,13 +15,13 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_init.adapters.adapter_init import AdapterInit, freeze_a
+from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.directory import carried
 from lora_init.adapters.doors.carriers import InPlace, Wrapped
 from lora_init.adapters.doors.trainers import undisturbed
-from lora_init.adapters.peft_model import fill_in_place
-from lora_init.adapters.pipeline import adapter_for, choose_start
+from lora_init.adapters.peft_model import fill_in_place, freeze_a
+from lora_init.adapters.pipeline import Source, choose, run
 from lora_init.errors import LoraInitError, is_number
 from lora_init.keep.dial import check_dialable, dial
 from lora_init.keep.replay import replayed
@@ -76,8 +76,7 @@ class StartCallback(TrainerCallback):
         if not isinstance(dial, bool):
             raise LoraInitError(f"dial={dial!r}: true or false is expected.")
         self.measured, self.replay, self.dial = learning_rate is not None, replay, dial
-        self.asked, self.samples = Asked.by("StartCallback()", method, **options), samples
-        self.start = choose_start(method, False)
+        self.asked, self.samples = choose(Asked.by("StartCallback()", method, **options), False), samples
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -145,7 +144,7 @@ class StartCallback(TrainerCallback):
         each = args.train_batch_size * args.world_size
         asked = self.asked.but(max_batches=math.ceil(self.samples / each))
         with carrier.opened(asked) as asked, undisturbed(), _batches(train_dataloader, carrier.model) as batches:
-            init = adapter_for(carrier, batches, asked.but(data="training batches"), None, self.start)
+            init = run(Source(carrier, batches), asked.but(data="training batches"))
             carrier.put(init, "")
         rate = replace(init, steps=state.max_steps).rate
         if self.measured and rate and args.learning_rate:

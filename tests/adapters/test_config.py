@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_init import LoraInitError, allocate_ranks, build_adapter, collect, initialize
-from lora_init.adapters.config import _DROPPED, _SELECTION, _SHAPE
+from lora_init.adapters.asked import Shape
+from lora_init.adapters.config import _DROPPED, _SELECTION
 from lora_init.adapters.peft_model import adapter_layers
 from tests.conftest import batches_for, tiny_llama
 
@@ -110,7 +111,7 @@ SET = {
 
 def test_each_field_of_a_config_is_kept_or_refused_or_known_to_be_dropped():
     """A field that PEFT adds is refused if it is set, until someone decides here."""
-    kept = {*_SHAPE, *_SELECTION, *_DROPPED, "init_lora_weights"}
+    kept = {*Shape.of_peft, *_SELECTION, *_DROPPED, "init_lora_weights"}
     assert {field.name for field in fields(LoraConfig)} <= kept | SET.keys() and not kept & SET.keys()
 
 

@@ -3,13 +3,10 @@
 import pytest
 
 from lora_init import LoraInitError, initialize
-from lora_init.adapters.asked import Asked, Layers, Pass, Ranks, Reading, Sample, Shape
-from lora_init.adapters.pipeline import read, split
-from lora_init.adapters.starts import find_start
+from lora_init.adapters.asked import Asked
+from lora_init.adapters.pipeline import choose, read, split
 from tests.conftest import tiny_llama
 from tests.loading.made import byte_tokenizer
-
-PARTS = (Reading, Sample, Ranks, Layers, Shape, Pass)
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("exclude_module", "exclude_modules"), ("lora_alfa", "lora_alpha")])
@@ -24,9 +21,9 @@ def test_a_misspelt_keyword_is_refused_before_anything_is_read(wrong, right):
 
 @pytest.mark.parametrize(("n", "left"), [(257, 241), (300, 256)])
 def test_what_a_step_is_measured_on_is_no_part_of_the_statistics(n, left):
-    rows, start = [{"text": f"row {i}"} for i in range(n)], find_start("lora-one")
-    asked = Asked.by("test", samples=256, batch_size=4)
-    batches, beyond = read(rows, byte_tokenizer(), asked, start, seq2seq=False, known=())
+    rows = [{"text": f"row {i}"} for i in range(n)]
+    asked = choose(Asked.by("test", "lora-one", samples=256, batch_size=4), classifies=False)
+    batches, beyond = read(rows, byte_tokenizer(), asked, seq2seq=False, known=())
     found = split(batches, beyond)
     assert [sum(len(b["input_ids"]) for b in part) for part in (found.aside, found.batches)] == [16, left]
     if left < 256:  # a statistics file of the whole sample is another one

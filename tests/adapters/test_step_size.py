@@ -8,6 +8,7 @@ import torch
 import lora_init
 from lora_init import find_step_size, mean_loss
 from lora_init.adapters.build import build_adapter
+from lora_init.adapters.card import start_in_words
 from lora_init.adapters.step_size import set_aside
 from lora_init.collection.collect import collect
 from lora_init.errors import LoraInitError
@@ -46,7 +47,7 @@ def test_no_other_power_of_two_is_better_and_the_losses_are_those_of_the_model(c
     assert found.gamma == min(truth, key=truth.get)
     plain = float(sum(model(**batch).loss.detach() for batch in batches) / len(batches))
     assert found.losses == pytest.approx((plain, truth[found.gamma]), rel=1e-5) and found.losses[1] < plain - 0.01
-    assert f"loss {plain:.4g} -> {found.losses[1]:.4g}" in found.start_in_words()
+    assert f"loss {plain:.4g} -> {found.losses[1]:.4g}" in start_in_words(found)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     asked = find_step_size(model, build, lambda m: mean_loss(m, batches), gamma=3.0)

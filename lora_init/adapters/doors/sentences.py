@@ -14,7 +14,6 @@ from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
 from lora_init.adapters.doors.trainers import TrainerDoor
-from lora_init.adapters.starts import Start
 from lora_init.errors import LoraInitError, in_one_line
 
 LIBRARY = "sentence_transformers."
@@ -93,11 +92,11 @@ class SentenceTrainer(TrainerDoor):
         return Sentences(self.trainer.model)
 
     @contextmanager
-    def opened(self, asked: Asked, start: Start) -> Iterator[tuple[Asked, Iterator[Any]]]:
+    def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
         """Open it as another trainer; the losses of the pass do not count as losses of training."""
         counted = copy.deepcopy(self.trainer.accum_loss_components)
         try:
-            with super().opened(asked, start) as found:
+            with super().opened(asked) as found:
                 yield found
         finally:
             self.trainer.accum_loss_components = counted

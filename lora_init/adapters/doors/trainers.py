@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.carriers import Carrier, carrier_of
-from lora_init.adapters.starts import DEFAULT, Start
+from lora_init.adapters.starts import DEFAULT
 from lora_init.errors import LoraInitError
 from lora_init.layers.running import call_model
 from lora_init.loading.models import task_of
@@ -85,23 +85,23 @@ class TrainerDoor:
         return next(kind.__name__ for kind in type(self.trainer).__mro__ if "compute_loss" in vars(kind))
 
     @contextmanager
-    def opened(self, asked: Asked, start: Start) -> Iterator[tuple[Asked, Iterator[Any]]]:
+    def opened(self, asked: Asked) -> Iterator[tuple[Asked, Iterator[Any]]]:
         """Take the trainer's untrained adapter off its model, if it has one, and open its data.
 
         Yields what was asked for with what the trainer's `peft_config` says, and the batches to come. The block ends
         with `put`; on an exception all is as it was.
         """
-        self.check(asked, start)
+        self.check(asked)
         trainer, run = self.trainer, asked.run
         if self.carrier.wraps_anew:
             asked = asked.but(task_type=asked.layers.task_type or task_of(self.carrier.model))
         with self.carrier.opened(asked) as asked:
-            forward = run.forward or self.forward(with_labels=start.by_gradient or run.gradients or start.by_error)
+            forward = run.forward or self.forward(with_labels=asked.by_gradient or asked.start.by_error)
             data = run.data or f"training batches of {self.name}"
             with _loader(trainer) as loader:
                 yield asked.but(data=data, forward=forward), self.batches(loader)
 
-    def check(self, asked: Asked, start: Start) -> None:
+    def check(self, asked: Asked) -> None:
         """Refuse a trainer that has begun, and a start that its loss cannot give."""
         if self.trainer.optimizer is not None:
             raise LoraInitError(f"the {self.name} has an optimizer already. Call initialize() right after it is made.")
@@ -109,11 +109,12 @@ class TrainerDoor:
             raise LoraInitError(
                 f"the {self.name} makes its model anew when training begins. Give it model= for model_init=."
             )
-        self.carrier.check(start)
-        if (start.by_gradient or asked.run.gradients) and not self.gives_loss:
+        self.carrier.check(asked.start)
+        if asked.by_gradient and not self.gives_loss:
             raise LoraInitError(
-                f"method={start.name!r}: a start from gradients needs the gradient of the training loss, and this "
-                f"{self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs alone."
+                f"method={asked.start.name!r}: a start from gradients needs the gradient of the training loss, and "
+                f"this {self.name} computes a loss of its own. Take method={DEFAULT!r}, or another that reads inputs "
+                "alone."
             )
 
     def forward(self, with_labels: bool) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_init.adapters.asked import Asked
 from lora_init.adapters.doors.trainers import TrainerDoor
-from lora_init.adapters.starts import Start
 from lora_init.errors import LoraInitError
 from lora_init.layers.masks import IGNORED
 from lora_init.layers.targets import find_targets
@@ -30,9 +29,9 @@ class TRLTrainer(TrainerDoor):
         plain = self.source_of_loss == "SFTTrainer" and named in _OWN_LOSS and not self.changes_loss
         return plain or super().has_plain_loss
 
-    def check(self, asked: Asked, start: Start) -> None:
+    def check(self, asked: Asked) -> None:
         """Refuse, too, an adapter on a head by whose weight alone TRL multiplies, as TRL does."""
-        super().check(asked, start)
+        super().check(asked)
         if self.carrier.wraps_anew:
             _check_head(self.carrier.model, asked.given.get("target_modules", ()), self.name)
 

@@ -1,0 +1,99 @@
+"""Base weights that give up what an adapter adds before its training, so that the output stays as it was."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.adapters.directory import LORA_A, LORA_B, ORIGIN_FILE, AdapterDirectory
+from lora_init.adapters.peft_model import check_plain
+from lora_init.adapters.weights import LoraWeights, Weights
+from lora_init.errors import LoraInitError
+from lora_init.layers.identity import fingerprint
+from lora_init.layers.targets import PREFIX, is_conv1d
+from lora_init.layers.wrappers import unwrapped
+from lora_init.planning.lora_config import scaling_of
+
+
+def check_correctable(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers that are not there, quantized or tied: their weights cannot give up what an adapter adds."""
+    modules = dict(model.named_modules())
+    owners = Counter(id(weight) for module in modules.values() for weight in module.parameters(recurse=False))
+    for name in names:
+        if name not in modules:
+            raise LoraInitError(f"{type(model).__name__} has no layer {name!r}. Give the base of this adapter.")
+        weight = modules[name].weight
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise LoraInitError(
+                f"layer {name!r} is quantized, so that its weight cannot give up what B A adds. "
+                "Load the model in float, or pass correct_base=False to apply()."
+            )
+        if owners[id(weight)] > 1:
+            raise LoraInitError(
+                f"layer {name!r} shares its weight with another module, as tied embeddings do, which must not give up "
+                "what B A adds. Leave it out of the targets, or pass correct_base=False to apply()."
+            )
+
+
+@torch.no_grad()
+def correct_weights(model: nn.Module, weights: Weights, scaling: float) -> None:
+    """Take scaling * B A off the base weights, in place, also where PEFT has wrapped the layers already."""
+    for name, (a, b) in weights.items():
+        layer: Any = model.get_submodule(name)
+        plain = getattr(layer, "base_layer", layer)
+        added = scaling * (b @ a).to(plain.weight.device)
+        plain.weight.copy_(plain.weight.float() - (added.T if is_conv1d(plain) else added))
+
+
+def correct_outputs(model: nn.Module, weights: Weights, scaling: float) -> None:
+    """Take scaling * B A x off the output of each layer by a hook, and leave the base weights alone."""
+    for name, (a, b) in weights.items():
+        layer: Any = model.get_submodule(name)
+        device = next(layer.parameters()).device
+        layer.register_forward_hook(partial(_subtract, a.to(device, copy=True), b.to(device) * scaling))
+
+
+def _subtract(a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    return output - ((args[0].to(a.dtype) @ a.T) @ b.T).to(output.dtype)
+
+
+def correct_base(model: nn.Module, directory: str | Path) -> None:
+    """Make the base weights ready for an adapter directory of a start that needs that, such as `lora-ga`.
+
+    Takes off in place what the adapter adds before its training; then `PeftModel.from_pretrained(model, directory,
+    is_trainable=True)` leaves the output as it was. Once trained,
+    `save_pretrained(other, path_initial_model_for_weight_conversion=directory)` of the PeftModel writes an ordinary
+    adapter of twice the rank, for the plain base.
+
+    Args:
+        model: The plain model.
+        directory: From `AdapterInit.save_pretrained` or `lora-init init`.
+
+    Raises:
+        LoraInitError: Not an adapter directory, a trained one, one of another model, or quantized weights.
+    """
+    check_plain(model, "correct_base()")
+    model, files = unwrapped(model), AdapterDirectory(directory)
+    if not files.is_start:
+        raise LoraInitError(
+            f"{files.path} has no {ORIGIN_FILE} of its weights, so it is no adapter before training. Name what "
+            "`lora-init init` wrote."
+        )
+    made_for = files.origin.get("provenance", {}).get("fingerprint")
+    if made_for and made_for != fingerprint(model):
+        raise LoraInitError(
+            f"{files.path} was made for another model than this {type(model).__name__}, or its weights have been "
+            "corrected already. Load the base model anew, in float32 or bfloat16."
+        )
+    check_correctable(model, files.layers)
+    tensors, config = files.tensors(), files.config
+    ends = {name: f"{PREFIX}{name}" for name in files.layers}
+    weights = {name: LoraWeights(tensors[end + LORA_A], tensors[end + LORA_B]) for name, end in ends.items()}
+    scaling = scaling_of(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
+    correct_weights(model, weights, scaling)
