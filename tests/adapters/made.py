@@ -1,6 +1,7 @@
 """Statistics that are made up, and what is looked at on a model with an adapter."""
 
 import torch
+from torch import nn
 
 from lora_init.layers.targets import find_targets
 from lora_init.planning.allocate import RankAllocation
@@ -66,3 +67,13 @@ def same(before, after):
     weights = all(torch.equal(before[1][n][2], after[1][n][2]) for n in before[1])
     flags = {n: v[:2] for n, v in before[1].items()} == {n: v[:2] for n, v in after[1].items()}
     return before[0] == after[0] and flags and weights and before[2] == after[2]
+
+
+def tiny(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32, bias), nn.Tanh(), nn.Linear(32, 8, bias)).double()
+
+
+def batches(n=4, scale=1.0):
+    generator = torch.Generator().manual_seed(1)
+    return [scale * torch.randn(64, 16, generator=generator, dtype=torch.float64) for _ in range(n)]

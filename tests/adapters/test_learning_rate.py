@@ -13,19 +13,10 @@ import lora_init
 from lora_init import LoraInitError, build_adapter, collect, learning_rate
 from lora_init.adapters.learning_rate import CHANGE, GROWTH, NEW_HEAD, LearningRate, Response, response
 from lora_init.statistics.statistics import Sizes
+from tests.adapters.made import batches, tiny
 from tests.conftest import tiny_llama
 
 ONE = {"layer": Response(2.0, 0.0)}
-
-
-def tiny(bias=True):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32, bias), nn.Tanh(), nn.Linear(32, 8, bias)).double()
-
-
-def batches(n=4, scale=1.0):
-    generator = torch.Generator().manual_seed(1)
-    return [scale * torch.randn(64, 16, generator=generator, dtype=torch.float64) for _ in range(n)]
 
 
 def test_a_move_of_unit_sign_in_b_changes_an_output_by_what_the_response_says():
@@ -42,15 +33,6 @@ def test_a_move_of_unit_sign_in_b_changes_an_output_by_what_the_response_says():
     assert init.responses["0"].linear == pytest.approx(exact.linear, rel=0.03)
 
 
-def test_sizes_are_those_of_the_tokens_that_count_without_the_bias():
-    model, data = tiny(), batches(3)
-    whole, hidden = torch.cat(data), tiny()[:2](torch.cat(data))
-    found = collect(model, data, rank=2).sizes
-    assert found["0"].input == pytest.approx(float(whole.abs().sum(1).mean()), rel=1e-6)
-    assert found["0"].output == pytest.approx(float((whole @ model[0].weight.T).square().mean().sqrt()), rel=1e-6)
-    assert found["2"].output == pytest.approx(float((hidden @ model[2].weight.T).square().mean().sqrt()), rel=1e-6)
-
-
 @pytest.fixture
 def llama():
     return tiny_llama()
@@ -59,18 +41,6 @@ def llama():
 @pytest.fixture
 def tokens():
     return {"input_ids": torch.randint(3, 64, (4, 12))}
-
-
-def test_padding_does_not_count(llama, tokens):
-    padded = {**tokens, "input_ids": nn.functional.pad(tokens["input_ids"], (0, 5), value=7)}
-    padded["attention_mask"] = nn.functional.pad(torch.ones_like(tokens["input_ids"]), (0, 5))
-    one, two = (collect(llama, [batch], rank=2).sizes for batch in (tokens, padded))
-    assert {name: pytest.approx(pair, rel=1e-4) for name, pair in one.items()} == two
-
-
-def test_a_batch_that_failed_leaves_no_trace_in_the_sizes():
-    bad = [*batches(2), torch.full((4, 16), math.nan, dtype=torch.float64), *batches(4)[2:]]
-    assert collect(tiny(), bad, rank=2, skip_bad_batches=1).sizes == collect(tiny(), batches(), rank=2).sizes
 
 
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 50.0])
