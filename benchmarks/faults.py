@@ -201,7 +201,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("lost setting", "min(rank, int(bound)) // groups * groups", "min(rank, int(bound))"),
         ("missing check", "if rank > target.in_features:", "if False:"),
     ],
-    "adapters/adapter_init.py": [
+    "adapters/base_weights.py": [
         ("wrong sign", "plain.weight.float() - (added.T if", "plain.weight.float() + (added.T if"),
         ("wrong sign", "return output - ((args[0]", "return output + ((args[0]"),
         ("missing check", "if owners[id(weight)] > 1:", "if False:"),

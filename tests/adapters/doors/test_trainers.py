@@ -188,6 +188,15 @@ def test_starts_from_gradients_take_the_loss_of_sft(method, tmp_path, tokenizer)
     trainer.train()
 
 
+def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
+    counted = []
+    for mask in ("attention", "labels"):
+        trainer = dpo(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+        lora_init.initialize(trainer, token_mask=mask, statistics=tmp_path / f"{mask}.safetensors")
+        counted.append(lora_init.Statistics.load(tmp_path / f"{mask}.safetensors").provenance.n_samples)
+    assert counted[1] < counted[0]
+
+
 def trained(trainer):
     trainer.train()
     return trainer
