@@ -258,3 +258,14 @@ def test_a_saved_start_goes_on_a_corrected_base(case, tmp_path):
 def test_what_cannot_be_built_is_said(case, options, message):
     with pytest.raises(LoraInitError, match=message):
         build_adapter(case[2], **dict(ranks=RANK) | options)
+
+
+def test_a_tied_output_embedding_does_not_change_the_input_embedding(tmp_path):
+    model, batches = tiny_llama(tie_word_embeddings=True), labelled("llama")
+    output = logits(model, batches)
+    stats = collect(model, batches, ["lm_head", "q_proj"], rank=RANK, gradients=True)
+    init = build_adapter(stats, 2, "lora-ga", gamma=2.0)
+    with pytest.raises(LoraInitError, match="'lm_head' shares its weight with another module"):
+        init.apply(model)
+    peft_model = init.apply(model, correct_base=False)
+    assert (logits(peft_model, batches) - output).abs().max() < 1e-4 * output.abs().max()

@@ -130,22 +130,6 @@ def tiny_llama_again(model):
     return other
 
 
-def test_dora_rslora_and_half_precision():
-    for options in (dict(use_dora=True), dict(use_rslora=True)):
-        peft_model = with_adapter(tiny_llama(), **options)
-        found = intruder_dimensions(peft_model)
-        merged = {n: layer.base_layer.weight.detach().clone() for n, layer in adapter_layers(peft_model).items()}
-        peft_model.merge_adapter()
-        for name, layer in adapter_layers(peft_model).items():
-            _, count, share = brute_force(merged[name], layer.base_layer.weight.detach() - merged[name])
-            assert found.layers[name].count == count
-            assert found.layers[name].energy_share == pytest.approx(share, rel=1e-3)
-    model = tiny_llama()
-    expected = intruder_dimensions(with_adapter(tiny_llama_again(model).bfloat16().float()))
-    half = intruder_dimensions(with_adapter(model.bfloat16()))
-    assert half.count == expected.count
-
-
 def test_what_cannot_be_examined():
     model = tiny_llama()
     with pytest.raises(LoraInitError, match="LlamaForCausalLM has no LoRA adapter"):

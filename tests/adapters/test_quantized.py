@@ -4,13 +4,22 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.utils import integrations
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_init
-from lora_init import LoraInitError, QuantizationErrors, build_adapter, collect, find_targets, mean_loss
+from lora_init import (
+    LoraInitError,
+    QuantizationErrors,
+    build_adapter,
+    collect,
+    export_adapter,
+    find_targets,
+    mean_loss,
+)
 from lora_init.adapters.quantized import loss_or_distance, with_losses
 from lora_init.loading.models import QUANTIZATIONS
 from tests.collection.made import PackedLinear
@@ -193,3 +202,37 @@ def test_what_is_not_read_is_refused_in_one_line(directory, tmp_path):
     model.save_pretrained(saved)
     with pytest.raises(LoraInitError, match="is quantized"):
         QuantizationErrors(model, find_targets(model).layers, saved)
+
+
+def test_export_knows_which_base_an_adapter_is_for(directory, tmp_path):
+    model, batches = load(directory), labelled_batches(8)
+    stats = collect(model, batches, rank=4, rho=1, task_type="CAUSAL_LM")
+    errors = dict(QuantizationErrors(model, stats.targets))
+    init = build_adapter(stats, 4, "qera", errors=errors)
+    start, trained = init.save_pretrained(tmp_path / "start", model=model), tmp_path / "trained"
+    adapted = init.apply(model)
+    generator = torch.Generator().manual_seed(0)
+    learned = {}
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # training
+            learned[name] = 0.01 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += learned[name]
+    with torch.no_grad():  # before it is saved: on this processor bitsandbytes 0.50.2 damages packed weights then
+        expected = adapted.eval()(**batches[0]).logits
+    adapted.save_pretrained(trained)
+    start_share = export_adapter(start, tmp_path / "start served").error_share
+    served = export_adapter(trained, tmp_path / "served")  # for the same quantized base: as it is
+    on_quantized = PeftModel.from_pretrained(load(directory), served.path)
+    with torch.no_grad():  # with gradients it takes another kernel, of other rounding
+        torch.testing.assert_close(on_quantized(**batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(LoraInitError, match="float weights, which lack nothing"):
+        export_adapter(trained, tmp_path / "merged", merge_into=str(directory))
+    merged = export_adapter(trained, tmp_path / "merged", merge_into=str(directory), start=start)
+    change = AutoModelForCausalLM.from_pretrained(merged.path).get_submodule(DOWN).weight
+    a = adapted.get_submodule(f"base_model.model.{DOWN}").lora_A["default"].weight
+    wanted = init.scaling * learned[f"base_model.model.{DOWN}.lora_B.default.weight"] @ a
+    torch.testing.assert_close(change, plain().get_submodule(DOWN).weight + wanted, atol=1e-5, rtol=1e-4)
+    assert init.error_size == pytest.approx(float(sum(e.square().sum() for e in errors.values())) ** 0.5, rel=1e-4)
+    size = float(sum((init.scaling * (b @ a)).square().sum() for a, b in init.weights.values())) ** 0.5
+    assert start_share == pytest.approx(init.error_size / size, rel=1e-4)
+    assert merged.error_share > 0 and served.error_share > 0

@@ -82,12 +82,6 @@ def test_one_seed_allows_no_statement():
     assert (verdict(summary).outcome, verdict(summary).low) == ("no statement", None)
 
 
-def test_without_random_nothing_is_said_of_any_start():
-    summary = summarise([r for r in planted({"eva": -0.1}) if r["start"] != "random"], settings())
-    assert verdict(summary).outcome == "no statement"
-    assert summary.notes[0].startswith("Every start is compared with random")
-
-
 def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
     random = [record(seed=seed) for seed in (0, 1)]
     apart = verdict(summarise([*random, record("eva", seed=2)], settings()))
