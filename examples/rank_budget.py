@@ -66,7 +66,7 @@ def main() -> None:
     path = save_plan(plan, arguments.output / "plan.json")
     adapter = lora_init.build_adapter(stats, load_plan(path))
     (arguments.output / "axolotl.yaml").write_text(snippet(plan, "axolotl", lora_alpha=2 * plan.rank), encoding="utf-8")
-    picture = save_picture(plan, stats, arguments.output / "plan.html")
+    picture = save_picture(plan, stats, arguments.output / "plan.svg")
     print(f"an adapter of {adapter.n_parameters():,} parameters; {path}; {picture}")
 
 

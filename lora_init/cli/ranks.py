@@ -203,18 +203,15 @@ def ranks(
         float | None, _output(help="For --format: scaled by lora_alpha / rank. Default: twice the rank.")
     ] = None,
     use_rslora: Annotated[bool, _output("--use-rslora", help="For --format: by lora_alpha / sqrt(rank).")] = False,
-    plot: Annotated[Path | None, Option(help="Picture to write: .png, .svg or .html.")] = None,
+    plot: Annotated[Path | None, Option(help="Picture to write: .png or .svg.")] = None,
     overwrite: Annotated[bool, _output("--overwrite", help="Replace an older plan or picture.")] = False,
 ) -> None:
     """Plan ranks from the file STATISTICS under a budget. It takes no model, no data, and no time."""
-    arguments: dict[str, Any] = {
-        "rank": rank, "total_rank": total_rank, "parameters": parameters, "fraction": fraction,
-        "megabytes": megabytes, "variance": variance, "dtype": dtype or "float32",
-        "coverage": coverage or "every-layer", "policy": policy, "rho": rho, "min_rank": min_rank,
-        "max_rank": max_rank, "multiple_of": multiple_of,
+    given = locals()
+    arguments: dict[str, Any] = {name: given[name] for name in (*_VARIED, "uniform_per_kind")} | {
+        "dtype": dtype or "float32", "coverage": coverage or "every-layer", "exclude": exclude or [],
         "allowed_ranks": None if allowed_ranks is None else read_numbers("--allowed-ranks", allowed_ranks, int),
-        "tie": [read_names(names) for names in tie or []], "uniform_per_kind": uniform_per_kind,
-        "overrides": read_overrides(override or []), "exclude": exclude or [],
+        "tie": [read_names(names) for names in tie or []], "overrides": read_overrides(override or []),
     }  # fmt: skip
     variants = read_variants(compare or [], arguments)
     asked = [arguments, *variants.values()]

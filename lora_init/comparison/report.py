@@ -15,7 +15,7 @@ from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.plots import pictures
 from lora_init.comparison.runs import BEST, BEST_RUN, Record, Run, RunDirectory, read_runs, read_settings
 from lora_init.comparison.tables import PARTS, run_tables
-from lora_init.comparison.wording import fill, number, rate_text
+from lora_init.comparison.wording import fill, number, page_of, rate_text
 from lora_init.errors import LoraInitError
 from lora_init.files import new_directory, read_json, write_whole
 
@@ -38,10 +38,15 @@ def write_report(directory: str | Path) -> list[Path]:
     content = {"summary": summary, "parts": parts, "pictures": drawn, "tables": tables}
     content |= {"settings": listed, "kept": kept}
     files = {f"{name}.png": kinds["png"] for name, kinds in drawn.items()}  # for Markdown; the page has its own, sharp
-    files |= {name: fill(name, content).encode() for name in ("report.md", "report.html")}
+    text = fill(content)
+    page = page_of(summary.title, text, {f"{name}.png": kinds["svg"] for name, kinds in drawn.items()})
+    files |= {"report.md": text.encode(), "report.html": page.encode()}
     for name, data in files.items():
         write_whole(directory / name, data)
     return [directory / name for name in files]
+
+
+_NOT_SAID = ("title", "start", "verdicts", "alphas", "table")  # of a summary, in plain values
 
 
 def describe_directory(path: str | Path) -> dict[str, Any]:
@@ -49,25 +54,12 @@ def describe_directory(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     settings = read_settings(path)
     summary = summarise(read_runs(path), settings)
-    said = (
-        "facts",
-        "answer",
-        "caveats",
-        "command",
-        "headline",
-        "headroom",
-        "as_recommended",
-        "equal_time",
-        "forgetting",
-        "data_needed",
-        "notes",
-    )
     return {
         "what": "comparison",
         "path": str(path),
         "settings": settings,
         "runs": {status: int(n) for status, n in summary.table["status"].value_counts().items()},
-        **{name: getattr(summary, name) for name in said},
+        **{name: value for name, value in vars(summary).items() if name not in _NOT_SAID},
         "verdicts": [asdict(verdict) for verdict in summary.verdicts],
     }
 

@@ -6,9 +6,11 @@ import base64
 import functools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
 
 from lora_init.adapters.learning_rate import rate_text as rate_text
 from lora_init.comparison.variants import Variant
@@ -65,10 +67,18 @@ def say(sentence: str, **facts: Any) -> str:
     return " ".join(text.split())
 
 
-def fill(page: str, content: dict[str, Any]) -> str:
-    """Fill content into a page, `report.md` or `report.html`."""
-    template = _environment(html=page.endswith(".html")).get_template(page)
-    return re.sub(r"\n{3,}", "\n\n", template.render(content)).strip() + "\n"
+def fill(content: dict[str, Any]) -> str:
+    """Fill content into `report.md`."""
+    text = _environment(html=False).get_template("report.md").render(content)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def page_of(title: str, text: str, pictures: Mapping[str, bytes]) -> str:
+    """Make one page of Markdown, with its pictures, SVG by the name in the text, inside."""
+    body = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table").render(text)
+    for name, svg in pictures.items():
+        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"')
+    return _environment(html=True).get_template("report.html").render(title=title, body=body)
 
 
 @functools.cache
@@ -82,7 +92,6 @@ def _environment(html: bool) -> Environment:
     )
     environment.filters |= {
         "number": number, "percent": percent, "share": share, "rate": rate_text, "in_words": in_words, "plain": _plain,
-        "base64": lambda png: base64.b64encode(png).decode(),
     }  # fmt: skip
     return environment
 

@@ -67,8 +67,7 @@ def allocate_ranks(
         variance: Budget: the fewest ranks that explain this share of the variance.
         coverage: For `variance`: `"every-layer"` must reach it; or `"total"`, the mean over the layers.
             With the first, the policy has nothing to decide. With the second, ranks are taken in the order of the
-            policy; where limits or ties make steps of unequal width, the sum may exceed the least possible, by less
-            than the width of one step.
+            policy; where limits or ties make steps of unequal width, the sum may exceed the least possible.
         policy: A name of `policies.POLICIES`, such as `"eva"`, `"cost-aware"` or `"gradient"`; or a function from a
             layer's name and `Spectrum` to the worth of each of its ranks, [k].
         min_rank: Smallest rank of a layer; 0 lets a layer go without an adapter.
@@ -328,33 +327,12 @@ def take_while_affordable(steps: Steps, budget: int) -> BoolArray:
 def take_until_explained(steps: Steps, explained: FloatArray, share: float) -> BoolArray:
     """Take steps in order until the units explain a share of their variance, summed over all layers, [s].
 
-    `explained` is the sum of what the first r components of a unit's layers explain, [u, K + 1]. Where steps differ in
-    cost (grids, ties), the last one may be dearer than needed, and make an earlier one needless: steps that follow are
-    tried in its place, and what can be given back is.
+    `explained` is the sum of what the first r components of a unit's layers explain, [u, K + 1].
     """
     gain = explained[steps.unit, steps.rank] - explained[steps.unit, steps.rank - steps.width]
-    if not len(gain):  # the limits leave no choice
-        return np.zeros(0, dtype=np.bool_)
     missing = share - explained[np.arange(len(steps.start)), steps.start].sum()
-    order = steps.in_order()
-    # All steps reach the share by another order of summation, so the last sum may fall short by rounding.
-    chosen = order[: int(np.searchsorted(np.cumsum(gain[order]), missing)) + 1] if missing > 0 else order[:0]
-    while len(chosen) and np.ptp(steps.cost):
-        last = chosen[-1]
-        order = order[(steps.unit[order] != steps.unit[last]) | (steps.rank[order] < steps.rank[last])]
-        total = np.cumsum(gain[order])
-        other = order[: int(np.searchsorted(total, missing)) + 1]
-        if not len(total) or total[-1] < missing or steps.cost[other].sum() >= steps.cost[chosen].sum():
-            break
-        chosen = other
-    taken = np.zeros(len(gain), dtype=np.bool_)
-    taken[chosen] = True
-    spare = float(gain[chosen].sum()) - missing
-    kept: set[int] = set()
-    for step in chosen[::-1].tolist() if np.ptp(steps.cost) else ():
-        if gain[step] <= spare and int(steps.unit[step]) not in kept:
-            taken[step] = False
-            spare -= gain[step]
-        else:
-            kept.add(int(steps.unit[step]))
+    order, taken = steps.in_order(), np.zeros(len(gain), dtype=np.bool_)
+    if missing > 0:
+        # All steps reach the share by another order of summation, so the last sum may fall short by rounding.
+        taken[order[: int(np.searchsorted(np.cumsum(gain[order]), missing)) + 1]] = True
     return taken

@@ -1,4 +1,4 @@
-"""Pictures of a plan: heat map of ranks, spectra, what other budgets explain; as .png, .svg or one .html page."""
+"""Pictures of a plan: heat map of ranks, spectra, what other budgets explain; as .png or .svg."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-FORMATS = {".png": "PNG picture", ".svg": "SVG picture", ".html": "HTML page"}
+FORMATS = {".png": "PNG picture", ".svg": "SVG picture"}
 
 
 def picture_kind(path: Path) -> str:
@@ -42,21 +42,18 @@ def save_picture(plan: RankAllocation, stats: Statistics, path: str | Path) -> P
     import matplotlib
 
     path = Path(path).expanduser()
-    kind = picture_kind(path)
+    picture_kind(path)
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to draw.")
     plan.check(stats)
-    suffix = ".svg" if kind == "HTML page" else path.suffix.lower()
-    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format")) if suffix == ".svg" else {}
+    kind = path.suffix.lower()[1:]
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format")) if kind == "svg" else {}
     buffer = io.BytesIO()
     # Text as text and no date, so that the same plan gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_init", "font.family": "sans-serif"}):
-        make_figure(plan, stats).savefig(buffer, format=suffix[1:], metadata=nothing)
-    content = buffer.getvalue()
-    if kind == "HTML page":
-        content = _page(plan, stats, content.decode())
+        make_figure(plan, stats).savefig(buffer, format=kind, metadata=nothing)
     try:
-        write_whole(path, content)
+        write_whole(path, buffer.getvalue())
     except OSError as error:
         raise LoraInitError(f"{path}: the picture could not be written: {error.strerror or error}.") from error
     return path
@@ -216,26 +213,3 @@ def make_figure(plan: RankAllocation, stats: Statistics) -> Figure:
     caption = textwrap.fill(caption, int(14 * (map_width + width)))
     figure.supxlabel(caption, fontsize=8, parse_math=False)
     return figure
-
-
-def _page(plan: RankAllocation, stats: Statistics, svg: str) -> bytes:
-    from jinja2 import Environment, PackageLoader
-
-    model = plan.provenance.model_id or plan.provenance.model_class if plan.provenance else ""
-    by_kind = [
-        (k.Index, k.layers, f"{k.least} to {k.most}", f"{k.total_rank:,}", f"{k.parameters:,}", f"{k.explained:.1%}")
-        for k in kind_totals(plan).itertuples()
-    ]
-    pages = Environment(
-        loader=PackageLoader("lora_init.planning"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = pages.get_template("plan.html").render(
-        title=f"Rank plan{f' for {model}' if model else ''}",
-        asked=plan_text(plan),
-        source=source_text(plan),
-        totals=totals_against_uniform(plan, stats),
-        figure=svg[svg.index("<svg") :],  # without the XML declaration, which has no place within HTML
-        by_kind=by_kind,
-        notes=plan.notes,
-    )
-    return page.encode()

@@ -156,4 +156,4 @@ def test_the_example_plans_with_and_without_a_file(file, tmp_path, monkeypatch, 
         plan = load_plan(tmp_path / "plan.json")
         assert f"{plan.parameters:,} parameters" in out
         assert yaml.safe_load((tmp_path / "axolotl.yaml").read_text())["lora_r"] in (plan.rank, max(plan.values()))
-        assert (tmp_path / "plan.html").stat().st_size > 10_000
+        assert (tmp_path / "plan.svg").stat().st_size > 10_000
