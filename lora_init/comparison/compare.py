@@ -20,7 +20,6 @@ from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, FULL, RANDOM
 from lora_init.comparison.budget import STAGES, RunBudget
 from lora_init.comparison.findings import Summary, summarise
 from lora_init.comparison.outlook import Outlook, look_ahead, measure
-from lora_init.comparison.plots import difference_figure
 from lora_init.comparison.report import keep_best, write_report
 from lora_init.comparison.runs import SETTINGS_FILE, Record, Run, RunPlan, check_there, open_runs, peek, read_settings
 from lora_init.comparison.size import SIZES, AskedSize, Size, fit
@@ -38,7 +37,6 @@ from lora_init.planning.lora_config import alpha_for
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,14 +73,6 @@ class Comparison:
     def to_pandas(self) -> pd.DataFrame:
         """Return a table with a row for each run: start, learning rate, seed, losses, cost."""
         return self.summary.table.copy()
-
-    def plot(self) -> Figure:
-        """Draw how each start's final loss differs from random's, and return the matplotlib figure.
-
-        Raises:
-            LoraInitError: No start has been compared with random yet.
-        """
-        return difference_figure(self.summary)
 
 
 def compare(

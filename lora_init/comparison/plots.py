@@ -16,8 +16,6 @@ from lora_init.comparison.findings import Summary, equal_loss
 from lora_init.comparison.runs import best_rates
 from lora_init.comparison.variants import Variant
 from lora_init.comparison.wording import rate_text
-from lora_init.errors import LoraInitError, require
-from lora_init.statistics.statistics import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +74,8 @@ def pictures(summary: Summary) -> dict[str, dict[str, bytes]]:
             figures["learning_curves"] = _draw(panels, 1.9, lambda axes, s: _draw_curves(axes, s, best, styles))
         figures["learning_rates"] = _draw(panels, 1.9, lambda axes, s: _draw_rates(axes, s, runs, styles, top))
     if any(verdict.mean is not None for verdict in summary.verdicts):
-        figures["differences"] = difference_figure(summary)
+        height = 1.2 + 0.4 * sum(verdict.mean is not None for verdict in summary.verdicts)
+        figures["differences"] = _draw([""], height, lambda axes, _: _draw_differences(axes, summary, styles))
     if any(isinstance(dial, list) for dial in best["dial"]):
         lines = frontiers(runs)
         figures["frontiers"] = _draw(panels, 2.1, lambda axes, s: _draw_frontiers(axes, _shown(runs, s), lines, styles))
@@ -94,16 +93,6 @@ def _saved(figure: Figure, kind: str) -> bytes:
         unsaid = {"Software": None} if kind == "png" else {"Date": None}
         figure.savefig(out, format=kind, dpi=200, facecolor="white", metadata=unsaid)
     return out.getvalue()
-
-
-def difference_figure(summary: Summary) -> Figure:
-    """Draw the differences alone."""
-    require("matplotlib")
-    compared = sum(verdict.mean is not None for verdict in summary.verdicts)
-    if not compared:
-        raise LoraInitError("no start has been compared with random yet, so there is nothing to draw.")
-    styles = looks(summary.table["start"])
-    return shown(_draw([""], 1.2 + 0.4 * compared, lambda axes, _: _draw_differences(axes, summary, styles)))
 
 
 def _draw(names: Sequence[str], height: float, draw: Callable[[Any, str], None]) -> Figure:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_init.errors import require
 from lora_init.layers.grid import layer_grid
-from lora_init.statistics.statistics import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,10 +59,17 @@ def map_size(ranks: Mapping[str, int]) -> tuple[float, float]:
 
 
 def heat_map_figure(ranks: Mapping[str, int]) -> Figure:
-    """Draw the heat map alone, in a figure that a notebook shows."""
+    """Draw the heat map alone; a notebook shows it, which would print `<Figure size ...>` of one without pyplot."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=map_size(ranks), dpi=110, layout="constrained")
     draw_heat_map(figure.add_subplot(), ranks)
-    return shown(figure)
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -35,7 +35,7 @@ class Engine:
     # a `Trained` and a `Base`. This and `check` are functions, or `"module:name"`, imported when it is called
     write: Callable[[Path, Trained, Base], None] | str = _PEFT_DIRECTORY
     # refuses, before the work, a `Trained` or a `Base` whose layers have no name in its form
-    check: Callable[[Trained, Base], None] | str | None = None
+    check: Callable[[Trained, Base], object] | str | None = None
     is_file: bool = False  # whether its form is a GGUF file and not a directory
     libraries: tuple[str, ...] = ()  # what it needs of the extras
     bytes_each: int | None = None  # bytes of one parameter where that is not the adapter's own type
@@ -122,7 +122,7 @@ ENGINES = {
         "llama-server --model BASE.gguf --lora {path}",
         server=f"{_LOCAL}:8080/v1",
         write=f"{_WRITERS}:write_gguf",
-        check=f"{_WRITERS}:check_gguf",
+        check=f"{_WRITERS}:gguf_names",
         is_file=True,
         libraries=("gguf",),
         bytes_each=4,
@@ -134,7 +134,7 @@ ENGINES = {
         "ollama create {name} --file {path}/Modelfile",
         server=f"{_LOCAL}:11434/v1 --model {{name}}:latest",
         write=f"{_WRITERS}:write_ollama",
-        check=f"{_WRITERS}:check_gguf",
+        check=f"{_WRITERS}:gguf_names",
         libraries=("gguf",),
         bytes_each=4,
         ranks=True,

@@ -42,7 +42,8 @@ def _names_in_gguf(base: Base) -> tuple[str, bool]:
     return _ARCHITECTURES[base.architecture]
 
 
-def _gguf_names(trained: Trained, base: Base) -> dict[str, str]:
+def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
+    """Look up what GGUF calls the layers; refuse one that has no name there."""
     require("gguf")
     import gguf
 
@@ -67,11 +68,6 @@ def _pairs_together(rows: Tensor, heads: int) -> Tensor:
 def check_mlx(trained: Trained, base: Base) -> None:
     """Refuse a base whose names in MLX are not known."""
     _names_in_gguf(base)
-
-
-def check_gguf(trained: Trained, base: Base) -> None:
-    """Refuse an adapter whose layers have no names in GGUF."""
-    _gguf_names(trained, base)
 
 
 def write_peft(path: Path, trained: Trained, base: Base) -> None:
@@ -124,7 +120,7 @@ def write_gguf(path: Path, trained: Trained, base: Base) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, new in _gguf_names(trained, base).items():
+    for name, new in gguf_names(trained, base).items():
         layer, ending = trained.layers[name], name.rpartition(".")[2]
         b = layer.b.float() * (layer.scaling * layer.rank / alpha)
         b = _pairs_together(b, heads[ending]) if ending in heads else b

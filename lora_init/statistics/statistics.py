@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from lora_init.errors import LoraInitError, require
+from lora_init.errors import LoraInitError
 from lora_init.files import is_of, read_fields
 from lora_init.layers.rows import expert_group
 from lora_init.layers.targets import Target, read_target
@@ -23,7 +22,6 @@ from lora_init.statistics.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 FORMAT = "lora_init.statistics"
 FORMAT_VERSION = 2
@@ -110,18 +108,6 @@ class Sizes(NamedTuple):
     output: float  # root mean square of the entries of W x, without a bias
 
 
-def shown(figure: Figure) -> Figure:
-    """Let a notebook show a figure that was made without pyplot, which it would print as `<Figure size ...>`."""
-    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics(Mapping[str, Spectrum]):
     """One `Spectrum` per layer, in model order, with provenance.
@@ -186,28 +172,6 @@ class Statistics(Mapping[str, Spectrum]):
             for name, group in self.group_of.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
-
-    def plot(self) -> Figure:
-        """Draw the variance that each input's first components explain, and return the matplotlib figure.
-
-        Lines are in model order, from blue to yellow.
-        """
-        require("matplotlib")
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-
-        figure = Figure(figsize=(6.0, 3.6), dpi=110, layout="constrained")
-        axes = figure.add_subplot()
-        for i, group in enumerate(self.groups.values()):
-            ratios = group.explained_variance_ratio.cumsum(0).tolist()
-            axes.plot([0.0, *ratios], color=colormaps["cividis"](0.85 * i / len(self.groups)), linewidth=0.8, alpha=0.6)
-        axes.set_xlabel("components")
-        axes.set_ylabel("variance explained")
-        axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.grid(alpha=0.25)
-        return shown(figure)
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self.group_of:
