@@ -16,15 +16,7 @@ from typer import Argument, Option
 from lora_init.adapters.asked import Reading, read_modules, read_names, unescape
 from lora_init.adapters.starts import DEFAULT, DEFAULT_FOR_CLASSES, RANDOM
 from lora_init.cli.console import FAILED, importing, is_quiet, print_result, prints_json, say
-from lora_init.cli.options import (
-    Device,
-    Dtype,
-    FloatWeights,
-    MaxLength,
-    Quantize,
-    TrustRemoteCode,
-    read_numbers,
-)
+from lora_init.cli.options import Device, Dtype, FloatWeights, MaxLength, Quantize, TrustRemoteCode, read_numbers
 from lora_init.errors import LoraInitError
 
 if TYPE_CHECKING:

@@ -33,12 +33,10 @@ _MERGED_SAMPLES = 32  # examples at most, of which the divergence takes 512 toke
 
 def inspect(
     paths: Annotated[
-        list[Path],
-        Argument(help="Statistics, plans, or directories of adapters or comparisons.", show_default=False),
+        list[Path], Argument(help="Statistics, plans, or directories of adapters or comparisons.", show_default=False)
     ],
     intruders: Annotated[
-        bool,
-        Option("--intruders", help="Count directions of the trained weights that the base model did not have."),
+        bool, Option("--intruders", help="Count directions of the trained weights that the base model did not have.")
     ] = False,
     merge_type: Annotated[
         Literal["bfloat16", "float16", "int8", "nf4"] | None,
@@ -313,12 +311,7 @@ def _describe_adapter(path: Path, steps: int | None) -> dict[str, Any]:
 
 def show(console: Console, about: Mapping[str, Any]) -> None:
     """Print what `describe` returned."""
-    views = {
-        "statistics": _statistics_view,
-        "plan": _plan_view,
-        "adapter": _adapter_view,
-        "comparison": _runs_view,
-    }
+    views = {"statistics": _statistics_view, "plan": _plan_view, "adapter": _adapter_view, "comparison": _runs_view}
     head, *body = views[about["what"]](about, console.width)
     console.print(facts(head))
     for renderable in body:

@@ -105,11 +105,7 @@ class BackwardHooks:
         """
         self._sink = sink
         try:
-            with (
-                self._hooks.watch(batch, sink) as moved,
-                run_eagerly(),
-                torch.enable_grad(),
-            ):
+            with self._hooks.watch(batch, sink) as moved, run_eagerly(), torch.enable_grad():
                 n_labels = count_labels(self._hooks.model, moved)
                 loss = self._loss_of(moved) * n_labels
                 n_calls = len(self._waiting)

@@ -19,25 +19,10 @@ from torch import Tensor, nn
 from lora_init.adapters.asked import Asked, Pass, Shape
 from lora_init.adapters.build import build_adapter, rank_with_frozen_a
 from lora_init.adapters.directory import CONFIG_FILE, WEIGHTS_FILE, AdapterDirectory
-from lora_init.adapters.peft_model import (
-    adapter_layers,
-    check_fits,
-    load_adapter,
-    match_modes,
-    remember,
-)
+from lora_init.adapters.peft_model import adapter_layers, check_fits, load_adapter, match_modes, remember
 from lora_init.adapters.pipeline import build
 from lora_init.adapters.quantized import QuantizationErrors
-from lora_init.adapters.starts import (
-    CORRECTION,
-    FULL,
-    RANDOM,
-    BankWay,
-    FullTraining,
-    PeftStart,
-    Start,
-    compared_names,
-)
+from lora_init.adapters.starts import CORRECTION, FULL, RANDOM, BankWay, FullTraining, PeftStart, Start, compared_names
 from lora_init.bank.embeddings import embed
 from lora_init.bank.start import start_from_bank
 from lora_init.bank.store import Bank

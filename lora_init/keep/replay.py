@@ -29,12 +29,7 @@ LENGTH = 64  # tokens of a text
 
 
 def replay(
-    model: Any,
-    tokenizer: Any,
-    n: int = 64,
-    length: int = LENGTH,
-    seed: int = 0,
-    chat: bool = False,
+    model: Any, tokenizer: Any, n: int = 64, length: int = LENGTH, seed: int = 0, chat: bool = False
 ) -> list[dict[str, Any]]:
     """Let a model write texts at temperature 1; of a PEFT model the base does.
 

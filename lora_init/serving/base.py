@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,10 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_init.adapters.directory import carried
 from lora_init.errors import LoraInitError, first_line
 from lora_init.files import read_json, write_json
-from lora_init.layers.identity import count_parameters
 from lora_init.layers.targets import PREFIX, Target, file_prefixes, is_conv1d
 from lora_init.loading.checkpoint import INDEX_FILE, Stored, as_saved, find_tensors
 from lora_init.serving.trained import LINEAR, Trained, ends_of
@@ -98,22 +95,11 @@ def read_base(source: str, trained: Trained) -> Base:
         base = Base(source, made, widths_of(made), _parameters(made, trained.config))
         layer = _first_misfit(trained, base)
         if layer is None:
-            _warn_of_another(trained, base)
             return base
         problem = problem or f"the adapter's layer {layer!r} is not in {type(made).__name__} {source!r} with its widths"
     problem = problem or f"{source!r} is of a class that transformers does not know"
     remedy = "Load it with PEFT, which brings older names into the model's form, and save it again."
     raise LoraInitError(f"{problem}. Is it the base that it was trained on (base=)? {remedy}")
-
-
-def _warn_of_another(trained: Trained, base: Base) -> None:
-    """Warn where an adapter that fits was made for a model of another size, as lora_init has noted."""
-    made = carried(trained.config).get("provenance") or {}
-    known, here = made.get("n_parameters"), count_parameters(base.model)
-    if isinstance(known, int) and known != here and not trained.others:  # such as a head, which may have its own size
-        was = f"{made.get('model_class')} {made.get('model_id')} with {known:,} parameters"
-        said = f"the adapter was made for {was}, and {base.source} has {here:,}. Is it the same base?"
-        warnings.warn(said, stacklevel=4)
 
 
 def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:

@@ -86,9 +86,11 @@ class FitReport:
         return self.renames
 
     def check(self) -> None:
-        """Refuse an adapter that would not be applied, for what comes first; one of other weights would be."""
+        """Refuse an adapter that would not be applied, for what comes first; warn of one that is for other weights."""
         if any(one.kind not in ("base", "revision") for one in self.misfits):
             raise LoraInitError(" ".join([self.lines[0], *(self.lines[-1:] if self.renames else [])]))
+        for one in self.misfits:
+            warnings.warn(f"{one.where} {one.problem} Is it the same base?", stacklevel=3)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `json.dumps` takes."""

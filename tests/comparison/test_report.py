@@ -60,7 +60,7 @@ def test_the_page_has_every_run_and_every_setting_and_needs_nothing_else(full):
             assert f"{loss:.4f}" in words
     for setting in ("2.13.0", "lora-init compare tiny/model siqa.jsonl", "fingerprint", "siqa.jsonl, 800 rows"):
         assert setting in words
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags) and "To cite it: CITATION.cff" in words
     assert len(page.links) == sum(file.suffix == ".png" for file in files)
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
     assert "url(" not in text and "@import" not in text
