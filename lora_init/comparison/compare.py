@@ -239,8 +239,8 @@ def _read_starts(
         starts = [RANDOM, *starts]  # which all are compared with
     names = [read_start(start) for start in starts]
     own = {start[0]: _absolute(start[1]) for start in starts if not isinstance(start, str)}
-    for name in names:
-        if str(name) in own and not name.is_plain:
+    for start, name in zip(starts, names, strict=True):
+        if not isinstance(start, str) and not name.is_plain:
             raise LoraInitError(f"start '{name}': what follows a plus says how a start is run. Choose another name.")
     listed = f"starts={[*map(str, names)]}"
     if not names or len(set(names)) < len(names):

@@ -19,8 +19,8 @@ class Variant:
     Example:
         >>> Variant.parse("eva+32-alpha+equal-parameters")
         Variant(base='eva', alpha=32, batches=None, steps=None, equal_parameters=True)
-        >>> str(Variant("eva", batches=16))
-        'eva+16-batches'
+        >>> str(Variant.parse("eva+16-batches+32-alpha"))
+        'eva+32-alpha+16-batches'
         >>> Variant.parse("mine+yours").base
         'mine+yours'
     """
