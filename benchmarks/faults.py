@@ -157,7 +157,7 @@ FAULTS: dict[str, list[Planted]] = {
         ("ignored mask", "return losses.sum() / labelled.sum()", "return losses.mean()"),
     ],
     "collection/settings.py": [
-        ("stale key", '"fingerprint", "rank", "center", "token_mask",', '"fingerprint", "rank", "token_mask",'),
+        ("lost setting", '"fingerprint", "rank", "center", "token_mask",', '"fingerprint", "rank", "token_mask",'),
     ],
     "planning/allocate.py": [
         ("dropped factor", "priority = block / (width * weight[unit])", "priority = block / width"),

@@ -61,6 +61,7 @@ def test_a_pass_that_was_interrupted_goes_on_after_the_batches_it_has_used(name,
     resumed = collect(model(name), batches, statistics=file, **SETTINGS, center=center, forward=counting)
     assert counting.n == 2
     whole = collect(model(name), batches, **SETTINGS, center=center)
+    assert whole.provenance.center is center
     assert Statistics.load(file).provenance == resumed.provenance
     made = resumed.provenance
     assert (made.complete, made.n_batches, made.stop_reason) == (True, 6, "exhausted")
