@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_init import collect, principal_angles
 from lora_init.collection.collect import Interrupted
-from lora_init.collection.loop import GroupRecord, both
+from lora_init.collection.loop import GroupRecord, both, falls_sharply
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests import reference
 from tests.collection.made import low_rank_inputs, two_layers
@@ -49,6 +49,11 @@ def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least,
     best = reference.captured(unseen, reference.pca(unseen, 16)[0])
     assert reference.captured(unseen, stats["0"].components) > least * best
     assert n_other or stats.provenance.n_batches < 16 / power  # negative: steady data stop soon
+
+
+def test_a_share_falls_sharply_by_a_quarter_and_by_five_deviations():
+    assert falls_sharply([0.9, 0.91, 0.9, 0.6])
+    assert not any(map(falls_sharply, ([0.9, 0.9001, 0.9, 0.8], [0.9, 0.3, 0.8, 0.5], [0.9, 0.9, 0.6])))
 
 
 def test_data_that_are_sorted_are_a_warning():
