@@ -1,0 +1,76 @@
+"""The recipes of CONTRIBUTING: an option and a start are added in one place each, and everything follows."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lora_init
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+BEGIN = """
+import inspect, json, torch
+from typer.testing import CliRunner
+from lora_init import LoraInitError, initialize
+from lora_init.adapters.directory import carried
+from lora_init.cli.app import app
+
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+
+def run(**options):
+    try:
+        return initialize(model(), [torch.randn(32, 4) for _ in range(4)], rank=2, progress=False, **options)
+    except LoraInitError as error:
+        print(error)
+
+def help_has(*words):
+    text = "".join(CliRunner().invoke(app, ["init", "--help-all"]).stdout.split())
+    return all(word in text for word in words)
+"""
+
+
+def added(folder, program, **insertions):
+    """Run a program with a copy of the package, in which a block stands before or after a line of a file."""
+    shutil.copytree(Path(lora_init.__file__).parent, folder / "lora_init", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, (block, line) in insertions.items():
+        file = folder / "lora_init/adapters" / f"{name}.py"
+        source = file.read_text(encoding="utf-8")
+        assert source.count(line) == 1
+        file.write_text(source.replace(line, f"{block}{line}"), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + program], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_option_is_in_the_signature_the_help_the_check_and_the_record(tmp_path):
+    program = """
+print(inspect.signature(initialize).parameters["two_sided"])
+print(help_has("--two-sided", "Startbothsides."))
+run(two_sides=True)
+config = run(two_sided=True).peft_config["default"]
+print(carried(config.to_dict())["two_sided"])
+"""
+    option = next(block for block in BLOCKS if "two_sided" in block)
+    signature, in_help, check, record = added(tmp_path, program, asked=(option, "    use_dora: Annotated"))
+    assert signature == "two_sided: bool = False"
+    assert check.startswith("initialize() has no argument two_sides=. Did you mean two_sided?")
+    assert in_help == record == "True"
+
+
+def test_a_start_is_in_the_help_and_makes_an_adapter(tmp_path):
+    program = """
+print(help_has("first-rows"))
+adapted = run(method="first-rows", unit_rows=True)
+layer = adapted.base_model.model[0]
+print(torch.equal(layer.lora_A["default"].weight, layer.base_layer.weight[:2]))
+"""
+    function, start = (next(block for block in BLOCKS if word in block) for word in ("def first_rows", "Start("))
+    in_help, equal = added(
+        tmp_path, program, initializers=(f"{function}\n\n", "def random("), starts=(start, "    FullTraining(FULL")
+    )
+    assert in_help == equal == "True"
