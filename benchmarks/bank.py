@@ -99,10 +99,7 @@ def train(task: str, directory: Path) -> None:
     loaded = load_model(model, dtype="float32")
     settings = dict(max_length=MAX_LENGTH, batch_size=BATCH, format="prompt-completion")
     batches = load_batches(data, loaded.tokenizer, samples=STEPS * BATCH, **settings)
-    about = {
-        "task": task, "data": batches.description, "fingerprint": fingerprint(loaded.model),
-        "model": f"LlamaForCausalLM {Path(model).name}",
-    }  # fmt: skip
+    new = Bank(directory / "bank", fingerprint(loaded.model), f"LlamaForCausalLM {Path(model).name}", "")
     embeddings = embed(loaded.model, batches)
     there = entries(directory)
     torch.manual_seed(0)
@@ -126,7 +123,7 @@ def train(task: str, directory: Path) -> None:
                 continue
             adapted.save_pretrained(folder)
             found = read_trained(folder)
-            add_entry(directory / "bank", folder.name, found, embeddings, **about)
+            add_entry(new, folder.name, found, embeddings, task=task, data=batches.description)
     seconds = time.perf_counter() - began
     print(f"{task}: {sum(losses[:6]) / 6:.3f} -> {sum(losses[-6:]) / 6:.3f}, {seconds:.0f} s", flush=True)
 

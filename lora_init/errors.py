@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from numbers import Real
+from pathlib import PurePath
 from typing import Any
 
 # Libraries that only some things need, and the extra of this package that installs each.
@@ -20,11 +21,49 @@ EXTRAS = {
 }
 
 
-class LoraInitError(ValueError):
+Spell = Callable[[str, Any], str]  # writes an option, by name and value, in the words of whoever is spoken to
+
+
+def in_python(name: str, value: Any) -> str:
+    """Write an option as an argument: `rank=8`, and `rank=` where the value is `...`."""
+    shown = str(value) if isinstance(value, PurePath) else repr(value)
+    return f"{name}=" + ("" if value is ... else shown)
+
+
+class Message(Exception):
+    """One line about options: `{rank}` in its text reads `rank=8` in Python and `--rank 8` on the command line.
+
+    Example:
+        >>> str(LoraInitError("{rank} with {method}: too large.", rank=8, method="eva"))
+        "rank=8 with method='eva': too large."
+    """
+
+    def __init__(self, text: str, **options: Any) -> None:
+        self.text, self.options = text, options
+        super().__init__(self.spelled(in_python))
+
+    def spelled(self, spell: Spell) -> str:
+        """Write it, with options as `spell` does, in one line."""
+        text = self.text
+        for name, value in self.options.items():
+            text = text.replace(f"{{{name}}}", spell(name, value))
+        return " ".join(text.split())
+
+
+class LoraInitError(Message, ValueError):
     """Says where something is wrong, what was got and expected, and what to do about it, in one line."""
 
+    def within(self, where: str = "", remedy: str = "", **options: Any) -> LoraInitError:
+        """Return the same with a place before it, and what else to do about it."""
+        text = f"{where}: {self.text}" if where else self.text
+        return LoraInitError(f"{text} {remedy}", **self.options | options)
 
-def explain(error: BaseException) -> str:
+
+class LoraInitWarning(Message, UserWarning):
+    """Says what is likely not as it was meant, and what to do about it, in one line."""
+
+
+def explain(error: BaseException, spell: Spell = in_python) -> str:
     """Return in one line what went wrong and, where it is known, what to do about it.
 
     Example:
@@ -32,7 +71,7 @@ def explain(error: BaseException) -> str:
         'out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16.'
     """
     if isinstance(error, LoraInitError):
-        return " ".join(str(error).split())
+        return error.spelled(spell)
     if is_out_of_memory(error):
         return "out of memory. Try a smaller --batch-size or --max-length, or --dtype bfloat16."
     if isinstance(error, ImportError) and (library := (error.name or "").partition(".")[0]) in EXTRAS:

@@ -216,7 +216,9 @@ def check_free(path: str | Path, overwrite: bool, marker: str, replaceable: Coll
     if not present:
         return
     if not overwrite:
-        raise LoraInitError(f"{final} exists and is not empty. Choose another directory, or pass overwrite=True.")
+        raise LoraInitError(
+            f"{final} exists and is not empty. Choose another directory, or pass {{overwrite}}.", overwrite=True
+        )
     if marker not in present:
         raise LoraInitError(
             f"{final} has no {marker}, so lora_init did not write it, and it is not overwritten. "

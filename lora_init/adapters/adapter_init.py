@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AdapterInit(Shape):
-    """Everything about an adapter before its first step of training, of a known `Shape`. Made by `build_adapter`.
+    """Everything about an adapter before its first step of training. Made by `build_adapter`, and has its `Shape`.
 
     Attributes:
         weights: For each layer that takes an adapter, in model order, A float32 [r, d_in] and B float32 [d_out, r];

@@ -40,20 +40,30 @@ def check_adapter_options(
     gamma, lora_alpha = shape.gamma, shape.lora_alpha
     if gamma is not None and not (start.gamma is not None and 0.0 < gamma < math.inf):
         stepping = ", ".join(repr(one.name) for one in STARTS if one.function and one.gamma is not None)
-        raise LoraInitError(f"gamma={gamma!r} with method={start.name!r}: it is a positive number, for {stepping}.")
+        raise LoraInitError(
+            f"{{gamma}} with {{method}}: it is a positive number, for {stepping}.", gamma=gamma, method=start.name
+        )
     if shape.use_dora and not start.b_is_zero:
         raise LoraInitError(
-            f"method={start.name!r} starts with B other than zero, and DoRA's magnitudes are those at B = 0."
+            "{method} starts with B other than zero, and DoRA's magnitudes are those at B = 0.", method=start.name
         )
     if shape.whiten and "whiten" not in start.takes:
-        able = " or ".join(repr(one.name) for one in STARTS if "whiten" in one.takes)
-        raise LoraInitError(f"whiten=True needs method={able}; method={start.name!r} has no variances to divide by.")
+        able = " or ".join(one.name for one in STARTS if "whiten" in one.takes)
+        raise LoraInitError(
+            f"{{whiten}} is for the start {able}; {{method}} has no variances to divide by.",
+            whiten=True,
+            method=start.name,
+        )
     if lora_alpha is not None and not (is_number(lora_alpha) and 0.0 < lora_alpha < math.inf):
-        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number. Leave it out to take what is best.")
+        raise LoraInitError(
+            "{lora_alpha} must be a positive number. Leave it out to take what is best.", lora_alpha=lora_alpha
+        )
     if not 0.0 <= shape.lora_dropout < 1.0:
         raise LoraInitError(f"lora_dropout={shape.lora_dropout!r} must be at least 0 and less than 1.")
     if isinstance(shape.modules_to_save, str):
-        raise LoraInitError(f"modules_to_save={shape.modules_to_save!r} must be a list of names, as in PEFT.")
+        raise LoraInitError(
+            "{modules_to_save} must be a list of names, as in PEFT.", modules_to_save=shape.modules_to_save
+        )
     if output is not None:
         check_place(output, overwrite)
 
@@ -62,7 +72,7 @@ def buildable_start(method: str) -> Start:
     """Look up a start that `build_adapter` makes."""
     known = buildable()
     if method not in known:
-        raise LoraInitError(f"method={method!r} is unknown. {did_you_mean(str(method), known)}")
+        raise LoraInitError(f"{{method}} is unknown. {did_you_mean(str(method), known)}", method=method)
     return find_start(method)
 
 
@@ -160,7 +170,7 @@ def build_from(
         raise LoraInitError(f"all {len(stats)} layers have rank 0, so there is no adapter to build. Ask for more.")
     if not plan:
         whole = list(shape.modules_to_save)
-        raise LoraInitError(f"modules_to_save={whole} hold every layer: no adapter is left to build.")
+        raise LoraInitError("{modules_to_save} hold every layer: no adapter is left to build.", modules_to_save=whole)
     plan = _ranks_there(stats, plan, start)
     _check_experts([stats.targets[name] for name in plan], shape.use_dora, shape.lora_dropout)
     lora_alpha = alpha_for(SCALING, rank, shape.use_rslora) if shape.lora_alpha is None else shape.lora_alpha
@@ -221,12 +231,13 @@ def rank_with_frozen_a(targets: Iterable[Target], rank: int) -> int:
 def _check_experts(targets: list[Target], use_dora: bool, lora_dropout: float) -> None:
     experts = next((target.name for target in targets if target.experts), None)
     for what, is_there in (
-        ("use_dora=True", use_dora),
-        (f"lora_dropout={lora_dropout:g}", lora_dropout > 0.0),
+        ("{use_dora}", use_dora),
+        ("{lora_dropout}", lora_dropout > 0.0),
         ("transformers' Conv1D layers in the same adapter", any(target.kind == "Conv1D" for target in targets)),
     ):
         if experts and is_there:
-            raise LoraInitError(f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two.")
+            said = f"{experts!r}: PEFT does not adapt parameters with {what}. Leave out one of the two."
+            raise LoraInitError(said, use_dora=use_dora, lora_dropout=lora_dropout)
 
 
 def _ranks_asked(

@@ -153,7 +153,9 @@ def _examine(model: nn.Module, base: Mapping[str, Tensor] | None, k: int, thresh
             skipped[name] = type(plain).__name__
             continue
         if base is not None and name not in base:
-            raise LoraInitError(f"layer {name!r} has an adapter, and base= has no singular vectors for it.")
+            raise LoraInitError(
+                f"layer {name!r} has an adapter, and {{base}} has no singular vectors for it.", base=...
+            )
         before = torch.linalg.svd(_weight(plain, name), full_matrices=False).U if base is None else base[name]
         vectors, values = _leading(_trained_weight(layer, name), k)
         cosines = (vectors.T @ before).abs().amax(dim=1)  # [k]

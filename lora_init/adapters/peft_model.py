@@ -76,7 +76,8 @@ def check_modules_to_save(
     if heads and lost:
         raise LoraInitError(
             f"the weights of {lost} are new and random, and an adapter holds only the weights of "
-            f"{' and '.join(heads)}. Take them along: modules_to_save={lost}."
+            f"{' and '.join(heads)}. Take them along: {{modules_to_save}}.",
+            modules_to_save=lost,
         )
 
 

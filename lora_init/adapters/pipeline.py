@@ -30,7 +30,7 @@ from lora_init.collection.backward import NoGradientsError
 from lora_init.collection.collect import collect
 from lora_init.collection.losses import mean_loss
 from lora_init.collection.processes import Processes
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.masks import encoder_of
 from lora_init.layers.targets import HEADS, find_targets, heads_of, is_in
 from lora_init.loading.batches import Batches, as_batches, load_batches
@@ -114,7 +114,8 @@ class Source:
         except NoGradientsError as error:  # before any batch is read
             if asked.method is not None:
                 raise
-            warnings.warn(f"{error} So the start is {DEFAULT}, from what the layers read.", stacklevel=4)
+            said = f"{error} So the start is {DEFAULT}, from what the layers read."
+            warnings.warn(LoraInitWarning(said), stacklevel=4)
         asked = replace(asked.but(gradients=False), start=find_start(DEFAULT))
         return collect_for(asked), asked
 
@@ -140,7 +141,9 @@ def check(asked: Asked, **place: Any) -> None:
     check_adapter_options(asked.start, asked.shape, **place)
     rank, rho = asked.ranks.rank, asked.ranks.rho
     if asked.start.one_rank and round(rho * rank) > rank:
-        raise LoraInitError(f"method={asked.start.name!r} with rho={rho:g}: it gives all layers one rank. Pass rho=1.")
+        raise LoraInitError(
+            "{method} with {rho}: it gives all layers one rank. Leave rho out.", method=asked.start.name, rho=rho
+        )
 
 
 def fit_to(model: nn.Module, asked: Asked, classes: Collection[str] = (), drawn: Collection[str] = ()) -> Asked:
@@ -180,9 +183,8 @@ def read(
     batches = load(**options)
     n = sum(len(batch["input_ids"]) for batch in batches)
     if n < LEAST:
-        warnings.warn(
-            f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more.", stacklevel=5
-        )
+        said = f"{n} example{'s' * (n > 1)}, and fewer than {LEAST} say little about the data. Give more."
+        warnings.warn(LoraInitWarning(said), stacklevel=5)
     beyond: Sequence[Any] = ()
     if asked.measures and sample.samples is not None:
         more = {"offset": sample.offset + sample.samples, "samples": most_aside(sample.batch_size)}

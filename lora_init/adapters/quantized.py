@@ -56,7 +56,9 @@ class QuantizationErrors(Mapping[str, Tensor]):
         model = unwrapped(model)
         self.source = str(weights or model_id(model))
         if not self.source:
-            raise LoraInitError("the model does not say what it was loaded from. Name the float model by weights=.")
+            raise LoraInitError(
+                "the model does not say what it was loaded from. Name the float model by {weights}.", weights=...
+            )
         if is_sharded(model) or is_tensor_parallel(model):
             raise LoraInitError("processes hold a part of each weight, and errors are read from whole ones. Use one.")
         self._targets, self._modules = targets, plain_names(model)
@@ -68,7 +70,8 @@ class QuantizationErrors(Mapping[str, Tensor]):
         except (OSError, ValueError) as error:
             raise LoraInitError(
                 f"the float weights of {self.source!r} cannot be read: {first_line(error)}. Name a directory or hub id "
-                "that has them by weights= (--weights)."
+                "that has them by {weights}.",
+                weights=...,
             ) from error
         self._found = {name: self._find(model, target, tensors) for name, target in targets.items()}
 
@@ -96,7 +99,8 @@ class QuantizationErrors(Mapping[str, Tensor]):
         if not size <= largest:
             raise LoraInitError(
                 f"{where}: |W - Q| is {size:.2f} |W| with the W of {self.source!r}, and quantization makes {largest:g} "
-                "at most. Name the float model that the quantized one was made of by weights= (--weights)."
+                "at most. Name the float model that the quantized one was made of by {weights}.",
+                weights=...,
             )
         return error
 
@@ -144,7 +148,8 @@ class QuantizationErrors(Mapping[str, Tensor]):
             got = f"is {there[0]} in" if there else "is not in"
             raise LoraInitError(
                 f"{where}: its weight {list(shape)} {got} {self.source!r}. Name the float model that the quantized one "
-                "was made of by weights= (--weights)."
+                "was made of by {weights}.",
+                weights=...,
             )
         return found
 
@@ -239,7 +244,8 @@ def with_losses(
         raise LoraInitError(
             f"method {init.method!r}: on the examples set aside the loss is {before:.5g} in the quantized model and "
             f"{after:.5g} with the correction, so there is nothing to gain; with the weights as they were it is "
-            f"{exact:.5g}. Give more data of the kind that the model is for, or pass unchecked=True (--unchecked)."
+            f"{exact:.5g}. Give more data of the kind that the model is for, or pass {{unchecked}}.",
+            unchecked=True,
         )
     return replace(init, losses=(before, after), exact_loss=exact)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_init.adapters.adapter_init import AdapterInit
 from lora_init.adapters.peft_model import adapter_layers, as_it_was, check_plain
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.wrappers import unwrapped
 
 # Where the search begins, and how far from there it may go down and up: by factors of 4, then by one of 2.
@@ -79,7 +79,8 @@ def find_step_size(
     if not (math.isfinite(before) and math.isfinite(loss)) or not (gamma or loss < before):
         raise NoStepError(
             f"method {init.method!r}: the loss is {before:.4g} for the plain model and {loss:.4g} after the step with "
-            f"gamma={best:g}, the best that was found. Take a start with B = 0, or pass another gamma=."
+            f"{{gamma}}, the best that was found. Take a start with B = 0, or pass another.",
+            gamma=best,
         )
     return replace(build(best), losses=(before, loss))
 
@@ -142,9 +143,12 @@ def set_aside(batches: Iterable[Any], beyond: Iterable[Any] = ()) -> tuple[list[
 def _warn_of_few(n: int, total: int) -> None:
     if n < LEAST:
         warnings.warn(
-            f"the start is judged by the loss on {n} of {total} different examples, and fewer than {LEAST} "
-            f"say little about it. Give at least {4 * LEAST} different examples, or gamma=.",
-            stacklevel=6,
+            LoraInitWarning(
+                f"the start is judged by the loss on {n} of {total} different examples, and fewer than {LEAST} "
+                f"say little about it. Give at least {4 * LEAST} different examples, or {{gamma}}.",
+                gamma=...,
+            ),
+            stacklevel=7,
         )
 
 

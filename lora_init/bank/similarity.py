@@ -41,7 +41,9 @@ def neighbours(
     similarities the places in the two orders are summed.
     """
     if similarity != "embeddings" and statistics is None:
-        raise LoraInitError(f"similarity={similarity!r} compares statistics, and there are none. Pass --statistics.")
+        raise LoraInitError(
+            "{similarity} compares statistics, and there are none. Pass --statistics.", similarity=similarity
+        )
     if statistics is not None and statistics.provenance.fingerprint != bank.fingerprint:
         raise LoraInitError(f"the statistics are of another model ({statistics.provenance.model}) than {bank.path}.")
     known = {name: bank.embeddings(name) for name in bank.last_of_task}

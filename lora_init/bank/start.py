@@ -56,7 +56,7 @@ def start_from_bank(
     the update is divided by that. Of the shape this and `lora_alpha` count.
     """
     if by not in BANK_WAYS:
-        raise LoraInitError(f"by={by!r} is unknown. {did_you_mean(by, BANK_WAYS)}")
+        raise LoraInitError(f"{{by}} is unknown. {did_you_mean(by, BANK_WAYS)}", by=by)
     check_plain(model, "start_from_bank()")
     model = unwrapped(model)
     check_base(bank, fingerprint(model), class_name(model))

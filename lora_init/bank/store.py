@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -46,7 +46,7 @@ class Bank:
     fingerprint: str  # of the base model, see `fingerprint`
     model: str  # class and id of the base model, in words
     encoder: str  # directory or hub id of the encoder of prompts; empty for the base model itself
-    entries: Mapping[str, Entry]  # by name, in the order in which they came
+    entries: Mapping[str, Entry] = field(default_factory=dict)  # by name, in the order in which they came
 
     @property
     def tasks(self) -> dict[str, list[str]]:
@@ -121,30 +121,28 @@ def check_name(name: str) -> None:
 
 
 def add_entry(
-    path: str | Path,
+    new: Bank,
     name: str,
     trained: Trained,
     embeddings: Tensor,
     *,
     task: str,
     data: str,
-    fingerprint: str,
-    model: str,
-    encoder: str = "",
     statistics: Path | None = None,
 ) -> Bank:
-    """Add a trained adapter to a bank, which is made if there is none. Two processes may add at once.
+    """Add a trained adapter to a bank, which is made as `new` if there is none. Two processes may add at once.
 
     Nothing is ever replaced, and adapters of another base, or prompts embedded by another encoder, are refused.
     """
-    path = Path(path).expanduser()
+    path = new.path
     check_name(name)
     check_plain_lora(trained)
     with _locked(path):
-        bank = open_bank(path) if (path / INDEX).is_file() else Bank(path, fingerprint, model, encoder, {})
-        check_base(bank, fingerprint, model)
-        if bank.encoder != encoder:
-            raise LoraInitError(f"{path} embeds prompts by {bank.encoder or 'its base'}, got {encoder or 'the base'}.")
+        bank = open_bank(path) if (path / INDEX).is_file() else new
+        check_base(bank, new.fingerprint, new.model)
+        if bank.encoder != new.encoder:
+            got = new.encoder or "the base"
+            raise LoraInitError(f"{path} embeds prompts by {bank.encoder or 'its base'}, got {got}.")
         if name in bank.entries:
             raise LoraInitError(f"{path} has an entry {name!r} already and replaces none. Pass another --name.")
         tensors = {"embeddings": embeddings.float().cpu()}
@@ -155,13 +153,13 @@ def add_entry(
         digest = ""
         if statistics is not None:
             stats = Statistics.load(statistics)
-            if stats.provenance.fingerprint != fingerprint:
+            if stats.provenance.fingerprint != new.fingerprint:
                 raise LoraInitError(
                     f"{statistics} has statistics of another model. Name statistics of the adapter's base."
                 )
             digest = _hash_of(stats.save(bank._statistics_path(name)))
         entry = Entry(task, data, trained.rank, len(embeddings), _hash_of(file), digest)
-        bank = Bank(path, fingerprint, bank.model, encoder, {**bank.entries, name: entry})
+        bank = replace(bank, entries={**bank.entries, name: entry})
         _write_index(bank)
     return bank
 

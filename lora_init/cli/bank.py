@@ -58,7 +58,7 @@ def add(
     """Add the trained ADAPTER to BANK, with embeddings of the prompts that it was trained on."""
     with importing(model, data):
         from lora_init.bank.embeddings import embed
-        from lora_init.bank.store import INDEX, add_entry, check_name, check_plain_lora, open_bank
+        from lora_init.bank.store import INDEX, Bank, add_entry, check_name, check_plain_lora, open_bank
         from lora_init.layers.identity import fingerprint
         from lora_init.loading.batches import load_batches
         from lora_init.loading.models import load_model
@@ -84,10 +84,9 @@ def add(
     with busy("embedding the prompts"):
         embeddings = embed(loaded.model, batches, loaded.tokenizer, read_encoder(encoder))
     called = f"{type(loaded.model).__name__} {Path(source).name}"
-    found = add_entry(
-        bank, name, trained, embeddings, task=task or name, data=batches.description, encoder=encoder,
-        fingerprint=fingerprint(loaded.model), model=called, statistics=statistics,
-    )  # fmt: skip
+    new = Bank(bank.expanduser(), fingerprint(loaded.model), called, encoder)
+    data = batches.description
+    found = add_entry(new, name, trained, embeddings, task=task or name, data=data, statistics=statistics)
     summary = {"bank": str(found.path), "entry": name, **asdict(found.entries[name]), "tasks": len(found.tasks)}
     entry = found.entries[name]
     line = (

@@ -6,12 +6,12 @@ import functools
 import inspect
 import json
 import os
-import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +19,9 @@ import typer
 from typer import Option
 
 from lora_init.cli.help import print_whole
-from lora_init.errors import LoraInitError, explain, require
+from lora_init.errors import LoraInitError, LoraInitWarning, Message, explain, in_python, require
 from lora_init.files import check_output
+from lora_init.loading.examples import Wanted
 from lora_init.serving.engines import ENGINES
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if _running.verbose:
             raise
-        print_error(in_words_of_the_command(explain(error)))
+        print_error(explain(error, in_words))
         raise SystemExit(FAILED) from None
 
 
@@ -120,7 +121,7 @@ class _Running:
 
     options: dict[str, tuple[str, str]] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)  # arguments that are on the command line
-    reading: tuple[Any, ...] | None = None  # template, completion, format and label of its data
+    wanted: Wanted | None = None  # what is read of its data
     quiet: bool = False
     verbose: bool = False
     as_json: bool = False
@@ -170,8 +171,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             for name, what in WRITES.get(context.command.name or "", {}).items():
                 if options[name] is not None:
                     check_output(options[name], what)
-            asked = {name: options.get(name) for name in ("template", "completion", "format", "label")}
-            _running.reading = None if options.get("options") else tuple(asked.values())
+            _running.wanted = Wanted(**{one.name: options.get(one.name) for one in fields(Wanted)})
+            if options.get("options"):
+                _running.wanted = None
             for name, kind in shared.items():
                 options[name] = kind(**{one.name: options.pop(one.name) for one in _options(kind)})
             function(**options)
@@ -240,19 +242,15 @@ def is_quiet() -> bool:
     return _running.quiet
 
 
-def in_words_of_the_command(text: str) -> str:
-    """Write options as the command that runs does where a message of the library names its arguments.
-
-    `overwrite=True` becomes `--overwrite`, `center=False` becomes `--no-center`, `rank=64` becomes `--rank 64`. What
-    stands in quotes is the user's own, and stays.
-    """
-
-    def option(found: re.Match[str]) -> str:
-        on, off = _running.options[found[1]]
-        return {"True": on, "False": off, "": f"{on} "}.get(found[2], on)
-
-    names = "|".join(_running.options) or "(?!)"  # which matches nothing
-    return re.sub(rf"(?<![\w.,:'\"{{/-])({names})=(True\b|False\b|(?=[\w'\"\[({{-]))?", option, text)
+def in_words(name: str, value: Any) -> str:
+    """Write an option as the command that runs does: `--rank 64`, `--overwrite`, `--no-center`; others as arguments."""
+    if name not in _running.options:
+        return in_python(name, value)
+    on, off = _running.options[name]
+    if value is ... or isinstance(value, bool):
+        return off if value is False else on
+    words = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
+    return f"{on} {shlex.quote(','.join(str(word).removesuffix('.0') for word in words))}"
 
 
 @contextmanager
@@ -264,7 +262,7 @@ def _quiet_libraries() -> Iterator[None]:
     said: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = in_words_of_the_command(" ".join(str(message).split()))
+        text = message.spelled(in_words) if isinstance(message, Message) else " ".join(str(message).split())
         if text not in said and not process_rank():
             print(f"warning: {text}", file=sys.stderr, flush=True)
         said.add(text)
@@ -272,6 +270,7 @@ def _quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"lora_init\b")
+        warnings.filterwarnings("default", category=LoraInitWarning)
         warnings.showwarning = show
         yield
 
@@ -287,8 +286,8 @@ def importing(model: str | None = None, data: str | None = None) -> Iterator[Non
         check_model_source(model)
     if data is not None:
         check_data(data)
-        if _running.reading is not None:
-            check_columns(data, *_running.reading)
+        if _running.wanted is not None:
+            check_columns(data, _running.wanted)
     import logging
 
     with busy("importing torch and transformers"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import FAILED, busy, importing, in_words_of_the_command, print_error, print_result
+from lora_init.cli.console import FAILED, busy, importing, in_words, print_error, print_result
 from lora_init.cli.options import MaxLength, Samples, WrittenAs
 from lora_init.cli.tables import columns, facts
 from lora_init.errors import LoraInitError, explain, require_version
@@ -94,9 +94,10 @@ def export(
         except LoraInitError as error:
             if len(places) == 1:
                 raise
-            text = explain(error) if str(directory) in str(error) else f"{directory}: {explain(error)}"
+            text = explain(error, in_words)
+            text = text if str(directory) in text else f"{directory}: {text}"
             summary = {one.name: None for one in fields(Exported)} | {"path": str(place), "failed": text}
-            print_error(in_words_of_the_command(text))
+            print_error(text)
         summaries.append(summary)
     if len(places) == 1:
         print_result(summaries[0], lambda console, values: _show(console, exports[0], values.get("losses")), True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from lora_init.adapters.asked import Reading
-from lora_init.cli.console import busy, importing, in_words_of_the_command, print_error, print_next, print_result
+from lora_init.cli.console import busy, importing, in_words, print_error, print_next, print_result
 from lora_init.cli.options import Device, Dtype, MaxLength, TrustRemoteCode
 from lora_init.cli.tables import facts
 from lora_init.errors import LoraInitError, explain
@@ -42,7 +42,7 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except LoraInitError as error:
-        print_error(in_words_of_the_command(explain(error)))
+        print_error(explain(error, in_words))
         raise SystemExit(UNKNOWN) from None
 
 
@@ -89,7 +89,7 @@ def verify(
         except LoraInitError as error:
             if not several:
                 raise
-            failed[directory] = in_words_of_the_command(explain(error))
+            failed[directory] = explain(error, in_words)
 
     served: dict[Path, tuple[str, str | None]] = {}
     sources: dict[Path, str] = {}

@@ -25,7 +25,7 @@ from lora_init.collection.loop import TOLERANCE, Collected, Pass, progress_bar, 
 from lora_init.collection.losses import Loss
 from lora_init.collection.processes import Processes, digest_of, own_batches
 from lora_init.collection.settings import Position, Settings, read_settings
-from lora_init.errors import LoraInitError, explain
+from lora_init.errors import LoraInitError, LoraInitWarning, explain
 from lora_init.files import check_writable, locked
 from lora_init.layers.identity import count_parameters, fingerprint
 from lora_init.layers.masks import TokenMasks
@@ -200,7 +200,7 @@ def collect(
     )
     _check_flags(center=center, gradients=gradients)
     if loss is not None and not gradients:
-        raise LoraInitError("loss= is for gradients=True; without gradients no loss is computed.")
+        raise LoraInitError("loss= is for {gradients}; without gradients no loss is computed.", gradients=True)
     if forward is not None:
         check_takes(forward, "forward=", "model", "batch")
     if loss is not None:
@@ -343,11 +343,12 @@ def _with_statistics(error: BaseException, name: str, result: Statistics) -> Bas
     """Let what ended a pass carry what was complete, and say how to go on if that was a single batch."""
     kept = result if result.provenance.n_batches else None
     if kept is not None and name:
-        remedy = f"skip_bad_batches={Position.of(kept.provenance).n_bad + 1} goes on without it."
+        remedy, n_bad = "{skip_bad_batches} goes on without it.", Position.of(kept.provenance).n_bad + 1
         if isinstance(error, LoraInitError):
-            error = LoraInitError(f"{error} {remedy}").with_traceback(error.__traceback__)
+            error = error.within(remedy=remedy, skip_bad_batches=n_bad).with_traceback(error.__traceback__)
         else:
-            warnings.warn(f"{name} failed: {type(error).__name__}. {remedy}", stacklevel=2)
+            said = f"{name} failed: {type(error).__name__}. {remedy}"
+            warnings.warn(LoraInitWarning(said, skip_bad_batches=n_bad), stacklevel=2)
     with suppress(AttributeError):  # of a class with slots
         error.statistics = kept  # type: ignore[attr-defined]
     return error
@@ -403,21 +404,22 @@ def _check_numbers(**numbers: Any) -> None:
         kind, of = (Real, "number") if name in ("rho", "tolerance") else (Integral, "whole number")
         least = {"tolerance": 0, "skip_bad_batches": 0, "seed": -(2**63)}.get(name, 1)
         if not isinstance(number, kind) or not least <= number < 2**63:
-            raise LoraInitError(f"{name}={number!r}, expected a {of} of at least {least}.")
+            raise LoraInitError(f"{{{name}}}, expected a {of} of at least {least}.", **{name: number})
 
 
 def _check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if flag not in (True, False):
-            raise LoraInitError(f"{name}={flag!r}, expected True or False.")
+            raise LoraInitError(f"{{{name}}}, expected True or False.", **{name: flag})
 
 
 def _check_targets(model: nn.Module, targets: Targets, rank: int) -> None:
     narrow = [target for target in targets.layers.values() if target.in_features < rank]
     if narrow:
         raise LoraInitError(
-            f"layer {narrow[0].name!r}: rank={rank} is larger than its input width {narrow[0].in_features} "
-            f"({len(narrow)} such layers). Use a smaller rank, or exclude them."
+            f"layer {narrow[0].name!r}: {{rank}} is larger than its input width {narrow[0].in_features} "
+            f"({len(narrow)} such layers). Use a smaller rank, or exclude them.",
+            rank=rank,
         )
     if is_tensor_parallel(model):
         raise LoraInitError(

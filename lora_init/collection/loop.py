@@ -273,7 +273,7 @@ class Pass(Sink):
             if is_out_of_memory(error):
                 raise LoraInitError(f"{name}: out of memory. Use a smaller batch or shorter sequences.") from error
             if isinstance(error, LoraInitError):
-                raise LoraInitError(f"{name}: {error}") from error
+                raise error.within(name) from error
             raise
         finally:
             seconds["forward"] += time.perf_counter() - start - (seconds["decomposition"] - before)

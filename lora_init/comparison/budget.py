@@ -34,7 +34,7 @@ class RunBudget:
         for name, value, most in (("time", self.seconds, math.inf), ("precision", self.precision, 1.0)):
             if value is not None and not (is_number(value) and 0.0 < value < most):
                 below = f" and below {most:g}, such as 0.01" if most < math.inf else ", in seconds"
-                raise LoraInitError(f"{name}={value!r}: expected a number above zero{below}.")
+                raise LoraInitError(f"{{{name}}}: expected a number above zero{below}.", **{name: value})
 
     @property
     def limited(self) -> bool:

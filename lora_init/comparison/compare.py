@@ -232,7 +232,7 @@ def _read_starts(
 ) -> tuple[list[Variant], dict[str, Any]]:
     """Read starts; return beside them where the user's own come from, by name."""
     if isinstance(starts, str) and "," in starts:
-        raise LoraInitError(f"starts={starts!r} is one text. Pass a list: starts={starts.split(',')}.")
+        raise LoraInitError(f"{{starts}} is one text. Pass a list: starts={starts.split(',')}.", starts=starts)
     starts = [starts] if isinstance(starts, str) else starts
     starts = [*starts, FULL] if full and FULL not in starts else list(starts)
     if starts and RANDOM not in starts:
@@ -242,11 +242,13 @@ def _read_starts(
     for start, name in zip(starts, names, strict=True):
         if not isinstance(start, str) and not name.is_plain:
             raise LoraInitError(f"start '{name}': what follows a plus says how a start is run. Choose another name.")
-    listed = f"starts={[*map(str, names)]}"
+    listed = [*map(str, names)]
     if not names or len(set(names)) < len(names):
-        raise LoraInitError(f"{listed}: expected names, each once.")
+        raise LoraInitError("{starts}: expected names, each once.", starts=listed)
     if bank is None and any(name.start and "bank" in name.start.needed for name in names):
-        raise LoraInitError(f"{listed}: those from a bank need bank=, the directory of lora-init bank.")
+        raise LoraInitError(
+            "{starts}: those from a bank need {bank}, the directory of lora-init bank.", starts=listed, bank=...
+        )
     return names, own
 
 
@@ -257,7 +259,7 @@ def _listed(numbers: Any) -> list[Any]:
 def _read_batches(given: int | Sequence[int]) -> list[int]:
     batches = [given] if isinstance(given, int) else list(given)
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
-        raise LoraInitError(f"statistics_batches={batches}: expected numbers of batches, each once.")
+        raise LoraInitError("{statistics_batches}: expected numbers of batches, each once.", statistics_batches=batches)
     return batches
 
 

@@ -80,18 +80,22 @@ class RunPlan:
     def __post_init__(self) -> None:
         rates, seeds = self.learning_rates, self.seeds
         if not all(is_number(value) for value in (*rates, *seeds)):
-            raise LoraInitError(f"learning_rates={list(rates)} and seeds={list(seeds)}: expected numbers.")
+            raise LoraInitError(
+                "{learning_rates} and {seeds}: expected numbers.", learning_rates=list(rates), seeds=list(seeds)
+            )
         if (
             not (rates or self.recommended)
             or len(set(rates)) < len(rates)
             or not all(0.0 < rate <= 1.0 for rate in rates)
         ):
-            raise LoraInitError(f"learning_rates={list(rates)}: expected positive numbers up to 1, each once.")
+            raise LoraInitError(
+                "{learning_rates}: expected positive numbers up to 1, each once.", learning_rates=list(rates)
+            )
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise LoraInitError(f"seeds={list(seeds)}: expected whole numbers from 0 on, each once.")
+            raise LoraInitError("{seeds}: expected whole numbers from 0 on, each once.", seeds=list(seeds))
         if self.sweep not in ("halving", "full"):
             raise LoraInitError(
-                f"sweep={self.sweep!r} is unknown. {did_you_mean(str(self.sweep), ('halving', 'full'))}"
+                f"{{sweep}} is unknown. {did_you_mean(str(self.sweep), ('halving', 'full'))}", sweep=self.sweep
             )
 
     def settings(self) -> dict[str, Any]:

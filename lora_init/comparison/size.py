@@ -94,7 +94,13 @@ def fit(lay_out: Callable[[Size], tuple[Workbench, RunPlan]], pace: Pace, budget
         f"within {duration(budget.seconds or 0.0)} there is no answer: the least time for one is about "
         f"{duration(1.1 * needed + budget.spent)}: {', '.join(map(str, plan.starts))}, {bench.training.steps} steps of "
         f"{pace.step:.2g} s a run, {SIZES[-1].seeds} seeds. {_levers(bench, plan, needed, pace)}. Or give it that by "
-        "time=, shorten examples by max_length=, take fewer in a batch by batch_size=, or choose a smaller model."
+        "{time}, shorten examples by {max_length}, take fewer in a batch by {batch_size}, or choose a smaller model.",
+        time=...,
+        max_length=...,
+        batch_size=...,
+        learning_rates=...,
+        seeds=SIZES[-1].seeds - 1,
+        steps=bench.training.steps // 2,
     )
 
 
@@ -104,9 +110,9 @@ def _levers(bench: Workbench, plan: RunPlan, needed: float, pace: Pace) -> str:
     shorter = replace(bench, training=replace(bench.training, steps=half, evaluation_points=[0, half]))
     one = replace(plan, learning_rates=[*plan.learning_rates, 1e-3][:1])
     less = {
-        "a single one of learning_rates=": _seconds_to_answer(bench, one, seeds, pace),
-        f"seeds={seeds - 1}": _seconds_to_answer(bench, plan, seeds - 1, pace),
-        f"steps={half}": _seconds_to_answer(shorter, plan, seeds, pace),
+        "a single one of {learning_rates}": _seconds_to_answer(bench, one, seeds, pace),
+        "{seeds}": _seconds_to_answer(bench, plan, seeds - 1, pace),
+        "{steps}": _seconds_to_answer(shorter, plan, seeds, pace),
     }
     saved = {name: 1.1 * (needed - left) for name, left in sorted(less.items(), key=lambda item: item[1])}
     return "What would save time: " + ", ".join(f"{name} {duration(time)}" for name, time in saved.items())

@@ -57,7 +57,7 @@ class AdapterShape:
     def __post_init__(self) -> None:
         whole_number(self.rank, "rank", 1)
         if not (is_number(self.lora_alpha) and 0.0 < self.lora_alpha < math.inf):
-            raise LoraInitError(f"lora_alpha={self.lora_alpha!r} must be a positive number.")
+            raise LoraInitError("{lora_alpha} must be a positive number.", lora_alpha=self.lora_alpha)
 
 
 def _no_data(*_: object) -> NoReturn:
@@ -124,10 +124,11 @@ def check_quantized(starts: Iterable[Variant], is_quantized: bool, has_float: bo
         full = start.base == FULL
         corrects = known.corrects(is_quantized)
         if corrects and not is_quantized:
-            raise LoraInitError(f"start '{start}' corrects a quantized base. Load it so: quantize='nf4'.")
+            raise LoraInitError(f"start '{start}' corrects a quantized base. Load it so: {{quantize}}.", quantize="nf4")
         if (corrects or (is_quantized and full)) and not has_float:
             raise LoraInitError(
-                f"start '{start}' needs the model before it was quantized. Name its directory or hub id: weights=MODEL."
+                f"start '{start}' needs the model before it was quantized. Name its directory by {{weights}}.",
+                weights=...,
             )
         if is_quantized and known.changes_base and not corrects and not full:
             raise LoraInitError(f"start '{start}' changes base weights, and these are quantized. Leave it out.")
@@ -269,7 +270,9 @@ def _put(start: Start, asked: Variant, basis: Basis, stats: Statistics) -> tuple
 @_put.register(BankWay)
 def _(start: BankWay, asked: Variant, basis: Basis, stats: Statistics) -> tuple[PeftModel, float | None]:
     if basis.bank is None or basis.bank.encoder:
-        raise LoraInitError("a start from a bank needs bank=, whose prompts are embedded by the base model itself.")
+        raise LoraInitError(
+            "a start from a bank needs {bank}, whose prompts are embedded by the base model itself.", bank=...
+        )
     shape, loss_of = basis.shape, partial(mean_loss, batches=basis.aside(), **AS_TRAINED)
     init = start_from_bank(
         basis.bank, basis.model, embed(basis.model, basis.batches), loss_of, start.way,
@@ -294,7 +297,7 @@ def _put_own(asked: Variant, basis: Basis) -> tuple[PeftModel, None]:
             return load_adapter(model, AdapterDirectory(source), trainable=True), None
         peft_model = source(model, basis.seed)
     except LoraInitError as error:
-        raise LoraInitError(f"start {name!r}: {error}") from error
+        raise error.within(f"start {name!r}") from error
     except Exception as error:
         said = f"{type(error).__name__}: {first_line(error)}"
         raise LoraInitError(f"start {name!r}: its function raised {said}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_init.errors import LoraInitError
 from lora_init.loading.batches import group_by_length, pad_batch, padding_token
+from lora_init.loading.examples import Wanted
 from lora_init.loading.reader import Encoded, Reader, open_reader
 from lora_init.loading.sources import read_rows
 
@@ -180,14 +181,14 @@ def load_task(
     for option in ("selection_samples", "report_samples"):
         value = getattr(asked, option)
         if value is not None and value < 1:
-            raise LoraInitError(f"{option}={value}: expected at least 1; {FEW} or more say something.")
+            raise LoraInitError(f"{{{option}}}: expected at least 1; {FEW} or more say something.", **{option: value})
     data = read_rows(source, asked.subset, asked.split)
     names, name = list(data.table.column_names), data.label
     kind = _kind(asked, names, name)
+    wanted = Wanted(asked.template, _completion(asked, kind), asked.format, asked.label)
     reader = open_reader(
-        data, tokenizer, asked.max_length, template=asked.template, completion=_completion(asked, kind),
-        data_format=asked.format, needs_labels=kind != MULTIPLE_CHOICE, label=asked.label, known_classes=known_classes,
-    )  # fmt: skip
+        data, tokenizer, asked.max_length, wanted, needs_labels=kind != MULTIPLE_CHOICE, known_classes=known_classes
+    )
     left_out: Counter[str] = Counter()
     extra = [asked.answer, asked.options] if asked.options else []
     columns = [*reader.columns, *(column for column in extra if column in names)]
@@ -287,10 +288,10 @@ def _kind(asked: Loading, names: Sequence[str], name: str) -> str:
     if asked.options is None:
         return CAUSAL_LM
     if asked.answer not in names:
-        raise LoraInitError(f"answer={asked.answer!r} is not a column. {columns}")
+        raise LoraInitError(f"{{answer}} is not a column. {columns}", answer=asked.answer)
     if asked.options not in names and len(split_options(asked.options.split(","))) < 2:
         raise LoraInitError(
-            f"options={asked.options!r} is not a column, and not a list of options such as 'yes,no'. {columns}"
+            f"{{options}} is not a column, and not a list of options such as 'yes,no'. {columns}", options=asked.options
         )
     return MULTIPLE_CHOICE
 
@@ -304,7 +305,9 @@ def _completion(asked: Loading, kind: str) -> str | None:
         raise LoraInitError("multiple choice needs a template for the prompt, such as '{question}\\nAnswer:'.")
     named = f"{{{asked.answer}}}"
     if named in template:
-        raise LoraInitError(f"template={template!r} gives the answer away: it names {named}. Take it out.")
+        raise LoraInitError(f"{{template}} gives the answer away: it names {named}. Take it out.", template=template)
     if completion is not None and named not in completion:
-        raise LoraInitError(f"completion={completion!r} must name {named}, where one option after the other is put.")
+        raise LoraInitError(
+            f"{{completion}} must name {named}, where one option after the other is put.", completion=completion
+        )
     return completion or f" {named}"

@@ -116,7 +116,9 @@ class Training:
         if steps < 1 or points != sorted(set(points)) or points[0] != 0 or points[-1] != steps:
             raise LoraInitError(f"evaluation points {points}: expected rising steps from 0 to {steps}.")
         if not 0.0 <= self.warmup < 1.0:
-            raise LoraInitError(f"warmup={self.warmup}: expected a share of the steps, at least 0 and less than 1.")
+            raise LoraInitError(
+                "{warmup}: expected a share of the steps, at least 0 and less than 1.", warmup=self.warmup
+            )
 
     def factor(self, step: int) -> float:
         """Compute the factor on the learning rate in a step: a line up, then a cosine down to zero.

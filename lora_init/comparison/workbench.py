@@ -400,7 +400,7 @@ def set_up(
     has_float = options.quantize is not None or options.weights is not None
     check_quantized(sources.starts, is_quantized, has_float)
     if options.weights is not None and not is_quantized:
-        raise LoraInitError(f"weights={options.weights!r}: model {model!r} is not quantized. Leave it out.")
+        raise LoraInitError(f"{{weights}}: model {model!r} is not quantized. Leave it out.", weights=options.weights)
     task = load_task(data, source.tokenizer, options, training.batch_size, source.classes).cut(*folds)
     classifies, retain = task.kind == CLASSIFICATION, None
     if options.retain_data is not None:
@@ -425,7 +425,7 @@ def set_up(
     if classifies:
         check_modules_to_save(loaded.model, (), loaded.task_type, loaded.drawn)
         if loaded.model.dtype != torch.float32:
-            raise LoraInitError(f"dtype={options.dtype!r}: the head of a classifier is trained whole, in float32.")
+            raise LoraInitError("{dtype}: the head of a classifier is trained whole, in float32.", dtype=options.dtype)
     elif loaded.task_type != "CAUSAL_LM":
         raise LoraInitError(
             f"model {model!r} is a {type(loaded.model).__name__}, and a comparison trains causal language models, or "

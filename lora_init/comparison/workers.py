@@ -198,7 +198,7 @@ def find_workers(make: Callable[[], Workbench], count: int | None, ray: str | No
             cluster.init(address=ray, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise LoraInitError(
-                f"ray={ray!r}: there is no cluster: {first_line(error)} Start one with `ray start --head`."
+                f"{{ray}}: there is no cluster: {first_line(error)} Start one with `ray start --head`.", ray=ray
             ) from error
     there = cluster.cluster_resources()
     gpus = int(there.get("GPU", 0))

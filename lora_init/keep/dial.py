@@ -62,15 +62,17 @@ class Rule:
     def __post_init__(self) -> None:
         asked = {name: value for name, value in vars(self).items() if value is not None}
         if len(asked) > 1:
-            both = " and ".join(f"{name}=" for name in asked)
-            raise LoraInitError(f"{both} are both given. One of them says what is chosen.")
+            both = " and ".join(f"{{{name}}}" for name in asked)
+            raise LoraInitError(f"{both} are both given. One of them says what is chosen.", **dict.fromkeys(asked, ...))
         for name, value in asked.items():
             if name == "strength" and not _WEAKEST <= value < math.inf:
-                raise LoraInitError(f"strength={value:g} must be finite and at least {_WEAKEST:g}: 0 is the base.")
+                raise LoraInitError(
+                    f"{{strength}} must be finite and at least {_WEAKEST:g}: 0 is the base.", strength=value
+                )
             if name == "lose" and value > 1.0:
-                raise LoraInitError(f"lose={value:g} is {value:.0%} more loss. Write 2 % as 2% or 0.02.")
+                raise LoraInitError(f"{{lose}} is {value:.0%} more loss. Write 2 % as 2% or 0.02.", lose=value)
             if not 0.0 <= value < math.inf:
-                raise LoraInitError(f"{name}={value:g} must be a finite number of at least 0.")
+                raise LoraInitError(f"{{{name}}} must be a finite number of at least 0.", **{name: value})
         if not asked:
             object.__setattr__(self, "lose", LOSE)
 
@@ -197,7 +199,9 @@ def turn(
     n = sum(len(batch["labels"]) for batch in task)
     if own := keep is None:
         if tokenizer is None:
-            raise LoraInitError("dial() needs keep=, batches of text to keep, or tokenizer=: then the base writes it.")
+            raise LoraInitError(
+                "dial() needs {keep}, batches of text to keep, or tokenizer=: then the base writes it.", keep=...
+            )
         keep = replayed(model, tokenizer, max(n // 2, 3), seed, min(max(n // 2, 3) // 3, KEPT_BATCH))
     kept = _read(as_batches(keep, model, seed), "keep")
     if not own:
@@ -212,7 +216,7 @@ _Parts = tuple[list[Any], list[Any], list[Any]]
 def _read(batches: Iterable[Any], what: str) -> list[Any]:
     """Read those batches that have labels: all of a list, of a loader the first."""
     if batches is None:
-        raise LoraInitError("dial() needs batches of the task, unless strength= says what to do.")
+        raise LoraInitError("dial() needs batches of the task, unless {strength} says what to do.", strength=...)
     found = []
     for batch in batches if isinstance(batches, Sequence) else islice(batches, _MOST_BATCHES):
         labels = batch.get("labels") if isinstance(batch, Mapping) else None

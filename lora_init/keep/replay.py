@@ -79,7 +79,7 @@ def _write(
 ) -> Generator[tuple[str, list[int]], None, None]:
     """Yield what a model writes, and for a chat the question before it."""
     if min(n, length) < 1:
-        raise LoraInitError(f"n={n} and length={length} must be at least 1.")
+        raise LoraInitError("{n} and {length} must be at least 1.", n=n, length=length)
     if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise LoraInitError(f"{type(model).__name__} continues no text. Pass text to keep instead.")
     check_texts(model.config, tokenizer, length, chat)
@@ -98,12 +98,14 @@ def _write(
 def check_texts(config: Any, tokenizer: Any, length: int, chat: bool) -> None:
     """Refuse a chat without a template, and texts for which a model has no positions; the last token needs none."""
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise LoraInitError("the tokenizer has no chat template, so it can ask no question. Leave chat=True out.")
+        raise LoraInitError(
+            "the tokenizer has no chat template, so it can ask no question. Leave {chat} out.", chat=True
+        )
     tokens = length + max(len(_question(tokenizer, one)) if chat else 1 for one in _QUESTIONS)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and tokens - 1 > most:
         raise LoraInitError(
-            f"length={length}: with its beginning a text has {tokens} tokens, and the model takes {most}."
+            f"{{length}}: with its beginning a text has {tokens} tokens, and the model takes {most}.", length=length
         )
 
 

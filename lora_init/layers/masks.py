@@ -46,7 +46,9 @@ class TokenMasks:
 
     def __init__(self, model: nn.Module, token_mask: str, gradients: bool = False) -> None:
         if token_mask not in ("attention", "labels"):
-            raise LoraInitError(f"token_mask={token_mask!r}: {did_you_mean(str(token_mask), ('attention', 'labels'))}")
+            raise LoraInitError(
+                f"{{token_mask}}: {did_you_mean(str(token_mask), ('attention', 'labels'))}", token_mask=token_mask
+            )
         self.by_labels = token_mask == "labels"
         self._gradients = gradients
         self._shifted = gradients and shifts_labels(model)
@@ -92,7 +94,9 @@ class TokenMasks:
         labels, tokens = batch.get("labels"), batch.get("input_ids")
         got = f"labels of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else "no labels"
         if self.by_labels and not (isinstance(labels, Tensor) and labels.dim() == 2):
-            raise LoraInitError(f"token_mask='labels' needs a label for each token; got {got}. Use 'attention'.")
+            raise LoraInitError(
+                f"{{token_mask}} needs a label for each token; got {got}. Use 'attention'.", token_mask="labels"
+            )
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or "past_key_values" in batch:
             return
         mask = batch.get("attention_mask")

@@ -151,7 +151,7 @@ def find_parameters(
     Refuses a name that selects nothing, or something that PEFT cannot adapt, as the modules `adapted` already are.
     """
     if isinstance(wanted, str):
-        raise LoraInitError(f"target_parameters={wanted!r} must be a list of names, as in PEFT.")
+        raise LoraInitError("{target_parameters} must be a list of names, as in PEFT.", target_parameters=wanted)
     # PEFT wraps the module of a parameter, and cannot wrap the model itself.
     parameters = {
         f"{owner}.{ending}": (module, parameter)

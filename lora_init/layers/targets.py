@@ -15,7 +15,7 @@ from typing import Any
 import regex
 from torch import nn
 
-from lora_init.errors import LoraInitError
+from lora_init.errors import LoraInitError, LoraInitWarning
 from lora_init.layers.grid import PURPOSES, by_purpose
 from lora_init.layers.rows import CONVOLUTIONS, Experts, find_parameters, patches_of
 from lora_init.layers.wrappers import class_name, plain_names, unwrapped
@@ -47,11 +47,14 @@ def matches(patterns: str | Collection[str], name: str, argument: str) -> bool:
         try:
             return regex.fullmatch(patterns, name, timeout=_PATIENCE) is not None
         except regex.error as error:
-            raise LoraInitError(f"{argument}={patterns!r} is not a regular expression: {error}.") from None
+            raise LoraInitError(
+                f"{{{argument}}} is not a regular expression: {error}.", **{argument: patterns}
+            ) from None
         except TimeoutError:
             raise LoraInitError(
-                f"{argument}={patterns!r} was not matched with {name!r} within {_PATIENCE:g} s, as happens with "
-                "repetitions inside repetitions. Write it without, or name layers."
+                f"{{{argument}}} was not matched with {name!r} within {_PATIENCE:g} s, as happens with "
+                "repetitions inside repetitions. Write it without, or name layers.",
+                **{argument: patterns},
             ) from None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
@@ -238,7 +241,7 @@ def find_targets(
         raise LoraInitError(f"find_targets() takes a model in this place and got {type(model).__name__}.")
     for name, given in (("target_modules", target_modules), ("exclude_modules", exclude_modules or ())):
         if not isinstance(given, Collection) or not all(isinstance(one, str) for one in given):
-            raise LoraInitError(f"{name}={given!r}: expected a regular expression, or a list of names.")
+            raise LoraInitError(f"{{{name}}}: expected a regular expression, or a list of names.", **{name: given})
     model = unwrapped(model)
     named = plain_names(model)
     modules = {name: module for name, module in named.items() if name}
@@ -248,14 +251,17 @@ def find_targets(
     if exclude_modules:
         if not isinstance(exclude_modules, str):
             for name in _unmatched(modules, exclude_modules):
-                said = f"exclude_modules={name!r} matches nothing in {type(model).__name__}."
-                warnings.warn(f"{said} {_closest_names(modules, [name])}", stacklevel=2)
+                said = f"{{exclude_modules}} matches nothing in {type(model).__name__}."
+                said = f"{said} {_closest_names(modules, [name])}"
+                warnings.warn(LoraInitWarning(said, exclude_modules=name), stacklevel=2)
         selected = [name for name in selected if not matches(exclude_modules, name, "exclude_modules")]
     parameters = find_parameters(named, target_parameters or (), selected, type(model).__name__)
     if not selected and not parameters:
         raise LoraInitError(
-            f"target_modules={target_modules!r} with exclude_modules={exclude_modules!r} leaves no layer of "
-            f"{type(model).__name__}. Exclude less, or target more."
+            f"{{target_modules}} with {{exclude_modules}} leaves no layer of "
+            f"{type(model).__name__}. Exclude less, or target more.",
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
         )
     layers: dict[str, Target] = {}
     unsupported: dict[str, str] = {}
@@ -285,8 +291,8 @@ def _selected(
     wrong = _unmatched(modules, names) if names is target_modules else [] if selected else names
     if wrong or not (selected or optional):
         raise LoraInitError(
-            f"target_modules={target_modules if wrong is names else wrong!r} matches no layer of "
-            f"{type(model).__name__}. {_closest_names(modules, wrong)}"
+            f"{{target_modules}} matches no layer of {type(model).__name__}. {_closest_names(modules, wrong)}",
+            target_modules=target_modules if wrong is names else wrong,
         )
     return selected
 
@@ -297,8 +303,10 @@ def _of_purpose(purpose: str, modules: Mapping[str, nn.Module], linear: list[str
         there = {kind: Counter(name.rpartition(".")[2] for name in names) for kind, names in found.items() if names}
         shown = [f"{kind} ({', '.join(endings)}: {endings.total()} layers)" for kind, endings in there.items()]
         raise LoraInitError(
-            f"target_modules={purpose!r}: {model_class} has no such layers. It has {' and '.join(shown) or 'neither'}. "
-            "Name layers instead; target_parameters= names fused experts."
+            f"{{target_modules}}: {model_class} has no such layers. It has {' and '.join(shown) or 'neither'}. "
+            "Name layers instead; {target_parameters} names fused experts.",
+            target_modules=purpose,
+            target_parameters=...,
         )
     return found[purpose]
 

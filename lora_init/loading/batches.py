@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_init.errors import LoraInitError, first_line, is_number
+from lora_init.loading.examples import Wanted
 from lora_init.loading.reader import IGNORED, Encoded, open_reader
 from lora_init.loading.sources import read_rows
 
@@ -105,21 +106,23 @@ def load_batches(
     """
     for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2), ("seed", seed, 0)):
         if not is_number(value) or value < least:
-            raise LoraInitError(f"{name}={value!r} must be at least {least}, as a number.")
+            raise LoraInitError(f"{{{name}}} must be at least {least}, as a number.", **{name: value})
     for name, text in (("template", template), ("completion", completion)):
         if text is not None and not isinstance(text, str):
-            raise LoraInitError(f"{name}={text!r}: expected a text with columns in braces.")
+            raise LoraInitError(f"{{{name}}}: expected a text with columns in braces.", **{name: text})
     if offset < 0 or (samples is not None and samples < 1):
-        raise LoraInitError(f"samples={samples} must be at least 1 or None for all, and offset={offset} at least 0.")
+        raise LoraInitError(
+            f"{{samples}} must be at least 1 or None for all, and offset={offset} at least 0.", samples=samples
+        )
     batch_size, max_length, seed, offset = int(batch_size), int(max_length), int(seed), int(offset)
     samples = None if samples is None else int(samples)  # settings go into files, which know no scalars of numpy
     rows = read_rows(source, subset, split, seed)
     if not callable(tokenizer):
         raise LoraInitError(f"tokenizer={tokenizer!r}: expected the model's, from AutoTokenizer.from_pretrained().")
+    wanted = Wanted(template, completion, format, label)
     reader = open_reader(
-        rows, tokenizer, max_length, template=template, completion=completion, data_format=format, seq2seq=seq2seq,
-        needs_labels=needs_labels, label=label, known_classes=known_classes,
-    )  # fmt: skip
+        rows, tokenizer, max_length, wanted, seq2seq=seq2seq, needs_labels=needs_labels, known_classes=known_classes
+    )
 
     left_out: Counter[str] = Counter()
     usable = rows.usable(reader.columns, reader, seed, left_out)
@@ -137,7 +140,8 @@ def load_batches(
     if of_chats and reader.label is None and not any(of != IGNORED for _, labels in examples for of in labels):
         raise LoraInitError(
             f"{rows.label}: no token of its {len(examples)} examples has a label, so there is nothing to learn. A chat "
-            f"needs a turn of the assistant's that begins before max_length={max_length}."
+            f"needs a turn of the assistant's that begins before {{max_length}}.",
+            max_length=max_length,
         )
     if needs_labels and left_out.total() > _MOST_LEFT_OUT * n_read:
         warnings.warn(f"{rows.label}: of the first {n_read} rows {skipped}.", stacklevel=2)

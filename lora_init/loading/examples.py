@@ -41,45 +41,48 @@ class Format:
     is_chat: bool = False  # whether the tokenizer must have a chat template
 
 
-def recipe(
-    names: list[str],
-    label: str,
-    tokenizer: Any,
-    template: str | None = None,
-    completion: str | None = None,
-    data_format: str | None = None,
-    texts: Sequence[str] = (),
-) -> Recipe:
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of the columns, as it was asked for: arguments of `load_batches`."""
+
+    template: str | None = None
+    completion: str | None = None
+    format: str | None = None
+    label: str | None = None  # column of the class
+
+
+def recipe(names: list[str], place: str, tokenizer: Any, wanted: Wanted, texts: Sequence[str] = ()) -> Recipe:
     """Decide how to read rows with columns `names`; `texts` are those to propose for a template, the best first."""
+    template, completion, data_format = wanted.template, wanted.completion, wanted.format
     if data_format is not None and (template is not None or data_format not in FORMATS):
         unknown = f"is unknown. {did_you_mean(str(data_format), FORMATS)}"
         both = "and a template say two things. Give one."
-        raise LoraInitError(f"format={data_format!r} {unknown if template is None else both}")
+        raise LoraInitError(f"{{format}} {unknown if template is None else both}", format=data_format)
     if template is not None:
-        prompt, used = _parse(template, "template", names, label)
+        prompt, used = _parse(template, "template", names, place)
         if completion is None:
             return Recipe(f"template {template!r}", used, lambda row: _plain("", _fill(prompt, row)))
-        answer, more = _parse(completion, "completion", names, label)
+        answer, more = _parse(completion, "completion", names, place)
         return Recipe(
             f"template {template!r} and completion {completion!r}",
             [*dict.fromkeys(used + more)],
             lambda row: _plain(_fill(prompt, row), _fill(answer, row)),
         )
     if completion is not None:
-        raise LoraInitError(f"completion={completion!r} needs a template for the prompt, too.")
+        raise LoraInitError("{completion} needs a template for the prompt, too.", completion=completion)
     possible = FORMATS if data_format is None else {data_format: FORMATS[data_format]}
     name, found = next((item for item in possible.items() if set(item[1].columns) <= set(names)), ("", None))
     if found is None:
         expected = ", or ".join(" and ".join(one.columns) for one in possible.values())
         text, *_ = texts or names or ["column"]
-        proposal = f"template='{{{text}}}'"
+        proposal, options = "{template}", {"template": f"{{{text}}}"}
         if len(names) == len(texts) == 2:  # a question and its answer, more often than not
-            proposal = f"template='{{{names[0]}}}' with completion=' {{{names[1]}}}'"
-        raise LoraInitError(
-            f"{label} has the columns {', '.join(names)}. Expected {expected}; name others, such as {proposal}."
-        )
+            proposal += " with {completion}"
+            options = {"template": f"{{{names[0]}}}", "completion": f" {{{names[1]}}}"}
+        there = f"{place} has the columns {', '.join(names)}"
+        raise LoraInitError(f"{there}. Expected {expected}; name others, such as {proposal}.", **options)
     if found.is_chat:
-        _check_chat_template(tokenizer, f"{label} has a column {found.columns[0]!r}")
+        _check_chat_template(tokenizer, f"{place} has a column {found.columns[0]!r}")
     columns = [*found.columns, *(column for column in found.optional if column in names)]
     return Recipe(name.replace("-", " and "), columns, lambda row: found.read(row, tokenizer))
 
@@ -100,19 +103,24 @@ def _parse(template: str, argument: str, names: list[str], label: str) -> tuple[
     try:  # names are only compared with the columns, never evaluated as `str.format` would: {x.__class__}
         parsed = list(Formatter().parse(template))
     except ValueError as error:
-        raise LoraInitError(f"{argument}={template!r}: {error}. Write {{{{ for a brace.") from None
+        raise LoraInitError(f"{{{argument}}}: {error}. Write {{{{ for a brace.", **{argument: template}) from None
     parts = []
     for literal, name, spec, conversion in parsed:
         if spec or conversion:
-            raise LoraInitError(f"{argument}={template!r}: only column names go in braces, without '!' or ':'.")
+            raise LoraInitError(
+                f"{{{argument}}}: only column names go in braces, without '!' or ':'.", **{argument: template}
+            )
         if name is not None and name not in names:
             raise LoraInitError(
-                f"{argument}={template!r}: {label} has no column {name!r}. Its columns: {', '.join(names)}."
+                f"{{{argument}}}: {label} has no column {name!r}. Its columns: {', '.join(names)}.",
+                **{argument: template},
             )
         parts.append((literal, name))
     used = [*dict.fromkeys(name for _, name in parts if name is not None)]
     if not used:
-        raise LoraInitError(f"{argument}={template!r} names no column. Columns of {label}: {', '.join(names)}.")
+        raise LoraInitError(
+            f"{{{argument}}} names no column. Columns of {label}: {', '.join(names)}.", **{argument: template}
+        )
     return parts, used
 
 

@@ -128,7 +128,7 @@ class ModelSource:
         if quantize is None:
             return
         if quantize not in QUANTIZATIONS:
-            raise LoraInitError(f"quantize={quantize!r} is unknown. {did_you_mean(quantize, QUANTIZATIONS)}")
+            raise LoraInitError(f"{{quantize}} is unknown. {did_you_mean(quantize, QUANTIZATIONS)}", quantize=quantize)
         require("bitsandbytes")
         if is_quantized:
             raise LoraInitError(f"model {self.name!r} is quantized already. Leave --quantize out.")

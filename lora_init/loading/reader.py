@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lora_init.errors import LoraInitError
-from lora_init.loading.examples import Example, Recipe, count_common, is_missing, recipe
+from lora_init.loading.examples import Example, Recipe, Wanted, count_common, is_missing, recipe
 from lora_init.loading.sources import Rows, columns_of, read_rows
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels of one example, not padded
@@ -56,42 +56,39 @@ class Reader:
 
 
 def open_reader(
-    rows: Rows, tokenizer: Any, max_length: int, *, template: str | None, completion: str | None,
-    data_format: str | None, seq2seq: bool = False, needs_labels: bool = True, label: str | None = None,
+    rows: Rows, tokenizer: Any, max_length: int, wanted: Wanted, *, seq2seq: bool = False, needs_labels: bool = True,
     known_classes: Sequence[str] = (),
 ) -> Reader:  # fmt: skip
     """Decide how to read rows; arguments as for `load_batches`."""
-    if label is not None and completion is not None:
+    label = wanted.label
+    if label is not None and wanted.completion is not None:
         raise LoraInitError("a classification has no completion: the class is what --label names. Leave it out.")
-    names = list(rows.table.column_names)
-    found = recipe(names, rows.label, tokenizer, template, completion, data_format, rows.texts(but=label))
+    found = recipe(list(rows.table.column_names), rows.label, tokenizer, wanted, rows.texts(but=label))
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
     classes = () if label is None else class_names(rows, label, found.columns, known_classes)
     return Reader(found, tokenizer, limit, seq2seq, needs_labels, label, classes)
 
 
-def check_columns(
-    source: str, template: str | None, completion: str | None, data_format: str | None, label: str | None
-) -> None:
+def check_columns(source: str, wanted: Wanted) -> None:
     """Refuse columns that a local file does not have, before torch is imported."""
 
     def check(names: list[str], place: str, texts: Sequence[str] = ()) -> None:
-        recipe(names, place, SimpleNamespace(chat_template="any"), template, completion, data_format, texts)
-        _check_label(label, names, place)
+        recipe(names, place, SimpleNamespace(chat_template="any"), wanted, texts)
+        _check_label(wanted.label, names, place)
 
     names = columns_of(source)
-    if not names or "input_ids" in names or (label and completion):
+    if not names or "input_ids" in names or (wanted.label and wanted.completion):
         return
     try:
         check(names, source)
     except LoraInitError:
         rows = read_rows(source)
-        check(rows.table.column_names, rows.label, rows.texts(but=label))
+        check(rows.table.column_names, rows.label, rows.texts(but=wanted.label))
 
 
 def _check_label(column: str | None, names: Sequence[str], place: str) -> None:
     if column is not None and column not in names:
-        raise LoraInitError(f"label={column!r} is not a column. Columns of {place}: {', '.join(names)}.")
+        raise LoraInitError(f"{{label}} is not a column. Columns of {place}: {', '.join(names)}.", label=column)
 
 
 def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[str] = ()) -> tuple[str, ...]:
@@ -127,7 +124,7 @@ def class_names(rows: Rows, column: str, used: Collection[str], known: Sequence[
             f"{_MOST_CLASSES} classes. Name the column of the class."
         )
     if column in used:
-        raise LoraInitError(f"label={column!r} is a part of the text, which gives the class away. Take it out.")
+        raise LoraInitError("{label} is a part of the text, which gives the class away. Take it out.", label=column)
     if found <= set(known):
         return tuple(known)
     return tuple(sorted(sorted(found), key=numbers.__getitem__ if are_numbers else None))

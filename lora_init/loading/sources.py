@@ -77,7 +77,7 @@ class Rows:
             try:
                 example = read(table[index])
             except LoraInitError as error:
-                raise LoraInitError(f"{self.place(index)}: {error}") from error
+                raise error.within(self.place(index)) from error
             if isinstance(example, str):
                 left_out[example] += 1
             else:
@@ -99,8 +99,10 @@ def read_rows(source: Any, subset: str | None = None, split: str = "train", seed
             table = _load(label, path=str(folder), name=subset, split=split)
         elif subset is not None or (files and split != "train"):
             kind = source if isinstance(source, (str, Path)) else "files or data in memory"
-            given = f"subset={subset!r}" if subset is not None else f"split={split!r}"
-            raise LoraInitError(f"{given} is for a folder or a data set on the hub, not for {kind}.")
+            name = "split" if subset is None else "subset"
+            raise LoraInitError(
+                f"{{{name}}} is for a folder or a data set on the hub, not for {kind}.", **{name: subset or split}
+            )
         elif files:
             label = f"{files[0].resolve().parent.name}/{files[0].name}" if len(files) == 1 else f"{len(files)} files"
             table = _from_files(label, files)

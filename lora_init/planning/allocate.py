@@ -89,7 +89,7 @@ def allocate_ranks(
         kind = type(stats).__name__
         raise LoraInitError(f"Statistics of layers are needed, from collect or Statistics.load(path), not {kind}.")
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 1.0 <= rho < math.inf:
-        raise LoraInitError(f"rho={rho!r}: a finite number of at least 1 is needed; 1 gives all layers one rank.")
+        raise LoraInitError("{rho}: a finite number of at least 1 is needed; 1 gives all layers one rank.", rho=rho)
     base = dict(min_rank=min_rank, max_rank=max_rank, multiple_of=multiple_of, allowed_ranks=allowed_ranks)
     limits = layer_limits(stats.targets, base, overrides, exclude)
     budgets = dict(
@@ -172,12 +172,15 @@ def _spend(task: _Task, steps: Steps) -> BoolArray:
     if fixed > limit:
         raise LoraInitError(
             f"min_rank binds: the smallest ranks allowed, on {int((standing > 0).sum())} layers, cost {fixed:,} "
-            f"{unit}, {fixed - limit:,} more than {budget} gives. Lower min_rank, or raise the budget."
+            f"{unit}, {fixed - limit:,} more than {budget.text} gives. Lower min_rank, or raise the budget.",
+            **budget.option,
         )
     taken = take_while_affordable(steps, limit - fixed)
     if not taken.any() and not standing.any():
         cheapest = int(steps.cost.min())
-        raise LoraInitError(f"{budget} buys no rank in any layer: the cheapest step costs {cheapest:,} {unit}.")
+        raise LoraInitError(
+            f"{budget.text} buys no rank in any layer: the cheapest step costs {cheapest:,} {unit}.", **budget.option
+        )
     return taken
 
 
@@ -189,9 +192,10 @@ def _reach(task: _Task, steps: Steps) -> BoolArray:
     if (best.mean() if budget.coverage == "total" else best.min()) < share:
         short, worst = best < share, int(best.argmin())
         raise LoraInitError(
-            f"{budget} is out of reach: all that was collected and the limits allow explains {best.mean():.4f} on "
+            f"{budget.text} is out of reach: all that was collected and the limits allow explains {best.mean():.4f} on "
             f"average, and too little in {short.sum()} of {len(best)} layers, least in {spectra.names[worst]!r}: "
-            f"{best[worst]:.4f}. Collect again with a larger rank, relax the limits, or ask for less."
+            f"{best[worst]:.4f}. Collect again with a larger rank, relax the limits, or ask for less.",
+            **budget.option,
         )
     if budget.coverage == "total":
         by_unit = np.zeros((len(steps.start), spectra.reached.shape[1]))
@@ -220,15 +224,16 @@ def _notes(task: _Task, steps: Steps, ranks: IntArray) -> tuple[str, ...]:
         warnings.warn(text, stacklevel=3)  # at the line that calls allocate_ranks
     capped = wanting & ~spectra.starved
     if capped.any() and (task.rho is not None or is_stuck):
-        rank, rho = min(math.ceil(task.average), int(task.could.max())), f" and rho={task.rho:g}" if task.rho else ""
-        text = (
-            f"{budget} lets a layer have rank {task.could[capped].max()}, and {_some(spectra.names, capped)} would "
-            f"take more than the {spectra.most_collected} components that were collected. Collect again with "
-            f"rank={rank}{rho}, or ask for less, or allocate with max_rank={spectra.most_collected}."
+        rank, most = min(math.ceil(task.average), int(task.could.max())), spectra.most_collected
+        error = LoraInitError(
+            f"{budget.text} lets a layer have rank {task.could[capped].max()}, and {_some(spectra.names, capped)} "
+            f"would take more than the {most} components that were collected. Collect again with "
+            f"rank {rank}{' and {rho}' if task.rho else ''}, or ask for less, or allocate with {{max_rank}}.",
+            **{"rho": task.rho, "max_rank": most} | budget.option,
         )
         if is_stuck or budget.unit == "ranks":
-            raise LoraInitError(text)
-        return (text,)
+            raise error
+        return (str(error),)
     if is_stuck and not short.any():
         text = f"{left:,.0f} of {budget.limit:,.0f} {budget.unit} stay unspent"
         return (f"{text}: every layer has the largest rank that the limits allow.",)

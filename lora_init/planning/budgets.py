@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,17 @@ class Budget:
     dtype: str = "float32"  # of the saved adapter, for `"megabytes"`
     coverage: str = ""  # `"every-layer"` or `"total"`, for `"variance"`
 
+    @property
+    def option(self) -> dict[str, Any]:
+        """The argument that was given, as a message names it."""
+        return {self.kind: int(self.asked) if self.unit == "ranks" else self.asked}
+
+    @property
+    def text(self) -> str:
+        """What a message says of it."""
+        where = {"every-layer": " in every layer", "total": " over all layers"}.get(self.coverage, "")
+        return f"{{{self.kind}}}" + (f" in {self.dtype}" if self.kind == "megabytes" else where)
+
     def __str__(self) -> str:
         if self.kind == "variance":
             where = "in every layer" if self.coverage == "every-layer" else "over all layers"
@@ -63,7 +75,8 @@ def parse_count(value: object, argument: str) -> int:
         count = Decimal(0)
     if not count.is_finite() or not 1 <= count <= _MOST or count % 1:
         raise LoraInitError(
-            f'{argument}={value!r}: a whole number from 1 to 10^12 is needed, such as 2500000, "2.5M" or "800k".'
+            f'{{{argument}}}: a whole number from 1 to 10^12 is needed, such as 2500000, "2.5M" or "800k".',
+            **{argument: value},
         )
     return int(count)
 
@@ -74,8 +87,8 @@ def choose_budget(
     """Make a limit of the one budget that was given, by kind; `default_rank` on average if none was."""
     given = {kind: value for kind, value in values.items() if value is not None}
     if len(given) > 1:
-        shown = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
-        raise LoraInitError(f"{shown} are {len(given)} budgets. Give one.")
+        shown = " and ".join(f"{{{kind}}}" for kind in given)
+        raise LoraInitError(f"{shown} are {len(given)} budgets. Give one.", **given)
     kind, value = next(iter(given.items()), ("rank", default_rank))
     if kind in ("rank", "total_rank", "parameters"):
         count = parse_count(value, kind)
@@ -84,18 +97,20 @@ def choose_budget(
     number = float(value) if isinstance(value, Real) else math.nan
     most = _MOST if kind == "megabytes" else 1
     if not 0.0 < number <= most:
-        raise LoraInitError(f"{kind}={value!r}: a number above 0 and not above {most:,} is needed.")
+        raise LoraInitError(f"{{{kind}}}: a number above 0 and not above {most:,} is needed.", **{kind: value})
     if kind == "megabytes":
         bytes_per_parameter(dtype)
         return Budget(kind, number, "bytes", int(number * 10**6), dtype)
     if kind == "variance":
         if coverage not in COVERAGES:
-            raise LoraInitError(f"coverage={coverage!r} is unknown. {did_you_mean(str(coverage), COVERAGES)}")
+            raise LoraInitError(f"{{coverage}} is unknown. {did_you_mean(str(coverage), COVERAGES)}", coverage=coverage)
         return Budget(kind, number, "variance", number, coverage=coverage)
     if n_parameters < 1:
         raise LoraInitError(
-            f"fraction={value!r} needs the size of the base model, which these statistics do not hold. "
-            "Give parameters= instead, or collect them again."
+            "{fraction} needs the size of the base model, which these statistics do not hold. "
+            "Give {parameters} instead, or collect them again.",
+            fraction=value,
+            parameters=...,
         )
     return Budget(kind, number, "parameters", int(number * n_parameters))
 
@@ -103,7 +118,7 @@ def choose_budget(
 def bytes_per_parameter(dtype: str) -> int:
     """Return the size of a saved parameter."""
     if dtype not in _BYTES:
-        raise LoraInitError(f"dtype={dtype!r} is unknown. {did_you_mean(str(dtype), _BYTES)}")
+        raise LoraInitError(f"{{dtype}} is unknown. {did_you_mean(str(dtype), _BYTES)}", dtype=dtype)
     return _BYTES[dtype]
 
 

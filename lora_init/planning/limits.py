@@ -46,7 +46,11 @@ class Limits:
                 checked[key] = whole_number(value, f"{where}{key}", 1 if key == "multiple_of" else 0)
         changed = replace(self, **checked)
         if changed.max_rank is not None and changed.min_rank > changed.max_rank:
-            raise LoraInitError(f"{where}min_rank={changed.min_rank} is above max_rank={changed.max_rank}. Lower it.")
+            raise LoraInitError(
+                f"{where}{{min_rank}} is above {{max_rank}}. Lower it.",
+                min_rank=changed.min_rank,
+                max_rank=changed.max_rank,
+            )
         return changed
 
     def __str__(self) -> str:
@@ -67,7 +71,7 @@ class Limits:
 def whole_number(value: Any, argument: str, least: int) -> int:
     """Refuse anything but a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise LoraInitError(f"{argument}={value!r}: a whole number of at least {least} is needed.")
+        raise LoraInitError(f"{{{argument}}}: a whole number of at least {least} is needed.", **{argument: value})
     return int(value)
 
 
@@ -75,14 +79,18 @@ def _rank_list(values: Any, argument: str) -> tuple[int, ...]:
     several = isinstance(values, Collection) and not isinstance(values, str)
     ranks = sorted({whole_number(value, argument, 0) for value in values} - {0}) if several else []
     if not ranks:
-        raise LoraInitError(f"{argument}={values!r}: a list of ranks above 0 is needed, such as [8, 16, 32].")
+        raise LoraInitError(
+            f"{{{argument}}}: a list of ranks above 0 is needed, such as [8, 16, 32].", **{argument: values}
+        )
     return tuple(ranks)
 
 
 def _patterns(value: Any, argument: str) -> list[str]:
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise LoraInitError(f"{argument}={value!r}: a name, an ending or a wildcard is needed, or a list of them.")
+        raise LoraInitError(
+            f"{{{argument}}}: a name, an ending or a wildcard is needed, or a list of them.", **{argument: value}
+        )
     return list(patterns)
 
 
@@ -121,7 +129,7 @@ def layer_limits(
         for name in select(pattern, names, "exclude"):
             limits.pop(name, None)
     if not limits:
-        raise LoraInitError(f"exclude={exclude!r} leaves none of {len(names)} layers.")
+        raise LoraInitError(f"{{exclude}} leaves none of {len(names)} layers.", exclude=exclude)
     return {
         name: replace(limit, multiple_of=math.lcm(limit.multiple_of, targets[name].groups))
         for name, limit in limits.items()
@@ -164,13 +172,13 @@ def tie_layers(names: Sequence[str], tie: Sequence[str] | Sequence[Sequence[str]
     for endings in _read_ties(tie):
         groups: dict[str, list[int]] = {}
         for ending in endings:
-            for name in select(ending, names, f"tie={endings!r}"):
+            for name in select(ending, names, "tie"):
                 # A wildcard stands for whole names, and would leave no block to tie within: endings only.
                 if name != ending and not name.endswith(f".{ending}"):
-                    raise LoraInitError(f"tie={endings!r}: {ending!r} must be how names end, such as 'q_proj'.")
+                    raise LoraInitError(f"{{tie}}: {ending!r} must be how names end, such as 'q_proj'.", tie=endings)
                 groups.setdefault(name[: len(name) - len(ending)], []).append(place[name])
         if all(len(members) < 2 for members in groups.values()):
-            raise LoraInitError(f"tie={endings!r} ties nothing: no two of these are in one block. Name at least two.")
+            raise LoraInitError("{tie} ties nothing: no two of these are in one block. Name at least two.", tie=endings)
         ties += groups.values()
     unit = np.arange(len(names), dtype=np.int64)
     for members in ties:

@@ -120,8 +120,9 @@ def _importance(stats: Statistics, name: str) -> list[float]:
     importance = stats.gradient(name).importance
     if math.isnan(importance):
         raise LoraInitError(
-            f"policy='gora': the importance of {name!r} is unknown. It needs the model's weights, which a merge of "
-            "statistics does not have. Collect from all the data in one pass, or choose another policy."
+            f"{{policy}}: the importance of {name!r} is unknown. It needs the model's weights, which a merge of "
+            "statistics does not have. Collect from all the data in one pass, or choose another policy.",
+            policy="gora",
         )
     return [importance]
 
@@ -154,7 +155,7 @@ def find_policy(name: str) -> Policy:
         return POLICIES[name]
     if name not in policy_names():
         raise LoraInitError(
-            f"policy={name!r} is unknown. {did_you_mean(str(name), policy_names())} A function is one, too."
+            f"{{policy}} is unknown. {did_you_mean(str(name), policy_names())} A function is one, too.", policy=name
         )
     with _THEIRS.loading(name) as (entry, where):
         policy = entry.load()

@@ -48,9 +48,9 @@ def snippet(
     from lora_init.planning.plan import plan_text, source_text
 
     if tool not in TOOLS:
-        raise LoraInitError(f"format={tool!r} is unknown. {did_you_mean(str(tool), TOOLS)}")
+        raise LoraInitError(f"{{format}} is unknown. {did_you_mean(str(tool), TOOLS)}", format=tool)
     if not 0.0 < lora_alpha < math.inf:
-        raise LoraInitError(f"lora_alpha={lora_alpha!r} must be a positive number; 16 is the default.")
+        raise LoraInitError("{lora_alpha} must be a positive number; 16 is the default.", lora_alpha=lora_alpha)
     if not plan.total_rank:
         raise LoraInitError("the plan gives no layer any rank, so there is nothing to configure.")
     rslora = " --use-rslora" if use_rslora else ""
@@ -99,7 +99,8 @@ def _axolotl(asked: Snippet) -> str:
     if not all(isinstance(alpha, int) for alpha in (config["lora_alpha"], *config["alpha_pattern"].values())):
         raise LoraInitError(
             f"axolotl takes whole numbers for lora_alpha, and a scaling of {asked.scaling:.4g} gives some ranks "
-            f"others. Take a multiple of the average rank, such as lora_alpha={asked.plan.rank} without rsLoRA."
+            f"others. Take a multiple of the average rank, such as {{lora_alpha}} without rsLoRA.",
+            lora_alpha=asked.plan.rank,
         )
     names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
     written = {f"lora_{name.removeprefix('lora_')}": config[name] for name in names if config.get(name)}

@@ -85,7 +85,7 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
     """
     widths = spectra.widths.astype(np.float64)
     if callable(policy):
-        check_takes(policy, f"policy={getattr(policy, '__name__', policy)}: the function", "name", "spectrum")
+        check_takes(policy, f"the policy {getattr(policy, '__name__', policy)}", "name", "spectrum")
         rows = [
             _scores(f"layer {name!r}: the policy", (stats[name].n_components,), policy, name, stats[name])
             for name in spectra.names
@@ -97,9 +97,10 @@ def worth(policy: str | Rule, stats: Statistics, spectra: Spectra) -> tuple[Floa
         numbers = _stacked([found.reads(stats, name) for name in spectra.names], spectra.most_collected)
         if not numbers.any():
             raise LoraInitError(
-                f"policy={policy!r}: all layers are worth nothing, since {found.if_zero}. Choose another policy."
+                f"{{policy}}: all layers are worth nothing, since {found.if_zero}. Choose another policy.",
+                policy=policy,
             )
-    scores = _scores(f"policy={policy!r}", numbers.shape, found.function, numbers, widths)
+    scores = _scores(f"policy {policy!r}", numbers.shape, found.function, numbers, widths)
     return scores, widths if found.per_parameter else np.ones(len(widths))
 
 

@@ -70,12 +70,12 @@ def read_config(source: str) -> Any:
     import transformers
 
     if not source:
-        raise LoraInitError("the adapter names no base model. Name it by base=.")
+        raise LoraInitError("the adapter names no base model. Name it by {base}.", base=...)
     try:
         return transformers.AutoConfig.from_pretrained(str(Path(source).expanduser()), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise LoraInitError(
-            f"the base model {source!r} cannot be read: {first_line(error)} Name it by base=."
+            f"the base model {source!r} cannot be read: {first_line(error)} Name it by {{base}}.", base=...
         ) from error
 
 
@@ -99,7 +99,7 @@ def read_base(source: str, trained: Trained) -> Base:
         problem = problem or f"the adapter's layer {layer!r} is not in {type(made).__name__} {source!r} with its widths"
     problem = problem or f"{source!r} is of a class that transformers does not know"
     remedy = "Load it with PEFT, which brings older names into the model's form, and save it again."
-    raise LoraInitError(f"{problem}. Is it the base that it was trained on (base=)? {remedy}")
+    raise LoraInitError(f"{problem}. Is it the base that it was trained on ({{base}})? {remedy}", base=...)
 
 
 def _parameters(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Target]:

@@ -28,7 +28,9 @@ def fit(
         layers |= zero_layers(trained, widths)
     widest = max(min(layer.widths) for layer in layers.values())
     if rank is not None and rank > max(widest, VLLM_RANKS[-1]):
-        raise LoraInitError(f"rank={rank}: no layer of this adapter can have more than rank {widest}. Choose less.")
+        raise LoraInitError(
+            f"{{rank}}: no layer of this adapter can have more than rank {widest}. Choose less.", rank=rank
+        )
     costs = {name: layer.cost for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in layers.items()}
     factors: dict[str, Factors] = {}

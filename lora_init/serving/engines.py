@@ -163,7 +163,7 @@ def check_rank(name: str | None, rank: int) -> None:
     """Refuse a rank that an engine does not take."""
     engine = find_engine(name)
     if not engine.allows(rank):
-        raise LoraInitError(f"{name} takes {engine.allowed}, and this is {rank}. Choose one by rank=.")
+        raise LoraInitError(f"{name} takes {engine.allowed}, and this is {rank}. Choose one by {{rank}}.", rank=...)
 
 
 def find_engine(name: str | None) -> Engine:

@@ -145,7 +145,7 @@ def export_adapter(
         check_rank(engine, whole_number(rank, "rank", 1))
     path = check_output(output, engine, overwrite)
     if start is not None and Path(start).expanduser().resolve() == Path(directory).expanduser().resolve():
-        raise LoraInitError(f"start={start} is the trained adapter itself. Name it as it was before training.")
+        raise LoraInitError("{start} is the trained adapter itself. Name it as it was before training.", start=start)
     began = AdapterDirectory(directory)
     renames = check_fit(directory, merge_into or base).to_rename(str(began.path)) if rename else {}
     trained = read_trained(directory, start, renames)
@@ -206,13 +206,15 @@ def _check_start(began: AdapterDirectory, start: str | Path | None, merge_into: 
     if merge_into is not None and start is None and began.error_size:
         raise LoraInitError(
             f"{began.path} began by correcting the weights of a quantized base, and a merge is into float weights, "
-            "which lack nothing. Name the adapter before training by start=, which is subtracted, or serve it on the "
-            "quantized base."
+            "which lack nothing. Name the adapter before training by {start}, which is subtracted, or serve it on the "
+            "quantized base.",
+            start=...,
         )
     if start is not None and began.origin and not (began.base_change or began.error_size):
         raise LoraInitError(
-            f"start={start}: {began.path} fits the plain base already, since its start left that alone or PEFT has "
-            "converted it, and it would be subtracted for nothing. Leave start away."
+            f"{{start}}: {began.path} fits the plain base already, since its start left that alone or PEFT has "
+            "converted it, and it would be subtracted for nothing. Leave start away.",
+            start=start,
         )
 
 
@@ -238,12 +240,12 @@ def _check_options(
         bytes_per_parameter(dtype)
         form = "a merged model has its own type" if merge_into is not None else f"{engine.title} reads float32 alone"
         if merge_into is not None or engine.bytes_each:
-            raise LoraInitError(f"dtype={dtype!r}: {form}. Leave dtype away.")
+            raise LoraInitError(f"{{dtype}}: {form}. Leave dtype away.", dtype=dtype)
     if len(sizes) > 1:
         raise LoraInitError(f"{' and '.join(sizes)} are both given. One of them says how large it may be.")
     megabytes = sizes.get("megabytes", 1.0)
     if not isinstance(megabytes, (int, float)) or not 0 < megabytes < math.inf:
-        raise LoraInitError(f"megabytes={megabytes!r} must be a number above 0, and finite.")
+        raise LoraInitError("{megabytes} must be a number above 0, and finite.", megabytes=megabytes)
     if merge_into is not None and (name is not None or sizes or keep_ranks):
         raise LoraInitError("a merged model has no ranks and is for every engine: leave engine, rank and budgets away.")
     if keep_ranks and not engine.ranks:

@@ -122,7 +122,9 @@ def check_fit(directory: str | Path, base: str | None = None, engine: str | None
         raise LoraInitError(f"{adapter.path / WEIGHTS_FILE} {form}. PEFT's save_pretrained() writes what is read here.")
     found = [(fit, fit.report(source, converts=engine is None)) for fit in _fits(adapter, source, engine is not None)]
     if not found:
-        raise LoraInitError(f"{source!r} is of a class that transformers does not know. Name the base by base=.")
+        raise LoraInitError(
+            f"{source!r} is of a class that transformers does not know. Name the base by {{base}}.", base=...
+        )
     folder, tensors = _checkpoint_of(source, adapter.config.get("revision"))
     fit, report = min(found, key=lambda one: len(one[1].misfits))
     more = [] if report.misfits else [*_of_another_base(fit, folder, tensors)]

@@ -31,12 +31,14 @@ class Server:
         try:
             self._client = httpx2.Client(base_url=url, timeout=timeout, headers=headers)
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise LoraInitError("url= or api_key= has characters that neither can have.") from error
+            raise LoraInitError(
+                "{url} or {api_key} has characters that neither can have.", url=..., api_key=...
+            ) from error
         address = self._client.base_url
         self._secrets = [secret for secret in (key, address.password) if secret]
         self.url = str(address.copy_with(userinfo=b"")).rstrip("/")
         if address.scheme not in ("http", "https") or not address.host:
-            raise LoraInitError(f"url={self.url!r} is no address of a server, such as http://127.0.0.1:8000/v1.")
+            raise LoraInitError("{url} is no address of a server, such as http://127.0.0.1:8000/v1.", url=self.url)
 
     @cached_property
     def models(self) -> dict[str, Any] | None:
@@ -55,12 +57,12 @@ class Server:
         if parents is None and model is not None:
             return model, base
         if parents is None:
-            raise LoraInitError(f"{self.url}/models is not there. Name the adapter by model=.{_ENDS}")
+            raise LoraInitError(f"{self.url}/models is not there. Name the adapter by {{model}}.{_ENDS}", model=...)
         wrong = next((one for one in (model, base) if one is not None and one not in parents), None)
         chosen = [model] if model else [name] if name in parents else [*filter(parents.get, parents)] or [*parents]
         if wrong is not None or len(chosen) != 1:
             what = f"no model {wrong!r}" if wrong is not None else "several models" if parents else "no models"
-            raise LoraInitError(f"{self.url} has {what}. Name one by model=: {', '.join(parents)}.")
+            raise LoraInitError(f"{self.url} has {what}. Name one by {{model}}: {', '.join(parents)}.", model=...)
         found = chosen[0]
         others = [other for other in parents if other != found and not parents[other]]
         return found, base or parents[found] or (others[0] if len(others) == 1 else None)
@@ -98,7 +100,9 @@ class Server:
                         if len(content) > _LARGEST:
                             raise LoraInitError(f"{self.url} answers with more than {_LARGEST >> 20} MB. Is it an API?")
             except httpx2.TimeoutException as error:
-                raise LoraInitError(f"{self.url} gives no answer in time. Let it have longer by timeout=.") from error
+                raise LoraInitError(
+                    f"{self.url} gives no answer in time. Let it have longer by {{timeout}}.", timeout=...
+                ) from error
             except httpx2.HTTPError as error:
                 raise LoraInitError(
                     f"{self.url} does not answer: {in_one_line(error)} Is the server running?"
@@ -109,7 +113,7 @@ class Server:
             asked = answer.headers.get("Retry-After", "")
             time.sleep(min(int(asked), _WAITS[-1]) if asked.isdecimal() else wait)
         if status in (401, 403):
-            raise LoraInitError(f"{self.url} refuses the key ({status}). Give another one by api_key=.")
+            raise LoraInitError(f"{self.url} refuses the key ({status}). Give another one by {{api_key}}.", api_key=...)
         try:
             said = parse_json(content)
         except ValueError as error:
@@ -119,7 +123,7 @@ class Server:
                 ) from error
             said = content.decode(errors="replace")
         if answer.has_redirect_location:
-            raise self._error(status, f"it is at {answer.headers['Location']}", " Give that by url=.")
+            raise self._error(status, f"it is at {answer.headers['Location']}", " Give that by {url}.")
         if status not in (200, *_REFUSED, *_NOT_THERE):
             raise self._error(status, said)
         return status, said
@@ -130,7 +134,7 @@ class Server:
         said = in_one_line(ValueError(said.get("message", said) if isinstance(said, dict) else said))
         for secret in self._secrets:
             said = said.replace(secret, "...")
-        return LoraInitError(f"{self.url} answers {status}: {said}{remedy}")
+        return LoraInitError(f"{self.url} answers {status}: {said}{remedy}", url=...)
 
 
 def _read(found: Mapping[str, Any]) -> dict[int | str, float]:

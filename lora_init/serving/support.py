@@ -123,11 +123,13 @@ def check_engine(name: str, engine: Engine, trained: Trained, base: Base) -> Non
         return
     beyond = "DoRA" if trained.dora and not engine.dora else next(_beyond_lora(trained, base), None)
     if beyond is not None:
-        merged = "Write a whole model instead: merge_into=, without an engine."
+        merged = "Write a whole model instead by {merge_into}, without an engine."
         remedy = "Serve it with PEFT." if trained.config.get("alora_invocation_tokens") else merged
-        raise LoraInitError(f"{name} does not take {beyond}. {remedy}")
+        raise LoraInitError(f"{name} does not take {beyond}. {remedy}", merge_into=...)
     if trained.dora and any(layer.magnitude is None for layer in trained.layers.values()):
-        raise LoraInitError(f"{name} takes DoRA in every layer or in none. Use merge_into=, without an engine.")
+        raise LoraInitError(
+            f"{name} takes DoRA in every layer or in none. Use {{merge_into}}, without an engine.", merge_into=...
+        )
     engine.check_names(trained, base)
 
 

@@ -332,24 +332,26 @@ def _check_conversion(trained: Trained, origin: Mapping[str, Any], directory: Pa
         raise LoraInitError(
             f"{directory} adds nothing: it was never trained, or converted from a directory with the adapter's own "
             "name, from which PEFT put the start in its place. Save it without a conversion, and name the start by "
-            "start=."
+            "{start}.",
+            start=...,
         )
 
 
 def subtract(trained: Trained, start: Trained, origin: Mapping[str, Any], where: str) -> Trained:
     """Append the adapter as it was before training with the opposite sign, which doubles the rank."""
     if trained.dora:
-        raise LoraInitError(f"start={where}: an adapter with DoRA cannot give up what it began with.")
+        raise LoraInitError("{start}: an adapter with DoRA cannot give up what it began with.", start=where)
     if origin.get("start", "") not in ("", start_digest({n: one.weights for n, one in start.layers.items()})):
         raise LoraInitError(
-            f"start={where} holds other numbers than those that this adapter began with. Name what was saved right "
-            "before its training."
+            "{start} holds other numbers than those that this adapter began with. Name what was saved right "
+            "before its training.",
+            start=where,
         )
     layers = {}
     for name, layer in trained.layers.items():
         before = start.layers.get(name)
         if before is None or (before.widths, before.experts) != (layer.widths, layer.experts):
-            raise LoraInitError(f"start={where} has no layer {name!r} of these widths. It is another's start.")
+            raise LoraInitError(f"{{start}} has no layer {name!r} of these widths. It is another's start.", start=where)
         opposite = -before.rescaled(layer.scaling).b
         layers[name] = replace(layer, a=torch.cat([layer.a, before.a], -2), b=torch.cat([layer.b, opposite], -1))
     return replace(trained, layers=layers)

@@ -99,7 +99,7 @@ def verify(
     adapter = AdapterDirectory(directory)
     adapter.check_fits_plain_base()
     if not prompts or n < 1:
-        raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which n={n} are asked.")
+        raise LoraInitError(f"verify needs a prompt, and got {len(prompts)}, of which {{n}} are asked.", n=n)
     check_plain(model, "verify()")
     for ask, name in ((served, "served="), (base, "base=")):
         if ask is not None:
@@ -259,7 +259,7 @@ class Local:
             answer = ask(prompt) if ask else {}
             if not isinstance(answer, Mapping):
                 raise LoraInitError(
-                    f"served= and base= return {type(answer).__name__}, expected token: log-probability."
+                    f"served= and {{base}} return {type(answer).__name__}, expected token: log-probability.", base=...
                 )
             for token, value in answer.items():
                 number = token if isinstance(token, int) else self._numbers.get(token)

@@ -37,7 +37,8 @@ def _names_in_gguf(base: Base) -> tuple[str, bool]:
     if base.architecture not in _ARCHITECTURES:
         raise LoraInitError(
             f"{base.source!r} is a {base.architecture}, whose names in GGUF and MLX are not known here. Known are "
-            f"{', '.join(_ARCHITECTURES)}. For others use merge_into=, and the engine's own converter."
+            f"{', '.join(_ARCHITECTURES)}. For others use {{merge_into}}, and the engine's own converter.",
+            merge_into=...,
         )
     return _ARCHITECTURES[base.architecture]
 
@@ -54,7 +55,9 @@ def gguf_names(trained: Trained, base: Base) -> dict[str, str]:
     for layer in trained.layers:
         name = known.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name is None:
-            raise LoraInitError(f"layer {layer!r} of {base.architecture} has no name in GGUF. Use merge_into=.")
+            raise LoraInitError(
+                f"layer {layer!r} of {base.architecture} has no name in GGUF. Use {{merge_into}}.", merge_into=...
+            )
         names[layer] = name
     return names
 

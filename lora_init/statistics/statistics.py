@@ -215,7 +215,8 @@ class Statistics(Mapping[str, Spectrum]):
             raise KeyError(name)
         if name not in self.gradients:
             raise LoraInitError(
-                "these statistics have no gradients. Collect them with gradients=True, from data with labels."
+                "these statistics have no gradients. Collect them with {gradients}, from data with labels.",
+                gradients=True,
             )
         return self.gradients[name]
 

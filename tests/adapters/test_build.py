@@ -64,7 +64,7 @@ def test_starts_with_a_size_of_their_own_keep_it():
     ("arguments", "message"),
     [
         (dict(method="pissa"), "method='pissa' is unknown. Choose from eva, random, random-scaled, gaussian, orth"),
-        (dict(method="random", whiten=True), "whiten=True needs method='eva'"),
+        (dict(method="random", whiten=True), "whiten=True is for the start eva"),
         (dict(lora_alpha=0), "lora_alpha=0 must be a positive number"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan must be"),
         (dict(lora_dropout=1.0), "lora_dropout=1.0 must be"),

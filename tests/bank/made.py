@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_init.bank.embeddings import embed
-from lora_init.bank.store import add_entry
+from lora_init.bank.store import Bank, add_entry
 from lora_init.layers.identity import fingerprint
 from lora_init.serving.trained import read_trained
 from tests.conftest import tiny_llama
@@ -48,8 +48,9 @@ def train(task, folder, steps=30, rank=4, seed=0):
 def add(bank, task, folder, name=None, **more):
     """Add a trained adapter to a bank in Python."""
     model = base()
-    about = dict(task=f"task{task}", data="made", fingerprint=fingerprint(model), model="a Llama")
-    return add_entry(bank, name or f"task{task}", read_trained(folder), embed(model, batches(task)), **(about | more))
+    new = Bank(bank, more.pop("fingerprint", fingerprint(model)), more.pop("model", "a Llama"), more.pop("encoder", ""))
+    about = dict(task=f"task{task}", data="made")
+    return add_entry(new, name or f"task{task}", read_trained(folder), embed(model, batches(task)), **(about | more))
 
 
 def fit(base, batches, seed, wrong=False):

@@ -168,10 +168,7 @@ def test_rotating_an_adapter_changes_nothing(trained, tmp_path):
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
     for name, layer in found.layers.items():
         found.layers[name] = Layer(rotation @ layer.a, layer.b @ rotation.T, layer.scaling)
-    bank = add_entry(
-        bank.path, "rotated", found, bank.embeddings("task0"), task="rotated", data="", fingerprint=bank.fingerprint,
-        model=bank.model,
-    )  # fmt: skip
+    bank = add_entry(bank, "rotated", found, bank.embeddings("task0"), task="rotated", data="")
     adapters = _aligned(bank, 4)
     for name, layer in adapters["task0"].items():
         assert torch.allclose(adapters["rotated"][name].a, layer.a, atol=1e-4)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from lora_init import Statistics
 from lora_init.cli import app as cli
 from lora_init.cli import console
-from lora_init.cli.console import in_words_of_the_command, one_line_errors
+from lora_init.cli.console import in_words, one_line_errors
+from lora_init.errors import LoraInitError, explain
 from tests.commands import WORDS, assert_one_line_error, save_model
 from tests.commands import run as run_here
 from tests.conftest import tiny_llama
@@ -141,7 +142,7 @@ def test_whatever_goes_wrong_is_one_line(command, monkeypatch, error, part):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("lora_init.loading.models.open_model", fail)
+    monkeypatch.setattr("lora_init.cli.source.open_model", fail)
     assert_one_line_error(run_here(*command), part)
 
 
@@ -150,7 +151,7 @@ def test_verbose_and_debug_let_the_traceback_through(command, monkeypatch, optio
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lora_init.loading.models.open_model", fail)
+    monkeypatch.setattr("lora_init.cli.source.open_model", fail)
     assert isinstance(run_here(*command).exception, SystemExit)
     if not options:
         monkeypatch.setenv("LORA_INIT_DEBUG", "1")
@@ -177,19 +178,26 @@ def test_warnings_of_this_package_are_one_line_and_others_are_silent(capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("options", "in_python", "on_the_command_line"),
     [
-        ("Pass overwrite=True.", "Pass --overwrite."),
-        ("made with center=False", "made with --no-center"),
-        ("whiten=False", "no --whiten"),
-        ("rank=64, gamma=0.5; pass another gamma=.", "--rank 64, --gamma 0.5; pass another --gamma."),
-        ("target_modules=['q'] with method='eva'", "--target-modules ['q'] with --method 'eva'"),
-        ("data 'rank=3', '*.up:rank=8', my_rank=2, rows=", "data 'rank=3', '*.up:rank=8', my_rank=2, rows="),
+        ({"overwrite": True}, "overwrite=True", "--overwrite"),
+        ({"center": False}, "center=False", "--no-center"),
+        ({"whiten": False}, "whiten=False", "no --whiten"),
+        ({"rank": 64}, "rank=64", "--rank 64"),
+        ({"gamma": 2.0}, "gamma=2.0", "--gamma 2"),
+        ({"gamma": ...}, "gamma=", "--gamma"),
+        ({"method": "eva"}, "method='eva'", "--method eva"),
+        ({"template": "{x} y"}, "template='{x} y'", "--template '{x} y'"),
+        ({"target_modules": ["q", "k"]}, "target_modules=['q', 'k']", "--target-modules q,k"),
+        ({"rows": 3}, "rows=3", "rows=3"),
     ],
 )
-def test_messages_are_in_the_words_of_the_command(text, expected, monkeypatch):
+def test_an_error_names_options_and_each_way_in_writes_them_its_way(
+    options, in_python, on_the_command_line, monkeypatch
+):
+    error = LoraInitError(f"rank=3, '{{x}}': {{{next(iter(options))}}} is wrong.", **options)
     init = typer.main.get_command(cli.app).commands["init"]
     monkeypatch.setattr(console, "_running", console._Running())
-    assert in_words_of_the_command(text) == text
+    assert str(error) == explain(error, in_words) == f"rank=3, '{{x}}': {in_python} is wrong."
     console._common(init.make_context("init", [], resilient_parsing=True))
-    assert in_words_of_the_command(text) == expected
+    assert explain(error, in_words) == f"rank=3, '{{x}}': {on_the_command_line} is wrong."

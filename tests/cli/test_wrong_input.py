@@ -52,7 +52,7 @@ INIT = ["init", "llama", "text.jsonl", "-o", "out"]
 COMPARE = ["compare", "llama", "rows.jsonl", "--template", "{passage}", "-o", "out"]
 COMMANDS = {
     "rate above one": (
-        [*COMPARE, "--learning-rates", "5"], "--learning-rates [5.0]: expected positive numbers up to 1",
+        [*COMPARE, "--learning-rates", "5"], "--learning-rates 5: expected positive numbers up to 1",
     ),
     "fractional classes": (
         ["init", "bert", "scores.csv", "--template", "{text}", "--label", "score", "-o", "out"],

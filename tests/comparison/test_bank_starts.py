@@ -7,7 +7,7 @@ import pytest
 import lora_init
 from lora_init.bank.embeddings import embed
 from lora_init.bank.generator import train_generator
-from lora_init.bank.store import add_entry
+from lora_init.bank.store import Bank, add_entry
 from lora_init.errors import LoraInitError
 from lora_init.layers.identity import fingerprint
 from lora_init.loading.batches import load_batches
@@ -23,13 +23,11 @@ def bank(home):
     for number in range(2):
         loaded = load_model(str(home / "llama"))
         batches = load_batches(home / "rows.jsonl", loaded.tokenizer, template="{passage}", completion=" {options}")
-        about = {"fingerprint": fingerprint(loaded.model), "embeddings": embed(loaded.model, batches)}
+        new, embeddings = Bank(home / "bank", fingerprint(loaded.model), "a Llama", ""), embed(loaded.model, batches)
         model = fit(loaded.model, batches, number, wrong=number == 1)
         model.save_pretrained(home / f"trained{number}")
         trained = read_trained(home / f"trained{number}")
-        found = add_entry(
-            home / "bank", f"task{number}", trained, task=f"task{number}", data="", model="a Llama", **about
-        )
+        found = add_entry(new, f"task{number}", trained, embeddings, task=f"task{number}", data="")
     train_generator(found, steps=4).save(found)
     return home / "bank"
 

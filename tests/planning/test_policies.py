@@ -37,7 +37,7 @@ def test_a_policy_of_another_package_is_used_by_its_name(packages):
         (doubled, "theirs:THING is no lora_init.Policy"),
         (ImportError("no jax"), "cannot be imported: ImportError: no jax."),
         (Policy(lambda numbers, widths: numbers[:1]), r"'odd' returned numbers of shape \(1, 8\), 8 of them finite"),
-        (Policy(lambda numbers, widths: 1 / 0), "policy='odd' raised ZeroDivisionError: division by zero"),
+        (Policy(lambda numbers, widths: 1 / 0), "policy 'odd' raised ZeroDivisionError: division by zero"),
     ],
 )
 def test_what_is_wrong_with_one_is_one_line_with_its_name(packages, policy, said):

@@ -61,7 +61,7 @@ def test_several_are_written_beside_each_other_with_a_table_and_one_command_and_
         (["--engine", "lama.cpp"], "engine 'lama.cpp' is unknown. Did you mean llama.cpp?"),
         (["--engine", "mlx", "--keep-ranks"], "mlx takes one rank for all layers."),
         (["--engine", "ollama", "--data", "x"], "--data: PEFT measures the loss."),
-        (["--parameters", "many"], "--parameters 'many': a whole number from 1 to 10^12 is needed"),
+        (["--parameters", "many"], "--parameters many: a whole number from 1 to 10^12 is needed"),
         (["--merge-into", "base", "--rank", "2"], "no ranks"),
     ],
 )
