@@ -29,6 +29,10 @@ def test_works_on_every_architecture(name):
         assert 0 <= stats.held_out[stats.group_of[layer]] <= 1.0
 
 
+def test_the_output_embedding_is_a_target_like_any_other():
+    assert "lm_head" in collect(tiny_llama(), batches_for("llama"), ["lm_head", "q_proj"], rank=2)
+
+
 @pytest.mark.parametrize("center", [True, False])
 def test_the_components_are_those_of_the_recorded_rows(center):
     model, batches = tiny_llama(), batches_for("llama", n_batches=6)

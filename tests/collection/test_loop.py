@@ -1,5 +1,7 @@
 """When a pass ends: the tolerance, the limit, Ctrl-C; and what is said of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from lora_init import collect, principal_angles
 from lora_init.collection.collect import Interrupted
-from lora_init.collection.loop import GroupRecord, both, falls_sharply
+from lora_init.collection.loop import GroupRecord, Halves, both, falls_sharply
 from lora_init.statistics.incremental_svd import IncrementalSVD
 from tests import reference
 from tests.collection.made import low_rank_inputs, two_layers
@@ -49,6 +51,12 @@ def test_does_not_stop_while_the_components_still_follow_a_drift(n_other, least,
     best = reference.captured(unseen, reference.pca(unseen, 16)[0])
     assert reference.captured(unseen, stats["0"].components) > least * best
     assert n_other or stats.provenance.n_batches < 16 / power  # negative: steady data stop soon
+
+
+def test_what_the_whole_keeps_follows_from_how_its_halves_agree():
+    record = Halves([SimpleNamespace(agreement=lambda other, rank: 0.6)] * 2)
+    record.compare(4)
+    assert record.keeps == pytest.approx(2 * 0.6 / 1.6)  # Spearman and Brown
 
 
 def test_a_share_falls_sharply_by_a_quarter_and_by_five_deviations():
