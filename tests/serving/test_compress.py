@@ -125,6 +125,8 @@ def test_a_budget_in_megabytes_counts_the_type_that_is_written(options, base, tm
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     single = export_adapter(trained, tmp_path / "single", megabytes=most, **options)
     assert 4 * single.parameters <= most * 10**6 and single.errors
+    file = export_adapter(tmp_path / "half", tmp_path / "half.gguf", "llama.cpp", megabytes=most)  # float32 alone
+    assert 4 * file.parameters <= most * 10**6
     # bfloat16 has 8 bits: each of A and B is off by at most 2^-9 of it.
     assert update_error(base, trained, tmp_path / "half") < 2**-7
 

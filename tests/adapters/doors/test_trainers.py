@@ -1,6 +1,7 @@
 """initialize(trainer): statistics from what the trainer trains on, and the adapter in the trainer."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -195,6 +196,11 @@ def test_labels_of_a_trainer_say_which_tokens_count(tmp_path, tokenizer):
         lora_init.initialize(trainer, token_mask=mask, statistics=tmp_path / f"{mask}.safetensors")
         counted.append(lora_init.Statistics.load(tmp_path / f"{mask}.safetensors").provenance.n_samples)
     assert counted[1] < counted[0]
+
+
+def test_steps_are_those_that_the_trainer_takes(tmp_path, tokenizer):
+    trainer = plain(tmp_path, tokenizer, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2)
+    assert TrainerDoor(trainer).steps == math.ceil(len(trainer.get_train_dataloader()) / 2) > 1
 
 
 def trained(trainer):
