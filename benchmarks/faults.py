@@ -78,8 +78,6 @@ FAULTS: dict[str, list[Planted]] = {
         ("ignored mask", "labelled.flip(1).cumsum(1).flip(1) > 0", "labelled"),
         ("ignored mask", "_numbered(main | labelled)", "_numbered(main)"),
         ("missing check", "_check_padding(labelled, own)", "pass"),
-        ("stale cache", "self._encoder_output = weakref.ref(hidden)",
-         "self._encoder_output = self._encoder_output or weakref.ref(hidden)"),
         ("ignored mask", " or name in self._cross_inputs", ""),
         ("ignored mask", " or not self._is_text(name)", ""),
         ("wrong sign", "return a & b if a.shape == b.shape else b", "return a | b if a.shape == b.shape else b"),

@@ -7,9 +7,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from lora_init import LoraInitError, initialize, load_batches
-from tests.conftest import tiny_bert, tiny_llama
-from tests.loading.made import bert_tokenizer
+from lora_init import initialize
 
 TEXT = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 DECODER = dict(vocab_size=64, d_model=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -118,18 +116,6 @@ def test_a_new_head_is_saved_with_the_adapter(name, tmp_path):
 
 
 ROWS = [{"text": " ".join("abcdefghij"[(i * k) % 10] for k in range(1, 7)), "kind": f"kind {i % 3}"} for i in range(96)]
-
-
-def test_classes_of_another_head_are_refused():
-    batches = load_batches(ROWS, bert_tokenizer(), template="{text}", label="kind")
-    with pytest.raises(LoraInitError, match="the data have 3 classes, the model's head 2"):
-        initialize(tiny_bert(), batches)
-    with pytest.raises(LoraInitError, match="the data have 3 classes, the model's head 0"):
-        initialize(tiny_llama(), batches)
-    model = tiny_bert()
-    model.config.id2label = {0: "kind 1", 1: "kind 0", 2: "kind 2"}
-    with pytest.raises(LoraInitError, match="known_classes"):
-        initialize(model, batches)
 
 
 @pytest.mark.filterwarnings("ignore:.*(learning_rate|lora_alpha) is ")

@@ -39,16 +39,6 @@ def test_embeddings_are_of_prompts_alone():
     assert torch.allclose(embed(model, batches)[0], states[1][0].mean(0), atol=1e-6)
 
 
-def test_padding_and_other_texts_of_a_batch_change_nothing():
-    model = made.base()
-    alone = {"input_ids": torch.tensor([[5, 6, 7]])}
-    padded = {
-        "input_ids": torch.tensor([[5, 6, 7, 0], [9, 9, 9, 9]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
-    }
-    assert torch.equal(embed(model, [alone])[0], embed(model, [padded])[0])
-
-
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_the_nearest_is_the_task_itself(task, bank):
     found = start(bank, task)

@@ -50,6 +50,13 @@ def own_loss(output, batch):
     return output.loss
 
 
+def test_the_limit_of_batches_counts_those_before_an_interruption(tmp_path):
+    file = tmp_path / "stats"
+    interrupt(file, 4, max_batches=5)
+    again = collect(model("llama"), batches_for("llama", n_batches=6), statistics=file, **SETTINGS | {"max_batches": 5})
+    assert again.provenance.n_batches == 5
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("center", [True, False])
 def test_a_pass_that_was_interrupted_goes_on_after_the_batches_it_has_used(name, center, tmp_path):

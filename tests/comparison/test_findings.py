@@ -76,12 +76,6 @@ def test_each_start_is_compared_at_its_own_best_rate():
     assert (found.outcome, "eva at 1e-3, random at 1e-4" in found.sentence) == ("worse", True)
 
 
-def test_one_seed_allows_no_statement():
-    summary = summarise(planted({"eva": -0.05}, seeds=(0,)), settings(seeds=[0]))
-    assert verdict(summary).sentence.startswith("eva: no statement possible with 1 run;")
-    assert (verdict(summary).outcome, verdict(summary).low) == ("no statement", None)
-
-
 def test_without_a_pair_the_reason_and_the_loss_of_random_are_said():
     random = [record(seed=seed) for seed in (0, 1)]
     apart = verdict(summarise([*random, record("eva", seed=2)], settings()))

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
@@ -10,11 +9,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_init.comparison import workbench
-from lora_init.comparison.report import describe_directory, write_report
+from lora_init.comparison.report import write_report
 from lora_init.comparison.runs import Run
 from lora_init.comparison.training import evaluate
 from tests.comparison.made import compare, set_up_bench
-from tests.comparisons import broken, planted, record, write
+from tests.comparisons import planted, write
 
 HOSTILE = '<script>alert("1")</script>|*_$x^2$'
 
@@ -78,41 +77,6 @@ def test_text_from_users_is_text_everywhere(full):
     hostile = [row for row in rows if "script" in row]
     assert hostile
     assert all(r"\|\*\_" in row for row in hostile)
-
-
-PARTIAL = {
-    "nothing": ([], "No run has ended yet"),
-    "one run": ([record()], "Not run yet: eva."),
-    "random alone": (planted({}), "Not run yet: eva."),
-    "no random": ([run for run in planted({"eva": 0}) if run["start"] != "random"], "compared with random"),
-    "full alone": ([record("full", 1e-4)], "Not run yet: eva."),
-    "full, but no random": ([record("full", 1e-4), record("eva")], "compared with random"),
-    "full, and random failed": (
-        [record("full", 1e-4), broken("failed", "out of memory")],
-        "1 run failed (out of memory): random.",
-    ),
-    "one seed": (planted({"eva": 0}, seeds=(0,)), "no statement possible with 1 run"),
-    "one rate": (planted({"eva": 0}, rates=(1e-3,)), "it was run at 1e-3 only, so it is not known to be tuned."),
-    "all failed": (
-        [broken("failed", "out of memory", start=s) for s in ("random", "eva")],
-        "2 runs failed (out of memory): random, eva.",
-    ),
-    "all unstable": ([broken("unstable", "nan", start=s) for s in ("random", "eva")], "is unstable at 1e-3"),
-    "without extras": (
-        [run | dict.fromkeys(("metrics", "metrics_before", "retain_loss")) for run in planted({"eva": 0})],
-        "no difference shown",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PARTIAL)
-def test_partial_directories_give_a_valid_report_that_says_what_is_missing(name, tmp_path):
-    runs, said = PARTIAL[name]
-    files = write_report(write(tmp_path / "run", runs))
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert said in " ".join(Page(page).words)
-    assert all(path.stat().st_size for path in files)
-    assert describe_directory(tmp_path / "run")["runs"] == Counter(run["status"] for run in runs)
 
 
 # best/: the trained adapter of the best start, the very one of its run, never replaced unasked

@@ -171,18 +171,6 @@ def test_an_export_that_lost_something_is_served_as_exported(home, tmp_path):
     assert ask(home, lossy, served(home, home / "plain")).exit_code == 1
 
 
-def test_tokens_are_matched_by_their_text_or_it_cannot_tell(home):
-    engine = served(home, home / "plain")
-    engine.by_number = False
-    done = ask(home, "plain", engine, "--json")
-    found = json.loads(done.stdout)
-    assert done.exit_code == 0 and found["verdict"] == "served as trained" and found["values"] == 4 * 20
-    engine.tokenizer = engine.tokenizer.__class__(tokenizer_object=engine.tokenizer.backend_tokenizer)
-    engine.tokenizer.decode = lambda ids: f"other {ids}"
-    done = ask(home, "plain", engine)
-    assert done.exit_code == 2 and done.stdout.startswith("cannot tell: hardly an answer has tokens"), done.output
-
-
 def test_an_effect_below_the_engines_noise_is_said_with_what_it_would_have_to_be(home, tmp_path):
     weak = changed(home / "plain", tmp_path / "weak", config={"lora_alpha": 1})
     engine = served(home, weak)
