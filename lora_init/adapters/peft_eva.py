@@ -63,17 +63,8 @@ def get_eva_state_dict(
     `tau`. A batch may have any number of tokens and be any mapping. Ties in the rank distribution go to the
     earlier layer.
 
-    Args:
-        model: A PeftModel, or a plain model with `peft_config`. Modes, hooks and `requires_grad` are put back.
-        dataloader: Batches.
-        peft_config: Needed for a plain model. `r`, `rank_pattern`, `target_modules` and `eva_config` are used.
-        forward_fn: Runs the model on a batch. It may be cut short after the last layer that is still needed.
-        prepare_model_inputs_fn: Turns batch and config into what `prepare_layer_inputs_fn` gets; None passes the batch.
-        prepare_layer_inputs_fn: Turns a layer's inputs into rows; a function, or a mapping from layer to function,
-            where layers that it doesn't name count whole; None likewise. Not changed.
-        adapter_name: Adapter of a PeftModel.
-        gather_distributed_inputs: In a distributed run, merge the decompositions of all processes.
-        show_progress_bar: Show a progress bar.
+    Modes, hooks and `requires_grad` of the model are put back, `forward_fn` may be cut short after the last layer that
+    is still needed, and layers that a mapping of `prepare_layer_inputs_fn` doesn't name count whole.
 
     Returns:
         For each layer that had rows, by its name in `model`, A float32 [rank, d_in] on the layer's device; [0, d_in]
@@ -178,13 +169,6 @@ def initialize_lora_eva_weights(
     What differs from PEFT, beside `get_eva_state_dict`: `eva_state_dict` may have the names of the plain model; it
     is not emptied; `rank_pattern` and `alpha_pattern` keys may start with `^`, and those written do; the scaling is
     kept under rsLoRA too; layers whose rank changes stay float32 on a half-precision model.
-
-    Args:
-        model: A PeftModel whose adapter has `init_lora_weights="eva"`. Changed in place.
-        dataloader: Batches; not needed with `eva_state_dict`.
-        eva_state_dict: What `get_eva_state_dict` returned.
-        adapter_name: Which adapter.
-        forward_fn: See `get_eva_state_dict`, as for all other arguments.
 
     Warns:
         UserWarning: Layers that the state dict doesn't name are initialized by PEFT.
