@@ -157,7 +157,7 @@ def test_padding_is_left_out_of_what_each_side_reads(build, batch, expected):
 def test_the_rows_of_a_multiple_choice_are_those_of_its_tokens():
     model, name = tiny_bert("MultipleChoice"), "bert.encoder.layer.0.attention.self.query"
     mask = (torch.arange(10) < torch.tensor([[10], [7], [4], [2]])).long()
-    batch = {"input_ids": IDS.reshape(2, 2, 10), "attention_mask": mask.reshape(2, 2, 10)}
+    batch = {"input_ids": torch.arange(3, 43).reshape(2, 2, 10), "attention_mask": mask.reshape(2, 2, 10)}
     rows = recorded(model, batch, name)[mask.bool()]
     torch.testing.assert_close(collect(model, [batch], [name], rank=2)[name].mean, rows.mean(0), atol=1e-6, rtol=1e-5)
 
