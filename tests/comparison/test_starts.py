@@ -139,7 +139,9 @@ def test_parameter_counts(case):
         prepared = case.prepare(start)
         counted = sum(p.numel() for p in prepared.peft_model.parameters() if p.requires_grad)
         assert prepared.trainable_parameters == counted
-        sizes = [(sum(layer.base_layer.weight.shape)) for layer in adapter_layers(prepared.peft_model).values()]
+        layers = adapter_layers(prepared.peft_model).values()
+        assert {layer.scaling["default"] for layer in layers} == {8 / RANK}, start
+        sizes = [sum(layer.base_layer.weight.shape) for layer in layers]
         ranks = prepared.ranks
         prepared.release()
         return counted, ranks, max(sizes)
