@@ -82,7 +82,7 @@ def per_model(over_products: float, gflops: float) -> list[list[str]]:
 
 
 def config() -> Any:
-    """Give the shape: Llama 3.2 3B with a vocabulary of 32,000."""
+    """Return the shape: Llama 3.2 3B with a vocabulary of 32,000."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

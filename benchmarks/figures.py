@@ -62,22 +62,22 @@ _NUMBER = re.compile(r"(?<![\w.])[+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e
 
 
 def plain(study: str) -> float:
-    """Give the loss of the model without an adapter."""
+    """Return the loss of the model without an adapter."""
     return float(by_seed(_runs(study), "plain_loss").loc[RANDOM].mean())
 
 
 def loss(study: str, *names: str, rate: float | None = None) -> Any:
-    """Give the mean final loss."""
+    """Return the mean final loss."""
     return _each(names, lambda start: float(_chosen(study, start, rate)["loss"].mean()))
 
 
 def rise(study: str, *names: str, rate: float | None = None) -> Any:
-    """Give how much the loss on other text has risen."""
+    """Return how much the loss on other text has risen."""
     return _each(names, lambda start: float(_chosen(study, start, rate)["rise"].mean()))
 
 
 def rise_at_equal_loss(study: str, start: str) -> tuple[float, float]:
-    """Give the same of random and a start, of runs that end no higher than random at its best rate."""
+    """Return the same of random and a start, of runs that end no higher than random at its best rate."""
     pairs = equal_loss(_runs(study)).loc[[RANDOM, start]].dropna(axis=1)
     return float(pairs.loc[RANDOM].mean()), float(pairs.loc[start].mean())
 
@@ -88,51 +88,51 @@ def seeds(study: str, *names: str, rate: float | None = None) -> Any:
 
 
 def best_rate(study: str, *names: str) -> Any:
-    """Give the learning rate that a start is compared at."""
+    """Return the learning rate that a start is compared at."""
     return _each(names, lambda start: best_rates(_runs(study))[start])
 
 
 def above(study: str, *names: str, of: str = RANDOM) -> Any:
-    """Give how far a start ends above another one, each at its best rate."""
+    """Return how far a start ends above another one, each at its best rate."""
     return _each(names, lambda start: 100 * _effect(study, start, of).mean)
 
 
 def above_at(study: str, rate: float, *names: str) -> Any:
-    """Give how far a start ends at a rate above random at its best one, over the seeds that both have."""
+    """Return how far a start ends at a rate above random at its best one, over the seeds that both have."""
     return _each(names, lambda start: float(trade_off.points(_runs(study)).loc[(start, rate), "above"]))
 
 
 def ends(start: str, *studies: str) -> tuple[Any, ...]:
-    """Give `above` in each study, and `rise` where it was measured."""
+    """Return `above` in each study, and `rise` where it was measured."""
     return tuple(
         (above(study, start), *([] if isnan(rise(study, start)) else [rise(study, start)])) for study in studies
     )
 
 
 def above_between(study: str, start: str, of: str = RANDOM) -> tuple[float, float]:
-    """Give the interval of `above`."""
+    """Return the interval of `above`."""
     effect = _effect(study, start, of)
     return 100 * effect.low, 100 * effect.high
 
 
 def below(study: str, *names: str, of: str = RANDOM) -> Any:
-    """Give how far a start ends below another one."""
+    """Return how far a start ends below another one."""
     return _each(names, lambda start: -100 * _effect(study, start, of).mean)
 
 
 def below_between(study: str, start: str, of: str = RANDOM) -> tuple[float, float]:
-    """Give the interval of `below`."""
+    """Return the interval of `below`."""
     low, high = above_between(study, start, of)
     return -high, -low
 
 
 def detectable(study: str, *names: str, of: str = RANDOM) -> Any:
-    """Give the smallest difference to another start that the runs could have shown."""
+    """Return the smallest difference to another start that the runs could have shown."""
     return _each(names, lambda start: 100 * _effect(study, start, of).detectable)
 
 
 def cost(name: str, setting: str = "smollm2") -> float:
-    """Give what a pass costs, from `benchmarks.statistics`, such as `"step / body"`."""
+    """Return what a pass costs, from `benchmarks.statistics`, such as `"step / body"`."""
     return float(read_json(starts.RESULTS / "statistics" / f"{setting}.json")["cost"][name])
 
 
@@ -386,19 +386,45 @@ def rule(of_all: bool = True) -> tuple[float, float, float]:
     return rates.judged(rates.errors(of_all=of_all))
 
 
-def sized(model: str, start: str, size: str = "1", x: float = 1.0, at: float | None = None) -> tuple[float, float]:
+SIZED = ("openbookqa", "piqa")  # the tasks of `benchmarks.size_of_a`
+
+
+def sized(model: str, start: str, size: str = "1", **changed: Any) -> tuple[float, ...]:
     """Return how far runs of `benchmarks.size_of_a` end above `eva` as it is by default, on each of their two tasks."""
-    asked = [Run(model, task, start, size, x=x, at=at) for task in ("openbookqa", "piqa")]
-    ours = [Run(model, task, "eva") for task in ("openbookqa", "piqa")]
-    one, two = (100.0 * (_final(run) / _final(own) - 1.0) for run, own in zip(asked, ours, strict=True))
-    return one, two
+    return tuple(_above_ours(Run(model, task, start, size, **changed)) for task in SIZED)
+
+
+def best_of_three(model: str, start: str, size: str = "1") -> tuple[float, ...]:
+    """Return the same of the best of three rates, a factor of three apart."""
+    return tuple(min(_above_ours(Run(model, task, start, size, x=x)) for x in (1 / 3, 1.0, 3.0)) for task in SIZED)
+
+
+def sized_rise(model: str, start: str, **changed: Any) -> tuple[float, ...]:
+    """Return how much the loss on passages rises in training, on each of the two tasks."""
+    return tuple(float(_sized_run(Run(model, task, start, **changed))["rise"]) for task in SIZED)
+
+
+def level(model: str, seeds: int = 2) -> tuple[float, float]:
+    """Return how far `random` ends above `eva`, both at the rate of the rule, and what was detectable."""
+    runs = [(task, _above_ours(Run(model, task, "random", seed=seed))) for task in SIZED for seed in range(seeds)]
+    tasks, values = zip(*runs, strict=True)
+    low, high = _within_tasks(pd.Series(values, index=pd.Index(tasks, name="task")))
+    return (low + high) / 2, (high - low) / 2
+
+
+def _above_ours(run: Run) -> float:
+    ours = Run(run.model, run.task, "eva", seed=run.seed)
+    return 100.0 * float(_sized_run(run)["loss"][-1] / _sized_run(ours)["loss"][-1] - 1.0)
+
+
+def _sized_run(run: Run) -> dict[str, Any]:
+    return next(row for row in _sized_runs() if run.is_in(row))
 
 
 @cache
-def _final(run: Run) -> float:
+def _sized_runs() -> list[dict[str, Any]]:
     file = ROOT / "benchmarks" / "results" / "size_of_a" / "runs.jsonl"
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return float(next(row["loss"][-1] for row in rows if run.is_in(row)))
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def rule_pairs(of_all: bool = True) -> int:

@@ -199,7 +199,7 @@ def own_rank(adapter: Path, directory: Path) -> Path:
 
 
 def groups(engine: str, model: Path, made: dict[str, Path], work: Path) -> Iterator[Group]:
-    """Give the servers, each with what is asked about it."""
+    """Return the servers, each with what is asked about it."""
     served = {
         "as it is": ("demo", "demo"),
         "exported": ("exported", "exported"),
