@@ -32,7 +32,7 @@ UNTUNED = {
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the means of a start and rate: `above` random at its best rate in per cent, and `rise` of the other loss."""
+    """Compute means of a start and rate: `above` random at its best rate in per cent, `rise` of the other loss."""
     random = by_seed(runs).loc[RANDOM]
     counted = runs[runs["counts"]]
     above = 100 * (counted["loss"] - counted["seed"].map(random)) / random.mean()
