@@ -418,7 +418,8 @@ def _above_ours(run: Run) -> float:
 
 
 def _sized_run(run: Run) -> dict[str, Any]:
-    return next(row for row in _sized_runs() if run.is_in(row))
+    (found,) = (row for row in _sized_runs() if run.is_in(row))
+    return found
 
 
 @cache

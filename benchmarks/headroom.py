@@ -273,7 +273,11 @@ def _compare(asked: str, made: Path) -> lora_init.Comparison:
     if study == "confirm":
         runs = [([start], [rate], range(8, 8 + n)) for start, rate, n in CONFIRM[name]]
     elif study == "measured":
-        runs = [(["random", "eva"], None, range(2)), (["random"], [2e-4], range(2))]
+        runs = [
+            (["random", "eva"], None, range(2)),
+            (["natural-gradient"], None, range(2)),
+            (["random"], [2e-4], range(2)),
+        ]
     elif study.startswith("fresh"):
         runs = _fresh(name, study, settings["rank"])
     else:
